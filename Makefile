@@ -1,0 +1,39 @@
+# Each target works as the first command on a fresh machine: it makes .venv and installs what is missing.
+# Use another interpreter with `make test PYTHON=python3.12`; another environment with `make test VENV=/path`.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python -P
+PYTEST_ARGS ?=
+# With an NVIDIA driver the CUDA kernels come along.
+EXTRAS := test$(if $(wildcard /dev/nvidia0),$(comma)cuda)
+comma := ,
+
+.PHONY: demo test check format gpu-test clean
+
+demo: $(VENV)/.installed
+	$(RUN) -m graphgen demo
+
+test: $(VENV)/.installed
+	$(RUN) -m pytest -q -m "not gpu" $(PYTEST_ARGS)
+
+gpu-test: $(VENV)/.installed
+	$(RUN) -m pytest -q -m gpu tests/gpu $(PYTEST_ARGS)
+
+check: $(VENV)/.installed
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports
+
+format: $(VENV)/.installed
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

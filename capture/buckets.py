@@ -1,0 +1,65 @@
+"""Which shapes are captured: the ladder of buckets of an engine.
+
+A step of `d` decodes and `p` prompt tokens runs in the smallest bucket that holds both, so the ladder trades graphs
+(start-up time, memory) against padding. Mixed buckets are spaced by their total rows, powers of two: then the
+linear layers, which see all rows at once, run at sizes their tiles divide. Padded decode rows cost attention time
+even when they hold nothing, so mixed buckets have a decode ladder of their own instead of one widest region.
+"""
+
+from graphgen.ipc.errors import ConfigError
+from graphgen.ipc.messages import Bucket
+
+MIN_TOKEN_BUDGET = 8
+"""Below this, no ladder leaves room for both regions."""
+
+_DECODE_RUNGS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+_MIXED_DECODE_RUNGS = (4, 16, 32, 64, 128, 256, 512, 1024)
+_SMALLEST_MIXED_ROWS = 128
+
+
+def max_running(max_num_seqs: int, token_budget: int) -> int:
+    """Slots of an engine: at least a quarter of the budget stays for prompts, however many requests decode."""
+    return min(max_num_seqs, token_budget - token_budget // 4)
+
+
+def build_ladder(token_budget: int, num_slots: int) -> tuple[Bucket, ...]:
+    """All buckets of an engine, fewest rows first.
+
+    For every d <= num_slots there is a decode-only bucket, and a mixed one of exactly `token_budget` rows.
+    Raises ConfigError for a budget too small to split.
+    """
+    if token_budget < MIN_TOKEN_BUDGET:
+        raise ConfigError(f"token_budget is {token_budget}, the least is {MIN_TOKEN_BUDGET}: raise token_budget")
+    if not 1 <= num_slots <= token_budget - token_budget // 4:
+        raise ConfigError(
+            f"{num_slots} slots do not fit a token_budget of {token_budget}: at most three quarters of it may decode"
+        )
+    decode_only = [Bucket(0, rung) for rung in _rungs_up_to(_DECODE_RUNGS, num_slots)]
+    mixed = [
+        Bucket(rows - rung, rung)
+        for rows in _row_counts(token_budget)
+        for rung in _mixed_rungs(rows, token_budget, num_slots)
+    ]
+    return tuple(sorted(decode_only + mixed, key=lambda bucket: (bucket.num_rows, bucket.decode_rows)))
+
+
+def _rungs_up_to(rungs: tuple[int, ...], top: int) -> list[int]:
+    """The rungs below `top`, and `top` itself."""
+    return [rung for rung in rungs if rung < top] + [top]
+
+
+def _row_counts(token_budget: int) -> list[int]:
+    """Total rows of mixed buckets: halves of the budget's power of two down to the smallest, and the budget."""
+    rows = _SMALLEST_MIXED_ROWS
+    counts = []
+    while rows < token_budget:
+        counts.append(rows)
+        rows *= 2
+    return [*counts, token_budget]
+
+
+def _mixed_rungs(rows: int, token_budget: int, num_slots: int) -> list[int]:
+    """Decode rows of the mixed buckets of `rows` rows. Only the widest ones need the rungs above half."""
+    rungs = _rungs_up_to(_MIXED_DECODE_RUNGS, num_slots)
+    limit = rows - rows // 4 if rows == token_budget else rows // 2
+    return [rung for rung in rungs if rung <= limit and not (rung < 16 and token_budget >= _SMALLEST_MIXED_ROWS)]

@@ -1,0 +1,57 @@
+"""How many KV pages fit: from what the device has left after the weights and the largest step, measured.
+
+Owns the arithmetic and the reading of free memory; allocates nothing.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from graphgen.ipc.errors import ConfigError
+
+CPU_SHARE = 0.25
+"""On the CPU the cache may take this share of `memory_fraction` of what is available: other programs live there too."""
+
+
+def peak_bytes_of(device: torch.device, run: Callable[[], None]) -> int:
+    """Device memory that `run` takes at its peak beyond what is allocated before it."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()
+    return peak - before
+
+
+def free_bytes(device: torch.device, memory_fraction: float) -> int:
+    """What this process may still take when it is to leave `1 - memory_fraction` of the device alone."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return free - int(total * (1 - memory_fraction))
+    return int(_available_host_bytes() * memory_fraction * CPU_SHARE)
+
+
+def pages_that_fit(budget_bytes: int, bytes_per_page: int, wanted_pages: int, least_pages: int) -> int:
+    """KV pages for a budget: no more than can be used at once, and not fewer than one full context needs.
+
+    Raises ConfigError when fewer than `least_pages` fit.
+    """
+    fitting = budget_bytes // bytes_per_page
+    if fitting < least_pages:
+        raise ConfigError(
+            f"{max(budget_bytes, 0) / 2**30:.2f} GiB are left for the KV cache, one request of max_model_len needs "
+            f"{least_pages * bytes_per_page / 2**30:.2f} GiB ({least_pages} pages): lower max_model_len or "
+            "token_budget, raise memory_fraction, or use a smaller model"
+        )
+    return int(min(fitting, wanted_pages))
+
+
+def _available_host_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ConfigError("/proc/meminfo has no MemAvailable: set num_pages")

@@ -1,0 +1,161 @@
+"""The device as a queue of work: a CUDA stream, or on the CPU one thread that runs what it is given in order.
+
+Both honour the same contract, so that everything around them, the two steps in flight and the reuse of staging
+buffers included, is the same code and is tested without a GPU:
+
+    submit(work)  hands over work and returns; works run in order, one after the other
+    mark()        a Mark that is reached when everything submitted before it is done
+    fetch(a, b)   copies a device tensor to a host tensor when everything submitted before is done, and beside
+                  what is submitted after; returns the Mark of the copy
+
+On CUDA `work` runs at once in the caller and only enqueues kernels; on the CPU it runs later, in the thread.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+
+class Mark(Protocol):
+    """A point in the stream."""
+
+    def wait(self) -> float:
+        """Blocks until the point is reached, without spinning; returns when it was, as time.monotonic()."""
+        ...
+
+
+class DeviceStream(Protocol):
+    """In-order execution of submitted work."""
+
+    def submit(self, work: Callable[[], None]) -> None: ...
+
+    def mark(self) -> Mark: ...
+
+    def fetch(self, source: torch.Tensor, target: torch.Tensor) -> Mark: ...
+
+    def synchronize(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class CudaMark:
+    """A CUDA event, and the pair (event, host time) that places it on the host's clock."""
+
+    def __init__(self, event: torch.cuda.Event, origin: torch.cuda.Event, origin_s: float) -> None:
+        self._event = event
+        self._origin = origin
+        self._origin_s = origin_s
+
+    def wait(self) -> float:
+        self._event.synchronize()
+        return self._origin_s + self._origin.elapsed_time(self._event) / 1000.0
+
+
+class CudaStream:
+    """Compute stream of one CUDA device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self._copies = torch.cuda.Stream(device)
+        # A blocking event lets the waiting thread sleep; a spinning one would hold the driver's lock.
+        self._origin = torch.cuda.Event(enable_timing=True, blocking=True)
+        self._origin.record(self.stream)
+        self._origin.synchronize()
+        self._origin_s = time.monotonic()
+
+    def submit(self, work: Callable[[], None]) -> None:
+        with torch.cuda.stream(self.stream):
+            work()
+
+    def mark(self) -> CudaMark:
+        return self._mark(self.stream)
+
+    def fetch(self, source: torch.Tensor, target: torch.Tensor) -> CudaMark:
+        self._copies.wait_stream(self.stream)
+        with torch.cuda.stream(self._copies):
+            target.copy_(source, non_blocking=True)
+        return self._mark(self._copies)
+
+    def _mark(self, stream: torch.cuda.Stream) -> CudaMark:
+        event = torch.cuda.Event(enable_timing=True, blocking=True)
+        event.record(stream)
+        return CudaMark(event, self._origin, self._origin_s)
+
+    def synchronize(self) -> None:
+        self.stream.synchronize()
+
+    def close(self) -> None:
+        self.stream.synchronize()
+
+
+class HostMark:
+    """Reached when the thread comes by; carries the failure of the work before it, if any."""
+
+    def __init__(self) -> None:
+        self._reached = threading.Event()
+        self._reached_s = 0.0
+        self._failure: BaseException | None = None
+
+    def reach(self, failure: BaseException | None) -> None:
+        self._failure = failure
+        self._reached_s = time.monotonic()
+        self._reached.set()
+
+    def wait(self) -> float:
+        self._reached.wait()
+        if self._failure is not None:
+            raise self._failure
+        return self._reached_s
+
+
+class HostStream:
+    """One thread that stands in for a device."""
+
+    def __init__(self) -> None:
+        self._work: queue.SimpleQueue[Callable[[], None] | HostMark | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="host-stream", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Callable[[], None]) -> None:
+        self._work.put(work)
+
+    def mark(self) -> HostMark:
+        mark = HostMark()
+        self._work.put(mark)
+        return mark
+
+    def fetch(self, source: torch.Tensor, target: torch.Tensor) -> HostMark:
+        self.submit(lambda: _copy(source, target))
+        return self.mark()
+
+    def synchronize(self) -> None:
+        self.mark().wait()
+
+    def close(self) -> None:
+        self._work.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        failure: BaseException | None = None
+        with torch.inference_mode():
+            while (item := self._work.get()) is not None:
+                if isinstance(item, HostMark):
+                    item.reach(failure)
+                elif failure is None:  # like a device after a fault: nothing runs any more, every mark reports it
+                    try:
+                        item()
+                    except BaseException as error:
+                        failure = error
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    target.copy_(source)
+
+
+def open_stream(device: torch.device) -> CudaStream | HostStream:
+    """The stream of a device."""
+    return CudaStream(device) if device.type == "cuda" else HostStream()

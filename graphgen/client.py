@@ -1,0 +1,245 @@
+"""The engine's side of the channel to the scheduler: one thread that receives, and the requests that are open.
+
+Owns the sockets, the table of open requests and the moment the engine is declared dead. Knows nothing of prompts or
+models. Made by `graphgen.core`; any thread may call it.
+
+Nothing here may hang a caller: whatever goes wrong in the thread becomes an exception for every open request and for
+every later call.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+
+import zmq
+
+from graphgen.ipc import errors
+from graphgen.ipc.channel import Channel
+from graphgen.ipc.errors import ConfigError, EngineClosedError, EngineDeadError, GraphgenError, InvalidRequestError
+from graphgen.ipc.messages import (
+    Cancel,
+    EngineStats,
+    EngineToScheduler,
+    Failed,
+    Outputs,
+    Progress,
+    Ready,
+    Rejected,
+    SchedulerToEngine,
+    Shutdown,
+    StatsRequest,
+)
+from graphgen.open_request import Delivery, OpenRequest, Sink
+from graphgen.processes import EngineProcesses
+
+logger = logging.getLogger("graphgen")
+
+WATCH_S = 0.1
+"""How often the thread looks whether the engine's processes live."""
+FAILED_WAIT_S = 0.3
+"""A process that ends on an error says so first; its message gets so long to arrive through the scheduler."""
+CLOSE_GRACE_S = 2.0
+
+
+class Client:
+    """Sends requests to the scheduler and delivers what comes back, until closed or until a process of the engine ends."""
+
+    def __init__(self, processes: EngineProcesses, on_progress: Callable[[Progress], None] | None = None) -> None:
+        self._processes = processes
+        self._on_progress = on_progress
+        self._lock = threading.Lock()  # guards the table, the queue of stats and the fault
+        self._requests: dict[int, OpenRequest] = {}
+        self._stats: deque[Future[EngineStats]] = deque()
+        self._ready: Future[Ready] = Future()
+        self._fault: GraphgenError | None = None
+        self._stopping = threading.Event()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._channel: Channel[EngineToScheduler, SchedulerToEngine] = Channel(
+            self._context, processes.folder, "engine", "bind", SchedulerToEngine
+        )
+        self._thread = threading.Thread(target=self._run, name="graphgen-client", daemon=True)
+        self._thread.start()
+
+    def wait_ready(self, timeout_s: float) -> Ready:
+        """Raises what stopped the start, or EngineDeadError after `timeout_s`."""
+        try:
+            return self._ready.result(timeout_s)
+        except FutureTimeoutError:
+            tails = "\n".join(f"[{name}]\n{self._processes.log_tail(name)}" for name in self._processes.pids)
+            raise EngineDeadError(
+                f"the engine was not ready after {timeout_s:g} s: raise start_timeout_s, or see what its processes"
+                f" wrote:\n{tails}"
+            ) from None
+
+    def submit(self, requests: Iterable[OpenRequest]) -> None:
+        """Opens the requests; from now on their sinks are called. Raises when the engine is closed or dead."""
+        opened = list(requests)
+        with self._lock:
+            self._raise_fault()
+            self._requests.update((request.submit.request_id, request) for request in opened)
+            for request in opened:
+                self._channel.send(request.submit)
+
+    def cancel(self, request_ids: Iterable[int]) -> None:
+        """Ends requests without a word to their sinks. Ids that are not open any more are ignored."""
+        with self._lock:
+            for request_id in request_ids:
+                if self._requests.pop(request_id, None) is not None and self._fault is None:
+                    self._channel.send(Cancel(request_id))
+
+    def stats(self, timeout_s: float) -> EngineStats:
+        """A snapshot. Raises EngineDeadError when the scheduler does not answer in time."""
+        answer: Future[EngineStats] = Future()
+        with self._lock:
+            self._raise_fault()
+            self._stats.append(answer)
+            self._channel.send(StatsRequest())
+        try:
+            return answer.result(timeout_s)
+        except FutureTimeoutError:
+            raise EngineDeadError(f"the scheduler did not answer for {timeout_s:g} s: close the engine") from None
+
+    def close(self) -> None:
+        """Ends the processes, then the thread. Open requests get EngineClosedError. Idempotent."""
+        self._fail(EngineClosedError("the engine was closed: make a new Engine"), farewell=True)
+        self._processes.stop(CLOSE_GRACE_S)
+        self._stopping.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    @property
+    def fault(self) -> GraphgenError | None:
+        """Why no request is taken any more."""
+        return self._fault
+
+    def _raise_fault(self) -> None:
+        if self._fault is not None:
+            raise type(self._fault)(*self._fault.args)
+
+    def _run(self) -> None:
+        """The thread. It owns the receiving socket and closes the channel last."""
+        try:
+            watched_s = time.monotonic()
+            while not self._stopping.is_set():
+                message = self._channel.receive(WATCH_S)
+                if message is not None:
+                    self._handle(message)
+                if time.monotonic() - watched_s >= WATCH_S:
+                    self._watch()
+                    watched_s = time.monotonic()
+        except GraphgenError as error:
+            self._die(error)
+        except Exception as error:
+            logger.exception("graphgen's receiving thread failed")
+            self._die(EngineDeadError(f"the receiving thread failed with {type(error).__name__}: {error}"))
+        finally:
+            self._channel.close(linger_s=0.0)
+            self._context.term()
+
+    def _handle(self, message: SchedulerToEngine) -> None:
+        match message:
+            case Outputs():
+                self._deliver_outputs(message)
+            case Rejected():
+                self._finish(message.request_id, InvalidRequestError(message.message))
+            case EngineStats():
+                with self._lock:
+                    answer = self._stats.popleft()
+                answer.set_result(message)
+            case Progress():
+                if self._on_progress is not None:
+                    self._on_progress(message)
+            case Ready():
+                self._ready.set_result(message)
+            case Failed():
+                raise _error_of(message)
+
+    def _deliver_outputs(self, message: Outputs) -> None:
+        now_s = time.monotonic()
+        for output in message.outputs:
+            request = self._requests.get(output.request_id)
+            if request is None:  # cancelled while its tokens were on their way
+                continue
+            try:
+                delivery, reason = request.take(output, now_s)
+            except Exception as error:  # text of this request that cannot be made must not end the others
+                logger.exception("request %d failed in decoding", output.request_id)
+                self.cancel([output.request_id])
+                _deliver(request.sink, GraphgenError(f"decoding failed with {type(error).__name__}: {error}"))
+                continue
+            if reason is not None:
+                self._close_request(output.request_id, tell_scheduler=output.finish_reason is None)
+            if delivery is not None and not _deliver(request.sink, delivery):
+                self.cancel([output.request_id])
+
+    def _close_request(self, request_id: int, tell_scheduler: bool) -> OpenRequest | None:
+        if tell_scheduler:
+            self.cancel([request_id])
+            return None
+        with self._lock:
+            return self._requests.pop(request_id, None)
+
+    def _finish(self, request_id: int, delivery: Delivery) -> None:
+        request = self._close_request(request_id, tell_scheduler=False)
+        if request is not None:
+            _deliver(request.sink, delivery)
+
+    def _watch(self) -> None:
+        """Raises EngineDeadError when a process has ended that should not have."""
+        if self._fault is not None or (found := self._processes.find_exit()) is None:
+            return
+        # The one that ended first may have told why, and another may follow it: wait for the better word.
+        deadline = time.monotonic() + FAILED_WAIT_S
+        while (left_s := deadline - time.monotonic()) > 0:
+            message = self._channel.receive(left_s)
+            if message is not None:
+                self._handle(message)
+        raise EngineDeadError(f"{found}\nMake a new Engine; requests that were open are lost")
+
+    def _die(self, error: GraphgenError) -> None:
+        """Tells everyone, then ends what is left of the processes."""
+        if self._fault is None:
+            for name in self._processes.pids:
+                if tail := self._processes.log_tail(name, num_lines=100):
+                    logger.error("output of the %s process:\n%s", name, tail)
+        self._fail(error, farewell=True)
+        self._processes.stop(grace_s=0.2)
+
+    def _fail(self, error: GraphgenError, farewell: bool) -> None:
+        """From now on every call raises `error`; the first fault stays."""
+        with self._lock:
+            if self._fault is not None:
+                return
+            self._fault = error
+            requests, self._requests = list(self._requests.values()), {}
+            waiting, self._stats = list(self._stats), deque()
+            if farewell:
+                self._channel.send(Shutdown())
+        for request in requests:
+            _deliver(request.sink, type(error)(*error.args))
+        for future in (self._ready, *waiting):
+            with contextlib.suppress(Exception):  # already answered
+                future.set_exception(type(error)(*error.args))
+
+
+def _deliver(sink: Sink, delivery: Delivery) -> bool:
+    """Whether the reader still exists: an event loop may have been closed under a stream."""
+    try:
+        sink(delivery)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _error_of(failed: Failed) -> GraphgenError:
+    """The exception that a process ended with, as the class it had there if that is one of ours."""
+    kind = getattr(errors, failed.error, None)
+    text = f"{failed.where}: {failed.message}"
+    if isinstance(kind, type) and issubclass(kind, GraphgenError):
+        return kind(failed.message if issubclass(kind, ConfigError) else text)
+    return EngineDeadError(f"{failed.where} failed with {failed.error}: {failed.message}")

@@ -1,0 +1,156 @@
+"""Child processes of an engine: how they start, how they are watched, how they end, from both ends.
+
+Owns the engine's folder (mode 0700: sockets, launch file, output of the children) and the Popen handles. Never sends
+a message. `graphgen.core` uses EngineProcesses; the scheduler and the worker call `end_with_parent` first thing.
+
+A user's program may end in ways that run no code of ours (kill -9), so each child watches its parent.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+
+import graphgen
+
+PARENT_POLL_S = 0.25
+"""How often a child looks whether its parent is alive."""
+
+_LOG_TAIL_BYTES = 8192
+_ERROR_LINES = 15
+
+
+class Exit(msgspec.Struct, frozen=True):
+    """A child that ended by itself."""
+
+    name: str
+    code: int  # negative: the signal that killed it
+    tail: str  # the last lines it wrote
+
+    def __str__(self) -> str:
+        how = f"was killed by {_signal_name(-self.code)}" if self.code < 0 else f"ended with exit code {self.code}"
+        said = f"; its last lines were:\n{self.tail}" if self.tail else " and wrote nothing"
+        return f"the {self.name} process {how}{said}"
+
+
+class EngineProcesses:
+    """The scheduler and the worker of one engine, and the folder they share.
+
+    The constructor starts both. They are in a session of their own, so that Ctrl-C in a terminal reaches the user's
+    program alone, which then closes its engine in order.
+    """
+
+    def __init__(self, modules: tuple[str, ...] = ("graphgen.scheduler", "graphgen.worker")) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="graphgen-"))
+        self._owner_pid = os.getpid()
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        try:
+            for module in modules:
+                self._children[module.rpartition(".")[2]] = self._start(module)
+        except BaseException:
+            self.stop(grace_s=0.0)
+            raise
+
+    def _start(self, module: str) -> subprocess.Popen[bytes]:
+        with (self.folder / f"{module.rpartition('.')[2]}.log").open("wb") as log:
+            return subprocess.Popen(
+                # -P: a file of the user's named like a library must not be imported in its place.
+                [sys.executable, "-P", "-m", module, str(self.folder), str(self._owner_pid)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=_child_environment(),
+            )
+
+    @property
+    def pids(self) -> dict[str, int]:
+        return {name: child.pid for name, child in self._children.items()}
+
+    def find_exit(self) -> Exit | None:
+        """A child that has ended, if any; the one that failed first matters, so errors come before plain ends."""
+        exits = [
+            Exit(name, child.returncode, self.log_tail(name))
+            for name, child in self._children.items()
+            if child.poll() is not None
+        ]
+        return max(exits, key=lambda child_exit: child_exit.code != 0, default=None)
+
+    def log_tail(self, name: str, num_lines: int = _ERROR_LINES) -> str:
+        """The last lines that a child wrote to its output."""
+        try:
+            with (self.folder / f"{name}.log").open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
+                lines = log.read().decode(errors="replace").splitlines()
+        except FileNotFoundError:  # the folder is removed by whoever ends last
+            return ""
+        return "\n".join(lines[-num_lines:])
+
+    def stop(self, grace_s: float) -> None:
+        """Waits `grace_s` for the children to end, ends those that did not, and removes the folder. Idempotent."""
+        if os.getpid() != self._owner_pid:
+            return  # a fork of the user's program runs this at its exit; the engine is not its own
+        deadline = time.monotonic() + grace_s
+        for ask in (None, signal.SIGTERM, signal.SIGKILL):
+            for child in self._children.values():
+                if ask is not None and child.poll() is None:
+                    child.send_signal(ask)
+            if self._wait(deadline):
+                break
+            deadline = time.monotonic() + 0.5
+        for child in self._children.values():
+            # What a child started itself (compilers) lives in the child's process group.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _wait(self, deadline: float) -> bool:
+        """Whether all children have ended by `deadline`."""
+        while any(child.poll() is None for child in self._children.values()):
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.01)
+        return True
+
+
+def end_with_parent(parent_pid: int, folder: Path) -> None:
+    """Ends this process soon after its parent has ended, however that ended, and removes the engine's folder.
+
+    Called by a child before its slow imports. It asks getppid, which cannot be fooled by a reused process id; the
+    kernel's parent-death signal would not do, since that follows the thread which started the child.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent_pid:
+            time.sleep(PARENT_POLL_S)
+        shutil.rmtree(folder, ignore_errors=True)
+        # Compilers that a worker started would outlive it: its process group is its own, see EngineProcesses.
+        if os.getpgrp() == os.getpid():
+            os.killpg(os.getpid(), signal.SIGKILL)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="graphgen-parent-watch", daemon=True).start()
+
+
+def _child_environment() -> dict[str, str]:
+    """The user's environment, with the folder that graphgen was imported from in front of the import path."""
+    package = Path(graphgen.__file__).resolve().parent.parent
+    inherited = os.environ.get("PYTHONPATH")
+    paths = [str(package), *([inherited] if inherited else [])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,79 @@
+"""Which bucket a step uses.
+
+Owns lookup tables over the captured shapes, never a request. Called by `graphgen.scheduler.policy`, and by
+whoever decides how many requests may run at once (`max_running`).
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+from graphgen.ipc.errors import ConfigError
+from graphgen.ipc.messages import Bucket
+
+
+class BucketTable:
+    """The buckets within a token budget. Both questions of a step are answered from tables made here."""
+
+    def __init__(self, buckets: Sequence[Bucket], token_budget: int) -> None:
+        usable = [bucket for bucket in buckets if bucket.num_rows <= token_budget]
+        mixed = [bucket for bucket in usable if bucket.prefill_rows > 0]
+        if not mixed:
+            shapes = ", ".join(str(bucket) for bucket in buckets) or "none"
+            raise ConfigError(
+                f"no bucket with prefill rows is within token_budget {token_budget} (buckets: {shapes}):"
+                " no prompt could ever be computed; raise token_budget"
+            )
+        self.max_decode_rows = max(bucket.decode_rows for bucket in usable)
+        """Decode rows the largest bucket holds."""
+        self.max_running = min(self.max_decode_rows, max(bucket.decode_rows for bucket in mixed) + 1)
+        """Requests that may run at once: all of them can decode, and one can compute its prompt while all the
+        others decode."""
+        self._chunk_room = _chunk_room_by_decodes(mixed, self.max_decode_rows)
+        self._prefill_rungs = sorted({bucket.prefill_rows for bucket in usable} | {0})
+        self._decode_rungs = sorted({bucket.decode_rows for bucket in usable} | {0})
+        by_cost = sorted(usable, key=lambda bucket: (bucket.num_rows, bucket.prefill_rows))
+        self._smallest = [
+            [_first_that_holds(by_cost, prefill_rows, decode_rows) for decode_rows in self._decode_rungs]
+            for prefill_rows in self._prefill_rungs
+        ]
+
+    def chunk_room(self, num_decodes: int) -> int:
+        """Prompt tokens a step may hold beside `num_decodes` decodes; 0 where no bucket holds both kinds."""
+        return self._chunk_room[num_decodes]
+
+    def smallest(self, num_prefills: int, num_decodes: int) -> Bucket:
+        """The bucket of fewest rows that holds both counts; at equal rows the one with fewer prefill rows."""
+        row = bisect_left(self._prefill_rungs, num_prefills)
+        column = bisect_left(self._decode_rungs, num_decodes)
+        found = None
+        if row < len(self._prefill_rungs) and column < len(self._decode_rungs):
+            found = self._smallest[row][column]
+        if found is None:
+            raise ValueError(
+                f"no bucket holds {num_prefills} prompt tokens and {num_decodes} decodes:"
+                f" ask chunk_room first; at most {self.max_decode_rows} decodes fit"
+            )
+        return found
+
+
+def _chunk_room_by_decodes(mixed: Sequence[Bucket], max_decode_rows: int) -> list[int]:
+    """For each number of decodes: the most prefill rows on the lowest rung of decode rows that holds them.
+
+    Only that rung counts, so that a step does not pay for decode rows it has no use for.
+    """
+    largest: dict[int, int] = {}
+    for bucket in mixed:
+        largest[bucket.decode_rows] = max(bucket.prefill_rows, largest.get(bucket.decode_rows, 0))
+    rungs = sorted(largest)
+    room = []
+    for num_decodes in range(max_decode_rows + 1):
+        rung = bisect_left(rungs, num_decodes)
+        room.append(largest[rungs[rung]] if rung < len(rungs) else 0)
+    return room
+
+
+def _first_that_holds(buckets: Sequence[Bucket], prefill_rows: int, decode_rows: int) -> Bucket | None:
+    for bucket in buckets:
+        if bucket.prefill_rows >= prefill_rows and bucket.decode_rows >= decode_rows:
+            return bucket
+    return None

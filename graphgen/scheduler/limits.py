@@ -1,0 +1,53 @@
+"""What the worker can hold, and which requests can never be served within it.
+
+Owns numbers only. Made by `graphgen.scheduler.process` from what the worker reports; read by
+`graphgen.scheduler.policy`.
+"""
+
+from msgspec import Struct
+
+from graphgen.ipc.errors import ConfigError, InvalidRequestError
+from graphgen.ipc.messages import Bucket
+
+
+class SchedulerLimits(Struct, frozen=True):
+    """Sizes of the worker's tables, and how much one step may hold. Raises ConfigError for a size below 1."""
+
+    buckets: tuple[Bucket, ...]
+    num_pages: int
+    page_size: int  # positions
+    max_running: int  # slots
+    max_chunks: int  # of one step
+    token_budget: int  # rows of one step
+    max_model_len: int  # prompt and output together
+    steps_in_flight: int = 2
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__[1:]:
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"{name} is {value}, the least is 1: raise {name}")
+
+    def pages_for(self, num_positions: int) -> int:
+        """Pages that hold this many positions of one request."""
+        return -(-num_positions // self.page_size)
+
+    def check_servable(self, prompt_len: int, max_tokens: int) -> None:
+        """Raises InvalidRequestError for a request that does not fit even with nothing else running."""
+        if prompt_len < 1:
+            raise InvalidRequestError("the prompt has 0 tokens, the least is 1: send at least one token")
+        if max_tokens < 1:
+            raise InvalidRequestError(f"max_tokens is {max_tokens}, the least is 1: raise max_tokens")
+        if prompt_len + max_tokens > self.max_model_len:
+            raise InvalidRequestError(
+                f"prompt has {prompt_len} tokens and max_tokens is {max_tokens}, max_model_len is"
+                f" {self.max_model_len}: shorten the prompt, lower max_tokens or raise max_model_len"
+            )
+        # The last token of the output is never computed, so it needs no position.
+        num_pages = self.pages_for(prompt_len + max_tokens - 1)
+        if num_pages > self.num_pages:
+            raise InvalidRequestError(
+                f"prompt has {prompt_len} tokens and max_tokens is {max_tokens}: together they take"
+                f" {num_pages} pages of {self.page_size} positions, the KV cache has {self.num_pages};"
+                " shorten the prompt, lower max_tokens or raise num_pages"
+            )

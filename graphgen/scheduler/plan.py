@@ -1,0 +1,133 @@
+"""A step plan under construction, and the record of it that is kept until its tokens arrive.
+
+Owns the layout of a plan (order of rows, packing), never the choice of what goes into it. Called by
+`graphgen.scheduler.policy`.
+"""
+
+from array import array
+from typing import NamedTuple
+
+from msgspec import Struct
+
+from graphgen.ipc.codec import pack_int32
+from graphgen.ipc.messages import Bucket, Chunk, SlotInit, StepPlan
+from graphgen.scheduler.request import Request, RunningRequest
+
+
+class ChunkRecord(NamedTuple):
+    """Tokens [start, start + length) of one request."""
+
+    request: Request
+    start: int
+    length: int
+
+
+class StepRecord(NamedTuple):
+    """What a plan in flight did. Its result finds its requests here: slots may have new owners by then."""
+
+    step_id: int
+    bucket: Bucket
+    chunks: list[ChunkRecord]
+    decodes: list[Request]
+    drawing: list[Request]
+    """The requests that get a token, in the order of the step result."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that hold a token; the rest of the bucket is padding."""
+        return sum(chunk.length for chunk in self.chunks) + len(self.decodes)
+
+
+class StepDescription(Struct, frozen=True):
+    """A plan in terms of requests, for the step log."""
+
+    step_id: int
+    bucket: Bucket
+    chunks: tuple[tuple[int, int, int], ...]  # request id, start, length
+    decode_request_ids: tuple[int, ...]
+    padding_rows: int
+
+    @classmethod
+    def of(cls, record: StepRecord) -> "StepDescription":
+        return cls(
+            step_id=record.step_id,
+            bucket=record.bucket,
+            chunks=tuple((chunk.request.request_id, chunk.start, chunk.length) for chunk in record.chunks),
+            decode_request_ids=tuple(request.request_id for request in record.decodes),
+            padding_rows=record.bucket.num_rows - record.num_rows,
+        )
+
+
+class PlanDraft:
+    """Rows and pages of one step while the policy picks them.
+
+    Adding a row advances its request (`num_computed`, `num_in_flight`), so a row that was added stays.
+    """
+
+    def __init__(self) -> None:
+        self.num_chunk_tokens = 0
+        self.last_rows: list[RunningRequest] = []
+        """Requests whose last token is drawn by this step: no later step needs their slot and pages."""
+        self._chunks: list[Chunk] = []
+        self._chunk_records: list[ChunkRecord] = []
+        self._chunk_token_ids = array("i")
+        self._chunks_drawing: list[Request] = []
+        self._decodes: list[Request] = []
+        self._decode_slots: list[int] = []
+        self._decode_positions: list[int] = []
+        self._new_pages: list[int] = []
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self._chunks)
+
+    @property
+    def num_decodes(self) -> int:
+        return len(self._decodes)
+
+    def add_pages(self, slot: int, first_index: int, pages: list[int]) -> None:
+        """`pages` become entries `first_index` and following of the slot's block table."""
+        for index, page in enumerate(pages, first_index):
+            self._new_pages += (slot, index, page)
+
+    def add_decode(self, running: RunningRequest) -> None:
+        """One row: the slot's last token, at the next position."""
+        request = running.request
+        self._decodes.append(request)
+        self._decode_slots.append(running.slot)
+        self._decode_positions.append(running.num_computed)
+        running.num_computed += 1
+        request.num_in_flight += 1
+        if running.num_computed == request.end_position:
+            self.last_rows.append(running)
+
+    def add_chunk(self, running: RunningRequest, length: int, init: SlotInit | None) -> None:
+        """The next `length` known tokens. Only the chunk that reaches the last of them draws a token."""
+        request, start = running.request, running.num_computed
+        end = start + length
+        draws = end == running.prefill_end
+        self._chunks.append(Chunk(running.slot, start, length, draws, init))
+        self._chunk_records.append(ChunkRecord(request, start, length))
+        self._chunk_token_ids += request.tokens[start:end]
+        self.num_chunk_tokens += length
+        running.num_computed = end
+        if draws:
+            self._chunks_drawing.append(request)
+            request.num_in_flight += 1
+            if end == request.end_position:
+                self.last_rows.append(running)
+
+    def build(self, step_id: int, bucket: Bucket, now_s: float) -> tuple[StepPlan, StepRecord]:
+        """The message to the worker, and the record that its result is matched with."""
+        plan = StepPlan(
+            step_id=step_id,
+            bucket=bucket,
+            chunks=tuple(self._chunks),
+            chunk_token_ids=pack_int32(self._chunk_token_ids),
+            decode_slots=pack_int32(self._decode_slots),
+            decode_positions=pack_int32(self._decode_positions),
+            new_pages=pack_int32(self._new_pages),
+            planned_s=now_s,
+        )
+        drawing = self._chunks_drawing + self._decodes
+        return plan, StepRecord(step_id, bucket, self._chunk_records, self._decodes, drawing)

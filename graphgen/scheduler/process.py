@@ -1,0 +1,197 @@
+"""The scheduler process: the loop that feeds the pure policy with messages, time and step results.
+
+Owns the two channels, the clock and the step log. A result is answered with the next plan before anything else is
+done with it, so that the worker always has a step to launch; the outputs go to the Engine after that.
+"""
+
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import zmq
+
+from graphgen.config import LaunchConfig
+from graphgen.ipc.channel import Channel
+from graphgen.ipc.codec import unpack_int32
+from graphgen.ipc.errors import InvalidRequestError
+from graphgen.ipc.messages import (
+    Cancel,
+    EngineStats,
+    EngineToScheduler,
+    Failed,
+    Outputs,
+    Progress,
+    Ready,
+    Rejected,
+    SchedulerToEngine,
+    SchedulerToWorker,
+    Shutdown,
+    StatsRequest,
+    StepPlan,
+    StepResult,
+    Submit,
+    TokenOutput,
+    WorkerCounters,
+    WorkerReady,
+    WorkerToScheduler,
+)
+from graphgen.processes import end_with_parent
+from graphgen.scheduler.limits import SchedulerLimits
+from graphgen.scheduler.policy import Scheduler
+from graphgen.scheduler.step_log import StepLog
+from graphgen.scheduler.step_times import StepTimes
+
+EngineChannel = Channel[SchedulerToEngine, EngineToScheduler]
+WorkerChannel = Channel[SchedulerToWorker, WorkerToScheduler]
+
+
+def main(folder: Path, parent_pid: int) -> None:
+    """Runs until Shutdown, the worker's failure, or the end of the parent."""
+    end_with_parent(parent_pid, folder)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    engine: EngineChannel = Channel(context, folder, "engine", "connect", EngineToScheduler)
+    worker: WorkerChannel = Channel(context, folder, "worker", "bind", WorkerToScheduler)
+    try:
+        config = LaunchConfig.read(folder)
+        ready = _wait_for_worker(engine, worker)
+        if ready is not None:
+            engine.send(Ready(ready, config.max_running, config.token_budget))
+            with StepLog.open(config.step_log) as step_log:
+                SchedulerLoop(_policy(config, ready), engine, worker, step_log).run()
+    except BaseException as error:
+        traceback.print_exc()
+        engine.send(Failed("scheduler", type(error).__name__, str(error) or repr(error)))
+        worker.send(Shutdown())
+        engine.close(linger_s=1.0)
+        worker.close(linger_s=1.0)
+        sys.exit(1)
+    worker.send(Shutdown())
+    worker.close(linger_s=1.0)
+    engine.close(linger_s=1.0)
+    context.term()
+
+
+class WorkerFailedError(Exception):
+    """The worker said that it cannot go on."""
+
+
+def _policy(config: LaunchConfig, ready: WorkerReady) -> Scheduler:
+    return Scheduler(
+        SchedulerLimits(
+            buckets=ready.buckets,
+            num_pages=ready.num_pages,
+            page_size=ready.page_size,
+            max_running=config.max_running,
+            max_chunks=ready.max_chunks,
+            token_budget=config.token_budget,
+            max_model_len=config.max_model_len,
+        )
+    )
+
+
+def _wait_for_worker(engine: EngineChannel, worker: WorkerChannel) -> WorkerReady | None:
+    """Passes the worker's progress on until it is ready; None when the Engine wants to stop before that."""
+    poller = zmq.Poller()
+    poller.register(engine.receiver, zmq.POLLIN)
+    poller.register(worker.receiver, zmq.POLLIN)
+    while True:
+        poller.poll()
+        for message in worker.drain():
+            match message:
+                case Progress():
+                    engine.send(message)
+                case WorkerReady():
+                    return message
+                case Failed():
+                    raise WorkerFailedError(f"{message.error}: {message.message}")
+        # The Engine submits nothing before Ready.
+        if any(isinstance(message, Shutdown) for message in engine.drain()):
+            return None
+
+
+class SchedulerLoop:
+    """Messages in, plans and outputs out, for as long as the engine lives."""
+
+    def __init__(self, policy: Scheduler, engine: EngineChannel, worker: WorkerChannel, step_log: StepLog) -> None:
+        self._policy = policy
+        self._engine = engine
+        self._worker = worker
+        self._step_log = step_log
+        self._step_times = StepTimes()
+        self._counters = WorkerCounters()
+        self._planned_s: dict[int, float] = {}
+        self._running = True
+
+    def run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._engine.receiver, zmq.POLLIN)
+        poller.register(self._worker.receiver, zmq.POLLIN)
+        while self._running:
+            poller.poll()
+            outputs: list[TokenOutput] = []
+            for worker_message in self._worker.drain():
+                outputs += self._take_from_worker(worker_message)
+            for engine_message in self._engine.drain():
+                self._take_from_engine(engine_message)
+            self._send_plans()
+            if outputs:
+                self._engine.send(Outputs(tuple(outputs)))
+
+    def _send_plans(self) -> None:
+        """Keeps as many steps in flight as the policy allows."""
+        while self._running and (plan := self._policy.schedule(time.monotonic())) is not None:
+            self._worker.send(plan)
+            self._remember(plan)
+
+    def _remember(self, plan: StepPlan) -> None:
+        self._planned_s[plan.step_id] = plan.planned_s
+
+    def _take_from_worker(self, message: WorkerToScheduler) -> tuple[TokenOutput, ...]:
+        match message:
+            case StepResult() as result:
+                step = self._policy.describe_step(result.step_id)
+                self._step_log.write(step, result, self._planned_s.pop(result.step_id))
+                self._step_times.add(result.started_s, result.finished_s)
+                self._counters = result.counters
+                return self._policy.update(result.step_id, unpack_int32(result.token_ids))
+            case Failed() as failed:
+                raise WorkerFailedError(f"{failed.error}: {failed.message}")
+            case Progress() | WorkerReady():
+                return ()
+
+    def _take_from_engine(self, message: EngineToScheduler) -> None:
+        match message:
+            case Submit() as submit:
+                try:
+                    self._policy.add(submit)
+                except InvalidRequestError as error:
+                    self._engine.send(Rejected(submit.request_id, str(error)))
+            case Cancel() as cancel:
+                self._policy.cancel(cancel.request_id)
+            case StatsRequest():
+                self._step_log.flush()
+                self._engine.send(self._stats())
+            case Shutdown():
+                self._running = False
+
+    def _stats(self) -> EngineStats:
+        policy = self._policy
+        p50, p95, p99, most = self._step_times.summary_ms()
+        return EngineStats(
+            running=policy.running,
+            waiting=policy.waiting,
+            pages_free=policy.pages_free,
+            pages_total=policy.pages_total,
+            steps=policy.steps,
+            graph_replays=self._counters.graph_replays,
+            eager_steps=self._counters.eager_steps,
+            recompilations=self._counters.recompilations,
+            padding_share=policy.padding_rows / policy.total_rows if policy.total_rows else 0.0,
+            preemptions=policy.preemptions,
+            finished=policy.finished,
+            step_ms_p50=p50,
+            step_ms_p95=p95,
+            step_ms_p99=p99,
+            step_ms_max=most,
+        )

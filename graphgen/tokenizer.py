@@ -1,0 +1,73 @@
+"""The model's tokenizer: text to ids and back.
+
+Owns the Hugging Face tokenizer object. Never runs code of a checkpoint. Loaded by `graphgen.core` while the engine's
+processes start, because importing transformers takes seconds.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from graphgen.ipc.errors import CheckpointError, InvalidRequestError
+
+_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model", "tekken.json")
+
+
+class Tokenizer:
+    """Safe to use from several threads."""
+
+    def __init__(self, hf_tokenizer: Any) -> None:  # transformers publishes no types, hence Any
+        self._hf = hf_tokenizer
+        # The Rust tokenizer behind the Hugging Face object: a tenth of the cost for one token. A few old models have none.
+        self._backend: Any = getattr(hf_tokenizer, "backend_tokenizer", None)
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+        self.byte_token_ids = self._find_byte_tokens()
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, with the special tokens that the model wants around a prompt."""
+        try:
+            if self._backend is None:
+                return [list(self._hf.encode(text)) for text in texts]
+            return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=True)]
+        except (UnicodeEncodeError, TypeError) as error:
+            raise InvalidRequestError(
+                f"a prompt is no valid Unicode text ({error}): remove its lone surrogates"
+            ) from None
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """The text of the ids, spaces as the model wrote them (no clean-up of spaces before punctuation)."""
+        if self._backend is not None:
+            return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+        return str(
+            self._hf.decode(
+                list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def _find_byte_tokens(self) -> frozenset[int]:
+        """Ids of the tokens `<0x00>` to `<0xFF>` where they stand for bytes."""
+        ids = self._hf.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
+        unknown = self._hf.unk_token_id
+        known = frozenset(token_id for token_id in ids if token_id is not None and token_id != unknown)
+        letter = self._hf.convert_tokens_to_ids("<0x41>")
+        return known if letter in known and self.decode([letter], skip_special_tokens=False) == "A" else frozenset()
+
+
+def load_tokenizer(location: str | Path, revision: str | None) -> Tokenizer | None:
+    """The tokenizer of a local folder or hub id; None for a folder that holds none, whose model is served by ids alone.
+
+    Raises CheckpointError for one that cannot be read.
+    """
+    folder = Path(location).expanduser()
+    if folder.is_dir() and not any((folder / name).exists() for name in _FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return Tokenizer(AutoTokenizer.from_pretrained(str(location), revision=revision, trust_remote_code=False))
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise CheckpointError(
+            f"the tokenizer of {str(location)!r} cannot be read ({error}): repair it or name another with tokenizer="
+        ) from error

@@ -1,0 +1,93 @@
+"""Which attention kernels serve this device: chosen once, at the start.
+
+Owns the choice and the one interface the runner uses; the kernels are in graphgen.models.attention.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from graphgen.capture.buffers import Words
+from graphgen.config import LaunchConfig
+from graphgen.ipc.errors import GraphgenError
+from graphgen.ipc.messages import Bucket
+from graphgen.models.attention.tables import RowTables
+from graphgen.worker.inputs import InputShape
+
+
+class AttentionBackend(Protocol):
+    """Kernels for both regions of a step's rows."""
+
+    name: str  # "torch" or "flashinfer": the op the decoder calls
+    description: str  # for people
+
+    def load_kernels(self) -> None: ...
+
+    def plan(self, num_prefill_rows: int, chunk_starts: Words, chunk_kv_lens: Words, decode_kv_lens: Words) -> None: ...
+
+    def prepare(self, tables: RowTables) -> list[Tensor]: ...
+
+
+class TorchAttention:
+    """The reference kernels: any device, nothing to plan."""
+
+    name = "torch"
+
+    def __init__(self, reason: str) -> None:
+        self.description = f"torch ({reason})"
+
+    def load_kernels(self) -> None:
+        """They are part of torch."""
+
+    def plan(self, num_prefill_rows: int, chunk_starts: Words, chunk_kv_lens: Words, decode_kv_lens: Words) -> None:
+        """The row tables say all that is needed."""
+
+    def prepare(self, tables: RowTables) -> list[Tensor]:
+        del tables
+        return []
+
+
+def open_backend(
+    config: LaunchConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    buckets: tuple[Bucket, ...],
+    shape: InputShape,
+) -> AttentionBackend:
+    """The backend the config asks for; "auto" takes FlashInfer where it can run and says why where it cannot."""
+    if config.attention == "torch":
+        return TorchAttention("as configured")
+    if device.type != "cuda":
+        if config.attention == "flashinfer":
+            raise GraphgenError(
+                f"attention is 'flashinfer', which needs CUDA, device is {device}: use attention='torch'"
+            )
+        return TorchAttention("the CPU has no other")
+    try:
+        return _open_flashinfer(config, dtype, buckets, shape)
+    except (ImportError, GraphgenError) as error:
+        if config.attention == "flashinfer":
+            raise
+        return TorchAttention(f"FlashInfer cannot be used: {error}")
+
+
+def _open_flashinfer(
+    config: LaunchConfig, dtype: torch.dtype, buckets: tuple[Bucket, ...], shape: InputShape
+) -> AttentionBackend:
+    from graphgen.models.attention.flashinfer import AttentionShape, FlashInferAttention
+
+    spec = config.spec
+    return FlashInferAttention(
+        AttentionShape(
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            page_size=config.page_size,
+            dtype=dtype,
+            windows=tuple(sorted({window or 0 for window in spec.windows})),
+        ),
+        most_chunks=shape.max_chunks,
+        most_prefill_rows=max(bucket.prefill_rows for bucket in buckets),
+        most_decode_rows=max(bucket.decode_rows for bucket in buckets),
+    )

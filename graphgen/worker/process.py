@@ -1,0 +1,86 @@
+"""The worker process: plans in, results out.
+
+Three threads. The main thread receives a plan, packs it and launches it; because a launch returns at once, it is
+back at the socket while the device computes. The collector waits for each step's tokens and sends its result. The
+watchdog ends the process when its parent is gone.
+"""
+
+import logging
+import queue
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import zmq
+
+from graphgen.config import LaunchConfig
+from graphgen.ipc.channel import Channel
+from graphgen.ipc.codec import pack_int32
+from graphgen.ipc.messages import Failed, SchedulerToWorker, Shutdown, StepPlan, StepResult, WorkerToScheduler
+from graphgen.processes import end_with_parent
+from graphgen.worker.runner import LaunchedStep, ModelRunner
+
+WorkerChannel = Channel[WorkerToScheduler, SchedulerToWorker]
+
+logger = logging.getLogger("graphgen.worker")
+
+
+def main(folder: Path, parent_pid: int) -> None:
+    """Runs until Shutdown, a failure, or the end of the parent."""
+    end_with_parent(parent_pid, folder)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    channel: WorkerChannel = Channel(context, folder, "worker", "connect", SchedulerToWorker)
+    try:
+        config = LaunchConfig.read(folder)
+        with torch.inference_mode():
+            runner = ModelRunner(config, channel.send)
+            channel.send(runner.describe())
+            _serve(runner, channel)
+    except BaseException as error:
+        traceback.print_exc()
+        channel.send(Failed("worker", type(error).__name__, str(error) or repr(error)))
+        channel.close(linger_s=1.0)
+        sys.exit(1)
+    channel.close()
+    context.term()
+
+
+def _serve(runner: ModelRunner, channel: WorkerChannel) -> None:
+    launched: queue.SimpleQueue[LaunchedStep | None] = queue.SimpleQueue()
+    collector = threading.Thread(target=_collect, args=(runner, launched, channel), name="collector", daemon=True)
+    collector.start()
+    while True:
+        match channel.receive():
+            case StepPlan() as plan:
+                launched.put(runner.launch(plan, received_s=time.monotonic()))
+            case Shutdown():
+                break
+    launched.put(None)
+    collector.join(timeout=1.0)
+    runner.close()
+
+
+def _collect(runner: ModelRunner, launched: "queue.SimpleQueue[LaunchedStep | None]", channel: WorkerChannel) -> None:
+    """Sends the result of each step once its tokens are on the host; a failed step ends the process."""
+    try:
+        while (step := launched.get()) is not None:
+            channel.send(_result(step, runner))
+    except BaseException as error:
+        traceback.print_exc()
+        channel.send(Failed("worker", type(error).__name__, f"a step failed: {error or repr(error)}"))
+
+
+def _result(step: LaunchedStep, runner: ModelRunner) -> StepResult:
+    step.fetched.wait()
+    return StepResult(
+        step_id=step.step_id,
+        token_ids=pack_int32(step.tokens.numpy()[step.drawn_rows].tolist()),
+        received_s=step.received_s,
+        launched_s=step.launched_s,
+        started_s=step.started.wait(),
+        finished_s=step.finished.wait(),
+        counters=runner.counters,
+    )

@@ -1,0 +1,259 @@
+"""The model runner: everything of one device, built in phases, then one `launch` per plan.
+
+Owns decoder, KV cache, slot tables, buckets' graphs and staging. Knows slots, pages and buckets, never requests.
+The only place that sees both `models` and `capture`. Called by process.py.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from msgspec import Struct
+from torch import Tensor
+
+from graphgen.capture.buckets import build_ladder
+from graphgen.capture.buffers import StagingRing, Words
+from graphgen.capture.graphs import GraphPool
+from graphgen.capture.memory import free_bytes, pages_that_fit, peak_bytes_of
+from graphgen.capture.stream import Mark, open_stream
+from graphgen.config import LaunchConfig
+from graphgen.ipc.messages import (
+    Bucket,
+    Chunk,
+    Phase,
+    Progress,
+    StepPlan,
+    WorkerCounters,
+    WorkerReady,
+)
+from graphgen.models.kv_cache import KVCache, bytes_per_page
+from graphgen.models.loader import load_decoder
+from graphgen.models.sampling import ROW_WIDTH, make_sampler, pack_slot
+from graphgen.worker.backend import open_backend
+from graphgen.worker.inputs import InputShape, RegionLengths, input_layout, pack_plan
+from graphgen.worker.step import TOKEN_RING, SlotTables, Step
+
+MAX_CHUNKS = 32
+"""Chunks one step may hold. More would only help prompts shorter than a thirty-second of the budget."""
+
+Report = Callable[[Progress], None]
+
+
+class LaunchedStep(Struct, frozen=True):
+    """A step that was handed to the device."""
+
+    step_id: int
+    received_s: float
+    launched_s: float
+    started: Mark
+    finished: Mark
+    fetched: Mark
+    tokens: Tensor  # host, one token per sampled row of the bucket; valid once `fetched` is reached
+    drawn_rows: Words  # which of them the plan asked for
+
+
+class ModelRunner:
+    """One device, ready to run plans."""
+
+    def __init__(self, config: LaunchConfig, report: Report) -> None:
+        self._config = config
+        self._phases: list[Phase] = []
+        self._device = torch.device(config.device)
+        self._stream = open_stream(self._device)
+        if config.cpu_threads is not None:
+            torch.set_num_threads(config.cpu_threads)
+        self._buckets = build_ladder(config.token_budget, config.max_running)
+        self._shape = InputShape(
+            max_chunks=min(MAX_CHUNKS, max(bucket.prefill_rows for bucket in self._buckets)),
+            trash_slot=config.max_running,
+            pages_per_slot=-(-config.max_model_len // config.page_size),
+            params_width=ROW_WIDTH,
+        )
+        dtype = getattr(torch, config.dtype)
+        self._backend = open_backend(config, self._device, dtype, self._buckets, self._shape)
+        with self._phase("load"):
+            self._decoder = load_decoder(
+                folder=Path(config.model_folder),
+                spec=config.spec,
+                dtype=dtype,
+                device=self._device,
+                attention=self._backend.name,
+                load_format=config.load_format,  # type: ignore[arg-type]  # checked by EngineConfig
+                seed=config.seed,
+                progress=lambda done, total: report(Progress("load", done, total)),
+            )
+        self._sampler = make_sampler(config.max_running, config.spec.vocab_size, self._device)
+        self._layouts = {bucket: input_layout(bucket, self._shape) for bucket in self._buckets}
+        most_words = max(layout.num_words for layout in self._layouts.values())
+        self._block = torch.zeros(most_words, dtype=torch.int32, device=self._device)
+        self._staging = StagingRing(most_words, TOKEN_RING, pinned=self._device.type == "cuda")
+        most_sampled = max(self._sampled_rows(bucket) for bucket in self._buckets)
+        self._token_ring = torch.zeros(TOKEN_RING, most_sampled, dtype=torch.int32, device=self._device)
+        self._host_tokens = torch.zeros(
+            TOKEN_RING, most_sampled, dtype=torch.int32, pin_memory=self._device.type == "cuda"
+        )
+        with self._phase("kernels"):
+            self._backend.load_kernels()
+        if config.compile:
+            self._decoder.compile_layers()
+            with self._phase("compile"):
+                self._run_once(self._buckets[-1])
+        with self._phase("profile"):
+            self._kv_cache = self._open_kv_cache(self._num_pages(dtype), dtype)
+        with self._phase("capture"):
+            self._graphs = GraphPool(
+                self._stream,
+                self._steps(self._kv_cache, self._buckets),
+                before_warm_up=self._fill_idle_step,
+                progress=lambda done, total: report(Progress("capture", done, total)),
+            )
+        self._num_compiled = self._decoder.recompilations()
+        self._graphs.num_eager_steps = 0
+        self._ring_row = 0
+
+    def describe(self) -> WorkerReady:
+        """What was decided from the device that was found."""
+        is_cuda = self._device.type == "cuda"
+        return WorkerReady(
+            device=torch.cuda.get_device_name(self._device) if is_cuda else "cpu",
+            attention=self._backend.description,
+            graphs=self._graphs.captures,
+            compiled=self._config.compile,
+            buckets=self._buckets,
+            max_chunks=self._shape.max_chunks,
+            num_pages=self._kv_cache.num_pages,
+            page_size=self._config.page_size,
+            phases=tuple(self._phases),
+        )
+
+    @property
+    def counters(self) -> WorkerCounters:
+        """Totals since ready."""
+        return WorkerCounters(
+            graph_replays=self._graphs.num_replays,
+            eager_steps=self._graphs.num_eager_steps,
+            recompilations=self._decoder.recompilations() - self._num_compiled,
+        )
+
+    def launch(self, plan: StepPlan, received_s: float) -> LaunchedStep:
+        """Packs the plan, hands it to the device and returns; steps run in the order of their launches."""
+        ring_row = self._ring_row
+        self._ring_row = (ring_row + 1) % TOKEN_RING
+        started = self._stage(plan, ring_row)
+        self._stream.submit(lambda: self._graphs.run(plan.bucket))
+        finished = self._stream.mark()
+        num_sampled = self._sampled_rows(plan.bucket)
+        tokens = self._host_tokens[ring_row, :num_sampled]
+        fetched = self._stream.fetch(self._token_ring[ring_row, :num_sampled], tokens)
+        return LaunchedStep(
+            step_id=plan.step_id,
+            received_s=received_s,
+            launched_s=time.monotonic(),
+            started=started,
+            finished=finished,
+            fetched=fetched,
+            tokens=tokens,
+            drawn_rows=_drawn_rows(plan, self._shape.chunks(plan.bucket)),
+        )
+
+    def close(self) -> None:
+        """Waits for what was launched."""
+        self._stream.close()
+
+    # --- the input of a step -----------------------------------------------------------------------------------
+
+    def _stage(self, plan: StepPlan, ring_row: int) -> Mark:
+        """Queues the plan's input; returns the mark of the step's start."""
+        block = self._staging.acquire()
+        num_words, lengths = pack_plan(
+            plan, self._layouts[plan.bucket], self._shape, block.numpy(), ring_row, self._pack_slot
+        )
+        started = self._stream.mark()
+        self._stream.submit(lambda: self._load_input(plan.bucket, block, num_words, lengths))
+        self._staging.release(self._stream)
+        return started
+
+    def _load_input(self, bucket: Bucket, block: Tensor, num_words: int, lengths: RegionLengths) -> None:
+        self._block[:num_words].copy_(block[:num_words], non_blocking=True)
+        self._backend.plan(bucket.prefill_rows, lengths.chunk_starts, lengths.chunk_kv_lens, lengths.decode_kv_lens)
+
+    def _pack_slot(self, init: object) -> Words:
+        return pack_slot(init, self._config.spec.vocab_size)  # type: ignore[arg-type]  # SlotInit, see inputs.py
+
+    def _fill_idle_step(self, bucket: Bucket) -> None:
+        """Input of a full step of the trash slot alone: it computes everything and touches no request."""
+        length = min(bucket.prefill_rows, self._config.max_model_len)
+        chunks = (Chunk(self._shape.trash_slot, 0, length, samples=True, init=None),) if length else ()
+        tokens = np.zeros(length, np.int32).tobytes()
+        plan = StepPlan(0, bucket, chunks, tokens, b"", b"", b"", 0.0)
+        layout = self._layouts[bucket]
+        block = torch.zeros(layout.num_words, dtype=torch.int32)
+        num_words, lengths = pack_plan(plan, layout, self._shape, block.numpy(), 0, self._pack_slot)
+        self._load_input(bucket, block, num_words, lengths)
+
+    def _sampled_rows(self, bucket: Bucket) -> int:
+        return self._shape.chunks(bucket) + bucket.decode_rows
+
+    # --- building ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        begun_s = time.monotonic()
+        yield
+        self._stream.synchronize()
+        self._phases.append(Phase(name, time.monotonic() - begun_s))
+
+    def _open_kv_cache(self, num_pages: int, dtype: torch.dtype) -> KVCache:
+        return KVCache(self._config.spec, num_pages, self._config.page_size, dtype, self._device)
+
+    def _steps(self, kv_cache: KVCache, buckets: tuple[Bucket, ...]) -> dict[Bucket, Step]:
+        slots = SlotTables(self._config.max_running, self._shape.pages_per_slot, kv_cache.trash_page, self._device)
+        return {
+            bucket: Step(
+                bucket=bucket,
+                layout=self._layouts[bucket],
+                block=self._block,
+                slots=slots,
+                token_ring=self._token_ring,
+                decoder=self._decoder,
+                kv_cache=kv_cache,
+                attention=self._backend,
+                sampler=self._sampler,
+            )
+            for bucket in buckets
+        }
+
+    def _run_once(self, bucket: Bucket) -> None:
+        """One idle step over a cache of one page: compiles, loads kernels, and takes the memory a step takes."""
+        step = self._steps(self._open_kv_cache(1, getattr(torch, self._config.dtype)), (bucket,))[bucket]
+        self._stream.submit(lambda: self._fill_idle_step(bucket))
+        self._stream.submit(step)
+        self._stream.synchronize()
+
+    def _num_pages(self, dtype: torch.dtype) -> int:
+        """Pages of the cache: what was asked for, or what is left beside the largest step."""
+        config = self._config
+        if config.num_pages is not None:
+            return config.num_pages
+        page_bytes = bytes_per_page(config.spec, config.page_size, dtype)
+        step_bytes = 0
+        if self._device.type == "cuda":
+            step_bytes = peak_bytes_of(self._device, lambda: self._run_once(self._buckets[-1]))
+        return pages_that_fit(
+            budget_bytes=free_bytes(self._device, config.memory_fraction) - 2 * step_bytes - page_bytes,
+            bytes_per_page=page_bytes,
+            wanted_pages=config.max_running * self._shape.pages_per_slot,
+            least_pages=self._shape.pages_per_slot,
+        )
+
+
+def _drawn_rows(plan: StepPlan, num_chunks: int) -> Words:
+    """Sampled rows the plan asked for: of C chunk rows those that sample, then the live decode rows."""
+    chunks = [index for index, chunk in enumerate(plan.chunks) if chunk.samples]
+    num_decodes = len(plan.decode_slots) // 4
+    return np.concatenate(
+        (np.asarray(chunks, np.int32), np.arange(num_chunks, num_chunks + num_decodes, dtype=np.int32))
+    )

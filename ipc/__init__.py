@@ -1,0 +1,1 @@
+"""Messages and channels between graphgen's processes. Imports nothing of graphgen's own above it."""

@@ -1,0 +1,41 @@
+"""The exception tree of graphgen. Every message says the value, the limit and the remedy.
+
+GraphgenError
+├── ConfigError (ValueError)             an EngineConfig that cannot work on this machine or model
+├── InvalidRequestError (ValueError)     a prompt or sampling parameter that can never be served
+├── UnsupportedModelError (ValueError)   an architecture or a feature of a model that graphgen does not run
+├── CheckpointError                      a checkpoint that is missing, misshapen or not safetensors
+├── EngineClosedError (RuntimeError)     a call on an Engine after close()
+└── EngineDeadError (RuntimeError)       a process of the engine ended; the message says which and why
+
+They live in `ipc`, the bottom layer, because every process raises them and the wire carries their names.
+Users import them from `graphgen`.
+"""
+
+
+class GraphgenError(Exception):
+    """Base of everything graphgen raises on purpose."""
+
+
+class ConfigError(GraphgenError, ValueError):
+    """An engine configuration that cannot work."""
+
+
+class InvalidRequestError(GraphgenError, ValueError):
+    """A prompt or a sampling parameter that can never be served; nothing was sent."""
+
+
+class UnsupportedModelError(GraphgenError, ValueError):
+    """A model that graphgen does not run."""
+
+
+class CheckpointError(GraphgenError):
+    """A checkpoint that cannot be loaded."""
+
+
+class EngineClosedError(GraphgenError, RuntimeError):
+    """The engine was closed before or while the call ran."""
+
+
+class EngineDeadError(GraphgenError, RuntimeError):
+    """A process of the engine ended unexpectedly."""

@@ -1,0 +1,233 @@
+"""Every message that crosses a process boundary inside graphgen.
+
+Owns the Structs and nothing else: no sockets, no policy. All are frozen, array-like (positional on the wire,
+both ends are the same build) and hold ints, floats, strings and packed int32 bytes, never tensors.
+`array("i")` or `numpy.frombuffer(..., "<i4")` reads the packed fields.
+
+    Engine  -> scheduler   Submit | Cancel | StatsRequest | Shutdown
+    scheduler -> Engine    Ready | Progress | Outputs | Rejected | EngineStats | Failed
+    scheduler -> worker    StepPlan | Shutdown
+    worker  -> scheduler   WorkerReady | Progress | StepResult | Failed
+
+All `_s` times are `time.monotonic()` of the machine, which its processes share.
+"""
+
+from typing import Literal
+
+from msgspec import Struct
+
+FinishReason = Literal["stop", "length", "aborted", "error"]
+
+MAX_STOP_TOKEN_IDS = 16
+"""Stop token ids of one request, end-of-sequence ids included: the width of a device table."""
+
+
+class Bucket(Struct, frozen=True, array_like=True, gc=False):
+    """A captured shape. Rows [0, prefill_rows) hold prompt chunks, the next `decode_rows` rows hold decodes."""
+
+    prefill_rows: int
+    decode_rows: int
+
+    @property
+    def num_rows(self) -> int:
+        """Token rows of the shape: its token budget."""
+        return self.prefill_rows + self.decode_rows
+
+    def __str__(self) -> str:
+        return f"{self.prefill_rows}+{self.decode_rows}"
+
+
+class SamplerParams(Struct, frozen=True, array_like=True, gc=False):
+    """How one request draws its tokens, resolved: no value is optional. Neutral values switch a rule off."""
+
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0  # 1 is off
+    min_p: float = 0.0  # 0 is off
+    repetition_penalty: float = 1.0  # 1 is off; over prompt and output
+    presence_penalty: float = 0.0  # 0 is off; over output
+    frequency_penalty: float = 0.0  # 0 is off; over output
+    seed: int = 0  # 0 <= seed < 2**63
+
+
+# --- Engine -> scheduler ---------------------------------------------------------------------------------------
+
+
+class Submit(Struct, frozen=True, array_like=True, tag="submit", gc=False):
+    """One request, validated by the sender."""
+
+    request_id: int
+    prompt_token_ids: bytes  # packed int32
+    max_tokens: int  # >= 1; prompt and output together fit the model's context
+    min_tokens: int
+    stop_token_ids: tuple[int, ...]  # at most MAX_STOP_TOKEN_IDS; end of sequence included unless ignored
+    sampler: SamplerParams
+    arrived_s: float
+
+
+class Cancel(Struct, frozen=True, array_like=True, tag="cancel", gc=False):
+    """Ends a request; its pages are free in the next step. No output follows. Unknown ids are ignored."""
+
+    request_id: int
+
+
+class StatsRequest(Struct, frozen=True, array_like=True, tag="stats?", gc=False):
+    """Asks for one EngineStats."""
+
+
+class Shutdown(Struct, frozen=True, array_like=True, tag="shutdown", gc=False):
+    """The receiver ends at once."""
+
+
+# --- scheduler -> worker ---------------------------------------------------------------------------------------
+
+
+class SlotInit(Struct, frozen=True, array_like=True, gc=False):
+    """What a slot's device tables hold for the request that now owns the slot."""
+
+    prompt_len: int  # tokens of the original prompt; tokens at later positions are the request's own output
+    min_length: int  # stop tokens are not drawn while prompt and output together are shorter than this
+    stop_token_ids: tuple[int, ...]
+    sampler: SamplerParams
+
+
+class Chunk(Struct, frozen=True, array_like=True, gc=False):
+    """Consecutive tokens of one request computed in one step."""
+
+    slot: int
+    start: int  # position of its first token
+    length: int
+    samples: bool  # the last chunk of what is known: its last row draws the next token
+    init: SlotInit | None  # set in the first chunk after an admission: the slot has a new owner
+
+
+class StepPlan(Struct, frozen=True, array_like=True, tag="plan", gc=False):
+    """One step. Chunks fill the prefill region from row 0, decodes the decode region, both in this order."""
+
+    step_id: int
+    bucket: Bucket
+    chunks: tuple[Chunk, ...]
+    chunk_token_ids: bytes  # packed int32, the chunks' tokens one after another
+    decode_slots: bytes  # packed int32; the row's token is the slot's last token, fed back on the device
+    decode_positions: bytes  # packed int32; the row's position
+    new_pages: bytes  # packed int32 triples (slot, index in its block table, page)
+    planned_s: float
+
+
+# --- worker -> scheduler ---------------------------------------------------------------------------------------
+
+
+class StepResult(Struct, frozen=True, array_like=True, tag="result", gc=False):
+    """The tokens drawn by one step: of its sampling chunks in order, then of its decode rows in order."""
+
+    step_id: int
+    token_ids: bytes  # packed int32
+    received_s: float  # the plan reached the worker
+    launched_s: float  # the step was handed to the device
+    started_s: float  # the device began it
+    finished_s: float  # the device finished it
+    counters: "WorkerCounters"
+
+
+class WorkerCounters(Struct, frozen=True, array_like=True, gc=False):
+    """Totals since ready."""
+
+    graph_replays: int = 0
+    eager_steps: int = 0  # steps that ran without a graph on a device that has graphs; 0 on a healthy engine
+    recompilations: int = 0
+
+
+class Phase(Struct, frozen=True, array_like=True, gc=False):
+    """One phase of the start and how long it took."""
+
+    name: str
+    seconds: float
+
+
+class WorkerReady(Struct, frozen=True, array_like=True, tag="worker_ready", gc=False):
+    """The worker serves. What it decided from the device it found."""
+
+    device: str
+    attention: str
+    graphs: bool  # False on a device without graphs (the CPU): buckets run their callable
+    compiled: bool
+    buckets: tuple[Bucket, ...]
+    max_chunks: int  # chunks one step may hold
+    num_pages: int
+    page_size: int
+    phases: tuple[Phase, ...]
+
+
+class Progress(Struct, frozen=True, array_like=True, tag="progress", gc=False):
+    """The start advanced: `done` of `total` units of `phase`."""
+
+    phase: str
+    done: int
+    total: int
+
+
+class Failed(Struct, frozen=True, array_like=True, tag="failed", gc=False):
+    """The sender cannot go on and ends. `error` names a class of graphgen.ipc.errors where one fits."""
+
+    where: str
+    error: str
+    message: str
+
+
+# --- scheduler -> Engine ---------------------------------------------------------------------------------------
+
+
+class Ready(Struct, frozen=True, array_like=True, tag="ready", gc=False):
+    """Requests are served from now on."""
+
+    worker: WorkerReady
+    max_running: int  # slots
+    token_budget: int
+
+
+class TokenOutput(Struct, frozen=True, array_like=True, gc=False):
+    """New tokens of one request; the last one of a request carries its finish reason."""
+
+    request_id: int
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    started_s: float  # its first chunk was planned
+
+
+class Outputs(Struct, frozen=True, array_like=True, tag="outputs", gc=False):
+    """What one step gave to all its requests."""
+
+    outputs: tuple[TokenOutput, ...]
+
+
+class Rejected(Struct, frozen=True, array_like=True, tag="rejected", gc=False):
+    """A request that can never be served: nothing of it was kept."""
+
+    request_id: int
+    message: str
+
+
+class EngineStats(Struct, frozen=True, array_like=True, tag="stats", gc=False):
+    """A snapshot of the engine. Step times in milliseconds over the last 1000 steps, 0 before the first."""
+
+    running: int
+    waiting: int
+    pages_free: int
+    pages_total: int
+    steps: int
+    graph_replays: int
+    eager_steps: int
+    recompilations: int
+    padding_share: float  # rows of all steps that held no token / all rows
+    preemptions: int
+    finished: int
+    step_ms_p50: float
+    step_ms_p95: float
+    step_ms_p99: float
+    step_ms_max: float
+
+
+EngineToScheduler = Submit | Cancel | StatsRequest | Shutdown
+SchedulerToEngine = Ready | Progress | Outputs | Rejected | EngineStats | Failed
+SchedulerToWorker = StepPlan | Shutdown
+WorkerToScheduler = WorkerReady | Progress | StepResult | Failed

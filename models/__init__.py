@@ -1,0 +1,1 @@
+"""Models as data: specs, layers, attention, sampling, checkpoints. Knows nothing of processes, buckets or requests."""

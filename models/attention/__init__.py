@@ -1,0 +1,1 @@
+"""Paged attention: the row tables every backend reads, and one module per backend."""

@@ -1,0 +1,227 @@
+"""The `torch` attention backend: paged attention in plain PyTorch, for any device, and what other backends
+are held to.
+
+Owns the operator `graphgen::paged_attention_torch`. Never allocates KV pages and never rotates q or k. Called
+by the decoder's layers through `torch.ops`, inside or outside a compiled graph.
+
+On the CPU it reads the step's lengths and does only the live work. On a device with graphs it neither waits
+for the device nor depends on the lengths for a shape, so a graph can capture it; then it computes every
+padded position too.
+
+The operator writes k and v into the pages but its schema does not say so. A declared mutation makes the
+compiler wrap the call in a copy of what is mutated, and here that is the KV cache. It is safe to leave out
+because nothing else in a layer's graph reads or writes the pages, and the result, which is used, keeps the
+call alive and in order.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_SCHEMA = (
+    "paged_attention_torch(Tensor q, Tensor k, Tensor v, Tensor k_pages, Tensor v_pages, Tensor kv_locations,"
+    " Tensor chunk_starts, Tensor chunk_kv_lens, Tensor chunk_pages, Tensor decode_kv_lens,"
+    " Tensor decode_pages, Tensor[] extra, int window) -> Tensor"
+)
+_BLOCK_ROWS = 64
+"""Rows whose scores the capturable path holds at once: bounds its memory, not its result."""
+
+
+def paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    kv_locations: Tensor,
+    chunk_starts: Tensor,
+    chunk_kv_lens: Tensor,
+    chunk_pages: Tensor,
+    decode_kv_lens: Tensor,
+    decode_pages: Tensor,
+    extra: list[Tensor],
+    window: int,
+) -> Tensor:
+    """Attention of every row over its own positions, [T, Hq, D]; padded prefill rows are zero.
+
+    q: [T, Hq, D]. k, v: [T, Hkv, D], written to the pages first. k_pages, v_pages: [pages, page_size, Hkv,
+    D]. The tables: see RowTables. extra: ignored, other backends keep their workspaces there. window:
+    positions a row sees, its own included; 0 sees all. Softmax in float32.
+    """
+    write_kv(k_pages, v_pages, k, v, kv_locations)
+    run = _live_rows if q.device.type == "cpu" else all_rows
+    return run(
+        q, k_pages, v_pages, chunk_starts, chunk_kv_lens, chunk_pages, decode_kv_lens, decode_pages, window
+    )
+
+
+def write_kv(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, kv_locations: Tensor) -> None:
+    """Puts row t of k and v at position kv_locations[t] of the page pool."""
+    k_pages.flatten(0, 1).index_copy_(0, kv_locations, k.to(k_pages.dtype))
+    v_pages.flatten(0, 1).index_copy_(0, kv_locations, v.to(v_pages.dtype))
+
+
+# --- the CPU: only what is live ---
+
+
+def _live_rows(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    chunk_starts: Tensor,
+    chunk_kv_lens: Tensor,
+    chunk_pages: Tensor,
+    decode_kv_lens: Tensor,
+    decode_pages: Tensor,
+    window: int,
+) -> Tensor:
+    out = torch.zeros(q.shape, dtype=q.dtype)
+    starts: list[int] = chunk_starts.tolist()
+    for chunk, kv_len in enumerate(chunk_kv_lens.tolist()):
+        first, last = starts[chunk], starts[chunk + 1]
+        if first < last:
+            _one_chunk(out[first:last], q[first:last], k_pages, v_pages, chunk_pages[chunk], kv_len, window)
+    num_prefill_rows = q.shape[0] - decode_kv_lens.shape[0]
+    _decode_rows(
+        out[num_prefill_rows:], q[num_prefill_rows:], k_pages, v_pages, decode_kv_lens, decode_pages, window
+    )
+    return out
+
+
+def _one_chunk(
+    out: Tensor, q: Tensor, k_pages: Tensor, v_pages: Tensor, pages: Tensor, kv_len: int, window: int
+) -> None:
+    """out, q: [rows, Hq, D], the last `rows` positions of the kv_len that `pages` hold."""
+    num_rows, page_size = q.shape[0], k_pages.shape[1]
+    oldest = max(0, kv_len - num_rows - window + 1) if window else 0
+    first_page = oldest // page_size
+    begin = first_page * page_size
+    pages = pages[first_page : -(-kv_len // page_size)]
+    keys = k_pages[pages].flatten(0, 1)[: kv_len - begin]
+    values = v_pages[pages].flatten(0, 1)[: kv_len - begin]
+    whole = num_rows == kv_len - begin and (not window or window >= num_rows)
+    mask = None
+    if not whole:
+        own = torch.arange(kv_len - num_rows, kv_len)[:, None]
+        mask = _visible(own, torch.arange(begin, kv_len), window)
+    mixed = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        keys.transpose(0, 1)[None],
+        values.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=whole,
+        enable_gqa=True,
+    )
+    out.copy_(mixed[0].transpose(0, 1))
+
+
+def _decode_rows(
+    out: Tensor, q: Tensor, k_pages: Tensor, v_pages: Tensor, kv_lens: Tensor, pages: Tensor, window: int
+) -> None:
+    """out, q: [R, Hq, D]. Rows of similar length are computed together: at most half of such a batch is
+    padding."""
+    page_size, num_kv_heads, head_dim = k_pages.shape[1:]
+    for rows, num_pages in _rows_of_similar_length(kv_lens, page_size):
+        index = torch.tensor(rows)
+        lens = kv_lens[index][:, None]
+        positions = torch.arange(num_pages * page_size)
+        seen = _visible(lens - 1, positions, window)
+        taken = pages[index, :num_pages]
+        keys = k_pages[taken].flatten(1, 2).transpose(1, 2)  # [rows, Hkv, positions, D]
+        values = v_pages[taken].flatten(1, 2)
+        # Past a row's length lies whatever the page held before; a weight of zero does not silence a NaN.
+        values = values.masked_fill(~(positions < lens)[..., None, None], 0).transpose(1, 2)
+        keys = keys.masked_fill(~(positions < lens)[:, None, :, None], 0)
+        grouped = q[index].view(len(rows), num_kv_heads, -1, head_dim)  # heads of a group read the same keys
+        mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen[:, None, None])
+        out[index] = mixed.reshape(len(rows), -1, head_dim)
+
+
+def _rows_of_similar_length(kv_lens: Tensor, page_size: int) -> Iterator[tuple[list[int], int]]:
+    """(row numbers, pages of the longest), in classes whose page counts share a power of two."""
+    classes: defaultdict[int, list[int]] = defaultdict(list)
+    pages = [-(-kv_len // page_size) for kv_len in kv_lens.tolist()]
+    for row, num_pages in enumerate(pages):
+        classes[num_pages.bit_length()].append(row)
+    for rows in classes.values():
+        yield rows, max(pages[row] for row in rows)
+
+
+# --- devices with graphs: static shapes, no wait ---
+
+
+def all_rows(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    chunk_starts: Tensor,
+    chunk_kv_lens: Tensor,
+    chunk_pages: Tensor,
+    decode_kv_lens: Tensor,
+    decode_pages: Tensor,
+    window: int,
+) -> Tensor:
+    """Like `_live_rows` with shapes that follow from the arguments' shapes alone. Every chunk meets every
+    row."""
+    num_decode_rows = decode_kv_lens.shape[0]
+    num_prefill_rows = q.shape[0] - num_decode_rows
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    rows = torch.arange(num_prefill_rows, device=q.device)
+    for chunk in range(chunk_kv_lens.shape[0]):
+        first, last, kv_len = chunk_starts[chunk], chunk_starts[chunk + 1], chunk_kv_lens[chunk]
+        member = (rows >= first) & (rows < last)
+        own = kv_len - last + rows
+        keys, values = _gather(k_pages, v_pages, chunk_pages[chunk], kv_len)
+        for block in range(0, num_prefill_rows, _BLOCK_ROWS):
+            part = slice(block, min(block + _BLOCK_ROWS, num_prefill_rows))
+            seen = _visible(own[part, None], torch.arange(keys.shape[0], device=q.device), window)
+            mixed = _attend(q[part], keys, values, seen & (own[part, None] < kv_len))
+            out[part] = torch.where(member[part, None, None], mixed, out[part])
+    for row in range(num_decode_rows):
+        kv_len = decode_kv_lens[row]
+        keys, values = _gather(k_pages, v_pages, decode_pages[row], kv_len)
+        seen = _visible(kv_len - 1, torch.arange(keys.shape[0], device=q.device), window)
+        here = slice(num_prefill_rows + row, num_prefill_rows + row + 1)
+        out[here] = _attend(q[here], keys, values, seen[None])
+    return out
+
+
+def _gather(k_pages: Tensor, v_pages: Tensor, pages: Tensor, kv_len: Tensor) -> tuple[Tensor, Tensor]:
+    """All positions of a block table as [M * page_size, Hkv, D] float32, zero from kv_len on."""
+    keys, values = k_pages[pages].flatten(0, 1).float(), v_pages[pages].flatten(0, 1).float()
+    past_end = (torch.arange(keys.shape[0], device=keys.device) >= kv_len)[:, None, None]
+    return keys.masked_fill(past_end, 0), values.masked_fill(past_end, 0)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    """q [rows, Hq, D] over keys, values [positions, Hkv, D], seen [rows, positions]; a row that sees nothing
+    is zero."""
+    grouped = q.float().view(q.shape[0], keys.shape[1], -1, q.shape[2])
+    scores = torch.einsum("rhgd,lhd->hgrl", grouped, keys) * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1).nan_to_num(0.0)
+    return torch.einsum("hgrl,lhd->rhgd", weights, values).flatten(1, 2).to(q.dtype)
+
+
+def _visible(own: Tensor, positions: Tensor, window: int) -> Tensor:
+    """Which positions a row at position `own` sees; the shapes broadcast."""
+    seen = positions <= own
+    return seen & (positions > own - window) if window else seen
+
+
+# --- the operator ---
+
+
+def _result_like(q: Tensor, *_arguments: object) -> Tensor:
+    """What tracing knows of the result: a fresh contiguous tensor of q's shape."""
+    return q.new_empty(q.shape)
+
+
+# A Library ends with its last reference. define + impl cost a third of torch.library.custom_op at every call.
+_library = torch.library.Library("graphgen", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch
+_library.define(_SCHEMA)  # type: ignore[no-untyped-call]  # torch
+for _device in ("CPU", "CUDA"):
+    _library.impl("paged_attention_torch", paged_attention, _device)  # type: ignore[no-untyped-call]
+torch.library.register_fake("graphgen::paged_attention_torch", _result_like, lib=_library)

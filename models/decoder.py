@@ -1,0 +1,181 @@
+"""The decoder-only transformer: token ids and positions in, hidden states and logits out.
+
+Owns the weights and the order of the layers, and the compilation of a layer. Never samples, never chooses
+pages and knows neither requests nor buckets. Built by loader.py; called by the worker inside a bucket's
+graph.
+
+Shapes: `T` token rows, `N` rows that sample, `V` vocabulary.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graphgen.ipc.errors import ConfigError
+from graphgen.models.attention.tables import RowTables
+from graphgen.models.kv_cache import KVCache
+from graphgen.models.layers import AttentionOp, DecoderLayer, RMSNorm, linear
+from graphgen.models.rope import Rope
+from graphgen.models.spec import ModelSpec
+
+ATTENTION_BACKENDS: Mapping[str, tuple[str, str]] = {
+    "torch": ("graphgen.models.attention.reference", "paged_attention_torch"),
+    "flashinfer": ("graphgen.models.attention.flashinfer", "paged_attention_flashinfer"),
+}
+"""Name of a backend -> the module that registers its operator, and the operator in the `graphgen`
+namespace."""
+
+RunLayer = Callable[
+    [DecoderLayer, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, RowTables, list[Tensor]],
+    tuple[Tensor, Tensor],
+]
+
+
+def attention_op(name: str) -> AttentionOp:
+    """The operator of a backend; its module is imported only when it is asked for. ConfigError for others."""
+    if name not in ATTENTION_BACKENDS:
+        raise ConfigError(
+            f"attention is {name!r}, supported are {', '.join(ATTENTION_BACKENDS)}: choose one of them"
+        )
+    module, operator = ATTENTION_BACKENDS[name]
+    importlib.import_module(module)
+    overload: AttentionOp = getattr(torch.ops.graphgen, operator).default
+    return overload
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm, LM head. Fresh from the constructor its weights are uninitialised
+    memory."""
+
+    def __init__(self, spec: ModelSpec, attention: str, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.spec = spec
+        attend = attention_op(attention)
+        with torch.device(
+            "meta"
+        ):  # nothing is allocated, and nothing initialised, before the device is known
+            self.embedding = nn.Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype).requires_grad_(
+                False
+            )
+            self.layers = nn.ModuleList(DecoderLayer(spec, window, attend, dtype) for window in spec.windows)
+            self.final_norm = RMSNorm(spec.hidden_size, spec.norm_eps, dtype)
+            self.head = (
+                None if spec.tie_embeddings else linear(spec.hidden_size, spec.vocab_size, False, dtype)
+            )
+        self.to_empty(device=device)
+        self.rope = Rope(spec.rope, spec.head_dim, device)
+        self._run_layer: RunLayer = _run_layer
+        self._compiler: _CountingCompiler | None = None
+
+    @torch.no_grad()
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        sequence_lens: Tensor,
+        kv_cache: KVCache,
+        tables: RowTables,
+        extra: list[Tensor],
+    ) -> Tensor:
+        """Hidden states [T, hidden] before the final norm; K and V of every row are in the cache afterwards.
+
+        token_ids, positions: [T] int64. sequence_lens: [T] int64, max(prompt length of the row's request,
+        position + 1). extra: what the attention backend needs beside the tables.
+        """
+        cos, sin = self.rope(positions, sequence_lens, self.embedding.weight.dtype)
+        update: Tensor = self.embedding(token_ids)
+        residual = torch.zeros_like(update)
+        for layer, k_pages, v_pages in zip(self.layers, kv_cache.k_pages, kv_cache.v_pages, strict=True):
+            assert isinstance(layer, DecoderLayer)
+            residual, update = self._run_layer(
+                layer, residual, update, cos, sin, k_pages, v_pages, tables, extra
+            )
+        return residual + update
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits, float32 [N, V], of rows of forward's result, [N, hidden]."""
+        head = self.embedding if self.head is None else self.head
+        return F.linear(self.final_norm(hidden), head.weight).float()
+
+    def compile_layers(self) -> None:
+        """From now on layers run compiled: one graph, made at the first call, for all layers and all shapes.
+
+        Each distinct attention window makes a graph of its own.
+        """
+        self._compiler = _CountingCompiler()
+        compiled = torch.compile(_run_layer_any_shape, fullgraph=True, backend=self._compiler)
+
+        def run(
+            layer: DecoderLayer,
+            residual: Tensor,
+            update: Tensor,
+            cos: Tensor,
+            sin: Tensor,
+            k_pages: Tensor,
+            v_pages: Tensor,
+            tables: RowTables,
+            extra: list[Tensor],
+        ) -> tuple[Tensor, Tensor]:
+            for tensor in (residual, update, cos, sin, k_pages, v_pages):
+                torch._dynamo.decorators.mark_unbacked(tensor, 0)
+            for tensor in (*tables, *extra):
+                for dim in range(tensor.ndim):
+                    torch._dynamo.decorators.mark_unbacked(tensor, dim)
+            return compiled(layer, residual, update, cos, sin, k_pages, v_pages, tables, extra)
+
+        self._run_layer = run
+
+    def recompilations(self) -> int:
+        """Graphs compiled so far; it does not grow once every bucket has run."""
+        return 0 if self._compiler is None else self._compiler.num_graphs
+
+
+def _run_layer(
+    layer: DecoderLayer,
+    residual: Tensor,
+    update: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    tables: RowTables,
+    extra: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    new: tuple[Tensor, Tensor] = layer(residual, update, cos, sin, k_pages, v_pages, tables, extra)
+    return new
+
+
+def _run_layer_any_shape(
+    layer: DecoderLayer,
+    residual: Tensor,
+    update: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    tables: RowTables,
+    extra: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    num_rows = residual.shape[0]
+    for tensor in (update, cos, sin):
+        torch._check(tensor.shape[0] == num_rows)  # type: ignore[no-untyped-call]  # torch
+    torch._check(v_pages.shape[0] == k_pages.shape[0])  # type: ignore[no-untyped-call]
+    return _run_layer(layer, residual, update, cos, sin, k_pages, v_pages, tables, extra)
+
+
+class _CountingCompiler:
+    """The inductor backend, and how many graphs it was given."""
+
+    def __init__(self) -> None:
+        self.num_graphs = 0
+        self._inductor = torch._dynamo.lookup_backend("inductor")
+
+    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        """Untyped in torch: inputs are tensors and symbolic ints, the result is the compiled callable."""
+        self.num_graphs += 1
+        return self._inductor(graph, example_inputs)

@@ -1,0 +1,136 @@
+"""The building blocks of a decoder: RMSNorm, the rotation of q and k, attention, gated MLP, and the layer of
+them.
+
+Owns the arithmetic, in the order of operations of Hugging Face, so that bfloat16 rounds alike. Knows no layer
+number, no checkpoint name and no bucket: every layer of a model traces to the same graph, except that each
+distinct attention window is a graph of its own. Built and called by decoder.py.
+
+Shapes: `T` token rows, `Hq`/`Hkv` heads, `D` head size.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graphgen.models.attention.tables import RowTables
+from graphgen.models.spec import ModelSpec
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+AttentionOp = Callable[..., Tensor]
+"""(q, k, v, k_pages, v_pages, *RowTables, extra, window) -> [T, Hq, D]; the torch.library op of a backend."""
+
+FULL_ATTENTION = 0
+"""The window argument of an attention op that stands for «every earlier position»."""
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (arXiv 1910.07467), in float32, rounded before the
+    weight."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, H, D] rotated by cos, sin [T, D]; dimension i turns with i + D/2."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
+def linear(in_size: int, out_size: int, bias: bool, dtype: torch.dtype) -> nn.Linear:
+    return nn.Linear(in_size, out_size, bias=bias, dtype=dtype).requires_grad_(False)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the paged KV cache."""
+
+    def __init__(self, spec: ModelSpec, window: int | None, attend: AttentionOp, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        self.window = FULL_ATTENTION if window is None else window
+        self.attend = attend
+        self.qkv = linear(spec.hidden_size, spec.q_size + 2 * spec.kv_size, spec.qkv_bias, dtype)
+        self.o = linear(spec.q_size, spec.hidden_size, spec.o_bias, dtype)
+        self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps, dtype) if spec.qk_norm else None
+        self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps, dtype) if spec.qk_norm else None
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        tables: RowTables,
+        extra: list[Tensor],
+    ) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (self.num_heads + 2 * self.num_kv_heads, self.head_dim))
+        q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        mixed = self.attend(q, k, v, k_pages, v_pages, *tables, extra, self.window)
+        out: Tensor = self.o(mixed.flatten(1))
+        return out
+
+
+class MLP(nn.Module):
+    """down(activation(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[spec.activation]
+        self.gate_up = linear(spec.hidden_size, 2 * spec.ffn_size, spec.mlp_bias, dtype)
+        self.down = linear(spec.ffn_size, spec.hidden_size, spec.mlp_bias, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        out: Tensor = self.down(self.activation(gate) * up)
+        return out
+
+
+class DecoderLayer(nn.Module):
+    """One pre-norm block.
+
+    Takes and returns the residual stream as two terms, `residual + update`: their sum is formed where the
+    next norm reads it, so a compiled layer has one kernel for both instead of two around the layer's edge.
+    """
+
+    def __init__(self, spec: ModelSpec, window: int | None, attend: AttentionOp, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.input_norm = RMSNorm(spec.hidden_size, spec.norm_eps, dtype)
+        self.attention = Attention(spec, window, attend, dtype)
+        self.post_attention_norm = RMSNorm(spec.hidden_size, spec.norm_eps, dtype)
+        self.mlp = MLP(spec, dtype)
+
+    def forward(
+        self,
+        residual: Tensor,
+        update: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        tables: RowTables,
+        extra: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """residual, update: [T, hidden]; cos, sin: [T, D]. Returns the new (residual, update)."""
+        residual = residual + update
+        attended = self.attention(self.input_norm(residual), cos, sin, k_pages, v_pages, tables, extra)
+        residual = residual + attended
+        return residual, self.mlp(self.post_attention_norm(residual))

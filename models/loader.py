@@ -1,0 +1,246 @@
+"""From a checkpoint to a Decoder with its weights in place.
+
+Owns how a model name becomes a folder and how tensors reach the fused weights. Reads safetensors only: other
+formats can run code when they are read. Never holds a second copy of the weights. Called by the worker at its
+start, and `resolve_model` by the engine.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from graphgen.ipc.errors import CheckpointError
+from graphgen.models.decoder import Decoder
+from graphgen.models.families import FAMILIES
+from graphgen.models.layers import DecoderLayer
+from graphgen.models.spec import ModelSpec
+
+LoadFormat = Literal["auto", "safetensors", "dummy"]
+ProgressCallback = Callable[[int, int], None]
+"""(bytes in place, bytes of all weights)."""
+
+_INDEX_FILE = "model.safetensors.index.json"
+_PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+"""Tensors that old checkpoints carry and that follow from the config."""
+
+_DOWNLOADED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja")
+_NOT_DOWNLOADED = ("*/*", "consolidated*")
+"""Folders and Mistral's own format hold the same weights again."""
+
+
+def resolve_model(model: str, revision: str | None = None) -> Path:
+    """The local folder of a model: `model` itself, or where the hub's snapshot of that id lies after a
+    download.
+
+    Raises CheckpointError when it is neither.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(
+            f"model {model!r} is a file: name the folder that holds config.json and the weights"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=list(_DOWNLOADED),
+                ignore_patterns=list(_NOT_DOWNLOADED),
+            )
+        )
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"model {model!r} is neither a local folder nor a hub id (owner/name): check the path"
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise CheckpointError(
+            f"model {model!r}{at} is no local folder and was not downloaded from the hub ({error}): check the"
+            " name, the network and, for a gated model, the access token"
+        ) from error
+
+
+def load_decoder(
+    folder: Path,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str,
+    load_format: LoadFormat = "auto",
+    seed: int = 0,
+    progress: ProgressCallback | None = None,
+) -> Decoder:
+    """A decoder on `device` with the weights of `folder`, shard by shard, or random ones.
+
+    load_format: "auto" and "safetensors" read the folder; "dummy" reads nothing and draws weights of the real
+    shapes on the device itself from `seed`. Raises CheckpointError for a checkpoint that is not safetensors,
+    lacks a tensor, has one too many, or one of another shape.
+    """
+    decoder = Decoder(spec, attention, dtype, device)
+    report = progress or (lambda done, total: None)
+    if load_format == "dummy":
+        _fill_randomly(decoder, spec, seed, report)
+    else:
+        _fill_from_folder(decoder, spec, folder, report)
+    return decoder
+
+
+def checkpoint_targets(decoder: Decoder, spec: ModelSpec) -> dict[str, Tensor]:
+    """Every tensor a checkpoint must have -> the weight, or the rows of a fused weight, that it fills."""
+    names = FAMILIES[spec.architecture].names
+    targets = {
+        names.embedding: decoder.embedding.weight.data,
+        names.final_norm: decoder.final_norm.weight.data,
+    }
+    if decoder.head is not None:
+        targets[names.head] = decoder.head.weight.data
+    for number, layer in enumerate(decoder.layers):
+        assert isinstance(layer, DecoderLayer)
+        attention, mlp, prefix = layer.attention, layer.mlp, names.layer.format(layer=number)
+        norms = {names.input_norm: layer.input_norm, names.post_attention_norm: layer.post_attention_norm}
+        if attention.q_norm is not None and attention.k_norm is not None:
+            norms |= {names.q_norm: attention.q_norm, names.k_norm: attention.k_norm}
+        for name, norm in norms.items():
+            targets[f"{prefix}{name}.weight"] = norm.weight.data
+        for parts, sizes, linear in (
+            (names.qkv, [spec.q_size, spec.kv_size, spec.kv_size], attention.qkv),
+            (names.o, [spec.hidden_size], attention.o),
+            (names.gate_up, [spec.ffn_size, spec.ffn_size], mlp.gate_up),
+            (names.down, [spec.hidden_size], mlp.down),
+        ):
+            for kind, weight in linear.named_parameters():
+                for part, rows in zip(parts, torch.split(weight.data, sizes), strict=True):
+                    targets[f"{prefix}{part}.{kind}"] = rows
+    return targets
+
+
+@torch.no_grad()
+def _fill_from_folder(decoder: Decoder, spec: ModelSpec, folder: Path, report: ProgressCallback) -> None:
+    targets = checkpoint_targets(decoder, spec)
+    missing = set(targets)
+    total = sum(target.nbytes for target in targets.values())
+    done = 0
+    report(done, total)
+    for name, shard, tensor in _tensors(_shards(folder), decoder.embedding.weight.device):
+        if name not in targets:
+            _refuse_unknown(name, spec, shard)
+            continue
+        target = targets[name]
+        _check_tensor(name, tensor, target, shard)
+        target.copy_(tensor)
+        if name in missing:
+            missing.remove(name)
+            done += target.nbytes
+            report(done, total)
+    if missing:
+        first = min(missing)
+        raise CheckpointError(
+            f"tensor {first!r} of shape {list(targets[first].shape)} is missing in {folder} ({len(missing)}"
+            f" of {len(targets)} tensors are): the checkpoint is incomplete or no {spec.architecture}"
+        )
+
+
+def _tensors(shards: list[Path], device: torch.device) -> Iterator[tuple[str, Path, Tensor]]:
+    """Every tensor of every shard, one at a time, read straight onto the device."""
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="pt", device=str(device)) as tensors:
+                for name in tensors.keys():  # noqa: SIM118  # safe_open is no mapping
+                    yield name, shard, tensors.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{shard} is not a readable safetensors file ({error}): download it again"
+            ) from error
+
+
+def _check_tensor(name: str, tensor: Tensor, target: Tensor, shard: Path) -> None:
+    if tensor.shape != target.shape:
+        raise CheckpointError(
+            f"tensor {name!r} in {shard} has shape {list(tensor.shape)}, the config asks for"
+            f" {list(target.shape)}: config.json and the weights are of different models"
+        )
+    if not tensor.is_floating_point() or tensor.itemsize < 2:
+        raise CheckpointError(
+            f"tensor {name!r} in {shard} has dtype {tensor.dtype}, supported are float32, bfloat16 and"
+            " float16: use the unquantised checkpoint"
+        )
+
+
+def _refuse_unknown(name: str, spec: ModelSpec, shard: Path) -> None:
+    """A tensor without a place would be left out of the arithmetic in silence, a bias for one."""
+    duplicate_head = spec.tie_embeddings and name == FAMILIES[spec.architecture].names.head
+    if not duplicate_head and not name.endswith(_IGNORED_SUFFIXES):
+        raise CheckpointError(
+            f"tensor {name!r} in {shard} has no place in a {spec.architecture} with this config.json:"
+            " config.json and the weights are of different models"
+        )
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The checkpoint's safetensors files: those the index names, or the only one there is."""
+    index = folder / _INDEX_FILE
+    if index.exists():
+        return _indexed_shards(index)
+    single = folder / "model.safetensors"
+    if single.exists():
+        return [single]
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return files
+    if files:
+        raise CheckpointError(
+            f"{folder} has {len(files)} safetensors files and no {_INDEX_FILE}: download the index as well"
+        )
+    pickled = sorted(file.name for pattern in _PICKLE_PATTERNS for file in folder.glob(pattern))
+    if pickled:
+        raise CheckpointError(
+            f"{folder} has only pickled weights ({pickled[0]}), which can run code when they are read;"
+            " graphgen reads safetensors only: convert it with `save_pretrained` of transformers"
+        )
+    raise CheckpointError(
+        f"{folder} has no safetensors file: name a folder with model.safetensors or its shards"
+    )
+
+
+def _indexed_shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not a checkpoint index ({error!r}): download it again") from error
+    for name in names:
+        # The index comes from outside: it may name its neighbours and nothing else.
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index} names the shard {name!r}: shards are safetensors files beside the index"
+            )
+        if not (index.parent / name).exists():
+            raise CheckpointError(f"shard {name} named by {index} is missing: download it")
+    return [index.parent / name for name in names]
+
+
+@torch.no_grad()
+def _fill_randomly(decoder: Decoder, spec: ModelSpec, seed: int, report: ProgressCallback) -> None:
+    """Weights as an untrained model has them: normal matrices, norms of one, biases of zero."""
+    generator = torch.Generator(decoder.embedding.weight.device).manual_seed(seed)
+    weights = list(decoder.named_parameters())
+    total = sum(weight.nbytes for _, weight in weights)
+    done = 0
+    report(done, total)
+    for name, weight in weights:
+        if weight.ndim == 2:
+            weight.normal_(0.0, spec.initializer_std, generator=generator)
+        else:
+            weight.fill_(0.0 if name.endswith("bias") else 1.0)
+        done += weight.nbytes
+        report(done, total)

@@ -1,0 +1,64 @@
+"""Sampling inside the step: every request by its own rules, any mix in one batch, one graph.
+
+Owns the choice of implementation: Triton kernels on CUDA, torch elsewhere; both draw the same tokens from equal
+logits. Called by the worker, once to make a Sampler and then within every step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graphgen.models.sampling import reference
+from graphgen.models.sampling.tables import ROW_WIDTH, SamplerTables, allocate, pack_slot
+
+__all__ = ["ROW_WIDTH", "Sampler", "SamplerTables", "allocate", "make_sampler", "pack_slot"]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The tables and the three operations on them that a step consists of, in this order.
+
+    All have fixed shapes, never wait for the device and may be captured in a graph when the tables are on CUDA.
+    Shapes: `C` chunks, `T` token rows, `N` rows that draw, `V` vocabulary.
+    """
+
+    tables: SamplerTables
+    _write_slots: Callable[[SamplerTables, Tensor, Tensor, Tensor], None]
+    _count_inputs: Callable[[SamplerTables, Tensor, Tensor, Tensor], None]
+    _sample: Callable[[SamplerTables, Tensor, Tensor, Tensor], Tensor]
+
+    def write_slots(self, rows: Tensor, slots: Tensor, inits: Tensor) -> None:
+        """Gives slots new owners and forgets what the old ones saw.
+
+        rows: `pack_slot` rows, int32, [C, ROW_WIDTH] or flat. slots, inits: [C]; where inits is 0 nothing changes
+        and the row may hold anything. No slot is given twice in one call.
+        """
+        self._write_slots(self.tables, rows.view(-1, ROW_WIDTH), slots, inits)
+
+    def count_inputs(self, token_ids: Tensor, slots: Tensor, positions: Tensor) -> None:
+        """Enters the step's input tokens, [T] each, into what their slots have seen.
+
+        Every position is an input exactly once between two owners of its slot, so counts are exact when a token is
+        drawn, also after a preempted request was computed again.
+        """
+        self._count_inputs(self.tables, token_ids, slots, positions)
+
+    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+        """The next tokens, [N] int32, always in [0, V). logits: [N, V], any float type, left as they are.
+
+        slots: [N]. positions: [N], of the tokens being drawn. Rows of the trash slot draw something valid.
+        """
+        return self._sample(self.tables, logits, slots, positions)
+
+
+def make_sampler(num_slots: int, vocab_size: int, device: torch.device) -> Sampler:
+    """A Sampler with fresh tables on `device`."""
+    tables = allocate(num_slots, vocab_size, device)
+    if device.type != "cuda":
+        return Sampler(tables, reference.write_slots, reference.count_inputs, reference.sample)
+    # Triton exists where CUDA does; elsewhere it must not be needed.
+    from graphgen.models.sampling import kernels
+
+    return Sampler(tables, kernels.write_slots, kernels.count_inputs, kernels.sample)

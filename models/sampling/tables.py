@@ -1,0 +1,161 @@
+"""How every slot draws its tokens, and which tokens it has seen: two device tables.
+
+Owns their layout and the packing of a new owner's row. Never computes anything: reference.py (torch) and
+kernels.py (Triton) read and write the tables. The worker allocates them once and packs a row per admission.
+
+Shapes: `S` slots, `V` vocabulary. Row S is the trash slot of padded rows: neutral, never given an owner.
+
+A slot's settings are one packed row, so that a new owner is one copy on the device and a kernel finds all it needs
+in two cache lines. Floats are stored by their bits.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from graphgen.ipc.errors import InvalidRequestError
+from graphgen.ipc.messages import MAX_STOP_TOKEN_IDS, SamplerParams, SlotInit
+
+TEMPERATURE = 0
+TOP_K = 1
+TOP_P = 2
+MIN_P = 3
+REPETITION = 4
+PRESENCE = 5
+FREQUENCY = 6
+PROMPT_LEN = 7
+SEED = 8  # two words, the low one first; even, so that a view as int64 reads it whole
+MIN_LENGTH = 10
+STOP_TOKEN_IDS = 12
+ROW_WIDTH = STOP_TOKEN_IDS + MAX_STOP_TOKEN_IDS
+"""int32 words of a slot's packed row."""
+
+IN_PROMPT = 1 << 30
+"""Bit of an entry of `occurrences` that says the token is in the prompt; the bits below count it in the output."""
+OUTPUT_COUNT_MASK = IN_PROMPT - 1
+
+_MAX_INT32 = 2**31 - 1
+_NEUTRAL = SlotInit(prompt_len=0, min_length=0, stop_token_ids=(), sampler=SamplerParams())
+
+
+@dataclass(frozen=True)
+class SamplerTables:
+    """The two tables and named views of their columns. Contents change every step, addresses never."""
+
+    settings: Tensor
+    """[S + 1, ROW_WIDTH] int32: the packed row of each slot's owner."""
+    occurrences: Tensor
+    """[S + 1, V] int32: IN_PROMPT and the output count of each token, of the inputs computed so far.
+
+    The large one: 4 * (S + 1) * V bytes, 132 MB for 256 slots of a 128256-token vocabulary.
+    """
+
+    @property
+    def vocab_size(self) -> int:
+        return self.occurrences.shape[1]
+
+    @property
+    def trash_slot(self) -> int:
+        return self.occurrences.shape[0] - 1
+
+    @property
+    def temperature(self) -> Tensor:
+        """[S + 1] float32; 0 is greedy."""
+        return self._floats(TEMPERATURE)
+
+    @property
+    def top_k(self) -> Tensor:
+        """[S + 1] int32; 0 is off."""
+        return self.settings[:, TOP_K]
+
+    @property
+    def top_p(self) -> Tensor:
+        """[S + 1] float32; 1 is off."""
+        return self._floats(TOP_P)
+
+    @property
+    def min_p(self) -> Tensor:
+        """[S + 1] float32; 0 is off."""
+        return self._floats(MIN_P)
+
+    @property
+    def repetition(self) -> Tensor:
+        """[S + 1] float32; 1 is off."""
+        return self._floats(REPETITION)
+
+    @property
+    def presence(self) -> Tensor:
+        """[S + 1] float32; 0 is off."""
+        return self._floats(PRESENCE)
+
+    @property
+    def frequency(self) -> Tensor:
+        """[S + 1] float32; 0 is off."""
+        return self._floats(FREQUENCY)
+
+    @property
+    def seed(self) -> Tensor:
+        """[S + 1] int64."""
+        return self.settings.view(torch.int64)[:, SEED // 2]
+
+    @property
+    def prompt_len(self) -> Tensor:
+        """[S + 1] int32: inputs at this position and later are the owner's output."""
+        return self.settings[:, PROMPT_LEN]
+
+    @property
+    def min_length(self) -> Tensor:
+        """[S + 1] int32: no stop token is drawn at positions before this."""
+        return self.settings[:, MIN_LENGTH]
+
+    @property
+    def stop_token_ids(self) -> Tensor:
+        """[S + 1, MAX_STOP_TOKEN_IDS] int32; the vocabulary's size, which is no token, fills unused entries."""
+        return self.settings[:, STOP_TOKEN_IDS:]
+
+    def _floats(self, column: int) -> Tensor:
+        return self.settings.view(torch.float32)[:, column]
+
+
+def allocate(num_slots: int, vocab_size: int, device: torch.device) -> SamplerTables:
+    """Tables of `num_slots` slots without an owner: neutral settings, nothing seen."""
+    neutral = torch.from_numpy(pack_slot(_NEUTRAL, vocab_size))
+    return SamplerTables(
+        settings=neutral.repeat(num_slots + 1, 1).to(device),
+        occurrences=torch.zeros(num_slots + 1, vocab_size, dtype=torch.int32, device=device),
+    )
+
+
+def pack_slot(init: SlotInit, vocab_size: int) -> npt.NDArray[np.int32]:
+    """The packed row of a slot's new owner, [ROW_WIDTH] int32.
+
+    Stop tokens outside the vocabulary are left out: they cannot be drawn. Raises InvalidRequestError for more stop
+    tokens than the table holds and for a seed that is no int64.
+    """
+    sampler = init.sampler
+    stop_token_ids = [token_id for token_id in init.stop_token_ids if 0 <= token_id < vocab_size]
+    if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidRequestError(
+            f"a request has {len(stop_token_ids)} stop tokens, the limit is {MAX_STOP_TOKEN_IDS}: give fewer"
+        )
+    if not 0 <= sampler.seed < 2**63:
+        raise InvalidRequestError(f"seed is {sampler.seed}, the limits are 0 and 2**63 - 1: choose one between")
+    row = np.full(ROW_WIDTH, vocab_size, np.int32)
+    floats = row.view(np.float32)
+    # A float64 of tiny size becomes float32 0 here, the neutral value or the limit it stands next to.
+    floats[TEMPERATURE] = sampler.temperature
+    row[TOP_K] = min(sampler.top_k, _MAX_INT32)
+    floats[TOP_P] = sampler.top_p
+    floats[MIN_P] = sampler.min_p
+    floats[REPETITION] = sampler.repetition_penalty
+    floats[PRESENCE] = sampler.presence_penalty
+    floats[FREQUENCY] = sampler.frequency_penalty
+    row[SEED : SEED + 2].view(np.int64)[0] = sampler.seed
+    row[PROMPT_LEN] = init.prompt_len
+    row[MIN_LENGTH] = min(init.min_length, _MAX_INT32)
+    row[MIN_LENGTH + 1] = 0
+    row[STOP_TOKEN_IDS : STOP_TOKEN_IDS + len(stop_token_ids)] = stop_token_ids
+    return row

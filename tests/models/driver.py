@@ -1,0 +1,119 @@
+"""Runs a decoder over a page pool, one step at a time: the worker's job in plain Python, with no slots and no graphs.
+
+Every step has padding in both regions, block tables are shuffled, and pages hold NaN until they are written, so
+a kernel that reads a padded position or another request's page shows in the logits.
+"""
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from graphgen.models.attention.tables import RowTables
+from graphgen.models.decoder import Decoder
+from graphgen.models.kv_cache import KVCache
+
+PADDED_ROWS = 3
+"""Rows that hold no token, in each region of each step."""
+
+
+class Request:
+    """Token ids, how many of them are computed, and the pages that hold their K and V."""
+
+    def __init__(self, token_ids: Sequence[int], pages: list[int], prompt_len: int | None = None) -> None:
+        self.token_ids = list(token_ids)
+        self.prompt_len = len(self.token_ids) if prompt_len is None else prompt_len
+        self.num_computed = 0
+        self.pages = pages
+
+
+class Driver:
+    """A decoder, its pages, and the steps over them."""
+
+    def __init__(
+        self, decoder: Decoder, page_size: int = 4, num_pages: int = 96, seed: int = 0, poison: bool = True
+    ) -> None:
+        weight = decoder.embedding.weight
+        self.decoder = decoder
+        self.kv_cache = KVCache(decoder.spec, num_pages, page_size, weight.dtype, weight.device)
+        if poison:
+            for pages in (*self.kv_cache.k_pages, *self.kv_cache.v_pages):
+                pages[:num_pages] = float("nan")
+        self.last_hidden = torch.empty(0)  # of every row of the last step, padded ones too
+        self._device = weight.device
+        self._free = list(range(num_pages))
+        random.Random(seed).shuffle(self._free)
+
+    def request(self, token_ids: Sequence[int], prompt_len: int | None = None) -> Request:
+        """A request with pages for its tokens and one page to grow into."""
+        needed = len(token_ids) // self.kv_cache.page_size + 2
+        return Request(token_ids, [self._free.pop() for _ in range(needed)], prompt_len)
+
+    def step(self, chunks: Sequence[tuple[Request, int]] = (), decodes: Sequence[Request] = ()) -> list[Tensor]:
+        """Computes the next `length` tokens of each chunk's request and the next one of each decode's.
+
+        Returns float32 logits [length, V] of each chunk, then [1, V] of each decode.
+        """
+        num_chunk_rows = sum(length for _, length in chunks)
+        rows: list[tuple[Request, int] | None] = [
+            (request, request.num_computed + offset) for request, length in chunks for offset in range(length)
+        ]
+        rows += [None] * (PADDED_ROWS if chunks else 0)
+        decode_region = [(request, request.num_computed) for request in decodes] + [None] * PADDED_ROWS
+        tables = self._tables(chunks, rows, decode_region)
+        rows += decode_region
+        hidden = self.decoder(
+            self._int64([row[0].token_ids[row[1]] if row else 0 for row in rows]),
+            self._int64([row[1] if row else 0 for row in rows]),
+            self._int64([max(row[0].prompt_len, row[1] + 1) if row else 1 for row in rows]),
+            self.kv_cache,
+            tables,
+            [],
+        )
+        self.last_hidden = hidden
+        for request, length in [*chunks, *((request, 1) for request in decodes)]:
+            request.num_computed += length
+        logits = self.decoder.logits(hidden)
+        first_decode = len(rows) - len(decode_region)
+        live = [*logits[:num_chunk_rows].split([length for _, length in chunks])] if chunks else []
+        return live + [*logits[first_decode : first_decode + len(decodes)].split(1)]
+
+    def _tables(
+        self,
+        chunks: Sequence[tuple[Request, int]],
+        prefill_region: "Sequence[tuple[Request, int] | None]",
+        decode_region: "Sequence[tuple[Request, int] | None]",
+    ) -> RowTables:
+        unused_chunks = 2
+        starts = [0]
+        for _, length in chunks:
+            starts.append(starts[-1] + length)
+        decode_requests = [row[0] if row else None for row in decode_region]
+        return RowTables(
+            kv_locations=self._int64([self._location(row) for row in (*prefill_region, *decode_region)]),
+            chunk_starts=self._int32(starts + [starts[-1]] * unused_chunks),
+            chunk_kv_lens=self._int32([r.num_computed + length for r, length in chunks] + [0] * unused_chunks),
+            chunk_pages=self._block_tables([request for request, _ in chunks] + [None] * unused_chunks),
+            decode_kv_lens=self._int32([row[1] + 1 if row else 1 for row in decode_region]),
+            decode_pages=self._block_tables(decode_requests),
+        )
+
+    def _location(self, row: tuple[Request, int] | None) -> int:
+        if row is None:
+            return self.kv_cache.trash_page * self.kv_cache.page_size
+        page, offset = divmod(row[1], self.kv_cache.page_size)
+        return row[0].pages[page] * self.kv_cache.page_size + offset
+
+    def _block_tables(self, requests: Sequence[Request | None]) -> Tensor:
+        """One row per request as wide as the widest, filled up with pages of nobody; None has the trash page."""
+        tables = [request.pages if request else [self.kv_cache.trash_page] for request in requests]
+        width = max(map(len, tables), default=1) + 1
+        fill = self._free[-1]  # poisoned: nobody owns it
+        return self._int32([table + [fill] * (width - len(table)) for table in tables]).view(len(tables), width)
+
+    def _int64(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+    def _int32(self, values: "Sequence[int] | Sequence[Sequence[int]]") -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self._device)

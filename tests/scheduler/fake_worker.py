@@ -1,0 +1,111 @@
+"""A worker without a device: it executes step plans by brute force on slot tables, block tables and page contents.
+
+A page holds, for each position, the token whose K and V a real worker would have written there. The token a row draws
+is a hash of everything the row can read, so one lost, repeated or misplaced token, page or slot changes the output.
+"""
+
+import zlib
+from array import array
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from graphgen.ipc.codec import unpack_int32
+from graphgen.ipc.messages import SlotInit, StepPlan
+
+VOCABULARY = 50
+NEVER_WRITTEN = -1
+
+
+def next_token(context: Sequence[int], stop_token_ids: Collection[int], min_length: int) -> int:
+    """The token after `context`; no stop token while the context is shorter than `min_length`."""
+    token = zlib.crc32(array("i", context).tobytes()) % VOCABULARY
+    while len(context) < min_length and token in stop_token_ids:
+        token = (token + 1) % VOCABULARY
+    return token
+
+
+def generate(prompt: Sequence[int], count: int, stop_token_ids: Collection[int], min_tokens: int) -> list[int]:
+    """The reference: `count` tokens after the prompt, drawn past any stop token."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens, stop_token_ids, len(prompt) + min_tokens))
+    return tokens[len(prompt) :]
+
+
+@dataclass
+class Row:
+    """One token row of a step: where it is and what it read, itself last."""
+
+    slot: int
+    position: int
+    context: list[int]
+
+
+@dataclass
+class Slot:
+    init: SlotInit
+    block_table: dict[int, int] = field(default_factory=dict)
+    last_token: int = NEVER_WRITTEN
+
+
+class FakeWorker:
+    """Executes plans in the order they are given, as one compute stream does."""
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self.page_size = page_size
+        self._pages = [[NEVER_WRITTEN] * page_size for _ in range(num_pages)]
+        self._slots: dict[int, Slot] = {}
+
+    def execute(self, plan: StepPlan) -> tuple[list[int], list[Row]]:
+        """The tokens of the step result, and every row of the step in the plan's order."""
+        self._apply_tables(plan)
+        written = self._write_chunks(plan) + self._write_decodes(plan)
+        # Attention runs after all K and V of the step are written: so a page given out too early shows.
+        rows = [Row(slot, position, self._read(slot, position)) for slot, position in written]
+        num_chunk_rows = sum(chunk.length for chunk in plan.chunks)
+        drawing, end = [], 0
+        for chunk in plan.chunks:
+            end += chunk.length
+            if chunk.samples:
+                drawing.append(rows[end - 1])
+        return [self._draw(row) for row in drawing + rows[num_chunk_rows:]], rows
+
+    def _apply_tables(self, plan: StepPlan) -> None:
+        for chunk in plan.chunks:
+            if chunk.init is not None:
+                self._slots[chunk.slot] = Slot(chunk.init)
+        triples = unpack_int32(plan.new_pages)
+        for slot, index, page in zip(triples[::3], triples[1::3], triples[2::3], strict=True):
+            assert index not in self._slots[slot].block_table, f"page {index} of slot {slot} was replaced"
+            self._slots[slot].block_table[index] = page
+            self._pages[page] = [NEVER_WRITTEN] * self.page_size
+
+    def _write_chunks(self, plan: StepPlan) -> list[tuple[int, int]]:
+        tokens = iter(unpack_int32(plan.chunk_token_ids))
+        written = []
+        for chunk in plan.chunks:
+            for position in range(chunk.start, chunk.start + chunk.length):
+                self._write(chunk.slot, position, next(tokens))
+                written.append((chunk.slot, position))
+        assert next(tokens, None) is None, "the plan carries more tokens than its chunks hold"
+        return written
+
+    def _write_decodes(self, plan: StepPlan) -> list[tuple[int, int]]:
+        slots, positions = unpack_int32(plan.decode_slots), unpack_int32(plan.decode_positions)
+        assert len(set(slots)) == len(slots), "a slot decodes twice in one step"
+        for slot, position in zip(slots, positions, strict=True):
+            self._write(slot, position, self._slots[slot].last_token)
+        return list(zip(slots, positions, strict=True))
+
+    def _write(self, slot: int, position: int, token: int) -> None:
+        index, offset = divmod(position, self.page_size)
+        self._pages[self._slots[slot].block_table[index]][offset] = token
+
+    def _read(self, slot: int, position: int) -> list[int]:
+        table = self._slots[slot].block_table
+        return [self._pages[table[p // self.page_size]][p % self.page_size] for p in range(position + 1)]
+
+    def _draw(self, row: Row) -> int:
+        slot = self._slots[row.slot]
+        slot.last_token = next_token(row.context, slot.init.stop_token_ids, slot.init.min_length)
+        return slot.last_token

@@ -1,0 +1,222 @@
+"""Runs a Scheduler against a FakeWorker, and checks every plan and every output against brute force."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from graphgen.ipc.codec import pack_int32, unpack_int32
+from graphgen.ipc.messages import Bucket, FinishReason, SamplerParams, StepPlan, Submit, TokenOutput
+from graphgen.scheduler.limits import SchedulerLimits
+from graphgen.scheduler.plan import StepDescription
+from graphgen.scheduler.policy import Scheduler
+from tests.scheduler.fake_worker import FakeWorker, Row, generate
+
+BUCKETS = (Bucket(0, 1), Bucket(0, 2), Bucket(0, 4), Bucket(4, 2), Bucket(8, 2), Bucket(4, 4), Bucket(8, 4))
+
+
+def make_limits(
+    *,
+    buckets: tuple[Bucket, ...] = BUCKETS,
+    num_pages: int = 12,
+    page_size: int = 4,
+    max_running: int = 4,
+    max_chunks: int = 3,
+    token_budget: int = 12,
+    max_model_len: int = 64,
+    steps_in_flight: int = 2,
+) -> SchedulerLimits:
+    return SchedulerLimits(
+        buckets, num_pages, page_size, max_running, max_chunks, token_budget, max_model_len, steps_in_flight
+    )
+
+
+def make_submit(
+    request_id: int,
+    prompt: Sequence[int],
+    max_tokens: int = 4,
+    *,
+    min_tokens: int = 0,
+    stop: Sequence[int] = (),
+    sampler: SamplerParams | None = None,
+) -> Submit:
+    return Submit(
+        request_id=request_id,
+        prompt_token_ids=pack_int32(prompt),
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        stop_token_ids=tuple(stop),
+        sampler=sampler or SamplerParams(seed=request_id),
+        arrived_s=0.0,
+    )
+
+
+@dataclass
+class Client:
+    """What the sender of one request knows: what it asked for, what it must get, what it got."""
+
+    submit: Submit
+    prompt: list[int]
+    drawn: list[int]  # what the device draws, past any stop token
+    expected: list[int]
+    expected_reason: FinishReason
+    received: list[int] = field(default_factory=list)
+    reason: FinishReason | None = None
+    cancelled: bool = False
+    draws_planned: int = 0
+
+    @property
+    def is_live(self) -> bool:
+        return self.reason is None and not self.cancelled
+
+
+def make_client(submit: Submit) -> Client:
+    prompt = list(unpack_int32(submit.prompt_token_ids))
+    drawn = generate(prompt, submit.max_tokens, submit.stop_token_ids, submit.min_tokens)
+    stops = [i + 1 for i, token in enumerate(drawn) if token in submit.stop_token_ids and i >= submit.min_tokens]
+    if stops:
+        return Client(submit, prompt, drawn, drawn[: stops[0]], "stop")
+    return Client(submit, prompt, drawn, drawn, "length")
+
+
+class Harness:
+    """One Scheduler, one FakeWorker, and the clients. Requests are numbered in order of arrival."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.limits = limits
+        self.scheduler = Scheduler(limits)
+        self.worker = FakeWorker(limits.num_pages, limits.page_size)
+        self.clients: dict[int, Client] = {}
+        self.results: deque[tuple[int, list[int]]] = deque()
+        self.descriptions: list[StepDescription] = []
+        self.plans: list[StepPlan] = []
+
+    # --- what the outside does -----------------------------------------------------------------------------
+
+    def add(self, submit: Submit) -> None:
+        self.scheduler.add(submit)
+        self.clients[submit.request_id] = make_client(submit)
+
+    def cancel(self, request_id: int) -> None:
+        self.scheduler.cancel(request_id)
+        client = self.clients.get(request_id)
+        if client is not None and client.is_live:
+            client.cancelled = True
+
+    def schedule(self) -> StepPlan | None:
+        """Makes one plan, checks it, and executes it; its result waits in `results`."""
+        must_decode = self._decoding()
+        preemptions = self.scheduler.preemptions
+        plan = self.scheduler.schedule(float(self.scheduler.steps))
+        if plan is None:
+            return None
+        description = self.scheduler.describe_step(plan.step_id)
+        self._check_shape(plan, description)
+        self._check_decodes(must_decode, description, self.scheduler.preemptions - preemptions)
+        tokens, rows = self.worker.execute(plan)
+        self._check_rows(rows, description)
+        self._count_draws(plan, description)
+        self.results.append((plan.step_id, tokens))
+        self.plans.append(plan)
+        self.descriptions.append(description)
+        return plan
+
+    def deliver(self) -> tuple[TokenOutput, ...]:
+        """Gives the scheduler the oldest result, and its outputs to the clients."""
+        outputs = self.scheduler.update(*self.results.popleft())
+        assert len({output.request_id for output in outputs}) == len(outputs), "two outputs of a request in one step"
+        for output in outputs:
+            client = self.clients[output.request_id]
+            assert client.is_live, f"request {output.request_id} had ended"
+            client.received += output.token_ids
+            client.reason = output.finish_reason
+            assert client.received == client.expected[: len(client.received)]
+            assert (client.reason is not None) == (client.received == client.expected)
+        return outputs
+
+    def run(self) -> None:
+        """Until nothing is left to do; fails when that takes more steps than one request at a time would."""
+        live = [client for client in self.clients.values() if client.is_live]
+        bound = 20 + 4 * sum(len(client.prompt) + len(client.drawn) for client in live)
+        for _ in range(bound):
+            while self.schedule() is not None:
+                pass
+            if not self.results:
+                break
+            self.deliver()
+        self.check_all_ended()
+
+    # --- what must hold ------------------------------------------------------------------------------------
+
+    def check_all_ended(self) -> None:
+        scheduler = self.scheduler
+        for request_id, client in self.clients.items():
+            if client.cancelled:
+                continue
+            assert client.received == client.expected, f"request {request_id}"
+            assert client.reason == client.expected_reason, f"request {request_id}"
+        assert (scheduler.running, scheduler.waiting, scheduler.steps_in_flight) == (0, 0, 0)
+        assert scheduler.pages_free == scheduler.pages_total == self.limits.num_pages
+        assert scheduler.finished == sum(client.reason is not None for client in self.clients.values())
+
+    def check_page_owners(self) -> None:
+        """Every page is free or has one owner. The policy's own tables are read here: no plan shows them whole."""
+        held = [page for running in self.scheduler._running for page in running.pages]
+        assert len(set(held)) == len(held)
+        assert len(held) + self.scheduler.pages_free == self.limits.num_pages
+        slots = [running.slot for running in self.scheduler._running]
+        assert len(set(slots)) == len(slots)
+        assert len(slots) + len(self.scheduler._free_slots) == self.limits.max_running
+
+    def _decoding(self) -> list[int]:
+        """Requests that must decode in the next plan, unless it preempts them; oldest first."""
+        return [
+            running.request.request_id
+            for running in self.scheduler._running
+            if running.num_computed >= running.prefill_end
+        ]
+
+    def _check_shape(self, plan: StepPlan, description: StepDescription) -> None:
+        limits, bucket = self.limits, plan.bucket
+        num_chunk_tokens = sum(chunk.length for chunk in plan.chunks)
+        num_decodes = len(unpack_int32(plan.decode_slots))
+        assert bucket in limits.buckets
+        assert bucket.num_rows <= limits.token_budget
+        assert num_chunk_tokens <= bucket.prefill_rows
+        assert num_decodes <= bucket.decode_rows
+        assert num_chunk_tokens + num_decodes > 0
+        assert len(plan.chunks) <= limits.max_chunks
+        assert all(chunk.length > 0 for chunk in plan.chunks)
+        assert description.padding_rows == bucket.num_rows - num_chunk_tokens - num_decodes
+        ids = [chunk[0] for chunk in description.chunks] + list(description.decode_request_ids)
+        assert len(set(ids)) == len(ids), "a request has two entries in one step"
+        assert all(self.clients[request_id].is_live for request_id in ids), "an ended request was planned"
+
+    def _check_decodes(self, must_decode: list[int], description: StepDescription, preempted: int) -> None:
+        """All decode, except the youngest of them when this plan preempted; the oldest always does."""
+        planned = list(description.decode_request_ids)
+        assert planned == must_decode[: len(planned)]
+        assert len(must_decode) - len(planned) <= preempted
+        assert planned[:1] == must_decode[:1]
+
+    def _check_rows(self, rows: list[Row], description: StepDescription) -> None:
+        """Every row read exactly the tokens of its request, also where the request has ended meanwhile."""
+        places = [
+            (request_id, position)
+            for request_id, start, length in description.chunks
+            for position in range(start, start + length)
+        ]
+        for row, (request_id, position) in zip(rows, places, strict=False):
+            assert row.position == position, f"request {request_id}"
+        owners = [request_id for request_id, _ in places] + list(description.decode_request_ids)
+        for row, request_id in zip(rows, owners, strict=True):
+            client = self.clients[request_id]
+            right = (client.prompt + client.drawn)[: row.position + 1]
+            assert row.context == right, f"request {request_id} at position {row.position}"
+
+    def _count_draws(self, plan: StepPlan, description: StepDescription) -> None:
+        """No request draws more than max_tokens, not even by a step made before its last token was known."""
+        drawing = [entry[0] for entry, chunk in zip(description.chunks, plan.chunks, strict=True) if chunk.samples]
+        for request_id in (*drawing, *description.decode_request_ids):
+            client = self.clients[request_id]
+            client.draws_planned += 1
+            assert client.draws_planned <= client.submit.max_tokens, f"request {request_id}"
