@@ -62,4 +62,6 @@ def _mixed_rungs(rows: int, token_budget: int, num_slots: int) -> list[int]:
     """Decode rows of the mixed buckets of `rows` rows. Only the widest ones need the rungs above half."""
     rungs = _rungs_up_to(_MIXED_DECODE_RUNGS, num_slots)
     limit = rows - rows // 4 if rows == token_budget else rows // 2
-    return [rung for rung in rungs if rung <= limit and not (rung < 16 and token_budget >= _SMALLEST_MIXED_ROWS)]
+    # Beside a hundred prompt rows, a few padded decode rows are not worth graphs of their own.
+    least = min(16, num_slots) if token_budget >= _SMALLEST_MIXED_ROWS else 1
+    return [rung for rung in rungs if least <= rung <= limit]

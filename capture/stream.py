@@ -52,7 +52,8 @@ class CudaMark:
 
     def wait(self) -> float:
         self._event.synchronize()
-        return self._origin_s + self._origin.elapsed_time(self._event) / 1000.0
+        elapsed_ms: float = self._origin.elapsed_time(self._event)
+        return self._origin_s + elapsed_ms / 1000.0
 
 
 class CudaStream:

@@ -13,14 +13,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
 import zmq
 
 from graphgen.ipc import errors
 from graphgen.ipc.channel import Channel
-from graphgen.ipc.errors import ConfigError, EngineClosedError, EngineDeadError, GraphgenError, InvalidRequestError
+from graphgen.ipc.errors import EngineClosedError, EngineDeadError, GraphgenError, InvalidRequestError
 from graphgen.ipc.messages import (
     Cancel,
     EngineStats,
@@ -47,20 +47,23 @@ CLOSE_GRACE_S = 2.0
 
 
 class Client:
-    """Sends requests to the scheduler and delivers what comes back, until closed or until a process of the engine ends."""
+    """Sends requests to the scheduler and delivers what comes back, until closed or until a process ends."""
 
     def __init__(self, processes: EngineProcesses, on_progress: Callable[[Progress], None] | None = None) -> None:
         self._processes = processes
         self._on_progress = on_progress
-        self._lock = threading.Lock()  # guards the table, the queue of stats and the fault
+        # Guards the table, the queue of stats and the fault. Reentrant: the collector may drop a stream, which cancels
+        # its request, in the middle of anything.
+        self._lock = threading.RLock()
         self._requests: dict[int, OpenRequest] = {}
         self._stats: deque[Future[EngineStats]] = deque()
         self._ready: Future[Ready] = Future()
+        self._serves = False
         self._fault: GraphgenError | None = None
         self._stopping = threading.Event()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._channel: Channel[EngineToScheduler, SchedulerToEngine] = Channel(
-            self._context, processes.folder, "engine", "bind", SchedulerToEngine
+            self._context, processes.folder, "engine", "upper", SchedulerToEngine
         )
         self._thread = threading.Thread(target=self._run, name="graphgen-client", daemon=True)
         self._thread.start()
@@ -106,16 +109,14 @@ class Client:
 
     def close(self) -> None:
         """Ends the processes, then the thread. Open requests get EngineClosedError. Idempotent."""
-        self._fail(EngineClosedError("the engine was closed: make a new Engine"), farewell=True)
-        self._processes.stop(CLOSE_GRACE_S)
+        if not self._processes.are_ours:
+            return  # a fork of the user's program: the engine is its parent's
+        self._fail(EngineClosedError("the engine was closed: make a new Engine"))
+        # Before the engine serves nobody may be listening, and nothing is lost by a signal.
+        self._processes.stop(CLOSE_GRACE_S if self._serves else 0.0)
         self._stopping.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()
-
-    @property
-    def fault(self) -> GraphgenError | None:
-        """Why no request is taken any more."""
-        return self._fault
 
     def _raise_fault(self) -> None:
         if self._fault is not None:
@@ -155,6 +156,7 @@ class Client:
                 if self._on_progress is not None:
                     self._on_progress(message)
             case Ready():
+                self._serves = True
                 self._ready.set_result(message)
             case Failed():
                 raise _error_of(message)
@@ -207,10 +209,10 @@ class Client:
             for name in self._processes.pids:
                 if tail := self._processes.log_tail(name, num_lines=100):
                     logger.error("output of the %s process:\n%s", name, tail)
-        self._fail(error, farewell=True)
+        self._fail(error)
         self._processes.stop(grace_s=0.2)
 
-    def _fail(self, error: GraphgenError, farewell: bool) -> None:
+    def _fail(self, error: GraphgenError) -> None:
         """From now on every call raises `error`; the first fault stays."""
         with self._lock:
             if self._fault is not None:
@@ -218,12 +220,12 @@ class Client:
             self._fault = error
             requests, self._requests = list(self._requests.values()), {}
             waiting, self._stats = list(self._stats), deque()
-            if farewell:
-                self._channel.send(Shutdown())
+            self._channel.send(Shutdown())
         for request in requests:
             _deliver(request.sink, type(error)(*error.args))
-        for future in (self._ready, *waiting):
-            with contextlib.suppress(Exception):  # already answered
+        futures: tuple[Future[Ready] | Future[EngineStats], ...] = (self._ready, *waiting)
+        for future in futures:
+            with contextlib.suppress(InvalidStateError):  # already answered
                 future.set_exception(type(error)(*error.args))
 
 
@@ -239,7 +241,6 @@ def _deliver(sink: Sink, delivery: Delivery) -> bool:
 def _error_of(failed: Failed) -> GraphgenError:
     """The exception that a process ended with, as the class it had there if that is one of ours."""
     kind = getattr(errors, failed.error, None)
-    text = f"{failed.where}: {failed.message}"
     if isinstance(kind, type) and issubclass(kind, GraphgenError):
-        return kind(failed.message if issubclass(kind, ConfigError) else text)
+        return kind(failed.message)
     return EngineDeadError(f"{failed.where} failed with {failed.error}: {failed.message}")

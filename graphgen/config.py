@@ -12,7 +12,7 @@ import os
 import time
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Literal, TypedDict
 
 import msgspec
 from msgspec import Struct
@@ -58,7 +58,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     """auto and safetensors read the checkpoint; dummy makes random weights of the real shapes."""
     seed: int = 0
-    """Of dummy weights, and of the seeds drawn for requests that state none."""
+    """Of the random weights of load_format="dummy"; a request has its own in SamplingParams."""
     progress: bool = False
     """Show a progress bar while the engine starts."""
     compile: bool | None = None
@@ -91,6 +91,43 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
             raise ConfigError(f"start_timeout_s is {self.start_timeout_s}: use a positive number of seconds")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed}: use an integer from 0 to 2**63 - 1")
+
+
+class EngineSettings(TypedDict, total=False):
+    """The fields of EngineConfig as keyword arguments, for type checkers and editors."""
+
+    model: str | None
+    revision: str | None
+    tokenizer: str | None
+    device: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    max_model_len: int | None
+    max_num_seqs: int
+    token_budget: int | None
+    page_size: int | None
+    num_pages: int | None
+    memory_fraction: float
+    load_format: Literal["auto", "safetensors", "dummy"]
+    seed: int
+    progress: bool
+    compile: bool | None
+    attention: Literal["auto", "flashinfer", "torch"]
+    step_log: str | None
+    cpu_threads: int | None
+    start_timeout_s: float
+
+
+def make_config(model: str | EngineConfig | None, settings: EngineSettings) -> EngineConfig:
+    """The config of `Engine(model, **settings)`. Raises ConfigError when something is given twice."""
+    if isinstance(model, EngineConfig):
+        if settings:
+            raise ConfigError(f"both an EngineConfig and {', '.join(settings)} were given: put all into EngineConfig")
+        return model
+    if model is not None and "model" in settings:
+        raise ConfigError(f"model is given twice, as {model!r} and {settings['model']!r}: give it once")
+    if model is not None:
+        settings = {**settings, "model": model}
+    return EngineConfig(**settings)
 
 
 class LaunchConfig(Struct, frozen=True, kw_only=True):

@@ -20,10 +20,13 @@ from pathlib import Path
 import msgspec
 
 import graphgen
+from graphgen.ipc.errors import ConfigError
 
 PARENT_POLL_S = 0.25
 """How often a child looks whether its parent is alive."""
 
+_MAX_FOLDER_BYTES = 107 - len("/worker.down")
+"""Linux limits a socket's path to 107 bytes."""
 _LOG_TAIL_BYTES = 8192
 _ERROR_LINES = 15
 
@@ -49,7 +52,7 @@ class EngineProcesses:
     """
 
     def __init__(self, modules: tuple[str, ...] = ("graphgen.scheduler", "graphgen.worker")) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="graphgen-"))
+        self.folder = _make_folder()
         self._owner_pid = os.getpid()
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         try:
@@ -70,6 +73,11 @@ class EngineProcesses:
                 start_new_session=True,
                 env=_child_environment(),
             )
+
+    @property
+    def are_ours(self) -> bool:
+        """False in a fork of the program that started them, which must leave them alone."""
+        return os.getpid() == self._owner_pid
 
     @property
     def pids(self) -> dict[str, int]:
@@ -96,8 +104,6 @@ class EngineProcesses:
 
     def stop(self, grace_s: float) -> None:
         """Waits `grace_s` for the children to end, ends those that did not, and removes the folder. Idempotent."""
-        if os.getpid() != self._owner_pid:
-            return  # a fork of the user's program runs this at its exit; the engine is not its own
         deadline = time.monotonic() + grace_s
         for ask in (None, signal.SIGTERM, signal.SIGKILL):
             for child in self._children.values():
@@ -139,6 +145,18 @@ def end_with_parent(parent_pid: int, folder: Path) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="graphgen-parent-watch", daemon=True).start()
+
+
+def _make_folder() -> Path:
+    """A folder that only this user may enter."""
+    folder = Path(tempfile.mkdtemp(prefix="graphgen-"))
+    if len(os.fsencode(folder)) > _MAX_FOLDER_BYTES:
+        folder.rmdir()
+        raise ConfigError(
+            f"the path of the temporary folder {folder} has {len(os.fsencode(folder))} bytes, a socket in it allows"
+            f" {_MAX_FOLDER_BYTES}: set TMPDIR to a shorter path"
+        )
+    return folder
 
 
 def _child_environment() -> dict[str, str]:

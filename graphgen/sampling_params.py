@@ -62,7 +62,8 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
         _check_range("min_tokens", self.min_tokens, 0, _MAX_INT32)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
-                f"min_tokens is {self.min_tokens}, max_tokens is {self.max_tokens}: lower min_tokens or raise max_tokens"
+                f"min_tokens is {self.min_tokens}, max_tokens is {self.max_tokens}:"
+                " lower min_tokens or raise max_tokens"
             )
         _check_range("temperature", self.temperature, 0.0, 100.0)
         _check_range("top_k", self.top_k, 0, _MAX_INT32)

@@ -12,7 +12,8 @@ _REPLACEMENT = "\ufffd"
 
 _CONTEXT_TOKENS = 4
 _TRIM_TOKENS = 12
-_FORCED_TRIM_TOKENS = 128
+_FORCED_TRIM_TOKENS = 512
+"""So long may a window grow whose end is never certain; only runs of byte tokens beyond this may be decoded in parts."""
 
 
 class Detokenizer:
@@ -32,13 +33,17 @@ class Detokenizer:
         self._window: list[int] = []
         self._released = ""  # the part of the window's text that was handed out
         self._text = ""  # the window's text
+        self._in_byte_run = False
 
     def push(self, token_id: int) -> str:
         """The text that became certain with this token; may be empty."""
         self._window.append(token_id)
-        self._text = text = self._decode(self._window)
+        before, self._text = self._text, self._decode(self._window)
+        text = self._text
+        # A special token that is left out of the text does not end a run either.
+        self._in_byte_run = token_id in self._byte_token_ids or (self._in_byte_run and text == before)
         too_long = len(self._window) >= _FORCED_TRIM_TOKENS
-        if token_id in self._byte_token_ids and not too_long:
+        if self._in_byte_run and not too_long:
             return ""
         certain = text[:-1] if text.endswith(_REPLACEMENT) else text
         if not certain.startswith(self._released):

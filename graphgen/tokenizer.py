@@ -18,7 +18,7 @@ class Tokenizer:
 
     def __init__(self, hf_tokenizer: Any) -> None:  # transformers publishes no types, hence Any
         self._hf = hf_tokenizer
-        # The Rust tokenizer behind the Hugging Face object: a tenth of the cost for one token. A few old models have none.
+        # The Rust tokenizer behind the Hugging Face object: a tenth of the cost for one token. Old models may lack it.
         self._backend: Any = getattr(hf_tokenizer, "backend_tokenizer", None)
         if self._backend is not None:
             self._backend.no_truncation()

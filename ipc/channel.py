@@ -17,8 +17,8 @@ from graphgen.ipc.codec import Codec, Receive, Send
 class Channel(Generic[Send, Receive]):
     """One end of a channel named `name` in `folder` (mode 0700; the sockets are files in it).
 
-    One process calls it with side "bind", the other with side "connect", in any order. Messages arrive whole
-    and in order. `send` never blocks: what a dead peer does not read is dropped when the channel closes.
+    The process nearer to the user is the upper side: Engine over scheduler, scheduler over worker. Either side may
+    start first. Messages arrive whole and in order. `send` never blocks: what a dead peer does not read is dropped when the channel closes.
     """
 
     def __init__(
@@ -26,21 +26,21 @@ class Channel(Generic[Send, Receive]):
         context: "zmq.Context[zmq.Socket[bytes]]",
         folder: Path,
         name: str,
-        side: Literal["bind", "connect"],
+        side: Literal["upper", "lower"],
         receives: object,
     ) -> None:
         self._codec: Codec[Send, Receive] = Codec(receives)
         self._lock = threading.Lock()
         self._sender = context.socket(zmq.PUSH)
         self._receiver = context.socket(zmq.PULL)
-        for socket, bound_end_sends in ((self._sender, side == "bind"), (self._receiver, side == "connect")):
+        down, up = f"ipc://{folder}/{name}.down", f"ipc://{folder}/{name}.up"
+        for socket in (self._sender, self._receiver):
             socket.set_hwm(0)
             socket.set(zmq.LINGER, 0)
-            address = f"ipc://{folder}/{name}.{'down' if bound_end_sends else 'up'}"
-            if side == "bind":
-                socket.bind(address)
-            else:
-                socket.connect(address)
+        # Receivers bind and senders connect: a connecting socket queues messages before its peer exists.
+        self._receiver.bind(up if side == "upper" else down)
+        self._sender.set(zmq.RECONNECT_IVL, 10)
+        self._sender.connect(down if side == "upper" else up)
 
     @property
     def receiver(self) -> "zmq.Socket[bytes]":

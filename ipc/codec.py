@@ -19,7 +19,7 @@ class Codec(Generic[Send, Receive]):
 
     def __init__(self, receive_type: object) -> None:
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[Receive] = msgspec.msgpack.Decoder(receive_type)  # type: ignore[arg-type]  # a union is no type[]
+        self._decoder: msgspec.msgpack.Decoder[Receive] = msgspec.msgpack.Decoder(receive_type)
 
     def encode(self, message: Send) -> bytes:
         return self._encoder.encode(message)

@@ -132,5 +132,7 @@ class DecoderLayer(nn.Module):
         """residual, update: [T, hidden]; cos, sin: [T, D]. Returns the new (residual, update)."""
         residual = residual + update
         attended = self.attention(self.input_norm(residual), cos, sin, k_pages, v_pages, tables, extra)
-        residual = residual + attended
+        # In float32 the sum rounds as it would in bfloat16, and the compiler leaves it to the norm that reads it;
+        # an addition in the matrices' own dtype it would move into the product, at the price of a copy kernel.
+        residual = (residual.float() + attended.float()).to(residual.dtype)
         return residual, self.mlp(self.post_attention_norm(residual))

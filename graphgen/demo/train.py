@@ -117,18 +117,14 @@ def new_model(dropout: float) -> LlamaForCausalLM:
         *(layer.self_attn.o_proj for layer in layers),
         *(layer.mlp.down_proj for layer in layers),
     ]:
-        module.register_forward_hook(
-            lambda module, _args, output: functional.dropout(output, dropout, module.training)
-        )
+        module.register_forward_hook(lambda module, _args, output: functional.dropout(output, dropout, module.training))
     return model
 
 
 def next_token_loss(model: nn.Module, windows: Tensor, reduction: str = "mean") -> Tensor:
     """Cross entropy, in nats, of every token of `windows` `[windows, tokens]` but each row's first."""
     logits: Tensor = model(input_ids=windows[:, :-1], use_cache=False).logits
-    return functional.cross_entropy(
-        logits.float().flatten(0, 1), windows[:, 1:].flatten(), reduction=reduction
-    )
+    return functional.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten(), reduction=reduction)
 
 
 def validation_windows(ids: Tensor, seq_len: int) -> Tensor:
@@ -187,9 +183,7 @@ def autocast(device: torch.device) -> AbstractContextManager[Any]:  # Any: what 
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
-def train_step(
-    model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, windows: Tensor, lr: float
-) -> Tensor:
+def train_step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, windows: Tensor, lr: float) -> Tensor:
     """One update of the weights; returns the loss as a scalar that is still on its device."""
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -278,8 +272,7 @@ def card_table(record: dict[str, Any]) -> str:
     rows = {
         "command": f"`{record['command']}`",
         "made on": f"{record['device']}, torch {record['torch']}",
-        "time": f"{record['seconds']:.0f} s for {record['steps_run']} steps; "
-        f"step {record['best_step']} was the best",
+        "time": f"{record['seconds']:.0f} s for {record['steps_run']} steps; step {record['best_step']} was the best",
         "validation loss": f"{record['validation_nats_per_token']:.3f} nats per token, "
         f"{record['validation_nats_per_character']:.3f} nats per character",
         "training loss": f"{record['train_nats_per_token']:.3f} nats per token",
@@ -302,9 +295,7 @@ def parse_arguments() -> tuple[Path, torch.device, Settings]:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     for field in fields(Settings):
         option = "--" + field.name.replace("_", "-")
-        parser.add_argument(
-            option, type=type(field.default), default=field.default, help=f"({field.default})"
-        )
+        parser.add_argument(option, type=type(field.default), default=field.default, help=f"({field.default})")
     arguments = vars(parser.parse_args())
     out, device = arguments.pop("out"), arguments.pop("device")
     if device == "auto":
@@ -313,9 +304,7 @@ def parse_arguments() -> tuple[Path, torch.device, Settings]:
     if min(settings.steps, settings.batch_size, settings.eval_every, settings.patience) < 1:
         parser.error("--steps, --batch-size, --eval-every and --patience must each be at least 1")
     if not 1 <= settings.seq_len <= CONTEXT_LEN:
-        parser.error(
-            f"--seq-len is {settings.seq_len}, the model has {CONTEXT_LEN} positions: give 1 to that"
-        )
+        parser.error(f"--seq-len is {settings.seq_len}, the model has {CONTEXT_LEN} positions: give 1 to that")
     return out, torch.device(device), settings
 
 

@@ -50,8 +50,8 @@ def main(folder: Path, parent_pid: int) -> None:
     """Runs until Shutdown, the worker's failure, or the end of the parent."""
     end_with_parent(parent_pid, folder)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    engine: EngineChannel = Channel(context, folder, "engine", "connect", EngineToScheduler)
-    worker: WorkerChannel = Channel(context, folder, "worker", "bind", WorkerToScheduler)
+    engine: EngineChannel = Channel(context, folder, "engine", "lower", EngineToScheduler)
+    worker: WorkerChannel = Channel(context, folder, "worker", "upper", WorkerToScheduler)
     try:
         config = LaunchConfig.read(folder)
         ready = _wait_for_worker(engine, worker)

@@ -32,7 +32,7 @@ def main(folder: Path, parent_pid: int) -> None:
     """Runs until Shutdown, a failure, or the end of the parent."""
     end_with_parent(parent_pid, folder)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    channel: WorkerChannel = Channel(context, folder, "worker", "connect", SchedulerToWorker)
+    channel: WorkerChannel = Channel(context, folder, "worker", "lower", SchedulerToWorker)
     try:
         config = LaunchConfig.read(folder)
         with torch.inference_mode():

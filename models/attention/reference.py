@@ -53,9 +53,7 @@ def paged_attention(
     """
     write_kv(k_pages, v_pages, k, v, kv_locations)
     run = _live_rows if q.device.type == "cpu" else all_rows
-    return run(
-        q, k_pages, v_pages, chunk_starts, chunk_kv_lens, chunk_pages, decode_kv_lens, decode_pages, window
-    )
+    return run(q, k_pages, v_pages, chunk_starts, chunk_kv_lens, chunk_pages, decode_kv_lens, decode_pages, window)
 
 
 def write_kv(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, kv_locations: Tensor) -> None:
@@ -85,9 +83,7 @@ def _live_rows(
         if first < last:
             _one_chunk(out[first:last], q[first:last], k_pages, v_pages, chunk_pages[chunk], kv_len, window)
     num_prefill_rows = q.shape[0] - decode_kv_lens.shape[0]
-    _decode_rows(
-        out[num_prefill_rows:], q[num_prefill_rows:], k_pages, v_pages, decode_kv_lens, decode_pages, window
-    )
+    _decode_rows(out[num_prefill_rows:], q[num_prefill_rows:], k_pages, v_pages, decode_kv_lens, decode_pages, window)
     return out
 
 

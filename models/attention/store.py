@@ -5,10 +5,18 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
 def _store_kernel(
-    k, v, k_pages, v_pages, locations, k_stride, v_stride, row_elements: tl.constexpr, block: tl.constexpr
-):  # type: ignore[no-untyped-def]  # a Triton kernel: its parameters are pointers
+    k: "tl.tensor",
+    v: "tl.tensor",
+    k_pages: "tl.tensor",
+    v_pages: "tl.tensor",
+    locations: "tl.tensor",
+    k_stride: int,
+    v_stride: int,
+    row_elements: tl.constexpr,
+    block: tl.constexpr,
+) -> None:
     row = tl.program_id(0)
     location = tl.load(locations + row)
     columns = tl.arange(0, block)

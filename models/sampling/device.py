@@ -9,6 +9,7 @@ multiply-add rounds differently) and the reading of settings, logits and counts.
 import triton
 import triton.language as tl
 
+from graphgen.ipc.messages import MAX_STOP_TOKEN_IDS
 from graphgen.models.sampling import arithmetic, tables
 
 TEMPERATURE = tl.constexpr(tables.TEMPERATURE)
@@ -23,7 +24,7 @@ SEED = tl.constexpr(tables.SEED)
 MIN_LENGTH = tl.constexpr(tables.MIN_LENGTH)
 STOP_TOKEN_IDS = tl.constexpr(tables.STOP_TOKEN_IDS)
 ROW_WIDTH = tl.constexpr(tables.ROW_WIDTH)
-NUM_STOPS = tl.constexpr(tables.MAX_STOP_TOKEN_IDS)
+NUM_STOPS = tl.constexpr(MAX_STOP_TOKEN_IDS)
 IN_PROMPT = tl.constexpr(tables.IN_PROMPT)
 OUTPUT_COUNT_MASK = tl.constexpr(tables.OUTPUT_COUNT_MASK)
 

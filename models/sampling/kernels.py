@@ -1,21 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 # (Triton functions take Triton's own types, for which there is no type information.)
-"""Sampling on CUDA: the rules of reference.py as Triton kernels, the same tokens from equal logits.
+"""Sampling on CUDA: what reference.py does, in Triton launches a graph may capture.
 
-Owns the kernels, their scratch and their launches. Never waits for the device and allocates only scratch, so a graph
-may capture every function. Called through `Sampler` (package module) by the worker's step.
-
-A draw is four launches over (row, part of the vocabulary), the decision what a row needs is taken on the device:
-1. `_best_kernel`     all rows. Greedy rows and rows that draw from all tokens: the best of each part. Others: the
-                      largest score of each part. One reading of the logits.
-2. `_outline_kernel`  rows that draw from fewer: how many tokens, or how much mass, lie above 16 levels under the
-                      row's largest score.
-3. `_collect_kernel`  the same rows: the outline says how deep the kept tokens can reach at most; the tokens down to
-                      there are gathered as candidates.
-4. `_finish_kernel`   one program a row: the best of the parts; or the exact threshold by bisection over the ordered
-                      bits of the candidates' scores, and the draw. If the candidates were too many for their
-                      buffer, it works on the whole row, slower and with the same result.
-Nothing is sorted. Counts and masses that decide are integers, so the order of sums and of gathering cannot matter.
+Owns the launches, their scratch, and the kernels that keep the tables. Never waits for the device and allocates
+nothing but scratch. Called through `Sampler` (package module) by the worker's step.
 """
 
 import torch
@@ -23,28 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from graphgen.models.sampling.device import (
-    IN_PROMPT,
-    MAX_INT32,
-    MIN_P,
-    MINUS_INF,
-    PROMPT_LEN,
-    ROW_WIDTH,
-    TEMPERATURE,
-    TOP_K,
-    TOP_P,
-    float_setting,
-    has_filter,
-    has_rank_filter,
-    log_positive,
-    lowest_best,
-    mass,
-    exp_not_positive,
-    ordered_key,
-    seed_setting,
-    tile_noise,
-    tile_scores,
-    token_noise,
+from graphgen.models.sampling.device import IN_PROMPT, PROMPT_LEN, ROW_WIDTH
+from graphgen.models.sampling.draw import (
+    LEVELS,
+    MOST_PARTS,
+    best_kernel,
+    collect_kernel,
+    finish_kernel,
+    outline_kernel,
 )
 from graphgen.models.sampling.tables import SamplerTables
 
@@ -55,23 +29,12 @@ _TILE = 1024
 _FINISH_TILE = 2048
 _PROGRAMS = 4096
 """Programs a launch over all rows aims at: some waves over any device of today."""
-_MOST_PARTS = 128
 _COUNT_TILE = 256
 _CLEAR_TILE = 8192
 
-LEVELS = tl.constexpr(16)
-PIVOTS = tl.constexpr(8)
-# Masses are summed as floats where they only outline; far more than those sums err, far less than matters.
-OUTLINE_ERROR = tl.constexpr(1e-5)
-
-
-# --- Slots and counts ------------------------------------------------------------------------------------------
-
 
 @triton.jit
-def _write_slots_kernel(
-    settings, occurrences, rows, slots, inits, vocab_size, WIDTH: tl.constexpr, TILE: tl.constexpr
-):
+def _write_slots_kernel(settings, occurrences, rows, slots, inits, vocab_size, WIDTH: tl.constexpr, TILE: tl.constexpr):
     chunk = tl.program_id(0)
     if tl.load(inits + chunk) == 0:
         return
@@ -85,7 +48,7 @@ def _write_slots_kernel(
     tl.store(occurrences + slot * vocab_size + token_ids, nothing, mask=token_ids < vocab_size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "trash_slot"])
 def _count_kernel(
     settings, occurrences, token_ids, slots, positions, num_rows, trash_slot, vocab_size, TILE: tl.constexpr
 ):
@@ -100,196 +63,85 @@ def _count_kernel(
     tl.atomic_add(entry, tl.full([TILE], 1, tl.int32), mask=live & (position >= 0) & ~in_prompt, sem="relaxed")
 
 
-# --- The draw --------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _best_kernel(
-    logits,
-    row_stride,
-    settings,
-    occurrences,
-    slots,
-    positions,
-    part_scores,
-    part_ids,
-    num_candidates,
-    vocab_size,
-    PARTS: tl.constexpr,
-    TILES: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
-    slot = tl.load(slots + row).to(tl.int64)
-    position = tl.load(positions + row).to(tl.int32)
-    settings += slot * ROW_WIDTH
-    filtered = has_filter(settings, vocab_size)
-    noisy = (float_setting(settings, TEMPERATURE) > 0.0) & (not filtered)
-    seed = seed_setting(settings)
-    first = part * TILES * TILE
-    best_scores = tl.full([TILE], MINUS_INF, tl.float32)
-    best_ids = first + tl.arange(0, TILE)
-    for tile in range(TILES):
-        start = first + tile * TILE
-        token_ids = start + tl.arange(0, TILE)
-        scores = tile_scores(
-            logits + row * row_stride, occurrences + slot * vocab_size, settings, position, token_ids, vocab_size
-        )
-        if noisy:
-            scores += tile_noise(seed, position, start, TILE)
-        better = scores > best_scores
-        best_scores = tl.where(better, scores, best_scores)
-        best_ids = tl.where(better, token_ids, best_ids)
-    best, best_id = lowest_best(best_scores, best_ids)
-    tl.store(part_scores + row * PARTS + part, best)
-    tl.store(part_ids + row * PARTS + part, best_id)
-    if part == 0:
-        tl.store(num_candidates + row, 0)
-
-
-@triton.jit
-def _row_max(part_scores, row, PARTS: tl.constexpr, PADDED: tl.constexpr):
-    parts = tl.arange(0, PADDED)
-    return tl.max(tl.load(part_scores + row * PARTS + parts, mask=parts < PARTS, other=MINUS_INF), axis=0)
-
-
-@triton.jit
-def _levels(row_max):
-    """Scores under the largest one, growing in distance: 0.1, 0.4, 0.9, ... 25.6."""
-    steps = tl.arange(0, LEVELS).to(tl.float32) + 1.0
-    return row_max - steps * steps * 0.1
-
-
-@triton.jit
-def _outline_kernel(
-    logits,
-    row_stride,
-    settings,
-    occurrences,
-    slots,
-    positions,
-    part_scores,
-    part_levels,
-    part_masses,
-    vocab_size,
-    PARTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    TILES: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Of each part: how many tokens (rows with top-k) or how much mass (top-p alone) lie above each level."""
-    row = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
-    slot = tl.load(slots + row).to(tl.int64)
-    settings += slot * ROW_WIDTH
-    if not (has_filter(settings, vocab_size) & has_rank_filter(settings, vocab_size)):
+def write_slots(tables: SamplerTables, rows: Tensor, slots: Tensor, inits: Tensor) -> None:
+    """As reference.write_slots."""
+    if not len(slots):
         return
-    position = tl.load(positions + row).to(tl.int32)
-    top_k = tl.load(settings + TOP_K)
-    by_count = (top_k > 0) & (top_k < vocab_size)
-    row_max = _row_max(part_scores, row, PARTS, PADDED)
-    levels = _levels(row_max)
-    above = tl.zeros([LEVELS], tl.float32)
-    total = tl.zeros([TILE], tl.int64)
-    for tile in range(TILES):
-        token_ids = (part * TILES + tile) * TILE + tl.arange(0, TILE)
-        scores = tile_scores(
-            logits + row * row_stride, occurrences + slot * vocab_size, settings, position, token_ids, vocab_size
-        )
-        weights = tl.full([TILE], 1.0, tl.float32)
-        if not by_count:
-            weights = exp_not_positive(_relative(scores, row_max))
-            total += mass(_relative(scores, row_max))
-        above += tl.sum(tl.where(scores[None, :] > levels[:, None], weights[None, :], 0.0), axis=1)
-    tl.store(part_levels + (row * PARTS + part) * LEVELS + tl.arange(0, LEVELS), above)
-    tl.store(part_masses + row * PARTS + part, tl.sum(total, axis=0))
+    grid = (len(slots), triton.cdiv(tables.vocab_size, _CLEAR_TILE))
+    _write_slots_kernel[grid](
+        tables.settings,
+        tables.occurrences,
+        rows,
+        slots,
+        inits,
+        tables.vocab_size,
+        WIDTH=triton.next_power_of_2(rows.shape[1]),
+        TILE=_CLEAR_TILE,
+    )
 
 
-@triton.jit
-def _relative(scores, row_max):
-    """Log-probability relative to the likeliest token. -inf minus -inf must not become NaN."""
-    return tl.where(scores > MINUS_INF, scores - row_max, MINUS_INF)
+def count_inputs(tables: SamplerTables, token_ids: Tensor, slots: Tensor, positions: Tensor) -> None:
+    """As reference.count_inputs."""
+    _count_kernel[(triton.cdiv(len(slots), _COUNT_TILE),)](
+        tables.settings,
+        tables.occurrences,
+        token_ids,
+        slots,
+        positions,
+        len(slots),
+        tables.trash_slot,
+        tables.vocab_size,
+        TILE=_COUNT_TILE,
+    )
 
 
-@triton.jit
-def _total_mass(part_masses, row, PARTS: tl.constexpr, PADDED: tl.constexpr):
-    parts = tl.arange(0, PADDED)
-    return tl.sum(tl.load(part_masses + row * PARTS + parts, mask=parts < PARTS, other=0), axis=0)
+def sample(
+    tables: SamplerTables, logits: Tensor, slots: Tensor, positions: Tensor, candidates: int = CANDIDATES
+) -> Tensor:
+    """As reference.sample. `candidates` bounds the scratch of a row; it decides speed, never the token."""
+    num_rows, vocab_size = logits.shape
+    num_tiles = triton.cdiv(vocab_size, _TILE)
+    num_tiles_each = triton.cdiv(num_tiles, min(MOST_PARTS.value, triton.cdiv(_PROGRAMS, num_rows)))
+    num_parts = triton.cdiv(num_tiles, num_tiles_each)
+    scratch = _Scratch(num_rows, num_parts, candidates, logits.device)
+    inputs = (logits, logits.stride(0), tables.settings, tables.occurrences, slots, positions)
+    best = (scratch.part_scores, scratch.part_ids)
+    outline = (scratch.part_levels, scratch.part_masses)
+    gathered = (scratch.candidate_scores, scratch.candidate_ids, scratch.num_candidates)
+    sizes = (vocab_size, num_parts, num_tiles_each)
+    tiles = {"TILE": _TILE, "enable_fp_fusion": False}
+    grid = (num_rows, num_parts)
+    best_kernel[grid](*inputs, *best, scratch.num_candidates, *sizes, **tiles)
+    outline_kernel[grid](*inputs, scratch.part_scores, *outline, *sizes, **tiles)
+    collect_kernel[grid](*inputs, scratch.part_scores, *outline, *gathered, *sizes, CAPACITY=candidates, **tiles)
+    tokens = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
+    finish_kernel[(num_rows,)](
+        *inputs,
+        *best,
+        *outline,
+        *gathered,
+        tokens,
+        vocab_size,
+        num_parts,
+        CAPACITY=candidates,
+        TILE=_FINISH_TILE,
+        num_warps=8,
+        enable_fp_fusion=False,
+    )
+    return tokens
 
 
-@triton.jit
-def _bracket(
-    settings, part_levels, part_masses, row, row_max, vocab_size, PARTS: tl.constexpr, PADDED: tl.constexpr
-):
-    """Two scores between which the outline places the threshold of top-k, or of top-p alone: (under, over).
+class _Scratch:
+    """What the launches of one draw hand to each other; never read before it is written."""
 
-    What `under` or more excludes no kept token; for rows with min-p alone `under` is the exact threshold.
-    """
-    under = row_max
-    over = row_max
-    if has_rank_filter(settings, vocab_size):
-        parts = tl.arange(0, PADDED)
-        places = (row * PARTS + parts)[:, None] * LEVELS + tl.arange(0, LEVELS)[None, :]
-        above = tl.sum(tl.load(part_levels + places, mask=(parts < PARTS)[:, None], other=0.0), axis=0)
-        top_k = tl.load(settings + TOP_K)
-        wanted = top_k.to(tl.float32)
-        wanted_surely = wanted
-        if (top_k <= 0) | (top_k >= vocab_size):
-            total = _total_mass(part_masses, row, PARTS, PADDED).to(tl.float32) / MASS_ONE_F
-            wanted = float_setting(settings, TOP_P) * total * (1.0 - OUTLINE_ERROR)
-            wanted_surely = float_setting(settings, TOP_P) * total * (1.0 + OUTLINE_ERROR)
-        levels = _levels(row_max)
-        under = tl.max(tl.where(above >= wanted_surely, levels, MINUS_INF), axis=0)
-        over = tl.min(tl.where(above < wanted, levels, row_max), axis=0)
-    else:
-        under = row_max + log_positive(float_setting(settings, MIN_P))
-    return under, over
+    def __init__(self, num_rows: int, num_parts: int, candidates: int, device: torch.device) -> None:
+        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(num_rows, *shape, dtype=dtype, device=device)
 
-
-@triton.jit
-def _collect_kernel(
-    logits,
-    row_stride,
-    settings,
-    occurrences,
-    slots,
-    positions,
-    part_scores,
-    part_levels,
-    part_masses,
-    candidate_scores,
-    candidate_ids,
-    num_candidates,
-    vocab_size,
-    CAPACITY: tl.constexpr,
-    PARTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    TILES: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
-    slot = tl.load(slots + row).to(tl.int64)
-    settings += slot * ROW_WIDTH
-    if not has_filter(settings, vocab_size):
-        return
-    position = tl.load(positions + row).to(tl.int32)
-    row_max = _row_max(part_scores, row, PARTS, PADDED)
-    # A part that holds no candidate is left out.
-    under, _ = _bracket(settings, part_levels, part_masses, row, row_max, vocab_size, PARTS, PADDED)
-    if tl.load(part_scores + row * PARTS + part) < under:
-        return
-    for tile in range(TILES):
-        token_ids = (part * TILES + tile) * TILE + tl.arange(0, TILE)
-        scores = tile_scores(
-            logits + row * row_stride, occurrences + slot * vocab_size, settings, position, token_ids, vocab_size
-        )
-        chosen = (scores >= under) & (token_ids < vocab_size)
-        count = tl.sum(chosen.to(tl.int32), axis=0)
-        if count > 0:
-            base = tl.atomic_add(num_candidates + row, count, sem="relaxed")
-            places = base + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-            stored = chosen & (places < CAPACITY)
-            tl.store(candidate_scores + row * CAPACITY + places, scores, mask=stored)
-            tl.store(candidate_ids + row * CAPACITY + places, token_ids, mask=stored)
+        self.part_scores = empty(num_parts, dtype=torch.float32)
+        self.part_ids = empty(num_parts, dtype=torch.int32)
+        self.part_levels = empty(num_parts, LEVELS.value, dtype=torch.float32)
+        self.part_masses = empty(num_parts, dtype=torch.int64)
+        self.candidate_scores = empty(candidates, dtype=torch.float32)
+        self.candidate_ids = empty(candidates, dtype=torch.int32)
+        self.num_candidates = empty(dtype=torch.int32)

@@ -4,6 +4,7 @@ Every step has padding in both regions, block tables are shuffled, and pages hol
 a kernel that reads a padded position or another request's page shows in the logits.
 """
 
+import itertools
 import random
 from collections.abc import Sequence
 
@@ -13,9 +14,6 @@ from torch import Tensor
 from graphgen.models.attention.tables import RowTables
 from graphgen.models.decoder import Decoder
 from graphgen.models.kv_cache import KVCache
-
-PADDED_ROWS = 3
-"""Rows that hold no token, in each region of each step."""
 
 
 class Request:
@@ -28,18 +26,23 @@ class Request:
         self.pages = pages
 
 
+Rows = list[tuple[Request, int] | None]
+"""The rows of a region: a request and a position, or None for padding."""
+
+
 class Driver:
     """A decoder, its pages, and the steps over them."""
 
     def __init__(
-        self, decoder: Decoder, page_size: int = 4, num_pages: int = 96, seed: int = 0, poison: bool = True
+        self, decoder: Decoder, page_size: int = 4, num_pages: int = 96, seed: int = 0, padded_rows: int = 3
     ) -> None:
+        """padded_rows: rows that hold no token, at the end of each region of each step."""
         weight = decoder.embedding.weight
         self.decoder = decoder
         self.kv_cache = KVCache(decoder.spec, num_pages, page_size, weight.dtype, weight.device)
-        if poison:
-            for pages in (*self.kv_cache.k_pages, *self.kv_cache.v_pages):
-                pages[:num_pages] = float("nan")
+        for pages in (*self.kv_cache.k_pages, *self.kv_cache.v_pages):
+            pages[: self.kv_cache.trash_page] = float("nan")
+        self._padding: list[None] = [None] * padded_rows
         self.last_hidden = torch.empty(0)  # of every row of the last step, padded ones too
         self._device = weight.device
         self._free = list(range(num_pages))
@@ -56,47 +59,36 @@ class Driver:
         Returns float32 logits [length, V] of each chunk, then [1, V] of each decode.
         """
         num_chunk_rows = sum(length for _, length in chunks)
-        rows: list[tuple[Request, int] | None] = [
-            (request, request.num_computed + offset) for request, length in chunks for offset in range(length)
-        ]
-        rows += [None] * (PADDED_ROWS if chunks else 0)
-        decode_region = [(request, request.num_computed) for request in decodes] + [None] * PADDED_ROWS
-        tables = self._tables(chunks, rows, decode_region)
-        rows += decode_region
+        prefill: Rows = [(r, r.num_computed + offset) for r, length in chunks for offset in range(length)]
+        prefill += self._padding if chunks else []
+        decode: Rows = [*((r, r.num_computed) for r in decodes), *self._padding]
+        rows = prefill + decode
         hidden = self.decoder(
             self._int64([row[0].token_ids[row[1]] if row else 0 for row in rows]),
             self._int64([row[1] if row else 0 for row in rows]),
             self._int64([max(row[0].prompt_len, row[1] + 1) if row else 1 for row in rows]),
             self.kv_cache,
-            tables,
+            self._tables(chunks, prefill, decode),
             [],
         )
         self.last_hidden = hidden
         for request, length in [*chunks, *((request, 1) for request in decodes)]:
             request.num_computed += length
         logits = self.decoder.logits(hidden)
-        first_decode = len(rows) - len(decode_region)
-        live = [*logits[:num_chunk_rows].split([length for _, length in chunks])] if chunks else []
-        return live + [*logits[first_decode : first_decode + len(decodes)].split(1)]
+        of_chunks = logits[:num_chunk_rows].split([length for _, length in chunks]) if chunks else []
+        of_decodes = [logits[len(prefill) + row][None] for row in range(len(decodes))]
+        return [*of_chunks, *of_decodes]
 
-    def _tables(
-        self,
-        chunks: Sequence[tuple[Request, int]],
-        prefill_region: "Sequence[tuple[Request, int] | None]",
-        decode_region: "Sequence[tuple[Request, int] | None]",
-    ) -> RowTables:
-        unused_chunks = 2
-        starts = [0]
-        for _, length in chunks:
-            starts.append(starts[-1] + length)
-        decode_requests = [row[0] if row else None for row in decode_region]
+    def _tables(self, chunks: Sequence[tuple[Request, int]], prefill: Rows, decode: Rows) -> RowTables:
+        unused_chunks = 2 if chunks else 0
+        starts = list(itertools.accumulate((length for _, length in chunks), initial=0))
         return RowTables(
-            kv_locations=self._int64([self._location(row) for row in (*prefill_region, *decode_region)]),
+            kv_locations=self._int64([self._location(row) for row in prefill + decode]),
             chunk_starts=self._int32(starts + [starts[-1]] * unused_chunks),
             chunk_kv_lens=self._int32([r.num_computed + length for r, length in chunks] + [0] * unused_chunks),
             chunk_pages=self._block_tables([request for request, _ in chunks] + [None] * unused_chunks),
-            decode_kv_lens=self._int32([row[1] + 1 if row else 1 for row in decode_region]),
-            decode_pages=self._block_tables(decode_requests),
+            decode_kv_lens=self._int32([row[1] + 1 if row else 1 for row in decode]),
+            decode_pages=self._block_tables([row[0] if row else None for row in decode]),
         )
 
     def _location(self, row: tuple[Request, int] | None) -> int:
@@ -115,5 +107,5 @@ class Driver:
     def _int64(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
-    def _int32(self, values: "Sequence[int] | Sequence[Sequence[int]]") -> Tensor:
+    def _int32(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self._device)

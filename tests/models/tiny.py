@@ -19,6 +19,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+HuggingFaceModel = Any
+"""A causal language model of transformers, which publishes no types."""
+
 SMALL: Mapping[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 48,
@@ -101,8 +104,8 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 """Name of a case -> family and what differs from SMALL; a string as rope_parameters names one of ROPE_KINDS."""
 
 
-def build(case: str, seed: int = 0, **overrides: Any) -> Any:
-    """The Hugging Face model of a case (untyped in transformers), float32, in eval mode, with every tensor random."""
+def build(case: str, seed: int = 0, **overrides: Any) -> HuggingFaceModel:
+    """The Hugging Face model of a case, float32, in eval mode, with every tensor random."""
     family, changes = CASES[case]
     values = {**SMALL, **changes, **overrides}
     if isinstance(values.get("rope_parameters"), str):
@@ -117,7 +120,7 @@ def build(case: str, seed: int = 0, **overrides: Any) -> Any:
     return model
 
 
-def save(case: str, folder: Path, seed: int = 0, max_shard_size: str = "1GB", **overrides: Any) -> Any:
+def save(case: str, folder: Path, seed: int = 0, max_shard_size: str = "1GB", **overrides: Any) -> HuggingFaceModel:
     """Writes the checkpoint of a case into `folder` and returns its Hugging Face model."""
     model = build(case, seed, **overrides)
     model.save_pretrained(folder, max_shard_size=max_shard_size)

@@ -60,7 +60,7 @@ def test_cancelling_costs_the_same_wherever_the_request_waits() -> None:
     assert time.perf_counter() - start < 0.5
 
 
-def test_the_policy_loads_neither_torch_nor_sockets_nor_logging_of_ours() -> None:
+def test_the_policy_loads_neither_torch_nor_sockets_nor_models() -> None:
     program = (
         "import sys, graphgen.scheduler.policy;"
         "print([name for name in ('torch', 'zmq', 'transformers', 'graphgen.models', 'random') if name in sys.modules])"

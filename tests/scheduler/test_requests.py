@@ -241,7 +241,7 @@ def test_only_steps_in_flight_are_described() -> None:
 
 def test_a_preempted_request_keeps_its_output_and_its_prompt_length() -> None:
     """MII returned one token and a prompt length of 17 for the second of these."""
-    harness = Harness(make_limits(num_pages=9))
+    harness = Harness(make_limits(num_pages=7))
     for request_id in range(2):
         harness.add(make_submit(request_id, [request_id + 1] * 6, 12))
     harness.run()

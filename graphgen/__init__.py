@@ -1,0 +1,75 @@
+"""graphgen: LLM serving with Dynamic SplitFuse on captured CUDA graphs.
+
+The public names. Each is imported when it is first used, so that `import graphgen` costs nothing and the engine's own
+processes, which import this package too, load only what they need.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from graphgen.async_engine import AsyncEngine
+    from graphgen.config import EngineConfig
+    from graphgen.engine import Engine
+    from graphgen.ipc.errors import (
+        CheckpointError,
+        ConfigError,
+        EngineClosedError,
+        EngineDeadError,
+        GraphgenError,
+        InvalidRequestError,
+        UnsupportedModelError,
+    )
+    from graphgen.ipc.messages import EngineStats
+    from graphgen.outputs import RequestOutput, StreamPiece, Timing
+    from graphgen.sampling_params import SamplingParams
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AsyncEngine": "graphgen.async_engine",
+    "CheckpointError": "graphgen.ipc.errors",
+    "ConfigError": "graphgen.ipc.errors",
+    "Engine": "graphgen.engine",
+    "EngineClosedError": "graphgen.ipc.errors",
+    "EngineConfig": "graphgen.config",
+    "EngineDeadError": "graphgen.ipc.errors",
+    "EngineStats": "graphgen.ipc.messages",
+    "GraphgenError": "graphgen.ipc.errors",
+    "InvalidRequestError": "graphgen.ipc.errors",
+    "RequestOutput": "graphgen.outputs",
+    "SamplingParams": "graphgen.sampling_params",
+    "StreamPiece": "graphgen.outputs",
+    "Timing": "graphgen.outputs",
+    "UnsupportedModelError": "graphgen.ipc.errors",
+}
+
+__all__ = [
+    "AsyncEngine",
+    "CheckpointError",
+    "ConfigError",
+    "Engine",
+    "EngineClosedError",
+    "EngineConfig",
+    "EngineDeadError",
+    "EngineStats",
+    "GraphgenError",
+    "InvalidRequestError",
+    "RequestOutput",
+    "SamplingParams",
+    "StreamPiece",
+    "Timing",
+    "UnsupportedModelError",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'graphgen' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,217 @@
+"""The `graphgen` command. Owns options and what is printed; everything else is the public API."""
+
+import importlib.metadata
+import platform
+import sys
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from graphgen.config import EngineConfig
+from graphgen.demo_run import DemoFigures, percentile, run_demo
+from graphgen.describe import Decision, decisions
+from graphgen.engine import Engine
+from graphgen.ipc.errors import GraphgenError
+from graphgen.ipc.messages import Bucket, Phase
+from graphgen.sampling_params import SamplingParams
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Serve large language models.")
+stdout = Console()
+stderr = Console(stderr=True)
+
+USAGE_EXIT = 2
+
+
+class LoadFormat(StrEnum):
+    """EngineConfig.load_format as a choice on the command line."""
+
+    AUTO = "auto"
+    SAFETENSORS = "safetensors"
+    DUMMY = "dummy"
+
+
+class DType(StrEnum):
+    """EngineConfig.dtype as a choice on the command line."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+Model = Annotated[str | None, typer.Option(help="Folder or Hugging Face id. [default: the embedded demo model]")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DTypeOption = Annotated[DType, typer.Option(help="Of weights and KV cache.")]
+MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt and output together, in tokens.")]
+TokenBudget = Annotated[int | None, typer.Option(help="Token rows of one step.")]
+LoadFormatOption = Annotated[LoadFormat, typer.Option(help="dummy makes random weights.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to go on with; - reads it from standard input.")],
+    model: Model = None,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: DTypeOption = DType.AUTO,
+    max_model_len: MaxModelLen = None,
+    token_budget: TokenBudget = None,
+    load_format: LoadFormatOption = LoadFormat.AUTO,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of output.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text. [default: fresh]")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None,
+) -> None:
+    """Stream the continuation of one prompt."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    sampling = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    config = _config(model, revision, device, dtype, max_model_len, token_budget, load_format)
+    with Engine(config) as engine:
+        num_tokens, reason = 0, None
+        for piece in engine.stream(text, sampling):
+            _write(piece.text)
+            num_tokens += len(piece.token_ids)
+            reason = piece.finish_reason
+        _write("\n")
+        stats = engine.stats()
+    stderr.print(
+        f"{num_tokens} tokens, finished by {reason}; {stats.steps} steps, {stats.step_ms_p50:.2f} ms p50;"
+        f" started in {engine.start_s:.1f} s",
+        style="dim",
+        highlight=False,
+    )
+
+
+@app.command()
+def info(
+    model: Model = None,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: DTypeOption = DType.AUTO,
+    max_model_len: MaxModelLen = None,
+    token_budget: TokenBudget = None,
+    load_format: LoadFormatOption = LoadFormat.AUTO,
+) -> None:
+    """Start an engine and print what it found and decided, and why."""
+    with Engine(_config(model, revision, device, dtype, max_model_len, token_budget, load_format)) as engine:
+        found = engine.info
+        stdout.print(_versions_table())
+        stdout.print(_decisions_table(decisions(engine.config, engine.resolved, found)))
+        stdout.print(_buckets_table(found.worker.buckets))
+        stdout.print(_phases_table(found.worker.phases, engine.start_s))
+
+
+@app.command()
+def demo(
+    max_tokens: Annotated[int, typer.Option(help="Tokens of output of each request.")] = 120,
+    device: Device = "auto",
+) -> None:
+    """Serve prompts of many lengths at once on the embedded model, show one of them live, and print the figures."""
+    with Engine(device=device, progress=stderr.is_terminal) as engine:
+        figures = run_demo(engine, max_tokens, _write)
+        _write("\n\n")
+        stdout.print(_figures_table(figures, engine))
+        stdout.print(_phases_table(engine.info.worker.phases, engine.start_s))
+
+
+def main() -> None:
+    """The console script. What graphgen raises on purpose is told in one line, without a trace."""
+    try:
+        app()
+    except GraphgenError as error:
+        stderr.print(f"graphgen: {error}", style="red", markup=False, highlight=False)
+        sys.exit(USAGE_EXIT)
+
+
+def _config(
+    model: str | None,
+    revision: str | None,
+    device: str,
+    dtype: DType,
+    max_model_len: int | None,
+    token_budget: int | None,
+    load_format: LoadFormat,
+) -> EngineConfig:
+    return EngineConfig(
+        model=model,
+        revision=revision,
+        device=device,
+        dtype=dtype.value,
+        max_model_len=max_model_len,
+        token_budget=token_budget,
+        load_format=load_format.value,
+        progress=stderr.is_terminal,
+    )
+
+
+def _write(text: str) -> None:
+    """Text of a model is written as it is: rich would take [brackets] for markup."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _versions_table() -> Table:
+    table = Table("package", "version", title="Versions", title_justify="left")
+    table.add_row("Python", platform.python_version())
+    for package in ("graphgen", "torch", "transformers", "tokenizers", "flashinfer-python", "pyzmq", "msgspec"):
+        try:
+            table.add_row(package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            table.add_row(package, "not installed")
+    return table
+
+
+def _decisions_table(rows: list[Decision]) -> Table:
+    table = Table("what", "value", "why", title="Decisions", title_justify="left")
+    for row in rows:
+        table.add_row(row.what, row.value, row.why)
+    return table
+
+
+def _buckets_table(buckets: tuple[Bucket, ...]) -> Table:
+    """One line for each number of decode rows, with the prefill rows that go with it."""
+    table = Table("decode rows", "prefill rows", title=f"{len(buckets)} buckets", title_justify="left")
+    for decode_rows in sorted({bucket.decode_rows for bucket in buckets}):
+        with_it = sorted(bucket.prefill_rows for bucket in buckets if bucket.decode_rows == decode_rows)
+        table.add_row(str(decode_rows), " ".join(str(prefill_rows) for prefill_rows in with_it))
+    return table
+
+
+def _phases_table(phases: tuple[Phase, ...], start_s: float) -> Table:
+    table = Table("phase of the start", "seconds", title="Start", title_justify="left")
+    table.columns[1].justify = "right"
+    for phase in phases:
+        table.add_row(phase.name, f"{phase.seconds:.2f}")
+    table.add_row("all, processes and imports included", f"{start_s:.2f}")
+    return table
+
+
+def _figures_table(figures: DemoFigures, engine: Engine) -> Table:
+    stats = figures.stats
+    table = Table("figure", "value", title=f"Demo on {engine.info.worker.device}", title_justify="left")
+    table.columns[1].justify = "right"
+    table.add_row("requests at once", str(figures.num_requests))
+    table.add_row("prompt tokens / output tokens", f"{figures.prompt_tokens} / {figures.output_tokens}")
+    table.add_row("output tokens/s", f"{figures.output_tokens / figures.seconds:.0f}")
+    for name, values, percents in (("TTFT", figures.ttft_s, (50, 95)), ("ITL", figures.itl_s, (50, 95, 99))):
+        for percent in percents:
+            table.add_row(f"{name} p{percent}", f"{percentile(values, percent) * 1000:.1f} ms")
+    table.add_row("steps", str(stats.steps))
+    table.add_row("padding share of the rows", f"{stats.padding_share:.1%}")
+    table.add_row("graph replays / eager steps", f"{stats.graph_replays} / {stats.eager_steps}")
+    return table

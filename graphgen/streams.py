@@ -1,0 +1,139 @@
+"""The iterators that `stream` and `AsyncEngine.generate` return.
+
+Own the way of pieces from the receiving thread to one reader, and the promise that a reader who leaves early ends the
+request: by close, by `with`, by an exception, by cancellation, or by dropping the iterator.
+"""
+
+import asyncio
+import queue
+from collections import deque
+from types import TracebackType
+from typing import Self
+
+from graphgen.core import EngineCore, Prompt
+from graphgen.open_request import Delivery
+from graphgen.outputs import StreamPiece
+from graphgen.sampling_params import SamplingParams
+
+
+class Stream:
+    """Iterator over the pieces of one request."""
+
+    def __init__(self, core: EngineCore, prompt: Prompt, sampling: SamplingParams | None) -> None:
+        self._open = False  # first, so that __del__ works if the request is refused
+        self._core = core
+        self._pieces: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        (self.request_id,) = core.open([prompt], sampling, streams=True, sinks=[self._pieces.put])
+        self._open = True
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> StreamPiece:
+        if not self._open:
+            raise StopIteration
+        try:
+            piece = _piece_or_raise(self._pieces.get())
+        except BaseException:
+            self.close()
+            raise
+        self._open = piece.finish_reason is None
+        return piece
+
+    def close(self) -> None:
+        """Ends the request if it has not ended; its pages are free in the next step."""
+        if self._open:
+            self._open = False
+            self._core.cancel([self.request_id])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class AsyncStream:
+    """Asynchronous iterator over the pieces of one request, for one task of the loop that made it."""
+
+    def __init__(self, core: EngineCore, mailbox: "Mailbox", prompt: Prompt, sampling: SamplingParams | None) -> None:
+        self._open = False
+        self._core = core
+        pieces: asyncio.Queue[Delivery] = asyncio.Queue()
+        self._pieces = pieces
+        (self.request_id,) = core.open(
+            [prompt], sampling, streams=True, sinks=[lambda delivery: mailbox.put(pieces, delivery)]
+        )
+        self._open = True
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> StreamPiece:
+        if not self._open:
+            raise StopAsyncIteration
+        try:
+            piece = _piece_or_raise(await self._pieces.get())
+        except BaseException:
+            self._cancel()
+            raise
+        self._open = piece.finish_reason is None
+        return piece
+
+    async def aclose(self) -> None:
+        """Ends the request if it has not ended; its pages are free in the next step."""
+        self._cancel()
+
+    def _cancel(self) -> None:
+        if self._open:
+            self._open = False
+            self._core.cancel([self.request_id])
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._cancel()
+
+    def __del__(self) -> None:
+        self._cancel()
+
+
+class Mailbox:
+    """Brings deliveries from the receiving thread into one event loop, with one wake-up for all that wait.
+
+    A step has a token for every running request: a wake-up each would cost more than the tokens.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._waiting: deque[tuple[asyncio.Queue[Delivery], Delivery]] = deque()
+        self._is_scheduled = False
+
+    def put(self, pieces: "asyncio.Queue[Delivery]", delivery: Delivery) -> None:
+        """Called on the receiving thread. Raises RuntimeError when the loop is closed."""
+        self._waiting.append((pieces, delivery))
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self.loop.call_soon_threadsafe(self._empty)
+
+    def _empty(self) -> None:
+        # The flag falls first: what is put after this line schedules a call of its own.
+        self._is_scheduled = False
+        while self._waiting:
+            pieces, delivery = self._waiting.popleft()
+            pieces.put_nowait(delivery)
+
+
+def _piece_or_raise(delivery: Delivery) -> StreamPiece:
+    if isinstance(delivery, Exception):
+        raise delivery
+    assert isinstance(delivery, StreamPiece), "a streaming request gets pieces"
+    return delivery

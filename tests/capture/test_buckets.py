@@ -1,0 +1,57 @@
+"""The ladder serves every step the scheduler may plan, within the budget, without waste at its edges."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graphgen.capture.buckets import build_ladder, max_running
+from graphgen.ipc.errors import ConfigError
+from graphgen.ipc.messages import Bucket
+
+BUDGETS = st.integers(8, 4096)
+
+
+@given(BUDGETS, st.integers(1, 1024))
+def test_every_number_of_decodes_fits_alone_and_beside_a_full_budget(token_budget: int, max_num_seqs: int) -> None:
+    slots = max_running(max_num_seqs, token_budget)
+    ladder = build_ladder(token_budget, slots)
+    for decodes in {1, slots // 2 or 1, slots - 1 or 1, slots}:
+        assert any(bucket.prefill_rows == 0 and bucket.decode_rows >= decodes for bucket in ladder)
+        assert any(
+            bucket.prefill_rows > 0 and bucket.decode_rows >= decodes and bucket.num_rows == token_budget
+            for bucket in ladder
+        )
+
+
+@given(BUDGETS, st.integers(1, 1024))
+def test_no_bucket_exceeds_the_budget_and_none_is_listed_twice(token_budget: int, max_num_seqs: int) -> None:
+    ladder = build_ladder(token_budget, max_running(max_num_seqs, token_budget))
+    assert max(bucket.num_rows for bucket in ladder) == token_budget
+    assert len(set(ladder)) == len(ladder)
+    assert all(bucket.decode_rows >= 1 and bucket.prefill_rows >= 0 for bucket in ladder)
+    assert [bucket.num_rows for bucket in ladder] == sorted(bucket.num_rows for bucket in ladder)
+
+
+@given(BUDGETS, st.integers(1, 1024))
+def test_prompts_keep_a_quarter_of_the_budget_whatever_decodes(token_budget: int, max_num_seqs: int) -> None:
+    slots = max_running(max_num_seqs, token_budget)
+    ladder = build_ladder(token_budget, slots)
+    widest = max(
+        bucket.prefill_rows for bucket in ladder if bucket.decode_rows >= slots and bucket.num_rows == token_budget
+    )
+    assert widest >= token_budget // 4
+
+
+def test_the_default_ladder_pads_few_rows_where_steps_are_small() -> None:
+    ladder = build_ladder(2048, 256)
+    decode_rungs = [bucket.decode_rows for bucket in ladder if not bucket.prefill_rows]
+    assert decode_rungs == [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256]
+    assert Bucket(1984, 64) in ladder
+    assert Bucket(112, 16) in ladder
+    assert {bucket.num_rows for bucket in ladder if bucket.prefill_rows} == {128, 256, 512, 1024, 2048}
+
+
+@pytest.mark.parametrize(("token_budget", "num_slots"), [(7, 1), (16, 13), (16, 0)])
+def test_an_impossible_ladder_is_refused_with_its_numbers(token_budget: int, num_slots: int) -> None:
+    with pytest.raises(ConfigError, match=str(token_budget)):
+        build_ladder(token_budget, num_slots)

@@ -1,0 +1,124 @@
+"""The host stream keeps the contract of a device: in order, asynchronous, and its failures surface at the marks."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from graphgen.capture.buffers import BlockLayout, Field, StagingRing
+from graphgen.capture.graphs import GraphPool
+from graphgen.capture.memory import pages_that_fit
+from graphgen.capture.stream import HostStream
+from graphgen.ipc.errors import ConfigError
+from graphgen.ipc.messages import Bucket
+
+
+def test_work_runs_in_order_while_the_caller_goes_on() -> None:
+    stream = HostStream()
+    gate = threading.Event()
+    done: list[int] = []
+    stream.submit(lambda: (gate.wait(), done.append(0))[0] and None)
+    for number in range(1, 50):
+        stream.submit(lambda number=number: done.append(number))  # type: ignore[misc]  # mypy: default argument
+    mark = stream.mark()
+    assert done == []
+    before_s = time.monotonic()
+    gate.set()
+    assert mark.wait() >= before_s
+    assert done == list(range(50))
+    stream.close()
+
+
+def test_a_failure_reaches_every_later_mark_and_nothing_runs_after_it() -> None:
+    stream = HostStream()
+    ran: list[str] = []
+
+    def fail() -> None:
+        raise RuntimeError("out of pages")
+
+    before = stream.mark()
+    stream.submit(fail)
+    stream.submit(lambda: ran.append("after"))
+    before.wait()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="out of pages"):
+            stream.mark().wait()
+    assert ran == []
+
+
+def test_a_staging_block_is_not_reused_before_its_copy_has_run() -> None:
+    """The race that corrupts inputs with steps in flight: without the wait, the last values reach every step."""
+    stream = HostStream()
+    ring = StagingRing(num_words=1, num_blocks=2, pinned=False)
+    device = torch.zeros(1, dtype=torch.int32)
+    seen: list[int] = []
+    for value in range(20):
+        block = ring.acquire()
+        block[0] = value
+        stream.submit(lambda: time.sleep(0.002))
+
+        def copy(block: torch.Tensor = block) -> None:
+            device.copy_(block)
+            seen.append(int(device))
+
+        stream.submit(copy)
+        ring.release(stream)
+    stream.synchronize()
+    assert seen == list(range(20))
+    stream.close()
+
+
+def test_fetch_copies_what_the_steps_before_it_wrote() -> None:
+    stream = HostStream()
+    source, target = torch.zeros(3), torch.zeros(3)
+    stream.submit(lambda: _fill(source))
+    stream.fetch(source, target).wait()
+    assert target.tolist() == [7.0, 7.0, 7.0]
+    stream.close()
+
+
+def test_a_layout_places_fields_one_after_another_on_both_sides() -> None:
+    layout = BlockLayout([Field("a", 2), Field("b", 3)])
+    block = torch.arange(5, dtype=torch.int32)
+    assert layout.num_words == 5
+    assert layout.views(block)["b"].tolist() == [2, 3, 4]
+    assert layout.host_views(block.numpy())["a"].tolist() == [0, 1]
+    assert layout.offset("b") == 2
+
+
+def test_on_the_cpu_a_pool_warms_every_bucket_and_runs_its_callable() -> None:
+    stream = HostStream()
+    ran: list[Bucket] = []
+    filled: list[Bucket] = []
+    buckets = [Bucket(0, 1), Bucket(12, 4)]
+    progress: list[tuple[int, int]] = []
+    pool = GraphPool(
+        stream,
+        {bucket: (lambda bucket=bucket: ran.append(bucket)) for bucket in buckets},  # type: ignore[misc]  # as above
+        before_warm_up=filled.append,
+        progress=lambda done, total: progress.append((done, total)),
+    )
+    assert filled == ran == [Bucket(12, 4), Bucket(0, 1)], "largest first"
+    assert progress[-1] == (2, 2)
+    stream.submit(lambda: pool.run(Bucket(0, 1)))
+    stream.synchronize()
+    assert ran[-1] == Bucket(0, 1)
+    assert not pool.captures
+    assert (pool.num_replays, pool.num_eager_steps) == (0, 0)
+    stream.close()
+
+
+@pytest.mark.parametrize(("budget", "wanted", "pages"), [(1000, 50, 10), (1099, 50, 10), (1000, 4, 4)])
+def test_pages_fill_the_budget_up_to_what_can_be_used(budget: int, wanted: int, pages: int) -> None:
+    assert pages_that_fit(budget, bytes_per_page=100, wanted_pages=wanted, least_pages=4) == pages
+
+
+@pytest.mark.parametrize("budget", [399, 0, -5])
+def test_a_cache_that_cannot_hold_one_request_is_refused(budget: int) -> None:
+    with pytest.raises(ConfigError, match="max_model_len"):
+        pages_that_fit(budget, bytes_per_page=100, wanted_pages=50, least_pages=4)
+
+
+def _fill(tensor: torch.Tensor) -> None:
+    tensor.fill_(7.0)

@@ -1,0 +1,58 @@
+"""Shared by the sampling tests: slots with every kind of rule, logits with every kind of trouble."""
+
+import torch
+from torch import Tensor
+
+from graphgen.ipc.messages import SamplerParams, SlotInit
+from graphgen.models.sampling import Sampler, pack_slot
+
+STOP_TOKENS = (1, 2, 7)
+
+MIXED = (
+    SamplerParams(),
+    SamplerParams(temperature=1.0, seed=5),
+    SamplerParams(temperature=0.7, top_k=20, seed=6),
+    SamplerParams(temperature=1.3, top_p=0.9, seed=7),
+    SamplerParams(temperature=1.0, top_k=50, top_p=0.8, seed=2**62 + 8),
+    SamplerParams(temperature=0.8, min_p=0.05, seed=9),
+    SamplerParams(
+        temperature=0.9,
+        top_k=100,
+        top_p=0.95,
+        min_p=0.01,
+        repetition_penalty=1.2,
+        presence_penalty=0.3,
+        frequency_penalty=-0.2,
+        seed=10,
+    ),
+    SamplerParams(repetition_penalty=1.5, frequency_penalty=0.7),
+    SamplerParams(temperature=2.0, top_p=0.999, presence_penalty=1.0, seed=11),
+    SamplerParams(temperature=0.01, top_k=1, seed=12),
+    SamplerParams(temperature=1.0, top_p=1e-6, seed=13),
+    SamplerParams(temperature=50.0, top_k=200, min_p=1.0, seed=14),
+)
+
+
+def own(sampler: Sampler, params: list[SamplerParams], prompt_len: int = 3, min_length: int = 0) -> None:
+    """Gives slots 0, 1, ... owners with these parameters."""
+    device = sampler.tables.settings.device
+    inits = [SlotInit(prompt_len, min_length, STOP_TOKENS, each) for each in params]
+    rows = torch.stack([torch.from_numpy(pack_slot(init, sampler.tables.vocab_size)) for init in inits])
+    slots = torch.arange(len(params), device=device)
+    sampler.write_slots(rows.to(device), slots, torch.ones(len(params), dtype=torch.int32, device=device))
+
+
+def troubled_logits(num_rows: int, vocab_size: int, seed: int) -> Tensor:
+    """Random logits; some rows flat, tied, peaked, with NaN or infinities, or nothing else. At least 12 rows."""
+    logits = torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
+    logits[1] = 0.0
+    logits[2] = logits[2].round()
+    logits[3] = float("nan")
+    logits[4] = float("-inf")
+    logits[5, : vocab_size // 2] = float("nan")
+    logits[6, vocab_size // 3] = float("inf")
+    logits[7, vocab_size // 3 :] = float("-inf")
+    logits[8] *= 30
+    logits[9] = torch.where(logits[9] > 0, 0.0, -0.0)
+    logits[10] *= 1e-3
+    return logits

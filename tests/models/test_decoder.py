@@ -1,0 +1,121 @@
+"""The decoder's logits equal Hugging Face's, however a prompt is cut and whatever else is in the step."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from graphgen.models.decoder import Decoder
+from graphgen.models.families import load_spec
+from graphgen.models.loader import load_decoder
+from tests.models import tiny
+from tests.models.driver import Driver, Request
+
+CPU = torch.device("cpu")
+
+
+def load(case: str, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[tiny.HuggingFaceModel, Decoder]:
+    reference = tiny.save(case, folder)
+    return reference, load_decoder(folder, load_spec(folder), dtype, CPU, "torch")
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(3, 97), k=count)
+
+
+def reference_logits(reference: tiny.HuggingFaceModel, token_ids: list[int]) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = reference(torch.tensor([token_ids])).logits[0]
+    return logits.float()
+
+
+def run_mixed(driver: Driver, requests: list[Request], seed: int) -> list[Tensor]:
+    """Computes all requests, each step a random mix of chunks and decodes; logits [length, V] of each request."""
+    order = random.Random(seed)
+    logits: list[list[Tensor]] = [[] for _ in requests]
+    while any(r.num_computed < len(r.token_ids) for r in requests):
+        open_requests = [i for i, r in enumerate(requests) if r.num_computed < len(r.token_ids)]
+        chosen = order.sample(open_requests, order.randint(1, len(open_requests)))
+        is_chunk = {i: order.random() < 0.5 for i in chosen}
+        chunks = []
+        for i in chosen:
+            left = len(requests[i].token_ids) - requests[i].num_computed
+            if is_chunk[i]:
+                chunks.append((requests[i], min(left, order.choice((1, 3, 7, 16, 40)))))
+        results = driver.step(chunks, [requests[i] for i in chosen if not is_chunk[i]])
+        assert driver.last_hidden.isfinite().all(), "a padded row read what nobody wrote"
+        for i, result in zip(sorted(chosen, key=lambda i: not is_chunk[i]), results, strict=True):
+            logits[i].append(result)
+    return [torch.cat(parts) for parts in logits]
+
+
+@pytest.mark.parametrize("case", tiny.CASES)
+def test_logits_equal_hugging_face_at_every_split(case: str, tmp_path: Path) -> None:
+    reference, decoder = load(case, tmp_path)
+    prompts = [tokens(length, seed=length) for length in (70, 33, 1, 16)]
+    expected = [reference_logits(reference, prompt) for prompt in prompts]
+    for page_size, seed in ((4, 0), (16, 1)):
+        driver = Driver(decoder, page_size, num_pages=64, seed=seed)
+        whole = [driver.step([(driver.request(prompt), len(prompt))])[0] for prompt in prompts[:1]]
+        mixed = run_mixed(driver, [driver.request(prompt) for prompt in prompts], seed)
+        for got, wanted in zip(whole + mixed, expected[:1] + expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 16])
+def test_a_prompt_in_equal_chunks_gives_the_logits_of_the_whole(size: int, tmp_path: Path) -> None:
+    _, decoder = load("qwen3_window", tmp_path)
+    prompt = tokens(50)
+    driver = Driver(decoder)
+    whole = driver.step([(driver.request(prompt), len(prompt))])[0]
+    request = driver.request(prompt)
+    parts = []
+    while request.num_computed < len(prompt):
+        parts += driver.step([(request, min(size, len(prompt) - request.num_computed))])
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prompt_len", [25, 39, 40, 41, 60])
+def test_dynamic_rope_follows_a_growing_sequence_as_hugging_face_does(prompt_len: int, tmp_path: Path) -> None:
+    """The base changes with every token past the original maximum (40); keys keep the rotation they were given."""
+    reference, decoder = load("llama_dynamic", tmp_path)
+    prompt = tokens(prompt_len)
+    generated = reference.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=24,
+        min_new_tokens=24,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    driver = Driver(decoder)
+    request = driver.request(generated.sequences[0].tolist()[:-1], prompt_len)
+    logits = [driver.step([(request, prompt_len)])[0][-1:]]
+    logits += [driver.step(decodes=[request])[0] for _ in range(23)]
+    torch.testing.assert_close(torch.cat(logits), torch.cat(generated.logits), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3"])
+def test_bfloat16_is_as_close_to_float32_as_hugging_face_is(case: str, tmp_path: Path) -> None:
+    reference, decoder = load(case, tmp_path, torch.bfloat16)
+    prompt = tokens(60)
+    exact = reference_logits(reference, prompt)
+    theirs = reference_logits(reference.to(torch.bfloat16), prompt)
+    driver = Driver(decoder)
+    ours = driver.step([(driver.request(prompt), len(prompt))])[0]
+    assert ours.dtype == torch.float32
+    assert (ours - exact).norm() <= 1.2 * (theirs - exact).norm()
+
+
+def test_one_request_never_changes_the_logits_of_another(tmp_path: Path) -> None:
+    _, decoder = load("mistral_window", tmp_path)
+    prompt = tokens(30)
+    alone = Driver(decoder, seed=3)
+    expected = alone.step([(alone.request(prompt), 30)])[0]
+    shared = Driver(decoder, seed=4)
+    neighbours = [shared.request(tokens(length, seed=length)) for length in (9, 20)]
+    shared.step([(neighbours[1], 19)])
+    got = shared.step([(neighbours[0], 9), (shared.request(prompt), 30)], [neighbours[1]])[1]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

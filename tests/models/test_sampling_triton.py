@@ -1,0 +1,74 @@
+"""The Triton kernels in Triton's interpreter: the tokens and tables of the torch reference, bit for bit.
+
+Where a CUDA device is, tests/gpu/test_sampling_gpu.py runs the compiled kernels instead: Triton decides when it is
+imported whether it interprets, so both cannot be had in one process.
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from graphgen.ipc.messages import SamplerParams, SlotInit
+from graphgen.models.sampling import Sampler, make_sampler, pack_slot, reference
+from tests.models.sampling_cases import MIXED, own, troubled_logits
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed; comes with torch for CUDA", allow_module_level=True)
+if torch.cuda.is_available():
+    pytest.skip("tests/gpu/test_sampling_gpu.py runs the compiled kernels", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"
+
+from graphgen.models.sampling import kernels  # the variable must be set before Triton is imported
+
+CPU = torch.device("cpu")
+
+
+def make_owned(vocab_size: int, min_length: int) -> Sampler:
+    """One slot for each of MIXED, with random occurrences."""
+    sampler = make_sampler(len(MIXED), vocab_size, CPU)
+    own(sampler, list(MIXED), min_length=min_length)
+    shape = (len(MIXED), vocab_size)
+    sampler.tables.occurrences[:-1] = torch.randint(0, 3, shape, generator=torch.Generator().manual_seed(vocab_size))
+    return sampler
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "candidates"),
+    [(257, 8192), (1000, 16), (2100, 128)],
+    ids=["one tile", "candidates overflow", "several parts"],
+)
+def test_kernels_draw_the_tokens_of_the_reference(vocab_size: int, candidates: int) -> None:
+    sampler = make_owned(vocab_size, min_length=8)
+    logits = troubled_logits(2 * len(MIXED), vocab_size, seed=vocab_size)
+    # Each kind of row meets each kind of logits only over several shifts; two keep the test short.
+    slots = torch.cat([torch.arange(len(MIXED)), torch.arange(len(MIXED)).roll(5)])
+    positions = torch.arange(len(slots)) + 4
+    expected = reference.sample(sampler.tables, logits, slots, positions)
+    assert torch.equal(kernels.sample(sampler.tables, logits, slots, positions, candidates), expected)
+
+
+def test_kernels_count_and_write_slots_as_the_reference_does() -> None:
+    vocab_size, num_slots = 50, 4
+    found, expected = make_sampler(num_slots, vocab_size, CPU), make_sampler(num_slots, vocab_size, CPU)
+    trash = found.tables.trash_slot
+    generator = torch.Generator().manual_seed(9)
+    for step in range(4):
+        rows = torch.stack(
+            [
+                torch.from_numpy(pack_slot(SlotInit(5 + slot, step, (slot,), SamplerParams(seed=step)), vocab_size))
+                for slot in range(3)
+            ]
+        )
+        inits = torch.tensor([step == 0, step == 2, step == 0], dtype=torch.int32)
+        chunk_slots = torch.tensor([2, 0, 3])
+        token_ids = torch.randint(6, (300,), generator=generator)  # few tokens: many meet in one entry
+        slots = torch.randint(num_slots + 1, (300,), generator=generator)
+        positions = torch.where(slots == trash, 0, torch.randint(20, (300,), generator=generator))
+        for functions, sampler in ((kernels, found), (reference, expected)):
+            functions.write_slots(sampler.tables, rows, chunk_slots, inits)
+            functions.count_inputs(sampler.tables, token_ids, slots, positions)
+        assert torch.equal(found.tables.settings, expected.tables.settings)
+        assert torch.equal(found.tables.occurrences, expected.tables.occurrences)
+    assert int(expected.tables.occurrences.max()) > 3
