@@ -56,6 +56,7 @@ class EngineCore:
                 raise
         self.start_s = time.monotonic() - started_s
         self.pids = processes.pids
+        self.folder = processes.folder
         self._client = client
         self._request_ids = itertools.count()
         # Runs when the last reference goes, and at the interpreter's exit.

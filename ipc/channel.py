@@ -39,6 +39,7 @@ class Channel(Generic[Send, Receive]):
             socket.set(zmq.LINGER, 0)
         # Receivers bind and senders connect: a connecting socket queues messages before its peer exists.
         self._receiver.bind(up if side == "upper" else down)
+        self._socket_file = folder / f"{name}.{'up' if side == 'upper' else 'down'}"
         self._sender.set(zmq.RECONNECT_IVL, 10)
         self._sender.connect(down if side == "upper" else up)
 
@@ -72,3 +73,4 @@ class Channel(Generic[Send, Receive]):
         with self._lock:
             self._sender.close(linger=int(linger_s * 1000))
         self._receiver.close(linger=0)
+        self._socket_file.unlink(missing_ok=True)  # ZeroMQ leaves it

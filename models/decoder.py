@@ -38,9 +38,7 @@ RunLayer = Callable[
 def attention_op(name: str) -> AttentionOp:
     """The operator of a backend; its module is imported only when it is asked for. ConfigError for others."""
     if name not in ATTENTION_BACKENDS:
-        raise ConfigError(
-            f"attention is {name!r}, supported are {', '.join(ATTENTION_BACKENDS)}: choose one of them"
-        )
+        raise ConfigError(f"attention is {name!r}, supported are {', '.join(ATTENTION_BACKENDS)}: choose one of them")
     module, operator = ATTENTION_BACKENDS[name]
     importlib.import_module(module)
     overload: AttentionOp = getattr(torch.ops.graphgen, operator).default
@@ -55,17 +53,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         attend = attention_op(attention)
-        with torch.device(
-            "meta"
-        ):  # nothing is allocated, and nothing initialised, before the device is known
-            self.embedding = nn.Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype).requires_grad_(
-                False
-            )
+        # Nothing is allocated, and nothing initialised, before the device is known.
+        with torch.device("meta"):
+            self.embedding = nn.Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype)
             self.layers = nn.ModuleList(DecoderLayer(spec, window, attend, dtype) for window in spec.windows)
             self.final_norm = RMSNorm(spec.hidden_size, spec.norm_eps, dtype)
-            self.head = (
-                None if spec.tie_embeddings else linear(spec.hidden_size, spec.vocab_size, False, dtype)
-            )
+            self.head = None if spec.tie_embeddings else linear(spec.hidden_size, spec.vocab_size, False, dtype)
+        self.requires_grad_(False)
         self.to_empty(device=device)
         self.rope = Rope(spec.rope, spec.head_dim, device)
         self._run_layer: RunLayer = _run_layer
@@ -91,9 +85,7 @@ class Decoder(nn.Module):
         residual = torch.zeros_like(update)
         for layer, k_pages, v_pages in zip(self.layers, kv_cache.k_pages, kv_cache.v_pages, strict=True):
             assert isinstance(layer, DecoderLayer)
-            residual, update = self._run_layer(
-                layer, residual, update, cos, sin, k_pages, v_pages, tables, extra
-            )
+            residual, update = self._run_layer(layer, residual, update, cos, sin, k_pages, v_pages, tables, extra)
         return residual + update
 
     @torch.no_grad()
@@ -163,8 +155,8 @@ def _run_layer_any_shape(
 ) -> tuple[Tensor, Tensor]:
     num_rows = residual.shape[0]
     for tensor in (update, cos, sin):
-        torch._check(tensor.shape[0] == num_rows)  # type: ignore[no-untyped-call]  # torch
-    torch._check(v_pages.shape[0] == k_pages.shape[0])  # type: ignore[no-untyped-call]
+        torch._check(tensor.shape[0] == num_rows)
+    torch._check(v_pages.shape[0] == k_pages.shape[0])
     return _run_layer(layer, residual, update, cos, sin, k_pages, v_pages, tables, extra)
 
 

@@ -70,10 +70,12 @@ def load_spec(model: str | Path, revision: str | None = None) -> ModelSpec:
     location = str(model)
     try:
         raw, _ = PreTrainedConfig.get_config_dict(location, revision=revision)
+        if not raw:  # how transformers reports a folder without the file
+            raise FileNotFoundError("the file does not exist")
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"no config.json was read from {location!r}: name a folder with a Hugging Face checkpoint or a"
-            f" hub id ({error})"
+            f"no config.json was read from {location!r} ({error}): name a folder with a Hugging Face"
+            " checkpoint or a hub id"
         ) from error
     _family_of(raw.get("architectures"), location)
     _refuse_quantized(raw.get("quantization_config"), location)
@@ -138,19 +140,14 @@ def _family_of(architectures: list[str] | None, where: str) -> tuple[str, Family
             return architecture, FAMILIES[architecture]
     named = ", ".join(architectures or []) or "none"
     raise UnsupportedModelError(
-        f"architecture of {where!r} is {named}, supported are {', '.join(FAMILIES)}:"
-        " choose a model of one of them"
+        f"architecture of {where!r} is {named}, supported are {', '.join(FAMILIES)}: choose a model of one of them"
     )
 
 
 def _refuse_quantized(quantization: Any, where: str) -> None:
     """`quantization`: the config's quantization_config, a dict or one of many transformers classes."""
     if quantization:
-        method = (
-            quantization.get("quant_method")
-            if isinstance(quantization, dict)
-            else type(quantization).__name__
-        )
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
         raise UnsupportedModelError(
             f"the weights of {where!r} are quantised ({method}), supported are {', '.join(DTYPE_BYTES)}:"
             " use the unquantised checkpoint"
@@ -180,9 +177,7 @@ def _dtype(config: Any, architecture: str) -> str:
     dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or "float32"
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPE_BYTES:
-        raise UnsupportedModelError(
-            f"{architecture} has dtype {name}, supported are {', '.join(DTYPE_BYTES)}"
-        )
+        raise UnsupportedModelError(f"{architecture} has dtype {name}, supported are {', '.join(DTYPE_BYTES)}")
     return name
 
 
@@ -224,9 +219,7 @@ def _rope(config: Any, architecture: str) -> RopeSpec:
     if rotated != 1.0:
         raise UnsupportedModelError(f"{architecture} has partial_rotary_factor {rotated}, supported is 1.0")
     if any(isinstance(value, dict) for value in parameters.values()):
-        raise UnsupportedModelError(
-            f"{architecture} has rope parameters per layer type, supported is one set for all"
-        )
+        raise UnsupportedModelError(f"{architecture} has rope parameters per layer type, supported is one set for all")
     max_len = config.max_position_embeddings
     original_max_len = parameters.get("original_max_position_embeddings", max_len)
     if kind == "dynamic":  # the one kind whose reference measures against the config's maximum

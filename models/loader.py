@@ -44,9 +44,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise CheckpointError(
-            f"model {model!r} is a file: name the folder that holds config.json and the weights"
-        )
+        raise CheckpointError(f"model {model!r} is a file: name the folder that holds config.json and the weights")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -159,9 +157,7 @@ def _tensors(shards: list[Path], device: torch.device) -> Iterator[tuple[str, Pa
                 for name in tensors.keys():  # noqa: SIM118  # safe_open is no mapping
                     yield name, shard, tensors.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{shard} is not a readable safetensors file ({error}): download it again"
-            ) from error
+            raise CheckpointError(f"{shard} is not a readable safetensors file ({error}): download it again") from error
 
 
 def _check_tensor(name: str, tensor: Tensor, target: Tensor, shard: Path) -> None:
@@ -208,9 +204,7 @@ def _shards(folder: Path) -> list[Path]:
             f"{folder} has only pickled weights ({pickled[0]}), which can run code when they are read;"
             " graphgen reads safetensors only: convert it with `save_pretrained` of transformers"
         )
-    raise CheckpointError(
-        f"{folder} has no safetensors file: name a folder with model.safetensors or its shards"
-    )
+    raise CheckpointError(f"{folder} has no safetensors file: name a folder with model.safetensors or its shards")
 
 
 def _indexed_shards(index: Path) -> list[Path]:
@@ -221,9 +215,7 @@ def _indexed_shards(index: Path) -> list[Path]:
     for name in names:
         # The index comes from outside: it may name its neighbours and nothing else.
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{index} names the shard {name!r}: shards are safetensors files beside the index"
-            )
+            raise CheckpointError(f"{index} names the shard {name!r}: shards are safetensors files beside the index")
         if not (index.parent / name).exists():
             raise CheckpointError(f"shard {name} named by {index} is missing: download it")
     return [index.parent / name for name in names]

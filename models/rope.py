@@ -63,8 +63,9 @@ def _yarn(rope: RopeSpec, head_dim: int) -> Tensor:
     low, high = max(low, 0), min(high, head_dim - 1)
     width = high - low or 0.001  # equal bounds are a step, not a division by zero
     ramp = ((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / width).clamp(0, 1)
+    extrapolated = 1 - ramp
     periods = rope.theta ** _exponents(head_dim)
-    return ramp / (rope.factor * periods) + (1 - ramp) / periods
+    return 1.0 / (rope.factor * periods) * (1 - extrapolated) + 1.0 / periods * extrapolated
 
 
 class Rope:

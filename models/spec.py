@@ -81,9 +81,7 @@ class ModelSpec(Struct, frozen=True):
         """Weights held in memory: tied embeddings count once."""
         qkv_size = self.q_size + 2 * self.kv_size
         attention = self.hidden_size * (qkv_size + self.q_size)
-        attention += (
-            self.qkv_bias * qkv_size + self.o_bias * self.hidden_size + self.qk_norm * 2 * self.head_dim
-        )
+        attention += self.qkv_bias * qkv_size + self.o_bias * self.hidden_size + self.qk_norm * 2 * self.head_dim
         mlp = 3 * self.hidden_size * self.ffn_size
         mlp += self.mlp_bias * (2 * self.ffn_size + self.hidden_size)
         layer = attention + mlp + 2 * self.hidden_size

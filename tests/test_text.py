@@ -1,6 +1,7 @@
 """Streamed text is the tokenizer's own decoding, and stop strings are found wherever they lie."""
 
 import functools
+import itertools
 import random
 import time
 from collections.abc import Callable
@@ -120,7 +121,7 @@ def feed(stops: list[str], pieces: list[str]) -> tuple[str, bool]:
 
 def cut(text: str, borders: list[int]) -> list[str]:
     edges = [0, *sorted(border % (len(text) + 1) for border in borders), len(text)]
-    return [text[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    return [text[start:end] for start, end in itertools.pairwise(edges)]
 
 
 @settings(max_examples=500)

@@ -189,7 +189,7 @@ def train_step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, window
         group["lr"] = lr
     with autocast(windows.device):
         loss = next_token_loss(model, windows)
-    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it without a type
+    loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -207,7 +207,7 @@ def train(
     torch.manual_seed(settings.seed)
     model = new_model(settings.dropout).to(device).train()
     # The average looks back over a twentieth of the run: long enough to smooth, short enough not to lag.
-    ema = get_ema_multi_avg_fn(max(0.0, 1 - 20 / settings.steps))  # type: ignore[no-untyped-call]  # torch's
+    ema = get_ema_multi_avg_fn(max(0.0, 1 - 20 / settings.steps))
     average = AveragedModel(model, multi_avg_fn=ema)
     optimizer = new_optimizer(model, settings, device)
     batches = random_windows(train_ids, settings, torch.Generator().manual_seed(settings.seed))

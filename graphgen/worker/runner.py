@@ -130,6 +130,11 @@ class ModelRunner:
         )
 
     @property
+    def num_compiled_layers(self) -> int:
+        """Graphs that torch.compile made of the decoder's layers: one for each distinct sliding window."""
+        return self._decoder.recompilations()
+
+    @property
     def counters(self) -> WorkerCounters:
         """Totals since ready."""
         return WorkerCounters(

@@ -8,10 +8,10 @@ On the CPU it reads the step's lengths and does only the live work. On a device 
 for the device nor depends on the lengths for a shape, so a graph can capture it; then it computes every
 padded position too.
 
-The operator writes k and v into the pages but its schema does not say so. A declared mutation makes the
-compiler wrap the call in a copy of what is mutated, and here that is the KV cache. It is safe to leave out
-because nothing else in a layer's graph reads or writes the pages, and the result, which is used, keeps the
-call alive and in order.
+The operator writes k and v into the pages but its schema does not say so. A declared mutation hands the pages
+to the compiler's functionalisation, which copies what is mutated wherever it cannot prove the original dead,
+and here that is the KV cache. Leaving it out is safe because nothing else in a layer's graph reads or writes
+the pages, and the result, which is used, keeps the call alive and in order.
 """
 
 from collections import defaultdict
@@ -96,8 +96,8 @@ def _one_chunk(
     first_page = oldest // page_size
     begin = first_page * page_size
     pages = pages[first_page : -(-kv_len // page_size)]
-    keys = k_pages[pages].flatten(0, 1)[: kv_len - begin]
-    values = v_pages[pages].flatten(0, 1)[: kv_len - begin]
+    keys = k_pages.index_select(0, pages).flatten(0, 1)[: kv_len - begin]
+    values = v_pages.index_select(0, pages).flatten(0, 1)[: kv_len - begin]
     whole = num_rows == kv_len - begin and (not window or window >= num_rows)
     mask = None
     if not whole:
@@ -125,12 +125,14 @@ def _decode_rows(
         lens = kv_lens[index][:, None]
         positions = torch.arange(num_pages * page_size)
         seen = _visible(lens - 1, positions, window)
-        taken = pages[index, :num_pages]
-        keys = k_pages[taken].flatten(1, 2).transpose(1, 2)  # [rows, Hkv, positions, D]
-        values = v_pages[taken].flatten(1, 2)
+        taken = pages[index, :num_pages].flatten()
+        keys, values = k_pages.index_select(0, taken), v_pages.index_select(0, taken)
         # Past a row's length lies whatever the page held before; a weight of zero does not silence a NaN.
-        values = values.masked_fill(~(positions < lens)[..., None, None], 0).transpose(1, 2)
-        keys = keys.masked_fill(~(positions < lens)[:, None, :, None], 0)
+        past_end = (positions >= lens).flatten().nonzero().flatten()
+        keys.flatten(0, 1).index_fill_(0, past_end, 0)
+        values.flatten(0, 1).index_fill_(0, past_end, 0)
+        shape = (len(rows), -1, num_kv_heads, head_dim)
+        keys, values = keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2)
         grouped = q[index].view(len(rows), num_kv_heads, -1, head_dim)  # heads of a group read the same keys
         mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen[:, None, None])
         out[index] = mixed.reshape(len(rows), -1, head_dim)
@@ -216,8 +218,8 @@ def _result_like(q: Tensor, *_arguments: object) -> Tensor:
 
 
 # A Library ends with its last reference. define + impl cost a third of torch.library.custom_op at every call.
-_library = torch.library.Library("graphgen", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch
-_library.define(_SCHEMA)  # type: ignore[no-untyped-call]  # torch
+_library = torch.library.Library("graphgen", "FRAGMENT")
+_library.define(_SCHEMA)
 for _device in ("CPU", "CUDA"):
-    _library.impl("paged_attention_torch", paged_attention, _device)  # type: ignore[no-untyped-call]
+    _library.impl("paged_attention_torch", paged_attention, _device)
 torch.library.register_fake("graphgen::paged_attention_torch", _result_like, lib=_library)

@@ -116,7 +116,7 @@ def test_a_captured_graph_follows_changing_tables() -> None:
 
 
 def median_us(work: Callable[[], object], repeats: int = 60) -> float:
-    """Median time of one replay, of graphs that hold four runs of `work`."""
+    """Median time of one run of `work`, from replays of a graph that holds four."""
     work()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -128,45 +128,44 @@ def median_us(work: Callable[[], object], repeats: int = 60) -> float:
         graph.replay()
         end.record()
     torch.cuda.synchronize()
-    return sorted(begin.elapsed_time(end) for begin, end in events)[repeats // 2] * 250.0
+    milliseconds: list[float] = sorted(begin.elapsed_time(end) for begin, end in events)
+    return milliseconds[repeats // 2] * 1000 / 4
+
+
+def time_draws(params: SamplerParams, vocab_size: int, num_rows: int) -> float:
+    """A draw of rows that all have these parameters, over logits as a model gives them: most far below the best."""
+    sampler = make_owned(vocab_size, [params] * NUM_SLOTS)
+    logits = torch.randn(num_rows, vocab_size, device=CUDA) * 2.5
+    logits[:, :50] += 8.0
+    slots = torch.arange(num_rows, device=CUDA)
+    return median_us(lambda: sampler.sample(logits, slots, slots))
 
 
 def test_greedy_costs_little_more_than_reading_the_logits(capsys: pytest.CaptureFixture[str]) -> None:
-    """Prints the time of every kind of draw; holds greedy to twice an argmax-free reading of the same bytes."""
-    vocab_size = 128_256
+    """Prints the time of every kind of draw; holds the greedy one to twice torch's sum of the same logits."""
+    vocab_size, row_counts = 128_256, (1, 64, 256)
     kinds = {
         "greedy": SamplerParams(),
-        "penalties": SamplerParams(repetition_penalty=1.1),
+        "greedy, penalties": SamplerParams(repetition_penalty=1.1),
         "temperature": SamplerParams(temperature=0.8, seed=1),
         "top-k 20, top-p 0.8": SamplerParams(temperature=0.7, top_k=20, top_p=0.8, seed=1),
         "top-p 0.9": SamplerParams(temperature=0.6, top_p=0.9, seed=1),
         "min-p 0.05": SamplerParams(temperature=1.0, min_p=0.05, seed=1),
         "top-p 0.9, flat logits": SamplerParams(temperature=40.0, top_p=0.9, seed=1),
     }
-    lines = [
-        f"us a draw, V = {vocab_size}, {torch.cuda.get_device_name()}",
-        f"{'':24}" + "".join(f"{n:>9}" for n in (1, 64, 256)),
-    ]
-    times: dict[tuple[str, int], float] = {}
-    for name, params in kinds.items():
-        sampler = make_owned(vocab_size, [params] * NUM_SLOTS)
-        for num_rows in (1, 64, 256):
-            # Real logits: most tokens far below the likeliest.
-            logits = torch.randn(num_rows, vocab_size, device=CUDA) * 2.5
-            logits[:, :50] += 8.0
-            slots = torch.arange(num_rows, device=CUDA)
-            times[name, num_rows] = median_us(lambda logits=logits, slots=slots: sampler.sample(logits, slots, slots))  # type: ignore[misc]
-        lines.append(f"{name:24}" + "".join(f"{times[name, n]:9.1f}" for n in (1, 64, 256)))
+    times = {(name, n): time_draws(params, vocab_size, n) for name, params in kinds.items() for n in row_counts}
     logits = torch.randn(256, vocab_size, device=CUDA)
     reading = median_us(lambda: logits.sum())
+    sampler = make_sampler(NUM_SLOTS, vocab_size, CUDA)
     inputs = torch.arange(2048, device=CUDA)
-    counting = median_us(lambda: sampler.count_inputs(inputs, inputs % 256, inputs))
+    counting = median_us(lambda: sampler.count_inputs(inputs, inputs % NUM_SLOTS, inputs))
     rows = torch.zeros(32 * ROW_WIDTH, dtype=torch.int32, device=CUDA)
     chunk_slots, inits = torch.arange(32, device=CUDA), torch.zeros(32, dtype=torch.int32, device=CUDA)
     writing = median_us(lambda: sampler.write_slots(rows, chunk_slots, inits))
-    lines.append(
-        f"sum of 256 rows {reading:.1f}; count_inputs of 2048 {counting:.1f}; write_slots of 32, none new {writing:.1f}"
-    )
     with capsys.disabled():
-        print("\n" + "\n".join(lines))
+        print(f"\nus a draw, {vocab_size} tokens, on {torch.cuda.get_device_name()}; rows: {row_counts}")
+        for name in kinds:
+            print(f"  {name:24}" + "".join(f"{times[name, n]:9.1f}" for n in row_counts))
+        print(f"  torch's sum of 256 rows {reading:.1f}")
+        print(f"  count_inputs of 2048 {counting:.1f}; write_slots of 32 chunks, none with a new owner {writing:.1f}")
     assert times["greedy", 256] < 2 * reading

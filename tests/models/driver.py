@@ -1,7 +1,8 @@
-"""Runs a decoder over a page pool, one step at a time: the worker's job in plain Python, with no slots and no graphs.
+"""Runs a decoder over a page pool, one step at a time: the worker's job in plain Python, with no slots and no
+graphs.
 
-Every step has padding in both regions, block tables are shuffled, and pages hold NaN until they are written, so
-a kernel that reads a padded position or another request's page shows in the logits.
+Every step has padding in both regions, block tables are shuffled, and pages hold NaN until they are written,
+so a kernel that reads a padded position or another request's page shows in the logits.
 """
 
 import itertools
@@ -98,7 +99,8 @@ class Driver:
         return row[0].pages[page] * self.kv_cache.page_size + offset
 
     def _block_tables(self, requests: Sequence[Request | None]) -> Tensor:
-        """One row per request as wide as the widest, filled up with pages of nobody; None has the trash page."""
+        """One row per request as wide as the widest, filled up with pages of nobody; None has the trash
+        page."""
         tables = [request.pages if request else [self.kv_cache.trash_page] for request in requests]
         width = max(map(len, tables), default=1) + 1
         fill = self._free[-1]  # poisoned: nobody owns it

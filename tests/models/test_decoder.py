@@ -32,7 +32,8 @@ def reference_logits(reference: tiny.HuggingFaceModel, token_ids: list[int]) -> 
 
 
 def run_mixed(driver: Driver, requests: list[Request], seed: int) -> list[Tensor]:
-    """Computes all requests, each step a random mix of chunks and decodes; logits [length, V] of each request."""
+    """Computes all requests, each step a random mix of chunks and decodes; logits [length, V] of each
+    request."""
     order = random.Random(seed)
     logits: list[list[Tensor]] = [[] for _ in requests]
     while any(r.num_computed < len(r.token_ids) for r in requests):
@@ -79,7 +80,8 @@ def test_a_prompt_in_equal_chunks_gives_the_logits_of_the_whole(size: int, tmp_p
 
 @pytest.mark.parametrize("prompt_len", [25, 39, 40, 41, 60])
 def test_dynamic_rope_follows_a_growing_sequence_as_hugging_face_does(prompt_len: int, tmp_path: Path) -> None:
-    """The base changes with every token past the original maximum (40); keys keep the rotation they were given."""
+    """The base changes with every token past the original maximum (40); keys keep the rotation they were
+    given."""
     reference, decoder = load("llama_dynamic", tmp_path)
     prompt = tokens(prompt_len)
     generated = reference.generate(

@@ -101,7 +101,8 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         },
     ),
 }
-"""Name of a case -> family and what differs from SMALL; a string as rope_parameters names one of ROPE_KINDS."""
+"""Name of a case -> family and what differs from SMALL; a string as rope_parameters names one of
+ROPE_KINDS."""
 
 
 def build(case: str, seed: int = 0, **overrides: Any) -> HuggingFaceModel:

@@ -63,6 +63,7 @@ class Client:
     reason: FinishReason | None = None
     cancelled: bool = False
     draws_planned: int = 0
+    started_s: float | None = None
 
     @property
     def is_live(self) -> bool:
@@ -104,7 +105,7 @@ class Harness:
 
     def schedule(self) -> StepPlan | None:
         """Makes one plan, checks it, and executes it; its result waits in `results`."""
-        must_decode = self._decoding()
+        oldest, must_decode = self._running_ids()[:1], self._decoding_ids()
         preemptions = self.scheduler.preemptions
         plan = self.scheduler.schedule(float(self.scheduler.steps))
         if plan is None:
@@ -112,9 +113,14 @@ class Harness:
         description = self.scheduler.describe_step(plan.step_id)
         self._check_shape(plan, description)
         self._check_decodes(must_decode, description, self.scheduler.preemptions - preemptions)
+        planned = {chunk[0] for chunk in description.chunks} | set(description.decode_request_ids)
+        assert planned.issuperset(oldest), "the oldest running request did not advance"
         tokens, rows = self.worker.execute(plan)
         self._check_rows(rows, description)
         self._count_draws(plan, description)
+        for request_id, _, _ in description.chunks:
+            client = self.clients[request_id]
+            client.started_s = plan.planned_s if client.started_s is None else client.started_s
         self.results.append((plan.step_id, tokens))
         self.plans.append(plan)
         self.descriptions.append(description)
@@ -127,6 +133,7 @@ class Harness:
         for output in outputs:
             client = self.clients[output.request_id]
             assert client.is_live, f"request {output.request_id} had ended"
+            assert output.started_s == client.started_s, "the time of the first chunk, also after a preemption"
             client.received += output.token_ids
             client.reason = output.finish_reason
             assert client.received == client.expected[: len(client.received)]
@@ -167,7 +174,11 @@ class Harness:
         assert len(set(slots)) == len(slots)
         assert len(slots) + len(self.scheduler._free_slots) == self.limits.max_running
 
-    def _decoding(self) -> list[int]:
+    def _running_ids(self) -> list[int]:
+        """Requests that hold a slot and still need rows, oldest first."""
+        return sorted(running.request.request_id for running in self.scheduler._running)
+
+    def _decoding_ids(self) -> list[int]:
         """Requests that must decode in the next plan, unless it preempts them; oldest first."""
         return [
             running.request.request_id
@@ -192,11 +203,10 @@ class Harness:
         assert all(self.clients[request_id].is_live for request_id in ids), "an ended request was planned"
 
     def _check_decodes(self, must_decode: list[int], description: StepDescription, preempted: int) -> None:
-        """All decode, except the youngest of them when this plan preempted; the oldest always does."""
+        """All decode, except the youngest of them when this plan preempted."""
         planned = list(description.decode_request_ids)
         assert planned == must_decode[: len(planned)]
         assert len(must_decode) - len(planned) <= preempted
-        assert planned[:1] == must_decode[:1]
 
     def _check_rows(self, rows: list[Row], description: StepDescription) -> None:
         """Every row read exactly the tokens of its request, also where the request has ended meanwhile."""

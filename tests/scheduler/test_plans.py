@@ -30,11 +30,11 @@ def plan_of(harness: Harness) -> str:
 
 
 def steady(harness: Harness, count: int) -> list[str]:
-    """`count` plans, each made while one result is outstanding, as the process makes them."""
+    """`count` plans, each made as early as steps_in_flight lets it."""
     plans = []
     for _ in range(count):
         plans.append(plan_of(harness))
-        if len(harness.results) > 1:
+        if len(harness.results) == harness.limits.steps_in_flight:
             harness.deliver()
     return plans
 
@@ -229,6 +229,17 @@ def test_nothing_passes_a_big_prompt_after_the_age_limit() -> None:
     assert order[1:] == [*range(2, 2 + MAX_TIMES_PASSED), 1, *range(2 + MAX_TIMES_PASSED, 150)]
 
 
+def test_waiting_alone_does_not_age_a_request() -> None:
+    harness = Harness(make_limits(num_pages=80, max_model_len=400))
+    harness.add(make_submit(0, prompt(4), 200))
+    harness.schedule()
+    harness.add(make_submit(1, prompt(315), 2))
+    steady(harness, 2 * MAX_TIMES_PASSED)
+    harness.add(make_submit(2, prompt(3), 1))
+    assert steady(harness, 1) == ["4+2 | 2[0:3]* | 0"]
+    harness.run()
+
+
 @pytest.mark.parametrize(("num_big", "passes"), [(7, True), (8, True), (9, False)])
 def test_only_so_many_big_prompts_may_be_passed_in_a_plan(num_big: int, passes: bool) -> None:
     harness = served(40, *[40] * num_big, 1, num_pages=13, max_tokens=12)
@@ -275,12 +286,37 @@ def test_a_request_that_needs_a_page_is_preempted_itself_when_it_is_the_youngest
 
 def test_a_preempted_request_is_admitted_before_younger_ones() -> None:
     harness = served(4, 4, num_pages=5, max_tokens=12)
-    steady(harness, 6)
+    steady(harness, 5)
     harness.add(make_submit(2, prompt(20), 1))
+    harness.add(make_submit(3, prompt(20), 1))
     harness.run()
-    assert harness.scheduler.preemptions >= 1
-    replays = [step for step in harness.descriptions[6:] if step.chunks]
-    assert replays[0].chunks[0][0] == 1
+    assert harness.scheduler.preemptions == 1
+    admitted = [request_id for step in harness.descriptions for request_id, start, _ in step.chunks if start == 0]
+    assert admitted == [0, 1, 1, 2, 3]
+
+
+def test_a_plan_that_preempts_admits_nobody() -> None:
+    harness = served(4, 4, num_pages=5, max_tokens=12, steps_in_flight=1)
+    steady(harness, 5)
+    harness.add(make_submit(2, prompt(1), 1))
+    # Request 1 gave two pages back: one page for request 2 and one for the growth of request 0 are free.
+    assert steady(harness, 2) == ["0+1 | | 0", "4+2 | 2[0:1]* | 0"]
+    assert harness.scheduler.preemptions == 1
+    harness.run()
+
+
+def test_a_preempted_request_returns_only_when_its_tokens_have_arrived() -> None:
+    harness = served(4, 4, num_pages=5, max_tokens=12, steps_in_flight=3)
+    steady(harness, 5)
+    assert plan_of(harness) == "0+1 | | 0"
+    assert harness.scheduler.preemptions == 1
+    harness.cancel(0)
+    harness.add(make_submit(2, prompt(1), 1))
+    harness.deliver()
+    assert plan_of(harness) == "-"  # every page is free, but a token of request 1 is in flight
+    harness.deliver()
+    assert plan_of(harness) == "8+2 | 1[0:8] |"
+    harness.run()
 
 
 def test_a_preempted_request_can_be_cancelled() -> None:

@@ -3,14 +3,14 @@
 import pytest
 
 from graphgen.ipc.errors import ConfigError, InvalidRequestError
-from graphgen.ipc.messages import Bucket, SamplerParams
+from graphgen.ipc.messages import Bucket, FinishReason, SamplerParams
 from graphgen.scheduler.policy import Scheduler
 from tests.scheduler.harness import Harness, make_client, make_limits, make_submit
 
 STOP = 7
 
 
-def feed(scheduler: Scheduler, draw: list[int]) -> list[tuple[tuple[int, ...], str | None]]:
+def feed(scheduler: Scheduler, draw: list[int]) -> list[tuple[tuple[int, ...], FinishReason | None]]:
     """Serves one request whose device draws the tokens of `draw`, one step at a time."""
     got, tokens = [], iter(draw)
     while (plan := scheduler.schedule(0.0)) is not None:

@@ -1,0 +1,117 @@
+"""Stand-ins for parts of an engine: processes that are none, and a scheduler that says what a test tells it to."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import zmq
+
+from graphgen.ipc.channel import Channel
+from graphgen.ipc.codec import pack_int32
+from graphgen.ipc.messages import (
+    Bucket,
+    EngineStats,
+    EngineToScheduler,
+    FinishReason,
+    Outputs,
+    Ready,
+    SamplerParams,
+    SchedulerToEngine,
+    Submit,
+    TokenOutput,
+    WorkerReady,
+)
+from graphgen.open_request import Delivery, OpenRequest
+from graphgen.processes import EngineProcesses, Exit
+from graphgen.sampling_params import SamplingParams
+from graphgen.tokenizer import Tokenizer
+
+Message = TypeVar("Message")
+
+READY = Ready(
+    worker=WorkerReady(
+        device="fake",
+        attention="none",
+        graphs=False,
+        compiled=False,
+        buckets=(Bucket(0, 4), Bucket(12, 4)),
+        max_chunks=4,
+        num_pages=8,
+        page_size=16,
+        phases=(),
+    ),
+    max_running=4,
+    token_budget=16,
+)
+
+STATS = EngineStats(1, 2, 3, 4, 5, 6, 0, 0, 0.5, 0, 0, 1.0, 2.0, 3.0, 4.0)
+
+
+class FakeProcesses(EngineProcesses):
+    """An engine's folder without children; `exit` is what the next look finds."""
+
+    def __init__(self) -> None:
+        super().__init__(modules=())
+        self.exit: Exit | None = None
+        self.stopped = 0
+
+    def find_exit(self) -> Exit | None:
+        return self.exit
+
+    def stop(self, grace_s: float) -> None:
+        self.stopped += 1
+        super().stop(grace_s)
+
+
+class FakeScheduler:
+    """The scheduler's end of the channel, driven by the test."""
+
+    def __init__(self, processes: EngineProcesses) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._channel: Channel[SchedulerToEngine, EngineToScheduler] = Channel(
+            self._context, processes.folder, "engine", "lower", EngineToScheduler
+        )
+        self.address = f"ipc://{processes.folder}/engine.up"
+
+    def send(self, message: SchedulerToEngine) -> None:
+        self._channel.send(message)
+
+    def send_raw(self, frame: bytes) -> None:
+        """Bytes that are no message."""
+        self._channel._sender.send(frame)
+
+    def send_tokens(
+        self, request_id: int, token_ids: list[int], finish_reason: FinishReason | None = None, started_s: float = 0.0
+    ) -> None:
+        self.send(Outputs((TokenOutput(request_id, tuple(token_ids), finish_reason, started_s),)))
+
+    def expect(self, kind: type[Message], timeout_s: float = 5.0) -> Message:
+        """The next message, which must be of this kind."""
+        message = self._channel.receive(timeout_s)
+        assert isinstance(message, kind), f"expected {kind.__name__}, got {message}"
+        return message
+
+    def close(self) -> None:
+        self._channel.close()
+        self._context.term()
+
+
+def open_request(
+    request_id: int,
+    sink: Callable[[Delivery], None],
+    tokenizer: Tokenizer | None = None,
+    sampling: SamplingParams | None = None,
+    streams: bool = True,
+    arrived_s: float = 0.0,
+) -> OpenRequest:
+    """A request of the prompt (1, 2, 3)."""
+    sampling = sampling or SamplingParams()
+    submit = Submit(
+        request_id=request_id,
+        prompt_token_ids=pack_int32((1, 2, 3)),
+        max_tokens=sampling.max_tokens or 1,
+        min_tokens=sampling.min_tokens,
+        stop_token_ids=(),
+        sampler=SamplerParams(),
+        arrived_s=arrived_s,
+    )
+    return OpenRequest(submit, (1, 2, 3), sampling, tokenizer, streams, sink)

@@ -1,0 +1,89 @@
+"""A compiled layer: one graph for all layers and shapes, the same logits, and no copy of the KV cache."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch._inductor.utils import run_and_get_code
+
+from graphgen.models.decoder import Decoder
+from graphgen.models.families import load_spec
+from graphgen.models.loader import load_decoder
+from tests.models import tiny
+from tests.models.driver import Driver
+
+PROMPT = list(range(3, 73))
+NUM_PAGES = 93  # a number no other size has, to be found in generated code
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def load(case: str, folder: Path) -> Decoder:
+    tiny.save(case, folder)
+    return load_decoder(folder, load_spec(folder), torch.float32, torch.device("cpu"), "torch")
+
+
+def run_every_shape(decoder: Decoder) -> torch.Tensor:
+    """Logits of steps of many shapes: T = 1, 2, 7, 64, each region empty, narrow and wide block tables."""
+    bare, padded = Driver(decoder, padded_rows=0, num_pages=NUM_PAGES), Driver(decoder, num_pages=NUM_PAGES - 8)
+    logits = []
+    for driver in (padded, bare):
+        request, short = driver.request(PROMPT), driver.request(PROMPT[:9])
+        logits += driver.step([(request, 1)])
+        logits += driver.step([(request, 2), (short, 5)])
+        logits += driver.step(decodes=[request])
+        logits += driver.step(decodes=[short, request])
+        logits += driver.step([(request, 63)], [short])
+    wide = Driver(decoder, page_size=4, num_pages=120, padded_rows=0)
+    logits += wide.step([(wide.request(PROMPT * 4), 64)])
+    return torch.cat(logits)
+
+
+def test_one_graph_serves_all_layers_and_shapes(tmp_path: Path) -> None:
+    decoder = load("llama", tmp_path)
+    eager = run_every_shape(decoder)
+    assert decoder.recompilations() == 0
+    decoder.compile_layers()
+    compiled = run_every_shape(decoder)
+    assert decoder.recompilations() == 1
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
+    assert torch.equal(compiled.argmax(-1), eager.argmax(-1))
+
+
+def test_each_distinct_window_is_one_graph(tmp_path: Path) -> None:
+    decoder = load("qwen3_window", tmp_path)
+    eager = run_every_shape(decoder)
+    decoder.compile_layers()
+    torch.testing.assert_close(run_every_shape(decoder), eager, rtol=1e-4, atol=1e-4)
+    assert decoder.recompilations() == 2
+
+
+def test_generated_code_never_allocates_or_copies_pages(tmp_path: Path) -> None:
+    decoder = load("llama", tmp_path)
+    decoder.compile_layers()
+    driver = Driver(decoder, num_pages=NUM_PAGES)
+    request = driver.request(PROMPT)
+    _, codes = run_and_get_code(lambda: driver.step([(request, 7)]))
+    assert len(codes) == 1
+    body = re.search(r"def call\(self, args\):.*?return \(", codes[0], re.DOTALL)
+    assert body is not None
+    code = body.group()
+    call = re.search(r"paged_attention_torch\.default\(\S+, \S+, .*?, (arg\w+), (arg\w+), arg", code)
+    assert call is not None, "the pages reach the operator as they came in"
+    for pages in call.groups():
+        uses = [line.strip() for line in code.splitlines() if re.search(rf"\b{pages}\b", line)]
+        allowed = (f"assert_size_stride({pages},", f"del {pages}", "buf", "arg0_1, ")
+        assert all(use.startswith(allowed) for use in uses), uses
+        assert sum(use.startswith("buf") for use in uses) == 1, uses  # the operator's own line
+    rows = re.search(r"assert_size_stride\(" + call.group(1) + r", \((u\d+),", code)
+    assert rows is not None
+    allocations = re.findall(r"empty_strided\w*\(.*", code)
+    assert allocations
+    assert not [line for line in allocations if re.search(rf"\b{rows.group(1)}\b", line)]

@@ -1,0 +1,135 @@
+"""A ModelSpec says what the Hugging Face config says, and what cannot be run is refused by name."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+from transformers import Qwen2Config
+
+from graphgen.ipc.errors import CheckpointError, ConfigError, UnsupportedModelError
+from graphgen.models.families import FAMILIES, load_spec, spec_from_hf
+from graphgen.models.spec import ModelSpec, RopeSpec
+from tests.models import tiny
+
+
+def write_config(folder: Path, **changes: Any) -> None:
+    values = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **tiny.SMALL, **changes}
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("case", tiny.CASES)
+def test_sizes_equal_those_of_the_reference(case: str) -> None:
+    model = tiny.build(case)
+    model.config.architectures = [type(model).__name__]
+    spec = spec_from_hf(model.config)
+    assert spec.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert spec.weight_bytes("bfloat16") == 2 * spec.num_parameters
+    assert spec.kv_bytes_per_token("float32") == 4 * 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(spec), type=ModelSpec) == spec
+
+
+def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    with pytest.raises(ConfigError, match=r"'int3', supported are float32, bfloat16, float16"):
+        load_spec(tmp_path).weight_bytes("int3")
+
+
+def test_windows_follow_the_family() -> None:
+    def windows(case: str) -> tuple[int | None, ...]:
+        model = tiny.build(case)
+        model.config.architectures = [type(model).__name__]
+        return spec_from_hf(model.config).windows
+
+    assert windows("llama") == (None, None, None)
+    assert windows("mistral_window") == (11, 11, 11)
+    assert windows("mistral_full") == (None, None, None)
+    assert windows("qwen2") == (None, None, None)
+    assert windows("qwen2_window") == (None, 7, 7)
+
+
+def test_end_of_sequence_ids_come_from_the_generation_config_first(tmp_path: Path) -> None:
+    write_config(tmp_path, eos_token_id=[5, 6, 5])
+    assert load_spec(tmp_path).eos_token_ids == (5, 6)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 5, 8]}))
+    assert load_spec(tmp_path).eos_token_ids == (7, 5, 8)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.5}))
+    assert load_spec(tmp_path).eos_token_ids == (5, 6)
+    write_config(tmp_path, eos_token_id=None)
+    assert load_spec(tmp_path).eos_token_ids == ()
+
+
+@pytest.mark.parametrize(("written", "read"), [("bfloat16", "bfloat16"), ("float16", "float16"), (None, "float32")])
+def test_dtype_is_that_of_the_checkpoint(written: str | None, read: str, tmp_path: Path) -> None:
+    write_config(tmp_path, torch_dtype=written)
+    assert load_spec(tmp_path).dtype == read
+
+
+def test_the_config_of_transformers_4_means_the_same(tmp_path: Path) -> None:
+    scaling = {"type": "linear", "factor": 2.0}
+    write_config(tmp_path, rope_theta=5000.0, rope_scaling=scaling)
+    assert load_spec(tmp_path).rope == RopeSpec("linear", 5000.0, 2.0, 512)
+    config = SimpleNamespace(  # what transformers 4 makes of the same file
+        **{
+            **tiny.SMALL,
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "rope_theta": 5000.0,
+            "rope_scaling": scaling,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+        }
+    )
+    spec = spec_from_hf(config)
+    assert spec.rope == RopeSpec("linear", 5000.0, 2.0, 512)
+    assert spec.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel"),
+        ({"architectures": ["NobodysModel"], "model_type": "nobody"}, "NobodysModel"),
+        ({"architectures": None}, "is none"),
+        ({"hidden_act": "tanh"}, "'tanh', supported are silu"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "long_factor": [2.0] * 4, "short_factor": [1.0] * 4}},
+            "'longrope', supported are default, linear",
+        ),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised \\(gptq\\)"),
+        ({"num_attention_heads": 6, "num_key_value_heads": 4}, "6 heads, 4 KV heads"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"dtype": "float64"}, "dtype float64"),
+    ],
+)
+def test_what_cannot_run_is_refused_by_name(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write_config(tmp_path, **changes)
+    with pytest.raises(UnsupportedModelError, match=message):
+        load_spec(tmp_path)
+
+
+def test_the_refusal_of_an_architecture_lists_what_runs(tmp_path: Path) -> None:
+    write_config(tmp_path, architectures=["OtherForCausalLM"])
+    with pytest.raises(UnsupportedModelError) as refusal:
+        load_spec(tmp_path)
+    assert all(architecture in str(refusal.value) for architecture in FAMILIES)
+
+
+def test_unknown_layer_types_are_refused() -> None:
+    config = Qwen2Config(**{**tiny.SMALL, "use_sliding_window": True, "sliding_window": 4})
+    config.architectures = ["Qwen2ForCausalLM"]
+    config.layer_types = ["full_attention", "chunked_attention", "sliding_attention"]
+    with pytest.raises(UnsupportedModelError, match="layer types chunked_attention"):
+        spec_from_hf(config)
+
+
+@pytest.mark.parametrize("content", [None, "not json"])
+def test_a_folder_without_a_readable_config_is_refused(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load_spec(tmp_path)

@@ -1,0 +1,25 @@
+"""The page pool's shapes and sizes."""
+
+import pytest
+import torch
+
+from graphgen.ipc.errors import ConfigError
+from graphgen.models.families import spec_from_hf
+from graphgen.models.kv_cache import KVCache, bytes_per_page
+from tests.models import tiny
+
+
+def test_the_trash_page_comes_on_top_of_the_pages_to_give_out() -> None:
+    model = tiny.build("qwen3")
+    model.config.architectures = ["Qwen3ForCausalLM"]
+    spec = spec_from_hf(model.config)
+    cache = KVCache(spec, num_pages=5, page_size=4, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert cache.trash_page == 5
+    assert cache.num_bytes == 6 * bytes_per_page(spec, 4, torch.bfloat16)
+    assert bytes_per_page(spec, 4, torch.bfloat16) == 4 * spec.kv_bytes_per_token("bfloat16")
+    assert len(cache.k_pages) == len(cache.v_pages) == spec.num_layers
+    for pages in (*cache.k_pages, *cache.v_pages):
+        assert pages.shape == (6, 4, spec.num_kv_heads, spec.head_dim)
+        assert not pages.any()
+    with pytest.raises(ConfigError, match="num_pages is 0"):
+        KVCache(spec, num_pages=0, page_size=4, dtype=torch.bfloat16, device=torch.device("cpu"))

@@ -1,0 +1,189 @@
+"""Checkpoints: every way they are laid out, every way they are broken, and random weights in their place."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from graphgen.ipc.errors import CheckpointError, ConfigError
+from graphgen.models.decoder import Decoder
+from graphgen.models.families import load_spec
+from graphgen.models.loader import LoadFormat, load_decoder, resolve_model
+from tests.models import tiny
+from tests.models.driver import Driver
+
+CPU = torch.device("cpu")
+WEIGHTS = "model.safetensors"
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
+    return load_decoder(folder, load_spec(folder), dtype, CPU, "torch")
+
+
+def logits(decoder: Decoder) -> Tensor:
+    driver = Driver(decoder)
+    return driver.step([(driver.request([5, 9, 3, 77, 8]), 5)])[0]
+
+
+def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def test_a_sharded_checkpoint_equals_a_single_file(tmp_path: Path) -> None:
+    one, many = tmp_path / "one", tmp_path / "many"
+    tiny.save("qwen2_window", one)
+    tiny.save("qwen2_window", many, max_shard_size="40KB")
+    assert len(list(many.glob("*.safetensors"))) > 2
+    torch.testing.assert_close(logits(load(many)), logits(load(one)), rtol=0, atol=0)
+
+
+def test_a_single_file_of_any_name_is_found(tmp_path: Path) -> None:
+    tiny.save("llama", tmp_path)
+    expected = logits(load(tmp_path))
+    (tmp_path / WEIGHTS).rename(tmp_path / "weights.safetensors")
+    torch.testing.assert_close(logits(load(tmp_path)), expected, rtol=0, atol=0)
+
+
+def test_tied_embeddings_are_held_once_and_a_stored_head_is_ignored(tmp_path: Path) -> None:
+    tiny.save("qwen2", tmp_path)
+    expected = logits(load(tmp_path))
+    edit(tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(97, 48)}))
+    decoder = load(tmp_path)
+    assert sum(weight.numel() for weight in decoder.parameters()) == decoder.spec.num_parameters
+    torch.testing.assert_close(logits(decoder), expected, rtol=0, atol=0)
+
+
+def test_weights_are_converted_to_the_asked_dtype(tmp_path: Path) -> None:
+    reference = tiny.save("llama", tmp_path)
+    decoder = load(tmp_path, torch.bfloat16)
+    assert {weight.dtype for weight in decoder.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(decoder.embedding.weight, reference.model.embed_tokens.weight.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_progress_ends_at_the_bytes_of_the_weights(load_format: LoadFormat, tmp_path: Path) -> None:
+    tiny.save("llama", tmp_path)
+    spec = load_spec(tmp_path)
+    calls: list[tuple[int, int]] = []
+
+    def progress(done: int, total: int) -> None:
+        calls.append((done, total))
+
+    load_decoder(tmp_path, spec, torch.float32, CPU, "torch", load_format, progress=progress)
+    total = spec.weight_bytes("float32")
+    assert calls[0] == (0, total)
+    assert calls[-1] == (total, total)
+    assert calls == sorted(calls)
+
+
+def test_dummy_weights_need_no_file_and_follow_the_seed(tmp_path: Path) -> None:
+    tiny.save("llama_biases_wide_heads", tmp_path)
+    spec = load_spec(tmp_path)
+
+    def dummy(seed: int) -> Decoder:
+        return load_decoder(Path("/nowhere"), spec, torch.float32, CPU, "torch", "dummy", seed)
+
+    first, again, other = dummy(1), dummy(1), dummy(2)
+    torch.testing.assert_close(logits(first), logits(again), rtol=0, atol=0)
+    assert not torch.allclose(logits(first), logits(other))
+    weights = dict(first.named_parameters())
+    assert weights["layers.0.mlp.gate_up.weight"].std().item() == pytest.approx(spec.initializer_std, rel=0.05)
+    assert (weights["layers.0.input_norm.weight"] == 1).all()
+    assert (weights["layers.0.attention.qkv.bias"] == 0).all()
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    tiny.save("qwen3", tmp_path)
+    edit(tmp_path, lambda tensors: tensors.pop("model.layers.1.self_attn.k_norm.weight"))
+    with pytest.raises(CheckpointError, match=r"'model.layers.1.self_attn.k_norm.weight' of shape \[16\] is missing"):
+        load(tmp_path)
+
+
+def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path: Path) -> None:
+    tiny.save("llama", tmp_path)
+    edit(tmp_path, lambda tensors: tensors.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(79, 48)}))
+    with pytest.raises(CheckpointError, match=r"up_proj.weight' .* shape \[79, 48\], the config asks for \[80, 48\]"):
+        load(tmp_path)
+
+
+def test_a_tensor_without_a_place_is_named(tmp_path: Path) -> None:
+    tiny.save("llama", tmp_path)
+    edit(tmp_path, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(48)}))
+    with pytest.raises(CheckpointError, match=r"q_proj.bias' .* has no place in a LlamaForCausalLM"):
+        load(tmp_path)
+
+
+def test_rotary_frequencies_of_old_checkpoints_are_ignored(tmp_path: Path) -> None:
+    tiny.save("llama", tmp_path)
+    expected = logits(load(tmp_path))
+    edit(tmp_path, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}))
+    torch.testing.assert_close(logits(load(tmp_path)), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_tensors_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    tiny.save("llama", tmp_path)
+    edit(tmp_path, lambda tensors: tensors.update({"model.norm.weight": torch.ones(48).to(dtype)}))
+    with pytest.raises(CheckpointError, match=r"'model.norm.weight' .* has dtype torch\.(int8|float8)"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
+def test_pickled_weights_are_refused_unread(name: str, tmp_path: Path) -> None:
+    tiny.save("llama", tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    (tmp_path / name).write_bytes(b"never read")
+    with pytest.raises(CheckpointError, match=rf"only pickled weights \({name}\)"):
+        load(tmp_path)
+
+
+def test_broken_layouts_are_refused(tmp_path: Path) -> None:
+    tiny.save("llama", tmp_path)
+    spec = load_spec(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+
+    def fails(message: str) -> None:
+        with pytest.raises(CheckpointError, match=message):
+            load_decoder(tmp_path, spec, torch.float32, CPU, "torch")
+
+    index.write_text("{}")
+    fails("is not a checkpoint index")
+    for outside in ("../x.safetensors", "/etc/passwd", "a/b.safetensors", "weights.bin"):
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": outside}}))
+        fails("shards are safetensors files beside the index")
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model-2.safetensors"}}))
+    fails(r"shard model-2.safetensors .* is missing")
+    index.unlink()
+    (tmp_path / WEIGHTS).write_bytes((tmp_path / WEIGHTS).read_bytes()[:1000])
+    fails("not a readable safetensors file")
+    for name in ("a.safetensors", "b.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / WEIGHTS).unlink()
+    fails("2 safetensors files and no model.safetensors.index.json")
+    for name in ("a.safetensors", "b.safetensors"):
+        (tmp_path / name).unlink()
+    fails("has no safetensors file")
+
+
+def test_an_unknown_attention_backend_is_refused(tmp_path: Path) -> None:
+    tiny.save("llama", tmp_path)
+    with pytest.raises(ConfigError, match="attention is 'magic', supported are torch, flashinfer"):
+        load_decoder(tmp_path, load_spec(tmp_path), torch.float32, CPU, "magic")
+
+
+def test_a_model_is_a_folder_or_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_model(str(tmp_path)) == tmp_path
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        resolve_model(str(tmp_path / "file"))
+    with pytest.raises(CheckpointError, match=r"neither a local folder nor a hub id"):
+        resolve_model(str(tmp_path / "absent"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match=r"'nobody/nothing' at revision 'v2' is no local folder"):
+        resolve_model("nobody/nothing", "v2")

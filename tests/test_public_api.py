@@ -1,0 +1,66 @@
+"""What `graphgen` exports, and that importing it costs nothing."""
+
+import inspect
+import subprocess
+import sys
+import typing
+
+import graphgen
+from graphgen import EngineConfig, GraphgenError
+from graphgen.config import EngineSettings
+
+PUBLIC = {
+    "AsyncEngine",
+    "CheckpointError",
+    "ConfigError",
+    "Engine",
+    "EngineClosedError",
+    "EngineConfig",
+    "EngineDeadError",
+    "EngineStats",
+    "GraphgenError",
+    "InvalidRequestError",
+    "RequestOutput",
+    "SamplingParams",
+    "StreamPiece",
+    "Timing",
+    "UnsupportedModelError",
+}
+
+
+def modules_after(statement: str) -> set[str]:
+    """The modules a fresh interpreter has loaded after the statement."""
+    code = f"{statement}\nimport sys\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_the_public_names_are_these_and_all_resolve() -> None:
+    assert set(graphgen.__all__) == PUBLIC
+    assert {name for name in PUBLIC if hasattr(graphgen, name)} == PUBLIC
+    assert set(dir(graphgen)) >= PUBLIC
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    assert not hasattr(graphgen, "LLM")
+
+
+def test_importing_graphgen_loads_nothing_heavy() -> None:
+    loaded = modules_after("import graphgen")
+    assert not loaded & {"torch", "transformers", "zmq", "msgspec", "rich", "typer", "graphgen.engine"}
+
+
+def test_the_api_is_there_without_torch_or_transformers() -> None:
+    loaded = modules_after("from graphgen import Engine, AsyncEngine, SamplingParams, EngineConfig")
+    assert "graphgen.engine" in loaded
+    assert not loaded & {"torch", "transformers", "rich", "typer"}
+
+
+def test_keyword_arguments_and_config_have_the_same_fields_and_types() -> None:
+    assert typing.get_type_hints(EngineSettings) == typing.get_type_hints(EngineConfig)
+
+
+def test_every_error_is_one_of_ours() -> None:
+    errors = [value for name in PUBLIC if inspect.isclass(value := getattr(graphgen, name)) and "Error" in name]
+    assert len(errors) == 7
+    assert all(issubclass(error, GraphgenError) for error in errors)

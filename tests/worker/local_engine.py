@@ -1,0 +1,77 @@
+"""The scheduler's policy and the worker's runner in one process: everything of an engine but its sockets."""
+
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from graphgen.config import EngineConfig, LaunchConfig, resolve
+from graphgen.ipc.codec import pack_int32
+from graphgen.ipc.messages import SamplerParams, Submit
+from graphgen.models.families import load_spec
+from graphgen.scheduler.limits import SchedulerLimits
+from graphgen.scheduler.policy import Scheduler
+from graphgen.worker.runner import LaunchedStep, ModelRunner
+
+GREEDY = SamplerParams()
+
+
+def launch_config(folder: Path, max_model_len: int | None = None, **settings: object) -> LaunchConfig:
+    """What the Engine would tell its processes; `max_model_len` is not held to the model's limit."""
+    config = resolve(EngineConfig(**settings), load_spec(str(folder)), folder)  # type: ignore[arg-type]  # test settings
+    return config if max_model_len is None else msgspec.structs.replace(config, max_model_len=max_model_len)
+
+
+class LocalEngine:
+    """Runs requests with two steps in flight."""
+
+    def __init__(self, config: LaunchConfig) -> None:
+        self.runner = ModelRunner(config, lambda progress: None)
+        worker = self.runner.describe()
+        self.scheduler = Scheduler(
+            SchedulerLimits(
+                buckets=worker.buckets,
+                num_pages=worker.num_pages,
+                page_size=worker.page_size,
+                max_running=config.max_running,
+                max_chunks=worker.max_chunks,
+                token_budget=config.token_budget,
+                max_model_len=config.max_model_len,
+            )
+        )
+        self._next_id = 0
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        samplers: Sequence[SamplerParams] | None = None,
+        stop_token_ids: tuple[int, ...] = (),
+    ) -> list[list[int]]:
+        """Tokens of all prompts, submitted at once, in their order."""
+        first_id = self._next_id
+        self._next_id += len(prompts)
+        for number, prompt in enumerate(prompts):
+            sampler = samplers[number] if samplers else GREEDY
+            submit = Submit(first_id + number, pack_int32(prompt), max_tokens, 0, stop_token_ids, sampler, 0.0)
+            self.scheduler.add(submit)
+        tokens: list[list[int]] = [[] for _ in prompts]
+        in_flight: deque[LaunchedStep] = deque()
+        unfinished = len(prompts)
+        while unfinished:
+            while (plan := self.scheduler.schedule(0.0)) is not None:
+                in_flight.append(self.runner.launch(plan, received_s=0.0))
+            step = in_flight.popleft()
+            step.fetched.wait()
+            for output in self.scheduler.update(step.step_id, step.tokens.numpy()[step.drawn_rows].tolist()):
+                tokens[output.request_id - first_id] += output.token_ids
+                unfinished -= output.finish_reason is not None
+        while in_flight:
+            step = in_flight.popleft()
+            step.fetched.wait()
+            self.scheduler.update(step.step_id, step.tokens.numpy()[step.drawn_rows].tolist())
+        return tokens
+
+    def close(self) -> None:
+        self.runner.close()

@@ -1,0 +1,80 @@
+"""Greedy tokens of the whole engine equal Hugging Face `generate`, token for token, in float32 on the CPU.
+
+For every family: 64 prompts of 1 to 300 tokens at once, at token budgets 16, 64 and 256, over a page pool so small
+that requests are preempted and computed again.
+"""
+
+import functools
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models import tiny
+from tests.worker.local_engine import LocalEngine, launch_config
+
+NUM_PROMPTS = 64
+NEW_TOKENS = 8
+LONGEST = 300
+MAX_MODEL_LEN = LONGEST + NEW_TOKENS
+FEW_POSITIONS = 2 * MAX_MODEL_LEN
+"""Of the page pool: two of the longest requests, or four average ones."""
+PAGE_SIZES = {16: 16, 64: 2, 256: 16}
+"""Per token budget. With pages of 2 positions all running requests grow at once, and some must give way."""
+
+
+@functools.cache
+def prompts() -> tuple[tuple[int, ...], ...]:
+    rng = random.Random(0)
+    lengths = [1, 2, 15, 16, 17, LONGEST, *(rng.randint(1, LONGEST) for _ in range(NUM_PROMPTS - 6))]
+    return tuple(tuple(rng.randrange(3, tiny.SMALL["vocab_size"]) for _ in range(length)) for length in lengths)
+
+
+def reference_tokens(model: tiny.HuggingFaceModel) -> list[list[int]]:
+    """Each prompt alone. A model with dynamic rope keeps state between calls, so its rope is put back each time."""
+    fresh = model.model.rotary_emb.state_dict(), model.model.rotary_emb.__dict__.copy()
+    tokens = []
+    for prompt in prompts():
+        model.model.rotary_emb.__dict__.update(fresh[1])
+        model.model.rotary_emb.inv_freq = model.model.rotary_emb.original_inv_freq
+        ids = model.generate(
+            torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        tokens.append(ids[0, len(prompt) :].tolist())
+    return tokens
+
+
+@pytest.mark.parametrize("case", tiny.CASES)
+def test_greedy_tokens_equal_hugging_face_at_every_budget_with_preemption(case: str, tmp_path: Path) -> None:
+    want = reference_tokens(tiny.save(case, tmp_path))
+    preemptions = 0
+    for token_budget, page_size in PAGE_SIZES.items():
+        num_pages = -(-FEW_POSITIONS // page_size)
+        config = launch_config(
+            tmp_path, MAX_MODEL_LEN, device="cpu", token_budget=token_budget, num_pages=num_pages, page_size=page_size
+        )
+        engine = LocalEngine(config)
+        got = engine.generate(prompts(), NEW_TOKENS)
+        wrong = [index for index, (a, b) in enumerate(zip(got, want, strict=True)) if a != b]
+        assert not wrong, f"budget {token_budget}: prompts {wrong} of lengths {[len(prompts()[i]) for i in wrong]}"
+        assert engine.scheduler.pages_free == num_pages
+        preemptions += engine.scheduler.preemptions
+        engine.close()
+    assert preemptions > 0, "the pool was meant to be too small"
+
+
+def test_compiled_tokens_equal_eager_ones_with_one_graph_and_no_recompilation(tmp_path: Path) -> None:
+    tiny.save("llama", tmp_path)
+    tokens = []
+    for compile_layers in (False, True):
+        config = launch_config(
+            tmp_path, MAX_MODEL_LEN, device="cpu", token_budget=64, num_pages=200, page_size=16, compile=compile_layers
+        )
+        engine = LocalEngine(config)
+        tokens.append(engine.generate(prompts()[:24], NEW_TOKENS))
+        if compile_layers:
+            assert engine.runner.num_compiled_layers == 1, "all layers and all buckets share one graph"
+            assert engine.runner.counters.recompilations == 0
+        engine.close()
+    assert tokens[0] == tokens[1]
