@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graphgen import Engine, EngineClosedError, InvalidRequestError, RequestOutput, SamplingParams, StreamPiece, demo
+from graphgen.core import Prompt
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0)
 PROMPTS = ["ROMEO:\n", "To be, or", "What, ho! My lord of Gloucester, come away", "A"]
@@ -53,7 +54,7 @@ def test_greedy_tokens_and_text_are_hugging_faces(tokenizer: Any, greedy: list[R
 
 
 def test_text_ids_and_mixed_prompts_give_the_same_outputs(engine: Engine, greedy: list[RequestOutput]) -> None:
-    ids = [list(output.prompt_token_ids) for output in greedy]
+    ids: list[Prompt] = [list(output.prompt_token_ids) for output in greedy]
     expected = [output.token_ids for output in greedy]
     assert [output.token_ids for output in engine.generate(ids, GREEDY)] == expected
     assert [output.token_ids for output in engine.generate([PROMPTS[0], ids[1]], GREEDY)] == expected[:2]

@@ -65,8 +65,8 @@ class Program:
 
     def assert_gone(self) -> None:
         deadline = time.monotonic() + GONE_WITHIN_S
-        while (left := self.children) or list(self.folder.iterdir()):
-            assert time.monotonic() < deadline, (left, list(self.folder.rglob("*")))
+        while self.children or any(self.folder.iterdir()):
+            assert time.monotonic() < deadline, (self.children, list(self.folder.rglob("*")))
             time.sleep(0.05)
 
 

@@ -26,6 +26,8 @@ _SCHEMA = (
     " Tensor chunk_starts, Tensor chunk_kv_lens, Tensor chunk_pages, Tensor decode_kv_lens,"
     " Tensor decode_pages, Tensor[] extra, int window) -> Tensor"
 )
+_BATCH_POSITIONS = 2048
+"""Positions whose K and V the CPU gathers at once: small enough for the cache and for memory the process has."""
 _BLOCK_ROWS = 64
 """Rows whose scores the capturable path holds at once: bounds its memory, not its result."""
 
@@ -117,8 +119,7 @@ def _one_chunk(
 def _decode_rows(
     out: Tensor, q: Tensor, k_pages: Tensor, v_pages: Tensor, kv_lens: Tensor, pages: Tensor, window: int
 ) -> None:
-    """out, q: [R, Hq, D]. Rows of similar length are computed together: at most half of such a batch is
-    padding."""
+    """out, q: [R, Hq, D]. Rows of similar length share a batch, at most half of which is padding."""
     page_size, num_kv_heads, head_dim = k_pages.shape[1:]
     for rows, num_pages in _rows_of_similar_length(kv_lens, page_size):
         index = torch.tensor(rows)
@@ -139,13 +140,16 @@ def _decode_rows(
 
 
 def _rows_of_similar_length(kv_lens: Tensor, page_size: int) -> Iterator[tuple[list[int], int]]:
-    """(row numbers, pages of the longest), in classes whose page counts share a power of two."""
+    """(row numbers, pages of the longest), of rows whose page counts lie between the same powers of two."""
     classes: defaultdict[int, list[int]] = defaultdict(list)
     pages = [-(-kv_len // page_size) for kv_len in kv_lens.tolist()]
     for row, num_pages in enumerate(pages):
         classes[num_pages.bit_length()].append(row)
     for rows in classes.values():
-        yield rows, max(pages[row] for row in rows)
+        longest = max(pages[row] for row in rows)
+        most = max(1, _BATCH_POSITIONS // (longest * page_size))
+        for first in range(0, len(rows), most):
+            yield rows[first : first + most], longest
 
 
 # --- devices with graphs: static shapes, no wait ---

@@ -15,7 +15,7 @@ from tests.models import tiny
 from tests.worker.local_engine import LocalEngine, launch_config
 
 NUM_PROMPTS = 64
-NEW_TOKENS = 8
+NEW_TOKENS = 20
 LONGEST = 300
 MAX_MODEL_LEN = LONGEST + NEW_TOKENS
 FEW_POSITIONS = 2 * MAX_MODEL_LEN
