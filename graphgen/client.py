@@ -205,7 +205,7 @@ class Client:
 
     def _die(self, error: GraphgenError) -> None:
         """Tells everyone, then ends what is left of the processes."""
-        if self._fault is None:
+        if self._fault is None and isinstance(error, EngineDeadError):  # other errors say all that a user can use
             for name in self._processes.pids:
                 if tail := self._processes.log_tail(name, num_lines=100):
                     logger.error("output of the %s process:\n%s", name, tail)

@@ -5,7 +5,7 @@ an EngineConfig once, in the user's process, and writes the LaunchConfig as a fi
 scheduler and the worker read it from there and are handed only the numbers they need.
 """
 
-import ctypes.util
+import ctypes
 import importlib.util
 import math
 import os
@@ -17,10 +17,10 @@ from typing import Literal, TypedDict
 import msgspec
 from msgspec import Struct
 
+from graphgen.capture.buckets import MIN_TOKEN_BUDGET, max_running
 from graphgen.ipc.errors import ConfigError
 from graphgen.models.spec import ModelSpec
 
-MIN_TOKEN_BUDGET = 8
 LAUNCH_FILE = "launch.msgpack"
 
 _PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -184,7 +184,7 @@ def resolve(config: EngineConfig, spec: ModelSpec, model_folder: Path) -> Launch
         seed=config.seed,
         max_model_len=_resolve_max_model_len(config, spec),
         # Decodes come first in every step: a cap on running requests is what keeps room for prompts.
-        max_running=min(config.max_num_seqs, token_budget - token_budget // 4),
+        max_running=max_running(config.max_num_seqs, token_budget),
         token_budget=token_budget,
         page_size=config.page_size or (64 if on_cuda else 16),
         num_pages=config.num_pages,
@@ -199,9 +199,22 @@ def find_device() -> str:
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return "cpu"
     devices = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("dxg")]
-    if not devices or ctypes.util.find_library("cuda") is None:
-        return "cpu"
-    return "cuda" if _torch_has_cuda() else "cpu"
+    return "cuda" if devices and _has_driver() and _torch_has_cuda() else "cpu"
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError for a CUDA device that was asked for and that this installation of torch can never use."""
+    if device not in ("auto", "cpu") and not _torch_has_cuda():
+        raise ConfigError(f'device is {device!r}, torch here is built without CUDA: install a CUDA build or use "cpu"')
+
+
+def _has_driver() -> bool:
+    """Loads the driver's library as torch would, without initialising it."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _torch_has_cuda() -> bool:

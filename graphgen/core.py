@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from graphgen import demo
 from graphgen.client import Client
-from graphgen.config import EngineConfig, LaunchConfig, resolve
+from graphgen.config import EngineConfig, LaunchConfig, check_device, resolve
 from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.errors import ConfigError, InvalidRequestError
 from graphgen.ipc.messages import EngineStats, Ready, Submit
@@ -37,6 +37,7 @@ class EngineCore:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         started_s = time.monotonic()
+        check_device(config.device)
         # The processes start first: they import torch while this one reads the model's config and tokenizer.
         processes = EngineProcesses()
         with StartProgress(config.progress) as progress:

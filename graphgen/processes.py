@@ -19,7 +19,6 @@ from pathlib import Path
 
 import msgspec
 
-import graphgen
 from graphgen.ipc.errors import ConfigError
 
 PARENT_POLL_S = 0.25
@@ -161,7 +160,7 @@ def _make_folder() -> Path:
 
 def _child_environment() -> dict[str, str]:
     """The user's environment, with the folder that graphgen was imported from in front of the import path."""
-    package = Path(graphgen.__file__).resolve().parent.parent
+    package = Path(__file__).resolve().parent.parent
     inherited = os.environ.get("PYTHONPATH")
     paths = [str(package), *([inherited] if inherited else [])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}

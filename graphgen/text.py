@@ -13,7 +13,7 @@ _REPLACEMENT = "\ufffd"
 _CONTEXT_TOKENS = 4
 _TRIM_TOKENS = 12
 _FORCED_TRIM_TOKENS = 512
-"""So long may a window grow whose end is never certain; only runs of byte tokens beyond this may be decoded in parts."""
+"""So long may a window grow whose end is never certain; a longer run of byte tokens is decoded in parts."""
 
 
 class Detokenizer:

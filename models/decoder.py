@@ -8,8 +8,7 @@ Shapes: `T` token rows, `N` rows that sample, `V` vocabulary.
 """
 
 import importlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from graphgen.ipc.errors import ConfigError
 from graphgen.models.attention.tables import RowTables
+from graphgen.models.compilation import CompiledLayers, RunLayer, run_layer
 from graphgen.models.kv_cache import KVCache
 from graphgen.models.layers import AttentionOp, DecoderLayer, RMSNorm, linear
 from graphgen.models.rope import Rope
@@ -28,11 +28,6 @@ ATTENTION_BACKENDS: Mapping[str, tuple[str, str]] = {
 }
 """Name of a backend -> the module that registers its operator, and the operator in the `graphgen`
 namespace."""
-
-RunLayer = Callable[
-    [DecoderLayer, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, RowTables, list[Tensor]],
-    tuple[Tensor, Tensor],
-]
 
 
 def attention_op(name: str) -> AttentionOp:
@@ -62,8 +57,8 @@ class Decoder(nn.Module):
         self.requires_grad_(False)
         self.to_empty(device=device)
         self.rope = Rope(spec.rope, spec.head_dim, device)
-        self._run_layer: RunLayer = _run_layer
-        self._compiler: _CountingCompiler | None = None
+        self._run_layer: RunLayer = run_layer
+        self._compiled: CompiledLayers | None = None
 
     @torch.no_grad()
     def forward(
@@ -99,75 +94,9 @@ class Decoder(nn.Module):
 
         Each distinct attention window makes a graph of its own.
         """
-        self._compiler = _CountingCompiler()
-        compiled = torch.compile(_run_layer_any_shape, fullgraph=True, backend=self._compiler)
-
-        def run(
-            layer: DecoderLayer,
-            residual: Tensor,
-            update: Tensor,
-            cos: Tensor,
-            sin: Tensor,
-            k_pages: Tensor,
-            v_pages: Tensor,
-            tables: RowTables,
-            extra: list[Tensor],
-        ) -> tuple[Tensor, Tensor]:
-            for tensor in (residual, update, cos, sin, k_pages, v_pages):
-                torch._dynamo.decorators.mark_unbacked(tensor, 0)
-            for tensor in (*tables, *extra):
-                for dim in range(tensor.ndim):
-                    torch._dynamo.decorators.mark_unbacked(tensor, dim)
-            return compiled(layer, residual, update, cos, sin, k_pages, v_pages, tables, extra)
-
-        self._run_layer = run
+        self._compiled = CompiledLayers()
+        self._run_layer = self._compiled
 
     def recompilations(self) -> int:
         """Graphs compiled so far; it does not grow once every bucket has run."""
-        return 0 if self._compiler is None else self._compiler.num_graphs
-
-
-def _run_layer(
-    layer: DecoderLayer,
-    residual: Tensor,
-    update: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    tables: RowTables,
-    extra: list[Tensor],
-) -> tuple[Tensor, Tensor]:
-    new: tuple[Tensor, Tensor] = layer(residual, update, cos, sin, k_pages, v_pages, tables, extra)
-    return new
-
-
-def _run_layer_any_shape(
-    layer: DecoderLayer,
-    residual: Tensor,
-    update: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    tables: RowTables,
-    extra: list[Tensor],
-) -> tuple[Tensor, Tensor]:
-    num_rows = residual.shape[0]
-    for tensor in (update, cos, sin):
-        torch._check(tensor.shape[0] == num_rows)
-    torch._check(v_pages.shape[0] == k_pages.shape[0])
-    return _run_layer(layer, residual, update, cos, sin, k_pages, v_pages, tables, extra)
-
-
-class _CountingCompiler:
-    """The inductor backend, and how many graphs it was given."""
-
-    def __init__(self) -> None:
-        self.num_graphs = 0
-        self._inductor = torch._dynamo.lookup_backend("inductor")
-
-    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
-        """Untyped in torch: inputs are tensors and symbolic ints, the result is the compiled callable."""
-        self.num_graphs += 1
-        return self._inductor(graph, example_inputs)
+        return 0 if self._compiled is None else self._compiled.num_graphs

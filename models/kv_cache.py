@@ -6,7 +6,6 @@ pages.
 """
 
 import torch
-from torch import Tensor
 
 from graphgen.ipc.errors import ConfigError
 from graphgen.models.spec import ModelSpec
@@ -45,7 +44,3 @@ class KVCache:
     def num_bytes(self) -> int:
         """Memory of all pages, the trash page included."""
         return sum(pages.nbytes for pages in (*self.k_pages, *self.v_pages))
-
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """K and V pages of one layer."""
-        return self.k_pages[index], self.v_pages[index]

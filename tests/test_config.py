@@ -1,13 +1,16 @@
 """EngineConfig refuses what can work nowhere; resolve makes every open choice once."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 from graphgen import ConfigError, EngineConfig, demo
-from graphgen.config import LaunchConfig, find_device, make_config, resolve
+from graphgen.config import LaunchConfig, check_device, find_device, make_config, resolve
 from graphgen.models.families import load_spec
 from graphgen.models.spec import ModelSpec, RopeSpec
 
@@ -95,6 +98,20 @@ def test_the_launch_file_is_what_was_resolved(spec: ModelSpec, tmp_path: Path) -
 def test_hidden_devices_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert find_device() == "cpu"
+
+
+def test_cuda_without_a_cuda_build_of_torch_is_refused_and_never_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphgen.config._torch_has_cuda", lambda: False)
+    assert find_device() == "cpu"
+    with pytest.raises(ConfigError, match="device is 'cuda:1', torch here is built without CUDA"):
+        check_device("cuda:1")
+    check_device("auto")
+
+
+def test_what_torch_was_built_for_is_read_without_importing_it() -> None:
+    code = "import sys; from graphgen.config import _torch_has_cuda; print(_torch_has_cuda(), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(torch.version.cuda is not None), "False"]
 
 
 def test_settings_make_the_same_config_as_the_struct() -> None:

@@ -35,7 +35,7 @@ FILES = (
     "training.json",
 )
 MAX_FOLDER_BYTES = 10_000_000
-MAX_NATS_PER_CHARACTER = 1.7  # guessing evenly among all tokens would give ln 1024 / 2.26 = 3.07
+MAX_NATS_PER_CHARACTER = 1.52  # guessing evenly among all tokens would give ln 1024 / 2.26 = 3.07
 PLAY = play_file().read_text(encoding="utf-8")
 
 

@@ -31,7 +31,7 @@ class BucketTable:
         self._chunk_room = _chunk_room_by_decodes(mixed, self.max_decode_rows)
         self._prefill_rungs = sorted({bucket.prefill_rows for bucket in usable} | {0})
         self._decode_rungs = sorted({bucket.decode_rows for bucket in usable} | {0})
-        by_cost = sorted(usable, key=lambda bucket: (bucket.num_rows, bucket.prefill_rows))
+        by_cost = sorted(usable, key=lambda bucket: (bucket.num_rows, bucket.decode_rows))
         self._smallest = [
             [_first_that_holds(by_cost, prefill_rows, decode_rows) for decode_rows in self._decode_rungs]
             for prefill_rows in self._prefill_rungs
@@ -42,7 +42,10 @@ class BucketTable:
         return self._chunk_room[num_decodes]
 
     def smallest(self, num_prefills: int, num_decodes: int) -> Bucket:
-        """The bucket of fewest rows that holds both counts; at equal rows the one with fewer prefill rows."""
+        """The bucket of fewest rows that holds both counts; at equal rows the one with fewer decode rows.
+
+        A padded decode row costs attention time in every layer, a padded prefill row costs none.
+        """
         row = bisect_left(self._prefill_rungs, num_prefills)
         column = bisect_left(self._decode_rungs, num_decodes)
         found = None

@@ -164,6 +164,11 @@ class ModelRunner:
             drawn_rows=_drawn_rows(plan, self._shape.chunks(plan.bucket)),
         )
 
+    def fill_cache_with_noise(self) -> None:
+        """For benchmarks: kernels run at other speeds over zeros. Whatever the cache held is lost."""
+        for pages in (*self._kv_cache.k_pages, *self._kv_cache.v_pages):
+            pages.normal_()
+
     def close(self) -> None:
         """Waits for what was launched."""
         self._stream.close()

@@ -24,7 +24,7 @@ def test_the_smallest_bucket_that_holds_both_counts_is_chosen(
     room = table.chunk_room(num_decodes)
     num_prefills = data.draw(st.integers(0, room))
     holding = [b for b in usable if b.prefill_rows >= num_prefills and b.decode_rows >= num_decodes]
-    assert table.smallest(num_prefills, num_decodes) == min(holding, key=lambda b: (b.num_rows, b.prefill_rows))
+    assert table.smallest(num_prefills, num_decodes) == min(holding, key=lambda b: (b.num_rows, b.decode_rows))
 
 
 @given(ladders, st.integers(7, 30), st.data())

@@ -1,0 +1,86 @@
+"""What does one token cost? Inter-token latency of B decodes that run together, and the time to ready.
+
+    python -m benchmarks.latency --model benchmarks/shapes/llama-3.1-8b --load-format dummy --max-model-len 16384
+
+B requests of --context random tokens are sent at once to an Engine; gaps count from the moment all of them decode
+until the first one ends. TTFT is that of the batch of one.
+"""
+
+import argparse
+import random
+import time
+
+from benchmarks.report import machine, percentile, show, write_json
+from graphgen import Engine, EngineConfig, SamplingParams
+from graphgen.outputs import RequestOutput
+
+
+def gaps_ms(outputs: list[RequestOutput]) -> list[float]:
+    """Gaps between tokens while all requests decode. token_times_s counts from the arrival, the same for all."""
+    all_started_s = max(output.timing.first_token_s for output in outputs)
+    first_end_s = min(output.timing.total_s for output in outputs)
+    gaps = []
+    for output in outputs:
+        times = [moment for moment in output.timing.token_times_s if all_started_s <= moment <= first_end_s]
+        gaps += [(after - before) * 1000.0 for before, after in zip(times, times[1:], strict=False)]
+    return gaps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or hub id; without it the embedded demo model")
+    parser.add_argument("--load-format", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--max-model-len", type=int)
+    parser.add_argument("--token-budget", type=int)
+    parser.add_argument("--context", type=int, default=1024, help="prompt tokens of each request")
+    parser.add_argument("--tokens", type=int, default=128, help="output tokens of each request")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 256])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--step-log")
+    parser.add_argument("--json", help="write the figures here")
+    options = parser.parse_args()
+    config = EngineConfig(
+        model=options.model,
+        load_format=options.load_format,
+        device=options.device,
+        max_model_len=options.max_model_len,
+        token_budget=options.token_budget,
+        step_log=options.step_log,
+    )
+    rng = random.Random(options.seed)
+    begun_s = time.monotonic()
+    with Engine(config) as engine:
+        ready_s = time.monotonic() - begun_s
+        worker = engine.info.worker
+        vocab_size = engine.resolved.spec.vocab_size
+        context = min(options.context, engine.resolved.max_model_len - options.tokens)
+        sampling = SamplingParams(temperature=0.0, max_tokens=options.tokens, ignore_eos=True)
+        engine.generate([[1, 2, 3]], sampling)
+        rows = []
+        for batch in options.batches:
+            prompts = [[rng.randrange(vocab_size) for _ in range(context)] for _ in range(batch)]
+            outputs = engine.generate(prompts, sampling)
+            gaps = gaps_ms(outputs)
+            rows.append(
+                {
+                    "decodes": batch,
+                    "context": context,
+                    "TTFT p50 ms": percentile([output.timing.first_token_s * 1000 for output in outputs], 50),
+                    **{f"ITL p{percent} ms": percentile(gaps, percent) for percent in (50, 95, 99)},
+                    "ITL max ms": max(gaps, default=float("nan")),
+                    "gaps": len(gaps),
+                }
+            )
+        stats = engine.stats()
+    about = machine(worker.device) | {"attention": worker.attention, "compiled": str(worker.compiled)}
+    show("Inter-token latency of decodes that run together", rows, about)
+    phases = [{"phase": phase.name, "seconds": phase.seconds} for phase in worker.phases]
+    show("Time to ready", [*phases, {"phase": "all, processes and imports included", "seconds": ready_s}], about)
+    print(f"steps {stats.steps}, graph replays {stats.graph_replays}, eager {stats.eager_steps}, ", end="")
+    print(f"recompilations {stats.recompilations}, padding {stats.padding_share:.1%}")
+    write_json(options.json, rows, about | {"ready_s": f"{ready_s:.2f}"})
+
+
+if __name__ == "__main__":
+    main()

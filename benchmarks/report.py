@@ -1,0 +1,62 @@
+"""What every benchmark prints and writes: the command, the machine, the figures. Used by the scripts beside it."""
+
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+Row = Mapping[str, object]
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Linear interpolation between the closest ranks; nan for no values."""
+    ordered = sorted(values)
+    if not ordered:
+        return float("nan")
+    place = (len(ordered) - 1) * percent / 100.0
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def machine(device: str) -> dict[str, str]:
+    """What the figures were measured on. device: as the engine reports it."""
+    packages = {}
+    for name in ("graphgen", "torch", "flashinfer-python", "triton"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "device": device,
+        "host": platform.machine(),
+        "python": platform.python_version(),
+        **packages,
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def show(title: str, rows: Sequence[Row], about: Mapping[str, str]) -> None:
+    """Prints rows as a table; floats with three significant decimals."""
+    console = Console(width=140)
+    console.print(" ".join(f"{key}={value}" for key, value in about.items() if key != "command"), style="dim")
+    console.print(about["command"], style="dim")
+    table = Table(title=title, title_justify="left")
+    for column in rows[0] if rows else ():
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    console.print(table)
+
+
+def write_json(path: str | None, rows: Sequence[Row], about: Mapping[str, str]) -> None:
+    if path is not None:
+        Path(path).write_text(json.dumps({"about": dict(about), "rows": [dict(row) for row in rows]}, indent=1) + "\n")
