@@ -107,11 +107,12 @@ def test_validation_loss_is_the_stated_one(model: Any, tokenizer: Any, record: d
     valid_text = PLAY[len(PLAY) * 9 // 10 :]
     ids = torch.tensor(tokenizer(valid_text, verbose=False).input_ids)
     assert len(ids) == record["validation_tokens"]
-    windows = ids.unfold(0, record["validation_context_len"], record["validation_context_len"])[::6]
-    loss = model(input_ids=windows, labels=windows).loss.item()  # 8 windows spread over the validation text
-    assert loss == pytest.approx(record["validation_nats_per_token"], rel=0.05)
+    windows = ids.unfold(0, record["validation_context_len"], record["validation_context_len"])
+    losses = [model(input_ids=some, labels=some).loss.item() for some in windows.split(8)]
+    loss = sum(losses) / len(losses)  # all windows but the last, shorter one
+    assert loss == pytest.approx(record["validation_nats_per_token"], rel=0.02)
     characters_per_token = len(valid_text) / len(ids)
-    assert loss / characters_per_token == pytest.approx(record["validation_nats_per_character"], rel=0.05)
+    assert loss / characters_per_token == pytest.approx(record["validation_nats_per_character"], rel=0.02)
     assert loss / characters_per_token < MAX_NATS_PER_CHARACTER
 
 
