@@ -7,6 +7,7 @@ until the first one ends. TTFT is that of the batch of one.
 """
 
 import argparse
+import itertools
 import random
 import time
 
@@ -22,7 +23,7 @@ def gaps_ms(outputs: list[RequestOutput]) -> list[float]:
     gaps = []
     for output in outputs:
         times = [moment for moment in output.timing.token_times_s if all_started_s <= moment <= first_end_s]
-        gaps += [(after - before) * 1000.0 for before, after in zip(times, times[1:], strict=False)]
+        gaps += [(after - before) * 1000.0 for before, after in itertools.pairwise(times)]
     return gaps
 
 

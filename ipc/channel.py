@@ -18,7 +18,8 @@ class Channel(Generic[Send, Receive]):
     """One end of a channel named `name` in `folder` (mode 0700; the sockets are files in it).
 
     The process nearer to the user is the upper side: Engine over scheduler, scheduler over worker. Either side may
-    start first. Messages arrive whole and in order. `send` never blocks: what a dead peer does not read is dropped when the channel closes.
+    start first. Messages arrive whole and in order. `send` never blocks: what a dead peer does not read is dropped
+    when the channel closes.
     """
 
     def __init__(

@@ -7,12 +7,13 @@ from tests import step_logs
 
 NUM_REQUESTS = 64
 TOKEN_BUDGET = 128
+NEW_TOKENS = 24
 
 
 def test_plans_arrive_before_the_step_before_them_ends_and_every_token_is_logged(tmp_path: Path) -> None:
     log = tmp_path / "steps.jsonl"
     prompts = [[1 + number % 7] * (1 + 3 * number) for number in range(NUM_REQUESTS)]
-    sampling = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
     with Engine(device="cpu", token_budget=TOKEN_BUDGET, step_log=str(log), cpu_threads=1) as engine:
         engine.generate(prompts, sampling)
         stats = engine.stats()
@@ -32,9 +33,9 @@ def test_plans_arrive_before_the_step_before_them_ends_and_every_token_is_logged
         decoding |= {request for request, _, _ in step["chunks"] if computed[request] == len(prompts[request])}
         for request in step["decodes"]:
             computed[request] += 1
-            if computed[request] == len(prompts[request]) + sampling.max_tokens - 1:
+            if computed[request] == len(prompts[request]) + NEW_TOKENS - 1:
                 decoding.discard(request)
         times = [step[name] for name in ("planned_s", "received_s", "launched_s")]
         assert times == sorted(times)
         assert step["started_s"] <= step["finished_s"]
-    assert computed == {number: len(prompt) + 23 for number, prompt in enumerate(prompts)}
+    assert computed == {number: len(prompt) + NEW_TOKENS - 1 for number, prompt in enumerate(prompts)}

@@ -59,21 +59,27 @@ def main(folder: Path, parent_pid: int) -> None:
             engine.send(Ready(ready, config.max_running, config.token_budget))
             with StepLog.open(config.step_log) as step_log:
                 SchedulerLoop(_policy(config, ready), engine, worker, step_log).run()
+        failed = None
+    except WorkerFailedError as error:
+        failed = error.failed  # as the worker said it: the Engine makes the exception of it that its user knows
     except BaseException as error:
         traceback.print_exc()
-        engine.send(Failed("scheduler", type(error).__name__, str(error) or repr(error)))
-        worker.send(Shutdown())
-        engine.close(linger_s=1.0)
-        worker.close(linger_s=1.0)
-        sys.exit(1)
+        failed = Failed("scheduler", type(error).__name__, str(error) or repr(error))
+    if failed is not None:
+        engine.send(failed)
     worker.send(Shutdown())
     worker.close(linger_s=1.0)
     engine.close(linger_s=1.0)
     context.term()
+    sys.exit(0 if failed is None else 1)
 
 
 class WorkerFailedError(Exception):
     """The worker said that it cannot go on."""
+
+    def __init__(self, failed: Failed) -> None:
+        super().__init__(f"{failed.error}: {failed.message}")
+        self.failed = failed
 
 
 def _policy(config: LaunchConfig, ready: WorkerReady) -> Scheduler:
@@ -104,7 +110,7 @@ def _wait_for_worker(engine: EngineChannel, worker: WorkerChannel) -> WorkerRead
                 case WorkerReady():
                     return message
                 case Failed():
-                    raise WorkerFailedError(f"{message.error}: {message.message}")
+                    raise WorkerFailedError(message)
         # The Engine submits nothing before Ready.
         if any(isinstance(message, Shutdown) for message in engine.drain()):
             return None
@@ -156,7 +162,7 @@ class SchedulerLoop:
                 self._counters = result.counters
                 return self._policy.update(result.step_id, unpack_int32(result.token_ids))
             case Failed() as failed:
-                raise WorkerFailedError(f"{failed.error}: {failed.message}")
+                raise WorkerFailedError(failed)
             case Progress() | WorkerReady():
                 return ()
 

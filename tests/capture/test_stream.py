@@ -18,7 +18,12 @@ def test_work_runs_in_order_while_the_caller_goes_on() -> None:
     stream = HostStream()
     gate = threading.Event()
     done: list[int] = []
-    stream.submit(lambda: (gate.wait(), done.append(0))[0] and None)
+
+    def first() -> None:
+        gate.wait()
+        done.append(0)
+
+    stream.submit(first)
     for number in range(1, 50):
         stream.submit(lambda number=number: done.append(number))  # type: ignore[misc]  # mypy: default argument
     mark = stream.mark()

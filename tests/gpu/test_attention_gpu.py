@@ -1,6 +1,6 @@
 """FlashInfer's kernels against the reference op: every bucket, at its edges, over poisoned memory, and in graphs."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pytest
@@ -10,6 +10,9 @@ from torch import Tensor
 from graphgen.capture.buckets import build_ladder
 from graphgen.ipc.messages import Bucket
 from graphgen.models.attention.tables import RowTables
+
+if TYPE_CHECKING:
+    from graphgen.models.attention.flashinfer import FlashInferAttention
 
 PAGE_SIZE = 64
 PAGES_PER_SLOT = 24
@@ -31,11 +34,11 @@ class Case(NamedTuple):
 
 
 def random_case(bucket: Bucket, prefill_rows: int, decode_rows: int, seed: int) -> Case:
-    """`prefill_rows` live prompt rows in random chunks, `decode_rows` live decodes, shuffled pages, the rest padding."""
+    """Live prompt rows in random chunks, live decodes, shuffled pages; the rest of the bucket is padding."""
     rng = np.random.default_rng(seed)
     num_chunks = min(MAX_CHUNKS, bucket.prefill_rows)
     live_chunks = int(rng.integers(1, min(num_chunks, prefill_rows) + 1)) if prefill_rows else 0
-    cuts = np.sort(rng.choice(np.arange(1, prefill_rows), live_chunks - 1, replace=False)) if live_chunks > 1 else []
+    cuts = sorted(rng.permutation(np.arange(1, max(prefill_rows, 1)))[: max(live_chunks - 1, 0)].tolist())
     lengths = np.diff([0, *cuts, prefill_rows]) if live_chunks else np.zeros(0, int)
     starts = np.full(num_chunks + 1, prefill_rows, np.int32)
     starts[0] = 0
@@ -114,7 +117,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return float((got.float() - want.float()).norm() / want.float().norm())
 
 
-def make_backend(heads: tuple[int, int, int], kernels: str, window: int = 0) -> "object":
+def make_backend(heads: tuple[int, int, int], kernels: str, window: int = 0) -> "FlashInferAttention":
     from graphgen.models.attention.flashinfer import AttentionShape, FlashInferAttention, Kernel
 
     pair = {"FA3+XQA": (Kernel.FA3, Kernel.XQA), "FA2+FA2": (Kernel.FA2, Kernel.FA2)}[kernels]
@@ -122,7 +125,7 @@ def make_backend(heads: tuple[int, int, int], kernels: str, window: int = 0) -> 
     return FlashInferAttention(shape, MAX_CHUNKS, 2048, 256, kernels=pair)
 
 
-def run_op(name: str, rows: tuple[Tensor, ...], cache: tuple[Tensor, Tensor], case: Case, extra: list[Tensor]) -> Tensor:
+def run_op(name: str, rows: tuple[Tensor, ...], cache: tuple[Tensor, ...], case: Case, extra: list[Tensor]) -> Tensor:
     import graphgen.models.attention.reference  # noqa: F401  # registers the op
 
     op = getattr(torch.ops.graphgen, f"paged_attention_{name}")
