@@ -19,8 +19,8 @@ import zmq
 from graphgen.config import LaunchConfig
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.codec import pack_int32
-from graphgen.ipc.messages import Failed, SchedulerToWorker, Shutdown, StepPlan, StepResult, WorkerToScheduler
-from graphgen.processes import end_with_parent
+from graphgen.ipc.messages import Failed, Phase, SchedulerToWorker, Shutdown, StepPlan, StepResult, WorkerToScheduler
+from graphgen.processes import end_with_parent, process_age_s
 from graphgen.worker.runner import LaunchedStep, ModelRunner
 
 WorkerChannel = Channel[WorkerToScheduler, SchedulerToWorker]
@@ -34,9 +34,12 @@ def main(folder: Path, parent_pid: int) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     channel: WorkerChannel = Channel(context, folder, "worker", "lower", SchedulerToWorker)
     try:
+        imports = Phase("imports", process_age_s())
+        begun_s = time.monotonic()
         config = LaunchConfig.read(folder)
+        config_wait = Phase("config", time.monotonic() - begun_s)
         with torch.inference_mode():
-            runner = ModelRunner(config, channel.send)
+            runner = ModelRunner(config, channel.send, [imports, config_wait])
             channel.send(runner.describe())
             _serve(runner, channel)
     except BaseException as error:

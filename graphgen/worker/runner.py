@@ -5,7 +5,7 @@ The only place that sees both `models` and `capture`. Called by process.py.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,11 +58,14 @@ class LaunchedStep(Struct, frozen=True):
 class ModelRunner:
     """One device, ready to run plans."""
 
-    def __init__(self, config: LaunchConfig, report: Report) -> None:
+    def __init__(self, config: LaunchConfig, report: Report, phases: Sequence[Phase] = ()) -> None:
+        """phases: what the process has done before this."""
         self._config = config
-        self._phases: list[Phase] = []
+        self._phases = list(phases)
+        begun_s = time.monotonic()
         self._device = torch.device(config.device)
         self._stream = open_stream(self._device)
+        self._phases.append(Phase("device", time.monotonic() - begun_s))
         if config.cpu_threads is not None:
             torch.set_num_threads(config.cpu_threads)
         self._buckets = build_ladder(config.token_budget, config.max_running)
@@ -73,7 +76,8 @@ class ModelRunner:
             params_width=ROW_WIDTH,
         )
         dtype = getattr(torch, config.dtype)
-        self._backend = open_backend(config, self._device, dtype, self._buckets, self._shape)
+        with self._phase("attention"):
+            self._backend = open_backend(config, self._device, dtype, self._buckets, self._shape)
         with self._phase("load"):
             self._decoder = load_decoder(
                 folder=Path(config.model_folder),
