@@ -97,6 +97,7 @@ class Case:
             return torch.randn(num_rows, heads, shape.head_dim, device="cuda", dtype=torch.bfloat16)
 
         self._rows = rows(shape.num_heads), rows(shape.num_kv_heads), rows(shape.num_kv_heads)
+        self._angles = rows(1)[:, 0], rows(1)[:, 0]
         self._backend = FlashInferAttention(shape, 1, num_rows, num_rows, kernels=kernels)
         starts, chunk_lens, decode_lens = (
             tensor.cpu().numpy().astype(np.int32)
@@ -107,7 +108,9 @@ class Case:
 
     def run(self) -> None:
         for k_pages, v_pages in self._layers:
-            torch.ops.graphgen.paged_attention_flashinfer(*self._rows, k_pages, v_pages, *self._tables, self._extra, 0)
+            torch.ops.graphgen.paged_attention_flashinfer(
+                *self._rows, *self._angles, k_pages, v_pages, *self._tables, self._extra, 0
+            )
 
     def microseconds_per_layer(self, repeats: int) -> float:
         return time_graph(self.run, repeats) * 1000.0 / NUM_LAYERS

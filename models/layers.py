@@ -1,4 +1,4 @@
-"""The building blocks of a decoder: RMSNorm, the rotation of q and k, attention, gated MLP, and the layer of
+"""The building blocks of a decoder: RMSNorm, attention, gated MLP, and the layer of
 them.
 
 Owns the arithmetic, in the order of operations of Hugging Face, so that bfloat16 rounds alike. Knows no layer
@@ -25,7 +25,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 AttentionOp = Callable[..., Tensor]
-"""(q, k, v, k_pages, v_pages, *RowTables, extra, window) -> [T, Hq, D]; the torch.library op of a backend."""
+"""(q, k, v, cos, sin, k_pages, v_pages, *RowTables, extra, window) -> [T, Hq, D]; the torch.library op of a backend."""
 
 FULL_ATTENTION = 0
 """The window argument of an attention op that stands for «every earlier position»."""
@@ -44,12 +44,6 @@ class RMSNorm(nn.Module):
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [T, H, D] rotated by cos, sin [T, D]; dimension i turns with i + D/2."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
 
 
 def linear(in_size: int, out_size: int, bias: bool, dtype: torch.dtype) -> nn.Linear:
@@ -83,8 +77,7 @@ class Attention(nn.Module):
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mixed = self.attend(q, k, v, k_pages, v_pages, *tables, extra, self.window)
+        mixed = self.attend(q, k, v, cos, sin, k_pages, v_pages, *tables, extra, self.window)
         out: Tensor = self.o(mixed.flatten(1))
         return out
 

@@ -100,3 +100,9 @@ class Rope:
         theta = rope.theta * stretch ** (dim / (dim - 2))
         scaled = 1.0 / theta[:, None] ** self._exponents
         return torch.where((sequence_lens > rope.original_max_len)[:, None], scaled, self._frequencies)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, H, D] rotated by cos, sin [T, D]; dimension i turns with i + D/2."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]

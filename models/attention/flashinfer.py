@@ -22,7 +22,7 @@ from msgspec import Struct
 from torch import Tensor
 
 from graphgen.ipc.errors import ConfigError, UnsupportedModelError
-from graphgen.models.attention.store import store_kv
+from graphgen.models.attention.store import rotate_and_store
 from graphgen.models.attention.tables import RowTables
 
 Words = np.ndarray[tuple[int], np.dtype[np.int32]]
@@ -352,6 +352,8 @@ def _paged_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
     kv_locations: Tensor,
@@ -365,8 +367,7 @@ def _paged_attention(
 ) -> Tensor:
     prefill_kernel, decode_kernel, num_prefill_tensors, *windows = extra[0].tolist()
     prefill, decode = extra[1 : 1 + num_prefill_tensors], extra[1 + num_prefill_tensors :]
-    store_kv(k, v, k_pages, v_pages, kv_locations)
-    q = q.contiguous()
+    q = rotate_and_store(q, k, v, cos, sin, k_pages, v_pages, kv_locations)
     out = torch.empty_like(q)
     split = q.shape[0] - decode_kv_lens.shape[0]
     index = windows.index(window)
@@ -388,9 +389,9 @@ def _result_like(q: Tensor, *_: object) -> Tensor:
 # The KV write is deliberately not in the schema: a declared mutation makes torch.compile copy the cache.
 _library = torch.library.Library("graphgen", "FRAGMENT")
 _library.define(
-    "paged_attention_flashinfer(Tensor q, Tensor k, Tensor v, Tensor k_pages, Tensor v_pages, Tensor kv_locations, "
-    "Tensor chunk_starts, Tensor chunk_kv_lens, Tensor chunk_pages, Tensor decode_kv_lens, Tensor decode_pages, "
-    "Tensor[] extra, int window) -> Tensor"
+    "paged_attention_flashinfer(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor k_pages, "
+    "Tensor v_pages, Tensor kv_locations, Tensor chunk_starts, Tensor chunk_kv_lens, Tensor chunk_pages, "
+    "Tensor decode_kv_lens, Tensor decode_pages, Tensor[] extra, int window) -> Tensor"
 )
 _library.impl("paged_attention_flashinfer", _paged_attention, "CUDA")
 torch.library.register_fake("graphgen::paged_attention_flashinfer", _result_like, lib=_library)

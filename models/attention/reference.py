@@ -1,7 +1,7 @@
 """The `torch` attention backend: paged attention in plain PyTorch, for any device, and what other backends
 are held to.
 
-Owns the operator `graphgen::paged_attention_torch`. Never allocates KV pages and never rotates q or k. Called
+Owns the operator `graphgen::paged_attention_torch`. Never allocates KV pages. Called
 by the decoder's layers through `torch.ops`, inside or outside a compiled graph.
 
 On the CPU it reads the step's lengths and does only the live work. On a device with graphs it neither waits
@@ -21,9 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphgen.models.rope import rotate
+
 _SCHEMA = (
-    "paged_attention_torch(Tensor q, Tensor k, Tensor v, Tensor k_pages, Tensor v_pages, Tensor kv_locations,"
-    " Tensor chunk_starts, Tensor chunk_kv_lens, Tensor chunk_pages, Tensor decode_kv_lens,"
+    "paged_attention_torch(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor k_pages, Tensor v_pages,"
+    " Tensor kv_locations, Tensor chunk_starts, Tensor chunk_kv_lens, Tensor chunk_pages, Tensor decode_kv_lens,"
     " Tensor decode_pages, Tensor[] extra, int window) -> Tensor"
 )
 _BATCH_POSITIONS = 2048
@@ -36,6 +38,8 @@ def paged_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
     kv_locations: Tensor,
@@ -49,10 +53,12 @@ def paged_attention(
 ) -> Tensor:
     """Attention of every row over its own positions, [T, Hq, D]; padded prefill rows are zero.
 
-    q: [T, Hq, D]. k, v: [T, Hkv, D], written to the pages first. k_pages, v_pages: [pages, page_size, Hkv,
-    D]. The tables: see RowTables. extra: ignored, other backends keep their workspaces there. window:
-    positions a row sees, its own included; 0 sees all. Softmax in float32.
+    q: [T, Hq, D]. k, v: [T, Hkv, D]. cos, sin: [T, D], by which q and k are rotated first; k and v are then
+    written to the pages. k_pages, v_pages: [pages, page_size, Hkv, D]. The tables: see RowTables. extra: ignored,
+    other backends keep their workspaces there. window: positions a row sees, its own included; 0 sees all.
+    Softmax in float32.
     """
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     write_kv(k_pages, v_pages, k, v, kv_locations)
     run = _live_rows if q.device.type == "cpu" else all_rows
     return run(q, k_pages, v_pages, chunk_starts, chunk_kv_lens, chunk_pages, decode_kv_lens, decode_pages, window)

@@ -1,42 +1,110 @@
-"""Writes the K and V rows of a step into their pages, in one Triton launch. CUDA only; called by the attention op."""
+"""Rotates q and k and writes k and v into their pages, in one Triton launch. CUDA only; called by the attention op.
 
+Left to the compiler, the same takes three kernels, each as long as its launch when a step has few rows.
+"""
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _store_kernel(
+def _rotate(
+    row: "tl.tensor",
+    heads: "tl.tensor",
+    half: "tl.tensor",
+    cos: "tl.tensor",
+    sin: "tl.tensor",
+    mask: "tl.tensor",
+    head_stride: int,
+    HALF: tl.constexpr,
+) -> "tuple[tl.tensor, tl.tensor]":
+    """Both halves of the heads of one row: dimension i turns with i + HALF."""
+    places = row + heads * head_stride + half
+    first = tl.load(places, mask).to(tl.float32)
+    second = tl.load(places + HALF, mask).to(tl.float32)
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _rotate_and_store_kernel(
+    q: "tl.tensor",
     k: "tl.tensor",
     v: "tl.tensor",
+    cos: "tl.tensor",
+    sin: "tl.tensor",
+    q_out: "tl.tensor",
     k_pages: "tl.tensor",
     v_pages: "tl.tensor",
     locations: "tl.tensor",
+    q_stride: int,
+    q_head_stride: int,
     k_stride: int,
+    k_head_stride: int,
     v_stride: int,
-    row_elements: tl.constexpr,
-    block: tl.constexpr,
+    v_head_stride: int,
+    HQ: tl.constexpr,
+    HKV: tl.constexpr,
+    HALF: tl.constexpr,
+    HQ_BLOCK: tl.constexpr,
+    HKV_BLOCK: tl.constexpr,
 ) -> None:
-    row = tl.program_id(0)
-    location = tl.load(locations + row)
-    columns = tl.arange(0, block)
-    mask = columns < row_elements
-    tl.store(k_pages + location * row_elements + columns, tl.load(k + row * k_stride + columns, mask), mask)
-    tl.store(v_pages + location * row_elements + columns, tl.load(v + row * v_stride + columns, mask), mask)
+    row = tl.program_id(0).to(tl.int64)
+    half = tl.arange(0, HALF)[None, :]
+    # The tables repeat: cos[i] == cos[i + HALF].
+    row_cos = tl.load(cos + row * 2 * HALF + half).to(tl.float32)
+    row_sin = tl.load(sin + row * 2 * HALF + half).to(tl.float32)
+
+    heads = tl.arange(0, HQ_BLOCK)[:, None]
+    mask = (heads < HQ) & (half < HALF)
+    first, second = _rotate(q + row * q_stride, heads, half, row_cos, row_sin, mask, q_head_stride, HALF)
+    places = q_out + (row * HQ + heads) * 2 * HALF + half
+    tl.store(places, first.to(q_out.dtype.element_ty), mask)
+    tl.store(places + HALF, second.to(q_out.dtype.element_ty), mask)
+
+    heads = tl.arange(0, HKV_BLOCK)[:, None]
+    mask = (heads < HKV) & (half < HALF)
+    first, second = _rotate(k + row * k_stride, heads, half, row_cos, row_sin, mask, k_head_stride, HALF)
+    offset = (tl.load(locations + row) * HKV + heads) * 2 * HALF + half
+    tl.store(k_pages + offset, first.to(k_pages.dtype.element_ty), mask)
+    tl.store(k_pages + offset + HALF, second.to(k_pages.dtype.element_ty), mask)
+    source = v + row * v_stride + heads * v_head_stride + half
+    tl.store(v_pages + offset, tl.load(source, mask), mask)
+    tl.store(v_pages + offset + HALF, tl.load(source + HALF, mask), mask)
 
 
-def store_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, locations: Tensor) -> None:
-    """k, v: [T, Hkv, D], contiguous within a row; pages: [P, page_size, Hkv, D]; locations: [T] int64."""
-    num_rows, num_heads, head_dim = k.shape
-    elements = num_heads * head_dim
-    _store_kernel[(num_rows,)](
+def rotate_and_store(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor, locations: Tensor
+) -> Tensor:
+    """The rotated q, [T, Hq, D] contiguous; rotated k and plain v are in the pages.
+
+    q: [T, Hq, D]; k, v: [T, Hkv, D], any strides but 1 in the last dimension, D a power of two. cos, sin: [T, D]
+    contiguous. k_pages, v_pages: [P, page_size, Hkv, D]. locations: [T] int64.
+    """
+    num_rows, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    q_out = torch.empty((num_rows, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    _rotate_and_store_kernel[(num_rows,)](
+        q,
         k,
         v,
+        cos,
+        sin,
+        q_out,
         k_pages,
         v_pages,
         locations,
+        q.stride(0),
+        q.stride(1),
         k.stride(0),
+        k.stride(1),
         v.stride(0),
-        elements,
-        triton.next_power_of_2(elements),
+        v.stride(1),
+        num_heads,
+        num_kv_heads,
+        head_dim // 2,
+        triton.next_power_of_2(num_heads),
+        triton.next_power_of_2(num_kv_heads),
     )
+    return q_out

@@ -129,8 +129,15 @@ def run_op(name: str, rows: tuple[Tensor, ...], cache: tuple[Tensor, ...], case:
     import graphgen.models.attention.reference  # noqa: F401  # registers the op
 
     op = getattr(torch.ops.graphgen, f"paged_attention_{name}")
-    result: Tensor = op(*rows, *cache, *case.tables, extra, 0)
+    result: Tensor = op(*rows, *angles(rows[0]), *cache, *case.tables, extra, 0)
     return result
+
+
+def angles(q: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of angles that differ in every row and dimension, [T, D] each."""
+    steps = torch.arange(q.shape[0] * q.shape[2] // 2, device="cuda").view(q.shape[0], -1)
+    turns = torch.cat((steps, steps), dim=1) * 0.37
+    return turns.cos().to(q.dtype), turns.sin().to(q.dtype)
 
 
 def edge_counts(bucket: Bucket) -> list[tuple[int, int]]:
