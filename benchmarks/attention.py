@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import machine, percentile, show, write_json
-from graphgen.models.attention.flashinfer import AttentionShape, FlashInferAttention, Kernel
+from graphgen.models.attention.flashinfer import FlashInferAttention
+from graphgen.models.attention.kernels import AttentionShape, Kernel
 from graphgen.models.attention.tables import RowTables
 
 PAGE_SIZE = 64

@@ -14,8 +14,9 @@ import torch
 from graphgen.capture.stream import CudaStream, HostStream
 from graphgen.ipc.messages import Bucket
 
-WARM_UP_RUNS = 2
-"""Runs of a callable before its capture: the first compiles and loads kernels, the second settles allocations."""
+FIRST_WARM_UP_RUNS = 2
+"""Runs of the largest bucket before its capture: one compiles and loads kernels, one settles allocations. Each of the
+others runs once, for the kernels that only its shape uses."""
 
 
 class GraphPool:
@@ -58,7 +59,7 @@ class GraphPool:
 
     def _warm_up_and_capture(self, bucket: Bucket, before_warm_up: Callable[[Bucket], None]) -> None:
         step = self._steps[bucket]
-        for _ in range(WARM_UP_RUNS if self.captures else 1):
+        for _ in range(FIRST_WARM_UP_RUNS if self.captures and not self._graphs else 1):
             self._stream.submit(lambda: before_warm_up(bucket))
             self._stream.submit(step)
         self._stream.synchronize()

@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 import sys
+import time
 from enum import StrEnum
 from typing import Annotated
 
@@ -127,6 +128,27 @@ def demo(
         _write("\n\n")
         stdout.print(_figures_table(figures, engine))
         stdout.print(_phases_table(engine.info.worker.phases, engine.start_s))
+
+
+@app.command()
+def prebuild(
+    arch: Annotated[str | None, typer.Option(help="GPU architecture, like 9.0a or 8.0. [default: of the GPU]")] = None,
+    model: Model = None,
+    revision: Revision = None,
+    page_size: Annotated[int | None, typer.Option(help="KV positions of a page. [default: the engine's]")] = None,
+    dtype: DTypeOption = DType.AUTO,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Compilations at once. [default: one for each core]")] = None,
+) -> None:
+    """Build a model's attention kernels ahead of its first start; needs nvcc, ninja and no GPU."""
+    from graphgen.prebuild import prebuild as build_kernels  # imports torch
+
+    config = EngineConfig(model=model, revision=revision, device="cuda", dtype=dtype.value, page_size=page_size)
+    begun_s = time.monotonic()
+    with stderr.status("building attention kernels, which takes minutes"):
+        built = build_kernels(config, arch, jobs)
+    lines = [f"{source:<9} {name}" for name, source in built.libraries.items()]
+    lines.append(f"for {built.arch} in {built.folder} after {time.monotonic() - begun_s:.1f} s")
+    stdout.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
 
 
 def main() -> None:

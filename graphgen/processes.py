@@ -19,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+from graphgen.caches import cache_environment
 from graphgen.ipc.errors import ConfigError
 
 PARENT_POLL_S = 0.25
@@ -53,6 +54,7 @@ class EngineProcesses:
     def __init__(self, modules: tuple[str, ...] = ("graphgen.scheduler", "graphgen.worker")) -> None:
         self.folder = _make_folder()
         self._owner_pid = os.getpid()
+        self._environment = _child_environment(self.folder)
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         try:
             for module in modules:
@@ -70,7 +72,7 @@ class EngineProcesses:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env=_child_environment(),
+                env=self._environment,
             )
 
     @property
@@ -165,12 +167,14 @@ def process_age_s() -> float:
     return up_s - started_ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _child_environment() -> dict[str, str]:
-    """The user's environment, with the folder that graphgen was imported from in front of the import path."""
+def _child_environment(folder: Path) -> dict[str, str]:
+    """The user's environment, with the folder that graphgen was imported from in front of the import path, and with
+    the compilers' caches in one place; what cannot be kept lies in the engine's folder."""
     package = Path(__file__).resolve().parent.parent
     inherited = os.environ.get("PYTHONPATH")
     paths = [str(package), *([inherited] if inherited else [])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    return cache_environment(environment, spare=folder / "caches")
 
 
 def _signal_name(number: int) -> str:

@@ -1,8 +1,7 @@
 """The model families graphgen runs, as rows of data, and the way from a Hugging Face config to a ModelSpec.
 
 Owns the table of families and every check of «can graphgen run this model». Never touches weights. Called by
-the engine when it resolves its configuration, and by the loader for a family's tensor names. transformers is
-imported only when a config is read: it takes longer to import than the rest of the engine.
+the engine when it resolves its configuration, and by the loader for a family's tensor names.
 """
 
 import math
@@ -10,9 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+import msgspec
 from msgspec import Struct
 
-from graphgen.ipc.errors import CheckpointError, UnsupportedModelError
+from graphgen.ipc.errors import UnsupportedModelError
+from graphgen.models.checkpoint_config import read_config, read_generation_eos
 from graphgen.models.spec import DTYPE_BYTES, ModelSpec, RopeKind, RopeSpec
 
 SUPPORTED_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -65,29 +66,14 @@ def load_spec(model: str | Path, revision: str | None = None) -> ModelSpec:
     Raises CheckpointError when there is no readable config.json, UnsupportedModelError when graphgen cannot
     run it.
     """
-    from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
-
     location = str(model)
+    config = read_config(location, revision)
+    _family_of(config.architectures, location)
     try:
-        raw, _ = PreTrainedConfig.get_config_dict(location, revision=revision)
-        if not raw:  # how transformers reports a folder without the file
-            raise FileNotFoundError("the file does not exist")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"no config.json was read from {location!r} ({error}): name a folder with a Hugging Face"
-            " checkpoint or a hub id"
-        ) from error
-    _family_of(raw.get("architectures"), location)
-    _refuse_quantized(raw.get("quantization_config"), location)
-    try:
-        config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False)
-    except (KeyError, ValueError, TypeError) as error:
+        spec = spec_from_hf(config, generation_eos=read_generation_eos(location, revision))
+        return msgspec.convert(msgspec.to_builtins(spec), ModelSpec)  # checks the types of what the file says
+    except (AttributeError, TypeError, msgspec.ValidationError) as error:
         raise UnsupportedModelError(f"the config.json of {location!r} is not understood: {error}") from error
-    try:
-        generation = GenerationConfig.from_pretrained(location, revision=revision)
-    except OSError:  # the file is optional
-        return spec_from_hf(config)
-    return spec_from_hf(config, generation_eos=generation.eos_token_id)
 
 
 def spec_from_hf(config: Any, generation_eos: int | list[int] | None = None) -> ModelSpec:
@@ -215,7 +201,7 @@ def _rope(config: Any, architecture: str) -> RopeSpec:
         raise UnsupportedModelError(
             f"{architecture} has rope type {kind!r}, supported are {', '.join(get_args(RopeKind))}"
         )
-    rotated = parameters.get("partial_rotary_factor", 1.0)
+    rotated = parameters.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
     if rotated != 1.0:
         raise UnsupportedModelError(f"{architecture} has partial_rotary_factor {rotated}, supported is 1.0")
     if any(isinstance(value, dict) for value in parameters.values()):

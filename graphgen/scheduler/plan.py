@@ -72,9 +72,7 @@ class PlanDraft:
         self._chunk_records: list[ChunkRecord] = []
         self._chunk_token_ids = array("i")
         self._chunks_drawing: list[Request] = []
-        self._decodes: list[Request] = []
-        self._decode_slots: list[int] = []
-        self._decode_positions: list[int] = []
+        self._decodes: list[RunningRequest] = []
         self._new_pages: list[int] = []
 
     @property
@@ -90,16 +88,15 @@ class PlanDraft:
         for index, page in enumerate(pages, first_index):
             self._new_pages += (slot, index, page)
 
-    def add_decode(self, running: RunningRequest) -> None:
-        """One row: the slot's last token, at the next position."""
-        request = running.request
-        self._decodes.append(request)
-        self._decode_slots.append(running.slot)
-        self._decode_positions.append(running.num_computed)
-        running.num_computed += 1
-        request.num_in_flight += 1
-        if running.num_computed == request.end_position:
-            self.last_rows.append(running)
+    def add_decodes(self, rows: list[RunningRequest]) -> None:
+        """One row each: the slot's last token, at the next position."""
+        for running in rows:
+            request = running.request
+            running.num_computed += 1
+            request.num_in_flight += 1
+            if running.num_computed == request.end_position:
+                self.last_rows.append(running)
+        self._decodes += rows
 
     def add_chunk(self, running: RunningRequest, length: int, init: SlotInit | None) -> None:
         """The next `length` known tokens. Only the chunk that reaches the last of them draws a token."""
@@ -119,15 +116,15 @@ class PlanDraft:
 
     def build(self, step_id: int, bucket: Bucket, now_s: float) -> tuple[StepPlan, StepRecord]:
         """The message to the worker, and the record that its result is matched with."""
+        decodes = [running.request for running in self._decodes]
         plan = StepPlan(
             step_id=step_id,
             bucket=bucket,
             chunks=tuple(self._chunks),
             chunk_token_ids=pack_int32(self._chunk_token_ids),
-            decode_slots=pack_int32(self._decode_slots),
-            decode_positions=pack_int32(self._decode_positions),
+            decode_slots=pack_int32([running.slot for running in self._decodes]),
+            decode_positions=pack_int32([running.num_computed - 1 for running in self._decodes]),
             new_pages=pack_int32(self._new_pages),
             planned_s=now_s,
         )
-        drawing = self._chunks_drawing + self._decodes
-        return plan, StepRecord(step_id, bucket, self._chunk_records, self._decodes, drawing)
+        return plan, StepRecord(step_id, bucket, self._chunk_records, decodes, self._chunks_drawing + decodes)

@@ -77,7 +77,7 @@ class Scheduler:
                 f"request id {submit.request_id} is in use by a request that has not ended: choose another id"
             )
         request = Request(submit, arrival=self._num_added)
-        self._limits.check_servable(request.prompt_len, request.max_tokens)
+        self._limits.check_servable(request.prompt_len, submit.max_tokens)
         self._num_added += 1
         self._requests[request.request_id] = request
         self._waiting.append(request)
@@ -115,11 +115,16 @@ class Scheduler:
         """
         record = self._expect(step_id, len(token_ids))
         self._in_flight.popleft()
-        return tuple(
-            self._receive(request, token_id)
-            for request, token_id in zip(record.drawing, token_ids, strict=True)
-            if not request.ended
-        )
+        outputs = []
+        for request, token_id in zip(record.drawing, token_ids, strict=True):
+            if request.ended:
+                continue
+            reason = request.receive(token_id)
+            if reason is not None:
+                self._finished += 1
+                self._end(request)
+            outputs.append(TokenOutput(request.request_id, (token_id,), reason, request.started_s))
+        return tuple(outputs)
 
     def describe_step(self, step_id: int) -> StepDescription:
         """A plan in flight in terms of requests. `update` forgets it. Raises KeyError for any other step."""
@@ -181,18 +186,18 @@ class Scheduler:
 
     def _plan_decodes(self, draft: PlanDraft) -> list[RunningRequest]:
         """A row for every request whose prompt is computed; returns the others, oldest first."""
-        begun = []
+        begun, decodes = [], []
         page_size = self._limits.page_size
-        index = 0
-        while index < len(self._running):  # preemption shortens it at its end
-            running = self._running[index]
-            index += 1
-            if running.num_computed < running.prefill_end:
+        for running in self._running:  # preemption shortens it at its end
+            num_computed = running.num_computed
+            if num_computed < running.prefill_end:
                 begun.append(running)
                 continue
-            if running.num_computed == len(running.pages) * page_size and not self._grow(running, draft):
+            # Its pages hold what is computed and no whole page more, so the next one starts at a page's edge.
+            if num_computed % page_size == 0 and not self._grow(running, draft):
                 break  # it was the youngest itself
-            draft.add_decode(running)
+            decodes.append(running)
+        draft.add_decodes(decodes)
         return begun
 
     def _grow(self, running: RunningRequest, draft: PlanDraft) -> bool:
@@ -301,13 +306,6 @@ class Scheduler:
                 " one for each sampling chunk and decode row"
             )
         return record
-
-    def _receive(self, request: Request, token_id: int) -> TokenOutput:
-        reason = request.receive(token_id)
-        if reason is not None:
-            self._finished += 1
-            self._end(request)
-        return TokenOutput(request.request_id, (token_id,), reason, request.started_s)
 
     # --- requests leave ------------------------------------------------------------------------------------
 

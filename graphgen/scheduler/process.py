@@ -4,6 +4,7 @@ Owns the two channels, the clock and the step log. A result is answered with the
 done with it, so that the worker always has a step to launch; the outputs go to the Engine after that.
 """
 
+import gc
 import sys
 import time
 import traceback
@@ -130,6 +131,10 @@ class SchedulerLoop:
         self._running = True
 
     def run(self) -> None:
+        # Requests and messages make no cycles, so collections find nothing; a full one would hold up a plan.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(100_000, 50, 100)
         poller = zmq.Poller()
         poller.register(self._engine.receiver, zmq.POLLIN)
         poller.register(self._worker.receiver, zmq.POLLIN)

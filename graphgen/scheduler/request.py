@@ -17,10 +17,10 @@ class Request:
 
     __slots__ = (
         "arrival",
+        "end_len",
         "end_position",
         "ended",
-        "max_tokens",
-        "min_tokens",
+        "min_len",
         "num_admissions",
         "num_in_flight",
         "prompt_len",
@@ -38,14 +38,15 @@ class Request:
         self.arrival = arrival  # the order of service; unlike arrived_s it has no ties
         self.tokens: array[int] = _unpack_prompt(submit)  # the prompt, then the output that has arrived
         self.prompt_len = len(self.tokens)
-        self.max_tokens = submit.max_tokens
-        self.min_tokens = submit.min_tokens
+        # Of prompt and output together: where the request ends, and up to where no stop token ends it.
+        self.end_len = self.prompt_len + submit.max_tokens
+        self.min_len = self.prompt_len + submit.min_tokens
         self.stop_token_ids = frozenset(submit.stop_token_ids)
         # The last token of the output is never computed: nothing is drawn after it.
-        self.end_position = self.prompt_len + self.max_tokens - 1
+        self.end_position = self.end_len - 1
         self.slot_init = SlotInit(
             prompt_len=self.prompt_len,
-            min_length=self.prompt_len + self.min_tokens,
+            min_length=self.min_len,
             stop_token_ids=submit.stop_token_ids,
             sampler=submit.sampler,
         )
@@ -56,22 +57,17 @@ class Request:
         self.ended = False  # finished or cancelled: tokens that still arrive are dropped
         self.running: RunningRequest | None = None  # None while it holds no slot and no pages
 
-    @property
-    def num_output(self) -> int:
-        """Output tokens that have arrived."""
-        return len(self.tokens) - self.prompt_len
-
     def receive(self, token_id: int) -> FinishReason | None:
         """Appends a token that arrived, and says whether it was the last one.
 
-        Stop tokens count from output token `min_tokens + 1` on: the device does not draw them earlier.
+        Stop tokens count from the one after `min_len` on: the device does not draw them earlier.
         """
         self.num_in_flight -= 1
         self.tokens.append(token_id)
-        num_output = self.num_output
-        if token_id in self.stop_token_ids and num_output > self.min_tokens:
+        num_tokens = len(self.tokens)
+        if token_id in self.stop_token_ids and num_tokens > self.min_len:
             return "stop"
-        return "length" if num_output >= self.max_tokens else None
+        return "length" if num_tokens >= self.end_len else None
 
 
 class RunningRequest:

@@ -12,6 +12,7 @@ from graphgen.capture.buffers import Words
 from graphgen.config import LaunchConfig
 from graphgen.ipc.errors import GraphgenError
 from graphgen.ipc.messages import Bucket
+from graphgen.models.attention.kernels import AttentionShape
 from graphgen.models.attention.tables import RowTables
 from graphgen.worker.inputs import InputShape
 
@@ -72,21 +73,26 @@ def open_backend(
         return TorchAttention(f"FlashInfer cannot be used: {error}")
 
 
+def attention_shape(config: LaunchConfig, dtype: torch.dtype) -> AttentionShape:
+    """What FlashInfer's kernels are built for with this config."""
+    spec = config.spec
+    return AttentionShape(
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        page_size=config.page_size,
+        dtype=dtype,
+        windows=tuple(sorted({window or 0 for window in spec.windows})),
+    )
+
+
 def _open_flashinfer(
     config: LaunchConfig, dtype: torch.dtype, buckets: tuple[Bucket, ...], shape: InputShape
 ) -> AttentionBackend:
-    from graphgen.models.attention.flashinfer import AttentionShape, FlashInferAttention
+    from graphgen.models.attention.flashinfer import FlashInferAttention
 
-    spec = config.spec
     return FlashInferAttention(
-        AttentionShape(
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            page_size=config.page_size,
-            dtype=dtype,
-            windows=tuple(sorted({window or 0 for window in spec.windows})),
-        ),
+        attention_shape(config, dtype),
         most_chunks=shape.max_chunks,
         most_prefill_rows=max(bucket.prefill_rows for bucket in buckets),
         most_decode_rows=max(bucket.decode_rows for bucket in buckets),

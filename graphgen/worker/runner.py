@@ -134,6 +134,11 @@ class ModelRunner:
         )
 
     @property
+    def kv_cache(self) -> KVCache:
+        """For tests and benchmarks that poison or fill it; nothing may be in flight then."""
+        return self._kv_cache
+
+    @property
     def num_compiled_layers(self) -> int:
         """Graphs that torch.compile made of the decoder's layers: one for each distinct sliding window."""
         return self._decoder.recompilations()
@@ -167,11 +172,6 @@ class ModelRunner:
             tokens=tokens,
             drawn_rows=_drawn_rows(plan, self._shape.chunks(plan.bucket)),
         )
-
-    def fill_cache_with_noise(self) -> None:
-        """For benchmarks: kernels run at other speeds over zeros. Whatever the cache held is lost."""
-        for pages in (*self._kv_cache.k_pages, *self._kv_cache.v_pages):
-            pages.normal_()
 
     def close(self) -> None:
         """Waits for what was launched."""

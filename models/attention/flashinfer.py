@@ -13,15 +13,25 @@ captured step; the CPU tensors in it hold choices and launch constants, read whe
 
 import functools
 from collections.abc import Sequence
-from enum import IntEnum
 from typing import Any
 
 import numpy as np
 import torch
-from msgspec import Struct
 from torch import Tensor
 
-from graphgen.ipc.errors import ConfigError, UnsupportedModelError
+from graphgen.ipc.errors import ConfigError
+from graphgen.models.attention.kernels import (
+    AttentionShape,
+    Kernel,
+    KernelFolder,
+    arch_of,
+    best_kernels,
+    check_supported,
+    describe_sources,
+    load_libraries,
+    needed_libraries,
+    planned_library,
+)
 from graphgen.models.attention.store import rotate_and_store
 from graphgen.models.attention.tables import RowTables
 
@@ -31,44 +41,9 @@ _INT_WORKSPACE_BYTES = 8 << 20
 _XQA_SEMAPHORE_BYTES = 8 << 20
 _XQA_SCRATCH_BYTES = 128 << 20
 _PLAN_RING = 4  # pinned blocks: two steps in flight, one being planned, one to spare
-_HEAD_DIMS = (64, 128, 256)
 _XQA_PAGE_SIZES = (16, 32, 64, 128)
 _CAUSAL = 1  # FlashInfer's MaskMode.CAUSAL
 _NHD = 0  # FlashInfer's TensorLayout.NHD: [page, position, head, element]
-
-
-class Kernel(IntEnum):
-    """Which kernel attends for a region."""
-
-    FA2 = 0
-    FA3 = 1
-    XQA = 2
-
-
-class AttentionShape(Struct, frozen=True):
-    """What the kernels are built for."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    page_size: int
-    dtype: torch.dtype
-    windows: tuple[int, ...]  # the distinct sliding windows of the layers, 0 for full attention
-
-
-def check_supported(shape: AttentionShape) -> None:
-    """Raises UnsupportedModelError or ConfigError for what FlashInfer's kernels cannot run."""
-    remedy = "use attention='torch'"
-    if shape.dtype not in (torch.bfloat16, torch.float16):
-        raise ConfigError(f"FlashInfer attends in bfloat16 or float16, dtype is {shape.dtype}: {remedy}")
-    if shape.head_dim not in _HEAD_DIMS:
-        raise UnsupportedModelError(f"head_dim is {shape.head_dim}, FlashInfer has {_HEAD_DIMS}: {remedy}")
-
-
-def best_kernels(capability: tuple[int, int]) -> tuple[Kernel, Kernel]:
-    """The fastest measured pair of a compute capability: FA3 reads a chunk twice as fast as FA2 on SM90, and XQA needs
-    no plan and loses nothing to the others at decoding."""
-    return (Kernel.FA3, Kernel.XQA) if capability[0] == 9 else (Kernel.FA2, Kernel.FA2)
 
 
 class FlashInferAttention:
@@ -101,13 +76,13 @@ class FlashInferAttention:
         self.description = f"flashinfer (prefill {prefill.name}, decode {decode.name})"
 
     def load_kernels(self) -> None:
-        """Loads, or builds where no build is found, every kernel the layers will use."""
-        for window in self._windows:
-            for region in (self._prefill, self._decode):
-                if isinstance(region, PlannedRegion):
-                    _planned_module(region.kernel, self._shape.dtype, self._shape.head_dim, window > 0)
-                else:
-                    region.load_kernel(self._shape, window)
+        """Loads, or builds where no build is found, every kernel the layers will use, and says where they were."""
+        kernels = self._prefill.kernel, self._decode.kernel
+        folder = KernelFolder.of(arch_of(torch.cuda.get_device_capability()))
+        sources = load_libraries(needed_libraries(self._shape, kernels), folder)
+        self.description = (
+            f"flashinfer (prefill {kernels[0].name}, decode {kernels[1].name}, {describe_sources(sources)})"
+        )
 
     def prepare(self, tables: RowTables) -> list[Tensor]:
         """`extra` of the op for one step of this shape; part of the captured step. `plan` must have run before."""
@@ -144,12 +119,6 @@ class XqaRegion:
         # The semaphores must be zero before the first use; the kernel leaves them so.
         self._semaphores = torch.zeros(_XQA_SEMAPHORE_BYTES, dtype=torch.uint8, device=device)
         self._scratch = torch.empty(_XQA_SCRATCH_BYTES, dtype=torch.uint8, device=device)
-
-    def load_kernel(self, shape: AttentionShape, window: int) -> None:
-        from flashinfer.xqa import get_xqa_module
-
-        group = shape.num_heads // shape.num_kv_heads
-        get_xqa_module(shape.dtype, shape.dtype, shape.page_size, shape.head_dim, group, window > 0, shape.dtype, 1)
 
     def prepare(self, num_rows: int, starts: Tensor, kv_lens: Tensor, pages: Tensor) -> list[Tensor]:
         del num_rows, starts
@@ -277,12 +246,7 @@ def _float_workspace_bytes(
 
 @functools.cache  # a loaded kernel module is immutable
 def _planned_module(kernel: Kernel, dtype: torch.dtype, head_dim: int, windowed: bool) -> Any:  # untyped library
-    from flashinfer.prefill import get_batch_prefill_module
-
-    backend = {Kernel.FA2: "fa2", Kernel.FA3: "fa3"}[kernel]
-    return get_batch_prefill_module(
-        backend, dtype, dtype, dtype, torch.int32, head_dim, head_dim, 0, windowed, False, False
-    )
+    return planned_library(kernel, dtype, head_dim, windowed).load()
 
 
 def _run_planned(

@@ -118,7 +118,8 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def make_backend(heads: tuple[int, int, int], kernels: str, window: int = 0) -> "FlashInferAttention":
-    from graphgen.models.attention.flashinfer import AttentionShape, FlashInferAttention, Kernel
+    from graphgen.models.attention.flashinfer import FlashInferAttention
+    from graphgen.models.attention.kernels import AttentionShape, Kernel
 
     pair = {"FA3+XQA": (Kernel.FA3, Kernel.XQA), "FA2+FA2": (Kernel.FA2, Kernel.FA2)}[kernels]
     shape = AttentionShape(*heads, PAGE_SIZE, torch.bfloat16, (window,))

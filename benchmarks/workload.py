@@ -1,0 +1,152 @@
+"""What is sent to the engine and when: random prompts of normal lengths, or the lengths and times of a trace file.
+
+Pure: the same seed makes the same requests. Called by `benchmarks.serving`, which sends them.
+
+Lengths follow DeepSpeed-FastGen's benchmark: normal with a standard deviation of 0.3 of the mean, prompts cut to
+16..12000 tokens, outputs of 4 tokens or more. Token ids are uniform, so no prompt shares a prefix with another.
+"""
+
+import re
+from itertools import accumulate
+from pathlib import Path
+from typing import Annotated, Self
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
+
+SPREAD = 0.3
+"""Standard deviation of the lengths, in means."""
+MIN_PROMPT_LEN, MAX_PROMPT_LEN = 16, 12000
+MIN_OUTPUT_LEN = 4
+
+_PATTERN = re.compile(r"(\d+)/(\d+)(?::(\d+)|@(\d+(?:\.\d+)?))(?:x(\d+))?")
+
+
+class PlannedRequest(Struct, frozen=True):
+    """One request before it is sent."""
+
+    arrival_s: float  # since the start of the run; 0 in a closed loop, where a free client decides
+    prompt_token_ids: list[int]
+    output_len: int
+
+
+class Workload(Struct, frozen=True):
+    """Random requests of these mean lengths: from `clients` in a closed loop, or at `rate` a second on average."""
+
+    prompt_mean: int
+    output_mean: int
+    num_requests: int
+    clients: int | None  # None: an open loop
+    rate: float | None  # None: a closed loop
+
+    def __post_init__(self) -> None:
+        if (self.clients is None) == (self.rate is None):
+            raise ValueError(
+                f"clients is {self.clients} and rate is {self.rate}: a workload has one of them, clients for a closed"
+                " loop or a rate for an open one"
+            )
+        numbers = (self.prompt_mean, self.output_mean, self.num_requests, self.clients or self.rate or 0)
+        if min(numbers) <= 0:
+            raise ValueError(f"workload {self.label} of {self.num_requests} requests: all its numbers must be above 0")
+
+    @classmethod
+    def of(cls, prompt_mean: int, output_mean: int, clients: int | None, rate: float | None, count: int | None) -> Self:
+        """count: requests in all; None is 4 a client and 32 more, or 256 in an open loop."""
+        chosen = count if count is not None else (4 * clients + 32 if clients is not None else 256)
+        return cls(prompt_mean, output_mean, chosen, clients, rate)
+
+    @classmethod
+    def parse(cls, text: str, count: int | None) -> Self:
+        """PROMPT/OUTPUT:CLIENTS or PROMPT/OUTPUT@RATE, either with xREQUESTS behind it: 2600/60:16, 256/256:256x768."""
+        found = _PATTERN.fullmatch(text)
+        if found is None:
+            raise ValueError(
+                f"workload {text!r} is not PROMPT/OUTPUT:CLIENTS or PROMPT/OUTPUT@RATE, with xREQUESTS if you like:"
+                " write 2600/60:16 or 2600/60@12.5 or 256/256:256x768"
+            )
+        prompt_mean, output_mean, clients, rate, own_count = found.groups()
+        return cls.of(
+            int(prompt_mean),
+            int(output_mean),
+            int(clients) if clients else None,
+            float(rate) if rate else None,
+            int(own_count) if own_count else count,
+        )
+
+    @property
+    def label(self) -> str:
+        pace = f":{self.clients}" if self.clients is not None else f"@{self.rate:g}"
+        return f"{self.prompt_mean}/{self.output_mean}{pace}"
+
+    def requests(self, seed: int, vocab_size: int, max_model_len: int) -> list[PlannedRequest]:
+        """In the order of their arrival. Prompts that do not fit the model's context with their output are cut."""
+        random = np.random.default_rng(seed)
+        arrivals = [0.0] * self.num_requests
+        if self.rate is not None:
+            arrivals = list(accumulate(random.exponential(1.0 / self.rate, self.num_requests).tolist()))
+        prompt_lens = _normal(random, self.prompt_mean, self.num_requests).clip(MIN_PROMPT_LEN, MAX_PROMPT_LEN)
+        output_lens = _normal(random, self.output_mean, self.num_requests).clip(MIN_OUTPUT_LEN)
+        room = max_model_len - int(output_lens.max())
+        if room < MIN_PROMPT_LEN:
+            raise ValueError(
+                f"workload {self.label} has an output of {output_lens.max()} tokens, max_model_len is {max_model_len}:"
+                f" lower the mean output or raise max_model_len; a prompt has at least {MIN_PROMPT_LEN} tokens"
+            )
+        prompt_lens = prompt_lens.clip(max=max_model_len - output_lens)
+        return [
+            PlannedRequest(arrival_s, random.integers(vocab_size, size=prompt_len).tolist(), int(output_len))
+            for arrival_s, prompt_len, output_len in zip(arrivals, prompt_lens, output_lens, strict=True)
+        ]
+
+
+class TraceLine(Struct, frozen=True, forbid_unknown_fields=True):
+    """One request of a trace file, which holds one such JSON object per line."""
+
+    arrival_s: Annotated[float, Meta(ge=0)]
+    prompt_len: Annotated[int, Meta(ge=1)]
+    output_len: Annotated[int, Meta(ge=1)]
+
+
+class Trace(Struct, frozen=True):
+    """Recorded arrivals and lengths; the token ids are random."""
+
+    label: str
+    lines: tuple[TraceLine, ...]
+    clients: int | None = None  # never: a trace has its own times
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Raises ValueError with the number of a line that is not as TraceLine says."""
+        lines = []
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+            try:
+                lines.append(msgspec.json.decode(line, type=TraceLine))
+            except msgspec.MsgspecError as error:
+                raise ValueError(
+                    f'{path}:{number}: {error}: a line is {{"arrival_s": 0.5, "prompt_len": 900, "output_len": 60}}'
+                ) from None
+        if not lines:
+            raise ValueError(f"{path} has no lines: give one JSON object per request")
+        return cls(path.name, tuple(sorted(lines, key=lambda line: line.arrival_s)))
+
+    def requests(self, seed: int, vocab_size: int, max_model_len: int) -> list[PlannedRequest]:
+        """In the order of their arrival. Raises ValueError when one does not fit the model's context."""
+        longest = max(line.prompt_len + line.output_len for line in self.lines)
+        if longest > max_model_len:
+            raise ValueError(
+                f"{self.label} has a request of {longest} tokens in all, max_model_len is {max_model_len}:"
+                " raise it or shorten the trace"
+            )
+        random = np.random.default_rng(seed)
+        return [
+            PlannedRequest(line.arrival_s, random.integers(vocab_size, size=line.prompt_len).tolist(), line.output_len)
+            for line in self.lines
+        ]
+
+
+Load = Workload | Trace
+
+
+def _normal(random: np.random.Generator, mean: int, count: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    return random.normal(mean, SPREAD * mean, count).astype(np.int64)

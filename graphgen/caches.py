@@ -1,0 +1,81 @@
+"""Where graphgen keeps what is slow to make: kernels, compiled layers, compiled Triton code.
+
+Owns the caches folder and the environment variables that send torch, Triton and FlashInfer there. Never deletes
+anything and imports neither torch nor FlashInfer. The engine asks for its children's environment, `graphgen prebuild`
+for its own; the worker asks where kernels lie.
+
+    $GRAPHGEN_CACHE, by default ~/.cache/graphgen
+        kernels/<FlashInfer version>/<arch>/<name>/<name>.so    complete, may be copied to another machine
+        inductor/  triton/  flashinfer/                         what the compilers keep for themselves
+
+A cache saves time and nothing else, so a folder that cannot be used costs a warning and never the start. Kernels are
+read from a folder that cannot be written, such as one that came with a container image.
+"""
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from graphgen.ipc.errors import ConfigError
+
+ROOT_VARIABLE = "GRAPHGEN_CACHE"
+COMPILER_FOLDERS = {
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TRITON_CACHE_DIR": "triton",
+    "FLASHINFER_WORKSPACE_BASE": "flashinfer",
+}
+"""The variable that each compiler reads, and its folder under the root."""
+
+logger = logging.getLogger("graphgen.caches")
+
+
+def cache_root(environment: Mapping[str, str]) -> Path:
+    """The caches folder, absolute; it need not exist. Raises ConfigError where no home folder is known."""
+    named = environment.get(ROOT_VARIABLE)
+    try:
+        return (Path(named).expanduser() if named else Path.home() / ".cache" / "graphgen").absolute()
+    except RuntimeError as error:
+        raise ConfigError(f"{ROOT_VARIABLE} is {named!r} and {error}: set it to an absolute path") from error
+
+
+def kernels_root(environment: Mapping[str, str]) -> Path:
+    """Where prebuilt kernels lie."""
+    return cache_root(environment) / "kernels"
+
+
+def cache_environment(environment: Mapping[str, str], spare: Path) -> dict[str, str]:
+    """`environment` and the cache variables that it lacks. What the user set stays.
+
+    spare: a folder that is gone after this run, which stands in for one that cannot be written.
+    """
+    try:
+        root = cache_root(environment)
+    except ConfigError as error:
+        logger.warning("%s; nothing is kept for the next start", error)
+        root = spare
+    chosen = {ROOT_VARIABLE: str(root)}
+    for variable, name in COMPILER_FOLDERS.items():
+        if environment.get(variable):
+            continue
+        folder = root / name
+        if (problem := _write_problem(folder)) is not None:
+            logger.warning(
+                "the caches folder %s cannot be written (%s), so the next start compiles again: set %s to one that can",
+                folder,
+                problem,
+                ROOT_VARIABLE,
+            )
+            folder = spare / name
+        chosen[variable] = str(folder)
+    return {**environment, **chosen}
+
+
+def _write_problem(folder: Path) -> OSError | None:
+    """Why no file can be made in `folder`, if so. Permission bits would not tell of a read-only file system."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error

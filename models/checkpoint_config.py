@@ -1,0 +1,114 @@
+"""Reads config.json and generation_config.json of a checkpoint, without transformers.
+
+Importing transformers, and torch with it, takes longer than everything else between a user's call and the start of
+the worker, which waits for the spec. So the two small files are read here, and keys a file leaves out get the values
+transformers would give them; a test holds both to be equal. Called by families.py.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+
+from graphgen.ipc.errors import CheckpointError
+
+_COMMON: Mapping[str, Any] = {
+    "architectures": None,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_LLAMA: Mapping[str, Any] = {
+    **_COMMON,
+    "vocab_size": 32000,
+    "intermediate_size": 11008,
+    "num_key_value_heads": None,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_QWEN: Mapping[str, Any] = {
+    **_COMMON,
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "llama": _LLAMA,
+    "mistral": {
+        **_LLAMA,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096 * 32,
+        "sliding_window": 4096,
+    },
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "head_dim": 128},
+}
+"""model_type -> what transformers takes for a key the file leaves out. Values differ by key, hence Any."""
+
+
+def read_config(location: str, revision: str | None) -> SimpleNamespace:
+    """config.json of a folder or hub id, as an object with the attributes of a transformers config.
+
+    Raises CheckpointError when there is no readable file.
+    """
+    try:
+        path = _find(location, "config.json", revision)
+        raw = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, ValueError, msgspec.DecodeError) as error:
+        raise CheckpointError(
+            f"no config.json was read from {location!r} ({error}): name a folder with a Hugging Face"
+            " checkpoint or a hub id"
+        ) from error
+    values = {"model_type": location, **DEFAULTS.get(str(raw.get("model_type")), _COMMON), **raw}
+    if "use_sliding_window" in values:
+        _derive_layer_types(values)
+    return SimpleNamespace(**values)
+
+
+def read_generation_eos(location: str, revision: str | None) -> int | list[int] | None:
+    """eos_token_id of generation_config.json; None where the file or the key is missing."""
+    try:
+        raw = msgspec.json.decode(_find(location, "generation_config.json", revision).read_bytes(), type=dict[str, Any])
+    except OSError:
+        return None
+    except (ValueError, msgspec.DecodeError) as error:
+        raise CheckpointError(f"generation_config.json of {location!r} is no JSON ({error}): mend the file") from error
+    ids: int | list[int] | None = raw.get("eos_token_id")
+    return ids
+
+
+def _derive_layer_types(values: dict[str, Any]) -> None:
+    """Qwen: the layers from max_window_layers on slide, if any does at all."""
+    if not values["use_sliding_window"]:
+        values["sliding_window"] = None
+    if values["layer_types"] is None:
+        window, first = values["sliding_window"], values["max_window_layers"]
+        values["layer_types"] = [
+            "sliding_attention" if window is not None and layer >= first else "full_attention"
+            for layer in range(values["num_hidden_layers"])
+        ]
+
+
+def _find(location: str, name: str, revision: str | None) -> Path:
+    """The file in a folder, or downloaded from the hub. Raises OSError or ValueError."""
+    folder = Path(location)
+    if folder.is_dir():
+        return folder / name
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(location, name, revision=revision))

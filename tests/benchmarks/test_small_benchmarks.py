@@ -1,0 +1,243 @@
+"""The benchmarks of single questions: they run on a machine without a GPU, and their figures are what they say."""
+
+import importlib
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import linear, round_trip, scheduler, startup
+from benchmarks.report import percentile
+from graphgen import EngineConfig
+from graphgen.demo import model_folder
+from graphgen.ipc.messages import Phase
+from graphgen.models.decoder import Decoder
+from graphgen.models.families import load_spec
+
+SCRIPTS = ("attention", "latency", "linear", "scheduler", "startup", "steps")
+
+Document = dict[str, Any]  # Any: JSON
+
+
+def run_script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, *arguments: str) -> Document:
+    """Runs a script's main() in this process and reads the JSON that it wrote."""
+    path = tmp_path / f"{name}.json"
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments, "--json", str(path)])
+    importlib.import_module(f"benchmarks.{name}").main()
+    document: Document = json.loads(path.read_text())
+    return document
+
+
+# --- what all of them share --------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60), st.floats(0.0, 100.0))
+def test_percentiles_are_those_of_numpy(values: list[float], percent: float) -> None:
+    assert percentile(values, percent) == pytest.approx(float(np.percentile(values, percent)), rel=1e-9, abs=1e-6)
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=60))
+def test_percentiles_are_those_of_the_standard_library(values: list[float]) -> None:
+    quartiles = statistics.quantiles(values, n=4, method="inclusive")
+    assert [percentile(values, percent) for percent in (25, 50, 75)] == pytest.approx(quartiles, rel=1e-9, abs=1e-6)
+
+
+def test_there_is_no_percentile_of_nothing() -> None:
+    assert np.isnan(percentile([], 50))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_says_the_question_and_the_command(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name == "attention":
+        pytest.importorskip("triton", reason="the kernels it compares exist only where Triton does")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"benchmarks.{name}").main()
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert f"python -m benchmarks.{name}" in said
+    assert "?" in said
+    assert "--json" in said
+
+
+@pytest.mark.parametrize("name", ["steps", "latency"])
+def test_steps_and_latency_run_on_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tiny = {
+        "steps": ("--max-num-seqs", "2", "--max-model-len", "64", "--context", "16", "--repeats", "2"),
+        "latency": ("--max-model-len", "64", "--context", "8", "--tokens", "4", "--batches", "1", "2"),
+    }
+    document = run_script(monkeypatch, tmp_path, name, "--device", "cpu", "--token-budget", "8", *tiny[name])
+    figure = {"steps": "ms p50", "latency": "ITL p50 ms"}[name]
+    assert len(document["rows"]) >= 2
+    assert all(row[figure] > 0.0 for row in document["rows"])
+    assert document["about"]["command"].startswith(f"python {name}.py --device cpu")
+
+
+# --- scheduler -----------------------------------------------------------------------------------------------------
+
+
+def test_the_scheduler_benchmark_writes_what_it_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arguments = ("--running", "1", "8", "--waiting", "5", "50", "--steps", "60", "--token-budget", "64")
+    lengths = ("--prompt-mean", "20", "--output-mean", "30")
+    document = run_script(monkeypatch, tmp_path, "scheduler", *arguments, *lengths, "--round-trip", "--trips", "20")
+    rows = document["rows"]
+    steps = [row for row in rows if "decodes a step" in row]
+    assert [(row["running"], row["waiting"]) for row in steps] == [(1, 5), (1, 50), (8, 5), (8, 50)]
+    for row in steps:
+        assert 0.0 < row["p50 us"] <= row["p99 us"] <= row["max us"]
+        assert row["update p50 us"] + row["schedule p50 us"] < row["max us"]
+        # A slot computes a prompt of about 20 tokens between outputs of about 30: nearly all rows are decodes.
+        assert 0.7 * row["running"] < row["decodes a step"] <= row["running"]
+    assert [row["waiting"] for row in rows if "p99 ratio" in row] == ["50 : 5"] * 2
+    codec = [row for row in rows if "plan bytes" in row]
+    trips = [row for row in rows if "trip p99 us" in row]
+    assert [row["decode rows"] for row in codec] == [row["decode rows"] for row in trips] == [1, 64, 256]
+    assert all(0.0 < row["encode plan us"] < trip["trip p50 us"] for row, trip in zip(codec, trips, strict=True))
+
+
+def test_a_drive_keeps_as_many_requests_open_as_it_was_told() -> None:
+    drive = scheduler.Drive(scheduler.Load(20, 6, 64, seed=1), num_running=8, num_waiting=30)
+    drive.warm_up(8)
+    for _ in range(100):
+        drive.step()
+        assert drive.scheduler.running + drive.scheduler.waiting == 38
+        assert drive.scheduler.steps_in_flight == 2
+    assert drive.scheduler.finished > 8
+    assert drive.scheduler.preemptions == 0
+
+
+def test_flatness_is_the_longest_queue_over_the_shortest() -> None:
+    rows = [
+        {"running": 4, "waiting": 1000, "p50 us": 30.0, "p99 us": 90.0},
+        {"running": 4, "waiting": 10, "p50 us": 20.0, "p99 us": 60.0},
+        {"running": 4, "waiting": 100, "p50 us": 99.0, "p99 us": 99.0},
+    ]
+    assert scheduler.flatness(rows) == [{"running": 4, "waiting": "1000 : 10", "p50 ratio": 1.5, "p99 ratio": 1.5}]
+
+
+@pytest.mark.parametrize("num_rows", [1, 64, 256])
+def test_an_answer_has_one_token_for_each_row(num_rows: int) -> None:
+    plan = round_trip.make_plan(num_rows)
+    result = round_trip.answer(plan)
+    assert result.step_id == plan.step_id
+    assert len(result.token_ids) == len(plan.decode_positions) == 4 * num_rows
+
+
+# --- linear --------------------------------------------------------------------------------------------------------
+
+
+def test_the_linear_benchmark_writes_every_layer_and_their_sum(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arguments = ("--device", "cpu", "--dtype", "float32", "--rows", "1", "3", "--repeats", "2")
+    sizes = ("--rotate-mb", "1", "--read-mb", "1", "--peak-size", "32")
+    rows = run_script(monkeypatch, tmp_path, "linear", *arguments, *sizes)["rows"]
+    layers = ["qkv", "o", "gate_up", "down", "head", "all"]
+    assert [(row["layer"], row["M"]) for row in rows] == [(layer, size) for layer in layers for size in (1, 3)]
+    for size in (1, 3):
+        us = {row["layer"]: row["us"] for row in rows if row["M"] == size}
+        assert us["all"] == pytest.approx(us["qkv"] + us["o"] + us["gate_up"] + us["down"])
+    for row in rows:
+        assert row["of the floor"] == pytest.approx(row["floor us"] / row["us"])
+
+
+def test_the_shapes_are_those_of_the_decoder() -> None:
+    spec = load_spec(model_folder())
+    decoder = Decoder(spec, "torch", torch.float32, torch.device("cpu"))
+    weights = dict(decoder.named_parameters())
+    names = {
+        "qkv": "layers.0.attention.qkv.weight",
+        "o": "layers.0.attention.o.weight",
+        "gate_up": "layers.0.mlp.gate_up.weight",
+        "down": "layers.0.mlp.down.weight",
+        "head": "embedding.weight" if spec.tie_embeddings else "head.weight",
+    }
+    found = {shape.name: (shape.out_size, shape.in_size) for shape in linear.shapes_of(spec)}
+    assert found == {layer: tuple(weights[name].shape) for layer, name in names.items()}
+
+
+def test_shares_are_of_the_measured_limits() -> None:
+    """A layer of 4096x4096 in bf16 moves 33.6 MB at one row: 8.0 us at 4.2 TB/s, 0.6 of 13.4 us."""
+    shape = linear.Shape("o", 4096, 4096, in_block=True)
+    limits = linear.Limits(bytes_per_s=4.2e12, flops_per_s=800e12)
+    row = linear.figures("o", [shape], 1, 13.4e-6, limits, item_bytes=2)
+    assert row["floor us"] == pytest.approx((2 * 4096 * 4096 + 4 * 4096) / 4.2e12 * 1e6)
+    assert row["of the floor"] == pytest.approx(0.597, abs=0.001)
+    many = linear.figures("o", [shape], 2048, 99e-6, limits, item_bytes=2)
+    assert many["TFLOP/s"] == pytest.approx(2 * 2048 * 4096 * 4096 / 99e-6 / 1e12)
+    assert many["of the peak"] == pytest.approx(0.868, abs=0.001)
+
+
+def test_weights_are_rotated_through_more_bytes_than_asked() -> None:
+    shape = linear.Shape("o", 64, 32, in_block=True)
+    cpu = torch.device("cpu")
+    assert linear.Weights(shape, cpu, torch.float32, rotate_bytes=10 * 64 * 32 * 4 + 1).num_copies == 11
+    assert linear.Weights(shape, cpu, torch.float32, rotate_bytes=1).num_copies == 2
+
+
+# --- startup -------------------------------------------------------------------------------------------------------
+
+
+def make_start(**seconds: float) -> startup.Start:
+    phases = tuple(Phase(name, value) for name, value in seconds.items())
+    total_s = sum(seconds.values())
+    return startup.Start("cpu", "torch", False, phases, total_s + 1.0, total_s + 2.0, (30.0, 20.0), 0.5)
+
+
+def test_the_startup_benchmark_writes_phases_that_fit_into_the_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tiny = ("--device", "cpu", "--token-budget", "8", "--max-num-seqs", "2", "--max-model-len", "64")
+    document = run_script(monkeypatch, tmp_path, "startup", "--runs", "1", "--cold", *tiny)
+    median_s = {row["phase"]: row["median s"] for row in document["rows"] if "phase" in row}
+    assert {"imports", "load", "capture"} < set(median_s)
+    assert 0.0 < median_s["imports"] < median_s["worker, all phases"]
+    # The last phase ends before the engine hears of it, and the program began before the engine.
+    assert median_s["worker, all phases"] < median_s["ready, from the program's start"]
+    assert median_s["Engine()"] < median_s["ready, from the program's start"]
+    assert [row["request"] for row in document["rows"] if "request" in row] == ["first request", "second request"]
+    assert document["about"]["compile_caches"] == "cold"
+
+
+def test_medians_are_taken_phase_by_phase() -> None:
+    starts = [make_start(load=1.0, capture=9.0), make_start(load=2.0, capture=5.0), make_start(load=9.0, compile=1.0)]
+    rows = {row["phase"]: row for row in startup.phase_rows(starts)}
+    assert list(rows)[:4] == ["load", "capture", "compile", "worker, all phases"]
+    assert rows["load"] == {"phase": "load", "median s": 2.0, "min s": 1.0, "max s": 9.0}
+    assert rows["capture"]["median s"] == 5.0
+    assert rows["compile"]["median s"] == 0.0
+    assert rows["worker, all phases"]["median s"] == 10.0
+    assert startup.request_rows(starts)[1]["TTFT median ms"] == 20.0
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_every_cold_start_finds_caches_of_its_own_and_empty(cold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, str]] = []
+
+    def start(config: EngineConfig, caches: dict[str, str], timeout_s: float) -> startup.Start:
+        seen.append(caches)
+        for folder in map(Path, caches.values()):
+            assert not folder.exists()
+            folder.mkdir(parents=True)
+            (folder / "compiled").touch()
+        return make_start(load=1.0)
+
+    monkeypatch.setattr(startup, "start_in_new_process", start)
+    startup.measure(EngineConfig(), num_runs=2, cold=cold, timeout_s=1.0)
+    folders = [folder for caches in seen for folder in caches.values()]
+    assert len(set(folders)) == (4 if cold else 0)
+    assert not any(Path(folder).exists() for folder in folders)
+    assert all(set(caches) == (set(startup.COMPILE_CACHES) if cold else set()) for caches in seen)
+
+
+def test_a_start_that_fails_says_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="exit code 1"):
+        startup.start_in_new_process(EngineConfig(model=str(tmp_path)), {}, timeout_s=60.0)
+    assert "config.json" in capfd.readouterr().err

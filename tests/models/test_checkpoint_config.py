@@ -1,0 +1,100 @@
+"""A config read without transformers gives the same spec as one read by it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from graphgen.demo import model_folder
+from graphgen.ipc.errors import CheckpointError, UnsupportedModelError
+from graphgen.models.families import load_spec, spec_from_hf
+from tests.models import tiny
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+OLD_FILES: dict[str, dict[str, Any]] = {
+    "llama3.1": {
+        "model_type": "llama",
+        "rope_theta": 500000.0,
+        "torch_dtype": "bfloat16",
+        "max_position_embeddings": 131072,
+        "rope_scaling": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+    },
+    "llama with the oldest key": {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "qwen2 yarn": {
+        "model_type": "qwen2",
+        "rope_theta": 1e6,
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+    },
+    "qwen2 window": {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 20},
+    "mistral without a window": {"model_type": "mistral", "sliding_window": None, "rope_theta": 1e6},
+}
+
+
+def write(folder: Path, config: dict[str, Any]) -> Path:
+    whole = {"architectures": [ARCHITECTURES[config["model_type"]]], **config}
+    (folder / "config.json").write_text(json.dumps(whole))
+    return folder
+
+
+@pytest.mark.parametrize("case", tiny.CASES)
+def test_files_of_todays_transformers_are_read_as_it_reads_them(case: str, tmp_path: Path) -> None:
+    tiny.save(case, tmp_path)
+    assert load_spec(tmp_path) == spec_from_hf(AutoConfig.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_keys_left_out_get_the_values_transformers_gives_them(model_type: str, tmp_path: Path) -> None:
+    write(tmp_path, {"model_type": model_type})
+    assert load_spec(tmp_path) == spec_from_hf(AutoConfig.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("name", OLD_FILES)
+def test_files_of_older_transformers_are_understood(name: str, tmp_path: Path) -> None:
+    write(tmp_path, OLD_FILES[name])
+    assert load_spec(tmp_path) == spec_from_hf(AutoConfig.from_pretrained(tmp_path))
+
+
+def test_end_ids_of_the_generation_config_win(tmp_path: Path) -> None:
+    write(tmp_path, {"model_type": "llama", "eos_token_id": 5})
+    assert load_spec(tmp_path).eos_token_ids == (5,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    assert load_spec(tmp_path).eos_token_ids == (7, 9)
+
+
+@pytest.mark.parametrize(("key", "value"), [("hidden_size", "wide"), ("num_hidden_layers", None), ("vocab_size", 1.5)])
+def test_a_value_of_the_wrong_type_is_refused_by_name(key: str, value: Any, tmp_path: Path) -> None:
+    write(tmp_path, {"model_type": "llama", key: value})
+    with pytest.raises(UnsupportedModelError, match="not understood"):
+        load_spec(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '"x"'])
+def test_a_file_that_is_no_json_object_is_a_checkpoint_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load_spec(tmp_path)
+
+
+def test_reading_a_config_imports_neither_torch_nor_transformers() -> None:
+    program = (
+        "import sys\nfrom graphgen.models.families import load_spec\n"
+        f"load_spec({str(model_folder())!r})\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,103 @@
+"""`graphgen prebuild` as a user runs it, with a FlashInfer package that only writes down what it was asked for."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import graphgen
+from tests.models.fake_flashinfer import SOME_LIBRARY
+
+ROOT = str(Path(graphgen.__file__).resolve().parent.parent)
+
+PACKAGE = {
+    "__init__.py": "__version__ = '9.9.9'",
+    "jit/__init__.py": "",
+    "jit/env.py": "",
+    "jit/core.py": f"""
+import os, shutil
+from pathlib import Path
+class Spec:
+    is_aot = False
+    def __init__(self, *words):
+        self.name = "_".join(map(str, words)).replace("torch.", "")
+        self.jit_library_path = Path(os.environ["FLASHINFER_WORKSPACE_BASE"], "cached_ops", self.name + ".so")
+def build_jit_specs(specs, skip_prebuilt):
+    print("building for", os.environ["FLASHINFER_CUDA_ARCH_LIST"], "jobs", os.environ.get("MAX_JOBS"))
+    for spec in specs:
+        spec.jit_library_path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile({str(SOME_LIBRARY)!r}, spec.jit_library_path)
+""",
+    "jit/xqa.py": "from flashinfer.jit.core import Spec\ndef gen_xqa_module(*a): return Spec('xqa', *a)",
+    "jit/attention/__init__.py": "",
+    "jit/attention/modules.py": """
+from flashinfer.jit.core import Spec
+def gen_batch_prefill_module(*a): return Spec('prefill', *a)
+""",
+}
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A folder with the package, to be put in front of the import path."""
+    for name, text in PACKAGE.items():
+        path = tmp_path / "site" / "flashinfer" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path / "site"
+
+
+def run(site: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    caches = str(site.parent / "caches")
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "graphgen", "prebuild", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "GRAPHGEN_CACHE": caches, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}", **environment},
+    )
+
+
+def test_kernels_of_the_model_are_built_once_for_the_named_architecture(site: Path) -> None:
+    """The embedded model has heads of 64 and two query heads for each KV head, in bfloat16."""
+    prefill = "prefill_fa3_bfloat16_bfloat16_bfloat16_int32_64_64_0_False_False_False"
+    xqa = "xqa_bfloat16_bfloat16_64_64_2_False_bfloat16_1"
+    first = run(site, "--arch", "9.0", "--jobs", "3")
+    assert first.returncode == 0, first.stderr
+    assert "building for 9.0a jobs 3" in first.stdout
+    folder = site.parent / "caches" / "kernels" / "9.9.9" / "9.0a"
+    assert {path.name for path in folder.rglob("*.so")} == {f"{prefill}.so", f"{xqa}.so"}
+    second = run(site, "--arch", "9.0a")
+    assert "building" not in second.stdout
+    assert [line.split()[:2] for line in second.stdout.splitlines()[:2]] == [["prebuilt", prefill], ["prebuilt", xqa]]
+    assert str(folder) in second.stdout
+
+
+def test_page_size_and_dtype_are_part_of_a_kernel(site: Path) -> None:
+    done = run(site, "--arch", "9.0a", "--page-size", "32", "--dtype", "float16")
+    assert "xqa_float16_float16_32_64_2_False_float16_1" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--arch", "9.0b"], "arch is '9.0b'"),
+        (["--arch", "8.0", "--dtype", "float32"], "dtype is torch.float32"),
+        (["--arch", "8.0", "--model", "/no/such/model"], "/no/such/model"),
+    ],
+)
+def test_what_cannot_be_built_is_told_in_one_message(site: Path, arguments: list[str], words: str) -> None:
+    done = run(site, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("graphgen: ")
+    assert words in " ".join(done.stderr.split())
+    assert done.stdout == ""
+
+
+def test_a_caches_folder_that_cannot_be_made_is_an_error_here(site: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run(site, "--arch", "9.0a", GRAPHGEN_CACHE=str(tmp_path / "file" / "caches"))
+    assert done.returncode == 2
+    assert "set GRAPHGEN_CACHE" in " ".join(done.stderr.split())
