@@ -156,7 +156,8 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, nargs="+", default=[192, 448, 960, 1984])
     parser.add_argument("--json", help="write the figures here")
     options = parser.parse_args()
-    shape = AttentionShape(*options.heads, PAGE_SIZE, torch.bfloat16, (0,))
+    num_heads, num_kv_heads, head_dim = options.heads
+    shape = AttentionShape(num_heads, num_kv_heads, head_dim, PAGE_SIZE, torch.bfloat16, (0,))
     bandwidth = read_bandwidth()
     about = machine(torch.cuda.get_device_name()) | {"read TB/s": f"{bandwidth / 1e12:.2f}"}
     decode = decode_rows(shape, options.batches, options.contexts, bandwidth)

@@ -69,8 +69,10 @@ class Client:
         self._thread.start()
 
     def wait_ready(self, timeout_s: float) -> Ready:
-        """Raises what stopped the start, or EngineDeadError after `timeout_s`."""
+        """Raises what stopped the start, or EngineDeadError after `timeout_s`, at once if that is not above 0."""
         try:
+            if timeout_s <= 0:  # also where it is ready by now: it was not in time
+                raise FutureTimeoutError
             return self._ready.result(timeout_s)
         except FutureTimeoutError:
             tails = "\n".join(f"[{name}]\n{self._processes.log_tail(name)}" for name in self._processes.pids)

@@ -169,9 +169,8 @@ def describe_start(ready: Ready, start_s: float) -> str:
 
 
 def _launch_config(config: EngineConfig) -> LaunchConfig:
-    # These import torch and transformers, which `import graphgen` must not.
+    from graphgen.models.checkpoint_config import resolve_model
     from graphgen.models.families import load_spec
-    from graphgen.models.loader import resolve_model
 
     folder = demo.model_folder() if config.model is None else resolve_model(config.model, config.revision)
     return resolve(config, load_spec(folder), folder)

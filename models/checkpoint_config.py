@@ -1,8 +1,8 @@
-"""Reads config.json and generation_config.json of a checkpoint, without transformers.
+"""Where a checkpoint is, and what its config.json and generation_config.json say; without torch or transformers.
 
 Importing transformers, and torch with it, takes longer than everything else between a user's call and the start of
 the worker, which waits for the spec. So the two small files are read here, and keys a file leaves out get the values
-transformers would give them; a test holds both to be equal. Called by families.py.
+transformers would give them; a test holds both to be equal. Called by families.py, and `resolve_model` by the engine.
 """
 
 from collections.abc import Mapping
@@ -59,6 +59,46 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "qwen3": {**_QWEN, "head_dim": 128},
 }
 """model_type -> what transformers takes for a key the file leaves out. Values differ by key, hence Any."""
+
+
+_DOWNLOADED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja")
+_NOT_DOWNLOADED = ("*/*", "consolidated*")
+"""Folders and Mistral's own format hold the same weights again."""
+
+
+def resolve_model(model: str, revision: str | None = None) -> Path:
+    """The local folder of a model: `model` itself, or where the hub's snapshot of that id lies after a
+    download.
+
+    Raises CheckpointError when it is neither.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"model {model!r} is a file: name the folder that holds config.json and the weights")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=list(_DOWNLOADED),
+                ignore_patterns=list(_NOT_DOWNLOADED),
+            )
+        )
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"model {model!r} is neither a local folder nor a hub id (owner/name): check the path"
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise CheckpointError(
+            f"model {model!r}{at} is no local folder and was not downloaded from the hub ({error}): check the"
+            " name, the network and, for a gated model, the access token"
+        ) from error
 
 
 def read_config(location: str, revision: str | None) -> SimpleNamespace:

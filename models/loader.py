@@ -1,8 +1,7 @@
 """From a checkpoint to a Decoder with its weights in place.
 
-Owns how a model name becomes a folder and how tensors reach the fused weights. Reads safetensors only: other
-formats can run code when they are read. Never holds a second copy of the weights. Called by the worker at its
-start, and `resolve_model` by the engine.
+Owns how tensors reach the fused weights. Reads safetensors only: other formats can run code when they are read.
+Never holds a second copy of the weights. Called by the worker at its start.
 """
 
 import json
@@ -28,45 +27,6 @@ _INDEX_FILE = "model.safetensors.index.json"
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 """Tensors that old checkpoints carry and that follow from the config."""
-
-_DOWNLOADED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja")
-_NOT_DOWNLOADED = ("*/*", "consolidated*")
-"""Folders and Mistral's own format hold the same weights again."""
-
-
-def resolve_model(model: str, revision: str | None = None) -> Path:
-    """The local folder of a model: `model` itself, or where the hub's snapshot of that id lies after a
-    download.
-
-    Raises CheckpointError when it is neither.
-    """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise CheckpointError(f"model {model!r} is a file: name the folder that holds config.json and the weights")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                model,
-                revision=revision,
-                allow_patterns=list(_DOWNLOADED),
-                ignore_patterns=list(_NOT_DOWNLOADED),
-            )
-        )
-    except HFValidationError as error:
-        raise CheckpointError(
-            f"model {model!r} is neither a local folder nor a hub id (owner/name): check the path"
-        ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        at = f" at revision {revision!r}" if revision else ""
-        raise CheckpointError(
-            f"model {model!r}{at} is no local folder and was not downloaded from the hub ({error}): check the"
-            " name, the network and, for a gated model, the access token"
-        ) from error
 
 
 def load_decoder(

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from graphgen.ipc.errors import CheckpointError, ConfigError
+from graphgen.models.checkpoint_config import resolve_model
 from graphgen.models.decoder import Decoder
 from graphgen.models.families import load_spec
-from graphgen.models.loader import LoadFormat, load_decoder, resolve_model
+from graphgen.models.loader import LoadFormat, load_decoder
 from tests.models import tiny
 from tests.models.driver import Driver
 
