@@ -72,7 +72,7 @@ def moving_averages(values: Sequence[float], span: int) -> Iterator[float]:
 
 
 def summarize(requests: Sequence[ServedRequest], levels: Sequence[ServiceLevel]) -> Figures:
-    """The figures of one run, of a request or more. Throughputs are by wall clock, from the first request sent to the last token.
+    """The figures of one run of at least one request. Throughputs are by wall clock, first request to last token.
 
     request_goodput: requests a second that met levels[0] (throughput times the share that met it).
     goodput_itl_Nms: the same for each level. itl_curve_ms: (percent, ms) pairs.

@@ -111,7 +111,7 @@ def _draw_percentiles(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_ylabel("gap between two tokens of a request, ms")
     axes.set_title("How long until the next token?", fontsize=11)
     axes.grid(alpha=0.3)
-    axes.legend(title="prompt / output tokens : clients", title_fontsize=8, fontsize=8, loc="upper left")
+    axes.legend(title="prompt / output tokens : clients", title_fontsize=8, fontsize=8, loc="lower right")
 
 
 def _draw_latency_curves(axes: Axes, curves: Sequence[Curve]) -> None:

@@ -39,7 +39,7 @@ def machine(device: str) -> dict[str, str]:
         "host": platform.machine(),
         "python": platform.python_version(),
         **packages,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
 

@@ -190,16 +190,16 @@ async def _warm_up(core: EngineCore) -> None:
 
 
 def table_row(row: Figures, levels: Sequence[ServiceLevel]) -> dict[str, str]:
-    """The figures that fit on a screen."""
+    """The figures that fit on a screen. Latencies in ms; under SLA the requests a second that met it."""
     return {
         "workload": str(row["workload"]),
         "budget": str(row["token_budget"]),
         "req/s": _number(row["request_throughput"], 2),
         "out tok/s": _number(row["output_throughput"], 0),
-        "TTFT ms p50 / p95": _numbers(row, ("median_ttft_ms", "p95_ttft_ms"), 0),
-        "ITL ms p50 / p95 / p99 / max": _numbers(row, ("median_itl_ms", "p95_itl_ms", "p99_itl_ms", "max_itl_ms"), 2),
+        "TTFT p50/p95": _numbers(row, ("median_ttft_ms", "p95_ttft_ms"), 0),
+        "ITL p50/p95/p99/max": _numbers(row, ("median_itl_ms", "p95_itl_ms", "p99_itl_ms", "max_itl_ms"), 2),
         **{
-            f"req/s in {level.itl_s * 1000:g} ms SLA": _number(row[f"goodput_itl_{level.itl_s * 1000:g}ms"], 2)
+            f"SLA {level.itl_s * 1000:g} ms": _number(row[f"goodput_itl_{level.itl_s * 1000:g}ms"], 2)
             for level in levels
         },
         "padding": _percent(row["padding_share"]),
@@ -213,7 +213,7 @@ def _number(value: object, digits: int) -> str:
 
 
 def _numbers(row: Figures, keys: Sequence[str], digits: int) -> str:
-    return " / ".join(_number(row[key], digits) for key in keys)
+    return "/".join(_number(row[key], digits) for key in keys)
 
 
 def _percent(value: object) -> str:
@@ -311,7 +311,11 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
             new_rows, worker = run_engine(config, loads, options.seed, levels, options.stream)
             rows += new_rows
     about = machine(worker.device) | {"attention": worker.attention, "compiled": str(worker.compiled)}
-    show("Serving", [table_row(row, levels) for row in rows], about)
+    show(
+        "Serving: latencies in ms; SLA N ms: requests a second that met it",
+        [table_row(row, levels) for row in rows],
+        about,
+    )
     for name in ("eager_steps", "recompilations"):
         if slow := [row["workload"] for row in rows if row[name]]:
             print(f"{name} are not 0 with {', '.join(map(str, slow))}: these figures are not those of a healthy engine")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphgen.models.attention.reference import all_rows, paged_attention, write_kv
+from graphgen.models.attention.reference import all_rows, write_kv
 from graphgen.models.attention.tables import RowTables
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, NUM_PAGES = 6, 2, 8, 4, 64
@@ -123,7 +123,7 @@ def test_static_path_works_in_blocks_of_rows() -> None:
 def test_a_region_may_be_empty(prefill: int, decodes: int) -> None:
     step = make_step([(2, prefill)] if prefill else [], [9] * decodes, padded_prefill=0, padded_decodes=0)
     for window in (0, 4):
-        out = paged_attention(*operands(step), [], window)
+        out = torch.ops.graphgen.paged_attention_torch(*operands(step), [], window)
         assert len(out) == prefill + decodes == len(step.histories)
         for row, (k, v) in step.histories.items():
             torch.testing.assert_close(out[row], by_hand(step.q[row], k, v, window), rtol=1e-5, atol=1e-5)
@@ -132,7 +132,7 @@ def test_a_region_may_be_empty(prefill: int, decodes: int) -> None:
 def test_writes_only_the_positions_of_its_rows() -> None:
     step = make_step([(0, 5)], [6])
     before = step.k_pages.clone()
-    paged_attention(*operands(step), [], 0)
+    torch.ops.graphgen.paged_attention_torch(*operands(step), [], 0)
     live = step.tables.kv_locations
     torch.testing.assert_close(step.k_pages.flatten(0, 1)[live[:5]], step.k[:5])
     untouched = torch.ones(before.shape[:2].numel(), dtype=torch.bool)
