@@ -5,9 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python -P
 PYTEST_ARGS ?=
-# With an NVIDIA driver the CUDA kernels come along.
-EXTRAS := test$(if $(wildcard /dev/nvidia0),$(comma)cuda)
 comma := ,
+# With an NVIDIA driver the CUDA kernels come along.
+EXTRAS := test$(comma)bench$(if $(wildcard /dev/nvidia0),$(comma)cuda)
 
 .PHONY: demo test check format gpu-test clean
 

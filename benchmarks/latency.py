@@ -27,6 +27,11 @@ def gaps_ms(outputs: list[RequestOutput]) -> list[float]:
     return gaps
 
 
+def sampling_of(num_tokens: int) -> SamplingParams:
+    """Greedy, exactly so many tokens."""
+    return SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub id; without it the embedded demo model")
@@ -35,7 +40,7 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int)
     parser.add_argument("--token-budget", type=int)
     parser.add_argument("--context", type=int, default=1024, help="prompt tokens of each request")
-    parser.add_argument("--tokens", type=int, default=128, help="output tokens of each request")
+    parser.add_argument("--tokens", type=int, default=128, help="output tokens while all decode")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--step-log")
@@ -56,12 +61,13 @@ def main() -> None:
         worker = engine.info.worker
         vocab_size = engine.resolved.spec.vocab_size
         context = min(options.context, engine.resolved.max_model_len - options.tokens)
-        sampling = SamplingParams(temperature=0.0, max_tokens=options.tokens, ignore_eos=True)
-        engine.generate([[1, 2, 3]], sampling)
+        engine.generate([[1, 2, 3]], sampling_of(options.tokens))
         rows = []
         for batch in options.batches:
             prompts = [[rng.randrange(vocab_size) for _ in range(context)] for _ in range(batch)]
-            outputs = engine.generate(prompts, sampling)
+            # The first request must still decode when the last prompt is computed.
+            num_tokens = options.tokens + 2 * batch * context // engine.resolved.token_budget
+            outputs = engine.generate(prompts, sampling_of(min(num_tokens, engine.resolved.max_model_len - context)))
             gaps = gaps_ms(outputs)
             rows.append(
                 {
