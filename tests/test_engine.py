@@ -274,3 +274,15 @@ def test_closing_ends_waiting_calls_and_later_ones_and_may_be_repeated() -> None
     with pytest.raises(EngineClosedError):
         engine.stats()
     engine.close()
+
+
+def test_requests_with_different_numbers_of_stop_strings_run_in_one_batch(engine: Engine) -> None:
+    """Each ends by its own strings and by no other's."""
+    plain = engine.generate(PROMPTS[0], SamplingParams(max_tokens=24, temperature=0))[0].text
+    middle = plain[len(plain) // 2 : len(plain) // 2 + 3]
+    stops: list[list[str]] = [[], [middle], ["never there", middle, "nor there"]]
+    sampling = [SamplingParams(max_tokens=24, temperature=0, stop=stop) for stop in stops]
+    outputs = engine.generate([PROMPTS[0]] * 3, sampling)
+    assert [output.finish_reason for output in outputs] == ["length", "stop", "stop"]
+    assert outputs[0].text == plain
+    assert outputs[1].text == outputs[2].text == plain[: plain.index(middle)]
