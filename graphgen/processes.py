@@ -139,7 +139,7 @@ def end_with_parent(parent_pid: int, folder: Path) -> None:
     def watch() -> None:
         while os.getppid() == parent_pid:
             time.sleep(PARENT_POLL_S)
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove_while_used(folder)
         # Compilers that a worker started would outlive it: its process group is its own, see EngineProcesses.
         if os.getpgrp() == os.getpid():
             os.killpg(os.getpid(), signal.SIGKILL)
@@ -158,6 +158,15 @@ def _make_folder() -> Path:
             f" {_MAX_FOLDER_BYTES}: set TMPDIR to a shorter path"
         )
     return folder
+
+
+def _remove_while_used(folder: Path) -> None:
+    """Removes a folder in which this process or the other child may be binding a socket at this moment."""
+    for _ in range(40):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():  # from here on a bind fails, and with it the process that tried
+            return
+        time.sleep(0.025)
 
 
 def process_age_s() -> float:

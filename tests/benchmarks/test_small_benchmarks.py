@@ -79,7 +79,7 @@ def test_steps_and_latency_run_on_the_cpu(name: str, monkeypatch: pytest.MonkeyP
     figure = {"steps": "ms p50", "latency": "ITL p50 ms"}[name]
     assert len(document["rows"]) >= 2
     assert all(row[figure] > 0.0 for row in document["rows"])
-    assert document["about"]["command"].startswith(f"python {name}.py --device cpu")
+    assert document["about"]["command"].startswith(f"python -m benchmarks.{name} --device cpu")
 
 
 # --- scheduler -----------------------------------------------------------------------------------------------------
