@@ -1,27 +1,17 @@
-"""Reads a step log for the tests of the engine, on the CPU and on a GPU."""
+"""What the tests ask of a step log, on the CPU and on a GPU, beyond what the benchmarks read from it."""
 
 import itertools
-import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-Step = dict[str, Any]
-"""One line of the log, see graphgen.scheduler.step_log."""
+from benchmarks.step_log import Step, StepLogReader
 
 
 def read(path: Path) -> list[Step]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return StepLogReader(path).read_new()
 
 
-def share_received_in_time(steps: list[Step]) -> float:
-    """Of the steps whose predecessor ran while work was left: the share whose plan came before that one finished."""
+def share_received_in_time(steps: Sequence[Step]) -> float:
+    """Of the steps that follow another: the share whose plan reached the worker before that one finished."""
     pairs = list(itertools.pairwise(steps))
-    in_time: int = sum(after["received_s"] < before["finished_s"] for before, after in pairs)
-    return in_time / len(pairs)
-
-
-def idle_share(steps: list[Step]) -> float:
-    """Time between the end of a step and the start of the next, of the whole."""
-    idle_s = sum(max(0.0, b["started_s"] - a["finished_s"]) for a, b in itertools.pairwise(steps))
-    whole_s: float = steps[-1]["finished_s"] - steps[0]["started_s"]
-    return float(idle_s / whole_s)
+    return sum(after.received_s < before.finished_s for before, after in pairs) / len(pairs)

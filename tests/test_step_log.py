@@ -24,18 +24,18 @@ def test_plans_arrive_before_the_step_before_them_ends_and_every_token_is_logged
     computed = dict.fromkeys(range(NUM_REQUESTS), 0)
     decoding: set[int] = set()
     for step in steps:
-        live = sum(length for _, _, length in step["chunks"]) + len(step["decodes"])
-        assert live + step["padding"] == sum(step["bucket"]) <= TOKEN_BUDGET
-        assert decoding <= set(step["decodes"]), "a decode was skipped"
-        for request, start, length in step["chunks"]:
+        live = step.chunk_tokens + len(step.decodes)
+        assert live + step.padding == sum(step.bucket) <= TOKEN_BUDGET
+        assert decoding <= set(step.decodes), "a decode was skipped"
+        for request, start, length in step.chunks:
             assert start == computed[request], "chunks of a prompt follow each other"
             computed[request] += length
-        decoding |= {request for request, _, _ in step["chunks"] if computed[request] == len(prompts[request])}
-        for request in step["decodes"]:
+        decoding |= {request for request, _, _ in step.chunks if computed[request] == len(prompts[request])}
+        for request in step.decodes:
             computed[request] += 1
             if computed[request] == len(prompts[request]) + NEW_TOKENS - 1:
                 decoding.discard(request)
-        times = [step[name] for name in ("planned_s", "received_s", "launched_s")]
+        times = [step.planned_s, step.received_s, step.launched_s]
         assert times == sorted(times)
-        assert step["started_s"] <= step["finished_s"]
+        assert step.started_s <= step.finished_s
     assert computed == {number: len(prompt) + NEW_TOKENS - 1 for number, prompt in enumerate(prompts)}

@@ -31,6 +31,7 @@ class StepRecord(NamedTuple):
     decodes: list[Request]
     drawing: list[Request]
     """The requests that get a token, in the order of the step result."""
+    planned_s: float
 
     @property
     def num_rows(self) -> int:
@@ -46,6 +47,7 @@ class StepDescription(Struct, frozen=True):
     chunks: tuple[tuple[int, int, int], ...]  # request id, start, length
     decode_request_ids: tuple[int, ...]
     padding_rows: int
+    planned_s: float
 
     @classmethod
     def of(cls, record: StepRecord) -> "StepDescription":
@@ -55,6 +57,7 @@ class StepDescription(Struct, frozen=True):
             chunks=tuple((chunk.request.request_id, chunk.start, chunk.length) for chunk in record.chunks),
             decode_request_ids=tuple(request.request_id for request in record.decodes),
             padding_rows=record.bucket.num_rows - record.num_rows,
+            planned_s=record.planned_s,
         )
 
 
@@ -127,4 +130,5 @@ class PlanDraft:
             new_pages=pack_int32(self._new_pages),
             planned_s=now_s,
         )
-        return plan, StepRecord(step_id, bucket, self._chunk_records, decodes, self._chunks_drawing + decodes)
+        drawing = self._chunks_drawing + decodes
+        return plan, StepRecord(step_id, bucket, self._chunk_records, decodes, drawing, now_s)

@@ -29,7 +29,6 @@ from graphgen.ipc.messages import (
     SchedulerToWorker,
     Shutdown,
     StatsRequest,
-    StepPlan,
     StepResult,
     Submit,
     TokenOutput,
@@ -127,7 +126,6 @@ class SchedulerLoop:
         self._step_log = step_log
         self._step_times = StepTimes()
         self._counters = WorkerCounters()
-        self._planned_s: dict[int, float] = {}
         self._running = True
 
     def run(self) -> None:
@@ -153,16 +151,12 @@ class SchedulerLoop:
         """Keeps as many steps in flight as the policy allows."""
         while self._running and (plan := self._policy.schedule(time.monotonic())) is not None:
             self._worker.send(plan)
-            self._remember(plan)
-
-    def _remember(self, plan: StepPlan) -> None:
-        self._planned_s[plan.step_id] = plan.planned_s
 
     def _take_from_worker(self, message: WorkerToScheduler) -> tuple[TokenOutput, ...]:
         match message:
             case StepResult() as result:
-                step = self._policy.describe_step(result.step_id)
-                self._step_log.write(step, result, self._planned_s.pop(result.step_id))
+                if self._step_log.is_open:
+                    self._step_log.write(self._policy.describe_step(result.step_id), result)
                 self._step_times.add(result.started_s, result.finished_s)
                 self._counters = result.counters
                 return self._policy.update(result.step_id, unpack_int32(result.token_ids))

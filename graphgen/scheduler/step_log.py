@@ -27,7 +27,12 @@ class StepLog:
         """A fresh log at `path`; None keeps no log."""
         return cls(open(path, "wb") if path is not None else None)  # closed by __exit__
 
-    def write(self, step: StepDescription, result: StepResult, planned_s: float) -> None:
+    @property
+    def is_open(self) -> bool:
+        """Whether anything is kept: without a log, a step need not be described."""
+        return self._file is not None
+
+    def write(self, step: StepDescription, result: StepResult) -> None:
         if self._file is None:
             return
         line = {
@@ -36,7 +41,7 @@ class StepLog:
             "chunks": step.chunks,
             "decodes": step.decode_request_ids,
             "padding": step.padding_rows,
-            "planned_s": planned_s,
+            "planned_s": step.planned_s,
             "received_s": result.received_s,
             "launched_s": result.launched_s,
             "started_s": result.started_s,

@@ -7,7 +7,6 @@ Shapes: `T` = `P` prefill rows + `R` decode rows; `C` chunks; `S` slots, the tra
 a block table. Padded rows belong to the trash slot, whose block table holds the trash page alone.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -150,6 +149,3 @@ class Step:
         self._slots.last_token.index_copy_(0, slots, tokens.long())
         ring_row = self._fields["counts"][2:3].long()
         self._token_ring[:, : tokens.shape[0]].index_copy_(0, ring_row, tokens.int().unsqueeze(0))
-
-
-StepFunction = Callable[[], None]
