@@ -8,47 +8,22 @@ read the keys and values once at the copy bandwidth that is measured first.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.report import machine, percentile, show, write_json
+from benchmarks.report import machine, show, write_json
+from benchmarks.timing import median_s, read_bytes_per_s
 from graphgen.models.attention.flashinfer import FlashInferAttention
 from graphgen.models.attention.kernels import AttentionShape, Kernel
 from graphgen.models.attention.tables import RowTables
 
+DEVICE = torch.device("cuda")
 PAGE_SIZE = 64
 NUM_LAYERS = 8
 """KV tensors a graph goes through, so that no call finds its keys in the L2 cache of the last one."""
-
-
-def read_bandwidth() -> float:
-    """Bytes a second of a large sum, read once."""
-    data = torch.randn(1 << 30, device="cuda", dtype=torch.bfloat16)
-    milliseconds = time_graph(lambda: data.view(torch.int32).amax(), repeats=10)
-    return data.nbytes / (milliseconds / 1000.0)
-
-
-def time_graph(work: Callable[[], object], repeats: int) -> float:
-    """Median milliseconds of a replay."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        work()
-        work()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            work()
-        times = []
-        for _ in range(repeats + 2):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-    return percentile(times[2:], 50)
 
 
 def decode_tables(num_rows: int, context: int, pages_wide: int) -> RowTables:
@@ -114,7 +89,7 @@ class Case:
             )
 
     def microseconds_per_layer(self, repeats: int) -> float:
-        return time_graph(self.run, repeats) * 1000.0 / NUM_LAYERS
+        return median_s(self.run, DEVICE, repeats) * 1e6 / NUM_LAYERS
 
 
 def decode_rows(
@@ -158,7 +133,7 @@ def main() -> None:
     options = parser.parse_args()
     num_heads, num_kv_heads, head_dim = options.heads
     shape = AttentionShape(num_heads, num_kv_heads, head_dim, PAGE_SIZE, torch.bfloat16, (0,))
-    bandwidth = read_bandwidth()
+    bandwidth = read_bytes_per_s(DEVICE, 2 << 30)
     about = machine(torch.cuda.get_device_name()) | {"read TB/s": f"{bandwidth / 1e12:.2f}"}
     decode = decode_rows(shape, options.batches, options.contexts, bandwidth)
     prefill = prefill_rows(shape, options.chunks)
