@@ -144,6 +144,26 @@ class Phase(Struct, frozen=True, array_like=True, gc=False):
     seconds: float
 
 
+class BucketTime(Struct, frozen=True, array_like=True, gc=False):
+    """How long a step of one bucket takes on the device, all its rows live."""
+
+    bucket: Bucket
+    milliseconds: float
+
+
+class StepTimeTable(Struct, frozen=True, array_like=True, gc=False):
+    """Measured step times of a worker's buckets, and how they grow with what the rows attend to.
+
+    A pair is one prompt row and one position it attends to.
+    """
+
+    times: tuple[BucketTime, ...]
+    decode_context: int  # positions that each decode row attended to in `times`
+    prompt_start: int  # position of the one chunk's first token in `times`
+    ms_per_decode_position: float  # of one decode row, for each further position it attends to
+    ms_per_prompt_pair: float
+
+
 class WorkerReady(Struct, frozen=True, array_like=True, tag="worker_ready", gc=False):
     """The worker serves. What it decided from the device it found."""
 
@@ -156,6 +176,7 @@ class WorkerReady(Struct, frozen=True, array_like=True, tag="worker_ready", gc=F
     num_pages: int
     page_size: int
     phases: tuple[Phase, ...]
+    step_times: StepTimeTable | None = None  # None: nobody has measured this device
 
 
 class Progress(Struct, frozen=True, array_like=True, tag="progress", gc=False):

@@ -1,0 +1,89 @@
+"""How long a step will take: the measured step-time table, corrected by the steps that ran.
+
+Owns numbers only, and never reads a clock: `graphgen.scheduler.policy` asks it before a step, the process tells it
+afterwards what the step took.
+
+    milliseconds = factor[bucket] * (time[bucket] + a * (decode positions - those measured)
+                                                  + b * (prompt pairs - those measured))
+
+A decode row reads the K and V of every position it attends to, so its time is linear in them; a prompt row computes
+with each, so a chunk's time is linear in (row, position) pairs. Everything else depends on the bucket alone.
+"""
+
+from collections.abc import Iterable
+
+from graphgen.ipc.messages import Bucket, StepTimeTable
+
+_CORRECTION_WEIGHT = 1.0 / 16
+"""Weight of the newest step in a factor: a slower clock shows within a few dozen steps, one hiccup does not."""
+
+_LEAST_SHARE = 0.2
+"""Of a bucket's measured time: no extrapolation to shorter contexts goes below it."""
+
+_FACTOR_RANGE = (0.25, 8.0)
+
+SATURATION_SHARE = 0.9
+"""A bucket is saturated when it computes at least this share of the best rows per second."""
+
+
+def prompt_pairs(start: int, length: int) -> int:
+    """(row, position) pairs of a chunk: row i attends to start + i + 1 positions."""
+    return length * start + length * (length + 1) // 2
+
+
+class CostModel:
+    """Predicts milliseconds of a step. Without a table it knows only the buckets that have run, context ignored."""
+
+    def __init__(self, table: StepTimeTable | None = None) -> None:
+        self._table = table
+        self._times: dict[Bucket, float] = {}
+        if table is not None:
+            self._times = {time.bucket: time.milliseconds for time in table.times}
+        self._factors = dict.fromkeys(self._times, 1.0)
+
+    def predict_ms(self, bucket: Bucket, decode_positions: int, prompt_pairs: int) -> float | None:
+        """Of a step in `bucket` whose decode rows attend to so many positions together; None for an unknown bucket."""
+        time = self._uncorrected_ms(bucket, decode_positions, prompt_pairs)
+        return None if time is None else time * self._factors[bucket]
+
+    def correct(self, bucket: Bucket, decode_positions: int, prompt_pairs: int, measured_ms: float) -> None:
+        """Takes a step that ran into account. Times that cannot be (<= 0) are ignored."""
+        if measured_ms <= 0.0:
+            return
+        time = self._uncorrected_ms(bucket, decode_positions, prompt_pairs)
+        if time is None:
+            self._times[bucket], self._factors[bucket] = measured_ms, 1.0
+            return
+        least, most = _FACTOR_RANGE
+        ratio = min(max(measured_ms / time, least), most)
+        self._factors[bucket] += _CORRECTION_WEIGHT * (ratio - self._factors[bucket])
+
+    def saturation_rows(self, buckets: Iterable[Bucket]) -> int | None:
+        """Rows of the smallest mixed bucket that computes SATURATION_SHARE of the best rows per second.
+
+        None while a bucket with prefill rows has no time: a choice among some of them would not be one.
+        """
+        rates = {}
+        for bucket in buckets:
+            if bucket.prefill_rows:
+                if bucket not in self._times:
+                    return None
+                rates[bucket] = bucket.num_rows / (self._times[bucket] * self._factors[bucket])
+        if not rates:
+            return None
+        enough = SATURATION_SHARE * max(rates.values())
+        return min(bucket.num_rows for bucket, rate in rates.items() if rate >= enough)
+
+    def _uncorrected_ms(self, bucket: Bucket, decode_positions: int, pairs: int) -> float | None:
+        time = self._times.get(bucket)
+        if time is None or self._table is None:
+            return time
+        table = self._table
+        measured_positions = bucket.decode_rows * table.decode_context
+        measured_pairs = prompt_pairs(table.prompt_start, bucket.prefill_rows)
+        grown = (
+            time
+            + table.ms_per_decode_position * (decode_positions - measured_positions)
+            + table.ms_per_prompt_pair * (pairs - measured_pairs)
+        )
+        return max(grown, _LEAST_SHARE * time)
