@@ -58,6 +58,7 @@ class Decoder(nn.Module):
         self.to_empty(device=device)
         self.rope = Rope(spec.rope, spec.head_dim, device)
         self._run_layer: RunLayer = run_layer
+        self._few_rows = _few_rows(spec, attention, dtype, device)
         self._compiled: CompiledLayers | None = None
 
     @torch.no_grad()
@@ -78,10 +79,16 @@ class Decoder(nn.Module):
         cos, sin = self.rope(positions, sequence_lens, self.embedding.weight.dtype)
         update: Tensor = self.embedding(token_ids)
         residual = torch.zeros_like(update)
+        run = self._runner(token_ids.shape[0], tables.decode_kv_lens.shape[0])
         for layer, k_pages, v_pages in zip(self.layers, kv_cache.k_pages, kv_cache.v_pages, strict=True):
             assert isinstance(layer, DecoderLayer)
-            residual, update = self._run_layer(layer, residual, update, cos, sin, k_pages, v_pages, tables, extra)
+            residual, update = run(layer, residual, update, cos, sin, k_pages, v_pages, tables, extra)
         return residual + update
+
+    def _runner(self, num_rows: int, num_decode_rows: int) -> RunLayer:
+        """What runs the layers of a step."""
+        few_rows, most_rows = self._few_rows
+        return few_rows if few_rows is not None and num_rows == num_decode_rows <= most_rows else self._run_layer
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -90,7 +97,8 @@ class Decoder(nn.Module):
         return F.linear(self.final_norm(hidden), head.weight).float()
 
     def compile_layers(self) -> None:
-        """From now on layers run compiled: one graph, made at the first call, for all layers and all shapes.
+        """From now on layers run compiled: one graph, made at the first call, for all layers and all shapes, but
+        for steps of a few decode rows where those have kernels of their own.
 
         Each distinct attention window makes a graph of its own.
         """
@@ -100,3 +108,14 @@ class Decoder(nn.Module):
     def recompilations(self) -> int:
         """Graphs compiled so far; it does not grow once every bucket has run."""
         return 0 if self._compiled is None else self._compiled.num_graphs
+
+
+def _few_rows(spec: ModelSpec, attention: str, dtype: torch.dtype, device: torch.device) -> tuple[RunLayer | None, int]:
+    """What runs the layers of a step of a few decode rows, and how many those are; None where nothing special does."""
+    if attention != "flashinfer" or device.type != "cuda":
+        return None, 0
+    from graphgen.models import few_rows
+
+    if not few_rows.can_run(spec, dtype, device):
+        return None, 0
+    return few_rows.few_rows_layer(spec.activation), few_rows.MOST_ROWS

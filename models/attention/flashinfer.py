@@ -1,7 +1,8 @@
-"""Paged attention on CUDA through FlashInfer: one kernel for the prefill region, one for the decode region.
+"""Paged attention on CUDA, FlashInfer's kernels and ours: one kernel for the prefill region, one for the decode region.
 
-    SM90    prefill FA3, decode XQA (needs no plan: block table and lengths are read on the device)
-    SM80+   prefill FA2, decode FA2 planned with one row per request
+    SM90    prefill FA3, decode split-KV (ours: no plan, block tables and lengths are read on the device)
+    SM80+   prefill FA2, decode split-KV
+    for comparison: decode XQA on SM90, decode FA2 planned with one row per request
 
 A planned kernel (FA2, FA3) gets its work list from the host: `plan` computes it in pinned memory and queues its copy.
 The launch constants that come back depend on the shape alone, never on the lengths, so a captured graph keeps them;
@@ -32,6 +33,7 @@ from graphgen.models.attention.kernels import (
     needed_libraries,
     planned_library,
 )
+from graphgen.models.attention.split_kv import SplitKvWorkspace, split_kv_attention
 from graphgen.models.attention.store import rotate_and_store
 from graphgen.models.attention.tables import RowTables
 
@@ -41,7 +43,7 @@ _INT_WORKSPACE_BYTES = 8 << 20
 _XQA_SEMAPHORE_BYTES = 8 << 20
 _XQA_SCRATCH_BYTES = 128 << 20
 _PLAN_RING = 4  # pinned blocks: two steps in flight, one being planned, one to spare
-_XQA_PAGE_SIZES = (16, 32, 64, 128)
+_DECODE_PAGE_SIZES = {Kernel.XQA: (16, 32, 64, 128), Kernel.SPLIT_KV: (16, 32, 64, 128, 256)}
 _CAUSAL = 1  # FlashInfer's MaskMode.CAUSAL
 _NHD = 0  # FlashInfer's TensorLayout.NHD: [page, position, head, element]
 
@@ -63,14 +65,11 @@ class FlashInferAttention:
         check_supported(shape)
         device = torch.device("cuda", torch.cuda.current_device())
         prefill, decode = kernels or best_kernels(torch.cuda.get_device_capability(device))
-        if decode is Kernel.XQA and shape.page_size not in _XQA_PAGE_SIZES:
-            raise ConfigError(f"page_size is {shape.page_size}, the decode kernel has {_XQA_PAGE_SIZES}: choose one")
+        if decode in _DECODE_PAGE_SIZES and shape.page_size not in _DECODE_PAGE_SIZES[decode]:
+            sizes = _DECODE_PAGE_SIZES[decode]
+            raise ConfigError(f"page_size is {shape.page_size}, the decode kernel has {sizes}: choose one")
         self._prefill = PlannedRegion(prefill, shape, most_chunks, most_prefill_rows)
-        self._decode: PlannedRegion | XqaRegion = (
-            XqaRegion(device)
-            if decode is Kernel.XQA
-            else PlannedRegion(decode, shape, most_decode_rows, most_decode_rows)
-        )
+        self._decode = _decode_region(decode, shape, most_decode_rows, device)
         self._shape = shape
         self._windows = shape.windows
         self.description = f"flashinfer (prefill {prefill.name}, decode {decode.name})"
@@ -123,6 +122,20 @@ class XqaRegion:
     def prepare(self, num_rows: int, starts: Tensor, kv_lens: Tensor, pages: Tensor) -> list[Tensor]:
         del num_rows, starts
         return [kv_lens.view(torch.uint32).unsqueeze(1), pages, self._semaphores, self._scratch]
+
+
+class SplitKvRegion:
+    """One row per request, read in parallel parts."""
+
+    kernel = Kernel.SPLIT_KV
+
+    def __init__(self, shape: AttentionShape, most_rows: int, device: torch.device) -> None:
+        self._workspace = SplitKvWorkspace(most_rows, shape.num_heads, shape.num_kv_heads, shape.head_dim, device)
+
+    def prepare(self, num_rows: int, starts: Tensor, kv_lens: Tensor, pages: Tensor) -> list[Tensor]:
+        del num_rows, starts
+        workspace = self._workspace
+        return [kv_lens, pages, workspace.parts, workspace.peaks_and_sums, workspace.finished]
 
 
 class PlannedRegion:
@@ -225,6 +238,14 @@ class PlannedRegion:
         return constants
 
 
+def _decode_region(
+    kernel: Kernel, shape: AttentionShape, most_rows: int, device: torch.device
+) -> PlannedRegion | XqaRegion | SplitKvRegion:
+    if kernel is Kernel.SPLIT_KV:
+        return SplitKvRegion(shape, most_rows, device)
+    return XqaRegion(device) if kernel is Kernel.XQA else PlannedRegion(kernel, shape, most_rows, most_rows)
+
+
 def _float_workspace_bytes(
     kernel: Kernel, shape: AttentionShape, most_requests: int, most_rows: int, device: torch.device
 ) -> int:
@@ -312,6 +333,20 @@ def _run_xqa(q: Tensor, out: Tensor, k_pages: Tensor, v_pages: Tensor, prepared:
     )
 
 
+def _run_split_kv(
+    q: Tensor, out: Tensor, k_pages: Tensor, v_pages: Tensor, prepared: Sequence[Tensor], window: int
+) -> None:
+    kv_lens, pages, parts, peaks_and_sums, finished = prepared
+    workspace = parts, peaks_and_sums, finished
+    split_kv_attention(q, out, k_pages, v_pages, pages, kv_lens, workspace, window, chained=_can_chain())
+
+
+@functools.cache  # one process drives one device
+def _can_chain() -> bool:
+    """Whether a kernel may be launched before the one ahead is done (programmatic dependent launch)."""
+    return torch.cuda.get_device_capability()[0] >= 9
+
+
 def _paged_attention(
     q: Tensor,
     k: Tensor,
@@ -331,19 +366,47 @@ def _paged_attention(
 ) -> Tensor:
     prefill_kernel, decode_kernel, num_prefill_tensors, *windows = extra[0].tolist()
     prefill, decode = extra[1 : 1 + num_prefill_tensors], extra[1 + num_prefill_tensors :]
-    q = rotate_and_store(q, k, v, cos, sin, k_pages, v_pages, kv_locations)
+    q = rotate_and_store(q, k, v, cos, sin, k_pages, v_pages, kv_locations, chained=_can_chain())
     out = torch.empty_like(q)
     split = q.shape[0] - decode_kv_lens.shape[0]
     index = windows.index(window)
-    if split:
-        out[:split].zero_()  # no kernel writes the padded rows behind the last chunk
-        _run_planned(Kernel(prefill_kernel), q[:split], out[:split], k_pages, v_pages, prefill, index, window)
-    if split < q.shape[0]:
-        if decode_kernel == Kernel.XQA:
-            _run_xqa(q[split:], out[split:], k_pages, v_pages, decode, window)
-        else:
-            _run_planned(Kernel(decode_kernel), q[split:], out[split:], k_pages, v_pages, decode, index, window)
+    if not split:
+        _run_decode(Kernel(decode_kernel), q, out, k_pages, v_pages, decode, index, window)
+        return out
+    # The chunks' kernel computes and the decodes' reads memory, so they share the device well.
+    main, side = torch.cuda.current_stream(), _side_stream()
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        if split < q.shape[0]:
+            _run_decode(Kernel(decode_kernel), q[split:], out[split:], k_pages, v_pages, decode, index, window)
+    out[:split].zero_()  # no kernel writes the padded rows behind the last chunk
+    _run_planned(Kernel(prefill_kernel), q[:split], out[:split], k_pages, v_pages, prefill, index, window)
+    main.wait_stream(side)
     return out
+
+
+@functools.cache  # one process drives one device
+def _side_stream() -> torch.cuda.Stream:
+    """Runs the decode rows of a mixed step beside its chunks."""
+    return torch.cuda.Stream()
+
+
+def _run_decode(
+    kernel: Kernel,
+    q: Tensor,
+    out: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    prepared: Sequence[Tensor],
+    window_index: int,
+    window: int,
+) -> None:
+    if kernel is Kernel.SPLIT_KV:
+        _run_split_kv(q, out, k_pages, v_pages, prepared, window)
+    elif kernel is Kernel.XQA:
+        _run_xqa(q, out, k_pages, v_pages, prepared, window)
+    else:
+        _run_planned(kernel, q, out, k_pages, v_pages, prepared, window_index, window)
 
 
 def _result_like(q: Tensor, *_: object) -> Tensor:

@@ -42,6 +42,7 @@ class Kernel(IntEnum):
     FA2 = 0
     FA3 = 1
     XQA = 2
+    SPLIT_KV = 3  # ours, in Triton: see split_kv.py
 
 
 class AttentionShape(Struct, frozen=True):
@@ -65,9 +66,9 @@ def check_supported(shape: AttentionShape) -> None:
 
 
 def best_kernels(capability: tuple[int, int]) -> tuple[Kernel, Kernel]:
-    """The fastest measured pair of a compute capability: FA3 reads a chunk twice as fast as FA2 on SM90, and XQA needs
-    no plan and loses nothing to the others at decoding."""
-    return (Kernel.FA3, Kernel.XQA) if capability[0] == 9 else (Kernel.FA2, Kernel.FA2)
+    """The fastest measured pair of a compute capability: FA3 reads a chunk twice as fast as FA2 on SM90, and the
+    split-KV kernel needs no plan, reads KV at the speed of memory and lets padded rows off with a page."""
+    return (Kernel.FA3 if capability[0] == 9 else Kernel.FA2), Kernel.SPLIT_KV
 
 
 class Source(StrEnum):
@@ -144,7 +145,12 @@ Library = PlannedLibrary | XqaLibrary
 
 def needed_libraries(shape: AttentionShape, kernels: Sequence[Kernel]) -> list[Library]:
     """Every library that layers of this shape use with these kernels, each once."""
-    libraries = [_library(shape, kernel, window > 0) for window in shape.windows for kernel in kernels]
+    libraries = [
+        _library(shape, kernel, window > 0)
+        for window in shape.windows
+        for kernel in kernels
+        if kernel is not Kernel.SPLIT_KV  # Triton compiles it at its first launch
+    ]
     return list(dict.fromkeys(libraries))
 
 

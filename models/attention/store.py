@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
@@ -49,8 +50,11 @@ def _rotate_and_store_kernel(
     HALF: tl.constexpr,
     HQ_BLOCK: tl.constexpr,
     HKV_BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
+    if CHAINED:
+        gdc_wait()
     half = tl.arange(0, HALF)[None, :]
     # The tables repeat: cos[i] == cos[i + HALF].
     row_cos = tl.load(cos + row * 2 * HALF + half).to(tl.float32)
@@ -72,15 +76,31 @@ def _rotate_and_store_kernel(
     source = v + row * v_stride + heads * v_head_stride + half
     tl.store(v_pages + offset, tl.load(source, mask), mask)
     tl.store(v_pages + offset + HALF, tl.load(source + HALF, mask), mask)
+    if CHAINED:
+        gdc_launch_dependents()
+
+
+def launch_options(chained: bool) -> dict[str, bool]:
+    """Of a kernel that may be launched before the one ahead is done, and waits inside for its data."""
+    return {"launch_pdl": True} if chained else {}  # an option that Triton has only from SM90 on
 
 
 def rotate_and_store(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor, locations: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    locations: Tensor,
+    chained: bool,
 ) -> Tensor:
     """The rotated q, [T, Hq, D] contiguous; rotated k and plain v are in the pages.
 
     q: [T, Hq, D]; k, v: [T, Hkv, D], any strides but 1 in the last dimension, D a power of two. cos, sin: [T, D]
-    contiguous. k_pages, v_pages: [P, page_size, Hkv, D]. locations: [T] int64.
+    contiguous. k_pages, v_pages: [P, page_size, Hkv, D]. locations: [T] int64. chained: launch before the kernel ahead
+    is done, and wait inside (programmatic dependent launch; SM90 on).
     """
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
@@ -106,5 +126,7 @@ def rotate_and_store(
         head_dim // 2,
         triton.next_power_of_2(num_heads),
         triton.next_power_of_2(num_kv_heads),
+        chained,
+        **launch_options(chained),
     )
     return q_out

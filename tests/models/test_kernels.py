@@ -12,6 +12,7 @@ import torch
 from graphgen.ipc.errors import ConfigError, UnsupportedModelError
 from graphgen.models.attention.kernels import (
     AttentionShape,
+    Kernel,
     KernelFolder,
     Library,
     PlannedLibrary,
@@ -49,17 +50,20 @@ def folder(flashinfer: FakeFlashInfer) -> KernelFolder:
 
 @pytest.fixture
 def libraries() -> list[Library]:
-    return needed_libraries(shape(), best_kernels(HOPPER))
+    return needed_libraries(shape(), [Kernel.FA3, Kernel.XQA])
 
 
-def test_hopper_needs_fa3_and_xqa_for_each_kind_of_window() -> None:
-    both = [
-        (PlannedLibrary("fa3", torch.bfloat16, 128, windowed), XqaLibrary(torch.bfloat16, 64, 128, 4, windowed))
-        for windowed in (False, True)
-    ]
-    assert needed_libraries(shape(), best_kernels(HOPPER)) == [*both[0]]
+def test_hopper_needs_fa3_for_each_kind_of_window() -> None:
+    full, windowed = (PlannedLibrary("fa3", torch.bfloat16, 128, windowed) for windowed in (False, True))
+    assert needed_libraries(shape(), best_kernels(HOPPER)) == [full]
     # Windows of two lengths run the same kernels.
-    assert needed_libraries(shape((0, 512, 4096)), best_kernels(HOPPER)) == [*both[0], *both[1]]
+    assert needed_libraries(shape((0, 512, 4096)), best_kernels(HOPPER)) == [full, windowed]
+
+
+def test_each_decode_kernel_needs_its_library() -> None:
+    xqa = [XqaLibrary(torch.bfloat16, 64, 128, 4, windowed) for windowed in (False, True)]
+    assert needed_libraries(shape((0, 512)), [Kernel.XQA]) == xqa
+    assert needed_libraries(shape((0, 512)), [Kernel.SPLIT_KV]) == []
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])

@@ -1,0 +1,198 @@
+"""Attention of decode rows: one row a request, its KV read in parallel by several programs. A Triton kernel, CUDA only.
+
+The positions of a row are split over programs, each of which makes an online softmax over its part; the last program
+of a row and KV head to finish combines the parts (flash decoding, https://pytorch.org/blog/flash-decoding). The query
+heads of one KV head share a program, so keys and values are read once.
+
+Block tables and lengths are read on the device, so a step needs no plan. The split adapts to each row's length: a
+captured grid serves short and long contexts, and a padded row costs one page.
+"""
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from graphgen.models.attention.store import launch_options
+
+_LEAST_PROGRAMS = 512
+"""Programs that keep an H200's memory busy: about four on each multiprocessor."""
+
+_MOST_SPLITS = 32
+_LEAST_SPLITS = 8  # also beside many rows: one long context among short ones must not be read by one program alone
+_WHOLE_BLOCKS = 16  # blocks that are not worth a split while other rows keep the device busy
+_BLOCK = 64
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _split_kv_kernel(
+    q: "tl.tensor",
+    k_pages: "tl.tensor",
+    v_pages: "tl.tensor",
+    block_tables: "tl.tensor",
+    kv_lens: "tl.tensor",
+    out: "tl.tensor",
+    parts: "tl.tensor",
+    peaks_and_sums: "tl.tensor",
+    finished: "tl.tensor",
+    scale: float,
+    window: int,
+    table_stride: int,
+    page_stride: int,
+    position_stride: int,
+    head_stride: int,
+    GROUP: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LEAST_BLOCKS: tl.constexpr,
+    CHAINED: tl.constexpr,
+) -> None:
+    split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    num_kv_heads = tl.num_programs(1)
+    kv_len = tl.load(kv_lens + row)
+    first_position = tl.where(window > 0, tl.maximum(kv_len - window, 0), 0)
+    first_block = first_position // BLOCK
+    num_blocks = (kv_len + BLOCK - 1) // BLOCK - first_block
+    blocks_each = tl.maximum((num_blocks + SPLITS - 1) // SPLITS, LEAST_BLOCKS)
+    num_parts = (num_blocks + blocks_each - 1) // blocks_each
+    if CHAINED:
+        gdc_wait()
+    if split >= num_parts:
+        return
+    begin = first_block + split * blocks_each
+    end = tl.minimum(begin + blocks_each, first_block + num_blocks)
+
+    dims = tl.arange(0, D)
+    group = tl.arange(0, 16)  # the least a tensor core multiplies; rows past the group are masked
+    in_group = (group < GROUP)[:, None]
+    offsets = tl.arange(0, BLOCK)
+    heads = (row * num_kv_heads + head).to(tl.int64) * GROUP
+    queries = tl.load(q + (heads + group)[:, None] * D + dims[None, :], in_group, other=0.0)
+    peak = tl.full([16], -1e30, tl.float32)
+    total = tl.zeros([16], tl.float32)
+    mixed = tl.zeros([16, D], tl.float32)
+    for block in range(begin, end):
+        positions = block * BLOCK + offsets
+        page = tl.load(block_tables + row.to(tl.int64) * table_stride + block * BLOCK // PAGE).to(tl.int64)
+        base = page * page_stride + head * head_stride
+        places = (positions % PAGE).to(tl.int64) * position_stride
+        visible = (positions < kv_len) & (positions >= first_position)
+        keys = tl.load(k_pages + base + places[None, :] + dims[:, None])
+        scores = tl.where(visible[None, :], tl.dot(queries, keys) * scale, -1e30)
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_peak[:, None])
+        shrink = tl.exp2(peak - new_peak)
+        total = total * shrink + tl.sum(weights, 1)
+        # What lies past the sequence may be anything: a weight of zero times NaN is NaN.
+        values = tl.load(v_pages + base + places[:, None] + dims[None, :], visible[:, None], other=0.0)
+        mixed = tl.dot(weights.to(values.dtype), values, mixed * shrink[:, None])
+        peak = new_peak
+    if CHAINED:
+        gdc_launch_dependents()
+    if num_parts == 1:
+        result = (mixed / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + (heads + group)[:, None] * D + dims[None, :], result, in_group)
+        return
+
+    first_part = (row * num_kv_heads + head).to(tl.int64) * SPLITS
+    part_heads = (first_part + split) * GROUP + group
+    tl.store(parts + part_heads[:, None] * D + dims[None, :], mixed, in_group)
+    tl.store(peaks_and_sums + part_heads * 2, peak, group < GROUP)
+    tl.store(peaks_and_sums + part_heads * 2 + 1, total, group < GROUP)
+    tl.debug_barrier()  # the whole program's stores come before its word that it is done
+    counter = finished + row * num_kv_heads + head
+    if tl.atomic_add(counter, 1, sem="acq_rel") != num_parts - 1:
+        return
+    tl.store(counter, 0)  # for the next layer
+
+    cells = tl.arange(0, GROUP_BLOCK * D)
+    in_cells = cells < GROUP * D
+    best = tl.full([GROUP_BLOCK * D], -1e30, tl.float32)
+    for part in tl.static_range(SPLITS):
+        heads_of_part = (first_part + part) * GROUP + cells // D
+        best = tl.maximum(best, tl.load(peaks_and_sums + heads_of_part * 2, in_cells & (part < num_parts), other=-1e30))
+    whole = tl.zeros([GROUP_BLOCK * D], tl.float32)
+    sums = tl.zeros([GROUP_BLOCK * D], tl.float32)
+    for part in tl.static_range(SPLITS):
+        live = in_cells & (part < num_parts)
+        heads_of_part = (first_part + part) * GROUP + cells // D
+        share = tl.exp2(tl.load(peaks_and_sums + heads_of_part * 2, live, other=-1e30) - best)
+        sums += share * tl.load(peaks_and_sums + heads_of_part * 2 + 1, live, other=0.0)
+        whole += share * tl.load(parts + (first_part + part) * GROUP * D + cells, live, other=0.0)
+    tl.store(out + heads * D + cells, (whole / sums).to(out.dtype.element_ty), in_cells)
+
+
+class SplitKvWorkspace:
+    """What the programs of one row tell each other. Steps and layers run one after another, so they share it."""
+
+    def __init__(self, most_rows: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> None:
+        most_parts = max(rows * num_splits(rows, num_kv_heads)[0] for rows in range(1, most_rows + 1))
+        self.parts = torch.empty(most_parts * num_heads * head_dim, dtype=torch.float32, device=device)
+        self.peaks_and_sums = torch.empty(most_parts * num_heads * 2, dtype=torch.float32, device=device)
+        # Zero before the first use; the kernel leaves it so.
+        self.finished = torch.zeros(most_rows * num_kv_heads, dtype=torch.int32, device=device)
+
+
+@functools.cache
+def num_splits(num_rows: int, num_kv_heads: int) -> tuple[int, int]:
+    """(parts that a row is split into at most, blocks that a part has at least) for a step of so many rows."""
+    wanted = -(-_LEAST_PROGRAMS // (num_rows * num_kv_heads))
+    splits = min(max(1 << (wanted - 1).bit_length(), _LEAST_SPLITS), _MOST_SPLITS)
+    return splits, max(1, _WHOLE_BLOCKS // wanted)
+
+
+def split_kv_attention(
+    q: Tensor,
+    out: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_tables: Tensor,
+    kv_lens: Tensor,
+    workspace: tuple[Tensor, Tensor, Tensor],
+    window: int,
+    chained: bool,
+) -> None:
+    """Writes out [R, Hq, D], the attention of R rows over the first kv_lens positions of their block tables.
+
+    q: [R, Hq, D] contiguous. k_pages, v_pages: [P, page_size, Hkv, D] of one layout, page_size a power of two from 16.
+    block_tables: [R, M] int32. kv_lens: [R] int32, at least 1. window: the last positions a row sees, 0 for all.
+    workspace: the tensors of a SplitKvWorkspace for at least R rows. chained: launch before the kernel ahead is done,
+    and wait inside (programmatic dependent launch; SM90 on).
+    """
+    num_rows, num_heads, head_dim = q.shape
+    page_size, num_kv_heads = k_pages.shape[1:3]
+    splits, least_blocks = num_splits(num_rows, num_kv_heads)
+    group = num_heads // num_kv_heads
+    _split_kv_kernel[(splits, num_kv_heads, num_rows)](
+        q,
+        k_pages,
+        v_pages,
+        block_tables,
+        kv_lens,
+        out,
+        *workspace,
+        math.log2(math.e) * head_dim**-0.5,
+        window,
+        block_tables.stride(0),
+        k_pages.stride(0),
+        k_pages.stride(1),
+        k_pages.stride(2),
+        group,
+        triton.next_power_of_2(group),
+        head_dim,
+        page_size,
+        min(page_size, _BLOCK),
+        splits,
+        least_blocks,
+        chained,
+        num_warps=4,
+        num_stages=3,
+        **launch_options(chained),
+    )
