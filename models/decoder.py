@@ -92,9 +92,9 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits, float32 [N, V], of rows of forward's result, [N, hidden]."""
+        """Next-token logits, [N, V] in the weights' dtype, of rows of forward's result, [N, hidden]."""
         head = self.embedding if self.head is None else self.head
-        return F.linear(self.final_norm(hidden), head.weight).float()
+        return F.linear(self.final_norm(hidden), head.weight)
 
     def compile_layers(self) -> None:
         """From now on layers run compiled: one graph, made at the first call, for all layers and all shapes, but

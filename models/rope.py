@@ -87,6 +87,11 @@ class Rope:
         frequencies = self._frequencies
         if self._rope.kind == "dynamic":
             frequencies = self._dynamic_frequencies(sequence_lens)
+        elif positions.device.type == "cuda":
+            # Triton exists where CUDA does; elsewhere it must not be needed.
+            from graphgen.models import rope_cuda
+
+            return rope_cuda.angles(positions, frequencies, self._rope.attention_factor, dtype)
         angles = positions[:, None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)
         scale = self._rope.attention_factor

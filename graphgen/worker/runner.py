@@ -34,7 +34,8 @@ from graphgen.models.loader import load_decoder
 from graphgen.models.sampling import ROW_WIDTH, make_sampler, pack_slot
 from graphgen.worker.backend import open_backend
 from graphgen.worker.inputs import InputShape, RegionLengths, input_layout, pack_plan
-from graphgen.worker.step import TOKEN_RING, SlotTables, Step
+from graphgen.worker.rows import SlotTables
+from graphgen.worker.step import TOKEN_RING, Step
 
 MAX_CHUNKS = 32
 """Chunks one step may hold. More would only help prompts shorter than a thirty-second of the budget."""

@@ -33,6 +33,7 @@ from graphgen.models.attention.kernels import (
     needed_libraries,
     planned_library,
 )
+from graphgen.models.attention.ragged import flatten_pages
 from graphgen.models.attention.split_kv import SplitKvWorkspace, split_kv_attention
 from graphgen.models.attention.store import rotate_and_store
 from graphgen.models.attention.tables import RowTables
@@ -162,20 +163,9 @@ class PlannedRegion:
         self._next = 0
 
     def prepare(self, num_rows: int, starts: Tensor, kv_lens: Tensor, pages: Tensor) -> list[Tensor]:
-        """Flattens the block tables of [N] requests into FlashInfer's ragged form, on the device."""
-        num_requests, pages_each = pages.shape
-        page_size = self._shape.page_size
-        counts = (kv_lens + (page_size - 1)) // page_size
-        page_starts = torch.zeros(num_requests + 1, dtype=torch.int32, device=pages.device)
-        torch.cumsum(counts, 0, dtype=torch.int32, out=page_starts[1:])
-        index = torch.arange(pages_each, dtype=torch.int32, device=pages.device)
-        # Entries past a request's pages go to one spare place behind the last.
-        spare = num_requests * pages_each
-        places = torch.where(index < counts[:, None], page_starts[:-1, None] + index, spare)
-        # Page 0 is a valid page: a kernel's last tile may load past the end of the list before it masks.
-        flat = torch.zeros(spare + 256, dtype=torch.int32, device=pages.device)
-        flat.scatter_(0, places.reshape(-1).long(), pages.reshape(-1))
-        last_lens = kv_lens - (counts - 1).clamp(min=0) * page_size
+        """The block tables of [N] requests in FlashInfer's ragged form, made on the device."""
+        num_requests = len(kv_lens)
+        page_starts, flat, last_lens = flatten_pages(kv_lens, pages, self._shape.page_size)
         prepared = [starts, page_starts, flat, last_lens, self._float_workspace]
         for window in self._shape.windows:
             constants = torch.tensor(self._constants[num_rows, num_requests, window], dtype=torch.int64)

@@ -19,7 +19,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 @pytest.mark.parametrize("chained", [False, True])
-@pytest.mark.parametrize("num_rows", [1, 3, 16])
+@pytest.mark.parametrize("num_rows", [1, 3, 16, 17, 64])
 def test_products_equal_torch_for_every_block_width_bias_and_activation(num_rows: int, chained: bool) -> None:
     from graphgen.models import few_rows
 

@@ -75,7 +75,7 @@ class Driver:
         self.last_hidden = hidden
         for request, length in [*chunks, *((request, 1) for request in decodes)]:
             request.num_computed += length
-        logits = self.decoder.logits(hidden)
+        logits = self.decoder.logits(hidden).float()
         of_chunks = logits[:num_chunk_rows].split([length for _, length in chunks]) if chunks else []
         of_decodes = [logits[len(prefill) + row][None] for row in range(len(decodes))]
         return [*of_chunks, *of_decodes]

@@ -1,0 +1,156 @@
+"""What a step plan means on the device: its token rows, what they attend to, and which of them draw a token.
+
+Owns the slot tables and the way from a bucket's input fields to row tables; inputs.py says what the fields hold. Runs
+at the start of every captured step, before any layer. This is the torch version, some forty small kernels; in
+rows_cuda.py they are four, since each costs a microsecond or two however little it does.
+
+Shapes: `T` = `P` prefill rows + `R` decode rows; `C` chunks; `N` = C + R rows that may draw; `S` slots, the trash slot
+being number S; `M` pages of a block table.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from graphgen.ipc.messages import Bucket
+from graphgen.models.attention.tables import RowTables
+
+
+class SlotTables:
+    """What the device keeps between steps, one row per slot and a last one for padding."""
+
+    def __init__(self, num_slots: int, pages_per_slot: int, trash_page: int, device: torch.device) -> None:
+        self.block_table = torch.full((num_slots + 1, pages_per_slot), trash_page, dtype=torch.int32, device=device)
+        self.last_token = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
+
+    @property
+    def trash_slot(self) -> int:
+        return self.last_token.shape[0] - 1
+
+
+class Rows(NamedTuple):
+    """The step's token rows, [T] int64 each; padded rows have the trash slot and position 0."""
+
+    slots: Tensor
+    positions: Tensor
+    token_ids: Tensor
+    sequence_lens: Tensor
+    """max(prompt length of the row's request, position + 1)."""
+
+
+class Draws(NamedTuple):
+    """The rows whose logits are computed, [N] int64 each: last rows of chunks, then decode rows. Those that draw
+    nothing belong to the trash slot."""
+
+    rows: Tensor
+    slots: Tensor
+    positions: Tensor  # of the token that is drawn
+
+
+class ExpandedStep(NamedTuple):
+    """All that the rest of a step reads of its plan."""
+
+    rows: Rows
+    tables: RowTables
+    draws: Draws
+
+
+class RowExpander(Protocol):
+    """The rows of one bucket, in torch here and in Triton in rows_cuda.py."""
+
+    def append_pages(self) -> None:
+        """Enters the plan's new pages into the block tables."""
+
+    def expand(self) -> ExpandedStep:
+        """Reads the plan and the slot tables; the new owners' parameters must be in `prompt_len` by now."""
+
+    def feed_back(self, tokens: Tensor, draws: Draws) -> None:
+        """Makes the drawn tokens, [N], the last tokens of their slots, and writes them into the step's ring row."""
+
+
+class TorchRows:
+    """RowExpander on any device."""
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        fields: Mapping[str, Tensor],
+        slots: SlotTables,
+        prompt_len: Tensor,
+        token_ring: Tensor,
+        page_size: int,
+        trash_page: int,
+    ) -> None:
+        """fields: of the bucket's input block. prompt_len: [S + 1] int32, of each slot's owner.
+        token_ring: [TOKEN_RING, most sampled rows] int32."""
+        self._bucket = bucket
+        self._fields = fields
+        self._slots = slots
+        self._prompt_len = prompt_len
+        self._token_ring = token_ring
+        self._page_size = page_size
+        self._trash_page = trash_page
+        device = token_ring.device
+        self._prefill_rows = torch.arange(bucket.prefill_rows, device=device)
+        self._decode_rows = torch.arange(bucket.prefill_rows, bucket.num_rows, device=device)
+        self._page_numbers = torch.arange(fields["new_pages"].shape[0] // 3, device=device)
+
+    def append_pages(self) -> None:
+        """Entries past the live ones go to the trash slot."""
+        slot, index, page = self._fields["new_pages"].view(-1, 3).unbind(1)
+        live = self._page_numbers < self._fields["counts"][1]
+        places = (torch.where(live, slot, self._slots.trash_slot).long(), torch.where(live, index, 0).long())
+        self._slots.block_table.index_put_(places, torch.where(live, page, self._trash_page))
+
+    def expand(self) -> ExpandedStep:
+        rows = self._rows()
+        return ExpandedStep(rows, self._row_tables(rows), self._draws(rows))
+
+    def feed_back(self, tokens: Tensor, draws: Draws) -> None:
+        self._slots.last_token.index_copy_(0, draws.slots, tokens.long())
+        ring_row = self._fields["counts"][2:3].long()
+        self._token_ring[:, : tokens.shape[0]].index_copy_(0, ring_row, tokens.int().unsqueeze(0))
+
+    def _rows(self) -> Rows:
+        """The chunk table becomes rows; decode rows take the token that was drawn last for their slot."""
+        slots = self._fields["decode_slots"].long()
+        positions = self._fields["decode_positions"].long()
+        token_ids = self._slots.last_token[slots]
+        if self._bucket.prefill_rows:
+            starts = self._fields["chunk_starts"]
+            num_chunks = starts.shape[0] - 1
+            # A chunk ends where the next begins, so the row's chunk is the number of ends at or before it.
+            chunk = torch.searchsorted(starts[1:], self._prefill_rows.int(), right=True).clamp(max=num_chunks - 1)
+            live = self._prefill_rows < self._fields["counts"][0]
+            offset = self._prefill_rows - starts[chunk]
+            chunk_slots = torch.where(live, self._fields["chunk_slots"][chunk].long(), self._slots.trash_slot)
+            slots = torch.cat((chunk_slots, slots))
+            positions = torch.cat((torch.where(live, self._fields["chunk_positions"][chunk] + offset, 0), positions))
+            token_ids = torch.cat((self._fields["chunk_token_ids"].long(), token_ids))
+        return Rows(slots, positions, token_ids, torch.maximum(self._prompt_len[slots].long(), positions + 1))
+
+    def _row_tables(self, rows: Rows) -> RowTables:
+        """Where the rows write their K and V, and what they see."""
+        block_table = self._slots.block_table
+        pages = block_table[rows.slots, rows.positions // self._page_size].long()
+        split = self._bucket.prefill_rows
+        starts = self._fields["chunk_starts"]
+        lengths = starts[1:] - starts[:-1]
+        return RowTables(
+            kv_locations=pages * self._page_size + rows.positions % self._page_size,
+            chunk_starts=starts,
+            chunk_kv_lens=torch.where(lengths > 0, self._fields["chunk_positions"] + lengths, 0),
+            chunk_pages=block_table[self._fields["chunk_slots"].long()],
+            decode_kv_lens=(rows.positions[split:] + 1).int(),
+            decode_pages=block_table[rows.slots[split:]],
+        )
+
+    def _draws(self, rows: Rows) -> Draws:
+        last_rows = (self._fields["chunk_starts"][1:] - 1).clamp(min=0).long()
+        drawn = torch.cat((last_rows, self._decode_rows))
+        samples = self._fields["chunk_samples"] > 0
+        chunk_slots = torch.where(samples, self._fields["chunk_slots"].long(), self._slots.trash_slot)
+        slots = torch.cat((chunk_slots, rows.slots[self._bucket.prefill_rows :]))
+        return Draws(drawn, slots, rows.positions[drawn] + 1)

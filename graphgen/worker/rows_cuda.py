@@ -1,0 +1,230 @@
+"""RowExpander in Triton: what rows.py does with some forty torch kernels, in four launches. CUDA only.
+
+A step of one row would spend as long between forty tiny kernels as in two layers of the model. One compilation serves
+all buckets: Triton is told not to specialise on sizes, nor on where a bucket's fields lie.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from graphgen.ipc.messages import Bucket
+from graphgen.models.attention.tables import RowTables
+from graphgen.worker.rows import Draws, ExpandedStep, Rows, SlotTables
+
+_ROW_BLOCK = 128
+_PAGE_BLOCK = 1024
+_CHUNK_BLOCK = 32
+
+
+@triton.jit(  # type: ignore[untyped-decorator]  # triton has no types
+    do_not_specialize=["counts", "new_pages", "table_stride"]
+)
+def _append_pages_kernel(
+    counts: "tl.tensor", new_pages: "tl.tensor", block_table: "tl.tensor", table_stride: int, BLOCK: tl.constexpr
+) -> None:
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = number < tl.load(counts + 1)
+    slot = tl.load(new_pages + number * 3, live, other=0).to(tl.int64)
+    index = tl.load(new_pages + number * 3 + 1, live, other=0)
+    page = tl.load(new_pages + number * 3 + 2, live, other=0)
+    tl.store(block_table + slot * table_stride + index, page, live)
+
+
+@triton.jit(  # type: ignore[untyped-decorator]  # triton has no types
+    do_not_specialize=[
+        *("counts", "chunk_slots", "chunk_positions", "chunk_starts", "chunk_samples", "chunk_token_ids"),
+        *("decode_slots", "decode_positions", "prompt_len", "kv_locations", "kv_lens", "draws"),
+        *("num_prefill", "num_decode", "num_chunks", "table_stride", "prompt_len_stride", "trash_slot"),
+    ]
+)
+def _expand_kernel(
+    counts: "tl.tensor",
+    chunk_slots: "tl.tensor",
+    chunk_positions: "tl.tensor",
+    chunk_starts: "tl.tensor",
+    chunk_samples: "tl.tensor",
+    chunk_token_ids: "tl.tensor",
+    decode_slots: "tl.tensor",
+    decode_positions: "tl.tensor",
+    last_token: "tl.tensor",
+    block_table: "tl.tensor",
+    prompt_len: "tl.tensor",
+    row_outputs: "tl.tensor",
+    kv_locations: "tl.tensor",
+    kv_lens: "tl.tensor",
+    draws: "tl.tensor",
+    num_prefill: int,
+    num_decode: int,
+    num_chunks: int,
+    table_stride: int,
+    prompt_len_stride: int,
+    trash_slot: int,
+    PAGE: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program per BLOCK rows; the first also describes the chunks.
+
+    row_outputs: slots, positions, token ids, sequence lengths, one after another. kv_lens: of chunks, then of decode
+    rows. draws: rows, slots, positions, one after another.
+    """
+    num_rows = num_prefill + num_decode
+    num_draws = num_chunks + num_decode
+    chunks = tl.arange(0, CHUNKS)
+    in_chunks = chunks < num_chunks
+    starts = tl.load(chunk_starts + chunks, in_chunks, other=0)
+    ends = tl.load(chunk_starts + chunks + 1, in_chunks, other=2147483647)
+
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < num_rows
+    in_prefill = row < num_prefill
+    live = row < tl.load(counts)
+    # A chunk ends where the next begins, so the row's chunk is the number of ends at or before it.
+    chunk = tl.minimum(tl.sum((ends[None, :] <= row[:, None]).to(tl.int32), 1), num_chunks - 1)
+    offset = row - tl.load(chunk_starts + chunk, live, other=0)
+    decode = row - num_prefill
+    in_decode = inside & (decode >= 0)
+    slot = tl.load(chunk_slots + chunk, live, other=0)
+    slot = tl.where(live, slot, tl.load(decode_slots + decode, in_decode, other=trash_slot)).to(tl.int64)
+    position = tl.load(chunk_positions + chunk, live, other=0) + offset
+    position = tl.where(live, position, tl.load(decode_positions + decode, in_decode, other=0)).to(tl.int64)
+    token_id = tl.load(chunk_token_ids + row, in_prefill, other=0).to(tl.int64)
+    token_id = tl.where(in_decode, tl.load(last_token + slot, in_decode, other=0), token_id)
+    length = tl.load(prompt_len + slot * prompt_len_stride, inside, other=0).to(tl.int64)
+    page = tl.load(block_table + slot * table_stride + position // PAGE, inside, other=0).to(tl.int64)
+
+    tl.store(row_outputs + row, slot, inside)
+    tl.store(row_outputs + num_rows + row, position, inside)
+    tl.store(row_outputs + 2 * num_rows + row, token_id, inside)
+    tl.store(row_outputs + 3 * num_rows + row, tl.maximum(length, position + 1), inside)
+    tl.store(kv_locations + row, page * PAGE + position % PAGE, inside)
+    tl.store(kv_lens + num_chunks + decode, (position + 1).to(tl.int32), in_decode)
+    draw = num_chunks + decode
+    tl.store(draws + draw, row.to(tl.int64), in_decode)
+    tl.store(draws + num_draws + draw, slot, in_decode)
+    tl.store(draws + 2 * num_draws + draw, position + 1, in_decode)
+
+    if tl.program_id(0) == 0:
+        lengths = ends - starts
+        seen = tl.where(lengths > 0, tl.load(chunk_positions + chunks, in_chunks, other=0) + lengths, 0)
+        samples = tl.load(chunk_samples + chunks, in_chunks, other=0) > 0
+        drawing = tl.where(samples, tl.load(chunk_slots + chunks, in_chunks, other=0), trash_slot)
+        tl.store(kv_lens + chunks, seen, in_chunks)
+        tl.store(draws + chunks, tl.maximum(ends - 1, 0).to(tl.int64), in_chunks)
+        tl.store(draws + num_draws + chunks, drawing.to(tl.int64), in_chunks)
+        tl.store(draws + 2 * num_draws + chunks, tl.maximum(seen, 1).to(tl.int64), in_chunks)
+
+
+@triton.jit(  # type: ignore[untyped-decorator]  # triton has no types
+    do_not_specialize=["counts", "slots", "num_draws", "ring_stride"]
+)
+def _feed_back_kernel(
+    counts: "tl.tensor",
+    tokens: "tl.tensor",
+    slots: "tl.tensor",
+    last_token: "tl.tensor",
+    ring: "tl.tensor",
+    num_draws: int,
+    ring_stride: int,
+    BLOCK: tl.constexpr,
+) -> None:
+    draw = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = draw < num_draws
+    token = tl.load(tokens + draw, inside, other=0)
+    tl.store(last_token + tl.load(slots + draw, inside, other=0), token.to(tl.int64), inside)
+    tl.store(ring + tl.load(counts + 2) * ring_stride + draw, token.to(tl.int32), inside)
+
+
+class TritonRows:
+    """RowExpander on CUDA. Padded prompt rows' sequence length, and the draws of the trash slot, are arbitrary."""
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        fields: Mapping[str, Tensor],
+        slots: SlotTables,
+        prompt_len: Tensor,
+        token_ring: Tensor,
+        page_size: int,
+        trash_page: int,
+    ) -> None:
+        """As of TorchRows."""
+        del trash_page  # entries past the live ones are not written at all
+        self._bucket = bucket
+        self._fields = fields
+        self._slots = slots
+        self._prompt_len = prompt_len
+        self._token_ring = token_ring
+        self._page_size = page_size
+        self._num_chunks = fields["chunk_slots"].shape[0]
+        assert self._num_chunks <= _CHUNK_BLOCK, "the kernel describes all chunks in one block"
+
+    def append_pages(self) -> None:
+        """As of RowExpander."""
+        new_pages, block_table = self._fields["new_pages"], self._slots.block_table
+        _append_pages_kernel[(triton.cdiv(new_pages.shape[0] // 3, _PAGE_BLOCK),)](
+            self._fields["counts"], new_pages, block_table, block_table.stride(0), _PAGE_BLOCK
+        )
+
+    def expand(self) -> ExpandedStep:
+        """As of RowExpander."""
+        bucket, fields, block_table = self._bucket, self._fields, self._slots.block_table
+        num_rows, num_draws = bucket.num_rows, self._num_chunks + bucket.decode_rows
+        device = block_table.device
+        row_outputs = torch.empty((4, num_rows), dtype=torch.int64, device=device)
+        kv_locations = torch.empty(num_rows, dtype=torch.int64, device=device)
+        kv_lens = torch.empty(num_draws, dtype=torch.int32, device=device)
+        draws = torch.empty((3, num_draws), dtype=torch.int64, device=device)
+        _expand_kernel[(triton.cdiv(num_rows, _ROW_BLOCK),)](
+            fields["counts"],
+            fields["chunk_slots"],
+            fields["chunk_positions"],
+            fields["chunk_starts"],
+            fields["chunk_samples"],
+            fields["chunk_token_ids"],
+            fields["decode_slots"],
+            fields["decode_positions"],
+            self._slots.last_token,
+            block_table,
+            self._prompt_len,
+            row_outputs,
+            kv_locations,
+            kv_lens,
+            draws,
+            bucket.prefill_rows,
+            bucket.decode_rows,
+            self._num_chunks,
+            block_table.stride(0),
+            self._prompt_len.stride(0),
+            self._slots.trash_slot,
+            self._page_size,
+            _CHUNK_BLOCK,
+            _ROW_BLOCK,
+        )
+        tables = RowTables(
+            kv_locations=kv_locations,
+            chunk_starts=fields["chunk_starts"],
+            chunk_kv_lens=kv_lens[: self._num_chunks],
+            chunk_pages=block_table.index_select(0, fields["chunk_slots"]),
+            decode_kv_lens=kv_lens[self._num_chunks :],
+            decode_pages=block_table.index_select(0, fields["decode_slots"]),
+        )
+        return ExpandedStep(Rows(*row_outputs.unbind(0)), tables, Draws(*draws.unbind(0)))
+
+    def feed_back(self, tokens: Tensor, draws: Draws) -> None:
+        """As of RowExpander."""
+        num_draws = tokens.shape[0]
+        _feed_back_kernel[(triton.cdiv(num_draws, _ROW_BLOCK),)](
+            self._fields["counts"],
+            tokens,
+            draws.slots,
+            self._slots.last_token,
+            self._token_ring,
+            num_draws,
+            self._token_ring.stride(0),
+            _ROW_BLOCK,
+        )
