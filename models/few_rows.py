@@ -59,7 +59,7 @@ def _product(
     return result
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+@triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # triton has no types
 def _linear_kernel(
     x: "tl.tensor",
     weight: "tl.tensor",
@@ -86,7 +86,7 @@ def _linear_kernel(
     tl.store(out + rows * N + columns[None, :], result.to(out.dtype.element_ty), rows < num_rows)
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+@triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # triton has no types
 def _gated_kernel(
     x: "tl.tensor",
     weight: "tl.tensor",

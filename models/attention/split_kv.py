@@ -28,7 +28,7 @@ _WHOLE_BLOCKS = 16  # blocks that are not worth a split while other rows keep th
 _BLOCK = 64
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+@triton.jit(do_not_specialize=["least_blocks"])  # type: ignore[untyped-decorator]  # triton has no types
 def _split_kv_kernel(
     q: "tl.tensor",
     k_pages: "tl.tensor",
@@ -45,13 +45,13 @@ def _split_kv_kernel(
     page_stride: int,
     position_stride: int,
     head_stride: int,
+    least_blocks: int,
     GROUP: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
-    LEAST_BLOCKS: tl.constexpr,
     CHAINED: tl.constexpr,
 ) -> None:
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -60,7 +60,7 @@ def _split_kv_kernel(
     first_position = tl.where(window > 0, tl.maximum(kv_len - window, 0), 0)
     first_block = first_position // BLOCK
     num_blocks = (kv_len + BLOCK - 1) // BLOCK - first_block
-    blocks_each = tl.maximum((num_blocks + SPLITS - 1) // SPLITS, LEAST_BLOCKS)
+    blocks_each = tl.maximum((num_blocks + SPLITS - 1) // SPLITS, least_blocks)
     num_parts = (num_blocks + blocks_each - 1) // blocks_each
     if CHAINED:
         gdc_wait()
@@ -184,13 +184,13 @@ def split_kv_attention(
         k_pages.stride(0),
         k_pages.stride(1),
         k_pages.stride(2),
+        least_blocks,
         group,
         triton.next_power_of_2(group),
         head_dim,
         page_size,
         min(page_size, _BLOCK),
         splits,
-        least_blocks,
         chained,
         num_warps=4,
         num_stages=3,
