@@ -2,8 +2,8 @@
 
     python -m benchmarks.attention --json attention.json
 
-Needs CUDA and FlashInfer. Decode: rows that attend to one context length, by XQA at several widths of its grid and by
-FA2 planned with one row per request. Prefill: one chunk behind a context, by FA3 and FA2. The floor is the time to
+Needs CUDA and FlashInfer. Decode: rows that attend to one context length, by the split-KV kernel, by XQA and by FA2
+planned with one row per request; then the same bucket with one row in four live, since padding is not free. Prefill: one chunk behind a context, by FA3 and FA2. The floor is the time to
 read the keys and values once at the copy bandwidth that is measured first.
 """
 
@@ -24,17 +24,20 @@ DEVICE = torch.device("cuda")
 PAGE_SIZE = 64
 NUM_LAYERS = 8
 """KV tensors a graph goes through, so that no call finds its keys in the L2 cache of the last one."""
+TABLE_PAGES = 256
+"""Pages of a block table, as of an engine that serves 16k positions."""
 
 
-def decode_tables(num_rows: int, context: int, pages_wide: int) -> RowTables:
-    """Rows at one context length, pages dealt at random."""
+def decode_tables(num_rows: int, num_live: int, context: int, pages_wide: int) -> RowTables:
+    """Live rows at one context length, pages dealt at random; the others see one position, as padded rows do."""
     pages_each = -(-context // PAGE_SIZE)
     order = np.random.default_rng(0).permutation(num_rows * pages_each).astype(np.int32)
-    pages = np.zeros((num_rows, pages_wide), np.int32)
+    pages = np.zeros((num_rows, max(pages_wide, pages_each)), np.int32)
     pages[:, :pages_each] = order.reshape(num_rows, pages_each)
     empty = torch.zeros(0, dtype=torch.int32, device="cuda")
     locations = torch.from_numpy(pages[:, pages_each - 1].astype(np.int64)).cuda() * PAGE_SIZE
     kv_lens = torch.full((num_rows,), context, dtype=torch.int32, device="cuda")
+    kv_lens[num_live:] = 1
     starts = torch.zeros(1, dtype=torch.int32, device="cuda")
     return RowTables(locations, starts, empty, empty.view(0, 1), kv_lens, torch.from_numpy(pages).cuda())
 
@@ -92,24 +95,29 @@ class Case:
         return median_s(self.run, DEVICE, repeats) * 1e6 / NUM_LAYERS
 
 
+DECODE_KERNELS = (Kernel.SPLIT_KV, Kernel.XQA, Kernel.FA2)
+
+
 def decode_rows(
     shape: AttentionShape, batches: Sequence[int], contexts: Sequence[int], bandwidth: float
 ) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for context in contexts:
         for batch in batches:
-            kv_bytes = 2 * batch * context * shape.num_kv_heads * shape.head_dim * 2
-            if kv_bytes * NUM_LAYERS > 40 << 30:
+            if _kv_bytes(shape, batch, context) * NUM_LAYERS > 40 << 30:
                 continue
-            row: dict[str, object] = {"rows": batch, "context": context, "floor us": kv_bytes / bandwidth * 1e6}
-            for width in (-(-context // PAGE_SIZE), 256):
-                tables = decode_tables(batch, context, max(width, -(-context // PAGE_SIZE)))
-                case = Case(shape, tables, (Kernel.FA3, Kernel.XQA))
-                row[f"XQA {'exact' if width != 256 else '16k'} us"] = case.microseconds_per_layer(20)
-            case = Case(shape, decode_tables(batch, context, 256), (Kernel.FA3, Kernel.FA2))
-            row["FA2 us"] = case.microseconds_per_layer(20)
-            rows.append(row)
+            for live in sorted({batch, -(-batch // 4)}, reverse=True):
+                floor_us = _kv_bytes(shape, live, context) / bandwidth * 1e6
+                row: dict[str, object] = {"rows": batch, "live": live, "context": context, "floor us": floor_us}
+                for kernel in DECODE_KERNELS:
+                    case = Case(shape, decode_tables(batch, live, context, TABLE_PAGES), (Kernel.FA3, kernel))
+                    row[f"{kernel.name} us"] = case.microseconds_per_layer(20)
+                rows.append(row)
     return rows
+
+
+def _kv_bytes(shape: AttentionShape, num_rows: int, context: int) -> int:
+    return 2 * num_rows * context * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize
 
 
 def prefill_rows(shape: AttentionShape, lengths: Sequence[int]) -> list[dict[str, object]]:
@@ -117,7 +125,7 @@ def prefill_rows(shape: AttentionShape, lengths: Sequence[int]) -> list[dict[str
     for length in lengths:
         row: dict[str, object] = {"chunk": length, "context": length + 512}
         for kernel in (Kernel.FA3, Kernel.FA2):
-            case = Case(shape, chunk_tables(length, length + 512), (kernel, Kernel.XQA))
+            case = Case(shape, chunk_tables(length, length + 512), (kernel, Kernel.SPLIT_KV))
             row[f"{kernel.name} us"] = case.microseconds_per_layer(20)
         rows.append(row)
     return rows
@@ -126,7 +134,7 @@ def prefill_rows(shape: AttentionShape, lengths: Sequence[int]) -> list[dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", type=int, nargs=3, default=[32, 8, 128], help="query heads, KV heads, head size")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 256])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16, 64, 256])
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--chunks", type=int, nargs="+", default=[192, 448, 960, 1984])
     parser.add_argument("--json", help="write the figures here")

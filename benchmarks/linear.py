@@ -26,8 +26,12 @@ from graphgen.demo import model_folder
 from graphgen.models.families import load_spec
 from graphgen.models.spec import DTYPE_BYTES, ModelSpec
 
-KERNELS = ("default", "cublaslt", "inductor")
-"""default: F.linear as torch dispatches it; cublaslt: the same by that library; inductor: the fastest it finds."""
+KERNELS = ("default", "few_rows", "cublaslt", "inductor")
+"""default: F.linear as torch dispatches it; few_rows: the chained Triton kernel of steps of at most 64 rows, SM90 on;
+cublaslt: F.linear by that library; inductor: the fastest it finds."""
+
+FEW_ROWS = 64
+"""Rows that the kernel of few rows is written for."""
 
 Linear = Callable[[Tensor, Tensor], Tensor]
 
@@ -72,6 +76,10 @@ def kernel(name: str) -> Iterator[Linear]:
     if name == "inductor":
         torch.compiler.reset()  # what it tuned for other shapes would count against its limit of recompilations
         yield torch.compile(F.linear, mode="max-autotune-no-cudagraphs", dynamic=False)
+    elif name == "few_rows":
+        from graphgen.models import few_rows
+
+        yield lambda x, weight: few_rows.linear(x, weight, None, chained=True)
     elif name == "cublaslt":
         before = torch.backends.cuda.preferred_blas_library()
         torch.backends.cuda.preferred_blas_library("cublaslt")
@@ -173,8 +181,9 @@ def main() -> None:
     spec = load_spec(options.model)
     device = torch.device(find_device() if options.device == "auto" else options.device)
     on_cuda = device.type == "cuda"
-    if "cublaslt" in options.kernels and not on_cuda:
-        raise SystemExit(f"--kernels cublaslt needs CUDA, the device is {device}: leave it out")
+    for name in ("cublaslt", "few_rows"):
+        if name in options.kernels and not on_cuda:
+            raise SystemExit(f"--kernels {name} needs CUDA, the device is {device}: leave it out")
     dtype: torch.dtype = getattr(torch, options.dtype or spec.dtype)
     limits = Limits(
         read_bytes_per_s(device, (options.read_mb or (2048 if on_cuda else 256)) << 20),
@@ -189,9 +198,8 @@ def main() -> None:
     rows: list[Row] = []
     with torch.inference_mode():
         for name in options.kernels:
-            rows += rows_of_kernel(
-                name, shapes_of(spec), options.rows, device, dtype, limits, rotate_bytes, options.repeats
-            )
+            sizes = [size for size in options.rows if name != "few_rows" or size <= FEW_ROWS]
+            rows += rows_of_kernel(name, shapes_of(spec), sizes, device, dtype, limits, rotate_bytes, options.repeats)
     show(f"Linear layers of {options.model}", rows, about)
     write_json(options.json, rows, about)
 
