@@ -1,10 +1,11 @@
-"""Which kernel attends fastest? The kernels of both regions, alone, in CUDA graphs, a different KV tensor per call.
+"""Which attention kernel is fastest? Those of both regions, alone, in CUDA graphs, a different KV tensor per call.
 
     python -m benchmarks.attention --json attention.json
 
 Needs CUDA and FlashInfer. Decode: rows that attend to one context length, by the split-KV kernel, by XQA and by FA2
-planned with one row per request; then the same bucket with one row in four live, since padding is not free. Prefill: one chunk behind a context, by FA3 and FA2. The floor is the time to
-read the keys and values once at the copy bandwidth that is measured first.
+planned with one row per request; then the same bucket with one row in four live, since padding is not free. Prefill:
+one chunk behind a context, by FA3 and FA2. The floor is the time to read the keys and values once at the copy
+bandwidth that is measured first.
 """
 
 import argparse
