@@ -1,13 +1,14 @@
-"""The pictures of serving: throughput against latency, token latencies by percentile, and a timeline of steps.
+"""The pictures of serving: throughput against latency, token latencies by percentile, a timeline of steps, and what
+simulated policies promise and cost.
 
-Only draws: the figures are made by `benchmarks.metrics` and `benchmarks.step_log`. Needs matplotlib (the extra
-`bench`), so `benchmarks.serving` and `benchmarks.timeline` import it when a picture is asked for.
+Only draws: the figures are made by `benchmarks.metrics`, `benchmarks.step_log` and `benchmarks.simulate`. Needs
+matplotlib (the extra `bench`), so scripts import it when a picture is asked for.
 """
 
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +86,12 @@ def _clients(count: int) -> str:
     return f"{count} client{'s' if count != 1 else ''}"
 
 
+def _row_label(row: Row, with_budget: bool) -> str:
+    """The workload, its policy if it was simulated, and the budget if rows differ by it."""
+    policy = f", {row['policy']}" if "policy" in row else ""
+    return f"{row['workload']}{policy}" + (f", budget {row['token_budget']}" if with_budget else "")
+
+
 def _tail_place(percent: float) -> float:
     """Each further nine gets the same width."""
     return -math.log10(1.0 - percent / 100.0)
@@ -102,7 +109,7 @@ def _draw_percentiles(axes: Axes, rows: Sequence[Row]) -> None:
             color=COLOURS[index % len(COLOURS)],
             linestyle=("-", "--", ":")[index // len(COLOURS) % 3],
             marker=".",
-            label=row["workload"] + (f", budget {row['token_budget']}" if budgets else ""),
+            label=_row_label(row, budgets),
         )
     ticks = [tick for tick in (50, 75, 90, 95, 99, 99.9, 99.99) if tick <= last]
     axes.set_xticks([_tail_place(tick) for tick in ticks], [f"{tick:g}" for tick in ticks])
@@ -154,6 +161,107 @@ def _draw_service_levels(axes: Axes, curves: Sequence[Curve]) -> None:
     axes.set_title("Served in time: first token and every later one", fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend(handles=handles, fontsize=8, loc="lower right")
+
+
+# --- simulation ------------------------------------------------------------------------------------------------
+
+
+def plot_simulation(rows: Sequence[Row], costs: Sequence[Row], device: str, path: Path) -> None:
+    """Above what every policy gives its requests, below what it costs: one panel a policy.
+
+    rows, costs: those of `benchmarks.simulate`.
+    """
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    figure = Figure(figsize=(17, 10), dpi=DOTS_PER_INCH, layout="constrained")
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.25, 1))[:, 0]
+    percentiles, served, first_tokens = above.subplots(1, 3)
+    _draw_percentiles(percentiles, [row for row in rows if row["kind"] == "all"])
+    percentiles.set_title("How long until the next token?", fontsize=11)
+    _draw_served(served, rows, policies)
+    _draw_first_tokens(first_tokens, rows, policies)
+    panels = below.subplots(1, len(policies), sharey=True, squeeze=False)[0]
+    for panel, policy in zip(panels, policies, strict=True):
+        _draw_costs(panel, [row for row in costs if row["policy"] == policy], policy)
+    figure.suptitle(f"Simulated: the scheduling policy before a virtual {device}", fontsize=12)
+    figure.savefig(path)
+
+
+def _groups(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """(workload, kind) pairs; a workload of several kinds is shown by these, not by all of its requests."""
+    found = list(dict.fromkeys((row["workload"], row["kind"]) for row in rows))
+    mixed = {workload for workload, kind in found if kind != "all"}
+    return [(workload, kind) for workload, kind in found if kind != "all" or workload not in mixed]
+
+
+def _bars(rows: Sequence[Row], policies: Sequence[str]) -> Iterator[tuple[float, float, str, Row]]:
+    """(height, thickness, colour, row) of a bar for each policy in each group, groups from the top down."""
+    thickness = 0.8 / len(policies)
+    by_place = {(row["workload"], row["kind"], row["policy"]): row for row in rows}
+    for number, group in enumerate(_groups(rows)):
+        for index, policy in enumerate(policies):
+            if (row := by_place.get((*group, policy))) is not None:
+                yield -number + 0.4 - (index + 0.5) * thickness, thickness, COLOURS[index % len(COLOURS)], row
+
+
+def _label_groups(axes: Axes, rows: Sequence[Row]) -> None:
+    groups = _groups(rows)
+    labels = [workload if kind == "all" else f"{workload}\n{kind}" for workload, kind in groups]
+    axes.set_yticks([-number for number in range(len(groups))], labels, fontsize=8)
+    axes.set_ylim(-len(groups) + 0.45, 0.55)
+    axes.grid(axis="x", alpha=0.3)
+
+
+def _draw_served(axes: Axes, rows: Sequence[Row], policies: Sequence[str]) -> None:
+    """The share of the requests that met the service level, and how many a second that is."""
+    for height, thickness, colour, row in _bars(rows, policies):
+        served, in_time = row["request_throughput"], row["request_goodput"] or 0.0
+        axes.barh(height, 100.0, 0.9 * thickness, color=colour, alpha=0.2)
+        axes.barh(height, 100.0 * in_time / served if served else 0.0, 0.9 * thickness, color=colour)
+        axes.text(101.5, height, f"{in_time:.1f} of {served:.1f}", va="center", fontsize=8)
+    _label_groups(axes, rows)
+    axes.set_xlim(0, 122)
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_xlabel("% of all requests; beside it requests a second")
+    axes.set_title("Served in time: first token and every later one", fontsize=11)
+    handles = [Patch(color=COLOURS[index % len(COLOURS)], label=name) for index, name in enumerate(policies)]
+    axes.legend(handles=handles, title="policy", title_fontsize=8, fontsize=8, loc="lower left")
+
+
+def _draw_first_tokens(axes: Axes, rows: Sequence[Row], policies: Sequence[str]) -> None:
+    """A line from the median to the 99th percentile."""
+    for height, _, colour, row in _bars(rows, policies):
+        places = [row[f"{name}_ttft_ms"] for name in ("median", "p95", "p99")]
+        if None not in places:
+            axes.plot(places, [height] * 3, color=colour, linewidth=1.5)
+            for place, marker in zip(places, "o|>", strict=True):
+                axes.plot([place], [height], marker, color=colour, markersize=7)
+    _label_groups(axes, rows)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("ms, at the median (dot), 95th (bar) and 99th percentile (arrow)")
+    axes.set_title("How long until the first token?", fontsize=11)
+
+
+def _draw_costs(axes: Axes, costs: Sequence[Row], policy: str) -> None:
+    """A line for each number of running requests, over the length of the queue."""
+    places = {waiting: index for index, waiting in enumerate(dict.fromkeys(row["waiting"] for row in _by_queue(costs)))}
+    lines = dict.fromkeys(row["running"] for row in costs)
+    for running, colour in zip(lines, itertools.cycle(COLOURS), strict=False):
+        own = _by_queue([row for row in costs if row["running"] == running])
+        for name, style in (("p50 us", "o-"), ("p99 us", "x:")):
+            points = [places[row["waiting"]] for row in own], [row[name] for row in own]
+            axes.plot(*points, style, color=colour, label=running if name == "p50 us" else None)
+    axes.set_xticks(list(places.values()), list(places))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("waiting requests")
+    axes.set_ylabel("CPU of one step, us: median, and p99 dotted")
+    axes.set_title(f"What planning costs: {policy}", fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.legend(title="running requests", title_fontsize=8, fontsize=8, loc="upper left")
+
+
+def _by_queue(costs: Sequence[Row]) -> list[Row]:
+    return sorted(costs, key=lambda row: int(row["waiting"].partition("-")[0]))
 
 
 # --- timeline --------------------------------------------------------------------------------------------------

@@ -74,7 +74,9 @@ class Scenario(Struct, frozen=True):
         else:
             arrivals, kinds = _with_bursts(arrivals)
         if (longest := max(map(sum, zip(prompts, outputs, strict=True)))) > max_model_len:
-            raise ValueError(f"{self.label} has a request of {longest} tokens, max_model_len is {max_model_len}: raise it")
+            raise ValueError(
+                f"{self.label} has a request of {longest} tokens, max_model_len is {max_model_len}: raise it"
+            )
         shapes = map(RequestShape, arrivals, prompts, outputs)
         return list(map(VirtualRequest, shapes, kinds))
 

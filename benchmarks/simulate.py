@@ -1,12 +1,13 @@
 """What would another load, budget or policy do? The real scheduling policy in virtual time, before a device of a table.
 
-    python -m benchmarks.simulate --load 2600/60:16 --load bursts@20 --load mix@8 --json simulate.json --plot simulate.png
+    python -m benchmarks.simulate --load 2600/60:16 --load bursts@20 --load mix@8 --json figures.json --plot figures.png
     python -m benchmarks.simulate --load 256/64@60x100000 --policy fcfs
-    python -m benchmarks.simulate --against serving.json
+    python -m benchmarks.simulate --against serving.json --step-log steps.jsonl
 
 A load is one of `benchmarks.serving` (2600/60:16, 2600/60@12.5), bursts@RATE, or mix@RATE: `benchmarks.scenarios` says
 what is in them. Every load is served by every --policy with the same requests. --against repeats the rows of a real run
-(the JSON of `benchmarks.serving`) with the same lengths and shows how far the simulation is off.
+(the JSON of `benchmarks.serving`) with the same lengths and shows how far the simulation is off; --step-log of that run
+shows, bucket by bucket, how far the table is, which is nearly all of it.
 
 Step times come from --step-times, a table that `graphgen tune` stored; by default that of an H200 with the shape of
 Llama-3.1-8B. What the virtual engine leaves out is in `benchmarks.virtual_engine`. CPU times are those of this machine.
@@ -17,6 +18,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import msgspec
@@ -26,9 +28,11 @@ from benchmarks.metrics import Figures, ServedRequest, ServiceLevel, summarize
 from benchmarks.report import machine, percentile, show, write_json
 from benchmarks.scenarios import Load, parse_load, requests_of
 from benchmarks.serving import table_row
+from benchmarks.step_log import Step, StepLogReader, attended
 from benchmarks.virtual_engine import HOST_DELAY_S, StepSeries, VirtualEngine
 from benchmarks.workload import Workload
 from graphgen.capture.buckets import max_running
+from graphgen.ipc.messages import Bucket
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.limits import SchedulerLimits
@@ -135,6 +139,10 @@ def _parts_of(load: Load) -> Figures:
     }
 
 
+def _named(row: Figures) -> Figures:
+    return row if row["kind"] == "all" else row | {"workload": f"{row['workload']} {row['kind']}"}
+
+
 # --- the policy's own time -------------------------------------------------------------------------------------
 
 
@@ -172,7 +180,7 @@ def _range(edges: Sequence[int], index: int) -> str:
 
 
 def compare(on: Machine, path: Path, levels: Sequence[ServiceLevel]) -> Iterator[Figures]:
-    """One row for each figure of each closed or open loop of a `benchmarks.serving` file; off = simulated / real - 1."""
+    """A row for each figure of each workload in a file of `benchmarks.serving`; off = simulated / real - 1."""
     document: dict[str, Any] = msgspec.json.decode(path.read_bytes())  # Any: figures of many types
     for real in document["rows"]:
         load = Workload.of(
@@ -193,6 +201,34 @@ def compare(on: Machine, path: Path, levels: Sequence[ServiceLevel]) -> Iterator
                 }
 
 
+def compare_steps(table: StepTimesFile, path: Path) -> list[Figures]:
+    """Real steps against what the table says of them, by bucket: medians; off = predicted / real - 1."""
+    device = CostModel(table.table)
+    steps = StepLogReader(path).read_new()
+    by_bucket: dict[Bucket, list[tuple[Step, float]]] = {}
+    for step, (decode_positions, pairs) in zip(steps, attended(steps), strict=True):
+        bucket = Bucket(*step.bucket)
+        predicted = device.predict_ms(bucket, decode_positions, pairs)
+        if predicted is not None:
+            by_bucket.setdefault(bucket, []).append((step, predicted))
+    rows: list[Figures] = []
+    for bucket, found in sorted(by_bucket.items(), key=lambda item: (item[0].num_rows, item[0].decode_rows)):
+        real = percentile([(step.finished_s - step.started_s) * 1000.0 for step, _ in found], 50)
+        ours = percentile([predicted for _, predicted in found], 50)
+        rows.append(
+            {
+                "bucket": str(bucket),
+                "steps": len(found),
+                "decodes a step": fmean(len(step.decodes) for step, _ in found),
+                "chunks a step": fmean(len(step.chunks) for step, _ in found),
+                "real ms": real,
+                "predicted ms": ours,
+                "off": f"{ours / real - 1.0:+.1%}",
+            }
+        )
+    return rows
+
+
 # --- command line ----------------------------------------------------------------------------------------------
 
 
@@ -203,6 +239,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--against", type=Path, metavar="FILE", help="compare with a real run instead")
     parser.add_argument("--num-requests", type=int, help="of each load that does not say")
     parser.add_argument("--seed", type=int, default=0, help="of the first load; the next one has the next")
+    parser.add_argument("--step-log", type=Path, metavar="FILE", help="compare the steps of a real run as well")
     engine = parser.add_argument_group("engine")
     engine.add_argument("--step-times", type=Path, default=H200_STEP_TIMES, help="a table stored by graphgen tune")
     engine.add_argument("--token-budget", type=int, default=512)
@@ -239,25 +276,27 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
         host_delay_s=options.host_delay_ms / 1000.0,
     )
     about = machine(f"virtual {table.key.device}") | {"step_times": f"{table.source}, {table.date}"}
-    if options.against is not None:
-        compared = list(compare(on, options.against, levels))
+    if options.against is not None or options.step_log is not None:
+        compared = list(compare(on, options.against, levels)) if options.against is not None else []
+        compared_steps = compare_steps(table, options.step_log) if options.step_log is not None else []
         show("The simulation against a real run", compared, about)
-        write_json(options.json, compared, about)
-        return compared
+        show("The table against the steps of a real run", compared_steps, about)
+        write_json(options.json, [*compared, *compared_steps], about)
+        return [*compared, *compared_steps]
     runs = [
         simulate(on, policy, load, options.seed + index, levels)
         for index, load in enumerate(loads)
         for policy in options.policy or POLICIES
     ]
     rows, costs = [row for run in runs for row in run.rows], cost_rows(runs)
-    shown = [{"policy": row["policy"], "requests": row["kind"], **table_row(row, levels)} for row in rows]
+    shown = [{"policy": row["policy"], **table_row(_named(row), levels)} for row in rows]
     show("Simulated: latencies in ms; SLA N ms: requests a second that met it", shown, about)
     show("CPU of update() and schedule() for one step", costs, about)
     write_json(options.json, [*rows, *costs], about)
     if options.plot is not None:
         from benchmarks import plots  # matplotlib is an extra
 
-        plots.plot_simulation(rows, costs, f"{table.key.device}, {table.key.model}", Path(options.plot))
+        plots.plot_simulation(rows, costs, table.key.device, Path(options.plot))
     return rows
 
 

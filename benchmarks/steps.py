@@ -47,7 +47,8 @@ def main() -> None:
         runner = ModelRunner(config, report=lambda progress: None)
         worker = runner.describe()
         widest = max(bucket.prefill_rows for bucket in worker.buckets)
-        places = Places.within(config.max_model_len, widest, options.context, options.prompt_start)
+        last_start = max(0, config.max_model_len - widest)
+        places = Places(min(options.context, config.max_model_len), min(options.prompt_start, last_start))
         rows = []
         with open_timer(runner, config, places) as timer:
             for bucket in worker.buckets:

@@ -120,7 +120,10 @@ class VirtualEngine:
             raise RuntimeError(f"{left} requests are left and the policy plans nothing: it would wait forever")
         return [
             ServedRequest(
-                request.shape.prompt_len, self._sent_s[index], tuple(self._token_times_s[index]), self._errors.get(index)
+                request.shape.prompt_len,
+                self._sent_s[index],
+                tuple(self._token_times_s[index]),
+                self._errors.get(index),
             )
             for index, request in enumerate(self._requests)
         ]

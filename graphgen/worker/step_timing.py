@@ -44,13 +44,17 @@ STEPS_IN_FLIGHT = 2
 
 DECODE_CONTEXT = 1024
 PROMPT_START = 512
-"""Where the rows of the table stand, as far as the model's context reaches: typical of serving."""
+"""Where the rows of the table stand, typical of serving; in a model of a short context, in the middle of it."""
 
 FAR_PROMPT_START = 4096
 """The second start, beside 0, of the chunk that shows what a prompt pair costs."""
 
 NEAR_SHARE = 4
 """The second context that shows what a decode position costs is this part of the first."""
+
+
+SLOPE_BUCKETS = 3
+"""Buckets that show what a decode position costs."""
 
 
 class Depth(Struct, frozen=True):
@@ -73,12 +77,6 @@ class Places(Struct, frozen=True):
 
     decode_context: int  # positions of each decode row
     prompt_start: int  # position of the chunk's first token
-
-    @classmethod
-    def within(cls, max_model_len: int, widest_chunk: int, decode_context: int, prompt_start: int) -> "Places":
-        """As asked, or as far as a context of `max_model_len` positions goes."""
-        start = max(0, min(prompt_start, max_model_len - widest_chunk))
-        return cls(min(decode_context, max_model_len), start)
 
 
 class StepTimer:
@@ -165,8 +163,9 @@ def measure_step_times(
     """The table of all buckets, and its two slopes. Nothing else may run meanwhile."""
     buckets = runner.describe().buckets
     widest = max(bucket.prefill_rows for bucket in buckets)
-    places = Places.within(config.max_model_len, widest, DECODE_CONTEXT, PROMPT_START)
-    far = Places.within(config.max_model_len, widest, DECODE_CONTEXT, FAR_PROMPT_START)
+    room = max(0, config.max_model_len - widest)  # starts at which the widest chunk fits
+    places = Places(min(DECODE_CONTEXT, -(-config.max_model_len // 2)), min(PROMPT_START, room // 2))
+    far = Places(places.decode_context, min(FAR_PROMPT_START, room))
     times: dict[Bucket, float] = {}
     with open_timer(runner, config, far) as timer:
         for done, bucket in enumerate(buckets):
@@ -208,13 +207,18 @@ def with_step_times(ready: WorkerReady, runner: ModelRunner, config: LaunchConfi
 def _decode_slope(
     timer: StepTimer, buckets: Sequence[Bucket], places: Places, times: dict[Bucket, float], depth: Depth
 ) -> float:
-    """Milliseconds of one decode row for each further position: the widest bucket without prompts, two contexts."""
-    bucket = max((bucket for bucket in buckets if not bucket.prefill_rows), key=lambda bucket: bucket.decode_rows)
+    """Milliseconds of one decode row for each further position: the median of the widest buckets without prompts.
+
+    Each is timed at a second context. Of a single bucket, one of the two may lie where a cache of the device ends.
+    """
     near = Places(max(1, places.decode_context // NEAR_SHARE), places.prompt_start)
-    positions = bucket.decode_rows * (places.decode_context - near.decode_context)
-    if not positions:
-        return 0.0
-    return max(0.0, (times[bucket] - median_low(timer.times_ms(bucket, near, depth))) / positions)
+    decode_only = sorted((bucket for bucket in buckets if not bucket.prefill_rows), key=lambda bucket: bucket.num_rows)
+    slopes = []
+    for bucket in decode_only[-SLOPE_BUCKETS:]:
+        positions = bucket.decode_rows * (places.decode_context - near.decode_context)
+        gained_ms = times[bucket] - median_low(timer.times_ms(bucket, near, depth))
+        slopes.append(gained_ms / positions if positions else 0.0)
+    return max(0.0, median_low(slopes))
 
 
 def _prompt_slope(timer: StepTimer, buckets: Sequence[Bucket], far: Places, depth: Depth) -> float:

@@ -147,8 +147,8 @@ def test_times_and_slopes_are_those_of_the_device(max_model_len: int, num_pages:
     config = msgspec.structs.replace(make_config(page_size=16), max_model_len=max_model_len, max_running=8)
     runner = FormulaRunner(config, make_ready(config, BUCKETS, num_pages), step_ms)
     table = measure_step_times(runner, config, ONCE)  # type: ignore[arg-type]  # the part of a runner that is used
-    assert table.decode_context == min(1024, max_model_len)
-    assert table.prompt_start == max(0, min(512, max_model_len - 120))
+    assert table.decode_context == min(1024, -(-max_model_len // 2))
+    assert table.prompt_start == max(0, min(512, (max_model_len - 120) // 2))
     assert [time.bucket for time in table.times] == list(BUCKETS)
     for time in table.times:
         length = min(time.bucket.prefill_rows, max_model_len)
@@ -173,7 +173,7 @@ def test_the_first_of_two_steps_may_be_slow() -> None:
     runner = FormulaRunner(config, make_ready(config, BUCKETS, 100), slow_at_first)
     table = measure_step_times(runner, config, step_timing.QUICK)  # type: ignore[arg-type]  # as above
     assert max(time.milliseconds for time in table.times) < 5.0
-    assert len(runner.plans) == 2 * (len(BUCKETS) + 3)
+    assert len(runner.plans) == 2 * (len(BUCKETS) + 4)  # two decode-only buckets and two starts show the slopes
 
 
 @pytest.mark.parametrize(("step", "counted"), [(1.0, 20), (200.0, 3), (2000.0, 3)])
