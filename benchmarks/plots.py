@@ -29,6 +29,7 @@ PLAN_COLOUR = "#d1495b"
 STEP_COLOURS = ("#7a9e9f", "#b8d8d8")
 LEGEND_COLOUR = "#555555"
 LEVEL_MARKERS = "s^vD"
+LEAST_COSTS = 30
 DOTS_PER_INCH = 100
 
 
@@ -86,12 +87,6 @@ def _clients(count: int) -> str:
     return f"{count} client{'s' if count != 1 else ''}"
 
 
-def _row_label(row: Row, with_budget: bool) -> str:
-    """The workload, its policy if it was simulated, and the budget if rows differ by it."""
-    policy = f", {row['policy']}" if "policy" in row else ""
-    return f"{row['workload']}{policy}" + (f", budget {row['token_budget']}" if with_budget else "")
-
-
 def _tail_place(percent: float) -> float:
     """Each further nine gets the same width."""
     return -math.log10(1.0 - percent / 100.0)
@@ -109,7 +104,7 @@ def _draw_percentiles(axes: Axes, rows: Sequence[Row]) -> None:
             color=COLOURS[index % len(COLOURS)],
             linestyle=("-", "--", ":")[index // len(COLOURS) % 3],
             marker=".",
-            label=_row_label(row, budgets),
+            label=row["workload"] + (f", budget {row['token_budget']}" if budgets else ""),
         )
     ticks = [tick for tick in (50, 75, 90, 95, 99, 99.9, 99.99) if tick <= last]
     axes.set_xticks([_tail_place(tick) for tick in ticks], [f"{tick:g}" for tick in ticks])
@@ -172,14 +167,19 @@ def plot_simulation(rows: Sequence[Row], costs: Sequence[Row], device: str, path
     rows, costs: those of `benchmarks.simulate`.
     """
     policies = list(dict.fromkeys(row["policy"] for row in rows))
-    figure = Figure(figsize=(17, 10), dpi=DOTS_PER_INCH, layout="constrained")
+    figure = Figure(figsize=(16, 9), dpi=0.85 * DOTS_PER_INCH, layout="constrained")
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.25, 1))[:, 0]
-    percentiles, served, first_tokens = above.subplots(1, 3)
-    _draw_percentiles(percentiles, [row for row in rows if row["kind"] == "all"])
-    percentiles.set_title("How long until the next token?", fontsize=11)
+    gaps, served, first_tokens = above.subplots(1, 3)
+    _draw_latencies(gaps, rows, policies, "itl")
+    gaps.set_xlim(left=0)
+    gaps.set_title("How long until the next token?", fontsize=11)
     _draw_served(served, rows, policies)
-    _draw_first_tokens(first_tokens, rows, policies)
+    _draw_latencies(first_tokens, rows, policies, "ttft")
+    first_tokens.set_xscale("log")
+    first_tokens.xaxis.set_major_formatter("{x:g}")
+    first_tokens.set_title("How long until the first token?", fontsize=11)
     panels = below.subplots(1, len(policies), sharey=True, squeeze=False)[0]
+    panels[0].set_ylim(0, 1.3 * max(row["p99 us"] for row in costs))  # room for the legends
     for panel, policy in zip(panels, policies, strict=True):
         _draw_costs(panel, [row for row in costs if row["policy"] == policy], policy)
     figure.suptitle(f"Simulated: the scheduling policy before a virtual {device}", fontsize=12)
@@ -219,31 +219,30 @@ def _draw_served(axes: Axes, rows: Sequence[Row], policies: Sequence[str]) -> No
         axes.barh(height, 100.0 * in_time / served if served else 0.0, 0.9 * thickness, color=colour)
         axes.text(101.5, height, f"{in_time:.1f} of {served:.1f}", va="center", fontsize=8)
     _label_groups(axes, rows)
-    axes.set_xlim(0, 122)
+    axes.set_ylim(bottom=axes.get_ylim()[0] - 1.0)  # a free row for the legend
+    axes.set_xlim(0, 126)
     axes.set_xticks(range(0, 101, 20))
     axes.set_xlabel("% of all requests; beside it requests a second")
     axes.set_title("Served in time: first token and every later one", fontsize=11)
     handles = [Patch(color=COLOURS[index % len(COLOURS)], label=name) for index, name in enumerate(policies)]
-    axes.legend(handles=handles, title="policy", title_fontsize=8, fontsize=8, loc="lower left")
+    axes.legend(handles=handles, title="policy", title_fontsize=8, fontsize=8, loc="lower left", ncols=len(handles))
 
 
-def _draw_first_tokens(axes: Axes, rows: Sequence[Row], policies: Sequence[str]) -> None:
+def _draw_latencies(axes: Axes, rows: Sequence[Row], policies: Sequence[str], name: str) -> None:
     """A line from the median to the 99th percentile."""
     for height, _, colour, row in _bars(rows, policies):
-        places = [row[f"{name}_ttft_ms"] for name in ("median", "p95", "p99")]
+        places = [row[f"{statistic}_{name}_ms"] for statistic in ("median", "p95", "p99")]
         if None not in places:
             axes.plot(places, [height] * 3, color=colour, linewidth=1.5)
             for place, marker in zip(places, "o|>", strict=True):
-                axes.plot([place], [height], marker, color=colour, markersize=7)
+                axes.plot([place], [height], marker, color=colour, markersize=6)
     _label_groups(axes, rows)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("ms, at the median (dot), 95th (bar) and 99th percentile (arrow)")
-    axes.set_title("How long until the first token?", fontsize=11)
+    axes.set_xlabel("ms: median (dot), p95 (bar), p99 (arrow)")
 
 
 def _draw_costs(axes: Axes, costs: Sequence[Row], policy: str) -> None:
-    """A line for each number of running requests, over the length of the queue."""
+    """A line for each number of running requests, over the length of the queue; a few steps say nothing of a tail."""
+    costs = [row for row in costs if row["steps"] >= LEAST_COSTS]
     places = {waiting: index for index, waiting in enumerate(dict.fromkeys(row["waiting"] for row in _by_queue(costs)))}
     lines = dict.fromkeys(row["running"] for row in costs)
     for running, colour in zip(lines, itertools.cycle(COLOURS), strict=False):
@@ -252,12 +251,11 @@ def _draw_costs(axes: Axes, costs: Sequence[Row], policy: str) -> None:
             points = [places[row["waiting"]] for row in own], [row[name] for row in own]
             axes.plot(*points, style, color=colour, label=running if name == "p50 us" else None)
     axes.set_xticks(list(places.values()), list(places))
-    axes.set_ylim(bottom=0)
     axes.set_xlabel("waiting requests")
-    axes.set_ylabel("CPU of one step, us: median, and p99 dotted")
+    axes.set_ylabel("CPU of one step, us (p99 dotted)")
     axes.set_title(f"What planning costs: {policy}", fontsize=11)
     axes.grid(alpha=0.3)
-    axes.legend(title="running requests", title_fontsize=8, fontsize=8, loc="upper left")
+    axes.legend(title="running requests", title_fontsize=8, fontsize=8, loc="upper left", ncols=3)
 
 
 def _by_queue(costs: Sequence[Row]) -> list[Row]:
