@@ -52,7 +52,6 @@ FAR_PROMPT_START = 4096
 NEAR_SHARE = 4
 """The second context that shows what a decode position costs is this part of the first."""
 
-
 SLOPE_BUCKETS = 3
 """Buckets that show what a decode position costs."""
 
@@ -69,7 +68,7 @@ QUICK = Depth(settling=0, repeats=2)
 """At a start. The lower of two: the first replay of a graph is slower than all that follow."""
 
 FULL = Depth(settling=2, repeats=20, enough_ms=500.0)
-"""When asked. On a GPU no bucket reaches the limit, which is for the CPU."""
+"""When asked. Of long steps, fewer are enough: on a CPU all of them would take a minute."""
 
 
 class Places(Struct, frozen=True):
@@ -127,18 +126,20 @@ class StepTimer:
 def open_timer(runner: ModelRunner, config: LaunchConfig, reach: Places) -> Iterator[StepTimer]:
     """A timer whose steps go no further than `reach`, while nothing else runs.
 
-    The pages hold random numbers meanwhile, as kernels draw less power and run faster over zeros.
+    The pages hold random numbers meanwhile, as kernels draw less power and run faster over zeros. All hold the same
+    ones: making different ones for tens of gigabytes would take longer than the steps of a quick timing.
     """
     ready = runner.describe()
     timer = StepTimer(runner, config, ready.buckets)
     triples = _deal_pages(config, ready.num_pages, reach, timer.widest_chunk)
     num_used = min(ready.num_pages, len(triples) // 3)
     tensors = (*runner.kv_cache.k_pages, *runner.kv_cache.v_pages)
-    generator = torch.Generator(tensors[0].device).manual_seed(0)
 
     def fill() -> None:
+        noise = torch.empty_like(tensors[0][0])
+        noise.normal_(generator=torch.Generator(noise.device).manual_seed(0))
         for pages in tensors:
-            pages[:num_used].normal_(generator=generator)
+            pages[:num_used].copy_(noise)
 
     def clear() -> None:
         for pages in tensors:

@@ -7,12 +7,13 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 from graphgen.capture.stream import Mark
 from graphgen.config import LaunchConfig
 from graphgen.demo import model_folder
 from graphgen.ipc.codec import unpack_int32
-from graphgen.ipc.messages import TIMING_PHASE, Bucket, Progress, StepPlan, WorkerReady
+from graphgen.ipc.messages import TIMING_PHASE, Bucket, Progress, SamplerParams, StepPlan, WorkerReady
 from graphgen.scheduler.cost_model import prompt_pairs
 from graphgen.worker import step_timing
 from graphgen.worker.runner import LaunchedStep, ModelRunner
@@ -20,6 +21,11 @@ from graphgen.worker.step_timing import Depth, Places, StepTimer, measure_step_t
 from tests.worker.local_engine import LocalEngine, launch_config
 
 PROMPTS = [[number * 7 % 1000 for number in range(1, length)] for length in (4, 40, 71)]
+SAMPLERS = [
+    SamplerParams(),
+    SamplerParams(repetition_penalty=1.4, frequency_penalty=0.6),
+    SamplerParams(temperature=0.9, presence_penalty=0.5, seed=5),
+]
 ONCE = Depth(settling=0, repeats=2)
 
 
@@ -36,14 +42,14 @@ def engine() -> Iterator[LocalEngine]:
 
 def test_nothing_of_the_timing_is_left(engine: LocalEngine) -> None:
     """Pages are clean, counters at 0, and requests with penalties and a seed get the tokens they would have got."""
-    before = engine.generate(PROMPTS, 16)
+    before = engine.generate(PROMPTS, 16, SAMPLERS)
     table = measure_step_times(engine.runner, make_config(num_pages=80), ONCE)
     assert all(time.milliseconds > 0.0 for time in table.times)
     cache = engine.runner.kv_cache
     assert all(not pages.any() for pages in (*cache.k_pages, *cache.v_pages))
     counters = engine.runner.counters
     assert (counters.graph_replays, counters.eager_steps, counters.recompilations) == (0, 0, 0)
-    assert engine.generate(PROMPTS, 16) == before
+    assert engine.generate(PROMPTS, 16, SAMPLERS) == before
 
 
 def test_pages_hold_no_zeros_while_steps_are_timed(engine: LocalEngine) -> None:
@@ -72,13 +78,8 @@ class FormulaRunner:
         self._now_s = 0.0
         self.pages: dict[tuple[int, int], int] = {}
         self.plans: list[StepPlan] = []
-        nothing = SimpleNamespace(normal_=lambda generator: None, zero_=lambda: None)
-
-        class Pages(SimpleNamespace):
-            def __getitem__(self, index: object) -> SimpleNamespace:
-                return nothing
-
-        self.kv_cache = SimpleNamespace(k_pages=[Pages(device="cpu")], v_pages=[], trash_page=0)
+        pages = [torch.zeros(ready.num_pages + 1, 1, 1, 2) for _ in range(2)]
+        self.kv_cache = SimpleNamespace(k_pages=pages[:1], v_pages=pages[1:], trash_page=ready.num_pages)
 
     def describe(self) -> WorkerReady:
         return self._ready
