@@ -106,9 +106,11 @@ def simulate(
     scheduler = on.scheduler(settings)
     engine = VirtualEngine(scheduler, CostModel(on.table.table), requests, load.clients, on.host_delay_s)
     gc.collect()
-    gc.freeze()  # what is there now is not looked at again while steps are timed
-    served = engine.run()
-    gc.unfreeze()
+    gc.disable()  # a collection would be timed with whatever step it interrupts
+    try:
+        served = engine.run()
+    finally:
+        gc.enable()
     common = {
         "policy": policy_name,
         "seed": seed,

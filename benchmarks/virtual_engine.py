@@ -73,7 +73,7 @@ class StepSeries:
         return {
             "steps": len(self.rows),
             "padding_share": 1.0 - sum(self.live_rows) / sum(self.rows),
-            "device_idle_share": 1.0 - float(times_ms.sum()) / 1000.0 / whole_s,
+            "device_idle_share": max(0.0, 1.0 - float(times_ms.sum()) / 1000.0 / whole_s),  # rounding goes below 0
             **{f"p{percent}_step_ms": float(np.percentile(times_ms, percent)) for percent in (50, 95, 99)},
             **{f"p{percent}_policy_us": percentile(self.cpu_us, percent) for percent in (50, 99)},
         }

@@ -257,7 +257,7 @@ def test_the_command_writes_rows_and_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     out, picture = tmp_path / "out.json", tmp_path / "out.png"
     loads = ("--load", "300/30:8x40", "--load", "mix:8x60", "--load", "256/8@2000x3000")
-    rows = simulate.main([*loads, "--json", str(out), "--plot", str(picture)])
+    rows = simulate.main([*loads, "--policy", "fcfs", "--json", str(out), "--plot", str(picture)])
     document = json.loads(out.read_text())
     assert [(row["workload"], row["kind"]) for row in rows] == [
         ("300/30:8", "all"),
