@@ -44,6 +44,9 @@ DEFAULT_LOADS = ("2600/60:16", "bursts@20", "mix@8")
 COMPARED = ("request_throughput", "median_ttft_ms", "p95_ttft_ms", "median_itl_ms", "p95_itl_ms", "p99_itl_ms")
 """Figures of a real run that --against repeats."""
 
+MAX_CHUNKS = 32
+"""Of a step, as the worker has it; its module would import torch."""
+
 RUNNING_EDGES = (0, 1, 8, 32, 64, 128, 256)
 WAITING_EDGES = (-1, 0, 100, 1000, 10_000, 100_000)
 """Steps are grouped by counts above one edge and up to the next."""
@@ -82,7 +85,7 @@ class Machine(Struct, frozen=True):
                 num_pages=self.num_pages,
                 page_size=self.table.key.page_size,
                 max_running=running,
-                max_chunks=min(32, max(bucket.prefill_rows for bucket in buckets)),
+                max_chunks=min(MAX_CHUNKS, max(bucket.prefill_rows for bucket in buckets)),
                 token_budget=token_budget,
                 max_model_len=self.max_model_len,
             )
