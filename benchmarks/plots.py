@@ -1,13 +1,14 @@
-"""The pictures of serving: throughput against latency, token latencies by percentile, and a timeline of steps.
+"""The pictures of serving: throughput against latency, token latencies by percentile, a timeline of steps, and what
+simulated policies promise and cost.
 
-Only draws: the figures are made by `benchmarks.metrics` and `benchmarks.step_log`. Needs matplotlib (the extra
-`bench`), so `benchmarks.serving` and `benchmarks.timeline` import it when a picture is asked for.
+Only draws: the figures are made by `benchmarks.metrics`, `benchmarks.step_log` and `benchmarks.simulate`. Needs
+matplotlib (the extra `bench`), so scripts import it when a picture is asked for.
 """
 
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ PLAN_COLOUR = "#d1495b"
 STEP_COLOURS = ("#7a9e9f", "#b8d8d8")
 LEGEND_COLOUR = "#555555"
 LEVEL_MARKERS = "s^vD"
+LEAST_COSTS = 30
 DOTS_PER_INCH = 100
 
 
@@ -154,6 +156,110 @@ def _draw_service_levels(axes: Axes, curves: Sequence[Curve]) -> None:
     axes.set_title("Served in time: first token and every later one", fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend(handles=handles, fontsize=8, loc="lower right")
+
+
+# --- simulation ------------------------------------------------------------------------------------------------
+
+
+def plot_simulation(rows: Sequence[Row], costs: Sequence[Row], device: str, path: Path) -> None:
+    """Above what every policy gives its requests, below what it costs: one panel a policy.
+
+    rows, costs: those of `benchmarks.simulate`.
+    """
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    figure = Figure(figsize=(16, 9), dpi=0.85 * DOTS_PER_INCH, layout="constrained")
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.25, 1))[:, 0]
+    gaps, served, first_tokens = above.subplots(1, 3)
+    _draw_latencies(gaps, rows, policies, "itl")
+    gaps.set_xlim(left=0)
+    gaps.set_title("How long until the next token?", fontsize=11)
+    _draw_served(served, rows, policies)
+    _draw_latencies(first_tokens, rows, policies, "ttft")
+    first_tokens.set_xscale("log")
+    first_tokens.xaxis.set_major_formatter("{x:g}")
+    first_tokens.set_title("How long until the first token?", fontsize=11)
+    panels = below.subplots(1, len(policies), sharey=True, squeeze=False)[0]
+    panels[0].set_ylim(0, 1.3 * max(row["p99 us"] for row in costs))  # room for the legends
+    for panel, policy in zip(panels, policies, strict=True):
+        _draw_costs(panel, [row for row in costs if row["policy"] == policy], policy)
+    figure.suptitle(f"Simulated: the scheduling policy before a virtual {device}", fontsize=12)
+    figure.savefig(path)
+
+
+def _groups(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """(workload, kind) pairs; a workload of several kinds is shown by these, not by all of its requests."""
+    found = list(dict.fromkeys((row["workload"], row["kind"]) for row in rows))
+    mixed = {workload for workload, kind in found if kind != "all"}
+    return [(workload, kind) for workload, kind in found if kind != "all" or workload not in mixed]
+
+
+def _bars(rows: Sequence[Row], policies: Sequence[str]) -> Iterator[tuple[float, float, str, Row]]:
+    """(height, thickness, colour, row) of a bar for each policy in each group, groups from the top down."""
+    thickness = 0.8 / len(policies)
+    by_place = {(row["workload"], row["kind"], row["policy"]): row for row in rows}
+    for number, group in enumerate(_groups(rows)):
+        for index, policy in enumerate(policies):
+            if (row := by_place.get((*group, policy))) is not None:
+                yield -number + 0.4 - (index + 0.5) * thickness, thickness, COLOURS[index % len(COLOURS)], row
+
+
+def _label_groups(axes: Axes, rows: Sequence[Row]) -> None:
+    groups = _groups(rows)
+    labels = [workload if kind == "all" else f"{workload}\n{kind}" for workload, kind in groups]
+    axes.set_yticks([-number for number in range(len(groups))], labels, fontsize=8)
+    axes.set_ylim(-len(groups) + 0.45, 0.55)
+    axes.grid(axis="x", alpha=0.3)
+
+
+def _draw_served(axes: Axes, rows: Sequence[Row], policies: Sequence[str]) -> None:
+    """The share of the requests that met the service level, and how many a second that is."""
+    for height, thickness, colour, row in _bars(rows, policies):
+        served, in_time = row["request_throughput"], row["request_goodput"] or 0.0
+        axes.barh(height, 100.0, 0.9 * thickness, color=colour, alpha=0.2)
+        axes.barh(height, 100.0 * in_time / served if served else 0.0, 0.9 * thickness, color=colour)
+        axes.text(101.5, height, f"{in_time:.1f} of {served:.1f}", va="center", fontsize=8)
+    _label_groups(axes, rows)
+    axes.set_ylim(bottom=axes.get_ylim()[0] - 1.0)  # a free row for the legend
+    axes.set_xlim(0, 126)
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_xlabel("% of all requests; beside it requests a second")
+    axes.set_title("Served in time: first token and every later one", fontsize=11)
+    handles = [Patch(color=COLOURS[index % len(COLOURS)], label=name) for index, name in enumerate(policies)]
+    axes.legend(handles=handles, title="policy", title_fontsize=8, fontsize=8, loc="lower left", ncols=len(handles))
+
+
+def _draw_latencies(axes: Axes, rows: Sequence[Row], policies: Sequence[str], name: str) -> None:
+    """A line from the median to the 99th percentile."""
+    for height, _, colour, row in _bars(rows, policies):
+        places = [row[f"{statistic}_{name}_ms"] for statistic in ("median", "p95", "p99")]
+        if None not in places:
+            axes.plot(places, [height] * 3, color=colour, linewidth=1.5)
+            for place, marker in zip(places, "o|>", strict=True):
+                axes.plot([place], [height], marker, color=colour, markersize=6)
+    _label_groups(axes, rows)
+    axes.set_xlabel("ms: median (dot), p95 (bar), p99 (arrow)")
+
+
+def _draw_costs(axes: Axes, costs: Sequence[Row], policy: str) -> None:
+    """A line for each number of running requests, over the length of the queue; a few steps say nothing of a tail."""
+    costs = [row for row in costs if row["steps"] >= LEAST_COSTS]
+    places = {waiting: index for index, waiting in enumerate(dict.fromkeys(row["waiting"] for row in _by_queue(costs)))}
+    lines = dict.fromkeys(row["running"] for row in costs)
+    for running, colour in zip(lines, itertools.cycle(COLOURS), strict=False):
+        own = _by_queue([row for row in costs if row["running"] == running])
+        for name, style in (("p50 us", "o-"), ("p99 us", "x:")):
+            points = [places[row["waiting"]] for row in own], [row[name] for row in own]
+            axes.plot(*points, style, color=colour, label=running if name == "p50 us" else None)
+    axes.set_xticks(list(places.values()), list(places))
+    axes.set_xlabel("waiting requests")
+    axes.set_ylabel("CPU of one step, us (p99 dotted)")
+    axes.set_title(f"What planning costs: {policy}", fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.legend(title="running requests", title_fontsize=8, fontsize=8, loc="upper left", ncols=3)
+
+
+def _by_queue(costs: Sequence[Row]) -> list[Row]:
+    return sorted(costs, key=lambda row: int(row["waiting"].partition("-")[0]))
 
 
 # --- timeline --------------------------------------------------------------------------------------------------

@@ -1,17 +1,18 @@
 """Reads step logs, and what they say of a stretch of serving: steps, padding, idle time of the device.
 
-Plain data in and out; the format is described in `graphgen.scheduler.step_log`. Called by `benchmarks.serving` and
-`benchmarks.timeline`.
+Plain data in and out; the format is described in `graphgen.scheduler.step_log`. Called by `benchmarks.serving`,
+`benchmarks.timeline` and `benchmarks.simulate`.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
 from benchmarks.report import percentile
+from graphgen.scheduler.cost_model import prompt_pairs
 
 
 class Step(Struct, frozen=True):
@@ -73,3 +74,19 @@ def idle_share(steps: Sequence[Step]) -> float | None:
     whole_s = steps[-1].finished_s - steps[0].started_s
     idle_s = sum(max(0.0, after.started_s - before.finished_s) for before, after in itertools.pairwise(steps))
     return idle_s / whole_s if whole_s > 0.0 else 0.0
+
+
+def attended(steps: Iterable[Step]) -> Iterator[tuple[int, int]]:
+    """(decode positions, prompt pairs) of each step, as `graphgen.scheduler.cost_model` counts them.
+
+    steps: of a whole log from its beginning, since a decode row is where the steps before it have brought its request.
+    """
+    num_computed: dict[int, int] = {}
+    for step in steps:
+        pairs = 0
+        for request, start, length in step.chunks:
+            pairs += prompt_pairs(start, length)
+            num_computed[request] = start + length
+        for request in step.decodes:
+            num_computed[request] += 1
+        yield sum(num_computed[request] for request in step.decodes), pairs

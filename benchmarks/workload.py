@@ -1,12 +1,14 @@
 """What is sent to the engine and when: random prompts of normal lengths, or the lengths and times of a trace file.
 
-Pure: the same seed makes the same requests. Called by `benchmarks.serving`, which sends them.
+Pure: the same seed makes the same requests. Called by `benchmarks.serving`, which sends them, and by
+`benchmarks.simulate`, for which their shapes are enough.
 
 Lengths follow DeepSpeed-FastGen's benchmark: normal with a standard deviation of 0.3 of the mean, prompts cut to
 16..12000 tokens, outputs of 4 tokens or more. Token ids are uniform, so no prompt shares a prefix with another.
 """
 
 import re
+from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Self
@@ -23,10 +25,18 @@ MIN_OUTPUT_LEN = 4
 _PATTERN = re.compile(r"(\d+)/(\d+)(?::(\d+)|@(\d+(?:\.\d+)?))(?:x(\d+))?")
 
 
+class RequestShape(Struct, frozen=True, forbid_unknown_fields=True):
+    """All of a request that costs time. A trace file holds one per line, as a JSON object."""
+
+    arrival_s: Annotated[float, Meta(ge=0)]  # since the start of the run; 0 in a closed loop: a free client decides
+    prompt_len: Annotated[int, Meta(ge=1)]
+    output_len: Annotated[int, Meta(ge=1)]
+
+
 class PlannedRequest(Struct, frozen=True):
     """One request before it is sent."""
 
-    arrival_s: float  # since the start of the run; 0 in a closed loop, where a free client decides
+    arrival_s: float  # as in its shape
     prompt_token_ids: list[int]
     output_len: int
 
@@ -79,9 +89,16 @@ class Workload(Struct, frozen=True):
         pace = f":{self.clients}" if self.clients is not None else f"@{self.rate:g}"
         return f"{self.prompt_mean}/{self.output_mean}{pace}"
 
+    def shapes(self, seed: int, max_model_len: int) -> list[RequestShape]:
+        """Those of `requests`. Prompts that do not fit the model's context with their output are cut."""
+        return self._shapes(np.random.default_rng(seed), max_model_len)
+
     def requests(self, seed: int, vocab_size: int, max_model_len: int) -> list[PlannedRequest]:
-        """In the order of their arrival. Prompts that do not fit the model's context with their output are cut."""
+        """In the order of their arrival."""
         random = np.random.default_rng(seed)
+        return _with_tokens(self._shapes(random, max_model_len), random, vocab_size)
+
+    def _shapes(self, random: np.random.Generator, max_model_len: int) -> list[RequestShape]:
         arrivals = [0.0] * self.num_requests
         if self.rate is not None:
             arrivals = list(accumulate(random.exponential(1.0 / self.rate, self.num_requests).tolist()))
@@ -94,34 +111,23 @@ class Workload(Struct, frozen=True):
                 f" lower the mean output or raise max_model_len; a prompt has at least {MIN_PROMPT_LEN} tokens"
             )
         prompt_lens = prompt_lens.clip(max=max_model_len - output_lens)
-        return [
-            PlannedRequest(arrival_s, random.integers(vocab_size, size=prompt_len).tolist(), int(output_len))
-            for arrival_s, prompt_len, output_len in zip(arrivals, prompt_lens, output_lens, strict=True)
-        ]
-
-
-class TraceLine(Struct, frozen=True, forbid_unknown_fields=True):
-    """One request of a trace file, which holds one such JSON object per line."""
-
-    arrival_s: Annotated[float, Meta(ge=0)]
-    prompt_len: Annotated[int, Meta(ge=1)]
-    output_len: Annotated[int, Meta(ge=1)]
+        return list(map(RequestShape, arrivals, prompt_lens.tolist(), output_lens.tolist()))
 
 
 class Trace(Struct, frozen=True):
     """Recorded arrivals and lengths; the token ids are random."""
 
     label: str
-    lines: tuple[TraceLine, ...]
+    lines: tuple[RequestShape, ...]
     clients: int | None = None  # never: a trace has its own times
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Raises ValueError with the number of a line that is not as TraceLine says."""
+        """Raises ValueError with the number of a line that is no RequestShape."""
         lines = []
         for number, line in enumerate(path.read_bytes().splitlines(), start=1):
             try:
-                lines.append(msgspec.json.decode(line, type=TraceLine))
+                lines.append(msgspec.json.decode(line, type=RequestShape))
             except msgspec.MsgspecError as error:
                 raise ValueError(
                     f'{path}:{number}: {error}: a line is {{"arrival_s": 0.5, "prompt_len": 900, "output_len": 60}}'
@@ -130,19 +136,20 @@ class Trace(Struct, frozen=True):
             raise ValueError(f"{path} has no lines: give one JSON object per request")
         return cls(path.name, tuple(sorted(lines, key=lambda line: line.arrival_s)))
 
-    def requests(self, seed: int, vocab_size: int, max_model_len: int) -> list[PlannedRequest]:
-        """In the order of their arrival. Raises ValueError when one does not fit the model's context."""
+    def shapes(self, seed: int, max_model_len: int) -> list[RequestShape]:
+        """As recorded; the seed changes nothing. Raises ValueError when one does not fit the model's context."""
+        del seed
         longest = max(line.prompt_len + line.output_len for line in self.lines)
         if longest > max_model_len:
             raise ValueError(
                 f"{self.label} has a request of {longest} tokens in all, max_model_len is {max_model_len}:"
                 " raise it or shorten the trace"
             )
-        random = np.random.default_rng(seed)
-        return [
-            PlannedRequest(line.arrival_s, random.integers(vocab_size, size=line.prompt_len).tolist(), line.output_len)
-            for line in self.lines
-        ]
+        return list(self.lines)
+
+    def requests(self, seed: int, vocab_size: int, max_model_len: int) -> list[PlannedRequest]:
+        """In the order of their arrival."""
+        return _with_tokens(self.shapes(seed, max_model_len), np.random.default_rng(seed), vocab_size)
 
 
 Load = Workload | Trace
@@ -150,3 +157,10 @@ Load = Workload | Trace
 
 def _normal(random: np.random.Generator, mean: int, count: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
     return random.normal(mean, SPREAD * mean, count).astype(np.int64)
+
+
+def _with_tokens(shapes: Iterable[RequestShape], random: np.random.Generator, vocab_size: int) -> list[PlannedRequest]:
+    return [
+        PlannedRequest(shape.arrival_s, random.integers(vocab_size, size=shape.prompt_len).tolist(), shape.output_len)
+        for shape in shapes
+    ]

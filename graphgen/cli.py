@@ -1,12 +1,15 @@
 """The `graphgen` command. Owns options and what is printed; everything else is the public API."""
 
 import importlib.metadata
+import os
 import platform
 import sys
 import time
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +21,8 @@ from graphgen.engine import Engine
 from graphgen.ipc.errors import GraphgenError
 from graphgen.ipc.messages import Bucket, Phase
 from graphgen.sampling_params import SamplingParams
+from graphgen.step_times_store import StepTimesKey, stored_file
+from graphgen.tune import TuneFigures, describe_figures, tune_figures
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Serve large language models.")
 stdout = Console()
@@ -131,6 +136,38 @@ def demo(
 
 
 @app.command()
+def tune(
+    model: Model = None,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: DTypeOption = DType.AUTO,
+    max_model_len: MaxModelLen = None,
+    token_budget: TokenBudget = None,
+    load_format: LoadFormatOption = LoadFormat.AUTO,
+    json: Annotated[Path | None, typer.Option(help="Write the figures into this file.", dir_okay=False)] = None,
+) -> None:
+    """Measure how long a step of each bucket takes, print what that says, and store it for later starts.
+
+    The scheduler chooses its steps by these times. A start on a GPU that finds none measures them itself, in a second
+    and less exactly. They are looked up by device, model shape, dtype, kernels, page size, buckets and versions: tune
+    with the options the engine will have, while nothing else runs on the device.
+
+    A --token-budget above the default, 2048 say, shows whether larger steps would compute more rows a second.
+    """
+    config = _config(model, revision, device, dtype, max_model_len, token_budget, load_format)
+    with Engine(msgspec.structs.replace(config, step_times="measure")) as engine:
+        worker = engine.info.worker
+        key = StepTimesKey.of(engine.resolved, worker)
+    assert worker.step_times is not None, "the worker measured: it was asked to"
+    stored = stored_file(os.environ, key, worker.step_times)
+    figures = tune_figures(worker.step_times, worker.device, worker.attention, stored)
+    stdout.print(_tune_table(figures))
+    stdout.print("\n".join(describe_figures(figures)), soft_wrap=True, markup=False, highlight=False)
+    if json is not None:
+        json.write_bytes(msgspec.json.format(msgspec.json.encode(figures), indent=1) + b"\n")
+
+
+@app.command()
 def prebuild(
     arch: Annotated[str | None, typer.Option(help="GPU architecture, like 9.0a or 8.0. [default: of the GPU]")] = None,
     model: Model = None,
@@ -220,6 +257,19 @@ def _phases_table(phases: tuple[Phase, ...], start_s: float) -> Table:
     for phase in phases:
         table.add_row(phase.name, f"{phase.seconds:.2f}")
     table.add_row("all, processes and imports included", f"{start_s:.2f}")
+    return table
+
+
+def _tune_table(figures: TuneFigures) -> Table:
+    """Padding is of the steps whose smallest bucket it is: the share of their rows that hold no token."""
+    title = f"Steps on {figures.device}, decodes at {figures.decode_context} positions, all rows live"
+    table = Table("bucket", "rows", "ms", "rows/s", "padding, mean", "worst", "", title=title, title_justify="left")
+    for column in table.columns[:6]:
+        column.justify = "right"
+    for line in figures.buckets:
+        padding = ("-", "-") if line.padding is None else (f"{line.padding.mean:.0%}", f"{line.padding.worst:.0%}")
+        rate, mark = f"{line.rows_per_s:.0f}", "saturation point" if line.saturated else ""
+        table.add_row(line.bucket, str(line.rows), f"{line.milliseconds:.2f}", rate, *padding, mark)
     return table
 
 

@@ -66,6 +66,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     """Compile the decoder layer with torch.compile. None: on CUDA, not on the CPU."""
     attention: Literal["auto", "flashinfer", "torch"] = "auto"
     """Attention backend. auto: FlashInfer on CUDA where it is installed."""
+    step_times: Literal["auto", "measure", "off"] = "auto"
+    """Where the scheduler's step times come from. auto: what `graphgen tune` stored for this device, model and buckets;
+    else, on a device with graphs, a quick measurement at the start. measure: a thorough one, which is stored."""
     step_log: str | None = None
     """File that receives one JSON line per step."""
     cpu_threads: int | None = None
@@ -113,6 +116,7 @@ class EngineSettings(TypedDict, total=False):
     progress: bool
     compile: bool | None
     attention: Literal["auto", "flashinfer", "torch"]
+    step_times: Literal["auto", "measure", "off"]
     step_log: str | None
     cpu_threads: int | None
     start_timeout_s: float
@@ -149,6 +153,7 @@ class LaunchConfig(Struct, frozen=True, kw_only=True):
     page_size: int
     num_pages: int | None  # None: the worker measures what the memory holds
     memory_fraction: float
+    step_times: str  # "auto", "measure" or "off"
     step_log: str | None  # an absolute path
     cpu_threads: int | None
 
@@ -190,6 +195,7 @@ def resolve(config: EngineConfig, spec: ModelSpec, model_folder: Path) -> Launch
         page_size=config.page_size or (64 if on_cuda else 16),
         num_pages=config.num_pages,
         memory_fraction=config.memory_fraction,
+        step_times=config.step_times,
         step_log=None if config.step_log is None else str(Path(config.step_log).absolute()),
         cpu_threads=config.cpu_threads,
     )

@@ -3,7 +3,7 @@
 from msgspec import Struct
 
 from graphgen.config import EngineConfig, LaunchConfig
-from graphgen.ipc.messages import Ready
+from graphgen.ipc.messages import TIMING_PHASE, Ready, WorkerReady
 
 
 class Decision(Struct, frozen=True):
@@ -42,6 +42,7 @@ def decisions(config: EngineConfig, launch: LaunchConfig, ready: Ready) -> list[
             str(ready.token_budget),
             _asked(config.token_budget is not None) or f"the default on {launch.device}",
         ),
+        _step_times_decision(worker),
         Decision("requests at once", str(ready.max_running), _running_reason(config, ready)),
         Decision(
             "max_model_len",
@@ -60,6 +61,18 @@ def decisions(config: EngineConfig, launch: LaunchConfig, ready: Ready) -> list[
             + f"; holds {worker.num_pages * worker.page_size:,} positions, {worker.page_size} a page",
         ),
     ]
+
+
+def _step_times_decision(worker: WorkerReady) -> Decision:
+    table = worker.step_times
+    if table is None:
+        return Decision("step times", "unknown", "`graphgen tune` measures them; until then they are learnt from steps")
+    measured = any(phase.name == TIMING_PHASE for phase in worker.phases)
+    return Decision(
+        "step times",
+        f"{table.times[0].milliseconds:.2f} to {max(time.milliseconds for time in table.times):.2f} ms",
+        "measured at this start" if measured else "stored by `graphgen tune`",
+    )
 
 
 def _asked(was_asked: bool) -> str:

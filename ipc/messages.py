@@ -144,6 +144,10 @@ class Phase(Struct, frozen=True, array_like=True, gc=False):
     seconds: float
 
 
+TIMING_PHASE = "timing"
+"""Name of the phase in which a start measured the step times."""
+
+
 class BucketTime(Struct, frozen=True, array_like=True, gc=False):
     """How long a step of one bucket takes on the device, all its rows live."""
 

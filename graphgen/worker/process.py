@@ -22,6 +22,7 @@ from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.messages import Failed, Phase, SchedulerToWorker, Shutdown, StepPlan, StepResult, WorkerToScheduler
 from graphgen.processes import end_with_parent, process_age_s
 from graphgen.worker.runner import LaunchedStep, ModelRunner
+from graphgen.worker.step_timing import with_step_times
 
 WorkerChannel = Channel[WorkerToScheduler, SchedulerToWorker]
 
@@ -40,7 +41,7 @@ def main(folder: Path, parent_pid: int) -> None:
         config_wait = Phase("config", time.monotonic() - begun_s)
         with torch.inference_mode():
             runner = ModelRunner(config, channel.send, [imports, config_wait])
-            channel.send(runner.describe())
+            channel.send(with_step_times(runner.describe(), runner, config, channel.send))
             _serve(runner, channel)
     except BaseException as error:
         traceback.print_exc()

@@ -115,9 +115,8 @@ class ModelRunner:
                 before_warm_up=self._fill_idle_step,
                 progress=lambda done, total: report(Progress("capture", done, total)),
             )
-        self._num_compiled = self._decoder.recompilations()
-        self._graphs.num_eager_steps = 0
         self._ring_row = 0
+        self.restart_counters()
 
     def describe(self) -> WorkerReady:
         """What was decided from the device that was found."""
@@ -143,6 +142,12 @@ class ModelRunner:
     def num_compiled_layers(self) -> int:
         """Graphs that torch.compile made of the decoder's layers: one for each distinct sliding window."""
         return self._decoder.recompilations()
+
+    def restart_counters(self) -> None:
+        """What ran until now was part of the start."""
+        self._num_compiled = self._decoder.recompilations()
+        self._graphs.num_eager_steps = 0
+        self._graphs.num_replays = 0
 
     @property
     def counters(self) -> WorkerCounters:
@@ -173,6 +178,11 @@ class ModelRunner:
             tokens=tokens,
             drawn_rows=_drawn_rows(plan, self._shape.chunks(plan.bucket)),
         )
+
+    def run_between_steps(self, work: Callable[[], None]) -> None:
+        """Runs `work` on the device's memory when all that was launched has ended, and waits for it."""
+        self._stream.submit(work)
+        self._stream.synchronize()
 
     def close(self) -> None:
         """Waits for what was launched."""

@@ -52,6 +52,32 @@ def test_a_row_that_served_nothing_is_drawn_as_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "serving.png").stat().st_size > 10_000
 
 
+def make_simulated(policy: str, workload: str, kind: str) -> dict[str, Any]:
+    row = make_row(40, 4) | {"policy": policy, "workload": workload, "kind": kind, "request_goodput": 4.0}
+    places = (("median", 30.0), ("p95", 400.0), ("p99", 900.0))
+    return row | {f"{name}_{latency}_ms": place for name, place in places for latency in ("ttft", "itl")}
+
+
+@pytest.mark.parametrize("num_policies", [1, 3])
+def test_a_simulation_of_several_policies_makes_a_small_picture(tmp_path: Path, num_policies: int) -> None:
+    policies = ("first", "second", "third")[:num_policies]
+    groups = [("a", "all"), ("mix", "all"), ("mix", "chat"), ("mix", "document"), ("b", "all"), ("c", "all")]
+    rows = [make_simulated(policy, *group) for group in groups for policy in policies]
+    costs = [
+        {"policy": policy, "running": running, "waiting": waiting, "steps": 99, "p50 us": 5.0, "p99 us": 9.0}
+        for policy in policies
+        for running in ("1", "2-8", "9-64")
+        for waiting in ("0", "101-1000", "1-100")
+    ]
+    plots.plot_simulation(rows, costs, "device", tmp_path / "simulation.png")
+    assert 10_000 < (tmp_path / "simulation.png").stat().st_size < 200_000
+    assert plots._groups(rows) == [("a", "all"), ("mix", "chat"), ("mix", "document"), ("b", "all"), ("c", "all")]
+    assert [row["waiting"] for row in plots._by_queue(costs[:3])] == ["0", "1-100", "101-1000"]
+    heights = [height for height, *_ in plots._bars(rows, policies)]
+    assert heights == sorted(heights, reverse=True)
+    assert len(set(heights)) == 5 * num_policies
+
+
 def test_a_second_of_short_steps_makes_a_small_picture(tmp_path: Path) -> None:
     first = Step(0, (496, 16), ((1, 0, 300), (2, 0, 150)), tuple(range(12)), 50, 9.99, 9.992, 9.993, 10.0, 10.004)
     steps = [

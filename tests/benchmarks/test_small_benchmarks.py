@@ -21,7 +21,7 @@ from graphgen.ipc.messages import Phase
 from graphgen.models.decoder import Decoder
 from graphgen.models.families import load_spec
 
-SCRIPTS = ("attention", "latency", "linear", "scheduler", "startup", "steps")
+SCRIPTS = ("attention", "latency", "linear", "scheduler", "simulate", "startup", "steps")
 
 Document = dict[str, Any]  # Any: JSON
 

@@ -1,0 +1,263 @@
+"""How long is a step of each bucket? Measured with full steps, on the device and through the runner that serve.
+
+Owns the timed steps and what they leave behind: the pages they used are zero-filled again, no slot keeps an owner,
+and counters restart. Never draws a conclusion: the scheduler's cost model does. Called by process.py before the
+worker is ready, and by `benchmarks.steps`.
+
+Every row of a timed step is live: one chunk in slot 0, and decode rows that all attend to the same number of
+positions. Pages are dealt in order and from the start again where the cache has too few: rows then share pages, which
+costs the time of pages of their own, since no cache of a device holds what lies between two reads of one page.
+"""
+
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from statistics import median_low
+
+import msgspec
+import torch
+from msgspec import Struct
+
+from graphgen.config import LaunchConfig
+from graphgen.ipc.codec import pack_int32
+from graphgen.ipc.messages import (
+    TIMING_PHASE,
+    Bucket,
+    BucketTime,
+    Chunk,
+    Phase,
+    Progress,
+    SamplerParams,
+    SlotInit,
+    StepPlan,
+    StepTimeTable,
+    WorkerReady,
+)
+from graphgen.step_times_store import StepTimesKey, load_step_times, save_step_times
+from graphgen.worker.runner import LaunchedStep, ModelRunner, Report
+
+STEPS_IN_FLIGHT = 2
+"""As when serving: the next step waits on the device when one ends."""
+
+DECODE_CONTEXT = 1024
+PROMPT_START = 512
+"""Where the rows of the table stand, typical of serving; in a model of a short context, in the middle of it."""
+
+FAR_PROMPT_START = 4096
+"""The second start, beside 0, of the chunk that shows what a prompt pair costs."""
+
+NEAR_SHARE = 4
+"""The second context that shows what a decode position costs is this part of the first."""
+
+SLOPE_BUCKETS = 3
+"""Buckets that show what a decode position costs."""
+
+
+class Depth(Struct, frozen=True):
+    """Steps of each bucket: some that do not count, then those whose lower median is its time."""
+
+    settling: int
+    repeats: int
+    enough_ms: float = math.inf  # no further step once those of a bucket have taken so long
+
+
+QUICK = Depth(settling=0, repeats=2)
+"""At a start. The lower of two: the first replay of a graph is slower than all that follow."""
+
+FULL = Depth(settling=2, repeats=20, enough_ms=500.0)
+"""When asked. Of long steps, fewer are enough: on a CPU all of them would take a minute."""
+
+
+class Places(Struct, frozen=True):
+    """What the rows of a timed step attend to."""
+
+    decode_context: int  # positions of each decode row
+    prompt_start: int  # position of the chunk's first token
+
+
+class StepTimer:
+    """Runs full steps of any bucket. Made by `open_timer`."""
+
+    def __init__(self, runner: ModelRunner, config: LaunchConfig, buckets: Sequence[Bucket]) -> None:
+        self._runner = runner
+        self._config = config
+        self._buckets = buckets
+
+    @property
+    def widest_chunk(self) -> int:
+        """Prompt rows of the widest bucket."""
+        return max(bucket.prefill_rows for bucket in self._buckets)
+
+    def times_ms(self, bucket: Bucket, places: Places, depth: Depth) -> list[float]:
+        """Of each repeat, from the start of its input's copy to its end, in the order they ran."""
+        plan = self._full_step(bucket, places)
+        in_flight: deque[LaunchedStep] = deque()
+        times: list[float] = []
+        for _ in range(depth.settling + depth.repeats):
+            in_flight.append(self._runner.launch(plan, received_s=0.0))
+            if len(in_flight) > STEPS_IN_FLIGHT:
+                times.append(_milliseconds(in_flight.popleft()))
+                if sum(times) > depth.enough_ms and len(times) > depth.settling:
+                    break
+        times += map(_milliseconds, in_flight)
+        return times[depth.settling :]
+
+    def chunk_length(self, bucket: Bucket, start: int) -> int:
+        """A chunk fills the prefill rows, unless the model's context ends before: the rest is padding then."""
+        return min(bucket.prefill_rows, self._config.max_model_len - start)
+
+    def _full_step(self, bucket: Bucket, places: Places) -> StepPlan:
+        chunks: tuple[Chunk, ...] = ()
+        length = self.chunk_length(bucket, places.prompt_start)
+        if length:
+            init = SlotInit(places.prompt_start + length, 0, (), SamplerParams())
+            chunks = (Chunk(0, places.prompt_start, length, True, init),)
+        tokens = pack_int32(number % self._config.spec.vocab_size for number in range(length))
+        # From the last slot down, so that slot 0 decodes beside its chunk only where all slots do.
+        slots = pack_int32(self._config.max_running - 1 - row for row in range(bucket.decode_rows))
+        positions = pack_int32([places.decode_context - 1] * bucket.decode_rows)
+        return StepPlan(0, bucket, chunks, tokens, slots, positions, b"", 0.0)
+
+
+@contextmanager
+def open_timer(runner: ModelRunner, config: LaunchConfig, reach: Places) -> Iterator[StepTimer]:
+    """A timer whose steps go no further than `reach`, while nothing else runs.
+
+    The pages hold random numbers meanwhile, as kernels draw less power and run faster over zeros. All hold the same
+    ones: making different ones for tens of gigabytes would take longer than the steps of a quick timing.
+    """
+    ready = runner.describe()
+    timer = StepTimer(runner, config, ready.buckets)
+    triples = _deal_pages(config, ready.num_pages, reach, timer.widest_chunk)
+    num_used = min(ready.num_pages, len(triples) // 3)
+    tensors = (*runner.kv_cache.k_pages, *runner.kv_cache.v_pages)
+
+    def fill() -> None:
+        noise = torch.empty_like(tensors[0][0])
+        noise.normal_(generator=torch.Generator(noise.device).manual_seed(0))
+        for pages in tensors:
+            pages[:num_used].copy_(noise)
+
+    def clear() -> None:
+        for pages in tensors:
+            pages[:num_used].zero_()
+            pages[runner.kv_cache.trash_page].zero_()
+
+    runner.run_between_steps(fill)
+    _enter_pages(runner, config, ready, triples)
+    try:
+        yield timer
+    finally:
+        runner.run_between_steps(clear)
+        runner.restart_counters()
+
+
+def measure_step_times(
+    runner: ModelRunner,
+    config: LaunchConfig,
+    depth: Depth,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> StepTimeTable:
+    """The table of all buckets, and its two slopes. Nothing else may run meanwhile."""
+    buckets = runner.describe().buckets
+    widest = max(bucket.prefill_rows for bucket in buckets)
+    room = max(0, config.max_model_len - widest)  # starts at which the widest chunk fits
+    places = Places(min(DECODE_CONTEXT, -(-config.max_model_len // 2)), min(PROMPT_START, room // 2))
+    far = Places(places.decode_context, min(FAR_PROMPT_START, room))
+    times: dict[Bucket, float] = {}
+    with open_timer(runner, config, far) as timer:
+        for done, bucket in enumerate(buckets):
+            progress(done, len(buckets))
+            times[bucket] = median_low(timer.times_ms(bucket, places, depth))
+        per_position = _decode_slope(timer, buckets, places, times, depth)
+        per_pair = _prompt_slope(timer, buckets, far, depth)
+        progress(len(buckets), len(buckets))
+    return StepTimeTable(
+        times=tuple(BucketTime(bucket, milliseconds) for bucket, milliseconds in times.items()),
+        decode_context=places.decode_context,
+        prompt_start=places.prompt_start,
+        ms_per_decode_position=per_position,
+        ms_per_prompt_pair=per_pair,
+    )
+
+
+def with_step_times(ready: WorkerReady, runner: ModelRunner, config: LaunchConfig, report: Report) -> WorkerReady:
+    """`ready` and the step times that `config.step_times` asks for: stored ones, measured ones, or none."""
+    if config.step_times == "off":
+        return ready
+    key = StepTimesKey.of(config, ready)
+    if config.step_times == "auto":
+        stored = load_step_times(os.environ, key)
+        if stored is not None or not ready.graphs:
+            return msgspec.structs.replace(ready, step_times=stored)
+    begun_s = time.monotonic()
+    depth = FULL if config.step_times == "measure" else QUICK
+    table = measure_step_times(runner, config, depth, lambda done, total: report(Progress(TIMING_PHASE, done, total)))
+    phase = Phase(TIMING_PHASE, time.monotonic() - begun_s)
+    if config.step_times == "measure":
+        save_step_times(os.environ, key, table)
+    return msgspec.structs.replace(ready, step_times=table, phases=(*ready.phases, phase))
+
+
+# --- slopes ----------------------------------------------------------------------------------------------------
+
+
+def _decode_slope(
+    timer: StepTimer, buckets: Sequence[Bucket], places: Places, times: dict[Bucket, float], depth: Depth
+) -> float:
+    """Milliseconds of one decode row for each further position: the median of the widest buckets without prompts.
+
+    Each is timed at a second context. Of a single bucket, one of the two may lie where a cache of the device ends.
+    """
+    near = Places(max(1, places.decode_context // NEAR_SHARE), places.prompt_start)
+    decode_only = sorted((bucket for bucket in buckets if not bucket.prefill_rows), key=lambda bucket: bucket.num_rows)
+    slopes = []
+    for bucket in decode_only[-SLOPE_BUCKETS:]:
+        positions = bucket.decode_rows * (places.decode_context - near.decode_context)
+        gained_ms = times[bucket] - median_low(timer.times_ms(bucket, near, depth))
+        slopes.append(gained_ms / positions if positions else 0.0)
+    return max(0.0, median_low(slopes))
+
+
+def _prompt_slope(timer: StepTimer, buckets: Sequence[Bucket], far: Places, depth: Depth) -> float:
+    """Milliseconds of each further (row, position) pair: the widest chunk at two starts; 0 where there is one only."""
+    bucket = max(buckets, key=lambda bucket: (bucket.prefill_rows, -bucket.decode_rows))
+    near = Places(far.decode_context, 0)
+    # Both chunks have equally many rows, each of which sees as many positions more as the starts are apart.
+    pairs = timer.chunk_length(bucket, far.prompt_start) * far.prompt_start
+    if not pairs:
+        return 0.0
+    near_ms, far_ms = (median_low(timer.times_ms(bucket, places, depth)) for places in (near, far))
+    return max(0.0, (far_ms - near_ms) / pairs)
+
+
+# --- pages -----------------------------------------------------------------------------------------------------
+
+
+def _deal_pages(config: LaunchConfig, num_pages: int, reach: Places, widest_chunk: int) -> list[int]:
+    """(slot, index, page) triples that cover what the rows of every slot attend to."""
+    triples: list[int] = []
+    chunk_end = min(reach.prompt_start + widest_chunk, config.max_model_len)
+    for slot in range(config.max_running):
+        positions = reach.decode_context if slot else max(reach.decode_context, chunk_end)
+        for index in range(-(-positions // config.page_size)):
+            triples += (slot, index, len(triples) // 3 % num_pages)
+    return triples
+
+
+def _enter_pages(runner: ModelRunner, config: LaunchConfig, ready: WorkerReady, triples: Sequence[int]) -> None:
+    """Steps without a live row that put the pages into the block tables."""
+    bucket = max(ready.buckets, key=lambda bucket: (bucket.prefill_rows, -bucket.decode_rows))
+    # A step may bring whole block tables for each chunk it may hold.
+    words = 3 * ready.max_chunks * -(-config.max_model_len // config.page_size)
+    for start in range(0, len(triples), words):
+        plan = StepPlan(0, bucket, (), b"", b"", b"", pack_int32(triples[start : start + words]), 0.0)
+        runner.launch(plan, received_s=0.0).fetched.wait()
+
+
+def _milliseconds(step: LaunchedStep) -> float:
+    step.fetched.wait()
+    return (step.finished.wait() - step.started.wait()) * 1000.0

@@ -1,0 +1,51 @@
+"""Step times on a GPU: measured within a second at a start that finds none, near those of a thorough measurement."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from benchmarks.report import percentile
+from graphgen import Engine, EngineConfig, SamplingParams
+from graphgen.caches import COMPILER_FOLDERS, ROOT_VARIABLE, cache_root
+from graphgen.ipc.messages import TIMING_PHASE
+
+SHAPE = "benchmarks/shapes/llama-3.1-8b"
+
+
+def leave_out_step_times(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caches folder with everything of the machine's own but its step times: kernels take minutes to build."""
+    root = cache_root(os.environ)
+    for name in ("kernels", *COMPILER_FOLDERS.values()):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(root / name)
+    monkeypatch.setenv(ROOT_VARIABLE, str(folder))
+
+
+def test_a_quick_table_is_near_a_thorough_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_out_step_times(tmp_path, monkeypatch)
+    tables = []
+    for choice in ("auto", "measure", "auto"):
+        config = EngineConfig(model=SHAPE, load_format="dummy", device="cuda", max_model_len=16384, step_times=choice)
+        with Engine(config) as engine:
+            worker = engine.info.worker
+            engine.generate([[1, 2, 3]], SamplingParams(max_tokens=8, ignore_eos=True))
+            stats = engine.stats()
+        assert (stats.graph_replays, stats.eager_steps, stats.recompilations) == (stats.steps, 0, 0)
+        seconds = sum(phase.seconds for phase in worker.phases if phase.name == TIMING_PHASE)
+        print(f"step_times={choice}: {len(worker.buckets)} buckets timed in {seconds:.2f} s")
+        tables.append((worker.step_times, seconds))
+    (quick, quick_s), (thorough, _), (stored, stored_s) = tables
+    assert quick is not None
+    assert thorough is not None
+    assert stored == thorough
+    assert stored_s == 0.0
+    assert quick_s < 1.0
+    offs = [
+        abs(one.milliseconds / other.milliseconds - 1.0) for one, other in zip(quick.times, thorough.times, strict=True)
+    ]
+    print(f"quick against thorough: median off {percentile(offs, 50):.1%}, most {max(offs):.1%}")
+    assert percentile(offs, 90) < 0.05
+    for slope in ("ms_per_decode_position", "ms_per_prompt_pair"):
+        print(f"{slope}: quick {getattr(quick, slope):.3g}, thorough {getattr(thorough, slope):.3g}")
+        assert getattr(quick, slope) == pytest.approx(getattr(thorough, slope), rel=0.3)
