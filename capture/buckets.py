@@ -1,7 +1,7 @@
 """Which shapes are captured: the ladder of buckets of an engine.
 
 A step of `d` decodes and `p` prompt tokens runs in the smallest bucket that holds both, so the ladder trades graphs
-(start-up time, memory) against padding. Mixed buckets are spaced by their total rows, powers of two: then the
+(start-up time, memory) against padding. Mixed buckets are spaced by their total rows, multiples of 128: then the
 linear layers, which see all rows at once, run at sizes their tiles divide. Padded decode rows cost attention time
 even when they hold nothing, so mixed buckets have a decode ladder of their own instead of one widest region.
 """
@@ -49,13 +49,17 @@ def _rungs_up_to(rungs: tuple[int, ...], top: int) -> list[int]:
 
 
 def _row_counts(token_budget: int) -> list[int]:
-    """Total rows of mixed buckets: halves of the budget's power of two down to the smallest, and the budget."""
+    """Total rows of mixed buckets: powers of two from the smallest on, what lies halfway, and the budget.
+
+    With an ITL target the largest bucket that meets it is used: the finer the ladder, the nearer to the target. All are
+    multiples of the smallest, which is what the tiles of matrix products divide.
+    """
+    counts = set()
     rows = _SMALLEST_MIXED_ROWS
-    counts = []
     while rows < token_budget:
-        counts.append(rows)
+        counts |= {rows, rows + rows // 2} if rows // 2 % _SMALLEST_MIXED_ROWS == 0 else {rows}
         rows *= 2
-    return [*counts, token_budget]
+    return [*sorted(count for count in counts if count < token_budget), token_budget]
 
 
 def _mixed_rungs(rows: int, token_budget: int, num_slots: int) -> list[int]:
