@@ -74,7 +74,7 @@ def test_compiled_tokens_equal_eager_ones_with_one_graph_and_no_recompilation(tm
         engine = LocalEngine(config)
         tokens.append(engine.generate(prompts()[:24], NEW_TOKENS))
         if compile_layers:
-            assert engine.runner.num_compiled_layers == 1, "all layers and all buckets share one graph"
+            assert engine.runner.num_compiled_graphs == 1, "all layers and all buckets share one graph"
             assert engine.runner.counters.recompilations == 0
         engine.close()
     assert tokens[0] == tokens[1]
