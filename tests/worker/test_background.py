@@ -1,5 +1,6 @@
 """What runs beside the imports: it is counted once, and whatever fails in it is left to the place that needs it."""
 
+import ctypes
 import subprocess
 import sys
 import threading
@@ -9,7 +10,6 @@ import msgspec
 import pytest
 
 from graphgen import demo
-from graphgen.worker import background
 from graphgen.worker.background import Background, open_context, prepare_first_use, retain_primary_context
 from tests.worker.local_engine import launch_config
 
@@ -70,7 +70,7 @@ def test_the_context_is_made_on_the_device_of_the_launch_file(tmp_path: Path, mo
         drivers.append(FakeDriver())
         return drivers[-1]
 
-    monkeypatch.setattr(background.ctypes, "CDLL", load)
+    monkeypatch.setattr(ctypes, "CDLL", load)
     monkeypatch.delenv("CUDA_MODULE_LOADING", raising=False)
     config = launch_config(demo.model_folder(), device="cpu")
     config.write(tmp_path)
