@@ -95,7 +95,7 @@ def test_only_what_will_be_used_is_prepared() -> None:
     assert prepare_first_use(compiles=False, on_cuda=False, attention="torch") == []
 
 
-def test_a_worker_that_compiles_nothing_imports_no_compiler(tmp_path: Path) -> None:
+def test_a_worker_that_compiles_nothing_imports_no_compiler() -> None:
     """PyTorch imports its compiler and sympy for many small things: initialising a tensor without a device for one."""
     code = (
         "import sys\n"
@@ -106,7 +106,8 @@ def test_a_worker_that_compiles_nothing_imports_no_compiler(tmp_path: Path) -> N
         "runner.close()\n"
         "print(*sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert "torch" in loaded
     assert not loaded & {"torch._dynamo", "torch._inductor", "sympy", "transformers"}
