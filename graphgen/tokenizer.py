@@ -81,18 +81,18 @@ def load_tokenizer(location: str | Path, revision: str | None) -> Tokenizer | No
 
 
 def _says_all_itself(folder: Path) -> bool:
-    """Whether tokenizer.json is the whole tokenizer, so that the class is known without the model's.
+    """Whether tokenizer.json is the whole tokenizer, so that its class is known without AutoTokenizer.
 
-    To find the class, AutoTokenizer imports the model's config and with it torch: two thirds of the time.
+    That imports the model's config and with it torch, two thirds of the time, because for some model types it
+    overrules what the files say. It does not for "llama", which Llama 3 and many others are.
     """
     try:
-        config = json.loads((folder / "tokenizer_config.json").read_bytes())
-    except (OSError, ValueError):
+        model, config = (json.loads((folder / name).read_bytes()) for name in ("config.json", "tokenizer_config.json"))
+        return (
+            model["model_type"] == "llama"
+            and config["tokenizer_class"] in _WHOLE_CLASSES
+            and "auto_map" not in config
+            and (folder / "tokenizer.json").exists()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    return (
-        isinstance(config, dict)
-        and config.get("tokenizer_class") in _WHOLE_CLASSES
-        and "auto_map" not in config
-        and (folder / "tokenizer.json").exists()
-        and not (folder / "tekken.json").exists()
-    )

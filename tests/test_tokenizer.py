@@ -15,16 +15,17 @@ from graphgen.tokenizer import load_tokenizer
 TEXTS = ("", " ", "O Romeo, Romeo!  wherefore\n\tart thou", "<|endoftext|>", "naïve 😀", "a" * 300)
 
 
-def copy_of_demo(folder: Path, **changes: object) -> Path:
+def copy_of_demo(folder: Path, model_type: str, **changes: object) -> Path:
     """The demo's tokenizer with other settings; a value of None removes one."""
-    for name in ("config.json", "tokenizer.json"):
-        shutil.copy(demo.model_folder() / name, folder)
+    shutil.copy(demo.model_folder() / "tokenizer.json", folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     settings = json.loads((demo.model_folder() / "tokenizer_config.json").read_bytes()) | changes
     kept = {name: value for name, value in settings.items() if value is not None}
     (folder / "tokenizer_config.json").write_text(json.dumps(kept))
     return folder
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral"])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -37,8 +38,8 @@ def copy_of_demo(folder: Path, **changes: object) -> Path:
     ],
     ids=str,
 )
-def test_ids_and_text_are_those_of_the_auto_class(changes: dict[str, object], tmp_path: Path) -> None:
-    folder = copy_of_demo(tmp_path, **changes)
+def test_ids_and_text_are_those_of_the_auto_class(model_type: str, changes: dict[str, object], tmp_path: Path) -> None:
+    folder = copy_of_demo(tmp_path, model_type, **changes)
     tokenizer, want = load_tokenizer(folder, None), AutoTokenizer.from_pretrained(str(folder))
     assert tokenizer is not None
     assert type(tokenizer._hf) is type(want)
