@@ -6,11 +6,11 @@ B requests of --context random tokens are sent at once to an Engine; gaps count 
 until the first one ends. TTFT is that of the batch of one.
 """
 
-import argparse
 import itertools
 import random
 import time
 
+from benchmarks.options import add_engine_options, engine_settings, make_parser
 from benchmarks.report import machine, percentile, show, write_json
 from graphgen import Engine, EngineConfig, SamplingParams
 from graphgen.outputs import RequestOutput
@@ -33,12 +33,8 @@ def sampling_of(num_tokens: int) -> SamplingParams:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or hub id; without it the embedded demo model")
-    parser.add_argument("--load-format", default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--max-model-len", type=int)
-    parser.add_argument("--token-budget", type=int)
+    parser = make_parser(__doc__)
+    add_engine_options(parser)
     parser.add_argument("--context", type=int, default=1024, help="prompt tokens of each request")
     parser.add_argument("--tokens", type=int, default=128, help="output tokens while all decode")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 256])
@@ -46,14 +42,7 @@ def main() -> None:
     parser.add_argument("--step-log")
     parser.add_argument("--json", help="write the figures here")
     options = parser.parse_args()
-    config = EngineConfig(
-        model=options.model,
-        load_format=options.load_format,
-        device=options.device,
-        max_model_len=options.max_model_len,
-        token_budget=options.token_budget,
-        step_log=options.step_log,
-    )
+    config = EngineConfig(**engine_settings(options, step_log=options.step_log))
     rng = random.Random(options.seed)
     begun_s = time.monotonic()
     with Engine(config) as engine:

@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.metrics import Figures, ServedRequest, ServiceLevel, summarize
+from benchmarks.options import add_engine_options, engine_settings, make_parser
 from benchmarks.report import machine, show, write_json
 from benchmarks.step_log import StepLogReader, summarize_steps
 from benchmarks.workload import Load, PlannedRequest, Trace, Workload
@@ -223,18 +224,9 @@ def _percent(value: object) -> str:
 # --- command line ----------------------------------------------------------------------------------------------
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    engine = parser.add_argument_group("engine")
-    engine.add_argument("--model", help="folder or hub id; without it the embedded demo model")
-    engine.add_argument("--load-format", default="auto")
-    engine.add_argument("--device", default="auto")
-    engine.add_argument("--max-model-len", type=int)
-    engine.add_argument("--max-num-seqs", type=int, default=256)
-    engine.add_argument("--num-pages", type=int)
-    engine.add_argument("--cpu-threads", type=int)
-    budgets = engine.add_mutually_exclusive_group()
-    budgets.add_argument("--token-budget", type=int)
+def serving_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    budgets = add_engine_options(parser)
     budgets.add_argument("--sweep-budget", type=int, nargs="+", metavar="ROWS", help="one engine after another")
     load = parser.add_argument_group("load")
     load.add_argument("--workload", action="append", default=[], help="as above; may be given several times")
@@ -281,22 +273,12 @@ def loads_of(options: argparse.Namespace) -> list[Load]:
 def configs_of(options: argparse.Namespace, step_log: str) -> Iterator[EngineConfig]:
     """One engine for each token budget."""
     for token_budget in options.sweep_budget or [options.token_budget]:
-        yield EngineConfig(
-            model=options.model,
-            load_format=options.load_format,
-            device=options.device,
-            max_model_len=options.max_model_len,
-            max_num_seqs=options.max_num_seqs,
-            num_pages=options.num_pages,
-            cpu_threads=options.cpu_threads,
-            token_budget=token_budget,
-            step_log=step_log,
-        )
+        yield EngineConfig(**engine_settings(options, token_budget=token_budget, step_log=step_log))
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Figures]:
     """The rows, also shown and written as asked. arguments: those of the command line by default."""
-    parser = make_parser()
+    parser = serving_parser()
     options = parser.parse_args(arguments)
     levels = [ServiceLevel(limit_ms / 1000.0, options.sla_prompt_rate) for limit_ms in options.sla_itl_ms]
     try:

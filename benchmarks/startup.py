@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from benchmarks.options import add_engine_options, engine_settings, make_parser
 from benchmarks.report import Row, machine, percentile, show, write_json
 from graphgen import Engine, EngineConfig, SamplingParams
 from graphgen.ipc.errors import GraphgenError
@@ -37,7 +38,7 @@ class Start(Struct, frozen=True):
     device: str
     attention: str
     compiled: bool
-    phases: tuple[Phase, ...]  # of the worker, one after another
+    phases: tuple[Phase, ...]  # of the worker, one after another, their seconds add up
     engine_s: float  # the constructor of Engine
     ready_s: float  # from the start of the program: the interpreter and its imports too
     request_ms: tuple[float, float]  # time to the first token of the first and of the second request
@@ -97,7 +98,13 @@ def phase_rows(starts: Sequence[Start]) -> list[Row]:
     measured["ready, from the program's start"] = [start.ready_s for start in starts]
     measured["close()"] = [start.close_s for start in starts]
     return [
-        {"phase": name, "median s": percentile(times, 50), "min s": min(times), "max s": max(times)}
+        {
+            "phase": name,
+            "median s": percentile(times, 50),
+            "min s": min(times),
+            "max s": max(times),
+            "beside earlier phases s": percentile([_hidden_s(start, name) for start in starts], 50),
+        }
         for name, times in measured.items()
     ]
 
@@ -119,6 +126,11 @@ def _phase_s(start: Start, name: str) -> float:
     return sum(phase.seconds for phase in start.phases if phase.name == name)
 
 
+def _hidden_s(start: Start, name: str) -> float:
+    """Work of a phase that took none of its own time."""
+    return sum(phase.hidden_s for phase in start.phases if phase.name == name)
+
+
 def _run_child() -> None:
     """--once: the config as JSON on standard input, the Start as JSON on standard output."""
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
@@ -130,14 +142,8 @@ def _run_child() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or hub id; without it the embedded demo model")
-    parser.add_argument("--load-format", choices=("auto", "safetensors", "dummy"), default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--max-model-len", type=int)
-    parser.add_argument("--max-num-seqs", type=int, default=256)
-    parser.add_argument("--token-budget", type=int)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None)
+    parser = make_parser(__doc__)
+    add_engine_options(parser)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--cold", action="store_true", help="empty compile caches for every run")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds that one run may take")
@@ -148,17 +154,9 @@ def main() -> None:
         _run_child()
         return
     # The child runs elsewhere: a folder keeps its meaning, a hub id is none.
-    model = str(Path(options.model).absolute()) if options.model and Path(options.model).is_dir() else options.model
-    config = EngineConfig(
-        model=model,
-        load_format=options.load_format,
-        device=options.device,
-        max_model_len=options.max_model_len,
-        max_num_seqs=options.max_num_seqs,
-        token_budget=options.token_budget,
-        compile=options.compile,
-        start_timeout_s=options.timeout,
-    )
+    if options.model and Path(options.model).is_dir():
+        options.model = str(Path(options.model).absolute())
+    config = EngineConfig(**engine_settings(options, start_timeout_s=options.timeout))
     starts = measure(config, options.runs, options.cold, options.timeout)
     caches = "cold" if options.cold else "as found"
     about = machine(starts[-1].device) | {

@@ -7,11 +7,11 @@ rows are one chunk that starts at --prompt-start. The steps are those of `graphg
 like.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 
+from benchmarks.options import add_engine_options, engine_settings, make_parser
 from benchmarks.report import machine, percentile, show, write_json
 from graphgen.config import EngineConfig, resolve
 from graphgen.demo import model_folder
@@ -21,27 +21,15 @@ from graphgen.worker.step_timing import Depth, Places, open_timer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(model_folder()))
-    parser.add_argument("--load-format", default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--token-budget", type=int)
-    parser.add_argument("--max-num-seqs", type=int, default=256)
-    parser.add_argument("--max-model-len", type=int)
+    parser = make_parser(__doc__)
+    add_engine_options(parser)
+    parser.set_defaults(model=str(model_folder()))
     parser.add_argument("--context", type=int, default=1024, help="positions a decode row attends to")
     parser.add_argument("--prompt-start", type=int, default=512, help="position of the chunk's first token")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--json", help="write the figures here")
     options = parser.parse_args()
-    settings = EngineConfig(
-        device=options.device,
-        load_format=options.load_format,
-        token_budget=options.token_budget,
-        max_num_seqs=options.max_num_seqs,
-        max_model_len=options.max_model_len,
-        compile=options.compile,
-    )
+    settings = EngineConfig(**engine_settings(options))
     config = resolve(settings, load_spec(options.model), Path(options.model))
     with torch.inference_mode():
         runner = ModelRunner(config, report=lambda progress: None)

@@ -77,11 +77,13 @@ class GraphPool:
 @contextmanager
 def _quiet_garbage_collector() -> Iterator[None]:
     """No collection during capture (it would free CUDA memory in the middle), none of its objects scanned later."""
+    was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
         gc.collect()
         gc.freeze()
+        if was_enabled:
+            gc.enable()

@@ -252,10 +252,11 @@ def _buckets_table(buckets: tuple[Bucket, ...]) -> Table:
 
 
 def _phases_table(phases: tuple[Phase, ...], start_s: float) -> Table:
-    table = Table("phase of the start", "seconds", title="Start", title_justify="left")
-    table.columns[1].justify = "right"
+    table = Table("phase of the start", "seconds", "beside earlier phases", title="Start", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
     for phase in phases:
-        table.add_row(phase.name, f"{phase.seconds:.2f}")
+        table.add_row(phase.name, f"{phase.seconds:.2f}", f"{phase.hidden_s:.2f}" if phase.hidden_s else "")
     table.add_row("all, processes and imports included", f"{start_s:.2f}")
     return table
 

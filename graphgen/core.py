@@ -164,7 +164,7 @@ def describe_start(ready: Ready, start_s: float) -> str:
     """The phase table of the start, in lines."""
     worker = ready.worker
     lines = [f"graphgen serves on {worker.device} with {worker.attention} attention after {start_s:.2f} s"]
-    lines += [f"  {phase.name:<24}{phase.seconds:8.2f} s" for phase in worker.phases]
+    lines += [f"  {phase}" for phase in worker.phases]
     return "\n".join(lines)
 
 

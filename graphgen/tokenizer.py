@@ -4,6 +4,7 @@ Owns the Hugging Face tokenizer object. Never runs code of a checkpoint. Loaded 
 processes start, because importing transformers takes seconds.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from graphgen.ipc.errors import CheckpointError, InvalidRequestError
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model", "tekken.json")
+_WHOLE_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Of transformers: one class by its old and its new name, for tokenizers without code of their own."""
 
 
 class Tokenizer:
@@ -63,11 +66,33 @@ def load_tokenizer(location: str | Path, revision: str | None) -> Tokenizer | No
     folder = Path(location).expanduser()
     if folder.is_dir() and not any((folder / name).exists() for name in _FILES):
         return None
-    from transformers import AutoTokenizer
-
     try:
+        if _says_all_itself(folder):
+            from transformers import PreTrainedTokenizerFast
+
+            return Tokenizer(PreTrainedTokenizerFast.from_pretrained(str(folder)))
+        from transformers import AutoTokenizer
+
         return Tokenizer(AutoTokenizer.from_pretrained(str(location), revision=revision, trust_remote_code=False))
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise CheckpointError(
             f"the tokenizer of {str(location)!r} cannot be read ({error}): repair it or name another with tokenizer="
         ) from error
+
+
+def _says_all_itself(folder: Path) -> bool:
+    """Whether tokenizer.json is the whole tokenizer, so that its class is known without AutoTokenizer.
+
+    That imports the model's config and with it torch, two thirds of the time, because for some model types it
+    overrules what the files say. It does not for "llama", which Llama 3 and many others are.
+    """
+    try:
+        model, config = (json.loads((folder / name).read_bytes()) for name in ("config.json", "tokenizer_config.json"))
+        return (
+            model["model_type"] == "llama"
+            and config["tokenizer_class"] in _WHOLE_CLASSES
+            and "auto_map" not in config
+            and (folder / "tokenizer.json").exists()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -138,10 +138,15 @@ class WorkerCounters(Struct, frozen=True, array_like=True, gc=False):
 
 
 class Phase(Struct, frozen=True, array_like=True, gc=False):
-    """One phase of the start and how long it took."""
+    """One phase of the start. Phases follow one another, so their seconds add up."""
 
     name: str
     seconds: float
+    hidden_s: float = 0.0  # work of this phase that was done beside earlier ones, and no part of `seconds`
+
+    def __str__(self) -> str:
+        hidden = f"  and {self.hidden_s:.2f} s beside earlier phases" if self.hidden_s >= 0.005 else ""
+        return f"{self.name:<24}{self.seconds:8.2f} s{hidden}"
 
 
 TIMING_PHASE = "timing"

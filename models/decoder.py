@@ -18,7 +18,7 @@ from graphgen.ipc.errors import ConfigError
 from graphgen.models.attention.tables import RowTables
 from graphgen.models.compilation import CompiledLayers, RunLayer, run_layer
 from graphgen.models.kv_cache import KVCache
-from graphgen.models.layers import AttentionOp, DecoderLayer, RMSNorm, linear
+from graphgen.models.layers import AttentionOp, DecoderLayer, Linear, RMSNorm
 from graphgen.models.rope import Rope
 from graphgen.models.spec import ModelSpec
 
@@ -48,14 +48,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         attend = attention_op(attention)
-        # Nothing is allocated, and nothing initialised, before the device is known.
-        with torch.device("meta"):
-            self.embedding = nn.Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype)
+        with device:
+            # From a table of weights: the plain constructor would initialise them.
+            self.embedding = nn.Embedding.from_pretrained(torch.empty(spec.vocab_size, spec.hidden_size, dtype=dtype))
             self.layers = nn.ModuleList(DecoderLayer(spec, window, attend, dtype) for window in spec.windows)
             self.final_norm = RMSNorm(spec.hidden_size, spec.norm_eps, dtype)
-            self.head = None if spec.tie_embeddings else linear(spec.hidden_size, spec.vocab_size, False, dtype)
+            self.head = None if spec.tie_embeddings else Linear(spec.hidden_size, spec.vocab_size, False, dtype)
         self.requires_grad_(False)
-        self.to_empty(device=device)
         self.rope = Rope(spec.rope, spec.head_dim, device)
         self._run_layer: RunLayer = run_layer
         self._few_rows = _few_rows(spec, attention, dtype, device)
@@ -105,8 +104,8 @@ class Decoder(nn.Module):
         self._compiled = CompiledLayers()
         self._run_layer = self._compiled
 
-    def recompilations(self) -> int:
-        """Graphs compiled so far; it does not grow once every bucket has run."""
+    def num_compiled_graphs(self) -> int:
+        """How often a layer was compiled so far: once for each distinct window, when every bucket has run."""
         return 0 if self._compiled is None else self._compiled.num_graphs
 
 

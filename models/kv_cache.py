@@ -5,7 +5,11 @@ attention backends write them. Called by the worker when it sizes memory, and by
 pages.
 """
 
+import math
+
+import numpy as np
 import torch
+from torch import Tensor
 
 from graphgen.ipc.errors import ConfigError
 from graphgen.models.spec import ModelSpec
@@ -32,8 +36,8 @@ class KVCache:
         self.num_pages = num_pages
         self.page_size = page_size
         shape = (num_pages + 1, page_size, spec.num_kv_heads, spec.head_dim)
-        self.k_pages = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
-        self.v_pages = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
+        self.k_pages = [_zeros(shape, dtype, device) for _ in range(spec.num_layers)]
+        self.v_pages = [_zeros(shape, dtype, device) for _ in range(spec.num_layers)]
 
     @property
     def trash_page(self) -> int:
@@ -44,3 +48,12 @@ class KVCache:
     def num_bytes(self) -> int:
         """Memory of all pages, the trash page included."""
         return sum(pages.nbytes for pages in (*self.k_pages, *self.v_pages))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros. On the CPU the operating system hands them out page by page when they are first used: a gigabyte costs a
+    start nothing, and a run only what it uses."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)

@@ -46,8 +46,15 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
-def linear(in_size: int, out_size: int, bias: bool, dtype: torch.dtype) -> nn.Linear:
-    return nn.Linear(in_size, out_size, bias=bias, dtype=dtype).requires_grad_(False)
+class Linear(nn.Linear):
+    """A linear layer whose weights are uninitialised memory: the loader fills them."""
+
+    def __init__(self, in_size: int, out_size: int, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__(in_size, out_size, bias=bias, dtype=dtype)
+        self.requires_grad_(False)
+
+    def reset_parameters(self) -> None:
+        """Called by nn.Linear to initialise."""
 
 
 class Attention(nn.Module):
@@ -58,8 +65,8 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         self.window = FULL_ATTENTION if window is None else window
         self.attend = attend
-        self.qkv = linear(spec.hidden_size, spec.q_size + 2 * spec.kv_size, spec.qkv_bias, dtype)
-        self.o = linear(spec.q_size, spec.hidden_size, spec.o_bias, dtype)
+        self.qkv = Linear(spec.hidden_size, spec.q_size + 2 * spec.kv_size, spec.qkv_bias, dtype)
+        self.o = Linear(spec.q_size, spec.hidden_size, spec.o_bias, dtype)
         self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps, dtype) if spec.qk_norm else None
         self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps, dtype) if spec.qk_norm else None
 
@@ -88,8 +95,8 @@ class MLP(nn.Module):
     def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[spec.activation]
-        self.gate_up = linear(spec.hidden_size, 2 * spec.ffn_size, spec.mlp_bias, dtype)
-        self.down = linear(spec.ffn_size, spec.hidden_size, spec.mlp_bias, dtype)
+        self.gate_up = Linear(spec.hidden_size, 2 * spec.ffn_size, spec.mlp_bias, dtype)
+        self.down = Linear(spec.ffn_size, spec.hidden_size, spec.mlp_bias, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)

@@ -70,7 +70,6 @@ class FakeScheduler:
         self._channel: Channel[SchedulerToEngine, EngineToScheduler] = Channel(
             self._context, processes.folder, "engine", "lower", EngineToScheduler
         )
-        self.address = f"ipc://{processes.folder}/engine.up"
 
     def send(self, message: SchedulerToEngine) -> None:
         self._channel.send(message)

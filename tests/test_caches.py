@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,9 @@ def test_the_worker_is_told_where_the_caches_are(tmp_path: Path, monkeypatch: py
         monkeypatch.delenv(variable, raising=False)
     processes = EngineProcesses(("graphgen.worker",))
     try:
-        environ = Path(f"/proc/{processes.pids['worker']}/environ").read_bytes().split(b"\0")
+        place = Path(f"/proc/{processes.pids['worker']}/environ")
+        while not (environ := place.read_bytes().split(b"\0"))[1:]:  # it is empty for a moment after the fork
+            time.sleep(0.001)
     finally:
         processes.stop(grace_s=0.0)
     assert f"TORCHINDUCTOR_CACHE_DIR={tmp_path}/inductor".encode() in environ

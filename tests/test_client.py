@@ -179,6 +179,7 @@ def test_a_failure_of_one_requests_text_ends_that_request_alone(rig: Rig) -> Non
     assert good.get(timeout=5) == StreamPiece("a", (1,), "length")
 
 
+@pytest.mark.alone
 def test_a_dead_process_reaches_every_waiter_within_a_second(rig: Rig) -> None:
     waiting = [rig.open(number) for number in range(3)]
     failures: list[Exception] = []

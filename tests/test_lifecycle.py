@@ -149,6 +149,7 @@ def test_a_program_that_ends_otherwise_leaves_nothing(folder: Path, body: str, c
     program.assert_gone()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("victim", ["scheduler", "worker"])
 def test_a_killed_process_is_an_error_within_a_second(victim: str) -> None:
     with Engine(**SETTINGS) as engine:  # type: ignore[arg-type]  # a plain dict of settings

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from graphgen import Engine, SamplingParams
 from tests import step_logs
 
@@ -10,6 +12,7 @@ TOKEN_BUDGET = 128
 NEW_TOKENS = 24
 
 
+@pytest.mark.alone
 def test_plans_arrive_before_the_step_before_them_ends_and_every_token_is_logged(tmp_path: Path) -> None:
     log = tmp_path / "steps.jsonl"
     prompts = [[1 + number % 7] * (1 + 3 * number) for number in range(NUM_REQUESTS)]

@@ -168,6 +168,7 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - started_s
 
 
+@pytest.mark.alone
 def test_a_long_stop_that_almost_matches_costs_no_more_than_the_text() -> None:
     """A naive search compares the whole stop at every character: 20 000 * 1000 comparisons."""
     stop = "a" * 999 + "b"

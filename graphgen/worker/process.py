@@ -5,6 +5,7 @@ back at the socket while the device computes. The collector waits for each step'
 watchdog ends the process when its parent is gone.
 """
 
+import gc
 import logging
 import queue
 import sys
@@ -20,7 +21,8 @@ from graphgen.config import LaunchConfig
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.messages import Failed, Phase, SchedulerToWorker, Shutdown, StepPlan, StepResult, WorkerToScheduler
-from graphgen.processes import end_with_parent, process_age_s
+from graphgen.processes import process_age_s
+from graphgen.worker.background import Background
 from graphgen.worker.runner import LaunchedStep, ModelRunner
 from graphgen.worker.step_timing import with_step_times
 
@@ -29,9 +31,8 @@ WorkerChannel = Channel[WorkerToScheduler, SchedulerToWorker]
 logger = logging.getLogger("graphgen.worker")
 
 
-def main(folder: Path, parent_pid: int) -> None:
-    """Runs until Shutdown, a failure, or the end of the parent."""
-    end_with_parent(parent_pid, folder)
+def run(folder: Path, device_context: Background) -> None:
+    """Runs until Shutdown, a failure, or the end of the parent. device_context: the CUDA context in the making."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     channel: WorkerChannel = Channel(context, folder, "worker", "lower", SchedulerToWorker)
     try:
@@ -40,7 +41,8 @@ def main(folder: Path, parent_pid: int) -> None:
         config = LaunchConfig.read(folder)
         config_wait = Phase("config", time.monotonic() - begun_s)
         with torch.inference_mode():
-            runner = ModelRunner(config, channel.send, [imports, config_wait])
+            runner = ModelRunner(config, channel.send, [imports, config_wait, device_context.wait()])
+            gc.enable()
             channel.send(with_step_times(runner.describe(), runner, config, channel.send))
             _serve(runner, channel)
     except BaseException as error:

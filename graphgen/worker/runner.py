@@ -4,6 +4,7 @@ Owns decoder, KV cache, slot tables, buckets' graphs and staging. Knows slots, p
 The only place that sees both `models` and `capture`. Called by process.py.
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from graphgen.models.kv_cache import KVCache, bytes_per_page
 from graphgen.models.loader import load_decoder
 from graphgen.models.sampling import ROW_WIDTH, make_sampler, pack_slot
 from graphgen.worker.backend import open_backend
+from graphgen.worker.background import prepare_first_use
 from graphgen.worker.inputs import InputShape, RegionLengths, input_layout, pack_plan
 from graphgen.worker.rows import SlotTables
 from graphgen.worker.step import TOKEN_RING, Step
@@ -79,6 +81,7 @@ class ModelRunner:
         dtype = getattr(torch, config.dtype)
         with self._phase("attention"):
             self._backend = open_backend(config, self._device, dtype, self._buckets, self._shape)
+        preparations = prepare_first_use(config.compile, self._device.type == "cuda", self._backend.name)
         with self._phase("load"):
             self._decoder = load_decoder(
                 folder=Path(config.model_folder),
@@ -90,6 +93,8 @@ class ModelRunner:
                 seed=config.seed,
                 progress=lambda done, total: report(Progress("load", done, total)),
             )
+        self._phases += [preparation.wait() for preparation in preparations]
+        gc.freeze()  # what was imported stays: no collection need look at it again
         self._sampler = make_sampler(config.max_running, config.spec.vocab_size, self._device)
         self._layouts = {bucket: input_layout(bucket, self._shape) for bucket in self._buckets}
         most_words = max(layout.num_words for layout in self._layouts.values())
@@ -103,8 +108,8 @@ class ModelRunner:
         with self._phase("kernels"):
             self._backend.load_kernels()
         if config.compile:
-            self._decoder.compile_layers()
             with self._phase("compile"):
+                self._decoder.compile_layers()
                 self._run_once(self._buckets[-1])
         with self._phase("profile"):
             self._kv_cache = self._open_kv_cache(self._num_pages(dtype), dtype)
@@ -139,13 +144,13 @@ class ModelRunner:
         return self._kv_cache
 
     @property
-    def num_compiled_layers(self) -> int:
+    def num_compiled_graphs(self) -> int:
         """Graphs that torch.compile made of the decoder's layers: one for each distinct sliding window."""
-        return self._decoder.recompilations()
+        return self._decoder.num_compiled_graphs()
 
     def restart_counters(self) -> None:
         """What ran until now was part of the start."""
-        self._num_compiled = self._decoder.recompilations()
+        self._num_compiled = self._decoder.num_compiled_graphs()
         self._graphs.num_eager_steps = 0
         self._graphs.num_replays = 0
 
@@ -155,7 +160,7 @@ class ModelRunner:
         return WorkerCounters(
             graph_replays=self._graphs.num_replays,
             eager_steps=self._graphs.num_eager_steps,
-            recompilations=self._decoder.recompilations() - self._num_compiled,
+            recompilations=self._decoder.num_compiled_graphs() - self._num_compiled,
         )
 
     def launch(self, plan: StepPlan, received_s: float) -> LaunchedStep:

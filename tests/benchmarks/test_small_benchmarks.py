@@ -210,11 +210,19 @@ def test_medians_are_taken_phase_by_phase() -> None:
     starts = [make_start(load=1.0, capture=9.0), make_start(load=2.0, capture=5.0), make_start(load=9.0, compile=1.0)]
     rows = {row["phase"]: row for row in startup.phase_rows(starts)}
     assert list(rows)[:4] == ["load", "capture", "compile", "worker, all phases"]
-    assert rows["load"] == {"phase": "load", "median s": 2.0, "min s": 1.0, "max s": 9.0}
+    times = {"median s": 2.0, "min s": 1.0, "max s": 9.0}
+    assert rows["load"] == {"phase": "load", **times, "beside earlier phases s": 0.0}
     assert rows["capture"]["median s"] == 5.0
     assert rows["compile"]["median s"] == 0.0
     assert rows["worker, all phases"]["median s"] == 10.0
     assert startup.request_rows(starts)[1]["TTFT median ms"] == 20.0
+
+
+def test_what_other_phases_hid_is_shown_and_added_to_nothing() -> None:
+    start = startup.Start("cpu", "torch", False, (Phase("context", 0.1, hidden_s=3.0),), 1.0, 2.0, (30.0, 20.0), 0.5)
+    rows = {row["phase"]: row for row in startup.phase_rows([start])}
+    assert rows["context"]["beside earlier phases s"] == 3.0
+    assert rows["worker, all phases"]["median s"] == 0.1
 
 
 @pytest.mark.parametrize("cold", [True, False])

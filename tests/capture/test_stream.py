@@ -1,5 +1,6 @@
 """The host stream keeps the contract of a device: in order, asynchronous, and its failures surface at the marks."""
 
+import gc
 import threading
 import time
 
@@ -112,6 +113,20 @@ def test_on_the_cpu_a_pool_warms_every_bucket_and_runs_its_callable() -> None:
     assert not pool.captures
     assert (pool.num_replays, pool.num_eager_steps) == (0, 0)
     stream.close()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_left_as_it_was_and_sleeps_while_steps_run(enabled: bool) -> None:
+    seen: list[bool] = []
+    stream = HostStream()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        GraphPool(stream, {Bucket(0, 1): lambda: seen.append(gc.isenabled())})
+        assert seen == [False]
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
+        stream.close()
 
 
 @pytest.mark.parametrize(("budget", "wanted", "pages"), [(1000, 50, 10), (1099, 50, 10), (1000, 4, 4)])

@@ -50,10 +50,10 @@ def run_every_shape(decoder: Decoder, one_row_first: bool = False) -> torch.Tens
 def test_one_graph_serves_all_layers_and_shapes(one_row_first: bool, tmp_path: Path) -> None:
     decoder = load("llama", tmp_path)
     eager = run_every_shape(decoder, one_row_first)
-    assert decoder.recompilations() == 0
+    assert decoder.num_compiled_graphs() == 0
     decoder.compile_layers()
     compiled = run_every_shape(decoder, one_row_first)
-    assert decoder.recompilations() == 1
+    assert decoder.num_compiled_graphs() == 1
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
     assert torch.equal(compiled.argmax(-1), eager.argmax(-1))
 
@@ -63,7 +63,7 @@ def test_each_distinct_window_is_one_graph(tmp_path: Path) -> None:
     eager = run_every_shape(decoder)
     decoder.compile_layers()
     torch.testing.assert_close(run_every_shape(decoder), eager, rtol=1e-4, atol=1e-4)
-    assert decoder.recompilations() == 2
+    assert decoder.num_compiled_graphs() == 2
 
 
 def test_generated_code_never_allocates_or_copies_pages(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ def test_the_trash_page_comes_on_top_of_the_pages_to_give_out() -> None:
     assert len(cache.k_pages) == len(cache.v_pages) == spec.num_layers
     for pages in (*cache.k_pages, *cache.v_pages):
         assert pages.shape == (6, 4, spec.num_kv_heads, spec.head_dim)
+        assert pages.dtype == torch.bfloat16
+        assert pages.is_contiguous()
         assert not pages.any()
     with pytest.raises(ConfigError, match="num_pages is 0"):
         KVCache(spec, num_pages=0, page_size=4, dtype=torch.bfloat16, device=torch.device("cpu"))

@@ -5,6 +5,8 @@ import sys
 import time
 from statistics import median
 
+import pytest
+
 from graphgen.ipc.messages import Bucket
 from graphgen.scheduler.policy import Scheduler
 from tests.scheduler.harness import make_limits, make_submit
@@ -44,12 +46,14 @@ def step(scheduler: Scheduler) -> float:
     return time.perf_counter() - start
 
 
+@pytest.mark.alone
 def test_a_plan_costs_the_same_however_many_requests_wait() -> None:
     few, many = crowded(20), crowded(4000)
     pairs = [(step(few), step(many)) for _ in range(80)]
     assert median(cost for _, cost in pairs) < 2 * median(cost for cost, _ in pairs)
 
 
+@pytest.mark.alone
 def test_cancelling_costs_the_same_wherever_the_request_waits() -> None:
     scheduler = crowded(4000)
     start = time.perf_counter()

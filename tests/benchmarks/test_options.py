@@ -1,0 +1,39 @@
+"""The shared options say what EngineConfig says, and nothing when they are not given."""
+
+import pytest
+
+from benchmarks.options import add_engine_options, engine_settings, make_parser
+from benchmarks.serving import serving_parser
+from graphgen import EngineConfig
+
+
+def config_of(*arguments: str) -> EngineConfig:
+    parser = make_parser("A test.")
+    add_engine_options(parser)
+    return EngineConfig(**engine_settings(parser.parse_args(arguments), step_log="steps.jsonl"))
+
+
+def test_what_is_not_given_is_the_engines_default() -> None:
+    assert config_of() == EngineConfig(step_log="steps.jsonl")
+
+
+def test_every_option_reaches_its_field() -> None:
+    given = ("--model", "m", "--load-format", "dummy", "--device", "cpu", "--no-compile", "--cpu-threads", "3")
+    sizes = ("--max-model-len", "64", "--max-num-seqs", "5", "--num-pages", "7", "--token-budget", "32")
+    assert config_of(*given, *sizes) == EngineConfig(
+        model="m",
+        load_format="dummy",
+        device="cpu",
+        compile=False,
+        cpu_threads=3,
+        max_model_len=64,
+        max_num_seqs=5,
+        num_pages=7,
+        token_budget=32,
+        step_log="steps.jsonl",
+    )
+
+
+def test_a_budget_is_fixed_or_swept() -> None:
+    with pytest.raises(SystemExit):
+        serving_parser().parse_args(["--token-budget", "32", "--sweep-budget", "32", "64"])
