@@ -3,16 +3,23 @@
     python -m benchmarks.latency --model benchmarks/shapes/llama-3.1-8b --load-format dummy --max-model-len 16384
 
 B requests of --context random tokens are sent at once to an Engine; gaps count from the moment all of them decode
-until the first one ends. TTFT is that of the batch of one.
+until the first one ends. The floor of a step is the time to read all weights and the keys and values of its rows once,
+at the bandwidth that is measured first. CPU time is that of the engine's processes, of all steps of a batch.
 """
 
 import itertools
 import random
 import time
 
+import torch
+
+from benchmarks.cpu_time import CpuMeter
 from benchmarks.options import add_engine_options, engine_settings, make_parser
-from benchmarks.report import machine, percentile, show, write_json
+from benchmarks.report import Row, machine, percentile, show, write_json
+from benchmarks.timing import read_bytes_per_s
 from graphgen import Engine, EngineConfig, SamplingParams
+from graphgen.config import LaunchConfig, find_device
+from graphgen.models.spec import DTYPE_BYTES
 from graphgen.outputs import RequestOutput
 
 
@@ -32,18 +39,62 @@ def sampling_of(num_tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
 
 
+def floor_ms(config: LaunchConfig, batch: int, context: int, bytes_per_s: float) -> float:
+    """Time to read what one token of every request needs: the weights once, and each request's keys and values."""
+    spec, item_bytes = config.spec, DTYPE_BYTES[config.dtype]
+    weights = spec.num_parameters - (0 if spec.tie_embeddings else spec.vocab_size * spec.hidden_size)
+    kv = 2 * spec.num_layers * spec.kv_size * batch * context
+    return (weights + kv) * item_bytes / bytes_per_s * 1000.0
+
+
+def measure(engine: Engine, prompts: list[list[int]], num_tokens: int, bytes_per_s: float) -> Row:
+    """One row of the table: a batch from its submission to its last token."""
+    config = engine.resolved
+    batch, context = len(prompts), len(prompts[0])
+    # The first request must still decode when the last prompt is computed.
+    most_tokens = num_tokens + 2 * batch * context // config.token_budget
+    steps_before = engine.stats().steps
+    meter = CpuMeter(engine.pids)
+    outputs = engine.generate(prompts, sampling_of(min(most_tokens, config.max_model_len - context)))
+    steps = engine.stats().steps - steps_before
+    spent = meter.read()
+    gaps = gaps_ms(outputs)
+    p50 = percentile(gaps, 50)
+    floor = floor_ms(config, batch, context + len(outputs[0].token_ids) // 2, bytes_per_s)
+    return {
+        "decodes": batch,
+        "context": context,
+        "TTFT p50 ms": percentile([output.timing.first_token_s * 1000 for output in outputs], 50),
+        "ITL p50 ms": p50,
+        "ITL p95 ms": percentile(gaps, 95),
+        "ITL p99 ms": percentile(gaps, 99),
+        "ITL max ms": max(gaps, default=float("nan")),
+        "floor ms": floor,
+        "of the floor": floor / p50,
+        "gaps": len(gaps),
+        **{f"{name} us/step": seconds / steps * 1e6 for name, seconds in spent.items()},
+    }
+
+
 def main() -> None:
     parser = make_parser(__doc__)
     add_engine_options(parser)
     parser.add_argument("--context", type=int, default=1024, help="prompt tokens of each request")
     parser.add_argument("--tokens", type=int, default=128, help="output tokens while all decode")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 256])
+    parser.add_argument(
+        "--idle", type=float, default=5.0, metavar="SECONDS", help="without requests, for their CPU time"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--step-log")
     parser.add_argument("--json", help="write the figures here")
     options = parser.parse_args()
     config = EngineConfig(**engine_settings(options, step_log=options.step_log))
     rng = random.Random(options.seed)
+    device = torch.device(find_device() if config.device == "auto" else config.device)
+    bytes_per_s = read_bytes_per_s(device, (2048 if device.type == "cuda" else 64) << 20)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the engine has processes of its own, which want the memory
     begun_s = time.monotonic()
     with Engine(config) as engine:
         ready_s = time.monotonic() - begun_s
@@ -54,27 +105,24 @@ def main() -> None:
         rows = []
         for batch in options.batches:
             prompts = [[rng.randrange(vocab_size) for _ in range(context)] for _ in range(batch)]
-            # The first request must still decode when the last prompt is computed.
-            num_tokens = options.tokens + 2 * batch * context // engine.resolved.token_budget
-            outputs = engine.generate(prompts, sampling_of(min(num_tokens, engine.resolved.max_model_len - context)))
-            gaps = gaps_ms(outputs)
-            rows.append(
-                {
-                    "decodes": batch,
-                    "context": context,
-                    "TTFT p50 ms": percentile([output.timing.first_token_s * 1000 for output in outputs], 50),
-                    **{f"ITL p{percent} ms": percentile(gaps, percent) for percent in (50, 95, 99)},
-                    "ITL max ms": max(gaps, default=float("nan")),
-                    "gaps": len(gaps),
-                }
-            )
+            row = measure(engine, prompts, options.tokens, bytes_per_s)
+            rows.append(row)
+        idle = CpuMeter(engine.pids)
+        time.sleep(options.idle)
+        idle_shares = {name: spent / options.idle for name, spent in idle.read().items()} if options.idle else {}
         stats = engine.stats()
-    about = machine(worker.device) | {"attention": worker.attention, "compiled": str(worker.compiled)}
+    about = machine(worker.device) | {
+        "attention": worker.attention,
+        "compiled": str(worker.compiled),
+        "read TB/s": f"{bytes_per_s / 1e12:.3f}",
+    }
     show("Inter-token latency of decodes that run together", rows, about)
     phases = [{"phase": phase.name, "seconds": phase.seconds} for phase in worker.phases]
     show("Time to ready", [*phases, {"phase": "all, processes and imports included", "seconds": ready_s}], about)
     print(f"steps {stats.steps}, graph replays {stats.graph_replays}, eager {stats.eager_steps}, ", end="")
     print(f"recompilations {stats.recompilations}, padding {stats.padding_share:.1%}")
+    for name, share in idle_shares.items():
+        print(f"{name} without requests: {share:.2%} of a core")
     write_json(options.json, rows, about | {"ready_s": f"{ready_s:.2f}"})
 
 

@@ -83,6 +83,11 @@ class Engine:
         return self._core.launch
 
     @property
+    def pids(self) -> dict[str, int]:
+        """The engine's processes by name, for those who watch their CPU time or memory."""
+        return dict(self._core.pids)
+
+    @property
     def start_s(self) -> float:
         """Seconds from the constructor's call until the engine served."""
         return self._core.start_s

@@ -171,7 +171,9 @@ def test_every_bucket_equals_the_reference_at_its_edges_over_poisoned_memory(
         pytest.skip("FA3 needs compute capability 9.0; FA2 is tested instead")
     backend = make_backend(heads, kernels)
     failures = []
-    for seed, bucket in enumerate(BUCKETS):
+    # Every bucket for the pair that serves on this architecture; a third of them for those kept for comparison.
+    buckets = BUCKETS if kernels == "FA3+SPLIT_KV" else BUCKETS[::3]
+    for seed, bucket in enumerate(buckets):
         for prefill, decode in edge_counts(bucket):
             case = random_case(bucket, prefill, decode, seed)
             rows = random_rows(bucket, heads, seed)
