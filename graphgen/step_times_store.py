@@ -58,7 +58,7 @@ class StepTimesKey(Struct, frozen=True, forbid_unknown_fields=True):
             model=_describe_shape(config.spec),
             dtype=config.dtype,
             # Where the kernels were found is part of the description, and changes nothing once they are loaded.
-            attention=ready.attention.partition(", kernels")[0],
+            attention=re.sub(r", kernels[^)]*", "", ready.attention),
             compiled=ready.compiled,
             page_size=ready.page_size,
             buckets=" ".join(map(str, ready.buckets)),

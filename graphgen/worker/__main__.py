@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 from graphgen.processes import end_with_parent
-from graphgen.worker.background import Background, open_context
+from graphgen.worker.background import Background, open_context, share_interpreter_fairly
 
 
 def main(folder: Path, parent_pid: int) -> None:
     end_with_parent(parent_pid, folder)
     # Imports and tracing make millions of objects that stay. To collect among them takes a quarter of their time.
     gc.disable()
+    share_interpreter_fairly()
     context = Background("context", functools.partial(open_context, folder))
     from graphgen.worker.process import run  # imports torch
 

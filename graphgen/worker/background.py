@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import importlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -43,6 +44,15 @@ class Background:
         # Whoever needs the result finds it missing and says why.
         with contextlib.suppress(Exception):
             self._took_s = self._work()
+
+
+_SWITCH_S = 0.0003
+
+
+def share_interpreter_fairly() -> None:
+    """Threads that import, load and hash hand the interpreter on often: each of the thousands of small waits for it
+    that loading and launching make costs one interval, by default 5 ms."""
+    sys.setswitchinterval(_SWITCH_S)
 
 
 def prepare_first_use(compiles: bool, on_cuda: bool, attention: str) -> list[Background]:

@@ -270,7 +270,7 @@ def test_the_command_writes_rows_and_a_picture(tmp_path: Path) -> None:
     costs = document["rows"][len(rows) :]
     assert sum(row["steps"] for row in costs) > 1000
     assert {row["waiting"] for row in costs} >= {"0", "1001-10000"}
-    assert "derived from" in document["about"]["step_times"]
+    assert "measured by `graphgen tune`" in document["about"]["step_times"]
     assert 10_000 < picture.stat().st_size < 200_000
 
 
