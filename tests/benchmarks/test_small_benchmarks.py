@@ -73,7 +73,7 @@ def test_help_says_the_question_and_the_command(
 def test_steps_and_latency_run_on_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tiny = {
         "steps": ("--max-num-seqs", "2", "--max-model-len", "64", "--context", "16", "--repeats", "2"),
-        "latency": ("--max-model-len", "64", "--context", "8", "--tokens", "4", "--batches", "1", "2"),
+        "latency": ("--max-model-len", "64", "--context", "8", "--tokens", "32", "--batches", "1", "2"),
     }
     document = run_script(monkeypatch, tmp_path, name, "--device", "cpu", "--token-budget", "8", *tiny[name])
     figure = {"steps": "ms p50", "latency": "ITL p50 ms"}[name]
