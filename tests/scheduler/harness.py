@@ -1,6 +1,6 @@
 """Runs a Scheduler against a FakeWorker, and checks every plan and every output against brute force."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -24,9 +24,24 @@ def make_limits(
     token_budget: int = 12,
     max_model_len: int = 64,
     steps_in_flight: int = 2,
+    prefix_cache: bool = True,
+    max_waiting: int = 100_000,
+    max_waiting_tokens: int = 10**9,
+    max_long_prompts: int = 1,
 ) -> SchedulerLimits:
     return SchedulerLimits(
-        buckets, num_pages, page_size, max_running, max_chunks, token_budget, max_model_len, steps_in_flight
+        buckets=buckets,
+        num_pages=num_pages,
+        page_size=page_size,
+        max_running=max_running,
+        max_chunks=max_chunks,
+        token_budget=token_budget,
+        max_model_len=max_model_len,
+        steps_in_flight=steps_in_flight,
+        prefix_cache=prefix_cache,
+        max_waiting=max_waiting,
+        max_waiting_tokens=max_waiting_tokens,
+        max_long_prompts=max_long_prompts,
     )
 
 
@@ -38,6 +53,12 @@ def make_submit(
     min_tokens: int = 0,
     stop: Sequence[int] = (),
     sampler: SamplerParams | None = None,
+    arrived_s: float = 0.0,
+    priority: int = 0,
+    deadline_ms: float | None = None,
+    itl_target_ms: float | None = None,
+    ttft_target_ms: float | None = None,
+    cache_salt: str = "",
 ) -> Submit:
     return Submit(
         request_id=request_id,
@@ -46,7 +67,12 @@ def make_submit(
         min_tokens=min_tokens,
         stop_token_ids=tuple(stop),
         sampler=sampler or SamplerParams(seed=request_id),
-        arrived_s=0.0,
+        arrived_s=arrived_s,
+        priority=priority,
+        deadline_ms=deadline_ms,
+        itl_target_ms=itl_target_ms,
+        ttft_target_ms=ttft_target_ms,
+        cache_salt=cache_salt,
     )
 
 
@@ -106,13 +132,13 @@ class Harness:
     def schedule(self) -> StepPlan | None:
         """Makes one plan, checks it, and executes it; its result waits in `results`."""
         oldest, must_decode = self._running_ids()[:1], self._decoding_ids()
-        preemptions = self.scheduler.preemptions
-        plan = self.scheduler.schedule(float(self.scheduler.steps))
+        preemptions = self.scheduler.counters.preemptions
+        plan = self.scheduler.schedule(float(self.scheduler.counters.steps))
         if plan is None:
             return None
         description = self.scheduler.describe_step(plan.step_id)
         self._check_shape(plan, description)
-        self._check_decodes(must_decode, description, self.scheduler.preemptions - preemptions)
+        self._check_decodes(must_decode, description, self.scheduler.counters.preemptions - preemptions)
         planned = {chunk[0] for chunk in description.chunks} | set(description.decode_request_ids)
         assert planned.issuperset(oldest), "the oldest running request did not advance"
         tokens, rows = self.worker.execute(plan)
@@ -163,16 +189,18 @@ class Harness:
             assert client.reason == client.expected_reason, f"request {request_id}"
         assert (scheduler.running, scheduler.waiting, scheduler.steps_in_flight) == (0, 0, 0)
         assert scheduler.pages_free == scheduler.pages_total == self.limits.num_pages
-        assert scheduler.finished == sum(client.reason is not None for client in self.clients.values())
+        assert scheduler.counters.finished == sum(client.reason is not None for client in self.clients.values())
 
     def check_page_owners(self) -> None:
-        """Every page is free or has one owner. The policy's own tables are read here: no plan shows them whole."""
-        held = [page for running in self.scheduler._running for page in running.pages]
-        assert len(set(held)) == len(held)
+        """Every page is free or has holders. The policy's own tables are read here: no plan shows them whole."""
+        pool = self.scheduler._pages
+        held = Counter(page for running in self.scheduler._running for page in running.pages)
+        assert {page: pool.num_holders(page) for page in range(pool.num_pages) if pool.num_holders(page)} == held
         assert len(held) + self.scheduler.pages_free == self.limits.num_pages
+        assert not set(held) & {*pool._empty, *pool._idle}
         slots = [running.slot for running in self.scheduler._running]
         assert len(set(slots)) == len(slots)
-        assert len(slots) + len(self.scheduler._free_slots) == self.limits.max_running
+        assert len(slots) + self.scheduler._running.num_free_slots == self.limits.max_running
 
     def _running_ids(self) -> list[int]:
         """Requests that hold a slot and still need rows, oldest first."""
@@ -180,11 +208,7 @@ class Harness:
 
     def _decoding_ids(self) -> list[int]:
         """Requests that must decode in the next plan, unless it preempts them; oldest first."""
-        return [
-            running.request.request_id
-            for running in self.scheduler._running
-            if running.num_computed >= running.prefill_end
-        ]
+        return [running.request.request_id for running in self.scheduler._running if running.decode_row is not None]
 
     def _check_shape(self, plan: StepPlan, description: StepDescription) -> None:
         limits, bucket = self.limits, plan.bucket
@@ -204,7 +228,7 @@ class Harness:
 
     def _check_decodes(self, must_decode: list[int], description: StepDescription, preempted: int) -> None:
         """All decode, except the youngest of them when this plan preempted."""
-        planned = list(description.decode_request_ids)
+        planned = sorted(description.decode_request_ids)
         assert planned == must_decode[: len(planned)]
         assert len(must_decode) - len(planned) <= preempted
 

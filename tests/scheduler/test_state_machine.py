@@ -106,4 +106,4 @@ def test_a_crowded_pool_preempts_often_and_loses_nothing(steps_in_flight: int) -
         prompt = [(5 * request_id + position) % VOCABULARY for position in range(1 + request_id % 7)]
         harness.add(make_submit(request_id, prompt, max_tokens=9 + request_id % 5))
     harness.run()
-    assert harness.scheduler.preemptions >= 5
+    assert harness.scheduler.counters.preemptions >= 5

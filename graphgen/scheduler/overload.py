@@ -1,0 +1,140 @@
+"""What is refused at once because it would wait too long, and when it may come back.
+
+Owns estimates of how long the work ahead of a request takes. Never ends a request. Called by
+`graphgen.scheduler.policy` when a request arrives.
+
+The estimate for a request, in milliseconds:
+
+    (steps of the prompts before it and of its own) * step with prompts  +  its output tokens * mean step
+
+- Steps of the prompts: their tokens over the prompt rows of a step at the saturation point; or, if the slots do
+  not suffice for all, the output tokens ahead over the slots, where that is more.
+- The mean step is that of the last few dozen steps; of an idle engine, a step of one decode.
+- Output tokens: max_tokens times the share of it that the requests so far drew before they stopped.
+"""
+
+from graphgen.ipc.errors import OverloadedError
+from graphgen.scheduler.buckets import BucketTable
+from graphgen.scheduler.budget import StepBudget
+from graphgen.scheduler.cost_model import CostModel, prompt_pairs
+from graphgen.scheduler.limits import SchedulerLimits
+from graphgen.scheduler.request import Request
+from graphgen.scheduler.running import RunningSet
+from graphgen.scheduler.waiting import WaitingQueue
+
+_WEIGHT = 1.0 / 32
+"""Of the newest value in a mean."""
+
+_LEAST_RETRY_S, _MOST_RETRY_S = 0.1, 60.0
+_DRAINED_SHARE = 0.25
+"""Of a full queue: who is turned away comes back when so much of it is served."""
+
+
+class OverloadGuard:
+    """Bounds the queue, and refuses what could not meet its deadline."""
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        buckets: BucketTable,
+        budget: StepBudget,
+        model: CostModel,
+        running: RunningSet,
+        waiting: WaitingQueue,
+    ) -> None:
+        self._limits = limits
+        self._buckets = buckets
+        self._budget = budget
+        self._model = model
+        self._running = running
+        self._waiting = waiting
+        self._step_ms: float | None = None
+        self._output_share = 1.0
+
+    def step_measured(self, milliseconds: float) -> None:
+        previous = milliseconds if self._step_ms is None else self._step_ms
+        self._step_ms = previous + _WEIGHT * (milliseconds - previous)
+
+    def request_finished(self, request: Request) -> None:
+        share = (len(request.tokens) - request.prompt_len) / (request.end_len - request.prompt_len)
+        self._output_share += _WEIGHT * (share - self._output_share)
+
+    def check_room(self, request: Request) -> None:
+        """Raises OverloadedError when the queue is full."""
+        limits, waiting = self._limits, self._waiting
+        if len(waiting) >= limits.max_waiting:
+            raise OverloadedError(
+                f"{len(waiting)} requests wait, max_waiting is {limits.max_waiting}: retry later or raise max_waiting",
+                self._drain_s(),
+            )
+        # An empty queue takes any prompt that can be served at all.
+        if waiting and waiting.num_tokens + request.prompt_len > limits.max_waiting_tokens:
+            raise OverloadedError(
+                f"{waiting.num_tokens} prompt tokens wait and the prompt has {request.prompt_len},"
+                f" max_waiting_tokens is {limits.max_waiting_tokens}: retry later or raise max_waiting_tokens",
+                self._drain_s(),
+            )
+
+    def check_deadline(self, request: Request, deadline_ms: float, num_cached: int) -> None:
+        """Raises OverloadedError for a request whose output would not be complete `deadline_ms` after its arrival.
+
+        num_cached: tokens of its prompt in the prefix cache. Where no step was ever timed, nothing is refused.
+        """
+        needed_ms = self._needed_ms(request, num_cached)
+        if needed_ms is None or needed_ms <= deadline_ms:
+            return
+        raise OverloadedError(
+            f"the output would be complete after about {needed_ms:.0f} ms, deadline_ms is {deadline_ms:g}:"
+            f" {len(self._running)} requests run and {len(self._waiting)} wait; retry later, raise deadline_ms or lower"
+            " max_tokens",
+            _bounded((needed_ms - deadline_ms) / 1000.0),
+        )
+
+    def _needed_ms(self, request: Request, num_cached: int) -> float | None:
+        room, prompt_step_ms = self._prompt_step()
+        if prompt_step_ms is None:
+            return None
+        ahead = self._waiting.num_tokens_from(request.priority)
+        ahead += sum(begun.num_missing for begun in self._running.begun)
+        steps_ahead = ahead / room
+        num_others = len(self._running) + len(self._waiting)
+        if num_others >= self._limits.max_running:
+            outputs = self._outputs_ahead(request.priority) * self._output_share
+            steps_ahead = max(steps_ahead, outputs / self._limits.max_running)
+        own_steps = (request.prompt_len - num_cached) / room
+        num_tokens = (request.end_len - request.prompt_len) * self._output_share
+        return (steps_ahead + own_steps) * prompt_step_ms + num_tokens * self._decode_step_ms(prompt_step_ms)
+
+    def _outputs_ahead(self, priority: int) -> float:
+        """Output tokens that may still be drawn: of those that run, and of those that wait in this class or above.
+
+        Those that wait are taken to want as many as those that run do on average.
+        """
+        missing = [one.request.end_len - len(one.request.tokens) for one in self._running]
+        mean = sum(missing) / max(1, len(missing))
+        return sum(missing) + mean * self._waiting.num_from(priority)
+
+    def _prompt_step(self) -> tuple[int, float | None]:
+        """Prompt rows of a step at the saturation point beside the present decodes, and its milliseconds."""
+        decodes = self._running.decodes
+        # With all slots decoding no bucket may have room; one of them ends before the next prompt begins.
+        num_decodes = min(len(decodes), self._limits.max_running - 1)
+        bucket = self._budget.saturated(num_decodes) or self._buckets.all_mixed[0]
+        pairs = prompt_pairs(0, bucket.prefill_rows)
+        milliseconds = self._model.predict_ms(bucket, decodes.num_positions, pairs)
+        return bucket.prefill_rows, milliseconds or self._step_ms
+
+    def _decode_step_ms(self, prompt_step_ms: float) -> float:
+        if len(self._running) and self._step_ms is not None:
+            return self._step_ms
+        return self._model.predict_ms(self._buckets.smallest(0, 1), 0, 0) or prompt_step_ms
+
+    def _drain_s(self) -> float:
+        room, step_ms = self._prompt_step()
+        if step_ms is None:
+            return 1.0
+        return _bounded(_DRAINED_SHARE * self._waiting.num_tokens / room * step_ms / 1000.0)
+
+
+def _bounded(seconds: float) -> float:
+    return min(max(seconds, _LEAST_RETRY_S), _MOST_RETRY_S)
