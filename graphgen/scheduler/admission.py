@@ -37,13 +37,18 @@ class Offer(NamedTuple):
     """Free pages that it would use up: the new ones, and the shared ones that nobody else holds."""
     num_spare: int
     """Pages that must be free besides."""
+    num_cached: int
+    """Tokens that the shared pages hold."""
     reserve: bool
+    """It would get every page it can ever need."""
 
 
 class Admission:
     """The rules of one pool."""
 
-    def __init__(self, limits: SchedulerLimits, cache: PrefixCache, running: RunningSet) -> None:
+    def __init__(self, limits: SchedulerLimits, cache: PrefixCache, running: RunningSet, long_prompt_len: int) -> None:
+        """long_prompt_len: the least missing tokens that make a prompt long."""
+        self.long_prompt_len = long_prompt_len
         self._limits = limits
         self._cache = cache
         self._running = running
@@ -65,7 +70,7 @@ class Admission:
         # A reserved one does not grow, and with nothing running there is nothing to spare a page for: so a request
         # that fits into the pool always starts in the end.
         num_spare = 0 if reserve or not len(self._running) else self._num_spare()
-        return Offer(shared, num_new, num_new + num_idle, num_spare, reserve)
+        return Offer(shared, num_new, num_new + num_idle, num_spare, len(shared) * size, reserve)
 
     def has_pages(self, request: Request, offer: Offer, num_more: int = 0) -> bool:
         """Whether the free pages, and `num_more` besides, suffice."""
@@ -76,7 +81,33 @@ class Admission:
             most += max((self._most_pages(one.request) for one in self._running if not one.is_reserved), default=0)
         return most <= self._limits.num_pages
 
-    def awaits_page(self, request: Request, offer: Offer) -> bool:
+    def is_held_back(self, request: Request, offer: Offer) -> bool:
+        """Whether it waits for another prompt: for a page that is being computed, or because enough are long."""
+        if self._awaits_page(request, offer):
+            return True
+        if len(request.tokens) - offer.num_cached < self.long_prompt_len:
+            return False
+        num_long = sum(running.num_missing >= self.long_prompt_len for running in self._running.begun)
+        return num_long >= self._limits.max_long_prompts
+
+    def victims_for(self, request: Request, offer: Offer) -> list[RunningRequest]:
+        """Whom to preempt so that it starts: requests of lower classes that are to be served after it, the last first.
+
+        None at all if it has what it needs, or if it would not get it that way either.
+        """
+        victims: list[RunningRequest] = []
+        candidates = self._running.victims()
+        num_freed = 0
+        while not (victims or self._running.num_free_slots) or not self.has_pages(request, offer, num_freed):
+            victim = next(candidates, None)
+            if victim is None or victim.request.rank < request.rank:
+                return []
+            if victim.request.priority < request.priority:
+                victims.append(victim)
+                num_freed += sum(self._cache.pool.num_holders(page) == 1 for page in victim.pages)
+        return victims
+
+    def _awaits_page(self, request: Request, offer: Offer) -> bool:
         """Whether a prompt that is served before it is about to compute the page it misses first.
 
         Then it waits, so that many requests with one prompt, sent together, compute it once.

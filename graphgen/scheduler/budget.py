@@ -99,18 +99,20 @@ class StepBudget:
         step never computes fewer rows a second than a smaller one that reads the same weights.
         """
         within_ms = target_ms / (1.0 + self._model.margin)
-        chosen = candidates[0]
-        ms_per_row = None
-        for bucket in candidates:
-            pairs = _pairs(load.prompts, bucket.prefill_rows)
-            milliseconds = self._model.predict_ms(bucket, load.decode_positions, pairs)
-            if milliseconds is not None:
-                ms_per_row = milliseconds / bucket.num_rows
-            elif ms_per_row is not None:
-                milliseconds = ms_per_row * bucket.num_rows
+        for index in range(len(candidates) - 1, 0, -1):
+            milliseconds = self._milliseconds(candidates, index, load)
             if milliseconds is not None and milliseconds <= within_ms:
-                chosen = bucket
-        return chosen
+                return candidates[index]
+        return candidates[0]
+
+    def _milliseconds(self, candidates: tuple[Bucket, ...], index: int, load: StepLoad) -> float | None:
+        bucket = candidates[index]
+        pairs = _pairs(load.prompts, bucket.prefill_rows)
+        milliseconds = self._model.predict_ms(bucket, load.decode_positions, pairs)
+        if milliseconds is not None or not index:
+            return milliseconds
+        smaller_ms = self._milliseconds(candidates, index - 1, load)
+        return None if smaller_ms is None else smaller_ms * bucket.num_rows / candidates[index - 1].num_rows
 
 
 def _up_to_rows(candidates: tuple[Bucket, ...], num_tokens: int) -> tuple[Bucket, ...]:

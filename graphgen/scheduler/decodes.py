@@ -10,6 +10,9 @@ that never changes, and the plan in which it crosses a page border or draws its 
 from array import array
 from collections.abc import Iterator
 
+import numpy as np
+
+from graphgen.ipc.codec import pack_int32
 from graphgen.scheduler.request import Request, RunningRequest
 
 
@@ -97,10 +100,10 @@ class DecodeSet:
         self._border_rows[index] = found
         return list(found)
 
-    def rows(self) -> "tuple[array[int], array[int], list[Request]]":
-        """Slots, positions and requests of the next plan's rows."""
-        clock = self._clock
-        return self._slots[:], array("i", [offset + clock for offset in self._offsets]), self._requests[:]
+    def rows(self) -> tuple[bytes, bytes, list[Request]]:
+        """Slots and positions (packed int32) and the requests of the next plan's rows."""
+        positions = np.frombuffer(self._offsets, np.int32) + np.int32(self._clock)
+        return pack_int32(self._slots), positions.astype("<i4", copy=False).tobytes(), self._requests[:]
 
     def advance(self) -> list[RunningRequest]:
         """The next plan was made; returns those who drew their last token in it, who still have to leave."""

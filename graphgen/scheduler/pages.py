@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 class PagePool:
     """Pages 0 .. num_pages - 1; every operation costs O(1) a page."""
 
-    def __init__(self, num_pages: int, on_reuse: Callable[[int], None]) -> None:
-        """`on_reuse` hears of every idle page that is handed out: its contents are gone from then on."""
+    def __init__(self, num_pages: int, on_reuse: Callable[[Sequence[int]], None]) -> None:
+        """`on_reuse` hears of the idle pages that are handed out: their contents are gone from then on."""
         self._on_reuse = on_reuse
         # The page given back last is handed out first: it is the one most likely still in the device's caches.
         self._empty = list(range(num_pages - 1, -1, -1))
@@ -48,9 +48,14 @@ class PagePool:
                 f"{count} pages were asked for, {self.num_free} of {self.num_pages} are free: compare with num_free"
                 " first"
             )
-        taken = [self._empty.pop() if self._empty else self._reuse() for _ in range(count)]
+        empty, holders = self._empty, self._num_holders
+        num_empty = min(count, len(empty))
+        taken = empty[len(empty) - num_empty :]
+        del empty[len(empty) - num_empty :]
+        if num_empty < count:
+            taken += self._reuse(count - num_empty)
         for page in taken:
-            self._num_holders[page] = 1
+            holders[page] = 1
         return taken
 
     def share(self, pages: Sequence[int]) -> None:
@@ -84,8 +89,10 @@ class PagePool:
             else:
                 self._empty.append(page)
 
-    def _reuse(self) -> int:
-        page, _ = self._idle.popitem(last=False)
-        self._is_kept[page] = 0
-        self._on_reuse(page)
-        return page
+    def _reuse(self, count: int) -> list[int]:
+        idle, is_kept = self._idle, self._is_kept
+        pages = [idle.popitem(last=False)[0] for _ in range(count)]
+        for page in pages:
+            is_kept[page] = 0
+        self._on_reuse(pages)
+        return pages

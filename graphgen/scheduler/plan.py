@@ -79,8 +79,8 @@ class PlanDraft:
         self._chunk_token_ids = array("i")
         self._prompt_pairs = 0
         self._decodes: list[Request] = []
-        self._decode_slots = array("i")
-        self._decode_positions = array("i")
+        self._decode_slots = b""
+        self._decode_positions = b""
         self._num_decode_positions = 0
         self._new_pages: list[int] = []
 
@@ -125,8 +125,8 @@ class PlanDraft:
             bucket=bucket,
             chunks=tuple(self._chunks),
             chunk_token_ids=pack_int32(self._chunk_token_ids),
-            decode_slots=pack_int32(self._decode_slots),
-            decode_positions=pack_int32(self._decode_positions),
+            decode_slots=self._decode_slots,
+            decode_positions=self._decode_positions,
             new_pages=pack_int32(self._new_pages),
             planned_s=now_s,
         )

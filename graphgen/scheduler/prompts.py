@@ -1,66 +1,141 @@
-"""Which prompts get how many rows of one step.
+"""The prompt rows of a plan: chunks of prompts that have begun, then waiting requests that may start.
 
-Owns the division of a step's room, never a request. Called by `graphgen.scheduler.policy` while it makes a plan.
-
-The first in the order of service gets all it can use, and the rest goes to the next. Long prompts are the exception:
-while anything else waits or is being computed, they leave it half of the room, and get back what it does not use.
+Owns the order in which they are asked, and who may pass whom; the budget says how many rows there are, the shares
+divide them, admission says who fits. Called by `graphgen.scheduler.policy` for every plan, after its decodes.
 """
 
-from collections.abc import Sequence
+from itertools import islice
 
-from graphgen.scheduler.budget import StepBudget
-from graphgen.scheduler.request import RunningRequest
+from graphgen.scheduler.admission import Admission, Offer
+from graphgen.scheduler.budget import StepBudget, StepLoad
+from graphgen.scheduler.counters import Counters
+from graphgen.scheduler.in_flight import StepsInFlight
+from graphgen.scheduler.limits import SchedulerLimits
+from graphgen.scheduler.plan import PlanDraft
+from graphgen.scheduler.prefix_cache import PrefixCache
+from graphgen.scheduler.request import Request, RunningRequest
+from graphgen.scheduler.running import RunningSet
+from graphgen.scheduler.shares import PromptShares
+from graphgen.scheduler.waiting import WaitingQueue
+
+MAX_PASSED = 8
+"""Waiting requests that do not fit and that a younger one may pass in one plan."""
+
+MAX_TIMES_PASSED = 64
+"""Plans in which a waiting request may be passed; after that nothing passes it until it is admitted."""
 
 
-class PromptShares:
-    """The rows of one step, as they are given away."""
+class PromptPlanner:
+    """Works on the policy's state; has none of its own but the number of requests with a TTFT target."""
 
-    def __init__(self, room: int, max_chunks: int, num_decodes: int, budget: StepBudget) -> None:
-        """room: prompt tokens the step may hold."""
-        self.room = room
-        self.left = room
-        self._max_chunks = max_chunks
-        self._num_decodes = num_decodes
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        budget: StepBudget,
+        cache: PrefixCache,
+        waiting: WaitingQueue,
+        running: RunningSet,
+        admission: Admission,
+        in_flight: StepsInFlight,
+        counters: Counters,
+    ) -> None:
+        self._limits = limits
         self._budget = budget
-        self._lengths: dict[RunningRequest, int] = {}
-        self._held_back: list[tuple[RunningRequest, int]] = []  # long prompts, and what they could use besides
+        self._cache = cache
+        self._waiting = waiting
+        self._running = running
+        self._admission = admission
+        self._in_flight = in_flight
+        self._counters = counters
+        self.num_with_ttft_target = 0
+        """Requests, waiting or running; while there is none, no plan looks for one that is late."""
 
-    @property
-    def is_full(self) -> bool:
-        return self.left == 0 or len(self._lengths) == self._max_chunks
+    def plan(self, draft: PlanDraft, now_s: float, may_admit: bool) -> None:
+        """Adds the chunks of one plan, whose decodes are in the draft already."""
+        begun = list(self._running.begun)
+        may_admit = may_admit and len(self._waiting) > 0 and self._running.num_free_slots > 0
+        if not begun and not may_admit:
+            return
+        bucket = self._budget.choose(self._load(draft.num_decodes, now_s))
+        if bucket is None:
+            return
+        shares = PromptShares(bucket.prefill_rows, self._limits.max_chunks, draft.num_decodes, self._budget)
+        shares.give_begun(begun, len(self._waiting) > 0, self._admission.long_prompt_len)
+        if may_admit:
+            self._admit(draft, shares, now_s)
+        shares.give_rest()
+        for running, length in shares.items():
+            draft.add_chunk(running, length)
+            self._cache.enter(running, running.num_computed)  # who shares these pages has rows in a later step, or here
 
-    def fit(self, missing: int, is_last: bool) -> int:
-        """What a prompt that misses so many tokens would get; `is_last`: no other prompt will want rows after it."""
-        if self.is_full:
-            return 0
-        if is_last:
-            return self._budget.even_length(self._num_decodes, self.room, self.room - self.left, missing)
-        return min(missing, self.left)
+    def _load(self, num_decodes: int, now_s: float) -> StepLoad:
+        decodes, begun = self._running.decodes, self._running.begun
+        return StepLoad(
+            num_decodes=num_decodes,
+            decode_positions=decodes.num_positions,
+            itl_target_ms=decodes.itl_target_ms,
+            prompts=[(running.num_computed, running.num_missing) for running in begun],
+            pending_tokens=sum(running.num_missing for running in begun) + self._waiting.num_tokens,
+            is_late=self.num_with_ttft_target > 0 and self._is_late(num_decodes, now_s),
+        )
 
-    def give(self, running: RunningRequest, length: int) -> None:
-        if length:
-            self._lengths[running] = self._lengths.get(running, 0) + length
-            self.left -= length
+    def _is_late(self, num_decodes: int, now_s: float) -> bool:
+        """Whether a begun prompt, or the waiting one to serve next, would miss its TTFT target at the present rate.
 
-    def give_begun(self, begun: Sequence[RunningRequest], others_wait: bool, long_prompt_len: int) -> None:
-        """Shares for prompts that have begun, in order of service."""
-        longs = [running for running in begun if running.num_missing >= long_prompt_len]
-        restrained = others_wait or len(longs) < len(begun)
-        left_to_longs = self.room // 2 if restrained else self.room
-        for running in begun:
-            length = self.fit(running.num_missing, is_last=not others_wait and running is begun[-1])
-            if running in longs:
-                self._held_back.append((running, max(0, length - left_to_longs)))
-                length = min(length, left_to_longs)
-                left_to_longs -= length
-            self.give(running, length)
+        A target that was missed already asks for no hurry.
+        """
+        candidates = [(running.request, running.num_missing) for running in self._running.begun]
+        candidates += [(request, len(request.tokens)) for request in islice(self._waiting.first(1, 1), 1)]
+        num_tokens = 0
+        for request, missing in candidates:
+            num_tokens += missing
+            if request.ttft_by_s is None or now_s >= request.ttft_by_s:
+                continue
+            needed_ms = self._budget.prompt_ms(num_decodes, self._running.decodes.num_positions, num_tokens)
+            if needed_ms is not None and now_s + needed_ms / 1000.0 > request.ttft_by_s:
+                return True
+        return False
 
-    def give_rest(self) -> None:
-        """Gives long prompts what nobody else took of the rows they had to leave."""
-        for running, length in self._held_back:
-            if running in self._lengths or not self.is_full:
-                self.give(running, min(length, self.left))
+    def _admit(self, draft: PlanDraft, shares: PromptShares, now_s: float) -> None:
+        """Starts waiting requests in the order of service, while there are rows, slots and pages for their chunks.
 
-    def items(self) -> list[tuple[RunningRequest, int]]:
-        """(request, chunk length) in the order in which they were first given something."""
-        return list(self._lengths.items())
+        One that does not fit into the free pages may be passed by younger ones, within MAX_PASSED and
+        MAX_TIMES_PASSED. Nothing passes a preempted one whose tokens are in flight: it is about to return. One that is
+        held back waits for a request that is served before it, and may be passed without limit.
+        """
+        passed: list[Request] = []
+        num_passed = 0  # those of `passed` that come before the last one admitted
+        for request in self._waiting.first(self._limits.max_chunks + MAX_PASSED, MAX_PASSED):
+            if shares.is_full or not self._running.num_free_slots or self._in_flight.draw_for(request):
+                break
+            offer = self._admission.offer(request)
+            if self._admission.is_held_back(request, offer):
+                continue
+            if self._admission.has_pages(request, offer):
+                length = shares.fit(len(request.tokens) - offer.num_cached, is_last=len(self._waiting) == 1)
+                if length:
+                    shares.give(self._start(request, offer, draft, now_s), length)
+                    num_passed = len(passed)
+                continue
+            if request.times_passed >= MAX_TIMES_PASSED or len(passed) == MAX_PASSED:
+                break
+            passed.append(request)
+        for request in passed[:num_passed]:
+            request.times_passed += 1
+
+    def _start(self, request: Request, offer: Offer, draft: PlanDraft, now_s: float) -> RunningRequest:
+        """Admits a request: slot, all pages of its known tokens, shared ones first."""
+        self._waiting.remove(request)
+        self._cache.pool.share(offer.shared)  # first, so that none of them is handed out as a new one
+        pages = offer.shared + self._cache.pool.take(offer.num_new)
+        running = self._running.start(request, pages, len(offer.shared), offer.num_cached, offer.reserve)
+        self._admission.started(running)
+        request.times_passed = 0
+        if request.num_admissions == 0:
+            request.started_s = now_s
+            request.cached_tokens = offer.num_cached
+            self._counters.prefix_queries += request.prompt_len
+            self._counters.prefix_hits += offer.num_cached
+        request.num_admissions += 1
+        draft.add_pages(running.slot, 0, pages)
+        return running

@@ -15,7 +15,7 @@ from array import array
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.errors import InvalidRequestError
 from graphgen.ipc.messages import MAX_PRIORITY, MAX_TARGET_MS, FinishReason, SamplerParams, SlotInit, Submit
-from graphgen.scheduler.prefix_cache import PageChain
+from graphgen.scheduler.page_chain import PageChain
 
 AGEING_S = 10.0
 """Seconds of waiting that are worth one service class."""
@@ -93,15 +93,14 @@ class Request:
         self.ended = False  # finished or cancelled: tokens that still arrive are dropped
         self.running: RunningRequest | None = None  # None while it holds no slot and no pages
 
-    def receive(self, token_id: int) -> FinishReason | None:
-        """Appends a token that arrived, and says whether it was the last one.
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Whether the newest token, which has arrived and is in `tokens`, is the last one.
 
         Stop tokens count from the one after `min_len` on: the device does not draw them earlier.
         """
-        tokens = self.tokens
-        tokens.append(token_id)
-        num_tokens = len(tokens)
-        if token_id in self.stop_token_ids and num_tokens > self.min_len:
+        num_tokens = len(self.tokens)
+        if self.tokens[-1] in self.stop_token_ids and num_tokens > self.min_len:
             return "stop"
         return "length" if num_tokens >= self.end_len else None
 

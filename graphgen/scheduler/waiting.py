@@ -8,7 +8,7 @@ burst of them does not hide the short prompts behind it.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterator
 from heapq import merge
 from itertools import islice, takewhile
 from operator import attrgetter
@@ -17,6 +17,8 @@ from graphgen.ipc.messages import MAX_PRIORITY
 from graphgen.scheduler.request import Request
 
 _by_rank = attrgetter("rank")
+
+_DOWN = range(MAX_PRIORITY, -1, -1)
 
 Lane = OrderedDict[int, Request]  # by arrival, oldest first
 
@@ -48,6 +50,11 @@ class WaitingQueue:
         """Known tokens of those that wait in this class or a higher one."""
         return sum(self._num_tokens[priority:])
 
+    @property
+    def highest_class(self) -> int | None:
+        """The highest service class that waits."""
+        return next((priority for priority in _DOWN if self._short[priority] or self._long[priority]), None)
+
     def num_from(self, priority: int) -> int:
         """How many wait in this class or a higher one."""
         return sum(len(lane) for lane in (*self._short[priority:], *self._long[priority:]))
@@ -72,14 +79,13 @@ class WaitingQueue:
         del lane[request.arrival]
         self._num_tokens[request.priority] -= num_tokens
 
-    def first(self, count: int, count_long: int) -> list[Request]:
-        """At most `count` requests with short prompts and `count_long` with long ones, together in order of service."""
-        short, long = _heads(self._short, count), _heads(self._long, count_long)
-        return short if not long else sorted([*short, *long], key=_by_rank)
-
-    def head(self) -> Request | None:
-        """The one to serve next."""
-        return next(iter(self.first(1, 1)), None)
+    def first(self, count: int, count_long: int) -> Iterator[Request]:
+        """The first in order of service: of each class at most `count` with short prompts and `count_long` with long
+        ones. Merged as they are read, from a copy: the queue may change meanwhile."""
+        lanes = [islice(lane.values(), count) for lane in self._short if lane]
+        lanes += [islice(lane.values(), count_long) for lane in self._long if lane]
+        heads = [list(lane) for lane in lanes]
+        return merge(*heads, key=_by_rank) if len(heads) != 1 else iter(heads[0])
 
     def _enter(self, request: Request) -> Lane:
         num_tokens = len(request.tokens)
@@ -88,10 +94,3 @@ class WaitingQueue:
         self._places[request.arrival] = (lane, num_tokens)
         self._num_tokens[request.priority] += num_tokens
         return lane
-
-
-def _heads(lanes: Iterable[Lane], count: int) -> list[Request]:
-    filled = [lane.values() for lane in lanes if lane]
-    if len(filled) == 1:
-        return list(islice(filled[0], count))
-    return list(islice(merge(*filled, key=_by_rank), count))

@@ -13,7 +13,7 @@ NUM_PAGES = 8
 
 
 def pool_of(num_pages: int) -> PagePool:
-    return PagePool(num_pages, on_reuse=lambda page: None)
+    return PagePool(num_pages, on_reuse=lambda pages: None)
 
 
 def test_all_pages_can_be_taken_once() -> None:
@@ -53,7 +53,7 @@ def test_an_empty_page_cannot_be_shared() -> None:
 
 def test_idle_pages_are_handed_out_last_and_the_least_recently_used_first() -> None:
     reused: list[int] = []
-    pool = PagePool(4, on_reuse=reused.append)
+    pool = PagePool(4, on_reuse=reused.extend)
     first, second, third, fourth = pool.take(4)
     for page in (first, second, third):
         pool.keep(page)
@@ -74,7 +74,7 @@ class AnyUse(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.reused: list[int] = []
-        self.pool = PagePool(NUM_PAGES, on_reuse=self.reused.append)
+        self.pool = PagePool(NUM_PAGES, on_reuse=self.reused.extend)
         self.holds: list[list[int]] = []
         self.kept: set[int] = set()
         self.idle: list[int] = []

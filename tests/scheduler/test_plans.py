@@ -8,7 +8,7 @@ import pytest
 
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.messages import StepPlan
-from graphgen.scheduler.policy import MAX_TIMES_PASSED
+from graphgen.scheduler.prompts import MAX_TIMES_PASSED
 from tests.scheduler.harness import Harness, make_limits, make_submit
 
 

@@ -32,10 +32,11 @@ def test_the_queue_is_a_list_sorted_by_rank(data: st.DataObject) -> None:
         newest = request(arrival, data.draw(st.integers(0, 3)), now_s, data.draw(st.integers(1, 5)))
         queue.append(newest)
         waiting = sorted([*waiting, newest], key=lambda one: one.rank)
-        short = [one for one in waiting if len(one.tokens) < LONG]
-        long = [one for one in waiting if len(one.tokens) >= LONG]
-        assert queue.first(100, 100) == waiting
-        assert queue.first(3, 2) == sorted([*short[:3], *long[:2]], key=lambda one: one.rank)
+        lanes = [[one for one in waiting if one.priority == priority] for priority in range(4)]
+        short = [one for lane in lanes for one in [one for one in lane if len(one.tokens) < LONG][:3]]
+        long = [one for lane in lanes for one in [one for one in lane if len(one.tokens) >= LONG][:2]]
+        assert list(queue.first(100, 100)) == waiting
+        assert list(queue.first(3, 2)) == sorted([*short, *long], key=lambda one: one.rank)
         assert len(queue) == len(waiting)
         assert queue.num_tokens == sum(len(one.tokens) for one in waiting)
         assert queue.num_tokens_from(2) == sum(len(one.tokens) for one in waiting if one.priority >= 2)
