@@ -60,9 +60,15 @@ class PromptPlanner:
         if bucket is None:
             return
         shares = PromptShares(bucket.prefill_rows, self._limits.max_chunks, draft.num_decodes, self._budget)
-        shares.give_begun(begun, len(self._waiting) > 0, self._admission.long_prompt_len)
+        outranked = self._outranked(begun) if may_admit else []
+        others_wait = len(self._waiting) > 0
+        long_prompt_len = self._admission.long_prompt_len
+        shares.give_begun(begun[: len(begun) - len(outranked)], others_wait, long_prompt_len)
+        if outranked:
+            self._admit(draft, shares, now_s, before=outranked[0].request)
+            shares.give_begun(outranked, others_wait, long_prompt_len)
         if may_admit:
-            self._admit(draft, shares, now_s)
+            self._admit(draft, shares, now_s, before=None)
         shares.give_rest()
         for running, length in shares.items():
             draft.add_chunk(running, length)
@@ -96,8 +102,14 @@ class PromptPlanner:
                 return True
         return False
 
-    def _admit(self, draft: PlanDraft, shares: PromptShares, now_s: float) -> None:
-        """Starts waiting requests in the order of service, while there are rows, slots and pages for their chunks.
+    def _outranked(self, begun: list[RunningRequest]) -> list[RunningRequest]:
+        """Those of `begun` that a waiting request is served before, as one of a higher class is."""
+        first = next(self._waiting.first(1, 1), None)
+        return [] if first is None else [running for running in begun if running.request.rank > first.rank]
+
+    def _admit(self, draft: PlanDraft, shares: PromptShares, now_s: float, before: Request | None) -> None:
+        """Starts waiting requests in the order of service, while there are rows, slots and pages for their chunks:
+        those that are served before `before`, or all.
 
         One that does not fit into the free pages may be passed by younger ones, within MAX_PASSED and
         MAX_TIMES_PASSED. Nothing passes a preempted one whose tokens are in flight: it is about to return. One that is
@@ -107,6 +119,8 @@ class PromptPlanner:
         num_passed = 0  # those of `passed` that come before the last one admitted
         for request in self._waiting.first(self._limits.max_chunks + MAX_PASSED, MAX_PASSED):
             if shares.is_full or not self._running.num_free_slots or self._in_flight.draw_for(request):
+                break
+            if before is not None and request.rank > before.rank:
                 break
             offer = self._admission.offer(request)
             if self._admission.is_held_back(request, offer):

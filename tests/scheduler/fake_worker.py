@@ -70,6 +70,13 @@ class FakeWorker:
                 drawing.append(rows[end - 1])
         return [self._draw(row) for row in drawing + rows[num_chunk_rows:]], rows
 
+    def page_of(self, slot: int, position: int) -> int:
+        return self._slots[slot].block_table[position // self.page_size]
+
+    def tokens_of(self, slot: int, num_tokens: int) -> list[int]:
+        """What its pages hold at the first positions."""
+        return self._read(slot, num_tokens - 1)
+
     def _apply_tables(self, plan: StepPlan) -> None:
         starts = {}
         for chunk in plan.chunks:
