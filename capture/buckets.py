@@ -1,9 +1,10 @@
 """Which shapes are captured: the ladder of buckets of an engine.
 
 A step of `d` decodes and `p` prompt tokens runs in the smallest bucket that holds both, so the ladder trades graphs
-(start-up time, memory) against padding. Mixed buckets are spaced by their total rows, powers of two: then the
-linear layers, which see all rows at once, run at sizes their tiles divide. Padded decode rows cost attention time
-even when they hold nothing, so mixed buckets have a decode ladder of their own instead of one widest region.
+(start-up time, memory) against padding. Mixed buckets are spaced by their total rows, multiples of 64: then the linear
+layers, which see all rows at once, run at sizes their tiles divide. Around the size at which a GPU is saturated they
+are dense, because there the scheduler chooses among them by how long a step may take. Padded decode rows cost attention
+time even when they hold nothing, so mixed buckets have a decode ladder of their own instead of one widest region.
 """
 
 from graphgen.ipc.errors import ConfigError
@@ -15,6 +16,8 @@ MIN_TOKEN_BUDGET = 8
 _DECODE_RUNGS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 _MIXED_DECODE_RUNGS = (4, 16, 32, 64, 128, 256, 512, 1024)
 _SMALLEST_MIXED_ROWS = 128
+_MIXED_ROWS = (128, 256, 320, 384, 448, 512, 768, 1024, 2048)
+_LARGEST_DENSE_BUDGET = 512
 
 
 def max_running(max_num_seqs: int, token_budget: int) -> int:
@@ -49,13 +52,9 @@ def _rungs_up_to(rungs: tuple[int, ...], top: int) -> list[int]:
 
 
 def _row_counts(token_budget: int) -> list[int]:
-    """Total rows of mixed buckets: halves of the budget's power of two down to the smallest, and the budget."""
-    rows = _SMALLEST_MIXED_ROWS
-    counts = []
-    while rows < token_budget:
-        counts.append(rows)
-        rows *= 2
-    return [*counts, token_budget]
+    """Total rows of mixed buckets, the budget the last. A larger ladder leaves one of the dense rungs out."""
+    left_out = () if token_budget <= _LARGEST_DENSE_BUDGET else (320,)
+    return _rungs_up_to(tuple(rows for rows in _MIXED_ROWS if rows not in left_out), token_budget)
 
 
 def _mixed_rungs(rows: int, token_budget: int, num_slots: int) -> list[int]:

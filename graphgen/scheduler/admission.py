@@ -22,7 +22,7 @@ WATERMARK_DIVISOR = 16
 HEADROOM_DIVISOR = 4
 """After preemptions it keeps more free, at most this part of the pool."""
 
-_HEADROOM_KEPT = 1.0 - 1.0 / 64
+_HEADROOM_KEPT = 1.0 - 1.0 / 256
 """Share of that headroom that is left after each plan."""
 
 
@@ -41,6 +41,8 @@ class Offer(NamedTuple):
     """Tokens that the shared pages hold."""
     reserve: bool
     """It would get every page it can ever need."""
+    is_long: bool
+    """Its prompt would be a long one."""
 
 
 class Admission:
@@ -48,7 +50,7 @@ class Admission:
 
     def __init__(self, limits: SchedulerLimits, cache: PrefixCache, running: RunningSet, long_prompt_len: int) -> None:
         """long_prompt_len: the least missing tokens that make a prompt long."""
-        self.long_prompt_len = long_prompt_len
+        self._long_prompt_len = long_prompt_len
         self._limits = limits
         self._cache = cache
         self._running = running
@@ -70,7 +72,9 @@ class Admission:
         # A reserved one does not grow, and with nothing running there is nothing to spare a page for: so a request
         # that fits into the pool always starts in the end.
         num_spare = 0 if reserve or not len(self._running) else self._num_spare()
-        return Offer(shared, num_new, num_new + num_idle, num_spare, len(shared) * size, reserve)
+        num_cached = len(shared) * size
+        is_long = len(request.tokens) - num_cached >= self._long_prompt_len
+        return Offer(shared, num_new, num_new + num_idle, num_spare, num_cached, reserve, is_long)
 
     def has_pages(self, request: Request, offer: Offer, num_more: int = 0) -> bool:
         """Whether the free pages, and `num_more` besides, suffice."""
@@ -85,10 +89,9 @@ class Admission:
         """Whether it waits for another prompt: for a page that is being computed, or because enough are long."""
         if self._awaits_page(request, offer):
             return True
-        if len(request.tokens) - offer.num_cached < self.long_prompt_len:
+        if not offer.is_long:
             return False
-        num_long = sum(running.num_missing >= self.long_prompt_len for running in self._running.begun)
-        return num_long >= self._limits.max_long_prompts
+        return sum(running.is_long for running in self._running.begun) >= self._limits.max_long_prompts
 
     def victims_for(self, request: Request, offer: Offer) -> list[RunningRequest]:
         """Whom to preempt so that it starts: requests of lower classes that are to be served after it, the last first.

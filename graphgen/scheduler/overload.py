@@ -5,11 +5,13 @@ Owns estimates of how long the work ahead of a request takes. Never ends a reque
 
 The estimate for a request, in milliseconds:
 
-    (steps of the prompts before it and of its own) * step with prompts  +  its output tokens * mean step
+    (steps of the prompts before it and of its own) * step with prompts  +  its output tokens * step while it decodes
 
-- Steps of the prompts: their tokens over the prompt rows of a step at the saturation point; or, if the slots do
-  not suffice for all, the output tokens ahead over the slots, where that is more.
-- The mean step is that of the last few dozen steps; of an idle engine, a step of one decode.
+- A step with prompts is one at the saturation point, beside as many decodes as run by then.
+- Steps of the prompts: their tokens over the prompt rows of such a step; or, if the slots do not suffice for all,
+  the output tokens before it over the slots, where that is more.
+- While it decodes, prompts that wait now are computed beside it, so a step is one with prompts for so long; after that
+  it is a step of decodes.
 - Output tokens: max_tokens times the share of it that the requests so far drew before they stopped.
 """
 
@@ -91,46 +93,53 @@ class OverloadGuard:
         )
 
     def _needed_ms(self, request: Request, num_cached: int) -> float | None:
-        room, prompt_step_ms = self._prompt_step()
+        num_others = len(self._running) + len(self._waiting)
+        num_decodes = min(num_others, self._limits.max_running - 1)
+        room, prompt_step_ms = self._prompt_step(num_decodes, request.prompt_len)
         if prompt_step_ms is None:
             return None
-        ahead = self._waiting.num_tokens_from(request.priority)
-        ahead += sum(begun.num_missing for begun in self._running.begun)
-        steps_ahead = ahead / room
-        num_others = len(self._running) + len(self._waiting)
-        if num_others >= self._limits.max_running:
-            outputs = self._outputs_ahead(request.priority) * self._output_share
-            steps_ahead = max(steps_ahead, outputs / self._limits.max_running)
-        own_steps = (request.prompt_len - num_cached) / room
+        begun_tokens = sum(begun.num_missing for begun in self._running.begun)
+        steps_before = (self._waiting.num_tokens_from(request.priority) + begun_tokens) / room
         num_tokens = (request.end_len - request.prompt_len) * self._output_share
-        return (steps_ahead + own_steps) * prompt_step_ms + num_tokens * self._decode_step_ms(prompt_step_ms)
+        if num_others >= self._limits.max_running:
+            steps_before = max(steps_before, self._outputs_before(request.priority, num_tokens) / (num_decodes + 1))
+        steps_before += (request.prompt_len - num_cached) / room
+        all_prompt_steps = (self._waiting.num_tokens + begun_tokens) / room
+        prompt_steps_beside = min(num_tokens, max(0.0, all_prompt_steps - steps_before)) if num_others else 0.0
+        if num_others >= self._limits.max_running:
+            prompt_steps_beside = num_tokens  # a slot that becomes free brings the next prompt
+        decode_step_ms = self._decode_step_ms(num_decodes, request.prompt_len) or prompt_step_ms
+        return (steps_before + prompt_steps_beside) * prompt_step_ms + (
+            num_tokens - prompt_steps_beside
+        ) * decode_step_ms
 
-    def _outputs_ahead(self, priority: int) -> float:
-        """Output tokens that may still be drawn: of those that run, and of those that wait in this class or above.
+    def _outputs_before(self, priority: int, own_tokens: float) -> float:
+        """Output tokens that are likely drawn before a request of this class starts: of those that run, and of those
+        that wait in its class or above, who are taken to want as many as those that run, or as itself if none runs."""
+        running = [one.request.end_len - one.request.prompt_len for one in self._running]
+        drawn = sum(len(one.request.tokens) - one.request.prompt_len for one in self._running)
+        mean = self._output_share * sum(running) / len(running) if running else own_tokens
+        return max(0.0, mean * (len(running) + self._waiting.num_from(priority)) - drawn)
 
-        Those that wait are taken to want as many as those that run do on average.
-        """
-        missing = [one.request.end_len - len(one.request.tokens) for one in self._running]
-        mean = sum(missing) / max(1, len(missing))
-        return sum(missing) + mean * self._waiting.num_from(priority)
-
-    def _prompt_step(self) -> tuple[int, float | None]:
-        """Prompt rows of a step at the saturation point beside the present decodes, and its milliseconds."""
+    def _positions(self, num_decodes: int, prompt_len: int) -> int:
+        """That so many decodes attend to: as those that decode now do on average, or as a prompt of this length."""
         decodes = self._running.decodes
-        # With all slots decoding no bucket may have room; one of them ends before the next prompt begins.
-        num_decodes = min(len(decodes), self._limits.max_running - 1)
+        return num_decodes * (decodes.num_positions // len(decodes) if len(decodes) else prompt_len)
+
+    def _prompt_step(self, num_decodes: int, prompt_len: int) -> tuple[int, float | None]:
+        """Prompt rows of a step at the saturation point beside so many decodes, and its milliseconds."""
         bucket = self._budget.saturated(num_decodes) or self._buckets.all_mixed[0]
         pairs = prompt_pairs(0, bucket.prefill_rows)
-        milliseconds = self._model.predict_ms(bucket, decodes.num_positions, pairs)
+        milliseconds = self._model.predict_ms(bucket, self._positions(num_decodes, prompt_len), pairs)
         return bucket.prefill_rows, milliseconds or self._step_ms
 
-    def _decode_step_ms(self, prompt_step_ms: float) -> float:
-        if len(self._running) and self._step_ms is not None:
-            return self._step_ms
-        return self._model.predict_ms(self._buckets.smallest(0, 1), 0, 0) or prompt_step_ms
+    def _decode_step_ms(self, num_decodes: int, prompt_len: int) -> float | None:
+        """A step of these decodes and the request itself."""
+        bucket = self._buckets.smallest(0, num_decodes + 1)
+        return self._model.predict_ms(bucket, self._positions(num_decodes + 1, prompt_len), 0) or self._step_ms
 
     def _drain_s(self) -> float:
-        room, step_ms = self._prompt_step()
+        room, step_ms = self._prompt_step(min(len(self._running), self._limits.max_running - 1), 0)
         if step_ms is None:
             return 1.0
         return _bounded(_DRAINED_SHARE * self._waiting.num_tokens / room * step_ms / 1000.0)

@@ -62,11 +62,10 @@ class PromptPlanner:
         shares = PromptShares(bucket.prefill_rows, self._limits.max_chunks, draft.num_decodes, self._budget)
         outranked = self._outranked(begun) if may_admit else []
         others_wait = len(self._waiting) > 0
-        long_prompt_len = self._admission.long_prompt_len
-        shares.give_begun(begun[: len(begun) - len(outranked)], others_wait, long_prompt_len)
+        shares.give_begun(begun[: len(begun) - len(outranked)], others_wait)
         if outranked:
             self._admit(draft, shares, now_s, before=outranked[0].request)
-            shares.give_begun(outranked, others_wait, long_prompt_len)
+            shares.give_begun(outranked, others_wait)
         if may_admit:
             self._admit(draft, shares, now_s, before=None)
         shares.give_rest()
@@ -142,7 +141,7 @@ class PromptPlanner:
         self._waiting.remove(request)
         self._cache.pool.share(offer.shared)  # first, so that none of them is handed out as a new one
         pages = offer.shared + self._cache.pool.take(offer.num_new)
-        running = self._running.start(request, pages, len(offer.shared), offer.num_cached, offer.reserve)
+        running = self._running.start(request, pages, len(offer.shared), offer.num_cached, offer.reserve, offer.is_long)
         self._admission.started(running)
         request.times_passed = 0
         if request.num_admissions == 0:

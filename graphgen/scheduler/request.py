@@ -111,6 +111,7 @@ class RunningRequest:
     __slots__ = (
         "decode_row",
         "is_announced",
+        "is_long",
         "is_reserved",
         "num_computed",
         "num_entered",
@@ -120,15 +121,28 @@ class RunningRequest:
         "slot",
     )
 
-    def __init__(self, request: Request, slot: int, pages: list[int], num_shared: int, is_reserved: bool) -> None:
-        """pages: its block table, position p in pages[p // page_size]; the first `num_shared` hold computed tokens."""
+    def __init__(
+        self,
+        request: Request,
+        slot: int,
+        pages: list[int],
+        num_shared: int,
+        num_computed: int,
+        is_reserved: bool,
+        is_long: bool,
+    ) -> None:
+        """pages: its block table, position p in pages[p // page_size]; the first `num_shared` hold `num_computed`
+        tokens that need not be computed."""
         self.request = request
         self.slot = slot
         self.pages = pages
         self.is_announced = False  # the worker knows that the slot has a new owner
         self.is_reserved = is_reserved  # it holds every page it can ever need and is never preempted
         self.num_entered = num_shared  # pages that the prefix cache knows
-        self.num_computed = 0  # up to where it decodes; from there on `decodes.DecodeSet` counts for all at once
+        self.is_long = is_long  # its prompt leaves room to others, to its last chunk
+        self.num_computed = (
+            num_computed  # up to where it decodes; from there on `decodes.DecodeSet` counts for all at once
+        )
         # Everything known at admission is computed as chunks: after a preemption that is prompt and output.
         # From there on every position is a decode row, whose token the device feeds back.
         self.prefill_end = len(request.tokens)

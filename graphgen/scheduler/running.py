@@ -45,11 +45,11 @@ class RunningSet:
         return (running for running in reversed(self._by_rank) if not running.is_reserved)
 
     def start(
-        self, request: Request, pages: list[int], num_shared: int, num_computed: int, reserve: bool
+        self, request: Request, pages: list[int], num_shared: int, num_computed: int, reserve: bool, is_long: bool
     ) -> RunningRequest:
-        """Gives a request a slot; it has begun."""
-        running = RunningRequest(request, self._free_slots.pop(), pages, num_shared, reserve)
-        running.num_computed = num_computed
+        """Gives a request a slot; it has begun. See RunningRequest."""
+        slot = self._free_slots.pop()
+        running = RunningRequest(request, slot, pages, num_shared, num_computed, reserve, is_long)
         request.running = running
         self._num_of_class[request.priority] += 1
         insort(self._by_rank, running, key=_rank)

@@ -42,14 +42,13 @@ class PromptShares:
             self._lengths[running] = self._lengths.get(running, 0) + length
             self.left -= length
 
-    def give_begun(self, begun: Sequence[RunningRequest], others_wait: bool, long_prompt_len: int) -> None:
+    def give_begun(self, begun: Sequence[RunningRequest], others_wait: bool) -> None:
         """Shares for prompts that have begun, in order of service."""
-        longs = [running for running in begun if running.num_missing >= long_prompt_len]
-        restrained = others_wait or len(longs) < len(begun)
+        restrained = others_wait or not all(running.is_long for running in begun)
         left_to_longs = self.room // 2 if restrained else self.room
         for running in begun:
             length = self.fit(running.num_missing, is_last=not others_wait and running is begun[-1])
-            if running in longs:
+            if running.is_long:
                 self._held_back.append((running, max(0, length - left_to_longs)))
                 length = min(length, left_to_longs)
                 left_to_longs -= length
