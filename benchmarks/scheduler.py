@@ -22,11 +22,14 @@ from benchmarks.report import Row, machine, percentile, show, write_json
 from benchmarks.round_trip import channel_rows, codec_rows
 from graphgen.capture.buckets import build_ladder
 from graphgen.ipc.codec import pack_int32
-from graphgen.ipc.messages import SamplerParams, StepPlan, Submit
+from graphgen.ipc.messages import Bucket, BucketTime, SamplerParams, StepPlan, StepTimeTable, Submit
+from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.policy import Scheduler
 
 PAGE_SIZE = 64
+MAX_CHUNKS = 32
+"""Chunks of a step, as the worker's."""
 TOKEN_ID = 17
 """What every step draws. It is no stop token, so that requests end at their length."""
 
@@ -38,6 +41,8 @@ class Load(Struct, frozen=True):
     output_mean: int
     token_budget: int
     seed: int
+    num_classes: int = 1
+    itl_target_ms: float | None = None
 
     @property
     def max_model_len(self) -> int:
@@ -65,9 +70,10 @@ class Drive:
         self._load = load
         self._random = random.Random(load.seed)
         self._num_sent = 0
-        self.scheduler = Scheduler(_limits(load, num_running))
+        limits = _limits(load, num_running)
+        self.scheduler = Scheduler(limits, CostModel(step_times(limits.buckets)))
         self._num_open = num_running + num_waiting
-        self._results: deque[tuple[int, array[int]]] = deque()
+        self._results: deque[tuple[int, array[int], float]] = deque()
         self._send_missing()
 
     def warm_up(self, num_running: int) -> None:
@@ -81,8 +87,9 @@ class Drive:
         """One result and the plan that answers it; the time of new arrivals does not count."""
         while len(self._results) < 2:
             self._expect(self.scheduler.schedule(0.0))
-        step_id, tokens = self._results.popleft()
+        step_id, tokens, step_ms = self._results.popleft()
         begun_ns = time.perf_counter_ns()
+        self.scheduler.step_took(step_id, step_ms)
         self.scheduler.update(step_id, tokens)
         updated_ns = time.perf_counter_ns()
         plan = self.scheduler.schedule(0.0)
@@ -96,7 +103,7 @@ class Drive:
         assert plan is not None, "there is always a request that can advance"
         num_decodes = len(plan.decode_slots) // 4
         num_draws = num_decodes + sum(chunk.samples for chunk in plan.chunks)
-        self._results.append((plan.step_id, array("i", [TOKEN_ID]) * num_draws))
+        self._results.append((plan.step_id, array("i", [TOKEN_ID]) * num_draws, _step_ms(plan.bucket)))
         return num_decodes, len(plan.chunks)
 
     def _send_missing(self) -> None:
@@ -112,13 +119,26 @@ class Drive:
         )
         return Submit(
             request_id=self._num_sent,
-            prompt_token_ids=pack_int32([TOKEN_ID] * prompt_len),
+            # No two begin alike: every prompt is hashed, looked up in the prefix cache and entered into it in vain.
+            prompt_token_ids=pack_int32([self._num_sent, *[TOKEN_ID] * (prompt_len - 1)]),
             max_tokens=output_len,
             min_tokens=0,
             stop_token_ids=(TOKEN_ID + 1,),
             sampler=SamplerParams(seed=self._num_sent),
             arrived_s=0.0,
+            priority=self._num_sent % self._load.num_classes,
+            itl_target_ms=self._load.itl_target_ms,
         )
+
+
+def step_times(buckets: Sequence[Bucket]) -> StepTimeTable:
+    """A table of made-up times that grow with the rows, so that the budget has something to choose by."""
+    times = tuple(BucketTime(bucket, _step_ms(bucket)) for bucket in buckets)
+    return StepTimeTable(times, 1024, 512, 3e-5, 1e-6)
+
+
+def _step_ms(bucket: Bucket) -> float:
+    return 4.0 + bucket.num_rows / 400.0
 
 
 def _limits(load: Load, num_running: int) -> SchedulerLimits:
@@ -129,7 +149,7 @@ def _limits(load: Load, num_running: int) -> SchedulerLimits:
         num_pages=2 * num_running * pages_each,
         page_size=PAGE_SIZE,
         max_running=num_running,
-        max_chunks=num_running,
+        max_chunks=min(num_running, MAX_CHUNKS),
         token_budget=load.token_budget,
         max_model_len=load.max_model_len,
     )
@@ -172,12 +192,23 @@ def main() -> None:
     parser.add_argument("--prompt-mean", type=int, default=512)
     parser.add_argument("--output-mean", type=int, default=256)
     parser.add_argument("--token-budget", type=int, default=2048)
+    parser.add_argument("--classes", type=int, default=1, help="service classes, taken in turn")
+    parser.add_argument(
+        "--itl-target-ms", type=float, default=20.0, help="of every request; steps take 4 ms + 2.5 us a row"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--round-trip", action="store_true", help="also encode, decode and send the messages")
     parser.add_argument("--trips", type=int, default=2000, help="repetitions of each message")
     parser.add_argument("--json", help="write the figures here")
     options = parser.parse_args()
-    load = Load(options.prompt_mean, options.output_mean, options.token_budget, options.seed)
+    load = Load(
+        options.prompt_mean,
+        options.output_mean,
+        options.token_budget,
+        options.seed,
+        options.classes,
+        options.itl_target_ms,
+    )
     about = machine("cpu")
     rows = [
         measure(load, running, waiting, options.steps) for running in options.running for waiting in options.waiting

@@ -29,7 +29,7 @@ from benchmarks.report import machine, percentile, show, write_json
 from benchmarks.scenarios import Load, parse_load, requests_of
 from benchmarks.serving import table_row
 from benchmarks.step_log import Step, StepLogReader, attended
-from benchmarks.virtual_engine import HOST_DELAY_S, StepSeries, VirtualEngine
+from benchmarks.virtual_engine import HOST_DELAY_S, StepSeries, VirtualEngine, VirtualRequest
 from benchmarks.workload import Workload
 from graphgen.capture.buckets import max_running
 from graphgen.ipc.messages import Bucket
@@ -56,10 +56,22 @@ class Policy(Struct, frozen=True):
     """How a scheduler is set up. A policy of the table below differs from another by these settings alone."""
 
     token_budget: int | None = None  # None: --token-budget
+    itl_target_ms: float | None = None  # of every request
+    priorities: dict[str, int] = {}  # of each kind; 0 is that of any other
 
+    def asks(self, request: VirtualRequest) -> VirtualRequest:
+        """The request as its client sends it under this policy."""
+        priority = self.priorities.get(request.kind, 0)
+        return msgspec.structs.replace(request, priority=priority, itl_target_ms=self.itl_target_ms)
+
+
+ITL_TARGET_MS = 18.0
+"""Under the service level's 20 ms on average, since half of all gaps are longer than the median."""
 
 POLICIES = {
-    "fcfs": Policy(),  # requests in order of arrival, the largest step whenever a prompt waits
+    "fcfs": Policy(),  # order of arrival; steps with prompts go up to the saturation point
+    "dynamic": Policy(itl_target_ms=ITL_TARGET_MS),  # steps are as large as the gaps may be long
+    "classes": Policy(itl_target_ms=ITL_TARGET_MS, priorities={"chat": 1, "steady": 1}),  # before documents and bursts
 }
 
 
@@ -88,7 +100,8 @@ class Machine(Struct, frozen=True):
                 max_chunks=min(MAX_CHUNKS, max(bucket.prefill_rows for bucket in buckets)),
                 token_budget=token_budget,
                 max_model_len=self.max_model_len,
-            )
+            ),
+            CostModel(self.table.table),
         )
 
 
@@ -105,7 +118,7 @@ def simulate(
 ) -> Run:
     """policy: its settings, by default those of POLICIES."""
     settings = policy or POLICIES[policy_name]
-    requests = requests_of(load, seed, on.max_model_len)
+    requests = [settings.asks(request) for request in requests_of(load, seed, on.max_model_len)]
     scheduler = on.scheduler(settings)
     engine = VirtualEngine(scheduler, CostModel(on.table.table), requests, load.clients, on.host_delay_s)
     gc.collect()
@@ -120,7 +133,7 @@ def simulate(
         "token_budget": settings.token_budget or on.token_budget,
         **_parts_of(load),
         **engine.steps.figures(),
-        "preemptions": scheduler.preemptions,
+        "preemptions": scheduler.counters.preemptions,
     }
     kinds = list(dict.fromkeys(request.kind for request in requests))
     groups: dict[str, list[ServedRequest]] = {"all": served}

@@ -39,10 +39,12 @@ _TOKENS = array("i", [0]) * 4096
 
 
 class VirtualRequest(Struct, frozen=True):
-    """A request and what it is called in the figures."""
+    """A request, what it is called in the figures, and what it asks for."""
 
     shape: RequestShape
     kind: str
+    priority: int = 0
+    itl_target_ms: float | None = None
 
 
 class VirtualStep(Struct, frozen=True):
@@ -62,7 +64,7 @@ class StepSeries:
         self.started_s, self.finished_s = array("d"), array("d")
         self.live_rows, self.rows = array("l"), array("l")
         self.cpu_us = array("d")
-        """CPU time of the policy between the end of a step and its next plan, `update` and `schedule` together."""
+        """CPU time of the policy from the end of a step to its next plan: `step_took`, `update` and `schedule`."""
         self.running, self.waiting = array("l"), array("l")
         """Requests, when that plan was made."""
 
@@ -142,6 +144,7 @@ class VirtualEngine:
         """The engine's order: the result, the next plan, and only then the clients."""
         now_s = step.finished_s
         begun_ns = time.thread_time_ns()
+        self._scheduler.step_took(step.step_id, (step.finished_s - step.started_s) * 1000.0)
         outputs = self._scheduler.update(step.step_id, _TOKENS[: step.num_tokens])
         plans = self._schedule(now_s)
         ended_ns = time.thread_time_ns()
@@ -208,4 +211,6 @@ def submit_of(request: VirtualRequest, request_id: int, now_s: float) -> Submit:
         stop_token_ids=(),
         sampler=SamplerParams(),
         arrived_s=now_s,
+        priority=request.priority,
+        itl_target_ms=request.itl_target_ms,
     )

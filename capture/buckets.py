@@ -1,9 +1,10 @@
 """Which shapes are captured: the ladder of buckets of an engine.
 
 A step of `d` decodes and `p` prompt tokens runs in the smallest bucket that holds both, so the ladder trades graphs
-(start-up time, memory) against padding. Mixed buckets are spaced by their total rows, multiples of 128: then the
-linear layers, which see all rows at once, run at sizes their tiles divide. Padded decode rows cost attention time
-even when they hold nothing, so mixed buckets have a decode ladder of their own instead of one widest region.
+(start-up time, memory) against padding. Mixed buckets are spaced by their total rows, multiples of 64: then the linear
+layers, which see all rows at once, run at sizes their tiles divide. Around the size at which a GPU is saturated they
+are dense, because there the scheduler chooses among them by how long a step may take. Padded decode rows cost attention
+time even when they hold nothing, so mixed buckets have a decode ladder of their own instead of one widest region.
 """
 
 from graphgen.ipc.errors import ConfigError
@@ -15,6 +16,9 @@ MIN_TOKEN_BUDGET = 8
 _DECODE_RUNGS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 _MIXED_DECODE_RUNGS = (4, 16, 32, 64, 128, 256, 512, 1024)
 _SMALLEST_MIXED_ROWS = 128
+_MIXED_ROWS = (128, 256, 384, 448, 512, 640, 768, 1024, 1536, 2048)
+_LARGE_MIXED_ROWS = 512
+_LARGE_LEAST_RUNG = 64
 
 
 def max_running(max_num_seqs: int, token_budget: int) -> int:
@@ -49,23 +53,15 @@ def _rungs_up_to(rungs: tuple[int, ...], top: int) -> list[int]:
 
 
 def _row_counts(token_budget: int) -> list[int]:
-    """Total rows of mixed buckets: powers of two from the smallest on, what lies halfway, and the budget.
-
-    With an ITL target the largest bucket that meets it is used: the finer the ladder, the nearer to the target. All are
-    multiples of the smallest, which is what the tiles of matrix products divide.
-    """
-    counts = set()
-    rows = _SMALLEST_MIXED_ROWS
-    while rows < token_budget:
-        counts |= {rows, rows + rows // 2} if rows // 2 % _SMALLEST_MIXED_ROWS == 0 else {rows}
-        rows *= 2
-    return [*sorted(count for count in counts if count < token_budget), token_budget]
+    """Total rows of mixed buckets, the budget the last."""
+    return _rungs_up_to(_MIXED_ROWS, token_budget)
 
 
 def _mixed_rungs(rows: int, token_budget: int, num_slots: int) -> list[int]:
     """Decode rows of the mixed buckets of `rows` rows. Only the widest ones need the rungs above half."""
     rungs = _rungs_up_to(_MIXED_DECODE_RUNGS, num_slots)
     limit = rows - rows // 4 if rows == token_budget else rows // 2
-    # Beside a hundred prompt rows, a few padded decode rows are not worth graphs of their own.
+    # A few padded decode rows are not worth graphs of their own beside a hundred prompt rows, nor dozens beside many.
     least = min(16, num_slots) if token_budget >= _SMALLEST_MIXED_ROWS else 1
+    least = min(_LARGE_LEAST_RUNG, num_slots) if rows > _LARGE_MIXED_ROWS else least
     return [rung for rung in rungs if least <= rung <= limit]

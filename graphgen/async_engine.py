@@ -30,7 +30,8 @@ class AsyncEngine:
     def generate(self, prompt: Prompt, sampling: SamplingParams | None = None) -> AsyncStream:
         """`async for piece in engine.generate(...)`: the output of one prompt as it is made.
 
-        Called in a running loop. The prompt is checked and sent by this call; raises as Engine.generate does. Leaving
+        Called in a running loop. The prompt is checked and sent by this call; raises as Engine.generate does, refusals
+        and missed deadlines from the iterator. With n > 1 the pieces carry their sample_index. Leaving
         the iterator early (break, cancellation of the task, aclose()) ends the request and frees its pages.
         """
         loop = asyncio.get_running_loop()

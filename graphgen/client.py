@@ -20,7 +20,14 @@ import zmq
 
 from graphgen.ipc import errors
 from graphgen.ipc.channel import Channel
-from graphgen.ipc.errors import EngineClosedError, EngineDeadError, GraphgenError, InvalidRequestError
+from graphgen.ipc.errors import (
+    DeadlineError,
+    EngineClosedError,
+    EngineDeadError,
+    GraphgenError,
+    InvalidRequestError,
+    OverloadedError,
+)
 from graphgen.ipc.messages import (
     Cancel,
     EngineStats,
@@ -149,7 +156,7 @@ class Client:
             case Outputs():
                 self._deliver_outputs(message)
             case Rejected():
-                self._finish(message.request_id, InvalidRequestError(message.message))
+                self._finish(message.request_id, _refusal_of(message))
             case EngineStats():
                 with self._lock:
                     answer = self._stats.popleft()
@@ -238,6 +245,17 @@ def _deliver(sink: Sink, delivery: Delivery) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def _refusal_of(rejected: Rejected) -> GraphgenError:
+    """The exception for the one request."""
+    match rejected.error:
+        case "OverloadedError":
+            return OverloadedError(rejected.message, rejected.retry_after_s or 0.0)
+        case "DeadlineError":
+            return DeadlineError(rejected.message)
+        case _:
+            return InvalidRequestError(rejected.message)
 
 
 def _error_of(failed: Failed) -> GraphgenError:

@@ -73,6 +73,21 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     """File that receives one JSON line per step."""
     cpu_threads: int | None = None
     """Threads of one CPU operation in the worker. None: all cores."""
+    itl_target_ms: float | None = None
+    """Milliseconds that no gap between two tokens of a request should exceed, for requests that state no target of
+    their own: steps are made no longer than that as far as measured step times tell. None: as long as is efficient."""
+    ttft_target_ms: float | None = None
+    """Milliseconds from a request's arrival to its first token, for requests that state no target of their own: when it
+    is near, steps grow beyond the efficient size, up to the token budget and the ITL target."""
+    prefix_cache: bool = True
+    """Share the KV pages of equal beginnings of prompts. Always off for models whose rotation of a key depends on the
+    length of the prompt (dynamic NTK)."""
+    max_waiting: int = 2**16
+    """Requests that may wait; more are refused with OverloadedError."""
+    max_waiting_tokens: int = 2**26
+    """Prompt tokens of all waiting requests; more are refused with OverloadedError."""
+    max_long_prompts: int = 1
+    """Prompts of more than eight full steps that are computed at the same time; the others of them wait."""
     start_timeout_s: float = 600.0
     """How long the start may take before it is given up."""
 
@@ -81,10 +96,22 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
         _check_types(self)
         if not (self.device in ("auto", "cpu", "cuda") or _is_cuda_index(self.device)):
             raise ConfigError(f'device is {self.device!r}: use "auto", "cpu", "cuda" or "cuda:N"')
-        for name in ("max_model_len", "max_num_seqs", "num_pages", "cpu_threads"):
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "num_pages",
+            "cpu_threads",
+            "max_waiting",
+            "max_waiting_tokens",
+            "max_long_prompts",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}, the least is 1: raise it or leave it out")
+        for name in ("itl_target_ms", "ttft_target_ms"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ConfigError(f"{name} is {value}: use milliseconds above 0 or leave it out")
         if self.token_budget is not None and self.token_budget < MIN_TOKEN_BUDGET:
             raise ConfigError(f"token_budget is {self.token_budget}, the least is {MIN_TOKEN_BUDGET}: raise it")
         if self.page_size is not None and self.page_size not in _PAGE_SIZES:
@@ -119,6 +146,12 @@ class EngineSettings(TypedDict, total=False):
     step_times: Literal["auto", "measure", "off"]
     step_log: str | None
     cpu_threads: int | None
+    itl_target_ms: float | None
+    ttft_target_ms: float | None
+    prefix_cache: bool
+    max_waiting: int
+    max_waiting_tokens: int
+    max_long_prompts: int
     start_timeout_s: float
 
 
@@ -156,6 +189,10 @@ class LaunchConfig(Struct, frozen=True, kw_only=True):
     step_times: str  # "auto", "measure" or "off"
     step_log: str | None  # an absolute path
     cpu_threads: int | None
+    prefix_cache: bool
+    max_waiting: int  # requests
+    max_waiting_tokens: int  # prompt tokens
+    max_long_prompts: int
 
     def write(self, folder: Path) -> None:
         """Puts the file into `folder` in one rename, so that a reader sees all of it or nothing."""
@@ -198,6 +235,11 @@ def resolve(config: EngineConfig, spec: ModelSpec, model_folder: Path) -> Launch
         step_times=config.step_times,
         step_log=None if config.step_log is None else str(Path(config.step_log).absolute()),
         cpu_threads=config.cpu_threads,
+        # With a rotation that depends on the length of the prompt, the keys of equal tokens are not equal.
+        prefix_cache=config.prefix_cache and spec.rope.kind != "dynamic",
+        max_waiting=config.max_waiting,
+        max_waiting_tokens=config.max_waiting_tokens,
+        max_long_prompts=config.max_long_prompts,
     )
 
 

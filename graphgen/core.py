@@ -71,12 +71,18 @@ class EngineCore:
         streams: bool,
         sinks: Sequence[Sink],
     ) -> list[int]:
-        """Checks all prompts, then sends them; the request ids in order. Raises InvalidRequestError with none sent."""
+        """Checks all prompts, then sends them. Raises InvalidRequestError with none sent.
+
+        sinks: one for each prompt. Returns the request ids in order, n for each prompt: every output is a request.
+        """
         parameters = _one_each(sampling, len(prompts))
         token_ids = self._tokenize(prompts)
         requests = [
-            self._make_request(f"prompt {number}" if len(prompts) > 1 else "the prompt", *parts, streams=streams)
+            request
             for number, parts in enumerate(zip(token_ids, parameters, sinks, strict=True))
+            for request in self._make_requests(
+                f"prompt {number}" if len(prompts) > 1 else "the prompt", *parts, streams=streams
+            )
         ]
         self._client.submit(requests)
         return [request.submit.request_id for request in requests]
@@ -103,10 +109,39 @@ class EngineCore:
         encoded = iter(self.tokenizer.encode(texts) if self.tokenizer is not None and texts else ())
         return [next(encoded) if isinstance(prompt, str) else _checked_ids(prompt) for prompt in prompts]
 
-    def _make_request(
+    def _make_requests(
         self, name: str, token_ids: Sequence[int], sampling: SamplingParams, sink: Sink, streams: bool
-    ) -> OpenRequest:
-        """One request; `name` says in errors which prompt it is."""
+    ) -> list[OpenRequest]:
+        """The n requests of a prompt; `name` says in errors which prompt it is."""
+        self._check_prompt(name, token_ids, sampling)
+        stop_token_ids = sampling.resolve_stop_token_ids(self.launch.eos_token_ids)
+        self._check_stop_ids(stop_token_ids)
+        max_tokens = self._max_tokens(name, len(token_ids), sampling)
+        prompt_token_ids, seed, arrived_s = pack_int32(token_ids), secrets.randbits(63), time.monotonic()
+        config = self.config
+        submits = [
+            Submit(
+                request_id=next(self._request_ids),
+                prompt_token_ids=prompt_token_ids,
+                max_tokens=max_tokens,
+                min_tokens=sampling.min_tokens,
+                stop_token_ids=stop_token_ids,
+                sampler=sampling.resolve_sampler(seed, sample_index),
+                arrived_s=arrived_s,
+                priority=sampling.priority,
+                deadline_ms=sampling.deadline_ms,
+                itl_target_ms=config.itl_target_ms if sampling.itl_target_ms is None else sampling.itl_target_ms,
+                ttft_target_ms=config.ttft_target_ms if sampling.ttft_target_ms is None else sampling.ttft_target_ms,
+                cache_salt=sampling.cache_salt,
+            )
+            for sample_index in range(sampling.n)
+        ]
+        return [
+            OpenRequest(submit, token_ids, sampling, self.tokenizer, streams, sink, sample_index)
+            for sample_index, submit in enumerate(submits)
+        ]
+
+    def _check_prompt(self, name: str, token_ids: Sequence[int], sampling: SamplingParams) -> None:
         vocab_size = self.launch.spec.vocab_size
         if not token_ids:
             raise InvalidRequestError(f"{name} is empty: give at least one token")
@@ -119,17 +154,6 @@ class EngineCore:
             raise InvalidRequestError(
                 f"stop strings need a tokenizer and {self.launch.model_folder} has none: use stop_token_ids"
             )
-        submit = Submit(
-            request_id=next(self._request_ids),
-            prompt_token_ids=pack_int32(token_ids),
-            max_tokens=self._max_tokens(name, len(token_ids), sampling),
-            min_tokens=sampling.min_tokens,
-            stop_token_ids=sampling.resolve_stop_token_ids(self.launch.eos_token_ids),
-            sampler=sampling.resolve_sampler(seed=secrets.randbits(63)),
-            arrived_s=time.monotonic(),
-        )
-        self._check_stop_ids(submit.stop_token_ids)
-        return OpenRequest(submit, token_ids, sampling, self.tokenizer, streams, sink)
 
     def _max_tokens(self, name: str, prompt_len: int, sampling: SamplingParams) -> int:
         """max_tokens, cut to what the model's context leaves. Raises when nothing fits, or not all of min_tokens."""

@@ -40,30 +40,33 @@ class Engine:
     ) -> list[RequestOutput]:
         """The outputs of all prompts, in their order; a list also for a single prompt.
 
-        prompts: text, a list of token ids, or a list of either. sampling: one for all, or one for each.
-        Raises InvalidRequestError before any is sent if one cannot be served, and EngineDeadError or
-        EngineClosedError if the engine ends meanwhile. An exception, Ctrl-C included, ends all requests of the call.
+        prompts: text, a list of token ids, or a list of either. sampling: one for all, or one for each. With n > 1 the
+        n outputs of a prompt follow one another, by sample_index.
+        Raises InvalidRequestError before any is sent if one cannot be served; OverloadedError when one is refused,
+        DeadlineError when one misses its deadline, and EngineDeadError or EngineClosedError if the engine ends
+        meanwhile. An exception, Ctrl-C included, ends all requests of the call.
         """
         batch = _batch_of(prompts)
         answers: queue.SimpleQueue[tuple[int, Delivery]] = queue.SimpleQueue()
         sinks = [functools.partial(_answer, answers, number) for number in range(len(batch))]
         request_ids = self._core.open(batch, sampling, streams=False, sinks=sinks)
-        outputs: dict[int, RequestOutput] = {}
+        outputs: dict[tuple[int, int], RequestOutput] = {}
         try:
-            while len(outputs) < len(batch):
+            while len(outputs) < len(request_ids):
                 number, delivery = answers.get()
                 if isinstance(delivery, Exception):
                     raise delivery
                 assert isinstance(delivery, RequestOutput), "a request that does not stream gets its output"
-                outputs[number] = delivery
+                outputs[number, delivery.sample_index] = delivery
         except BaseException:
             self._core.cancel(request_ids)
             raise
-        return [outputs[number] for number in range(len(batch))]
+        return [outputs[place] for place in sorted(outputs)]
 
     def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Stream:
         """An iterator over the output of one prompt as it is made. The request is sent by this call.
 
+        With n > 1 the pieces of its outputs come mixed, each with its sample_index. Raises as `generate` does.
         Leaving the iterator before its end (break, exception, close()) ends the request and frees its pages.
         """
         return Stream(self._core, prompt, sampling)

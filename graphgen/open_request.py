@@ -28,10 +28,12 @@ class OpenRequest:
         tokenizer: Tokenizer | None,
         streams: bool,
         sink: Sink,
+        sample_index: int = 0,
     ) -> None:
         self.submit = submit  # the message that opens the request
         self.sink = sink
         self._prompt_token_ids = tuple(prompt_token_ids)
+        self._sample_index = sample_index
         self._min_tokens = sampling.min_tokens
         self._streams = streams
         self._decode = _decoder(tokenizer, sampling.skip_special_tokens)
@@ -69,8 +71,9 @@ class OpenRequest:
         if self._detokenizer is not None:
             self._text.extend(pieces)
         if self._streams:
-            return StreamPiece("".join(pieces), tuple(token_ids), reason), reason
-        return (None if reason is None else self._output(reason, output.started_s, now_s)), reason
+            text = "".join(pieces)
+            return StreamPiece(text, tuple(token_ids), reason, output.cached_tokens, self._sample_index), reason
+        return (None if reason is None else self._output(reason, output, now_s)), reason
 
     def _add_token(self, token_id: int) -> tuple[str, bool]:
         """(text that became certain, whether a stop string is complete)."""
@@ -93,7 +96,7 @@ class OpenRequest:
         rest = self._detokenizer.finish()
         return rest if self._stops is None else self._stops.push(rest)[0] + self._stops.finish()
 
-    def _output(self, reason: FinishReason, started_s: float, now_s: float) -> RequestOutput:
+    def _output(self, reason: FinishReason, last: TokenOutput, now_s: float) -> RequestOutput:
         times = tuple(self._token_times_s)
         return RequestOutput(
             request_id=self.submit.request_id,
@@ -102,11 +105,13 @@ class OpenRequest:
             text=self._decode(self._token_ids) if self._detokenizer is None else "".join(self._text),
             finish_reason=reason,
             timing=Timing(
-                queued_s=max(0.0, started_s - self.submit.arrived_s),
+                queued_s=max(0.0, last.started_s - self.submit.arrived_s),
                 first_token_s=times[0] if times else 0.0,
                 total_s=now_s - self.submit.arrived_s,
                 token_times_s=times,
             ),
+            cached_tokens=last.cached_tokens,
+            sample_index=self._sample_index,
         )
 
 

@@ -26,13 +26,21 @@ class RequestOutput(Struct, frozen=True):
     finish_reason: FinishReason
     """stop: a stop token or string; length: max_tokens or the end of the context; aborted: cancelled; error."""
     timing: Timing
+    cached_tokens: int = 0
+    """Tokens of the prompt whose pages were found in the prefix cache: they were not computed again."""
+    sample_index: int = 0
+    """Which of the n outputs of its prompt this is."""
 
 
 class StreamPiece(Struct, frozen=True):
-    """What one token added to a stream. Joined, the texts of all pieces are the text of the whole output."""
+    """What one token added to a stream. Joined, the texts of all pieces of a sample are its whole text."""
 
     text: str
     """May be empty: half a character and a possible beginning of a stop string are held back."""
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     """None until the last piece."""
+    cached_tokens: int = 0
+    """As in RequestOutput; the same in every piece."""
+    sample_index: int = 0
+    """Which of the n outputs of the prompt it belongs to."""

@@ -1,6 +1,6 @@
-"""How one request is to be sampled and when it ends: the public SamplingParams and what becomes of it on the wire.
+"""How one prompt is to be sampled and served and when it ends: the public SamplingParams and what it is on the wire.
 
-Owns every check of a sampling value. Knows no model: limits that depend on one (vocabulary, context) are checked by
+Owns every check of its values. Knows no model: limits that depend on one (vocabulary, context) are checked by
 `graphgen.core` when the request is made.
 """
 
@@ -12,18 +12,23 @@ import msgspec
 from msgspec import Struct
 
 from graphgen.ipc.errors import InvalidRequestError
-from graphgen.ipc.messages import MAX_STOP_TOKEN_IDS, SamplerParams
+from graphgen.ipc.messages import MAX_PRIORITY, MAX_STOP_TOKEN_IDS, MAX_TARGET_MS, SamplerParams
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_LEN = 1024
 """Characters of one stop string: so many are held back at most while a stream waits for its end."""
+
+MAX_SAMPLES = 16
+"""Outputs of one prompt."""
+MAX_CACHE_SALT_LEN = 256
+"""Characters of a cache salt."""
 
 _MAX_INT32 = 2**31 - 1
 _MAX_SEED = 2**63 - 1
 
 
 class SamplingParams(Struct, frozen=True, kw_only=True):
-    """Sampling of one request. Raises InvalidRequestError, a ValueError, at once for a value that cannot be served."""
+    """How one prompt is answered. Raises InvalidRequestError, a ValueError, for a value that cannot be served."""
 
     max_tokens: int | None = 128
     """Most tokens of output; None goes to the end of the model's context, and no request goes beyond that."""
@@ -45,6 +50,9 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
     """Taken from the logits of tokens in the output, once per time; 0 is off."""
     seed: int | None = None
     """The same seed draws the same tokens from equal logits; None draws a fresh one."""
+    n: int = 1
+    """Outputs of the prompt, each with its sample_index i and the seed `seed + i`. They share the prompt's pages, so
+    the prompt is computed once."""
     stop: str | Sequence[str] = ()
     """Strings that end the output; the text ends before the first one found."""
     stop_token_ids: Sequence[int] = ()
@@ -53,6 +61,20 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
     """Do not end at the model's end-of-sequence tokens."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text; token_ids has them either way."""
+    priority: int = 0
+    """Service class, 0 to 9: higher ones are served first and take slots and pages from lower ones when these lack. A
+    class is worth ten seconds of waiting, so that no request waits for ever."""
+    deadline_ms: float | None = None
+    """From the request's arrival to the end of its output. What cannot meet it is refused at once with OverloadedError;
+    what misses it ends with DeadlineError."""
+    itl_target_ms: float | None = None
+    """What no gap between two tokens should exceed; None takes the engine's. Steps are kept shorter than the tightest
+    target of those that decode, as far as measured step times tell."""
+    ttft_target_ms: float | None = None
+    """From the request's arrival to its first token; None takes the engine's. When it is near, steps grow."""
+    cache_salt: str = ""
+    """Prompts share cached pages only under an equal salt: give every tenant its own, and none can find out by timing
+    what another has asked."""
 
     def __post_init__(self) -> None:
         for field in msgspec.structs.fields(SamplingParams):
@@ -74,6 +96,16 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
         _check_range("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
         if self.seed is not None:
             _check_range("seed", self.seed, 0, _MAX_SEED)
+        _check_range("n", self.n, 1, MAX_SAMPLES)
+        _check_range("priority", self.priority, 0, MAX_PRIORITY)
+        for name in ("deadline_ms", "itl_target_ms", "ttft_target_ms"):
+            value = getattr(self, name)
+            if value is not None:
+                _check_range(name, value, 0.0, MAX_TARGET_MS, above=True)
+        if len(self.cache_salt) > MAX_CACHE_SALT_LEN:
+            raise InvalidRequestError(
+                f"cache_salt has {len(self.cache_salt)} characters, the limit is {MAX_CACHE_SALT_LEN}: give its digest"
+            )
         self._check_stops()
 
     def _check_stops(self) -> None:
@@ -99,8 +131,8 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
         """`stop` as a tuple, however it was given."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
-    def resolve_sampler(self, seed: int) -> SamplerParams:
-        """The values of the device's tables; `seed` is for a request that states none."""
+    def resolve_sampler(self, seed: int, sample_index: int = 0) -> SamplerParams:
+        """The values of the device's tables for one of the n outputs; `seed` is for a request that states none."""
         return SamplerParams(
             temperature=float(self.temperature),
             top_k=self.top_k,
@@ -109,7 +141,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
             repetition_penalty=float(self.repetition_penalty),
             presence_penalty=float(self.presence_penalty),
             frequency_penalty=float(self.frequency_penalty),
-            seed=seed if self.seed is None else self.seed,
+            seed=((seed if self.seed is None else self.seed) + sample_index) % (_MAX_SEED + 1),
         )
 
     def resolve_stop_token_ids(self, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:

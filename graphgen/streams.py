@@ -17,34 +17,34 @@ from graphgen.sampling_params import SamplingParams
 
 
 class Stream:
-    """Iterator over the pieces of one request."""
+    """Iterator over the pieces of one prompt's output, or of its n outputs."""
 
     def __init__(self, core: EngineCore, prompt: Prompt, sampling: SamplingParams | None) -> None:
-        self._open = False  # first, so that __del__ works if the request is refused
+        self._num_open = 0  # first, so that __del__ works if the request is refused
         self._core = core
         self._pieces: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
-        (self.request_id,) = core.open([prompt], sampling, streams=True, sinks=[self._pieces.put])
-        self._open = True
+        self.request_ids = core.open([prompt], sampling, streams=True, sinks=[self._pieces.put])
+        self._num_open = len(self.request_ids)
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> StreamPiece:
-        if not self._open:
+        if not self._num_open:
             raise StopIteration
         try:
             piece = _piece_or_raise(self._pieces.get())
         except BaseException:
             self.close()
             raise
-        self._open = piece.finish_reason is None
+        self._num_open -= piece.finish_reason is not None
         return piece
 
     def close(self) -> None:
         """Ends the request if it has not ended; its pages are free in the next step."""
-        if self._open:
-            self._open = False
-            self._core.cancel([self.request_id])
+        if self._num_open:
+            self._num_open = 0
+            self._core.cancel(self.request_ids)
 
     def __enter__(self) -> Self:
         return self
@@ -59,30 +59,30 @@ class Stream:
 
 
 class AsyncStream:
-    """Asynchronous iterator over the pieces of one request, for one task of the loop that made it."""
+    """Asynchronous iterator over the pieces of one prompt's outputs, for one task of the loop that made it."""
 
     def __init__(self, core: EngineCore, mailbox: "Mailbox", prompt: Prompt, sampling: SamplingParams | None) -> None:
-        self._open = False
+        self._num_open = 0
         self._core = core
         pieces: asyncio.Queue[Delivery] = asyncio.Queue()
         self._pieces = pieces
-        (self.request_id,) = core.open(
+        self.request_ids = core.open(
             [prompt], sampling, streams=True, sinks=[lambda delivery: mailbox.put(pieces, delivery)]
         )
-        self._open = True
+        self._num_open = len(self.request_ids)
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> StreamPiece:
-        if not self._open:
+        if not self._num_open:
             raise StopAsyncIteration
         try:
             piece = _piece_or_raise(await self._pieces.get())
         except BaseException:
             self._cancel()
             raise
-        self._open = piece.finish_reason is None
+        self._num_open -= piece.finish_reason is not None
         return piece
 
     async def aclose(self) -> None:
@@ -90,9 +90,9 @@ class AsyncStream:
         self._cancel()
 
     def _cancel(self) -> None:
-        if self._open:
-            self._open = False
-            self._core.cancel([self.request_id])
+        if self._num_open:
+            self._num_open = 0
+            self._core.cancel(self.request_ids)
 
     async def __aenter__(self) -> Self:
         return self

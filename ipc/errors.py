@@ -5,6 +5,8 @@ GraphgenError
 ├── InvalidRequestError (ValueError)     a prompt or sampling parameter that can never be served
 ├── UnsupportedModelError (ValueError)   an architecture or a feature of a model that graphgen does not run
 ├── CheckpointError                      a checkpoint that is missing, misshapen or not safetensors
+├── OverloadedError (RuntimeError)       a request that was refused at once; it may fit after retry_after_s
+├── DeadlineError (RuntimeError)         a request whose deadline passed before its output was complete
 ├── EngineClosedError (RuntimeError)     a call on an Engine after close()
 └── EngineDeadError (RuntimeError)       a process of the engine ended; the message says which and why
 
@@ -31,6 +33,23 @@ class UnsupportedModelError(GraphgenError, ValueError):
 
 class CheckpointError(GraphgenError):
     """A checkpoint that cannot be loaded."""
+
+
+class OverloadedError(GraphgenError, RuntimeError):
+    """A request was refused at once: the queue is full, or its deadline cannot be met. Nothing of it was computed."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s)
+        self.message = message
+        self.retry_after_s = retry_after_s
+        """When the same request may be accepted, in seconds from now: an estimate."""
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class DeadlineError(GraphgenError, RuntimeError):
+    """The deadline of a request passed before its output was complete; its pages are free again."""
 
 
 class EngineClosedError(GraphgenError, RuntimeError):

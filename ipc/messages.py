@@ -18,6 +18,12 @@ from msgspec import Struct
 
 FinishReason = Literal["stop", "length", "aborted", "error"]
 
+MAX_PRIORITY = 9
+"""The highest service class of a request; 0 is the lowest and the default."""
+
+MAX_TARGET_MS = 1e9
+"""The largest deadline or latency target of a request: eleven days."""
+
 MAX_STOP_TOKEN_IDS = 16
 """Stop token ids of one request, end-of-sequence ids included: the width of a device table."""
 
@@ -63,6 +69,11 @@ class Submit(Struct, frozen=True, array_like=True, tag="submit", gc=False):
     stop_token_ids: tuple[int, ...]  # at most MAX_STOP_TOKEN_IDS; end of sequence included unless ignored
     sampler: SamplerParams
     arrived_s: float
+    priority: int = 0  # its service class, 0 to MAX_PRIORITY; higher classes are served first
+    deadline_ms: float | None = None  # from arrived_s to the last token; None: whenever it ends
+    itl_target_ms: float | None = None  # what no gap between two of its tokens should exceed
+    ttft_target_ms: float | None = None  # from arrived_s to the first token
+    cache_salt: str = ""  # prompts share cached pages only under an equal salt
 
 
 class Cancel(Struct, frozen=True, array_like=True, tag="cancel", gc=False):
@@ -222,6 +233,7 @@ class TokenOutput(Struct, frozen=True, array_like=True, gc=False):
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     started_s: float  # its first chunk was planned
+    cached_tokens: int = 0  # of its prompt: found in the prefix cache, not computed
 
 
 class Outputs(Struct, frozen=True, array_like=True, tag="outputs", gc=False):
@@ -231,10 +243,12 @@ class Outputs(Struct, frozen=True, array_like=True, tag="outputs", gc=False):
 
 
 class Rejected(Struct, frozen=True, array_like=True, tag="rejected", gc=False):
-    """A request that can never be served: nothing of it was kept."""
+    """A request that is not served, or not to its end: nothing of it is kept."""
 
     request_id: int
+    error: str  # a class of graphgen.ipc.errors: InvalidRequestError, OverloadedError or DeadlineError
     message: str
+    retry_after_s: float | None = None  # of an OverloadedError: the same request may fit then
 
 
 class EngineStats(Struct, frozen=True, array_like=True, tag="stats", gc=False):
@@ -255,6 +269,11 @@ class EngineStats(Struct, frozen=True, array_like=True, tag="stats", gc=False):
     step_ms_p95: float
     step_ms_p99: float
     step_ms_max: float
+    pages_cached: int = 0  # of the free pages: those that still hold what a prompt may share
+    prefix_queries: int = 0  # prompt tokens of all requests that were started
+    prefix_hits: int = 0  # of these: tokens whose pages were found in the prefix cache
+    refused: int = 0  # requests that an OverloadedError turned away
+    deadline_misses: int = 0  # requests that a DeadlineError ended
 
 
 EngineToScheduler = Submit | Cancel | StatsRequest | Shutdown

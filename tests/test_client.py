@@ -160,7 +160,7 @@ def test_tokens_on_their_way_to_a_cancelled_request_are_dropped(rig: Rig) -> Non
 
 def test_a_rejected_request_is_told_why_and_others_go_on(rig: Rig) -> None:
     refused, other = rig.open(1), rig.open(2)
-    rig.scheduler.send(Rejected(1, "needs 9 pages, there are 8"))
+    rig.scheduler.send(Rejected(1, "InvalidRequestError", "needs 9 pages, there are 8"))
     rig.scheduler.send_tokens(2, [1], "length")
     error = refused.get(timeout=5)
     assert isinstance(error, InvalidRequestError)

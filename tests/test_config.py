@@ -33,6 +33,13 @@ def spec() -> ModelSpec:
         ("max_model_len", 0),
         ("max_model_len", True),
         ("max_num_seqs", 0),
+        ("max_waiting", 0),
+        ("max_waiting_tokens", -1),
+        ("max_long_prompts", 0),
+        ("itl_target_ms", 0.0),
+        ("itl_target_ms", float("nan")),
+        ("ttft_target_ms", -1.0),
+        ("prefix_cache", None),
         ("max_num_seqs", None),
         ("token_budget", 7),
         ("token_budget", 2.0),
@@ -86,6 +93,13 @@ def test_a_context_beyond_the_models_is_refused_unless_its_rotation_is_scaled(sp
     scaled = msgspec.structs.replace(spec, rope=RopeSpec(kind="dynamic", factor=2.0, original_max_len=1024))
     assert resolve(config, scaled, FOLDER).max_model_len == 1500
     assert resolve(EngineConfig(device="cpu"), scaled, FOLDER).max_model_len == 1024
+
+
+def test_prompts_are_not_shared_where_keys_depend_on_the_prompts_length(spec: ModelSpec) -> None:
+    dynamic = msgspec.structs.replace(spec, rope=RopeSpec(kind="dynamic", factor=2.0, original_max_len=1024))
+    assert resolve(EngineConfig(device="cpu"), spec, FOLDER).prefix_cache
+    assert not resolve(EngineConfig(device="cpu"), dynamic, FOLDER).prefix_cache
+    assert not resolve(EngineConfig(device="cpu", prefix_cache=False), spec, FOLDER).prefix_cache
 
 
 def test_the_launch_file_is_what_was_resolved(spec: ModelSpec, tmp_path: Path) -> None:

@@ -111,6 +111,17 @@ def test_a_stop_string_cuts_the_text_wherever_its_tokens_lie(engine: Engine, gre
     wait_until_free(engine)
 
 
+def test_stop_strings_leave_the_end_of_sequence_on(engine: Engine, greedy: list[RequestOutput]) -> None:
+    """And may be many tokens long: both were otherwise in DeepSpeed-MII."""
+    eos = engine.resolved.eos_token_ids
+    assert eos
+    assert SamplingParams(stop=["never"], stop_token_ids=[5]).resolve_stop_token_ids(eos) == (*eos, 5)
+    stop = greedy[0].text[10:22]
+    (cut,) = engine.generate(PROMPTS[0], SamplingParams(max_tokens=24, temperature=0, stop=stop))
+    assert (cut.text, cut.finish_reason) == (greedy[0].text[: greedy[0].text.index(stop)], "stop")
+    assert len(engine.generate(stop, SamplingParams(max_tokens=1))[0].prompt_token_ids) > 1
+
+
 def test_a_stop_token_ends_and_is_the_last_token(engine: Engine, greedy: list[RequestOutput]) -> None:
     token_ids = greedy[2].token_ids
     stop_id = token_ids[10]

@@ -16,6 +16,7 @@ PUBLIC = {
     "AsyncEngine",
     "CheckpointError",
     "ConfigError",
+    "DeadlineError",
     "Engine",
     "EngineClosedError",
     "EngineConfig",
@@ -23,6 +24,7 @@ PUBLIC = {
     "EngineStats",
     "GraphgenError",
     "InvalidRequestError",
+    "OverloadedError",
     "RequestOutput",
     "SamplingParams",
     "StreamPiece",
@@ -65,7 +67,7 @@ def test_keyword_arguments_and_config_have_the_same_fields_and_types() -> None:
 
 def test_every_error_is_one_of_ours() -> None:
     errors = [value for name in PUBLIC if inspect.isclass(value := getattr(graphgen, name)) and "Error" in name]
-    assert len(errors) == 7
+    assert len(errors) == 9
     assert all(issubclass(error, GraphgenError) for error in errors)
 
 

@@ -80,6 +80,14 @@ def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
         ("stop", ["a"] * MAX_STOP_STRINGS),
         ("stop_token_ids", list(range(MAX_STOP_TOKEN_IDS))),
         ("presence_penalty", -2.0),
+        ("n", 16),
+        ("priority", 9),
+        ("priority", 0),
+        ("deadline_ms", 1),
+        ("deadline_ms", 1e9),
+        ("itl_target_ms", 0.5),
+        ("ttft_target_ms", None),
+        ("cache_salt", "x" * 256),
     ],
 )
 def test_values_at_their_limits_are_taken(name: str, value: Any) -> None:
@@ -90,6 +98,12 @@ def test_the_sampler_gets_floats_and_the_drawn_seed_only_if_none_was_stated() ->
     assert SamplingParams(temperature=0, top_k=3).resolve_sampler(seed=9) == SamplerParams(top_k=3, seed=9)
     assert type(SamplingParams(temperature=0).resolve_sampler(seed=9).temperature) is float
     assert SamplingParams(seed=4).resolve_sampler(seed=9).seed == 4
+
+
+def test_the_samples_of_a_prompt_have_seeds_of_their_own() -> None:
+    assert [SamplingParams(seed=4).resolve_sampler(9, index).seed for index in range(3)] == [4, 5, 6]
+    assert [SamplingParams().resolve_sampler(9, index).seed for index in range(3)] == [9, 10, 11]
+    assert SamplingParams(seed=2**63 - 1).resolve_sampler(9, 1).seed == 0
 
 
 def test_stop_ids_are_the_models_and_the_requests_each_once() -> None:

@@ -15,7 +15,7 @@ NEW_TOKENS = 24
 @pytest.mark.alone
 def test_plans_arrive_before_the_step_before_them_ends_and_every_token_is_logged(tmp_path: Path) -> None:
     log = tmp_path / "steps.jsonl"
-    prompts = [[1 + number % 7] * (1 + 3 * number) for number in range(NUM_REQUESTS)]
+    prompts = [[100 + number] * (1 + 3 * number) for number in range(NUM_REQUESTS)]
     sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
     with Engine(device="cpu", token_budget=TOKEN_BUDGET, step_log=str(log), cpu_threads=1) as engine:
         engine.generate(prompts, sampling)

@@ -28,7 +28,9 @@ class BucketTable:
         self.max_running = min(self.max_decode_rows, max(bucket.decode_rows for bucket in mixed) + 1)
         """Requests that may run at once: all of them can decode, and one can compute its prompt while all the
         others decode."""
-        self._chunk_room = _chunk_room_by_decodes(mixed, self.max_decode_rows)
+        self.all_mixed = tuple(mixed)
+        """Every bucket with prefill rows."""
+        self._mixed = _mixed_by_decodes(mixed, self.max_decode_rows)
         self._prefill_rungs = sorted({bucket.prefill_rows for bucket in usable} | {0})
         self._decode_rungs = sorted({bucket.decode_rows for bucket in usable} | {0})
         by_cost = sorted(usable, key=lambda bucket: (bucket.num_rows, bucket.decode_rows))
@@ -37,9 +39,15 @@ class BucketTable:
             for prefill_rows in self._prefill_rungs
         ]
 
+    def mixed(self, num_decodes: int) -> tuple[Bucket, ...]:
+        """The buckets worth choosing from for prompts beside `num_decodes` decodes, fewest rows first; each has room
+        for more prompt tokens than the ones before it. Empty where no bucket holds both kinds."""
+        return self._mixed[num_decodes]
+
     def chunk_room(self, num_decodes: int) -> int:
         """Prompt tokens a step may hold beside `num_decodes` decodes; 0 where no bucket holds both kinds."""
-        return self._chunk_room[num_decodes]
+        buckets = self._mixed[num_decodes]
+        return buckets[-1].prefill_rows if buckets else 0
 
     def smallest(self, num_prefills: int, num_decodes: int) -> Bucket:
         """The bucket of fewest rows that holds both counts; at equal rows the one with fewer decode rows.
@@ -59,20 +67,20 @@ class BucketTable:
         return found
 
 
-def _chunk_room_by_decodes(mixed: Sequence[Bucket], max_decode_rows: int) -> list[int]:
-    """For each number of decodes: the most prefill rows on the lowest rung of decode rows that holds them.
-
-    Only that rung counts, so that a step does not pay for decode rows it has no use for.
-    """
-    largest: dict[int, int] = {}
-    for bucket in mixed:
-        largest[bucket.decode_rows] = max(bucket.prefill_rows, largest.get(bucket.decode_rows, 0))
-    rungs = sorted(largest)
-    room = []
-    for num_decodes in range(max_decode_rows + 1):
-        rung = bisect_left(rungs, num_decodes)
-        room.append(largest[rungs[rung]] if rung < len(rungs) else 0)
-    return room
+def _mixed_by_decodes(mixed: Sequence[Bucket], max_decode_rows: int) -> list[tuple[Bucket, ...]]:
+    """For each number of decodes, see `BucketTable.mixed`."""
+    by_cost = sorted(mixed, key=lambda bucket: (bucket.num_rows, bucket.decode_rows))
+    by_rung: dict[int, tuple[Bucket, ...]] = {}
+    for rung in sorted({bucket.decode_rows for bucket in mixed}):
+        chosen: list[Bucket] = []
+        for bucket in by_cost:
+            room = chosen[-1].prefill_rows if chosen else 0
+            if bucket.decode_rows >= rung and bucket.prefill_rows > room:
+                chosen.append(bucket)
+        by_rung[rung] = tuple(chosen)
+    rungs = list(by_rung)
+    places = (bisect_left(rungs, num_decodes) for num_decodes in range(max_decode_rows + 1))
+    return [by_rung[rungs[place]] if place < len(rungs) else () for place in places]
 
 
 def _first_that_holds(buckets: Sequence[Bucket], prefill_rows: int, decode_rows: int) -> Bucket | None:

@@ -22,6 +22,10 @@ _LEAST_SHARE = 0.2
 
 _FACTOR_RANGE = (0.25, 8.0)
 
+_FIRST_ERROR = 0.01
+_MOST_MARGIN = 0.25
+"""A device whose steps vary more than this keeps no target by caution; it only loses throughput."""
+
 SATURATION_SHARE = 0.9
 """A bucket is saturated when it computes at least this share of the best rows per second."""
 
@@ -40,11 +44,20 @@ class CostModel:
         if table is not None:
             self._times = {time.bucket: time.milliseconds for time in table.times}
         self._factors = dict.fromkeys(self._times, 1.0)
+        self._error = _FIRST_ERROR  # mean of |measured / predicted - 1|
 
     def predict_ms(self, bucket: Bucket, decode_positions: int, prompt_pairs: int) -> float | None:
         """Of a step in `bucket` whose decode rows attend to so many positions together; None for an unknown bucket."""
         time = self._uncorrected_ms(bucket, decode_positions, prompt_pairs)
         return None if time is None else time * self._factors[bucket]
+
+    @property
+    def margin(self) -> float:
+        """Share of a prediction that 95 % of steps stay within, above it.
+
+        Of a normal error 95 % lie below 1.64 standard deviations, which are 2.06 times the mean of its absolute value.
+        """
+        return min(2.06 * self._error, _MOST_MARGIN)
 
     def correct(self, bucket: Bucket, decode_positions: int, prompt_pairs: int, measured_ms: float) -> None:
         """Takes a step that ran into account. Times that cannot be (<= 0) are ignored."""
@@ -56,6 +69,7 @@ class CostModel:
             return
         least, most = _FACTOR_RANGE
         ratio = min(max(measured_ms / time, least), most)
+        self._error += _CORRECTION_WEIGHT * (abs(ratio / self._factors[bucket] - 1.0) - self._error)
         self._factors[bucket] += _CORRECTION_WEIGHT * (ratio - self._factors[bucket])
 
     def saturation_rows(self, buckets: Iterable[Bucket]) -> int | None:

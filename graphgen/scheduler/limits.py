@@ -1,4 +1,4 @@
-"""What the worker can hold, and which requests can never be served within it.
+"""What the worker can hold, how much may wait for it, and which requests can never be served within it.
 
 Owns numbers only. Made by `graphgen.scheduler.process` from what the worker reports; read by
 `graphgen.scheduler.policy`.
@@ -21,11 +21,15 @@ class SchedulerLimits(Struct, frozen=True):
     token_budget: int  # rows of one step
     max_model_len: int  # prompt and output together
     steps_in_flight: int = 2
+    prefix_cache: bool = True  # pages of equal prompts are shared
+    max_waiting: int = 2**16  # requests
+    max_waiting_tokens: int = 2**26  # prompt tokens of all waiting requests
+    max_long_prompts: int = 1  # that are computed at the same time
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__[1:]:
             value = getattr(self, name)
-            if value < 1:
+            if type(value) is int and value < 1:
                 raise ConfigError(f"{name} is {value}, the least is 1: raise {name}")
 
     def pages_for(self, num_positions: int) -> int:

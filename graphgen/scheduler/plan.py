@@ -10,7 +10,9 @@ from typing import NamedTuple
 from msgspec import Struct
 
 from graphgen.ipc.codec import pack_int32
-from graphgen.ipc.messages import Bucket, Chunk, SlotInit, StepPlan
+from graphgen.ipc.messages import Bucket, Chunk, StepPlan
+from graphgen.scheduler.cost_model import prompt_pairs
+from graphgen.scheduler.decodes import DecodeSet
 from graphgen.scheduler.request import Request, RunningRequest
 
 
@@ -32,11 +34,12 @@ class StepRecord(NamedTuple):
     drawing: list[Request]
     """The requests that get a token, in the order of the step result."""
     planned_s: float
-
-    @property
-    def num_rows(self) -> int:
-        """Rows that hold a token; the rest of the bucket is padding."""
-        return sum(chunk.length for chunk in self.chunks) + len(self.decodes)
+    num_rows: int
+    """Rows that hold a token; the rest of the bucket is padding."""
+    decode_positions: int
+    """(row, position) pairs of its decode rows: what they attend to."""
+    prompt_pairs: int
+    """The same of its prompt rows."""
 
 
 class StepDescription(Struct, frozen=True):
@@ -64,18 +67,21 @@ class StepDescription(Struct, frozen=True):
 class PlanDraft:
     """Rows and pages of one step while the policy picks them.
 
-    Adding a row advances its request (`num_computed`, `num_in_flight`), so a row that was added stays.
+    Adding a chunk advances its request (`num_computed`), so a chunk that was added stays.
     """
 
     def __init__(self) -> None:
         self.num_chunk_tokens = 0
-        self.last_rows: list[RunningRequest] = []
-        """Requests whose last token is drawn by this step: no later step needs their slot and pages."""
+        self.drawing: list[RunningRequest] = []
+        """Requests whose chunk reaches the last token they know, and draws the next."""
         self._chunks: list[Chunk] = []
         self._chunk_records: list[ChunkRecord] = []
         self._chunk_token_ids = array("i")
-        self._chunks_drawing: list[Request] = []
-        self._decodes: list[RunningRequest] = []
+        self._prompt_pairs = 0
+        self._decodes: list[Request] = []
+        self._decode_slots = b""
+        self._decode_positions = b""
+        self._num_decode_positions = 0
         self._new_pages: list[int] = []
 
     @property
@@ -91,44 +97,47 @@ class PlanDraft:
         for index, page in enumerate(pages, first_index):
             self._new_pages += (slot, index, page)
 
-    def add_decodes(self, rows: list[RunningRequest]) -> None:
-        """One row each: the slot's last token, at the next position."""
-        for running in rows:
-            request = running.request
-            running.num_computed += 1
-            request.num_in_flight += 1
-            if running.num_computed == request.end_position:
-                self.last_rows.append(running)
-        self._decodes += rows
+    def set_decodes(self, decodes: DecodeSet) -> None:
+        """One row for each: the slot's last token, at the next position."""
+        self._decode_slots, self._decode_positions, self._decodes = decodes.rows()
+        self._num_decode_positions = decodes.num_positions
 
-    def add_chunk(self, running: RunningRequest, length: int, init: SlotInit | None) -> None:
+    def add_chunk(self, running: RunningRequest, length: int) -> None:
         """The next `length` known tokens. Only the chunk that reaches the last of them draws a token."""
         request, start = running.request, running.num_computed
         end = start + length
         draws = end == running.prefill_end
+        init = None if running.is_announced else request.slot_init
+        running.is_announced = True
         self._chunks.append(Chunk(running.slot, start, length, draws, init))
         self._chunk_records.append(ChunkRecord(request, start, length))
         self._chunk_token_ids += request.tokens[start:end]
+        self._prompt_pairs += prompt_pairs(start, length)
         self.num_chunk_tokens += length
         running.num_computed = end
         if draws:
-            self._chunks_drawing.append(request)
-            request.num_in_flight += 1
-            if end == request.end_position:
-                self.last_rows.append(running)
+            self.drawing.append(running)
 
     def build(self, step_id: int, bucket: Bucket, now_s: float) -> tuple[StepPlan, StepRecord]:
         """The message to the worker, and the record that its result is matched with."""
-        decodes = [running.request for running in self._decodes]
         plan = StepPlan(
             step_id=step_id,
             bucket=bucket,
             chunks=tuple(self._chunks),
             chunk_token_ids=pack_int32(self._chunk_token_ids),
-            decode_slots=pack_int32([running.slot for running in self._decodes]),
-            decode_positions=pack_int32([running.num_computed - 1 for running in self._decodes]),
+            decode_slots=self._decode_slots,
+            decode_positions=self._decode_positions,
             new_pages=pack_int32(self._new_pages),
             planned_s=now_s,
         )
-        drawing = self._chunks_drawing + decodes
-        return plan, StepRecord(step_id, bucket, self._chunk_records, decodes, drawing, now_s)
+        return plan, StepRecord(
+            step_id=step_id,
+            bucket=bucket,
+            chunks=self._chunk_records,
+            decodes=self._decodes,
+            drawing=[running.request for running in self.drawing] + self._decodes,
+            planned_s=now_s,
+            num_rows=self.num_chunk_tokens + len(self._decodes),
+            decode_positions=self._num_decode_positions,
+            prompt_pairs=self._prompt_pairs,
+        )

@@ -5,6 +5,7 @@ done with it, so that the worker always has a step to launch; the outputs go to 
 """
 
 import gc
+import math
 import sys
 import time
 import traceback
@@ -15,7 +16,7 @@ import zmq
 from graphgen.config import LaunchConfig
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.codec import unpack_int32
-from graphgen.ipc.errors import InvalidRequestError
+from graphgen.ipc.errors import InvalidRequestError, OverloadedError
 from graphgen.ipc.messages import (
     Cancel,
     EngineStats,
@@ -37,6 +38,7 @@ from graphgen.ipc.messages import (
     WorkerToScheduler,
 )
 from graphgen.processes import end_with_parent
+from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.policy import Scheduler
 from graphgen.scheduler.step_log import StepLog
@@ -92,7 +94,12 @@ def _policy(config: LaunchConfig, ready: WorkerReady) -> Scheduler:
             max_chunks=ready.max_chunks,
             token_budget=config.token_budget,
             max_model_len=config.max_model_len,
-        )
+            prefix_cache=config.prefix_cache,
+            max_waiting=config.max_waiting,
+            max_waiting_tokens=config.max_waiting_tokens,
+            max_long_prompts=config.max_long_prompts,
+        ),
+        CostModel(ready.step_times),
     )
 
 
@@ -137,15 +144,23 @@ class SchedulerLoop:
         poller.register(self._engine.receiver, zmq.POLLIN)
         poller.register(self._worker.receiver, zmq.POLLIN)
         while self._running:
-            poller.poll()
+            poller.poll(self._patience_ms())
             outputs: list[TokenOutput] = []
             for worker_message in self._worker.drain():
                 outputs += self._take_from_worker(worker_message)
             for engine_message in self._engine.drain():
                 self._take_from_engine(engine_message)
+            expired = self._policy.expire(time.monotonic())
             self._send_plans()
             if outputs:
                 self._engine.send(Outputs(tuple(outputs)))
+            for rejected in expired:
+                self._engine.send(rejected)
+
+    def _patience_ms(self) -> int | None:
+        """How long nothing may arrive before a deadline passes; None: for ever."""
+        deadline_s = self._policy.next_deadline_s
+        return None if deadline_s is None else max(0, math.ceil((deadline_s - time.monotonic()) * 1000.0))
 
     def _send_plans(self) -> None:
         """Keeps as many steps in flight as the policy allows."""
@@ -158,6 +173,7 @@ class SchedulerLoop:
                 if self._step_log.is_open:
                     self._step_log.write(self._policy.describe_step(result.step_id), result)
                 self._step_times.add(result.started_s, result.finished_s)
+                self._policy.step_took(result.step_id, (result.finished_s - result.started_s) * 1000.0)
                 self._counters = result.counters
                 return self._policy.update(result.step_id, unpack_int32(result.token_ids))
             case Failed() as failed:
@@ -170,8 +186,12 @@ class SchedulerLoop:
             case Submit() as submit:
                 try:
                     self._policy.add(submit)
+                except OverloadedError as error:
+                    self._engine.send(
+                        Rejected(submit.request_id, "OverloadedError", error.message, error.retry_after_s)
+                    )
                 except InvalidRequestError as error:
-                    self._engine.send(Rejected(submit.request_id, str(error)))
+                    self._engine.send(Rejected(submit.request_id, "InvalidRequestError", str(error)))
             case Cancel() as cancel:
                 self._policy.cancel(cancel.request_id)
             case StatsRequest():
@@ -181,22 +201,27 @@ class SchedulerLoop:
                 self._running = False
 
     def _stats(self) -> EngineStats:
-        policy = self._policy
+        policy, counters = self._policy, self._policy.counters
         p50, p95, p99, most = self._step_times.summary_ms()
         return EngineStats(
             running=policy.running,
             waiting=policy.waiting,
             pages_free=policy.pages_free,
             pages_total=policy.pages_total,
-            steps=policy.steps,
+            steps=counters.steps,
             graph_replays=self._counters.graph_replays,
             eager_steps=self._counters.eager_steps,
             recompilations=self._counters.recompilations,
-            padding_share=policy.padding_rows / policy.total_rows if policy.total_rows else 0.0,
-            preemptions=policy.preemptions,
-            finished=policy.finished,
+            padding_share=counters.padding_rows / counters.total_rows if counters.total_rows else 0.0,
+            preemptions=counters.preemptions,
+            finished=counters.finished,
             step_ms_p50=p50,
             step_ms_p95=p95,
             step_ms_p99=p99,
             step_ms_max=most,
+            pages_cached=policy.pages_cached,
+            prefix_queries=counters.prefix_queries,
+            prefix_hits=counters.prefix_hits,
+            refused=counters.refused,
+            deadline_misses=counters.deadline_misses,
         )

@@ -3,13 +3,28 @@
 `Request` lives from submission to the finish reason. `RunningRequest` is what it holds while it runs: a slot,
 pages, and how far it is computed. It ends with the request or its preemption; admission makes a new one.
 Both are state of `graphgen.scheduler.policy`; nothing else changes them.
+
+Order of service. A request's rank never changes: (arrived_s - AGEING_S * priority, arrival). So a service class is
+worth AGEING_S seconds of waiting: among requests that arrive within AGEING_S of each other classes are strict, within
+a class the first to arrive is served first, and nothing that arrives AGEING_S * (MAX_PRIORITY - priority) seconds
+after a request is ever served before it. That is the bound on starvation.
 """
 
 from array import array
 
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.errors import InvalidRequestError
-from graphgen.ipc.messages import FinishReason, SlotInit, Submit
+from graphgen.ipc.messages import MAX_PRIORITY, MAX_TARGET_MS, FinishReason, SamplerParams, SlotInit, Submit
+from graphgen.scheduler.page_chain import PageChain
+
+AGEING_S = 10.0
+"""Seconds of waiting that are worth one service class."""
+
+MAX_PREEMPTIONS = 3
+"""Times a request may lose its slot and pages. After that it is admitted with every page it can ever need, and keeps
+them."""
+
+Rank = tuple[float, int]
 
 
 class Request:
@@ -17,13 +32,21 @@ class Request:
 
     __slots__ = (
         "arrival",
+        "cached_tokens",
+        "chain",
+        "deadline_s",
         "end_len",
         "end_position",
         "ended",
+        "itl_target_ms",
+        "last_step",
+        "max_cached_len",
         "min_len",
         "num_admissions",
-        "num_in_flight",
+        "num_preemptions",
+        "priority",
         "prompt_len",
+        "rank",
         "request_id",
         "running",
         "slot_init",
@@ -31,12 +54,19 @@ class Request:
         "stop_token_ids",
         "times_passed",
         "tokens",
+        "ttft_by_s",
     )
 
-    def __init__(self, submit: Submit, arrival: int) -> None:
+    def __init__(self, submit: Submit, arrival: int, arrived_s: float, page_size: int) -> None:
+        """arrival: its number; arrived_s: submit.arrived_s, or later if it is out of order. Raises
+        InvalidRequestError for fields that no request can have."""
+        _check(submit)
         self.request_id = submit.request_id
-        self.arrival = arrival  # the order of service; unlike arrived_s it has no ties
+        self.arrival = arrival  # the order of service within a class; unlike arrived_s it has no ties
+        self.priority = submit.priority
+        self.rank: Rank = (arrived_s - AGEING_S * submit.priority, arrival)
         self.tokens: array[int] = _unpack_prompt(submit)  # the prompt, then the output that has arrived
+        self.chain = PageChain(self.tokens, page_size, submit.cache_salt)
         self.prompt_len = len(self.tokens)
         # Of prompt and output together: where the request ends, and up to where no stop token ends it.
         self.end_len = self.prompt_len + submit.max_tokens
@@ -50,22 +80,27 @@ class Request:
             stop_token_ids=submit.stop_token_ids,
             sampler=submit.sampler,
         )
-        self.num_in_flight = 0  # tokens that planned steps draw and that have not arrived
+        self.max_cached_len = _max_cached_len(submit.sampler, self.prompt_len, self.end_len)
+        self.itl_target_ms = submit.itl_target_ms
+        self.ttft_by_s = None if submit.ttft_target_ms is None else submit.arrived_s + submit.ttft_target_ms / 1000.0
+        self.deadline_s = None if submit.deadline_ms is None else submit.arrived_s + submit.deadline_ms / 1000.0
+        self.last_step = -1  # the newest step that draws a token for it, as of its last preemption
+        self.cached_tokens = 0  # of the prompt, found in the prefix cache by its first admission
         self.num_admissions = 0
+        self.num_preemptions = 0
         self.times_passed = 0  # plans in which a younger request was admitted while this one did not fit
         self.started_s = submit.arrived_s  # when its first chunk was planned; its arrival until then
         self.ended = False  # finished or cancelled: tokens that still arrive are dropped
         self.running: RunningRequest | None = None  # None while it holds no slot and no pages
 
-    def receive(self, token_id: int) -> FinishReason | None:
-        """Appends a token that arrived, and says whether it was the last one.
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Whether the newest token, which has arrived and is in `tokens`, is the last one.
 
         Stop tokens count from the one after `min_len` on: the device does not draw them earlier.
         """
-        self.num_in_flight -= 1
-        self.tokens.append(token_id)
         num_tokens = len(self.tokens)
-        if token_id in self.stop_token_ids and num_tokens > self.min_len:
+        if self.tokens[-1] in self.stop_token_ids and num_tokens > self.min_len:
             return "stop"
         return "length" if num_tokens >= self.end_len else None
 
@@ -73,16 +108,72 @@ class Request:
 class RunningRequest:
     """A request's slot and pages, and how many of its positions the plans so far compute."""
 
-    __slots__ = ("num_computed", "pages", "prefill_end", "request", "slot")
+    __slots__ = (
+        "decode_row",
+        "is_announced",
+        "is_long",
+        "is_reserved",
+        "num_computed",
+        "num_entered",
+        "pages",
+        "prefill_end",
+        "request",
+        "slot",
+    )
 
-    def __init__(self, request: Request, slot: int, pages: list[int]) -> None:
+    def __init__(
+        self,
+        request: Request,
+        slot: int,
+        pages: list[int],
+        num_shared: int,
+        num_computed: int,
+        is_reserved: bool,
+        is_long: bool,
+    ) -> None:
+        """pages: its block table, position p in pages[p // page_size]; the first `num_shared` hold `num_computed`
+        tokens that need not be computed."""
         self.request = request
         self.slot = slot
-        self.pages = pages  # its block table: position p lies in pages[p // page_size]
-        self.num_computed = 0
+        self.pages = pages
+        self.is_announced = False  # the worker knows that the slot has a new owner
+        self.is_reserved = is_reserved  # it holds every page it can ever need and is never preempted
+        self.num_entered = num_shared  # pages that the prefix cache knows
+        self.is_long = is_long  # its prompt leaves room to others, to its last chunk
+        self.num_computed = (
+            num_computed  # up to where it decodes; from there on `decodes.DecodeSet` counts for all at once
+        )
         # Everything known at admission is computed as chunks: after a preemption that is prompt and output.
         # From there on every position is a decode row, whose token the device feeds back.
         self.prefill_end = len(request.tokens)
+        self.decode_row: int | None = None  # its place in the decode set; None while its prompt is computed
+
+    @property
+    def num_missing(self) -> int:
+        """Known tokens that no plan computes yet."""
+        return self.prefill_end - self.num_computed
+
+
+def _max_cached_len(sampler: SamplerParams, prompt_len: int, end_len: int) -> int:
+    """Up to where a request may skip computing its tokens.
+
+    The device counts, for the penalties, the tokens that it computes for a slot: a repetition penalty needs them all,
+    the other two those of the output, which a preempted request computes again.
+    """
+    if sampler.repetition_penalty != 1.0:
+        return 0
+    return prompt_len if sampler.presence_penalty or sampler.frequency_penalty else end_len
+
+
+def _check(submit: Submit) -> None:
+    if not 0 <= submit.priority <= MAX_PRIORITY:
+        raise InvalidRequestError(f"priority is {submit.priority}: use an integer from 0 to {MAX_PRIORITY}")
+    for name in ("deadline_ms", "itl_target_ms", "ttft_target_ms"):
+        value = getattr(submit, name)
+        if value is not None and not 0 < value <= MAX_TARGET_MS:
+            raise InvalidRequestError(
+                f"{name} is {value}: use milliseconds above 0 and up to {MAX_TARGET_MS:g}, or none"
+            )
 
 
 def _unpack_prompt(submit: Submit) -> "array[int]":

@@ -316,7 +316,7 @@ def test_real_steps_are_held_against_the_table(tmp_path: Path) -> None:
             scheduler.planned, engine.steps.started_s, engine.steps.finished_s, strict=True
         )
     ]
-    assert scheduler.preemptions > 0
+    assert scheduler.counters.preemptions > 0
     for (positions, pairs), (_, plan, _) in zip(attended(steps), scheduler.planned, strict=True):
         own = memoryview(plan.decode_positions).cast("i")
         assert positions == sum(position + 1 for position in own)
@@ -378,3 +378,23 @@ def test_costs_are_grouped_by_what_ran_and_waited() -> None:
     edges = simulate.WAITING_EDGES
     named = [simulate._range(edges, simulate._group_of(count, edges)) for count in (0, 1, 100, 101, 10_000, 200_000)]
     assert named == ["0", "1-100", "1-100", "101-1000", "1001-10000", "10001-100000"]
+
+
+def test_a_budget_by_target_and_classes_keep_what_a_fixed_one_does_not() -> None:
+    """Documents make large steps long: without a target readers wait for them, and without classes first tokens do."""
+    on, load = make_machine(512), parse_load("mix@14x500", None)
+    rows = {
+        (name, str(row["kind"])): row
+        for name in simulate.POLICIES
+        for row in simulate.simulate(on, name, load, 0, LEVELS).rows
+    }
+
+    def figure(policy: str, kind: str, name: str) -> float:
+        return float(str(rows[policy, kind][name]))
+
+    assert all(row["failed"] == 0 for row in rows.values())
+    assert figure("fcfs", "all", "p99_itl_ms") > 25.0
+    for policy in ("dynamic", "classes"):
+        assert figure(policy, "all", "p99_itl_ms") < 1.05 * simulate.ITL_TARGET_MS
+        assert figure(policy, "all", "request_goodput") > 1.5 * figure("fcfs", "all", "request_goodput")
+    assert figure("classes", "chat", "p95_ttft_ms") < 0.8 * figure("dynamic", "chat", "p95_ttft_ms")

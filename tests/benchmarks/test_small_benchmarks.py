@@ -111,8 +111,8 @@ def test_a_drive_keeps_as_many_requests_open_as_it_was_told() -> None:
         drive.step()
         assert drive.scheduler.running + drive.scheduler.waiting == 38
         assert drive.scheduler.steps_in_flight == 2
-    assert drive.scheduler.finished > 8
-    assert drive.scheduler.preemptions == 0
+    assert drive.scheduler.counters.finished > 8
+    assert drive.scheduler.counters.preemptions == 0
 
 
 def test_flatness_is_the_longest_queue_over_the_shortest() -> None:

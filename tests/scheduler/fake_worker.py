@@ -70,15 +70,26 @@ class FakeWorker:
                 drawing.append(rows[end - 1])
         return [self._draw(row) for row in drawing + rows[num_chunk_rows:]], rows
 
+    def page_of(self, slot: int, position: int) -> int:
+        return self._slots[slot].block_table[position // self.page_size]
+
+    def tokens_of(self, slot: int, num_tokens: int) -> list[int]:
+        """What its pages hold at the first positions."""
+        return self._read(slot, num_tokens - 1)
+
     def _apply_tables(self, plan: StepPlan) -> None:
+        starts = {}
         for chunk in plan.chunks:
             if chunk.init is not None:
                 self._slots[chunk.slot] = Slot(chunk.init)
+                starts[chunk.slot] = chunk.start
         triples = unpack_int32(plan.new_pages)
         for slot, index, page in zip(triples[::3], triples[1::3], triples[2::3], strict=True):
             assert index not in self._slots[slot].block_table, f"page {index} of slot {slot} was replaced"
             self._slots[slot].block_table[index] = page
-            self._pages[page] = [NEVER_WRITTEN] * self.page_size
+            # A request that starts at a later position than 0 shares the pages before it.
+            if (index + 1) * self.page_size > starts.get(slot, 0):
+                self._pages[page] = [NEVER_WRITTEN] * self.page_size
 
     def _write_chunks(self, plan: StepPlan) -> list[tuple[int, int]]:
         tokens = iter(unpack_int32(plan.chunk_token_ids))
@@ -99,7 +110,9 @@ class FakeWorker:
 
     def _write(self, slot: int, position: int, token: int) -> None:
         index, offset = divmod(position, self.page_size)
-        self._pages[self._slots[slot].block_table[index]][offset] = token
+        page = self._pages[self._slots[slot].block_table[index]]
+        assert page[offset] == NEVER_WRITTEN, f"position {position} of slot {slot} lies in a page that was written"
+        page[offset] = token
 
     def _read(self, slot: int, position: int) -> list[int]:
         table = self._slots[slot].block_table

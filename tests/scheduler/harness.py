@@ -1,15 +1,19 @@
 """Runs a Scheduler against a FakeWorker, and checks every plan and every output against brute force."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from graphgen.ipc.codec import pack_int32, unpack_int32
+from graphgen.ipc.errors import OverloadedError
 from graphgen.ipc.messages import Bucket, FinishReason, SamplerParams, StepPlan, Submit, TokenOutput
+from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.plan import StepDescription
 from graphgen.scheduler.policy import Scheduler
+from graphgen.scheduler.request import AGEING_S
 from tests.scheduler.fake_worker import FakeWorker, Row, generate
+from tests.scheduler.page_model import PageModel
 
 BUCKETS = (Bucket(0, 1), Bucket(0, 2), Bucket(0, 4), Bucket(4, 2), Bucket(8, 2), Bucket(4, 4), Bucket(8, 4))
 
@@ -24,9 +28,24 @@ def make_limits(
     token_budget: int = 12,
     max_model_len: int = 64,
     steps_in_flight: int = 2,
+    prefix_cache: bool = True,
+    max_waiting: int = 100_000,
+    max_waiting_tokens: int = 10**9,
+    max_long_prompts: int = 1,
 ) -> SchedulerLimits:
     return SchedulerLimits(
-        buckets, num_pages, page_size, max_running, max_chunks, token_budget, max_model_len, steps_in_flight
+        buckets=buckets,
+        num_pages=num_pages,
+        page_size=page_size,
+        max_running=max_running,
+        max_chunks=max_chunks,
+        token_budget=token_budget,
+        max_model_len=max_model_len,
+        steps_in_flight=steps_in_flight,
+        prefix_cache=prefix_cache,
+        max_waiting=max_waiting,
+        max_waiting_tokens=max_waiting_tokens,
+        max_long_prompts=max_long_prompts,
     )
 
 
@@ -38,6 +57,12 @@ def make_submit(
     min_tokens: int = 0,
     stop: Sequence[int] = (),
     sampler: SamplerParams | None = None,
+    arrived_s: float = 0.0,
+    priority: int = 0,
+    deadline_ms: float | None = None,
+    itl_target_ms: float | None = None,
+    ttft_target_ms: float | None = None,
+    cache_salt: str = "",
 ) -> Submit:
     return Submit(
         request_id=request_id,
@@ -46,7 +71,12 @@ def make_submit(
         min_tokens=min_tokens,
         stop_token_ids=tuple(stop),
         sampler=sampler or SamplerParams(seed=request_id),
-        arrived_s=0.0,
+        arrived_s=arrived_s,
+        priority=priority,
+        deadline_ms=deadline_ms,
+        itl_target_ms=itl_target_ms,
+        ttft_target_ms=ttft_target_ms,
+        cache_salt=cache_salt,
     )
 
 
@@ -69,6 +99,16 @@ class Client:
     def is_live(self) -> bool:
         return self.reason is None and not self.cancelled
 
+    @property
+    def deadline_s(self) -> float:
+        deadline_ms = self.submit.deadline_ms
+        return float("inf") if deadline_ms is None else self.submit.arrived_s + deadline_ms / 1000.0
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        """The order of service, if requests are numbered as they arrive."""
+        return self.submit.arrived_s - AGEING_S * self.submit.priority, self.submit.request_id
+
 
 def make_client(submit: Submit) -> Client:
     prompt = list(unpack_int32(submit.prompt_token_ids))
@@ -79,13 +119,21 @@ def make_client(submit: Submit) -> Client:
     return Client(submit, prompt, drawn, drawn, "length")
 
 
-class Harness:
-    """One Scheduler, one FakeWorker, and the clients. Requests are numbered in order of arrival."""
+def step_ms(bucket: Bucket) -> float:
+    """How long a step takes in these tests."""
+    return 4.0 + bucket.num_rows / 2.0
 
-    def __init__(self, limits: SchedulerLimits) -> None:
+
+class Harness:
+    """One Scheduler, one FakeWorker, the clients, and a clock that a test may move."""
+
+    def __init__(self, limits: SchedulerLimits, model: CostModel | None = None) -> None:
         self.limits = limits
-        self.scheduler = Scheduler(limits)
+        self.scheduler = Scheduler(limits, model)
         self.worker = FakeWorker(limits.num_pages, limits.page_size)
+        self.pages = PageModel(limits.page_size, limits.prefix_cache)
+        self.now_s = 0.0
+        self._owners: dict[int, Submit] = {}  # by slot
         self.clients: dict[int, Client] = {}
         self.results: deque[tuple[int, list[int]]] = deque()
         self.descriptions: list[StepDescription] = []
@@ -93,9 +141,16 @@ class Harness:
 
     # --- what the outside does -----------------------------------------------------------------------------
 
-    def add(self, submit: Submit) -> None:
-        self.scheduler.add(submit)
+    def add(self, submit: Submit) -> bool:
+        """Whether it was accepted; False if the scheduler refused it because of overload."""
+        before = (self.scheduler.running, self.scheduler.waiting)
+        try:
+            self.scheduler.add(submit)
+        except OverloadedError:
+            assert before == (self.scheduler.running, self.scheduler.waiting), "something of it was kept"
+            return False
         self.clients[submit.request_id] = make_client(submit)
+        return True
 
     def cancel(self, request_id: int) -> None:
         self.scheduler.cancel(request_id)
@@ -103,20 +158,34 @@ class Harness:
         if client is not None and client.is_live:
             client.cancelled = True
 
+    def expire(self) -> list[int]:
+        """Moves the scheduler's clock to `now_s`; the ids of the requests whose deadline has passed."""
+        rejected = self.scheduler.expire(self.now_s)
+        for one in rejected:
+            client = self.clients[one.request_id]
+            assert one.error == "DeadlineError"
+            assert client.is_live, f"request {one.request_id} had ended"
+            client.cancelled = True
+        late = [client for client in self.clients.values() if client.is_live and client.deadline_s <= self.now_s]
+        assert not late, "a request outlived its deadline"
+        return [one.request_id for one in rejected]
+
     def schedule(self) -> StepPlan | None:
         """Makes one plan, checks it, and executes it; its result waits in `results`."""
-        oldest, must_decode = self._running_ids()[:1], self._decoding_ids()
-        preemptions = self.scheduler.preemptions
-        plan = self.scheduler.schedule(float(self.scheduler.steps))
+        running, must_decode = self._running_ids(), self._decoding_ids()
+        preemptions = self.scheduler.counters.preemptions
+        plan = self.scheduler.schedule(self.now_s)
         if plan is None:
             return None
         description = self.scheduler.describe_step(plan.step_id)
         self._check_shape(plan, description)
-        self._check_decodes(must_decode, description, self.scheduler.preemptions - preemptions)
-        planned = {chunk[0] for chunk in description.chunks} | set(description.decode_request_ids)
-        assert planned.issuperset(oldest), "the oldest running request did not advance"
+        self._check_decodes(must_decode, description, self.scheduler.counters.preemptions - preemptions)
+        self._check_first_advances(running, description)
         tokens, rows = self.worker.execute(plan)
         self._check_rows(rows, description)
+        for chunk, (request_id, _, _) in zip(plan.chunks, description.chunks, strict=True):
+            self._owners[chunk.slot] = self.clients[request_id].submit
+        self.pages.take_plan(plan, self.worker, rows, self._owners)
         self._count_draws(plan, description)
         for request_id, _, _ in description.chunks:
             client = self.clients[request_id]
@@ -128,7 +197,9 @@ class Harness:
 
     def deliver(self) -> tuple[TokenOutput, ...]:
         """Gives the scheduler the oldest result, and its outputs to the clients."""
-        outputs = self.scheduler.update(*self.results.popleft())
+        step_id, token_ids = self.results.popleft()
+        self.scheduler.step_took(step_id, step_ms(self.scheduler.describe_step(step_id).bucket))
+        outputs = self.scheduler.update(step_id, token_ids)
         assert len({output.request_id for output in outputs}) == len(outputs), "two outputs of a request in one step"
         for output in outputs:
             client = self.clients[output.request_id]
@@ -163,28 +234,26 @@ class Harness:
             assert client.reason == client.expected_reason, f"request {request_id}"
         assert (scheduler.running, scheduler.waiting, scheduler.steps_in_flight) == (0, 0, 0)
         assert scheduler.pages_free == scheduler.pages_total == self.limits.num_pages
-        assert scheduler.finished == sum(client.reason is not None for client in self.clients.values())
+        assert scheduler.counters.finished == sum(client.reason is not None for client in self.clients.values())
 
     def check_page_owners(self) -> None:
-        """Every page is free or has one owner. The policy's own tables are read here: no plan shows them whole."""
-        held = [page for running in self.scheduler._running for page in running.pages]
-        assert len(set(held)) == len(held)
+        """Every page is free or has holders. The policy's own tables are read here: no plan shows them whole."""
+        pool = self.scheduler._pages
+        held = Counter(page for running in self.scheduler._running for page in running.pages)
+        assert {page: pool.num_holders(page) for page in range(pool.num_pages) if pool.num_holders(page)} == held
         assert len(held) + self.scheduler.pages_free == self.limits.num_pages
+        assert not set(held) & {*pool._empty, *pool._idle}
         slots = [running.slot for running in self.scheduler._running]
         assert len(set(slots)) == len(slots)
-        assert len(slots) + len(self.scheduler._free_slots) == self.limits.max_running
+        assert len(slots) + self.scheduler._running.num_free_slots == self.limits.max_running
 
     def _running_ids(self) -> list[int]:
-        """Requests that hold a slot and still need rows, oldest first."""
-        return sorted(running.request.request_id for running in self.scheduler._running)
+        """Requests that hold a slot and still need rows, in the order of service."""
+        return [running.request.request_id for running in self.scheduler._running]
 
     def _decoding_ids(self) -> list[int]:
         """Requests that must decode in the next plan, unless it preempts them; oldest first."""
-        return [
-            running.request.request_id
-            for running in self.scheduler._running
-            if running.num_computed >= running.prefill_end
-        ]
+        return [running.request.request_id for running in self.scheduler._running if running.decode_row is not None]
 
     def _check_shape(self, plan: StepPlan, description: StepDescription) -> None:
         limits, bucket = self.limits, plan.bucket
@@ -203,10 +272,19 @@ class Harness:
         assert all(self.clients[request_id].is_live for request_id in ids), "an ended request was planned"
 
     def _check_decodes(self, must_decode: list[int], description: StepDescription, preempted: int) -> None:
-        """All decode, except the youngest of them when this plan preempted."""
-        planned = list(description.decode_request_ids)
-        assert planned == must_decode[: len(planned)]
-        assert len(must_decode) - len(planned) <= preempted
+        """All decode, except those that this plan preempted: requests that are served after those who stay."""
+        planned = set(description.decode_request_ids)
+        assert planned <= set(must_decode)
+        missing = set(must_decode) - planned
+        assert len(missing) <= preempted
+        assert not missing & set(self._running_ids()) - {chunk[0] for chunk in description.chunks}
+
+    def _check_first_advances(self, running: list[int], description: StepDescription) -> None:
+        """The first in the order of service has rows in every plan, unless one that is served before it takes over."""
+        planned = {chunk[0] for chunk in description.chunks} | set(description.decode_request_ids)
+        if running and running[0] not in planned:
+            first = min(self.clients[request_id].rank for request_id in planned)
+            assert first < self.clients[running[0]].rank, "the first in the order of service did not advance"
 
     def _check_rows(self, rows: list[Row], description: StepDescription) -> None:
         """Every row read exactly the tokens of its request, also where the request has ended meanwhile."""

@@ -28,14 +28,23 @@ def test_the_smallest_bucket_that_holds_both_counts_is_chosen(
 
 
 @given(ladders, st.integers(7, 30), st.data())
-def test_the_chunk_room_is_that_of_the_lowest_mixed_rung(
+def test_a_mixed_bucket_is_offered_unless_a_smaller_one_has_as_much_room(
     ladder: tuple[Bucket, ...], budget: int, data: st.DataObject
 ) -> None:
     table = BucketTable(ladder, budget)
     num_decodes = data.draw(st.integers(0, table.max_decode_rows))
-    mixed = [b for b in ladder if b.prefill_rows and b.num_rows <= budget and b.decode_rows >= num_decodes]
-    rung = min((b.decode_rows for b in mixed), default=0)
-    assert table.chunk_room(num_decodes) == max((b.prefill_rows for b in mixed if b.decode_rows == rung), default=0)
+    fitting = [b for b in ladder if b.prefill_rows and b.num_rows <= budget and b.decode_rows >= num_decodes]
+    cheapest = {
+        b.prefill_rows: min(b2.num_rows for b2 in fitting if b2.prefill_rows >= b.prefill_rows) for b in fitting
+    }
+    offered = table.mixed(num_decodes)
+    assert set(offered) <= set(fitting)
+    # For every number of prompt tokens that fits at all, the fewest rows that hold it are on offer.
+    for room, rows in cheapest.items():
+        assert min(b.num_rows for b in offered if b.prefill_rows >= room) == rows
+    assert [b.prefill_rows for b in offered] == sorted({b.prefill_rows for b in offered})
+    assert [b.num_rows for b in offered] == sorted({b.num_rows for b in offered})
+    assert table.chunk_room(num_decodes) == max((b.prefill_rows for b in fitting), default=0)
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,13 @@ import pytest
 
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.messages import StepPlan
-from graphgen.scheduler.policy import MAX_TIMES_PASSED
+from graphgen.scheduler.prompts import MAX_TIMES_PASSED
 from tests.scheduler.harness import Harness, make_limits, make_submit
 
 
-def prompt(length: int) -> list[int]:
-    return list(range(1, length + 1))
+def prompt(length: int, request_id: int = 0) -> list[int]:
+    """The prompts of two requests share nothing."""
+    return [request_id, *range(1, length)]
 
 
 def plan_of(harness: Harness) -> str:
@@ -26,7 +27,9 @@ def plan_of(harness: Harness) -> str:
         f"{request_id}[{start}:{start + length}]{'*' if chunk.samples else ''}"
         for (request_id, start, length), chunk in zip(step.chunks, plan.chunks, strict=True)
     )
-    return f"{plan.bucket} | {chunks} | {' '.join(map(str, step.decode_request_ids))}".replace("  ", " ").strip()
+    return f"{plan.bucket} | {chunks} | {' '.join(map(str, sorted(step.decode_request_ids)))}".replace(
+        "  ", " "
+    ).strip()
 
 
 def steady(harness: Harness, count: int) -> list[str]:
@@ -46,10 +49,10 @@ def new_pages(plan: StepPlan | None) -> list[tuple[int, int]]:
     return list(zip(triples[::3], triples[1::3], strict=True))
 
 
-def served(*prompt_lens: int, max_tokens: int = 4, **limits: int) -> Harness:
-    harness = Harness(make_limits(**limits))  # type: ignore[arg-type]  # the sizes among the limits are all ints
+def served(*prompt_lens: int, max_tokens: int = 4, prefix_cache: bool = True, **limits: int) -> Harness:
+    harness = Harness(make_limits(prefix_cache=prefix_cache, **limits))  # type: ignore[arg-type]  # all others are ints
     for request_id, length in enumerate(prompt_lens):
-        harness.add(make_submit(request_id, prompt(length), max_tokens))
+        harness.add(make_submit(request_id, prompt(length, request_id), max_tokens))
     return harness
 
 
@@ -102,7 +105,7 @@ def test_the_rest_of_a_split_prompt_is_first_in_line() -> None:
 def test_decodes_never_wait_for_a_prompt() -> None:
     harness = served(2, 2, 2, max_tokens=8)
     assert plan_of(harness) == "8+2 | 0[0:2]* 1[0:2]* 2[0:2]* |"
-    harness.add(make_submit(3, prompt(20), 2))
+    harness.add(make_submit(3, prompt(20, 3), 2))
     assert plan_of(harness) == "8+4 | 3[0:8] | 0 1 2"
     harness.deliver()
     assert plan_of(harness) == "8+4 | 3[8:16] | 0 1 2"
@@ -125,7 +128,11 @@ def test_padding_is_counted() -> None:
     harness = served(3, max_tokens=2)
     harness.run()
     # 4+2 with 3 tokens, then 0+1 with 1.
-    assert (harness.scheduler.padding_rows, harness.scheduler.total_rows, harness.scheduler.steps) == (3, 7, 2)
+    assert (
+        harness.scheduler.counters.padding_rows,
+        harness.scheduler.counters.total_rows,
+        harness.scheduler.counters.steps,
+    ) == (3, 7, 2)
 
 
 # --- steps in flight -------------------------------------------------------------------------------------------
@@ -155,7 +162,7 @@ def test_the_slot_of_a_planned_last_token_serves_the_next_plan() -> None:
 def test_nothing_to_do_is_no_plan() -> None:
     harness = served()
     assert plan_of(harness) == "-"
-    assert harness.scheduler.steps == 0
+    assert harness.scheduler.counters.steps == 0
 
 
 # --- pages -----------------------------------------------------------------------------------------------------
@@ -213,12 +220,12 @@ def test_a_small_prompt_passes_a_big_one_that_does_not_fit() -> None:
 def test_nothing_passes_a_big_prompt_after_the_age_limit() -> None:
     # Request 0 runs on and on; request 1 needs nearly the whole pool; small ones keep coming.
     harness = Harness(make_limits(num_pages=80, page_size=4, max_model_len=400))
-    harness.add(make_submit(0, prompt(4), 200))
+    harness.add(make_submit(0, prompt(4, 0), 200))
     harness.schedule()
-    harness.add(make_submit(1, prompt(315), 2))
+    harness.add(make_submit(1, prompt(315, 1), 2))
     passed = 0
     for request_id in range(2, 150):
-        harness.add(make_submit(request_id, prompt(3), 1))
+        harness.add(make_submit(request_id, prompt(3, request_id), 1))
         while harness.schedule() is not None:
             passed += sum(entry[0] > 1 for entry in harness.descriptions[-1].chunks)
         harness.deliver()
@@ -231,11 +238,11 @@ def test_nothing_passes_a_big_prompt_after_the_age_limit() -> None:
 
 def test_waiting_alone_does_not_age_a_request() -> None:
     harness = Harness(make_limits(num_pages=80, max_model_len=400))
-    harness.add(make_submit(0, prompt(4), 200))
+    harness.add(make_submit(0, prompt(4, 0), 200))
     harness.schedule()
-    harness.add(make_submit(1, prompt(315), 2))
+    harness.add(make_submit(1, prompt(315, 1), 2))
     steady(harness, 2 * MAX_TIMES_PASSED)
-    harness.add(make_submit(2, prompt(3), 1))
+    harness.add(make_submit(2, prompt(3, 2), 1))
     assert steady(harness, 1) == ["4+2 | 2[0:3]* | 0"]
     harness.run()
 
@@ -253,7 +260,7 @@ def test_only_so_many_big_prompts_may_be_passed_in_a_plan(num_big: int, passes: 
 
 
 def test_the_youngest_gives_its_pages_to_an_older_one_and_is_replayed_with_its_tokens() -> None:
-    harness = served(4, 8, num_pages=5, max_tokens=8)
+    harness = served(4, 8, num_pages=5, max_tokens=8, prefix_cache=False)
     assert steady(harness, 5) == [
         "8+2 | 0[0:4]* 1[0:4] |",
         "4+2 | 1[4:8]* | 0",
@@ -264,7 +271,7 @@ def test_the_youngest_gives_its_pages_to_an_older_one_and_is_replayed_with_its_t
     assert harness.scheduler.pages_free == 0
     assert len(harness.results) == 1  # the token of request 1 in it is still in flight
     assert steady(harness, 3) == ["0+1 | | 0"] * 3  # position 8 of request 0 needs a page
-    assert (harness.scheduler.preemptions, harness.scheduler.waiting) == (1, 1)
+    assert (harness.scheduler.counters.preemptions, harness.scheduler.waiting) == (1, 1)
     # Four tokens of output had been drawn: prompt and output are computed again, then the fifth is drawn.
     assert steady(harness, 3) == ["8+2 | 1[0:8] |", "4+2 | 1[8:12]* |", "0+1 | | 1"]
     replay = harness.plans[8].chunks[0]
@@ -280,17 +287,17 @@ def test_a_request_that_needs_a_page_is_preempted_itself_when_it_is_the_youngest
     assert steady(harness, 5) == ["8+2 | 0[0:4]* 1[0:4]* |", *["0+2 | | 0 1"] * 4]
     assert harness.scheduler.pages_free == 1  # both cross a page border in the next plan
     assert steady(harness, 1) == ["0+1 | | 0"]
-    assert (harness.scheduler.preemptions, harness.scheduler.pages_free) == (1, 2)
+    assert (harness.scheduler.counters.preemptions, harness.scheduler.pages_free) == (1, 2)
     harness.run()
 
 
 def test_a_preempted_request_is_admitted_before_younger_ones() -> None:
-    harness = served(4, 4, num_pages=5, max_tokens=12)
+    harness = served(4, 4, num_pages=5, max_tokens=12, prefix_cache=False)
     steady(harness, 5)
-    harness.add(make_submit(2, prompt(20), 1))
-    harness.add(make_submit(3, prompt(20), 1))
+    harness.add(make_submit(2, prompt(20, 2), 1))
+    harness.add(make_submit(3, prompt(20, 3), 1))
     harness.run()
-    assert harness.scheduler.preemptions == 1
+    assert harness.scheduler.counters.preemptions == 1
     admitted = [request_id for step in harness.descriptions for request_id, start, _ in step.chunks if start == 0]
     assert admitted == [0, 1, 1, 2, 3]
 
@@ -298,20 +305,20 @@ def test_a_preempted_request_is_admitted_before_younger_ones() -> None:
 def test_a_plan_that_preempts_admits_nobody() -> None:
     harness = served(4, 4, num_pages=5, max_tokens=12, steps_in_flight=1)
     steady(harness, 5)
-    harness.add(make_submit(2, prompt(1), 1))
+    harness.add(make_submit(2, prompt(1, 2), 1))
     # Request 1 gave two pages back: one page for request 2 and one for the growth of request 0 are free.
     assert steady(harness, 2) == ["0+1 | | 0", "4+2 | 2[0:1]* | 0"]
-    assert harness.scheduler.preemptions == 1
+    assert harness.scheduler.counters.preemptions == 1
     harness.run()
 
 
 def test_a_preempted_request_returns_only_when_its_tokens_have_arrived() -> None:
-    harness = served(4, 4, num_pages=5, max_tokens=12, steps_in_flight=3)
+    harness = served(4, 4, num_pages=5, max_tokens=12, steps_in_flight=3, prefix_cache=False)
     steady(harness, 5)
     assert plan_of(harness) == "0+1 | | 0"
-    assert harness.scheduler.preemptions == 1
+    assert harness.scheduler.counters.preemptions == 1
     harness.cancel(0)
-    harness.add(make_submit(2, prompt(1), 1))
+    harness.add(make_submit(2, prompt(1, 2), 1))
     harness.deliver()
     assert plan_of(harness) == "-"  # every page is free, but a token of request 1 is in flight
     harness.deliver()

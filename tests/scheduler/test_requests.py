@@ -27,7 +27,7 @@ def test_a_stop_token_ends_a_request_and_is_part_of_its_output() -> None:
     scheduler = Scheduler(make_limits())
     scheduler.add(make_submit(0, [1, 2], 5, stop=[STOP]))
     assert feed(scheduler, [3, 4, STOP, 5]) == [((3,), None), ((4,), None), ((STOP,), "stop")]
-    assert scheduler.finished == 1
+    assert scheduler.counters.finished == 1
 
 
 def test_a_request_ends_at_max_tokens() -> None:
@@ -145,7 +145,7 @@ def test_unknown_ids_and_second_cancels_are_ignored() -> None:
     harness.cancel(0)
     harness.cancel(0)
     assert harness.schedule() is None
-    assert harness.scheduler.finished == 0
+    assert harness.scheduler.counters.finished == 0
 
 
 # --- what is refused -------------------------------------------------------------------------------------------
@@ -245,10 +245,10 @@ def test_a_preempted_request_keeps_its_output_and_its_prompt_length() -> None:
     for request_id in range(2):
         harness.add(make_submit(request_id, [request_id + 1] * 6, 12))
     harness.run()
-    assert harness.scheduler.preemptions > 0
+    assert harness.scheduler.counters.preemptions > 0
     assert [len(client.received) for client in harness.clients.values()] == [12, 12]
     inits = [chunk.init for plan in harness.plans for chunk in plan.chunks if chunk.init is not None]
-    assert len(inits) == 2 + harness.scheduler.preemptions
+    assert len(inits) == 2 + harness.scheduler.counters.preemptions
     assert {init.prompt_len for init in inits} == {6}
 
 

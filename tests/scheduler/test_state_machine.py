@@ -1,17 +1,38 @@
-"""Any interleaving of requests, cancels, plans and results keeps the promises of the policy.
+"""Any interleaving of requests, cancels, deadlines, plans and results keeps the promises of the policy.
 
 The promises themselves are in `Harness`: it checks every plan, every row the fake worker computes and every output.
 """
+
+import random
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from graphgen.ipc.messages import SamplerParams, Submit
 from tests.scheduler.fake_worker import VOCABULARY
 from tests.scheduler.harness import Harness, make_limits, make_submit
 
-token_ids = st.integers(0, VOCABULARY - 1)
+NUM_OPERATIONS = 100_000
+
+SAMPLERS = (SamplerParams(), SamplerParams(repetition_penalty=1.1), SamplerParams(presence_penalty=0.5))
+
+
+def make_prompt(family: int, shared_len: int, own: int, prompt_len: int) -> list[int]:
+    """The first `shared_len` tokens are those of the family, the others the request's own."""
+    return [
+        (7 * family + 3 * position + (own + 1) * (position >= shared_len)) % VOCABULARY
+        for position in range(prompt_len)
+    ]
+
+
+def fitting(harness: Harness, prompt_len: int, max_tokens: int) -> tuple[int, int]:
+    """Prompt length and max_tokens, cut to what the pool can ever hold."""
+    limits = harness.limits
+    positions = min(limits.num_pages * limits.page_size, limits.max_model_len - 1)
+    max_tokens = min(max_tokens, positions)
+    return min(prompt_len, positions - max_tokens + 1), max_tokens
 
 
 class AnyInterleaving(RuleBasedStateMachine):
@@ -24,6 +45,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         max_chunks=st.integers(1, 3),
         token_budget=st.sampled_from([8, 10, 12]),
         steps_in_flight=st.integers(1, 3),
+        prefix_cache=st.booleans(),
     )
     def start(
         self,
@@ -33,6 +55,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         max_chunks: int,
         token_budget: int,
         steps_in_flight: int,
+        prefix_cache: bool,
     ) -> None:
         self.harness = Harness(
             make_limits(
@@ -42,24 +65,61 @@ class AnyInterleaving(RuleBasedStateMachine):
                 max_chunks=max_chunks,
                 token_budget=token_budget,
                 steps_in_flight=steps_in_flight,
+                prefix_cache=prefix_cache,
             )
         )
 
-    @rule(data=st.data(), max_tokens=st.integers(1, 12), min_tokens=st.integers(0, 4), stops=st.booleans())
-    def add(self, data: st.DataObject, max_tokens: int, min_tokens: int, stops: bool) -> None:
-        limits = self.harness.limits
-        positions = min(limits.num_pages * limits.page_size, limits.max_model_len - 1)
-        max_tokens = min(max_tokens, positions)
-        prompt_len = data.draw(st.integers(1, min(30, positions - max_tokens + 1)), label="prompt_len")
+    @rule(
+        prompt_len=st.integers(1, 30),
+        max_tokens=st.integers(1, 12),
+        min_tokens=st.integers(0, 4),
+        stops=st.booleans(),
+        family=st.integers(0, 2),
+        shared_len=st.integers(0, 20),
+        priority=st.sampled_from([0, 0, 1, 9]),
+        salt=st.sampled_from(["", "", "tenant"]),
+        deadline_ms=st.sampled_from([None, None, 1000.0, 5000.0]),
+        sampler=st.sampled_from(SAMPLERS),
+    )
+    def add(
+        self,
+        prompt_len: int,
+        max_tokens: int,
+        min_tokens: int,
+        stops: bool,
+        family: int,
+        shared_len: int,
+        priority: int,
+        salt: str,
+        deadline_ms: float | None,
+        sampler: SamplerParams,
+    ) -> None:
+        prompt_len, max_tokens = fitting(self.harness, prompt_len, max_tokens)
         request_id = len(self.harness.clients)
-        prompt = [(7 * request_id + 3 * position) % VOCABULARY for position in range(prompt_len)]
-        stop = tuple(range(0, VOCABULARY, 4)) if stops else ()
-        self.harness.add(make_submit(request_id, prompt, max_tokens, min_tokens=min(min_tokens, max_tokens), stop=stop))
+        self.harness.add(
+            make_submit(
+                request_id,
+                make_prompt(family, shared_len, request_id, prompt_len),
+                max_tokens,
+                min_tokens=min(min_tokens, max_tokens),
+                stop=tuple(range(0, VOCABULARY, 4)) if stops else (),
+                sampler=sampler,
+                arrived_s=self.harness.now_s,
+                priority=priority,
+                cache_salt=salt,
+                deadline_ms=deadline_ms,
+            )
+        )
 
     @precondition(lambda self: self.harness.clients)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         self.harness.cancel(data.draw(st.integers(0, len(self.harness.clients)), label="request_id"))
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 20.0]))
+    def wait(self, seconds: float) -> None:
+        self.harness.now_s += seconds
+        self.harness.expire()
 
     @rule(times=st.integers(1, 3))
     def schedule(self, times: int) -> None:
@@ -85,7 +145,7 @@ class AnyInterleaving(RuleBasedStateMachine):
                 self.harness.deliver()
 
     @invariant()
-    def every_page_and_slot_has_at_most_one_owner(self) -> None:
+    def every_page_has_the_holders_it_should(self) -> None:
         self.harness.check_page_owners()
 
     def teardown(self) -> None:
@@ -99,6 +159,63 @@ TestAnyInterleaving.settings = settings(
 )
 
 
+def any_submit(rng: random.Random, harness: Harness) -> Submit:
+    prompt_len, max_tokens = fitting(harness, rng.randint(1, 40), rng.randint(1, 12))
+    request_id = len(harness.clients)
+    return make_submit(
+        request_id,
+        make_prompt(rng.randrange(3), rng.randrange(30), request_id, prompt_len),
+        max_tokens,
+        min_tokens=min(rng.choice([0, 0, 3]), max_tokens),
+        stop=tuple(range(0, VOCABULARY, 4)) if rng.random() < 0.5 else (),
+        sampler=rng.choice([SAMPLERS[0], SAMPLERS[0], *SAMPLERS]),
+        arrived_s=harness.now_s,
+        priority=rng.choice([0, 0, 0, 1, 9]),
+        cache_salt=rng.choice(["", "", "tenant"]),
+        deadline_ms=rng.choice([None, None, 100.0, 200.0]),
+        itl_target_ms=rng.choice([None, 7.0, 30.0]),
+        ttft_target_ms=rng.choice([None, 20.0]),
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_hundred_thousand_operations_lose_nothing(seed: int) -> None:
+    """Crowded pools of few pages, most of them shared, for as long as CI can spare."""
+    rng = random.Random(seed)
+    shared = preempted = expired = refused = 0
+    left = NUM_OPERATIONS // 4
+    while left > 0:
+        harness = Harness(
+            make_limits(
+                num_pages=rng.randint(8, 40),
+                page_size=rng.choice([2, 4]),
+                max_running=4,
+                steps_in_flight=rng.choice([1, 2, 2, 3]),
+                prefix_cache=rng.random() < 0.9,
+            )
+        )
+        for _ in range(500):
+            left -= 1
+            harness.now_s += 0.001
+            match rng.choice(["add", "cancel", "schedule", "schedule", "schedule", "deliver", "deliver", "deliver"]):
+                case "add" if harness.scheduler.waiting < 12:
+                    harness.add(any_submit(rng, harness))
+                case "cancel" if rng.random() < 0.2 and harness.clients:
+                    harness.cancel(rng.randrange(len(harness.clients)))
+                case "deliver" if harness.results:
+                    harness.deliver()
+                case _:
+                    expired += len(harness.expire())
+                    harness.schedule()
+            if left % 10 == 0:
+                harness.check_page_owners()
+        harness.run()
+        shared += harness.pages.num_hits
+        preempted += harness.scheduler.counters.preemptions
+        refused += harness.scheduler.counters.refused
+    assert min(shared, preempted, expired, refused) >= 10, "the operations were meant to reach all of it"
+
+
 @pytest.mark.parametrize("steps_in_flight", [1, 2])
 def test_a_crowded_pool_preempts_often_and_loses_nothing(steps_in_flight: int) -> None:
     harness = Harness(make_limits(num_pages=10, page_size=2, steps_in_flight=steps_in_flight))
@@ -106,4 +223,4 @@ def test_a_crowded_pool_preempts_often_and_loses_nothing(steps_in_flight: int) -
         prompt = [(5 * request_id + position) % VOCABULARY for position in range(1 + request_id % 7)]
         harness.add(make_submit(request_id, prompt, max_tokens=9 + request_id % 5))
     harness.run()
-    assert harness.scheduler.preemptions >= 5
+    assert harness.scheduler.counters.preemptions >= 5

@@ -1,20 +1,23 @@
-"""The waiting queue is always in order of arrival, whoever comes back or leaves."""
+"""The waiting queue is always in the order of service, whoever comes back or leaves."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphgen.scheduler.request import Request
+from graphgen.scheduler.request import AGEING_S, Request
 from graphgen.scheduler.waiting import WaitingQueue
 from tests.scheduler.harness import make_submit
 
+LONG = 3
 
-def request(arrival: int) -> Request:
-    return Request(make_submit(arrival, [1]), arrival)
+
+def request(arrival: int, priority: int = 0, arrived_s: float = 0.0, prompt_len: int = 1) -> Request:
+    return Request(make_submit(arrival, [1] * prompt_len, priority=priority), arrival, arrived_s, page_size=4)
 
 
 @given(st.data())
-def test_the_queue_is_a_list_sorted_by_arrival(data: st.DataObject) -> None:
-    queue, waiting, away = WaitingQueue(), list[Request](), list[Request]()
+def test_the_queue_is_a_list_sorted_by_rank(data: st.DataObject) -> None:
+    queue, waiting, away = WaitingQueue(LONG), list[Request](), list[Request]()
+    now_s = 0.0
     for arrival in range(data.draw(st.integers(1, 12))):
         match data.draw(st.sampled_from(["leave", "return", "stay"])):
             case "leave" if waiting:
@@ -24,12 +27,27 @@ def test_the_queue_is_a_list_sorted_by_arrival(data: st.DataObject) -> None:
             case "return" if away:
                 back = away.pop(data.draw(st.integers(0, len(away) - 1)))
                 queue.put_back(back)
-                waiting = sorted([*waiting, back], key=lambda one: one.arrival)
-        newest = request(arrival)
+                waiting.append(back)
+        now_s += data.draw(st.sampled_from([0.0, 1.0, AGEING_S]))
+        newest = request(arrival, data.draw(st.integers(0, 3)), now_s, data.draw(st.integers(1, 5)))
         queue.append(newest)
-        waiting.append(newest)
-        assert queue.first(100) == waiting
-        assert queue.first(3) == waiting[:3]
+        waiting = sorted([*waiting, newest], key=lambda one: one.rank)
+        lanes = [[one for one in waiting if one.priority == priority] for priority in range(4)]
+        short = [one for lane in lanes for one in [one for one in lane if len(one.tokens) < LONG][:3]]
+        long = [one for lane in lanes for one in [one for one in lane if len(one.tokens) >= LONG][:2]]
+        assert list(queue.first(100, 100)) == waiting
+        assert list(queue.first(3, 2)) == sorted([*short, *long], key=lambda one: one.rank)
         assert len(queue) == len(waiting)
+        assert queue.num_tokens == sum(len(one.tokens) for one in waiting)
+        assert queue.num_tokens_from(2) == sum(len(one.tokens) for one in waiting if one.priority >= 2)
+        assert queue.num_from(1) == sum(one.priority >= 1 for one in waiting)
         assert all(one in queue for one in waiting)
         assert not any(one in queue for one in away)
+
+
+def test_tokens_that_arrive_while_a_preempted_request_waits_do_not_disturb_the_count() -> None:
+    queue, preempted = WaitingQueue(LONG), request(0)
+    queue.put_back(preempted)
+    preempted.tokens.append(7)
+    queue.remove(preempted)
+    assert queue.num_tokens == 0

@@ -38,6 +38,7 @@ class LocalEngine:
                 max_chunks=worker.max_chunks,
                 token_budget=config.token_budget,
                 max_model_len=config.max_model_len,
+                prefix_cache=config.prefix_cache,
             )
         )
         self._next_id = 0

@@ -83,7 +83,7 @@ def test_greedy_tokens_equal_hugging_face_at_every_budget_with_preemption(case: 
         wrong = wrong_prompts(model, tokens[0]) if len(tokens) == 1 else differing(tokens[-1], tokens[0])
         assert not wrong, f"budget {token_budget}: prompts {wrong} of lengths {[len(prompts()[i]) for i in wrong]}"
         assert engine.scheduler.pages_free == num_pages
-        preemptions += engine.scheduler.preemptions
+        preemptions += engine.scheduler.counters.preemptions
         engine.close()
     assert preemptions > 0, "the pool was meant to be too small"
 

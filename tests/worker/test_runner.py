@@ -24,9 +24,13 @@ MIXED = [
 ]
 
 
-@pytest.fixture
-def engine() -> Iterator[LocalEngine]:
-    engine = LocalEngine(launch_config(model_folder(), 256, device="cpu", token_budget=64, num_pages=80))
+@pytest.fixture(params=[True])
+def engine(request: pytest.FixtureRequest) -> Iterator[LocalEngine]:
+    """The parameter says whether prompts share pages."""
+    config = launch_config(
+        model_folder(), 256, device="cpu", token_budget=64, num_pages=80, prefix_cache=bool(request.param)
+    )
+    engine = LocalEngine(config)
     yield engine
     engine.close()
 
@@ -48,12 +52,13 @@ def test_penalised_requests_keep_their_counts_through_preemption() -> None:
             launch_config(model_folder(), 128, device="cpu", token_budget=64, num_pages=num_pages, page_size=16)
         )
         results.append(engine.generate(prompts, 40, [sampler] * 6))
-        preemptions = engine.scheduler.preemptions
+        preemptions = engine.scheduler.counters.preemptions
         engine.close()
     assert preemptions > 0
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("engine", [False], indirect=True)  # the cache's pages belong to no request and are read
 def test_memory_that_belongs_to_no_request_is_never_read(engine: LocalEngine) -> None:
     want = engine.generate(PROMPTS, 20)
     cache = engine.runner.kv_cache

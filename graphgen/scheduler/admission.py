@@ -1,0 +1,154 @@
+"""Whether a waiting request may start: slots, pages, and what it would share.
+
+Owns the pages that admission leaves free for the growth of those that run, and the promise that a request which was
+preempted too often ends. Takes no page itself. Called by `graphgen.scheduler.policy`.
+
+Reserved requests. A request that was preempted MAX_PREEMPTIONS times starts only with every page it can ever need and
+is not preempted again. One rule keeps the others from being locked out by it: any running request that is not reserved
+fits into the pool beside all reserved ones. So when pages run out, preempting the others in turn always lets the first
+in the order of service go on, and the reserved ones end without asking for anything.
+"""
+
+from typing import NamedTuple
+
+from graphgen.scheduler.limits import SchedulerLimits
+from graphgen.scheduler.prefix_cache import PrefixCache
+from graphgen.scheduler.request import MAX_PREEMPTIONS, Request, RunningRequest
+from graphgen.scheduler.running import RunningSet
+
+WATERMARK_DIVISOR = 16
+"""Admission keeps one page free for each running request, at most this part of the pool (rounded up)."""
+
+HEADROOM_DIVISOR = 4
+"""After preemptions it keeps more free, at most this part of the pool."""
+
+_HEADROOM_KEPT = 1.0 - 1.0 / 256
+"""Share of that headroom that is left after each plan."""
+
+
+class Offer(NamedTuple):
+    """What a request would start with."""
+
+    shared: list[int]
+    """Pages of its prompt that are in the prefix cache."""
+    num_new: int
+    """Further pages it needs at once."""
+    num_taken: int
+    """Free pages that it would use up: the new ones, and the shared ones that nobody else holds."""
+    num_spare: int
+    """Pages that must be free besides."""
+    num_cached: int
+    """Tokens that the shared pages hold."""
+    reserve: bool
+    """It would get every page it can ever need."""
+    is_long: bool
+    """Its prompt would be a long one."""
+
+
+class Admission:
+    """The rules of one pool."""
+
+    def __init__(self, limits: SchedulerLimits, cache: PrefixCache, running: RunningSet, long_prompt_len: int) -> None:
+        """long_prompt_len: the least missing tokens that make a prompt long."""
+        self._long_prompt_len = long_prompt_len
+        self._limits = limits
+        self._cache = cache
+        self._running = running
+        self._watermark_limit = -(-limits.num_pages // WATERMARK_DIVISOR)
+        self._headroom_limit = limits.num_pages // HEADROOM_DIVISOR
+        self._headroom = 0.0
+        self._num_reserved = 0
+
+    def offer(self, request: Request) -> Offer:
+        """What it would get now."""
+        size = self._limits.page_size
+        # The last known token is always computed: its row draws the next one.
+        max_shared = min(len(request.tokens) - 1, request.max_cached_len) // size
+        shared = self._cache.find(request.chain, max_shared)
+        reserve = request.num_preemptions >= MAX_PREEMPTIONS
+        num_pages = self._most_pages(request) if reserve else self._limits.pages_for(len(request.tokens))
+        num_new = num_pages - len(shared)
+        num_idle = sum(not self._cache.pool.num_holders(page) for page in shared)
+        # A reserved one does not grow, and with nothing running there is nothing to spare a page for: so a request
+        # that fits into the pool always starts in the end.
+        num_spare = 0 if reserve or not len(self._running) else self._num_spare()
+        num_cached = len(shared) * size
+        is_long = len(request.tokens) - num_cached >= self._long_prompt_len
+        return Offer(shared, num_new, num_new + num_idle, num_spare, num_cached, reserve, is_long)
+
+    def has_pages(self, request: Request, offer: Offer, num_more: int = 0) -> bool:
+        """Whether the free pages, and `num_more` besides, suffice."""
+        if offer.num_taken + offer.num_spare > self._cache.pool.num_free + num_more:
+            return False
+        most = self._most_pages(request) + self._num_reserved
+        if offer.reserve:
+            most += max((self._most_pages(one.request) for one in self._running if not one.is_reserved), default=0)
+        return most <= self._limits.num_pages
+
+    def is_held_back(self, request: Request, offer: Offer) -> bool:
+        """Whether it waits for another prompt: for a page that is being computed, or because enough are long."""
+        if self._awaits_page(request, offer):
+            return True
+        if not offer.is_long:
+            return False
+        return sum(running.is_long for running in self._running.begun) >= self._limits.max_long_prompts
+
+    def victims_for(self, request: Request, offer: Offer) -> list[RunningRequest]:
+        """Whom to preempt so that it starts: requests of lower classes that are to be served after it, the last first.
+
+        None at all if it has what it needs, or if it would not get it that way either.
+        """
+        victims: list[RunningRequest] = []
+        candidates = self._running.victims()
+        num_freed = 0
+        while not (victims or self._running.num_free_slots) or not self.has_pages(request, offer, num_freed):
+            victim = next(candidates, None)
+            if victim is None or victim.request.rank < request.rank:
+                return []
+            if victim.request.priority < request.priority:
+                victims.append(victim)
+                num_freed += sum(self._cache.pool.num_holders(page) == 1 for page in victim.pages)
+        return victims
+
+    def _awaits_page(self, request: Request, offer: Offer) -> bool:
+        """Whether a prompt that is served before it is about to compute the page it misses first.
+
+        Then it waits, so that many requests with one prompt, sent together, compute it once.
+        """
+        if not self._cache.enabled:
+            return False
+        index, size = len(offer.shared), self._limits.page_size
+        if (index + 1) * size > min(len(request.tokens) - 1, request.max_cached_len):
+            return False
+        missing = request.chain.digest(index)
+        return any(
+            begun.num_computed // size == index
+            and begun.request.rank < request.rank
+            and begun.request.chain.digest(index) == missing
+            for begun in self._running.begun
+        )
+
+    def started(self, running: RunningRequest) -> None:
+        if running.is_reserved:
+            self._num_reserved += self._most_pages(running.request)
+
+    def stopped(self, running: RunningRequest) -> None:
+        if running.is_reserved:
+            self._num_reserved -= self._most_pages(running.request)
+
+    def plan_made(self) -> None:
+        self._headroom *= _HEADROOM_KEPT
+
+    def preempted(self, running: RunningRequest) -> None:
+        """Pages ran out, and this one gave its own back: more are kept free for a while.
+
+        Without this the next plan would admit what the one after it preempts, and an overload would be spent on
+        computing the same tokens again and again.
+        """
+        self._headroom = min(self._headroom + len(running.pages), self._headroom_limit)
+
+    def _num_spare(self) -> int:
+        return min(len(self._running), self._watermark_limit) + int(self._headroom)
+
+    def _most_pages(self, request: Request) -> int:
+        return self._limits.pages_for(request.end_position)

@@ -1,0 +1,135 @@
+"""How many rows a step gets: the dynamic token budget.
+
+Owns the choice of a mixed bucket, never of the prompts that fill it. Called by `graphgen.scheduler.policy` for every
+plan while prompts are to be computed.
+
+The gap between two tokens of a request is the duration of the step that draws the second one. So a step may be as long
+as the tightest ITL target among the requests that decode in it, and the largest bucket that the cost model says is that
+fast computes prompts at the best rate the target allows:
+
+    predicted ms * (1 + margin) <= target,    margin = CostModel.margin, the p95 of the model's own error
+
+- At least the smallest mixed bucket is chosen, also where that breaks the target: a prompt advances in every plan.
+- No more rows than the saturation point, from where on a larger step is longer and hardly computes more rows a second;
+  unless a TTFT target would be missed at that rate.
+- No more rows than hold all prompt tokens that wait.
+- Without decodes a target binds nothing: nobody waits for a next token.
+"""
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from graphgen.ipc.messages import Bucket
+from graphgen.scheduler.buckets import BucketTable
+from graphgen.scheduler.cost_model import CostModel, prompt_pairs
+
+_Prompt = tuple[int, int]
+"""Tokens of a prompt that are computed, and those that are missing."""
+
+
+class StepLoad(Struct, frozen=True):
+    """What the next step may hold."""
+
+    num_decodes: int
+    decode_positions: int  # that the decode rows attend to, together
+    itl_target_ms: float | None  # the tightest one of the decodes
+    prompts: Sequence[_Prompt]  # those that have begun, in order of service
+    pending_tokens: int  # prompt tokens to compute, of begun and of waiting requests
+    is_late: bool  # a TTFT target would be missed at the saturation point's rate
+
+
+class StepBudget:
+    """Chooses for one worker; the cost model's corrections reach it from step to step."""
+
+    def __init__(self, buckets: BucketTable, model: CostModel, steps_in_flight: int) -> None:
+        self._buckets = buckets
+        self._steps_in_flight = steps_in_flight
+        self._model = model
+        # Taken once: corrections scale all buckets alike, but for noise.
+        self._saturation_rows = model.saturation_rows(buckets.all_mixed)
+
+    def choose(self, load: StepLoad) -> Bucket | None:
+        """The largest bucket the step may use; None where the decodes leave no room for prompts."""
+        candidates = self._buckets.mixed(load.num_decodes)
+        if not candidates:
+            return None
+        if not load.is_late:
+            candidates = self._up_to_saturation(candidates)
+        candidates = _up_to_rows(candidates, load.pending_tokens)
+        if load.itl_target_ms is None or not load.num_decodes:
+            return candidates[-1]
+        return self._within_target(candidates, load, load.itl_target_ms)
+
+    def saturated(self, num_decodes: int) -> Bucket | None:
+        """The largest bucket that `choose` gives without any target."""
+        candidates = self._buckets.mixed(num_decodes)
+        return self._up_to_saturation(candidates)[-1] if candidates else None
+
+    def prompt_ms(self, num_decodes: int, decode_positions: int, num_tokens: int) -> float | None:
+        """Milliseconds until so many prompt tokens are computed at the saturation point, the steps in flight included;
+        None where the bucket was never timed."""
+        bucket = self.saturated(num_decodes)
+        if bucket is None:
+            return None
+        pairs = prompt_pairs(0, bucket.prefill_rows)
+        step_ms = self._model.predict_ms(bucket, decode_positions, pairs)
+        return None if step_ms is None else step_ms * (self._steps_in_flight + -(-num_tokens // bucket.prefill_rows))
+
+    def even_length(self, num_decodes: int, room: int, used: int, missing: int) -> int:
+        """How much of the last pending prompt to compute now, beside `used` tokens of others, in a step of `room`
+        prompt tokens: it is split evenly over the steps it needs, so that none is longer than it must be."""
+        total = used + missing
+        if total <= room:
+            return missing
+        num_steps = -(-total // room)
+        smallest = self._buckets.smallest(-(-total // num_steps), num_decodes)
+        return max(0, min(missing, min(smallest.prefill_rows, room) - used))
+
+    def _up_to_saturation(self, candidates: tuple[Bucket, ...]) -> tuple[Bucket, ...]:
+        most = self._saturation_rows
+        if most is None:
+            return candidates
+        return tuple(bucket for bucket in candidates if bucket.num_rows <= most) or candidates[:1]
+
+    def _within_target(self, candidates: tuple[Bucket, ...], load: StepLoad, target_ms: float) -> Bucket:
+        """The largest candidate that is fast enough, else the smallest.
+
+        A bucket that was never timed is taken to need at most as long a row as the next smaller one that was: a larger
+        step never computes fewer rows a second than a smaller one that reads the same weights.
+        """
+        within_ms = target_ms / (1.0 + self._model.margin)
+        for index in range(len(candidates) - 1, 0, -1):
+            milliseconds = self._milliseconds(candidates, index, load)
+            if milliseconds is not None and milliseconds <= within_ms:
+                return candidates[index]
+        return candidates[0]
+
+    def _milliseconds(self, candidates: tuple[Bucket, ...], index: int, load: StepLoad) -> float | None:
+        bucket = candidates[index]
+        pairs = _pairs(load.prompts, bucket.prefill_rows)
+        milliseconds = self._model.predict_ms(bucket, load.decode_positions, pairs)
+        if milliseconds is not None or not index:
+            return milliseconds
+        smaller_ms = self._milliseconds(candidates, index - 1, load)
+        return None if smaller_ms is None else smaller_ms * bucket.num_rows / candidates[index - 1].num_rows
+
+
+def _up_to_rows(candidates: tuple[Bucket, ...], num_tokens: int) -> tuple[Bucket, ...]:
+    """Those up to the first that holds `num_tokens` prompt tokens."""
+    for index, bucket in enumerate(candidates):
+        if bucket.prefill_rows >= num_tokens:
+            return candidates[: index + 1]
+    return candidates
+
+
+def _pairs(prompts: Sequence[_Prompt], num_rows: int) -> int:
+    """(row, position) pairs if the prompts fill the rows in this order, and one that begins takes the rest."""
+    pairs = 0
+    for computed, missing in prompts:
+        length = min(missing, num_rows)
+        pairs += prompt_pairs(computed, length)
+        num_rows -= length
+        if not num_rows:
+            return pairs
+    return pairs + prompt_pairs(0, num_rows)

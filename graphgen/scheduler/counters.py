@@ -1,0 +1,34 @@
+"""What the policy counts since its start. Plain numbers: kept by `graphgen.scheduler.policy`, read for statistics."""
+
+from dataclasses import dataclass
+
+from graphgen.ipc.messages import Bucket
+from graphgen.scheduler.plan import StepRecord
+
+
+@dataclass
+class Counters:
+    """Totals; all start at 0."""
+
+    steps: int = 0
+    """Plans made."""
+    total_rows: int = 0
+    """Rows of all plans."""
+    padding_rows: int = 0
+    """Rows of all plans that held no token."""
+    preemptions: int = 0
+    finished: int = 0
+    """Requests that ended with a finish reason; cancelled ones do not count."""
+    prefix_queries: int = 0
+    """Prompt tokens of all requests that were started."""
+    prefix_hits: int = 0
+    """Of these: tokens whose pages were found in the prefix cache."""
+    refused: int = 0
+    """Requests that were turned away because of overload."""
+    deadline_misses: int = 0
+    """Requests that were ended because their deadline had passed."""
+
+    def plan_made(self, bucket: Bucket, record: StepRecord) -> None:
+        self.steps += 1
+        self.total_rows += bucket.num_rows
+        self.padding_rows += bucket.num_rows - record.num_rows

@@ -1,0 +1,112 @@
+"""The requests that decode: one row of every plan for each of them.
+
+Owns what their rows need (slots, positions, page borders, last rows, the tightest target), kept so that a plan costs
+little however many decode. Never takes a page and never decides who decodes: called by `graphgen.scheduler.policy`.
+
+Every plan advances every decode by one position. So a request's position is the number of plans made plus an offset
+that never changes, and the plan in which it crosses a page border or draws its last token is known when it joins.
+"""
+
+from array import array
+from collections.abc import Iterator
+
+import numpy as np
+
+from graphgen.ipc.codec import pack_int32
+from graphgen.scheduler.request import Request, RunningRequest
+
+
+class DecodeSet:
+    """Joining, leaving and advancing cost O(1) a request, a plan O(decodes / page_size) besides copying its rows.
+
+    The order of rows means nothing: the last row takes the place of one that leaves.
+    """
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
+        self._clock = 0  # plans made so far
+        self._rows: list[RunningRequest] = []
+        self._requests: list[Request] = []
+        self._slots = array("i")
+        self._offsets = array("i")  # of each row: its position, less the clock
+        self._sum_offsets = 0
+        # By clock: who draws a last token in that plan; by clock modulo page_size: who crosses a page border in it.
+        # Those who left meanwhile are dropped when their turn comes.
+        self._last_rows: dict[int, list[RunningRequest]] = {}
+        self._border_rows: list[list[RunningRequest]] = [[] for _ in range(page_size)]
+        self._num_with_target: dict[float, int] = {}
+        self._itl_target_ms: float | None = None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[RunningRequest]:
+        return iter(self._rows)
+
+    @property
+    def num_positions(self) -> int:
+        """(row, position) pairs of the next plan's decode rows: each attends to every position up to its own."""
+        return self._sum_offsets + len(self._rows) * (self._clock + 1)
+
+    @property
+    def itl_target_ms(self) -> float | None:
+        """The tightest target among them; None if nobody has one."""
+        return self._itl_target_ms
+
+    def position(self, running: RunningRequest) -> int:
+        """The position that the next plan computes for one of them."""
+        assert running.decode_row is not None, "only a request that decodes has a row"
+        return self._offsets[running.decode_row] + self._clock
+
+    def join(self, running: RunningRequest) -> None:
+        """It gets a row from the next plan on. Its prompt is computed and at least one position is left."""
+        offset = running.num_computed - self._clock
+        running.decode_row = len(self._rows)
+        self._rows.append(running)
+        self._requests.append(running.request)
+        self._slots.append(running.slot)
+        self._offsets.append(offset)
+        self._sum_offsets += offset
+        self._border_rows[-offset % self._page_size].append(running)
+        self._last_rows.setdefault(running.request.end_position - 1 - offset, []).append(running)
+        target = running.request.itl_target_ms
+        if target is not None:
+            self._num_with_target[target] = self._num_with_target.get(target, 0) + 1
+            self._itl_target_ms = target if self._itl_target_ms is None else min(target, self._itl_target_ms)
+
+    def leave(self, running: RunningRequest) -> None:
+        """Ends its rows, and tells it how far it was computed."""
+        row = running.decode_row
+        assert row is not None, "only a request that decodes leaves"
+        running.num_computed = self.position(running)
+        running.decode_row = None
+        self._sum_offsets -= self._offsets[row]
+        last = self._rows.pop()
+        offset, slot, request = self._offsets.pop(), self._slots.pop(), self._requests.pop()
+        if last is not running:
+            self._rows[row], self._requests[row], self._slots[row], self._offsets[row] = last, request, slot, offset
+            last.decode_row = row
+        target = running.request.itl_target_ms
+        if target is not None:
+            self._num_with_target[target] -= 1
+            if not self._num_with_target[target]:
+                del self._num_with_target[target]
+                self._itl_target_ms = min(self._num_with_target, default=None)
+
+    def at_border(self) -> list[RunningRequest]:
+        """Those whose row of the next plan is the first of a page."""
+        index = self._clock % self._page_size
+        found = [running for running in self._border_rows[index] if running.decode_row is not None]
+        self._border_rows[index] = found
+        return list(found)
+
+    def rows(self) -> tuple[bytes, bytes, list[Request]]:
+        """Slots and positions (packed int32) and the requests of the next plan's rows."""
+        positions = np.frombuffer(self._offsets, np.int32) + np.int32(self._clock)
+        return pack_int32(self._slots), positions.astype("<i4", copy=False).tobytes(), self._requests[:]
+
+    def advance(self) -> list[RunningRequest]:
+        """The next plan was made; returns those who drew their last token in it, who still have to leave."""
+        last = self._last_rows.pop(self._clock, ())
+        self._clock += 1
+        return [running for running in last if running.decode_row is not None]

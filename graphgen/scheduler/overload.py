@@ -1,0 +1,149 @@
+"""What is refused at once because it would wait too long, and when it may come back.
+
+Owns estimates of how long the work ahead of a request takes. Never ends a request. Called by
+`graphgen.scheduler.policy` when a request arrives.
+
+The estimate for a request, in milliseconds:
+
+    (steps of the prompts before it and of its own) * step with prompts  +  its output tokens * step while it decodes
+
+- A step with prompts is one at the saturation point, beside as many decodes as run by then.
+- Steps of the prompts: their tokens over the prompt rows of such a step; or, if the slots do not suffice for all,
+  the output tokens before it over the slots, where that is more.
+- While it decodes, prompts that wait now are computed beside it, so a step is one with prompts for so long; after that
+  it is a step of decodes.
+- Output tokens: max_tokens times the share of it that the requests so far drew before they stopped.
+"""
+
+from graphgen.ipc.errors import OverloadedError
+from graphgen.scheduler.buckets import BucketTable
+from graphgen.scheduler.budget import StepBudget
+from graphgen.scheduler.cost_model import CostModel, prompt_pairs
+from graphgen.scheduler.limits import SchedulerLimits
+from graphgen.scheduler.request import Request
+from graphgen.scheduler.running import RunningSet
+from graphgen.scheduler.waiting import WaitingQueue
+
+_WEIGHT = 1.0 / 32
+"""Of the newest value in a mean."""
+
+_LEAST_RETRY_S, _MOST_RETRY_S = 0.1, 60.0
+_DRAINED_SHARE = 0.25
+"""Of a full queue: who is turned away comes back when so much of it is served."""
+
+
+class OverloadGuard:
+    """Bounds the queue, and refuses what could not meet its deadline."""
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        buckets: BucketTable,
+        budget: StepBudget,
+        model: CostModel,
+        running: RunningSet,
+        waiting: WaitingQueue,
+    ) -> None:
+        self._limits = limits
+        self._buckets = buckets
+        self._budget = budget
+        self._model = model
+        self._running = running
+        self._waiting = waiting
+        self._step_ms: float | None = None
+        self._output_share = 1.0
+
+    def step_measured(self, milliseconds: float) -> None:
+        previous = milliseconds if self._step_ms is None else self._step_ms
+        self._step_ms = previous + _WEIGHT * (milliseconds - previous)
+
+    def request_finished(self, request: Request) -> None:
+        share = (len(request.tokens) - request.prompt_len) / (request.end_len - request.prompt_len)
+        self._output_share += _WEIGHT * (share - self._output_share)
+
+    def check_room(self, request: Request) -> None:
+        """Raises OverloadedError when the queue is full."""
+        limits, waiting = self._limits, self._waiting
+        if len(waiting) >= limits.max_waiting:
+            raise OverloadedError(
+                f"{len(waiting)} requests wait, max_waiting is {limits.max_waiting}: retry later or raise max_waiting",
+                self._drain_s(),
+            )
+        # An empty queue takes any prompt that can be served at all.
+        if waiting and waiting.num_tokens + request.prompt_len > limits.max_waiting_tokens:
+            raise OverloadedError(
+                f"{waiting.num_tokens} prompt tokens wait and the prompt has {request.prompt_len},"
+                f" max_waiting_tokens is {limits.max_waiting_tokens}: retry later or raise max_waiting_tokens",
+                self._drain_s(),
+            )
+
+    def check_deadline(self, request: Request, deadline_ms: float, num_cached: int) -> None:
+        """Raises OverloadedError for a request whose output would not be complete `deadline_ms` after its arrival.
+
+        num_cached: tokens of its prompt in the prefix cache. Where no step was ever timed, nothing is refused.
+        """
+        needed_ms = self._needed_ms(request, num_cached)
+        if needed_ms is None or needed_ms <= deadline_ms:
+            return
+        raise OverloadedError(
+            f"the output would be complete after about {needed_ms:.0f} ms, deadline_ms is {deadline_ms:g}:"
+            f" {len(self._running)} requests run and {len(self._waiting)} wait; retry later, raise deadline_ms or lower"
+            " max_tokens",
+            _bounded((needed_ms - deadline_ms) / 1000.0),
+        )
+
+    def _needed_ms(self, request: Request, num_cached: int) -> float | None:
+        num_others = len(self._running) + len(self._waiting)
+        num_decodes = min(num_others, self._limits.max_running - 1)
+        room, prompt_step_ms = self._prompt_step(num_decodes, request.prompt_len)
+        if prompt_step_ms is None:
+            return None
+        begun_tokens = sum(begun.num_missing for begun in self._running.begun)
+        steps_before = (self._waiting.num_tokens_from(request.priority) + begun_tokens) / room
+        num_tokens = (request.end_len - request.prompt_len) * self._output_share
+        if num_others >= self._limits.max_running:
+            steps_before = max(steps_before, self._outputs_before(request.priority, num_tokens) / (num_decodes + 1))
+        steps_before += (request.prompt_len - num_cached) / room
+        all_prompt_steps = (self._waiting.num_tokens + begun_tokens) / room
+        prompt_steps_beside = min(num_tokens, max(0.0, all_prompt_steps - steps_before)) if num_others else 0.0
+        if num_others >= self._limits.max_running:
+            prompt_steps_beside = num_tokens  # a slot that becomes free brings the next prompt
+        decode_step_ms = self._decode_step_ms(num_decodes, request.prompt_len) or prompt_step_ms
+        return (steps_before + prompt_steps_beside) * prompt_step_ms + (
+            num_tokens - prompt_steps_beside
+        ) * decode_step_ms
+
+    def _outputs_before(self, priority: int, own_tokens: float) -> float:
+        """Output tokens that are likely drawn before a request of this class starts: of those that run, and of those
+        that wait in its class or above, who are taken to want as many as those that run, or as itself if none runs."""
+        running = [one.request.end_len - one.request.prompt_len for one in self._running]
+        drawn = sum(len(one.request.tokens) - one.request.prompt_len for one in self._running)
+        mean = self._output_share * sum(running) / len(running) if running else own_tokens
+        return max(0.0, mean * (len(running) + self._waiting.num_from(priority)) - drawn)
+
+    def _positions(self, num_decodes: int, prompt_len: int) -> int:
+        """That so many decodes attend to: as those that decode now do on average, or as a prompt of this length."""
+        decodes = self._running.decodes
+        return num_decodes * (decodes.num_positions // len(decodes) if len(decodes) else prompt_len)
+
+    def _prompt_step(self, num_decodes: int, prompt_len: int) -> tuple[int, float | None]:
+        """Prompt rows of a step at the saturation point beside so many decodes, and its milliseconds."""
+        bucket = self._budget.saturated(num_decodes) or self._buckets.all_mixed[0]
+        pairs = prompt_pairs(0, bucket.prefill_rows)
+        milliseconds = self._model.predict_ms(bucket, self._positions(num_decodes, prompt_len), pairs)
+        return bucket.prefill_rows, milliseconds or self._step_ms
+
+    def _decode_step_ms(self, num_decodes: int, prompt_len: int) -> float | None:
+        """A step of these decodes and the request itself."""
+        bucket = self._buckets.smallest(0, num_decodes + 1)
+        return self._model.predict_ms(bucket, self._positions(num_decodes + 1, prompt_len), 0) or self._step_ms
+
+    def _drain_s(self) -> float:
+        room, step_ms = self._prompt_step(min(len(self._running), self._limits.max_running - 1), 0)
+        if step_ms is None:
+            return 1.0
+        return _bounded(_DRAINED_SHARE * self._waiting.num_tokens / room * step_ms / 1000.0)
+
+
+def _bounded(seconds: float) -> float:
+    return min(max(seconds, _LEAST_RETRY_S), _MOST_RETRY_S)

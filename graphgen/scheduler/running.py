@@ -1,0 +1,77 @@
+"""The requests that run: who holds a slot and pages, and what each of them does next.
+
+Owns slots and the three orders of running requests; never chooses who starts or who has to stop. Called by
+`graphgen.scheduler.policy` and `graphgen.scheduler.admission`.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+
+from graphgen.ipc.messages import MAX_PRIORITY
+from graphgen.scheduler.decodes import DecodeSet
+from graphgen.scheduler.request import Rank, Request, RunningRequest
+
+
+class RunningSet:
+    """Requests from their admission to their last planned row."""
+
+    def __init__(self, max_running: int, page_size: int) -> None:
+        self.decodes = DecodeSet(page_size)
+        """Those whose prompt is computed."""
+        self.begun: list[RunningRequest] = []
+        """The others, in order of service."""
+        self._by_rank: list[RunningRequest] = []
+        self._free_slots = list(range(max_running - 1, -1, -1))
+        self._num_of_class = [0] * (MAX_PRIORITY + 1)
+
+    def __len__(self) -> int:
+        return len(self._by_rank)
+
+    def __iter__(self) -> Iterator[RunningRequest]:
+        """In order of service."""
+        return iter(self._by_rank)
+
+    @property
+    def num_free_slots(self) -> int:
+        return len(self._free_slots)
+
+    @property
+    def lowest_class(self) -> int | None:
+        """The lowest service class that runs."""
+        return next((priority for priority, count in enumerate(self._num_of_class) if count), None)
+
+    def victims(self) -> Iterator[RunningRequest]:
+        """Those that may be preempted, the one to serve last first. The set may not change meanwhile."""
+        return (running for running in reversed(self._by_rank) if not running.is_reserved)
+
+    def start(
+        self, request: Request, pages: list[int], num_shared: int, num_computed: int, reserve: bool, is_long: bool
+    ) -> RunningRequest:
+        """Gives a request a slot; it has begun. See RunningRequest."""
+        slot = self._free_slots.pop()
+        running = RunningRequest(request, slot, pages, num_shared, num_computed, reserve, is_long)
+        request.running = running
+        self._num_of_class[request.priority] += 1
+        insort(self._by_rank, running, key=_rank)
+        insort(self.begun, running, key=_rank)
+        return running
+
+    def finish_prompt(self, running: RunningRequest) -> None:
+        """All it knew at its admission is computed: it decodes from the next plan on."""
+        del self.begun[bisect_left(self.begun, running.request.rank, key=_rank)]
+        self.decodes.join(running)
+
+    def remove(self, running: RunningRequest) -> None:
+        """Takes the slot away; the request's pages are the caller's to give back."""
+        if running.decode_row is not None:
+            self.decodes.leave(running)
+        else:
+            del self.begun[bisect_left(self.begun, running.request.rank, key=_rank)]
+        del self._by_rank[bisect_left(self._by_rank, running.request.rank, key=_rank)]
+        self._num_of_class[running.request.priority] -= 1
+        self._free_slots.append(running.slot)
+        running.request.running = None
+
+
+def _rank(running: RunningRequest) -> Rank:
+    return running.request.rank

@@ -1,0 +1,65 @@
+"""Which prompts get how many rows of one step.
+
+Owns the division of a step's room, never a request. Called by `graphgen.scheduler.prompts` while a plan is made.
+
+The first in the order of service gets all it can use, and the rest goes to the next. Long prompts are the exception:
+while anything else waits or is being computed, they leave it half of the room, and get back what it does not use.
+"""
+
+from collections.abc import Sequence
+
+from graphgen.scheduler.budget import StepBudget
+from graphgen.scheduler.request import RunningRequest
+
+
+class PromptShares:
+    """The rows of one step, as they are given away."""
+
+    def __init__(self, room: int, max_chunks: int, num_decodes: int, budget: StepBudget) -> None:
+        """room: prompt tokens the step may hold."""
+        self.room = room
+        self.left = room
+        self._max_chunks = max_chunks
+        self._num_decodes = num_decodes
+        self._budget = budget
+        self._lengths: dict[RunningRequest, int] = {}
+        self._held_back: list[tuple[RunningRequest, int]] = []  # long prompts, and what they could use besides
+
+    @property
+    def is_full(self) -> bool:
+        return self.left == 0 or len(self._lengths) == self._max_chunks
+
+    def fit(self, missing: int, is_last: bool) -> int:
+        """What a prompt that misses so many tokens would get; `is_last`: no other prompt will want rows after it."""
+        if self.is_full:
+            return 0
+        if is_last:
+            return self._budget.even_length(self._num_decodes, self.room, self.room - self.left, missing)
+        return min(missing, self.left)
+
+    def give(self, running: RunningRequest, length: int) -> None:
+        if length:
+            self._lengths[running] = self._lengths.get(running, 0) + length
+            self.left -= length
+
+    def give_begun(self, begun: Sequence[RunningRequest], others_wait: bool) -> None:
+        """Shares for prompts that have begun, in order of service."""
+        restrained = others_wait or not all(running.is_long for running in begun)
+        left_to_longs = self.room // 2 if restrained else self.room
+        for running in begun:
+            length = self.fit(running.num_missing, is_last=not others_wait and running is begun[-1])
+            if running.is_long:
+                self._held_back.append((running, max(0, length - left_to_longs)))
+                length = min(length, left_to_longs)
+                left_to_longs -= length
+            self.give(running, length)
+
+    def give_rest(self) -> None:
+        """Gives long prompts what nobody else took of the rows they had to leave."""
+        for running, length in self._held_back:
+            if running in self._lengths or not self.is_full:
+                self.give(running, min(length, self.left))
+
+    def items(self) -> list[tuple[RunningRequest, int]]:
+        """(request, chunk length) in the order in which they were first given something."""
+        return list(self._lengths.items())

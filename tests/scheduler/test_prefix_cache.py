@@ -1,0 +1,223 @@
+"""Which tokens are computed and which are shared: exact plans of the prefix cache."""
+
+from array import array
+
+import pytest
+
+from graphgen.ipc.codec import unpack_int32
+from graphgen.ipc.messages import SamplerParams
+from graphgen.scheduler.page_chain import PAGES_AHEAD, PageChain
+from tests.scheduler.harness import Harness, make_limits, make_submit
+
+PAGE = 4
+SYSTEM = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
+"""Three pages."""
+
+
+def open_harness(**limits: int) -> Harness:
+    return Harness(make_limits(num_pages=limits.pop("num_pages", 40), page_size=PAGE, **limits))  # type: ignore[arg-type]
+
+
+def chunks(harness: Harness, request_id: int) -> list[tuple[int, int]]:
+    """(start, length) of all chunks of a request."""
+    return [entry[1:] for step in harness.descriptions for entry in step.chunks if entry[0] == request_id]
+
+
+def computed(harness: Harness, request_id: int) -> int:
+    return sum(length for _, length in chunks(harness, request_id))
+
+
+def serve(harness: Harness, *prompts: list[int], max_tokens: int = 2, **fields: object) -> list[int]:
+    """Serves the prompts one after another; their request ids."""
+    ids = []
+    for prompt in prompts:
+        ids.append(len(harness.clients))
+        harness.add(make_submit(ids[-1], prompt, max_tokens, **fields))  # type: ignore[arg-type]  # named by the test
+        harness.run()
+    return ids
+
+
+@pytest.mark.parametrize("suffix_len", [0, 1, 3, 4, 5, 9])
+def test_a_second_prompt_computes_its_suffix_and_at_most_one_page(suffix_len: int) -> None:
+    harness = open_harness()
+    _, second = serve(harness, SYSTEM, SYSTEM + [7] * suffix_len)
+    # The last token is always computed, so an equal prompt computes its last page again.
+    shared = len(SYSTEM) if suffix_len else len(SYSTEM) - PAGE
+    assert chunks(harness, second)[0][0] == shared
+    assert computed(harness, second) == len(SYSTEM) + suffix_len - shared
+    assert harness.scheduler.counters.prefix_queries == 2 * len(SYSTEM) + suffix_len
+    assert harness.scheduler.counters.prefix_hits == shared
+
+
+def test_cached_tokens_come_with_every_output() -> None:
+    harness = open_harness()
+    serve(harness, SYSTEM)
+    harness.add(make_submit(1, [*SYSTEM, 7], 3))
+    got = []
+    while not harness.clients[1].reason:
+        harness.schedule()
+        got += [(output.request_id, output.cached_tokens) for output in harness.deliver()]
+    assert got == [(1, len(SYSTEM))] * 3
+
+
+def test_the_next_turn_of_a_conversation_shares_prompt_and_answer() -> None:
+    harness = open_harness()
+    serve(harness, SYSTEM, max_tokens=10)
+    history = SYSTEM + harness.clients[0].received
+    (second,) = serve(harness, [*history, 1, 2, 3])
+    # 12 + 10 tokens, of which the last one was never computed: five full pages.
+    assert chunks(harness, second)[0][0] == 5 * PAGE
+
+
+def test_prompts_that_differ_in_their_first_token_share_nothing() -> None:
+    harness = open_harness()
+    _, second = serve(harness, SYSTEM, [2, *SYSTEM[1:]])
+    assert chunks(harness, second)[0][0] == 0
+
+
+def test_a_page_is_not_shared_after_a_different_beginning() -> None:
+    harness = open_harness()
+    _, second = serve(harness, SYSTEM, [*SYSTEM[:4], 0, 0, 0, 0, *SYSTEM[8:], 1])
+    assert chunks(harness, second)[0][0] == PAGE
+
+
+def test_two_tenants_never_share() -> None:
+    harness = open_harness()
+    serve(harness, [*SYSTEM, 1], cache_salt="one")
+    (other,) = serve(harness, [*SYSTEM, 1], cache_salt="two")
+    (same,) = serve(harness, [*SYSTEM, 1], cache_salt="one")
+    assert (chunks(harness, other)[0][0], chunks(harness, same)[0][0]) == (0, len(SYSTEM))
+
+
+def test_switched_off_nothing_is_shared() -> None:
+    harness = Harness(make_limits(num_pages=40, prefix_cache=False))
+    _, second = serve(harness, SYSTEM, SYSTEM)
+    assert computed(harness, second) == len(SYSTEM)
+    assert harness.scheduler.pages_cached == 0
+
+
+def test_running_prompts_are_shared_as_soon_as_their_steps_are_planned() -> None:
+    harness = open_harness()
+    harness.add(make_submit(0, SYSTEM, 8))
+    harness.schedule()  # 8 of 12 tokens; nothing of it has run
+    harness.schedule()
+    harness.add(make_submit(1, [*SYSTEM, 7], 8))
+    harness.deliver()
+    harness.schedule()
+    assert chunks(harness, 1) == [(12, 1)]
+    pages = [list(one.pages) for one in harness.scheduler._running]
+    assert pages[0][:3] == pages[1][:3]
+    harness.check_page_owners()
+    harness.run()
+
+
+@pytest.mark.parametrize("num_samples", [2, 4])
+def test_samples_of_one_prompt_compute_it_once(num_samples: int) -> None:
+    harness = open_harness(max_chunks=4)
+    prompt = [*SYSTEM, 7, 8]
+    for number in range(num_samples):
+        harness.add(make_submit(number, prompt, 6, sampler=SamplerParams(temperature=1.0, seed=number)))
+    harness.run()
+    assert computed(harness, 0) == len(prompt)
+    assert [computed(harness, number) for number in range(1, num_samples)] == [2] * (num_samples - 1)
+    inits = {chunk.init.sampler.seed for plan in harness.plans for chunk in plan.chunks if chunk.init is not None}
+    assert inits == set(range(num_samples))
+
+
+def test_a_request_does_not_wait_for_a_page_of_one_that_is_served_after_it() -> None:
+    harness = open_harness()
+    harness.add(make_submit(0, SYSTEM * 2, 2))
+    harness.schedule()
+    harness.add(make_submit(1, SYSTEM * 2, 2, priority=1))
+    harness.schedule()
+    assert chunks(harness, 1)[0][0] == 8, "what is planned is shared, and the rest is computed at once"
+    harness.run()
+
+
+def test_when_the_prompt_that_was_waited_for_is_cancelled_the_next_goes_on() -> None:
+    harness = open_harness()
+    for request_id in range(3):
+        harness.add(make_submit(request_id, SYSTEM * 2, 2))
+    harness.schedule()
+    assert {entry[0] for entry in harness.descriptions[0].chunks} == {0}
+    harness.cancel(0)
+    harness.run()
+    assert chunks(harness, 1)[0] == (8, 8)
+    assert computed(harness, 2) == PAGE
+
+
+def test_the_least_recently_used_pages_go_first_and_leaves_before_their_parents() -> None:
+    harness = open_harness(num_pages=9)
+    first, second = [1] * 12, [2] * 12
+    serve(harness, first, second, max_tokens=1)
+    assert harness.scheduler.pages_cached == 6
+    serve(harness, [*first, 1], max_tokens=1)  # uses the first again
+    serve(harness, [3] * 20, max_tokens=1)  # takes the empty pages, then two of the second prompt's
+    (again,) = serve(harness, [*second, 1], max_tokens=1)
+    assert chunks(harness, again)[0][0] == PAGE, "its first page outlives the ones after it"
+
+
+def test_a_preempted_request_finds_its_own_pages() -> None:
+    harness = Harness(make_limits(num_pages=6, page_size=4))
+    harness.add(make_submit(0, [1] * 4, 14))
+    harness.add(make_submit(1, [2] * 8, 8))
+    harness.run()
+    assert harness.scheduler.counters.preemptions > 0
+    returns = [start for start, _ in chunks(harness, 1)[1:] if start]
+    assert returns, "not all of it was computed again"
+
+
+@pytest.mark.parametrize(
+    ("sampler", "shared"),
+    [
+        (SamplerParams(repetition_penalty=1.2), 0),
+        (SamplerParams(presence_penalty=0.5), 12),
+        (SamplerParams(frequency_penalty=0.5), 12),
+    ],
+)
+def test_tokens_that_a_penalty_counts_are_computed(sampler: SamplerParams, shared: int) -> None:
+    """The device counts the tokens it computes for a slot: a repetition penalty is over the prompt as well."""
+    harness = open_harness()
+    serve(harness, [*SYSTEM, 1])
+    (second,) = serve(harness, [*SYSTEM, 1], sampler=sampler)
+    assert chunks(harness, second)[0][0] == shared
+
+
+def test_shared_pages_are_in_the_block_table_before_the_new_ones() -> None:
+    harness = open_harness()
+    serve(harness, SYSTEM)
+    harness.add(make_submit(1, [*SYSTEM, 7], 1))
+    plan = harness.schedule()
+    assert plan is not None
+    triples = unpack_int32(plan.new_pages)
+    assert list(triples[1::3]) == [0, 1, 2, 3]
+    harness.run()
+
+
+def test_digests_depend_on_every_token_before_and_on_the_salt() -> None:
+    def digests(tokens: list[int], salt: str = "") -> list[bytes | None]:
+        chain = PageChain(array("i", tokens), 2, salt)
+        return [chain.digest(index) for index in range(3)]
+
+    base = digests([1, 2, 3, 4, 5])
+    assert base[2] is None, "the last page is not full"
+    for place in range(4):
+        changed = [1, 2, 3, 4, 5]
+        changed[place] = 9
+        equal = [a == b for a, b in zip(base, digests(changed), strict=True)]
+        assert equal == [place >= 2, False, True]
+    assert not set(base[:2]) & set(digests([1, 2, 3, 4, 5], "salt")[:2])
+    # A salt is not confused with tokens, nor a page with two of half its size.
+    assert len({*base[:2], *digests([3, 4, 1, 2, 5])[:2]}) == 4
+
+
+def test_a_chain_grows_with_its_tokens_and_prepares_only_so_much() -> None:
+    tokens = array("i", range(3 * PAGES_AHEAD))
+    chain = PageChain(tokens, 2, "")
+    chain.prepare()
+    assert len(chain._digests) == PAGES_AHEAD + 1
+    assert chain.digest(3 * PAGES_AHEAD // 2) is None
+    tokens.extend([1, 2])
+    whole = PageChain(tokens, 2, "")
+    last = len(tokens) // 2 - 1
+    assert chain.digest(last) == whole.digest(last) is not None
