@@ -39,7 +39,7 @@ from graphgen.scheduler.overload import OverloadGuard
 from graphgen.scheduler.plan import PlanDraft, StepDescription
 from graphgen.scheduler.prefix_cache import PrefixCache
 from graphgen.scheduler.prompts import PromptPlanner
-from graphgen.scheduler.request import Rank, Request, RunningRequest
+from graphgen.scheduler.request import Request, RunningRequest
 from graphgen.scheduler.running import RunningSet
 from graphgen.scheduler.waiting import WaitingQueue
 
@@ -245,28 +245,26 @@ class Scheduler:
 
     def _plan_decodes(self, draft: PlanDraft) -> None:
         """A row for every request whose prompt is computed."""
-        decodes = self._running.decodes
-        size = self._limits.page_size
-        for running in sorted(decodes.at_border(), key=_rank):
-            # Reserved requests hold all their pages; others may have been preempted by the one before.
-            if running.decode_row is not None and decodes.position(running) == len(running.pages) * size:
-                self._grow(running, draft)
-        draft.set_decodes(decodes)
+        growing = self._running.decodes.need_page()
+        if len(growing) > self._pages.num_free:
+            growing = self._make_room(growing)
+        for running, page in zip(growing, self._pages.take(len(growing)), strict=True):
+            draft.add_page(running.slot, len(running.pages), page)
+            running.pages.append(page)
+        draft.set_decodes(self._running.decodes)
 
-    def _grow(self, running: RunningRequest, draft: PlanDraft) -> None:
-        """Gives a request one more page, preempting whoever is to be served last if it must, itself included.
+    def _make_room(self, growing: list[RunningRequest]) -> list[RunningRequest]:
+        """Preempts whoever is to be served last until there is a page for each of the others; returns those.
 
         The first in the order of service always gets its page: see `graphgen.scheduler.admission`.
         """
-        while not self._pages.num_free:
+        while len(growing) > self._pages.num_free:
             victim = next(self._running.victims())
             self._admission.preempted(victim)
             self._preempt(victim)
-            if victim is running:
-                return
-        pages = self._pages.take(1)
-        draft.add_pages(running.slot, len(running.pages), pages)
-        running.pages += pages
+            if victim in growing:
+                growing.remove(victim)
+        return growing
 
     def _preempt(self, running: RunningRequest) -> None:
         """Takes slot and pages away; the tokens stay, those in flight included."""
@@ -318,7 +316,3 @@ class Scheduler:
         self._cache.enter(running, min(running.num_computed, len(running.request.tokens)))
         # The last pages first: a page is of no use without the ones before it, so it goes before them.
         self._pages.give_back(running.pages[::-1])
-
-
-def _rank(running: RunningRequest) -> Rank:
-    return running.request.rank

@@ -18,9 +18,10 @@ from graphgen.scheduler.request import Request
 
 _by_rank = attrgetter("rank")
 
-_DOWN = range(MAX_PRIORITY, -1, -1)
-
 Lane = OrderedDict[int, Request]  # by arrival, oldest first
+
+_Key = tuple[int, bool]
+"""Of a lane: service class, whether its prompts are long."""
 
 
 class WaitingQueue:
@@ -29,10 +30,9 @@ class WaitingQueue:
     def __init__(self, long_prompt_len: int) -> None:
         """long_prompt_len: the least known tokens that make a request long."""
         self._long_prompt_len = long_prompt_len
-        self._short: list[Lane] = [OrderedDict() for _ in range(MAX_PRIORITY + 1)]
-        self._long: list[Lane] = [OrderedDict() for _ in range(MAX_PRIORITY + 1)]
+        self._lanes: dict[_Key, Lane] = {}  # those in which somebody waits
         # By arrival: the lane, and the tokens known when the request entered it (more may arrive while it waits).
-        self._places: dict[int, tuple[Lane, int]] = {}
+        self._places: dict[int, tuple[_Key, int]] = {}
         self._num_tokens = [0] * (MAX_PRIORITY + 1)  # known tokens that wait, by class
 
     def __len__(self) -> int:
@@ -53,11 +53,11 @@ class WaitingQueue:
     @property
     def highest_class(self) -> int | None:
         """The highest service class that waits."""
-        return next((priority for priority in _DOWN if self._short[priority] or self._long[priority]), None)
+        return max((priority for priority, _ in self._lanes), default=None)
 
     def num_from(self, priority: int) -> int:
         """How many wait in this class or a higher one."""
-        return sum(len(lane) for lane in (*self._short[priority:], *self._long[priority:]))
+        return sum(len(lane) for (lane_priority, _), lane in self._lanes.items() if lane_priority >= priority)
 
     def append(self, request: Request) -> None:
         """A request younger than all that wait."""
@@ -75,22 +75,26 @@ class WaitingQueue:
 
     def remove(self, request: Request) -> None:
         """Raises KeyError when it does not wait."""
-        lane, num_tokens = self._places.pop(request.arrival)
+        key, num_tokens = self._places.pop(request.arrival)
+        lane = self._lanes[key]
         del lane[request.arrival]
+        if not lane:
+            del self._lanes[key]
         self._num_tokens[request.priority] -= num_tokens
 
     def first(self, count: int, count_long: int) -> Iterator[Request]:
         """The first in order of service: of each class at most `count` with short prompts and `count_long` with long
         ones. Merged as they are read, from a copy: the queue may change meanwhile."""
-        lanes = [islice(lane.values(), count) for lane in self._short if lane]
-        lanes += [islice(lane.values(), count_long) for lane in self._long if lane]
-        heads = [list(lane) for lane in lanes]
+        heads = [
+            list(islice(lane.values(), count_long if is_long else count)) for (_, is_long), lane in self._lanes.items()
+        ]
         return merge(*heads, key=_by_rank) if len(heads) != 1 else iter(heads[0])
 
     def _enter(self, request: Request) -> Lane:
         num_tokens = len(request.tokens)
-        lane = (self._long if num_tokens >= self._long_prompt_len else self._short)[request.priority]
+        key = (request.priority, num_tokens >= self._long_prompt_len)
+        lane = self._lanes.setdefault(key, OrderedDict())
         lane[request.arrival] = request
-        self._places[request.arrival] = (lane, num_tokens)
+        self._places[request.arrival] = (key, num_tokens)
         self._num_tokens[request.priority] += num_tokens
         return lane
