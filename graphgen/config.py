@@ -48,8 +48,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     max_num_seqs: int = 256
     """Requests that run at once; fewer when prompts would keep less than a quarter of the token budget."""
     token_budget: int | None = None
-    """Token rows of one step. None: 512 on CUDA, where an H200 already computes within a tenth of its best tokens/s and
-    a step is a quarter as long as with 2048; 256 on the CPU."""
+    """Most token rows of one step. None: 1024 on CUDA, 256 on the CPU. A step takes as many as the ITL target allows;
+    without a target, as few as compute within a tenth of the best tokens/s: half of 1024 on an H200."""
     page_size: int | None = None
     """KV positions of a page, a power of two. None: 64 on CUDA, 16 on the CPU."""
     num_pages: int | None = None
@@ -214,7 +214,7 @@ def resolve(config: EngineConfig, spec: ModelSpec, model_folder: Path) -> Launch
     """Every choice that EngineConfig left open, made once. Raises ConfigError."""
     device = find_device() if config.device == "auto" else config.device
     on_cuda = device != "cpu"
-    token_budget = config.token_budget or (512 if on_cuda else 256)
+    token_budget = config.token_budget or (1024 if on_cuda else 256)
     return LaunchConfig(
         model_folder=str(model_folder),
         spec=spec,

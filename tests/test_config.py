@@ -72,7 +72,7 @@ def test_defaults_on_the_cpu(spec: ModelSpec) -> None:
 
 def test_defaults_on_cuda(spec: ModelSpec) -> None:
     launch = resolve(EngineConfig(device="cuda:1"), spec, FOLDER)
-    assert (launch.device, launch.dtype, launch.token_budget) == ("cuda:1", spec.dtype, 512)
+    assert (launch.device, launch.dtype, launch.token_budget) == ("cuda:1", spec.dtype, 1024)
     assert (launch.page_size, launch.compile, launch.max_running) == (64, True, 256)
     stored_wide = msgspec.structs.replace(spec, dtype="float32")
     assert resolve(EngineConfig(device="cuda"), stored_wide, FOLDER).dtype == "bfloat16"

@@ -10,8 +10,8 @@ fast computes prompts at the best rate the target allows:
     predicted ms * (1 + margin) <= target,    margin = CostModel.margin, the p95 of the model's own error
 
 - At least the smallest mixed bucket is chosen, also where that breaks the target: a prompt advances in every plan.
-- No more rows than the saturation point, from where on a larger step is longer and hardly computes more rows a second;
-  unless a TTFT target would be missed at that rate.
+- Where no target binds, no more rows than the saturation point, from where on a larger step is longer and hardly
+  computes more rows a second; unless a TTFT target would be missed at that rate.
 - No more rows than hold all prompt tokens that wait.
 - Without decodes a target binds nothing: nobody waits for a next token.
 """
@@ -54,12 +54,11 @@ class StepBudget:
         candidates = self._buckets.mixed(load.num_decodes)
         if not candidates:
             return None
+        if load.itl_target_ms is not None and load.num_decodes:
+            return self._within_target(_up_to_rows(candidates, load.pending_tokens), load, load.itl_target_ms)
         if not load.is_late:
             candidates = self._up_to_saturation(candidates)
-        candidates = _up_to_rows(candidates, load.pending_tokens)
-        if load.itl_target_ms is None or not load.num_decodes:
-            return candidates[-1]
-        return self._within_target(candidates, load, load.itl_target_ms)
+        return _up_to_rows(candidates, load.pending_tokens)[-1]
 
     def saturated(self, num_decodes: int) -> Bucket | None:
         """The largest bucket that `choose` gives without any target."""

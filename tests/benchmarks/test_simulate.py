@@ -382,7 +382,7 @@ def test_costs_are_grouped_by_what_ran_and_waited() -> None:
 
 def test_a_budget_by_target_and_classes_keep_what_a_fixed_one_does_not() -> None:
     """Documents make large steps long: without a target readers wait for them, and without classes first tokens do."""
-    on, load = make_machine(512), parse_load("mix@14x500", None)
+    on, load = make_machine(1024), parse_load("mix@14x500", None)
     rows = {
         (name, str(row["kind"])): row
         for name in simulate.POLICIES
