@@ -14,11 +14,14 @@ event loop instead, as a program with an AsyncEngine does, and takes the time th
 
 import argparse
 import asyncio
+import itertools
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+
+from msgspec import Struct
 
 from benchmarks.metrics import Figures, ServedRequest, ServiceLevel, summarize
 from benchmarks.options import add_engine_options, engine_settings, make_parser
@@ -39,11 +42,11 @@ Reader = Callable[[PlannedRequest], Awaitable[tuple[float, ...]]]
 # --- sending ---------------------------------------------------------------------------------------------------
 
 
-def sampling_of(request: PlannedRequest) -> SamplingParams:
-    return SamplingParams(temperature=0.0, max_tokens=request.output_len, ignore_eos=True)
+def sampling_of(request: PlannedRequest, itl_target_ms: float | None) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=request.output_len, ignore_eos=True, itl_target_ms=itl_target_ms)
 
 
-def whole_reader(core: EngineCore) -> Reader:
+def whole_reader(core: EngineCore, itl_target_ms: float | None = None) -> Reader:
     """The engine keeps the times; this process wakes once a request, so measuring costs nothing per token."""
     loop = asyncio.get_running_loop()
 
@@ -53,7 +56,7 @@ def whole_reader(core: EngineCore) -> Reader:
         def sink(delivery: Delivery) -> None:
             loop.call_soon_threadsafe(done.set_result, delivery)
 
-        core.open([request.prompt_token_ids], sampling_of(request), streams=False, sinks=[sink])
+        core.open([request.prompt_token_ids], sampling_of(request, itl_target_ms), streams=False, sinks=[sink])
         output = await done
         if isinstance(output, Exception):
             raise output
@@ -63,14 +66,15 @@ def whole_reader(core: EngineCore) -> Reader:
     return read
 
 
-def stream_reader(core: EngineCore) -> Reader:
+def stream_reader(core: EngineCore, itl_target_ms: float | None) -> Reader:
     """Takes the time where a user's task gets the token: what AsyncEngine.generate gives, with the loop's delays."""
     mailbox = Mailbox(asyncio.get_running_loop())
 
     async def read(request: PlannedRequest) -> tuple[float, ...]:
         sent_s = time.monotonic()
         times: list[float] = []
-        async for piece in AsyncStream(core, mailbox, request.prompt_token_ids, sampling_of(request)):
+        sampling = sampling_of(request, itl_target_ms)
+        async for piece in AsyncStream(core, mailbox, request.prompt_token_ids, sampling):
             times += [time.monotonic() - sent_s] * len(piece.token_ids)
         return tuple(times)
 
@@ -114,24 +118,35 @@ async def open_loop(requests: Iterable[PlannedRequest], read: Reader) -> list[Se
 # --- running ---------------------------------------------------------------------------------------------------
 
 
-def run_load(core: EngineCore, load: Load, requests: Sequence[PlannedRequest], stream: bool) -> list[ServedRequest]:
+class Run(Struct, frozen=True):
+    """One row of the table."""
+
+    load: Load
+    itl_target_ms: float | None
+    seed: int
+    stream: bool
+
+
+def run_load(core: EngineCore, run_of: Run, requests: Sequence[PlannedRequest]) -> list[ServedRequest]:
+    load = run_of.load
+
     async def run() -> list[ServedRequest]:
-        read = stream_reader(core) if stream else whole_reader(core)
+        reader = stream_reader if run_of.stream else whole_reader
+        read = reader(core, run_of.itl_target_ms)
         return await (open_loop(requests, read) if load.clients is None else closed_loop(requests, load.clients, read))
 
     return asyncio.run(run())
 
 
-def measure(
-    core: EngineCore, load: Load, seed: int, levels: Sequence[ServiceLevel], steps: StepLogReader, stream: bool
-) -> Figures:
-    """One row: the requests of `load` from the first to the last, and what the engine did meanwhile."""
+def measure(core: EngineCore, run: Run, levels: Sequence[ServiceLevel], steps: StepLogReader) -> Figures:
+    """One row: its requests from the first to the last, and what the engine did meanwhile."""
+    load = run.load
     max_model_len = core.launch.max_model_len
-    requests = load.requests(seed, core.launch.spec.vocab_size, max_model_len)
+    requests = load.requests(run.seed, core.launch.spec.vocab_size, max_model_len)
     at_limit = sum(len(request.prompt_token_ids) + request.output_len == max_model_len for request in requests)
     before = core.stats()  # also flushes the step log
     steps.read_new()
-    served = run_load(core, load, requests, stream)
+    served = run_load(core, run, requests)
     after = core.stats()
     if refused := [request.error for request in served if request.error is not None]:
         print(f"{load.label}: {len(refused)} requests were refused, the first: {refused[0]}")
@@ -144,7 +159,8 @@ def measure(
         "workload": load.label,
         **_parts_of(load),
         "num_requests": len(requests),
-        "seed": seed,
+        "seed": run.seed,
+        "itl_target_ms": run.itl_target_ms,
         "token_budget": core.ready.token_budget,
         "requests_cut": at_limit,
         **summarize(served, levels),
@@ -168,16 +184,16 @@ def _counted(before: EngineStats, after: EngineStats) -> Figures:
 
 
 def run_engine(
-    config: EngineConfig, loads: Sequence[Load], seed: int, levels: Sequence[ServiceLevel], stream: bool
+    config: EngineConfig, runs: Sequence[Run], levels: Sequence[ServiceLevel]
 ) -> tuple[list[Figures], WorkerReady]:
-    """All workloads, one after another, in one engine. config: with a step log."""
+    """All rows, one after another, in one engine. config: with a step log."""
     assert config.step_log is not None, "the figures of steps come from the log"
     core = EngineCore(config)
     try:
         # The first request of a process pays for imports of the client's side.
         asyncio.run(_warm_up(core))
         steps = StepLogReader(Path(config.step_log))
-        rows = [measure(core, load, seed + index, levels, steps, stream) for index, load in enumerate(loads)]
+        rows = [measure(core, run, levels, steps) for run in runs]
         return rows, core.ready.worker
     finally:
         core.close()
@@ -195,6 +211,7 @@ def table_row(row: Figures, levels: Sequence[ServiceLevel]) -> dict[str, str]:
     return {
         "workload": str(row["workload"]),
         "budget": str(row["token_budget"]),
+        "ITL target": _number(row["itl_target_ms"], 1),
         "req/s": _number(row["request_throughput"], 2),
         "out tok/s": _number(row["output_throughput"], 0),
         "TTFT p50/p95": _numbers(row, ("median_ttft_ms", "p95_ttft_ms"), 0),
@@ -245,6 +262,13 @@ def serving_parser() -> argparse.ArgumentParser:
     pace.add_argument("--rate", type=float, nargs="+", help="open loop instead: requests a second, one row for each")
     load.add_argument("--num-requests", type=int, help="of each row; default 4 a client and 32 more, 256 with a rate")
     load.add_argument("--seed", type=int, default=0, help="of the first row; the next one has the next")
+    load.add_argument(
+        "--itl-target-ms",
+        type=float,
+        nargs="+",
+        default=[0.0],
+        help="what every request asks of its gaps, 0 for nothing; all rows are repeated for each",
+    )
     load.add_argument("--stream", action="store_true", help="read every token in an event loop")
     results = parser.add_argument_group("results")
     results.add_argument("--sla-itl-ms", type=float, nargs="+", default=[20.0], help="limits of the average gap")
@@ -258,7 +282,7 @@ def serving_parser() -> argparse.ArgumentParser:
 
 
 def loads_of(options: argparse.Namespace) -> list[Load]:
-    """The rows asked for. Raises ValueError."""
+    """The workloads asked for. Raises ValueError."""
     count = options.num_requests
     loads: list[Load] = [Workload.parse(text, count) for text in options.workload]
     loads += [Trace.read(path) for path in options.trace]
@@ -268,6 +292,15 @@ def loads_of(options: argparse.Namespace) -> list[Load]:
     if options.rate is not None:
         return [Workload.of(*means, None, rate, count) for rate in options.rate]
     return [Workload.of(*means, clients, None, count) for clients in options.clients]
+
+
+def runs_of(options: argparse.Namespace) -> list[Run]:
+    """The rows asked for, each with a seed of its own. Raises ValueError."""
+    loads = itertools.product(options.itl_target_ms, loads_of(options))
+    return [
+        Run(load, target_ms or None, options.seed + index, options.stream)
+        for index, (target_ms, load) in enumerate(loads)
+    ]
 
 
 def configs_of(options: argparse.Namespace, step_log: str) -> Iterator[EngineConfig]:
@@ -282,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
     options = parser.parse_args(arguments)
     levels = [ServiceLevel(limit_ms / 1000.0, options.sla_prompt_rate) for limit_ms in options.sla_itl_ms]
     try:
-        loads = loads_of(options)
+        runs = runs_of(options)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if options.plot is not None and find_spec("matplotlib") is None:
@@ -290,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
     rows: list[Figures] = []
     with tempfile.TemporaryDirectory() as folder:
         for config in configs_of(options, options.step_log or f"{folder}/steps.jsonl"):
-            new_rows, worker = run_engine(config, loads, options.seed, levels, options.stream)
+            new_rows, worker = run_engine(config, runs, levels)
             rows += new_rows
     about = machine(worker.device) | {"attention": worker.attention, "compiled": str(worker.compiled)}
     show(
