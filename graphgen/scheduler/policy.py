@@ -88,6 +88,11 @@ class Scheduler:
         if request is not None:
             self._end(request)
 
+    @property
+    def request_ids(self) -> tuple[int, ...]:
+        """Those of all requests that have not ended."""
+        return tuple(self._requests)
+
     # --- one step ------------------------------------------------------------------------------------------
 
     def schedule(self, now_s: float) -> StepPlan | None:

@@ -48,39 +48,45 @@ class Framing(Generic[Send, Receive]):
     def __init__(self, sends: Mapping[bytes, type[Struct]], receives: Mapping[bytes, type[Struct]]) -> None:
         self._encoder = msgspec.msgpack.Encoder()
         self._headers = {kind: MAGIC + bytes([MAJOR]) + letter for letter, kind in sends.items()}
-        self._decoders = {letter: (NAMES[kind], msgspec.msgpack.Decoder(kind)) for letter, kind in receives.items()}
+        self._kinds = dict(receives)
+        self._decoders = {kind: msgspec.msgpack.Decoder(kind) for kind in receives.values()}
         self._id_decoder = msgspec.msgpack.Decoder(_IdOnly)
 
     def encode(self, message: Send) -> tuple[bytes, bytes]:
         """Header and map."""
         return self._headers[type(message)], self._encoder.encode(message)  # type: ignore[index]  # Send is a union of them
 
-    def decode(self, frames: Sequence[Buffer]) -> Receive:
-        """Raises FrameError for everything that is no message, whatever its bytes are."""
+    def kind_of(self, frames: Sequence[Buffer]) -> type[Struct]:
+        """The type that a message's header announces. Raises FrameError for what cannot be a message."""
         if len(frames) != NUM_FRAMES:
-            raise FrameError(make_error("bad_frame", f"a message has {len(frames)} frames: send {NUM_FRAMES}"))
-        header, body = bytes(frames[0][: HEADER_LEN + 1]), frames[1]
+            raise FrameError(make_error("bad_frame", f"the message has not {NUM_FRAMES} frames: send header and map"))
+        header = bytes(frames[0][: HEADER_LEN + 1])
         if len(header) != HEADER_LEN or header[:2] != MAGIC:
             raise FrameError(
                 make_error("bad_frame", f"the first frame is no header: send the 4 bytes GG, {MAJOR:#04x}, kind")
             )
         if header[2] != MAJOR:
             raise FrameError(unsupported_version(f"the header says version {header[2]}"))
-        name, decoder = self._decoders.get(header[3:], (None, None))
-        if name is None or decoder is None:
+        if header[3:] not in self._kinds:
             raise FrameError(make_error("bad_frame", f"kind {header[3]:#04x} is unknown here: see the list of kinds"))
+        return self._kinds[header[3:]]
+
+    def decode(self, frames: Sequence[Buffer]) -> Receive:
+        """Raises FrameError for everything that is no message, whatever its bytes are."""
+        kind, body = self.kind_of(frames), frames[1]
+        name, decoder = NAMES[kind], self._decoders[kind]
         try:
             return cast(Receive, decoder.decode(body))
         except msgspec.ValidationError as error:
             if str(error).startswith(_NO_MAP) and " at " not in str(error):
                 raise FrameError(make_error("bad_frame", f"the second frame is no map: {error}", about=name)) from None
-            raise FrameError(make_error("bad_request", _in_our_words(error), self._find_id(body), name)) from None
+            raise FrameError(make_error("bad_request", _in_our_words(error), self.find_id(body), name)) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             # The last two pass through msgspec as they are: bad UTF-8, and nesting beyond the interpreter's stack.
             raise FrameError(make_error("bad_frame", f"the second frame is no map: {error}", about=name)) from None
 
-    def _find_id(self, body: Buffer) -> int | None:
-        """The request that a refused message was about, if it says so, so that its sender learns which one failed."""
+    def find_id(self, body: Buffer) -> int | None:
+        """The request that a message is about, if it says so; reads over everything else without building it."""
         try:
             return self._id_decoder.decode(body).id
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
