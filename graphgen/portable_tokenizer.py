@@ -99,7 +99,7 @@ class ChatTemplate:
             return self._template.render(
                 messages=[dict(message) for message in messages], add_generation_prompt=True, **self._special_tokens
             )
-        except (TemplateError, TypeError, ValueError, RecursionError) as error:
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
             raise InvalidRequestError(
                 f"the model's chat template does not take these messages ({error}): change their roles or order"
             ) from None

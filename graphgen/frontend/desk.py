@@ -99,6 +99,7 @@ class Desk:
         """Submits held requests as long as a client may have another in the scheduler's queue, in turn."""
         while (request := self._held.pop(self._may_submit)) is not None:
             assert request.prepared is not None, "only prepared requests are held"
+            request.submitted = True
             self._unstarted[request.client] = self._unstarted.get(request.client, 0) + 1
             try:
                 self._client.submit(request.prepared.opened)
@@ -115,7 +116,7 @@ class Desk:
             return
         for request in list(self._open):
             deadline_s = None if request.prepared is None else request.prepared.deadline_s
-            if deadline_s is not None and now_s > deadline_s and self._held.discard(request.client, request):
+            if deadline_s is not None and now_s > deadline_s and not request.submitted:
                 passed = DeadlineError("the deadline passed before the request's turn came: allow more time")
                 self._fail(request, error_of(passed, request.id))
 
@@ -171,10 +172,12 @@ class Desk:
 
     def _stop(self, request: PublicRequest) -> None:
         """Takes the request out of its queue or out of the scheduler, wherever it is."""
-        if not self._held.discard(request.client, request) and request.prepared is not None:
-            self._client.cancel(request.internal_ids)
-            if not request.started:
-                self._count_started(request)
+        if not request.submitted:
+            self._held.discard(request.client, request)
+            return
+        self._client.cancel(request.internal_ids)
+        if not request.started:
+            self._count_started(request)
 
     def _count_started(self, request: PublicRequest) -> None:
         left = self._unstarted[request.client] - 1

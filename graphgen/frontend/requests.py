@@ -43,6 +43,7 @@ class PublicRequest:
         self.client = client
         self.arrived_s = arrived_s
         self.prepared: Prepared | None = None
+        self.submitted = False  # the scheduler has it, until it ends
         self.started = False  # the scheduler gave it a first token
         self.num_merged = 0  # pieces that joined others because the reader was behind
         self._samples: list[_Sample] = []

@@ -193,6 +193,9 @@ class Server:
                     refusal = self._take_message(session, message, now_s)
         except FrameError as error:
             refusal = error.error
+        except Exception as error:  # whatever one message does to us, the next one finds us here
+            logger.exception("a message could not be handled")
+            refusal = make_error("internal", f"the server failed with {type(error).__name__}")
         if refusal is not None:
             self._monitor.messages_refused += 1
             self._answer(public, received.routing_id, refusal)

@@ -126,7 +126,7 @@ class RateLimit:
         """How many of the wanted permits there are; they are taken."""
         self._permits = min(self._burst, self._permits + (now_s - self._filled_s) * self._per_s)
         self._filled_s = now_s
-        taken = min(wanted, int(self._permits))
+        taken = max(0, min(wanted, int(self._permits)))
         self._permits -= taken
         return taken
 

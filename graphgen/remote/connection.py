@@ -76,6 +76,7 @@ class Connection:
         self._unsent: deque[RemoteRequest] = deque()  # beyond the server's limit of open requests
         self._stats: list[Future[Stats]] = []
         self._health: list[Future[Health]] = []
+        self._outgoing: deque[ClientMessage] = deque()  # while there is no connection that could take them
         self._helloing = True
         self._heard_s = time.monotonic()
         self._first_welcome: Future[Welcome] = Future()
@@ -156,6 +157,7 @@ class Connection:
                 self._inbox.run(readable=self._inbox.fileno() in events)
                 if self._socket in events:
                     self._receive()
+                self._flush()
                 if time.monotonic() >= tick_s:
                     tick_s = time.monotonic() + TICK_S
                     self._watch()
@@ -311,7 +313,17 @@ class Connection:
         self._health.clear()
 
     def _send(self, message: ClientMessage) -> None:
-        self._socket.send_multipart(self._framing.encode(message))
+        self._outgoing.append(message)
+        self._flush()
+
+    def _flush(self) -> None:
+        """A socket whose handshake failed has nowhere to put a message, and would wait for ever."""
+        while self._outgoing:
+            try:
+                self._socket.send_multipart(self._framing.encode(self._outgoing[0]), zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._outgoing.popleft()
 
 
 def _deliver(sink: Sink, delivery: Delivery) -> bool:

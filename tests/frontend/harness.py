@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import zmq
 
 from graphgen import demo
@@ -23,12 +24,15 @@ from graphgen.inbox import Inbox
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.ggp.framing import client_framing
 from graphgen.ipc.ggp.messages import ClientMessage, Hello, Ping, ServerMessage, Welcome
-from graphgen.ipc.messages import Attach, FrontendToSupervisor, SupervisorToFrontend
+from graphgen.ipc.messages import Attach, Drain, FrontendToSupervisor, SupervisorToFrontend
 from graphgen.portable_tokenizer import PortableTokenizer, RustTokenizer
 from graphgen.tokenizer import load_tokenizer
 from tests.fakes import READY, FakeProcesses, FakeScheduler
 
 Message = TypeVar("Message")
+
+NUM_PAGES = 32
+"""Of 16 positions: half the demo model's context, so that a request can be too large for the pages alone."""
 
 
 def demo_tokenizer(chat_template: str | None = None) -> PortableTokenizer:
@@ -73,7 +77,9 @@ class Frontend:
         self._inbox = Inbox()
         self._client = Client(self.processes, attaches=True, after_outputs=self._inbox.wake)
         self.scheduler.expect(Attach)
-        self.scheduler.send(READY)
+        self.scheduler.send(
+            msgspec.structs.replace(READY, worker=msgspec.structs.replace(READY.worker, num_pages=NUM_PAGES))
+        )
         core = AttachedCore(launch, self._client.wait_ready(5), RustTokenizer(portable), self._client)
         self.server = make_server(self.sockets, lower, self._inbox, self._client, core, portable, self.settings)
         self.num_lost: int | None = None
@@ -95,8 +101,6 @@ class Frontend:
         return client
 
     def close(self) -> None:
-        from graphgen.ipc.messages import Drain
-
         if self.thread.is_alive():
             self.supervisor.send(Drain(0.0))
             self.thread.join(5)

@@ -204,7 +204,7 @@ BAD_REQUESTS = [
     ({"id": 1, "prompt_ids": [1], "sampling": {"n": 17}}, "bad_request", 1),
     ({"id": 1, "text": "x" * 70_000}, "too_large", 1),
     ({"id": 1, "prompt_ids": [1] * 1024}, "never_fits", 1),
-    ({"id": 1, "prompt_ids": [1] * 120, "sampling": {"max_tokens": 64}}, "never_fits", 1),  # beyond the fake's pages
+    ({"id": 1, "prompt_ids": [1] * 500, "sampling": {"max_tokens": 64}}, "never_fits", 1),  # beyond the fake's pages
 ]
 
 
@@ -300,7 +300,7 @@ def test_clients_take_turns_and_within_one_the_higher_class_goes_first(make_fron
     greedy, modest = frontend.welcome(), frontend.welcome()
     first = open_request(frontend, greedy, Generate(id=0, prompt_ids=[100]))
     for number in (1, 2, 3):
-        greedy.send(Generate(id=number, prompt_ids=[100 + number], sampling=Sampling(priority=number == 3)))
+        greedy.send(Generate(id=number, prompt_ids=[100 + number], sampling=Sampling(priority=int(number == 3))))
         greedy.expect(Accepted)
     modest_first = open_request(frontend, modest, Generate(id=0, prompt_ids=[200]))
     modest.send(Generate(id=1, prompt_ids=[201]))
