@@ -5,6 +5,7 @@ frontend, which has neither torch nor transformers, makes its tokenizer from the
 """
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -38,14 +39,20 @@ class PortableTokenizer(Struct, frozen=True):
     chat_template: str | None
     special_tokens: dict[str, str]  # as templates name them: bos_token, eos_token
 
-    def write(self, folder: Path) -> None:
-        (folder / FILE).write_bytes(msgspec.msgpack.encode(self))
 
-    @classmethod
-    def read(cls, folder: Path) -> "PortableTokenizer | None":
-        """None where none was written: the model is served by token ids alone."""
-        path = folder / FILE
-        return msgspec.msgpack.decode(path.read_bytes(), type=cls) if path.exists() else None
+def write_tokenizer(portable: PortableTokenizer | None, folder: Path) -> None:
+    """Puts the file into `folder` in one rename; None for a model that is served by token ids alone."""
+    partial = folder / f"{FILE}.partial"
+    partial.write_bytes(msgspec.msgpack.encode(portable))
+    partial.rename(folder / FILE)
+
+
+def read_tokenizer(folder: Path) -> PortableTokenizer | None:
+    """Waits for the file: the supervisor writes it when transformers has read the tokenizer, which takes seconds."""
+    path = folder / FILE
+    while not path.exists():
+        time.sleep(0.01)
+    return msgspec.msgpack.decode(path.read_bytes(), type=PortableTokenizer | None)
 
 
 class RustTokenizer:

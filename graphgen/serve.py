@@ -35,6 +35,7 @@ from graphgen.ipc.messages import (
     Ready,
     SupervisorToFrontend,
 )
+from graphgen.portable_tokenizer import write_tokenizer
 from graphgen.processes import EngineProcesses
 from graphgen.progress import StartProgress
 
@@ -86,6 +87,7 @@ class Supervisor:
         self._ready: Ready | None = None
         self._num_lost: int | None = None
         self._listening = False
+        self._data, self._control = options.data, options.control
 
     def run(self) -> int:
         """Serves until a signal: the exit code. Raises GraphgenError when the engine does not start, or dies."""
@@ -113,22 +115,20 @@ class Supervisor:
         """The engine's processes import torch meanwhile."""
         launch = launch_config(self._config)
         launch.write(processes.folder)
+        self._start_frontend(processes)  # binds its sockets at once, so that an address in use is found soon
         tokenizer = load_config_tokenizer(self._config, launch)
-        portable = None if tokenizer is None else tokenizer.export()
-        if portable is not None:
-            portable.write(processes.folder)
+        write_tokenizer(None if tokenizer is None else tokenizer.export(), processes.folder)
+
+    def _start_frontend(self, processes: EngineProcesses) -> None:
         FrontendSettings(
             model=self._config.model or "demo",
-            data=self._options.data,
-            control=self._options.control,
+            data=self._data,
+            control=self._control,
             keys=self._options.keys,
             memory_limit_bytes=self._options.memory_limit_bytes,
             slow_consumer_s=self._options.slow_consumer_s,
             open_requests=self._options.open_requests,
         ).write(processes.folder)
-        self._start_frontend(processes)
-
-    def _start_frontend(self, processes: EngineProcesses) -> None:
         self._frontend_starts.append(time.monotonic())
         processes.start(FRONTEND_MODULE)
 
@@ -171,6 +171,7 @@ class Supervisor:
 
     def _tell_ready(self, where: Listening) -> None:
         again, self._listening = self._listening, True
+        self._data, self._control = where.data, where.control  # a frontend that is started anew has the same ports
         if again:
             self._say("the frontend serves again")
             return

@@ -35,7 +35,7 @@ from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.ggp.framing import server_framing
 from graphgen.ipc.ggp.messages import MAJOR, ServerLimits, Welcome
 from graphgen.ipc.messages import Drained, Failed, Listening, SupervisorToFrontend
-from graphgen.portable_tokenizer import ChatTemplate, PortableTokenizer, RustTokenizer
+from graphgen.portable_tokenizer import ChatTemplate, PortableTokenizer, RustTokenizer, read_tokenizer
 from graphgen.processes import Exit, end_with_parent
 
 LINGER_S = 1.0
@@ -86,7 +86,6 @@ def _serve(folder: Path, supervisor: SupervisorChannel) -> int:
     """How many requests were lost when it drained."""
     settings = FrontendSettings.read(folder)
     launch = LaunchConfig.read(folder)
-    portable = PortableTokenizer.read(folder)
     public: Context = zmq.Context()
     with contextlib.ExitStack() as stack:
         stack.callback(public.term)
@@ -102,6 +101,7 @@ def _serve(folder: Path, supervisor: SupervisorChannel) -> int:
         stack.callback(client.close)
         ready = client.wait_ready(threading.TIMEOUT_MAX)  # the supervisor has an eye on the time
         supervisor.send(ready)
+        portable = read_tokenizer(folder)
         core = AttachedCore(launch, ready, _tokenizer(portable), client, int(time.monotonic() * REQUEST_IDS_PER_S))
         server = make_server(sockets, supervisor, inbox, client, core, portable, settings)
         stack.callback(server.close)
