@@ -12,7 +12,8 @@ from graphgen.ipc.ggp.framing import NUM_FRAMES
 
 SEND_QUEUE_MESSAGES = 1000
 """Of one peer, beyond what the kernel holds; after that its tokens are joined here."""
-RECEIVE_QUEUE_MESSAGES = 1000
+RECEIVE_QUEUE_MESSAGES = 32
+"""Of one peer. Each may have the size of the largest frame; the rest waits at the peer."""
 HANDSHAKE_MS = 5000
 ZAP_DOMAIN = "graphgen"
 """What sockets with keys are called where ZeroMQ asks whether a key may connect."""

@@ -23,6 +23,7 @@ from graphgen.ipc.ggp.messages import (
     HealthRequest,
     Hello,
     Ping,
+    Pong,
     Sampling,
     StatsRequest,
 )
@@ -43,6 +44,8 @@ SEEDS = [
     HealthRequest(),
     Bye(),
 ]
+LAST = 2**40 + 1
+"""A number that no mutated ping has, for all practical purposes."""
 GROUP = 200
 """Messages between two looks at the good client."""
 
@@ -101,6 +104,20 @@ def good_request(frontend: Frontend, client: RawClient, number: int) -> None:
     assert ids == [5, 6], f"request {number} got {ids}"
 
 
+def wait_for_last_answer(frontend: Frontend, client: RawClient, on_control: bool) -> None:
+    """Whatever came before has been handled then, since a connection's messages are handled in order."""
+    if not on_control:
+        client.send(Hello(client="last"))
+    client.send(Ping(t=LAST))
+    deadline_s = time.monotonic() + 30
+    while time.monotonic() < deadline_s:
+        answer_engine(frontend)
+        match client.receive(0.005):
+            case Pong(t=number) if number == LAST:
+                return
+    raise AssertionError("the server did not answer a good message after bad ones")
+
+
 def garbage(frontend: Frontend, chance: random.Random) -> None:
     """A connection that does not speak ZeroMQ."""
     host, _, port = frontend.sockets.data.address.removeprefix("tcp://").rpartition(":")
@@ -118,12 +135,12 @@ def fuzz(frontend: Frontend, num_messages: int, seed: int) -> int:
     for group in range(max(10, num_messages // GROUP)):
         if group % 10 == 0:
             garbage(frontend, chance)
-        bad = frontend.welcome() if group % 2 else frontend.connect(control=group % 4 == 0)
+        on_control = group % 4 == 0
+        bad = frontend.welcome() if group % 2 else frontend.connect(control=on_control)
         for _ in range(num_messages // max(10, num_messages // GROUP)):
             bad.send_raw(*next(messages))
         good_request(frontend, good, group)
-        while bad.socket.poll(0):
-            bad.socket.recv_multipart()
+        wait_for_last_answer(frontend, bad, on_control)
         bad.close()
         if group == num_messages // GROUP // 10:
             settled_bytes = rss_bytes()
