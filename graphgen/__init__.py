@@ -7,6 +7,8 @@ processes, which import this package too, load only what they need.
 import importlib
 from typing import TYPE_CHECKING
 
+from graphgen.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from graphgen.async_engine import AsyncEngine
     from graphgen.config import EngineConfig
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     from graphgen.remote.requests import Chat
     from graphgen.sampling_params import SamplingParams
 
-__version__ = "0.1.0"
 
 _HOMES = {
     "AsyncClient": "graphgen.remote.async_client",

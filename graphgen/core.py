@@ -56,11 +56,15 @@ class AttachedCore:
         parameters = one_each(sampling, len(prompts))
         token_ids = self._tokenize(prompts)
         requests = [
-            self.make_request(f"prompt {number}" if len(prompts) > 1 else "the prompt", *parts, streams=streams)
+            self._make_request(f"prompt {number}" if len(prompts) > 1 else "the prompt", *parts, streams=streams)
             for number, parts in enumerate(zip(token_ids, parameters, sinks, strict=True))
         ]
         self._client.submit(requests)
         return [request.submit.request_id for request in requests]
+
+    def prepare(self, token_ids: Sequence[int], sampling: SamplingParams, sink: Sink) -> OpenRequest:
+        """A request that streams, checked and not sent. Raises InvalidRequestError."""
+        return self._make_request("the prompt", token_ids, sampling, sink, streams=True)
 
     def cancel(self, request_ids: Sequence[int]) -> None:
         """Ends requests and frees their pages; their sinks hear no more. Ids of finished requests are ignored."""
@@ -79,10 +83,10 @@ class AttachedCore:
         encoded = iter(self.tokenizer.encode(texts) if self.tokenizer is not None and texts else ())
         return [next(encoded) if isinstance(prompt, str) else _checked_ids(prompt) for prompt in prompts]
 
-    def make_request(
+    def _make_request(
         self, name: str, token_ids: Sequence[int], sampling: SamplingParams, sink: Sink, streams: bool
     ) -> OpenRequest:
-        """One request, checked and not sent; `name` says in errors which prompt it is. Raises InvalidRequestError."""
+        """One request; `name` says in errors which prompt it is."""
         vocab_size = self.launch.spec.vocab_size
         if not token_ids:
             raise InvalidRequestError(f"{name} is empty: give at least one token")

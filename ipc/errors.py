@@ -6,10 +6,10 @@ GraphgenError
 │   └── PromptTooLongError               a prompt that does not fit the context or the KV cache with its output
 ├── UnsupportedModelError (ValueError)   an architecture or a feature of a model that graphgen does not run
 ├── CheckpointError                      a checkpoint that is missing, misshapen or not safetensors
+├── OverloadedError (RuntimeError)       a request that was refused at once; it may fit after retry_after_s
+├── DeadlineError (RuntimeError)         a request whose deadline passed before its output was complete
 ├── EngineClosedError (RuntimeError)     a call on an Engine after close()
 ├── EngineDeadError (RuntimeError)       a process of the engine ended; the message says which and why
-├── OverloadedError (RuntimeError)       refused at once: a queue is full, or a deadline cannot be met
-├── DeadlineError (RuntimeError)         the deadline passed before the output was complete
 └── ServerError (RuntimeError)           a server's error that is none of the above, with its code
     └── ConnectionLostError (ConnectionError)   a server that does not answer, or that lost the session
 
@@ -42,24 +42,29 @@ class CheckpointError(GraphgenError):
     """A checkpoint that cannot be loaded."""
 
 
+class OverloadedError(GraphgenError, RuntimeError):
+    """A request was refused at once: the queue is full, or its deadline cannot be met. Nothing of it was computed."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s)
+        self.message = message
+        self.retry_after_s = retry_after_s
+        """When the same request may be accepted, in seconds from now: an estimate."""
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class DeadlineError(GraphgenError, RuntimeError):
+    """The deadline of a request passed before its output was complete; its pages are free again."""
+
+
 class EngineClosedError(GraphgenError, RuntimeError):
     """The engine was closed before or while the call ran."""
 
 
 class EngineDeadError(GraphgenError, RuntimeError):
     """A process of the engine ended unexpectedly."""
-
-
-class OverloadedError(GraphgenError, RuntimeError):
-    """Refused at once; the same request may succeed after `retry_after_s`."""
-
-    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-
-
-class DeadlineError(GraphgenError, RuntimeError):
-    """The request's deadline passed before its output was complete."""
 
 
 class ServerError(GraphgenError, RuntimeError):

@@ -128,7 +128,7 @@ def test_errors_are_those_of_an_engine(client: Client) -> None:
     with pytest.raises(InvalidRequestError, match="surrogates"):
         client.generate("\ud800")
     with pytest.raises(InvalidRequestError, match="plain ints"):
-        client.generate([[1, "2"]])  # type: ignore[list-item]  # what an untyped program may do
+        client.generate([[1, "2"]])  # type: ignore[arg-type]  # what an untyped program may do
     with pytest.raises(InvalidRequestError, match="no chat template"):
         client.generate(graphgen.Chat([{"role": "user", "content": "Hi"}]))
     assert client.generate("ROMEO:", GREEDY)[0].finish_reason == "length"

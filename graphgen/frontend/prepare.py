@@ -113,12 +113,8 @@ class Preparer:
         token_ids = self._prompt_ids(message)
         sampling = message.sampling
         opened = [
-            self._core.make_request(
-                "the prompt",
-                token_ids,
-                sampling_params(sampling, request.client, sample),
-                functools.partial(sink, request, sample),
-                streams=True,
+            self._core.prepare(
+                token_ids, sampling_params(sampling, request.client, sample), functools.partial(sink, request, sample)
             )
             for sample in range(sampling.n)
         ]

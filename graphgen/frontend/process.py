@@ -15,7 +15,6 @@ from pathlib import Path
 
 import zmq
 
-import graphgen
 from graphgen.client import Client
 from graphgen.config import LaunchConfig
 from graphgen.core import AttachedCore
@@ -37,6 +36,7 @@ from graphgen.ipc.ggp.messages import MAJOR, ServerLimits, Welcome
 from graphgen.ipc.messages import Drained, Failed, Listening, SupervisorToFrontend
 from graphgen.portable_tokenizer import ChatTemplate, PortableTokenizer, RustTokenizer, read_tokenizer
 from graphgen.processes import Exit, end_with_parent
+from graphgen.version import __version__
 
 LINGER_S = 1.0
 SWITCH_INTERVAL_S = 0.0005
@@ -160,7 +160,7 @@ def _welcome(
         version=MAJOR,
         session="",
         instance=secrets.token_hex(8),
-        server=f"graphgen/{graphgen.__version__}",
+        server=f"graphgen/{__version__}",
         model=settings.model,
         vocab_size=launch.spec.vocab_size,
         eos_token_ids=list(launch.eos_token_ids),

@@ -18,7 +18,7 @@ from graphgen.frontend.monitor import Monitor
 from graphgen.frontend.outbox import Outbox
 from graphgen.frontend.sessions import Session, Sessions
 from graphgen.frontend.settings import FrontendSettings
-from graphgen.frontend.sockets import PublicSocket, Received
+from graphgen.frontend.sockets import PublicSocket, Received, Sent
 from graphgen.frontend.turns import RateLimit
 from graphgen.inbox import Inbox
 from graphgen.ipc.channel import Channel
@@ -46,11 +46,11 @@ logger = logging.getLogger("graphgen.frontend")
 
 TICK_S = 0.1
 """How often sessions are looked after: pings, slow readers, deadlines."""
-MESSAGES_AT_ONCE = 32
+MESSAGES_AT_ONCE = 16
 """Received before the tokens that came meanwhile are sent."""
-MESSAGES_PER_S = 10_000.0
-"""Received from all clients together. A flood waits in its own connection and leaves the processor to others' tokens;
-each of these messages costs about 20 us."""
+MESSAGES_PER_S = 4000.0
+"""Received from all clients together, after a burst. A flood waits in its own connection and leaves the processor to
+others' tokens: a message costs some 20 us, so that all of them together cost a tenth of a core."""
 MESSAGES_BURST = 1000
 PERMIT_BYTES = 16 << 10
 """A message of so many bytes counts as two, one of twice as many as three."""
@@ -58,6 +58,8 @@ SMALL_BYTES = 64 << 10
 """What is decoded in the loop at once, in a tenth of a millisecond."""
 IDLE_PING_S = 30.0
 """Between pings to a session without requests: whether it is still there."""
+SWEEP_S = 0.2
+"""Between two looks for dead sessions when all are taken."""
 FLUSH_S = 1.0
 """For last messages to leave when the frontend ends."""
 
@@ -106,6 +108,7 @@ class Server:
         self._settings = settings
         self._welcome = welcome
         self._rate = RateLimit(MESSAGES_PER_S, MESSAGES_BURST, time.monotonic())
+        self._swept_s = 0.0
         self._ending: _Ending | None = None
         self._num_lost = 0
 
@@ -228,7 +231,9 @@ class Server:
         old = self._sessions.find(received.routing_id)
         if old is not None:
             self._end(old)
-        elif len(self._sessions) >= self._settings.max_sessions:
+        if len(self._sessions) >= self._settings.max_sessions:
+            self._make_room(now_s)
+        if len(self._sessions) >= self._settings.max_sessions:
             text = f"there are {len(self._sessions)} sessions, the limit is {self._settings.max_sessions}: try later"
             return make_error("overloaded", text, about="hello", retry_after_ms=1000)
         name = secrets.token_hex(16)
@@ -303,14 +308,31 @@ class Server:
         self._monitor.tick(now_s)
         slow_s = self._settings.slow_consumer_s
         for session in self._sessions.all():
-            if session.blocked_s is not None and now_s - session.blocked_s > slow_s:
+            if not session.requests:
+                if now_s - session.pinged_s >= IDLE_PING_S:
+                    self._ping_idle(session, now_s)
+            elif session.blocked_s is not None and now_s - session.blocked_s > slow_s:
                 self._cut_off(session, f"no output was taken for {slow_s:g} s: read more often")
-            elif session.requests and now_s - session.heard_s > slow_s:
+            elif now_s - session.heard_s > slow_s:
                 self._cut_off(session, f"nothing was heard from this client for {slow_s:g} s: answer pings")
-            elif now_s - session.pinged_s >= (self._settings.heartbeat_s if session.requests else IDLE_PING_S):
+            elif session.blocked_s is None and now_s - session.pinged_s >= self._settings.heartbeat_s:
                 session.pinged_s = now_s
-                if session.blocked_s is None:
-                    self._outbox.post(session, Ping(instance=self._welcome.instance))
+                self._outbox.post(session, Ping(instance=self._welcome.instance))
+
+    def _ping_idle(self, session: Session, now_s: float) -> None:
+        """Ends the session if its connection is gone. One that does not read is left alone: it owes nobody anything."""
+        session.pinged_s = now_s
+        ping = self._framing.encode(Ping(instance=self._welcome.instance))
+        if self._sockets.data.send(session.routing_id, *ping) is Sent.GONE:
+            self._end(session)
+
+    def _make_room(self, now_s: float) -> None:
+        """Before a session is refused, those are ended whose connections are gone."""
+        if now_s - self._swept_s >= SWEEP_S:
+            self._swept_s = now_s
+            for session in self._sessions.all():
+                if not session.requests:
+                    self._ping_idle(session, now_s)
 
     def _cut_off(self, session: Session, why: str) -> None:
         """A reader that is gone for all we know. What it has not taken is given up, so that its memory is free."""

@@ -45,7 +45,7 @@ class Client:
         outputs: list[list[RequestOutput]] = [[] for _ in batch]
         request_ids = self._core.open(batch, sampling, False, [_sink(answers, number) for number in range(len(batch))])
         try:
-            for _ in batch:  # this version of SamplingParams has one sample for each prompt
+            for _ in request_ids:
                 number, delivery = answers.get()
                 if isinstance(delivery, Exception):
                     raise delivery

@@ -16,7 +16,6 @@ from typing import TypeVar
 
 import zmq
 
-import graphgen
 from graphgen.inbox import Inbox
 from graphgen.ipc.errors import ConnectionLostError, EngineClosedError, GraphgenError
 from graphgen.ipc.ggp.framing import FrameError, client_framing
@@ -42,6 +41,7 @@ from graphgen.ipc.ggp.messages import (
 from graphgen.open_request import Delivery, Sink
 from graphgen.remote.address import ServerAddress
 from graphgen.remote.requests import RemoteRequest, exception_of
+from graphgen.version import __version__
 
 logger = logging.getLogger("graphgen")
 
@@ -81,7 +81,7 @@ class Connection:
         self._heard_s = time.monotonic()
         self._first_welcome: Future[Welcome] = Future()
         self._welcome: Welcome | None = None
-        self._send(Hello(client=f"graphgen-python/{graphgen.__version__}"))
+        self._send(Hello(client=f"graphgen-python/{__version__}"))
         self._thread = threading.Thread(target=self._run, name="graphgen-connection", daemon=True)
         self._thread.start()
         try:
@@ -254,7 +254,7 @@ class Connection:
         """The server does not know us: it is another, or the connection broke. What it had accepted is lost; what had
         not got so far is sent again, behind the new hello. Until the welcome, its refusals are of the old session."""
         self._helloing = True
-        self._send(Hello(client=f"graphgen-python/{graphgen.__version__}"))
+        self._send(Hello(client=f"graphgen-python/{__version__}"))
         for request in list(self._requests.values()):
             if request.accepted:
                 del self._requests[request.message.id]

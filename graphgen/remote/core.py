@@ -30,9 +30,10 @@ class RemoteCore:
         streams: bool,
         sinks: Sequence[Sink],
     ) -> list[int]:
-        """Sends a request for each prompt; their ids. Raises InvalidRequestError with none sent.
+        """Sends a request for each prompt. Raises InvalidRequestError with none sent; what only the server can check
+        reaches the sinks as an exception.
 
-        What only the server can check reaches the sinks as an exception.
+        Returns the id of a prompt's request once for each of its outputs, which is what its sink will get.
         """
         parameters = one_each(sampling, len(prompts))
         requests = [
@@ -40,7 +41,7 @@ class RemoteCore:
             for prompt, own, sink in zip(prompts, parameters, sinks, strict=True)
         ]
         self._connection.submit(requests)
-        return [request.message.id for request in requests]
+        return [request.message.id for request in requests for _ in range(request.message.sampling.n)]
 
     def cancel(self, request_ids: Sequence[int]) -> None:
         """Ends requests and frees their pages; their sinks hear no more."""

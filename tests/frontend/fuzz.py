@@ -17,6 +17,7 @@ from graphgen.ipc.ggp.messages import (
     Bye,
     Cancel,
     ChatMessage,
+    ClientMessage,
     Delta,
     Done,
     Generate,
@@ -32,7 +33,7 @@ from graphgen.ipc.messages import StatsRequest as SchedulerStatsRequest
 from tests.fakes import STATS
 from tests.frontend.harness import Frontend, RawClient, demo_tokenizer
 
-SEEDS = [
+SEEDS: list[ClientMessage] = [
     Hello(client="fuzz"),
     Generate(id=1, text="To be, or not to be", sampling=Sampling(stop=["a", "b"], seed=4, n=2)),
     Generate(id=2, prompt_ids=[1, 2, 1000], sampling=Sampling(top_p=0.5, deadline_ms=5.0)),

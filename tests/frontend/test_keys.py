@@ -1,6 +1,7 @@
 """CURVE keys: who has none, a wrong one, or one that is not let in, gets no answer; and no public door without keys."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
@@ -23,7 +24,7 @@ def keys(tmp_path: Path) -> Keys:
     return keys
 
 
-def options_of(keys: Keys, secret_file: Path) -> dict[str, bytes]:
+def options_of(keys: Keys, secret_file: Path) -> dict[str, Any]:  # of a socket
     public, secret = zmq.auth.load_certificate(secret_file)
     server, _ = zmq.auth.load_certificate(keys.folder / "server.key")
     assert secret is not None

@@ -391,6 +391,18 @@ def test_a_client_that_answers_pings_is_not_cut_off(make_frontend: MakeFrontend)
     assert client.expect(Delta).ids == [1]
 
 
+def test_an_idle_client_that_never_reads_is_left_alone(
+    make_frontend: MakeFrontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graphgen.frontend.server.IDLE_PING_S", 0.0)
+    frontend = make_frontend(slow_consumer_s=1.0)
+    client = frontend.welcome(RCVHWM=1)
+    time.sleep(1.5)
+    client.send(IDS)
+    frontend.scheduler.expect(Submit)
+    client.expect(Accepted)
+
+
 def test_draining_finishes_what_is_open_and_takes_nothing_new(frontend: Frontend) -> None:
     client = frontend.welcome()
     request_id = open_request(frontend, client)
@@ -445,12 +457,20 @@ def test_a_lost_engine_ends_every_request_with_an_error(frontend: Frontend, tell
 
 
 def test_more_sessions_than_allowed_are_refused(make_frontend: MakeFrontend) -> None:
-    frontend = make_frontend(max_sessions=2)
+    frontend = make_frontend(max_sessions=3)
     frontend.welcome()
     frontend.welcome()
+    gone = frontend.welcome()
     late = frontend.connect()
     late.send(Hello())
     assert late.expect(Error).code == "overloaded"
+    gone.close()
+
+    def is_let_in() -> bool:
+        late.send(Hello())
+        return isinstance(late.receive(), Welcome)
+
+    assert wait_until(is_let_in), "the place of a client that is gone is free"
 
 
 def test_a_frame_above_the_limit_closes_that_connection_only(frontend: Frontend) -> None:

@@ -43,8 +43,8 @@ def test_what_is_discarded_does_not_come(pushed: list[tuple[str, int]], chosen: 
         assert queue.discard(items[chosen][0], items[chosen])
         assert not queue.discard(items[chosen][0], items[chosen])
     popped = []
-    while (item := queue.pop(lambda client: True)) is not None:
-        popped.append(item)
+    while (left := queue.pop(lambda client: True)) is not None:
+        popped.append(left)
     assert sorted(popped) == sorted(item for number, item in enumerate(items) if number != chosen)
 
 
