@@ -1,9 +1,12 @@
 """`graphgen serve` as a whole: what clients read, and how it ends, is killed and comes back."""
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import textwrap
@@ -60,7 +63,8 @@ def trap(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(trap: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with serving(tmp_path_factory.mktemp("serve"), python_path=str(trap)) as running:
+    folder = tmp_path_factory.mktemp("serve")
+    with serving(folder, "--memory-limit-mib", "128", python_path=str(trap)) as running:
         yield running
 
 
@@ -216,15 +220,48 @@ def test_a_stopped_reader_gets_every_token_when_it_wakes(server: ServerProcess, 
         assert reader.stdout.read().decode().strip() == str(list(expected.token_ids))
 
 
+def message_without_end(address: str) -> int:
+    """Sends frames of one message as ZeroMQ does, each saying that another follows, until the peer is gone: their
+    bytes."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + b"\0" + bytes(31)
+    ready = b"\x05READY\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER\x08Identity" + struct.pack(">I", 0)
+    frame = b"\x03" + struct.pack(">Q", 1 << 19) + bytes(1 << 19)  # long, more to come
+    num_bytes = 0
+    with socket.create_connection((host, int(port))) as raw, contextlib.suppress(ConnectionError):
+        raw.sendall(greeting)
+        raw.sendall(b"\x04" + bytes([len(ready)]) + ready)
+        raw.settimeout(10)
+        while num_bytes < 4 << 30:
+            raw.sendall(frame)
+            num_bytes += len(frame)
+    return num_bytes
+
+
+def test_a_message_without_end_meets_the_frontends_memory_limit(server: ServerProcess, client: Client) -> None:
+    """libzmq keeps a message's frames until its last one: no limit of its own ends that."""
+    worker = server.pid_of("graphgen.worker")
+    assert client.generate("ROMEO:", GREEDY)[0].finish_reason == "length"
+    assert 64 << 20 < message_without_end(server.address) < 1 << 30
+    assert client.generate("ROMEO:", GREEDY)[0].finish_reason == "length"
+    assert server.pid_of("graphgen.worker") == worker
+
+
+def wait_for_frontend(server: ServerProcess, starts: int) -> None:
+    """Until it has been started anew so many times."""
+    deadline_s = time.monotonic() + 15
+    while server.output.count("serves again") < starts:
+        assert time.monotonic() < deadline_s, server.output
+        time.sleep(0.05)
+
+
 def test_a_frontend_that_dies_is_replaced_and_the_engine_stays(server: ServerProcess, client: Client) -> None:
     worker, frontend = server.pid_of("graphgen.worker"), server.pid_of("graphgen.frontend")
     stream = client.stream("ROMEO:", SamplingParams(max_tokens=900))
     next(stream)
+    starts = server.output.count("serves again")
     os.kill(frontend, signal.SIGKILL)
-    deadline_s = time.monotonic() + 10
-    while "serves again" not in server.output:
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
+    wait_for_frontend(server, starts + 1)
     # Its next request finds the session gone, says hello again, and is sent again; the stream is lost.
     assert client.generate("ROMEO:", GREEDY)[0].finish_reason == "length"
     with pytest.raises(ConnectionLostError):

@@ -13,8 +13,8 @@ def limit_memory(limit_bytes: int) -> None:
 
     RLIMIT_DATA counts the heap and private writable mappings, in use or not. RLIMIT_AS would count the address space
     as well, of which each thread's allocator reserves 64 MiB without using it. An allocation beyond the limit fails:
-    in Python with MemoryError, which ends one request; in libzmq with the end of the process, which is then
-    started anew.
+    in Python with MemoryError, which ends one request; in libzmq it closes the connection whose frame it was for. Where
+    neither can go on, the process ends and is started anew.
     """
     allowed = data_bytes() + limit_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))

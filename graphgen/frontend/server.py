@@ -56,8 +56,6 @@ PERMIT_BYTES = 16 << 10
 """A message of so many bytes counts as two, one of twice as many as three."""
 SMALL_BYTES = 64 << 10
 """What is decoded in the loop at once, in a tenth of a millisecond."""
-IDLE_PING_S = 30.0
-"""Between pings to a session without requests: whether it is still there."""
 SWEEP_S = 0.2
 """Between two looks for dead sessions when all are taken."""
 FLUSH_S = 1.0
@@ -309,9 +307,8 @@ class Server:
         slow_s = self._settings.slow_consumer_s
         for session in self._sessions.all():
             if not session.requests:
-                if now_s - session.pinged_s >= IDLE_PING_S:
-                    self._ping_idle(session, now_s)
-            elif session.blocked_s is not None and now_s - session.blocked_s > slow_s:
+                continue
+            if session.blocked_s is not None and now_s - session.blocked_s > slow_s:
                 self._cut_off(session, f"no output was taken for {slow_s:g} s: read more often")
             elif now_s - session.heard_s > slow_s:
                 self._cut_off(session, f"nothing was heard from this client for {slow_s:g} s: answer pings")
@@ -319,20 +316,16 @@ class Server:
                 session.pinged_s = now_s
                 self._outbox.post(session, Ping(instance=self._welcome.instance))
 
-    def _ping_idle(self, session: Session, now_s: float) -> None:
-        """Ends the session if its connection is gone. One that does not read is left alone: it owes nobody anything."""
-        session.pinged_s = now_s
-        ping = self._framing.encode(Ping(instance=self._welcome.instance))
-        if self._sockets.data.send(session.routing_id, *ping) is Sent.GONE:
-            self._end(session)
-
     def _make_room(self, now_s: float) -> None:
-        """Before a session is refused, those are ended whose connections are gone."""
-        if now_s - self._swept_s >= SWEEP_S:
-            self._swept_s = now_s
-            for session in self._sessions.all():
-                if not session.requests:
-                    self._ping_idle(session, now_s)
+        """Before a session is refused, those are ended whose connections are gone. One without requests is not asked
+        before that: it owes nobody anything, and pings would fill the queue of a client that does not read."""
+        if now_s - self._swept_s < SWEEP_S:
+            return
+        self._swept_s = now_s
+        ping = self._framing.encode(Ping(instance=self._welcome.instance))
+        for session in self._sessions.all():
+            if not session.requests and self._sockets.data.send(session.routing_id, *ping) is Sent.GONE:
+                self._end(session)
 
     def _cut_off(self, session: Session, why: str) -> None:
         """A reader that is gone for all we know. What it has not taken is given up, so that its memory is free."""
