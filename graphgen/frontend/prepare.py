@@ -114,7 +114,9 @@ class Preparer:
         sampling = message.sampling
         opened = [
             self._core.prepare(
-                token_ids, sampling_params(sampling, request.client, sample), functools.partial(sink, request, sample)
+                token_ids,
+                sampling_params(sampling, request.session.key, sample),
+                functools.partial(sink, request, sample),
             )
             for sample in range(sampling.n)
         ]
@@ -177,7 +179,7 @@ class _Job:
     done: Done
 
 
-def sampling_params(sampling: Sampling, client: str, sample: int) -> SamplingParams:
+def sampling_params(sampling: Sampling, key: str, sample: int) -> SamplingParams:
     """The engine's parameters of one sample. Raises InvalidRequestError."""
     values = {
         name: getattr(sampling, name) for name in SamplingParams.__struct_fields__ if name not in ("n", "cache_salt")
@@ -185,14 +187,14 @@ def sampling_params(sampling: Sampling, client: str, sample: int) -> SamplingPar
     if sampling.seed is not None:
         values["seed"] = sampling.seed + sample
     if "cache_salt" in SamplingParams.__struct_fields__:
-        values["cache_salt"] = cache_salt(client, sampling.cache_salt)
+        values["cache_salt"] = cache_salt(key, sampling.cache_salt)
     return SamplingParams(**values)
 
 
-def cache_salt(client: str, salt: str) -> str:
-    """What a client's prompts share cached pages under: its own salt within its own key. Made here, never by a client:
-    a salt that it could choose freely would let it ask whether another's prompt is cached."""
-    return hashlib.blake2b(salt.encode(), key=hashlib.blake2b(client.encode()).digest(), digest_size=16).hexdigest()
+def cache_salt(key: str, salt: str) -> str:
+    """What prompts share cached pages under: the client's salt within its CURVE key. Made here, never by a client: a
+    salt that it could choose freely would let it ask whether another's prompt is cached. Without keys all are one."""
+    return hashlib.blake2b(salt.encode(), key=hashlib.blake2b(key.encode()).digest(), digest_size=16).hexdigest()
 
 
 def unpack_prompt(packed: bytes) -> list[int]:
