@@ -187,6 +187,8 @@ class LaunchConfig(Struct, frozen=True, kw_only=True):
     num_pages: int | None  # None: the worker measures what the memory holds
     memory_fraction: float
     step_times: str  # "auto", "measure" or "off"
+    itl_target_ms: float | None  # of requests that state none
+    ttft_target_ms: float | None
     step_log: str | None  # an absolute path
     cpu_threads: int | None
     prefix_cache: bool
@@ -233,6 +235,8 @@ def resolve(config: EngineConfig, spec: ModelSpec, model_folder: Path) -> Launch
         num_pages=config.num_pages,
         memory_fraction=config.memory_fraction,
         step_times=config.step_times,
+        itl_target_ms=config.itl_target_ms,
+        ttft_target_ms=config.ttft_target_ms,
         step_log=None if config.step_log is None else str(Path(config.step_log).absolute()),
         cpu_threads=config.cpu_threads,
         # With a rotation that depends on the length of the prompt, the keys of equal tokens are not equal.

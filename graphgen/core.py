@@ -15,9 +15,10 @@ from graphgen import demo
 from graphgen.client import Client
 from graphgen.config import EngineConfig, LaunchConfig, check_device, resolve
 from graphgen.ipc.codec import pack_int32
-from graphgen.ipc.errors import ConfigError, InvalidRequestError
+from graphgen.ipc.errors import ConfigError, InvalidRequestError, PromptTooLongError
 from graphgen.ipc.messages import EngineStats, Ready, Submit
 from graphgen.open_request import OpenRequest, Sink
+from graphgen.portable_tokenizer import TextTokenizer
 from graphgen.processes import EngineProcesses
 from graphgen.progress import StartProgress
 from graphgen.sampling_params import SamplingParams
@@ -31,38 +32,18 @@ Prompt = str | Sequence[int]
 STATS_TIMEOUT_S = 30.0
 
 
-class EngineCore:
-    """A running engine. The constructor returns when it serves, and leaves nothing behind when it raises."""
+class AttachedCore:
+    """Requests to an engine that runs already. Its client, model and tokenizer are another's."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        self.config = config
-        started_s = time.monotonic()
-        check_device(config.device)
-        # The processes start first: they import torch while this one reads the model's config and tokenizer.
-        processes = EngineProcesses()
-        with StartProgress(config.progress) as progress:
-            try:
-                client = Client(processes, progress.show)
-            except BaseException:
-                processes.stop(grace_s=0.0)
-                raise
-            try:
-                self.launch = _launch_config(config)
-                self.launch.write(processes.folder)
-                self.tokenizer = _load_tokenizer(config, self.launch)
-                remaining_s = config.start_timeout_s - (time.monotonic() - started_s)
-                self.ready = client.wait_ready(max(0.0, remaining_s))
-            except BaseException:
-                client.close()
-                raise
-        self.start_s = time.monotonic() - started_s
-        self.pids = processes.pids
-        self.folder = processes.folder
+    def __init__(
+        self, launch: LaunchConfig, ready: Ready, tokenizer: TextTokenizer | None, client: Client, first_id: int = 0
+    ) -> None:
+        """first_id: of the requests made here; no other core may have used it or a later one with this engine."""
+        self.launch = launch
+        self.ready = ready
+        self.tokenizer = tokenizer
         self._client = client
-        self._request_ids = itertools.count()
-        # Runs when the last reference goes, and at the interpreter's exit.
-        self._finalizer = weakref.finalize(self, client.close)
-        logger.info("%s", describe_start(self.ready, self.start_s))
+        self._request_ids = itertools.count(first_id)
 
     def open(
         self,
@@ -75,7 +56,7 @@ class EngineCore:
 
         sinks: one for each prompt. Returns the request ids in order, n for each prompt: every output is a request.
         """
-        parameters = _one_each(sampling, len(prompts))
+        parameters = one_each(sampling, len(prompts))
         token_ids = self._tokenize(prompts)
         requests = [
             request
@@ -87,17 +68,17 @@ class EngineCore:
         self._client.submit(requests)
         return [request.submit.request_id for request in requests]
 
+    def prepare(self, token_ids: Sequence[int], sampling: SamplingParams, sink: Sink) -> OpenRequest:
+        """A request that streams, checked and not sent. Raises InvalidRequestError."""
+        (request,) = self._make_requests("the prompt", token_ids, sampling, sink, streams=True)
+        return request
+
     def cancel(self, request_ids: Sequence[int]) -> None:
         """Ends requests and frees their pages; their sinks hear no more. Ids of finished requests are ignored."""
         self._client.cancel(request_ids)
 
     def stats(self) -> EngineStats:
         return self._client.stats(STATS_TIMEOUT_S)
-
-    def close(self) -> None:
-        """Ends the processes and removes their folder. Idempotent, from any thread."""
-        self._client.close()
-        self._finalizer.detach()
 
     def _tokenize(self, prompts: Sequence[Prompt]) -> list[Sequence[int]]:
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
@@ -118,7 +99,7 @@ class EngineCore:
         self._check_stop_ids(stop_token_ids)
         max_tokens = self._max_tokens(name, len(token_ids), sampling)
         prompt_token_ids, seed, arrived_s = pack_int32(token_ids), secrets.randbits(63), time.monotonic()
-        config = self.config
+        config = self.launch
         submits = [
             Submit(
                 request_id=next(self._request_ids),
@@ -160,7 +141,7 @@ class EngineCore:
         context_len, worker = self.launch.max_model_len, self.ready.worker
         room = context_len - prompt_len
         if room < max(1, sampling.min_tokens):
-            raise InvalidRequestError(
+            raise PromptTooLongError(
                 f"{name} has {prompt_len} tokens and wants at least {max(1, sampling.min_tokens)} of output,"
                 f" max_model_len is {context_len}: shorten it, lower min_tokens or raise max_model_len"
             )
@@ -168,7 +149,7 @@ class EngineCore:
         page_room = worker.num_pages * worker.page_size - prompt_len + 1
         max_tokens = min(room, page_room) if sampling.max_tokens is None else min(sampling.max_tokens, room)
         if page_room < max(1, max_tokens, sampling.min_tokens):
-            raise InvalidRequestError(
+            raise PromptTooLongError(
                 f"{name} has {prompt_len} tokens and max_tokens is {max(1, max_tokens)}, the KV cache holds"
                 f" {worker.num_pages * worker.page_size} positions ({worker.num_pages} pages of {worker.page_size}):"
                 " shorten it, lower max_tokens, or raise num_pages or memory_fraction"
@@ -184,6 +165,44 @@ class EngineCore:
             )
 
 
+class EngineCore(AttachedCore):
+    """A running engine. The constructor returns when it serves, and leaves nothing behind when it raises."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        started_s = time.monotonic()
+        check_device(config.device)
+        # The processes start first: they import torch while this one reads the model's config and tokenizer.
+        processes = EngineProcesses()
+        with StartProgress(config.progress) as progress:
+            try:
+                client = Client(processes, progress.show)
+            except BaseException:
+                processes.stop(grace_s=0.0)
+                raise
+            try:
+                launch = launch_config(config)
+                launch.write(processes.folder)
+                tokenizer = load_config_tokenizer(config, launch)
+                remaining_s = config.start_timeout_s - (time.monotonic() - started_s)
+                ready = client.wait_ready(max(0.0, remaining_s))
+            except BaseException:
+                client.close()
+                raise
+        super().__init__(launch, ready, tokenizer, client)
+        self.start_s = time.monotonic() - started_s
+        self.pids = processes.pids
+        self.folder = processes.folder
+        # Runs when the last reference goes, and at the interpreter's exit.
+        self._finalizer = weakref.finalize(self, client.close)
+        logger.info("%s", describe_start(self.ready, self.start_s))
+
+    def close(self) -> None:
+        """Ends the processes and removes their folder. Idempotent, from any thread."""
+        self._client.close()
+        self._finalizer.detach()
+
+
 def describe_start(ready: Ready, start_s: float) -> str:
     """The phase table of the start, in lines."""
     worker = ready.worker
@@ -192,7 +211,7 @@ def describe_start(ready: Ready, start_s: float) -> str:
     return "\n".join(lines)
 
 
-def _launch_config(config: EngineConfig) -> LaunchConfig:
+def launch_config(config: EngineConfig) -> LaunchConfig:
     from graphgen.models.checkpoint_config import resolve_model
     from graphgen.models.families import load_spec
 
@@ -200,7 +219,7 @@ def _launch_config(config: EngineConfig) -> LaunchConfig:
     return resolve(config, load_spec(folder), folder)
 
 
-def _load_tokenizer(config: EngineConfig, launch: LaunchConfig) -> Tokenizer | None:
+def load_config_tokenizer(config: EngineConfig, launch: LaunchConfig) -> Tokenizer | None:
     if config.tokenizer is None:
         return load_tokenizer(launch.model_folder, None)
     tokenizer = load_tokenizer(config.tokenizer, None)
@@ -209,7 +228,7 @@ def _load_tokenizer(config: EngineConfig, launch: LaunchConfig) -> Tokenizer | N
     return tokenizer
 
 
-def _one_each(sampling: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> Sequence[SamplingParams]:
+def one_each(sampling: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> Sequence[SamplingParams]:
     if sampling is None:
         sampling = SamplingParams()
     if isinstance(sampling, SamplingParams):

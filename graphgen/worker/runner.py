@@ -189,6 +189,10 @@ class ModelRunner:
         self._stream.submit(work)
         self._stream.synchronize()
 
+    def mark(self) -> Mark:
+        """The point of the device's work behind everything launched so far."""
+        return self._stream.mark()
+
     def close(self) -> None:
         """Waits for what was launched."""
         self._stream.close()
