@@ -1,0 +1,50 @@
+"""The conformance vectors as the tests read them: from the JSON files, as a program in any language would."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import graphgen.ipc
+
+FOLDER = Path(graphgen.ipc.__file__).parent / "vectors"
+
+
+class VectorRecord(msgspec.Struct, frozen=True):
+    """One line of client.json or server.json; README.md in its folder has the fields."""
+
+    name: str
+    kind: str | None
+    meaning: str
+    frames: list[str | list[tuple[str, int]]]
+    expect: str
+    checked_by: str = "decoder"
+    value: dict[str, Any] | None = None  # any message
+    error_id: int | None = None
+
+    def frame_bytes(self) -> list[bytes]:
+        return [_bytes(frame) for frame in self.frames]
+
+
+def read_vectors(file_name: str) -> list[VectorRecord]:
+    return msgspec.json.decode((FOLDER / file_name).read_bytes(), type=list[VectorRecord])
+
+
+def with_defaults(kind: str, value: dict[str, Any]) -> dict[str, Any]:
+    """The whole message that a vector's value means: every field, and bytes as bytes."""
+    defaults = json.loads((FOLDER / "defaults.json").read_text())
+    whole = {**defaults.get(kind, {}), **value}
+    for field in ("sampling", "limits", "usage"):
+        if isinstance(whole.get(field), dict):
+            whole[field] = {**defaults[field], **whole[field]}
+    packed = whole.get("prompt_u32")
+    if isinstance(packed, dict):
+        whole["prompt_u32"] = bytes.fromhex(packed["bin"])
+    return whole
+
+
+def _bytes(frame: str | list[tuple[str, int]]) -> bytes:
+    if isinstance(frame, str):
+        return bytes.fromhex(frame)
+    return b"".join(bytes.fromhex(piece) * times for piece, times in frame)
