@@ -17,11 +17,14 @@ from graphgen.describe import Decision, decisions
 from graphgen.engine import Engine
 from graphgen.ipc.errors import GraphgenError
 from graphgen.ipc.messages import Bucket, Phase
+from graphgen.mock_server.__main__ import mock_server
 from graphgen.sampling_params import SamplingParams
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Serve large language models.")
 stdout = Console()
 stderr = Console(stderr=True)
+
+app.command()(mock_server)
 
 USAGE_EXIT = 2
 

@@ -6,26 +6,14 @@ from typing import Any
 import pytest
 
 from graphgen.ipc.ggp.codes import CODES
-from graphgen.ipc.ggp.framing import FrameError, client_framing, server_framing
+from graphgen.ipc.ggp.framing import FrameError, Framing, client_framing, server_framing
 from graphgen.ipc.ggp.messages import NAMES
 from graphgen.ipc.vectors.make import files
-from tests.ipc.vectors import FOLDER, VectorRecord, read_vectors, with_defaults
+from tests.ipc.vectors import DISAGREEMENTS, FOLDER, VectorRecord, read_vectors, with_defaults
 
 CLIENT, SERVER = read_vectors("client.json"), read_vectors("server.json")
-FRAMINGS = {"client": server_framing(), "server": client_framing()}
+FRAMINGS: dict[str, Framing[Any, Any]] = {"client": server_framing(), "server": client_framing()}
 KINDS = {name: kind for kind, name in NAMES.items()}
-
-DISAGREEMENTS = {
-    "cancel-session-65": "the error for a refused cancel carries its id, as if a request had ended",
-    "cancel-session-int": "the error for a refused cancel carries its id, as if a request had ended",
-    "hello-versions-negative": "the type takes negative versions",
-    "error-code-of-the-future": "the type takes only the codes of today",
-    "delta-seq-negative": "the type takes negative numbers",
-    "delta-seq-2^63": "the type takes numbers above 2^53-1",
-    "done-timing-nan": "the type takes NaN",
-    "draining-negative": "the type takes negative numbers",
-}
-"""Where the codec does not do what PROTOCOL.md says."""
 
 
 def _parameter(sender: str, vector: VectorRecord) -> Any:  # pytest's ParameterSet is not public

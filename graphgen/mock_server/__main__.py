@@ -1,0 +1,51 @@
+"""The command of the mock server. Owns its options and what it prints; called as `graphgen mock-server` too."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+import zmq
+
+from graphgen.ipc.errors import ConfigError
+from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS, DEFAULT_CONTROL_ADDRESS
+from graphgen.mock_server.script import built_in_script, read_script
+from graphgen.mock_server.server import MockServer
+from graphgen.mock_server.sockets import Keys
+
+
+def mock_server(
+    bind: Annotated[str, typer.Option(help="Address of the data socket; port 0 takes a free one.")] = DEFAULT_ADDRESS,
+    control: Annotated[str, typer.Option(help="Address of the control socket.")] = DEFAULT_CONTROL_ADDRESS,
+    script: Annotated[Path | None, typer.Option(help="JSON file with the answers. [default: built in]")] = None,
+    curve: Annotated[bool, typer.Option(help="Encrypt; any client key is let in.")] = False,
+    grace_s: Annotated[float, typer.Option(min=0, help="After SIGTERM, for open requests, in seconds.")] = 10.0,
+    print_script: Annotated[bool, typer.Option(help="Print the built-in script and end.")] = False,
+) -> None:
+    """Speak GGP/1 without a model: scripted answers, stalls, faults and disconnects, for authors of clients."""
+    if print_script:
+        print(msgspec.json.format(msgspec.json.encode(built_in_script())).decode())
+        return
+    keys = Keys(*zmq.curve_keypair()) if curve else None
+    server = MockServer(read_script(script) if script else built_in_script(), bind, control, keys)
+    signal.signal(signal.SIGTERM, lambda *_: server.drain(grace_s))
+    signal.signal(signal.SIGINT, lambda *_: server.stop())
+    print(f"data {server.address}")
+    print(f"control {server.control_address}")
+    if keys is not None:
+        print(f"public key {keys.public.decode()}")
+    print("ready", flush=True)
+    server.run()
+
+
+def main() -> None:
+    try:
+        typer.run(mock_server)
+    except (ConfigError, zmq.ZMQError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
