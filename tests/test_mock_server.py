@@ -174,7 +174,7 @@ def test_a_script_sends_what_no_server_should(prompt: str, letter: bytes) -> Non
 
 
 def test_sigterm_finishes_what_is_open_refuses_the_rest_and_exits_with_0() -> None:
-    with running_command("-m", "graphgen.mock_server") as served, RawClient(served.address) as client:
+    with running_command("graphgen.mock_server") as served, RawClient(served.address) as client:
         client.hello()
         client.send(Generate(id=1, text="slow", sampling=Sampling(max_tokens=8)))
         client.receive(Accepted)
@@ -191,7 +191,7 @@ def test_sigterm_finishes_what_is_open_refuses_the_rest_and_exits_with_0() -> No
 
 
 def test_a_second_sigterm_ends_at_once() -> None:
-    with running_command("-m", "graphgen.mock_server") as served, RawClient(served.address) as client:
+    with running_command("graphgen.mock_server") as served, RawClient(served.address) as client:
         client.hello()
         client.send(Generate(id=1, text="hang"))
         client.receive(Accepted)
@@ -206,7 +206,7 @@ def test_a_second_sigterm_ends_at_once() -> None:
 
 
 def test_with_curve_only_a_client_with_keys_is_heard() -> None:
-    with running_command("-m", "graphgen.mock_server", "--curve") as served:
+    with running_command("graphgen.mock_server", "--curve") as served:
         assert len(served.public_key) == 40
         with RawClient(served.address, timeout_ms=300) as client, pytest.raises(zmq.Again):
             client.hello()

@@ -10,15 +10,17 @@ import typer
 import zmq
 
 from graphgen.ipc.errors import ConfigError
-from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS, DEFAULT_CONTROL_ADDRESS
+from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS
 from graphgen.mock_server.script import built_in_script, read_script
 from graphgen.mock_server.server import MockServer
 from graphgen.mock_server.sockets import Keys
 
 
 def mock_server(
-    bind: Annotated[str, typer.Option(help="Address of the data socket; port 0 takes a free one.")] = DEFAULT_ADDRESS,
-    control: Annotated[str, typer.Option(help="Address of the control socket.")] = DEFAULT_CONTROL_ADDRESS,
+    bind: Annotated[
+        str, typer.Option(help="Address of the data socket; tcp://127.0.0.1:* takes a free port.")
+    ] = DEFAULT_ADDRESS,
+    control: Annotated[str | None, typer.Option(help="Address of the control socket. [default: the next port]")] = None,
     script: Annotated[Path | None, typer.Option(help="JSON file with the answers. [default: built in]")] = None,
     curve: Annotated[bool, typer.Option(help="Encrypt; any client key is let in.")] = False,
     grace_s: Annotated[float, typer.Option(min=0, help="After SIGTERM, for open requests, in seconds.")] = 10.0,
@@ -29,15 +31,20 @@ def mock_server(
         print(msgspec.json.format(msgspec.json.encode(built_in_script())).decode())
         return
     keys = Keys(*zmq.curve_keypair()) if curve else None
-    server = MockServer(read_script(script) if script else built_in_script(), bind, control, keys)
+    server = MockServer(read_script(script) if script else built_in_script(), bind, control or beside(bind), keys)
     signal.signal(signal.SIGTERM, lambda *_: server.drain(grace_s))
     signal.signal(signal.SIGINT, lambda *_: server.stop())
-    print(f"data {server.address}")
-    print(f"control {server.control_address}")
+    print(f"listening on {server.address} (data)\nlistening on {server.control_address} (control)")
     if keys is not None:
         print(f"public key {keys.public.decode()}")
     print("ready", flush=True)
     server.run()
+
+
+def beside(address: str) -> str:
+    """The next port of a TCP address; an address without a number takes any port."""
+    host, _, port = address.rpartition(":")
+    return f"{host}:{int(port) + 1}" if port.isdigit() and int(port) else address
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ how long to wait. Driven by server.py.
 
 import codecs
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from graphgen.ipc.ggp.codes import CODES
@@ -90,7 +90,7 @@ class Playing:
             )
         )
 
-    def _say(self, pieces: list[str], every_ms: float) -> Iterator[Move]:
+    def _say(self, pieces: Sequence[str], every_ms: float) -> Iterator[Move]:
         limit = self._request.sampling.max_tokens
         for piece in pieces:
             if every_ms:

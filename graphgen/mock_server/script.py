@@ -19,7 +19,7 @@ Delay = Annotated[float, Meta(ge=0, le=3_600_000)]
 class Say(Struct, tag_field="do", tag="say", frozen=True, forbid_unknown_fields=True):
     """Each piece is one delta; a token is a byte of its UTF-8."""
 
-    pieces: list[str]
+    pieces: tuple[str, ...]
     every_ms: Delay = 5
 
 
@@ -68,7 +68,7 @@ class Gap(Struct, tag_field="do", tag="gap", frozen=True, forbid_unknown_fields=
 class Raw(Struct, tag_field="do", tag="raw", frozen=True, forbid_unknown_fields=True):
     """A fault, or a message of the future: these frames, in hex."""
 
-    frames: list[str]
+    frames: tuple[str, ...]
 
 
 class Restart(Struct, tag_field="do", tag="restart", frozen=True, forbid_unknown_fields=True):
@@ -111,28 +111,28 @@ class Script(Struct, frozen=True, forbid_unknown_fields=True):
 
 def built_in_script() -> Script:
     """Every fault under a prompt of its own, and an echo for every other prompt."""
-    say = Say(["one ", "two ", "three "])
+    say = Say(("one ", "two ", "three "))
     replies: dict[str, tuple[Step, ...]] = {
-        "stall": (say, Wait(5000), Say(["four"])),
+        "stall": (say, Wait(5000), Say(("four",))),
         "hang": (
             say,
             Hang(),
         ),
-        "silence": (say, Silence(12_000), Say(["four"])),
+        "silence": (say, Silence(12_000), Say(("four",))),
         "restart": (
             say,
             Restart(),
         ),
-        "drain": (say, Drain(), Wait(500), Say(["four"])),
-        "unicode": (Say(["aé", "€", "😀", "\0", "e\u0301"]),),
-        "burst": (Say([f"{number} " for number in range(1000)], every_ms=0),),
-        "slow": (Say([f"{number} " for number in range(1000)], every_ms=100),),
-        "gap": (say, Gap(), Say(["four"])),
+        "drain": (say, Drain(), Wait(500), Say(("four",))),
+        "unicode": (Say(("aé", "€", "😀", "\0", "e\u0301")),),
+        "burst": (Say(tuple(f"{number} " for number in range(1000)), every_ms=0),),
+        "slow": (Say(tuple(f"{number} " for number in range(1000)), every_ms=100),),
+        "gap": (say, Gap(), Say(("four",))),
         "garbage": (
             say,
-            Raw(["47470144", "c1"]),
+            Raw(("47470144", "c1")),
         ),
-        "future": (say, Raw(["4747017a", "81a17801"]), Say(["four"])),
+        "future": (say, Raw(("4747017a", "81a17801")), Say(("four",))),
         "late error": (
             say,
             Fail("engine_lost"),

@@ -1,19 +1,23 @@
 """A bare DEALER that speaks GGP/1, for tests that need to see every message, and the servers that tests talk to."""
 
 import contextlib
+import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import zmq
 
+import graphgen
 from graphgen.ipc.ggp.framing import client_framing
 from graphgen.ipc.ggp.messages import ClientMessage, Hello, Ping, Pong, ServerMessage, Welcome
 from graphgen.mock_server.script import Script, built_in_script
 from graphgen.mock_server.server import MockServer
 
+ROOT = Path(graphgen.__file__).resolve().parent.parent
 Message = TypeVar("Message")
 
 
@@ -93,22 +97,24 @@ class Served(NamedTuple):
 
 @contextlib.contextmanager
 def running_command(*arguments: str) -> Iterator[Served]:
-    """`python ARGUMENTS --bind a free port`, from its ready line to its end."""
-    command = [sys.executable, *arguments, "--bind", "tcp://127.0.0.1:0", "--control", "tcp://127.0.0.1:0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    """`python -m ARGUMENTS --bind` a free port, from its ready line to its end."""
+    command = [sys.executable, "-P", "-m", *arguments, "--bind", "tcp://127.0.0.1:*"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
-            yield _read_addresses(process)
+            yield _read_until_ready(process)
         finally:
             if process.poll() is None:
                 process.kill()
 
 
-def _read_addresses(process: "subprocess.Popen[str]") -> Served:
+def _read_until_ready(process: "subprocess.Popen[str]") -> Served:
     assert process.stdout is not None
-    said: dict[str, str] = {}
+    said = []
     for line in process.stdout:
-        what, _, value = line.strip().rpartition(" ")
-        if value == "ready":
-            return Served(process, said["data"], said.get("public key", ""))
-        said[what] = value
+        said.append(line.rstrip())
+        if said[-1] == "ready":
+            address = next(words.split()[2] for words in said if words.endswith("(data)"))
+            keys = [words.split()[2] for words in said if words.startswith("public key ")]
+            return Served(process, address, keys[0] if keys else "")
     raise AssertionError(f"the server ended before it was ready: exit {process.wait()}, said {said}")

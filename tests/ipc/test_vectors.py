@@ -57,7 +57,7 @@ def test_the_codec_agrees_with_a_vector(sender: str, vector: VectorRecord) -> No
         assert vector.kind is not None
         assert type(decoded) is KINDS[vector.kind]
         if vector.value is not None:
-            assert _same(decoded, with_defaults(vector.kind, vector.value))
+            assert same(decoded, with_defaults(vector.kind, vector.value))
         return
     with pytest.raises(FrameError) as caught:
         FRAMINGS[sender].decode(frames)
@@ -69,11 +69,11 @@ def test_the_codec_agrees_with_a_vector(sender: str, vector: VectorRecord) -> No
         assert caught.value.error.id == vector.error_id
 
 
-def _same(found: object, expected: object) -> bool:
+def same(found: object, expected: object) -> bool:
     """Every field of `expected` is there and equal, and a float where a float is meant."""
     if isinstance(expected, dict):
-        return all(_same(getattr(found, key), value) for key, value in expected.items())
+        return all(same(getattr(found, key), value) for key, value in expected.items())
     if isinstance(expected, list):
         items = list(found) if isinstance(found, (list, tuple)) else []
-        return len(items) == len(expected) and all(map(_same, items, expected))
+        return len(items) == len(expected) and all(map(same, items, expected))
     return found == expected and isinstance(found, float) == isinstance(expected, float)
