@@ -27,10 +27,7 @@ from graphgen.ipc.ggp.messages import (
 )
 from graphgen.mock_server.script import Hang, Script, Silence, built_in_script, read_script
 from tests.ipc.raw_client import RawClient, running_command, running_mock
-from tests.ipc.vectors import DISAGREEMENTS, read_vectors
-
-CLIENT = [vector for vector in read_vectors("client.json") if vector.name not in DISAGREEMENTS]
-WRONG = [vector for vector in CLIENT if vector.expect != "ok"]
+from tests.ipc.vectors import read_vectors, refuses_wrong_vectors
 
 
 def collect(client: RawClient, request_id: int) -> tuple[list[Delta], Done]:
@@ -44,20 +41,11 @@ def collect(client: RawClient, request_id: int) -> tuple[list[Delta], Done]:
 
 def test_it_refuses_every_wrong_vector_with_its_code_and_lives() -> None:
     with running_mock() as server, RawClient(server.address) as client:
-        client.hello()
-        for place, vector in enumerate(WRONG):
-            client.send_frames(vector.frame_bytes())
-            answers = client.ends_with_pong(place)
-            assert len(answers) == 1, (vector.name, answers)
-            answer = answers[0]
-            assert isinstance(answer, Error)
-            assert answer.code == vector.expect, vector.name
-            if vector.kind == "generate":
-                assert answer.id == vector.error_id, vector.name
+        refuses_wrong_vectors(client)
 
 
 def test_it_takes_every_right_vector() -> None:
-    right = [vector for vector in CLIENT if vector.expect == "ok" and vector.kind == "generate"]
+    right = [one for one in read_vectors("client.json") if one.expect == "ok" and one.kind == "generate"]
     with running_mock() as server, RawClient(server.address) as client:
         client.hello()
         for vector in right:

@@ -34,10 +34,7 @@ def prompt_ids(request: Generate, welcome: Welcome) -> list[int]:
     _check_sampling(request)
     ids = _ids(request, welcome)
     context = welcome.limits.prompt_tokens
-    if len(ids) > context:
-        message = f"prompt has {len(ids)} tokens, the limit is {context}: shorten it"
-        raise Refusal(make_error("too_large", message, request.id, "generate"))
-    if len(ids) == context:
+    if len(ids) >= context:
         message = f"prompt has {len(ids)} tokens, the context is {context}: leave room for one token of output"
         raise Refusal(make_error("never_fits", message, request.id, "generate"))
     return ids

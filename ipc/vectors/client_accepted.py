@@ -320,7 +320,7 @@ IMPOSSIBLE = [
         "prompt-of-a-million",
         (header("G"), [Repeat(b"\x82\xa2id\x01\xaaprompt_ids\xdd\x00\x10\x00\x00", 1), Repeat(b"\x01", 2**20)]),
         "2^20 token ids: as many as a message may have, more than any context that is tested with these vectors",
-        "too_large",
+        "never_fits",
         error_id=1,
     ),
     Vector(

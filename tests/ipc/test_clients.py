@@ -19,7 +19,7 @@ from graphgen.mock_server.script import Raw, Reply, Restart, Say, Script, Silenc
 from tests.ipc.foreign_clients import LANGUAGES, NODE, TIMEOUT_S, Language, lines_of, play, prepare, start
 from tests.ipc.raw_client import RawClient, running_command, running_mock
 from tests.ipc.test_vectors import same
-from tests.ipc.vectors import read_vectors, with_defaults
+from tests.ipc.vectors import read_vectors, refuses_wrong_vectors, with_defaults
 
 NO_SESSION = msgspec.msgpack.encode({"code": "no_session", "message": "who are you?", "retryable": True})
 SAY = Say(("one ", "two ", "three "), every_ms=1)
@@ -118,7 +118,7 @@ def test_every_error_of_the_table_reaches_the_caller_and_ends_nothing_else(langu
         "overloaded",
         "engine_lost",
         "quota_exceeded",
-        "too_large",
+        "never_fits",
         "bad_request",
         "bad_request",
     ]
@@ -254,6 +254,8 @@ def test_conversations_with_a_real_server_end_with_its_drain(tmp_path: Path) -> 
         {"do": "drain", "request": {"text": "ROMEO:\n", "sampling": {"max_tokens": 300, "ignore_eos": True}}},
     ]
     with running_command("graphgen", "serve", "--device", "cpu") as served:
+        with RawClient(served.address) as client:
+            refuses_wrong_vectors(client)
         plan = {"address": served.address, "steps": steps}
         programs = [start(language, tmp_path, plan) for language in LANGUAGES]
         before = []
@@ -266,7 +268,7 @@ def test_conversations_with_a_real_server_end_with_its_drain(tmp_path: Path) -> 
     for results, cancelled, refused, health, running in before:
         assert texts(results) == expected
         assert cancelled == {"pieces": 3}
-        assert codes(refused) == ["bad_request", "too_large", "bad_request"]
+        assert codes(refused) == ["bad_request", "never_fits", "bad_request"]
         assert health == {"ready": True}
         assert running == {"running": True}
     for end in ends:

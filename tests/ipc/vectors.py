@@ -7,6 +7,8 @@ from typing import Any
 import msgspec
 
 import graphgen.ipc
+from graphgen.ipc.ggp.messages import Error
+from tests.ipc.raw_client import RawClient
 
 FOLDER = Path(graphgen.ipc.__file__).parent / "vectors"
 
@@ -54,6 +56,19 @@ def with_defaults(kind: str, value: dict[str, Any]) -> dict[str, Any]:
     if isinstance(packed, dict):
         whole["prompt_u32"] = bytes.fromhex(packed["bin"])
     return whole
+
+
+def refuses_wrong_vectors(client: RawClient) -> None:
+    """A server answers each wrong message of a client with the error that it should have, and lives on."""
+    client.hello()
+    wrong = [vector for vector in read_vectors("client.json") if vector.expect != "ok"]
+    for vector in wrong:
+        if vector.name in DISAGREEMENTS:
+            continue
+        client.send_frames(vector.frame_bytes())
+        answer = client.receive(Error)
+        assert (answer.code, answer.id) == (vector.expect, vector.error_id), vector.name
+    assert client.ends_with_pong(1) == []
 
 
 def _bytes(frame: str | list[tuple[str, int]]) -> bytes:
