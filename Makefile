@@ -9,13 +9,18 @@ comma := ,
 # With an NVIDIA driver the CUDA kernels come along.
 EXTRAS := test$(comma)bench$(if $(wildcard /dev/nvidia0),$(comma)cuda)
 
-.PHONY: demo test check format gpu-test clean
+.PHONY: demo test clients check format gpu-test clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m graphgen demo
 
+# The Node and C++ clients are tested where their tools are installed; without them their tests say so and are skipped.
 test: $(VENV)/.installed
 	$(RUN) -m pytest -q -m "not gpu" $(PYTEST_ARGS)
+
+# Installs those tools: packages of Debian (as root or with sudo) and of npm.
+clients:
+	ipc/clients/install.sh
 
 gpu-test: $(VENV)/.installed
 	$(RUN) -m pytest -q -m gpu tests/gpu $(PYTEST_ARGS)
@@ -36,4 +41,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) ipc/clients/node/node_modules ipc/clients/cpp/build build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -37,6 +37,10 @@ class VectorRecord(msgspec.Struct, frozen=True):
     value: dict[str, Any] | None = None  # any message
     error_id: int | None = None
 
+    def allows_error_id(self, found: int | None) -> bool:
+        """Of a map that cannot be read as a whole, some decoders find the id all the same."""
+        return found == self.error_id or self.expect == "bad_frame"
+
     def frame_bytes(self) -> list[bytes]:
         return [_bytes(frame) for frame in self.frames]
 
@@ -60,14 +64,16 @@ def with_defaults(kind: str, value: dict[str, Any]) -> dict[str, Any]:
 
 def refuses_wrong_vectors(client: RawClient) -> None:
     """A server answers each wrong message of a client with the error that it should have, and lives on."""
-    client.hello()
-    wrong = [vector for vector in read_vectors("client.json") if vector.expect != "ok"]
-    for vector in wrong:
-        if vector.name in DISAGREEMENTS:
+    frame_limit = client.hello().limits.frame_bytes
+    for vector in read_vectors("client.json"):
+        frames = vector.frame_bytes()
+        # A frame above the limit closes the connection, as it should, but that is no answer.
+        if vector.expect == "ok" or vector.name in DISAGREEMENTS or max(map(len, frames)) > frame_limit:
             continue
-        client.send_frames(vector.frame_bytes())
+        client.send_frames(frames)
         answer = client.receive(Error)
-        assert (answer.code, answer.id) == (vector.expect, vector.error_id), vector.name
+        assert answer.code == vector.expect, vector.name
+        assert vector.allows_error_id(answer.id), vector.name
     assert client.ends_with_pong(1) == []
 
 
