@@ -18,8 +18,7 @@ from graphgen.ipc.ggp.messages import Accepted, Generate
 from graphgen.mock_server.script import Raw, Reply, Restart, Say, Script, Silence, built_in_script
 from tests.ipc.foreign_clients import LANGUAGES, NODE, TIMEOUT_S, Language, lines_of, play, prepare, start
 from tests.ipc.raw_client import RawClient, running_command, running_mock
-from tests.ipc.test_vectors import same
-from tests.ipc.vectors import read_vectors, refuses_wrong_vectors, with_defaults
+from tests.ipc.vectors import read_vectors, refuses_wrong_vectors, same, with_defaults
 
 NO_SESSION = msgspec.msgpack.encode({"code": "no_session", "message": "who are you?", "retryable": True})
 SAY = Say(("one ", "two ", "three "), every_ms=1)

@@ -9,7 +9,7 @@ from graphgen.ipc.ggp.codes import CODES
 from graphgen.ipc.ggp.framing import FrameError, Framing, client_framing, server_framing
 from graphgen.ipc.ggp.messages import NAMES
 from graphgen.ipc.vectors.make import files
-from tests.ipc.vectors import DISAGREEMENTS, FOLDER, VectorRecord, read_vectors, with_defaults
+from tests.ipc.vectors import DISAGREEMENTS, FOLDER, VectorRecord, read_vectors, same, with_defaults
 
 CLIENT, SERVER = read_vectors("client.json"), read_vectors("server.json")
 FRAMINGS: dict[str, Framing[Any, Any]] = {"client": server_framing(), "server": client_framing()}
@@ -67,13 +67,3 @@ def test_the_codec_agrees_with_a_vector(sender: str, vector: VectorRecord) -> No
     assert caught.value.error.code == vector.expect
     if sender == "client":
         assert vector.allows_error_id(caught.value.error.id)
-
-
-def same(found: object, expected: object) -> bool:
-    """Every field of `expected` is there and equal, and a float where a float is meant."""
-    if isinstance(expected, dict):
-        return all(same(getattr(found, key), value) for key, value in expected.items())
-    if isinstance(expected, list):
-        items = list(found) if isinstance(found, (list, tuple)) else []
-        return len(items) == len(expected) and all(map(same, items, expected))
-    return found == expected and isinstance(found, float) == isinstance(expected, float)

@@ -62,6 +62,16 @@ def with_defaults(kind: str, value: dict[str, Any]) -> dict[str, Any]:
     return whole
 
 
+def same(found: object, expected: object) -> bool:
+    """Every field of `expected` is there and equal, and a float where a float is meant."""
+    if isinstance(expected, dict):
+        return all(same(getattr(found, key), value) for key, value in expected.items())
+    if isinstance(expected, list):
+        items = list(found) if isinstance(found, (list, tuple)) else []
+        return len(items) == len(expected) and all(map(same, items, expected))
+    return found == expected and isinstance(found, float) == isinstance(expected, float)
+
+
 def refuses_wrong_vectors(client: RawClient) -> None:
     """A server answers each wrong message of a client with the error that it should have, and lives on."""
     frame_limit = client.hello().limits.frame_bytes

@@ -101,7 +101,11 @@ std::optional<Piece> Stream::next() {
     request_->ended = false;
     request_->error = nullptr;
     lock.unlock();
-    source_->connected()->send(request_);
+    try {
+      source_->connected()->send(request_);
+    } catch (...) {
+      request_->fail(std::current_exception());
+    }
     lock.lock();
   }
   if (request_->error) std::rethrow_exception(request_->error);

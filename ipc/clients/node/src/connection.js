@@ -69,8 +69,10 @@ export class Connection {
   /**
    * Sends a `generate`. The handler hears of it until `done` or `failed`, whatever happens.
    * @returns {number} its id
+   * @throws {ConnectionError} why the connection has ended
    */
   request(fields, handler) {
+    if (this.ended) throw this.ended;
     const id = this.#nextId++;
     this.#open.set(id, handler);
     this.#watch();
