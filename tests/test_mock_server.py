@@ -1,6 +1,8 @@
 """The mock server: it keeps the protocol as a real server would, and breaks it as its script says."""
 
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -25,8 +27,9 @@ from graphgen.ipc.ggp.messages import (
     Stats,
     StatsRequest,
 )
+from graphgen.mock_server.__main__ import mock_server
 from graphgen.mock_server.script import Hang, Script, Silence, built_in_script, read_script
-from tests.ipc.raw_client import RawClient, running_command, running_mock
+from tests.ipc.raw_client import ROOT, RawClient, running_command, running_mock
 from tests.ipc.vectors import read_vectors, refuses_wrong_vectors
 
 
@@ -207,3 +210,15 @@ def test_a_script_from_a_file_is_what_was_printed(tmp_path: Path) -> None:
     path.write_text('{"replies": [{"prompt": "x", "steps": [{"do": "dance"}]}]}')
     with pytest.raises(ConfigError, match="dance"):
         read_script(path)
+
+
+def test_the_help_names_every_prompt_that_is_not_echoed() -> None:
+    help_text = " ".join((mock_server.__doc__ or "").split())
+    for reply in built_in_script().replies:
+        assert reply.prompt in help_text or reply.prompt.startswith("error "), reply.prompt
+
+
+def test_it_needs_no_torch() -> None:
+    program = "import sys, graphgen.mock_server.__main__; print({'torch', 'transformers'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert run.stdout == "set()\n"

@@ -26,7 +26,12 @@ def mock_server(
     grace_s: Annotated[float, typer.Option(min=0, help="After SIGTERM, for open requests, in seconds.")] = 10.0,
     print_script: Annotated[bool, typer.Option(help="Print the built-in script and end.")] = False,
 ) -> None:
-    """Speak GGP/1 without a model: scripted answers, stalls, faults and disconnects, for authors of clients."""
+    """Speak GGP/1 without a model: scripted answers, stalls, faults and disconnects, for authors of clients.
+
+    A token is a byte of UTF-8. Prompts with an answer of their own: stall, hang, silence, restart, drain, unicode,
+    burst, slow, gap, garbage, future, late error, overloaded, new error, and "error CODE" for each error code. Every
+    other prompt is echoed word by word.
+    """
     if print_script:
         print(msgspec.json.format(msgspec.json.encode(built_in_script())).decode())
         return
