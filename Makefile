@@ -12,15 +12,20 @@ comma := ,
 # With an NVIDIA driver the CUDA kernels come along.
 EXTRAS := test$(comma)bench$(if $(wildcard /dev/nvidia0),$(comma)cuda)
 
-.PHONY: demo test check format gpu-test clean
+.PHONY: demo test clients check format gpu-test clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m graphgen demo
 
 # Tests of the clock come last and one at a time. Exit code 5: none of the tests that were asked for is of that kind.
+# The Node and C++ clients are tested where their tools are installed; without them their tests say so and are skipped.
 test: $(VENV)/.installed
 	$(RUN) -m pytest -q -m "not gpu and not alone" -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS) || [ $$? -eq 5 ]
 	$(RUN) -m pytest -q -m "alone and not gpu" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+
+# Installs those tools: packages of Debian (as root or with sudo) and of npm.
+clients:
+	ipc/clients/install.sh
 
 gpu-test: $(VENV)/.installed
 	$(RUN) -m pytest -q -m gpu tests/gpu $(PYTEST_ARGS)
@@ -41,4 +46,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) ipc/clients/node/node_modules ipc/clients/cpp/build build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -21,6 +21,7 @@ from graphgen.engine import Engine
 from graphgen.ipc.errors import GraphgenError
 from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS
 from graphgen.ipc.messages import Bucket, Phase
+from graphgen.mock_server.__main__ import mock_server
 from graphgen.sampling_params import SamplingParams
 from graphgen.serve_command import keys_app, serve_until_signal
 from graphgen.step_times_store import StepTimesKey, stored_file
@@ -30,6 +31,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="Serve large 
 app.add_typer(keys_app, name="keys")
 stdout = Console()
 stderr = Console(stderr=True)
+
+app.command()(mock_server)
 
 USAGE_EXIT = 2
 

@@ -1,0 +1,124 @@
+/// What a program gives to the client and gets from it. Owns plain types with the protocol's defaults; no behaviour.
+/// ipc/PROTOCOL.md has the meaning and the range of every field.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+namespace graphgen {
+
+/// How a request draws its tokens, when it ends and how it is served.
+struct Sampling {
+  std::optional<std::uint32_t> max_tokens = 128;  ///< Nothing: to the end of the model's context.
+  std::uint32_t min_tokens = 0;
+  double temperature = 1.0;
+  std::uint32_t top_k = 0;
+  double top_p = 1.0;
+  double min_p = 0.0;
+  double repetition_penalty = 1.0;
+  double presence_penalty = 0.0;
+  double frequency_penalty = 0.0;
+  std::optional<std::uint64_t> seed;  ///< Up to 2^53-1.
+  std::vector<std::string> stop;
+  std::vector<std::uint32_t> stop_token_ids;
+  bool ignore_eos = false;
+  bool skip_special_tokens = true;
+  std::uint32_t n = 1;  ///< Samples of the one prompt.
+  std::uint32_t priority = 0;
+  std::optional<double> deadline_ms;
+  std::optional<double> itl_target_ms;
+  std::optional<double> ttft_target_ms;
+  std::string cache_salt;
+};
+
+struct ChatMessage {
+  std::string role;
+  std::string content;
+};
+
+using TokenIds = std::vector<std::uint32_t>;
+using Chat = std::vector<ChatMessage>;
+
+/// One prompt, in one of three forms, and what to do with it.
+struct Request {
+  std::variant<std::string, TokenIds, Chat> prompt;
+  Sampling sampling = {};
+  bool stream = true;     ///< false: each sample comes in one piece.
+  bool echo_ids = false;  ///< true: Stream::prompt_ids() has the prompt.
+};
+
+/// New tokens of one sample.
+struct Piece {
+  std::string text;
+  TokenIds ids;
+  std::uint32_t sample = 0;
+  std::optional<std::string> finish;  ///< In the sample's last piece: stop, length, aborted or error.
+};
+
+/// A whole sample.
+struct Output {
+  std::string text;
+  TokenIds ids;
+  std::string finish;
+};
+
+struct Usage {
+  std::uint64_t prompt_tokens = 0;
+  std::uint64_t output_tokens = 0;  ///< Of all samples.
+  std::uint64_t cached_tokens = 0;
+};
+
+/// Milliseconds since the request reached the server.
+struct Timing {
+  double queued_ms = 0;
+  double first_token_ms = 0;
+  double total_ms = 0;
+};
+
+struct Limits {
+  std::uint64_t frame_bytes = 0;
+  std::uint64_t prompt_tokens = 0;
+  std::uint64_t text_bytes = 0;
+  std::uint64_t open_requests = 0;
+  std::uint64_t open_prompt_tokens = 0;
+  std::uint64_t messages = 1024;
+  std::uint64_t samples = 16;
+  std::uint64_t stop_strings = 16;
+  std::uint64_t stop_string_len = 1024;
+  std::uint64_t stop_token_ids = 16;
+  std::uint64_t deadline_ms = 3'600'000;
+};
+
+/// What the server says of itself.
+struct Welcome {
+  std::uint64_t version = 0;
+  std::string session;
+  std::string instance;
+  std::string server;
+  std::string model;
+  std::uint64_t vocab_size = 0;
+  std::vector<std::uint64_t> eos_token_ids;
+  std::vector<std::string> features;
+  Limits limits;
+  std::uint64_t heartbeat_ms = 0;
+  std::uint64_t slow_consumer_ms = 0;
+  std::string control;
+};
+
+/// A snapshot, by the names of PROTOCOL.md's `stats`.
+struct Stats {
+  std::map<std::string, std::uint64_t> counts;
+  std::map<std::string, double> times;
+};
+
+struct Health {
+  std::string status;
+  bool ready = false;
+  double worker_ms = 0;
+};
+
+}  // namespace graphgen

@@ -1,0 +1,185 @@
+/// What a server sends: each kind and its fields. See wire.hpp.
+#include "reading.hpp"
+#include "wire.hpp"
+
+namespace graphgen::wire {
+
+void read(const msgpack::object& value, Usage& into) {
+  const Map map(value);
+  map.required("prompt_tokens", into.prompt_tokens);
+  map.required("output_tokens", into.output_tokens);
+  map.optional("cached_tokens", into.cached_tokens);
+}
+
+void read(const msgpack::object& value, Timing& into) {
+  const Map map(value);
+  map.required("queued_ms", into.queued_ms);
+  map.required("first_token_ms", into.first_token_ms);
+  map.required("total_ms", into.total_ms);
+}
+
+void read(const msgpack::object& value, Limits& into) {
+  const Map map(value);
+  map.required("frame_bytes", into.frame_bytes);
+  map.required("prompt_tokens", into.prompt_tokens);
+  map.required("text_bytes", into.text_bytes);
+  map.required("open_requests", into.open_requests);
+  map.required("open_prompt_tokens", into.open_prompt_tokens);
+  map.optional("messages", into.messages);
+  map.optional("samples", into.samples);
+  map.optional("stop_strings", into.stop_strings);
+  map.optional("stop_string_len", into.stop_string_len);
+  map.optional("stop_token_ids", into.stop_token_ids);
+  map.optional("deadline_ms", into.deadline_ms);
+}
+
+namespace {
+
+constexpr char major = 1;
+/// Nothing in the protocol is longer or deeper, and a length that lies must not allocate.
+constexpr std::size_t max_items = std::size_t{1} << 20;
+constexpr std::size_t max_bytes = std::size_t{16} << 20;
+constexpr std::size_t max_depth = 32;
+
+Welcome read_welcome(const Map& map) {
+  Welcome message;
+  map.required("version", message.version);
+  map.required("session", message.session);
+  map.required("instance", message.instance);
+  map.required("server", message.server);
+  map.required("model", message.model);
+  map.required("vocab_size", message.vocab_size);
+  map.required("eos_token_ids", message.eos_token_ids);
+  map.required("features", message.features);
+  map.required("limits", message.limits);
+  map.required("heartbeat_ms", message.heartbeat_ms);
+  map.required("slow_consumer_ms", message.slow_consumer_ms);
+  map.required("control", message.control);
+  return message;
+}
+
+Accepted read_accepted(const Map& map) {
+  Accepted message;
+  map.required("id", message.id);
+  map.required("prompt_tokens", message.prompt_tokens);
+  map.optional("prompt_ids", message.prompt_ids);
+  return message;
+}
+
+Delta read_delta(const Map& map) {
+  Delta message;
+  map.required("id", message.id);
+  map.optional("seq", message.seq);
+  map.optional("sample", message.sample);
+  map.optional("ids", message.ids);
+  map.optional("text", message.text);
+  map.optional("finish", message.finish);
+  return message;
+}
+
+Done read_done(const Map& map) {
+  Done message;
+  map.required("id", message.id);
+  map.required("finish", message.finish);
+  map.required("usage", message.usage);
+  map.required("timing", message.timing);
+  return message;
+}
+
+ErrorMessage read_error(const Map& map) {
+  ErrorMessage message;
+  map.required("code", message.code);
+  map.required("message", message.message);
+  map.optional("retryable", message.retryable);
+  map.optional("retry_after_ms", message.retry_after_ms);
+  map.optional("id", message.id);
+  map.optional("about", message.about);
+  map.optional("versions", message.versions);
+  return message;
+}
+
+Draining read_draining(const Map& map) {
+  Draining message;
+  map.required("grace_ms", message.grace_ms);
+  return message;
+}
+
+Stats read_stats(const Map& map) {
+  Stats message;
+  for (const char* name : {"sessions", "open_requests", "held_requests", "running", "waiting", "pages_free",
+                           "pages_total", "steps", "finished", "preemptions", "deltas_sent", "deltas_merged",
+                           "messages_refused", "frontend_rss_bytes"}) {
+    map.required(name, message.counts[name]);
+  }
+  for (const char* name : {"step_ms_p50", "step_ms_p95", "step_ms_p99", "step_ms_max", "frontend_cpu_s"}) {
+    map.required(name, message.times[name]);
+  }
+  return message;
+}
+
+Health read_health(const Map& map) {
+  Health message;
+  map.required("status", message.status);
+  map.required("ready", message.ready);
+  map.required("worker_ms", message.worker_ms);
+  return message;
+}
+
+template <typename Beat>
+Beat read_beat(const Map& map) {
+  Beat message;
+  map.optional("t", message.t);
+  map.optional("instance", message.instance);
+  return message;
+}
+
+/// The type that a kind is read as. Nothing: no kind that this client knows.
+using Reader = ServerMessage (*)(const Map&);
+
+template <typename Message, Message (*read_it)(const Map&)>
+ServerMessage as_message(const Map& map) {
+  return read_it(map);
+}
+
+Reader reader_of(char kind) {
+  switch (kind) {
+    case 'W': return as_message<Welcome, read_welcome>;
+    case 'A': return as_message<Accepted, read_accepted>;
+    case 'D': return as_message<Delta, read_delta>;
+    case 'F': return as_message<Done, read_done>;
+    case 'E': return as_message<ErrorMessage, read_error>;
+    case 'N': return as_message<Draining, read_draining>;
+    case 'T': return as_message<Stats, read_stats>;
+    case 'M': return as_message<Health, read_health>;
+    case 'P': return as_message<Ping, read_beat<Ping>>;
+    case 'Q': return as_message<Pong, read_beat<Pong>>;
+    default: return nullptr;
+  }
+}
+
+}  // namespace
+
+std::optional<ServerMessage> decode(const std::vector<std::string_view>& frames) {
+  if (frames.size() != 2) throw ProtocolError("a message has " + std::to_string(frames.size()) + " frames, not 2");
+  const std::string_view header = frames[0], body = frames[1];
+  if (header.size() != 4 || header.substr(0, 2) != "GG") throw ProtocolError("the first frame is no header");
+  if (header[2] != major) {
+    throw ProtocolError("version " + std::to_string(static_cast<unsigned char>(header[2])) + " of the protocol, not 1");
+  }
+  const Reader reader = reader_of(header[3]);
+  if (reader == nullptr) return std::nullopt;
+  const std::string kind(1, header[3]);
+  try {
+    std::size_t end = 0;
+    const msgpack::unpack_limit limit(max_items, max_items, max_bytes, max_bytes, max_bytes, max_depth);
+    const msgpack::object_handle handle = msgpack::unpack(body.data(), body.size(), end, nullptr, nullptr, limit);
+    if (end != body.size()) throw BadField("bytes behind the map");
+    return reader(Map(handle.get()));
+  } catch (const BadField& error) {
+    throw ProtocolError("kind " + kind + ": " + error.what());
+  } catch (const msgpack::unpack_error& error) {
+    throw ProtocolError("kind " + kind + ": the second frame is no map: " + error.what());
+  }
+}
+
+}  // namespace graphgen::wire

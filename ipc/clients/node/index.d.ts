@@ -1,0 +1,178 @@
+/** A CURVE connection; each key is 40 characters, as `graphgen keys` prints it. */
+export interface CurveKeys {
+  serverKey: string;
+  publicKey: string;
+  secretKey: string;
+}
+
+export interface ClientOptions {
+  curve?: CurveKeys;
+  /** For the server's welcome. Default 10000. */
+  connectTimeoutMs?: number;
+  /** Open requests are given up when the server was silent for so long. Default 10000. */
+  lostAfterMs?: number;
+  /** The server is about to end; open requests go on for so long. */
+  onDraining?: (graceMs: number) => void;
+}
+
+export interface ChatMessage {
+  role: string;
+  content: string;
+}
+
+/** Give `prompt` or `messages`. Ranges and meanings are those of PROTOCOL.md's `sampling`. */
+export interface GenerateOptions {
+  /** Text, or token ids; a Uint32Array is sent packed. */
+  prompt?: string | readonly number[] | Uint32Array;
+  messages?: readonly ChatMessage[];
+  /** Most tokens of output, 128 by default; null goes to the end of the context. */
+  maxTokens?: number | null;
+  minTokens?: number;
+  temperature?: number;
+  topK?: number;
+  topP?: number;
+  minP?: number;
+  repetitionPenalty?: number;
+  presencePenalty?: number;
+  frequencyPenalty?: number;
+  /** 0 to 2^53-1. */
+  seed?: number | bigint | null;
+  stop?: string | readonly string[];
+  stopTokenIds?: readonly number[];
+  ignoreEos?: boolean;
+  skipSpecialTokens?: boolean;
+  /** Samples of the one prompt. */
+  n?: number;
+  priority?: number;
+  deadlineMs?: number | null;
+  itlTargetMs?: number | null;
+  ttftTargetMs?: number | null;
+  cacheSalt?: string;
+  /** false: each sample comes in one piece. */
+  stream?: boolean;
+  /** true: `Stream.promptIds` is set. */
+  echoIds?: boolean;
+  /** Ends the request; the iterator throws the signal's reason. */
+  signal?: AbortSignal;
+}
+
+/** How a sample ended: "stop", "length", "aborted" or "error". */
+export type Finish = string;
+
+export interface Piece {
+  text: string;
+  ids: number[];
+  sample: number;
+  /** In the sample's last piece. */
+  finish: Finish | null;
+}
+
+export interface Output {
+  text: string;
+  ids: number[];
+  finish: Finish | null;
+}
+
+export interface Usage {
+  promptTokens: number;
+  outputTokens: number;
+  cachedTokens: number;
+}
+
+/** Milliseconds since the request reached the server. */
+export interface Timing {
+  queuedMs: number;
+  firstTokenMs: number;
+  totalMs: number;
+}
+
+export interface Stream extends AsyncIterableIterator<Piece> {
+  readonly promptTokens: number | null;
+  readonly promptIds: number[] | null;
+  readonly finish: Finish[] | null;
+  readonly usage: Usage | null;
+  readonly timing: Timing | null;
+  cancel(): void;
+  outputs(): Promise<Output[]>;
+}
+
+export interface Limits {
+  frameBytes: number;
+  promptTokens: number;
+  textBytes: number;
+  openRequests: number;
+  openPromptTokens: number;
+  messages: number;
+  samples: number;
+  stopStrings: number;
+  stopStringLen: number;
+  stopTokenIds: number;
+  deadlineMs: number;
+}
+
+export interface Welcome {
+  version: number;
+  session: string;
+  instance: string;
+  server: string;
+  model: string;
+  vocabSize: number;
+  eosTokenIds: number[];
+  features: string[];
+  limits: Limits;
+  heartbeatMs: number;
+  slowConsumerMs: number;
+  control: string;
+}
+
+export interface Stats {
+  sessions: number;
+  openRequests: number;
+  heldRequests: number;
+  running: number;
+  waiting: number;
+  pagesFree: number;
+  pagesTotal: number;
+  steps: number;
+  finished: number;
+  preemptions: number;
+  stepMsP50: number;
+  stepMsP95: number;
+  stepMsP99: number;
+  stepMsMax: number;
+  deltasSent: number;
+  deltasMerged: number;
+  messagesRefused: number;
+  frontendCpuS: number;
+  frontendRssBytes: number;
+}
+
+export interface Health {
+  status: string;
+  ready: boolean;
+  workerMs: number;
+}
+
+export class Client {
+  constructor(address?: string, options?: ClientOptions);
+  /** Throws TypeError or RangeError for options that cannot be sent; all else is thrown by the iterator. */
+  generate(options: GenerateOptions): Stream;
+  welcome(): Promise<Welcome>;
+  stats(): Promise<Stats>;
+  health(): Promise<Health>;
+  close(): Promise<void>;
+  [Symbol.asyncDispose](): Promise<void>;
+}
+
+export class GraphgenError extends Error {
+  readonly code: string;
+  /** The same call may succeed later. */
+  readonly retryable: boolean;
+  readonly retryAfterMs: number | null;
+}
+/** The server refused or ended the request; `code` is one of PROTOCOL.md's. */
+export class RequestError extends GraphgenError {}
+/** `code` is "timeout", "lost", "no_session" or "closed". */
+export class ConnectionError extends GraphgenError {}
+/** The server sent what no server may send. */
+export class ProtocolError extends GraphgenError {}

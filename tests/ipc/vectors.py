@@ -1,0 +1,93 @@
+"""The conformance vectors as the tests read them: from the JSON files, as a program in any language would."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import graphgen.ipc
+from graphgen.ipc.ggp.messages import Error
+from tests.ipc.raw_client import RawClient
+
+FOLDER = Path(graphgen.ipc.__file__).parent / "vectors"
+
+DISAGREEMENTS = {
+    "cancel-session-65": "the error for a refused cancel carries its id, as if a request had ended",
+    "cancel-session-int": "the error for a refused cancel carries its id, as if a request had ended",
+    "hello-versions-negative": "the type takes negative versions",
+    "error-code-of-the-future": "the type takes only the codes of today",
+    "delta-seq-negative": "the type takes negative numbers",
+    "delta-seq-2^63": "the type takes numbers above 2^53-1",
+    "done-timing-nan": "the type takes NaN",
+    "draining-negative": "the type takes negative numbers",
+}
+"""Where the codec does not do what PROTOCOL.md says."""
+
+
+class VectorRecord(msgspec.Struct, frozen=True):
+    """One line of client.json or server.json; README.md in its folder has the fields."""
+
+    name: str
+    kind: str | None
+    meaning: str
+    frames: list[str | list[tuple[str, int]]]
+    expect: str
+    checked_by: str = "decoder"
+    value: dict[str, Any] | None = None  # any message
+    error_id: int | None = None
+
+    def allows_error_id(self, found: int | None) -> bool:
+        """Of a map that cannot be read as a whole, some decoders find the id all the same."""
+        return found == self.error_id or self.expect == "bad_frame"
+
+    def frame_bytes(self) -> list[bytes]:
+        return [_bytes(frame) for frame in self.frames]
+
+
+def read_vectors(file_name: str) -> list[VectorRecord]:
+    return msgspec.json.decode((FOLDER / file_name).read_bytes(), type=list[VectorRecord])
+
+
+def with_defaults(kind: str, value: dict[str, Any]) -> dict[str, Any]:
+    """The whole message that a vector's value means: every field, and bytes as bytes."""
+    defaults = json.loads((FOLDER / "defaults.json").read_text())
+    whole = {**defaults.get(kind, {}), **value}
+    for field in ("sampling", "limits", "usage"):
+        if isinstance(whole.get(field), dict):
+            whole[field] = {**defaults[field], **whole[field]}
+    packed = whole.get("prompt_u32")
+    if isinstance(packed, dict):
+        whole["prompt_u32"] = bytes.fromhex(packed["bin"])
+    return whole
+
+
+def same(found: object, expected: object) -> bool:
+    """Every field of `expected` is there and equal, and a float where a float is meant."""
+    if isinstance(expected, dict):
+        return all(same(getattr(found, key), value) for key, value in expected.items())
+    if isinstance(expected, list):
+        items = list(found) if isinstance(found, (list, tuple)) else []
+        return len(items) == len(expected) and all(map(same, items, expected))
+    return found == expected and isinstance(found, float) == isinstance(expected, float)
+
+
+def refuses_wrong_vectors(client: RawClient) -> None:
+    """A server answers each wrong message of a client with the error that it should have, and lives on."""
+    frame_limit = client.hello().limits.frame_bytes
+    for vector in read_vectors("client.json"):
+        frames = vector.frame_bytes()
+        # A frame above the limit closes the connection, as it should, but that is no answer.
+        if vector.expect == "ok" or vector.name in DISAGREEMENTS or max(map(len, frames)) > frame_limit:
+            continue
+        client.send_frames(frames)
+        answer = client.receive(Error)
+        assert answer.code == vector.expect, vector.name
+        assert vector.allows_error_id(answer.id), vector.name
+    assert client.ends_with_pong(1) == []
+
+
+def _bytes(frame: str | list[tuple[str, int]]) -> bytes:
+    if isinstance(frame, str):
+        return bytes.fromhex(frame)
+    return b"".join(bytes.fromhex(piece) * times for piece, times in frame)
