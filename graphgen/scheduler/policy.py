@@ -38,7 +38,7 @@ from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.overload import OverloadGuard
 from graphgen.scheduler.plan import PlanDraft, StepDescription
 from graphgen.scheduler.prefix_cache import PrefixCache
-from graphgen.scheduler.prompts import PromptPlanner
+from graphgen.scheduler.prompts import MAX_PASSED, PromptPlanner
 from graphgen.scheduler.request import Request, RunningRequest
 from graphgen.scheduler.running import RunningSet
 from graphgen.scheduler.waiting import WaitingQueue
@@ -116,7 +116,7 @@ class Scheduler:
         self._num_added += 1
         self._newest_arrival_s = arrived_s
         self._requests[request.request_id] = request
-        self._waiting.append(request)
+        self._waiting.add(request)
         self._prompts.num_with_ttft_target += request.ttft_by_s is not None
         self._deadlines.add(request)
 
@@ -239,14 +239,16 @@ class Scheduler:
         lowest, highest = self._running.lowest_class, self._waiting.highest_class
         if lowest is None or highest is None or highest <= lowest:
             return
-        for request in self._waiting.first(1, 1):
-            if request.priority <= lowest or self._in_flight.draw_for(request):
-                continue
+        for request in self._waiting.first(MAX_PASSED, MAX_PASSED):
+            if self._in_flight.draw_for(request):
+                return
             offer = self._admission.offer(request)
-            if not self._admission.is_held_back(request, offer):
+            if self._admission.is_held_back(request, offer):
+                continue
+            if request.priority > lowest:
                 for victim in self._admission.victims_for(request, offer):
                     self._preempt(victim)
-                return
+            return  # whoever comes after it could not be sure to start
 
     def _plan_decodes(self, draft: PlanDraft) -> None:
         """A row for every request whose prompt is computed."""
@@ -279,7 +281,7 @@ class Scheduler:
         if running.decode_row is not None:
             request.last_step = self.counters.steps - 1
         self._release(running)
-        self._waiting.put_back(request)
+        self._waiting.add(request)
 
     # --- a plan leaves, requests leave -----------------------------------------------------------------------
 
