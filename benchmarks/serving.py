@@ -46,7 +46,7 @@ def sampling_of(request: PlannedRequest, itl_target_ms: float | None) -> Samplin
     return SamplingParams(temperature=0.0, max_tokens=request.output_len, ignore_eos=True, itl_target_ms=itl_target_ms)
 
 
-def whole_reader(core: EngineCore, itl_target_ms: float | None = None) -> Reader:
+def whole_reader(core: EngineCore, targets: Targets) -> Reader:
     """The engine keeps the times; this process wakes once a request, so measuring costs nothing per token."""
     loop = asyncio.get_running_loop()
 
@@ -56,7 +56,7 @@ def whole_reader(core: EngineCore, itl_target_ms: float | None = None) -> Reader
         def sink(delivery: Delivery) -> None:
             loop.call_soon_threadsafe(done.set_result, delivery)
 
-        core.open([request.prompt_token_ids], sampling_of(request, itl_target_ms), streams=False, sinks=[sink])
+        core.open([request.prompt_token_ids], targets.sampling_of(request), streams=False, sinks=[sink])
         output = await done
         if isinstance(output, Exception):
             raise output
@@ -66,14 +66,14 @@ def whole_reader(core: EngineCore, itl_target_ms: float | None = None) -> Reader
     return read
 
 
-def stream_reader(core: EngineCore, itl_target_ms: float | None) -> Reader:
+def stream_reader(core: EngineCore, targets: Targets) -> Reader:
     """Takes the time where a user's task gets the token: what AsyncEngine.generate gives, with the loop's delays."""
     mailbox = Mailbox(asyncio.get_running_loop())
 
     async def read(request: PlannedRequest) -> tuple[float, ...]:
         sent_s = time.monotonic()
         times: list[float] = []
-        sampling = sampling_of(request, itl_target_ms)
+        sampling = targets.sampling_of(request)
         async for piece in AsyncStream(core, mailbox, request.prompt_token_ids, sampling):
             times += [time.monotonic() - sent_s] * len(piece.token_ids)
         return tuple(times)
@@ -122,7 +122,7 @@ class Run(Struct, frozen=True):
     """One row of the table."""
 
     load: Load
-    itl_target_ms: float | None
+    targets: Targets
     seed: int
     stream: bool
 
@@ -132,7 +132,7 @@ def run_load(core: EngineCore, run_of: Run, requests: Sequence[PlannedRequest]) 
 
     async def run() -> list[ServedRequest]:
         reader = stream_reader if run_of.stream else whole_reader
-        read = reader(core, run_of.itl_target_ms)
+        read = reader(core, run_of.targets)
         return await (open_loop(requests, read) if load.clients is None else closed_loop(requests, load.clients, read))
 
     return asyncio.run(run())
@@ -160,7 +160,7 @@ def measure(core: EngineCore, run: Run, levels: Sequence[ServiceLevel], steps: S
         **_parts_of(load),
         "num_requests": len(requests),
         "seed": run.seed,
-        "itl_target_ms": run.itl_target_ms,
+        "itl_target_ms": run.targets.itl_ms,
         "token_budget": core.ready.token_budget,
         "requests_cut": at_limit,
         **summarize(served, levels),
@@ -200,7 +200,7 @@ def run_engine(
 
 
 async def _warm_up(core: EngineCore) -> None:
-    await whole_reader(core)(PlannedRequest(0.0, [1, 2, 3], 4))
+    await whole_reader(core, Targets())(PlannedRequest(0.0, [1, 2, 3], 4))
 
 
 # --- showing ---------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def table_row(row: Figures, levels: Sequence[ServiceLevel]) -> dict[str, str]:
     return {
         "workload": str(row["workload"]),
         "budget": str(row["token_budget"]),
-        "ITL target": _number(row["itl_target_ms"], 1),
+        "ITL target": _number(row.get("itl_target_ms"), 1),
         "req/s": _number(row["request_throughput"], 2),
         "out tok/s": _number(row["output_throughput"], 0),
         "TTFT p50/p95": _numbers(row, ("median_ttft_ms", "p95_ttft_ms"), 0),
@@ -267,7 +267,8 @@ def serving_parser() -> argparse.ArgumentParser:
         type=float,
         nargs="+",
         default=[0.0],
-        help="what every request asks of its gaps, 0 for nothing; all rows are repeated for each",
+        help="what every request asks of its gaps, 0 for nothing, and with it a first token after prompt tokens /"
+        " --sla-prompt-rate seconds; all rows are repeated for each",
     )
     load.add_argument("--stream", action="store_true", help="read every token in an event loop")
     results = parser.add_argument_group("results")
@@ -298,7 +299,7 @@ def runs_of(options: argparse.Namespace) -> list[Run]:
     """The rows asked for, each with a seed of its own. Raises ValueError."""
     loads = itertools.product(options.itl_target_ms, loads_of(options))
     return [
-        Run(load, target_ms or None, options.seed + index, options.stream)
+        Run(load, Targets(target_ms or None, options.sla_prompt_rate), options.seed + index, options.stream)
         for index, (target_ms, load) in enumerate(loads)
     ]
 
