@@ -42,8 +42,21 @@ Reader = Callable[[PlannedRequest], Awaitable[tuple[float, ...]]]
 # --- sending ---------------------------------------------------------------------------------------------------
 
 
-def sampling_of(request: PlannedRequest, itl_target_ms: float | None) -> SamplingParams:
-    return SamplingParams(temperature=0.0, max_tokens=request.output_len, ignore_eos=True, itl_target_ms=itl_target_ms)
+class Targets(Struct, frozen=True):
+    """What requests ask for; without an ITL target they ask for nothing."""
+
+    itl_ms: float | None = None
+    prompt_rate: float = 512.0  # the first token is due after prompt tokens / rate seconds
+
+    def sampling_of(self, request: PlannedRequest) -> SamplingParams:
+        ttft_ms = len(request.prompt_token_ids) / self.prompt_rate * 1000.0
+        return SamplingParams(
+            temperature=0.0,
+            max_tokens=request.output_len,
+            ignore_eos=True,
+            itl_target_ms=self.itl_ms,
+            ttft_target_ms=None if self.itl_ms is None else ttft_ms,
+        )
 
 
 def whole_reader(core: EngineCore, targets: Targets) -> Reader:
