@@ -52,7 +52,6 @@ def test_the_default_ladder_pads_few_rows_where_steps_are_small() -> None:
         128,
         256,
         384,
-        448,
         512,
         640,
         768,
