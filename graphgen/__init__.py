@@ -7,6 +7,8 @@ processes, which import this package too, load only what they need.
 import importlib
 from typing import TYPE_CHECKING
 
+from graphgen.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from graphgen.async_engine import AsyncEngine
     from graphgen.config import EngineConfig
@@ -14,24 +16,33 @@ if TYPE_CHECKING:
     from graphgen.ipc.errors import (
         CheckpointError,
         ConfigError,
+        ConnectionLostError,
         DeadlineError,
         EngineClosedError,
         EngineDeadError,
         GraphgenError,
         InvalidRequestError,
         OverloadedError,
+        PromptTooLongError,
+        ServerError,
         UnsupportedModelError,
     )
     from graphgen.ipc.messages import EngineStats
     from graphgen.outputs import RequestOutput, StreamPiece, Timing
+    from graphgen.remote.async_client import AsyncClient
+    from graphgen.remote.client import Client
+    from graphgen.remote.requests import Chat
     from graphgen.sampling_params import SamplingParams
 
-__version__ = "0.1.0"
 
 _HOMES = {
+    "AsyncClient": "graphgen.remote.async_client",
     "AsyncEngine": "graphgen.async_engine",
+    "Chat": "graphgen.remote.requests",
     "CheckpointError": "graphgen.ipc.errors",
+    "Client": "graphgen.remote.client",
     "ConfigError": "graphgen.ipc.errors",
+    "ConnectionLostError": "graphgen.ipc.errors",
     "DeadlineError": "graphgen.ipc.errors",
     "Engine": "graphgen.engine",
     "EngineClosedError": "graphgen.ipc.errors",
@@ -41,17 +52,23 @@ _HOMES = {
     "GraphgenError": "graphgen.ipc.errors",
     "InvalidRequestError": "graphgen.ipc.errors",
     "OverloadedError": "graphgen.ipc.errors",
+    "PromptTooLongError": "graphgen.ipc.errors",
     "RequestOutput": "graphgen.outputs",
     "SamplingParams": "graphgen.sampling_params",
+    "ServerError": "graphgen.ipc.errors",
     "StreamPiece": "graphgen.outputs",
     "Timing": "graphgen.outputs",
     "UnsupportedModelError": "graphgen.ipc.errors",
 }
 
 __all__ = [
+    "AsyncClient",
     "AsyncEngine",
+    "Chat",
     "CheckpointError",
+    "Client",
     "ConfigError",
+    "ConnectionLostError",
     "DeadlineError",
     "Engine",
     "EngineClosedError",
@@ -61,8 +78,10 @@ __all__ = [
     "GraphgenError",
     "InvalidRequestError",
     "OverloadedError",
+    "PromptTooLongError",
     "RequestOutput",
     "SamplingParams",
+    "ServerError",
     "StreamPiece",
     "Timing",
     "UnsupportedModelError",

@@ -5,6 +5,7 @@ import platform
 import sys
 import time
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,10 +17,13 @@ from graphgen.demo_run import DemoFigures, percentile, run_demo
 from graphgen.describe import Decision, decisions
 from graphgen.engine import Engine
 from graphgen.ipc.errors import GraphgenError
+from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS
 from graphgen.ipc.messages import Bucket, Phase
 from graphgen.sampling_params import SamplingParams
+from graphgen.serve_command import keys_app, serve_until_signal
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Serve large language models.")
+app.add_typer(keys_app, name="keys")
 stdout = Console()
 stderr = Console(stderr=True)
 
@@ -149,6 +153,41 @@ def prebuild(
     lines = [f"{source:<9} {name}" for name, source in built.libraries.items()]
     lines.append(f"for {built.arch} in {built.folder} after {time.monotonic() - begun_s:.1f} s")
     stdout.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command()
+def serve(
+    bind: Annotated[str, typer.Option(help="Address of the data socket: tcp://HOST:PORT or ipc://PATH.")] = (
+        DEFAULT_ADDRESS
+    ),
+    control: Annotated[str | None, typer.Option(help="Address of the control socket. [default: the next port]")] = None,
+    model: Model = None,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: DTypeOption = DType.AUTO,
+    max_model_len: MaxModelLen = None,
+    token_budget: TokenBudget = None,
+    load_format: LoadFormatOption = LoadFormat.AUTO,
+    keys: Annotated[
+        Path | None, typer.Option(help="Folder of CURVE keys, see `graphgen keys`: they are asked for.")
+    ] = (None),
+    insecure_public: Annotated[bool, typer.Option(help="Let everyone in who can reach a public address.")] = False,
+    grace_s: Annotated[float, typer.Option(min=0, help="For open requests to finish after SIGTERM.")] = 30.0,
+    memory_limit_mib: Annotated[int, typer.Option(min=64, help="Of the frontend, beyond what it needs when idle.")] = (
+        1024
+    ),
+    slow_consumer_s: Annotated[
+        float, typer.Option(min=1, help="A client that reads nothing for so long is cut off.")
+    ] = (60.0),
+    open_requests: Annotated[int, typer.Option(min=1, help="Most open requests of one client.")] = 256,
+) -> None:
+    """Serve programs in any language over ZeroMQ, until SIGTERM; the protocol is in ipc/PROTOCOL.md."""
+    config = _config(model, revision, device, dtype, max_model_len, token_budget, load_format)
+    sys.exit(
+        serve_until_signal(
+            config, bind, control, keys, insecure_public, grace_s, memory_limit_mib, slow_consumer_s, open_requests
+        )
+    )
 
 
 def main() -> None:

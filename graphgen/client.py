@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from pathlib import Path
+from typing import Protocol
 
 import zmq
 
@@ -29,11 +31,13 @@ from graphgen.ipc.errors import (
     OverloadedError,
 )
 from graphgen.ipc.messages import (
+    Attach,
     Cancel,
     EngineStats,
     EngineToScheduler,
     Failed,
     Outputs,
+    Probe,
     Progress,
     Ready,
     Rejected,
@@ -42,7 +46,7 @@ from graphgen.ipc.messages import (
     StatsRequest,
 )
 from graphgen.open_request import Delivery, OpenRequest, Sink
-from graphgen.processes import EngineProcesses
+from graphgen.processes import Exit
 
 logger = logging.getLogger("graphgen")
 
@@ -53,10 +57,39 @@ FAILED_WAIT_S = 0.3
 CLOSE_GRACE_S = 2.0
 
 
-class Client:
-    """Sends requests to the scheduler and delivers what comes back, until closed or until a process ends."""
+class Processes(Protocol):
+    """What the client must know of an engine's processes: EngineProcesses, or a stand-in for those of another."""
 
-    def __init__(self, processes: EngineProcesses, on_progress: Callable[[Progress], None] | None = None) -> None:
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def are_ours(self) -> bool: ...
+
+    @property
+    def pids(self) -> dict[str, int]: ...
+
+    def find_exit(self) -> Exit | None: ...
+
+    def log_tail(self, name: str, num_lines: int = ...) -> str: ...
+
+    def stop(self, grace_s: float) -> None: ...
+
+
+class Client:
+    """Sends requests to the scheduler and delivers what comes back, until closed or until a process ends.
+
+    `attaches`: the engine is another's, which this client joins in the place of one that is gone, and leaves running.
+    """
+
+    def __init__(
+        self,
+        processes: Processes,
+        on_progress: Callable[[Progress], None] | None = None,
+        attaches: bool = False,
+        after_outputs: Callable[[], None] | None = None,
+    ) -> None:
+        """after_outputs: called on the receiving thread when the outputs of a step have reached their sinks."""
         self._processes = processes
         self._on_progress = on_progress
         # Guards the table, the queue of stats and the fault. Reentrant: the collector may drop a stream, which cancels
@@ -64,6 +97,10 @@ class Client:
         self._lock = threading.RLock()
         self._requests: dict[int, OpenRequest] = {}
         self._stats: deque[Future[EngineStats]] = deque()
+        self._probes: dict[int, Future[None]] = {}
+        self._num_probes = 0
+        self._attaches = attaches
+        self._after_outputs = after_outputs
         self._ready: Future[Ready] = Future()
         self._serves = False
         self._fault: GraphgenError | None = None
@@ -72,6 +109,8 @@ class Client:
         self._channel: Channel[EngineToScheduler, SchedulerToEngine] = Channel(
             self._context, processes.folder, "engine", "upper", SchedulerToEngine
         )
+        if attaches:
+            self._channel.send(Attach())
         self._thread = threading.Thread(target=self._run, name="graphgen-client", daemon=True)
         self._thread.start()
 
@@ -106,15 +145,29 @@ class Client:
 
     def stats(self, timeout_s: float) -> EngineStats:
         """A snapshot. Raises EngineDeadError when the scheduler does not answer in time."""
+        try:
+            return self.ask_stats().result(timeout_s)
+        except FutureTimeoutError:
+            raise EngineDeadError(f"the scheduler did not answer for {timeout_s:g} s: close the engine") from None
+
+    def ask_stats(self) -> "Future[EngineStats]":
+        """Asks for a snapshot and does not wait for it."""
         answer: Future[EngineStats] = Future()
         with self._lock:
             self._raise_fault()
             self._stats.append(answer)
             self._channel.send(StatsRequest())
-        try:
-            return answer.result(timeout_s)
-        except FutureTimeoutError:
-            raise EngineDeadError(f"the scheduler did not answer for {timeout_s:g} s: close the engine") from None
+        return answer
+
+    def ask_probe(self) -> "Future[None]":
+        """Is done when scheduler, worker and device have answered, behind the steps in flight."""
+        answer: Future[None] = Future()
+        with self._lock:
+            self._raise_fault()
+            self._num_probes += 1
+            self._probes[self._num_probes] = answer
+            self._channel.send(Probe(self._num_probes))
+        return answer
 
     def close(self) -> None:
         """Ends the processes, then the thread. Open requests get EngineClosedError. Idempotent."""
@@ -152,21 +205,31 @@ class Client:
             self._context.term()
 
     def _handle(self, message: SchedulerToEngine) -> None:
+        if self._attaches and not self._serves and not isinstance(message, (Ready, Progress, Failed)):
+            return  # meant for the one before
         match message:
             case Outputs():
                 self._deliver_outputs(message)
+                if self._after_outputs is not None:
+                    self._after_outputs()
             case Rejected():
                 self._finish(message.request_id, _refusal_of(message))
             case EngineStats():
                 with self._lock:
                     answer = self._stats.popleft()
                 answer.set_result(message)
+            case Probe():
+                with self._lock:
+                    probed = self._probes.pop(message.probe_id, None)
+                if probed is not None:
+                    probed.set_result(None)
             case Progress():
                 if self._on_progress is not None:
                     self._on_progress(message)
             case Ready():
                 self._serves = True
-                self._ready.set_result(message)
+                if not self._ready.done():  # an attached client hears it twice when it came before the worker
+                    self._ready.set_result(message)
             case Failed():
                 raise _error_of(message)
 
@@ -229,10 +292,12 @@ class Client:
             self._fault = error
             requests, self._requests = list(self._requests.values()), {}
             waiting, self._stats = list(self._stats), deque()
-            self._channel.send(Shutdown())
+            probes, self._probes = list(self._probes.values()), {}
+            if not self._attaches:
+                self._channel.send(Shutdown())
         for request in requests:
             _deliver(request.sink, type(error)(*error.args))
-        futures: tuple[Future[Ready] | Future[EngineStats], ...] = (self._ready, *waiting)
+        futures: tuple[Future[Ready] | Future[EngineStats] | Future[None], ...] = (self._ready, *waiting, *probes)
         for future in futures:
             with contextlib.suppress(InvalidStateError):  # already answered
                 future.set_exception(type(error)(*error.args))

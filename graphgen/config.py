@@ -188,6 +188,8 @@ class LaunchConfig(Struct, frozen=True, kw_only=True):
     max_waiting: int  # requests
     max_waiting_tokens: int  # prompt tokens
     max_long_prompts: int
+    itl_target_ms: float | None  # of requests that state none
+    ttft_target_ms: float | None
 
     def write(self, folder: Path) -> None:
         """Puts the file into `folder` in one rename, so that a reader sees all of it or nothing."""
@@ -234,6 +236,8 @@ def resolve(config: EngineConfig, spec: ModelSpec, model_folder: Path) -> Launch
         max_waiting=config.max_waiting,
         max_waiting_tokens=config.max_waiting_tokens,
         max_long_prompts=config.max_long_prompts,
+        itl_target_ms=config.itl_target_ms,
+        ttft_target_ms=config.ttft_target_ms,
     )
 
 

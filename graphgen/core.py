@@ -15,9 +15,10 @@ from graphgen import demo
 from graphgen.client import Client
 from graphgen.config import EngineConfig, LaunchConfig, check_device, resolve
 from graphgen.ipc.codec import pack_int32
-from graphgen.ipc.errors import ConfigError, InvalidRequestError
+from graphgen.ipc.errors import ConfigError, InvalidRequestError, PromptTooLongError
 from graphgen.ipc.messages import EngineStats, Ready, Submit
 from graphgen.open_request import OpenRequest, Sink
+from graphgen.portable_tokenizer import TextTokenizer
 from graphgen.processes import EngineProcesses
 from graphgen.progress import StartProgress
 from graphgen.sampling_params import SamplingParams
@@ -31,38 +32,18 @@ Prompt = str | Sequence[int]
 STATS_TIMEOUT_S = 30.0
 
 
-class EngineCore:
-    """A running engine. The constructor returns when it serves, and leaves nothing behind when it raises."""
+class AttachedCore:
+    """Requests to an engine that runs already. Its client, model and tokenizer are another's."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        self.config = config
-        started_s = time.monotonic()
-        check_device(config.device)
-        # The processes start first: they import torch while this one reads the model's config and tokenizer.
-        processes = EngineProcesses()
-        with StartProgress(config.progress) as progress:
-            try:
-                client = Client(processes, progress.show)
-            except BaseException:
-                processes.stop(grace_s=0.0)
-                raise
-            try:
-                self.launch = _launch_config(config)
-                self.launch.write(processes.folder)
-                self.tokenizer = _load_tokenizer(config, self.launch)
-                remaining_s = config.start_timeout_s - (time.monotonic() - started_s)
-                self.ready = client.wait_ready(max(0.0, remaining_s))
-            except BaseException:
-                client.close()
-                raise
-        self.start_s = time.monotonic() - started_s
-        self.pids = processes.pids
-        self.folder = processes.folder
+    def __init__(
+        self, launch: LaunchConfig, ready: Ready, tokenizer: TextTokenizer | None, client: Client, first_id: int = 0
+    ) -> None:
+        """first_id: of the requests made here; no other core may have used it or a later one with this engine."""
+        self.launch = launch
+        self.ready = ready
+        self.tokenizer = tokenizer
         self._client = client
-        self._request_ids = itertools.count()
-        # Runs when the last reference goes, and at the interpreter's exit.
-        self._finalizer = weakref.finalize(self, client.close)
-        logger.info("%s", describe_start(self.ready, self.start_s))
+        self._request_ids = itertools.count(first_id)
 
     def open(
         self,
@@ -75,17 +56,27 @@ class EngineCore:
 
         sinks: one for each prompt. Returns the request ids in order, n for each prompt: every output is a request.
         """
-        parameters = _one_each(sampling, len(prompts))
+        parameters = one_each(sampling, len(prompts))
         token_ids = self._tokenize(prompts)
+        arrived_s = time.monotonic()
         requests = [
             request
             for number, parts in enumerate(zip(token_ids, parameters, sinks, strict=True))
             for request in self._make_requests(
-                f"prompt {number}" if len(prompts) > 1 else "the prompt", *parts, streams=streams
+                f"prompt {number}" if len(prompts) > 1 else "the prompt", *parts, streams=streams, arrived_s=arrived_s
             )
         ]
         self._client.submit(requests)
         return [request.submit.request_id for request in requests]
+
+    def prepare(
+        self, token_ids: Sequence[int], sampling: SamplingParams, sink: Sink, arrived_s: float
+    ) -> list[OpenRequest]:
+        """The n requests of a prompt that streams, checked and not sent. Raises InvalidRequestError.
+
+        arrived_s: when the prompt came, as time.monotonic(): its deadline and its times count from there.
+        """
+        return self._make_requests("the prompt", token_ids, sampling, sink, streams=True, arrived_s=arrived_s)
 
     def cancel(self, request_ids: Sequence[int]) -> None:
         """Ends requests and frees their pages; their sinks hear no more. Ids of finished requests are ignored."""
@@ -93,11 +84,6 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         return self._client.stats(STATS_TIMEOUT_S)
-
-    def close(self) -> None:
-        """Ends the processes and removes their folder. Idempotent, from any thread."""
-        self._client.close()
-        self._finalizer.detach()
 
     def _tokenize(self, prompts: Sequence[Prompt]) -> list[Sequence[int]]:
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
@@ -110,15 +96,20 @@ class EngineCore:
         return [next(encoded) if isinstance(prompt, str) else _checked_ids(prompt) for prompt in prompts]
 
     def _make_requests(
-        self, name: str, token_ids: Sequence[int], sampling: SamplingParams, sink: Sink, streams: bool
+        self,
+        name: str,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        sink: Sink,
+        streams: bool,
+        arrived_s: float,
     ) -> list[OpenRequest]:
         """The n requests of a prompt; `name` says in errors which prompt it is."""
         self._check_prompt(name, token_ids, sampling)
         stop_token_ids = sampling.resolve_stop_token_ids(self.launch.eos_token_ids)
         self._check_stop_ids(stop_token_ids)
         max_tokens = self._max_tokens(name, len(token_ids), sampling)
-        prompt_token_ids, seed, arrived_s = pack_int32(token_ids), secrets.randbits(63), time.monotonic()
-        config = self.config
+        prompt_token_ids, seed, launch = pack_int32(token_ids), secrets.randbits(63), self.launch
         submits = [
             Submit(
                 request_id=next(self._request_ids),
@@ -130,8 +121,8 @@ class EngineCore:
                 arrived_s=arrived_s,
                 priority=sampling.priority,
                 deadline_ms=sampling.deadline_ms,
-                itl_target_ms=config.itl_target_ms if sampling.itl_target_ms is None else sampling.itl_target_ms,
-                ttft_target_ms=config.ttft_target_ms if sampling.ttft_target_ms is None else sampling.ttft_target_ms,
+                itl_target_ms=launch.itl_target_ms if sampling.itl_target_ms is None else sampling.itl_target_ms,
+                ttft_target_ms=launch.ttft_target_ms if sampling.ttft_target_ms is None else sampling.ttft_target_ms,
                 cache_salt=sampling.cache_salt,
             )
             for sample_index in range(sampling.n)
@@ -160,7 +151,7 @@ class EngineCore:
         context_len, worker = self.launch.max_model_len, self.ready.worker
         room = context_len - prompt_len
         if room < max(1, sampling.min_tokens):
-            raise InvalidRequestError(
+            raise PromptTooLongError(
                 f"{name} has {prompt_len} tokens and wants at least {max(1, sampling.min_tokens)} of output,"
                 f" max_model_len is {context_len}: shorten it, lower min_tokens or raise max_model_len"
             )
@@ -168,7 +159,7 @@ class EngineCore:
         page_room = worker.num_pages * worker.page_size - prompt_len + 1
         max_tokens = min(room, page_room) if sampling.max_tokens is None else min(sampling.max_tokens, room)
         if page_room < max(1, max_tokens, sampling.min_tokens):
-            raise InvalidRequestError(
+            raise PromptTooLongError(
                 f"{name} has {prompt_len} tokens and max_tokens is {max(1, max_tokens)}, the KV cache holds"
                 f" {worker.num_pages * worker.page_size} positions ({worker.num_pages} pages of {worker.page_size}):"
                 " shorten it, lower max_tokens, or raise num_pages or memory_fraction"
@@ -184,6 +175,44 @@ class EngineCore:
             )
 
 
+class EngineCore(AttachedCore):
+    """A running engine. The constructor returns when it serves, and leaves nothing behind when it raises."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        started_s = time.monotonic()
+        check_device(config.device)
+        # The processes start first: they import torch while this one reads the model's config and tokenizer.
+        processes = EngineProcesses()
+        with StartProgress(config.progress) as progress:
+            try:
+                client = Client(processes, progress.show)
+            except BaseException:
+                processes.stop(grace_s=0.0)
+                raise
+            try:
+                launch = launch_config(config)
+                launch.write(processes.folder)
+                tokenizer = load_config_tokenizer(config, launch)
+                remaining_s = config.start_timeout_s - (time.monotonic() - started_s)
+                ready = client.wait_ready(max(0.0, remaining_s))
+            except BaseException:
+                client.close()
+                raise
+        super().__init__(launch, ready, tokenizer, client)
+        self.start_s = time.monotonic() - started_s
+        self.pids = processes.pids
+        self.folder = processes.folder
+        # Runs when the last reference goes, and at the interpreter's exit.
+        self._finalizer = weakref.finalize(self, client.close)
+        logger.info("%s", describe_start(self.ready, self.start_s))
+
+    def close(self) -> None:
+        """Ends the processes and removes their folder. Idempotent, from any thread."""
+        self._client.close()
+        self._finalizer.detach()
+
+
 def describe_start(ready: Ready, start_s: float) -> str:
     """The phase table of the start, in lines."""
     worker = ready.worker
@@ -192,7 +221,7 @@ def describe_start(ready: Ready, start_s: float) -> str:
     return "\n".join(lines)
 
 
-def _launch_config(config: EngineConfig) -> LaunchConfig:
+def launch_config(config: EngineConfig) -> LaunchConfig:
     from graphgen.models.checkpoint_config import resolve_model
     from graphgen.models.families import load_spec
 
@@ -200,7 +229,7 @@ def _launch_config(config: EngineConfig) -> LaunchConfig:
     return resolve(config, load_spec(folder), folder)
 
 
-def _load_tokenizer(config: EngineConfig, launch: LaunchConfig) -> Tokenizer | None:
+def load_config_tokenizer(config: EngineConfig, launch: LaunchConfig) -> Tokenizer | None:
     if config.tokenizer is None:
         return load_tokenizer(launch.model_folder, None)
     tokenizer = load_tokenizer(config.tokenizer, None)
@@ -209,7 +238,7 @@ def _load_tokenizer(config: EngineConfig, launch: LaunchConfig) -> Tokenizer | N
     return tokenizer
 
 
-def _one_each(sampling: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> Sequence[SamplingParams]:
+def one_each(sampling: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> Sequence[SamplingParams]:
     if sampling is None:
         sampling = SamplingParams()
     if isinstance(sampling, SamplingParams):

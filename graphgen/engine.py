@@ -46,7 +46,7 @@ class Engine:
         DeadlineError when one misses its deadline, and EngineDeadError or EngineClosedError if the engine ends
         meanwhile. An exception, Ctrl-C included, ends all requests of the call.
         """
-        batch = _batch_of(prompts)
+        batch = batch_of(prompts)
         answers: queue.SimpleQueue[tuple[int, Delivery]] = queue.SimpleQueue()
         sinks = [functools.partial(_answer, answers, number) for number in range(len(batch))]
         request_ids = self._core.open(batch, sampling, streams=False, sinks=sinks)
@@ -113,7 +113,7 @@ def _answer(answers: "queue.SimpleQueue[tuple[int, Delivery]]", number: int, del
     answers.put((number, delivery))
 
 
-def _batch_of(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+def batch_of(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     """A list of prompts, whether one was given or several. What starts with a number is one prompt of token ids."""
     if isinstance(prompts, str):
         return [prompts]

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 
 from graphgen.ipc.messages import FinishReason, Submit, TokenOutput
 from graphgen.outputs import RequestOutput, StreamPiece, Timing
+from graphgen.portable_tokenizer import TextTokenizer
 from graphgen.sampling_params import SamplingParams
 from graphgen.text import Detokenizer, StopFinder
-from graphgen.tokenizer import Tokenizer
 
 Delivery = StreamPiece | RequestOutput | Exception
 Sink = Callable[[Delivery], None]
@@ -25,13 +25,14 @@ class OpenRequest:
         submit: Submit,
         prompt_token_ids: Sequence[int],
         sampling: SamplingParams,
-        tokenizer: Tokenizer | None,
+        tokenizer: TextTokenizer | None,
         streams: bool,
         sink: Sink,
         sample_index: int = 0,
     ) -> None:
         self.submit = submit  # the message that opens the request
         self.sink = sink
+        self.started_s = submit.arrived_s  # when its first chunk was planned, once its first token is here
         self._prompt_token_ids = tuple(prompt_token_ids)
         self._sample_index = sample_index
         self._min_tokens = sampling.min_tokens
@@ -54,6 +55,7 @@ class OpenRequest:
         A stop string may end it before the scheduler does; tokens after the one that completed it are dropped.
         """
         reason = output.finish_reason
+        self.started_s = output.started_s
         token_ids: list[int] = []
         pieces: list[str] = []
         for token_id in output.token_ids:
@@ -115,7 +117,7 @@ class OpenRequest:
         )
 
 
-def _decoder(tokenizer: Tokenizer | None, skip_special_tokens: bool) -> Callable[[Sequence[int]], str]:
+def _decoder(tokenizer: TextTokenizer | None, skip_special_tokens: bool) -> Callable[[Sequence[int]], str]:
     """A model without a tokenizer has no text."""
     if tokenizer is None:
         return lambda token_ids: ""

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
@@ -58,14 +59,16 @@ class EngineProcesses:
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         try:
             for module in modules:
-                self._children[module.rpartition(".")[2]] = self._start(module)
+                self.start(module)
         except BaseException:
             self.stop(grace_s=0.0)
             raise
 
-    def _start(self, module: str) -> subprocess.Popen[bytes]:
-        with (self.folder / f"{module.rpartition('.')[2]}.log").open("wb") as log:
-            return subprocess.Popen(
+    def start(self, module: str) -> None:
+        """Starts another child, or one anew that has ended."""
+        name = module.rpartition(".")[2]
+        with (self.folder / f"{name}.log").open("wb") as log:
+            self._children[name] = subprocess.Popen(
                 # -P: a file of the user's named like a library must not be imported in its place.
                 [sys.executable, "-P", "-m", module, str(self.folder), str(self._owner_pid)],
                 stdin=subprocess.DEVNULL,
@@ -84,12 +87,13 @@ class EngineProcesses:
     def pids(self) -> dict[str, int]:
         return {name: child.pid for name, child in self._children.items()}
 
-    def find_exit(self) -> Exit | None:
-        """A child that has ended, if any; the one that failed first matters, so errors come before plain ends."""
+    def find_exit(self, names: Collection[str] | None = None) -> Exit | None:
+        """A child that has ended, if any, of these; the one that failed first matters, so errors come before plain
+        ends."""
         exits = [
             Exit(name, child.returncode, self.log_tail(name))
             for name, child in self._children.items()
-            if child.poll() is not None
+            if (names is None or name in names) and child.poll() is not None
         ]
         return max(exits, key=lambda child_exit: child_exit.code != 0, default=None)
 

@@ -7,19 +7,33 @@ request: by close, by `with`, by an exception, by cancellation, or by dropping t
 import asyncio
 import queue
 from collections import deque
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Protocol, Self
 
-from graphgen.core import EngineCore, Prompt
-from graphgen.open_request import Delivery
+from graphgen.open_request import Delivery, Sink
 from graphgen.outputs import StreamPiece
 from graphgen.sampling_params import SamplingParams
+
+
+class RequestCore(Protocol):
+    """Where streams send their requests: an engine's core, or a server's."""
+
+    def open(
+        self,
+        prompts: Sequence[Any],  # what a prompt may be is the core's own business
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        streams: bool,
+        sinks: Sequence[Sink],
+    ) -> list[int]: ...
+
+    def cancel(self, request_ids: Sequence[int]) -> None: ...
 
 
 class Stream:
     """Iterator over the pieces of one prompt's output, or of its n outputs."""
 
-    def __init__(self, core: EngineCore, prompt: Prompt, sampling: SamplingParams | None) -> None:
+    def __init__(self, core: RequestCore, prompt: object, sampling: SamplingParams | None) -> None:
         self._num_open = 0  # first, so that __del__ works if the request is refused
         self._core = core
         self._pieces: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
@@ -61,7 +75,7 @@ class Stream:
 class AsyncStream:
     """Asynchronous iterator over the pieces of one prompt's outputs, for one task of the loop that made it."""
 
-    def __init__(self, core: EngineCore, mailbox: "Mailbox", prompt: Prompt, sampling: SamplingParams | None) -> None:
+    def __init__(self, core: RequestCore, mailbox: "Mailbox", prompt: object, sampling: SamplingParams | None) -> None:
         self._num_open = 0
         self._core = core
         pieces: asyncio.Queue[Delivery] = asyncio.Queue()

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from graphgen.ipc.errors import CheckpointError, InvalidRequestError
+from graphgen.ipc.errors import CheckpointError
+from graphgen.portable_tokenizer import PortableTokenizer, encode_with
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model", "tekken.json")
 
@@ -27,14 +28,12 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, with the special tokens that the model wants around a prompt."""
-        try:
-            if self._backend is None:
-                return [list(self._hf.encode(text)) for text in texts]
-            return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=True)]
-        except (UnicodeEncodeError, TypeError) as error:
-            raise InvalidRequestError(
-                f"a prompt is no valid Unicode text ({error}): remove its lone surrogates"
-            ) from None
+        return encode_with(self._encode, texts)
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        if self._backend is None:
+            return [list(self._hf.encode(text)) for text in texts]
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=True)]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of the ids, spaces as the model wrote them (no clean-up of spaces before punctuation)."""
@@ -44,6 +43,22 @@ class Tokenizer:
             self._hf.decode(
                 list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
             )
+        )
+
+    def export(self) -> PortableTokenizer | None:
+        """What a process without transformers needs to do the same; None for one that is not Rust's."""
+        if self._backend is None:
+            return None
+        template = self._hf.chat_template
+        if isinstance(template, dict):  # several, by name
+            template = template.get("default")
+        return PortableTokenizer(
+            backend=self._backend.to_str(),
+            byte_token_ids=tuple(sorted(self.byte_token_ids)),
+            chat_template=template,
+            special_tokens={
+                name: token for name, token in self._hf.special_tokens_map.items() if isinstance(token, str)
+            },
         )
 
     def _find_byte_tokens(self) -> frozenset[int]:

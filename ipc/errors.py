@@ -3,12 +3,15 @@
 GraphgenError
 ├── ConfigError (ValueError)             an EngineConfig that cannot work on this machine or model
 ├── InvalidRequestError (ValueError)     a prompt or sampling parameter that can never be served
+│   └── PromptTooLongError               a prompt that does not fit the context or the KV cache with its output
 ├── UnsupportedModelError (ValueError)   an architecture or a feature of a model that graphgen does not run
 ├── CheckpointError                      a checkpoint that is missing, misshapen or not safetensors
 ├── OverloadedError (RuntimeError)       a request that was refused at once; it may fit after retry_after_s
 ├── DeadlineError (RuntimeError)         a request whose deadline passed before its output was complete
 ├── EngineClosedError (RuntimeError)     a call on an Engine after close()
-└── EngineDeadError (RuntimeError)       a process of the engine ended; the message says which and why
+├── EngineDeadError (RuntimeError)       a process of the engine ended; the message says which and why
+└── ServerError (RuntimeError)           a server's error that is none of the above, with its code
+    └── ConnectionLostError (ConnectionError)   a server that does not answer, or that lost the session
 
 They live in `ipc`, the bottom layer, because every process raises them and the wire carries their names.
 Users import them from `graphgen`.
@@ -25,6 +28,10 @@ class ConfigError(GraphgenError, ValueError):
 
 class InvalidRequestError(GraphgenError, ValueError):
     """A prompt or a sampling parameter that can never be served; nothing was sent."""
+
+
+class PromptTooLongError(InvalidRequestError):
+    """A prompt that can never fit with the output it wants."""
 
 
 class UnsupportedModelError(GraphgenError, ValueError):
@@ -58,3 +65,19 @@ class EngineClosedError(GraphgenError, RuntimeError):
 
 class EngineDeadError(GraphgenError, RuntimeError):
     """A process of the engine ended unexpectedly."""
+
+
+class ServerError(GraphgenError, RuntimeError):
+    """What a server answered. `code` is one of GGP/1; `retryable` says whether the same call may succeed later."""
+
+    def __init__(self, message: str, code: str, retryable: bool = False) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retryable = retryable
+
+
+class ConnectionLostError(ServerError, ConnectionError):
+    """The server does not answer, or is another than the one that had the request."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="connection_lost", retryable=True)

@@ -4,10 +4,14 @@ Owns the Structs and nothing else: no sockets, no policy. All are frozen, array-
 both ends are the same build) and hold ints, floats, strings and packed int32 bytes, never tensors.
 `array("i")` or `numpy.frombuffer(..., "<i4")` reads the packed fields.
 
-    Engine  -> scheduler   Submit | Cancel | StatsRequest | Shutdown
-    scheduler -> Engine    Ready | Progress | Outputs | Rejected | EngineStats | Failed
-    scheduler -> worker    StepPlan | Shutdown
-    worker  -> scheduler   WorkerReady | Progress | StepResult | Failed
+    Engine  -> scheduler     Submit | Cancel | StatsRequest | Probe | Attach | Shutdown
+    scheduler -> Engine      Ready | Progress | Outputs | Rejected | EngineStats | Probe | Failed
+    scheduler -> worker      StepPlan | Probe | Shutdown
+    worker  -> scheduler     WorkerReady | Progress | StepResult | Probe | Failed
+    supervisor -> frontend   Drain | EngineLost
+    frontend -> supervisor   Progress | Ready | Listening | Drained | Failed
+
+The frontend stands in the Engine's place when a server runs; the supervisor is the process that started all of them.
 
 All `_s` times are `time.monotonic()` of the machine, which its processes share.
 """
@@ -84,6 +88,16 @@ class Cancel(Struct, frozen=True, array_like=True, tag="cancel", gc=False):
 
 class StatsRequest(Struct, frozen=True, array_like=True, tag="stats?", gc=False):
     """Asks for one EngineStats."""
+
+
+class Probe(Struct, frozen=True, array_like=True, tag="probe", gc=False):
+    """Goes from the Engine through scheduler, worker and device and comes back as it is: all three are alive."""
+
+    probe_id: int
+
+
+class Attach(Struct, frozen=True, array_like=True, tag="attach", gc=False):
+    """The sender took the place of another Engine, which is gone: that one's requests end. Answered by Ready."""
 
 
 class Shutdown(Struct, frozen=True, array_like=True, tag="shutdown", gc=False):
@@ -267,7 +281,37 @@ class EngineStats(Struct, frozen=True, array_like=True, tag="stats", gc=False):
     deadline_misses: int = 0  # requests that a DeadlineError ended
 
 
-EngineToScheduler = Submit | Cancel | StatsRequest | Shutdown
-SchedulerToEngine = Ready | Progress | Outputs | Rejected | EngineStats | Failed
-SchedulerToWorker = StepPlan | Shutdown
-WorkerToScheduler = WorkerReady | Progress | StepResult | Failed
+# --- supervisor <-> frontend -----------------------------------------------------------------------------------
+
+
+class Drain(Struct, frozen=True, array_like=True, tag="drain", gc=False):
+    """Take no new requests, finish the open ones within the time, then end. 0: end at once, with an error for each."""
+
+    grace_s: float
+
+
+class EngineLost(Struct, frozen=True, array_like=True, tag="engine_lost", gc=False):
+    """A process of the engine ended: every open request ends with an error, then the frontend does."""
+
+    message: str
+
+
+class Listening(Struct, frozen=True, array_like=True, tag="listening", gc=False):
+    """The public sockets are bound and requests are served."""
+
+    data: str
+    control: str
+
+
+class Drained(Struct, frozen=True, array_like=True, tag="drained", gc=False):
+    """The frontend ends. Of the requests that were open, so many got an error for their end."""
+
+    num_lost: int
+
+
+EngineToScheduler = Submit | Cancel | StatsRequest | Probe | Attach | Shutdown
+SchedulerToEngine = Ready | Progress | Outputs | Rejected | EngineStats | Probe | Failed
+SchedulerToWorker = StepPlan | Probe | Shutdown
+WorkerToScheduler = WorkerReady | Progress | StepResult | Probe | Failed
+SupervisorToFrontend = Drain | EngineLost
+FrontendToSupervisor = Progress | Ready | Listening | Drained | Failed

@@ -1,6 +1,6 @@
 """Stand-ins for parts of an engine: processes that are none, and a scheduler that says what a test tells it to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 import zmq
@@ -54,7 +54,7 @@ class FakeProcesses(EngineProcesses):
         self.exit: Exit | None = None
         self.stopped = 0
 
-    def find_exit(self) -> Exit | None:
+    def find_exit(self, names: Collection[str] | None = None) -> Exit | None:
         return self.exit
 
     def stop(self, grace_s: float) -> None:

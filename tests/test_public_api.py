@@ -13,9 +13,13 @@ from graphgen import EngineConfig, GraphgenError, demo
 from graphgen.config import EngineSettings
 
 PUBLIC = {
+    "AsyncClient",
     "AsyncEngine",
+    "Chat",
     "CheckpointError",
+    "Client",
     "ConfigError",
+    "ConnectionLostError",
     "DeadlineError",
     "Engine",
     "EngineClosedError",
@@ -25,8 +29,10 @@ PUBLIC = {
     "GraphgenError",
     "InvalidRequestError",
     "OverloadedError",
+    "PromptTooLongError",
     "RequestOutput",
     "SamplingParams",
+    "ServerError",
     "StreamPiece",
     "Timing",
     "UnsupportedModelError",
@@ -61,13 +67,19 @@ def test_the_api_is_there_without_torch_or_transformers() -> None:
     assert not loaded & {"torch", "transformers", "rich", "typer"}
 
 
+def test_the_client_needs_neither_torch_nor_a_tokenizer() -> None:
+    loaded = modules_after("from graphgen import Client, AsyncClient, Chat")
+    assert "graphgen.remote.client" in loaded
+    assert not loaded & {"torch", "transformers", "tokenizers", "jinja2", "rich", "typer"}
+
+
 def test_keyword_arguments_and_config_have_the_same_fields_and_types() -> None:
     assert typing.get_type_hints(EngineSettings) == typing.get_type_hints(EngineConfig)
 
 
 def test_every_error_is_one_of_ours() -> None:
     errors = [value for name in PUBLIC if inspect.isclass(value := getattr(graphgen, name)) and "Error" in name]
-    assert len(errors) == 9
+    assert len(errors) == 12
     assert all(issubclass(error, GraphgenError) for error in errors)
 
 

@@ -145,6 +145,11 @@ class Scheduler:
         """When `expire` is to be called at the latest; None: no request has a deadline."""
         return self._deadlines.next_s
 
+    @property
+    def request_ids(self) -> tuple[int, ...]:
+        """Those of all requests that have not ended."""
+        return tuple(self._requests)
+
     # --- one step ------------------------------------------------------------------------------------------
 
     def schedule(self, now_s: float) -> StepPlan | None:

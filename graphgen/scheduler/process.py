@@ -18,11 +18,13 @@ from graphgen.ipc.channel import Channel
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.errors import InvalidRequestError, OverloadedError
 from graphgen.ipc.messages import (
+    Attach,
     Cancel,
     EngineStats,
     EngineToScheduler,
     Failed,
     Outputs,
+    Probe,
     Progress,
     Ready,
     Rejected,
@@ -58,9 +60,10 @@ def main(folder: Path, parent_pid: int) -> None:
         config = LaunchConfig.read(folder)
         ready = _wait_for_worker(engine, worker)
         if ready is not None:
-            engine.send(Ready(ready, config.max_running, config.token_budget))
+            serves = Ready(ready, config.max_running, config.token_budget)
+            engine.send(serves)
             with StepLog.open(config.step_log) as step_log:
-                SchedulerLoop(_policy(config, ready), engine, worker, step_log).run()
+                SchedulerLoop(_policy(config, ready), engine, worker, step_log, serves).run()
         failed = None
     except WorkerFailedError as error:
         failed = error.failed  # as the worker said it: the Engine makes the exception of it that its user knows
@@ -126,8 +129,11 @@ def _wait_for_worker(engine: EngineChannel, worker: WorkerChannel) -> WorkerRead
 class SchedulerLoop:
     """Messages in, plans and outputs out, for as long as the engine lives."""
 
-    def __init__(self, policy: Scheduler, engine: EngineChannel, worker: WorkerChannel, step_log: StepLog) -> None:
+    def __init__(
+        self, policy: Scheduler, engine: EngineChannel, worker: WorkerChannel, step_log: StepLog, ready: Ready
+    ) -> None:
         self._policy = policy
+        self._ready = ready
         self._engine = engine
         self._worker = worker
         self._step_log = step_log
@@ -178,6 +184,9 @@ class SchedulerLoop:
                 return self._policy.update(result.step_id, unpack_int32(result.token_ids))
             case Failed() as failed:
                 raise WorkerFailedError(failed)
+            case Probe() as probe:
+                self._engine.send(probe)
+                return ()
             case Progress() | WorkerReady():
                 return ()
 
@@ -197,6 +206,12 @@ class SchedulerLoop:
             case StatsRequest():
                 self._step_log.flush()
                 self._engine.send(self._stats())
+            case Probe() as probe:
+                self._worker.send(probe)
+            case Attach():
+                for request_id in self._policy.request_ids:
+                    self._policy.cancel(request_id)
+                self._engine.send(self._ready)
             case Shutdown():
                 self._running = False
 

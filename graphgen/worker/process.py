@@ -12,14 +12,25 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from typing import NamedTuple, TypeAlias
 
 import torch
 import zmq
 
+from graphgen.capture.stream import Mark
 from graphgen.config import LaunchConfig
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.codec import pack_int32
-from graphgen.ipc.messages import Failed, Phase, SchedulerToWorker, Shutdown, StepPlan, StepResult, WorkerToScheduler
+from graphgen.ipc.messages import (
+    Failed,
+    Phase,
+    Probe,
+    SchedulerToWorker,
+    Shutdown,
+    StepPlan,
+    StepResult,
+    WorkerToScheduler,
+)
 from graphgen.processes import end_with_parent, process_age_s
 from graphgen.worker.runner import LaunchedStep, ModelRunner
 
@@ -51,14 +62,26 @@ def main(folder: Path, parent_pid: int) -> None:
     context.term()
 
 
+class LaunchedProbe(NamedTuple):
+    """A probe and the point of the device's stream that answers it."""
+
+    probe: Probe
+    reached: Mark
+
+
+Launched: TypeAlias = "queue.SimpleQueue[LaunchedStep | LaunchedProbe | None]"
+
+
 def _serve(runner: ModelRunner, channel: WorkerChannel) -> None:
-    launched: queue.SimpleQueue[LaunchedStep | None] = queue.SimpleQueue()
+    launched: Launched = queue.SimpleQueue()
     collector = threading.Thread(target=_collect, args=(runner, launched, channel), name="collector", daemon=True)
     collector.start()
     while True:
         match channel.receive():
             case StepPlan() as plan:
                 launched.put(runner.launch(plan, received_s=time.monotonic()))
+            case Probe() as probe:
+                launched.put(LaunchedProbe(probe, runner.mark()))
             case Shutdown():
                 break
     launched.put(None)
@@ -66,11 +89,18 @@ def _serve(runner: ModelRunner, channel: WorkerChannel) -> None:
     runner.close()
 
 
-def _collect(runner: ModelRunner, launched: "queue.SimpleQueue[LaunchedStep | None]", channel: WorkerChannel) -> None:
-    """Sends the result of each step once its tokens are on the host; a failed step ends the process."""
+def _collect(runner: ModelRunner, launched: Launched, channel: WorkerChannel) -> None:
+    """Sends the result of each step once its tokens are on the host; a failed step ends the process.
+
+    A probe is answered in its turn, when the device has come past everything launched before it.
+    """
     try:
         while (step := launched.get()) is not None:
-            channel.send(_result(step, runner))
+            if isinstance(step, LaunchedProbe):
+                step.reached.wait()
+                channel.send(step.probe)
+            else:
+                channel.send(_result(step, runner))
     except BaseException as error:
         traceback.print_exc()
         channel.send(Failed("worker", type(error).__name__, f"a step failed: {error or repr(error)}"))

@@ -173,6 +173,10 @@ class ModelRunner:
             drawn_rows=_drawn_rows(plan, self._shape.chunks(plan.bucket)),
         )
 
+    def mark(self) -> Mark:
+        """The point of the device's work behind everything launched so far."""
+        return self._stream.mark()
+
     def close(self) -> None:
         """Waits for what was launched."""
         self._stream.close()

@@ -21,7 +21,7 @@ from graphgen.ipc.messages import Phase
 from graphgen.models.decoder import Decoder
 from graphgen.models.families import load_spec
 
-SCRIPTS = ("attention", "latency", "linear", "scheduler", "startup", "steps")
+SCRIPTS = ("attention", "latency", "linear", "protocol", "scheduler", "startup", "steps")
 
 Document = dict[str, Any]  # Any: JSON
 
@@ -130,6 +130,20 @@ def test_an_answer_has_one_token_for_each_row(num_rows: int) -> None:
     result = round_trip.answer(plan)
     assert result.step_id == plan.step_id
     assert len(result.token_ids) == len(plan.decode_positions) == 4 * num_rows
+
+
+# --- protocol ------------------------------------------------------------------------------------------------------
+
+
+def test_the_protocol_benchmark_measures_both_ways(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arguments = ("--streams", "2", "--tokens", "10", "--step-ms", "5")
+    rows = run_script(monkeypatch, tmp_path, "protocol", *arguments)["rows"]
+    ways = next(row for row in rows if "added p50 us" in row)
+    assert ways["frontend p50 us"] - ways["in process p50 us"] == pytest.approx(ways["added p50 us"])
+    assert ways["in process p50 us"] > 0
+    paced = [row for row in rows if row.get("step ms") == 5 and "tokens a message" in row]
+    assert all(1.0 <= row["tokens a message"] <= 10 for row in paced)
+    assert [row["neighbour"] for row in rows if "neighbour" in row] == ["none", "flood", "stopped reader"]
 
 
 # --- linear --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,58 @@
+"""What the frontend process is told by its supervisor: addresses, limits and times. A file in the engine's folder."""
+
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from graphgen.ipc.ggp import limits
+
+FILE = "frontend.msgpack"
+
+MIN_FRAME_BYTES = 1 << 20
+_TEXT_BYTES_PER_TOKEN = 32
+"""More than any text has on average: a longer one than this in a full context certainly does not fit."""
+_MIN_TEXT_BYTES = 1 << 16
+
+
+class FrontendSettings(Struct, frozen=True, kw_only=True):
+    """Everything that is decided before the frontend starts."""
+
+    model: str
+    """What clients are told they talk to."""
+    data: str
+    control: str
+    keys: str | None
+    """Folder with the server's CURVE keys and the clients' public ones; None: no authentication."""
+    memory_limit_bytes: int
+    """What the process may use beyond what it uses when it begins to serve."""
+    max_sessions: int = 1024
+    open_requests: int = 256
+    """Of one client."""
+    open_prompt_tokens: int = 1 << 20
+    """Of one client, times samples."""
+    total_prompt_tokens: int = 1 << 22
+    """Of all clients together."""
+    max_unstarted: int = 16
+    """Requests of one client that wait in the scheduler's queue; its others wait here for the client's turn."""
+    heartbeat_s: float = 1.0
+    slow_consumer_s: float = 60.0
+    threads: int = 2
+    """That tokenize prompts."""
+
+    def write(self, folder: Path) -> None:
+        (folder / FILE).write_bytes(msgspec.msgpack.encode(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> "FrontendSettings":
+        return msgspec.msgpack.decode((folder / FILE).read_bytes(), type=cls)
+
+
+def text_bytes_limit(max_model_len: int) -> int:
+    """UTF-8 bytes of the longest text worth tokenizing for a context of so many tokens."""
+    return max(_MIN_TEXT_BYTES, _TEXT_BYTES_PER_TOKEN * max_model_len)
+
+
+def frame_bytes_limit(max_model_len: int) -> int:
+    """Bytes of the largest frame that can hold a request: its text, or its ids as a list of five bytes each."""
+    return min(limits.MAX_FRAME_BYTES, max(MIN_FRAME_BYTES, 2 * text_bytes_limit(max_model_len)))

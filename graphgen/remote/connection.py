@@ -1,0 +1,346 @@
+"""The connection of a Python client: one thread that owns the socket, and the requests that are open.
+
+Owns the session: its hello, its pings, its loss, and that a request which never reached a session is sent again. Any
+thread may call it. Made by `graphgen.remote.core`.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import TypeVar
+
+import zmq
+
+from graphgen.inbox import Inbox
+from graphgen.ipc.errors import ConnectionLostError, EngineClosedError, GraphgenError
+from graphgen.ipc.ggp.framing import FrameError, client_framing
+from graphgen.ipc.ggp.messages import (
+    Accepted,
+    Bye,
+    Cancel,
+    ClientMessage,
+    Delta,
+    Done,
+    Draining,
+    Error,
+    Health,
+    HealthRequest,
+    Hello,
+    Ping,
+    Pong,
+    ServerMessage,
+    Stats,
+    StatsRequest,
+    Welcome,
+)
+from graphgen.open_request import Delivery, Sink
+from graphgen.remote.address import ServerAddress
+from graphgen.remote.requests import RemoteRequest, exception_of
+from graphgen.version import __version__
+
+logger = logging.getLogger("graphgen")
+
+Answer = TypeVar("Answer", Stats, Health)
+
+TICK_S = 0.5
+SILENT_HEARTBEATS = 3
+"""A server that has said nothing for so many heartbeats is asked whether it lives."""
+LOST_S = 10.0
+"""A server that has said nothing for so long, while requests are open, is given up."""
+ANSWER_TIMEOUT_S = 10.0
+LINGER_S = 0.2
+
+
+class Connection:
+    """One session with one server. The constructor returns when the server has welcomed it."""
+
+    def __init__(self, server: ServerAddress) -> None:
+        self._server = server
+        self._framing = client_framing()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        try:
+            self._socket = server.connect(self._context)
+        except BaseException:
+            self._context.term()
+            raise
+        self._inbox = Inbox()
+        self._lock = threading.Lock()  # guards `_closed` against calls that come while it closes
+        self._closed = False
+        # What follows belongs to the thread.
+        self._requests: dict[int, RemoteRequest] = {}
+        self._unsent: deque[RemoteRequest] = deque()  # beyond the server's limit of open requests
+        self._stats: list[Future[Stats]] = []
+        self._health: list[Future[Health]] = []
+        self._outgoing: deque[ClientMessage] = deque()  # while there is no connection that could take them
+        self._helloing = True
+        self._heard_s = time.monotonic()
+        self._first_welcome: Future[Welcome] = Future()
+        self._welcome: Welcome | None = None
+        self._send(Hello(client=f"graphgen-python/{__version__}"))
+        self._thread = threading.Thread(target=self._run, name="graphgen-connection", daemon=True)
+        self._thread.start()
+        try:
+            self.welcome = self._first_welcome.result(server.connect_timeout_s)
+        except FutureTimeoutError:
+            self.close()
+            raise ConnectionLostError(
+                f"{server.address} did not answer for {server.connect_timeout_s:g} s: is the server running, and is"
+                " this client's key let in?"
+            ) from None
+        except BaseException:
+            self.close()
+            raise
+
+    def submit(self, requests: Sequence[RemoteRequest]) -> None:
+        """Sends the requests, as many at a time as the server allows."""
+        self._call(lambda: self._submit(requests))
+
+    def cancel(self, request_ids: Sequence[int]) -> None:
+        """Ends requests without a word to their sinks. Ids that are not open any more are ignored."""
+        with contextlib.suppress(EngineClosedError):
+            self._call(lambda: self._cancel(request_ids))
+
+    def stats(self) -> Stats:
+        return self._ask(StatsRequest(), self._stats)
+
+    def health(self) -> Health:
+        return self._ask(HealthRequest(), self._health)
+
+    def close(self) -> None:
+        """Says bye; open requests get EngineClosedError. Idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._inbox.wake()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _call(self, work: Callable[[], None]) -> None:
+        """Has the thread do it. Raises EngineClosedError when the connection is closed."""
+        with self._lock:
+            if self._closed:
+                raise EngineClosedError("the client was closed: make a new one")
+            self._inbox.put(work)
+            self._inbox.wake()
+
+    def _ask(self, question: ClientMessage, waiting: list[Future[Answer]]) -> Answer:
+        answer: Future[Answer] = Future()
+
+        def send() -> None:
+            waiting.append(answer)
+            self._send(question)
+
+        self._call(send)
+        try:
+            return answer.result(ANSWER_TIMEOUT_S)
+        except FutureTimeoutError:
+            raise ConnectionLostError(
+                f"{self._server.address} did not answer for {ANSWER_TIMEOUT_S:g} s: is it running?"
+            ) from None
+
+    # --- on the thread -----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._inbox.fileno(), zmq.POLLIN)
+        poller.register(self._socket, zmq.POLLIN)
+        tick_s = time.monotonic() + TICK_S
+        try:
+            while not self._closed:
+                events = dict(poller.poll(int(TICK_S * 1000)))
+                self._inbox.run(readable=self._inbox.fileno() in events)
+                if self._socket in events:
+                    self._receive()
+                self._flush()
+                if time.monotonic() >= tick_s:
+                    tick_s = time.monotonic() + TICK_S
+                    self._watch()
+            self._fail_all(EngineClosedError("the client was closed: make a new one"))
+            self._send(Bye())
+        except Exception as error:
+            logger.exception("graphgen's connection thread failed")
+            self._fail_all(ConnectionLostError(f"the connection failed with {type(error).__name__}: {error}"))
+        finally:
+            with self._lock:
+                self._closed = True
+            self._socket.close(linger=int(LINGER_S * 1000))
+            self._inbox.close()
+            self._context.term()
+
+    def _receive(self) -> None:
+        """All that has arrived."""
+        while True:
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._heard_s = time.monotonic()
+            try:
+                message = self._framing.decode(frames)
+            except FrameError as error:  # a kind of a later server
+                logger.debug("a message was ignored: %s", error)
+                continue
+            self._take(message)
+
+    def _take(self, message: ServerMessage) -> None:
+        match message:
+            case Delta():
+                self._take_delta(message)
+            case Accepted():
+                if (request := self._requests.get(message.id)) is not None:
+                    request.accept(message.prompt_ids)
+            case Done():
+                if (request := self._requests.pop(message.id, None)) is not None:
+                    for delivery in request.take_done(message):
+                        _deliver(request.sink, delivery)
+                self._send_more()
+            case Error():
+                self._take_error(message)
+            case Ping():
+                self._send(Pong(t=message.t))
+            case Stats():
+                _answer_all(self._stats, message)
+            case Health():
+                _answer_all(self._health, message)
+            case Welcome():
+                self._take_welcome(message)
+            case Draining():
+                logger.warning("%s is about to end, within %d ms", self._server.address, message.grace_ms)
+            case Pong():
+                pass
+
+    def _take_delta(self, delta: Delta) -> None:
+        request = self._requests.get(delta.id)
+        if request is None:  # cancelled while it was on its way
+            return
+        try:
+            delivery = request.take_delta(delta)
+        except GraphgenError as error:
+            self._cancel([delta.id])
+            _deliver(request.sink, error)
+            return
+        if delivery is not None and not _deliver(request.sink, delivery):
+            self._cancel([delta.id])
+
+    def _take_error(self, error: Error) -> None:
+        if error.code == "no_session":
+            if not self._helloing:
+                self._renew_session()
+            return
+        if error.id is None:
+            logger.warning("%s: %s: %s", self._server.address, error.code, error.message)
+            if self._welcome is None:
+                _set_exception(self._first_welcome, exception_of(error))
+            return
+        request = self._requests.pop(error.id, None)
+        if request is not None:
+            _deliver(request.sink, exception_of(error))
+        self._send_more()
+
+    def _take_welcome(self, welcome: Welcome) -> None:
+        self._helloing = False
+        self._welcome = welcome
+        if not self._first_welcome.done():
+            self._first_welcome.set_result(welcome)
+        self._send_more()
+
+    def _renew_session(self) -> None:
+        """The server does not know us: it is another, or the connection broke. What it had accepted is lost; what had
+        not got so far is sent again, behind the new hello. Until the welcome, its refusals are of the old session."""
+        self._helloing = True
+        self._send(Hello(client=f"graphgen-python/{__version__}"))
+        for request in list(self._requests.values()):
+            if request.accepted:
+                del self._requests[request.message.id]
+                _deliver(request.sink, ConnectionLostError(f"{self._server.address} lost the session: ask again"))
+            else:
+                self._send(request.message)
+        for question, waiting in ((StatsRequest(), self._stats), (HealthRequest(), self._health)):
+            if waiting:
+                self._send(question)
+
+    def _submit(self, requests: Sequence[RemoteRequest]) -> None:
+        if not self._requests:
+            self._heard_s = time.monotonic()  # nobody had a reason to speak
+        self._unsent.extend(requests)
+        self._send_more()
+
+    def _send_more(self) -> None:
+        limit = self._welcome.limits.open_requests if self._welcome is not None else 0
+        while self._unsent and len(self._requests) < limit:
+            request = self._unsent.popleft()
+            self._requests[request.message.id] = request
+            self._send(request.message)
+
+    def _cancel(self, request_ids: Sequence[int]) -> None:
+        for request_id in request_ids:
+            if self._requests.pop(request_id, None) is not None:
+                self._send(Cancel(id=request_id))
+            else:
+                self._unsent = deque(one for one in self._unsent if one.message.id != request_id)
+        self._send_more()
+
+    def _watch(self) -> None:
+        if not self._requests or self._welcome is None:
+            return
+        silent_s = time.monotonic() - self._heard_s
+        if silent_s > LOST_S:
+            for request_id in self._requests:
+                self._send(Cancel(id=request_id))
+            self._fail_all(ConnectionLostError(f"{self._server.address} has said nothing for {LOST_S:g} s: ask again"))
+        elif silent_s > SILENT_HEARTBEATS * self._welcome.heartbeat_ms / 1000:
+            self._send(Ping())
+
+    def _fail_all(self, error: GraphgenError) -> None:
+        requests = [*self._requests.values(), *self._unsent]
+        self._requests, self._unsent = {}, deque()
+        for request in requests:
+            _deliver(request.sink, type(error)(*error.args))
+        futures: tuple[Future[Welcome] | Future[Stats] | Future[Health], ...] = (
+            self._first_welcome,
+            *self._stats,
+            *self._health,
+        )
+        for future in futures:
+            _set_exception(future, type(error)(*error.args))
+        self._stats.clear()
+        self._health.clear()
+
+    def _send(self, message: ClientMessage) -> None:
+        self._outgoing.append(message)
+        self._flush()
+
+    def _flush(self) -> None:
+        """A socket whose handshake failed has nowhere to put a message, and would wait for ever."""
+        while self._outgoing:
+            try:
+                self._socket.send_multipart(self._framing.encode(self._outgoing[0]), zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._outgoing.popleft()
+
+
+def _deliver(sink: Sink, delivery: Delivery) -> bool:
+    """Whether the reader still exists: an event loop may have been closed under a stream."""
+    try:
+        sink(delivery)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _answer_all(waiting: list[Future[Answer]], answer: Answer) -> None:
+    for future in waiting:
+        future.set_result(answer)
+    waiting.clear()
+
+
+def _set_exception(future: "Future[Welcome] | Future[Stats] | Future[Health]", error: GraphgenError) -> None:
+    with contextlib.suppress(InvalidStateError):  # already answered
+        future.set_exception(error)

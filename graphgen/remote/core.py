@@ -1,0 +1,57 @@
+"""What Client and AsyncClient share: the requests of one connection. The counterpart of `graphgen.core`."""
+
+import itertools
+from collections.abc import Sequence
+
+from graphgen.core import one_each
+from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS, Health, Stats, Welcome
+from graphgen.open_request import Sink
+from graphgen.remote.address import ClientSettings, ServerAddress
+from graphgen.remote.connection import Connection
+from graphgen.remote.requests import RemotePrompt, RemoteRequest, make_generate
+from graphgen.sampling_params import SamplingParams
+
+
+class RemoteCore:
+    """A connection and the ids of its requests."""
+
+    def __init__(self, address: str | None, settings: ClientSettings) -> None:
+        self._connection = Connection(ServerAddress(address=address or DEFAULT_ADDRESS, **settings))
+        self._request_ids = itertools.count()
+
+    @property
+    def welcome(self) -> Welcome:
+        return self._connection.welcome
+
+    def open(
+        self,
+        prompts: Sequence[RemotePrompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        streams: bool,
+        sinks: Sequence[Sink],
+    ) -> list[int]:
+        """Sends a request for each prompt. Raises InvalidRequestError with none sent; what only the server can check
+        reaches the sinks as an exception.
+
+        Returns the id of a prompt's request once for each of its outputs, which is what its sink will get.
+        """
+        parameters = one_each(sampling, len(prompts))
+        requests = [
+            RemoteRequest(make_generate(next(self._request_ids), prompt, own, streams), prompt, streams, sink)
+            for prompt, own, sink in zip(prompts, parameters, sinks, strict=True)
+        ]
+        self._connection.submit(requests)
+        return [request.message.id for request in requests for _ in range(request.message.sampling.n)]
+
+    def cancel(self, request_ids: Sequence[int]) -> None:
+        """Ends requests and frees their pages; their sinks hear no more."""
+        self._connection.cancel(request_ids)
+
+    def stats(self) -> Stats:
+        return self._connection.stats()
+
+    def health(self) -> Health:
+        return self._connection.health()
+
+    def close(self) -> None:
+        self._connection.close()

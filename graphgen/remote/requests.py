@@ -1,0 +1,167 @@
+"""One request at a server: what is sent for it, and what its samples have brought back.
+
+Does no I/O and knows no thread: the connection feeds it. Used by `graphgen.remote.connection`.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import cast
+
+import msgspec
+from msgspec import Struct
+
+from graphgen.ipc.codec import pack_int32
+from graphgen.ipc.errors import (
+    DeadlineError,
+    EngineDeadError,
+    GraphgenError,
+    InvalidRequestError,
+    OverloadedError,
+    PromptTooLongError,
+    ServerError,
+)
+from graphgen.ipc.ggp.limits import MAX_INT
+from graphgen.ipc.ggp.messages import ChatMessage, Delta, Done, Error, Generate, Sampling
+from graphgen.ipc.messages import FinishReason
+from graphgen.open_request import Delivery, Sink
+from graphgen.outputs import RequestOutput, StreamPiece, Timing
+from graphgen.sampling_params import SamplingParams
+
+
+class Chat(Struct, frozen=True):
+    """A prompt of messages, each with `role` and `content`; the server renders it with the model's own template."""
+
+    messages: Sequence[dict[str, str]]
+
+
+RemotePrompt = str | Sequence[int] | Chat
+"""Text, token ids, or a chat."""
+
+
+class RemoteRequest:
+    """A request from its `generate` to its end. Its sink gets every piece if it streams, else the whole outputs."""
+
+    def __init__(self, message: Generate, prompt: RemotePrompt, streams: bool, sink: Sink) -> None:
+        self.message = message
+        self.sink = sink
+        self.accepted = False
+        self._streams = streams
+        self._sent_s = time.monotonic()
+        self._prompt_ids = tuple(prompt) if not isinstance(prompt, (str, Chat)) else ()
+        self._token_ids: list[list[int]] = [[] for _ in range(message.sampling.n)]
+        self._texts: list[list[str]] = [[] for _ in range(message.sampling.n)]
+        self._times_s: list[list[float]] = [[] for _ in range(message.sampling.n)]
+
+    def accept(self, prompt_ids: Sequence[int] | None) -> None:
+        self.accepted = True
+        if prompt_ids is not None:
+            self._prompt_ids = tuple(prompt_ids)
+
+    def take_delta(self, delta: Delta) -> Delivery | None:
+        """What its sink gets of a delta. Raises ServerError when tokens are missing, which no server may do."""
+        token_ids = self._token_ids[delta.sample]
+        if delta.seq != len(token_ids):
+            raise ServerError(
+                f"the server sent token {delta.seq} of sample {delta.sample} after {len(token_ids)}: report this",
+                code="internal",
+            )
+        now_s = time.monotonic() - self._sent_s
+        token_ids.extend(delta.ids)
+        self._texts[delta.sample].append(delta.text)
+        self._times_s[delta.sample].extend([now_s] * len(delta.ids))
+        if not self._streams:
+            return None
+        return StreamPiece(delta.text, tuple(delta.ids), _finish_reason(delta.finish), sample_index=delta.sample)
+
+    def take_done(self, done: Done) -> list[Delivery]:
+        """What its sink gets at the end: for a stream nothing, since its last piece said so."""
+        if self._streams:
+            return []
+        return [self._output(sample, done) for sample in range(len(self._token_ids))]
+
+    def _output(self, sample: int, done: Done) -> RequestOutput:
+        times = tuple(self._times_s[sample])
+        reason = _finish_reason(done.finish[sample])
+        assert reason is not None, "a done says how each sample ended"
+        return RequestOutput(
+            request_id=self.message.id,
+            prompt_token_ids=self._prompt_ids,
+            token_ids=tuple(self._token_ids[sample]),
+            text="".join(self._texts[sample]),
+            finish_reason=reason,
+            timing=Timing(
+                queued_s=done.timing.queued_ms / 1000,
+                first_token_s=times[0] if times else 0.0,
+                total_s=time.monotonic() - self._sent_s,
+                token_times_s=times,
+            ),
+            cached_tokens=done.usage.cached_tokens,
+            sample_index=sample,
+        )
+
+
+def make_generate(request_id: int, prompt: RemotePrompt, sampling: SamplingParams, streams: bool) -> Generate:
+    """Raises InvalidRequestError for what cannot be written down in the protocol."""
+    wire = wire_sampling(sampling)
+    if isinstance(prompt, str):
+        return Generate(id=request_id, text=_valid_text(prompt), sampling=wire, echo_ids=not streams)
+    if isinstance(prompt, Chat):
+        messages = [_chat_message(message) for message in prompt.messages]
+        return Generate(id=request_id, messages=messages, sampling=wire, echo_ids=not streams)
+    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):  # as programs without types may
+        raise InvalidRequestError(f"a prompt is of type {type(prompt).__name__}: give a str, token ids or a Chat")
+    if not prompt:
+        raise InvalidRequestError("the prompt is empty: give at least one token")
+    try:
+        return Generate(id=request_id, prompt_u32=pack_int32(cast(Sequence[int], prompt)), sampling=wire)
+    except (OverflowError, TypeError) as error:
+        raise InvalidRequestError(f"a prompt holds what is no token id ({error}): give plain ints") from None
+
+
+def wire_sampling(sampling: SamplingParams) -> Sampling:
+    """SamplingParams as the protocol writes them."""
+    if sampling.seed is not None and sampling.seed > MAX_INT:
+        raise InvalidRequestError(f"seed is {sampling.seed}, the protocol's limit is {MAX_INT}: use a smaller one")
+    values = msgspec.structs.asdict(sampling)
+    values["stop"] = [_valid_text(text) for text in sampling.stop_strings]
+    values["stop_token_ids"] = list(sampling.stop_token_ids)
+    return Sampling(**values)
+
+
+def exception_of(error: Error) -> GraphgenError:
+    """What an in-process engine would have raised; ServerError for what only a server can say."""
+    match error.code:
+        case "bad_request" | "too_large":
+            return InvalidRequestError(error.message)
+        case "never_fits":
+            return PromptTooLongError(error.message)
+        case "overloaded":
+            return OverloadedError(error.message, (error.retry_after_ms or 0) / 1000)
+        case "deadline":
+            return DeadlineError(error.message)
+        case "engine_lost":
+            return EngineDeadError(error.message)
+        case code:
+            return ServerError(error.message, code, error.retryable)
+
+
+def _chat_message(message: dict[str, str]) -> ChatMessage:
+    try:
+        return msgspec.convert(message, ChatMessage)
+    except msgspec.ValidationError as error:
+        raise InvalidRequestError(f"a chat message is {message!r}: {error}; give role and content as text") from None
+
+
+def _valid_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"a text is no valid Unicode ({error}): remove its lone surrogates") from None
+    return text
+
+
+def _finish_reason(reason: str | None) -> FinishReason | None:
+    """A reason of a later server than this client knows is an error to it."""
+    if reason is None or reason in ("stop", "length", "aborted", "error"):
+        return cast(FinishReason | None, reason)
+    return "error"

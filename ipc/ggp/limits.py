@@ -1,0 +1,22 @@
+"""Limits of GGP/1 that no server exceeds. A server may allow less; it says in `welcome` what it allows.
+
+Used by the message types, which enforce them while they decode, before the values are built.
+"""
+
+MAX_INT = 2**53 - 1
+"""Integers beyond it lose digits in languages whose numbers are doubles."""
+
+MAX_FRAME_BYTES = 16 * 1024 * 1024
+MAX_PROMPT_TOKENS = 1 << 20
+MAX_MESSAGES = 1024
+"""Messages of one chat prompt."""
+MAX_ROLE_LEN = 64
+MAX_CLIENT_LEN = 256
+MAX_SESSION_LEN = 64
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_LEN = 1024
+MAX_STOP_TOKEN_IDS = 16
+MAX_SAMPLES = 16
+MAX_PRIORITY = 9
+MAX_DURATION_MS = 3_600_000
+MAX_CACHE_SALT_LEN = 256

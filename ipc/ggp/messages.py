@@ -1,0 +1,378 @@
+"""Every message of GGP/1 and its one-byte kind.
+
+Owns the types, their defaults and their ranges: a value outside them does not decode. The tables of PROTOCOL.md are
+made from these Structs (`graphgen.ipc.ggp.reference`). On the wire a message is a map; unknown keys are ignored, an
+absent key means the default, and a key never changes its meaning.
+
+    client -> server   Hello Generate Cancel StatsRequest HealthRequest Bye      both ways   Ping Pong
+    server -> client   Welcome Accepted Delta Done Error Draining Stats Health
+"""
+
+from collections.abc import Mapping
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from graphgen.ipc.ggp import limits
+from graphgen.ipc.ggp.codes import Code
+
+MAJOR = 1
+"""The version of the protocol: the third byte of every header."""
+
+DEFAULT_ADDRESS = "tcp://127.0.0.1:5755"
+DEFAULT_CONTROL_ADDRESS = "tcp://127.0.0.1:5756"
+
+RequestId = Annotated[int, Meta(ge=0, le=limits.MAX_INT)]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Count = Annotated[int, Meta(ge=0, le=limits.MAX_INT)]
+Milliseconds = Annotated[float, Meta(gt=0, le=limits.MAX_DURATION_MS)]
+SessionKey = Annotated[str, Meta(max_length=limits.MAX_SESSION_LEN)]
+
+
+class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a request draws its tokens, when it ends and how it is served: the value of `generate.sampling`."""
+
+    max_tokens: Annotated[
+        Annotated[int, Meta(ge=1, le=2**31 - 1)] | None,
+        Meta(description="Most tokens of output of each sample; nil goes to the end of the context."),
+    ] = 128
+    min_tokens: Annotated[
+        int, Meta(ge=0, le=2**31 - 1, description="No stop token and no stop string ends the output before so many.")
+    ] = 0
+    temperature: Annotated[float, Meta(ge=0, le=100, description="0 is greedy.")] = 1.0
+    top_k: Annotated[int, Meta(ge=0, le=2**31 - 1, description="Draw from the k likeliest tokens; 0 is off.")] = 0
+    top_p: Annotated[
+        float, Meta(gt=0, le=1, description="Draw from the fewest tokens that hold this probability; 1 is off.")
+    ] = 1.0
+    min_p: Annotated[
+        float, Meta(ge=0, le=1, description="Draw from tokens at least so likely relative to the likeliest; 0 is off.")
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float, Meta(gt=0, le=100, description="On tokens of prompt and output; 1 is off.")
+    ] = 1.0
+    presence_penalty: Annotated[
+        float, Meta(ge=-100, le=100, description="On tokens of the output, once each; 0 is off.")
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float, Meta(ge=-100, le=100, description="On tokens of the output, each time; 0 is off.")
+    ] = 0.0
+    seed: Annotated[
+        Annotated[int, Meta(ge=0, le=limits.MAX_INT)] | None,
+        Meta(
+            description="Equal seeds draw equal tokens from equal logits; nil draws a fresh one. Sample i has seed + i."
+        ),
+    ] = None
+    stop: Annotated[
+        list[Annotated[str, Meta(min_length=1, max_length=limits.MAX_STOP_STRING_LEN)]],
+        Meta(max_length=limits.MAX_STOP_STRINGS, description="The text ends before the first of these strings."),
+    ] = []
+    stop_token_ids: Annotated[
+        list[TokenId],
+        Meta(
+            max_length=limits.MAX_STOP_TOKEN_IDS,
+            description="Tokens that end the output; with the model's own end-of-sequence tokens at most 16.",
+        ),
+    ] = []
+    ignore_eos: Annotated[bool, Meta(description="Go on after the model's end-of-sequence tokens.")] = False
+    skip_special_tokens: Annotated[bool, Meta(description="Leave special tokens out of the text.")] = True
+    n: Annotated[
+        int, Meta(ge=1, le=limits.MAX_SAMPLES, description="Samples: outputs drawn independently for the one prompt.")
+    ] = 1
+    priority: Annotated[
+        int, Meta(ge=0, le=limits.MAX_PRIORITY, description="Service class; the higher number is served first.")
+    ] = 0
+    deadline_ms: Annotated[
+        Milliseconds | None, Meta(description="From the request's arrival to the end of its output.")
+    ] = None
+    itl_target_ms: Annotated[Milliseconds | None, Meta(description="Wanted time between two tokens.")] = None
+    ttft_target_ms: Annotated[Milliseconds | None, Meta(description="Wanted time to the first token.")] = None
+    cache_salt: Annotated[
+        str,
+        Meta(
+            max_length=limits.MAX_CACHE_SALT_LEN,
+            description="Prompts share cached pages only under equal salts, and never across clients' keys.",
+        ),
+    ] = ""
+
+
+class ChatMessage(Struct, frozen=True, kw_only=True):
+    """One message of a chat prompt."""
+
+    role: Annotated[
+        str, Meta(min_length=1, max_length=limits.MAX_ROLE_LEN, description="As the model's template knows it: `user`.")
+    ]
+    content: Annotated[str, Meta(description="Text.")]
+
+
+# --- client -> server ------------------------------------------------------------------------------------------
+
+
+class Hello(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Opens a session on a data connection. Answered by `welcome`, or by `error` unsupported_version.
+
+    A second one on the same connection ends the session and opens a new one.
+    """
+
+    versions: Annotated[
+        tuple[int, int], Meta(description="Lowest and highest major version that the client speaks.")
+    ] = (MAJOR, MAJOR)
+    client: Annotated[
+        str, Meta(max_length=limits.MAX_CLIENT_LEN, description="Name and version of the client, for the server's log.")
+    ] = ""
+
+
+class Generate(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One request. Exactly one of `text`, `messages`, `prompt_ids` and `prompt_u32` is given.
+
+    Answered by `accepted`, `delta`s and one `done`; an `error` with its id may end it at any point.
+    """
+
+    id: Annotated[RequestId, Meta(description="Chosen by the client; no two open requests of a session share one.")]
+    text: Annotated[str | None, Meta(description="The prompt as text.")] = None
+    messages: Annotated[
+        Annotated[list[ChatMessage], Meta(min_length=1, max_length=limits.MAX_MESSAGES)] | None,
+        Meta(description="The prompt as a chat, rendered with the model's own template, ready for the model's turn."),
+    ] = None
+    prompt_ids: Annotated[
+        Annotated[list[TokenId], Meta(min_length=1, max_length=limits.MAX_PROMPT_TOKENS)] | None,
+        Meta(description="The prompt as token ids."),
+    ] = None
+    prompt_u32: Annotated[
+        Annotated[bytes, Meta(min_length=4, max_length=4 * limits.MAX_PROMPT_TOKENS)] | None,
+        Meta(description="The prompt as token ids, little-endian, 4 bytes each; cheaper than `prompt_ids`."),
+    ] = None
+    sampling: Annotated[Sampling, Meta(description="Absent: all defaults.")] = Sampling()
+    stream: Annotated[
+        bool, Meta(description="false: each sample comes in one `delta`, when all samples have ended.")
+    ] = True
+    echo_ids: Annotated[bool, Meta(description="true: `accepted` carries the prompt's token ids.")] = False
+
+
+class Cancel(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Ends a request before its next step. Answered by its `done`, with `aborted`; an unknown id by nothing."""
+
+    id: RequestId
+    session: Annotated[
+        SessionKey, Meta(description="On the control socket: whose request. On the data socket it is not needed.")
+    ] = ""
+
+
+class StatsRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Asks for one `stats`."""
+
+
+class HealthRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Asks for one `health`. The server asks scheduler and worker before it answers."""
+
+
+class Bye(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Ends the session; its open requests are cancelled and nothing more is sent."""
+
+
+# --- both ways -------------------------------------------------------------------------------------------------
+
+
+class Ping(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Asks for a `pong`. The server sends one every `heartbeat_ms` to each client that has open requests."""
+
+    t: Annotated[Count, Meta(description="Any number; the `pong` repeats it.")] = 0
+    instance: Annotated[str, Meta(description="From the server: its `welcome.instance`.")] = ""
+
+
+class Pong(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Answers a `ping`."""
+
+    t: Annotated[Count, Meta(description="Of the `ping`.")] = 0
+    instance: Annotated[str, Meta(description="From the server: its `welcome.instance`.")] = ""
+
+
+# --- server -> client ------------------------------------------------------------------------------------------
+
+
+class ServerLimits(Struct, frozen=True, kw_only=True):
+    """What a server allows: the value of `welcome.limits`."""
+
+    frame_bytes: Annotated[int, Meta(description="A larger frame closes the connection, without an error.")]
+    prompt_tokens: Annotated[int, Meta(description="Prompt and output of a sample together: the model's context.")]
+    text_bytes: Annotated[int, Meta(description="UTF-8 bytes of `text`, or of all `messages` together.")]
+    open_requests: Annotated[
+        int, Meta(description="Open requests of one client; all sessions with one key are one client.")
+    ]
+    open_prompt_tokens: Annotated[
+        int, Meta(description="Prompt tokens of the open requests of one client, times samples.")
+    ]
+    messages: int = limits.MAX_MESSAGES
+    samples: int = limits.MAX_SAMPLES
+    stop_strings: int = limits.MAX_STOP_STRINGS
+    stop_string_len: Annotated[int, Meta(description="Characters.")] = limits.MAX_STOP_STRING_LEN
+    stop_token_ids: int = limits.MAX_STOP_TOKEN_IDS
+    deadline_ms: int = limits.MAX_DURATION_MS
+
+
+class Welcome(Struct, frozen=True, kw_only=True):
+    """Answers `hello`: the session is open."""
+
+    version: Annotated[int, Meta(description="The major version that both speak.")]
+    session: Annotated[SessionKey, Meta(description="Secret name of the session, for the control socket.")]
+    instance: Annotated[str, Meta(description="Name of this run of the frontend. Another one has lost the session.")]
+    server: Annotated[str, Meta(description="Name and version of the server.")]
+    model: Annotated[str, Meta(description="What is served.")]
+    vocab_size: Annotated[int, Meta(description="Token ids are below it.")]
+    eos_token_ids: Annotated[list[int], Meta(description="End-of-sequence tokens of the model.")]
+    features: Annotated[list[str], Meta(description="See Versions and features.")]
+    limits: ServerLimits
+    heartbeat_ms: Annotated[int, Meta(description="Time between the server's pings to a client with open requests.")]
+    slow_consumer_ms: Annotated[int, Meta(description="A client that takes or says nothing for so long is cut off.")]
+    control: Annotated[str, Meta(description="Address of the control socket, as it was bound.")]
+
+
+class Accepted(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The request was checked and waits for its turn. Precedes its first `delta`."""
+
+    id: RequestId
+    prompt_tokens: Annotated[int, Meta(description="Length of the prompt.")]
+    prompt_ids: Annotated[list[int] | None, Meta(description="With `generate.echo_ids`: the prompt.")] = None
+
+
+class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """New tokens of one sample. Joined in order, the texts are the text of the output and the ids its tokens."""
+
+    id: RequestId
+    seq: Annotated[int, Meta(description="Tokens of the sample before `ids`: the sum of all earlier lengths.")] = 0
+    sample: Annotated[int, Meta(description="Which of the n samples.")] = 0
+    ids: Annotated[list[int], Meta(description="Token ids; may be empty in the last delta.")] = []
+    text: Annotated[
+        str, Meta(description="May be empty: half a character and a possible stop string are held back.")
+    ] = ""
+    finish: Annotated[
+        str | None, Meta(description="In the sample's last delta: `stop`, `length`, `aborted` or `error`.")
+    ] = None
+
+
+class Usage(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Token counts of a request: the value of `done.usage`."""
+
+    prompt_tokens: int
+    output_tokens: Annotated[int, Meta(description="Of all samples.")]
+    cached_tokens: Annotated[int, Meta(description="Prompt tokens found in the prefix cache; of the first sample.")] = 0
+
+
+class Timing(Struct, frozen=True, kw_only=True):
+    """Milliseconds since the request reached the frontend: the value of `done.timing`."""
+
+    queued_ms: Annotated[float, Meta(description="Until its first chunk was planned; 0 if none was.")]
+    first_token_ms: Annotated[float, Meta(description="Until its first token; 0 if it has none.")]
+    total_ms: Annotated[float, Meta(description="Until its last token.")]
+
+
+class Done(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The request has ended; nothing with its id follows."""
+
+    id: RequestId
+    finish: Annotated[list[str], Meta(description="How each sample ended, in their order, as in `delta.finish`.")]
+    usage: Usage
+    timing: Timing
+
+
+class Error(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What could not be done. With an `id` it ends that request."""
+
+    code: Annotated[Code, Meta(description="See Errors; treat an unknown one as `internal`.")]
+    message: Annotated[str, Meta(description="For people: the value, the limit, the remedy.")]
+    retryable: Annotated[bool, Meta(description="The same message may succeed later.")] = False
+    retry_after_ms: Annotated[int | None, Meta(description="When to try again, where the server can tell.")] = None
+    id: Annotated[RequestId | None, Meta(description="The request that ended. Absent: no request ended.")] = None
+    about: Annotated[str, Meta(description="Name of the kind that was answered, where known.")] = ""
+    versions: Annotated[
+        tuple[int, int] | None, Meta(description="With unsupported_version: lowest and highest that the server speaks.")
+    ] = None
+
+
+class Draining(Struct, frozen=True, kw_only=True):
+    """The server is about to end: open requests go on for `grace_ms`, new ones are refused. Sent to every session."""
+
+    grace_ms: int
+
+
+class Stats(Struct, frozen=True, kw_only=True):
+    """A snapshot. Step times are over the last 1000 steps; 0 before the first."""
+
+    sessions: int
+    open_requests: Annotated[int, Meta(description="Of all clients, in whatever state.")]
+    held_requests: Annotated[int, Meta(description="Of those, waiting in the frontend for their client's turn.")]
+    running: Annotated[int, Meta(description="Samples that hold a slot.")]
+    waiting: Annotated[int, Meta(description="Samples in the scheduler's queue.")]
+    pages_free: int
+    pages_total: int
+    steps: int
+    finished: int
+    preemptions: int
+    step_ms_p50: float
+    step_ms_p95: float
+    step_ms_p99: float
+    step_ms_max: float
+    deltas_sent: int
+    deltas_merged: Annotated[int, Meta(description="Outputs that joined an unsent delta: a reader was behind.")]
+    messages_refused: Annotated[int, Meta(description="Messages answered with an error.")]
+    frontend_cpu_s: Annotated[float, Meta(description="Processor time of the frontend process.")]
+    frontend_rss_bytes: int
+
+
+class Health(Struct, frozen=True, kw_only=True):
+    """Answers `health_request` after a round trip through scheduler and worker, or when that failed."""
+
+    status: Annotated[str, Meta(description="`ok`; `draining`; `stalled`: the worker does not answer.")]
+    ready: Annotated[bool, Meta(description="New requests are taken and the worker answers.")]
+    worker_ms: Annotated[
+        float, Meta(description="The round trip, behind the steps in flight; of a failed one the wait.")
+    ]
+
+
+CLIENT_KINDS: Mapping[bytes, type[Struct]] = {
+    b"H": Hello,
+    b"G": Generate,
+    b"X": Cancel,
+    b"S": StatsRequest,
+    b"L": HealthRequest,
+    b"B": Bye,
+    b"P": Ping,
+    b"Q": Pong,
+}
+"""What a server receives."""
+
+SERVER_KINDS: Mapping[bytes, type[Struct]] = {
+    b"W": Welcome,
+    b"A": Accepted,
+    b"D": Delta,
+    b"F": Done,
+    b"E": Error,
+    b"N": Draining,
+    b"T": Stats,
+    b"M": Health,
+    b"P": Ping,
+    b"Q": Pong,
+}
+"""What a client receives."""
+
+NAMES: Mapping[type[Struct], str] = {
+    Hello: "hello",
+    Generate: "generate",
+    Cancel: "cancel",
+    StatsRequest: "stats_request",
+    HealthRequest: "health_request",
+    Bye: "bye",
+    Ping: "ping",
+    Pong: "pong",
+    Welcome: "welcome",
+    Accepted: "accepted",
+    Delta: "delta",
+    Done: "done",
+    Error: "error",
+    Draining: "draining",
+    Stats: "stats",
+    Health: "health",
+}
+"""The names of the kinds in the specification, and in `error.about`."""
+
+ClientMessage = Hello | Generate | Cancel | StatsRequest | HealthRequest | Bye | Ping | Pong
+ServerMessage = Welcome | Accepted | Delta | Done | Error | Draining | Stats | Health | Ping | Pong

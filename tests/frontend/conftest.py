@@ -1,0 +1,33 @@
+"""Frontends for tests: each test has its own, over one tokenizer."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from graphgen.portable_tokenizer import PortableTokenizer
+from tests.frontend.harness import Frontend, demo_tokenizer
+
+MakeFrontend = Callable[..., Frontend]
+
+
+@pytest.fixture(scope="session")
+def portable() -> PortableTokenizer:
+    return demo_tokenizer(chat_template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}model:")
+
+
+@pytest.fixture
+def make_frontend(portable: PortableTokenizer) -> Iterator[MakeFrontend]:
+    made: list[Frontend] = []
+
+    def make(**settings: object) -> Frontend:
+        made.append(Frontend(portable, **settings))
+        return made[-1]
+
+    yield make
+    for frontend in made:
+        frontend.close()
+
+
+@pytest.fixture
+def frontend(make_frontend: MakeFrontend) -> Frontend:
+    return make_frontend()

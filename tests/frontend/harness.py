@@ -1,0 +1,167 @@
+"""A frontend's server in a thread, between a scheduler that says what a test tells it to and clients that a test is.
+
+All of it is the real thing but for the engine: sockets, sessions, tokenizer, loop.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import zmq
+
+from graphgen import demo
+from graphgen.client import Client
+from graphgen.config import EngineConfig
+from graphgen.core import AttachedCore, launch_config
+from graphgen.frontend.keys import Keys, start_authentication
+from graphgen.frontend.process import bind, make_server
+from graphgen.frontend.server import PublicSockets
+from graphgen.frontend.settings import FrontendSettings
+from graphgen.inbox import Inbox
+from graphgen.ipc.channel import Channel
+from graphgen.ipc.ggp.framing import client_framing
+from graphgen.ipc.ggp.messages import ClientMessage, Hello, Ping, ServerMessage, Welcome
+from graphgen.ipc.messages import Attach, Drain, FrontendToSupervisor, SupervisorToFrontend
+from graphgen.portable_tokenizer import PortableTokenizer, RustTokenizer
+from graphgen.tokenizer import load_tokenizer
+from tests.fakes import READY, FakeProcesses, FakeScheduler
+
+Message = TypeVar("Message")
+
+NUM_PAGES = 32
+"""Of 16 positions: half the demo model's context, so that a request can be too large for the pages alone."""
+
+
+def demo_tokenizer(chat_template: str | None = None) -> PortableTokenizer:
+    tokenizer = load_tokenizer(demo.model_folder(), None)
+    assert tokenizer is not None
+    portable = tokenizer.export()
+    assert portable is not None
+    return PortableTokenizer(portable.backend, portable.byte_token_ids, chat_template, portable.special_tokens)
+
+
+def make_settings(**changes: Any) -> FrontendSettings:  # any field of FrontendSettings
+    values: dict[str, Any] = {
+        "model": "fake",
+        "data": "tcp://127.0.0.1:*",
+        "control": "tcp://127.0.0.1:*",
+        "keys": None,
+        "memory_limit_bytes": 1 << 30,
+        "threads": 1,
+    }
+    return FrontendSettings(**{**values, **changes})
+
+
+class Frontend:
+    """The server under test. `scheduler` is the engine's end, `supervisor` its master's."""
+
+    def __init__(self, portable: PortableTokenizer, **settings: Any) -> None:
+        self.settings = make_settings(**settings)
+        self.processes = FakeProcesses()
+        self.scheduler = FakeScheduler(self.processes)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.supervisor: Channel[SupervisorToFrontend, FrontendToSupervisor] = Channel(
+            self._context, self.processes.folder, "frontend", "upper", FrontendToSupervisor
+        )
+        lower: Channel[FrontendToSupervisor, SupervisorToFrontend] = Channel(
+            self._context, self.processes.folder, "frontend", "lower", SupervisorToFrontend
+        )
+        self._lower = lower
+        launch = launch_config(EngineConfig(device="cpu"))
+        keys = None if self.settings.keys is None else Keys(Path(self.settings.keys))
+        self._authentication = None if keys is None else start_authentication(self._context, keys)
+        self.sockets: PublicSockets = bind(self._context, self.settings, launch, keys)
+        self._inbox = Inbox()
+        self._client = Client(self.processes, attaches=True, after_outputs=self._inbox.wake)
+        self.scheduler.expect(Attach)
+        self.scheduler.send(
+            msgspec.structs.replace(READY, worker=msgspec.structs.replace(READY.worker, num_pages=NUM_PAGES))
+        )
+        core = AttachedCore(launch, self._client.wait_ready(5), RustTokenizer(portable), self._client)
+        self.server = make_server(self.sockets, lower, self._inbox, self._client, core, portable, self.settings)
+        self.num_lost: int | None = None
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        self.num_lost = self.server.run()
+
+    def connect(self, control: bool = False, **options: Any) -> "RawClient":
+        """options: of the socket, by their names in zmq."""
+        return RawClient(self._context, self.sockets.control.address if control else self.sockets.data.address, options)
+
+    def welcome(self, **options: Any) -> "RawClient":
+        """A client that has a session."""
+        client = self.connect(**options)
+        client.send(Hello(client="test"))
+        client.session = client.expect(Welcome).session
+        return client
+
+    def close(self) -> None:
+        if self.thread.is_alive():
+            self.supervisor.send(Drain(0.0))
+            self.thread.join(5)
+        assert not self.thread.is_alive(), "the server did not end"
+        self.server.close()
+        self._client.close()
+        self.scheduler.close()
+        for socket in self.sockets:
+            socket.close(0.0)
+        if self._authentication is not None:
+            self._authentication.stop()
+        self.supervisor.close()
+        self._lower.close()
+        self._inbox.close()
+        self._context.destroy(linger=0)
+
+
+class RawClient:
+    """A DEALER and the protocol's frames, nothing else."""
+
+    def __init__(
+        self, context: "zmq.Context[zmq.Socket[bytes]]", address: str, options: dict[str, Any] | None = None
+    ) -> None:
+        self.socket = context.socket(zmq.DEALER)
+        self.socket.set(zmq.LINGER, 0)
+        for name, value in (options or {}).items():
+            self.socket.set(getattr(zmq, name), value)
+        self.socket.connect(address)
+        self.session = ""
+        self._framing = client_framing()
+
+    def send(self, message: ClientMessage) -> None:
+        self.socket.send_multipart(self._framing.encode(message))
+
+    def send_raw(self, *frames: bytes) -> None:
+        self.socket.send_multipart(frames)
+
+    def receive(self, timeout_s: float = 5.0) -> ServerMessage | None:
+        """The next message that is no ping."""
+        deadline_s = time.monotonic() + timeout_s
+        while self.socket.poll(max(0, int((deadline_s - time.monotonic()) * 1000))):
+            message = self._framing.decode(self.socket.recv_multipart())
+            if not isinstance(message, Ping):
+                return message
+        return None
+
+    def expect(self, kind: type[Message], timeout_s: float = 5.0) -> Message:
+        """The next message, which must be of this kind."""
+        message = self.receive(timeout_s)
+        assert isinstance(message, kind), f"expected {kind.__name__}, got {message}"
+        return message
+
+    def close(self) -> None:
+        self.socket.close(linger=0)
+
+
+def wait_until(holds: Callable[[], bool], timeout_s: float = 5.0) -> bool:
+    """Whether it holds within the time."""
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        if holds():
+            return True
+        time.sleep(0.01)
+    return holds()

@@ -1,0 +1,162 @@
+"""CURVE keys: who has none, a wrong one, or one that is not let in, gets no answer; and no public door without keys."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+import zmq.auth
+
+from graphgen import Client, ConfigError, ConnectionLostError, SamplingParams
+from graphgen.frontend.keys import Keys
+from graphgen.frontend.prepare import cache_salt
+from graphgen.ipc.ggp.messages import Accepted, Cancel, Error, Generate, Hello, Welcome
+from graphgen.ipc.messages import Submit
+from graphgen.serve import ServeOptions, control_address, is_public
+from tests.frontend.conftest import MakeFrontend
+from tests.frontend.harness import Frontend, RawClient
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    keys = Keys(tmp_path / "keys")
+    keys.make(None)
+    return keys
+
+
+def options_of(keys: Keys, secret_file: Path) -> dict[str, Any]:  # of a socket
+    public, secret = zmq.auth.load_certificate(secret_file)
+    server, _ = zmq.auth.load_certificate(keys.folder / "server.key")
+    assert secret is not None
+    return {"CURVE_SERVERKEY": server, "CURVE_PUBLICKEY": public, "CURVE_SECRETKEY": secret}
+
+
+def says_hello(client: RawClient, timeout_s: float = 2.0) -> bool:
+    client.send(Hello())
+    return isinstance(client.receive(timeout_s), Welcome)
+
+
+def test_a_key_that_is_let_in_gets_a_session(make_frontend: MakeFrontend, keys: Keys) -> None:
+    frontend = make_frontend(keys=str(keys.folder))
+    secret, _ = keys.make("alice")
+    assert says_hello(frontend.connect(**options_of(keys, secret)))
+
+
+def test_strangers_get_no_answer(make_frontend: MakeFrontend, keys: Keys, tmp_path: Path) -> None:
+    frontend = make_frontend(keys=str(keys.folder))
+    stranger, public = Keys(tmp_path / "elsewhere").make("mallory")
+    with_key = options_of(keys, stranger)
+    assert not says_hello(frontend.connect(**with_key), 0.5)
+    assert not says_hello(frontend.connect(), 0.5)
+    keys.allow("mallory", public)  # read for each connection: no restart
+    assert says_hello(frontend.connect(**with_key))
+
+
+def test_the_python_client_with_keys(make_frontend: MakeFrontend, keys: Keys) -> None:
+    frontend = make_frontend(keys=str(keys.folder))
+    secret, _ = keys.make("alice")
+    server_key = zmq.auth.load_certificate(keys.folder / "server.key")[0].decode()
+    address = frontend.sockets.data.address
+    with Client(address, server_key=server_key, key_file=secret) as client:
+        stream = client.stream([1], SamplingParams(max_tokens=1))
+        frontend.scheduler.send_tokens(frontend.scheduler.expect(Submit).request_id, [5], "length")
+        assert [piece.token_ids for piece in stream] == [(5,)]
+    with pytest.raises(ConnectionLostError, match="key let in"):
+        Client(address, connect_timeout_s=0.5)
+    with pytest.raises(ConfigError, match="needs both"):
+        Client(address, server_key=server_key)
+
+
+def open_session(frontend: Frontend, keys: Keys, name: str) -> RawClient:
+    secret = keys.clients / f"{name}.key_secret"
+    if not secret.exists():
+        keys.make(name)
+    return frontend.welcome(**options_of(keys, secret))
+
+
+def test_connections_with_one_key_share_its_limits(make_frontend: MakeFrontend, keys: Keys) -> None:
+    frontend = make_frontend(keys=str(keys.folder), open_requests=1)
+    first, second = open_session(frontend, keys, "alice"), open_session(frontend, keys, "alice")
+    first.send(Generate(id=1, prompt_ids=[1]))
+    first.expect(Accepted)
+    second.send(Generate(id=1, prompt_ids=[1]))
+    assert second.expect(Error).code == "overloaded"
+    bob = open_session(frontend, keys, "bob")
+    bob.send(Generate(id=1, prompt_ids=[1]))
+    bob.expect(Accepted)
+
+
+def test_another_key_may_not_cancel(make_frontend: MakeFrontend, keys: Keys) -> None:
+    frontend = make_frontend(keys=str(keys.folder))
+    alice = open_session(frontend, keys, "alice")
+    keys.make("bob")
+    control = frontend.connect(control=True, **options_of(keys, keys.clients / "bob.key_secret"))
+    control.send(Cancel(id=1, session=alice.session))
+    assert control.expect(Error).code == "forbidden"
+
+
+def test_pages_are_shared_within_a_key_and_a_salt_only() -> None:
+    salts = [cache_salt(client, salt) for client in ("alice", "bob", "") for salt in ("", "x", "bob")]
+    assert len(set(salts)) == len(salts)
+    assert cache_salt("alice", "x") == cache_salt("alice", "x")
+
+
+def test_secret_keys_are_for_their_owner_alone(keys: Keys) -> None:
+    secret, public = keys.make("alice")
+    assert secret.stat().st_mode & 0o077 == 0
+    assert keys.folder.stat().st_mode & 0o077 == 0
+    assert len(public) == 40
+    with pytest.raises(ConfigError, match="is there already"):
+        keys.make("alice")
+
+
+@pytest.mark.parametrize("name", ["../server", "a/b", "", "a b"])
+def test_a_name_is_no_path(keys: Keys, name: str) -> None:
+    with pytest.raises(ConfigError, match="is no name"):
+        keys.allow(name, "x" * 40)
+
+
+def test_what_is_no_key_is_not_let_in(keys: Keys) -> None:
+    with pytest.raises(ConfigError, match="is no public key"):
+        keys.allow("alice", "too short")
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("tcp://127.0.0.1:5755", False),
+        ("tcp://127.9.9.9:5755", False),
+        ("tcp://localhost:5755", False),
+        ("tcp://[::1]:5755", False),
+        ("ipc:///tmp/x", False),
+        ("tcp://*:5755", True),
+        ("tcp://0.0.0.0:5755", True),
+        ("tcp://[::]:5755", True),
+        ("tcp://192.168.0.1:5755", True),
+        ("tcp://eth0:5755", True),
+        ("tcp://example.org:5755", True),
+    ],
+)
+def test_a_public_address_needs_keys(address: str, public: bool, keys: Keys) -> None:
+    assert is_public(address) == public
+    loopback = "tcp://127.0.0.1:1"
+    for data, control in ((address, loopback), (loopback, address)):
+        if public:
+            with pytest.raises(ConfigError, match="insecure-public"):
+                ServeOptions(data=data, control=control, keys=None)
+        else:
+            ServeOptions(data=data, control=control, keys=None)
+        ServeOptions(data=data, control=control, keys=None, insecure_public=True)
+        ServeOptions(data=data, control=control, keys=str(keys.folder))
+
+
+def test_keys_that_are_missing_stop_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="graphgen keys new"):
+        ServeOptions(data="tcp://*:1", control="tcp://*:2", keys=str(tmp_path))
+
+
+def test_the_control_socket_lies_beside_the_data_socket() -> None:
+    assert control_address("tcp://127.0.0.1:5755") == "tcp://127.0.0.1:5756"
+    assert control_address("tcp://[::1]:5755") == "tcp://[::1]:5756"
+    assert control_address("tcp://127.0.0.1:0") == "tcp://127.0.0.1:0"
+    assert control_address("ipc:///run/g") == "ipc:///run/g-control"

@@ -1,0 +1,74 @@
+"""A server of the demo model in processes of its own, as `graphgen serve` starts it."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import graphgen
+
+ROOT = str(Path(graphgen.__file__).resolve().parent.parent)
+START_TIMEOUT_S = 60.0
+
+
+class ServerProcess:
+    """The supervisor and, under it, scheduler, worker and frontend."""
+
+    def __init__(self, output: Path, *arguments: str, python_path: str = "") -> None:
+        self._output = output
+        command = [sys.executable, "-P", "-m", "graphgen", "serve", "--device", "cpu", "--bind", "tcp://127.0.0.1:*"]
+        path = os.pathsep.join(part for part in (python_path, ROOT) if part)
+        with output.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*command, *arguments], stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": path}
+            )
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text()
+
+    def wait_ready(self) -> "ServerProcess":
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while "\nready\n" not in self.output:
+            assert self.process.poll() is None, f"the server ended:\n{self.output}"
+            assert time.monotonic() < deadline_s, f"the server is not ready:\n{self.output}"
+            time.sleep(0.02)
+        return self
+
+    @property
+    def address(self) -> str:
+        """Of the data socket."""
+        return next(line.split()[2] for line in self.output.splitlines() if line.endswith("(data)"))
+
+    @property
+    def control(self) -> str:
+        return next(line.split()[2] for line in self.output.splitlines() if line.endswith("(control)"))
+
+    def pid_of(self, module: str) -> int:
+        """The child that runs `python -m module`."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        for child in children:
+            if module.encode() in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0"):
+                return int(child)
+        raise LookupError(f"no child runs {module}")
+
+    def end(self, number: int = signal.SIGTERM, timeout_s: float = 30.0) -> int:
+        """Sends the signal; the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(timeout_s)
+
+
+@contextlib.contextmanager
+def serving(folder: Path, *arguments: str, python_path: str = "") -> Iterator[ServerProcess]:
+    """A server that is ready; whatever a test did to it, nothing is left of it."""
+    server = ServerProcess(folder / "serve.log", *arguments, python_path=python_path)
+    try:
+        yield server.wait_ready()
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.wait()
