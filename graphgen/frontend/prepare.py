@@ -114,7 +114,7 @@ class Preparer:
         sampling = message.sampling
         opened = self._core.prepare(
             token_ids,
-            sampling_params(sampling, request.client),
+            sampling_params(sampling, request.session.key),
             functools.partial(sink, request),
             request.arrived_s,
         )
@@ -177,17 +177,17 @@ class _Job:
     done: Done
 
 
-def sampling_params(sampling: Sampling, client: str) -> SamplingParams:
+def sampling_params(sampling: Sampling, key: str) -> SamplingParams:
     """The engine's parameters. Raises InvalidRequestError."""
     values = msgspec.structs.asdict(sampling)
-    values["cache_salt"] = cache_salt(client, sampling.cache_salt)
+    values["cache_salt"] = cache_salt(key, sampling.cache_salt)
     return SamplingParams(**values)
 
 
-def cache_salt(client: str, salt: str) -> str:
-    """What a client's prompts share cached pages under: its own salt within its own key. Made here, never by a client:
-    a salt that it could choose freely would let it ask whether another's prompt is cached."""
-    return hashlib.blake2b(salt.encode(), key=hashlib.blake2b(client.encode()).digest(), digest_size=16).hexdigest()
+def cache_salt(key: str, salt: str) -> str:
+    """What prompts share cached pages under: the client's salt within its CURVE key. Made here, never by a client: a
+    salt that it could choose freely would let it ask whether another's prompt is cached. Without keys all are one."""
+    return hashlib.blake2b(salt.encode(), key=hashlib.blake2b(key.encode()).digest(), digest_size=16).hexdigest()
 
 
 def unpack_prompt(packed: bytes) -> list[int]:

@@ -235,7 +235,7 @@ class Server:
             text = f"there are {len(self._sessions)} sessions, the limit is {self._settings.max_sessions}: try later"
             return make_error("overloaded", text, about="hello", retry_after_ms=1000)
         name = secrets.token_hex(16)
-        session = Session(received.routing_id, name, received.key or f"session {name}", now_s)
+        session = Session(received.routing_id, name, received.key, now_s)
         self._sessions.add(session)
         logger.info("session with %r; there are %d", message.client, len(self._sessions))
         self._outbox.post(session, msgspec.structs.replace(self._welcome, session=name))
@@ -266,7 +266,7 @@ class Server:
                 session = self._sessions.find_by_name(message.session)
                 if session is None:
                     return make_error("no_session", "there is no such session", about="cancel")
-                if received.key and session.client != received.key:
+                if session.key != received.key:
                     return make_error("forbidden", "the session is another client's", about="cancel")
                 self._desk.cancel(session, message.id)
             case Ping():

@@ -15,10 +15,12 @@ MAX_BACKLOG = 256
 class Session:
     """One data connection after its hello."""
 
-    def __init__(self, routing_id: bytes, name: str, client: str, now_s: float) -> None:
+    def __init__(self, routing_id: bytes, name: str, key: str, now_s: float) -> None:
+        """key: the CURVE key that its connection authenticated with; "" without keys."""
         self.routing_id = routing_id
         self.name = name  # secret: who knows it may cancel its requests
-        self.client = client  # whose share its requests count to
+        self.key = key
+        self.client = key or f"session {name}"  # whose share its requests count to
         self.heard_s = now_s
         self.pinged_s = now_s
         self.blocked_s: float | None = None  # since when it takes nothing

@@ -20,7 +20,7 @@ def make_request(num_samples: int, stream: bool = True) -> PublicRequest:
     opened = [
         SimpleNamespace(started_s=0.5, submit=SimpleNamespace(request_id=number)) for number in range(num_samples)
     ]
-    request = PublicRequest(Session(b"id", "name", "client", 0.0), 9, "client", arrived_s=0.0)
+    request = PublicRequest(Session(b"id", "name", "", 0.0), 9, "client", arrived_s=0.0)
     request.accept(Prepared(cast(Any, opened), 4, [], 0, None, stream, False))
     return request
 
@@ -115,7 +115,7 @@ def test_nothing_is_taken_after_the_end() -> None:
 
 
 def test_a_request_cancelled_before_it_was_checked_has_an_end() -> None:
-    request = PublicRequest(Session(b"id", "name", "client", 0.0), 9, "client", arrived_s=0.0)
+    request = PublicRequest(Session(b"id", "name", "", 0.0), 9, "client", arrived_s=0.0)
     assert request.peek() is None
     request.cancel()
     (done,) = read(request)
