@@ -99,6 +99,7 @@ class Admission:
         None at all if it has what it needs, or if it would not get it that way either.
         """
         victims: list[RunningRequest] = []
+        shared = set(offer.shared)
         candidates = self._running.victims()
         num_freed = 0
         while not (victims or self._running.num_free_slots) or not self.has_pages(request, offer, num_freed):
@@ -107,7 +108,8 @@ class Admission:
                 return []
             if victim.request.priority < request.priority:
                 victims.append(victim)
-                num_freed += sum(self._cache.pool.num_holders(page) == 1 for page in victim.pages)
+                # What it shares with the victim is not to be had twice.
+                num_freed += sum(self._cache.pool.num_holders(page) == 1 for page in {*victim.pages} - shared)
         return victims
 
     def _awaits_page(self, request: Request, offer: Offer) -> bool:

@@ -93,12 +93,13 @@ class DecodeSet:
                 del self._num_with_target[target]
                 self._itl_target_ms = min(self._num_with_target, default=None)
 
-    def at_border(self) -> list[RunningRequest]:
-        """Those whose row of the next plan is the first of a page."""
-        index = self._clock % self._page_size
+    def need_page(self) -> list[RunningRequest]:
+        """Those whose row of the next plan is the first of a page they do not hold."""
+        index, size = self._clock % self._page_size, self._page_size
         found = [running for running in self._border_rows[index] if running.decode_row is not None]
         self._border_rows[index] = found
-        return list(found)
+        # Reserved requests hold all their pages from the start.
+        return [running for running in found if self.position(running) == len(running.pages) * size]
 
     def rows(self) -> tuple[bytes, bytes, list[Request]]:
         """Slots and positions (packed int32) and the requests of the next plan's rows."""

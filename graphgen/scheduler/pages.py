@@ -76,18 +76,19 @@ class PagePool:
 
         Idle pages are used again in the order given here: so the last pages of a request come first.
         """
+        holders, is_kept, idle, empty = self._num_holders, self._is_kept, self._idle, self._empty
         for page in pages:
-            if not 0 <= page < self.num_pages:
+            if not 0 <= page < len(holders):
                 raise ValueError(f"page {page} is given back, the pool has pages 0 to {self.num_pages - 1}")
-            if not self._num_holders[page]:
+            if not holders[page]:
                 raise ValueError(f"page {page} is given back once too often: nobody holds it")
-            self._num_holders[page] -= 1
-            if self._num_holders[page]:
+            holders[page] -= 1
+            if holders[page]:
                 continue
-            if self._is_kept[page]:
-                self._idle[page] = None
+            if is_kept[page]:
+                idle[page] = None
             else:
-                self._empty.append(page)
+                empty.append(page)
 
     def _reuse(self, count: int) -> list[int]:
         idle, is_kept = self._idle, self._is_kept

@@ -97,6 +97,10 @@ class PlanDraft:
         for index, page in enumerate(pages, first_index):
             self._new_pages += (slot, index, page)
 
+    def add_page(self, slot: int, index: int, page: int) -> None:
+        """`page` becomes entry `index` of the slot's block table."""
+        self._new_pages += (slot, index, page)
+
     def set_decodes(self, decodes: DecodeSet) -> None:
         """One row for each: the slot's last token, at the next position."""
         self._decode_slots, self._decode_positions, self._decodes = decodes.rows()

@@ -38,8 +38,8 @@ from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.overload import OverloadGuard
 from graphgen.scheduler.plan import PlanDraft, StepDescription
 from graphgen.scheduler.prefix_cache import PrefixCache
-from graphgen.scheduler.prompts import PromptPlanner
-from graphgen.scheduler.request import Rank, Request, RunningRequest
+from graphgen.scheduler.prompts import MAX_PASSED, PromptPlanner
+from graphgen.scheduler.request import Request, RunningRequest
 from graphgen.scheduler.running import RunningSet
 from graphgen.scheduler.waiting import WaitingQueue
 
@@ -116,7 +116,7 @@ class Scheduler:
         self._num_added += 1
         self._newest_arrival_s = arrived_s
         self._requests[request.request_id] = request
-        self._waiting.append(request)
+        self._waiting.add(request)
         self._prompts.num_with_ttft_target += request.ttft_by_s is not None
         self._deadlines.add(request)
 
@@ -239,39 +239,39 @@ class Scheduler:
         lowest, highest = self._running.lowest_class, self._waiting.highest_class
         if lowest is None or highest is None or highest <= lowest:
             return
-        for request in self._waiting.first(1, 1):
-            if request.priority <= lowest or self._in_flight.draw_for(request):
-                continue
+        for request in self._waiting.first(MAX_PASSED, MAX_PASSED):
+            if self._in_flight.draw_for(request):
+                return
             offer = self._admission.offer(request)
-            if not self._admission.is_held_back(request, offer):
+            if self._admission.is_held_back(request, offer):
+                continue
+            if request.priority > lowest:
                 for victim in self._admission.victims_for(request, offer):
                     self._preempt(victim)
-                return
+            return  # whoever comes after it could not be sure to start
 
     def _plan_decodes(self, draft: PlanDraft) -> None:
         """A row for every request whose prompt is computed."""
-        decodes = self._running.decodes
-        size = self._limits.page_size
-        for running in sorted(decodes.at_border(), key=_rank):
-            # Reserved requests hold all their pages; others may have been preempted by the one before.
-            if running.decode_row is not None and decodes.position(running) == len(running.pages) * size:
-                self._grow(running, draft)
-        draft.set_decodes(decodes)
+        growing = self._running.decodes.need_page()
+        if len(growing) > self._pages.num_free:
+            growing = self._make_room(growing)
+        for running, page in zip(growing, self._pages.take(len(growing)), strict=True):
+            draft.add_page(running.slot, len(running.pages), page)
+            running.pages.append(page)
+        draft.set_decodes(self._running.decodes)
 
-    def _grow(self, running: RunningRequest, draft: PlanDraft) -> None:
-        """Gives a request one more page, preempting whoever is to be served last if it must, itself included.
+    def _make_room(self, growing: list[RunningRequest]) -> list[RunningRequest]:
+        """Preempts whoever is to be served last until there is a page for each of the others; returns those.
 
         The first in the order of service always gets its page: see `graphgen.scheduler.admission`.
         """
-        while not self._pages.num_free:
+        while len(growing) > self._pages.num_free:
             victim = next(self._running.victims())
             self._admission.preempted(victim)
             self._preempt(victim)
-            if victim is running:
-                return
-        pages = self._pages.take(1)
-        draft.add_pages(running.slot, len(running.pages), pages)
-        running.pages += pages
+            if victim in growing:
+                growing.remove(victim)
+        return growing
 
     def _preempt(self, running: RunningRequest) -> None:
         """Takes slot and pages away; the tokens stay, those in flight included."""
@@ -281,7 +281,7 @@ class Scheduler:
         if running.decode_row is not None:
             request.last_step = self.counters.steps - 1
         self._release(running)
-        self._waiting.put_back(request)
+        self._waiting.add(request)
 
     # --- a plan leaves, requests leave -----------------------------------------------------------------------
 
@@ -323,7 +323,3 @@ class Scheduler:
         self._cache.enter(running, min(running.num_computed, len(running.request.tokens)))
         # The last pages first: a page is of no use without the ones before it, so it goes before them.
         self._pages.give_back(running.pages[::-1])
-
-
-def _rank(running: RunningRequest) -> Rank:
-    return running.request.rank

@@ -55,12 +55,12 @@ class PrefixCache:
         if end <= first or not self._enabled:
             return
         running.num_entered = end
-        digests = running.request.chain.digests(first, end)
-        for digest, page in zip(digests, running.pages[first:end], strict=True):
-            if digest not in self._page_of:
-                self._page_of[digest] = page
-                self._digest_of[page] = digest
-                self.pool.keep(page)
+        page_of, digest_of, keep = self._page_of, self._digest_of, self.pool.keep
+        for digest, page in zip(running.request.chain.digests(first, end), running.pages[first:end], strict=True):
+            if digest not in page_of:
+                page_of[digest] = page
+                digest_of[page] = digest
+                keep(page)
 
     def _forget(self, pages: Sequence[int]) -> None:
         for page in pages:

@@ -60,7 +60,7 @@ class PromptPlanner:
         if bucket is None:
             return
         shares = PromptShares(bucket.prefill_rows, self._limits.max_chunks, draft.num_decodes, self._budget)
-        outranked = self._outranked(begun) if may_admit else []
+        outranked = self._outranked(begun) if may_admit and begun else []
         others_wait = len(self._waiting) > 0
         shares.give_begun(begun[: len(begun) - len(outranked)], others_wait)
         if outranked:

@@ -4,10 +4,15 @@
 pages, and how far it is computed. It ends with the request or its preemption; admission makes a new one.
 Both are state of `graphgen.scheduler.policy`; nothing else changes them.
 
-Order of service. A request's rank never changes: (arrived_s - AGEING_S * priority, arrival). So a service class is
-worth AGEING_S seconds of waiting: among requests that arrive within AGEING_S of each other classes are strict, within
-a class the first to arrive is served first, and nothing that arrives AGEING_S * (MAX_PRIORITY - priority) seconds
-after a request is ever served before it. That is the bound on starvation.
+Order of service. A request has a rank that never changes, and the lowest is served first:
+
+    (arrived_s + patience - AGEING_S * priority, arrival)
+
+Its patience is its TTFT target, at most AGEING_S, which it also is if it states none. So a service class is worth
+AGEING_S seconds of waiting: among requests that arrive together classes are strict. Within a class the first to arrive
+is served first, but for TTFT targets: the request that is due first. And nothing that arrives
+AGEING_S * (MAX_PRIORITY - priority) + patience seconds after a request is ever served before it: that is the bound on
+starvation.
 """
 
 from array import array
@@ -18,7 +23,7 @@ from graphgen.ipc.messages import MAX_PRIORITY, MAX_TARGET_MS, FinishReason, Sam
 from graphgen.scheduler.page_chain import PageChain
 
 AGEING_S = 10.0
-"""Seconds of waiting that are worth one service class."""
+"""Seconds of waiting that are worth one service class, and the patience of a request that states none."""
 
 MAX_PREEMPTIONS = 3
 """Times a request may lose its slot and pages. After that it is admitted with every page it can ever need, and keeps
@@ -64,7 +69,7 @@ class Request:
         self.request_id = submit.request_id
         self.arrival = arrival  # the order of service within a class; unlike arrived_s it has no ties
         self.priority = submit.priority
-        self.rank: Rank = (arrived_s - AGEING_S * submit.priority, arrival)
+        self.rank: Rank = (arrived_s + _patience_s(submit) - AGEING_S * submit.priority, arrival)
         self.tokens: array[int] = _unpack_prompt(submit)  # the prompt, then the output that has arrived
         self.chain = PageChain(self.tokens, page_size, submit.cache_salt)
         self.prompt_len = len(self.tokens)
@@ -152,6 +157,10 @@ class RunningRequest:
     def num_missing(self) -> int:
         """Known tokens that no plan computes yet."""
         return self.prefill_end - self.num_computed
+
+
+def _patience_s(submit: Submit) -> float:
+    return AGEING_S if submit.ttft_target_ms is None else min(submit.ttft_target_ms / 1000.0, AGEING_S)
 
 
 def _max_cached_len(sampler: SamplerParams, prompt_len: int, end_len: int) -> int:

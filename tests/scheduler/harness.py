@@ -107,7 +107,9 @@ class Client:
     @property
     def rank(self) -> tuple[float, int]:
         """The order of service, if requests are numbered as they arrive."""
-        return self.submit.arrived_s - AGEING_S * self.submit.priority, self.submit.request_id
+        ttft_ms = self.submit.ttft_target_ms
+        patience_s = AGEING_S if ttft_ms is None else min(ttft_ms / 1000.0, AGEING_S)
+        return self.submit.arrived_s + patience_s - AGEING_S * self.submit.priority, self.submit.request_id
 
 
 def make_client(submit: Submit) -> Client:

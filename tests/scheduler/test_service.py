@@ -122,6 +122,25 @@ def test_a_lone_prompt_is_split_evenly_over_the_steps_it_needs() -> None:
     assert max(lengths) < 400, "496 and 104 would be a long step and a short one"
 
 
+def test_stated_ttft_targets_are_met_by_serving_first_what_is_due_first() -> None:
+    """A queue of five seconds in which short prompts are due sooner: in order of arrival they would come too late."""
+
+    def share_in_time(states_targets: bool) -> float:
+        engine, rng = VirtualEngine(max_running=128), random.Random(4)
+        lengths = [rng.randint(500, 4500) for _ in range(60)]
+        targets_ms = [length / 512 * 1000.0 for length in lengths]
+        requests = [
+            engine.send(length, 20, ttft_target_ms=target_ms if states_targets else None)
+            for length, target_ms in zip(lengths, targets_ms, strict=True)
+        ]
+        engine.run()
+        pairs = zip(requests, targets_ms, strict=True)
+        return sum(one.ttft_s * 1000.0 <= target_ms for one, target_ms in pairs) / len(requests)
+
+    assert share_in_time(False) < 0.8
+    assert share_in_time(True) > 0.95
+
+
 # --- long prompts ----------------------------------------------------------------------------------------------
 
 

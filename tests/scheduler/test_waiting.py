@@ -10,8 +10,11 @@ from tests.scheduler.harness import make_submit
 LONG = 3
 
 
-def request(arrival: int, priority: int = 0, arrived_s: float = 0.0, prompt_len: int = 1) -> Request:
-    return Request(make_submit(arrival, [1] * prompt_len, priority=priority), arrival, arrived_s, page_size=4)
+def request(
+    arrival: int, priority: int = 0, arrived_s: float = 0.0, prompt_len: int = 1, ttft_target_ms: float | None = None
+) -> Request:
+    submit = make_submit(arrival, [1] * prompt_len, priority=priority, ttft_target_ms=ttft_target_ms)
+    return Request(submit, arrival, arrived_s, page_size=4)
 
 
 @given(st.data())
@@ -26,11 +29,17 @@ def test_the_queue_is_a_list_sorted_by_rank(data: st.DataObject) -> None:
                 away.append(left)
             case "return" if away:
                 back = away.pop(data.draw(st.integers(0, len(away) - 1)))
-                queue.put_back(back)
+                queue.add(back)
                 waiting.append(back)
         now_s += data.draw(st.sampled_from([0.0, 1.0, AGEING_S]))
-        newest = request(arrival, data.draw(st.integers(0, 3)), now_s, data.draw(st.integers(1, 5)))
-        queue.append(newest)
+        newest = request(
+            arrival,
+            data.draw(st.integers(0, 3)),
+            now_s,
+            data.draw(st.integers(1, 5)),
+            data.draw(st.sampled_from([None, 500.0, 1e6])),
+        )
+        queue.add(newest)
         waiting = sorted([*waiting, newest], key=lambda one: one.rank)
         lanes = [[one for one in waiting if one.priority == priority] for priority in range(4)]
         short = [one for lane in lanes for one in [one for one in lane if len(one.tokens) < LONG][:3]]
@@ -47,7 +56,18 @@ def test_the_queue_is_a_list_sorted_by_rank(data: st.DataObject) -> None:
 
 def test_tokens_that_arrive_while_a_preempted_request_waits_do_not_disturb_the_count() -> None:
     queue, preempted = WaitingQueue(LONG), request(0)
-    queue.put_back(preempted)
+    queue.add(preempted)
     preempted.tokens.append(7)
     queue.remove(preempted)
     assert queue.num_tokens == 0
+
+
+def test_the_order_of_service_is_class_then_due_time_then_arrival_and_a_class_is_worth_its_seconds() -> None:
+    plain, later = request(0), request(1, arrived_s=1.0)
+    due_soon, due_late = request(2, arrived_s=2.0, ttft_target_ms=3000.0), request(3, arrived_s=2.0, ttft_target_ms=1e6)
+    high = request(4, priority=1, arrived_s=AGEING_S - 0.1)
+    too_late = request(5, priority=1, arrived_s=AGEING_S + 0.1)
+    queue = WaitingQueue(LONG)
+    for one in (too_late, high, due_late, due_soon, later, plain):
+        queue.add(one)
+    assert list(queue.first(10, 10)) == [due_soon, high, plain, too_late, later, due_late]
