@@ -166,6 +166,17 @@ def test_a_silent_server_is_asked_and_then_given_up(
         next(stream)
 
 
+def test_a_client_that_was_stopped_reads_before_it_judges(
+    server: FakeServer, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "LOST_S", 1.2)
+    stream = client.stream([1])
+    request_id = server.expect_generate().id
+    client._core._connection._call(lambda: time.sleep(1.5))
+    server.finish(request_id)
+    assert next(stream).text == "x"
+
+
 def test_a_gap_in_the_tokens_is_no_output(server: FakeServer, client: Client) -> None:
     stream = client.stream([1])
     request_id = server.expect_generate().id

@@ -46,6 +46,8 @@ logger = logging.getLogger("graphgen.frontend")
 
 TICK_S = 0.1
 """How often sessions are looked after: pings, slow readers, deadlines."""
+AWAY_S = 1.0
+"""A loop that comes round after more than this was stopped."""
 MESSAGES_AT_ONCE = 16
 """Received before the tokens that came meanwhile are sent."""
 MESSAGES_PER_S = 4000.0
@@ -107,6 +109,7 @@ class Server:
         self._welcome = welcome
         self._rate = RateLimit(MESSAGES_PER_S, MESSAGES_BURST, time.monotonic())
         self._swept_s = 0.0
+        self._looped_s = time.monotonic()
         self._ending: _Ending | None = None
         self._num_lost = 0
 
@@ -124,6 +127,7 @@ class Server:
             events = dict((poller if permits else inner).poll(self._timeout_ms(permits)))
             self._inbox.run(readable=self._inbox.fileno() in events)
             now_s = time.monotonic()
+            self._forgive_silence(now_s)
             for order in self._supervisor.drain():
                 self._obey(order, now_s)
             permits = self._receive(now_s)
@@ -326,6 +330,13 @@ class Server:
         for session in self._sessions.all():
             if not session.requests and self._sockets.data.send(session.routing_id, *ping) is Sent.GONE:
                 self._end(session)
+
+    def _forgive_silence(self, now_s: float) -> None:
+        """A loop that was stopped itself has not read what its clients said meanwhile."""
+        if now_s - self._looped_s > AWAY_S:
+            for session in self._sessions.all():
+                session.heard_s = now_s
+        self._looped_s = now_s
 
     def _cut_off(self, session: Session, why: str) -> None:
         """A reader that is gone for all we know. What it has not taken is given up, so that its memory is free."""

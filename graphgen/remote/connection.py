@@ -52,6 +52,8 @@ SILENT_HEARTBEATS = 3
 """A server that has said nothing for so many heartbeats is asked whether it lives."""
 LOST_S = 10.0
 """A server that has said nothing for so long, while requests are open, is given up."""
+AWAY_S = 1.0
+"""A loop that comes round after more than this was stopped itself: what the server said meanwhile is still unread."""
 ANSWER_TIMEOUT_S = 10.0
 LINGER_S = 0.2
 
@@ -150,7 +152,8 @@ class Connection:
         poller = zmq.Poller()
         poller.register(self._inbox.fileno(), zmq.POLLIN)
         poller.register(self._socket, zmq.POLLIN)
-        tick_s = time.monotonic() + TICK_S
+        looped_s = time.monotonic()
+        tick_s = looped_s + TICK_S
         try:
             while not self._closed:
                 events = dict(poller.poll(int(TICK_S * 1000)))
@@ -158,9 +161,13 @@ class Connection:
                 if self._socket in events:
                     self._receive()
                 self._flush()
-                if time.monotonic() >= tick_s:
-                    tick_s = time.monotonic() + TICK_S
-                    self._watch()
+                now_s = time.monotonic()
+                if now_s - looped_s > AWAY_S:
+                    self._heard_s = now_s
+                looped_s = now_s
+                if now_s >= tick_s:
+                    tick_s = now_s + TICK_S
+                    self._watch(now_s)
             self._fail_all(EngineClosedError("the client was closed: make a new one"))
             self._send(Bye())
         except Exception as error:
@@ -286,10 +293,10 @@ class Connection:
                 self._unsent = deque(one for one in self._unsent if one.message.id != request_id)
         self._send_more()
 
-    def _watch(self) -> None:
+    def _watch(self, now_s: float) -> None:
         if not self._requests or self._welcome is None:
             return
-        silent_s = time.monotonic() - self._heard_s
+        silent_s = now_s - self._heard_s
         if silent_s > LOST_S:
             for request_id in self._requests:
                 self._send(Cancel(id=request_id))

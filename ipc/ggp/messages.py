@@ -297,7 +297,9 @@ class Draining(Struct, frozen=True, kw_only=True):
 class Stats(Struct, frozen=True, kw_only=True):
     """A snapshot. Step times are over the last 1000 steps; 0 before the first."""
 
-    sessions: int
+    sessions: Annotated[
+        int, Meta(description="With those of idle clients that ended without `bye`, until room is needed.")
+    ]
     open_requests: Annotated[int, Meta(description="Of all clients, in whatever state.")]
     held_requests: Annotated[int, Meta(description="Of those, waiting in the frontend for their client's turn.")]
     running: Annotated[int, Meta(description="Samples that hold a slot.")]

@@ -415,6 +415,18 @@ def test_a_client_that_says_nothing_for_too_long_is_cut_off(make_frontend: MakeF
     assert (error.code, error.id) == ("slow_consumer", 1)
 
 
+def test_a_server_that_was_stopped_reads_before_it_judges(make_frontend: MakeFrontend) -> None:
+    frontend = make_frontend(slow_consumer_s=2.0, heartbeat_s=0.2)
+    client = frontend.welcome()
+    request_id = open_request(frontend, client)
+    frontend.server._inbox.put(lambda: time.sleep(2.2))
+    frontend.server._inbox.wake()
+    time.sleep(0.1)
+    client.send(Pong())
+    frontend.scheduler.send_tokens(request_id, [1], "stop")
+    assert client.expect(Delta).ids == [1]
+
+
 def test_a_client_that_answers_pings_is_not_cut_off(make_frontend: MakeFrontend) -> None:
     frontend = make_frontend(slow_consumer_s=1.0, heartbeat_s=0.2)
     client = frontend.welcome()
