@@ -218,17 +218,17 @@ def test_a_stopped_reader_gets_every_token_when_it_wakes(server: ServerProcess, 
         import sys
         from graphgen import Client, SamplingParams
         with Client(sys.argv[1]) as client:
-            ids = []
-            for piece in client.stream([5], SamplingParams(max_tokens=300, ignore_eos=True, temperature=0.0)):
+            stream = client.stream([5], SamplingParams(max_tokens=300, ignore_eos=True, temperature=0.0))
+            ids = list(next(stream).token_ids)
+            print("begun", flush=True)
+            for piece in stream:
                 ids += piece.token_ids
-                if len(ids) == 1:
-                    print("begun", flush=True)
             print(ids)
     """
     command = [sys.executable, "-c", textwrap.dedent(code), server.address]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": ROOT}) as reader:
         assert reader.stdout is not None
-        reader.stdout.readline()
+        assert reader.stdout.readline() == b"begun\n"
         reader.send_signal(signal.SIGSTOP)
         with Client(server.address) as other:
             expected = other.generate([[5]], SamplingParams(max_tokens=300, ignore_eos=True, temperature=0.0))[0]
