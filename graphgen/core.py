@@ -58,20 +58,25 @@ class AttachedCore:
         """
         parameters = one_each(sampling, len(prompts))
         token_ids = self._tokenize(prompts)
+        arrived_s = time.monotonic()
         requests = [
             request
             for number, parts in enumerate(zip(token_ids, parameters, sinks, strict=True))
             for request in self._make_requests(
-                f"prompt {number}" if len(prompts) > 1 else "the prompt", *parts, streams=streams
+                f"prompt {number}" if len(prompts) > 1 else "the prompt", *parts, streams=streams, arrived_s=arrived_s
             )
         ]
         self._client.submit(requests)
         return [request.submit.request_id for request in requests]
 
-    def prepare(self, token_ids: Sequence[int], sampling: SamplingParams, sink: Sink) -> OpenRequest:
-        """A request that streams, checked and not sent. Raises InvalidRequestError."""
-        (request,) = self._make_requests("the prompt", token_ids, sampling, sink, streams=True)
-        return request
+    def prepare(
+        self, token_ids: Sequence[int], sampling: SamplingParams, sink: Sink, arrived_s: float
+    ) -> list[OpenRequest]:
+        """The n requests of a prompt that streams, checked and not sent. Raises InvalidRequestError.
+
+        arrived_s: when the prompt came, as time.monotonic(): its deadline and its times count from there.
+        """
+        return self._make_requests("the prompt", token_ids, sampling, sink, streams=True, arrived_s=arrived_s)
 
     def cancel(self, request_ids: Sequence[int]) -> None:
         """Ends requests and frees their pages; their sinks hear no more. Ids of finished requests are ignored."""
@@ -91,15 +96,20 @@ class AttachedCore:
         return [next(encoded) if isinstance(prompt, str) else _checked_ids(prompt) for prompt in prompts]
 
     def _make_requests(
-        self, name: str, token_ids: Sequence[int], sampling: SamplingParams, sink: Sink, streams: bool
+        self,
+        name: str,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        sink: Sink,
+        streams: bool,
+        arrived_s: float,
     ) -> list[OpenRequest]:
         """The n requests of a prompt; `name` says in errors which prompt it is."""
         self._check_prompt(name, token_ids, sampling)
         stop_token_ids = sampling.resolve_stop_token_ids(self.launch.eos_token_ids)
         self._check_stop_ids(stop_token_ids)
         max_tokens = self._max_tokens(name, len(token_ids), sampling)
-        prompt_token_ids, seed, arrived_s = pack_int32(token_ids), secrets.randbits(63), time.monotonic()
-        config = self.launch
+        prompt_token_ids, seed, launch = pack_int32(token_ids), secrets.randbits(63), self.launch
         submits = [
             Submit(
                 request_id=next(self._request_ids),
@@ -111,8 +121,8 @@ class AttachedCore:
                 arrived_s=arrived_s,
                 priority=sampling.priority,
                 deadline_ms=sampling.deadline_ms,
-                itl_target_ms=config.itl_target_ms if sampling.itl_target_ms is None else sampling.itl_target_ms,
-                ttft_target_ms=config.ttft_target_ms if sampling.ttft_target_ms is None else sampling.ttft_target_ms,
+                itl_target_ms=launch.itl_target_ms if sampling.itl_target_ms is None else sampling.itl_target_ms,
+                ttft_target_ms=launch.ttft_target_ms if sampling.ttft_target_ms is None else sampling.ttft_target_ms,
                 cache_salt=sampling.cache_salt,
             )
             for sample_index in range(sampling.n)
@@ -207,7 +217,7 @@ def describe_start(ready: Ready, start_s: float) -> str:
     """The phase table of the start, in lines."""
     worker = ready.worker
     lines = [f"graphgen serves on {worker.device} with {worker.attention} attention after {start_s:.2f} s"]
-    lines += [f"  {phase}" for phase in worker.phases]
+    lines += [f"  {phase.name:<24}{phase.seconds:8.2f} s" for phase in worker.phases]
     return "\n".join(lines)
 
 

@@ -23,10 +23,12 @@ from graphgen import (
     AsyncClient,
     Client,
     ConnectionLostError,
+    DeadlineError,
     Engine,
     EngineDeadError,
     GraphgenError,
     InvalidRequestError,
+    OverloadedError,
     PromptTooLongError,
     SamplingParams,
     ServerError,
@@ -99,6 +101,34 @@ def test_fifty_streams_at_once_read_what_the_engine_makes(server: ServerProcess)
     assert [(output.text, output.prompt_token_ids) for output in whole] == [
         (output.text, output.prompt_token_ids) for output in expected
     ]
+
+
+def test_samples_are_those_of_an_engine(client: Client) -> None:
+    sampling = SamplingParams(n=3, seed=5, max_tokens=8)
+    alone = [SamplingParams(seed=5 + sample, max_tokens=8) for sample in range(3)]
+    outputs = client.generate("ROMEO:", sampling)
+    assert [output.sample_index for output in outputs] == [0, 1, 2]
+    assert [output.text for output in outputs] == [client.generate("ROMEO:", one)[0].text for one in alone]
+    texts = ["", "", ""]
+    for piece in client.stream("ROMEO:", sampling):
+        texts[piece.sample_index] += piece.text
+    assert texts == [output.text for output in outputs]
+
+
+def test_a_prompt_that_was_seen_is_cached_within_its_salt(server: ServerProcess, client: Client) -> None:
+    prompt = [[7] * 100]
+    first, again = (client.generate(prompt, SamplingParams(max_tokens=2))[0] for _ in range(2))
+    with Client(server.address) as other:
+        elsewhere = other.generate(prompt, SamplingParams(max_tokens=2))[0]
+        salted = other.generate(prompt, SamplingParams(max_tokens=2, cache_salt="mine"))[0]
+    assert (first.cached_tokens, salted.cached_tokens) == (0, 0)
+    assert again.cached_tokens == elsewhere.cached_tokens > 80
+
+
+def test_what_cannot_meet_its_deadline_is_refused_or_ended(client: Client) -> None:
+    with pytest.raises((OverloadedError, DeadlineError)):
+        client.generate("ROMEO:", SamplingParams(max_tokens=900, ignore_eos=True, deadline_ms=50.0))
+    assert becomes_idle(client)
 
 
 def test_leaving_a_stream_frees_its_pages(client: Client) -> None:
@@ -188,17 +218,17 @@ def test_a_stopped_reader_gets_every_token_when_it_wakes(server: ServerProcess, 
         import sys
         from graphgen import Client, SamplingParams
         with Client(sys.argv[1]) as client:
-            ids = []
-            for piece in client.stream([5], SamplingParams(max_tokens=300, ignore_eos=True, temperature=0.0)):
+            stream = client.stream([5], SamplingParams(max_tokens=300, ignore_eos=True, temperature=0.0))
+            ids = list(next(stream).token_ids)
+            print("begun", flush=True)
+            for piece in stream:
                 ids += piece.token_ids
-                if len(ids) == 1:
-                    print("begun", flush=True)
             print(ids)
     """
     command = [sys.executable, "-c", textwrap.dedent(code), server.address]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": ROOT}) as reader:
         assert reader.stdout is not None
-        reader.stdout.readline()
+        assert reader.stdout.readline() == b"begun\n"
         reader.send_signal(signal.SIGSTOP)
         with Client(server.address) as other:
             expected = other.generate([[5]], SamplingParams(max_tokens=300, ignore_eos=True, temperature=0.0))[0]

@@ -120,13 +120,13 @@ class Desk:
                 passed = DeadlineError("the deadline passed before the request's turn came: allow more time")
                 self._fail(request, error_of(passed, request.id))
 
-    def _deliver(self, request: PublicRequest, sample: int, delivery: Delivery) -> None:
+    def _deliver(self, request: PublicRequest, delivery: Delivery) -> None:
         """The sink of every sample, on the client's receiving thread, which wakes the loop after a step's outputs."""
-        self._inbox.put(functools.partial(self._take, request, sample, delivery))
+        self._inbox.put(functools.partial(self._take, request, delivery))
         if not isinstance(delivery, StreamPiece):
             self._inbox.wake()
 
-    def _take(self, request: PublicRequest, sample: int, delivery: Delivery) -> None:
+    def _take(self, request: PublicRequest, delivery: Delivery) -> None:
         if request.ended:
             return
         if not isinstance(delivery, StreamPiece):
@@ -135,7 +135,7 @@ class Desk:
             return
         if not request.started:
             self._count_started(request)
-        request.take(sample, delivery, time.monotonic())
+        request.take(delivery, time.monotonic())
         if request.ended:
             self._close(request)
         self._outbox.add_news(request)

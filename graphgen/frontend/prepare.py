@@ -30,7 +30,7 @@ MAX_WAITING_BYTES = 64 << 20
 """Bytes of undecoded requests that wait for a thread; beyond that clients are told to come back."""
 RETRY_AFTER_S = 1.0
 
-PieceSink = Callable[[PublicRequest, int, Delivery], None]
+PieceSink = Callable[[PublicRequest, Delivery], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,14 +112,12 @@ class Preparer:
         assert isinstance(message, Generate), "only generate is prepared"
         token_ids = self._prompt_ids(message)
         sampling = message.sampling
-        opened = [
-            self._core.prepare(
-                token_ids,
-                sampling_params(sampling, request.session.key, sample),
-                functools.partial(sink, request, sample),
-            )
-            for sample in range(sampling.n)
-        ]
+        opened = self._core.prepare(
+            token_ids,
+            sampling_params(sampling, request.session.key),
+            functools.partial(sink, request),
+            request.arrived_s,
+        )
         deadline_ms = sampling.deadline_ms
         return Prepared(
             opened=opened,
@@ -179,15 +177,10 @@ class _Job:
     done: Done
 
 
-def sampling_params(sampling: Sampling, key: str, sample: int) -> SamplingParams:
-    """The engine's parameters of one sample. Raises InvalidRequestError."""
-    values = {
-        name: getattr(sampling, name) for name in SamplingParams.__struct_fields__ if name not in ("n", "cache_salt")
-    }
-    if sampling.seed is not None:
-        values["seed"] = sampling.seed + sample
-    if "cache_salt" in SamplingParams.__struct_fields__:
-        values["cache_salt"] = cache_salt(key, sampling.cache_salt)
+def sampling_params(sampling: Sampling, key: str) -> SamplingParams:
+    """The engine's parameters. Raises InvalidRequestError."""
+    values = msgspec.structs.asdict(sampling)
+    values["cache_salt"] = cache_salt(key, sampling.cache_salt)
     return SamplingParams(**values)
 
 

@@ -155,7 +155,13 @@ def bind(context: Context, settings: FrontendSettings, launch: LaunchConfig, key
 def _welcome(
     settings: FrontendSettings, launch: LaunchConfig, sockets: PublicSockets, has_text: bool, has_chat: bool
 ) -> Welcome:
-    features = {"text": has_text, "chat": has_chat, "samples": True}
+    features = {
+        "text": has_text,
+        "chat": has_chat,
+        "samples": True,
+        "classes": True,
+        "prefix_cache": launch.prefix_cache,
+    }
     return Welcome(
         version=MAJOR,
         session="",

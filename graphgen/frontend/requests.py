@@ -77,11 +77,11 @@ class PublicRequest:
         self.prepared = prepared
         self._samples = [_Sample() for _ in prepared.opened]
 
-    def take(self, index: int, piece: StreamPiece, now_s: float) -> None:
-        """What a step gave to sample `index`."""
+    def take(self, piece: StreamPiece, now_s: float) -> None:
+        """What a step gave to one of the samples."""
         if self.ended or self.prepared is None:
             return
-        sample = self._samples[index]
+        sample = self._samples[piece.sample_index]
         if sample.has_news and self.prepared.stream:
             self.num_merged += 1
         sample.ids.extend(piece.token_ids)
@@ -91,7 +91,10 @@ class PublicRequest:
         if not self.started:
             self.started = True
             self._first_token_ms = self._last_token_ms
-            self._queued_ms = max(0.0, self.prepared.opened[index].started_s - self.arrived_s) * 1000
+            started_s = self.prepared.opened[piece.sample_index].started_s
+            self._queued_ms = max(0.0, started_s - self.arrived_s) * 1000
+        if piece.sample_index == 0:
+            self._cached_tokens = piece.cached_tokens
         if piece.finish_reason is not None:
             sample.ended, sample.finish = True, piece.finish_reason
             if all(one.ended for one in self._samples):

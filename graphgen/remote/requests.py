@@ -71,7 +71,7 @@ class RemoteRequest:
         self._times_s[delta.sample].extend([now_s] * len(delta.ids))
         if not self._streams:
             return None
-        return StreamPiece(delta.text, tuple(delta.ids), _finish_reason(delta.finish))
+        return StreamPiece(delta.text, tuple(delta.ids), _finish_reason(delta.finish), sample_index=delta.sample)
 
     def take_done(self, done: Done) -> list[Delivery]:
         """What its sink gets at the end: for a stream nothing, since its last piece said so."""
@@ -95,6 +95,8 @@ class RemoteRequest:
                 total_s=time.monotonic() - self._sent_s,
                 token_times_s=times,
             ),
+            cached_tokens=done.usage.cached_tokens,
+            sample_index=sample,
         )
 
 

@@ -67,13 +67,13 @@ def test_readings_of_any_size_add_up(steps: list[tuple[int, int, str, int]], str
     messages = []
     for number, (sample, num_tokens, text, most) in enumerate(steps):
         ids = tuple(range(number, number + num_tokens))
-        request.take(sample, StreamPiece(text, ids, None), float(number))
+        request.take(StreamPiece(text, ids, None, sample_index=sample), float(number))
         given_ids[sample] += ids
         given_texts[sample] += text
         messages += read(request, most)
     if end == "finish":
         for sample in range(3):
-            request.take(sample, StreamPiece("", (), "length"), 99.0)
+            request.take(StreamPiece("", (), "length", sample_index=sample), 99.0)
     elif end == "cancel":
         request.cancel()
     else:
@@ -96,7 +96,7 @@ def test_readings_of_any_size_add_up(steps: list[tuple[int, int, str, int]], str
 
 def test_a_sample_that_ended_keeps_its_reason_when_the_rest_is_cancelled() -> None:
     request = make_request(2)
-    request.take(1, StreamPiece("a", (1,), "stop"), 1.0)
+    request.take(StreamPiece("a", (1,), "stop", sample_index=1), 1.0)
     assert request.internal_ids == [0]
     request.cancel()
     done = read(request)[-1]
@@ -106,10 +106,10 @@ def test_a_sample_that_ended_keeps_its_reason_when_the_rest_is_cancelled() -> No
 
 def test_nothing_is_taken_after_the_end() -> None:
     request = make_request(1)
-    request.take(0, StreamPiece("a", (1,), "stop"), 1.0)
+    request.take(StreamPiece("a", (1,), "stop"), 1.0)
     request.cancel()
     request.fail(make_error("internal", "no", 9))
-    request.take(0, StreamPiece("b", (2,), None), 2.0)
+    request.take(StreamPiece("b", (2,), None), 2.0)
     messages = read(request)
     assert [type(message) for message in messages] == [Accepted, Delta, Done]
 
@@ -125,8 +125,8 @@ def test_a_request_cancelled_before_it_was_checked_has_an_end() -> None:
 
 def test_times_count_from_the_requests_arrival() -> None:
     request = make_request(1)
-    request.take(0, StreamPiece("a", (1,), None), 2.0)
-    request.take(0, StreamPiece("a", (1,), "stop"), 3.0)
+    request.take(StreamPiece("a", (1,), None), 2.0)
+    request.take(StreamPiece("a", (1,), "stop"), 3.0)
     done = read(request)[-1]
     assert isinstance(done, Done)
     timing = (done.timing.queued_ms, done.timing.first_token_ms, done.timing.total_ms)
