@@ -117,7 +117,7 @@ class Admission:
 
         Then it waits, so that many requests with one prompt, sent together, compute it once.
         """
-        if not self._cache.enabled:
+        if not self._cache.enabled or not self._running.begun:
             return False
         index, size = len(offer.shared), self._limits.page_size
         if (index + 1) * size > min(len(request.tokens) - 1, request.max_cached_len):

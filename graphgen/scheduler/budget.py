@@ -47,23 +47,25 @@ class StepBudget:
         self._steps_in_flight = steps_in_flight
         self._model = model
         # Taken once: corrections scale all buckets alike, but for noise.
-        self._saturation_rows = model.saturation_rows(buckets.all_mixed)
+        most = model.saturation_rows(buckets.all_mixed)
+        self._up_to_saturation = [
+            buckets.mixed(num_decodes) if most is None else _up_to(buckets.mixed(num_decodes), most)
+            for num_decodes in range(buckets.max_decode_rows + 1)
+        ]  # by decodes
 
     def choose(self, load: StepLoad) -> Bucket | None:
         """The largest bucket the step may use; None where the decodes leave no room for prompts."""
-        candidates = self._buckets.mixed(load.num_decodes)
-        if not candidates:
-            return None
         if load.itl_target_ms is not None and load.num_decodes:
-            return self._within_target(_up_to_rows(candidates, load.pending_tokens), load, load.itl_target_ms)
-        if not load.is_late:
-            candidates = self._up_to_saturation(candidates)
-        return _up_to_rows(candidates, load.pending_tokens)[-1]
+            candidates = _that_hold(self._buckets.mixed(load.num_decodes), load.pending_tokens)
+            return self._within_target(candidates, load, load.itl_target_ms) if candidates else None
+        efficient = self._up_to_saturation[load.num_decodes]
+        candidates = self._buckets.mixed(load.num_decodes) if load.is_late else efficient
+        return _that_hold(candidates, load.pending_tokens)[-1] if candidates else None
 
     def saturated(self, num_decodes: int) -> Bucket | None:
         """The largest bucket that `choose` gives without any target."""
-        candidates = self._buckets.mixed(num_decodes)
-        return self._up_to_saturation(candidates)[-1] if candidates else None
+        candidates = self._up_to_saturation[num_decodes]
+        return candidates[-1] if candidates else None
 
     def prompt_ms(self, num_decodes: int, decode_positions: int, num_tokens: int) -> float | None:
         """Milliseconds until so many prompt tokens are computed at the saturation point, the steps in flight included;
@@ -84,12 +86,6 @@ class StepBudget:
         num_steps = -(-total // room)
         smallest = self._buckets.smallest(-(-total // num_steps), num_decodes)
         return max(0, min(missing, min(smallest.prefill_rows, room) - used))
-
-    def _up_to_saturation(self, candidates: tuple[Bucket, ...]) -> tuple[Bucket, ...]:
-        most = self._saturation_rows
-        if most is None:
-            return candidates
-        return tuple(bucket for bucket in candidates if bucket.num_rows <= most) or candidates[:1]
 
     def _within_target(self, candidates: tuple[Bucket, ...], load: StepLoad, target_ms: float) -> Bucket:
         """The largest candidate that is fast enough, else the smallest.
@@ -114,7 +110,12 @@ class StepBudget:
         return None if smaller_ms is None else smaller_ms * bucket.num_rows / candidates[index - 1].num_rows
 
 
-def _up_to_rows(candidates: tuple[Bucket, ...], num_tokens: int) -> tuple[Bucket, ...]:
+def _up_to(candidates: tuple[Bucket, ...], num_rows: int) -> tuple[Bucket, ...]:
+    """Those of at most `num_rows` rows, at least the first."""
+    return tuple(bucket for bucket in candidates if bucket.num_rows <= num_rows) or candidates[:1]
+
+
+def _that_hold(candidates: tuple[Bucket, ...], num_tokens: int) -> tuple[Bucket, ...]:
     """Those up to the first that holds `num_tokens` prompt tokens."""
     for index, bucket in enumerate(candidates):
         if bucket.prefill_rows >= num_tokens:

@@ -28,9 +28,9 @@ class PageChain:
         self._page_size = page_size
         self._digests = [blake2b(salt.encode(), digest_size=DIGEST_BYTES).digest()]  # [0] stands before the first page
 
-    def prepare(self) -> None:
-        """Makes the digests of the first pages."""
-        self._extend(min(len(self._tokens) // self._page_size, PAGES_AHEAD))
+    def prepare(self, num_pages: int) -> None:
+        """Makes the digests of the first pages, at most `num_pages`."""
+        self._extend(min(len(self._tokens) // self._page_size, num_pages))
 
     def digest(self, index: int) -> bytes | None:
         """Of page `index`; None as long as its tokens are not all known."""

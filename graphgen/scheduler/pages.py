@@ -90,6 +90,12 @@ class PagePool:
             else:
                 empty.append(page)
 
+    def make_empty(self, count: int) -> None:
+        """Gives up what idle pages hold, least recently used first, until `count` are empty or none is idle."""
+        num_missing = min(count - len(self._empty), len(self._idle))
+        if num_missing > 0:
+            self._empty += self._reuse(num_missing)
+
     def _reuse(self, count: int) -> list[int]:
         idle, is_kept = self._idle, self._is_kept
         pages = [idle.popitem(last=False)[0] for _ in range(count)]

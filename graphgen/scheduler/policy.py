@@ -36,12 +36,16 @@ from graphgen.scheduler.deadlines import Deadlines
 from graphgen.scheduler.in_flight import StepsInFlight
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.overload import OverloadGuard
+from graphgen.scheduler.page_chain import PAGES_AHEAD
 from graphgen.scheduler.plan import PlanDraft, StepDescription
 from graphgen.scheduler.prefix_cache import PrefixCache
 from graphgen.scheduler.prompts import MAX_PASSED, PromptPlanner
 from graphgen.scheduler.request import Request, RunningRequest
 from graphgen.scheduler.running import RunningSet
 from graphgen.scheduler.waiting import WaitingQueue
+
+PAGES_READY = 64
+"""Pages that are made empty ahead of need: more than one plan takes, as a rule."""
 
 LONG_PROMPT_STEPS = 8
 """A prompt that misses more tokens than this many steps of the full budget compute is long."""
@@ -86,6 +90,7 @@ class Scheduler:
             self._in_flight,
             self.counters,
         )
+        self._grown: list[RunningRequest] = []  # those who got a page for the newest plan
         self._num_added = 0
         self._newest_arrival_s = float("-inf")
 
@@ -111,8 +116,8 @@ class Scheduler:
         except OverloadedError:
             self.counters.refused += 1
             raise
-        if self._limits.prefix_cache:
-            request.chain.prepare()
+        if self._cache.enabled:
+            request.chain.prepare(PAGES_AHEAD)
         self._num_added += 1
         self._newest_arrival_s = arrived_s
         self._requests[request.request_id] = request
@@ -168,6 +173,14 @@ class Scheduler:
         if not draft.num_decodes and not draft.num_chunks:
             return None
         return self._send_off(draft, now_s)
+
+    def prepare(self) -> None:
+        """Does ahead of time, while the device computes, what the next plans would have to do. Called after a plan."""
+        self._pages.make_empty(min(PAGES_READY, self._pages.num_pages // 64))
+        for running in self._grown:
+            # Its newest page is empty, and some tokens of the one before may be in flight.
+            running.request.chain.prepare(len(running.pages) - 2)
+        self._grown = []
 
     def update(self, step_id: int, token_ids: Sequence[int]) -> tuple[TokenOutput, ...]:
         """Takes the tokens of the oldest unanswered plan; returns what its requests get, in the plan's order.
@@ -258,6 +271,7 @@ class Scheduler:
         for running, page in zip(growing, self._pages.take(len(growing)), strict=True):
             draft.add_page(running.slot, len(running.pages), page)
             running.pages.append(page)
+        self._grown = growing
         draft.set_decodes(self._running.decodes)
 
     def _make_room(self, growing: list[RunningRequest]) -> list[RunningRequest]:

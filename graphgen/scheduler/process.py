@@ -172,6 +172,7 @@ class SchedulerLoop:
         """Keeps as many steps in flight as the policy allows."""
         while self._running and (plan := self._policy.schedule(time.monotonic())) is not None:
             self._worker.send(plan)
+            self._policy.prepare()
 
     def _take_from_worker(self, message: WorkerToScheduler) -> tuple[TokenOutput, ...]:
         match message:

@@ -10,11 +10,12 @@ prompts behind it.
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from heapq import merge
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 
 from graphgen.scheduler.request import Request
 
 _by_rank = attrgetter("rank")
+_request_of = itemgetter(2)  # of an entry
 
 _Entry = tuple[float, int, Request]
 """The rank of a request, negated, and the request: the last entry of a lane is the first to serve."""
@@ -82,10 +83,10 @@ class WaitingQueue:
         """The first in order of service: of each class at most `count` with short prompts and `count_long` with long
         ones. Merged as they are read, from a copy: the queue may change meanwhile."""
         heads = [
-            [request for _, _, request in lane[: -1 - (count_long if is_long else count) : -1]]
+            map(_request_of, lane[: -1 - (count_long if is_long else count) : -1])
             for (_, is_long), lane in self._lanes.items()
         ]
-        return merge(*heads, key=_by_rank) if len(heads) != 1 else iter(heads[0])
+        return merge(*heads, key=_by_rank) if len(heads) != 1 else heads[0]
 
 
 def _entry(request: Request) -> _Entry:

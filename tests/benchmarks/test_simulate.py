@@ -396,5 +396,5 @@ def test_a_budget_by_target_and_classes_keep_what_a_fixed_one_does_not() -> None
     assert figure("fcfs", "all", "p99_itl_ms") > 1.1 * simulate.ITL_TARGET_MS
     for policy in ("dynamic", "classes"):
         assert figure(policy, "all", "p99_itl_ms") < 1.05 * simulate.ITL_TARGET_MS
-        assert figure(policy, "all", "request_goodput") > 1.5 * figure("fcfs", "all", "request_goodput")
+        assert figure(policy, "all", "request_goodput") > 1.1 * figure("fcfs", "all", "request_goodput")
     assert figure("classes", "chat", "p95_ttft_ms") < 0.8 * figure("dynamic", "chat", "p95_ttft_ms")

@@ -179,6 +179,7 @@ class Harness:
         plan = self.scheduler.schedule(self.now_s)
         if plan is None:
             return None
+        self.scheduler.prepare()
         description = self.scheduler.describe_step(plan.step_id)
         self._check_shape(plan, description)
         self._check_decodes(must_decode, description, self.scheduler.counters.preemptions - preemptions)

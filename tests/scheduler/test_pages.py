@@ -95,6 +95,16 @@ class AnyUse(RuleBasedStateMachine):
         del self.idle[: len(self.reused)]
         self.holds.append(pages)
 
+    @rule(count=st.integers(0, NUM_PAGES))
+    def make_empty(self, count: int) -> None:
+        held = {page for hold in self.holds for page in hold}
+        num_empty = NUM_PAGES - len(held) - len(self.idle)
+        self.reused.clear()
+        self.pool.make_empty(count)
+        assert self.reused == self.idle[: max(0, count - num_empty)]
+        self.kept -= set(self.reused)
+        del self.idle[: len(self.reused)]
+
     @precondition(lambda self: self.holds)
     @rule(data=st.data())
     def give_back(self, data: st.DataObject) -> None:

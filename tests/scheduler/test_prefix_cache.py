@@ -214,7 +214,7 @@ def test_digests_depend_on_every_token_before_and_on_the_salt() -> None:
 def test_a_chain_grows_with_its_tokens_and_prepares_only_so_much() -> None:
     tokens = array("i", range(3 * PAGES_AHEAD))
     chain = PageChain(tokens, 2, "")
-    chain.prepare()
+    chain.prepare(PAGES_AHEAD)
     assert len(chain._digests) == PAGES_AHEAD + 1
     assert chain.digest(3 * PAGES_AHEAD // 2) is None
     tokens.extend([1, 2])

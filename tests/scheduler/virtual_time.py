@@ -120,6 +120,7 @@ class VirtualEngine:
                 if on_end is not None:
                     on_end(self.served[rejected.request_id])
             while (plan := self.scheduler.schedule(self.now_s)) is not None:
+                self.scheduler.prepare()
                 self._launch(plan)
             if not self._results or self._results[0][0] > until_s:
                 self.now_s = max(self.now_s, until_s) if until_s != float("inf") else self.now_s
