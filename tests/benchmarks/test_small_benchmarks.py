@@ -135,6 +135,7 @@ def test_an_answer_has_one_token_for_each_row(num_rows: int) -> None:
 # --- protocol ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_the_protocol_benchmark_measures_both_ways(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     arguments = ("--streams", "2", "--tokens", "10", "--step-ms", "5")
     rows = run_script(monkeypatch, tmp_path, "protocol", *arguments)["rows"]

@@ -53,7 +53,6 @@ def test_the_default_ladder_pads_few_rows_where_steps_are_small() -> None:
         256,
         384,
         512,
-        640,
         768,
         1024,
         1536,
