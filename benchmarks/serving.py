@@ -222,9 +222,8 @@ async def _warm_up(core: EngineCore) -> None:
 def table_row(row: Figures, levels: Sequence[ServiceLevel]) -> dict[str, str]:
     """The figures that fit on a screen. Latencies in ms; under SLA the requests a second that met it."""
     return {
-        "workload": str(row["workload"]),
+        "workload": _asked(row),
         "budget": str(row["token_budget"]),
-        "ITL target": _number(row.get("itl_target_ms"), 1),
         "req/s": _number(row["request_throughput"], 2),
         "out tok/s": _number(row["output_throughput"], 0),
         "TTFT p50/p95": _numbers(row, ("median_ttft_ms", "p95_ttft_ms"), 0),
@@ -237,6 +236,12 @@ def table_row(row: Figures, levels: Sequence[ServiceLevel]) -> dict[str, str]:
         "idle": _percent(row["device_idle_share"]),
         "preempt": str(row["preemptions"]),
     }
+
+
+def _asked(row: Figures) -> str:
+    """The workload, and what its requests ask for."""
+    target_ms = row.get("itl_target_ms")
+    return str(row["workload"]) if target_ms is None else f"{row['workload']}, {target_ms:g} ms"
 
 
 def _number(value: object, digits: int) -> str:
