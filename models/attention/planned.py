@@ -1,0 +1,178 @@
+"""FlashInfer's planned kernels, FA2 and FA3: ragged rows over paged KV, the work list made by the host.
+
+Owns the work lists, the ring of pinned blocks they are planned in, and the launch. `PlannedRegion.plan` runs before a
+step is launched, `prepare` and `run_planned` inside the captured step. Called by flashinfer.py.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphgen.models.attention.kernels import AttentionShape, Kernel, planned_library
+from graphgen.models.attention.ragged import flatten_pages
+
+Words = np.ndarray[tuple[int], np.dtype[np.int32]]
+
+_INT_WORKSPACE_BYTES = 8 << 20
+_PLAN_RING = 4  # pinned blocks: two steps in flight, one being planned, one to spare
+_CAUSAL = 1  # FlashInfer's MaskMode.CAUSAL
+_NHD = 0  # FlashInfer's TensorLayout.NHD: [page, position, head, element]
+
+
+class PlannedRegion:
+    """Ragged rows over paged KV, scheduled by the host: FA2 or FA3.
+
+    One work list per distinct sliding window, since the window decides how much a row reads.
+    """
+
+    def __init__(self, kernel: Kernel, shape: AttentionShape, most_requests: int, most_rows: int) -> None:
+        device = torch.device("cuda", torch.cuda.current_device())
+        self.kernel = kernel
+        self._shape = shape
+        self._constants: dict[tuple[int, int, int], list[int]] = {}
+        self._float_workspace = torch.empty(
+            _float_workspace_bytes(kernel, shape, most_requests, most_rows, device),
+            dtype=torch.uint8,
+            device=device,
+        )
+        self._work_lists = {
+            window: torch.empty(_INT_WORKSPACE_BYTES, dtype=torch.uint8, device=device) for window in shape.windows
+        }
+        self._ring = [torch.empty(_INT_WORKSPACE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(_PLAN_RING)]
+        self._copied: list[torch.cuda.Event | None] = [None] * _PLAN_RING
+        self._next = 0
+
+    def prepare(self, num_rows: int, starts: Tensor, kv_lens: Tensor, pages: Tensor) -> list[Tensor]:
+        """The block tables of [N] requests in FlashInfer's ragged form, made on the device."""
+        num_requests = len(kv_lens)
+        page_starts, flat, last_lens = flatten_pages(kv_lens, pages, self._shape.page_size)
+        prepared = [starts, page_starts, flat, last_lens, self._float_workspace]
+        for window in self._shape.windows:
+            constants = torch.tensor(self._constants[num_rows, num_requests, window], dtype=torch.int64)
+            prepared += [self._work_lists[window], constants]
+        return prepared
+
+    def absent(self) -> list[Tensor]:
+        """Stands in for `prepare` in a bucket without this region, so that every bucket runs one compiled layer."""
+        indices = torch.empty(0, dtype=torch.int32, device=self._float_workspace.device)
+        prepared = [indices, indices, indices, indices, self._float_workspace]
+        for window in self._shape.windows:
+            prepared += [self._work_lists[window], torch.empty(0, dtype=torch.int64)]
+        return prepared
+
+    def plan(self, num_rows: int, starts: Words, kv_lens: Words) -> None:
+        """Queues the work lists of one step for every window."""
+        counts = -(-kv_lens // self._shape.page_size)
+        page_starts = np.zeros(len(kv_lens) + 1, dtype=np.int32)
+        np.cumsum(counts, out=page_starts[1:])
+        for window in self._shape.windows:
+            constants = self._plan_window(window, num_rows, starts, page_starts, kv_lens)
+            captured = self._constants.setdefault((num_rows, len(kv_lens), window), constants)
+            if constants != captured:
+                raise RuntimeError(
+                    f"{self.kernel.name} plans {num_rows} rows of {len(kv_lens)} requests with launch constants "
+                    f"{constants}, the captured graph has {captured}: this FlashInfer version does not fit graphs"
+                )
+
+    def _plan_window(self, window: int, num_rows: int, starts: Words, page_starts: Words, kv_lens: Words) -> list[int]:
+        copied = self._copied[self._next]
+        if copied is not None:
+            copied.synchronize()
+        shape = self._shape
+        arguments: list[Any] = [  # FlashInfer's plan functions are untyped
+            self._float_workspace,
+            self._work_lists[window],
+            self._ring[self._next],
+            torch.from_numpy(starts),
+            torch.from_numpy(page_starts),
+            torch.from_numpy(kv_lens),
+            num_rows,
+            len(kv_lens),
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.page_size,
+            True,  # launch constants for a graph
+            shape.head_dim,
+            shape.head_dim,
+            True,  # causal
+            window - 1,
+        ]
+        if self.kernel is Kernel.FA2:
+            arguments += [-1, False, 0]  # split size chosen freely, splitting on, nothing co-located
+        module = _planned_module(self.kernel, shape.dtype, shape.head_dim, window > 0)
+        constants = [int(value) for value in module.plan(*arguments)]
+        event = torch.cuda.Event()
+        event.record()
+        self._copied[self._next] = event
+        self._next = (self._next + 1) % _PLAN_RING
+        return constants
+
+
+def _float_workspace_bytes(
+    kernel: Kernel, shape: AttentionShape, most_requests: int, most_rows: int, device: torch.device
+) -> int:
+    """FA2 always splits the KV of a graph step and keeps fp32 partial outputs of every padded tile."""
+    if kernel is Kernel.FA3:
+        return 1 << 20
+    group = shape.num_heads // shape.num_kv_heads
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    most = 0
+    for tile in (16, 64, 128):
+        tiles = -(-most_rows * group // tile) + most_requests
+        padded = max(2 * num_sms // shape.num_kv_heads, tiles)
+        needed = shape.num_heads * padded * tile * (shape.head_dim + 1) * 4
+        if tile == 16 and most_rows > most_requests:
+            continue  # this tile serves one row a request only
+        most = max(most, needed)
+    return most + (16 << 20)
+
+
+@functools.cache  # a loaded kernel module is immutable
+def _planned_module(kernel: Kernel, dtype: torch.dtype, head_dim: int, windowed: bool) -> Any:  # untyped library
+    return planned_library(kernel, dtype, head_dim, windowed).load()
+
+
+def run_planned(
+    kernel: Kernel,
+    q: Tensor,
+    out: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    prepared: Sequence[Tensor],
+    window_index: int,
+    window: int,
+) -> None:
+    starts, page_starts, flat_pages, last_lens, float_workspace = prepared[:5]
+    work_list, constants = prepared[5 + 2 * window_index : 7 + 2 * window_index]
+    head_dim = q.shape[2]
+    module = _planned_module(kernel, q.dtype, head_dim, window > 0)
+    module.paged_run(
+        float_workspace,
+        work_list,
+        constants.tolist(),
+        q,
+        k_pages,
+        v_pages,
+        starts,
+        page_starts,
+        flat_pages,
+        last_lens,
+        out,
+        None,  # log-sum-exp is not wanted
+        _CAUSAL,
+        _NHD,
+        window - 1,
+        kernel is Kernel.FA3,  # programmatic dependent launch
+        *(None,) * 6,  # mask, mask starts, alibi slopes, prefix lengths, item positions, longest item
+        0.0,  # no soft cap
+        head_dim**-0.5,
+        *(None,) * 3,  # fp8 scales
+        1.0,
+        1e4,  # rope is applied by the model
+        0,
+        0,
+    )
