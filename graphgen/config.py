@@ -68,7 +68,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     """Attention backend. auto: FlashInfer on CUDA where it is installed."""
     step_times: Literal["auto", "measure", "off"] = "auto"
     """Where the scheduler's step times come from. auto: what `graphgen tune` stored for this device, model and buckets;
-    else, on a device with graphs, a quick measurement at the start. measure: a thorough one, which is stored."""
+    else, on a device with graphs, a quick measurement at the first start. measure: a thorough one. Both are stored."""
     step_log: str | None = None
     """File that receives one JSON line per step."""
     cpu_threads: int | None = None

@@ -71,7 +71,7 @@ def _step_times_decision(worker: WorkerReady) -> Decision:
     return Decision(
         "step times",
         f"{table.times[0].milliseconds:.2f} to {max(time.milliseconds for time in table.times):.2f} ms",
-        "measured at this start" if measured else "stored by `graphgen tune`",
+        "measured at this start" if measured else "stored by `graphgen tune` or an earlier start",
     )
 
 

@@ -31,6 +31,9 @@ from graphgen.models.spec import ModelSpec, RopeSpec
 
 FOLDER = "step-times"
 
+THOROUGH = "measured by `graphgen tune`"
+QUICK = "measured in a hurry at the first start"
+
 logger = logging.getLogger("graphgen.step_times")
 
 
@@ -153,9 +156,11 @@ def stored_file(environment: Mapping[str, str], key: StepTimesKey, table: StepTi
     return step_times_path(environment, key) if load_step_times(environment, key) == table else None
 
 
-def save_step_times(environment: Mapping[str, str], key: StepTimesKey, table: StepTimeTable) -> Path | None:
+def save_step_times(
+    environment: Mapping[str, str], key: StepTimesKey, table: StepTimeTable, source: str = THOROUGH
+) -> Path | None:
     """Writes the table whole or not at all; returns the file, or None, with a warning, where none can be written."""
-    content = StepTimesFile.of(key, table, "measured by `graphgen tune`").encode()
+    content = StepTimesFile.of(key, table, source).encode()
     try:
         path = step_times_path(environment, key)
         path.parent.mkdir(parents=True, exist_ok=True)
