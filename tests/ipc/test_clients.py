@@ -1,6 +1,5 @@
 """The Node and the C++ client: all vectors, conversations with the mock server, and with `graphgen serve`."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -235,7 +234,6 @@ PROMPTS = [
 GREEDY = {"max_tokens": 24, "temperature": 0}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("graphgen.serve") is None, reason="there is no `graphgen serve` yet")
 def test_conversations_with_a_real_server_end_with_its_drain(tmp_path: Path) -> None:
     for language in LANGUAGES:
         prepare(language)
