@@ -187,6 +187,26 @@ def test_a_gap_in_the_tokens_is_no_output(server: FakeServer, client: Client) ->
     server.expect(Cancel)
 
 
+def test_a_message_that_cannot_be_read_ends_the_session_and_the_next_request_has_another(
+    server: FakeServer, client: Client
+) -> None:
+    streams = [client.stream([1, 2]), client.stream([3])]
+    for _ in streams:
+        server.send(Accepted(id=server.expect_generate().id, prompt_tokens=2))
+    server._socket.send_multipart([server._peer, b"GG\x01D", b"\x82\xa2id\x00\xa3seq\xff"])  # -1
+    server.expect(Bye)
+    for stream in streams:
+        with pytest.raises(ConnectionLostError, match="seq"):
+            list(stream)
+    later = client.stream([4])
+    request = server.expect_generate()
+    server.send(make_error("no_session", "say hello", request.id))
+    server.expect(Hello)
+    server.send(WELCOME)
+    assert server.expect_generate().prompt_ids == request.prompt_ids
+    later.close()
+
+
 def test_leaving_a_stream_cancels_it_once(server: FakeServer, client: Client) -> None:
     stream = client.stream([1])
     request_id = server.expect_generate().id

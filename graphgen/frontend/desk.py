@@ -84,10 +84,6 @@ class Desk:
                 self._close(request)
         session.news.clear()
 
-    def fail_session(self, session: Session, error: Error) -> None:
-        for request in list(session.requests.values()):
-            self._fail(request, error)
-
     def fail_all(self, error: Error) -> int:
         """Ends every open request with the error; how many."""
         requests = list(self._open)

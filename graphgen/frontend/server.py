@@ -218,7 +218,7 @@ class Server:
         if request_id is None:
             if len(body) <= SMALL_BYTES:
                 self._framing.decode(received.frames)  # says what is wrong
-            return make_error("bad_request", "id is missing or the map is malformed: see generate", about="generate")
+            return make_error("bad_request", "id is missing or no int of 0 to 2^53-1: give one", about="generate")
         if self._ending is not None:
             return make_error("draining", "the server is about to end: ask another", request_id, "generate")
         return self._desk.open(session, request_id, (header, body), now_s)

@@ -125,7 +125,7 @@ def error_of(step: Fail, request_id: int) -> Error:
     """Also with a code that is in no table, which clients must bear."""
     info = next((info for code, info in CODES.items() if code == step.code), None)
     return Error(
-        code=step.code,  # type: ignore[arg-type]  # a code of the future is what some scripts are for
+        code=step.code,
         message=step.message,
         retryable=info.retryable if info else False,
         retry_after_ms=step.retry_after_ms,

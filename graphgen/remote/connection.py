@@ -189,9 +189,14 @@ class Connection:
                 return
             self._heard_s = time.monotonic()
             try:
-                message = self._framing.decode(frames)
+                self._framing.kind_of(frames)
             except FrameError as error:  # a kind of a later server
                 logger.debug("a message was ignored: %s", error)
+                continue
+            try:
+                message = self._framing.decode(frames)
+            except FrameError as error:
+                self._leave_session(error)
                 continue
             self._take(message)
 
@@ -271,6 +276,13 @@ class Connection:
         for question, waiting in ((StatsRequest(), self._stats), (HealthRequest(), self._health)):
             if waiting:
                 self._send(question)
+
+    def _leave_session(self, error: FrameError) -> None:
+        """A message that cannot be read may have held tokens of any request. The next one finds no session, and says
+        hello anew."""
+        self._send(Bye())
+        self._helloing = False
+        self._fail_all(ConnectionLostError(f"{self._server.address} sent what is no message ({error}): report this"))
 
     def _submit(self, requests: Sequence[RemoteRequest]) -> None:
         if not self._requests:

@@ -36,10 +36,16 @@ class CodeInfo(Struct, frozen=True):
 
 
 CODES: dict[Code, CodeInfo] = {
-    "bad_frame": CodeInfo(400, False, "not two frames, a wrong header, an unknown kind, or no msgpack map"),
-    "bad_request": CodeInfo(400, False, "a field of a wrong type or outside its range, or a contradiction between two"),
-    "too_large": CodeInfo(413, False, "a prompt, text or list above a limit of `welcome`"),
-    "never_fits": CodeInfo(422, False, "prompt and output can never fit the model's context or the KV cache"),
+    "bad_frame": CodeInfo(
+        400, False, "not two frames, a wrong header, an unknown kind, or no msgpack map of valid UTF-8"
+    ),
+    "bad_request": CodeInfo(
+        400, False, "a field of a wrong type or outside its table's range, or a contradiction between two"
+    ),
+    "too_large": CodeInfo(413, False, "a text or a list above a limit of `welcome`, within its table's range"),
+    "never_fits": CodeInfo(
+        422, False, "prompt and output can never fit the model's context or the KV cache; any prompt that is too long"
+    ),
     "unsupported_version": CodeInfo(
         426, False, "no common version; the error's `versions` says what the server speaks"
     ),

@@ -18,6 +18,7 @@ from graphgen.ipc.ggp.messages import (
     SERVER_KINDS,
     ClientMessage,
     Error,
+    Generate,
     RequestId,
     ServerMessage,
 )
@@ -28,6 +29,11 @@ NUM_FRAMES = 2
 
 _NO_MAP = "Expected `object`, got"
 """How msgspec begins when a value is no map."""
+_IN_A_KEY = "key` in `"
+"""How it begins the path of a key that is no str."""
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What bytes that are no msgpack raise. The last two pass through msgspec as they are: bad UTF-8, and nesting beyond
+the interpreter's stack."""
 
 Buffer = bytes | memoryview
 Send = TypeVar("Send")
@@ -78,19 +84,25 @@ class Framing(Generic[Send, Receive]):
         try:
             return cast(Receive, decoder.decode(body))
         except msgspec.ValidationError as error:
-            if str(error).startswith(_NO_MAP) and " at " not in str(error):
-                raise FrameError(make_error("bad_frame", f"the second frame is no map: {error}", about=name)) from None
-            raise FrameError(make_error("bad_request", _in_our_words(error), self.find_id(body), name)) from None
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            # The last two pass through msgspec as they are: bad UTF-8, and nesting beyond the interpreter's stack.
-            raise FrameError(make_error("bad_frame", f"the second frame is no map: {error}", about=name)) from None
+            if _is_no_map(error):
+                raise _no_map(error, name) from None
+            # An error with an id ends that request: one for a cancel or an accepted must carry none.
+            request_id = self.find_id(body) if kind is Generate else None
+            raise FrameError(make_error("bad_request", _in_our_words(error), request_id, name)) from None
+        except _UNREADABLE as error:
+            raise _no_map(error, name) from None
 
     def find_id(self, body: Buffer) -> int | None:
-        """The request that a message is about, if it says so; reads over everything else without building it."""
+        """The id of a `generate`, None if it has none that can be taken; reads over everything else without building
+        it. Raises FrameError, bad_frame, for what is no map."""
         try:
             return self._id_decoder.decode(body).id
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        except msgspec.ValidationError as error:
+            if _is_no_map(error):
+                raise _no_map(error, NAMES[Generate]) from None
             return None
+        except _UNREADABLE as error:
+            raise _no_map(error, NAMES[Generate]) from None
 
 
 class _IdOnly(Struct):
@@ -128,9 +140,21 @@ def unsupported_version(what: str) -> Error:
     )
 
 
+def _is_no_map(error: msgspec.ValidationError) -> bool:
+    """The value as a whole, not one within it."""
+    return str(error).startswith(_NO_MAP) and " at " not in str(error)
+
+
+def _no_map(error: Exception, about: str) -> FrameError:
+    return FrameError(make_error("bad_frame", f"the second frame is no map: {error}", about=about))
+
+
 def _in_our_words(error: msgspec.ValidationError) -> str:
     """`sampling.top_p: expected float <= 1.0` of msgspec's sentence with its path at the end."""
     what, _, path = str(error).partition(" - at ")
     what = what.replace("`", "")
-    where = path.strip("`").removeprefix("$").removeprefix(".")
+    path = path.strip("`")
+    if path.startswith(_IN_A_KEY):
+        path, what = path.removeprefix(_IN_A_KEY), f"a key is no str: {what}"
+    where = path.removeprefix("$").removeprefix(".")
     return f"{where}: {what[:1].lower()}{what[1:]}" if where else f"{what[:1].lower()}{what[1:]}"

@@ -14,7 +14,6 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from graphgen.ipc.ggp import limits
-from graphgen.ipc.ggp.codes import Code
 
 MAJOR = 1
 """The version of the protocol: the third byte of every header."""
@@ -25,6 +24,8 @@ DEFAULT_CONTROL_ADDRESS = "tcp://127.0.0.1:5756"
 RequestId = Annotated[int, Meta(ge=0, le=limits.MAX_INT)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Count = Annotated[int, Meta(ge=0, le=limits.MAX_INT)]
+Measured = Annotated[float, Meta(ge=0, le=limits.MAX_INT)]
+"""What a server has measured. It has an upper end so that infinity does not decode either."""
 Milliseconds = Annotated[float, Meta(gt=0, le=limits.MAX_DURATION_MS)]
 SessionKey = Annotated[str, Meta(max_length=limits.MAX_SESSION_LEN)]
 
@@ -114,7 +115,7 @@ class Hello(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """
 
     versions: Annotated[
-        tuple[int, int], Meta(description="Lowest and highest major version that the client speaks.")
+        tuple[Count, Count], Meta(description="Lowest and highest major version that the client speaks.")
     ] = (MAJOR, MAJOR)
     client: Annotated[
         str, Meta(max_length=limits.MAX_CLIENT_LEN, description="Name and version of the client, for the server's log.")
@@ -192,37 +193,37 @@ class Pong(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class ServerLimits(Struct, frozen=True, kw_only=True):
     """What a server allows: the value of `welcome.limits`."""
 
-    frame_bytes: Annotated[int, Meta(description="A larger frame closes the connection, without an error.")]
-    prompt_tokens: Annotated[int, Meta(description="Prompt and output of a sample together: the model's context.")]
-    text_bytes: Annotated[int, Meta(description="UTF-8 bytes of `text`, or of all `messages` together.")]
+    frame_bytes: Annotated[Count, Meta(description="A larger frame closes the connection, without an error.")]
+    prompt_tokens: Annotated[Count, Meta(description="Prompt and output of a sample together: the model's context.")]
+    text_bytes: Annotated[Count, Meta(description="UTF-8 bytes of `text`, or of all `messages` together.")]
     open_requests: Annotated[
-        int, Meta(description="Open requests of one client; all sessions with one key are one client.")
+        Count, Meta(description="Open requests of one client; all sessions with one key are one client.")
     ]
     open_prompt_tokens: Annotated[
-        int, Meta(description="Prompt tokens of the open requests of one client, times samples.")
+        Count, Meta(description="Prompt tokens of the open requests of one client, times samples.")
     ]
-    messages: int = limits.MAX_MESSAGES
-    samples: int = limits.MAX_SAMPLES
-    stop_strings: int = limits.MAX_STOP_STRINGS
-    stop_string_len: Annotated[int, Meta(description="Characters.")] = limits.MAX_STOP_STRING_LEN
-    stop_token_ids: int = limits.MAX_STOP_TOKEN_IDS
-    deadline_ms: int = limits.MAX_DURATION_MS
+    messages: Count = limits.MAX_MESSAGES
+    samples: Count = limits.MAX_SAMPLES
+    stop_strings: Count = limits.MAX_STOP_STRINGS
+    stop_string_len: Annotated[Count, Meta(description="Characters.")] = limits.MAX_STOP_STRING_LEN
+    stop_token_ids: Count = limits.MAX_STOP_TOKEN_IDS
+    deadline_ms: Count = limits.MAX_DURATION_MS
 
 
 class Welcome(Struct, frozen=True, kw_only=True):
     """Answers `hello`: the session is open."""
 
-    version: Annotated[int, Meta(description="The major version that both speak.")]
+    version: Annotated[Count, Meta(description="The major version that both speak.")]
     session: Annotated[SessionKey, Meta(description="Secret name of the session, for the control socket.")]
     instance: Annotated[str, Meta(description="Name of this run of the frontend. Another one has lost the session.")]
     server: Annotated[str, Meta(description="Name and version of the server.")]
     model: Annotated[str, Meta(description="What is served.")]
-    vocab_size: Annotated[int, Meta(description="Token ids are below it.")]
-    eos_token_ids: Annotated[list[int], Meta(description="End-of-sequence tokens of the model.")]
+    vocab_size: Annotated[Count, Meta(description="Token ids are below it.")]
+    eos_token_ids: Annotated[list[TokenId], Meta(description="End-of-sequence tokens of the model.")]
     features: Annotated[list[str], Meta(description="See Versions and features.")]
     limits: ServerLimits
-    heartbeat_ms: Annotated[int, Meta(description="Time between the server's pings to a client with open requests.")]
-    slow_consumer_ms: Annotated[int, Meta(description="A client that takes or says nothing for so long is cut off.")]
+    heartbeat_ms: Annotated[Count, Meta(description="Time between the server's pings to a client with open requests.")]
+    slow_consumer_ms: Annotated[Count, Meta(description="A client that takes or says nothing for so long is cut off.")]
     control: Annotated[str, Meta(description="Address of the control socket, as it was bound.")]
 
 
@@ -230,17 +231,17 @@ class Accepted(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The request was checked and waits for its turn. Precedes its first `delta`."""
 
     id: RequestId
-    prompt_tokens: Annotated[int, Meta(description="Length of the prompt.")]
-    prompt_ids: Annotated[list[int] | None, Meta(description="With `generate.echo_ids`: the prompt.")] = None
+    prompt_tokens: Annotated[Count, Meta(description="Length of the prompt.")]
+    prompt_ids: Annotated[list[TokenId] | None, Meta(description="With `generate.echo_ids`: the prompt.")] = None
 
 
 class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """New tokens of one sample. Joined in order, the texts are the text of the output and the ids its tokens."""
 
     id: RequestId
-    seq: Annotated[int, Meta(description="Tokens of the sample before `ids`: the sum of all earlier lengths.")] = 0
-    sample: Annotated[int, Meta(description="Which of the n samples.")] = 0
-    ids: Annotated[list[int], Meta(description="Token ids; may be empty in the last delta.")] = []
+    seq: Annotated[Count, Meta(description="Tokens of the sample before `ids`: the sum of all earlier lengths.")] = 0
+    sample: Annotated[Count, Meta(description="Which of the n samples.")] = 0
+    ids: Annotated[list[TokenId], Meta(description="Token ids; may be empty in the last delta.")] = []
     text: Annotated[
         str, Meta(description="May be empty: half a character and a possible stop string are held back.")
     ] = ""
@@ -252,17 +253,19 @@ class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Usage(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Token counts of a request: the value of `done.usage`."""
 
-    prompt_tokens: int
-    output_tokens: Annotated[int, Meta(description="Of all samples.")]
-    cached_tokens: Annotated[int, Meta(description="Prompt tokens found in the prefix cache; of the first sample.")] = 0
+    prompt_tokens: Count
+    output_tokens: Annotated[Count, Meta(description="Of all samples.")]
+    cached_tokens: Annotated[
+        Count, Meta(description="Prompt tokens found in the prefix cache; of the first sample.")
+    ] = 0
 
 
 class Timing(Struct, frozen=True, kw_only=True):
     """Milliseconds since the request reached the frontend: the value of `done.timing`."""
 
-    queued_ms: Annotated[float, Meta(description="Until its first chunk was planned; 0 if none was.")]
-    first_token_ms: Annotated[float, Meta(description="Until its first token; 0 if it has none.")]
-    total_ms: Annotated[float, Meta(description="Until its last token.")]
+    queued_ms: Annotated[Measured, Meta(description="Until its first chunk was planned; 0 if none was.")]
+    first_token_ms: Annotated[Measured, Meta(description="Until its first token; 0 if it has none.")]
+    total_ms: Annotated[Measured, Meta(description="Until its last token.")]
 
 
 class Done(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -277,47 +280,48 @@ class Done(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Error(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What could not be done. With an `id` it ends that request."""
 
-    code: Annotated[Code, Meta(description="See Errors; treat an unknown one as `internal`.")]
+    code: Annotated[str, Meta(description="See Errors; treat an unknown one as `internal`.")]
     message: Annotated[str, Meta(description="For people: the value, the limit, the remedy.")]
     retryable: Annotated[bool, Meta(description="The same message may succeed later.")] = False
-    retry_after_ms: Annotated[int | None, Meta(description="When to try again, where the server can tell.")] = None
+    retry_after_ms: Annotated[Count | None, Meta(description="When to try again, where the server can tell.")] = None
     id: Annotated[RequestId | None, Meta(description="The request that ended. Absent: no request ended.")] = None
     about: Annotated[str, Meta(description="Name of the kind that was answered, where known.")] = ""
     versions: Annotated[
-        tuple[int, int] | None, Meta(description="With unsupported_version: lowest and highest that the server speaks.")
+        tuple[Count, Count] | None,
+        Meta(description="With unsupported_version: lowest and highest that the server speaks."),
     ] = None
 
 
 class Draining(Struct, frozen=True, kw_only=True):
     """The server is about to end: open requests go on for `grace_ms`, new ones are refused. Sent to every session."""
 
-    grace_ms: int
+    grace_ms: Count
 
 
 class Stats(Struct, frozen=True, kw_only=True):
     """A snapshot. Step times are over the last 1000 steps; 0 before the first."""
 
     sessions: Annotated[
-        int, Meta(description="With those of idle clients that ended without `bye`, until room is needed.")
+        Count, Meta(description="With those of idle clients that ended without `bye`, until room is needed.")
     ]
-    open_requests: Annotated[int, Meta(description="Of all clients, in whatever state.")]
-    held_requests: Annotated[int, Meta(description="Of those, waiting in the frontend for their client's turn.")]
-    running: Annotated[int, Meta(description="Samples that hold a slot.")]
-    waiting: Annotated[int, Meta(description="Samples in the scheduler's queue.")]
-    pages_free: int
-    pages_total: int
-    steps: int
-    finished: int
-    preemptions: int
-    step_ms_p50: float
-    step_ms_p95: float
-    step_ms_p99: float
-    step_ms_max: float
-    deltas_sent: int
-    deltas_merged: Annotated[int, Meta(description="Outputs that joined an unsent delta: a reader was behind.")]
-    messages_refused: Annotated[int, Meta(description="Messages answered with an error.")]
-    frontend_cpu_s: Annotated[float, Meta(description="Processor time of the frontend process.")]
-    frontend_rss_bytes: int
+    open_requests: Annotated[Count, Meta(description="Of all clients, in whatever state.")]
+    held_requests: Annotated[Count, Meta(description="Of those, waiting in the frontend for their client's turn.")]
+    running: Annotated[Count, Meta(description="Samples that hold a slot.")]
+    waiting: Annotated[Count, Meta(description="Samples in the scheduler's queue.")]
+    pages_free: Count
+    pages_total: Count
+    steps: Count
+    finished: Count
+    preemptions: Count
+    step_ms_p50: Measured
+    step_ms_p95: Measured
+    step_ms_p99: Measured
+    step_ms_max: Measured
+    deltas_sent: Count
+    deltas_merged: Annotated[Count, Meta(description="Outputs that joined an unsent delta: a reader was behind.")]
+    messages_refused: Annotated[Count, Meta(description="Messages answered with an error.")]
+    frontend_cpu_s: Annotated[Measured, Meta(description="Processor time of the frontend process.")]
+    frontend_rss_bytes: Count
 
 
 class Health(Struct, frozen=True, kw_only=True):
@@ -326,7 +330,7 @@ class Health(Struct, frozen=True, kw_only=True):
     status: Annotated[str, Meta(description="`ok`; `draining`; `stalled`: the worker does not answer.")]
     ready: Annotated[bool, Meta(description="New requests are taken and the worker answers.")]
     worker_ms: Annotated[
-        float, Meta(description="The round trip, behind the steps in flight; of a failed one the wait.")
+        Measured, Meta(description="The round trip, behind the steps in flight; of a failed one the wait.")
     ]
 
 

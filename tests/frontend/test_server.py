@@ -9,6 +9,7 @@ import msgspec
 import pytest
 import zmq
 
+from graphgen.frontend.server import SMALL_BYTES
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.ggp.framing import client_framing
 from graphgen.ipc.ggp.messages import (
@@ -223,6 +224,31 @@ def test_a_bad_request_is_refused_alone(
     request_id = open_request(frontend, client)  # the session and the id are as good as before
     frontend.scheduler.send_tokens(request_id, [3], "length")
     client.expect(Delta)
+
+
+def test_a_large_message_is_refused_with_the_code_that_a_small_one_has(frontend: Frontend) -> None:
+    client = frontend.welcome()
+    padding = b"\xa1x\xc6" + struct.pack(">I", 2 * SMALL_BYTES) + bytes(2 * SMALL_BYTES)
+    for body, code in (
+        (b"\x82\xa2id\x01\xa1x" + b"\x91" * 2 * SMALL_BYTES, "bad_frame"),  # arrays within each other, without an end
+        (b"\x82\xa2id\x01" + padding[:-1], "bad_frame"),
+        (b"\x81" + padding, "bad_request"),  # no id
+    ):
+        client.send_raw(b"GG\x01G", body)
+        error = client.expect(Error)
+        assert (error.code, error.id) == (code, None)
+
+
+def test_a_malformed_message_about_an_open_request_does_not_end_it(frontend: Frontend) -> None:
+    client = frontend.welcome()
+    request_id = open_request(frontend, client)
+    client.send_raw(b"GG\x01X", msgspec.msgpack.encode({"id": 1, "session": 17}))
+    client.send_raw(b"GG\x01G", msgspec.msgpack.encode({"id": 1, "text": 17}))
+    errors = [client.expect(Error), client.expect(Error)]
+    assert [(error.code, error.id) for error in errors] == [("bad_request", None), ("duplicate_id", None)]
+    frontend.scheduler.send_tokens(request_id, [3], "length")
+    client.expect(Delta)
+    client.expect(Done)
 
 
 def test_everything_but_hello_needs_a_session(frontend: Frontend) -> None:

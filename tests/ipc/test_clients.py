@@ -1,16 +1,17 @@
 """The Node and the C++ client: all vectors, conversations with the mock server, and with `graphgen serve`."""
 
-import importlib.util
 import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import zmq
+import zmq.auth
 
 from graphgen import Engine, SamplingParams
 from graphgen.ipc.ggp.framing import server_framing
@@ -201,6 +202,30 @@ def test_curve_lets_a_client_in_by_its_keys(language: Language, tmp_path: Path) 
     assert texts(results) == ["secret"]
 
 
+def test_curve_against_a_real_server_with_keys_that_were_made_for_it(tmp_path: Path) -> None:
+    for language in LANGUAGES:
+        prepare(language)
+    folder = tmp_path / "keys"
+    for name in ([], ["laptop"]):
+        subprocess.run([sys.executable, "-m", "graphgen", "keys", "new", *name, "--keys", str(folder)], check=True)
+    server_key, _ = zmq.auth.load_certificate(folder / "server.key")
+    public_key, secret_key = zmq.auth.load_certificate(folder / "clients" / "laptop.key_secret")
+    assert secret_key is not None
+    curve = {"serverKey": server_key.decode(), "publicKey": public_key.decode(), "secretKey": secret_key.decode()}
+    stranger_public, stranger_secret = (key.decode() for key in zmq.curve_keypair())
+    stranger = {**curve, "publicKey": stranger_public, "secretKey": stranger_secret}
+    step = [streams({"text": "ROMEO:\n", "sampling": GREEDY})]
+    found = []
+    with running_command("graphgen", "serve", "--device", "cpu", "--keys", str(folder)) as served:
+        for language in LANGUAGES:
+            found += texts(play(language, tmp_path, served.address, step, curve=curve)[0])
+            (refused,) = play(language, tmp_path, served.address, step, curve=stranger, connect_timeout_ms=500)
+            assert codes(refused) == ["timeout"]
+    assert len(found) == len(LANGUAGES)
+    assert len(set(found)) == 1
+    assert found[0]
+
+
 def test_a_drain_finishes_what_runs_and_refuses_the_rest(language: Language, tmp_path: Path) -> None:
     with running_command("graphgen.mock_server") as served:
         request = {"text": "slow", "sampling": {"max_tokens": 12}}
@@ -235,7 +260,6 @@ PROMPTS = [
 GREEDY = {"max_tokens": 24, "temperature": 0}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("graphgen.serve") is None, reason="there is no `graphgen serve` yet")
 def test_conversations_with_a_real_server_end_with_its_drain(tmp_path: Path) -> None:
     for language in LANGUAGES:
         prepare(language)

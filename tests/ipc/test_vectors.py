@@ -9,22 +9,16 @@ from graphgen.ipc.ggp.codes import CODES
 from graphgen.ipc.ggp.framing import FrameError, Framing, client_framing, server_framing
 from graphgen.ipc.ggp.messages import NAMES
 from graphgen.ipc.vectors.make import files
-from tests.ipc.vectors import DISAGREEMENTS, FOLDER, VectorRecord, read_vectors, same, with_defaults
+from tests.ipc.vectors import FOLDER, VectorRecord, read_vectors, same, with_defaults
 
 CLIENT, SERVER = read_vectors("client.json"), read_vectors("server.json")
 FRAMINGS: dict[str, Framing[Any, Any]] = {"client": server_framing(), "server": client_framing()}
 KINDS = {name: kind for kind, name in NAMES.items()}
 
 
-def _parameter(sender: str, vector: VectorRecord) -> Any:  # pytest's ParameterSet is not public
-    reason = DISAGREEMENTS.get(vector.name)
-    marks = [] if reason is None else [pytest.mark.xfail(reason=reason, strict=True)]
-    return pytest.param(sender, vector, id=vector.name, marks=marks)
-
-
 BOTH = [
-    *(_parameter("client", vector) for vector in CLIENT),
-    *(_parameter("server", vector) for vector in SERVER),
+    *(pytest.param("client", vector, id=vector.name) for vector in CLIENT),
+    *(pytest.param("server", vector, id=vector.name) for vector in SERVER),
 ]
 
 

@@ -2,7 +2,6 @@
 /// is UTF-8, an int is no float and lies within 2^53, the last of equal keys counts. Used by decode.cpp alone.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <msgpack.hpp>
@@ -33,7 +32,7 @@ inline void read(const msgpack::object& value, std::uint64_t& into) {
 inline void read(const msgpack::object& value, std::uint32_t& into) {
   std::uint64_t wide = 0;
   read(value, wide);
-  if (wide > std::numeric_limits<std::uint32_t>::max()) throw BadField("expected int below 2^32");
+  if (wide > std::numeric_limits<std::int32_t>::max()) throw BadField("expected a token id, 0 to 2^31-1");
   into = static_cast<std::uint32_t>(wide);
 }
 
@@ -45,7 +44,8 @@ inline void read(const msgpack::object& value, double& into) {
     case msgpack::type::FLOAT64: into = value.via.f64; break;
     default: throw BadField("expected float");
   }
-  if (!std::isfinite(into)) throw BadField("expected a finite float");
+  // Not so NaN, which is in no range.
+  if (!(into >= 0 && into <= static_cast<double>(max_int))) throw BadField("expected float, 0 to 2^53-1");
 }
 
 inline void read(const msgpack::object& value, bool& into) {

@@ -30,9 +30,14 @@ function int(value) {
   return Number.isSafeInteger(value) && value >= 0 ? value : wrong("int, 0 to 2^53-1", value);
 }
 
+function tokenId(value) {
+  return Number.isSafeInteger(value) && value >= 0 && value <= MAX_TOKEN_ID ? value : wrong("int, 0 to 2^31-1", value);
+}
+
 function float(value) {
   const number = value instanceof Float ? value.value : value;
-  return typeof number === "number" && Number.isFinite(number) ? number : wrong("a finite float", value);
+  const inRange = typeof number === "number" && number >= 0 && number <= Number.MAX_SAFE_INTEGER; // NaN is not
+  return inRange ? number : wrong("float, 0 to 2^53-1", value);
 }
 
 function str(value) {
@@ -105,7 +110,7 @@ const SERVER_KINDS = {
       server: str,
       model: str,
       vocab_size: int,
-      eos_token_ids: list(int),
+      eos_token_ids: list(tokenId),
       features: list(str),
       limits: map(LIMITS),
       heartbeat_ms: int,
@@ -113,14 +118,14 @@ const SERVER_KINDS = {
       control: str,
     },
   ],
-  A: ["accepted", { id: int, prompt_tokens: int, prompt_ids: optional(orNil(list(int)), null) }],
+  A: ["accepted", { id: int, prompt_tokens: int, prompt_ids: optional(orNil(list(tokenId)), null) }],
   D: [
     "delta",
     {
       id: int,
       seq: optional(int, 0),
       sample: optional(int, 0),
-      ids: optional(list(int), []),
+      ids: optional(list(tokenId), []),
       text: optional(str, ""),
       finish: optional(orNil(str), null),
     },
