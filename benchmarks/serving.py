@@ -140,15 +140,15 @@ class Run(Struct, frozen=True):
     stream: bool
 
 
-def run_load(core: EngineCore, run_of: Run, requests: Sequence[PlannedRequest]) -> list[ServedRequest]:
-    load = run_of.load
+def run_load(core: EngineCore, run: Run, requests: Sequence[PlannedRequest]) -> list[ServedRequest]:
+    load = run.load
 
-    async def run() -> list[ServedRequest]:
-        reader = stream_reader if run_of.stream else whole_reader
-        read = reader(core, run_of.targets)
+    async def serve_all() -> list[ServedRequest]:
+        reader = stream_reader if run.stream else whole_reader
+        read = reader(core, run.targets)
         return await (open_loop(requests, read) if load.clients is None else closed_loop(requests, load.clients, read))
 
-    return asyncio.run(run())
+    return asyncio.run(serve_all())
 
 
 def measure(core: EngineCore, run: Run, levels: Sequence[ServiceLevel], steps: StepLogReader) -> Figures:

@@ -31,8 +31,8 @@ from graphgen.models.spec import ModelSpec, RopeSpec
 
 FOLDER = "step-times"
 
-THOROUGH = "measured by `graphgen tune`"
-QUICK = "measured in a hurry at the first start"
+THOROUGH_SOURCE = "measured by `graphgen tune`"
+QUICK_SOURCE = "measured in a hurry at the first start"
 
 logger = logging.getLogger("graphgen.step_times")
 
@@ -157,7 +157,7 @@ def stored_file(environment: Mapping[str, str], key: StepTimesKey, table: StepTi
 
 
 def save_step_times(
-    environment: Mapping[str, str], key: StepTimesKey, table: StepTimeTable, source: str = THOROUGH
+    environment: Mapping[str, str], key: StepTimesKey, table: StepTimeTable, source: str = THOROUGH_SOURCE
 ) -> Path | None:
     """Writes the table whole or not at all; returns the file, or None, with a warning, where none can be written."""
     content = StepTimesFile.of(key, table, source).encode()

@@ -3,7 +3,7 @@
 With a few rows a step does little but read weights, and what it loses is the time between kernels, when memory is
 idle: the smallest product reads for 8 us and takes 12. Here every kernel is launched under its predecessor
 (programmatic dependent launch) and waits inside for its data, and gate, up and activation are one kernel. On an H200
-with an 8B model that takes a tenth off a step of 1 to 8 rows, measured against the compiled layer with cuBLAS.
+with an 8B model products and norms of a layer take 111 us at one row, where cuBLAS and separate kernels take 130.
 
 Same arithmetic as layers.py, roundings included. Owns no weights. Called by the decoder in place of the compiled layer.
 """
@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from graphgen.models.attention.store import launch_options
 from graphgen.models.attention.tables import RowTables
+from graphgen.models.chaining import can_chain, launch_options
 from graphgen.models.compilation import RunLayer
 from graphgen.models.layers import DecoderLayer, RMSNorm
 from graphgen.models.spec import ModelSpec
@@ -32,7 +32,7 @@ def can_run(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> bool:
     sizes = (spec.hidden_size, spec.q_size, spec.ffn_size)
     return (
         device.type == "cuda"
-        and torch.cuda.get_device_capability(device)[0] >= 9
+        and can_chain()
         and dtype in (torch.bfloat16, torch.float16)
         and all(size % _K_BLOCK == 0 for size in sizes)
         and (spec.q_size + 2 * spec.kv_size) % 32 == 0

@@ -36,8 +36,13 @@ from graphgen.ipc.messages import (
     StepTimeTable,
     WorkerReady,
 )
-from graphgen.step_times_store import QUICK as QUICK_SOURCE
-from graphgen.step_times_store import THOROUGH, StepTimesKey, load_step_times, save_step_times
+from graphgen.step_times_store import (
+    QUICK_SOURCE,
+    THOROUGH_SOURCE,
+    StepTimesKey,
+    load_step_times,
+    save_step_times,
+)
 from graphgen.worker.runner import LaunchedStep, ModelRunner, Report
 
 STEPS_IN_FLIGHT = 2
@@ -199,7 +204,7 @@ def with_step_times(ready: WorkerReady, runner: ModelRunner, config: LaunchConfi
     table = measure_step_times(runner, config, depth, lambda done, total: report(Progress(TIMING_PHASE, done, total)))
     phase = Phase(TIMING_PHASE, time.monotonic() - begun_s)
     # Also a quick one is kept: the next start saves the time, and steps that run correct it.
-    save_step_times(os.environ, key, table, THOROUGH if depth is FULL else QUICK_SOURCE)
+    save_step_times(os.environ, key, table, THOROUGH_SOURCE if depth is FULL else QUICK_SOURCE)
     return msgspec.structs.replace(ready, step_times=table, phases=(*ready.phases, phase))
 
 

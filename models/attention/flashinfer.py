@@ -35,6 +35,7 @@ from graphgen.models.attention.planned import PlannedRegion, Words, run_planned
 from graphgen.models.attention.split_kv import SplitKvWorkspace, split_kv_attention
 from graphgen.models.attention.store import rotate_and_store
 from graphgen.models.attention.tables import RowTables
+from graphgen.models.chaining import can_chain
 
 _XQA_SEMAPHORE_BYTES = 8 << 20
 _XQA_SCRATCH_BYTES = 128 << 20
@@ -85,8 +86,12 @@ class FlashInferAttention:
             if num_prefill_rows
             else self._prefill.absent()
         )
-        starts = torch.arange(num_decode_rows + 1, dtype=torch.int32, device=tables.decode_kv_lens.device)
-        decode = self._decode.prepare(num_decode_rows, starts, tables.decode_kv_lens, tables.decode_pages)
+        kv_lens, pages = tables.decode_kv_lens, tables.decode_pages
+        if isinstance(self._decode, PlannedRegion):
+            starts = torch.arange(num_decode_rows + 1, dtype=torch.int32, device=kv_lens.device)
+            decode = self._decode.prepare(num_decode_rows, starts, kv_lens, pages)
+        else:
+            decode = self._decode.prepare(kv_lens, pages)
         header = [self._prefill.kernel, self._decode.kernel, len(prefill), *self._windows]
         return [torch.tensor(header, dtype=torch.int64), *prefill, *decode]
 
@@ -112,8 +117,7 @@ class XqaRegion:
         self._semaphores = torch.zeros(_XQA_SEMAPHORE_BYTES, dtype=torch.uint8, device=device)
         self._scratch = torch.empty(_XQA_SCRATCH_BYTES, dtype=torch.uint8, device=device)
 
-    def prepare(self, num_rows: int, starts: Tensor, kv_lens: Tensor, pages: Tensor) -> list[Tensor]:
-        del num_rows, starts
+    def prepare(self, kv_lens: Tensor, pages: Tensor) -> list[Tensor]:
         return [kv_lens.view(torch.uint32).unsqueeze(1), pages, self._semaphores, self._scratch]
 
 
@@ -125,8 +129,7 @@ class SplitKvRegion:
     def __init__(self, shape: AttentionShape, most_rows: int, device: torch.device) -> None:
         self._workspace = SplitKvWorkspace(most_rows, shape.num_heads, shape.num_kv_heads, shape.head_dim, device)
 
-    def prepare(self, num_rows: int, starts: Tensor, kv_lens: Tensor, pages: Tensor) -> list[Tensor]:
-        del num_rows, starts
+    def prepare(self, kv_lens: Tensor, pages: Tensor) -> list[Tensor]:
         workspace = self._workspace
         return [kv_lens, pages, workspace.parts, workspace.peaks_and_sums, workspace.finished]
 
@@ -165,13 +168,7 @@ def _run_split_kv(
 ) -> None:
     kv_lens, pages, parts, peaks_and_sums, finished = prepared
     workspace = parts, peaks_and_sums, finished
-    split_kv_attention(q, out, k_pages, v_pages, pages, kv_lens, workspace, window, chained=_can_chain())
-
-
-@functools.cache  # one process drives one device
-def _can_chain() -> bool:
-    """Whether a kernel may be launched before the one ahead is done (programmatic dependent launch)."""
-    return torch.cuda.get_device_capability()[0] >= 9
+    split_kv_attention(q, out, k_pages, v_pages, pages, kv_lens, workspace, window, chained=can_chain())
 
 
 def _paged_attention(
@@ -193,7 +190,7 @@ def _paged_attention(
 ) -> Tensor:
     prefill_kernel, decode_kernel, num_prefill_tensors, *windows = extra[0].tolist()
     prefill, decode = extra[1 : 1 + num_prefill_tensors], extra[1 + num_prefill_tensors :]
-    q = rotate_and_store(q, k, v, cos, sin, k_pages, v_pages, kv_locations, chained=_can_chain())
+    q = rotate_and_store(q, k, v, cos, sin, k_pages, v_pages, kv_locations, chained=can_chain())
     out = torch.empty_like(q)
     split = q.shape[0] - decode_kv_lens.shape[0]
     index = windows.index(window)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from graphgen.models.attention.store import launch_options
+from graphgen.models.chaining import launch_options
 
 _LEAST_PROGRAMS = 512
 """Programs that keep an H200's memory busy: about four on each multiprocessor."""

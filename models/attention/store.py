@@ -9,6 +9,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from graphgen.models.chaining import launch_options
+
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
 def _rotate(
@@ -78,11 +80,6 @@ def _rotate_and_store_kernel(
     tl.store(v_pages + offset + HALF, tl.load(source + HALF, mask), mask)
     if CHAINED:
         gdc_launch_dependents()
-
-
-def launch_options(chained: bool) -> dict[str, bool]:
-    """Of a kernel that may be launched before the one ahead is done, and waits inside for its data."""
-    return {"launch_pdl": True} if chained else {}  # an option that Triton has only from SM90 on
 
 
 def rotate_and_store(
