@@ -1,6 +1,6 @@
-"""One compiled graph for every layer of a decoder and every shape of a step.
+"""torch.compile for the halves of a layer, so that all layers and all shapes share their graphs.
 
-Owns how a layer is handed to torch.compile and the count of graphs that came out. Knows nothing of what a layer
+Owns the way a layer is handed to torch.compile and the count of graphs that came out. Knows nothing of what a layer
 computes. Called by the decoder for each layer of each step; compilation happens in the first calls.
 
 Which sizes may vary, and how the compiler is told:
@@ -12,7 +12,7 @@ Which sizes may vary, and how the compiler is told:
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,38 +21,59 @@ from torch.fx.experimental import _config as symbolic_shapes_config
 from graphgen.models.attention.tables import RowTables
 from graphgen.models.layers import DecoderLayer
 
-RunLayer = Callable[
-    [DecoderLayer, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, RowTables, list[Tensor]],
-    tuple[Tensor, Tensor],
-]
-"""(layer, residual, update, cos, sin, k_pages, v_pages, tables, extra) -> (residual, update)."""
+
+class LayerHalves(Protocol):
+    """How the halves of a layer are run. Both are functions of the layer, not its methods: what is compiled belongs
+    to no one layer."""
+
+    def attend(
+        self,
+        layer: DecoderLayer,
+        residual: Tensor,
+        update: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        tables: RowTables,
+        extra: list[Tensor],
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def feed_forward(self, layer: DecoderLayer, residual: Tensor, gathered: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-def run_layer(
-    layer: DecoderLayer,
-    residual: Tensor,
-    update: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    tables: RowTables,
-    extra: list[Tensor],
-) -> tuple[Tensor, Tensor]:
-    """The layer as it is. A function of the layer, not its method: what is compiled belongs to no one layer."""
-    new: tuple[Tensor, Tensor] = layer(residual, update, cos, sin, k_pages, v_pages, tables, extra)
-    return new
+class PlainHalves:
+    """The layer as it is."""
+
+    @staticmethod
+    def attend(
+        layer: DecoderLayer,
+        residual: Tensor,
+        update: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        tables: RowTables,
+        extra: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        return layer.attend(residual, update, cos, sin, k_pages, v_pages, tables, extra)
+
+    @staticmethod
+    def feed_forward(layer: DecoderLayer, residual: Tensor, gathered: Tensor) -> tuple[Tensor, Tensor]:
+        return layer.feed_forward(residual, gathered)
 
 
-class CompiledLayers:
-    """A RunLayer that compiles the layer at the first call, and once more for each distinct attention window."""
+class CompiledHalves:
+    """Compiles each half at its first call, and the one with attention once more for each distinct window."""
 
     def __init__(self) -> None:
         self.num_graphs = 0
         self._inductor = torch._dynamo.lookup_backend("inductor")
-        self._compiled: RunLayer = torch.compile(run_layer, fullgraph=True, backend=self._compile)
+        self._attend = self._compiled(PlainHalves.attend)
+        self._feed_forward = self._compiled(PlainHalves.feed_forward)
 
-    def __call__(
+    def attend(
         self,
         layer: DecoderLayer,
         residual: Tensor,
@@ -71,7 +92,16 @@ class CompiledLayers:
         for tensor in (*tables, *extra):
             torch._dynamo.decorators.mark_unbacked(tensor, tuple(range(tensor.ndim)))
         with symbolic_shapes_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # made at import
-            return self._compiled(layer, residual, update, cos, sin, k_pages, v_pages, tables, extra)
+            return self._attend(layer, residual, update, cos, sin, k_pages, v_pages, tables, extra)
+
+    def feed_forward(self, layer: DecoderLayer, residual: Tensor, gathered: Tensor) -> tuple[Tensor, Tensor]:
+        for tensor in (residual, gathered):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        with symbolic_shapes_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # made at import
+            return self._feed_forward(layer, residual, gathered)
+
+    def _compiled(self, half: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+        return torch.compile(half, fullgraph=True, backend=self._compile)
 
     def _compile(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
         """The inductor backend, counted. Untyped in torch: the inputs are tensors and symbolic ints."""

@@ -1,10 +1,10 @@
-"""The decoder-only transformer: token ids and positions in, hidden states and logits out.
+"""The decoder-only transformer: token ids and positions in, logits out.
 
 Owns the weights and the order of the layers, and the compilation of a layer. Never samples, never chooses
 pages and knows neither requests nor buckets. Built by loader.py; called by the worker inside a bucket's
 graph.
 
-Shapes: `T` token rows, `N` rows that sample, `V` vocabulary.
+Shapes: `T` token rows, `N` rows whose logits are wanted, `V` vocabulary.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from graphgen.ipc.errors import ConfigError
 from graphgen.models.attention.tables import RowTables
-from graphgen.models.compilation import CompiledLayers, RunLayer, run_layer
+from graphgen.models.compilation import CompiledHalves, LayerHalves, PlainHalves
 from graphgen.models.kv_cache import KVCache
 from graphgen.models.layers import AttentionOp, DecoderLayer, Linear, RMSNorm
 from graphgen.models.rope import Rope
@@ -56,9 +56,9 @@ class Decoder(nn.Module):
             self.head = None if spec.tie_embeddings else Linear(spec.hidden_size, spec.vocab_size, False, dtype)
         self.requires_grad_(False)
         self.rope = Rope(spec.rope, spec.head_dim, device)
-        self._run_layer: RunLayer = run_layer
-        self._few_rows = _few_rows(spec, attention, dtype, device)
-        self._compiled: CompiledLayers | None = None
+        self._halves: LayerHalves = PlainHalves()
+        self._compiled: CompiledHalves | None = None
+        self._most_few_rows = _most_few_rows(spec, attention, dtype, device)
 
     @torch.no_grad()
     def forward(
@@ -69,52 +69,62 @@ class Decoder(nn.Module):
         kv_cache: KVCache,
         tables: RowTables,
         extra: list[Tensor],
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states [T, hidden] before the final norm; K and V of every row are in the cache afterwards.
+        """Next-token logits, [N, V] in the weights' dtype; K and V of every row are in the cache afterwards.
 
         token_ids, positions: [T] int64. sequence_lens: [T] int64, max(prompt length of the row's request,
-        position + 1). extra: what the attention backend needs beside the tables.
+        position + 1). extra: what the attention backend needs beside the tables. wanted: [N] int64, the rows whose
+        logits are computed; all if None.
         """
         cos, sin = self.rope(positions, sequence_lens, self.embedding.weight.dtype)
+        num_rows, num_decode_rows = token_ids.shape[0], tables.decode_kv_lens.shape[0]
+        if wanted is None and num_rows == num_decode_rows <= self._most_few_rows:
+            return self._run_few_rows(token_ids, cos, sin, kv_cache, tables, extra)
         update: Tensor = self.embedding(token_ids)
         residual = torch.zeros_like(update)
-        run = self._runner(token_ids.shape[0], tables.decode_kv_lens.shape[0])
+        last = self.layers[-1]
         for layer, k_pages, v_pages in zip(self.layers, kv_cache.k_pages, kv_cache.v_pages, strict=True):
             assert isinstance(layer, DecoderLayer)
-            residual, update = run(layer, residual, update, cos, sin, k_pages, v_pages, tables, extra)
-        return residual + update
+            residual, gathered = self._halves.attend(layer, residual, update, cos, sin, k_pages, v_pages, tables, extra)
+            if layer is last and wanted is not None:
+                residual, gathered = residual[wanted], gathered[wanted]
+            residual, update = self._halves.feed_forward(layer, residual, gathered)
+        return F.linear(self.final_norm(residual + update), self._head_weight)
 
-    def _runner(self, num_rows: int, num_decode_rows: int) -> RunLayer:
-        """What runs the layers of a step."""
-        few_rows, most_rows = self._few_rows
-        return few_rows if few_rows is not None and num_rows == num_decode_rows <= most_rows else self._run_layer
+    def _run_few_rows(
+        self, token_ids: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache, tables: RowTables, extra: list[Tensor]
+    ) -> Tensor:
+        from graphgen.models import few_rows
 
-    @torch.no_grad()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits, [N, V] in the weights' dtype, of rows of forward's result, [N, hidden]."""
-        head = self.embedding if self.head is None else self.head
-        return F.linear(self.final_norm(hidden), head.weight)
+        layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+        ends = few_rows.Ends(self.embedding.weight, self.final_norm, self._head_weight)
+        return few_rows.next_logits(
+            ends, layers, self.spec.activation, token_ids, cos, sin, kv_cache, tables, extra, chained=True
+        )
+
+    @property
+    def _head_weight(self) -> Tensor:
+        """[V, hidden]"""
+        return (self.embedding if self.head is None else self.head).weight
 
     def compile_layers(self) -> None:
-        """From now on layers run compiled: one graph, made at the first call, for all layers and all shapes, but
-        for steps of a few decode rows where those have kernels of their own.
+        """From now on layers run compiled: a graph for each half, made at the first call, for all layers and all
+        shapes, but for steps of a few decode rows where those have kernels of their own.
 
-        Each distinct attention window makes a graph of its own.
+        Each distinct attention window makes one more.
         """
-        self._compiled = CompiledLayers()
-        self._run_layer = self._compiled
+        self._compiled = self._halves = CompiledHalves()
 
     def num_compiled_graphs(self) -> int:
-        """How often a layer was compiled so far: once for each distinct window, when every bucket has run."""
+        """Graphs made of halves of layers so far: 2 for a model of one window, when every bucket has run."""
         return 0 if self._compiled is None else self._compiled.num_graphs
 
 
-def _few_rows(spec: ModelSpec, attention: str, dtype: torch.dtype, device: torch.device) -> tuple[RunLayer | None, int]:
-    """What runs the layers of a step of a few decode rows, and how many those are; None where nothing special does."""
+def _most_few_rows(spec: ModelSpec, attention: str, dtype: torch.dtype, device: torch.device) -> int:
+    """Decode rows up to which a step runs in the kernels of few_rows.py; 0 where those do not serve."""
     if attention != "flashinfer" or device.type != "cuda":
-        return None, 0
+        return 0
     from graphgen.models import few_rows
 
-    if not few_rows.can_run(spec, dtype, device):
-        return None, 0
-    return few_rows.few_rows_layer(spec.activation), few_rows.MOST_ROWS
+    return few_rows.MOST_ROWS if few_rows.can_run(spec, dtype, device) else 0

@@ -80,13 +80,13 @@ class Attention(nn.Module):
         tables: RowTables,
         extra: list[Tensor],
     ) -> Tensor:
+        """What each head of each row gathered, [T, Hq * D]: the input of the output projection `o`."""
         qkv = self.qkv(x).unflatten(-1, (self.num_heads + 2 * self.num_kv_heads, self.head_dim))
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        mixed = self.attend(q, k, v, cos, sin, k_pages, v_pages, *tables, extra, self.window)
-        out: Tensor = self.o(mixed.flatten(1))
-        return out
+        gathered = self.attend(q, k, v, cos, sin, k_pages, v_pages, *tables, extra, self.window)
+        return gathered.flatten(1)
 
 
 class MLP(nn.Module):
@@ -105,7 +105,10 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One pre-norm block.
+    """One pre-norm block, in two halves with nothing between them that a compiler could fuse.
+
+    Attention needs every row of a step, since later rows read its keys and values; what follows treats each row
+    alone, so after the last layer's attention the rows whose result nobody reads can be left out.
 
     Takes and returns the residual stream as two terms, `residual + update`: their sum is formed where the
     next norm reads it, so a compiled layer has one kernel for both instead of two around the layer's edge.
@@ -118,7 +121,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_norm = RMSNorm(spec.hidden_size, spec.norm_eps, dtype)
         self.mlp = MLP(spec, dtype)
 
-    def forward(
+    def attend(
         self,
         residual: Tensor,
         update: Tensor,
@@ -129,9 +132,14 @@ class DecoderLayer(nn.Module):
         tables: RowTables,
         extra: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """residual, update: [T, hidden]; cos, sin: [T, D]. Returns the new (residual, update)."""
+        """residual, update: [T, hidden]; cos, sin: [T, D]. Returns their sum and what attention gathered,
+        [T, Hq * D]."""
         residual = residual + update
-        attended = self.attention(self.input_norm(residual), cos, sin, k_pages, v_pages, tables, extra)
+        return residual, self.attention(self.input_norm(residual), cos, sin, k_pages, v_pages, tables, extra)
+
+    def feed_forward(self, residual: Tensor, gathered: Tensor) -> tuple[Tensor, Tensor]:
+        """The rest, over any rows of attend's result: the new (residual, update)."""
+        attended = self.attention.o(gathered)
         # In float32 the sum rounds as it would in bfloat16, and the compiler leaves it to the norm that reads it;
         # an addition in the matrices' own dtype it would move into the product, at the price of a copy kernel.
         residual = (residual.float() + attended.float()).to(residual.dtype)

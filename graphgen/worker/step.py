@@ -44,6 +44,7 @@ class Step:
         """block: the device's input words. token_ring: [TOKEN_RING, most sampled rows] int32."""
         self._fields = layout.views(block)
         self._rows = _open_rows(bucket, self._fields, slots, token_ring, kv_cache, sampler)
+        self._has_prefill_rows = bucket.prefill_rows > 0
         self._decoder = decoder
         self._kv_cache = kv_cache
         self._attention = attention
@@ -54,15 +55,15 @@ class Step:
         self._sampler.write_slots(self._fields["slot_params"], self._fields["chunk_slots"], self._fields["chunk_inits"])
         rows, tables, draws = self._rows.expand()
         self._sampler.count_inputs(rows.token_ids, rows.slots, rows.positions)
-        hidden = self._decoder(
+        logits = self._decoder(
             rows.token_ids,
             rows.positions,
             rows.sequence_lens,
             self._kv_cache,
             tables,
             self._attention.prepare(tables),
+            wanted=draws.rows if self._has_prefill_rows else None,  # decode rows draw one and all
         )
-        logits = self._decoder.logits(hidden[draws.rows])
         tokens = self._sampler.sample(logits, draws.slots, draws.positions)
         self._rows.feed_back(tokens, draws)
 

@@ -32,7 +32,7 @@ from graphgen.models.attention.kernels import (
     needed_libraries,
 )
 from graphgen.models.attention.planned import PlannedRegion, Words, run_planned
-from graphgen.models.attention.split_kv import SplitKvWorkspace, split_kv_attention
+from graphgen.models.attention.split_kv import FreshRows, SplitKvWorkspace, split_kv_attention
 from graphgen.models.attention.store import rotate_and_store
 from graphgen.models.attention.tables import RowTables
 from graphgen.models.chaining import can_chain
@@ -164,11 +164,17 @@ def _run_xqa(q: Tensor, out: Tensor, k_pages: Tensor, v_pages: Tensor, prepared:
 
 
 def _run_split_kv(
-    q: Tensor, out: Tensor, k_pages: Tensor, v_pages: Tensor, prepared: Sequence[Tensor], window: int
+    q: Tensor,
+    out: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    prepared: Sequence[Tensor],
+    window: int,
+    fresh: FreshRows | None = None,
 ) -> None:
     kv_lens, pages, parts, peaks_and_sums, finished = prepared
     workspace = parts, peaks_and_sums, finished
-    split_kv_attention(q, out, k_pages, v_pages, pages, kv_lens, workspace, window, chained=can_chain())
+    split_kv_attention(q, out, k_pages, v_pages, pages, kv_lens, workspace, window, fresh, chained=can_chain())
 
 
 def _paged_attention(
@@ -190,9 +196,12 @@ def _paged_attention(
 ) -> Tensor:
     prefill_kernel, decode_kernel, num_prefill_tensors, *windows = extra[0].tolist()
     prefill, decode = extra[1 : 1 + num_prefill_tensors], extra[1 + num_prefill_tensors :]
-    q = rotate_and_store(q, k, v, cos, sin, k_pages, v_pages, kv_locations, chained=can_chain())
-    out = torch.empty_like(q)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     split = q.shape[0] - decode_kv_lens.shape[0]
+    if not split and decode_kernel == Kernel.SPLIT_KV:
+        _run_split_kv(q, out, k_pages, v_pages, decode, window, FreshRows(k, v, cos, sin))
+        return out
+    q = rotate_and_store(q, k, v, cos, sin, k_pages, v_pages, kv_locations, out, chained=can_chain())
     index = windows.index(window)
     if not split:
         _run_decode(Kernel(decode_kernel), q, out, k_pages, v_pages, decode, index, window)
@@ -203,7 +212,6 @@ def _paged_attention(
     with torch.cuda.stream(side):
         if split < q.shape[0]:
             _run_decode(Kernel(decode_kernel), q[split:], out[split:], k_pages, v_pages, decode, index, window)
-    out[:split].zero_()  # no kernel writes the padded rows behind the last chunk
     run_planned(Kernel(prefill_kernel), q[:split], out[:split], k_pages, v_pages, prefill, index, window)
     main.wait_stream(side)
     return out

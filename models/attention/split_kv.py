@@ -4,12 +4,16 @@ The positions of a row are split over programs, each of which makes an online so
 of a row and KV head to finish combines the parts (flash decoding, https://pytorch.org/blog/flash-decoding). The query
 heads of one KV head share a program, so keys and values are read once.
 
+In a step without chunks the kernel also rotates the row's query and key and writes its key and value into their page,
+which saves a launch a layer: the program that reads a row's newest position writes it first.
+
 Block tables and lengths are read on the device, so a step needs no plan. The split adapts to each row's length: a
 captured grid serves short and long contexts, and a padded row costs one page.
 """
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,6 +32,21 @@ _WHOLE_BLOCKS = 16  # blocks that are not worth a split while other rows keep th
 _BLOCK = 64
 
 
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _rotated(
+    heads: "tl.tensor",
+    dims: "tl.tensor",
+    cos: "tl.tensor",
+    sin: "tl.tensor",
+    mask: "tl.tensor",
+    HALF: tl.constexpr,
+) -> "tl.tensor":
+    """Heads times their rotation, float32: dimension i turns with i + HALF. heads: where each begins."""
+    own = tl.load(heads + dims, mask, other=0.0).to(tl.float32)
+    other = tl.load(heads + (dims ^ HALF), mask, other=0.0).to(tl.float32)
+    return own * cos + other * tl.where(dims < HALF, -sin, sin)
+
+
 @triton.jit(do_not_specialize=["least_blocks"])  # type: ignore[untyped-decorator]  # triton has no types
 def _split_kv_kernel(
     q: "tl.tensor",
@@ -39,8 +58,18 @@ def _split_kv_kernel(
     parts: "tl.tensor",
     peaks_and_sums: "tl.tensor",
     finished: "tl.tensor",
+    k: "tl.tensor",
+    v: "tl.tensor",
+    cos: "tl.tensor",
+    sin: "tl.tensor",
     scale: float,
     window: int,
+    q_stride: int,
+    q_head_stride: int,
+    k_stride: int,
+    k_head_stride: int,
+    v_stride: int,
+    v_head_stride: int,
     table_stride: int,
     page_stride: int,
     position_stride: int,
@@ -52,8 +81,10 @@ def _split_kv_kernel(
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
+    FRESH: tl.constexpr,
     CHAINED: tl.constexpr,
 ) -> None:
+    """k, v, cos, sin: of the rows themselves; read if FRESH, where q comes as the model made it."""
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_kv_heads = tl.num_programs(1)
     kv_len = tl.load(kv_lens + row)
@@ -74,7 +105,24 @@ def _split_kv_kernel(
     in_group = (group < GROUP)[:, None]
     offsets = tl.arange(0, BLOCK)
     heads = (row * num_kv_heads + head).to(tl.int64) * GROUP
-    queries = tl.load(q + (heads + group)[:, None] * D + dims[None, :], in_group, other=0.0)
+    q_heads = q + row.to(tl.int64) * q_stride + (head * GROUP + group)[:, None] * q_head_stride
+    if FRESH:
+        row_cos = tl.load(cos + row.to(tl.int64) * D + dims).to(tl.float32)
+        row_sin = tl.load(sin + row.to(tl.int64) * D + dims).to(tl.float32)
+        queries = _rotated(q_heads, dims[None, :], row_cos[None, :], row_sin[None, :], in_group, D // 2)
+        queries = queries.to(k_pages.dtype.element_ty)
+        if split == num_parts - 1:
+            newest = kv_len - 1
+            page = tl.load(block_tables + row.to(tl.int64) * table_stride + newest // PAGE).to(tl.int64)
+            place = page * page_stride + (newest % PAGE).to(tl.int64) * position_stride + head * head_stride + dims
+            key = _rotated(
+                k + row.to(tl.int64) * k_stride + head * k_head_stride, dims, row_cos, row_sin, dims < D, D // 2
+            )
+            tl.store(k_pages + place, key.to(k_pages.dtype.element_ty))
+            tl.store(v_pages + place, tl.load(v + row.to(tl.int64) * v_stride + head * v_head_stride + dims))
+            tl.debug_barrier()  # stored before any thread of the program reads that page
+    else:
+        queries = tl.load(q_heads + dims[None, :], in_group, other=0.0)
     peak = tl.full([16], -1e30, tl.float32)
     total = tl.zeros([16], tl.float32)
     mixed = tl.zeros([16, D], tl.float32)
@@ -129,6 +177,19 @@ def _split_kv_kernel(
     tl.store(out + heads * D + cells, (whole / sums).to(out.dtype.element_ty), in_cells)
 
 
+class FreshRows(NamedTuple):
+    """What decode rows bring whose keys and values are not in their pages yet."""
+
+    k: Tensor
+    """[R, Hkv, D], before its rotation; any strides but 1 in the last dimension."""
+    v: Tensor
+    """[R, Hkv, D], the same."""
+    cos: Tensor
+    """[R, D] contiguous, of the row's position."""
+    sin: Tensor
+    """[R, D] contiguous."""
+
+
 class SplitKvWorkspace:
     """What the programs of one row tell each other. Steps and layers run one after another, so they share it."""
 
@@ -157,19 +218,23 @@ def split_kv_attention(
     kv_lens: Tensor,
     workspace: tuple[Tensor, Tensor, Tensor],
     window: int,
+    fresh: FreshRows | None,
     chained: bool,
 ) -> None:
     """Writes out [R, Hq, D], the attention of R rows over the first kv_lens positions of their block tables.
 
-    q: [R, Hq, D] contiguous. k_pages, v_pages: [P, page_size, Hkv, D] of one layout, page_size a power of two from 16.
-    block_tables: [R, M] int32. kv_lens: [R] int32, at least 1. window: the last positions a row sees, 0 for all.
-    workspace: the tensors of a SplitKvWorkspace for at least R rows. chained: launch before the kernel ahead is done,
-    and wait inside (programmatic dependent launch; SM90 on).
+    q: [R, Hq, D], any strides but 1 in the last dimension. fresh: the newest position of every row is not in its page
+    yet; rotates q and k and writes k and v there. None: q is rotated and all is in the pages. out: contiguous.
+    k_pages, v_pages: [P, page_size, Hkv, D] of one layout, page_size a power of two from 16. block_tables: [R, M]
+    int32. kv_lens: [R] int32, at least 1. window: the last positions a row sees, 0 for all. workspace: the tensors of
+    a SplitKvWorkspace for at least R rows. chained: launch before the kernel ahead is done, and wait inside
+    (programmatic dependent launch; SM90 on).
     """
     num_rows, num_heads, head_dim = q.shape
     page_size, num_kv_heads = k_pages.shape[1:3]
     splits, least_blocks = num_splits(num_rows, num_kv_heads)
     group = num_heads // num_kv_heads
+    k, v, cos, sin = fresh or (q, q, q, q)  # without fresh rows nothing reads them
     _split_kv_kernel[(splits, num_kv_heads, num_rows)](
         q,
         k_pages,
@@ -178,8 +243,18 @@ def split_kv_attention(
         kv_lens,
         out,
         *workspace,
+        k,
+        v,
+        cos,
+        sin,
         math.log2(math.e) * head_dim**-0.5,
         window,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
         block_tables.stride(0),
         k_pages.stride(0),
         k_pages.stride(1),
@@ -191,6 +266,7 @@ def split_kv_attention(
         page_size,
         min(page_size, _BLOCK),
         splits,
+        fresh is not None,
         chained,
         num_warps=4,
         num_stages=3,

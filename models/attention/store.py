@@ -1,4 +1,5 @@
-"""Rotates q and k and writes k and v into their pages, in one Triton launch. CUDA only; called by the attention op.
+"""Rotates q and k, writes k and v into their pages and silences padded rows, in one Triton launch. CUDA only; called by
+the attention op for steps with chunks: decode rows alone do it inside their attention kernel, see split_kv.py.
 
 Left to the compiler, the same takes three kernels, each as long as its launch when a step has few rows.
 """
@@ -41,6 +42,8 @@ def _rotate_and_store_kernel(
     k_pages: "tl.tensor",
     v_pages: "tl.tensor",
     locations: "tl.tensor",
+    attended: "tl.tensor",
+    trash_start: int,
     q_stride: int,
     q_head_stride: int,
     k_stride: int,
@@ -69,10 +72,17 @@ def _rotate_and_store_kernel(
     tl.store(places, first.to(q_out.dtype.element_ty), mask)
     tl.store(places + HALF, second.to(q_out.dtype.element_ty), mask)
 
+    location = tl.load(locations + row)
+    if location >= trash_start:
+        silent = tl.zeros([HQ_BLOCK, HALF], attended.dtype.element_ty)
+        places = attended + (row * HQ + heads) * 2 * HALF + half
+        tl.store(places, silent, mask)
+        tl.store(places + HALF, silent, mask)
+
     heads = tl.arange(0, HKV_BLOCK)[:, None]
     mask = (heads < HKV) & (half < HALF)
     first, second = _rotate(k + row * k_stride, heads, half, row_cos, row_sin, mask, k_head_stride, HALF)
-    offset = (tl.load(locations + row) * HKV + heads) * 2 * HALF + half
+    offset = (location * HKV + heads) * 2 * HALF + half
     tl.store(k_pages + offset, first.to(k_pages.dtype.element_ty), mask)
     tl.store(k_pages + offset + HALF, second.to(k_pages.dtype.element_ty), mask)
     source = v + row * v_stride + heads * v_head_stride + half
@@ -91,9 +101,13 @@ def rotate_and_store(
     k_pages: Tensor,
     v_pages: Tensor,
     locations: Tensor,
+    attended: Tensor,
     chained: bool,
 ) -> Tensor:
     """The rotated q, [T, Hq, D] contiguous; rotated k and plain v are in the pages.
+
+    attended, [T, Hq, D], becomes zero in the rows that write to the trash page, the last one: no attention kernel
+    writes the padded rows behind the last chunk.
 
     q: [T, Hq, D]; k, v: [T, Hkv, D], any strides but 1 in the last dimension, D a power of two. cos, sin: [T, D]
     contiguous. k_pages, v_pages: [P, page_size, Hkv, D]. locations: [T] int64. chained: launch before the kernel ahead
@@ -112,6 +126,8 @@ def rotate_and_store(
         k_pages,
         v_pages,
         locations,
+        attended,
+        (k_pages.shape[0] - 1) * k_pages.shape[1],
         q.stride(0),
         q.stride(1),
         k.stride(0),

@@ -44,7 +44,7 @@ class Driver:
         for pages in (*self.kv_cache.k_pages, *self.kv_cache.v_pages):
             pages[: self.kv_cache.trash_page] = float("nan")
         self._padding: list[None] = [None] * padded_rows
-        self.last_hidden = torch.empty(0)  # of every row of the last step, padded ones too
+        self.last_logits = torch.empty(0)  # of every row of the last step, padded ones too
         self._device = weight.device
         self._free = list(range(num_pages))
         random.Random(seed).shuffle(self._free)
@@ -54,28 +54,37 @@ class Driver:
         needed = len(token_ids) // self.kv_cache.page_size + 2
         return Request(token_ids, [self._free.pop() for _ in range(needed)], prompt_len)
 
-    def step(self, chunks: Sequence[tuple[Request, int]] = (), decodes: Sequence[Request] = ()) -> list[Tensor]:
+    def step(
+        self,
+        chunks: Sequence[tuple[Request, int]] = (),
+        decodes: Sequence[Request] = (),
+        wanted: Sequence[int] | None = None,
+    ) -> list[Tensor]:
         """Computes the next `length` tokens of each chunk's request and the next one of each decode's.
 
-        Returns float32 logits [length, V] of each chunk, then [1, V] of each decode.
+        Returns float32 logits [length, V] of each chunk, then [1, V] of each decode; of the wanted rows of the step,
+        [1, V] each, where they are named.
         """
         num_chunk_rows = sum(length for _, length in chunks)
         prefill: Rows = [(r, r.num_computed + offset) for r, length in chunks for offset in range(length)]
         prefill += self._padding if chunks else []
         decode: Rows = [*((r, r.num_computed) for r in decodes), *self._padding]
         rows = prefill + decode
-        hidden = self.decoder(
+        logits = self.decoder(
             self._int64([row[0].token_ids[row[1]] if row else 0 for row in rows]),
             self._int64([row[1] if row else 0 for row in rows]),
             self._int64([max(row[0].prompt_len, row[1] + 1) if row else 1 for row in rows]),
             self.kv_cache,
             self._tables(chunks, prefill, decode),
             [],
+            None if wanted is None else self._int64(wanted),
         )
-        self.last_hidden = hidden
+        self.last_logits = logits
         for request, length in [*chunks, *((request, 1) for request in decodes)]:
             request.num_computed += length
-        logits = self.decoder.logits(hidden).float()
+        logits = logits.float()
+        if wanted is not None:
+            return list(logits.split(1))
         of_chunks = logits[:num_chunk_rows].split([length for _, length in chunks]) if chunks else []
         of_decodes = [logits[len(prefill) + row][None] for row in range(len(decodes))]
         return [*of_chunks, *of_decodes]

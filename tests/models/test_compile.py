@@ -1,4 +1,4 @@
-"""A compiled layer: one graph for all layers and shapes, the same logits, and no copy of the KV cache."""
+"""A compiled layer: one graph of each half for all layers and shapes, the same logits, no copy of the KV cache."""
 
 import re
 from collections.abc import Iterator
@@ -47,23 +47,23 @@ def run_every_shape(decoder: Decoder, one_row_first: bool = False) -> torch.Tens
 
 
 @pytest.mark.parametrize("one_row_first", [True, False])
-def test_one_graph_serves_all_layers_and_shapes(one_row_first: bool, tmp_path: Path) -> None:
+def test_one_graph_of_each_half_serves_all_layers_and_shapes(one_row_first: bool, tmp_path: Path) -> None:
     decoder = load("llama", tmp_path)
     eager = run_every_shape(decoder, one_row_first)
     assert decoder.num_compiled_graphs() == 0
     decoder.compile_layers()
     compiled = run_every_shape(decoder, one_row_first)
-    assert decoder.num_compiled_graphs() == 1
+    assert decoder.num_compiled_graphs() == 2
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
     assert torch.equal(compiled.argmax(-1), eager.argmax(-1))
 
 
-def test_each_distinct_window_is_one_graph(tmp_path: Path) -> None:
+def test_each_distinct_window_is_one_graph_more(tmp_path: Path) -> None:
     decoder = load("qwen3_window", tmp_path)
     eager = run_every_shape(decoder)
     decoder.compile_layers()
     torch.testing.assert_close(run_every_shape(decoder), eager, rtol=1e-4, atol=1e-4)
-    assert decoder.num_compiled_graphs() == 2
+    assert decoder.num_compiled_graphs() == 3
 
 
 def test_generated_code_never_allocates_or_copies_pages(tmp_path: Path) -> None:
@@ -72,8 +72,9 @@ def test_generated_code_never_allocates_or_copies_pages(tmp_path: Path) -> None:
     driver = Driver(decoder, num_pages=NUM_PAGES)
     request = driver.request(PROMPT)
     _, codes = run_and_get_code(lambda: driver.step([(request, 7)]))
-    assert len(codes) == 1
-    body = re.search(r"def call\(self, args\):.*?return \(", codes[0], re.DOTALL)
+    with_attention, without = sorted(codes, key=lambda code: "paged_attention_torch" not in code)
+    assert "paged_attention_torch" not in without
+    body = re.search(r"def call\(self, args\):.*?return \(", with_attention, re.DOTALL)
     assert body is not None
     code = body.group()
     call = re.search(r"paged_attention_torch\.default\(.*?, arg\w+, arg\w+, (arg\w+), (arg\w+), arg", code)
