@@ -4,9 +4,7 @@ only.
 With a few rows a step does little but read weights, and what it loses is the time between kernels, when memory is
 idle: the smallest product reads for 8 us and takes 12. Here every kernel is launched under its predecessor
 (programmatic dependent launch) and waits inside for its data, gate, up and activation are one kernel, and the norms
-have none of their own. A product that ends in the residual stream adds to it, multiplies the sums by the next norm's
-weight, and leaves the sum of squares of its columns; the product behind the norm divides its result by the root mean
-square of each row. That is RMSNorm, with a factor that is the same for all inputs of a row taken out of the product.
+have none of their own: the division by a row's root mean square comes after the product that reads the row.
 
 The arithmetic of layers.py, but that the norm rounds once where layers.py rounds twice. Owns no weights. Called by the
 decoder in place of all its layers.
@@ -17,12 +15,17 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from graphgen.models.attention.tables import RowTables
 from graphgen.models.chaining import can_chain, launch_options
+from graphgen.models.few_rows_kernels import (
+    adding_linear_kernel,
+    embed_kernel,
+    gated_kernel,
+    norm_heads_kernel,
+    normed_linear_kernel,
+)
 from graphgen.models.kv_cache import KVCache
 from graphgen.models.layers import DecoderLayer, RMSNorm
 from graphgen.models.spec import ModelSpec
@@ -32,7 +35,7 @@ MOST_ROWS = 64
 
 _K_BLOCK = 128
 _LEAST_COLUMNS = 32
-_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}  # as gated_kernel knows them
 
 
 def can_run(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> bool:
@@ -59,238 +62,7 @@ class Normed(NamedTuple):
     """[T, parts] float32: sums of the squares of the rows, each over a part of the columns."""
 
 
-# --- kernels ---------------------------------------------------------------------------------------------------
-
-
-@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _product(
-    x: "tl.tensor",
-    weight_rows: "tl.tensor",
-    num_rows: int,
-    K: int,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-) -> "tl.tensor":
-    """[BM, BN] float32: rows of x, [num_rows, K], times BN rows of a weight."""
-    rows = tl.arange(0, BM)[:, None]
-    depth = tl.arange(0, BK)
-    result = tl.zeros((BM, BN), tl.float32)
-    for k in range(0, K, BK):
-        left = tl.load(x + rows * K + k + depth[None, :], rows < num_rows, other=0.0)
-        result = tl.dot(left, tl.load(weight_rows + k + depth[:, None]), result)
-    return result
-
-
-@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _over_rms(
-    squares: "tl.tensor",
-    num_rows: int,
-    num_parts: int,
-    size: int,
-    eps: float,
-    BM: tl.constexpr,
-    PARTS: tl.constexpr,
-) -> "tl.tensor":
-    """[BM, 1] float32: one over the root mean square of each row of `size` elements."""
-    rows = tl.arange(0, BM)[:, None]
-    parts = tl.arange(0, PARTS)[None, :]
-    inside = (rows < num_rows) & (parts < num_parts)
-    total = tl.sum(tl.load(squares + rows * num_parts + parts, inside, other=0.0), 1)
-    return tl.rsqrt(total / size + eps)[:, None]
-
-
-@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _store_normed(
-    sums: "tl.tensor",
-    places: "tl.tensor",
-    columns: "tl.tensor",
-    rows: "tl.tensor",
-    num_rows: int,
-    norm_weight: "tl.tensor",
-    out: "tl.tensor",
-    scaled: "tl.tensor",
-    squares: "tl.tensor",
-) -> None:
-    """Stores a block of the residual stream, and what the norm's reader needs of it. sums: [BM, BN], rounded."""
-    tl.store(out + places, sums, rows < num_rows)
-    wide = sums.to(tl.float32)
-    weight = tl.load(norm_weight + columns).to(tl.float32)[None, :]
-    tl.store(scaled + places, (wide * weight).to(scaled.dtype.element_ty), rows < num_rows)
-    part = rows * tl.num_programs(0) + tl.program_id(0)
-    tl.store(squares + part, tl.sum(wide * wide, 1)[:, None], rows < num_rows)
-
-
-@triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # triton has no types
-def _embed_kernel(
-    token_ids: "tl.tensor",
-    table: "tl.tensor",
-    norm_weight: "tl.tensor",
-    out: "tl.tensor",
-    scaled: "tl.tensor",
-    squares: "tl.tensor",
-    num_rows: int,
-    N: int,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-) -> None:
-    columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    rows = tl.arange(0, BM)[:, None]
-    token = tl.load(token_ids + rows, rows < num_rows, other=0)
-    embedded = tl.load(table + token * N + columns[None, :], rows < num_rows, other=0.0)
-    _store_normed(embedded, rows * N + columns[None, :], columns, rows, num_rows, norm_weight, out, scaled, squares)
-
-
-@triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # triton has no types
-def _normed_linear_kernel(
-    x: "tl.tensor",
-    squares: "tl.tensor",
-    weight: "tl.tensor",
-    bias: "tl.tensor",
-    out: "tl.tensor",
-    num_rows: int,
-    num_parts: int,
-    eps: float,
-    N: int,
-    K: int,
-    HAS_BIAS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PARTS: tl.constexpr,
-    CHAINED: tl.constexpr,
-) -> None:
-    """out = x / rms @ weight.T + bias."""
-    columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    if CHAINED:
-        gdc_wait()
-    over_rms = _over_rms(squares, num_rows, num_parts, K, eps, BM, PARTS)
-    result = _product(x, weight + columns.to(tl.int64)[None, :] * K, num_rows, K, BM, BN, BK)
-    if CHAINED:
-        gdc_launch_dependents()
-    result *= over_rms
-    if HAS_BIAS:
-        result += tl.load(bias + columns).to(tl.float32)[None, :]
-    rows = tl.arange(0, BM)[:, None]
-    tl.store(out + rows * N + columns[None, :], result.to(out.dtype.element_ty), rows < num_rows)
-
-
-@triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # triton has no types
-def _adding_linear_kernel(
-    x: "tl.tensor",
-    weight: "tl.tensor",
-    bias: "tl.tensor",
-    residual: "tl.tensor",
-    norm_weight: "tl.tensor",
-    out: "tl.tensor",
-    scaled: "tl.tensor",
-    squares: "tl.tensor",
-    num_rows: int,
-    N: int,
-    K: int,
-    HAS_BIAS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    CHAINED: tl.constexpr,
-) -> None:
-    """out = residual + x @ weight.T + bias, and its norm begun."""
-    columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    rows = tl.arange(0, BM)[:, None]
-    places = rows * N + columns[None, :]
-    if CHAINED:
-        gdc_wait()
-    before = tl.load(residual + places, rows < num_rows, other=0.0)
-    result = _product(x, weight + columns.to(tl.int64)[None, :] * K, num_rows, K, BM, BN, BK)
-    if CHAINED:
-        gdc_launch_dependents()
-    if HAS_BIAS:
-        result += tl.load(bias + columns).to(tl.float32)[None, :]
-    # As where the product is stored and read again.
-    sums = (before.to(tl.float32) + result.to(before.dtype).to(tl.float32)).to(before.dtype)
-    _store_normed(sums, places, columns, rows, num_rows, norm_weight, out, scaled, squares)
-
-
-@triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # triton has no types
-def _gated_kernel(
-    x: "tl.tensor",
-    squares: "tl.tensor",
-    weight: "tl.tensor",
-    bias: "tl.tensor",
-    out: "tl.tensor",
-    num_rows: int,
-    num_parts: int,
-    eps: float,
-    F: int,
-    K: int,
-    ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PARTS: tl.constexpr,
-    CHAINED: tl.constexpr,
-) -> None:
-    """activation(x / rms @ gate.T) * (x / rms @ up.T); the weight is gate's F rows, then up's."""
-    columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    gate_rows = weight + columns.to(tl.int64)[None, :] * K
-    up_rows = gate_rows + tl.full([1], F, tl.int64) * K
-    if CHAINED:
-        gdc_wait()
-    over_rms = _over_rms(squares, num_rows, num_parts, K, eps, BM, PARTS)
-    rows = tl.arange(0, BM)[:, None]
-    depth = tl.arange(0, BK)
-    gate = tl.zeros((BM, BN), tl.float32)
-    up = tl.zeros((BM, BN), tl.float32)
-    for k in range(0, K, BK):
-        left = tl.load(x + rows * K + k + depth[None, :], rows < num_rows, other=0.0)
-        gate = tl.dot(left, tl.load(gate_rows + k + depth[:, None]), gate)
-        up = tl.dot(left, tl.load(up_rows + k + depth[:, None]), up)
-    if CHAINED:
-        gdc_launch_dependents()
-    gate *= over_rms
-    up *= over_rms
-    if HAS_BIAS:
-        gate += tl.load(bias + columns).to(tl.float32)[None, :]
-        up += tl.load(bias + F + columns).to(tl.float32)[None, :]
-    # As where gate and up are stored and read again: both are rounded, and so is the activation.
-    gate = gate.to(out.dtype.element_ty).to(tl.float32)
-    up = up.to(out.dtype.element_ty).to(tl.float32)
-    if ACTIVATION == 0:
-        active = gate / (1.0 + tl.exp(-gate))
-    elif ACTIVATION == 1:
-        active = 0.5 * gate * (1.0 + tl.math.erf(gate * 0.7071067811865476))
-    else:
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        active = gate / (1.0 + tl.exp(-2.0 * inner))
-    result = active.to(out.dtype.element_ty).to(tl.float32) * up
-    tl.store(out + rows * F + columns[None, :], result.to(out.dtype.element_ty), rows < num_rows)
-
-
-@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _norm_heads_kernel(
-    heads: "tl.tensor",
-    weight: "tl.tensor",
-    row_stride: int,
-    size: int,
-    eps: float,
-    BLOCK: tl.constexpr,
-    CHAINED: tl.constexpr,
-) -> None:
-    """RMSNorm of every head, in place. One program a row and head."""
-    dims = tl.arange(0, BLOCK)
-    places = tl.program_id(0).to(tl.int64) * row_stride + tl.program_id(1) * size + dims
-    inside = dims < size
-    scale = tl.load(weight + dims, inside, other=0.0).to(tl.float32)
-    if CHAINED:
-        gdc_wait()
-        gdc_launch_dependents()
-    head = tl.load(heads + places, inside, other=0.0).to(tl.float32)
-    unit = (head * tl.rsqrt(tl.sum(head * head) / size + eps)).to(heads.dtype.element_ty)
-    tl.store(heads + places, (unit.to(tl.float32) * scale).to(heads.dtype.element_ty), inside)
-
-
-# --- launches --------------------------------------------------------------------------------------------------
+# --- one kernel each -------------------------------------------------------------------------------------------
 
 
 def _row_block(num_rows: int) -> int:
@@ -302,6 +74,11 @@ def _column_block(size: int) -> int:
     """Columns of a program that makes a product `size` wide."""
     # Two thirds of the multiprocessors with 16 KiB stages beat all of them with 8 KiB ones.
     return 64 if size % 64 == 0 and size // 64 >= 88 else _LEAST_COLUMNS
+
+
+def _early_columns(num_rows: int) -> int:
+    """Columns of a weight that are read before the kernel ahead is done: a block, unless 64 rows need the room."""
+    return _K_BLOCK if num_rows <= 16 else 0
 
 
 def _product_options(num_rows: int, size: int, chained: bool) -> dict[str, int | bool]:
@@ -321,7 +98,7 @@ def embed(token_ids: Tensor, table: Tensor, norm: RMSNorm) -> tuple[Tensor, Norm
     num_rows, size = token_ids.shape[0], table.shape[1]
     sums, normed = _open_normed(table, num_rows, size)
     block = _column_block(size)
-    _embed_kernel[(size // block,)](
+    embed_kernel[(size // block,)](
         token_ids, table, norm.weight, sums, *normed, num_rows, size, _row_block(num_rows), block
     )
     return sums, normed
@@ -333,7 +110,7 @@ def normed_linear(x: Normed, eps: float, weight: Tensor, bias: Tensor | None, ch
     size, num_parts = weight.shape[0], x.squares.shape[1]
     out = torch.empty((num_rows, size), dtype=x.scaled.dtype, device=x.scaled.device)
     block = _column_block(size)
-    _normed_linear_kernel[(size // block,)](
+    normed_linear_kernel[(size // block,)](
         x.scaled,
         x.squares,
         weight,
@@ -348,6 +125,7 @@ def normed_linear(x: Normed, eps: float, weight: Tensor, bias: Tensor | None, ch
         _row_block(num_rows),
         block,
         _K_BLOCK,
+        _early_columns(num_rows),
         triton.next_power_of_2(num_parts),
         chained,
         **_product_options(num_rows, size, chained),
@@ -364,7 +142,7 @@ def adding_linear(
     size = weight.shape[0]
     sums, normed = _open_normed(residual, num_rows, size)
     block = _column_block(size)
-    _adding_linear_kernel[(size // block,)](
+    adding_linear_kernel[(size // block,)](
         x,
         weight,
         bias,
@@ -379,6 +157,7 @@ def adding_linear(
         _row_block(num_rows),
         block,
         _K_BLOCK,
+        _early_columns(num_rows),
         chained,
         **_product_options(num_rows, size, chained),
     )
@@ -393,7 +172,7 @@ def gated_linear(x: Normed, eps: float, weight: Tensor, bias: Tensor | None, act
     out = torch.empty((num_rows, size), dtype=x.scaled.dtype, device=x.scaled.device)
     rows = _row_block(num_rows)
     block = 64 if size % 64 == 0 else _LEAST_COLUMNS
-    _gated_kernel[(size // block,)](
+    gated_kernel[(size // block,)](
         x.scaled,
         x.squares,
         weight,
@@ -409,6 +188,7 @@ def gated_linear(x: Normed, eps: float, weight: Tensor, bias: Tensor | None, act
         rows,
         block,
         _K_BLOCK,
+        _early_columns(num_rows),
         triton.next_power_of_2(num_parts),
         chained,
         num_warps=4,
@@ -422,7 +202,7 @@ def norm_heads(heads: Tensor, norm: RMSNorm, chained: bool) -> None:
     """RMSNorm of each head in place. heads: [T, H, D], the heads of a row one behind the other."""
     num_rows, num_heads, size = heads.shape
     block = triton.next_power_of_2(size)
-    _norm_heads_kernel[(num_rows, num_heads)](
+    norm_heads_kernel[(num_rows, num_heads)](
         heads,
         norm.weight,
         heads.stride(0),
@@ -435,7 +215,7 @@ def norm_heads(heads: Tensor, norm: RMSNorm, chained: bool) -> None:
     )
 
 
-# --- the layers ------------------------------------------------------------------------------------------------
+# --- all layers ------------------------------------------------------------------------------------------------
 
 
 class Ends(NamedTuple):
