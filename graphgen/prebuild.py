@@ -1,8 +1,9 @@
 """`graphgen prebuild`: the attention kernels of a model, built ahead of its first start.
 
 Owns what is specific to building without an engine: the architecture is named instead of found, no GPU is needed, and
-only the model's config is read. Which kernels those are and how they are built is graphgen.models.attention.kernels'.
-Called by the command line alone, since FlashInfer takes its build settings from the process's environment.
+only the model's config is read. Which kernels those are, and how they are built, is decided in
+graphgen.models.attention. Called by the command line alone, since FlashInfer takes its build settings from the
+process's environment.
 """
 
 import os
@@ -17,16 +18,8 @@ from graphgen import demo
 from graphgen.caches import cache_environment, cache_root
 from graphgen.config import EngineConfig, resolve
 from graphgen.ipc.errors import ConfigError
-from graphgen.models.attention.kernels import (
-    KernelFolder,
-    Source,
-    arch_of,
-    best_kernels,
-    build_libraries,
-    check_supported,
-    needed_libraries,
-    parse_arch,
-)
+from graphgen.models.attention.kernels import arch_of, best_kernels, check_supported, needed_libraries, parse_arch
+from graphgen.models.attention.libraries import KernelFolder, Source, build_libraries
 from graphgen.models.families import load_spec
 from graphgen.worker.backend import attention_shape
 
@@ -55,9 +48,9 @@ def prebuild(config: EngineConfig, arch: str | None, jobs: int | None) -> Prebui
         _prepare_environment(arch, jobs, Path(spare))
         try:
             folder = KernelFolder.of(arch)
+            libraries = build_libraries(needed_libraries(shape, best_kernels(capability)), folder)
         except ImportError as error:
             raise ConfigError(f"FlashInfer cannot be imported ({error}): pip install 'graphgen[cuda]'") from error
-        libraries = build_libraries(needed_libraries(shape, best_kernels(capability)), folder)
     return Prebuilt(folder.path, arch, libraries)
 
 

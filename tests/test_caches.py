@@ -1,6 +1,7 @@
 """Caches: one folder, the user's choices respected, and a folder that cannot be used costs a warning, not the start."""
 
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from graphgen import Engine, SamplingParams
+from graphgen import Engine, SamplingParams, caches
 from graphgen.caches import COMPILER_FOLDERS, cache_environment, cache_root, kernels_root
 from graphgen.ipc.errors import ConfigError
 from graphgen.processes import EngineProcesses
@@ -57,6 +58,53 @@ def test_a_folder_that_cannot_be_written_is_replaced_with_a_warning(
     (warning,) = caplog.messages
     assert str(tmp_path / "triton") in warning
     assert "set GRAPHGEN_CACHE" in warning
+
+
+def import_package(site: Path, environment: dict[str, str]) -> None:
+    """In a process of its own."""
+    environment = {**environment, "PYTHONPATH": str(site)}
+    subprocess.run([sys.executable, "-c", "import large_package.part"], env=environment, check=True, timeout=60)
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a package that has no bytecode, which stands for the one whose import is slow."""
+    package = tmp_path / "site" / "large_package"
+    package.mkdir(parents=True)
+    for name in ("__init__.py", "part.py"):
+        (package / name).touch()
+    monkeypatch.syspath_prepend(package.parent)
+    monkeypatch.setattr(caches, "_LARGEST_PACKAGE", "large_package")
+    return package.parent
+
+
+def test_packages_without_bytecode_get_it_in_the_caches_folder(tmp_path: Path, site: Path) -> None:
+    """Also where the environment forbids to write it beside the sources, as images do."""
+    root = tmp_path / "caches"
+    environment = cache_environment(
+        {**os.environ, "GRAPHGEN_CACHE": str(root), "PYTHONDONTWRITEBYTECODE": "1"}, tmp_path / "spare"
+    )
+    import_package(site, environment)
+    kept = [path.name.partition(".")[0] for path in root.joinpath("bytecode").rglob("large_package/*.pyc")]
+    assert sorted(kept) == ["__init__", "part"]
+    assert not list(site.rglob("*.pyc"))
+
+
+def test_bytecode_that_lies_beside_the_sources_is_used(tmp_path: Path, site: Path) -> None:
+    import_package(site, {**os.environ, "PYTHONDONTWRITEBYTECODE": ""})
+    environment = cache_environment({"GRAPHGEN_CACHE": str(tmp_path / "caches")}, tmp_path / "spare")
+    assert "PYTHONPYCACHEPREFIX" not in environment
+    assert "PYTHONDONTWRITEBYTECODE" not in environment
+
+
+@pytest.mark.usefixtures("site")
+def test_bytecode_is_left_to_a_user_who_chose_its_place_and_to_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    user = {"PYTHONPYCACHEPREFIX": "/the/user's", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = cache_environment({"GRAPHGEN_CACHE": str(tmp_path / "caches"), **user}, tmp_path / "spare")
+    assert user.items() <= environment.items()
+    (tmp_path / "file").touch()
+    environment = cache_environment({"GRAPHGEN_CACHE": str(tmp_path / "file")}, tmp_path / "spare")
+    assert "PYTHONPYCACHEPREFIX" not in environment
 
 
 def test_an_unknown_home_is_an_error_with_a_remedy_and_no_obstacle(

@@ -22,6 +22,7 @@ class AttentionBackend(Protocol):
 
     name: str  # "torch" or "flashinfer": the op the decoder calls
     description: str  # for people
+    late_import: str | None  # the package that `load_kernels` imports first, which takes a while
 
     def load_kernels(self) -> None: ...
 
@@ -34,6 +35,7 @@ class TorchAttention:
     """The reference kernels: any device, nothing to plan."""
 
     name = "torch"
+    late_import: str | None = None
 
     def __init__(self, reason: str) -> None:
         self.description = f"torch ({reason})"

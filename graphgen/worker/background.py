@@ -55,15 +55,18 @@ def share_interpreter_fairly() -> None:
     sys.setswitchinterval(_SWITCH_S)
 
 
-def prepare_first_use(compiles: bool, on_cuda: bool, attention: str) -> list[Background]:
-    """Begins what the first compiled step and the loading of kernels would do before anything else."""
-    imports = [_import_compiler] if compiles else []
-    imports += [_import_flashinfer] if attention == "flashinfer" else []
+def prepare_first_use(compiles: bool, on_cuda: bool, kernel_package: str | None) -> list[Background]:
+    """Begins what the first compiled step and the loading of kernels would do before anything else.
+
+    kernel_package: the package that loading imports, if any.
+    """
+    imports: list[Callable[[], object]] = [_import_compiler] if compiles else []
+    imports += [partial(importlib.import_module, kernel_package)] if kernel_package else []
     pieces = [Background("late imports", partial(_in_turn, imports))] if imports else []
     return [*pieces, Background("triton key", partial(_in_turn, [_hash_triton]))] if on_cuda else pieces
 
 
-def _in_turn(works: Sequence[Callable[[], None]]) -> float:
+def _in_turn(works: Sequence[Callable[[], object]]) -> float:
     begun_s = time.monotonic()
     for work in works:
         with contextlib.suppress(ImportError):
@@ -76,10 +79,6 @@ def _import_compiler() -> None:
     importlib.import_module("torch._inductor.compile_fx")
     # Part of every key in the compiler's cache: a hash over the sources of torch, computed once in a process.
     importlib.import_module("torch._inductor.codecache").torch_key()
-
-
-def _import_flashinfer() -> None:
-    importlib.import_module("flashinfer")
 
 
 def _hash_triton() -> None:

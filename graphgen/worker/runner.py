@@ -81,7 +81,7 @@ class ModelRunner:
         dtype = getattr(torch, config.dtype)
         with self._phase("attention"):
             self._backend = open_backend(config, self._device, dtype, self._buckets, self._shape)
-        preparations = prepare_first_use(config.compile, self._device.type == "cuda", self._backend.name)
+        preparations = prepare_first_use(config.compile, self._device.type == "cuda", self._backend.late_import)
         with self._phase("load"):
             self._decoder = load_decoder(
                 folder=Path(config.model_folder),

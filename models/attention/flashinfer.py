@@ -23,13 +23,16 @@ from graphgen.ipc.errors import ConfigError
 from graphgen.models.attention.kernels import (
     AttentionShape,
     Kernel,
-    KernelFolder,
     arch_of,
     best_kernels,
     check_supported,
+    needed_libraries,
+)
+from graphgen.models.attention.libraries import (
+    KernelFolder,
     describe_sources,
     load_libraries,
-    needed_libraries,
+    package_to_load,
 )
 from graphgen.models.attention.planned import PlannedRegion, Words, run_planned
 from graphgen.models.attention.split_kv import FreshRows, SplitKvWorkspace, split_kv_attention
@@ -58,24 +61,24 @@ class FlashInferAttention:
         """kernels: of the prefill and the decode region; None takes the device's best pair."""
         check_supported(shape)
         device = torch.device("cuda", torch.cuda.current_device())
-        prefill, decode = kernels or best_kernels(torch.cuda.get_device_capability(device))
+        capability = torch.cuda.get_device_capability(device)
+        prefill, decode = kernels or best_kernels(capability)
         if decode in _DECODE_PAGE_SIZES and shape.page_size not in _DECODE_PAGE_SIZES[decode]:
             sizes = _DECODE_PAGE_SIZES[decode]
             raise ConfigError(f"page_size is {shape.page_size}, the decode kernel has {sizes}: choose one")
         self._prefill = PlannedRegion(prefill, shape, most_chunks, most_prefill_rows)
         self._decode = _decode_region(decode, shape, most_decode_rows, device)
-        self._shape = shape
         self._windows = shape.windows
+        self._libraries = needed_libraries(shape, (prefill, decode))
+        self._folder = KernelFolder.of(arch_of(capability))
+        self.late_import: str | None = package_to_load(self._libraries, self._folder)
         self.description = f"flashinfer (prefill {prefill.name}, decode {decode.name})"
 
     def load_kernels(self) -> None:
         """Loads, or builds where no build is found, every kernel the layers will use, and says where they were."""
-        kernels = self._prefill.kernel, self._decode.kernel
-        folder = KernelFolder.of(arch_of(torch.cuda.get_device_capability()))
-        sources = load_libraries(needed_libraries(self._shape, kernels), folder)
-        self.description = (
-            f"flashinfer (prefill {kernels[0].name}, decode {kernels[1].name}, {describe_sources(sources)})"
-        )
+        sources = load_libraries(self._libraries, self._folder)
+        prefill, decode = self._prefill.kernel, self._decode.kernel
+        self.description = f"flashinfer (prefill {prefill.name}, decode {decode.name}, {describe_sources(sources)})"
 
     def prepare(self, tables: RowTables) -> list[Tensor]:
         """`extra` of the op for one step of this shape; part of the captured step. `plan` must have run before."""

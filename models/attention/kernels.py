@@ -1,39 +1,23 @@
-"""FlashInfer's compiled kernels: which ones a model needs, where they lie, and how they are loaded or built.
-
-Owns the kernel folder and the order of places to load from:
-
-    1. the kernel folder      loads at once, needs neither nvcc nor ninja
-    2. FlashInfer's own       kernels that came with its package
-    3. a build                all that are missing in one ninja run, then kept in the kernel folder for the next start
+"""Which of FlashInfer's compiled kernels a model needs on a device, and what FlashInfer calls them.
 
 A library is known by the name FlashInfer gives it, which says everything it depends on but the version and the
-architecture; these are in the folder's path. Never launches a kernel. The worker calls `load_libraries` through
-flashinfer.py, `graphgen prebuild` calls `build_libraries`, which needs no GPU.
+architecture. Never loads or launches one: where libraries lie and how they are loaded or built is libraries.py's.
+Called by it, by flashinfer.py and by `graphgen prebuild`, which needs no GPU.
 """
 
-import logging
-import os
 import re
-import shutil
-import struct
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from enum import IntEnum, StrEnum
-from pathlib import Path
+from collections.abc import Sequence
+from enum import IntEnum
 from typing import Any, Literal
 
 import torch
 from msgspec import Struct
 
-from graphgen.caches import kernels_root
 from graphgen.ipc.errors import ConfigError, UnsupportedModelError
 
 _HEAD_DIMS = (64, 128, 256)
 _LEAST_MAJOR = 8
-_BUILD_LOG_LINES = 15
-
-logger = logging.getLogger("graphgen.kernels")
+_SHORT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 class Kernel(IntEnum):
@@ -71,14 +55,6 @@ def best_kernels(capability: tuple[int, int]) -> tuple[Kernel, Kernel]:
     return (Kernel.FA3 if capability[0] == 9 else Kernel.FA2), Kernel.SPLIT_KV
 
 
-class Source(StrEnum):
-    """Where a loaded library came from, in the words of `graphgen info`."""
-
-    PREBUILT = "prebuilt"
-    PACKAGED = "from FlashInfer's package"
-    BUILT = "built now"
-
-
 class PlannedLibrary(Struct, frozen=True):
     """Attention of ragged rows over paged KV, planned by the host."""
 
@@ -87,6 +63,16 @@ class PlannedLibrary(Struct, frozen=True):
     head_dim: int
     windowed: bool
 
+    @property
+    def name(self) -> str:
+        """FlashInfer's name, known without its package. A version that forms another finds the library by that."""
+        dtype = _SHORT_DTYPES[self.dtype]
+        return (
+            f"batch_prefill_with_kv_cache_dtype_q_{dtype}_dtype_kv_{dtype}_dtype_o_{dtype}_dtype_idx_i32"
+            f"_head_dim_qk_{self.head_dim}_head_dim_vo_{self.head_dim}_posenc_0_use_swa_{self.windowed}"
+            f"_use_logits_cap_False_f16qk_False{'_sm90' if self.backend == 'fa3' else ''}"
+        )
+
     def spec(self) -> Any:  # FlashInfer is untyped
         """FlashInfer's JitSpec: name, paths and sources."""
         from flashinfer.jit.attention.modules import gen_batch_prefill_module
@@ -94,7 +80,7 @@ class PlannedLibrary(Struct, frozen=True):
         return gen_batch_prefill_module(*self._arguments())
 
     def load(self) -> Any:
-        """The module. FlashInfer keeps it: later calls return the same."""
+        """FlashInfer's Python around the module. It is kept there: later calls return the same."""
         from flashinfer.prefill import get_batch_prefill_module
 
         return get_batch_prefill_module(*self._arguments())
@@ -121,7 +107,7 @@ class XqaLibrary(Struct, frozen=True):
         return gen_xqa_module(*self._arguments())
 
     def load(self) -> Any:
-        """The module. FlashInfer keeps it: later calls return the same."""
+        """FlashInfer's Python around the module. It is kept there: later calls return the same."""
         from flashinfer.xqa import get_xqa_module
 
         return get_xqa_module(*self._arguments())
@@ -189,165 +175,3 @@ def parse_arch(text: str) -> tuple[int, int]:
     if found[3] and text != arch_of(capability):
         raise ConfigError(f"arch is {text!r}, kernels are built for {arch_of(capability)}: use that")
     return capability
-
-
-# --- the folder ------------------------------------------------------------------------------------------------
-
-
-class KernelFolder(Struct, frozen=True):
-    """Built libraries of one FlashInfer version and one architecture: NAME/NAME.so."""
-
-    path: Path
-
-    @classmethod
-    def of(cls, arch: str) -> "KernelFolder":
-        """The folder in graphgen's caches."""
-        import flashinfer
-
-        return cls(kernels_root(os.environ) / flashinfer.__version__ / arch)
-
-    def library_path(self, name: str) -> Path:
-        return self.path / name / f"{name}.so"
-
-    def load(self, library: Library, name: str) -> bool:
-        """Loads a library that lies here; False where none lies here that can be loaded."""
-        path = self.library_path(name)
-        if not path.exists():
-            return False
-        try:
-            _check_whole(path)
-            with _loading_from(self.path):
-                library.load()
-        except Exception as error:  # the loader raises whatever the platform's linker says
-            logger.warning("the prebuilt kernel %s cannot be loaded and is built again: %s", path, error)
-            return False
-        return True
-
-    def keep(self, name: str, built: Path) -> None:
-        """Copies a built library here in one rename, so that whoever reads meanwhile sees all of it or nothing."""
-        path = self.library_path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            shutil.copyfile(built, partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def _loading_from(folder: Path) -> Iterator[None]:
-    """FlashInfer looks for a built library in this folder before it builds one.
-
-    Its packages' folder is a module attribute that it reads at every look, meant for such use; it is put back so that
-    nothing else in this process is affected.
-    """
-    from flashinfer.jit import env
-
-    packaged = env.FLASHINFER_AOT_DIR
-    env.FLASHINFER_AOT_DIR = folder
-    try:
-        yield
-    finally:
-        env.FLASHINFER_AOT_DIR = packaged
-
-
-def _check_whole(path: Path) -> None:
-    """Raises ValueError for a file that was cut short: loading one may kill the process, where others only fail.
-
-    An ELF file ends with the table of its sections: its header says where that lies and how long it is.
-    """
-    with path.open("rb") as file:
-        header = file.read(64)
-        file_bytes = file.seek(0, os.SEEK_END)
-    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
-        raise ValueError(f"it has {file_bytes} bytes and is no 64-bit ELF library")
-    (table_start,) = struct.unpack_from("<Q", header, 40)
-    entry_bytes, num_entries = struct.unpack_from("<HH", header, 58)
-    if file_bytes < table_start + entry_bytes * num_entries:
-        raise ValueError(f"it has {file_bytes} bytes of {table_start + entry_bytes * num_entries}")
-
-
-# --- loading and building --------------------------------------------------------------------------------------
-
-
-def load_libraries(libraries: Sequence[Library], folder: KernelFolder) -> list[Source]:
-    """Loads every library, building what is found nowhere; where each came from, in order.
-
-    Raises ConfigError when a build is needed and fails.
-    """
-    sources: dict[Library, Source] = {}
-    missing: dict[Library, Any] = {}  # JitSpec, untyped
-    for library in libraries:
-        spec = library.spec()
-        if folder.load(library, spec.name):
-            sources[library] = Source.PREBUILT
-        elif spec.is_aot:
-            library.load()
-            sources[library] = Source.PACKAGED
-        else:
-            missing[library] = spec
-    if missing:
-        logger.info("building %d attention kernels, which takes minutes", len(missing))
-        _build(list(missing.values()))
-    for library, spec in missing.items():
-        try:
-            folder.keep(spec.name, spec.jit_library_path)
-        except OSError as error:
-            logger.warning("the next start builds %s again, since it was not kept: %s", spec.name, error)
-        if not folder.load(library, spec.name):
-            library.load()
-        sources[library] = Source.BUILT
-    return [sources[library] for library in libraries]
-
-
-def build_libraries(libraries: Sequence[Library], folder: KernelFolder) -> dict[str, Source]:
-    """Puts every library into the folder: its name, and whether it lay there or was built now. Loads none.
-
-    Raises ConfigError when a build fails or the folder cannot be written.
-    """
-    try:
-        specs = [library.spec() for library in libraries]
-    except ValueError as error:  # a size that no kernel is written for
-        raise ConfigError(f"FlashInfer has no kernel for this model: {error}") from error
-    found = {spec.name: _is_whole(folder.library_path(spec.name)) for spec in specs}
-    missing = [spec for spec in specs if not found[spec.name]]
-    if missing:
-        _build(missing)
-    for spec in missing:
-        try:
-            folder.keep(spec.name, spec.jit_library_path)
-        except OSError as error:
-            raise ConfigError(f"the kernel folder {folder.path} cannot be written ({error}): use another") from error
-    return {name: Source.PREBUILT if there else Source.BUILT for name, there in found.items()}
-
-
-def describe_sources(sources: Sequence[Source]) -> str:
-    """For people: "kernels prebuilt", or how many came from where."""
-    counts = Counter(sources)
-    if len(counts) == 1:
-        return f"kernels {sources[0]}"
-    return "kernels: " + ", ".join(f"{counts[source]} {source}" for source in Source if counts[source])
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        _check_whole(path)
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _build(specs: Sequence[Any]) -> None:
-    """One ninja run for all, so that the sources of every library compile side by side."""
-    from flashinfer.jit.core import build_jit_specs
-
-    try:
-        build_jit_specs(list(specs), skip_prebuilt=False)
-    except (RuntimeError, OSError) as error:  # nvcc or ninja is not there, or a compilation failed
-        names = ", ".join(spec.name for spec in specs)
-        log = "\n".join(str(error).splitlines()[-_BUILD_LOG_LINES:])
-        raise ConfigError(
-            f"the attention kernels {names} are not prebuilt and cannot be built here: install nvcc and ninja, run"
-            f" `graphgen prebuild` where they are, or use attention='torch'. The build said:\n{log}"
-        ) from error

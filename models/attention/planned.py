@@ -6,13 +6,14 @@ step is launched, `prepare` and `run_planned` inside the captured step. Called b
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from graphgen.models.attention.kernels import AttentionShape, Kernel, planned_library
+from graphgen.models.attention.direct import PlannedFunctions
+from graphgen.models.attention.kernels import AttentionShape, Kernel, arch_of, planned_library
+from graphgen.models.attention.libraries import KernelFolder, planned_functions
 from graphgen.models.attention.ragged import flatten_pages
 
 Words = np.ndarray[tuple[int], np.dtype[np.int32]]
@@ -83,7 +84,8 @@ class PlannedRegion:
         if copied is not None:
             copied.synchronize()
         shape = self._shape
-        arguments: list[Any] = [  # FlashInfer's plan functions are untyped
+        functions = _functions(self.kernel, shape.dtype, shape.head_dim, window > 0)
+        planned = functions.plan(
             self._float_workspace,
             self._work_lists[window],
             self._ring[self._next],
@@ -100,11 +102,9 @@ class PlannedRegion:
             shape.head_dim,
             True,  # causal
             window - 1,
-        ]
-        if self.kernel is Kernel.FA2:
-            arguments += [-1, False, 0]  # split size chosen freely, splitting on, nothing co-located
-        module = _planned_module(self.kernel, shape.dtype, shape.head_dim, window > 0)
-        constants = [int(value) for value in module.plan(*arguments)]
+            *functions.plan_tail,
+        )
+        constants = [int(value) for value in planned]
         event = torch.cuda.Event()
         event.record()
         self._copied[self._next] = event
@@ -131,9 +131,10 @@ def _float_workspace_bytes(
     return most + (16 << 20)
 
 
-@functools.cache  # a loaded kernel module is immutable
-def _planned_module(kernel: Kernel, dtype: torch.dtype, head_dim: int, windowed: bool) -> Any:  # untyped library
-    return planned_library(kernel, dtype, head_dim, windowed).load()
+@functools.cache  # a loaded library is immutable, and one process drives one device
+def _functions(kernel: Kernel, dtype: torch.dtype, head_dim: int, windowed: bool) -> PlannedFunctions:
+    folder = KernelFolder.of(arch_of(torch.cuda.get_device_capability()))
+    return planned_functions(planned_library(kernel, dtype, head_dim, windowed), folder)
 
 
 def run_planned(
@@ -148,9 +149,8 @@ def run_planned(
 ) -> None:
     starts, page_starts, flat_pages, last_lens, float_workspace = prepared[:5]
     work_list, constants = prepared[5 + 2 * window_index : 7 + 2 * window_index]
-    head_dim = q.shape[2]
-    module = _planned_module(kernel, q.dtype, head_dim, window > 0)
-    module.paged_run(
+    functions = _functions(kernel, q.dtype, q.shape[2], window > 0)
+    functions.paged_run(
         float_workspace,
         work_list,
         constants.tolist(),
@@ -167,12 +167,5 @@ def run_planned(
         _NHD,
         window - 1,
         kernel is Kernel.FA3,  # programmatic dependent launch
-        *(None,) * 6,  # mask, mask starts, alibi slopes, prefix lengths, item positions, longest item
-        0.0,  # no soft cap
-        head_dim**-0.5,
-        *(None,) * 3,  # fp8 scales
-        1.0,
-        1e4,  # rope is applied by the model
-        0,
-        0,
+        *functions.run_tail,
     )

@@ -92,7 +92,7 @@ def test_nothing_is_asked_of_a_driver_that_failed(failing: str) -> None:
 
 
 def test_only_what_will_be_used_is_prepared() -> None:
-    assert prepare_first_use(compiles=False, on_cuda=False, attention="torch") == []
+    assert prepare_first_use(compiles=False, on_cuda=False, kernel_package=None) == []
 
 
 def test_a_worker_that_compiles_nothing_imports_no_compiler() -> None:

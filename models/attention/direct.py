@@ -1,0 +1,112 @@
+"""FlashInfer's planned kernels called without its Python package, whose import takes seconds of a start.
+
+A built library is a TVM FFI module: a loaded file has functions that can be called as they are. FlashInfer's Python
+adds two things, the name of the file, which `PlannedLibrary` forms, and the arguments, which are here. Neither is
+promised to stay, so a library that takes others is refused and left to FlashInfer. Never builds anything and never
+imports FlashInfer. Called by libraries.py; planned.py calls the functions.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+
+from graphgen.models.attention.kernels import PlannedLibrary
+
+Function = Callable[..., Any]  # a TVM FFI function checks its arguments itself
+
+NUM_SHARED = 16
+"""Leading arguments that `plan` takes in every library, and as many that `paged_run` takes."""
+
+_NO_SOFT_CAP = 0.0
+_ROPE_SCALE, _ROPE_BASE = 1.0, 1e4  # the kernels are built without rope, which the model applies
+_TYPE_NAMES = {type(None): "Optional", bool: "bool", int: "int", float: "float"}
+
+
+class PlannedFunctions(Struct, frozen=True):
+    """The two functions of a planned library, and what each takes behind the arguments that all libraries share."""
+
+    plan: Function
+    plan_tail: tuple[object, ...]
+    paged_run: Function
+    run_tail: tuple[object, ...]
+
+
+def open_planned(library: PlannedLibrary, path: Path) -> PlannedFunctions:
+    """Loads the library from its file.
+
+    Raises ImportError without TVM FFI, OSError or RuntimeError when the file cannot be linked, AttributeError or
+    ValueError when its functions are not those that are called here.
+    """
+    import tvm_ffi
+
+    module = tvm_ffi.load_module(str(path))
+    functions = PlannedFunctions(module.plan, _plan_tail(library), module.paged_run, _run_tail(library))
+    _check_takes("plan", functions.plan, functions.plan_tail)
+    _check_takes("paged_run", functions.paged_run, functions.run_tail)
+    return functions
+
+
+def wrapped_functions(library: PlannedLibrary, module: Any) -> PlannedFunctions:
+    """The same of what FlashInfer's own loader returns, which takes one list of arguments for all libraries."""
+    run_tail = (
+        *(None,) * 6,  # mask, mask starts, alibi slopes, prefix lengths, item positions, longest item
+        _NO_SOFT_CAP,
+        _softmax_scale(library),
+        *(None,) * 3,  # scales of an fp8 Q, K and V
+        _ROPE_SCALE,
+        _ROPE_BASE,
+        0,  # length of the item positions
+        0,  # workspace size, for another backend
+    )
+    return PlannedFunctions(module.plan, _plan_tail(library), module.paged_run, run_tail)
+
+
+def _plan_tail(library: PlannedLibrary) -> tuple[object, ...]:
+    if library.backend == "fa3":
+        return ()
+    return -1, False, 0  # split size chosen freely, splitting on, nothing co-located
+
+
+def _run_tail(library: PlannedLibrary) -> tuple[object, ...]:
+    """In the order in which FlashInfer 0.6.13 passes them to the module: `paged_run` in its prefill.py."""
+    if library.backend == "fa3":
+        return (
+            *(None,) * 4,  # prefix lengths, item positions, longest item, scales of V per head
+            _NO_SOFT_CAP,
+            _softmax_scale(library),
+            1.0,  # scale of V
+            0,  # length of the item positions
+        )
+    return (
+        *(None,) * 6,  # mask, mask starts, alibi slopes, prefix lengths, item positions, longest item
+        *(None,) * 2,  # scale factors of a quantized K and V
+        _NO_SOFT_CAP,
+        _softmax_scale(library),
+        1.0 / _ROPE_SCALE,
+        1.0 / _ROPE_BASE,
+        0,  # length of the item positions
+    )
+
+
+def _softmax_scale(library: PlannedLibrary) -> float:
+    return float(library.head_dim**-0.5)
+
+
+def _check_takes(name: str, function: Function, tail: tuple[object, ...]) -> None:
+    """Raises ValueError unless the function says that it takes `tail` behind the shared arguments.
+
+    A TVM FFI function that is called with too few arguments names the types of all, as in
+    "`plan(0: DLTensor*, 1: int) -> Array<int>`. Expected 2 but got 0 arguments".
+    """
+    try:
+        function()
+    except TypeError as error:
+        takes = re.findall(r"\b\d+: (\w+)", str(error))
+    else:
+        raise ValueError(f"its {name} takes no arguments")
+    passed = [_TYPE_NAMES[type(value)] for value in tail]
+    if len(takes) < NUM_SHARED or takes[NUM_SHARED:] != passed:
+        raise ValueError(f"its {name} takes {takes}, not {NUM_SHARED} arguments and {passed}")
