@@ -57,9 +57,12 @@ class CudaMark:
 
 
 class CudaStream:
-    """Compute stream of one CUDA device."""
+    """Compute stream of one CUDA device, which becomes the process's current one: kernels that are launched and
+    workspaces that are made without a word of a device belong to it."""
 
     def __init__(self, device: torch.device) -> None:
+        if device.index is not None:
+            torch.cuda.set_device(device)
         self.stream = torch.cuda.Stream(device)
         self._copies = torch.cuda.Stream(device)
         # A blocking event lets the waiting thread sleep; a spinning one would hold the driver's lock.

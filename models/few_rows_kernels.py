@@ -199,7 +199,10 @@ def gated_kernel(
     PARTS: tl.constexpr,
     CHAINED: tl.constexpr,
 ) -> None:
-    """activation(x / rms @ gate.T) * (x / rms @ up.T), ACTIVATION being 0 silu, 1 gelu, 2 gelu_tanh; the weight is gate's F rows, then up's."""
+    """activation(x / rms @ gate.T) * (x / rms @ up.T); the weight is gate's F rows, then up's.
+
+    ACTIVATION: 0 silu, 1 gelu, 2 gelu_tanh.
+    """
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     gate_rows = weight + columns.to(tl.int64)[None, :] * K
     up_rows = gate_rows + tl.full([1], F, tl.int64) * K
