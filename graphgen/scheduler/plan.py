@@ -115,7 +115,7 @@ class PlanDraft:
         running.is_announced = True
         self._chunks.append(Chunk(running.slot, start, length, draws, init))
         self._chunk_records.append(ChunkRecord(request, start, length))
-        self._chunk_token_ids += request.tokens[start:end]
+        self._chunk_token_ids += request.tokens.part(start, end)
         self._prompt_pairs += prompt_pairs(start, length)
         self.num_chunk_tokens += length
         running.num_computed = end

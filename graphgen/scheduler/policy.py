@@ -138,9 +138,8 @@ class Scheduler:
             self._end(request)
             self.counters.deadline_misses += 1
             message = (
-                f"the deadline passed with {len(request.tokens) - request.prompt_len} of at most"
-                f" {request.end_len - request.prompt_len} tokens of output: raise deadline_ms or the priority, or lower"
-                " max_tokens"
+                f"the deadline passed with {len(request.output)} of at most {request.max_tokens} tokens of output:"
+                " raise deadline_ms or the priority, or lower max_tokens"
             )
             expired.append(Rejected(request.request_id, "DeadlineError", message))
         return expired
@@ -178,8 +177,8 @@ class Scheduler:
         """Does ahead of time, while the device computes, what the next plans would have to do. Called after a plan."""
         self._pages.make_empty(min(PAGES_READY, self._pages.num_pages // 64))
         for running in self._grown:
-            # Its newest page is empty, and some tokens of the one before may be in flight.
-            running.request.chain.prepare(len(running.pages) - 2)
+            # Its newest page is empty; of the one before, with two steps in flight, all tokens have just arrived.
+            running.request.chain.prepare(len(running.pages) - 1)
         self._grown = []
 
     def update(self, step_id: int, token_ids: Sequence[int]) -> tuple[TokenOutput, ...]:
@@ -192,10 +191,10 @@ class Scheduler:
         for request, token_id in zip(record.drawing, token_ids, strict=True):
             if request.ended:
                 continue
-            tokens = request.tokens
-            tokens.append(token_id)
+            output = request.output
+            output.append(token_id)
             reason = None
-            if token_id in request.stop_token_ids or len(tokens) == request.end_len:  # seldom: this loop is hot
+            if token_id in request.stop_token_ids or len(output) == request.max_tokens:  # seldom: this loop is hot
                 reason = request.finish_reason
                 if reason is not None:
                     self._finish(request)
