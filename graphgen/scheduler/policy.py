@@ -26,7 +26,7 @@ message).
 from collections.abc import Sequence
 
 from graphgen.ipc.errors import ConfigError, InvalidRequestError, OverloadedError
-from graphgen.ipc.messages import Rejected, StepPlan, Submit, TokenOutput
+from graphgen.ipc.messages import Outputs, Rejected, StepPlan, Submit, TokenOutput
 from graphgen.scheduler.admission import Admission
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.budget import StepBudget
@@ -181,27 +181,27 @@ class Scheduler:
             running.request.chain.prepare(len(running.pages) - 1)
         self._grown = []
 
-    def update(self, step_id: int, token_ids: Sequence[int]) -> tuple[TokenOutput, ...]:
-        """Takes the tokens of the oldest unanswered plan; returns what its requests get, in the plan's order.
+    def update(self, step_id: int, token_ids: Sequence[int]) -> Outputs:
+        """Takes the tokens of the oldest unanswered plan; returns what its requests get.
 
         Raises ValueError, and changes nothing, for another step or another number of tokens.
         """
         record = self._in_flight.pop(step_id, len(token_ids))
-        outputs = []
-        for request, token_id in zip(record.drawing, token_ids, strict=True):
+        news, request_ids, others = [], [], []
+        for request, token_id in zip(record.drawing, token_ids, strict=True):  # the hottest loop of a step
             if request.ended:
                 continue
             output = request.output
             output.append(token_id)
-            reason = None
-            if token_id in request.stop_token_ids or len(output) == request.max_tokens:  # seldom: this loop is hot
-                reason = request.finish_reason
-                if reason is not None:
-                    self._finish(request)
-            outputs.append(
-                TokenOutput(request.request_id, (token_id,), reason, request.started_s, request.cached_tokens)
-            )
-        return tuple(outputs)
+            if 1 < len(output) < request.max_tokens and token_id not in request.stop_token_ids:
+                request_ids.append(request.request_id)
+                others.append(token_id)
+                continue
+            reason = request.finish_reason
+            if reason is not None:
+                self._finish(request)
+            news.append(TokenOutput(request.request_id, (token_id,), reason, request.started_s, request.cached_tokens))
+        return Outputs(tuple(news), tuple(request_ids), tuple(others))
 
     def step_took(self, step_id: int, milliseconds: float) -> None:
         """What a step took on the device; called before its `update`. Raises KeyError if it is not in flight."""

@@ -34,7 +34,6 @@ from graphgen.ipc.messages import (
     StatsRequest,
     StepResult,
     Submit,
-    TokenOutput,
     WorkerCounters,
     WorkerReady,
     WorkerToScheduler,
@@ -151,15 +150,14 @@ class SchedulerLoop:
         poller.register(self._worker.receiver, zmq.POLLIN)
         while self._running:
             poller.poll(self._patience_ms())
-            outputs: list[TokenOutput] = []
-            for worker_message in self._worker.drain():
-                outputs += self._take_from_worker(worker_message)
+            outputs = [self._take_from_worker(worker_message) for worker_message in self._worker.drain()]
             for engine_message in self._engine.drain():
                 self._take_from_engine(engine_message)
             expired = self._policy.expire(time.monotonic())
             self._send_plans()
-            if outputs:
-                self._engine.send(Outputs(tuple(outputs)))
+            for of_one_step in outputs:
+                if of_one_step:
+                    self._engine.send(of_one_step)
             for rejected in expired:
                 self._engine.send(rejected)
 
@@ -174,7 +172,8 @@ class SchedulerLoop:
             self._worker.send(plan)
             self._policy.prepare()
 
-    def _take_from_worker(self, message: WorkerToScheduler) -> tuple[TokenOutput, ...]:
+    def _take_from_worker(self, message: WorkerToScheduler) -> Outputs | None:
+        """What a step gave to requests; None for other messages."""
         match message:
             case StepResult() as result:
                 if self._step_log.is_open:
@@ -187,9 +186,9 @@ class SchedulerLoop:
                 raise WorkerFailedError(failed)
             case Probe() as probe:
                 self._engine.send(probe)
-                return ()
+                return None
             case Progress() | WorkerReady():
-                return ()
+                return None
 
     def _take_from_engine(self, message: EngineToScheduler) -> None:
         match message:
