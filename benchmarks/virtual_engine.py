@@ -180,6 +180,8 @@ class VirtualEngine:
             self.steps.finished_s.append(finished_s)
             self.steps.live_rows.append(num_decodes + sum(chunk.length for chunk in plan.chunks))
             self.steps.rows.append(plan.bucket.num_rows)
+        if plans:
+            self._scheduler.prepare()
 
     def _send_next(self, now_s: float) -> None:
         """In a closed loop, the client whose request has ended sends another."""

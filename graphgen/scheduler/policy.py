@@ -90,6 +90,7 @@ class Scheduler:
             self._in_flight,
             self.counters,
         )
+        self._unbooked: PlanDraft | None = None  # the newest plan, while `_book` has not run for it
         self._grown: list[RunningRequest] = []  # those who got a page for the newest plan
         self._num_added = 0
         self._newest_arrival_s = float("-inf")
@@ -163,6 +164,7 @@ class Scheduler:
         """
         if len(self._in_flight) >= self._limits.steps_in_flight:
             return None
+        self._book()
         draft = PlanDraft()
         self._make_way()
         preemptions_before = self.counters.preemptions
@@ -174,7 +176,11 @@ class Scheduler:
         return self._send_off(draft, now_s)
 
     def prepare(self) -> None:
-        """Does ahead of time, while the device computes, what the next plans would have to do. Called after a plan."""
+        """Does, while the device computes, what the newest plan need not wait for and the next one would have to do.
+
+        Called after each plan is sent. Without it `schedule` and whatever ends a request do what they cannot do without.
+        """
+        self._book()
         self._pages.make_empty(min(PAGES_READY, self._pages.num_pages // 64))
         for running in self._grown:
             # Its newest page is empty; of the one before, with two steps in flight, all tokens have just arrived.
@@ -305,6 +311,17 @@ class Scheduler:
         self.counters.plan_made(bucket, record)
         self._admission.plan_made()
         self._in_flight.append(record)
+        self._unbooked = draft
+        return plan
+
+    def _book(self) -> None:
+        """What follows from the newest plan, once, before anything else happens to its requests: its prompts' pages may
+        be shared, whose prompt is computed decodes, and who drew its last token leaves."""
+        draft, self._unbooked = self._unbooked, None
+        if draft is None:
+            return
+        for running in draft.prompts:
+            self._cache.enter(running, running.num_computed)
         for running in self._running.decodes.advance():
             self._release(running)
         for running in draft.drawing:
@@ -312,10 +329,10 @@ class Scheduler:
                 self._release(running)
             else:
                 self._running.finish_prompt(running)
-        return plan
 
     def _end(self, request: Request) -> None:
         """Forgets a request, wherever it is: waiting, running, or with nothing left but tokens in flight."""
+        self._book()
         request.ended = True
         del self._requests[request.request_id]
         self._prompts.num_with_ttft_target -= request.ttft_by_s is not None

@@ -141,8 +141,12 @@ def step_ms(bucket: Bucket) -> float:
 class Harness:
     """One Scheduler, one FakeWorker, the clients, and a clock that a test may move."""
 
-    def __init__(self, limits: SchedulerLimits, model: CostModel | None = None) -> None:
+    def __init__(
+        self, limits: SchedulerLimits, model: CostModel | None = None, *, prepares_at_once: bool = True
+    ) -> None:
+        """prepares_at_once: after each plan; else only before the next one, when much may have happened since."""
         self.limits = limits
+        self._prepares_at_once = prepares_at_once
         self.scheduler = Scheduler(limits, model)
         self.worker = FakeWorker(limits.num_pages, limits.page_size)
         self.pages = PageModel(limits.page_size, limits.prefix_cache)
@@ -186,12 +190,15 @@ class Harness:
 
     def schedule(self) -> StepPlan | None:
         """Makes one plan, checks it, and executes it; its result waits in `results`."""
+        if not self._prepares_at_once:
+            self.scheduler.prepare()
         running, must_decode = self._running_ids(), self._decoding_ids()
         preemptions = self.scheduler.counters.preemptions
         plan = self.scheduler.schedule(self.now_s)
         if plan is None:
             return None
-        self.scheduler.prepare()
+        if self._prepares_at_once:
+            self.scheduler.prepare()
         description = self.scheduler.describe_step(plan.step_id)
         self._check_shape(plan, description)
         self._check_decodes(must_decode, description, self.scheduler.counters.preemptions - preemptions)
