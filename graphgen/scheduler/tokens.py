@@ -24,6 +24,7 @@ class Tokens:
     def part(self, start: int, end: int) -> "array[int]":
         """Tokens [start, end), all of which are known."""
         prompt_len = len(self.prompt)
-        if end <= prompt_len:
-            return self.prompt[start:end]
-        return self.prompt[start:] + array("i", self.output[max(0, start - prompt_len) : end - prompt_len])
+        found = self.prompt[start:end]
+        if end > prompt_len:
+            found.fromlist(self.output[max(0, start - prompt_len) : end - prompt_len])
+        return found
