@@ -178,7 +178,8 @@ class Scheduler:
     def prepare(self) -> None:
         """Does, while the device computes, what the newest plan need not wait for and the next one would have to do.
 
-        Called after each plan is sent. Without it `schedule` and whatever ends a request do what they cannot do without.
+        Called when plans and outputs are sent. Without it `schedule`, and whatever ends a request, do first what they
+        cannot do without.
         """
         self._book()
         self._pages.make_empty(min(PAGES_READY, self._pages.num_pages // 64))

@@ -1,7 +1,8 @@
 """The scheduler process: the loop that feeds the pure policy with messages, time and step results.
 
 Owns the two channels, the clock and the step log. A result is answered with the next plan before anything else is
-done with it, so that the worker always has a step to launch; the outputs go to the Engine after that.
+done with it, so that the worker always has a step to launch; the outputs go to the Engine after that, and what can wait
+is done last.
 """
 
 import gc
@@ -160,6 +161,7 @@ class SchedulerLoop:
                     self._engine.send(of_one_step)
             for rejected in expired:
                 self._engine.send(rejected)
+            self._policy.prepare()
 
     def _patience_ms(self) -> int | None:
         """How long nothing may arrive before a deadline passes; None: for ever."""
@@ -170,7 +172,6 @@ class SchedulerLoop:
         """Keeps as many steps in flight as the policy allows."""
         while self._running and (plan := self._policy.schedule(time.monotonic())) is not None:
             self._worker.send(plan)
-            self._policy.prepare()
 
     def _take_from_worker(self, message: WorkerToScheduler) -> Outputs | None:
         """What a step gave to requests; None for other messages."""
