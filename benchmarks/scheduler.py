@@ -3,10 +3,10 @@
     python -m benchmarks.scheduler --running 1 64 256 --waiting 100 1000 10000 --round-trip --json scheduler.json
 
 A step is what the scheduler does between a result and the next plan: `update()` with the tokens of the oldest step,
-then `schedule()`, two steps in flight. The *whole* step has also what it does once the plan has left, `prepare()`, which
-no device waits for unless it takes longer than a step. Requests of random lengths run on the real bucket ladder; one that ends is
-replaced by a new one at the end of the queue, so both counts stay what the row says. Tokens are made up. With
---round-trip also what its messages cost: see `benchmarks.round_trip`.
+then `schedule()`, two steps in flight. The *whole* step has also what it does once the plan has left, `prepare()`: no
+device waits for that as long as the whole is shorter than a step. Requests of random lengths run on the real bucket
+ladder; one that ends is replaced by a new one at the end of the queue, so both counts stay what the row says. Tokens
+are made up. With --round-trip also what its messages cost: see `benchmarks.round_trip`.
 """
 
 import argparse

@@ -74,5 +74,3 @@ class RunningSet:
         self._num_of_class[running.request.priority] -= 1
         self._free_slots.append(running.slot)
         running.request.running = None
-
-
