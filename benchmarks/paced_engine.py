@@ -83,16 +83,20 @@ class PacedEngine:
     def _step(self) -> None:
         self._next_s += self._step_s
         now_s = time.monotonic()
-        outputs = []
+        news, request_ids, token_ids = [], [], []
         for request_id in list(self._left):
             self._left[request_id] -= 1
+            is_first, is_last = not self.sent_s[request_id], not self._left[request_id]
             token_id = self._chance.randrange(1, VOCABULARY)
-            reason = "length" if not self._left[request_id] else None
-            outputs.append(TokenOutput(request_id, (token_id,), reason, now_s))  # type: ignore[arg-type]  # a literal
+            if is_first or is_last:
+                news.append(TokenOutput(request_id, (token_id,), "length" if is_last else None, now_s))
+            else:
+                request_ids.append(request_id)
+                token_ids.append(token_id)
             self.sent_s[request_id].append(now_s)
-            if reason is not None:
+            if is_last:
                 del self._left[request_id]
-        self._channel.send(Outputs(tuple(outputs)))
+        self._channel.send(Outputs(tuple(news), tuple(request_ids), tuple(token_ids)))
 
 
 def main(folder: Path, parent_pid: int, step_ms: float) -> None:

@@ -153,11 +153,9 @@ class VirtualEngine:
             self.steps.running.append(self._scheduler.running)
             self.steps.waiting.append(self._scheduler.waiting)
         self._launch(plans, now_s)
-        for output in outputs:
-            index = output.request_id
-            times = self._token_times_s[index]
-            for _ in output.token_ids:
-                times.append(now_s - self._sent_s[index])
+        for index in (*outputs.request_ids, *(output.request_id for output in outputs.outputs)):
+            self._token_times_s[index].append(now_s - self._sent_s[index])
+        for output in outputs.outputs:
             if output.finish_reason is not None:
                 self._send_next(now_s)
 
@@ -182,6 +180,8 @@ class VirtualEngine:
             self.steps.finished_s.append(finished_s)
             self.steps.live_rows.append(num_decodes + sum(chunk.length for chunk in plan.chunks))
             self.steps.rows.append(plan.bucket.num_rows)
+        if plans:
+            self._scheduler.prepare()
 
     def _send_next(self, now_s: float) -> None:
         """In a closed loop, the client whose request has ended sends another."""

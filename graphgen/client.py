@@ -36,6 +36,7 @@ from graphgen.ipc.messages import (
     EngineStats,
     EngineToScheduler,
     Failed,
+    FinishReason,
     Outputs,
     Probe,
     Progress,
@@ -237,19 +238,30 @@ class Client:
         now_s = time.monotonic()
         for output in message.outputs:
             request = self._requests.get(output.request_id)
-            if request is None:  # cancelled while its tokens were on their way
-                continue
-            try:
-                delivery, reason = request.take(output, now_s)
-            except Exception as error:  # text of this request that cannot be made must not end the others
-                logger.exception("request %d failed in decoding", output.request_id)
-                self.cancel([output.request_id])
-                _deliver(request.sink, GraphgenError(f"decoding failed with {type(error).__name__}: {error}"))
-                continue
-            if reason is not None:
-                self._close_request(output.request_id, tell_scheduler=output.finish_reason is None)
-            if delivery is not None and not _deliver(request.sink, delivery):
-                self.cancel([output.request_id])
+            if request is not None:  # else it was cancelled while its tokens were on their way
+                request.hear(output)
+                self._give(request, output.token_ids, output.finish_reason, now_s)
+        for request_id, token_id in zip(message.request_ids, message.token_ids, strict=True):
+            request = self._requests.get(request_id)
+            if request is not None:
+                self._give(request, (token_id,), None, now_s)
+
+    def _give(
+        self, request: OpenRequest, token_ids: tuple[int, ...], reason: FinishReason | None, now_s: float
+    ) -> None:
+        """New tokens to the sink of a request; reason: why the scheduler ended it, if it has."""
+        request_id = request.submit.request_id
+        try:
+            delivery, ended = request.take(token_ids, reason, now_s)
+        except Exception as error:  # text of this request that cannot be made must not end the others
+            logger.exception("request %d failed in decoding", request_id)
+            self.cancel([request_id])
+            _deliver(request.sink, GraphgenError(f"decoding failed with {type(error).__name__}: {error}"))
+            return
+        if ended is not None:
+            self._close_request(request_id, tell_scheduler=reason is None)
+        if delivery is not None and not _deliver(request.sink, delivery):
+            self.cancel([request_id])
 
     def _close_request(self, request_id: int, tell_scheduler: bool) -> OpenRequest | None:
         if tell_scheduler:

@@ -33,6 +33,7 @@ class OpenRequest:
         self.submit = submit  # the message that opens the request
         self.sink = sink
         self.started_s = submit.arrived_s  # when its first chunk was planned, once its first token is here
+        self._cached_tokens = 0  # of its prompt, found in the prefix cache: from then on as well
         self._prompt_token_ids = tuple(prompt_token_ids)
         self._sample_index = sample_index
         self._min_tokens = sampling.min_tokens
@@ -49,16 +50,20 @@ class OpenRequest:
         self._token_times_s: list[float] = []
         self._text: list[str] = []
 
-    def take(self, output: TokenOutput, now_s: float) -> tuple[Delivery | None, FinishReason | None]:
-        """New tokens of the request: (what its sink gets now, how the request ended if it has).
+    def hear(self, output: TokenOutput) -> None:
+        """What the scheduler says of the request besides its tokens, which `take` gets after that."""
+        self.started_s, self._cached_tokens = output.started_s, output.cached_tokens
+
+    def take(
+        self, new_token_ids: Sequence[int], reason: FinishReason | None, now_s: float
+    ) -> tuple[Delivery | None, FinishReason | None]:
+        """New tokens, and why the scheduler ended the request if it has: (what its sink gets now, how it ended).
 
         A stop string may end it before the scheduler does; tokens after the one that completed it are dropped.
         """
-        reason = output.finish_reason
-        self.started_s = output.started_s
         token_ids: list[int] = []
         pieces: list[str] = []
-        for token_id in output.token_ids:
+        for token_id in new_token_ids:
             token_ids.append(token_id)
             text, stopped = self._add_token(token_id)
             pieces.append(text)
@@ -74,8 +79,8 @@ class OpenRequest:
             self._text.extend(pieces)
         if self._streams:
             text = "".join(pieces)
-            return StreamPiece(text, tuple(token_ids), reason, output.cached_tokens, self._sample_index), reason
-        return (None if reason is None else self._output(reason, output, now_s)), reason
+            return StreamPiece(text, tuple(token_ids), reason, self._cached_tokens, self._sample_index), reason
+        return (None if reason is None else self._output(reason, now_s)), reason
 
     def _add_token(self, token_id: int) -> tuple[str, bool]:
         """(text that became certain, whether a stop string is complete)."""
@@ -98,7 +103,7 @@ class OpenRequest:
         rest = self._detokenizer.finish()
         return rest if self._stops is None else self._stops.push(rest)[0] + self._stops.finish()
 
-    def _output(self, reason: FinishReason, last: TokenOutput, now_s: float) -> RequestOutput:
+    def _output(self, reason: FinishReason, now_s: float) -> RequestOutput:
         times = tuple(self._token_times_s)
         return RequestOutput(
             request_id=self.submit.request_id,
@@ -107,12 +112,12 @@ class OpenRequest:
             text=self._decode(self._token_ids) if self._detokenizer is None else "".join(self._text),
             finish_reason=reason,
             timing=Timing(
-                queued_s=max(0.0, last.started_s - self.submit.arrived_s),
+                queued_s=max(0.0, self.started_s - self.submit.arrived_s),
                 first_token_s=times[0] if times else 0.0,
                 total_s=now_s - self.submit.arrived_s,
                 token_times_s=times,
             ),
-            cached_tokens=last.cached_tokens,
+            cached_tokens=self._cached_tokens,
             sample_index=self._sample_index,
         )
 

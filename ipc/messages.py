@@ -241,7 +241,7 @@ class Ready(Struct, frozen=True, array_like=True, tag="ready", gc=False):
 
 
 class TokenOutput(Struct, frozen=True, array_like=True, gc=False):
-    """New tokens of one request; the last one of a request carries its finish reason."""
+    """New tokens of one request, with what is to be said of it: the first and the last output of each come so."""
 
     request_id: int
     token_ids: tuple[int, ...]
@@ -251,9 +251,19 @@ class TokenOutput(Struct, frozen=True, array_like=True, gc=False):
 
 
 class Outputs(Struct, frozen=True, array_like=True, tag="outputs", gc=False):
-    """What one step gave to all its requests."""
+    """What one step gave to its requests, each of which is in it once.
+
+    Most get one token and no news: they come as two columns, because a message of hundreds of small objects costs the
+    scheduler as much as the plan of a step.
+    """
 
     outputs: tuple[TokenOutput, ...]
+    request_ids: tuple[int, ...] = ()  # of those that get a token between their first and their last
+    token_ids: tuple[int, ...] = ()  # theirs, in the same order
+
+    def __len__(self) -> int:
+        """Requests that get something."""
+        return len(self.outputs) + len(self.request_ids)
 
 
 class Rejected(Struct, frozen=True, array_like=True, tag="rejected", gc=False):

@@ -10,7 +10,17 @@ import pytest
 
 from graphgen import CheckpointError, EngineClosedError, EngineDeadError, InvalidRequestError, SamplingParams
 from graphgen.client import Client
-from graphgen.ipc.messages import Cancel, Failed, Progress, Rejected, Shutdown, StatsRequest, Submit
+from graphgen.ipc.messages import (
+    Cancel,
+    Failed,
+    Outputs,
+    Progress,
+    Rejected,
+    Shutdown,
+    StatsRequest,
+    Submit,
+    TokenOutput,
+)
 from graphgen.open_request import Delivery
 from graphgen.outputs import RequestOutput, StreamPiece
 from graphgen.processes import Exit
@@ -85,6 +95,24 @@ def test_each_request_gets_its_own_tokens_in_order(rig: Rig) -> None:
         StreamPiece("e", (5,), None),
         StreamPiece("f", (6,), "stop"),
     ]
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_tokens_without_news_come_between_the_first_and_the_last(rig: Rig, streams: bool) -> None:
+    one, two, gone = rig.open(1, streams=streams), rig.open(2, streams=streams), 77
+    rig.scheduler.send(Outputs((TokenOutput(1, (1,), None, 2.5, 3), TokenOutput(2, (5,), None, 4.5))))
+    rig.scheduler.send(Outputs((), (2, gone, 1), (6, 9, 2)))
+    rig.scheduler.send(Outputs((TokenOutput(1, (3,), "length", 2.5, 3), TokenOutput(2, (4,), "stop", 4.5))))
+    for deliveries, text, cached, queued_s, reason in ((one, "abc", 3, 2.5, "length"), (two, "efd", 0, 4.5, "stop")):
+        if streams:
+            pieces = [deliveries.get(timeout=5) for _ in text]
+            assert all(isinstance(piece, StreamPiece) and piece.cached_tokens == cached for piece in pieces)
+            assert [piece.text for piece in pieces if isinstance(piece, StreamPiece)] == list(text)
+        else:
+            output = deliveries.get(timeout=5)
+            assert isinstance(output, RequestOutput)
+            assert (output.text, output.finish_reason, output.cached_tokens) == (text, reason, cached)
+            assert output.timing.queued_s == queued_s
 
 
 def test_a_request_that_does_not_stream_gets_one_output(rig: Rig) -> None:

@@ -76,7 +76,7 @@ def test_d10_tokens_of_a_request_that_was_cancelled_in_flight_reach_nobody() -> 
     scheduler.schedule(0.0)
     scheduler.cancel(0)
     assert scheduler.pages_free == scheduler.pages_total
-    assert [scheduler.update(step_id, [5]) for step_id in (0, 1)] == [(), ()]
+    assert not any(scheduler.update(step_id, [5]) for step_id in (0, 1))
     assert scheduler.schedule(0.0) is None
 
 

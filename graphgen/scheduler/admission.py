@@ -61,19 +61,19 @@ class Admission:
 
     def offer(self, request: Request) -> Offer:
         """What it would get now."""
-        size = self._limits.page_size
+        size, num_tokens = self._limits.page_size, len(request.tokens)
         # The last known token is always computed: its row draws the next one.
-        max_shared = min(len(request.tokens) - 1, request.max_cached_len) // size
+        max_shared = min(num_tokens - 1, request.max_cached_len) // size
         shared = self._cache.find(request.chain, max_shared)
         reserve = request.num_preemptions >= MAX_PREEMPTIONS
-        num_pages = self._most_pages(request) if reserve else self._limits.pages_for(len(request.tokens))
+        num_pages = self._most_pages(request) if reserve else self._limits.pages_for(num_tokens)
         num_new = num_pages - len(shared)
         num_idle = sum(not self._cache.pool.num_holders(page) for page in shared)
         # A reserved one does not grow, and with nothing running there is nothing to spare a page for: so a request
         # that fits into the pool always starts in the end.
         num_spare = 0 if reserve or not len(self._running) else self._num_spare()
         num_cached = len(shared) * size
-        is_long = len(request.tokens) - num_cached >= self._long_prompt_len
+        is_long = num_tokens - num_cached >= self._long_prompt_len
         return Offer(shared, num_new, num_new + num_idle, num_spare, num_cached, reserve, is_long)
 
     def has_pages(self, request: Request, offer: Offer, num_more: int = 0) -> bool:

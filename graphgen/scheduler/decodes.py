@@ -95,11 +95,11 @@ class DecodeSet:
 
     def need_page(self) -> list[RunningRequest]:
         """Those whose row of the next plan is the first of a page they do not hold."""
-        index, size = self._clock % self._page_size, self._page_size
+        index = self._clock % self._page_size
         found = [running for running in self._border_rows[index] if running.decode_row is not None]
         self._border_rows[index] = found
-        # Reserved requests hold all their pages from the start.
-        return [running for running in found if self.position(running) == len(running.pages) * size]
+        # The others hold the pages up to their last row, a reserved request all pages it can ever need.
+        return [running for running in found if not running.is_reserved]
 
     def rows(self) -> tuple[bytes, bytes, list[Request]]:
         """Slots and positions (packed int32) and the requests of the next plan's rows."""

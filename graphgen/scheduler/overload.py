@@ -58,7 +58,7 @@ class OverloadGuard:
         self._step_ms = previous + _WEIGHT * (milliseconds - previous)
 
     def request_finished(self, request: Request) -> None:
-        share = (len(request.tokens) - request.prompt_len) / (request.end_len - request.prompt_len)
+        share = len(request.output) / request.max_tokens
         self._output_share += _WEIGHT * (share - self._output_share)
 
     def check_room(self, request: Request) -> None:
@@ -100,7 +100,7 @@ class OverloadGuard:
             return None
         begun_tokens = sum(begun.num_missing for begun in self._running.begun)
         steps_before = (self._waiting.num_tokens_from(request.priority) + begun_tokens) / room
-        num_tokens = (request.end_len - request.prompt_len) * self._output_share
+        num_tokens = request.max_tokens * self._output_share
         if num_others >= self._limits.max_running:
             steps_before = max(steps_before, self._outputs_before(request.priority, num_tokens) / (num_decodes + 1))
         steps_before += (request.prompt_len - num_cached) / room
@@ -116,8 +116,8 @@ class OverloadGuard:
     def _outputs_before(self, priority: int, own_tokens: float) -> float:
         """Output tokens that are likely drawn before a request of this class starts: of those that run, and of those
         that wait in its class or above, who are taken to want as many as those that run, or as itself if none runs."""
-        running = [one.request.end_len - one.request.prompt_len for one in self._running]
-        drawn = sum(len(one.request.tokens) - one.request.prompt_len for one in self._running)
+        running = [one.request.max_tokens for one in self._running]
+        drawn = sum(len(one.request.output) for one in self._running)
         mean = self._output_share * sum(running) / len(running) if running else own_tokens
         return max(0.0, mean * (len(running) + self._waiting.num_from(priority)) - drawn)
 

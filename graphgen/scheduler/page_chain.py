@@ -7,8 +7,9 @@ digest of the request's salt. So equal digests mean equal keys and values, which
 requests with different salts never have one in common.
 """
 
-from array import array
 from hashlib import blake2b
+
+from graphgen.scheduler.tokens import Tokens
 
 DIGEST_BYTES = 32
 
@@ -22,8 +23,8 @@ class PageChain:
 
     __slots__ = ("_digests", "_page_size", "_tokens")
 
-    def __init__(self, tokens: "array[int]", page_size: int, salt: str) -> None:
-        """tokens: the request's own array, which grows at its end as tokens arrive."""
+    def __init__(self, tokens: Tokens, page_size: int, salt: str) -> None:
+        """tokens: the request's own, which grow as output arrives."""
         self._tokens = tokens
         self._page_size = page_size
         self._digests = [blake2b(salt.encode(), digest_size=DIGEST_BYTES).digest()]  # [0] stands before the first page
@@ -49,6 +50,6 @@ class PageChain:
         digests, size = self._digests, self._page_size
         digest = digests[-1]
         for start in range((len(digests) - 1) * size, num_pages * size, size):
-            page_bytes = self._tokens[start : start + size].tobytes()
+            page_bytes = self._tokens.part(start, start + size).tobytes()
             digest = blake2b(digest + page_bytes, digest_size=DIGEST_BYTES).digest()
             digests.append(digest)

@@ -67,9 +67,11 @@ class PagePool:
                 del self._idle[page]
             self._num_holders[page] += 1
 
-    def keep(self, page: int) -> None:
-        """From now on the page becomes idle, not empty, when its last holder leaves."""
-        self._is_kept[page] = 1
+    def keep(self, pages: Sequence[int]) -> None:
+        """From now on these become idle, not empty, when their last holder leaves."""
+        is_kept = self._is_kept
+        for page in pages:
+            is_kept[page] = 1
 
     def give_back(self, pages: Sequence[int]) -> None:
         """One holder less for each page. Raises ValueError for one that nobody holds or that is not of this pool.

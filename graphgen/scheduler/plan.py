@@ -72,6 +72,8 @@ class PlanDraft:
 
     def __init__(self) -> None:
         self.num_chunk_tokens = 0
+        self.prompts: list[RunningRequest] = []
+        """Requests that have a chunk in it."""
         self.drawing: list[RunningRequest] = []
         """Requests whose chunk reaches the last token they know, and draws the next."""
         self._chunks: list[Chunk] = []
@@ -113,9 +115,10 @@ class PlanDraft:
         draws = end == running.prefill_end
         init = None if running.is_announced else request.slot_init
         running.is_announced = True
+        self.prompts.append(running)
         self._chunks.append(Chunk(running.slot, start, length, draws, init))
         self._chunk_records.append(ChunkRecord(request, start, length))
-        self._chunk_token_ids += request.tokens[start:end]
+        self._chunk_token_ids += request.tokens.part(start, end)
         self._prompt_pairs += prompt_pairs(start, length)
         self.num_chunk_tokens += length
         running.num_computed = end

@@ -26,7 +26,7 @@ message).
 from collections.abc import Sequence
 
 from graphgen.ipc.errors import ConfigError, InvalidRequestError, OverloadedError
-from graphgen.ipc.messages import Rejected, StepPlan, Submit, TokenOutput
+from graphgen.ipc.messages import Outputs, Rejected, StepPlan, Submit, TokenOutput
 from graphgen.scheduler.admission import Admission
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.budget import StepBudget
@@ -90,6 +90,7 @@ class Scheduler:
             self._in_flight,
             self.counters,
         )
+        self._unbooked: PlanDraft | None = None  # the newest plan, while `_book` has not run for it
         self._grown: list[RunningRequest] = []  # those who got a page for the newest plan
         self._num_added = 0
         self._newest_arrival_s = float("-inf")
@@ -138,9 +139,8 @@ class Scheduler:
             self._end(request)
             self.counters.deadline_misses += 1
             message = (
-                f"the deadline passed with {len(request.tokens) - request.prompt_len} of at most"
-                f" {request.end_len - request.prompt_len} tokens of output: raise deadline_ms or the priority, or lower"
-                " max_tokens"
+                f"the deadline passed with {len(request.output)} of at most {request.max_tokens} tokens of output:"
+                " raise deadline_ms or the priority, or lower max_tokens"
             )
             expired.append(Rejected(request.request_id, "DeadlineError", message))
         return expired
@@ -164,6 +164,7 @@ class Scheduler:
         """
         if len(self._in_flight) >= self._limits.steps_in_flight:
             return None
+        self._book()
         draft = PlanDraft()
         self._make_way()
         preemptions_before = self.counters.preemptions
@@ -175,34 +176,39 @@ class Scheduler:
         return self._send_off(draft, now_s)
 
     def prepare(self) -> None:
-        """Does ahead of time, while the device computes, what the next plans would have to do. Called after a plan."""
+        """Does, while the device computes, what the newest plan need not wait for and the next one would have to do.
+
+        Called when plans and outputs are sent. Without it `schedule`, and whatever ends a request, do first what they
+        cannot do without.
+        """
+        self._book()
         self._pages.make_empty(min(PAGES_READY, self._pages.num_pages // 64))
         for running in self._grown:
-            # Its newest page is empty, and some tokens of the one before may be in flight.
-            running.request.chain.prepare(len(running.pages) - 2)
+            # Its newest page is empty; of the one before, with two steps in flight, all tokens have just arrived.
+            running.request.chain.prepare(len(running.pages) - 1)
         self._grown = []
 
-    def update(self, step_id: int, token_ids: Sequence[int]) -> tuple[TokenOutput, ...]:
-        """Takes the tokens of the oldest unanswered plan; returns what its requests get, in the plan's order.
+    def update(self, step_id: int, token_ids: Sequence[int]) -> Outputs:
+        """Takes the tokens of the oldest unanswered plan; returns what its requests get.
 
         Raises ValueError, and changes nothing, for another step or another number of tokens.
         """
         record = self._in_flight.pop(step_id, len(token_ids))
-        outputs = []
-        for request, token_id in zip(record.drawing, token_ids, strict=True):
+        news, request_ids, others = [], [], []
+        for request, token_id in zip(record.drawing, token_ids, strict=True):  # the hottest loop of a step
             if request.ended:
                 continue
-            tokens = request.tokens
-            tokens.append(token_id)
-            reason = None
-            if token_id in request.stop_token_ids or len(tokens) == request.end_len:  # seldom: this loop is hot
-                reason = request.finish_reason
-                if reason is not None:
-                    self._finish(request)
-            outputs.append(
-                TokenOutput(request.request_id, (token_id,), reason, request.started_s, request.cached_tokens)
-            )
-        return tuple(outputs)
+            output = request.output
+            output.append(token_id)
+            if 1 < len(output) < request.max_tokens and token_id not in request.stop_token_ids:
+                request_ids.append(request.request_id)
+                others.append(token_id)
+                continue
+            reason = request.finish_reason
+            if reason is not None:
+                self._finish(request)
+            news.append(TokenOutput(request.request_id, (token_id,), reason, request.started_s, request.cached_tokens))
+        return Outputs(tuple(news), tuple(request_ids), tuple(others))
 
     def step_took(self, step_id: int, milliseconds: float) -> None:
         """What a step took on the device; called before its `update`. Raises KeyError if it is not in flight."""
@@ -306,6 +312,17 @@ class Scheduler:
         self.counters.plan_made(bucket, record)
         self._admission.plan_made()
         self._in_flight.append(record)
+        self._unbooked = draft
+        return plan
+
+    def _book(self) -> None:
+        """What follows from the newest plan, once, before anything else happens to its requests: its prompts' pages may
+        be shared, whose prompt is computed decodes, and who drew its last token leaves."""
+        draft, self._unbooked = self._unbooked, None
+        if draft is None:
+            return
+        for running in draft.prompts:
+            self._cache.enter(running, running.num_computed)
         for running in self._running.decodes.advance():
             self._release(running)
         for running in draft.drawing:
@@ -313,10 +330,10 @@ class Scheduler:
                 self._release(running)
             else:
                 self._running.finish_prompt(running)
-        return plan
 
     def _end(self, request: Request) -> None:
         """Forgets a request, wherever it is: waiting, running, or with nothing left but tokens in flight."""
+        self._book()
         request.ended = True
         del self._requests[request.request_id]
         self._prompts.num_with_ttft_target -= request.ttft_by_s is not None

@@ -55,12 +55,12 @@ class PrefixCache:
         if end <= first or not self._enabled:
             return
         running.num_entered = end
-        page_of, digest_of, keep = self._page_of, self._digest_of, self.pool.keep
+        page_of, digest_of, entered = self._page_of, self._digest_of, []
         for digest, page in zip(running.request.chain.digests(first, end), running.pages[first:end], strict=True):
-            if digest not in page_of:
-                page_of[digest] = page
+            if page_of.setdefault(digest, page) == page:
                 digest_of[page] = digest
-                keep(page)
+                entered.append(page)
+        self.pool.keep(entered)
 
     def _forget(self, pages: Sequence[int]) -> None:
         for page in pages:

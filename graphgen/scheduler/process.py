@@ -1,7 +1,8 @@
 """The scheduler process: the loop that feeds the pure policy with messages, time and step results.
 
 Owns the two channels, the clock and the step log. A result is answered with the next plan before anything else is
-done with it, so that the worker always has a step to launch; the outputs go to the Engine after that.
+done with it, so that the worker always has a step to launch; the outputs go to the Engine after that, and what can wait
+is done last.
 """
 
 import gc
@@ -34,7 +35,6 @@ from graphgen.ipc.messages import (
     StatsRequest,
     StepResult,
     Submit,
-    TokenOutput,
     WorkerCounters,
     WorkerReady,
     WorkerToScheduler,
@@ -151,17 +151,17 @@ class SchedulerLoop:
         poller.register(self._worker.receiver, zmq.POLLIN)
         while self._running:
             poller.poll(self._patience_ms())
-            outputs: list[TokenOutput] = []
-            for worker_message in self._worker.drain():
-                outputs += self._take_from_worker(worker_message)
+            outputs = [self._take_from_worker(worker_message) for worker_message in self._worker.drain()]
             for engine_message in self._engine.drain():
                 self._take_from_engine(engine_message)
             expired = self._policy.expire(time.monotonic())
             self._send_plans()
-            if outputs:
-                self._engine.send(Outputs(tuple(outputs)))
+            for of_one_step in outputs:
+                if of_one_step:
+                    self._engine.send(of_one_step)
             for rejected in expired:
                 self._engine.send(rejected)
+            self._policy.prepare()
 
     def _patience_ms(self) -> int | None:
         """How long nothing may arrive before a deadline passes; None: for ever."""
@@ -172,9 +172,9 @@ class SchedulerLoop:
         """Keeps as many steps in flight as the policy allows."""
         while self._running and (plan := self._policy.schedule(time.monotonic())) is not None:
             self._worker.send(plan)
-            self._policy.prepare()
 
-    def _take_from_worker(self, message: WorkerToScheduler) -> tuple[TokenOutput, ...]:
+    def _take_from_worker(self, message: WorkerToScheduler) -> Outputs | None:
+        """What a step gave to requests; None for other messages."""
         match message:
             case StepResult() as result:
                 if self._step_log.is_open:
@@ -187,9 +187,9 @@ class SchedulerLoop:
                 raise WorkerFailedError(failed)
             case Probe() as probe:
                 self._engine.send(probe)
-                return ()
+                return None
             case Progress() | WorkerReady():
-                return ()
+                return None
 
     def _take_from_engine(self, message: EngineToScheduler) -> None:
         match message:

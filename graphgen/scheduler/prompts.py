@@ -71,7 +71,6 @@ class PromptPlanner:
         shares.give_rest()
         for running, length in shares.items():
             draft.add_chunk(running, length)
-            self._cache.enter(running, running.num_computed)  # who shares these pages has rows in a later step, or here
 
     def _load(self, num_decodes: int, now_s: float) -> StepLoad:
         decodes, begun = self._running.decodes, self._running.begun

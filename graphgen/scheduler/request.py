@@ -15,12 +15,11 @@ AGEING_S * (MAX_PRIORITY - priority) + patience seconds after a request is ever 
 starvation.
 """
 
-from array import array
-
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.errors import InvalidRequestError
 from graphgen.ipc.messages import MAX_PRIORITY, MAX_TARGET_MS, FinishReason, SamplerParams, SlotInit, Submit
 from graphgen.scheduler.page_chain import PageChain
+from graphgen.scheduler.tokens import Tokens
 
 AGEING_S = 10.0
 """Seconds of waiting that are worth one service class, and the patience of a request that states none."""
@@ -40,15 +39,16 @@ class Request:
         "cached_tokens",
         "chain",
         "deadline_s",
-        "end_len",
         "end_position",
         "ended",
         "itl_target_ms",
         "last_step",
         "max_cached_len",
-        "min_len",
+        "max_tokens",
+        "min_tokens",
         "num_admissions",
         "num_preemptions",
+        "output",
         "priority",
         "prompt_len",
         "rank",
@@ -70,22 +70,23 @@ class Request:
         self.arrival = arrival  # the order of service within a class; unlike arrived_s it has no ties
         self.priority = submit.priority
         self.rank: Rank = (arrived_s + _patience_s(submit) - AGEING_S * submit.priority, arrival)
-        self.tokens: array[int] = _unpack_prompt(submit)  # the prompt, then the output that has arrived
+        self.tokens = _unpack_prompt(submit)
+        self.output = self.tokens.output  # what has arrived of it
         self.chain = PageChain(self.tokens, page_size, submit.cache_salt)
         self.prompt_len = len(self.tokens)
-        # Of prompt and output together: where the request ends, and up to where no stop token ends it.
-        self.end_len = self.prompt_len + submit.max_tokens
-        self.min_len = self.prompt_len + submit.min_tokens
+        # Of the output: its end, and up to where no stop token ends it.
+        self.max_tokens = submit.max_tokens
+        self.min_tokens = submit.min_tokens
         self.stop_token_ids = frozenset(submit.stop_token_ids)
         # The last token of the output is never computed: nothing is drawn after it.
-        self.end_position = self.end_len - 1
+        self.end_position = self.prompt_len + self.max_tokens - 1
         self.slot_init = SlotInit(
             prompt_len=self.prompt_len,
-            min_length=self.min_len,
+            min_length=self.prompt_len + self.min_tokens,
             stop_token_ids=submit.stop_token_ids,
             sampler=submit.sampler,
         )
-        self.max_cached_len = _max_cached_len(submit.sampler, self.prompt_len, self.end_len)
+        self.max_cached_len = _max_cached_len(submit.sampler, self.prompt_len, self.max_tokens)
         self.itl_target_ms = submit.itl_target_ms
         self.ttft_by_s = None if submit.ttft_target_ms is None else submit.arrived_s + submit.ttft_target_ms / 1000.0
         self.deadline_s = None if submit.deadline_ms is None else submit.arrived_s + submit.deadline_ms / 1000.0
@@ -100,14 +101,14 @@ class Request:
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """Whether the newest token, which has arrived and is in `tokens`, is the last one.
+        """Whether the newest token of the output is the last one.
 
-        Stop tokens count from the one after `min_len` on: the device does not draw them earlier.
+        Stop tokens count from the one after `min_tokens` on: the device does not draw them earlier.
         """
-        num_tokens = len(self.tokens)
-        if self.tokens[-1] in self.stop_token_ids and num_tokens > self.min_len:
+        num_tokens = len(self.output)
+        if self.output[-1] in self.stop_token_ids and num_tokens > self.min_tokens:
             return "stop"
-        return "length" if num_tokens >= self.end_len else None
+        return "length" if num_tokens >= self.max_tokens else None
 
 
 class RunningRequest:
@@ -163,7 +164,7 @@ def _patience_s(submit: Submit) -> float:
     return AGEING_S if submit.ttft_target_ms is None else min(submit.ttft_target_ms / 1000.0, AGEING_S)
 
 
-def _max_cached_len(sampler: SamplerParams, prompt_len: int, end_len: int) -> int:
+def _max_cached_len(sampler: SamplerParams, prompt_len: int, max_tokens: int) -> int:
     """Up to where a request may skip computing its tokens.
 
     The device counts, for the penalties, the tokens that it computes for a slot: a repetition penalty needs them all,
@@ -171,7 +172,7 @@ def _max_cached_len(sampler: SamplerParams, prompt_len: int, end_len: int) -> in
     """
     if sampler.repetition_penalty != 1.0:
         return 0
-    return prompt_len if sampler.presence_penalty or sampler.frequency_penalty else end_len
+    return prompt_len if sampler.presence_penalty or sampler.frequency_penalty else prompt_len + max_tokens
 
 
 def _check(submit: Submit) -> None:
@@ -185,9 +186,9 @@ def _check(submit: Submit) -> None:
             )
 
 
-def _unpack_prompt(submit: Submit) -> "array[int]":
+def _unpack_prompt(submit: Submit) -> Tokens:
     try:
-        return unpack_int32(submit.prompt_token_ids)
+        return Tokens(unpack_int32(submit.prompt_token_ids))
     except ValueError:
         raise InvalidRequestError(
             f"the prompt of request {submit.request_id} has {len(submit.prompt_token_ids)} bytes,"

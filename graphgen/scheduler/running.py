@@ -6,10 +6,13 @@ Owns slots and the three orders of running requests; never chooses who starts or
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
+from operator import attrgetter
 
 from graphgen.ipc.messages import MAX_PRIORITY
 from graphgen.scheduler.decodes import DecodeSet
-from graphgen.scheduler.request import Rank, Request, RunningRequest
+from graphgen.scheduler.request import Request, RunningRequest
+
+_rank = attrgetter("request.rank")  # of a running request
 
 
 class RunningSet:
@@ -71,7 +74,3 @@ class RunningSet:
         self._num_of_class[running.request.priority] -= 1
         self._free_slots.append(running.slot)
         running.request.running = None
-
-
-def _rank(running: RunningRequest) -> Rank:
-    return running.request.rank

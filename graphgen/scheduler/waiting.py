@@ -74,7 +74,10 @@ class WaitingQueue:
         """Raises KeyError when it does not wait."""
         key, num_tokens = self._places.pop(request.arrival)
         lane = self._lanes[key]
-        del lane[bisect_left(lane, _entry(request))]
+        if lane[-1][2] is request:  # as a rule; a search would read entries all over a long queue
+            lane.pop()
+        else:
+            del lane[bisect_left(lane, _entry(request))]
         if not lane:
             del self._lanes[key]
         self._num_tokens[request.priority] -= num_tokens

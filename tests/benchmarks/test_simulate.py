@@ -16,7 +16,7 @@ from benchmarks.scenarios import Scenario, parse_load, requests_of
 from benchmarks.step_log import Step, attended
 from benchmarks.virtual_engine import VirtualEngine, VirtualRequest
 from benchmarks.workload import RequestShape, Workload
-from graphgen.ipc.messages import Bucket, BucketTime, StepPlan, StepTimeTable, Submit, TokenOutput
+from graphgen.ipc.messages import Bucket, BucketTime, Outputs, StepPlan, StepTimeTable, Submit
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.plan import StepDescription
@@ -245,7 +245,7 @@ def test_no_two_prompts_share_a_prefix() -> None:
             prompts.append(submit.prompt_token_ids)
             super().add(submit)
 
-        def update(self, step_id: int, token_ids: Sequence[int]) -> tuple[TokenOutput, ...]:
+        def update(self, step_id: int, token_ids: Sequence[int]) -> Outputs:
             return super().update(step_id, token_ids)
 
     VirtualEngine(Reader(make_limits()), CostModel(FLAT), make_requests(*[(0, 5, 1)] * 4), 2).run()

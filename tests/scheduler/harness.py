@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from graphgen.ipc.codec import pack_int32, unpack_int32
 from graphgen.ipc.errors import OverloadedError
-from graphgen.ipc.messages import Bucket, FinishReason, SamplerParams, StepPlan, Submit, TokenOutput
+from graphgen.ipc.messages import Bucket, FinishReason, Outputs, SamplerParams, StepPlan, Submit
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.plan import StepDescription
@@ -121,6 +121,18 @@ def make_client(submit: Submit) -> Client:
     return Client(submit, prompt, drawn, drawn, "length")
 
 
+def tokens_of(outputs: Outputs) -> dict[int, tuple[int, FinishReason | None]]:
+    """By request: the token it gets from one step, and how it ended if it has."""
+    tokens: dict[int, tuple[int, FinishReason | None]] = {}
+    for output in outputs.outputs:
+        (token_id,) = output.token_ids
+        tokens[output.request_id] = token_id, output.finish_reason
+    for request_id, token_id in zip(outputs.request_ids, outputs.token_ids, strict=True):
+        tokens[request_id] = token_id, None
+    assert len(tokens) == len(outputs), "two outputs of a request in one step"
+    return tokens
+
+
 def step_ms(bucket: Bucket) -> float:
     """How long a step takes in these tests."""
     return 4.0 + bucket.num_rows / 2.0
@@ -129,8 +141,12 @@ def step_ms(bucket: Bucket) -> float:
 class Harness:
     """One Scheduler, one FakeWorker, the clients, and a clock that a test may move."""
 
-    def __init__(self, limits: SchedulerLimits, model: CostModel | None = None) -> None:
+    def __init__(
+        self, limits: SchedulerLimits, model: CostModel | None = None, *, prepares_at_once: bool = True
+    ) -> None:
+        """prepares_at_once: after each plan; else only before the next one, when much may have happened since."""
         self.limits = limits
+        self._prepares_at_once = prepares_at_once
         self.scheduler = Scheduler(limits, model)
         self.worker = FakeWorker(limits.num_pages, limits.page_size)
         self.pages = PageModel(limits.page_size, limits.prefix_cache)
@@ -174,12 +190,15 @@ class Harness:
 
     def schedule(self) -> StepPlan | None:
         """Makes one plan, checks it, and executes it; its result waits in `results`."""
+        if not self._prepares_at_once:
+            self.scheduler.prepare()
         running, must_decode = self._running_ids(), self._decoding_ids()
         preemptions = self.scheduler.counters.preemptions
         plan = self.scheduler.schedule(self.now_s)
         if plan is None:
             return None
-        self.scheduler.prepare()
+        if self._prepares_at_once:
+            self.scheduler.prepare()
         description = self.scheduler.describe_step(plan.step_id)
         self._check_shape(plan, description)
         self._check_decodes(must_decode, description, self.scheduler.counters.preemptions - preemptions)
@@ -198,20 +217,25 @@ class Harness:
         self.descriptions.append(description)
         return plan
 
-    def deliver(self) -> tuple[TokenOutput, ...]:
+    def deliver(self) -> Outputs:
         """Gives the scheduler the oldest result, and its outputs to the clients."""
         step_id, token_ids = self.results.popleft()
         self.scheduler.step_took(step_id, step_ms(self.scheduler.describe_step(step_id).bucket))
         outputs = self.scheduler.update(step_id, token_ids)
-        assert len({output.request_id for output in outputs}) == len(outputs), "two outputs of a request in one step"
-        for output in outputs:
-            client = self.clients[output.request_id]
-            assert client.is_live, f"request {output.request_id} had ended"
-            assert output.started_s == client.started_s, "the time of the first chunk, also after a preemption"
-            client.received += output.token_ids
-            client.reason = output.finish_reason
+        tokens = tokens_of(outputs)
+        for request_id, (token_id, reason) in tokens.items():
+            client = self.clients[request_id]
+            assert client.is_live, f"request {request_id} had ended"
+            client.received.append(token_id)
+            client.reason = reason
             assert client.received == client.expected[: len(client.received)]
             assert (client.reason is not None) == (client.received == client.expected)
+        for output in outputs.outputs:
+            client = self.clients[output.request_id]
+            assert output.started_s == client.started_s, "the time of the first chunk, also after a preemption"
+        with_news = {output.request_id for output in outputs.outputs}
+        firsts = {request_id for request_id in tokens if len(self.clients[request_id].received) == 1}
+        assert firsts <= with_news, "a first token came without what is to be said of its request"
         return outputs
 
     def run(self) -> None:

@@ -55,8 +55,7 @@ def test_idle_pages_are_handed_out_last_and_the_least_recently_used_first() -> N
     reused: list[int] = []
     pool = PagePool(4, on_reuse=reused.extend)
     first, second, third, fourth = pool.take(4)
-    for page in (first, second, third):
-        pool.keep(page)
+    pool.keep([first, second, third])
     pool.give_back([second, first, third, fourth])
     pool.share([second])
     pool.give_back([second])
@@ -116,9 +115,9 @@ class AnyUse(RuleBasedStateMachine):
     @precondition(lambda self: self.holds)
     @rule(data=st.data())
     def keep(self, data: st.DataObject) -> None:
-        for page in data.draw(st.sampled_from(self.holds)):
-            self.pool.keep(page)
-            self.kept.add(page)
+        hold = data.draw(st.sampled_from(self.holds))
+        self.pool.keep(hold)
+        self.kept |= set(hold)
 
     @rule(data=st.data())
     def share(self, data: st.DataObject) -> None:

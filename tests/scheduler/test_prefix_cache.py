@@ -7,6 +7,7 @@ import pytest
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.messages import SamplerParams
 from graphgen.scheduler.page_chain import PAGES_AHEAD, PageChain
+from graphgen.scheduler.tokens import Tokens
 from tests.scheduler.harness import Harness, make_limits, make_submit
 
 PAGE = 4
@@ -49,15 +50,15 @@ def test_a_second_prompt_computes_its_suffix_and_at_most_one_page(suffix_len: in
     assert harness.scheduler.counters.prefix_hits == shared
 
 
-def test_cached_tokens_come_with_every_output() -> None:
+def test_cached_tokens_come_with_the_first_and_the_last_token() -> None:
     harness = open_harness()
     serve(harness, SYSTEM)
     harness.add(make_submit(1, [*SYSTEM, 7], 3))
     got = []
     while not harness.clients[1].reason:
         harness.schedule()
-        got += [(output.request_id, output.cached_tokens) for output in harness.deliver()]
-    assert got == [(1, len(SYSTEM))] * 3
+        got += [(output.request_id, output.cached_tokens) for output in harness.deliver().outputs]
+    assert got == [(1, len(SYSTEM))] * 2
 
 
 def test_the_next_turn_of_a_conversation_shares_prompt_and_answer() -> None:
@@ -196,7 +197,7 @@ def test_shared_pages_are_in_the_block_table_before_the_new_ones() -> None:
 
 def test_digests_depend_on_every_token_before_and_on_the_salt() -> None:
     def digests(tokens: list[int], salt: str = "") -> list[bytes | None]:
-        chain = PageChain(array("i", tokens), 2, salt)
+        chain = PageChain(Tokens(array("i", tokens)), 2, salt)
         return [chain.digest(index) for index in range(3)]
 
     base = digests([1, 2, 3, 4, 5])
@@ -212,12 +213,13 @@ def test_digests_depend_on_every_token_before_and_on_the_salt() -> None:
 
 
 def test_a_chain_grows_with_its_tokens_and_prepares_only_so_much() -> None:
-    tokens = array("i", range(3 * PAGES_AHEAD))
+    tokens = Tokens(array("i", range(3 * PAGES_AHEAD - 1)))
+    tokens.output.append(3 * PAGES_AHEAD - 1)
     chain = PageChain(tokens, 2, "")
     chain.prepare(PAGES_AHEAD)
     assert len(chain._digests) == PAGES_AHEAD + 1
     assert chain.digest(3 * PAGES_AHEAD // 2) is None
-    tokens.extend([1, 2])
-    whole = PageChain(tokens, 2, "")
+    tokens.output += [1, 2]
+    whole = PageChain(Tokens(tokens.part(0, len(tokens))), 2, "")
     last = len(tokens) // 2 - 1
     assert chain.digest(last) == whole.digest(last) is not None

@@ -46,6 +46,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         token_budget=st.sampled_from([8, 10, 12]),
         steps_in_flight=st.integers(1, 3),
         prefix_cache=st.booleans(),
+        prepares_at_once=st.booleans(),
     )
     def start(
         self,
@@ -56,6 +57,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         token_budget: int,
         steps_in_flight: int,
         prefix_cache: bool,
+        prepares_at_once: bool,
     ) -> None:
         self.harness = Harness(
             make_limits(
@@ -66,7 +68,8 @@ class AnyInterleaving(RuleBasedStateMachine):
                 token_budget=token_budget,
                 steps_in_flight=steps_in_flight,
                 prefix_cache=prefix_cache,
-            )
+            ),
+            prepares_at_once=prepares_at_once,
         )
 
     @rule(
@@ -192,7 +195,8 @@ def test_a_hundred_thousand_operations_lose_nothing(seed: int) -> None:
                 max_running=4,
                 steps_in_flight=rng.choice([1, 2, 2, 3]),
                 prefix_cache=rng.random() < 0.9,
-            )
+            ),
+            prepares_at_once=rng.random() < 0.5,
         )
         for _ in range(500):
             left -= 1

@@ -57,7 +57,7 @@ def test_the_queue_is_a_list_sorted_by_rank(data: st.DataObject) -> None:
 def test_tokens_that_arrive_while_a_preempted_request_waits_do_not_disturb_the_count() -> None:
     queue, preempted = WaitingQueue(LONG), request(0)
     queue.add(preempted)
-    preempted.tokens.append(7)
+    preempted.output.append(7)
     queue.remove(preempted)
     assert queue.num_tokens == 0
 

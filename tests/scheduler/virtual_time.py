@@ -16,6 +16,7 @@ from graphgen.ipc.messages import Bucket, BucketTime, SamplerParams, StepPlan, S
 from graphgen.scheduler.cost_model import CostModel, prompt_pairs
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.policy import Scheduler
+from tests.scheduler.harness import tokens_of
 
 TOKEN = 7
 DECODE_CONTEXT, PROMPT_START = 1024, 512
@@ -141,9 +142,11 @@ class VirtualEngine:
     def _take_result(self, on_end: Callable[[Served], None] | None) -> None:
         self.now_s, milliseconds, step_id, num_tokens = self._results.popleft()
         self.scheduler.step_took(step_id, milliseconds)
-        for output in self.scheduler.update(step_id, [TOKEN] * num_tokens):
+        outputs = self.scheduler.update(step_id, [TOKEN] * num_tokens)
+        for request_id in tokens_of(outputs):
+            self.served[request_id].times_s.append(self.now_s)
+        for output in outputs.outputs:
             served = self.served[output.request_id]
-            served.times_s.append(self.now_s)
             served.cached_tokens = output.cached_tokens
             if output.finish_reason is not None:
                 served.finished = True

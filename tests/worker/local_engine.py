@@ -13,6 +13,7 @@ from graphgen.models.families import load_spec
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.policy import Scheduler
 from graphgen.worker.runner import LaunchedStep, ModelRunner
+from tests.scheduler.harness import tokens_of
 
 GREEDY = SamplerParams()
 
@@ -65,9 +66,10 @@ class LocalEngine:
                 in_flight.append(self.runner.launch(plan, received_s=0.0))
             step = in_flight.popleft()
             step.fetched.wait()
-            for output in self.scheduler.update(step.step_id, step.tokens.numpy()[step.drawn_rows].tolist()):
-                tokens[output.request_id - first_id] += output.token_ids
-                unfinished -= output.finish_reason is not None
+            outputs = self.scheduler.update(step.step_id, step.tokens.numpy()[step.drawn_rows].tolist())
+            for request_id, (token_id, reason) in tokens_of(outputs).items():
+                tokens[request_id - first_id].append(token_id)
+                unfinished -= reason is not None
         while in_flight:
             step = in_flight.popleft()
             step.fetched.wait()
