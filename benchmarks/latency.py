@@ -51,8 +51,9 @@ def measure(engine: Engine, prompts: list[list[int]], num_tokens: int, bytes_per
     """One row of the table: a batch from its submission to its last token."""
     config = engine.resolved
     batch, context = len(prompts), len(prompts[0])
-    # The first request must still decode when the last prompt is computed.
-    most_tokens = num_tokens + 6 * batch * context // config.token_budget
+    # The first request must still decode when the last prompt is computed, in steps as short as a third of the budget
+    # beside ever more decodes.
+    most_tokens = num_tokens + 5 * batch * context // config.token_budget
     steps_before = engine.stats().steps
     meter = CpuMeter(engine.pids)
     outputs = engine.generate(prompts, sampling_of(min(most_tokens, config.max_model_len - context)))

@@ -175,7 +175,24 @@ def test_the_first_of_two_steps_may_be_slow() -> None:
     runner = FormulaRunner(config, make_ready(config, BUCKETS, 100), slow_at_first)
     table = measure_step_times(runner, config, step_timing.QUICK)  # type: ignore[arg-type]  # as above
     assert max(time.milliseconds for time in table.times) < 5.0
-    assert len(runner.plans) == 2 * (len(BUCKETS) + 4)  # two decode-only buckets and two starts show the slopes
+    # Two decode-only buckets and two starts show the slopes.
+    assert len(runner.plans) == 2 * (len(BUCKETS) + 4) + step_timing.MOST_HEATING_STEPS
+
+
+def test_the_first_steps_of_a_device_that_has_idled_do_not_count() -> None:
+    config = msgspec.structs.replace(make_config(page_size=16), max_running=8)
+    spent_ms = 0.0
+
+    def fast_while_cool(plan: StepPlan) -> float:
+        nonlocal spent_ms
+        milliseconds = 10 * step_ms(plan) * (0.8 if spent_ms < 250.0 else 1.0)
+        spent_ms += milliseconds
+        return milliseconds
+
+    runner = FormulaRunner(config, make_ready(config, BUCKETS, 100), fast_while_cool)
+    table = measure_step_times(runner, config, step_timing.QUICK)  # type: ignore[arg-type]  # as above
+    warm = FormulaRunner(config, make_ready(config, BUCKETS, 100), lambda plan: 10 * step_ms(plan))
+    assert table == measure_step_times(warm, config, step_timing.QUICK)  # type: ignore[arg-type]  # as above
 
 
 @pytest.mark.parametrize(("step", "counted"), [(1.0, 20), (200.0, 3), (2000.0, 3)])
