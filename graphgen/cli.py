@@ -178,14 +178,13 @@ def prebuild(
     arch: Annotated[str | None, typer.Option(help="GPU architecture, like 9.0a or 8.0. [default: of the GPU]")] = None,
     model: Model = None,
     revision: Revision = None,
-    page_size: Annotated[int | None, typer.Option(help="KV positions of a page. [default: the engine's]")] = None,
     dtype: DTypeOption = DType.AUTO,
     jobs: Annotated[int | None, typer.Option(min=1, help="Compilations at once. [default: one for each core]")] = None,
 ) -> None:
     """Build a model's attention kernels ahead of its first start; needs nvcc, ninja and no GPU."""
     from graphgen.prebuild import prebuild as build_kernels  # imports torch
 
-    config = EngineConfig(model=model, revision=revision, device="cuda", dtype=dtype.value, page_size=page_size)
+    config = EngineConfig(model=model, revision=revision, device="cuda", dtype=dtype.value)
     begun_s = time.monotonic()
     with stderr.status("building attention kernels, which takes minutes"):
         built = build_kernels(config, arch, jobs)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental import _config as symbolic_shapes_config
 
-from graphgen.models.attention.tables import RowTables
+from graphgen.models.attention.tables import StepTensors
 from graphgen.models.layers import DecoderLayer
 
 
@@ -31,12 +31,9 @@ class LayerHalves(Protocol):
         layer: DecoderLayer,
         residual: Tensor,
         update: Tensor,
-        cos: Tensor,
-        sin: Tensor,
         k_pages: Tensor,
         v_pages: Tensor,
-        tables: RowTables,
-        extra: list[Tensor],
+        step: StepTensors,
     ) -> tuple[Tensor, Tensor]: ...
 
     def feed_forward(self, layer: DecoderLayer, residual: Tensor, gathered: Tensor) -> tuple[Tensor, Tensor]: ...
@@ -50,14 +47,11 @@ class PlainHalves:
         layer: DecoderLayer,
         residual: Tensor,
         update: Tensor,
-        cos: Tensor,
-        sin: Tensor,
         k_pages: Tensor,
         v_pages: Tensor,
-        tables: RowTables,
-        extra: list[Tensor],
+        step: StepTensors,
     ) -> tuple[Tensor, Tensor]:
-        return layer.attend(residual, update, cos, sin, k_pages, v_pages, tables, extra)
+        return layer.attend(residual, update, k_pages, v_pages, step)
 
     @staticmethod
     def feed_forward(layer: DecoderLayer, residual: Tensor, gathered: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,21 +72,18 @@ class CompiledHalves:
         layer: DecoderLayer,
         residual: Tensor,
         update: Tensor,
-        cos: Tensor,
-        sin: Tensor,
         k_pages: Tensor,
         v_pages: Tensor,
-        tables: RowTables,
-        extra: list[Tensor],
+        step: StepTensors,
     ) -> tuple[Tensor, Tensor]:
-        for tensor in (residual, update, cos, sin):
+        for tensor in (residual, update, step.cos, step.sin):
             torch._dynamo.mark_dynamic(tensor, 0)
         for tensor in (k_pages, v_pages):
             torch._dynamo.decorators.mark_unbacked(tensor, 0)
-        for tensor in (*tables, *extra):
+        for tensor in (*step.tables, *step.extra):
             torch._dynamo.decorators.mark_unbacked(tensor, tuple(range(tensor.ndim)))
         with symbolic_shapes_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # made at import
-            return self._attend(layer, residual, update, cos, sin, k_pages, v_pages, tables, extra)
+            return self._attend(layer, residual, update, k_pages, v_pages, step)
 
     def feed_forward(self, layer: DecoderLayer, residual: Tensor, gathered: Tensor) -> tuple[Tensor, Tensor]:
         for tensor in (residual, gathered):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphgen.ipc.errors import ConfigError
-from graphgen.models.attention.tables import RowTables
+from graphgen.models.attention.tables import RowTables, StepTensors
 from graphgen.models.compilation import CompiledHalves, LayerHalves, PlainHalves
 from graphgen.models.kv_cache import KVCache
 from graphgen.models.layers import AttentionOp, DecoderLayer, Linear, RMSNorm
@@ -78,30 +78,27 @@ class Decoder(nn.Module):
         logits are computed; all if None.
         """
         cos, sin = self.rope(positions, sequence_lens, self.embedding.weight.dtype)
+        step = StepTensors(cos, sin, tables, extra)
         num_rows, num_decode_rows = token_ids.shape[0], tables.decode_kv_lens.shape[0]
         if wanted is None and num_rows == num_decode_rows <= self._most_few_rows:
-            return self._run_few_rows(token_ids, cos, sin, kv_cache, tables, extra)
+            return self._run_few_rows(token_ids, kv_cache, step)
         update: Tensor = self.embedding(token_ids)
         residual = torch.zeros_like(update)
         last = self.layers[-1]
         for layer, k_pages, v_pages in zip(self.layers, kv_cache.k_pages, kv_cache.v_pages, strict=True):
             assert isinstance(layer, DecoderLayer)
-            residual, gathered = self._halves.attend(layer, residual, update, cos, sin, k_pages, v_pages, tables, extra)
+            residual, gathered = self._halves.attend(layer, residual, update, k_pages, v_pages, step)
             if layer is last and wanted is not None:
                 residual, gathered = residual[wanted], gathered[wanted]
             residual, update = self._halves.feed_forward(layer, residual, gathered)
         return F.linear(self.final_norm(residual + update), self._head_weight)
 
-    def _run_few_rows(
-        self, token_ids: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache, tables: RowTables, extra: list[Tensor]
-    ) -> Tensor:
+    def _run_few_rows(self, token_ids: Tensor, kv_cache: KVCache, step: StepTensors) -> Tensor:
         from graphgen.models import few_rows
 
         layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
         ends = few_rows.Ends(self.embedding.weight, self.final_norm, self._head_weight)
-        return few_rows.next_logits(
-            ends, layers, self.spec.activation, token_ids, cos, sin, kv_cache, tables, extra, chained=True
-        )
+        return few_rows.next_logits(ends, layers, self.spec.activation, token_ids, kv_cache, step, chained=True)
 
     @property
     def _head_weight(self) -> Tensor:

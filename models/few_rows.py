@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from graphgen.models.attention.tables import RowTables
+from graphgen.models.attention.tables import StepTensors
 from graphgen.models.chaining import can_chain, launch_options
 from graphgen.models.few_rows_kernels import (
     adding_linear_kernel,
@@ -231,17 +231,15 @@ def next_logits(
     layers: Sequence[DecoderLayer],
     activation: str,
     token_ids: Tensor,
-    cos: Tensor,
-    sin: Tensor,
     kv_cache: KVCache,
-    tables: RowTables,
-    extra: list[Tensor],
+    step: StepTensors,
     chained: bool,
 ) -> Tensor:
-    """Logits, [T, V], of at most MOST_ROWS decode rows. token_ids: [T] int64; cos, sin: [T, D].
+    """Logits, [T, V], of at most MOST_ROWS decode rows. token_ids: [T] int64.
 
     chained=False launches every kernel after the one ahead.
     """
+    cos, sin, tables, extra = step
     next_norms = [*(layer.input_norm for layer in layers[1:]), ends.norm]
     sums, normed = embed(token_ids, ends.embedding, layers[0].input_norm)
     for number, (layer, next_norm) in enumerate(zip(layers, next_norms, strict=True)):

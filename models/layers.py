@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphgen.models.attention.tables import RowTables
+from graphgen.models.attention.tables import StepTensors
 from graphgen.models.spec import ModelSpec
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -73,19 +73,16 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
         k_pages: Tensor,
         v_pages: Tensor,
-        tables: RowTables,
-        extra: list[Tensor],
+        step: StepTensors,
     ) -> Tensor:
         """What each head of each row gathered, [T, Hq * D]: the input of the output projection `o`."""
         qkv = self.qkv(x).unflatten(-1, (self.num_heads + 2 * self.num_kv_heads, self.head_dim))
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        gathered = self.attend(q, k, v, cos, sin, k_pages, v_pages, *tables, extra, self.window)
+        gathered = self.attend(q, k, v, step.cos, step.sin, k_pages, v_pages, *step.tables, step.extra, self.window)
         return gathered.flatten(1)
 
 
@@ -125,17 +122,13 @@ class DecoderLayer(nn.Module):
         self,
         residual: Tensor,
         update: Tensor,
-        cos: Tensor,
-        sin: Tensor,
         k_pages: Tensor,
         v_pages: Tensor,
-        tables: RowTables,
-        extra: list[Tensor],
+        step: StepTensors,
     ) -> tuple[Tensor, Tensor]:
-        """residual, update: [T, hidden]; cos, sin: [T, D]. Returns their sum and what attention gathered,
-        [T, Hq * D]."""
+        """residual, update: [T, hidden]. Returns their sum and what attention gathered, [T, Hq * D]."""
         residual = residual + update
-        return residual, self.attention(self.input_norm(residual), cos, sin, k_pages, v_pages, tables, extra)
+        return residual, self.attention(self.input_norm(residual), k_pages, v_pages, step)
 
     def feed_forward(self, residual: Tensor, gathered: Tensor) -> tuple[Tensor, Tensor]:
         """The rest, over any rows of attend's result: the new (residual, update)."""

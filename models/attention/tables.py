@@ -1,4 +1,4 @@
-"""What the rows of one step attend to: the tensors every attention backend reads.
+"""What the rows of one step attend to: the tensors every attention backend, and every layer, reads.
 
 Shapes: `T` token rows of the bucket = `P` prefill rows, then `R` decode rows; `C` chunks; `M` pages a block table
 holds. Row t < P belongs to the chunk c with chunk_starts[c] <= t < chunk_starts[c + 1]; rows of the prefill region
@@ -25,3 +25,15 @@ class RowTables(NamedTuple):
     """[R] int32: positions the row sees, its own included; a padded row sees 1, in the trash page."""
     decode_pages: Tensor
     """[R, M] int32: the row's block table."""
+
+
+class StepTensors(NamedTuple):
+    """What all layers of a step read beside their own weights and pages."""
+
+    cos: Tensor
+    """[T, D]: the rotation of each row's position."""
+    sin: Tensor
+    """[T, D]"""
+    tables: RowTables
+    extra: list[Tensor]
+    """What the attention backend needs beside the tables."""

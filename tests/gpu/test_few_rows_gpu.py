@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphgen.models.attention.tables import RowTables
+from graphgen.models.attention.tables import RowTables, StepTensors
 from graphgen.models.decoder import Decoder
 from graphgen.models.kv_cache import KVCache
 from graphgen.models.layers import ACTIVATIONS, DecoderLayer, RMSNorm
@@ -143,9 +143,8 @@ def test_all_layers_give_the_logits_of_the_plain_ones(num_rows: int, qk_norm: bo
     assert head is not None
     ends = few_rows.Ends(decoder.embedding.weight, decoder.final_norm, head.weight)
     for chained in (False, True):
-        got = few_rows.next_logits(
-            ends, layers, spec.activation, token_ids, cos, sin, cache, tables, [], chained=chained
-        )
+        step = StepTensors(cos, sin, tables, [])
+        got = few_rows.next_logits(ends, layers, spec.activation, token_ids, cache, step, chained=chained)
         assert relative_error(got, want) < 0.03  # four layers of bfloat16
 
 
