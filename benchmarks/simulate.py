@@ -260,7 +260,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--step-log", type=Path, metavar="FILE", help="compare the steps of a real run as well")
     engine = parser.add_argument_group("engine")
     engine.add_argument("--step-times", type=Path, default=H200_STEP_TIMES, help="a table stored by graphgen tune")
-    engine.add_argument("--token-budget", type=int, default=512)
+    engine.add_argument("--token-budget", type=int, default=1024, help="the engine's default on CUDA")
     engine.add_argument("--num-pages", type=int, default=12_800, help="what 8B weights leave on an H200")
     engine.add_argument("--max-num-seqs", type=int, default=256)
     engine.add_argument("--max-model-len", type=int, default=40_960)

@@ -52,6 +52,7 @@ def test_the_default_ladder_pads_few_rows_where_steps_are_small() -> None:
         128,
         256,
         384,
+        480,
         512,
         768,
         1024,
