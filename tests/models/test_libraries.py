@@ -29,7 +29,8 @@ from graphgen.models.attention.libraries import (
 from tests.models.fake_flashinfer import FA3_NAME, SOME_LIBRARY, VERSION, FakeFlashInfer
 from tests.models.test_kernels import shape
 
-FA2, FA3 = (PlannedLibrary(backend, torch.bfloat16, 128, windowed=False) for backend in ("fa2", "fa3"))
+FA2 = PlannedLibrary("fa2", torch.bfloat16, 128, windowed=False)
+FA3 = PlannedLibrary("fa3", torch.bfloat16, 128, windowed=False)
 
 
 @pytest.fixture
