@@ -29,7 +29,7 @@ from benchmarks.report import machine, percentile, show, write_json
 from benchmarks.scenarios import Load, parse_load, requests_of
 from benchmarks.serving import table_row
 from benchmarks.step_log import Step, StepLogReader, attended
-from benchmarks.virtual_engine import HOST_DELAY_S, StepSeries, VirtualEngine, VirtualRequest
+from benchmarks.virtual_engine import HOST_DELAY_S, STEP_NOISE, StepSeries, VirtualEngine, VirtualRequest
 from benchmarks.workload import Workload
 from graphgen.capture.buckets import max_running
 from graphgen.ipc.messages import Bucket
@@ -57,12 +57,18 @@ class Policy(Struct, frozen=True):
 
     token_budget: int | None = None  # None: --token-budget
     itl_target_ms: float | None = None  # of every request
+    ttft_prompt_rate: float | None = None  # every request wants its first token after prompt tokens / this seconds
     priorities: dict[str, int] = {}  # of each kind; 0 is that of any other
 
     def asks(self, request: VirtualRequest) -> VirtualRequest:
         """The request as its client sends it under this policy."""
-        priority = self.priorities.get(request.kind, 0)
-        return msgspec.structs.replace(request, priority=priority, itl_target_ms=self.itl_target_ms)
+        rate = self.ttft_prompt_rate
+        return msgspec.structs.replace(
+            request,
+            priority=self.priorities.get(request.kind, 0),
+            itl_target_ms=self.itl_target_ms,
+            ttft_target_ms=None if rate is None else request.shape.prompt_len / rate * 1000.0,
+        )
 
 
 ITL_TARGET_MS = 18.0
@@ -72,7 +78,10 @@ POLICIES = {
     "fcfs": Policy(),  # order of arrival; steps with prompts go up to the saturation point
     "dynamic": Policy(itl_target_ms=ITL_TARGET_MS),  # steps are as large as the gaps may be long
     "classes": Policy(itl_target_ms=ITL_TARGET_MS, priorities={"chat": 1, "steady": 1}),  # before documents and bursts
+    "level": Policy(itl_target_ms=20.0, ttft_prompt_rate=512.0),  # what `benchmarks.serving --itl-target-ms 20` asks
 }
+DRAWN_POLICIES = ("fcfs", "dynamic", "classes")
+"""Those of a run that names none."""
 
 
 class Machine(Struct, frozen=True):
@@ -84,6 +93,7 @@ class Machine(Struct, frozen=True):
     max_num_seqs: int
     max_model_len: int
     host_delay_s: float
+    step_noise: float = STEP_NOISE
 
     def scheduler(self, policy: Policy) -> Scheduler:
         """A fresh one. Raises ConfigError for a budget that the table's buckets do not serve."""
@@ -120,7 +130,7 @@ def simulate(
     settings = policy or POLICIES[policy_name]
     requests = [settings.asks(request) for request in requests_of(load, seed, on.max_model_len)]
     scheduler = on.scheduler(settings)
-    engine = VirtualEngine(scheduler, CostModel(on.table.table), requests, load.clients, on.host_delay_s)
+    engine = VirtualEngine(scheduler, CostModel(on.table.table), requests, load.clients, on.host_delay_s, on.step_noise)
     gc.collect()
     gc.disable()  # a collection would be timed with whatever step it interrupts
     try:
@@ -204,7 +214,9 @@ def compare(on: Machine, path: Path, levels: Sequence[ServiceLevel]) -> Iterator
         load = Workload.of(
             real["prompt_mean"], real["output_mean"], real["clients"], real.get("request_rate"), real["num_requests"]
         )
-        policy = Policy(token_budget=real["token_budget"])
+        target_ms = real.get("itl_target_ms")
+        rate = levels[0].prompt_tokens_per_s if target_ms is not None else None  # a real run asks for both or neither
+        policy = Policy(token_budget=real["token_budget"], itl_target_ms=target_ms, ttft_prompt_rate=rate)
         (simulated,) = simulate(on, "fcfs", load, real["seed"], levels, policy).rows
         for name in COMPARED:
             if real.get(name) is not None:
@@ -253,7 +265,7 @@ def compare_steps(table: StepTimesFile, path: Path) -> list[Figures]:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", action="append", help="as above; may be repeated")
-    parser.add_argument("--policy", choices=POLICIES, action="append", help="default: each; may be repeated")
+    parser.add_argument("--policy", choices=POLICIES, action="append", help="default: all but level; may be repeated")
     parser.add_argument("--against", type=Path, metavar="FILE", help="compare with a real run instead")
     parser.add_argument("--num-requests", type=int, help="of each load that does not say")
     parser.add_argument("--seed", type=int, default=0, help="of the first load; the next one has the next")
@@ -265,6 +277,9 @@ def make_parser() -> argparse.ArgumentParser:
     engine.add_argument("--max-num-seqs", type=int, default=256)
     engine.add_argument("--max-model-len", type=int, default=40_960)
     engine.add_argument("--host-delay-ms", type=float, default=HOST_DELAY_S * 1000.0, help="result to planned step")
+    engine.add_argument(
+        "--step-noise", type=float, default=STEP_NOISE, help="spread of a step's time, as a share of it"
+    )
     results = parser.add_argument_group("results")
     results.add_argument("--sla-itl-ms", type=float, nargs="+", default=[20.0])
     results.add_argument("--sla-prompt-rate", type=float, default=512.0)
@@ -292,6 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
         max_num_seqs=options.max_num_seqs,
         max_model_len=options.max_model_len,
         host_delay_s=options.host_delay_ms / 1000.0,
+        step_noise=options.step_noise,
     )
     about = machine(f"virtual {table.key.device}") | {"step_times": f"{table.source}, {table.date}"}
     if options.against is not None or options.step_log is not None:
@@ -304,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
     runs = [
         simulate(on, policy, load, options.seed + index, levels)
         for index, load in enumerate(loads)
-        for policy in options.policy or POLICIES
+        for policy in options.policy or DRAWN_POLICIES
     ]
     rows, costs = [row for run in runs for row in run.rows], cost_rows(runs)
     shown = [{"policy": row["policy"], **table_row(_named(row), levels)} for row in rows]

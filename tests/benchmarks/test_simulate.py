@@ -160,7 +160,8 @@ def test_figures_are_those_of_a_plain_reading() -> None:
     on = make_machine(token_budget=512)
     (row,) = simulate.simulate(on, "fcfs", Workload.parse("300/40:8x60", None), 3, LEVELS).rows
     requests = requests_of(Workload.parse("300/40:8x60", None), 3, on.max_model_len)
-    engine = VirtualEngine(on.scheduler(simulate.Policy()), CostModel(on.table.table), requests, 8)
+    device = CostModel(on.table.table)
+    engine = VirtualEngine(on.scheduler(simulate.Policy()), device, requests, 8, on.host_delay_s, on.step_noise)
     served = engine.run()
     gaps = sorted(
         after - before
@@ -385,7 +386,7 @@ def test_a_budget_by_target_and_classes_keep_what_a_fixed_one_does_not() -> None
     on, load = make_machine(1024), parse_load("mix@14x500", None)
     rows = {
         (name, str(row["kind"])): row
-        for name in simulate.POLICIES
+        for name in simulate.DRAWN_POLICIES
         for row in simulate.simulate(on, name, load, 0, LEVELS).rows
     }
 

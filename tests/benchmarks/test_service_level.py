@@ -1,0 +1,49 @@
+"""What the policy makes of an H200's step times: the service levels that the project promises, in virtual time.
+
+Promised figures, not those that come out. Each is asked of the mean of a few seeds: with some hundred requests, the
+lengths that a seed draws move the rate by 5 %.
+"""
+
+from statistics import fmean
+
+import msgspec
+import pytest
+
+from benchmarks import simulate
+from benchmarks.metrics import ServiceLevel
+from benchmarks.scenarios import parse_load
+from tests.benchmarks.test_simulate import make_machine
+
+LEVEL = ServiceLevel(itl_s=0.020, prompt_tokens_per_s=512.0)
+SEEDS = range(0, 50, 10)
+
+
+def figure(name: str, load: str, policy: simulate.Policy, level: ServiceLevel = LEVEL) -> float:
+    """Of requests that an engine with default settings serves; the mean of all seeds."""
+    on, requests = make_machine(1024), parse_load(load, None)
+    runs = [simulate.simulate(on, "promised", requests, seed, [level], policy) for seed in SEEDS]
+    return fmean(float(str(run.rows[0][name])) for run in runs)
+
+
+@pytest.mark.parametrize(("clients", "promised"), [(16, 12.5), (32, 13.0), (64, 12.0)])
+def test_requests_that_ask_for_the_level_keep_it_at_the_promised_rate(clients: int, promised: float) -> None:
+    assert figure("goodput_itl_20ms", f"2600/60:{clients}", simulate.POLICIES["level"]) >= promised
+
+
+def test_a_tight_target_bounds_the_tail() -> None:
+    tight = simulate.Policy(itl_target_ms=14.2)
+    assert figure("p95_itl_ms", "2600/60:16", tight) <= 14.2
+    assert figure("request_throughput", "2600/60:16", tight) >= 12.0
+
+
+def test_without_targets_steps_are_large_enough_for_the_rate_and_small_enough_for_the_tail() -> None:
+    assert figure("request_throughput", "2600/60:16", simulate.Policy()) >= 12.9
+    assert figure("p95_itl_ms", "1200/128:64", simulate.Policy()) <= 18.0
+    assert figure("p95_itl_ms", "2600/128:32", simulate.Policy()) <= 16.0
+    assert figure("output_throughput", "256/256:256x600", simulate.Policy()) >= 12_600.0
+
+
+def test_a_level_that_no_step_keeps_is_not_met() -> None:
+    """The levels above could fail: at 6 ms a token, one step with prompts of the smallest size breaks the promise."""
+    strict = msgspec.structs.replace(LEVEL, itl_s=0.006)
+    assert figure("goodput_itl_6ms", "2600/60:16", simulate.POLICIES["level"], strict) < 1.0
