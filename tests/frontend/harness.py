@@ -23,13 +23,16 @@ from graphgen.frontend.settings import FrontendSettings
 from graphgen.inbox import Inbox
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.ggp.framing import client_framing
-from graphgen.ipc.ggp.messages import ClientMessage, Hello, Ping, ServerMessage, Welcome
-from graphgen.ipc.messages import Attach, Drain, FrontendToSupervisor, SupervisorToFrontend
+from graphgen.ipc.ggp.messages import Accepted, ClientMessage, Generate, Hello, Ping, ServerMessage, Welcome
+from graphgen.ipc.messages import Attach, Drain, FrontendToSupervisor, Submit, SupervisorToFrontend
 from graphgen.portable_tokenizer import PortableTokenizer, RustTokenizer
 from graphgen.tokenizer import load_tokenizer
 from tests.fakes import READY, FakeProcesses, FakeScheduler
 
 Message = TypeVar("Message")
+
+IDS = Generate(id=1, prompt_ids=[5, 6, 7])
+"""The request of a test that does not care what it is."""
 
 NUM_PAGES = 32
 """Of 16 positions: half the demo model's context, so that a request can be too large for the pages alone."""
@@ -165,3 +168,11 @@ def wait_until(holds: Callable[[], bool], timeout_s: float = 5.0) -> bool:
             return True
         time.sleep(0.01)
     return holds()
+
+
+def open_request(frontend: Frontend, client: RawClient, message: Generate = IDS) -> int:
+    """Its name at the scheduler."""
+    client.send(message)
+    submit = frontend.scheduler.expect(Submit)
+    client.expect(Accepted)
+    return submit.request_id

@@ -1,17 +1,13 @@
-"""A server and its clients: conversations, refusals, and what happens when either side is gone."""
+"""A server and the requests of its clients: conversations, refusals, and whose turn it is."""
 
-import contextlib
 import struct
-import threading
 import time
 
 import msgspec
 import pytest
-import zmq
 
 from graphgen.frontend.server import SMALL_BYTES
 from graphgen.ipc.codec import unpack_int32
-from graphgen.ipc.ggp.framing import client_framing
 from graphgen.ipc.ggp.messages import (
     Accepted,
     Bye,
@@ -19,7 +15,6 @@ from graphgen.ipc.ggp.messages import (
     ChatMessage,
     Delta,
     Done,
-    Draining,
     Error,
     Generate,
     Health,
@@ -30,13 +25,9 @@ from graphgen.ipc.ggp.messages import (
     Sampling,
     Stats,
     StatsRequest,
-    Welcome,
 )
 from graphgen.ipc.messages import Cancel as SchedulerCancel
 from graphgen.ipc.messages import (
-    Drain,
-    EngineLost,
-    Failed,
     Probe,
     Rejected,
     Submit,
@@ -45,17 +36,7 @@ from graphgen.ipc.messages import StatsRequest as SchedulerStatsRequest
 from graphgen.portable_tokenizer import PortableTokenizer, RustTokenizer
 from tests.fakes import STATS
 from tests.frontend.conftest import MakeFrontend
-from tests.frontend.harness import Frontend, RawClient, wait_until
-
-IDS = Generate(id=1, prompt_ids=[5, 6, 7])
-
-
-def open_request(frontend: Frontend, client: RawClient, message: Generate = IDS) -> int:
-    """Its name at the scheduler."""
-    client.send(message)
-    submit = frontend.scheduler.expect(Submit)
-    client.expect(Accepted)
-    return submit.request_id
+from tests.frontend.harness import IDS, Frontend, open_request, wait_until
 
 
 def test_a_conversation(frontend: Frontend, portable: PortableTokenizer) -> None:
@@ -352,211 +333,3 @@ def test_a_held_request_ends_at_its_deadline(make_frontend: MakeFrontend) -> Non
     client.expect(Accepted)
     error = client.expect(Error)
     assert (error.code, error.id) == ("deadline", 2)
-
-
-def test_requests_of_a_closed_connection_are_cancelled(frontend: Frontend) -> None:
-    client = frontend.welcome()
-    request_id = open_request(frontend, client)
-    client.close()
-    assert frontend.scheduler.expect(SchedulerCancel, timeout_s=3.0).request_id == request_id
-
-
-def test_bye_ends_the_session(frontend: Frontend) -> None:
-    client = frontend.welcome()
-    request_id = open_request(frontend, client)
-    client.send(Bye())
-    assert frontend.scheduler.expect(SchedulerCancel).request_id == request_id
-    client.send(Ping())
-    assert client.expect(Error).code == "no_session"
-
-
-def test_a_second_hello_ends_the_first_session(frontend: Frontend) -> None:
-    client = frontend.welcome()
-    request_id = open_request(frontend, client)
-    client.send(Hello())
-    assert frontend.scheduler.expect(SchedulerCancel).request_id == request_id
-    assert client.expect(Welcome).session != client.session
-
-
-def test_a_slow_reader_gets_every_token_and_holds_nobody_up(make_frontend: MakeFrontend) -> None:
-    frontend = make_frontend()
-    slow, quick = frontend.welcome(RCVHWM=10, RCVBUF=4096), frontend.welcome()
-    slow_id, quick_id = open_request(frontend, slow), open_request(frontend, quick)
-    num_tokens = 40_000  # more than the queues and the kernel's buffers hold
-    for token in range(num_tokens):
-        frontend.scheduler.send_tokens(slow_id, [token % 1000], "length" if token == num_tokens - 1 else None)
-    begun_s = time.monotonic()
-    frontend.scheduler.send_tokens(quick_id, [5], "stop")
-    assert quick.expect(Delta, timeout_s=20).ids == [5]
-    assert time.monotonic() - begun_s < 20
-    received: list[int] = []
-    num_deltas = 0
-    while not isinstance(message := slow.receive(), Done):
-        assert isinstance(message, Delta)
-        assert message.seq == len(received)
-        received += message.ids
-        num_deltas += 1
-    assert received == [token % 1000 for token in range(num_tokens)]
-    assert num_deltas < num_tokens, "tokens that waited were joined"
-
-
-def test_a_flood_waits_in_its_own_connection(make_frontend: MakeFrontend) -> None:
-    frontend = make_frontend(open_requests=1)
-    flooder, client = frontend.welcome(), frontend.welcome()
-    stop = threading.Event()
-
-    def flood() -> None:
-        while not stop.is_set():
-            for message in (Generate(id=1, prompt_ids=[1]), Ping()):
-                with contextlib.suppress(zmq.Again):
-                    flooder.socket.send_multipart(client_framing().encode(message), zmq.NOBLOCK)
-            while flooder.socket.poll(0):
-                flooder.socket.recv_multipart()
-
-    thread = threading.Thread(target=flood)
-    thread.start()
-    try:
-        frontend.scheduler.expect(Submit)  # the one that the flooder may have
-        time.sleep(0.5)
-        slowest_s = 0.0
-        for number in range(20):
-            begun_s = time.monotonic()
-            request_id = open_request(frontend, client, Generate(id=number, prompt_ids=[1]))
-            frontend.scheduler.send_tokens(request_id, [1], "stop")
-            client.expect(Delta)
-            client.expect(Done)
-            slowest_s = max(slowest_s, time.monotonic() - begun_s)
-    finally:
-        stop.set()
-        thread.join()
-    assert slowest_s < 0.5
-
-
-def test_a_client_that_says_nothing_for_too_long_is_cut_off(make_frontend: MakeFrontend) -> None:
-    frontend = make_frontend(slow_consumer_s=1.0, heartbeat_s=0.2)
-    client = frontend.welcome()
-    request_id = open_request(frontend, client)
-    assert frontend.scheduler.expect(SchedulerCancel, timeout_s=3.0).request_id == request_id
-    error = client.expect(Error)
-    assert (error.code, error.id) == ("slow_consumer", 1)
-
-
-def test_a_server_that_was_stopped_reads_before_it_judges(make_frontend: MakeFrontend) -> None:
-    frontend = make_frontend(slow_consumer_s=2.0, heartbeat_s=0.2)
-    client = frontend.welcome()
-    request_id = open_request(frontend, client)
-    frontend.server._inbox.put(lambda: time.sleep(2.2))
-    frontend.server._inbox.wake()
-    time.sleep(0.1)
-    client.send(Pong())
-    frontend.scheduler.send_tokens(request_id, [1], "stop")
-    assert client.expect(Delta).ids == [1]
-
-
-def test_a_client_that_answers_pings_is_not_cut_off(make_frontend: MakeFrontend) -> None:
-    frontend = make_frontend(slow_consumer_s=1.0, heartbeat_s=0.2)
-    client = frontend.welcome()
-    request_id = open_request(frontend, client)
-    for _ in range(8):
-        assert client.socket.poll(1000)
-        client.socket.recv_multipart()
-        client.send(Pong())
-    frontend.scheduler.send_tokens(request_id, [1], "stop")
-    assert client.expect(Delta).ids == [1]
-
-
-def test_draining_finishes_what_is_open_and_takes_nothing_new(frontend: Frontend) -> None:
-    client = frontend.welcome()
-    request_id = open_request(frontend, client)
-    frontend.supervisor.send(Drain(10.0))
-    assert client.expect(Draining).grace_ms == 10_000
-    client.send(Generate(id=2, prompt_ids=[1]))
-    error = client.expect(Error)
-    assert (error.code, error.id, error.retryable) == ("draining", 2, True)
-    frontend.scheduler.send_tokens(request_id, [1], "stop")
-    client.expect(Delta)
-    client.expect(Done)
-    frontend.thread.join(5)
-    assert frontend.num_lost == 0
-
-
-def test_what_does_not_finish_within_the_grace_time_gets_an_error(frontend: Frontend) -> None:
-    client = frontend.welcome()
-    request_id = open_request(frontend, client)
-    frontend.supervisor.send(Drain(0.3))
-    client.expect(Draining)
-    error = client.expect(Error)
-    assert (error.code, error.id) == ("draining", 1)
-    assert frontend.scheduler.expect(SchedulerCancel).request_id == request_id
-    frontend.thread.join(5)
-    assert frontend.num_lost == 1
-
-
-def test_a_second_order_to_drain_ends_at_once(frontend: Frontend) -> None:
-    client = frontend.welcome()
-    open_request(frontend, client)
-    frontend.supervisor.send(Drain(60.0))
-    client.expect(Draining)
-    frontend.supervisor.send(Drain(0.0))
-    client.expect(Draining)
-    assert client.expect(Error).code == "draining"
-    frontend.thread.join(5)
-    assert not frontend.thread.is_alive()
-
-
-@pytest.mark.parametrize("teller", ["supervisor", "scheduler"])
-def test_a_lost_engine_ends_every_request_with_an_error(frontend: Frontend, teller: str) -> None:
-    clients = [frontend.welcome() for _ in range(3)]
-    for client in clients:
-        open_request(frontend, client)
-    if teller == "supervisor":
-        frontend.supervisor.send(EngineLost("the worker ended"))
-    else:
-        frontend.scheduler.send(Failed("worker", "RuntimeError", "out of luck"))
-    for client in clients:
-        error = client.expect(Error)
-        assert (error.code, error.id, error.retryable) == ("engine_lost", 1, True)
-
-
-def test_more_sessions_than_allowed_are_refused(make_frontend: MakeFrontend) -> None:
-    frontend = make_frontend(max_sessions=3)
-    staying = [frontend.welcome(), frontend.welcome()]
-    gone = frontend.welcome()
-    late = frontend.connect()
-    late.send(Hello())
-    assert late.expect(Error).code == "overloaded"
-    gone.close()
-
-    def is_let_in() -> bool:
-        late.send(Hello())
-        return isinstance(late.receive(), Welcome)
-
-    assert wait_until(is_let_in), "the place of a client that is gone is free"
-    for client in staying:
-        client.send(Ping())
-        client.expect(Pong)
-
-
-def test_a_frame_above_the_limit_closes_that_connection_only(frontend: Frontend) -> None:
-    client, other = frontend.welcome(), frontend.welcome()
-    client.send_raw(b"GG\x01G", b"\x00" * (2 << 20))
-    assert client.receive(0.5) is None
-    open_request(frontend, other)
-
-
-def test_a_message_of_many_frames_is_refused_and_not_kept(frontend: Frontend) -> None:
-    client = frontend.welcome()
-    client.send_raw(*[b"x" * 1000] * 1000)
-    assert client.expect(Error).code == "bad_frame"
-
-
-def test_clients_cannot_take_each_others_names(frontend: Frontend) -> None:
-    """A routing id that a client chooses is of no use: the second with the same one gets no session of the first."""
-    one = frontend.connect(IDENTITY=b"same")
-    one.send(Hello())
-    first = one.expect(Welcome)
-    other = frontend.connect(IDENTITY=b"same")
-    other.send(Hello())
-    assert other.receive(0.3) is None
-    open_request(frontend, one)
-    assert first.session
