@@ -94,6 +94,20 @@ def test_on_an_8b_model_plans_arrive_before_the_step_before_them_ends_and_the_de
     assert idle <= 0.01
 
 
+@pytest.mark.parametrize("token_budget", [128, 256, 2048])
+def test_an_8b_model_serves_with_any_budget(token_budget: int) -> None:
+    """Each budget has buckets, and sizes of the last layer's products, that no other has."""
+    shape = Path(__file__).parents[2] / "benchmarks" / "shapes" / "llama-3.1-8b"
+    sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    with Engine(
+        model=str(shape), load_format="dummy", device="cuda", max_model_len=16384, token_budget=token_budget
+    ) as engine:
+        outputs = engine.generate(prompts(), sampling)
+        stats = engine.stats()
+    assert all(len(output.token_ids) == NEW_TOKENS for output in outputs)
+    assert (stats.eager_steps, stats.recompilations, stats.graph_replays) == (0, 0, stats.steps)
+
+
 def test_seeded_draws_do_not_depend_on_the_batch() -> None:
     sampling = SamplingParams(temperature=1.0, top_p=0.9, seed=7, max_tokens=4, ignore_eos=True)
     others = SamplingParams(temperature=1.3, seed=1, max_tokens=24, ignore_eos=True)
