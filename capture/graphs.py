@@ -69,7 +69,8 @@ class GraphPool:
         # The first graph's pool serves all others; it stays alive as long as one of its graphs does.
         first = next(iter(self._graphs.values()), None)
         pool = first.pool() if first is not None else None
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream.stream):
+        # What another thread asks of CUDA meanwhile is none of the capture's business and must not spoil it.
+        with torch.cuda.graph(graph, pool=pool, stream=self._stream.stream, capture_error_mode="thread_local"):
             step()
         self._graphs[bucket] = graph
 
