@@ -28,7 +28,7 @@ _MOST_MARGIN = 0.25
 
 SATURATION_SHARE = 9 / 10
 """A bucket is saturated when it computes at least this share of the best rows per second. With an 8B model on an H200
-256, 384, 480 and 512 rows compute 0.77, 0.87, 0.96 and 0.97: the share lies between two, where noise does not decide."""
+256, 384, 480 and 512 rows compute 0.77, 0.87, 0.96 and 0.97: the share lies between two; noise does not decide."""
 
 
 def prompt_pairs(start: int, length: int) -> int:
