@@ -12,7 +12,7 @@ Which sizes may vary, and how the compiler is told:
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,51 +21,24 @@ from torch.fx.experimental import _config as symbolic_shapes_config
 from graphgen.models.attention.tables import StepTensors
 from graphgen.models.layers import DecoderLayer
 
+Attend = Callable[[DecoderLayer, Tensor, Tensor, Tensor, Tensor, StepTensors], tuple[Tensor, Tensor]]
+"""(layer, residual, update, k_pages, v_pages, step): what DecoderLayer.attend returns of a layer."""
 
-class LayerHalves(Protocol):
-    """How the halves of a layer are run. Both are functions of the layer, not its methods: what is compiled belongs
-    to no one layer."""
-
-    def attend(
-        self,
-        layer: DecoderLayer,
-        residual: Tensor,
-        update: Tensor,
-        k_pages: Tensor,
-        v_pages: Tensor,
-        step: StepTensors,
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def feed_forward(self, layer: DecoderLayer, residual: Tensor, gathered: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
-class PlainHalves:
-    """The layer as it is."""
-
-    @staticmethod
-    def attend(
-        layer: DecoderLayer,
-        residual: Tensor,
-        update: Tensor,
-        k_pages: Tensor,
-        v_pages: Tensor,
-        step: StepTensors,
-    ) -> tuple[Tensor, Tensor]:
-        return layer.attend(residual, update, k_pages, v_pages, step)
-
-    @staticmethod
-    def feed_forward(layer: DecoderLayer, residual: Tensor, gathered: Tensor) -> tuple[Tensor, Tensor]:
-        return layer.feed_forward(residual, gathered)
+FeedForward = Callable[[DecoderLayer, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(layer, residual, gathered): what DecoderLayer.feed_forward returns of a layer."""
 
 
 class CompiledHalves:
-    """Compiles each half at its first call, and the one with attention once more for each distinct window."""
+    """Compiles each half at its first call, and the one with attention once more for each distinct window.
+
+    Compiled are the functions of the class, to which a layer is an argument, not the methods of any one layer.
+    """
 
     def __init__(self) -> None:
         self.num_graphs = 0
         self._inductor = torch._dynamo.lookup_backend("inductor")
-        self._attend = self._compiled(PlainHalves.attend)
-        self._feed_forward = self._compiled(PlainHalves.feed_forward)
+        self._attend: Attend = self._compiled(DecoderLayer.attend)
+        self._feed_forward: FeedForward = self._compiled(DecoderLayer.feed_forward)
 
     def attend(
         self,

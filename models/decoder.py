@@ -8,7 +8,8 @@ Shapes: `T` token rows, `N` rows whose logits are wanted, `V` vocabulary.
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from graphgen.ipc.errors import ConfigError
 from graphgen.models.attention.tables import RowTables, StepTensors
-from graphgen.models.compilation import CompiledHalves, LayerHalves, PlainHalves
+from graphgen.models.compilation import Attend, CompiledHalves, FeedForward
 from graphgen.models.kv_cache import KVCache
 from graphgen.models.layers import AttentionOp, DecoderLayer, Linear, RMSNorm
 from graphgen.models.rope import Rope
@@ -56,7 +57,8 @@ class Decoder(nn.Module):
             self.head = None if spec.tie_embeddings else Linear(spec.hidden_size, spec.vocab_size, False, dtype)
         self.requires_grad_(False)
         self.rope = Rope(spec.rope, spec.head_dim, device)
-        self._halves: LayerHalves = PlainHalves()
+        self._attend: Attend = DecoderLayer.attend
+        self._feed_forward: FeedForward = DecoderLayer.feed_forward
         self._compiled: CompiledHalves | None = None
         self._most_few_rows = _most_few_rows(spec, attention, dtype, device)
 
@@ -84,21 +86,25 @@ class Decoder(nn.Module):
             return self._run_few_rows(token_ids, kv_cache, step)
         update: Tensor = self.embedding(token_ids)
         residual = torch.zeros_like(update)
-        last = self.layers[-1]
-        for layer, k_pages, v_pages in zip(self.layers, kv_cache.k_pages, kv_cache.v_pages, strict=True):
-            assert isinstance(layer, DecoderLayer)
-            residual, gathered = self._halves.attend(layer, residual, update, k_pages, v_pages, step)
-            if layer is last and wanted is not None:
+        layers = self._decoder_layers
+        for layer, k_pages, v_pages in zip(layers, kv_cache.k_pages, kv_cache.v_pages, strict=True):
+            residual, gathered = self._attend(layer, residual, update, k_pages, v_pages, step)
+            if layer is layers[-1] and wanted is not None:
                 residual, gathered = residual[wanted], gathered[wanted]
-            residual, update = self._halves.feed_forward(layer, residual, gathered)
+            residual, update = self._feed_forward(layer, residual, gathered)
         return F.linear(self.final_norm(residual + update), self._head_weight)
 
     def _run_few_rows(self, token_ids: Tensor, kv_cache: KVCache, step: StepTensors) -> Tensor:
         from graphgen.models import few_rows
 
-        layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
         ends = few_rows.Ends(self.embedding.weight, self.final_norm, self._head_weight)
-        return few_rows.next_logits(ends, layers, self.spec.activation, token_ids, kv_cache, step, chained=True)
+        return few_rows.next_logits(
+            ends, self._decoder_layers, self.spec.activation, token_ids, kv_cache, step, chained=True
+        )
+
+    @property
+    def _decoder_layers(self) -> Sequence[DecoderLayer]:
+        return cast(Sequence[DecoderLayer], self.layers)  # what a ModuleList holds is untyped
 
     @property
     def _head_weight(self) -> Tensor:
@@ -111,7 +117,8 @@ class Decoder(nn.Module):
 
         Each distinct attention window makes one more.
         """
-        self._compiled = self._halves = CompiledHalves()
+        self._compiled = CompiledHalves()
+        self._attend, self._feed_forward = self._compiled.attend, self._compiled.feed_forward
 
     def num_compiled_graphs(self) -> int:
         """Graphs made of halves of layers so far: 2 for a model of one window, when every bucket has run."""

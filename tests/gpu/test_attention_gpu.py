@@ -177,7 +177,7 @@ def test_every_bucket_equals_the_reference_at_its_edges_over_poisoned_memory(
     heads: tuple[int, int, int], kernels: str
 ) -> None:
     if kernels.startswith("FA3") and torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("FA3 needs compute capability 9.0; FA2 is tested instead")
+        pytest.skip("FA3 needs compute capability 9.0 and runs there; FA2 is tested instead")
     backend = make_backend(heads, kernels)
     failures = []
     # Every bucket for the pair that serves on this architecture; a third of them for those kept for comparison.
@@ -204,7 +204,7 @@ def test_every_bucket_equals_the_reference_at_its_edges_over_poisoned_memory(
 def test_plans_three_deep_under_a_graph_never_mix(heads: tuple[int, int, int], kernels: str) -> None:
     """60 replays of one graph queued without waiting: no plan may overwrite one that is still to be copied."""
     if kernels.startswith("FA3") and torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("FA3 needs compute capability 9.0; FA2 is tested instead")
+        pytest.skip("FA3 needs compute capability 9.0 and runs there; FA2 is tested instead")
     bucket = Bucket(1984, 64)
     backend = make_backend(heads, kernels)
     cases = [random_case(bucket, 1984 - 7 * seed, 64 - seed % 5, seed) for seed in range(60)]

@@ -11,6 +11,7 @@ from graphgen import Engine, SamplingParams
 from graphgen.demo import model_folder
 from tests import step_logs
 
+SHAPE_8B = Path(__file__).parents[2] / "benchmarks" / "shapes" / "llama-3.1-8b"
 NEW_TOKENS = 48
 NEAR_TIE = 0.15  # logits of a bfloat16 model of this size carry an error of a few hundredths
 
@@ -81,9 +82,10 @@ def test_on_an_8b_model_plans_arrive_before_the_step_before_them_ends_and_the_de
     """The embedded model's steps take half a millisecond, as long as the way of a result to the next plan; a model
     of the size people serve gives the scheduler its time."""
     log = tmp_path / "steps.jsonl"
-    shape = Path(__file__).parents[2] / "benchmarks" / "shapes" / "llama-3.1-8b"
     sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
-    with Engine(model=str(shape), load_format="dummy", device="cuda", max_model_len=2048, step_log=str(log)) as engine:
+    with Engine(
+        model=str(SHAPE_8B), load_format="dummy", device="cuda", max_model_len=2048, step_log=str(log)
+    ) as engine:
         engine.generate(prompts(), sampling)
         stats = engine.stats()
     assert (stats.eager_steps, stats.recompilations, stats.graph_replays) == (0, 0, stats.steps)
@@ -97,10 +99,9 @@ def test_on_an_8b_model_plans_arrive_before_the_step_before_them_ends_and_the_de
 @pytest.mark.parametrize("token_budget", [128, 256, 2048])
 def test_an_8b_model_serves_with_any_budget(token_budget: int) -> None:
     """Each budget has buckets, and sizes of the last layer's products, that no other has."""
-    shape = Path(__file__).parents[2] / "benchmarks" / "shapes" / "llama-3.1-8b"
     sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
     with Engine(
-        model=str(shape), load_format="dummy", device="cuda", max_model_len=16384, token_budget=token_budget
+        model=str(SHAPE_8B), load_format="dummy", device="cuda", max_model_len=16384, token_budget=token_budget
     ) as engine:
         outputs = engine.generate(prompts(), sampling)
         stats = engine.stats()

@@ -27,7 +27,7 @@ def test_kernels_compute_the_same_bits_with_and_without_flashinfers_python(
     heads: tuple[int, int, int], kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kernels.startswith("FA3") and not _is_hopper():
-        pytest.skip("FA3 needs compute capability 9.0")
+        pytest.skip("FA3 needs compute capability 9.0 and runs there; FA2 is compared on every GPU")
     from graphgen.models.attention import planned
 
     backend = make_backend(heads, kernels)

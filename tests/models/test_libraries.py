@@ -278,7 +278,7 @@ def test_the_sources_are_told(sources: list[Source], words: str) -> None:
 @pytest.fixture
 def real_flashinfer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec("flashinfer") is None:
-        pytest.skip("FlashInfer is not installed")
+        pytest.skip("FlashInfer is not installed; runs where the extra `cuda` is")
     monkeypatch.setenv("FLASHINFER_CUDA_ARCH_LIST", "9.0a")
     monkeypatch.setenv("FLASHINFER_WORKSPACE_BASE", str(tmp_path))
 
