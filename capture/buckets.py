@@ -2,11 +2,10 @@
 
 A step of `d` decodes and `p` prompt tokens runs in the smallest bucket that holds both, so the ladder trades graphs
 (start-up time, memory) against padding. Mixed buckets are spaced by their total rows, multiples of 128: then the linear
-layers, which see all rows at once, run at sizes their tiles divide. Around the size at which a GPU is saturated they
-are dense, because there the scheduler chooses among them by how long a step may take: 480 rows are the one size between
-384 and 512 that an H200 computes nearly as fast a row as 512 (448 take longer than 512). Padded decode rows cost
-attention time even when they hold nothing, so mixed buckets have a decode ladder of their own instead of one widest
-region.
+layers, which see all rows at once, run at sizes their tiles divide. Between those sizes nothing is gained: on an H200
+the linear layers of an 8B model take longer for 448 to 496 rows than for 512, and 416 or 544 to 704 are fewer rows a
+second. Padded decode rows cost attention time even when they hold nothing, so mixed buckets have a decode ladder of
+their own instead of one widest region.
 """
 
 from graphgen.ipc.errors import ConfigError
@@ -18,7 +17,7 @@ MIN_TOKEN_BUDGET = 8
 _DECODE_RUNGS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 _MIXED_DECODE_RUNGS = (4, 16, 32, 64, 128, 256, 512, 1024)
 _SMALLEST_MIXED_ROWS = 128
-_MIXED_ROWS = (128, 256, 384, 480, 512, 768, 1024, 1536, 2048)
+_MIXED_ROWS = (128, 256, 384, 512, 768, 1024, 1536, 2048)
 _LARGE_MIXED_ROWS = 512
 _LARGE_LEAST_RUNG = 64
 

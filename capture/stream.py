@@ -8,7 +8,8 @@ buffers included, is the same code and is tested without a GPU:
     fetch(a, b)   copies a device tensor to a host tensor when everything submitted before is done, and beside
                   what is submitted after; returns the Mark of the copy
 
-On CUDA `work` runs at once in the caller and only enqueues kernels; on the CPU it runs later, in the thread.
+On CUDA `work` runs at once in the caller and only enqueues kernels; on the CPU it runs later, in the thread. What the
+thread that opened the stream does to tensors before it submits work is done when that work runs.
 """
 
 import queue
@@ -57,13 +58,18 @@ class CudaMark:
 
 
 class CudaStream:
-    """Compute stream of one CUDA device, which becomes the process's current one: kernels that are launched and
-    workspaces that are made without a word of a device belong to it."""
+    """Compute stream of one CUDA device. Until it is closed both are the current ones of the thread that opened it.
+
+    So kernels and workspaces that are made without a word of a device belong to it, and what the thread queues beside
+    submitted work keeps its place among it. On a stream of its own, the filling of a table would wait behind the
+    zeroing of a large KV cache while a step already reads the table.
+    """
 
     def __init__(self, device: torch.device) -> None:
         if device.index is not None:
             torch.cuda.set_device(device)
         self.stream = torch.cuda.Stream(device)
+        torch.cuda.set_stream(self.stream)
         self._copies = torch.cuda.Stream(device)
         # A blocking event lets the waiting thread sleep; a spinning one would hold the driver's lock.
         self._origin = torch.cuda.Event(enable_timing=True, blocking=True)
@@ -94,6 +100,7 @@ class CudaStream:
 
     def close(self) -> None:
         self.stream.synchronize()
+        torch.cuda.set_stream(torch.cuda.default_stream(self.stream.device))
 
 
 class HostMark:

@@ -15,20 +15,30 @@ from collections.abc import Iterable
 from graphgen.ipc.messages import Bucket, StepTimeTable
 
 _CORRECTION_WEIGHT = 1.0 / 16
-"""Weight of the newest step in a factor: a slower clock shows within a few dozen steps, one hiccup does not."""
+"""Weight of the newest step in a factor, once a bucket has run so often: a slower clock shows within a few dozen
+steps. Until then a factor is the mean of what ran."""
+
+_TABLE_STEPS = 3
+"""Measured steps that the table counts like in that mean."""
+
+_MOST_SURPRISE = 1.25
+"""Further from its prediction than by this factor no step is believed to be. When the host stalls, a step seems many
+times as long; taken at its word, it would keep a bucket from being used, and so from being corrected, for seconds."""
 
 _LEAST_SHARE = 0.2
 """Of a bucket's measured time: no extrapolation to shorter contexts goes below it."""
 
 _FACTOR_RANGE = (0.25, 8.0)
 
-_FIRST_ERROR = 0.01
+_FIRST_ERROR = 0.03
+"""Steps while serving took 0 to 6 % longer than a table measured minutes before said, on an H200."""
+
 _MOST_MARGIN = 0.25
 """A device whose steps vary more than this keeps no target by caution; it only loses throughput."""
 
 SATURATION_SHARE = 9 / 10
 """A bucket is saturated when it computes at least this share of the best rows per second. With an 8B model on an H200
-256, 384, 480 and 512 rows compute 0.77, 0.87, 0.96 and 0.97: the share lies between two; noise does not decide."""
+256, 384 and 512 rows compute 0.72, 0.83 and 0.93 of it: the share lies between two, so that noise seldom decides."""
 
 
 def prompt_pairs(start: int, length: int) -> int:
@@ -45,6 +55,7 @@ class CostModel:
         if table is not None:
             self._times = {time.bucket: time.milliseconds for time in table.times}
         self._factors = dict.fromkeys(self._times, 1.0)
+        self._num_corrections = dict.fromkeys(self._times, 0)
         self._error = _FIRST_ERROR  # mean of |measured / predicted - 1|
 
     def predict_ms(self, bucket: Bucket, decode_positions: int, prompt_pairs: int) -> float | None:
@@ -66,12 +77,15 @@ class CostModel:
             return
         time = self._uncorrected_ms(bucket, decode_positions, prompt_pairs)
         if time is None:
-            self._times[bucket], self._factors[bucket] = measured_ms, 1.0
+            self._times[bucket], self._factors[bucket], self._num_corrections[bucket] = measured_ms, 1.0, 0
             return
+        surprise = measured_ms / (time * self._factors[bucket])
+        surprise = min(max(surprise, 1.0 / _MOST_SURPRISE), _MOST_SURPRISE) - 1.0
+        self._error += _CORRECTION_WEIGHT * (abs(surprise) - self._error)
+        self._num_corrections[bucket] += 1
+        weight = max(_CORRECTION_WEIGHT, 1.0 / (_TABLE_STEPS + self._num_corrections[bucket]))
         least, most = _FACTOR_RANGE
-        ratio = min(max(measured_ms / time, least), most)
-        self._error += _CORRECTION_WEIGHT * (abs(ratio / self._factors[bucket] - 1.0) - self._error)
-        self._factors[bucket] += _CORRECTION_WEIGHT * (ratio - self._factors[bucket])
+        self._factors[bucket] = min(max(self._factors[bucket] * (1.0 + weight * surprise), least), most)
 
     def saturation_rows(self, buckets: Iterable[Bucket]) -> int | None:
         """Rows of the smallest mixed bucket that computes SATURATION_SHARE of the best rows per second.

@@ -269,6 +269,6 @@ def split_kv_attention(
         fresh is not None,
         chained,
         num_warps=4,
-        num_stages=3,
+        num_stages=2,
         **launch_options(chained),
     )
