@@ -4,8 +4,8 @@ A step of `d` decodes and `p` prompt tokens runs in the smallest bucket that hol
 (start-up time, memory) against padding. Mixed buckets are spaced by their total rows, multiples of 128: then the linear
 layers, which see all rows at once, run at sizes their tiles divide. Between those sizes nothing is gained: on an H200
 the linear layers of an 8B model take longer for 448 to 496 rows than for 512, and 416 or 544 to 704 are fewer rows a
-second. Padded decode rows cost attention time even when they hold nothing, so mixed buckets have a decode ladder of
-their own instead of one widest region.
+second. Padded decode rows keep prompt rows out, so mixed buckets have a decode ladder of their own instead of one widest
+region. It is densest at 512 rows, the size that is full most often there.
 """
 
 from graphgen.ipc.errors import ConfigError
@@ -15,11 +15,10 @@ MIN_TOKEN_BUDGET = 8
 """Below this, no ladder leaves room for both regions."""
 
 _DECODE_RUNGS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-_MIXED_DECODE_RUNGS = (4, 16, 32, 64, 128, 256, 512, 1024)
-_SMALLEST_MIXED_ROWS = 128
 _MIXED_ROWS = (128, 256, 384, 512, 768, 1024, 1536, 2048)
-_LARGE_MIXED_ROWS = 512
-_LARGE_LEAST_RUNG = 64
+_MIXED_DECODE_RUNGS = (4, 16, 32, 64, 128, 256, 512, 1024)
+_DENSE_ROWS = 512
+_DENSE_DECODE_RUNGS = (8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
 
 
 def max_running(max_num_seqs: int, token_budget: int) -> int:
@@ -60,9 +59,16 @@ def _row_counts(token_budget: int) -> list[int]:
 
 def _mixed_rungs(rows: int, token_budget: int, num_slots: int) -> list[int]:
     """Decode rows of the mixed buckets of `rows` rows. Only the widest ones need the rungs above half."""
-    rungs = _rungs_up_to(_MIXED_DECODE_RUNGS, num_slots)
+    rungs = _rungs_up_to(_DENSE_DECODE_RUNGS if rows == _DENSE_ROWS else _MIXED_DECODE_RUNGS, num_slots)
     limit = rows - rows // 4 if rows == token_budget else rows // 2
-    # A few padded decode rows are not worth graphs of their own beside a hundred prompt rows, nor dozens beside many.
-    least = min(16, num_slots) if token_budget >= _SMALLEST_MIXED_ROWS else 1
-    least = min(_LARGE_LEAST_RUNG, num_slots) if rows > _LARGE_MIXED_ROWS else least
+    least = min(_least_mixed_rung(rows, token_budget), num_slots)
     return [rung for rung in rungs if least <= rung <= limit]
+
+
+def _least_mixed_rung(rows: int, token_budget: int) -> int:
+    """A few padded decode rows are not worth graphs of their own beside a hundred prompt rows, nor dozens beside many."""
+    if token_budget < _MIXED_ROWS[0]:
+        return 1
+    if rows == _DENSE_ROWS:
+        return _DENSE_DECODE_RUNGS[0]
+    return 64 if rows > _DENSE_ROWS else 16

@@ -76,8 +76,8 @@ class Depth(Struct, frozen=True):
     enough_ms: float = math.inf  # no further step once those of a bucket have taken so long
 
 
-QUICK = Depth(settling=0, repeats=2)
-"""At a start. The lower of two: the first replay of a graph is slower than all that follow."""
+QUICK = Depth(settling=1, repeats=3)
+"""At a start. The first replay of a graph is slower than all that follow, and a single one may be."""
 
 FULL = Depth(settling=2, repeats=20, enough_ms=500.0)
 """When asked. Of long steps, fewer are enough: on a CPU all of them would take a minute."""

@@ -26,9 +26,12 @@ from graphgen.models.chaining import launch_options
 _LEAST_PROGRAMS = 512
 """Programs that keep an H200's memory busy: about four on each multiprocessor."""
 
+_EVEN_PROGRAMS = 1024
+"""Programs of unequal rows that end at about the same time: two times as many, shared out as they end."""
+
 _MOST_SPLITS = 32
 _LEAST_SPLITS = 8  # also beside many rows: one long context among short ones must not be read by one program alone
-_WHOLE_BLOCKS = 16  # blocks that are not worth a split while other rows keep the device busy
+_WHOLE_BLOCKS = 16  # blocks that are not worth a split beside _EVEN_PROGRAMS others
 _BLOCK = 64
 
 
@@ -91,7 +94,8 @@ def _split_kv_kernel(
     first_position = tl.where(window > 0, tl.maximum(kv_len - window, 0), 0)
     first_block = first_position // BLOCK
     num_blocks = (kv_len + BLOCK - 1) // BLOCK - first_block
-    blocks_each = tl.maximum((num_blocks + SPLITS - 1) // SPLITS, least_blocks)
+    most_parts = tl.minimum((num_blocks + least_blocks - 1) // least_blocks, SPLITS)
+    blocks_each = (num_blocks + most_parts - 1) // most_parts
     num_parts = (num_blocks + blocks_each - 1) // blocks_each
     if CHAINED:
         gdc_wait()
@@ -203,10 +207,13 @@ class SplitKvWorkspace:
 
 @functools.cache
 def num_splits(num_rows: int, num_kv_heads: int) -> tuple[int, int]:
-    """(parts that a row is split into at most, blocks that a part has at least) for a step of so many rows."""
-    wanted = -(-_LEAST_PROGRAMS // (num_rows * num_kv_heads))
-    splits = min(max(1 << (wanted - 1).bit_length(), _LEAST_SPLITS), _MOST_SPLITS)
-    return splits, max(1, _WHOLE_BLOCKS // wanted)
+    """(parts that a row is split into at most, blocks that make a row worth another part) for a step of so many rows.
+
+    Equal parts, so the last may be shorter than the others by less than a block for each of them.
+    """
+    needed, even = (-(-programs // (num_rows * num_kv_heads)) for programs in (_LEAST_PROGRAMS, _EVEN_PROGRAMS))
+    splits = min(max(1 << (needed - 1).bit_length(), _LEAST_SPLITS), _MOST_SPLITS)
+    return splits, max(1, _WHOLE_BLOCKS // even)
 
 
 def split_kv_attention(

@@ -109,6 +109,21 @@ def test_an_8b_model_serves_with_any_budget(token_budget: int) -> None:
     assert (stats.eager_steps, stats.recompilations, stats.graph_replays) == (0, 0, stats.steps)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs two CUDA devices; runs on a machine that has them")
+def test_an_engine_on_the_second_device_leaves_the_first_alone() -> None:
+    sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    tokens = {}
+    for device in ("cuda:0", "cuda:1"):
+        torch.cuda.synchronize()
+        free_before, _ = torch.cuda.mem_get_info(0)
+        with Engine(device=device, token_budget=256, max_num_seqs=16, max_model_len=1024) as engine:
+            # One at a time: what shares a step with what must not differ between the two.
+            tokens[device] = [engine.generate([prompt], sampling)[0].token_ids for prompt in prompts()[:6]]
+            free_during, _ = torch.cuda.mem_get_info(0)
+    assert free_before - free_during < 1 << 20, "a context alone takes hundreds of MiB"
+    assert tokens["cuda:0"] == tokens["cuda:1"]
+
+
 def test_seeded_draws_do_not_depend_on_the_batch() -> None:
     sampling = SamplingParams(temperature=1.0, top_p=0.9, seed=7, max_tokens=4, ignore_eos=True)
     others = SamplingParams(temperature=1.3, seed=1, max_tokens=24, ignore_eos=True)
