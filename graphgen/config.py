@@ -49,7 +49,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     """Requests that run at once; fewer when prompts would keep less than a quarter of the token budget."""
     token_budget: int | None = None
     """Most token rows of one step. None: 1024 on CUDA, 256 on the CPU. A step takes as many as the ITL target allows;
-    without a target, as few as compute nine tenths of the best tokens/s: 512 of an 8B model on an H200."""
+    without a target, as few as compute 93 % of the best tokens/s: 512 of an 8B model on an H200."""
     page_size: int | None = None
     """KV positions of a page, a power of two. None: 64 on CUDA, 16 on the CPU."""
     num_pages: int | None = None

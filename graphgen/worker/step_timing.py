@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median_low
 
@@ -74,10 +74,13 @@ class Depth(Struct, frozen=True):
     settling: int
     repeats: int
     enough_ms: float = math.inf  # no further step once those of a bucket have taken so long
+    in_rounds: bool = False  # a step of every bucket, then the next of every bucket
 
 
-QUICK = Depth(settling=1, repeats=3)
-"""At a start. The first replay of a graph is slower than all that follow, and a single one may be."""
+QUICK = Depth(settling=1, repeats=3, in_rounds=True)
+"""At a start. The first replay of a graph is slower than all that follow. In rounds, because a GPU at its power limit
+swings for tens of milliseconds: three steps in a row would share one swing, and one bucket came out a tenth too short.
+"""
 
 FULL = Depth(settling=2, repeats=20, enough_ms=500.0)
 """When asked. Of long steps, fewer are enough: on a CPU all of them would take a minute."""
@@ -106,16 +109,32 @@ class StepTimer:
     def times_ms(self, bucket: Bucket, places: Places, depth: Depth) -> list[float]:
         """Of each repeat, from the start of its input's copy to its end, in the order they ran."""
         plan = self._full_step(bucket, places)
-        in_flight: deque[LaunchedStep] = deque()
         times: list[float] = []
-        for _ in range(depth.settling + depth.repeats):
+
+        def plans() -> Iterator[StepPlan]:
+            for _ in range(depth.settling + depth.repeats):
+                if sum(times) > depth.enough_ms and len(times) > depth.settling:
+                    return
+                yield plan
+
+        for milliseconds in self._run(plans()):
+            times.append(milliseconds)
+        return times[depth.settling :]
+
+    def times_in_rounds_ms(self, buckets: Sequence[Bucket], places: Places, depth: Depth) -> dict[Bucket, list[float]]:
+        """As `times_ms` of each bucket, but that a round goes through all of them; `enough_ms` is not looked at."""
+        plans = [self._full_step(bucket, places) for bucket in buckets]
+        times = list(self._run(plan for _ in range(depth.settling + depth.repeats) for plan in plans))
+        return {bucket: times[index :: len(buckets)][depth.settling :] for index, bucket in enumerate(buckets)}
+
+    def _run(self, plans: Iterable[StepPlan]) -> Iterator[float]:
+        """What each step took; later ones are in flight when it ends."""
+        in_flight: deque[LaunchedStep] = deque()
+        for plan in plans:
             in_flight.append(self._runner.launch(plan, received_s=0.0))
             if len(in_flight) > STEPS_IN_FLIGHT:
-                times.append(_milliseconds(in_flight.popleft()))
-                if sum(times) > depth.enough_ms and len(times) > depth.settling:
-                    break
-        times += map(_milliseconds, in_flight)
-        return times[depth.settling :]
+                yield _milliseconds(in_flight.popleft())
+        yield from map(_milliseconds, in_flight)
 
     def chunk_length(self, bucket: Bucket, start: int) -> int:
         """A chunk fills the prefill rows, unless the model's context ends before: the rest is padding then."""
@@ -179,13 +198,17 @@ def measure_step_times(
     room = max(0, config.max_model_len - widest)  # starts at which the widest chunk fits
     places = Places(min(DECODE_CONTEXT, -(-config.max_model_len // 2)), min(PROMPT_START, room // 2))
     far = Places(places.decode_context, min(FAR_PROMPT_START, room))
-    times: dict[Bucket, float] = {}
     with open_timer(runner, config, far) as timer:
         widest_first = sorted(buckets, key=lambda bucket: (-bucket.prefill_rows, -bucket.decode_rows))
         timer.times_ms(widest_first[0], places, Depth(settling=0, repeats=MOST_HEATING_STEPS, enough_ms=HEATING_MS))
-        for done, bucket in enumerate(widest_first):
-            progress(done, len(buckets))
-            times[bucket] = median_low(timer.times_ms(bucket, places, depth))
+        if depth.in_rounds:
+            repeats = timer.times_in_rounds_ms(widest_first, places, depth)
+        else:
+            repeats = {}
+            for done, bucket in enumerate(widest_first):
+                progress(done, len(buckets))
+                repeats[bucket] = timer.times_ms(bucket, places, depth)
+        times = {bucket: median_low(repeats[bucket]) for bucket in buckets}
         per_position = _decode_slope(timer, buckets, places, times, depth)
         per_pair = _prompt_slope(timer, buckets, far, depth)
         progress(len(buckets), len(buckets))

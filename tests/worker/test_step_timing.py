@@ -163,7 +163,7 @@ def test_times_and_slopes_are_those_of_the_device(max_model_len: int, num_pages:
     assert table.ms_per_prompt_pair == pytest.approx(1e-6 if max_model_len > 120 else 0.0)
 
 
-def test_the_first_of_two_steps_may_be_slow() -> None:
+def test_the_first_step_of_a_bucket_may_be_slow() -> None:
     config = msgspec.structs.replace(make_config(page_size=16), max_running=8)
     seen: set[tuple[Bucket, bytes]] = set()
 
@@ -176,7 +176,29 @@ def test_the_first_of_two_steps_may_be_slow() -> None:
     table = measure_step_times(runner, config, step_timing.QUICK)  # type: ignore[arg-type]  # as above
     assert max(time.milliseconds for time in table.times) < 5.0
     # Two decode-only buckets and two starts show the slopes.
-    assert len(runner.plans) == 2 * (len(BUCKETS) + 4) + step_timing.MOST_HEATING_STEPS
+    assert len(runner.plans) == 4 * (len(BUCKETS) + 4) + step_timing.MOST_HEATING_STEPS
+
+
+@pytest.mark.parametrize("swing_begins_ms", range(360, 440, 4))
+def test_a_swing_of_the_clock_moves_no_time(swing_begins_ms: int) -> None:
+    """Of nearly a round, wherever in the rounds it falls."""
+    config = msgspec.structs.replace(make_config(page_size=16), max_running=8)
+
+    def measured(swing_ms: float) -> list[float]:
+        now_ms = 0.0
+
+        def formula(plan: StepPlan) -> float:
+            nonlocal now_ms
+            swings = swing_begins_ms <= now_ms < swing_begins_ms + swing_ms
+            milliseconds = 10 * step_ms(plan) * (1.3 if swings else 1.0)
+            now_ms += milliseconds
+            return milliseconds
+
+        runner = FormulaRunner(config, make_ready(config, BUCKETS, 100), formula)
+        table = measure_step_times(runner, config, step_timing.QUICK)  # type: ignore[arg-type]  # as above
+        return [time.milliseconds for time in table.times]
+
+    assert measured(swing_ms=20.0) == pytest.approx(measured(swing_ms=0.0))
 
 
 def test_the_first_steps_of_a_device_that_has_idled_do_not_count() -> None:
