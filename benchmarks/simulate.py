@@ -94,6 +94,7 @@ class Machine(Struct, frozen=True):
     max_model_len: int
     host_delay_s: float
     step_noise: float = STEP_NOISE
+    device_pace: float = 1.0
 
     def scheduler(self, policy: Policy) -> Scheduler:
         """A fresh one. Raises ConfigError for a budget that the table's buckets do not serve."""
@@ -130,7 +131,15 @@ def simulate(
     settings = policy or POLICIES[policy_name]
     requests = [settings.asks(request) for request in requests_of(load, seed, on.max_model_len)]
     scheduler = on.scheduler(settings)
-    engine = VirtualEngine(scheduler, CostModel(on.table.table), requests, load.clients, on.host_delay_s, on.step_noise)
+    engine = VirtualEngine(
+        scheduler,
+        CostModel(on.table.table),
+        requests,
+        load.clients,
+        on.host_delay_s,
+        on.step_noise,
+        on.device_pace,
+    )
     gc.collect()
     gc.disable()  # a collection would be timed with whatever step it interrupts
     try:
@@ -280,6 +289,12 @@ def make_parser() -> argparse.ArgumentParser:
     engine.add_argument(
         "--step-noise", type=float, default=STEP_NOISE, help="spread of a step's time, as a share of it"
     )
+    engine.add_argument(
+        "--device-pace",
+        type=float,
+        default=1.0,
+        help="steps take so many times what the table says, which the policy does not know",
+    )
     results = parser.add_argument_group("results")
     results.add_argument("--sla-itl-ms", type=float, nargs="+", default=[20.0])
     results.add_argument("--sla-prompt-rate", type=float, default=512.0)
@@ -308,6 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
         max_model_len=options.max_model_len,
         host_delay_s=options.host_delay_ms / 1000.0,
         step_noise=options.step_noise,
+        device_pace=options.device_pace,
     )
     about = machine(f"virtual {table.key.device}") | {"step_times": f"{table.source}, {table.date}"}
     if options.against is not None or options.step_log is not None:

@@ -97,15 +97,18 @@ class VirtualEngine:
         clients: int | None,
         host_delay_s: float = HOST_DELAY_S,
         step_noise: float = 0.0,
+        device_pace: float = 1.0,
     ) -> None:
         """clients: of a closed loop, in which a request is sent when a client is free; None is an open loop.
-        step_noise: standard deviation of a step's time, as a share of what the device's table says."""
+        step_noise: standard deviation of a step's time, as a share of what the device's table says. device_pace: every
+        step takes so many times what it says, which the scheduler has to find out."""
         self.steps = StepSeries()
         self._scheduler = scheduler
         self._device = device
         self._requests = requests
         self._host_delay_s = host_delay_s
         self._step_noise = step_noise
+        self._device_pace = device_pace
         self._random = random.Random(0)
         self._is_closed = clients is not None
         self._unsent: Iterator[int] = iter(range(len(requests)))
@@ -181,8 +184,8 @@ class VirtualEngine:
         for plan in plans:
             free_s = self._in_flight[-1].finished_s if self._in_flight else 0.0
             started_s = max(now_s + self._host_delay_s, free_s)
-            noise = max(0.5, self._random.gauss(1.0, self._step_noise))
-            finished_s = started_s + step_ms(self._device, plan) * noise / 1000.0
+            pace = self._device_pace * max(0.5, self._random.gauss(1.0, self._step_noise))
+            finished_s = started_s + step_ms(self._device, plan) * pace / 1000.0
             num_decodes = len(plan.decode_slots) // 4
             num_tokens = num_decodes + sum(chunk.samples for chunk in plan.chunks)
             self._in_flight.append(VirtualStep(plan.step_id, num_tokens, now_s, started_s, finished_s))

@@ -7,7 +7,7 @@ The gap between two tokens of a request is the duration of the step that draws t
 as the tightest ITL target among the requests that decode in it, and the largest bucket that the cost model says is that
 fast computes prompts at the best rate the target allows:
 
-    predicted ms * (1 + margin) <= target,    margin = CostModel.margin, the p95 of the model's own error
+    bound ms <= target,    bound = CostModel.bound_ms, which 95 % of steps of the bucket stay within
 
 - At least the smallest mixed bucket is chosen, also where that breaks the target: a prompt advances in every plan.
 - Where no target binds, no more rows than the saturation point, from where on a larger step is longer and hardly
@@ -93,20 +93,19 @@ class StepBudget:
         A bucket that was never timed is taken to need at most as long a row as the next smaller one that was: a larger
         step never computes fewer rows a second than a smaller one that reads the same weights.
         """
-        within_ms = target_ms / (1.0 + self._model.margin)
         for index in range(len(candidates) - 1, 0, -1):
-            milliseconds = self._milliseconds(candidates, index, load)
-            if milliseconds is not None and milliseconds <= within_ms:
+            bound_ms = self._bound_ms(candidates, index, load)
+            if bound_ms is not None and bound_ms <= target_ms:
                 return candidates[index]
         return candidates[0]
 
-    def _milliseconds(self, candidates: tuple[Bucket, ...], index: int, load: StepLoad) -> float | None:
+    def _bound_ms(self, candidates: tuple[Bucket, ...], index: int, load: StepLoad) -> float | None:
         bucket = candidates[index]
         pairs = _pairs(load.prompts, bucket.prefill_rows)
-        milliseconds = self._model.predict_ms(bucket, load.decode_positions, pairs)
-        if milliseconds is not None or not index:
-            return milliseconds
-        smaller_ms = self._milliseconds(candidates, index - 1, load)
+        bound_ms = self._model.bound_ms(bucket, load.decode_positions, pairs)
+        if bound_ms is not None or not index:
+            return bound_ms
+        smaller_ms = self._bound_ms(candidates, index - 1, load)
         return None if smaller_ms is None else smaller_ms * bucket.num_rows / candidates[index - 1].num_rows
 
 

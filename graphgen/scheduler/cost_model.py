@@ -3,20 +3,27 @@
 Owns numbers only, and never reads a clock: `graphgen.scheduler.policy` asks it before a step, the process tells it
 afterwards what the step took.
 
-    milliseconds = factor[bucket] * (time[bucket] + a * (decode positions - those measured)
-                                                  + b * (prompt pairs - those measured))
+    milliseconds = pace * factor[bucket] * (time[bucket] + a * (decode positions - those measured)
+                                                         + b * (prompt pairs - those measured))
 
 A decode row reads the K and V of every position it attends to, so its time is linear in them; a prompt row computes
 with each, so a chunk's time is linear in (row, position) pairs. Everything else depends on the bucket alone.
+
+The pace is that of the device: it changes while a GPU warms up to its power limit, for all buckets alike, but differently
+for steps with prompts, which compute, and those without, which read memory; so there is one for each kind. A factor makes
+up for what the table has wrong of one bucket, and is learned in the first steps there.
 """
 
+import math
 from collections.abc import Iterable
 
 from graphgen.ipc.messages import Bucket, StepTimeTable
 
-_CORRECTION_WEIGHT = 1.0 / 16
-"""Weight of the newest step in a factor, once a bucket has run so often: a slower clock shows within a few dozen
-steps. Until then a factor is the mean of what ran."""
+_PACE_WEIGHT = 1.0 / 16
+"""Weight of the newest step in a pace, and in the mean error: a slower clock shows within a few dozen steps."""
+
+_FACTOR_WEIGHT = 1.0 / 64
+"""Least weight of the newest step in a bucket's factor. In its first steps the factor is their mean."""
 
 _TABLE_STEPS = 3
 """Measured steps that the table counts like in that mean."""
@@ -30,8 +37,12 @@ _LEAST_SHARE = 0.2
 
 _FACTOR_RANGE = (0.25, 8.0)
 
-_FIRST_ERROR = 0.03
-"""Steps while serving took 0 to 6 % longer than a table measured minutes before said, on an H200."""
+_FIRST_ERROR = 0.015
+"""What it is in steady serving on an H200."""
+
+_TABLE_ERROR = 0.06
+"""How far the table may be off in a bucket that has not run: of the times that an H200 measured in a hurry, one in ten
+was 5 to 8 % off. After n steps a (n + 1)**0.5-th of it is left."""
 
 _MOST_MARGIN = 0.25
 """A device whose steps vary more than this keeps no target by caution; it only loses throughput."""
@@ -57,36 +68,42 @@ class CostModel:
             self._times = {time.bucket: time.milliseconds for time in table.times}
         self._factors = dict.fromkeys(self._times, 1.0)
         self._num_corrections = dict.fromkeys(self._times, 0)
+        self._paces = {True: 1.0, False: 1.0}  # of steps with prompts, and without
         self._error = _FIRST_ERROR  # mean of |measured / predicted - 1|
 
     def predict_ms(self, bucket: Bucket, decode_positions: int, prompt_pairs: int) -> float | None:
         """Of a step in `bucket` whose decode rows attend to so many positions together; None for an unknown bucket."""
         time = self._uncorrected_ms(bucket, decode_positions, prompt_pairs)
-        return None if time is None else time * self._factors[bucket]
+        return None if time is None else time * self._correction(bucket)
 
-    @property
-    def margin(self) -> float:
-        """Share of a prediction that 95 % of steps stay within, above it.
+    def bound_ms(self, bucket: Bucket, decode_positions: int, prompt_pairs: int) -> float | None:
+        """As `predict_ms`, but what 95 % of such steps stay within.
 
         Of a normal error 95 % lie below 1.64 standard deviations, which are 2.06 times the mean of its absolute value.
         """
-        return min(2.06 * self._error, _MOST_MARGIN)
+        milliseconds = self.predict_ms(bucket, decode_positions, prompt_pairs)
+        if milliseconds is None:
+            return None
+        doubt = _TABLE_ERROR / math.sqrt(1 + self._num_corrections[bucket])
+        return milliseconds * (1.0 + min(2.06 * self._error + doubt, _MOST_MARGIN))
 
     def correct(self, bucket: Bucket, decode_positions: int, prompt_pairs: int, measured_ms: float) -> None:
         """Takes a step that ran into account. Times that cannot be (<= 0) are ignored."""
         if measured_ms <= 0.0:
             return
+        kind = bucket.prefill_rows > 0
         time = self._uncorrected_ms(bucket, decode_positions, prompt_pairs)
         if time is None:
-            self._times[bucket], self._factors[bucket], self._num_corrections[bucket] = measured_ms, 1.0, 0
+            self._times[bucket] = measured_ms / self._paces[kind]
+            self._factors[bucket], self._num_corrections[bucket] = 1.0, 0
             return
-        surprise = measured_ms / (time * self._factors[bucket])
+        surprise = measured_ms / (time * self._correction(bucket))
         surprise = min(max(surprise, 1.0 / _MOST_SURPRISE), _MOST_SURPRISE) - 1.0
-        self._error += _CORRECTION_WEIGHT * (abs(surprise) - self._error)
+        self._error += _PACE_WEIGHT * (abs(surprise) - self._error)
+        self._paces[kind] = _scaled(self._paces[kind], _PACE_WEIGHT * surprise)
         self._num_corrections[bucket] += 1
-        weight = max(_CORRECTION_WEIGHT, 1.0 / (_TABLE_STEPS + self._num_corrections[bucket]))
-        least, most = _FACTOR_RANGE
-        self._factors[bucket] = min(max(self._factors[bucket] * (1.0 + weight * surprise), least), most)
+        weight = max(_FACTOR_WEIGHT, 1.0 / (_TABLE_STEPS + self._num_corrections[bucket]))
+        self._factors[bucket] = _scaled(self._factors[bucket], weight * surprise)
 
     def saturation_rows(self, buckets: Iterable[Bucket]) -> int | None:
         """Rows of the smallest mixed bucket that computes SATURATION_SHARE of the best rows per second.
@@ -104,6 +121,9 @@ class CostModel:
         enough = SATURATION_SHARE * max(rates.values())
         return min(bucket.num_rows for bucket, rate in rates.items() if rate >= enough)
 
+    def _correction(self, bucket: Bucket) -> float:
+        return self._paces[bucket.prefill_rows > 0] * self._factors[bucket]
+
     def _uncorrected_ms(self, bucket: Bucket, decode_positions: int, pairs: int) -> float | None:
         time = self._times.get(bucket)
         if time is None or self._table is None:
@@ -117,3 +137,9 @@ class CostModel:
             + table.ms_per_prompt_pair * (pairs - measured_pairs)
         )
         return max(grown, _LEAST_SHARE * time)
+
+
+def _scaled(number: float, by: float) -> float:
+    """Larger by a share, within what a factor can be."""
+    least, most = _FACTOR_RANGE
+    return min(max(number * (1.0 + by), least), most)
