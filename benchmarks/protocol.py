@@ -57,13 +57,15 @@ class Reader:
         self.arrived_s: list[list[float]] = [[] for _ in range(num_streams)]
         self.num_pieces = 0
         self.done = threading.Event()
+        self.failure: Delivery | None = None
         self._num_open = num_streams
 
     def take(self, stream: int, delivery: Delivery) -> None:
         """The sink of a stream."""
         if not isinstance(delivery, StreamPiece):
-            print(f"a stream failed: {delivery}", file=sys.stderr)
-            os._exit(1)  # the caller is another thread, which waits for tokens
+            self.failure = delivery
+            self.done.set()
+            return
         now_s = time.monotonic()
         self.num_pieces += 1
         self.arrived_s[stream].extend([now_s] * len(delivery.token_ids))
@@ -81,6 +83,8 @@ def read_streams(core: RequestCore, num_streams: int, num_tokens: int) -> Reader
     core.open([[1, 2, 3]] * num_streams, sampling, True, sinks)
     if not reader.done.wait(TIMEOUT_S):
         raise SystemExit(f"the streams did not end within {TIMEOUT_S:g} s")
+    if reader.failure is not None:
+        raise SystemExit(f"a stream failed: {reader.failure}")
     return reader
 
 

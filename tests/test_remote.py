@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 
 import pytest
 import zmq
@@ -26,6 +27,8 @@ from graphgen.ipc.ggp.messages import (
     Usage,
     Welcome,
 )
+from graphgen.open_request import Delivery
+from graphgen.outputs import StreamPiece
 from graphgen.remote import connection
 
 WELCOME = Welcome(
@@ -217,6 +220,22 @@ def test_leaving_a_stream_cancels_it_once(server: FakeServer, client: Client) ->
     assert cancel.id == request_id
     server.finish(request_id)  # was on its way
     assert server.receive(0.1) is None
+
+
+@pytest.mark.parametrize("ended", [1, 2])
+def test_a_stream_that_has_ended_hears_nothing_of_a_later_loss(server: FakeServer, client: Client, ended: int) -> None:
+    """Its done is on its way: the last piece was its end. One of whose samples is not at its end hears of it."""
+    heard: SimpleQueue[Delivery] = SimpleQueue()
+    client._core.open([[1]], SamplingParams(n=2), streams=True, sinks=[heard.put])
+    request_id = server.expect_generate().id
+    server.send(Accepted(id=request_id, prompt_tokens=1))
+    for sample in range(ended):
+        server.send(Delta(id=request_id, sample=sample, ids=[5], finish="length"))
+        assert isinstance(heard.get(timeout=5.0), StreamPiece)
+    client.close()
+    if ended < 2:
+        assert isinstance(heard.get(timeout=5.0), EngineClosedError)
+    assert heard.empty()
 
 
 def test_closing_says_bye_and_ends_what_waits(server: FakeServer, client: Client) -> None:

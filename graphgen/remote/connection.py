@@ -209,8 +209,7 @@ class Connection:
                     request.accept(message.prompt_ids)
             case Done():
                 if (request := self._requests.pop(message.id, None)) is not None:
-                    for delivery in request.take_done(message):
-                        _deliver(request.sink, delivery)
+                    _deliver_all(request.sink, request.take_done(message))
                 self._send_more()
             case Error():
                 self._take_error(message)
@@ -252,7 +251,7 @@ class Connection:
             return
         request = self._requests.pop(error.id, None)
         if request is not None:
-            _deliver(request.sink, exception_of(error))
+            _deliver_all(request.sink, request.take_failure(exception_of(error)))
         self._send_more()
 
     def _take_welcome(self, welcome: Welcome) -> None:
@@ -270,7 +269,8 @@ class Connection:
         for request in list(self._requests.values()):
             if request.accepted:
                 del self._requests[request.message.id]
-                _deliver(request.sink, ConnectionLostError(f"{self._server.address} lost the session: ask again"))
+                lost = ConnectionLostError(f"{self._server.address} lost the session: ask again")
+                _deliver_all(request.sink, request.take_failure(lost))
             else:
                 self._send(request.message)
         for question, waiting in ((StatsRequest(), self._stats), (HealthRequest(), self._health)):
@@ -320,7 +320,7 @@ class Connection:
         requests = [*self._requests.values(), *self._unsent]
         self._requests, self._unsent = {}, deque()
         for request in requests:
-            _deliver(request.sink, type(error)(*error.args))
+            _deliver_all(request.sink, request.take_failure(type(error)(*error.args)))
         futures: tuple[Future[Welcome] | Future[Stats] | Future[Health], ...] = (
             self._first_welcome,
             *self._stats,
@@ -352,6 +352,11 @@ def _deliver(sink: Sink, delivery: Delivery) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def _deliver_all(sink: Sink, deliveries: Sequence[Delivery]) -> None:
+    for delivery in deliveries:
+        _deliver(sink, delivery)
 
 
 def _answer_all(waiting: list[Future[Answer]], answer: Answer) -> None:

@@ -51,6 +51,7 @@ class RemoteRequest:
         self._token_ids: list[list[int]] = [[] for _ in range(message.sampling.n)]
         self._texts: list[list[str]] = [[] for _ in range(message.sampling.n)]
         self._times_s: list[list[float]] = [[] for _ in range(message.sampling.n)]
+        self._num_open = message.sampling.n
 
     def accept(self, prompt_ids: Sequence[int] | None) -> None:
         self.accepted = True
@@ -69,6 +70,7 @@ class RemoteRequest:
         token_ids.extend(delta.ids)
         self._texts[delta.sample].append(delta.text)
         self._times_s[delta.sample].extend([now_s] * len(delta.ids))
+        self._num_open -= delta.finish is not None
         if not self._streams:
             return None
         return StreamPiece(delta.text, tuple(delta.ids), _finish_reason(delta.finish), sample_index=delta.sample)
@@ -78,6 +80,10 @@ class RemoteRequest:
         if self._streams:
             return []
         return [self._output(sample, done) for sample in range(len(self._token_ids))]
+
+    def take_failure(self, error: GraphgenError) -> list[Delivery]:
+        """What its sink gets when the request is lost: for a stream that has ended nothing, though its done is due."""
+        return [error] if self._num_open or not self._streams else []
 
     def _output(self, sample: int, done: Done) -> RequestOutput:
         times = tuple(self._times_s[sample])
