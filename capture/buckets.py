@@ -4,8 +4,8 @@ A step of `d` decodes and `p` prompt tokens runs in the smallest bucket that hol
 (start-up time, memory) against padding. Mixed buckets are spaced by their total rows, multiples of 128: then the linear
 layers, which see all rows at once, run at sizes their tiles divide. Between those sizes nothing is gained: on an H200
 the linear layers of an 8B model take longer for 448 to 496 rows than for 512, and 416 or 544 to 704 are fewer rows a
-second. Padded decode rows keep prompt rows out, so mixed buckets have a decode ladder of their own instead of one widest
-region. It is densest at 512 rows, the size that is full most often there.
+second. Padded decode rows keep prompt rows out, so mixed buckets have a decode ladder of their own instead of one
+widest region. It is densest at 512 rows, the size that is full most often there.
 """
 
 from graphgen.ipc.errors import ConfigError
@@ -66,7 +66,7 @@ def _mixed_rungs(rows: int, token_budget: int, num_slots: int) -> list[int]:
 
 
 def _least_mixed_rung(rows: int, token_budget: int) -> int:
-    """A few padded decode rows are not worth graphs of their own beside a hundred prompt rows, nor dozens beside many."""
+    """A few padded decode rows are not worth graphs of their own beside 100 prompt rows, nor dozens beside many."""
     if token_budget < _MIXED_ROWS[0]:
         return 1
     if rows == _DENSE_ROWS:

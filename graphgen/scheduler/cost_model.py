@@ -9,9 +9,9 @@ afterwards what the step took.
 A decode row reads the K and V of every position it attends to, so its time is linear in them; a prompt row computes
 with each, so a chunk's time is linear in (row, position) pairs. Everything else depends on the bucket alone.
 
-The pace is that of the device: it changes while a GPU warms up to its power limit, for all buckets alike, but differently
-for steps with prompts, which compute, and those without, which read memory; so there is one for each kind. A factor makes
-up for what the table has wrong of one bucket, and is learned in the first steps there.
+The pace is that of the device: it changes while a GPU warms up to its power limit, for all buckets alike, but not
+alike for steps with prompts, which compute, and those without, which read memory; so there is one for each kind. A
+factor makes up for what the table has wrong of one bucket, and is learned in the first steps there.
 """
 
 import math
