@@ -68,7 +68,7 @@ def throughput_curves(rows: Sequence[Row]) -> list[Curve]:
     for key, other in (("clients", "token_budget"), ("token_budget", "clients")):
         groups: dict[tuple[str, int], list[Row]] = defaultdict(list)
         for row in closed:
-            groups[f"{row['prompt_mean']}/{row['output_mean']}", row[other]].append(row)
+            groups[f"{row['prompt_mean']}/{row['output_mean']}{_asked(row)}", row[other]].append(row)
         curves = [
             Curve(
                 f"{lengths}, {f'budget {value}' if other == 'token_budget' else _clients(value)}",
@@ -81,6 +81,11 @@ def throughput_curves(rows: Sequence[Row]) -> list[Curve]:
         if curves:
             return curves
     return []
+
+
+def _asked(row: Row) -> str:
+    target_ms = row.get("itl_target_ms")
+    return "" if target_ms is None else f", {target_ms:g} ms asked"
 
 
 def _clients(count: int) -> str:
@@ -104,7 +109,7 @@ def _draw_percentiles(axes: Axes, rows: Sequence[Row]) -> None:
             color=COLOURS[index % len(COLOURS)],
             linestyle=("-", "--", ":")[index // len(COLOURS) % 3],
             marker=".",
-            label=row["workload"] + (f", budget {row['token_budget']}" if budgets else ""),
+            label=row["workload"] + _asked(row) + (f", budget {row['token_budget']}" if budgets else ""),
         )
     ticks = [tick for tick in (50, 75, 90, 95, 99, 99.9, 99.99) if tick <= last]
     axes.set_xticks([_tail_place(tick) for tick in ticks], [f"{tick:g}" for tick in ticks])
@@ -117,12 +122,21 @@ def _draw_percentiles(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _draw_latency_curves(axes: Axes, curves: Sequence[Curve]) -> None:
-    for curve, colour in zip(curves, itertools.cycle(COLOURS), strict=False):
+    # Curves may lie on each other: the labels of every other one stand below its points.
+    for curve, colour, lift in zip(curves, itertools.cycle(COLOURS), itertools.cycle((2, -10)), strict=False):
         throughputs = [row["request_throughput"] for row in curve.rows]
         latencies = [(row["mean_e2el_ms"] or 0.0) / 1000.0 for row in curve.rows]
         axes.plot(throughputs, latencies, marker="o", color=colour, label=curve.name)
         for row, point in zip(curve.rows, zip(throughputs, latencies, strict=True), strict=True):
-            axes.annotate(curve.label(row), point, xytext=(-7, 2), textcoords="offset points", ha="right", fontsize=8)
+            axes.annotate(
+                curve.label(row),
+                point,
+                xytext=(-7, lift),
+                textcoords="offset points",
+                ha="right",
+                fontsize=8,
+                color=colour,
+            )
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("requests per second")

@@ -33,6 +33,15 @@ def test_curves_go_over_clients_and_skip_what_has_one_point() -> None:
     assert plots.throughput_curves(rows[1:]) == []
 
 
+def test_what_requests_ask_for_makes_another_curve() -> None:
+    rows = [make_row(40, clients) for clients in (1, 2)]
+    asked = [row | {"itl_target_ms": 20.0} for row in rows]
+    assert [(curve.name, curve.rows) for curve in plots.throughput_curves(rows + asked)] == [
+        ("40/8, budget 64", rows),
+        ("40/8, 20 ms asked, budget 64", asked),
+    ]
+
+
 def test_curves_go_over_budgets_when_these_are_what_differs() -> None:
     (curve,) = plots.throughput_curves([make_row(40, 4, 128), make_row(40, 4, 64), make_row(80, 2, 64)])
     assert (curve.name, [curve.label(row) for row in curve.rows]) == ("40/8, 4 clients", ["budget 64", "budget 128"])
