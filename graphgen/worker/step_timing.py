@@ -77,9 +77,9 @@ class Depth(Struct, frozen=True):
     in_rounds: bool = False  # a step of every bucket, then the next of every bucket
 
 
-QUICK = Depth(settling=1, repeats=3, in_rounds=True)
+QUICK = Depth(settling=1, repeats=5, in_rounds=True)
 """At a start. The first replay of a graph is slower than all that follow. In rounds, because a GPU at its power limit
-swings for tens of milliseconds: three steps in a row would share one swing, and one bucket came out a tenth too short.
+swings for tens of milliseconds: steps in a row would share one swing, and one bucket came out a tenth too short.
 """
 
 FULL = Depth(settling=2, repeats=20, enough_ms=500.0)
