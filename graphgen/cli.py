@@ -154,7 +154,7 @@ def tune(
 ) -> None:
     """Measure how long a step of each bucket takes, print what that says, and store it for later starts.
 
-    The scheduler chooses its steps by these times. A start on a GPU that finds none measures them itself, in a second
+    The scheduler chooses its steps by these times. A start on a GPU that finds none measures them itself, in seconds
     and less exactly. They are looked up by device, model shape, dtype, kernels, page size, buckets and versions: tune
     with the options the engine will have, while nothing else runs on the device.
 
