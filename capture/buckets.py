@@ -16,9 +16,11 @@ MIN_TOKEN_BUDGET = 8
 
 _DECODE_RUNGS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 _MIXED_ROWS = (128, 256, 384, 512, 768, 1024, 1536, 2048)
-_MIXED_DECODE_RUNGS = (4, 16, 32, 64, 128, 256, 512, 1024)
 _DENSE_ROWS = 512
+_LARGE_DECODE_RUNGS = (64, 128, 256, 512, 1024)
 _DENSE_DECODE_RUNGS = (8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
+_MIXED_DECODE_RUNGS = (16, 32, *_LARGE_DECODE_RUNGS)
+_SMALL_DECODE_RUNGS = (4, *_MIXED_DECODE_RUNGS)
 
 
 def max_running(max_num_seqs: int, token_budget: int) -> int:
@@ -59,16 +61,14 @@ def _row_counts(token_budget: int) -> list[int]:
 
 def _mixed_rungs(rows: int, token_budget: int, num_slots: int) -> list[int]:
     """Decode rows of the mixed buckets of `rows` rows. Only the widest ones need the rungs above half."""
-    rungs = _rungs_up_to(_DENSE_DECODE_RUNGS if rows == _DENSE_ROWS else _MIXED_DECODE_RUNGS, num_slots)
     limit = rows - rows // 4 if rows == token_budget else rows // 2
-    least = min(_least_mixed_rung(rows, token_budget), num_slots)
-    return [rung for rung in rungs if least <= rung <= limit]
+    return [rung for rung in _rungs_up_to(_mixed_decode_rungs(rows, token_budget), num_slots) if rung <= limit]
 
 
-def _least_mixed_rung(rows: int, token_budget: int) -> int:
+def _mixed_decode_rungs(rows: int, token_budget: int) -> tuple[int, ...]:
     """A few padded decode rows are not worth graphs of their own beside 100 prompt rows, nor dozens beside many."""
     if token_budget < _MIXED_ROWS[0]:
-        return 1
-    if rows == _DENSE_ROWS:
-        return _DENSE_DECODE_RUNGS[0]
-    return 64 if rows > _DENSE_ROWS else 16
+        return _SMALL_DECODE_RUNGS
+    if rows < _DENSE_ROWS:
+        return _MIXED_DECODE_RUNGS
+    return _DENSE_DECODE_RUNGS if rows == _DENSE_ROWS else _LARGE_DECODE_RUNGS
