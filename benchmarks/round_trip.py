@@ -40,7 +40,7 @@ def make_plan(num_rows: int) -> StepPlan:
     slots = pack_int32(range(num_rows))
     positions = pack_int32([1024] * num_rows)
     return StepPlan(
-        1 << 20, Bucket(0, num_rows), (), b"", slots, positions, pack_int32([0, 16, 4711]), time.monotonic()
+        1 << 20, Bucket(0, num_rows), (), b"", slots, positions, pack_int32([0, 16, 4711]), b"", time.monotonic()
     )
 
 

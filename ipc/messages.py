@@ -136,6 +136,8 @@ class StepPlan(Struct, frozen=True, array_like=True, tag="plan", gc=False):
     decode_slots: bytes  # packed int32; the row's token is the slot's last token, fed back on the device
     decode_positions: bytes  # packed int32; the row's position
     new_pages: bytes  # packed int32 triples (slot, index in its block table, page)
+    page_copies: bytes  # packed int32 pairs (source, destination) of whole pages, copied before anything is written;
+    # no destination is the source of another pair
     planned_s: float
 
 

@@ -1,11 +1,12 @@
 """The blocked KV cache: one K and one V tensor per layer, cut into pages.
 
 Owns the memory and the place of the trash page. Never decides who gets a page: the scheduler owns pages, the
-attention backends write them. Called by the worker when it sizes memory, and by the decoder for each layer's
-pages.
+attention backends write them. Called by the worker when it sizes memory and copies pages, and by the decoder for each
+layer's pages.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ class KVCache:
         shape = (num_pages + 1, page_size, spec.num_kv_heads, spec.head_dim)
         self.k_pages = [_zeros(shape, dtype, device) for _ in range(spec.num_layers)]
         self.v_pages = [_zeros(shape, dtype, device) for _ in range(spec.num_layers)]
+        self._copy = _copy_on_cuda(self._tensors) if device.type == "cuda" else self._copy_in_torch
 
     @property
     def trash_page(self) -> int:
@@ -47,7 +49,29 @@ class KVCache:
     @property
     def num_bytes(self) -> int:
         """Memory of all pages, the trash page included."""
-        return sum(pages.nbytes for pages in (*self.k_pages, *self.v_pages))
+        return sum(pages.nbytes for pages in self._tensors)
+
+    def copy_pages(self, copies: Tensor) -> None:
+        """copies: [N, 2] int32 on the cache's device, (source, destination) of whole pages in every layer, all at once:
+        no destination may be the source of another pair."""
+        self._copy(copies)
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return [*self.k_pages, *self.v_pages]
+
+    def _copy_in_torch(self, copies: Tensor) -> None:
+        sources, destinations = copies.long().unbind(1)
+        for pages in self._tensors:
+            pages[destinations] = pages[sources]
+
+
+def _copy_on_cuda(tensors: list[Tensor]) -> Callable[[Tensor], None]:
+    # Triton exists where CUDA does; elsewhere it must not be needed.
+    from graphgen.models.page_copy import addresses_of, copy_pages
+
+    addresses, page_bytes = addresses_of(tensors), tensors[0][0].nbytes
+    return lambda copies: copy_pages(addresses, copies, page_bytes)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

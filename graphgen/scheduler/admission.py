@@ -12,7 +12,8 @@ in the order of service go on, and the reserved ones end without asking for anyt
 from typing import NamedTuple
 
 from graphgen.scheduler.limits import SchedulerLimits
-from graphgen.scheduler.prefix_cache import PrefixCache
+from graphgen.scheduler.page_branches import common_len
+from graphgen.scheduler.prefix_cache import PageCopy, PrefixCache
 from graphgen.scheduler.request import MAX_PREEMPTIONS, Request, RunningRequest
 from graphgen.scheduler.running import RunningSet
 
@@ -21,6 +22,9 @@ WATERMARK_DIVISOR = 16
 
 HEADROOM_DIVISOR = 4
 """After preemptions it keeps more free, at most this part of the pool."""
+
+AWAITED_DIVISOR = 4
+"""At least this part of a page has to be spared for a request to wait a step for it."""
 
 _HEADROOM_KEPT = 1.0 - 1.0 / 256
 """Share of that headroom that is left after each plan."""
@@ -62,9 +66,7 @@ class Admission:
     def offer(self, request: Request) -> Offer:
         """What it would get now."""
         size, num_tokens = self._limits.page_size, len(request.tokens)
-        # The last known token is always computed: its row draws the next one.
-        max_shared = min(num_tokens - 1, request.max_cached_len) // size
-        shared = self._cache.find(request.chain, max_shared)
+        shared = self._cache.find(request.chain, _most_cached(request) // size)
         reserve = request.num_preemptions >= MAX_PREEMPTIONS
         num_pages = self._most_pages(request) if reserve else self._limits.pages_for(num_tokens)
         num_new = num_pages - len(shared)
@@ -75,6 +77,10 @@ class Admission:
         num_cached = len(shared) * size
         is_long = num_tokens - num_cached >= self._long_prompt_len
         return Offer(shared, num_new, num_new + num_idle, num_spare, num_cached, reserve, is_long)
+
+    def find_copy(self, request: Request, offer: Offer) -> PageCopy | None:
+        """What it would copy of the page after the shared ones. It needs no page for that, and no plan's notice."""
+        return self._cache.find_copy(request.chain, len(offer.shared), _most_cached(request) - offer.num_cached)
 
     def has_pages(self, request: Request, offer: Offer, num_more: int = 0) -> bool:
         """Whether the free pages, and `num_more` besides, suffice."""
@@ -113,22 +119,29 @@ class Admission:
         return victims
 
     def _awaits_page(self, request: Request, offer: Offer) -> bool:
-        """Whether a prompt that is served before it is about to compute the page it misses first.
+        """Whether a prompt that is served before it is about to compute the page it misses first, or enough of it.
 
         Then it waits, so that many requests with one prompt, sent together, compute it once.
         """
         if not self._cache.enabled or not self._running.begun:
             return False
         index, size = len(offer.shared), self._limits.page_size
-        if (index + 1) * size > min(len(request.tokens) - 1, request.max_cached_len):
+        start = index * size
+        end = min(start + size, _most_cached(request))
+        least = max(1, size // AWAITED_DIVISOR)
+        if end - start < least:
             return False
-        missing = request.chain.digest(index)
-        return any(
-            begun.num_computed // size == index
-            and begun.request.rank < request.rank
-            and begun.request.chain.digest(index) == missing
-            for begun in self._running.begun
-        )
+        for begun in self._running.begun:
+            other = begun.request
+            if begun.num_computed // size != index or other.rank > request.rank:
+                continue
+            if other.chain.parent(index) != request.chain.parent(index):
+                continue
+            other_end = min(end, begun.prefill_end)
+            num_common = common_len(other.chain.packed(start, other_end), request.chain.packed(start, end))
+            if num_common >= least and begun.num_computed < start + num_common:
+                return True
+        return False
 
     def started(self, running: RunningRequest) -> None:
         if running.is_reserved:
@@ -154,3 +167,8 @@ class Admission:
 
     def _most_pages(self, request: Request) -> int:
         return self._limits.pages_for(request.end_position)
+
+
+def _most_cached(request: Request) -> int:
+    """Tokens it may skip. The last known one is always computed: its row draws the next one."""
+    return min(len(request.tokens) - 1, request.max_cached_len)

@@ -7,6 +7,7 @@ digest of the request's salt. So equal digests mean equal keys and values, which
 requests with different salts never have one in common.
 """
 
+from collections.abc import Iterator
 from hashlib import blake2b
 
 from graphgen.scheduler.tokens import Tokens
@@ -41,15 +42,28 @@ class PageChain:
             self._extend(index + 1)
         return self._digests[index + 1]
 
-    def digests(self, first: int, end: int) -> list[bytes]:
-        """Of pages `first` to `end` - 1, whose tokens are all known."""
+    def parent(self, index: int) -> bytes:
+        """The digest that stands before page `index`, all tokens of the pages before which are known."""
+        if len(self._digests) <= index:
+            self._extend(index)
+        return self._digests[index]
+
+    def packed(self, start: int, end: int) -> bytes:
+        """Tokens [start, end), all of which are known, as int32."""
+        return self._tokens.part(start, end).tobytes()
+
+    def links(self, first: int, end: int) -> Iterator[tuple[bytes, bytes, bytes]]:
+        """Of pages `first` to `end` - 1, whose tokens are all known: the digest before, the page's own, its tokens."""
         self._extend(end)
-        return self._digests[first + 1 : end + 1]
+        size = self._page_size
+        tokens = self.packed(first * size, end * size)
+        step = len(tokens) // (end - first)
+        pages = [tokens[place : place + step] for place in range(0, len(tokens), step)]
+        return zip(self._digests[first:end], self._digests[first + 1 : end + 1], pages, strict=True)
 
     def _extend(self, num_pages: int) -> None:
         digests, size = self._digests, self._page_size
         digest = digests[-1]
         for start in range((len(digests) - 1) * size, num_pages * size, size):
-            page_bytes = self._tokens.part(start, start + size).tobytes()
-            digest = blake2b(digest + page_bytes, digest_size=DIGEST_BYTES).digest()
+            digest = blake2b(digest + self.packed(start, start + size), digest_size=DIGEST_BYTES).digest()
             digests.append(digest)

@@ -85,6 +85,9 @@ class PlanDraft:
         self._decode_positions = b""
         self._num_decode_positions = 0
         self._new_pages: list[int] = []
+        self._page_copies: list[int] = []
+        self.held: list[int] = []
+        """Pages that others may not have before this plan is made: it copies them."""
 
     @property
     def num_chunks(self) -> int:
@@ -102,6 +105,11 @@ class PlanDraft:
     def add_page(self, slot: int, index: int, page: int) -> None:
         """`page` becomes entry `index` of the slot's block table."""
         self._new_pages += (slot, index, page)
+
+    def copy_page(self, source: int, destination: int, held: list[int]) -> None:
+        """`destination` gets what `source` holds, before the step writes anything. held: see `held`."""
+        self._page_copies += (source, destination)
+        self.held += held
 
     def set_decodes(self, decodes: DecodeSet) -> None:
         """One row for each: the slot's last token, at the next position."""
@@ -135,6 +143,7 @@ class PlanDraft:
             decode_slots=self._decode_slots,
             decode_positions=self._decode_positions,
             new_pages=pack_int32(self._new_pages),
+            page_copies=pack_int32(self._page_copies),
             planned_s=now_s,
         )
         return plan, StepRecord(

@@ -309,6 +309,7 @@ class Scheduler:
         """Turns the draft into a plan in flight."""
         bucket = self._buckets.smallest(draft.num_chunk_tokens, draft.num_decodes)
         plan, record = draft.build(self.counters.steps, bucket, now_s)
+        self._pages.give_back(draft.held)  # whoever takes one writes to it in a later step
         self.counters.plan_made(bucket, record)
         self._admission.plan_made()
         self._in_flight.append(record)

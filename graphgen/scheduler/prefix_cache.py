@@ -3,20 +3,34 @@
 Owns the index from contents to pages. Never takes or frees a page: `graphgen.scheduler.pages` does, and tells when a
 page is used for something else. Called by `graphgen.scheduler.policy`.
 
-A page is known by its digest (`graphgen.scheduler.page_chain`), which stands for every token its rows attended to.
-
-Only full pages are shared. The rest of a shared prompt, at most page_size - 1 tokens, is computed again: that is
-a few rows of a step that runs anyway, where a copy would be a second kind of work for the device.
+A full page is known by its digest (`graphgen.scheduler.page_chain`), which stands for every token its rows attended to,
+and is shared. A page of which a prompt needs only a beginning, because the two part there or because the page is not
+full yet, is copied: its owner goes on writing behind that beginning, and so does the new request
+(`graphgen.scheduler.page_branches`).
 
 A page may be read as soon as the step that computes it is planned. Steps run in the order of their plans, and within a
-step every layer writes the keys and values of all rows before it attends.
+step every layer writes the keys and values of all rows before it attends. A step copies before it writes anything, so
+only what earlier plans computed can be copied.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from graphgen.scheduler.page_branches import PageBranches
 from graphgen.scheduler.page_chain import PageChain
 from graphgen.scheduler.pages import PagePool
 from graphgen.scheduler.request import RunningRequest
+
+COPY_DIVISOR = 8
+"""A copy saves at least this part of a page. Copying an 8B model's page of 64 positions moves 16 MiB, which is as long
+as a quarter of a row of a large step."""
+
+
+class PageCopy(NamedTuple):
+    """The first tokens of a page, for another request."""
+
+    source: int
+    num_tokens: int
 
 
 class PrefixCache:
@@ -27,7 +41,9 @@ class PrefixCache:
         self._page_size = page_size
         self._enabled = enabled
         self._page_of: dict[bytes, int] = {}
-        self._digest_of: list[bytes] = [b""] * num_pages  # valid for the pages in `_page_of`
+        self._digest_of: list[bytes | None] = [None] * num_pages  # None: not in `_page_of`
+        self._branches = PageBranches(num_pages)
+        self._least_copied = max(1, page_size // COPY_DIVISOR)
 
     @property
     def enabled(self) -> bool:
@@ -46,22 +62,51 @@ class PrefixCache:
             found.append(page)
         return found
 
-    def enter(self, running: RunningRequest, num_computed: int) -> None:
-        """The first `num_computed` tokens of the request are known and computed by steps that are planned.
+    def find_copy(self, chain: PageChain, index: int, max_tokens: int) -> PageCopy | None:
+        """What to copy for page `index` of the request, of which at most `max_tokens` are wanted.
 
-        Contents that another page holds already are not entered twice: that page of the request stays its own.
+        The source must be held, or be taken by nobody but this request, until the plan is made.
         """
-        first, end = running.num_entered, num_computed // self._page_size
-        if end <= first or not self._enabled:
+        if not self._enabled or max_tokens < self._least_copied:
+            return None
+        wanted = chain.packed(index * self._page_size, index * self._page_size + min(max_tokens, self._page_size))
+        found = self._branches.longest(chain.parent(index), wanted, self._least_copied)
+        return None if found is None else PageCopy(*found)
+
+    def enter(self, running: RunningRequest, num_computed: int) -> None:
+        """The first `num_computed` tokens of the request are known and computed by steps that are planned."""
+        if not self._enabled:
             return
-        running.num_entered = end
-        page_of, digest_of, entered = self._page_of, self._digest_of, []
-        for digest, page in zip(running.request.chain.digests(first, end), running.pages[first:end], strict=True):
+        end = num_computed // self._page_size
+        if end > running.num_entered:
+            self._enter_full(running, running.num_entered, end)
+            running.num_entered = end
+        if num_computed > end * self._page_size:
+            self._enter_begun(running, end, num_computed)
+
+    def _enter_full(self, running: RunningRequest, first: int, end: int) -> None:
+        """Contents that another page holds already are not entered twice: that page of the request stays its own."""
+        page_of, digest_of, put, entered = self._page_of, self._digest_of, self._branches.put, []
+        links = running.request.chain.links(first, end)
+        for page, (parent, digest, tokens) in zip(running.pages[first:end], links, strict=True):
             if page_of.setdefault(digest, page) == page:
                 digest_of[page] = digest
+                put(page, parent, tokens)
                 entered.append(page)
         self.pool.keep(entered)
 
+    def _enter_begun(self, running: RunningRequest, index: int, end: int) -> None:
+        """The beginning of a page, up to position `end`, unless some page holds as much."""
+        chain, page = running.request.chain, running.pages[index]
+        parent, tokens = chain.parent(index), chain.packed(index * self._page_size, end)
+        if not self._branches.holds(parent, tokens):
+            self._branches.put(page, parent, tokens)
+            self.pool.keep((page,))
+
     def _forget(self, pages: Sequence[int]) -> None:
         for page in pages:
-            del self._page_of[self._digest_of[page]]
+            self._branches.remove(page)
+            digest = self._digest_of[page]
+            if digest is not None:
+                self._digest_of[page] = None
+                del self._page_of[digest]

@@ -14,6 +14,7 @@ Fields, in words (C chunks the bucket may hold, P prefill rows, R decode rows, W
     chunk_token_ids   [P]
     decode_slots      [R]      padded with the trash slot
     decode_positions  [R]
+    page_copies       [C * 2]  (source, destination); only those of the plan are read
     new_pages         [N * 3]  (slot, index, page); only `counts[1]` of them are copied and read
 """
 
@@ -68,6 +69,7 @@ def input_layout(bucket: Bucket, shape: InputShape) -> BlockLayout:
             Field("chunk_token_ids", bucket.prefill_rows),
             Field("decode_slots", bucket.decode_rows),
             Field("decode_positions", bucket.decode_rows),
+            Field("page_copies", num_chunks * 2),
             Field("new_pages", shape.new_pages(bucket) * 3),
         ]
     )
@@ -106,6 +108,8 @@ def pack_plan(
     decode_positions = np.frombuffer(plan.decode_positions, np.int32)
     _fill(fields["decode_slots"], np.frombuffer(plan.decode_slots, np.int32), shape.trash_slot)
     _fill(fields["decode_positions"], decode_positions, 0)
+    page_copies = np.frombuffer(plan.page_copies, np.int32)
+    fields["page_copies"][: len(page_copies)] = page_copies
     new_pages = np.frombuffer(plan.new_pages, np.int32)
     fields["new_pages"][: len(new_pages)] = new_pages
     fields["counts"][:] = (num_prefill_rows, len(new_pages) // 3, ring_row)

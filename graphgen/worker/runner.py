@@ -120,6 +120,7 @@ class ModelRunner:
                 before_warm_up=self._fill_idle_step,
                 progress=lambda done, total: report(Progress("capture", done, total)),
             )
+            self._stream.submit(self._copy_once)
         self._ring_row = 0
         self.restart_counters()
 
@@ -207,12 +208,19 @@ class ModelRunner:
         )
         started = self._stream.mark()
         self._stream.submit(lambda: self._load_input(plan.bucket, block, num_words, lengths))
+        if plan.page_copies:
+            self._stream.submit(lambda: self._copy_pages(plan))
         self._staging.release(self._stream)
         return started
 
     def _load_input(self, bucket: Bucket, block: Tensor, num_words: int, lengths: RegionLengths) -> None:
         self._block[:num_words].copy_(block[:num_words], non_blocking=True)
         self._backend.plan(bucket.prefill_rows, lengths.chunk_starts, lengths.chunk_kv_lens, lengths.decode_kv_lens)
+
+    def _copy_pages(self, plan: StepPlan) -> None:
+        """No part of the graph: few steps copy anything, and no other should pay for it."""
+        copies = self._layouts[plan.bucket].views(self._block)["page_copies"]
+        self._kv_cache.copy_pages(copies[: len(plan.page_copies) // 4].view(-1, 2))
 
     def _pack_slot(self, init: object) -> Words:
         return pack_slot(init, self._config.spec.vocab_size)  # type: ignore[arg-type]  # SlotInit, see inputs.py
@@ -222,7 +230,7 @@ class ModelRunner:
         length = min(bucket.prefill_rows, self._config.max_model_len)
         chunks = (Chunk(self._shape.trash_slot, 0, length, samples=True, init=None),) if length else ()
         tokens = np.zeros(length, np.int32).tobytes()
-        plan = StepPlan(0, bucket, chunks, tokens, b"", b"", b"", 0.0)
+        plan = StepPlan(0, bucket, chunks, tokens, b"", b"", b"", b"", 0.0)
         layout = self._layouts[bucket]
         block = torch.zeros(layout.num_words, dtype=torch.int32)
         num_words, lengths = pack_plan(plan, layout, self._shape, block.numpy(), 0, self._pack_slot)
@@ -266,6 +274,10 @@ class ModelRunner:
         self._stream.submit(lambda: self._fill_idle_step(bucket))
         self._stream.submit(step)
         self._stream.synchronize()
+
+    def _copy_once(self) -> None:
+        """A page onto itself: what copies pages is compiled before a request needs it."""
+        self._kv_cache.copy_pages(torch.zeros(1, 2, dtype=torch.int32, device=self._device))
 
     def _num_pages(self, dtype: torch.dtype) -> int:
         """Pages of the cache: what was asked for, or what is left beside the largest step."""

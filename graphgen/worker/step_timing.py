@@ -150,7 +150,7 @@ class StepTimer:
         # From the last slot down, so that slot 0 decodes beside its chunk only where all slots do.
         slots = pack_int32(self._config.max_running - 1 - row for row in range(bucket.decode_rows))
         positions = pack_int32([places.decode_context - 1] * bucket.decode_rows)
-        return StepPlan(0, bucket, chunks, tokens, slots, positions, b"", 0.0)
+        return StepPlan(0, bucket, chunks, tokens, slots, positions, b"", b"", 0.0)
 
 
 @contextmanager
@@ -291,7 +291,7 @@ def _enter_pages(runner: ModelRunner, config: LaunchConfig, ready: WorkerReady, 
     # A step may bring whole block tables for each chunk it may hold.
     words = 3 * ready.max_chunks * -(-config.max_model_len // config.page_size)
     for start in range(0, len(triples), words):
-        plan = StepPlan(0, bucket, (), b"", b"", b"", pack_int32(triples[start : start + words]), 0.0)
+        plan = StepPlan(0, bucket, (), b"", b"", b"", pack_int32(triples[start : start + words]), b"", 0.0)
         runner.launch(plan, received_s=0.0).fetched.wait()
 
 

@@ -51,7 +51,15 @@ def test_a_plan_comes_back_whole() -> None:
     init = SlotInit(4, 6, (0, 9), SamplerParams(top_k=3))
     chunks = (Chunk(0, 0, 4, True, init), Chunk(3, 16, 2, False, None))
     plan = StepPlan(
-        9, Bucket(16, 4), chunks, pack_int32(range(6)), pack_int32([2]), pack_int32([8]), pack_int32([0, 0, 5]), 2.0
+        9,
+        Bucket(16, 4),
+        chunks,
+        pack_int32(range(6)),
+        pack_int32([2]),
+        pack_int32([8]),
+        pack_int32([0, 0, 5]),
+        pack_int32([4, 5]),
+        2.0,
     )
     codec: Codec[object, object] = Codec(SchedulerToWorker)
     assert codec.decode(codec.encode(plan)) == plan

@@ -78,6 +78,7 @@ class FakeWorker:
         return self._read(slot, num_tokens - 1)
 
     def _apply_tables(self, plan: StepPlan) -> None:
+        copied = self._copied_pages(plan)
         starts = {}
         for chunk in plan.chunks:
             if chunk.init is not None:
@@ -87,9 +88,24 @@ class FakeWorker:
         for slot, index, page in zip(triples[::3], triples[1::3], triples[2::3], strict=True):
             assert index not in self._slots[slot].block_table, f"page {index} of slot {slot} was replaced"
             self._slots[slot].block_table[index] = page
-            # A request that starts at a later position than 0 shares the pages before it.
-            if (index + 1) * self.page_size > starts.get(slot, 0):
-                self._pages[page] = [NEVER_WRITTEN] * self.page_size
+            # A request that starts at a later position than 0 shares the pages before it, and of the page that this
+            # position lies in it reads what was copied.
+            num_kept = starts.get(slot, 0) - index * self.page_size
+            if num_kept < self.page_size:
+                kept = copied.pop(page)[:num_kept] if num_kept > 0 else []
+                self._pages[page] = kept + [NEVER_WRITTEN] * (self.page_size - len(kept))
+        assert not copied, "a page was copied and not used"
+
+    def _copied_pages(self, plan: StepPlan) -> dict[int, list[int]]:
+        """What each destination gets. A device copies all of them at once."""
+        pairs = unpack_int32(plan.page_copies)
+        sources, destinations = pairs[::2], pairs[1::2]
+        for source, destination in zip(sources, destinations, strict=True):
+            others = [one for one, into in zip(sources, destinations, strict=True) if into != destination]
+            assert destination not in others, f"page {destination} is written while it is copied"
+            assert source == destination or source not in destinations, f"page {source} is written while it is copied"
+        assert len(set(destinations)) == len(destinations)
+        return {into: list(self._pages[source]) for source, into in zip(sources, destinations, strict=True)}
 
     def _write_chunks(self, plan: StepPlan) -> list[tuple[int, int]]:
         tokens = iter(unpack_int32(plan.chunk_token_ids))

@@ -25,6 +25,7 @@ class PageModel:
         self._known: dict[int, Prefix] = {}
         """Of these: pages that a chunk completed, the first one of each prefix. The cache must find them."""
         self.num_hits = 0
+        self.num_copies = 0
 
     def take_plan(self, plan: StepPlan, worker: FakeWorker, rows: Sequence[Row], owners: dict[int, Submit]) -> None:
         """Checks what the plan shares, then learns what it computed. owners: by slot. Called after its execution."""
@@ -53,7 +54,6 @@ class PageModel:
     ) -> None:
         """What is shared is right."""
         size = self._page_size
-        assert start % size == 0, "only full pages are shared"
         assert self._is_used or start == 0, "the cache is off"
         for index in range(start // size):
             prefix = (salt, context[: (index + 1) * size])
@@ -61,10 +61,11 @@ class PageModel:
                 f"page {index} of slot {slot} holds something else"
             )
         self.num_hits += start // size
+        self.num_copies += start % size > 0
 
     def _check_missed(self, slot: int, start: int, context: tuple[int, ...], salt: str, known: set[Prefix]) -> None:
         """The page after the shared ones was not in the cache, unless it holds the request's last known token."""
-        end = start + self._page_size
+        end = start - start % self._page_size + self._page_size
         if len(context) > end:
             assert (salt, context[:end]) not in known, f"the page before {end} of slot {slot} was not shared"
 

@@ -28,7 +28,7 @@ def crowded(num_waiting: int) -> Scheduler:
         )
     )
     for request_id in range(64):
-        scheduler.add(make_submit(request_id, [1] * 8, 1000))
+        scheduler.add(make_submit(request_id, [request_id] * 8, 1000))
     for request_id in range(64, 64 + num_waiting):
         scheduler.add(make_submit(request_id, [1] * 7800, 1))
     step(scheduler)

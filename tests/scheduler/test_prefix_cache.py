@@ -38,13 +38,21 @@ def serve(harness: Harness, *prompts: list[int], max_tokens: int = 2, **fields: 
     return ids
 
 
+def copies(harness: Harness, request_id: int) -> int:
+    """Pages that were copied for a request."""
+    steps = zip(harness.plans, harness.descriptions, strict=True)
+    plans = [plan for plan, step in steps if any(entry[0] == request_id for entry in step.chunks)]
+    return sum(len(unpack_int32(plan.page_copies)) // 2 for plan in plans)
+
+
 @pytest.mark.parametrize("suffix_len", [0, 1, 3, 4, 5, 9])
-def test_a_second_prompt_computes_its_suffix_and_at_most_one_page(suffix_len: int) -> None:
+def test_a_second_prompt_computes_its_suffix_alone(suffix_len: int) -> None:
     harness = open_harness()
     _, second = serve(harness, SYSTEM, SYSTEM + [7] * suffix_len)
-    # The last token is always computed, so an equal prompt computes its last page again.
-    shared = len(SYSTEM) if suffix_len else len(SYSTEM) - PAGE
+    # The last token is always computed, so an equal prompt copies its last page but for that.
+    shared = len(SYSTEM) if suffix_len else len(SYSTEM) - 1
     assert chunks(harness, second)[0][0] == shared
+    assert copies(harness, second) == (not suffix_len)
     assert computed(harness, second) == len(SYSTEM) + suffix_len - shared
     assert harness.scheduler.counters.prefix_queries == 2 * len(SYSTEM) + suffix_len
     assert harness.scheduler.counters.prefix_hits == shared
@@ -63,11 +71,13 @@ def test_cached_tokens_come_with_the_first_and_the_last_token() -> None:
 
 def test_the_next_turn_of_a_conversation_shares_prompt_and_answer() -> None:
     harness = open_harness()
-    serve(harness, SYSTEM, max_tokens=10)
+    serve(harness, SYSTEM, max_tokens=12)
     history = SYSTEM + harness.clients[0].received
     (second,) = serve(harness, [*history, 1, 2, 3])
-    # 12 + 10 tokens, of which the last one was never computed: five full pages.
-    assert chunks(harness, second)[0][0] == 5 * PAGE
+    # 12 + 12 tokens, of which the last one was never computed, and the one before it not known yet when the request
+    # gave its pages back: five full pages, and two tokens of the sixth.
+    assert chunks(harness, second)[0][0] == 5 * PAGE + 2
+    assert copies(harness, second) == 1
 
 
 def test_prompts_that_differ_in_their_first_token_share_nothing() -> None:
@@ -80,6 +90,66 @@ def test_a_page_is_not_shared_after_a_different_beginning() -> None:
     harness = open_harness()
     _, second = serve(harness, SYSTEM, [*SYSTEM[:4], 0, 0, 0, 0, *SYSTEM[8:], 1])
     assert chunks(harness, second)[0][0] == PAGE
+    assert copies(harness, second) == 0
+
+
+@pytest.mark.parametrize("num_common", range(PAGE))
+def test_of_the_page_where_two_prompts_part_the_beginning_is_copied(num_common: int) -> None:
+    harness = open_harness()
+    _, second = serve(harness, [*SYSTEM, 1, 2, 3, 4, 5], [*SYSTEM, *[1, 2, 3, 4][:num_common], 9, 9, 9])
+    assert chunks(harness, second)[0][0] == len(SYSTEM) + num_common
+    assert copies(harness, second) == (num_common > 0)
+    assert harness.scheduler.counters.prefix_hits == len(SYSTEM) + num_common
+
+
+def test_the_page_that_goes_on_the_longest_is_copied() -> None:
+    harness = open_harness()
+    prompts = [[*SYSTEM, 1, 6, 6, 6, 6], [*SYSTEM, 1, 2, 3, 6, 6], [*SYSTEM, 1, 2, 6, 6, 6]]
+    *_, last = serve(harness, *prompts, [*SYSTEM, 1, 2, 3, 4, 5])
+    assert chunks(harness, last)[0][0] == len(SYSTEM) + 3
+
+
+def test_a_copy_worth_less_than_an_eighth_of_a_page_is_not_made() -> None:
+    harness = Harness(make_limits(num_pages=10, page_size=16, max_model_len=128))
+    prompt = list(range(30))
+    _, less, enough = serve(harness, prompt, [*prompt[:17], 40, 40], [*prompt[:18], 41, 41])
+    assert (chunks(harness, less)[0][0], chunks(harness, enough)[0][0]) == (16, 18)
+
+
+def test_a_page_is_copied_while_its_owner_writes_on() -> None:
+    harness = open_harness()
+    harness.add(make_submit(0, [*SYSTEM, 1, 2], 8))
+    while not harness.clients[0].received:
+        harness.schedule()
+        harness.deliver()
+    harness.schedule()  # a token behind the prompt is being written to that page
+    harness.add(make_submit(1, [*SYSTEM, 1, 2, 3], 8))
+    harness.run()
+    assert chunks(harness, 1) == [(len(SYSTEM) + 2, 1)]
+
+
+def test_a_source_that_is_the_only_free_page_becomes_the_copy() -> None:
+    """The pool has no page to spare: the page that holds the beginning is handed out as the one it is copied to."""
+    harness = open_harness(num_pages=4)
+    _, second = serve(harness, [*SYSTEM, 1, 2], [*SYSTEM, 1, 7], max_tokens=2)
+    assert chunks(harness, second) == [(len(SYSTEM) + 1, 1)]
+    (pairs,) = [unpack_int32(plan.page_copies) for plan in harness.plans if plan.page_copies]
+    assert pairs[0] == pairs[1]
+
+
+def test_a_source_is_not_handed_out_in_the_plan_that_copies_it() -> None:
+    """Two prompts copy a page each, and the least recently used page is what the first of them copies: nobody holds it,
+    but as the page that the second copies to it would be written while it is read."""
+    harness = open_harness(num_pages=9, max_chunks=4)
+    other = [40 + number for number in range(8)] + [30] * 4
+    serve(harness, [*SYSTEM, 1, 2], [*other, 1, 2], max_tokens=1)
+    harness.add(make_submit(2, [*SYSTEM, 1, 7], 1))
+    harness.add(make_submit(3, [*other, 1, 7], 1))
+    harness.schedule()
+    assert [entry[0] for entry in harness.descriptions[-1].chunks] == [2], "the other waits for a page"
+    harness.check_page_owners()
+    harness.run()
+    assert [copies(harness, number) for number in (2, 3)] == [1, 1]
 
 
 def test_two_tenants_never_share() -> None:
@@ -120,7 +190,7 @@ def test_samples_of_one_prompt_compute_it_once(num_samples: int) -> None:
         harness.add(make_submit(number, prompt, 6, sampler=SamplerParams(temperature=1.0, seed=number)))
     harness.run()
     assert computed(harness, 0) == len(prompt)
-    assert [computed(harness, number) for number in range(1, num_samples)] == [2] * (num_samples - 1)
+    assert [computed(harness, number) for number in range(1, num_samples)] == [1] * (num_samples - 1)
     inits = {chunk.init.sampler.seed for plan in harness.plans for chunk in plan.chunks if chunk.init is not None}
     assert inits == set(range(num_samples))
 
@@ -144,7 +214,7 @@ def test_when_the_prompt_that_was_waited_for_is_cancelled_the_next_goes_on() -> 
     harness.cancel(0)
     harness.run()
     assert chunks(harness, 1)[0] == (8, 8)
-    assert computed(harness, 2) == PAGE
+    assert computed(harness, 2) == 1
 
 
 def test_the_least_recently_used_pages_go_first_and_leaves_before_their_parents() -> None:
@@ -152,8 +222,8 @@ def test_the_least_recently_used_pages_go_first_and_leaves_before_their_parents(
     first, second = [1] * 12, [2] * 12
     serve(harness, first, second, max_tokens=1)
     assert harness.scheduler.pages_cached == 6
-    serve(harness, [*first, 1], max_tokens=1)  # uses the first again
-    serve(harness, [3] * 20, max_tokens=1)  # takes the empty pages, then two of the second prompt's
+    serve(harness, [*first, 1], max_tokens=1)  # uses the first again, and keeps the page its last token is in
+    serve(harness, [3] * 16, max_tokens=1)  # takes the empty pages, then two of the second prompt's
     (again,) = serve(harness, [*second, 1], max_tokens=1)
     assert chunks(harness, again)[0][0] == PAGE, "its first page outlives the ones after it"
 

@@ -32,6 +32,7 @@ def test_nothing_of_an_earlier_step_is_left_where_the_device_reads(garbage: int)
         pack_int32([0, 1]),
         pack_int32([30, 3]),
         pack_int32([2, 0, 55, 0, 1, 56]),
+        pack_int32([54, 55]),
         0.0,
     )
     fields, num_words, lengths = pack(plan, garbage)
@@ -45,6 +46,7 @@ def test_nothing_of_an_earlier_step_is_left_where_the_device_reads(garbage: int)
     assert fields["chunk_token_ids"] == [10, 11, 12, 13, 14, 15, 16, 0]
     assert fields["decode_slots"] == [0, 1, 9, 9]
     assert fields["decode_positions"] == [30, 3, 0, 0]
+    assert fields["page_copies"][:2] == [54, 55]
     assert fields["new_pages"][:6] == [2, 0, 55, 0, 1, 56]
     assert num_words == sum(len(view) for name, view in fields.items() if name != "new_pages") + 6
     assert lengths.chunk_starts.tolist() == [0, 5, 7, 7]  # type: ignore[attr-defined]  # RegionLengths
@@ -55,7 +57,9 @@ def test_nothing_of_an_earlier_step_is_left_where_the_device_reads(garbage: int)
 def test_a_decode_bucket_has_no_chunks_and_a_page_for_every_row() -> None:
     positions = [63, 127, 191, 255]
     triples = [number for slot in range(4) for number in (slot, slot + 1, 90 + slot)]
-    plan = StepPlan(1, Bucket(0, 4), (), b"", pack_int32(range(4)), pack_int32(positions), pack_int32(triples), 0.0)
+    plan = StepPlan(
+        1, Bucket(0, 4), (), b"", pack_int32(range(4)), pack_int32(positions), pack_int32(triples), b"", 0.0
+    )
     fields, _, lengths = pack(plan, garbage=-1)
     assert fields["chunk_starts"] == [0]
     assert fields["chunk_slots"] == fields["slot_params"] == fields["chunk_token_ids"] == []
@@ -66,6 +70,6 @@ def test_a_decode_bucket_has_no_chunks_and_a_page_for_every_row() -> None:
 def test_every_chunk_may_bring_a_whole_block_table() -> None:
     triples = [number for slot in range(3) for index in range(4) for number in (slot, index, 4 * slot + index)]
     chunks = tuple(Chunk(slot, 0, 2, False, INIT) for slot in range(3))
-    plan = StepPlan(1, BUCKET, chunks, pack_int32([1] * 6), b"", b"", pack_int32(triples), 0.0)
+    plan = StepPlan(1, BUCKET, chunks, pack_int32([1] * 6), b"", b"", pack_int32(triples), b"", 0.0)
     fields, _, _ = pack(plan, garbage=-1)
     assert fields["new_pages"][: len(triples)] == triples
