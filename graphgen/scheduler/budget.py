@@ -16,13 +16,17 @@ fast computes prompts at the best rate the target allows:
 - Without decodes a target binds nothing: nobody waits for a next token.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from operator import attrgetter
 
 from msgspec import Struct
 
 from graphgen.ipc.messages import Bucket
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.cost_model import CostModel, prompt_pairs
+
+_num_rows = attrgetter("num_rows")  # of a bucket
 
 _Prompt = tuple[int, int]
 """Tokens of a prompt that are computed, and those that are missing."""
@@ -46,25 +50,26 @@ class StepBudget:
         self._buckets = buckets
         self._steps_in_flight = steps_in_flight
         self._model = model
-        # Taken once: corrections scale all buckets alike, but for noise.
-        most = model.saturation_rows(buckets.all_mixed)
-        self._up_to_saturation = [
-            buckets.mixed(num_decodes) if most is None else _up_to(buckets.mixed(num_decodes), most)
-            for num_decodes in range(buckets.max_decode_rows + 1)
-        ]  # by decodes
+        self._most_rows = model.saturation_rows(buckets.all_mixed)  # None: not known
+
+    def review(self) -> None:
+        """Finds the saturation point anew, from the times as the steps since have corrected them: what a start measures
+        of the largest steps, on a device that is not yet at its power limit, can be a tenth too short."""
+        if self._most_rows is not None:
+            self._most_rows = self._model.saturation_rows(self._buckets.all_mixed, self._most_rows)
 
     def choose(self, load: StepLoad) -> Bucket | None:
         """The largest bucket the step may use; None where the decodes leave no room for prompts."""
         if load.itl_target_ms is not None and load.num_decodes:
             candidates = _that_hold(self._buckets.mixed(load.num_decodes), load.pending_tokens)
             return self._within_target(candidates, load, load.itl_target_ms) if candidates else None
-        efficient = self._up_to_saturation[load.num_decodes]
+        efficient = self._efficient(load.num_decodes)
         candidates = self._buckets.mixed(load.num_decodes) if load.is_late else efficient
         return _that_hold(candidates, load.pending_tokens)[-1] if candidates else None
 
     def saturated(self, num_decodes: int) -> Bucket | None:
         """The largest bucket that `choose` gives without any target."""
-        candidates = self._up_to_saturation[num_decodes]
+        candidates = self._efficient(num_decodes)
         return candidates[-1] if candidates else None
 
     def prompt_ms(self, num_decodes: int, decode_positions: int, num_tokens: int) -> float | None:
@@ -87,6 +92,13 @@ class StepBudget:
         smallest = self._buckets.smallest(-(-total // num_steps), num_decodes)
         return max(0, min(missing, min(smallest.prefill_rows, room) - used))
 
+    def _efficient(self, num_decodes: int) -> tuple[Bucket, ...]:
+        """The mixed buckets up to the saturation point, at least the first; fewest rows first."""
+        candidates = self._buckets.mixed(num_decodes)
+        if self._most_rows is None:
+            return candidates
+        return candidates[: max(1, bisect_right(candidates, self._most_rows, key=_num_rows))]
+
     def _within_target(self, candidates: tuple[Bucket, ...], load: StepLoad, target_ms: float) -> Bucket:
         """The largest candidate that is fast enough, else the smallest.
 
@@ -107,11 +119,6 @@ class StepBudget:
             return bound_ms
         smaller_ms = self._bound_ms(candidates, index - 1, load)
         return None if smaller_ms is None else smaller_ms * bucket.num_rows / candidates[index - 1].num_rows
-
-
-def _up_to(candidates: tuple[Bucket, ...], num_rows: int) -> tuple[Bucket, ...]:
-    """Those of at most `num_rows` rows, at least the first."""
-    return tuple(bucket for bucket in candidates if bucket.num_rows <= num_rows) or candidates[:1]
 
 
 def _that_hold(candidates: tuple[Bucket, ...], num_tokens: int) -> tuple[Bucket, ...]:

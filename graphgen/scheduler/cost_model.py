@@ -15,7 +15,7 @@ factor makes up for what the table has wrong of one bucket, and is learned in th
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from graphgen.ipc.messages import Bucket, StepTimeTable
 
@@ -51,6 +51,10 @@ SATURATION_SHARE = 0.93
 """A bucket is saturated when it computes at least this share of the best rows per second. With an 8B model on an H200
 and steps of at most 1024 rows, 256, 384 and 512 rows compute 0.77, 0.88 to 0.91 and 0.98 of the best: the share lies
 between two, so that noise seldom decides."""
+
+
+SATURATION_NOISE = 0.02
+"""By how much a rate must lie on the other side of that share for the saturation point to move."""
 
 
 def prompt_pairs(start: int, length: int) -> int:
@@ -105,21 +109,37 @@ class CostModel:
         weight = max(_FACTOR_WEIGHT, 1.0 / (_TABLE_STEPS + self._num_corrections[bucket]))
         self._factors[bucket] = _scaled(self._factors[bucket], weight * surprise)
 
-    def saturation_rows(self, buckets: Iterable[Bucket]) -> int | None:
+    def saturation_rows(self, buckets: Iterable[Bucket], current: int | None = None) -> int | None:
         """Rows of the smallest mixed bucket that computes SATURATION_SHARE of the best rows per second.
 
-        None while a bucket with prefill rows has no time: a choice among some of them would not be one.
+        It stays the `current` one, that of an earlier call, until another is better by more than noise. None while a
+        bucket with prefill rows has no time: a choice among some of them would not be one.
         """
-        rates = {}
-        for bucket in buckets:
-            if bucket.prefill_rows:
-                if bucket not in self._times:
-                    return None
-                rates[bucket] = bucket.num_rows / (self._times[bucket] * self._factors[bucket])
-        if not rates:
+        mixed = [bucket for bucket in buckets if bucket.prefill_rows]
+        if not mixed or not all(bucket in self._times for bucket in mixed):
             return None
+        of_size = self._factors_of_size(mixed)
+        rates: dict[int, float] = {}  # the best of each number of rows
+        for bucket in mixed:
+            factor = self._factors[bucket] if self._num_corrections[bucket] else of_size[bucket.num_rows]
+            rate = bucket.num_rows / (self._times[bucket] * factor)
+            rates[bucket.num_rows] = max(rate, rates.get(bucket.num_rows, 0.0))
         enough = SATURATION_SHARE * max(rates.values())
-        return min(bucket.num_rows for bucket, rate in rates.items() if rate >= enough)
+        if current is not None and rates.get(current, 0.0) >= enough * (1.0 - SATURATION_NOISE):
+            clearly = enough * (1.0 + SATURATION_NOISE)
+            return min((rows for rows, rate in rates.items() if rows < current and rate >= clearly), default=current)
+        return min(rows for rows, rate in rates.items() if rate >= enough)
+
+    def _factors_of_size(self, buckets: Sequence[Bucket]) -> dict[int, float]:
+        """By number of rows, what the steps that ran say of the table: the mean of their buckets' factors, 1 where none
+        ran. It stands for the buckets that have not run: at the same size, a table is wrong about all alike."""
+        sums: dict[int, float] = {}
+        counts: dict[int, int] = {}
+        for bucket in buckets:
+            rows, count = bucket.num_rows, self._num_corrections[bucket]
+            sums[rows] = sums.get(rows, 0.0) + count * self._factors[bucket]
+            counts[rows] = counts.get(rows, 0) + count
+        return {rows: sums[rows] / counts[rows] if counts[rows] else 1.0 for rows in counts}
 
     def _correction(self, bucket: Bucket) -> float:
         return self._paces[bucket.prefill_rows > 0] * self._factors[bucket]

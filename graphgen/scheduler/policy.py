@@ -47,6 +47,9 @@ from graphgen.scheduler.waiting import WaitingQueue
 PAGES_READY = 64
 """Pages that are made empty ahead of need: more than one plan takes, as a rule."""
 
+REVIEW_STEPS = 16
+"""Plans from one look at the saturation point to the next."""
+
 LONG_PROMPT_STEPS = 8
 """A prompt that misses more tokens than this many steps of the full budget compute is long."""
 
@@ -77,7 +80,7 @@ class Scheduler:
         self._running = RunningSet(limits.max_running, limits.page_size)
         self._in_flight = StepsInFlight()
         self._deadlines = Deadlines()
-        budget = StepBudget(self._buckets, self._model, limits.steps_in_flight)
+        self._budget = budget = StepBudget(self._buckets, self._model, limits.steps_in_flight)
         self._admission = Admission(limits, self._cache, self._running, long_prompt_len)
         self._guard = OverloadGuard(limits, self._buckets, budget, self._model, self._running, self._waiting)
         self._prompts = PromptPlanner(
@@ -183,6 +186,8 @@ class Scheduler:
         """
         self._book()
         self._pages.make_empty(min(PAGES_READY, self._pages.num_pages // 64))
+        if self.counters.steps % REVIEW_STEPS == 0:
+            self._budget.review()
         for running in self._grown:
             # Its newest page is empty; of the one before, with two steps in flight, all tokens have just arrived.
             running.request.chain.prepare(len(running.pages) - 1)

@@ -58,11 +58,15 @@ FAR_PROMPT_START = 4096
 NEAR_SHARE = 4
 """The second context that shows what a decode position costs is this part of the first."""
 
-HEATING_MS = 300.0
+HEATING_MS = 1000.0
 """Of the widest steps before the first that counts. A device that has idled runs faster than its power limit will let
-it run under load; timed from there, narrow steps first, those in the middle came out up to a tenth too short."""
+it run under load: on an H200 a step of 768 rows takes 17 ms at first, 19 after a tenth of a second, and 20 later."""
 
-MOST_HEATING_STEPS = 100
+MOST_HEATING_STEPS = 300
+
+REHEATING_STEPS = 2
+"""Of the widest ones before each round. The narrow steps at a round's end draw less power; without these, steps of 1024
+rows at the next one's beginning came out a seventh too short."""
 
 SLOPE_BUCKETS = 3
 """Buckets that show what a decode position costs."""
@@ -122,10 +126,15 @@ class StepTimer:
         return times[depth.settling :]
 
     def times_in_rounds_ms(self, buckets: Sequence[Bucket], places: Places, depth: Depth) -> dict[Bucket, list[float]]:
-        """As `times_ms` of each bucket, but that a round goes through all of them; `enough_ms` is not looked at."""
-        plans = [self._full_step(bucket, places) for bucket in buckets]
+        """As `times_ms` of each bucket, but that a round goes through all of them, in their order and after
+        REHEATING_STEPS of the first; `enough_ms` is not looked at."""
+        heating = [buckets[0]] * REHEATING_STEPS
+        plans = [self._full_step(bucket, places) for bucket in (*heating, *buckets)]
         times = list(self._run(plan for _ in range(depth.settling + depth.repeats) for plan in plans))
-        return {bucket: times[index :: len(buckets)][depth.settling :] for index, bucket in enumerate(buckets)}
+        return {
+            bucket: times[REHEATING_STEPS + index :: len(plans)][depth.settling :]
+            for index, bucket in enumerate(buckets)
+        }
 
     def _run(self, plans: Iterable[StepPlan]) -> Iterator[float]:
         """What each step took; later ones are in flight when it ends."""
@@ -202,7 +211,14 @@ def measure_step_times(
         widest_first = sorted(buckets, key=lambda bucket: (-bucket.prefill_rows, -bucket.decode_rows))
         timer.times_ms(widest_first[0], places, Depth(settling=0, repeats=MOST_HEATING_STEPS, enough_ms=HEATING_MS))
         if depth.in_rounds:
-            repeats = timer.times_in_rounds_ms(widest_first, places, depth)
+            # Steps with prompts, which may draw all the power there is, not after others.
+            mixed = [bucket for bucket in widest_first if bucket.prefill_rows]
+            decode_only = [bucket for bucket in widest_first if not bucket.prefill_rows]
+            repeats = {
+                bucket: times
+                for kind in (mixed, decode_only)
+                for bucket, times in timer.times_in_rounds_ms(kind, places, depth).items()
+            }
         else:
             repeats = {}
             for done, bucket in enumerate(widest_first):
