@@ -13,9 +13,10 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median_low
+from typing import TypeVar
 
 import msgspec
 import torch
@@ -45,6 +46,8 @@ from graphgen.step_times_store import (
 )
 from graphgen.worker.runner import LaunchedStep, ModelRunner, Report
 
+_Case = TypeVar("_Case", bound=Hashable)
+
 STEPS_IN_FLIGHT = 2
 """As when serving: the next step waits on the device when one ends."""
 
@@ -58,15 +61,11 @@ FAR_PROMPT_START = 4096
 NEAR_SHARE = 4
 """The second context that shows what a decode position costs is this part of the first."""
 
-HEATING_MS = 1000.0
+HEATING_MS = 500.0
 """Of the widest steps before the first that counts. A device that has idled runs faster than its power limit will let
 it run under load: on an H200 a step of 768 rows takes 17 ms at first, 19 after a tenth of a second, and 20 later."""
 
-MOST_HEATING_STEPS = 300
-
-REHEATING_STEPS = 2
-"""Of the widest ones before each round. The narrow steps at a round's end draw less power; without these, steps of 1024
-rows at the next one's beginning came out a seventh too short."""
+MOST_HEATING_STEPS = 100
 
 SLOPE_BUCKETS = 3
 """Buckets that show what a decode position costs."""
@@ -77,14 +76,15 @@ class Depth(Struct, frozen=True):
 
     settling: int
     repeats: int
-    enough_ms: float = math.inf  # no further step once those of a bucket have taken so long
-    in_rounds: bool = False  # a step of every bucket, then the next of every bucket
+    enough_ms: float = math.inf  # no further step of a bucket once those in a row have taken so long
+    passes: int = 1  # through the buckets with prompts, each in the opposite order of the one before
 
 
-QUICK = Depth(settling=1, repeats=5, in_rounds=True)
-"""At a start. The first replay of a graph is slower than all that follow. In rounds, because a GPU at its power limit
-swings for tens of milliseconds: steps in a row would share one swing, and one bucket came out a tenth too short.
-"""
+QUICK = Depth(settling=1, repeats=20, enough_ms=30.0, passes=2)
+"""At a start. The first replay of a graph is slower than all that follow. Several steps in a row, because what one
+takes depends on the power that those before it drew; and two passes, because a GPU at its power limit swings for tens
+of milliseconds: on an H100 nine of ten steps with prompts then lie within 3.5 % of a thorough timing, the furthest 5 %
+off, where one pass had one 10 % off and rounds of single steps put those of 512 rows 8 % too low."""
 
 FULL = Depth(settling=2, repeats=20, enough_ms=500.0)
 """When asked. Of long steps, fewer are enough: on a CPU all of them would take a minute."""
@@ -124,17 +124,6 @@ class StepTimer:
         for milliseconds in self._run(plans()):
             times.append(milliseconds)
         return times[depth.settling :]
-
-    def times_in_rounds_ms(self, buckets: Sequence[Bucket], places: Places, depth: Depth) -> dict[Bucket, list[float]]:
-        """As `times_ms` of each bucket, but that a round goes through all of them, in their order and after
-        REHEATING_STEPS of the first; `enough_ms` is not looked at."""
-        heating = [buckets[0]] * REHEATING_STEPS
-        plans = [self._full_step(bucket, places) for bucket in (*heating, *buckets)]
-        times = list(self._run(plan for _ in range(depth.settling + depth.repeats) for plan in plans))
-        return {
-            bucket: times[REHEATING_STEPS + index :: len(plans)][depth.settling :]
-            for index, bucket in enumerate(buckets)
-        }
 
     def _run(self, plans: Iterable[StepPlan]) -> Iterator[float]:
         """What each step took; later ones are in flight when it ends."""
@@ -209,25 +198,22 @@ def measure_step_times(
     far = Places(places.decode_context, min(FAR_PROMPT_START, room))
     with open_timer(runner, config, far) as timer:
         widest_first = sorted(buckets, key=lambda bucket: (-bucket.prefill_rows, -bucket.decode_rows))
+        mixed = [bucket for bucket in widest_first if bucket.prefill_rows]
+        decode_only = [bucket for bucket in widest_first if not bucket.prefill_rows]
         timer.times_ms(widest_first[0], places, Depth(settling=0, repeats=MOST_HEATING_STEPS, enough_ms=HEATING_MS))
-        if depth.in_rounds:
-            # Steps with prompts, which may draw all the power there is, not after others.
-            mixed = [bucket for bucket in widest_first if bucket.prefill_rows]
-            decode_only = [bucket for bucket in widest_first if not bucket.prefill_rows]
-            repeats = {
-                bucket: times
-                for kind in (mixed, decode_only)
-                for bucket, times in timer.times_in_rounds_ms(kind, places, depth).items()
-            }
-        else:
-            repeats = {}
-            for done, bucket in enumerate(widest_first):
-                progress(done, len(buckets))
-                repeats[bucket] = timer.times_ms(bucket, places, depth)
-        times = {bucket: median_low(repeats[bucket]) for bucket in buckets}
+        num_done, num_timed = 0, depth.passes * len(mixed) + len(decode_only)
+
+        def timed(bucket: Bucket) -> list[float]:
+            nonlocal num_done
+            progress(num_done, num_timed)
+            num_done += 1
+            return timer.times_ms(bucket, places, depth)
+
+        # What steps without prompts take depends on the memory, hardly on the power.
+        times = _medians(mixed, timed, depth.passes) | _medians(decode_only, timed, 1)
         per_position = _decode_slope(timer, buckets, places, times, depth)
         per_pair = _prompt_slope(timer, buckets, far, depth)
-        progress(len(buckets), len(buckets))
+        progress(num_timed, num_timed)
     return StepTimeTable(
         times=tuple(BucketTime(bucket, times[bucket]) for bucket in buckets),
         decode_context=places.decode_context,
@@ -253,6 +239,15 @@ def with_step_times(ready: WorkerReady, runner: ModelRunner, config: LaunchConfi
     # Also a quick one is kept: the next start saves the time, and steps that run correct it.
     save_step_times(os.environ, key, table, THOROUGH_SOURCE if depth is FULL else QUICK_SOURCE)
     return msgspec.structs.replace(ready, step_times=table, phases=(*ready.phases, phase))
+
+
+def _medians(cases: Sequence[_Case], timed: Callable[[_Case], list[float]], passes: int) -> dict[_Case, float]:
+    """The lower median of what each case took in all passes."""
+    times: dict[_Case, list[float]] = {case: [] for case in cases}
+    for number in range(passes):
+        for case in cases if number % 2 == 0 else reversed(cases):
+            times[case] += timed(case)
+    return {case: median_low(times[case]) for case in cases}
 
 
 # --- slopes ----------------------------------------------------------------------------------------------------
@@ -283,8 +278,8 @@ def _prompt_slope(timer: StepTimer, buckets: Sequence[Bucket], far: Places, dept
     pairs = timer.chunk_length(bucket, far.prompt_start) * far.prompt_start
     if not pairs:
         return 0.0
-    near_ms, far_ms = (median_low(timer.times_ms(bucket, places, depth)) for places in (near, far))
-    return max(0.0, (far_ms - near_ms) / pairs)
+    times = _medians([near, far], lambda places: timer.times_ms(bucket, places, depth), depth.passes)
+    return max(0.0, (times[far] - times[near]) / pairs)
 
 
 # --- pages -----------------------------------------------------------------------------------------------------

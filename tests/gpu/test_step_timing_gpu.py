@@ -40,7 +40,7 @@ def test_a_quick_table_is_near_a_thorough_one(tmp_path: Path, monkeypatch: pytes
     assert thorough is not None
     assert stored == thorough
     assert stored_s == 0.0
-    assert quick_s < 5.0
+    assert quick_s < 8.0
     ratios = {
         one.bucket: one.milliseconds / other.milliseconds - 1.0
         for one, other in zip(quick.times, thorough.times, strict=True)
