@@ -80,7 +80,7 @@ class Depth(Struct, frozen=True):
     passes: int = 1  # through the buckets with prompts, each in the opposite order of the one before
 
 
-QUICK = Depth(settling=1, repeats=20, enough_ms=30.0, passes=2)
+QUICK = Depth(settling=1, repeats=6, enough_ms=30.0, passes=2)
 """At a start. The first replay of a graph is slower than all that follow. Several steps in a row, because what one
 takes depends on the power that those before it drew; and two passes, because a GPU at its power limit swings for tens
 of milliseconds: on an H100 nine of ten steps with prompts then lie within 3.5 % of a thorough timing, the furthest 5 %

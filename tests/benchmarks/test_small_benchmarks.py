@@ -21,7 +21,7 @@ from graphgen.ipc.messages import Phase
 from graphgen.models.decoder import Decoder
 from graphgen.models.families import load_spec
 
-SCRIPTS = ("attention", "latency", "linear", "protocol", "scheduler", "simulate", "startup", "steps")
+SCRIPTS = ("attention", "latency", "linear", "prefix", "protocol", "scheduler", "simulate", "startup", "steps")
 
 Document = dict[str, Any]  # Any: JSON
 
@@ -67,6 +67,18 @@ def test_help_says_the_question_and_the_command(
     assert f"python -m benchmarks.{name}" in said
     assert "?" in said
     assert "--json" in said
+
+
+def test_prefix_computes_what_is_new_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arguments = ("--shared", "100", "--own", "20", "--pairs", "2", "--samples", "3", "--max-model-len", "512")
+    rows = {row["case"]: row for row in run_script(monkeypatch, tmp_path, "prefix", *arguments)["rows"]}
+    first, begins, turn, salted, samples = rows.values()
+    assert [row["prompt"] for row in rows.values()] == [120, 120, 180, 120, 120]
+    # Of the answer's last two tokens one is never computed, and the other not known when the request ends.
+    assert [row["cached p50"] for row in (first, begins, turn, salted)] == [0, 100, 158, 0]
+    assert samples["cached p50"] == 119
+    assert (first["equal"], salted["equal"], samples["equal"], begins["equal"]) == ("2 of 2", "2 of 2", "6 of 6", "-")
+    assert 0 < begins["TTFT p50 ms"] <= begins["TTFT max ms"]
 
 
 @pytest.mark.parametrize("name", ["steps", "latency"])
