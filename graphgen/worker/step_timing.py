@@ -61,12 +61,6 @@ FAR_PROMPT_START = 4096
 NEAR_SHARE = 4
 """The second context that shows what a decode position costs is this part of the first."""
 
-HEATING_MS = 500.0
-"""Of the widest steps before the first that counts. A device that has idled runs faster than its power limit will let
-it run under load: on an H200 a step of 768 rows takes 17 ms at first, 19 after a tenth of a second, and 20 later."""
-
-MOST_HEATING_STEPS = 100
-
 SLOPE_BUCKETS = 3
 """Buckets that show what a decode position costs."""
 
@@ -85,6 +79,14 @@ QUICK = Depth(settling=1, repeats=6, enough_ms=30.0, passes=2)
 takes depends on the power that those before it drew; and two passes, because a GPU at its power limit swings for tens
 of milliseconds: on an H100 nine of ten steps with prompts then lie within 3.5 % of a thorough timing, the furthest 5 %
 off, where one pass had one 10 % off and rounds of single steps put those of 512 rows 8 % too low."""
+
+HEATING = Depth(settling=0, repeats=100, enough_ms=500.0)
+"""Of the widest steps before those that count. A device that has idled runs faster than its power limit will let it
+run under load: on an H200 a step of 768 rows takes 17 ms at first, 19 after a tenth of a second, and 20 later."""
+
+PAIR_SLOPE = Depth(settling=1, repeats=2, passes=4)
+"""Of a chunk at either of two starts. Their difference is a tenth of the step, so both must run at the same clock: they
+take turns."""
 
 FULL = Depth(settling=2, repeats=20, enough_ms=500.0)
 """When asked. Of long steps, fewer are enough: on a CPU all of them would take a minute."""
@@ -200,7 +202,7 @@ def measure_step_times(
         widest_first = sorted(buckets, key=lambda bucket: (-bucket.prefill_rows, -bucket.decode_rows))
         mixed = [bucket for bucket in widest_first if bucket.prefill_rows]
         decode_only = [bucket for bucket in widest_first if not bucket.prefill_rows]
-        timer.times_ms(widest_first[0], places, Depth(settling=0, repeats=MOST_HEATING_STEPS, enough_ms=HEATING_MS))
+        timer.times_ms(widest_first[0], places, HEATING)
         num_done, num_timed = 0, depth.passes * len(mixed) + len(decode_only)
 
         def timed(bucket: Bucket) -> list[float]:
@@ -212,7 +214,7 @@ def measure_step_times(
         # What steps without prompts take depends on the memory, hardly on the power.
         times = _medians(mixed, timed, depth.passes) | _medians(decode_only, timed, 1)
         per_position = _decode_slope(timer, buckets, places, times, depth)
-        per_pair = _prompt_slope(timer, buckets, far, depth)
+        per_pair = _prompt_slope(timer, widest_first[0], far)
         progress(num_timed, num_timed)
     return StepTimeTable(
         times=tuple(BucketTime(bucket, times[bucket]) for bucket in buckets),
@@ -270,15 +272,15 @@ def _decode_slope(
     return max(0.0, median_low(slopes))
 
 
-def _prompt_slope(timer: StepTimer, buckets: Sequence[Bucket], far: Places, depth: Depth) -> float:
+def _prompt_slope(timer: StepTimer, bucket: Bucket, far: Places) -> float:
     """Milliseconds of each further (row, position) pair: the widest chunk at two starts; 0 where there is one only."""
-    bucket = max(buckets, key=lambda bucket: (bucket.prefill_rows, -bucket.decode_rows))
     near = Places(far.decode_context, 0)
     # Both chunks have equally many rows, each of which sees as many positions more as the starts are apart.
     pairs = timer.chunk_length(bucket, far.prompt_start) * far.prompt_start
     if not pairs:
         return 0.0
-    times = _medians([near, far], lambda places: timer.times_ms(bucket, places, depth), depth.passes)
+    timer.times_ms(bucket, near, HEATING)
+    times = _medians([near, far], lambda places: timer.times_ms(bucket, places, PAIR_SLOPE), PAIR_SLOPE.passes)
     return max(0.0, (times[far] - times[near]) / pairs)
 
 

@@ -206,7 +206,7 @@ def test_the_first_steps_of_a_device_that_has_idled_do_not_count() -> None:
 
     def fast_while_cool(plan: StepPlan) -> float:
         nonlocal spent_ms
-        milliseconds = 10 * step_ms(plan) * (0.8 if spent_ms < 0.9 * step_timing.HEATING_MS else 1.0)
+        milliseconds = 10 * step_ms(plan) * (0.8 if spent_ms < 0.9 * step_timing.HEATING.enough_ms else 1.0)
         spent_ms += milliseconds
         return milliseconds
 
@@ -252,8 +252,9 @@ def test_measured_times_are_stored_and_thorough_ones_replace_quick_ones(
     kept, num_steps = start(with_graphs, "auto")
     assert (kept.step_times, num_steps) == (quick.step_times, 0)
     measured, num_measured = start(with_graphs, "measure")
-    heating = step_timing.MOST_HEATING_STEPS
-    assert num_measured - heating > 2 * (num_quick - heating) > 0
+    slope = step_timing.PAIR_SLOPE
+    in_both = 2 * step_timing.HEATING.repeats + 2 * slope.passes * (slope.settling + slope.repeats)
+    assert num_measured - in_both > 2 * (num_quick - in_both) > 0
     stored, num_steps = start(with_graphs, "auto")
     assert (stored.step_times, num_steps) == (measured.step_times, 0)
     assert start(msgspec.structs.replace(with_graphs, buckets=BUCKETS[1:]), "auto")[1] > 0
