@@ -5,8 +5,8 @@
 Each case is served alone, --pairs times, with prompts that nothing before had: the first prompt of a pair, a second one
 that begins with the same --shared tokens (a system prompt), the conversation's next turn (the first prompt, its answer
 and --own tokens more), the first prompt once more under another salt, and --samples of one prompt at once. *Cached* are
-the prompt's tokens that were not computed; *equal* says how many outputs were token for token those of the first prompt
-where they must be.
+the prompt's tokens that were not computed. *Equal* says how many outputs of an equal prompt were token for token those
+of the first; with random weights, whose logits are flat, even a sum in another order draws another token.
 """
 
 import random
