@@ -52,7 +52,6 @@ SATURATION_SHARE = 0.93
 and steps of at most 1024 rows, 256, 384 and 512 rows compute 0.77, 0.88 to 0.91 and 0.98 of the best: the share lies
 between two, so that noise seldom decides."""
 
-
 SATURATION_NOISE = 0.02
 """By how much a rate must lie on the other side of that share for the saturation point to move."""
 
