@@ -10,7 +10,7 @@ All of them count from the moment the request was sent.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from msgspec import Struct
@@ -135,3 +135,9 @@ def _times_per_output_token(requests: Sequence[ServedRequest]) -> Iterator[float
 
 def _per_s(count: int, duration_s: float) -> float:
     return count / duration_s if duration_s > 0.0 else 0.0
+
+
+def what_is_asked(row: Mapping[str, object]) -> str:
+    """What the requests of a row of figures ask for, to stand behind their workload; empty if nothing."""
+    target_ms = row.get("itl_target_ms")
+    return f", {target_ms:g} ms asked" if isinstance(target_ms, int | float) else ""

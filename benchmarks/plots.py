@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from benchmarks.metrics import what_is_asked
 from benchmarks.step_log import Step
 
 Row = Mapping[str, Any]
@@ -68,7 +69,7 @@ def throughput_curves(rows: Sequence[Row]) -> list[Curve]:
     for key, other in (("clients", "token_budget"), ("token_budget", "clients")):
         groups: dict[tuple[str, int], list[Row]] = defaultdict(list)
         for row in closed:
-            groups[f"{row['prompt_mean']}/{row['output_mean']}{_asked(row)}", row[other]].append(row)
+            groups[f"{row['prompt_mean']}/{row['output_mean']}{what_is_asked(row)}", row[other]].append(row)
         curves = [
             Curve(
                 f"{lengths}, {f'budget {value}' if other == 'token_budget' else _clients(value)}",
@@ -81,11 +82,6 @@ def throughput_curves(rows: Sequence[Row]) -> list[Curve]:
         if curves:
             return curves
     return []
-
-
-def _asked(row: Row) -> str:
-    target_ms = row.get("itl_target_ms")
-    return "" if target_ms is None else f", {target_ms:g} ms asked"
 
 
 def _clients(count: int) -> str:
@@ -109,7 +105,7 @@ def _draw_percentiles(axes: Axes, rows: Sequence[Row]) -> None:
             color=COLOURS[index % len(COLOURS)],
             linestyle=("-", "--", ":")[index // len(COLOURS) % 3],
             marker=".",
-            label=row["workload"] + _asked(row) + (f", budget {row['token_budget']}" if budgets else ""),
+            label=row["workload"] + what_is_asked(row) + (f", budget {row['token_budget']}" if budgets else ""),
         )
     ticks = [tick for tick in (50, 75, 90, 95, 99, 99.9, 99.99) if tick <= last]
     axes.set_xticks([_tail_place(tick) for tick in ticks], [f"{tick:g}" for tick in ticks])

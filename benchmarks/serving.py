@@ -23,7 +23,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from benchmarks.metrics import Figures, ServedRequest, ServiceLevel, summarize
+from benchmarks.metrics import Figures, ServedRequest, ServiceLevel, summarize, what_is_asked
 from benchmarks.options import add_engine_options, engine_settings, make_parser
 from benchmarks.report import machine, show, write_json
 from benchmarks.step_log import StepLogReader, summarize_steps
@@ -222,7 +222,7 @@ async def _warm_up(core: EngineCore) -> None:
 def table_row(row: Figures, levels: Sequence[ServiceLevel]) -> dict[str, str]:
     """The figures that fit on a screen. Latencies in ms; under SLA the requests a second that met it."""
     return {
-        "workload": _asked(row),
+        "workload": f"{row['workload']}{what_is_asked(row)}",
         "budget": str(row["token_budget"]),
         "req/s": _number(row["request_throughput"], 2),
         "out tok/s": _number(row["output_throughput"], 0),
@@ -236,12 +236,6 @@ def table_row(row: Figures, levels: Sequence[ServiceLevel]) -> dict[str, str]:
         "idle": _percent(row["device_idle_share"]),
         "preempt": str(row["preemptions"]),
     }
-
-
-def _asked(row: Figures) -> str:
-    """The workload, and what its requests ask for."""
-    target_ms = row.get("itl_target_ms")
-    return str(row["workload"]) if target_ms is None else f"{row['workload']}, {target_ms:g} ms"
 
 
 def _number(value: object, digits: int) -> str:
