@@ -7,7 +7,7 @@ imports FlashInfer. Called by libraries.py; planned.py calls the functions.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,16 @@ def open_planned(library: PlannedLibrary, path: Path) -> PlannedFunctions:
     import tvm_ffi
 
     module = tvm_ffi.load_module(str(path))
-    functions = PlannedFunctions(module.plan, _plan_tail(library), module.paged_run, _run_tail(library))
-    _check_takes("plan", functions.plan, functions.plan_tail)
-    _check_takes("paged_run", functions.paged_run, functions.run_tail)
-    return functions
+    plan_tail = _taken("plan", module.plan, _plan_tails(library))
+    run_tail = _taken("paged_run", module.paged_run, (_run_tail(library),))
+    return PlannedFunctions(module.plan, plan_tail, module.paged_run, run_tail)
 
 
 def wrapped_functions(library: PlannedLibrary, module: Any) -> PlannedFunctions:
-    """The same of what FlashInfer's own loader returns, which takes one list of arguments for all libraries."""
+    """The same of what FlashInfer's own loader returns. Its `paged_run` takes one list of arguments for all libraries.
+
+    Raises ValueError when its `plan` takes what no known version takes.
+    """
     run_tail = (
         *(None,) * 6,  # mask, mask starts, alibi slopes, prefix lengths, item positions, longest item
         _NO_SOFT_CAP,
@@ -61,13 +63,15 @@ def wrapped_functions(library: PlannedLibrary, module: Any) -> PlannedFunctions:
         0,  # length of the item positions
         0,  # workspace size, for another backend
     )
-    return PlannedFunctions(module.plan, _plan_tail(library), module.paged_run, run_tail)
+    return PlannedFunctions(module.plan, _taken("plan", module.plan, _plan_tails(library)), module.paged_run, run_tail)
 
 
-def _plan_tail(library: PlannedLibrary) -> tuple[object, ...]:
+def _plan_tails(library: PlannedLibrary) -> tuple[tuple[object, ...], ...]:
+    """Of each known version."""
     if library.backend == "fa3":
-        return ()
-    return -1, False, 0  # split size chosen freely, splitting on, nothing co-located
+        return ((),)
+    tail = (-1, False, 0)  # split size chosen freely, splitting on, nothing co-located
+    return tail, (*tail, 0)  # from 0.7 on with the rows of each chunk if all have as many; 0: they have not
 
 
 def _run_tail(library: PlannedLibrary) -> tuple[object, ...]:
@@ -95,8 +99,8 @@ def _softmax_scale(library: PlannedLibrary) -> float:
     return float(library.head_dim**-0.5)
 
 
-def _check_takes(name: str, function: Function, tail: tuple[object, ...]) -> None:
-    """Raises ValueError unless the function says that it takes `tail` behind the shared arguments.
+def _taken(name: str, function: Function, tails: Sequence[tuple[object, ...]]) -> tuple[object, ...]:
+    """The one of `tails` that the function says it takes behind the shared arguments. Raises ValueError if none is.
 
     A TVM FFI function that is called with too few arguments names the types of all, as in
     "`plan(0: DLTensor*, 1: int) -> Array<int>`. Expected 2 but got 0 arguments".
@@ -107,6 +111,8 @@ def _check_takes(name: str, function: Function, tail: tuple[object, ...]) -> Non
         takes = re.findall(r"\b\d+: (\w+)", str(error))
     else:
         raise ValueError(f"its {name} takes no arguments")
-    passed = [_TYPE_NAMES[type(value)] for value in tail]
-    if len(takes) < NUM_SHARED or takes[NUM_SHARED:] != passed:
-        raise ValueError(f"its {name} takes {takes}, not {NUM_SHARED} arguments and {passed}")
+    passed = [[_TYPE_NAMES[type(value)] for value in tail] for tail in tails]
+    if len(takes) < NUM_SHARED or takes[NUM_SHARED:] not in passed:
+        known = " or ".join(str(types) for types in passed)
+        raise ValueError(f"its {name} takes {takes}, not {NUM_SHARED} arguments and {known}")
+    return tails[passed.index(takes[NUM_SHARED:])]

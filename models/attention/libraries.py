@@ -134,9 +134,20 @@ def _flashinfer_version() -> str:
 
 
 def planned_functions(library: PlannedLibrary, folder: KernelFolder) -> PlannedFunctions:
-    """The functions of a library. One that `load_libraries` has not loaded may be built by FlashInfer's loader."""
+    """The functions of a library. One that `load_libraries` has not loaded may be built by FlashInfer's loader.
+
+    Raises ConfigError for a version of FlashInfer whose functions are not known here.
+    """
     opened = _open_ready(library, folder)
-    return wrapped_functions(library, library.load()) if opened is None else opened[0]
+    if opened is not None:
+        return opened[0]
+    try:
+        return wrapped_functions(library, library.load())
+    except ValueError as error:
+        raise ConfigError(
+            f"FlashInfer {_flashinfer_version()} has changed the kernel {library.name}: {error}. Install"
+            " 'flashinfer-python>=0.6.13,<0.8', or use attention='torch'"
+        ) from error
 
 
 def package_to_load(libraries: Sequence[Library], folder: KernelFolder) -> str:

@@ -56,9 +56,9 @@ class FakeFunction:
 class FakeLibrary:
     """A loaded file."""
 
-    def __init__(self, is_fa3: bool, extra_run_types: Sequence[str]) -> None:
+    def __init__(self, is_fa3: bool, extra_run_types: Sequence[str], extra_plan_types: Sequence[str]) -> None:
         run_types = [*(FA3_RUN_TYPES if is_fa3 else FA2_RUN_TYPES), *extra_run_types]
-        self.plan = FakeFunction("plan", SHARED_PLAN_TYPES + ([] if is_fa3 else FA2_PLAN_TYPES))
+        self.plan = FakeFunction("plan", [*SHARED_PLAN_TYPES, *([] if is_fa3 else FA2_PLAN_TYPES), *extra_plan_types])
         self.paged_run = FakeFunction("paged_run", SHARED_RUN_TYPES + run_types)
 
 
@@ -71,6 +71,7 @@ class FakeFlashInfer:
         self.build_error: Exception | None = None
         self.unloadable: set[Path] = set()
         self.extra_run_types: list[str] = []  # of a version whose libraries take more arguments
+        self.extra_plan_types: list[str] = []
         self.opened: list[Path] = []  # by TVM FFI alone
         self.build_folder = folder / "cached_ops"
         self.env = ModuleType("flashinfer.jit.env")
@@ -124,17 +125,21 @@ class FakeFlashInfer:
             shutil.copyfile(SOME_LIBRARY, spec.jit_library_path)
 
     def load_file(self, path: Path) -> object:
-        """By FlashInfer's loader. What its Python around a module offers takes any arguments here."""
+        """By FlashInfer's loader. What its Python around `paged_run` offers takes any arguments here; `plan` is the
+        library's own."""
         if path in self.unloadable:
             raise OSError(f"{path}: undefined symbol")
         self.loaded.append(path)
-        return SimpleNamespace(plan=lambda *arguments: [], paged_run=lambda *arguments: None)
+        return SimpleNamespace(plan=self._library(path).plan, paged_run=lambda *arguments: None)
 
     def _open(self, path: str) -> FakeLibrary:
         if Path(path) in self.unloadable:
             raise OSError(f"{path}: undefined symbol")
         self.opened.append(Path(path))
-        return FakeLibrary("_sm90" in path, self.extra_run_types)
+        return self._library(Path(path))
+
+    def _library(self, path: Path) -> FakeLibrary:
+        return FakeLibrary("_sm90" in path.name, self.extra_run_types, self.extra_plan_types)
 
     def forget(self) -> None:
         """A new process: nothing is loaded."""

@@ -244,6 +244,26 @@ def test_a_library_that_takes_other_arguments_is_left_to_flashinfers_loader_and_
     )
 
 
+def test_a_plan_of_version_0_7_gets_its_further_argument(flashinfer: FakeFlashInfer, folder: KernelFolder) -> None:
+    install(folder, FA2)
+    flashinfer.extra_plan_types = ["int"]
+    functions = planned_functions(FA2, folder)
+    call(functions)
+    assert functions.plan_tail == (-1, False, 0, 0)
+    assert flashinfer.opened == [folder.library_path(FA2.name)]
+    flashinfer.extra_run_types = ["int"]  # then it is FlashInfer's loader that opens it
+    assert planned_functions(FA2, folder).plan_tail == (-1, False, 0, 0)
+
+
+def test_a_version_whose_plan_is_not_known_is_refused_with_its_number_and_a_remedy(
+    flashinfer: FakeFlashInfer, folder: KernelFolder
+) -> None:
+    install(folder, FA3)
+    flashinfer.extra_plan_types = ["Optional<ffi.Tensor>"]
+    with pytest.raises(ConfigError, match=rf"FlashInfer {VERSION} has changed .*_sm90: its plan takes .* Install"):
+        planned_functions(FA3, folder)
+
+
 def test_a_library_that_is_built_at_the_start_is_called_directly_too(
     flashinfer: FakeFlashInfer, folder: KernelFolder
 ) -> None:

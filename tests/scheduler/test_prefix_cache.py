@@ -5,12 +5,13 @@ from array import array
 import pytest
 
 from graphgen.ipc.codec import unpack_int32
-from graphgen.ipc.messages import SamplerParams
+from graphgen.ipc.messages import Bucket, SamplerParams
 from graphgen.scheduler.page_chain import PAGES_AHEAD, PageChain
 from graphgen.scheduler.tokens import Tokens
 from tests.scheduler.harness import Harness, make_limits, make_submit
 
 PAGE = 4
+WIDE = (Bucket(0, 4), Bucket(64, 4))
 SYSTEM = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 """Three pages."""
 
@@ -193,6 +194,19 @@ def test_samples_of_one_prompt_compute_it_once(num_samples: int) -> None:
     assert [computed(harness, number) for number in range(1, num_samples)] == [1] * (num_samples - 1)
     inits = {chunk.init.sampler.seed for plan in harness.plans for chunk in plan.chunks if chunk.init is not None}
     assert inits == set(range(num_samples))
+
+
+@pytest.mark.parametrize(("num_common", "waits"), [(3, False), (4, True), (15, True)])
+def test_a_request_waits_a_step_for_a_quarter_of_a_page_and_not_for_less(num_common: int, waits: bool) -> None:
+    """The first is about to compute what the second could copy from the next plan on."""
+    harness = Harness(make_limits(num_pages=10, page_size=16, max_model_len=128, token_budget=68, buckets=WIDE))
+    common = list(range(20, 20 + num_common))
+    harness.add(make_submit(0, [*common, *[1] * 4], 2))
+    harness.add(make_submit(1, [*common, *[2] * 4], 2))
+    harness.schedule()
+    assert [entry[0] for entry in harness.descriptions[0].chunks] == ([0] if waits else [0, 1])
+    harness.run()
+    assert computed(harness, 1) == 4 + (0 if waits else num_common)
 
 
 def test_a_request_does_not_wait_for_a_page_of_one_that_is_served_after_it() -> None:
