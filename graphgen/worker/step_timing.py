@@ -211,10 +211,12 @@ def measure_step_times(
             num_done += 1
             return timer.times_ms(bucket, places, depth)
 
-        # What steps without prompts take depends on the memory, hardly on the power.
-        times = _medians(mixed, timed, depth.passes) | _medians(decode_only, timed, 1)
-        per_position = _decode_slope(timer, buckets, places, times, depth)
+        # What has to do with prompts comes first, while the device is warm: what steps without them take depends on
+        # the memory, hardly on the power.
+        times = _medians(mixed, timed, depth.passes)
         per_pair = _prompt_slope(timer, widest_first[0], far)
+        times |= _medians(decode_only, timed, 1)
+        per_position = _decode_slope(timer, buckets, places, times, depth)
         progress(num_timed, num_timed)
     return StepTimeTable(
         times=tuple(BucketTime(bucket, times[bucket]) for bucket in buckets),
@@ -279,7 +281,6 @@ def _prompt_slope(timer: StepTimer, bucket: Bucket, far: Places) -> float:
     pairs = timer.chunk_length(bucket, far.prompt_start) * far.prompt_start
     if not pairs:
         return 0.0
-    timer.times_ms(bucket, near, HEATING)
     times = _medians([near, far], lambda places: timer.times_ms(bucket, places, PAIR_SLOPE), PAIR_SLOPE.passes)
     return max(0.0, (times[far] - times[near]) / pairs)
 

@@ -253,7 +253,7 @@ def test_measured_times_are_stored_and_thorough_ones_replace_quick_ones(
     assert (kept.step_times, num_steps) == (quick.step_times, 0)
     measured, num_measured = start(with_graphs, "measure")
     slope = step_timing.PAIR_SLOPE
-    in_both = 2 * step_timing.HEATING.repeats + 2 * slope.passes * (slope.settling + slope.repeats)
+    in_both = step_timing.HEATING.repeats + 2 * slope.passes * (slope.settling + slope.repeats)
     assert num_measured - in_both > 2 * (num_quick - in_both) > 0
     stored, num_steps = start(with_graphs, "auto")
     assert (stored.step_times, num_steps) == (measured.step_times, 0)
