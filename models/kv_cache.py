@@ -39,7 +39,7 @@ class KVCache:
         shape = (num_pages + 1, page_size, spec.num_kv_heads, spec.head_dim)
         self.k_pages = [_zeros(shape, dtype, device) for _ in range(spec.num_layers)]
         self.v_pages = [_zeros(shape, dtype, device) for _ in range(spec.num_layers)]
-        self._copy = _copy_on_cuda(self._tensors) if device.type == "cuda" else self._copy_in_torch
+        self._copy = (_copy_on_cuda if device.type == "cuda" else _copy_in_torch)(self._tensors)
 
     @property
     def trash_page(self) -> int:
@@ -60,10 +60,14 @@ class KVCache:
     def _tensors(self) -> list[Tensor]:
         return [*self.k_pages, *self.v_pages]
 
-    def _copy_in_torch(self, copies: Tensor) -> None:
+
+def _copy_in_torch(tensors: list[Tensor]) -> Callable[[Tensor], None]:
+    def copy(copies: Tensor) -> None:
         sources, destinations = copies.long().unbind(1)
-        for pages in self._tensors:
+        for pages in tensors:
             pages[destinations] = pages[sources]
+
+    return copy
 
 
 def _copy_on_cuda(tensors: list[Tensor]) -> Callable[[Tensor], None]:

@@ -25,3 +25,17 @@ def test_the_trash_page_comes_on_top_of_the_pages_to_give_out() -> None:
         assert not pages.any()
     with pytest.raises(ConfigError, match="num_pages is 0"):
         KVCache(spec, num_pages=0, page_size=4, dtype=torch.bfloat16, device=torch.device("cpu"))
+
+
+def test_copies_are_whole_and_touch_nothing_else() -> None:
+    """On the CPU; tests/gpu/test_page_copy_gpu.py has the kernel."""
+    config = tiny.build("qwen3").config
+    config.architectures = ["Qwen3ForCausalLM"]
+    cache = KVCache(spec_from_hf(config), num_pages=7, page_size=4, dtype=torch.float32, device=torch.device("cpu"))
+    tensors = (*cache.k_pages, *cache.v_pages)
+    for pages in tensors:
+        pages.normal_()
+    before = [pages.clone() for pages in tensors]
+    cache.copy_pages(torch.tensor([(0, 3), (6, 1), (5, 5), (0, 4)], dtype=torch.int32))
+    for pages, old in zip(tensors, before, strict=True):
+        assert torch.equal(pages, old[[0, 6, 2, 0, 0, 5, 6, 7]])
