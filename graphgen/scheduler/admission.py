@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.page_branches import common_len
-from graphgen.scheduler.prefix_cache import PageCopy, PrefixCache
+from graphgen.scheduler.prefix_cache import PrefixCache
 from graphgen.scheduler.request import MAX_PREEMPTIONS, Request, RunningRequest
 from graphgen.scheduler.running import RunningSet
 
@@ -42,11 +42,13 @@ class Offer(NamedTuple):
     num_spare: int
     """Pages that must be free besides."""
     num_cached: int
-    """Tokens that the shared pages hold."""
+    """Tokens that it need not compute: those in the shared pages, and those it copies."""
     reserve: bool
     """It would get every page it can ever need."""
     is_long: bool
     """Its prompt would be a long one."""
+    copy_from: int | None = None
+    """The page whose beginning it copies into the one after the shared ones."""
 
 
 class Admission:
@@ -64,7 +66,7 @@ class Admission:
         self._num_reserved = 0
 
     def offer(self, request: Request) -> Offer:
-        """What it would get now."""
+        """What it would get now, before anything is copied."""
         size, num_tokens = self._limits.page_size, len(request.tokens)
         shared = self._cache.find(request.chain, _most_cached(request) // size)
         reserve = request.num_preemptions >= MAX_PREEMPTIONS
@@ -78,9 +80,13 @@ class Admission:
         is_long = num_tokens - num_cached >= self._long_prompt_len
         return Offer(shared, num_new, num_new + num_idle, num_spare, num_cached, reserve, is_long)
 
-    def find_copy(self, request: Request, offer: Offer) -> PageCopy | None:
-        """What it would copy of the page after the shared ones. It needs no page for that, and no plan's notice."""
-        return self._cache.find_copy(request.chain, len(offer.shared), _most_cached(request) - offer.num_cached)
+    def with_copy(self, request: Request, offer: Offer) -> Offer:
+        """The offer, and the beginning of the page after the shared ones if some page has it. For one who starts now:
+        see `PrefixCache.find_copy`."""
+        found = self._cache.find_copy(request.chain, len(offer.shared), _most_cached(request) - offer.num_cached)
+        if found is None:
+            return offer
+        return offer._replace(num_cached=offer.num_cached + found.num_tokens, copy_from=found.source)
 
     def has_pages(self, request: Request, offer: Offer, num_more: int = 0) -> bool:
         """Whether the free pages, and `num_more` besides, suffice."""
@@ -125,22 +131,19 @@ class Admission:
         """
         if not self._cache.enabled or not self._running.begun:
             return False
-        index, size = len(offer.shared), self._limits.page_size
-        start = index * size
+        index, start, size = len(offer.shared), offer.num_cached, self._limits.page_size
         end = min(start + size, _most_cached(request))
         least = max(1, size // AWAITED_DIVISOR)
         if end - start < least:
             return False
         for begun in self._running.begun:
             other = begun.request
-            if begun.num_computed // size != index or other.rank > request.rank:
-                continue
-            if other.chain.parent(index) != request.chain.parent(index):
-                continue
-            other_end = min(end, begun.prefill_end)
-            num_common = common_len(other.chain.packed(start, other_end), request.chain.packed(start, end))
-            if num_common >= least and begun.num_computed < start + num_common:
-                return True
+            is_there = begun.num_computed // size == index and other.rank < request.rank
+            if is_there and other.chain.parent(index) == request.chain.parent(index):
+                theirs = other.chain.packed(start, min(end, begun.prefill_end))
+                num_common = common_len(theirs, request.chain.packed(start, end))
+                if num_common >= least and begun.num_computed < start + num_common:
+                    return True
         return False
 
     def started(self, running: RunningRequest) -> None:

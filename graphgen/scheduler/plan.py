@@ -87,7 +87,7 @@ class PlanDraft:
         self._new_pages: list[int] = []
         self._page_copies: list[int] = []
         self.held: list[int] = []
-        """Pages that others may not have before this plan is made: it copies them."""
+        """Pages that the plan copies and that would else be handed out while it is made."""
 
     @property
     def num_chunks(self) -> int:
@@ -106,10 +106,9 @@ class PlanDraft:
         """`page` becomes entry `index` of the slot's block table."""
         self._new_pages += (slot, index, page)
 
-    def copy_page(self, source: int, destination: int, held: list[int]) -> None:
-        """`destination` gets what `source` holds, before the step writes anything. held: see `held`."""
+    def copy_page(self, source: int, destination: int) -> None:
+        """`destination` gets what `source` holds, before the step writes anything."""
         self._page_copies += (source, destination)
-        self.held += held
 
     def set_decodes(self, decodes: DecodeSet) -> None:
         """One row for each: the slot's last token, at the next position."""

@@ -22,8 +22,8 @@ from graphgen.scheduler.pages import PagePool
 from graphgen.scheduler.request import RunningRequest
 
 COPY_DIVISOR = 8
-"""A copy saves at least this part of a page. Copying an 8B model's page of 64 positions moves 16 MiB, which is as long
-as a quarter of a row of a large step."""
+"""A copy saves at least this part of a page. An 8B model's page of 64 positions is 8 MiB to read and to write, some
+4 us at the speed of an H200's memory; a row of a large step takes 27 us there."""
 
 
 class PageCopy(NamedTuple):

@@ -12,7 +12,7 @@ from graphgen.scheduler.counters import Counters
 from graphgen.scheduler.in_flight import StepsInFlight
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.plan import PlanDraft
-from graphgen.scheduler.prefix_cache import PageCopy, PrefixCache
+from graphgen.scheduler.prefix_cache import PrefixCache
 from graphgen.scheduler.request import Request, RunningRequest
 from graphgen.scheduler.running import RunningSet
 from graphgen.scheduler.shares import PromptShares
@@ -124,11 +124,10 @@ class PromptPlanner:
             if self._admission.is_held_back(request, offer):
                 continue
             if self._admission.has_pages(request, offer):
-                copy = self._admission.find_copy(request, offer)
-                num_cached = offer.num_cached + (copy.num_tokens if copy else 0)
-                length = shares.fit(len(request.tokens) - num_cached, is_last=len(self._waiting) == 1)
+                offer = self._admission.with_copy(request, offer)
+                length = shares.fit(len(request.tokens) - offer.num_cached, is_last=len(self._waiting) == 1)
                 if length:
-                    shares.give(self._start(request, offer, copy, draft, now_s), length)
+                    shares.give(self._start(request, offer, draft, now_s), length)
                     num_passed = len(passed)
                 continue
             if request.times_passed >= MAX_TIMES_PASSED or len(passed) == MAX_PASSED:
@@ -137,29 +136,27 @@ class PromptPlanner:
         for request in passed[:num_passed]:
             request.times_passed += 1
 
-    def _start(
-        self, request: Request, offer: Offer, copy: PageCopy | None, draft: PlanDraft, now_s: float
-    ) -> RunningRequest:
+    def _start(self, request: Request, offer: Offer, draft: PlanDraft, now_s: float) -> RunningRequest:
         """Admits a request: slot, all pages of its known tokens, shared ones first."""
         self._waiting.remove(request)
-        pool, num_shared, num_cached = self._cache.pool, len(offer.shared), offer.num_cached
+        pool = self._cache.pool
         pool.share(offer.shared)  # first, so that none of them is handed out as a new one
         new = pool.take(offer.num_new)
         pages = offer.shared + new
-        if copy is not None:
-            num_cached += copy.num_tokens
+        if offer.copy_from is not None:
+            draft.copy_page(offer.copy_from, new[0])
             # As one of its own new pages the source is still what it was when the step copies, before it writes.
-            held = [] if copy.source in new else [copy.source]
-            pool.share(held)
-            draft.copy_page(copy.source, pages[num_shared], held)
-        running = self._running.start(request, pages, num_shared, num_cached, offer.reserve, offer.is_long)
+            if offer.copy_from not in new:
+                pool.share((offer.copy_from,))
+                draft.held.append(offer.copy_from)
+        running = self._running.start(request, pages, len(offer.shared), offer.num_cached, offer.reserve, offer.is_long)
         self._admission.started(running)
         request.times_passed = 0
         if request.num_admissions == 0:
             request.started_s = now_s
-            request.cached_tokens = num_cached
+            request.cached_tokens = offer.num_cached
             self._counters.prefix_queries += request.prompt_len
-            self._counters.prefix_hits += num_cached
+            self._counters.prefix_hits += offer.num_cached
         request.num_admissions += 1
         draft.add_pages(running.slot, 0, pages)
         return running

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from graphgen import Engine, EngineConfig, SamplingParams
-from graphgen.models.families import spec_from_hf
 from graphgen.models.kv_cache import KVCache
 from tests.models import tiny
 
@@ -12,9 +11,8 @@ from tests.models import tiny
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_copies_are_whole_and_touch_nothing_else(dtype: torch.dtype, page_size: int) -> None:
-    config = tiny.build("qwen3").config
-    config.architectures = ["Qwen3ForCausalLM"]
-    cache = KVCache(spec_from_hf(config), num_pages=40, page_size=page_size, dtype=dtype, device=torch.device("cuda"))
+    spec = tiny.spec_of(tiny.build("qwen3"))
+    cache = KVCache(spec, num_pages=40, page_size=page_size, dtype=dtype, device=torch.device("cuda"))
     for pages in (*cache.k_pages, *cache.v_pages):
         pages.normal_()
     before = [pages.clone() for pages in (*cache.k_pages, *cache.v_pages)]

@@ -23,8 +23,7 @@ def write_config(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize("case", tiny.CASES)
 def test_sizes_equal_those_of_the_reference(case: str) -> None:
     model = tiny.build(case)
-    model.config.architectures = [type(model).__name__]
-    spec = spec_from_hf(model.config)
+    spec = tiny.spec_of(model)
     assert spec.num_parameters == sum(parameter.numel() for parameter in model.parameters())
     assert spec.weight_bytes("bfloat16") == 2 * spec.num_parameters
     assert spec.kv_bytes_per_token("float32") == 4 * 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim
@@ -39,9 +38,7 @@ def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
 
 def test_windows_follow_the_family() -> None:
     def windows(case: str) -> tuple[int | None, ...]:
-        model = tiny.build(case)
-        model.config.architectures = [type(model).__name__]
-        return spec_from_hf(model.config).windows
+        return tiny.spec_of(tiny.build(case)).windows
 
     assert windows("llama") == (None, None, None)
     assert windows("mistral_window") == (11, 11, 11)

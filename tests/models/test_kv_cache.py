@@ -4,15 +4,12 @@ import pytest
 import torch
 
 from graphgen.ipc.errors import ConfigError
-from graphgen.models.families import spec_from_hf
 from graphgen.models.kv_cache import KVCache, bytes_per_page
 from tests.models import tiny
 
 
 def test_the_trash_page_comes_on_top_of_the_pages_to_give_out() -> None:
-    model = tiny.build("qwen3")
-    model.config.architectures = ["Qwen3ForCausalLM"]
-    spec = spec_from_hf(model.config)
+    spec = tiny.spec_of(tiny.build("qwen3"))
     cache = KVCache(spec, num_pages=5, page_size=4, dtype=torch.bfloat16, device=torch.device("cpu"))
     assert cache.trash_page == 5
     assert cache.num_bytes == 6 * bytes_per_page(spec, 4, torch.bfloat16)
@@ -29,9 +26,8 @@ def test_the_trash_page_comes_on_top_of_the_pages_to_give_out() -> None:
 
 def test_copies_are_whole_and_touch_nothing_else() -> None:
     """On the CPU; tests/gpu/test_page_copy_gpu.py has the kernel."""
-    config = tiny.build("qwen3").config
-    config.architectures = ["Qwen3ForCausalLM"]
-    cache = KVCache(spec_from_hf(config), num_pages=7, page_size=4, dtype=torch.float32, device=torch.device("cpu"))
+    spec = tiny.spec_of(tiny.build("qwen3"))
+    cache = KVCache(spec, num_pages=7, page_size=4, dtype=torch.float32, device=torch.device("cpu"))
     tensors = (*cache.k_pages, *cache.v_pages)
     for pages in tensors:
         pages.normal_()

@@ -19,6 +19,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from graphgen.models.families import spec_from_hf
+from graphgen.models.spec import ModelSpec
+
 HuggingFaceModel = Any
 """A causal language model of transformers, which publishes no types."""
 
@@ -119,6 +122,12 @@ def build(case: str, seed: int = 0, **overrides: Any) -> HuggingFaceModel:
             if parameter.ndim == 1:  # norms start as ones and biases as zeros, which would hide a mixed-up one
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     return model
+
+
+def spec_of(model: HuggingFaceModel) -> ModelSpec:
+    """Its ModelSpec. The config of a model that was never saved does not name its class."""
+    model.config.architectures = [type(model).__name__]
+    return spec_from_hf(model.config)
 
 
 def save(case: str, folder: Path, seed: int = 0, max_shard_size: str = "1GB", **overrides: Any) -> HuggingFaceModel:

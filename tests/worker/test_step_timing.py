@@ -175,6 +175,11 @@ def test_the_first_step_of_a_bucket_may_be_slow() -> None:
     runner = FormulaRunner(config, make_ready(config, BUCKETS, 100), slow_at_first)
     table = measure_step_times(runner, config, step_timing.QUICK)  # type: ignore[arg-type]  # as above
     assert max(time.milliseconds for time in table.times) < 5.0
+    # Two buckets with prompts in two passes, two without in one; two of these and two starts show the slopes.
+    quick, slope = step_timing.QUICK, step_timing.PAIR_SLOPE
+    most_timed = (quick.settling + quick.repeats) * (2 * quick.passes + 2 + 2)
+    most_timed += 2 * slope.passes * (slope.settling + slope.repeats) + step_timing.HEATING.repeats
+    assert most_timed - 40 < len(runner.plans) <= most_timed
 
 
 @pytest.mark.parametrize("swing_begins_ms", range(500, 900, 20))
