@@ -6,7 +6,7 @@ Owns names, types and help; what an option means and its default is EngineConfig
 import argparse
 from typing import Unpack, cast
 
-from graphgen.config import EngineSettings
+from graphgen.launch.config import EngineSettings
 
 _NAMES = (
     "model",

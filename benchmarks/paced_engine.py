@@ -31,7 +31,7 @@ from graphgen.ipc.messages import (
     TokenOutput,
     WorkerReady,
 )
-from graphgen.processes import end_with_parent
+from graphgen.launch.processes import end_with_parent
 
 VOCABULARY = 1024
 """Of the demo model, whose tokenizer makes the text."""

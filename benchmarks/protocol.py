@@ -29,21 +29,21 @@ import zmq
 
 from benchmarks.paced_engine import SENT_FILE
 from benchmarks.report import Row, machine, percentile, show, write_json
-from graphgen.client import Client
-from graphgen.config import EngineConfig
-from graphgen.core import AttachedCore, launch_config, load_config_tokenizer
-from graphgen.frontend.process import EngineElsewhere
-from graphgen.frontend.settings import FrontendSettings
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.ggp.framing import client_framing
 from graphgen.ipc.ggp.messages import Generate, Hello, Sampling
 from graphgen.ipc.messages import FrontendToSupervisor, Listening, Shutdown, SupervisorToFrontend
-from graphgen.open_request import Delivery
-from graphgen.outputs import StreamPiece
-from graphgen.portable_tokenizer import RustTokenizer, read_tokenizer, write_tokenizer
+from graphgen.launch.config import EngineConfig
 from graphgen.remote.core import RemoteCore
-from graphgen.sampling_params import SamplingParams
-from graphgen.streams import RequestCore
+from graphgen.requests.core import AttachedCore, launch_config, load_config_tokenizer
+from graphgen.requests.link import Client
+from graphgen.requests.open_request import Delivery
+from graphgen.requests.outputs import StreamPiece
+from graphgen.requests.portable_tokenizer import RustTokenizer, read_tokenizer, write_tokenizer
+from graphgen.requests.sampling_params import SamplingParams
+from graphgen.requests.streams import RequestCore
+from graphgen.server.frontend.process import EngineElsewhere
+from graphgen.server.frontend.settings import FrontendSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 600.0
@@ -132,7 +132,7 @@ class Setup:
             memory_limit_bytes=1 << 30,
             max_unstarted=256,
         ).write(self.folder)
-        self._processes["frontend"] = self._start("graphgen.frontend")
+        self._processes["frontend"] = self._start("graphgen.server.frontend")
         while not isinstance(message := channel.receive(TIMEOUT_S), Listening):
             pass
         channel.close()

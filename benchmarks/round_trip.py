@@ -29,7 +29,7 @@ from graphgen.ipc.messages import (
     WorkerCounters,
     WorkerToScheduler,
 )
-from graphgen.processes import end_with_parent
+from graphgen.launch.processes import end_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSWER_TIMEOUT_S = 30.0

@@ -29,11 +29,11 @@ from benchmarks.report import machine, show, write_json
 from benchmarks.step_log import StepLogReader, summarize_steps
 from benchmarks.workload import Load, PlannedRequest, Trace, Workload
 from graphgen import EngineConfig, InvalidRequestError, SamplingParams
-from graphgen.core import EngineCore
 from graphgen.ipc.messages import EngineStats, WorkerReady
-from graphgen.open_request import Delivery
-from graphgen.outputs import RequestOutput
-from graphgen.streams import AsyncStream, Mailbox
+from graphgen.requests.core import EngineCore
+from graphgen.requests.open_request import Delivery
+from graphgen.requests.outputs import RequestOutput
+from graphgen.requests.streams import AsyncStream, Mailbox
 
 Reader = Callable[[PlannedRequest], Awaitable[tuple[float, ...]]]
 """Sends a request and waits for its last token: the time of each token since it was sent."""

@@ -33,11 +33,11 @@ from benchmarks.virtual_engine import HOST_DELAY_S, STEP_NOISE, StepSeries, Virt
 from benchmarks.workload import Workload
 from graphgen.capture.buckets import max_running
 from graphgen.ipc.messages import Bucket
+from graphgen.launch.step_times_store import StepTimesFile
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.policy import Scheduler
-from graphgen.step_times_store import StepTimesFile
 
 H200_STEP_TIMES = Path(__file__).parent / "shapes" / "llama-3.1-8b" / "h200-step-times.json"
 DEFAULT_LOADS = ("2600/60:16", "bursts@20", "mix@8")

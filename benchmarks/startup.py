@@ -25,7 +25,7 @@ from benchmarks.report import Row, machine, percentile, show, write_json
 from graphgen import Engine, EngineConfig, SamplingParams
 from graphgen.ipc.errors import GraphgenError
 from graphgen.ipc.messages import Phase
-from graphgen.processes import process_age_s
+from graphgen.launch.processes import process_age_s
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILE_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")

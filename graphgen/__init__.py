@@ -7,12 +7,11 @@ processes, which import this package too, load only what they need.
 import importlib
 from typing import TYPE_CHECKING
 
-from graphgen.version import __version__ as __version__
+from graphgen.base.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from graphgen.async_engine import AsyncEngine
-    from graphgen.config import EngineConfig
-    from graphgen.engine import Engine
+    from graphgen.api.async_engine import AsyncEngine
+    from graphgen.api.engine import Engine
     from graphgen.ipc.errors import (
         CheckpointError,
         ConfigError,
@@ -28,36 +27,37 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from graphgen.ipc.messages import EngineStats
-    from graphgen.outputs import RequestOutput, StreamPiece, Timing
+    from graphgen.launch.config import EngineConfig
     from graphgen.remote.async_client import AsyncClient
     from graphgen.remote.client import Client
     from graphgen.remote.requests import Chat
-    from graphgen.sampling_params import SamplingParams
+    from graphgen.requests.outputs import RequestOutput, StreamPiece, Timing
+    from graphgen.requests.sampling_params import SamplingParams
 
 
 _HOMES = {
     "AsyncClient": "graphgen.remote.async_client",
-    "AsyncEngine": "graphgen.async_engine",
+    "AsyncEngine": "graphgen.api.async_engine",
     "Chat": "graphgen.remote.requests",
     "CheckpointError": "graphgen.ipc.errors",
     "Client": "graphgen.remote.client",
     "ConfigError": "graphgen.ipc.errors",
     "ConnectionLostError": "graphgen.ipc.errors",
     "DeadlineError": "graphgen.ipc.errors",
-    "Engine": "graphgen.engine",
+    "Engine": "graphgen.api.engine",
     "EngineClosedError": "graphgen.ipc.errors",
-    "EngineConfig": "graphgen.config",
+    "EngineConfig": "graphgen.launch.config",
     "EngineDeadError": "graphgen.ipc.errors",
     "EngineStats": "graphgen.ipc.messages",
     "GraphgenError": "graphgen.ipc.errors",
     "InvalidRequestError": "graphgen.ipc.errors",
     "OverloadedError": "graphgen.ipc.errors",
     "PromptTooLongError": "graphgen.ipc.errors",
-    "RequestOutput": "graphgen.outputs",
-    "SamplingParams": "graphgen.sampling_params",
+    "RequestOutput": "graphgen.requests.outputs",
+    "SamplingParams": "graphgen.requests.sampling_params",
     "ServerError": "graphgen.ipc.errors",
-    "StreamPiece": "graphgen.outputs",
-    "Timing": "graphgen.outputs",
+    "StreamPiece": "graphgen.requests.outputs",
+    "Timing": "graphgen.requests.outputs",
     "UnsupportedModelError": "graphgen.ipc.errors",
 }
 

@@ -1,6 +1,6 @@
 """`python -m graphgen` is the `graphgen` command."""
 
-from graphgen.cli import main
+from graphgen.commands.cli import main
 
 if __name__ == "__main__":
     main()

@@ -20,10 +20,10 @@ from graphgen.ipc.messages import (
     TokenOutput,
     WorkerReady,
 )
-from graphgen.open_request import Delivery, OpenRequest
-from graphgen.processes import EngineProcesses, Exit
-from graphgen.sampling_params import SamplingParams
-from graphgen.tokenizer import Tokenizer
+from graphgen.launch.processes import EngineProcesses, Exit
+from graphgen.requests.open_request import Delivery, OpenRequest
+from graphgen.requests.sampling_params import SamplingParams
+from graphgen.requests.tokenizer import Tokenizer
 
 Message = TypeVar("Message")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import graphgen
 from graphgen import EngineConfig, GraphgenError, demo
-from graphgen.config import EngineSettings
+from graphgen.launch.config import EngineSettings
 
 PUBLIC = {
     "AsyncClient",
@@ -58,12 +58,12 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_importing_graphgen_loads_nothing_heavy() -> None:
     loaded = modules_after("import graphgen")
-    assert not loaded & {"torch", "transformers", "zmq", "msgspec", "rich", "typer", "graphgen.engine"}
+    assert not loaded & {"torch", "transformers", "zmq", "msgspec", "rich", "typer", "graphgen.api.engine"}
 
 
 def test_the_api_is_there_without_torch_or_transformers() -> None:
     loaded = modules_after("from graphgen import Engine, AsyncEngine, SamplingParams, EngineConfig")
-    assert "graphgen.engine" in loaded
+    assert "graphgen.api.engine" in loaded
     assert not loaded & {"torch", "transformers", "rich", "typer"}
 
 

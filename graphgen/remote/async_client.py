@@ -8,8 +8,8 @@ from graphgen.ipc.ggp.messages import Health, Stats, Welcome
 from graphgen.remote.address import ClientSettings
 from graphgen.remote.core import RemoteCore
 from graphgen.remote.requests import RemotePrompt
-from graphgen.sampling_params import SamplingParams
-from graphgen.streams import AsyncStream, Mailbox
+from graphgen.requests.sampling_params import SamplingParams
+from graphgen.requests.streams import AsyncStream, Mailbox
 
 
 class AsyncClient:

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self, Unpack
 
-from graphgen.engine import batch_of
+from graphgen.api.engine import batch_of
 from graphgen.ipc.ggp.messages import Health, Stats, Welcome
-from graphgen.open_request import Delivery, Sink
-from graphgen.outputs import RequestOutput
 from graphgen.remote.address import ClientSettings
 from graphgen.remote.core import RemoteCore
 from graphgen.remote.requests import Chat, RemotePrompt
-from graphgen.sampling_params import SamplingParams
-from graphgen.streams import Stream
+from graphgen.requests.open_request import Delivery, Sink
+from graphgen.requests.outputs import RequestOutput
+from graphgen.requests.sampling_params import SamplingParams
+from graphgen.requests.streams import Stream
 
 
 class Client:

@@ -16,7 +16,8 @@ from typing import TypeVar
 
 import zmq
 
-from graphgen.inbox import Inbox
+from graphgen.base.inbox import Inbox
+from graphgen.base.version import __version__
 from graphgen.ipc.errors import ConnectionLostError, EngineClosedError, GraphgenError
 from graphgen.ipc.ggp.framing import FrameError, client_framing
 from graphgen.ipc.ggp.messages import (
@@ -38,10 +39,9 @@ from graphgen.ipc.ggp.messages import (
     StatsRequest,
     Welcome,
 )
-from graphgen.open_request import Delivery, Sink
 from graphgen.remote.address import ServerAddress
 from graphgen.remote.requests import RemoteRequest, exception_of
-from graphgen.version import __version__
+from graphgen.requests.open_request import Delivery, Sink
 
 logger = logging.getLogger("graphgen")
 

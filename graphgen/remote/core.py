@@ -1,15 +1,15 @@
-"""What Client and AsyncClient share: the requests of one connection. The counterpart of `graphgen.core`."""
+"""What Client and AsyncClient share: the requests of one connection. The counterpart of `graphgen.requests.core`."""
 
 import itertools
 from collections.abc import Sequence
 
-from graphgen.core import one_each
 from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS, Health, Stats, Welcome
-from graphgen.open_request import Sink
 from graphgen.remote.address import ClientSettings, ServerAddress
 from graphgen.remote.connection import Connection
 from graphgen.remote.requests import RemotePrompt, RemoteRequest, make_generate
-from graphgen.sampling_params import SamplingParams
+from graphgen.requests.core import one_each
+from graphgen.requests.open_request import Sink
+from graphgen.requests.sampling_params import SamplingParams
 
 
 class RemoteCore:

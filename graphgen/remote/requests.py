@@ -23,9 +23,9 @@ from graphgen.ipc.errors import (
 from graphgen.ipc.ggp.limits import MAX_INT
 from graphgen.ipc.ggp.messages import ChatMessage, Delta, Done, Error, Generate, Sampling
 from graphgen.ipc.messages import FinishReason
-from graphgen.open_request import Delivery, Sink
-from graphgen.outputs import RequestOutput, StreamPiece, Timing
-from graphgen.sampling_params import SamplingParams
+from graphgen.requests.open_request import Delivery, Sink
+from graphgen.requests.outputs import RequestOutput, StreamPiece, Timing
+from graphgen.requests.sampling_params import SamplingParams
 
 
 class Chat(Struct, frozen=True):

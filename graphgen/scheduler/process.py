@@ -14,7 +14,6 @@ from pathlib import Path
 
 import zmq
 
-from graphgen.config import LaunchConfig
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.errors import InvalidRequestError, OverloadedError
@@ -39,7 +38,8 @@ from graphgen.ipc.messages import (
     WorkerReady,
     WorkerToScheduler,
 )
-from graphgen.processes import end_with_parent
+from graphgen.launch.config import LaunchConfig
+from graphgen.launch.processes import end_with_parent
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.policy import Scheduler

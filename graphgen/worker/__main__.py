@@ -8,7 +8,7 @@ import gc
 import sys
 from pathlib import Path
 
-from graphgen.processes import end_with_parent
+from graphgen.launch.processes import end_with_parent
 from graphgen.worker.background import Background, open_context, share_interpreter_fairly
 
 

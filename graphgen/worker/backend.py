@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from graphgen.capture.buffers import Words
-from graphgen.config import LaunchConfig
 from graphgen.ipc.errors import GraphgenError
 from graphgen.ipc.messages import Bucket
+from graphgen.launch.config import LaunchConfig
 from graphgen.models.attention.kernels import AttentionShape
 from graphgen.models.attention.tables import RowTables
 from graphgen.worker.inputs import InputShape

@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from graphgen.config import LaunchConfig
 from graphgen.ipc.messages import Phase
+from graphgen.launch.config import LaunchConfig
 
 
 class Background:

@@ -19,7 +19,6 @@ import torch
 import zmq
 
 from graphgen.capture.stream import Mark
-from graphgen.config import LaunchConfig
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.messages import (
@@ -32,7 +31,8 @@ from graphgen.ipc.messages import (
     StepResult,
     WorkerToScheduler,
 )
-from graphgen.processes import process_age_s
+from graphgen.launch.config import LaunchConfig
+from graphgen.launch.processes import process_age_s
 from graphgen.worker.background import Background
 from graphgen.worker.runner import LaunchedStep, ModelRunner
 from graphgen.worker.step_timing import with_step_times

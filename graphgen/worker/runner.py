@@ -20,7 +20,6 @@ from graphgen.capture.buffers import StagingRing, Words
 from graphgen.capture.graphs import GraphPool
 from graphgen.capture.memory import free_bytes, pages_that_fit, peak_bytes_of
 from graphgen.capture.stream import Mark, open_stream
-from graphgen.config import LaunchConfig
 from graphgen.ipc.messages import (
     Bucket,
     Chunk,
@@ -30,6 +29,7 @@ from graphgen.ipc.messages import (
     WorkerCounters,
     WorkerReady,
 )
+from graphgen.launch.config import LaunchConfig
 from graphgen.models.kv_cache import KVCache, bytes_per_page
 from graphgen.models.loader import load_decoder
 from graphgen.models.sampling import ROW_WIDTH, make_sampler, pack_slot

@@ -22,7 +22,6 @@ import msgspec
 import torch
 from msgspec import Struct
 
-from graphgen.config import LaunchConfig
 from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.messages import (
     TIMING_PHASE,
@@ -37,7 +36,8 @@ from graphgen.ipc.messages import (
     StepTimeTable,
     WorkerReady,
 )
-from graphgen.step_times_store import (
+from graphgen.launch.config import LaunchConfig
+from graphgen.launch.step_times_store import (
     QUICK_SOURCE,
     THOROUGH_SOURCE,
     StepTimesKey,

@@ -26,7 +26,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from graphgen.caches import kernels_root
+from graphgen.base.caches import kernels_root
 from graphgen.ipc.errors import ConfigError
 from graphgen.models.attention.direct import PlannedFunctions, open_planned, wrapped_functions
 from graphgen.models.attention.kernels import Library, PlannedLibrary

@@ -17,11 +17,11 @@ from benchmarks.step_log import Step, attended
 from benchmarks.virtual_engine import VirtualEngine, VirtualRequest
 from benchmarks.workload import RequestShape, Workload
 from graphgen.ipc.messages import Bucket, BucketTime, Outputs, StepPlan, StepTimeTable, Submit
+from graphgen.launch.step_times_store import StepTimesFile
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.plan import StepDescription
 from graphgen.scheduler.policy import Scheduler
-from graphgen.step_times_store import StepTimesFile
 
 LEVELS = [ServiceLevel(0.020)]
 BUCKETS = (Bucket(0, 1), Bucket(0, 2), Bucket(4, 2))

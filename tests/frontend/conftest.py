@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from graphgen.portable_tokenizer import PortableTokenizer
+from graphgen.requests.portable_tokenizer import PortableTokenizer
 from tests.frontend.harness import Frontend, demo_tokenizer
 
 MakeFrontend = Callable[..., Frontend]

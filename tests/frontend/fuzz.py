@@ -11,7 +11,6 @@ import socket
 import time
 from collections.abc import Iterator
 
-from graphgen.frontend.monitor import rss_bytes
 from graphgen.ipc.ggp.framing import client_framing
 from graphgen.ipc.ggp.messages import (
     Bye,
@@ -30,6 +29,7 @@ from graphgen.ipc.ggp.messages import (
 )
 from graphgen.ipc.messages import Probe, Submit
 from graphgen.ipc.messages import StatsRequest as SchedulerStatsRequest
+from graphgen.server.frontend.monitor import rss_bytes
 from tests.fakes import STATS
 from tests.frontend.harness import Frontend, RawClient, demo_tokenizer
 

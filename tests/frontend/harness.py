@@ -13,20 +13,20 @@ import msgspec
 import zmq
 
 from graphgen import demo
-from graphgen.client import Client
-from graphgen.config import EngineConfig
-from graphgen.core import AttachedCore, launch_config
-from graphgen.frontend.keys import Keys, start_authentication
-from graphgen.frontend.process import bind, make_server
-from graphgen.frontend.server import PublicSockets
-from graphgen.frontend.settings import FrontendSettings
-from graphgen.inbox import Inbox
+from graphgen.base.inbox import Inbox
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.ggp.framing import client_framing
 from graphgen.ipc.ggp.messages import Accepted, ClientMessage, Generate, Hello, Ping, ServerMessage, Welcome
 from graphgen.ipc.messages import Attach, Drain, FrontendToSupervisor, Submit, SupervisorToFrontend
-from graphgen.portable_tokenizer import PortableTokenizer, RustTokenizer
-from graphgen.tokenizer import load_tokenizer
+from graphgen.launch.config import EngineConfig
+from graphgen.requests.core import AttachedCore, launch_config
+from graphgen.requests.link import Client
+from graphgen.requests.portable_tokenizer import PortableTokenizer, RustTokenizer
+from graphgen.requests.tokenizer import load_tokenizer
+from graphgen.server.frontend.keys import Keys, start_authentication
+from graphgen.server.frontend.process import bind, make_server
+from graphgen.server.frontend.server import PublicSockets
+from graphgen.server.frontend.settings import FrontendSettings
 from tests.fakes import READY, FakeProcesses, FakeScheduler
 
 Message = TypeVar("Message")

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from graphgen.ipc.errors import InvalidRequestError
-from graphgen.portable_tokenizer import ChatTemplate, RustTokenizer, read_tokenizer, write_tokenizer
-from tests import tokenizers_for_tests
+from graphgen.requests.portable_tokenizer import ChatTemplate, RustTokenizer, read_tokenizer, write_tokenizer
+from tests.requests import tokenizers_for_tests
 
 LLAMA_3 = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' +"

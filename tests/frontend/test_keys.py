@@ -8,11 +8,11 @@ import zmq
 import zmq.auth
 
 from graphgen import Client, ConfigError, ConnectionLostError, SamplingParams
-from graphgen.frontend.keys import Keys
-from graphgen.frontend.prepare import cache_salt
 from graphgen.ipc.ggp.messages import Accepted, Cancel, Error, Generate, Hello, Welcome
 from graphgen.ipc.messages import Submit
-from graphgen.serve import ServeOptions, control_address, is_public
+from graphgen.server.frontend.keys import Keys
+from graphgen.server.frontend.prepare import cache_salt
+from graphgen.server.supervisor import ServeOptions, control_address, is_public
 from tests.frontend.conftest import MakeFrontend
 from tests.frontend.harness import Frontend, RawClient
 

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphgen.frontend.prepare import Prepared
-from graphgen.frontend.requests import PublicRequest
-from graphgen.frontend.sessions import Session
 from graphgen.ipc.ggp.framing import make_error
 from graphgen.ipc.ggp.messages import Accepted, Delta, Done, Error
-from graphgen.outputs import StreamPiece
+from graphgen.requests.outputs import StreamPiece
+from graphgen.server.frontend.prepare import Prepared
+from graphgen.server.frontend.requests import PublicRequest
+from graphgen.server.frontend.sessions import Session
 
 
 def make_request(num_samples: int, stream: bool = True) -> PublicRequest:

@@ -6,7 +6,6 @@ import time
 import msgspec
 import pytest
 
-from graphgen.frontend.server import SMALL_BYTES
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.ggp.messages import (
     Accepted,
@@ -33,7 +32,8 @@ from graphgen.ipc.messages import (
     Submit,
 )
 from graphgen.ipc.messages import StatsRequest as SchedulerStatsRequest
-from graphgen.portable_tokenizer import PortableTokenizer, RustTokenizer
+from graphgen.requests.portable_tokenizer import PortableTokenizer, RustTokenizer
+from graphgen.server.frontend.server import SMALL_BYTES
 from tests.fakes import STATS
 from tests.frontend.conftest import MakeFrontend
 from tests.frontend.harness import IDS, Frontend, open_request, wait_until
@@ -137,7 +137,7 @@ def test_health_asks_the_worker(frontend: Frontend) -> None:
 
 
 def test_health_of_a_worker_that_does_not_answer(frontend: Frontend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphgen.frontend.monitor.TIMEOUT_S", 0.3)
+    monkeypatch.setattr("graphgen.server.frontend.monitor.TIMEOUT_S", 0.3)
     monkeypatch.setattr(frontend.server._monitor._health, "_timeout_s", 0.3)
     control = frontend.connect(control=True)
     for _ in range(2):  # the second finds the question on its way

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphgen.frontend.turns import FairQueue, RateLimit, Shares
 from graphgen.ipc.errors import OverloadedError
+from graphgen.server.frontend.turns import FairQueue, RateLimit, Shares
 
 pushes = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 3)), max_size=40)
 

@@ -25,7 +25,7 @@ from graphgen.ipc.ggp.messages import (
     Sampling,
 )
 from graphgen.ipc.ggp.reference import update
-from graphgen.sampling_params import SamplingParams
+from graphgen.requests.sampling_params import SamplingParams
 
 DOCUMENT = Path(graphgen.ipc.__file__).parent / "PROTOCOL.md"
 GENERATE = b"GG\x01G"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import msgspec
 
-from graphgen.config import EngineConfig, LaunchConfig, resolve
 from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.messages import SamplerParams, Submit
+from graphgen.launch.config import EngineConfig, LaunchConfig, resolve
 from graphgen.models.families import load_spec
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.policy import Scheduler

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from graphgen.capture.stream import Mark
-from graphgen.config import LaunchConfig
 from graphgen.demo import model_folder
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.messages import TIMING_PHASE, Bucket, Progress, SamplerParams, StepPlan, WorkerReady
+from graphgen.launch.config import LaunchConfig
 from graphgen.scheduler.cost_model import prompt_pairs
 from graphgen.worker import step_timing
 from graphgen.worker.runner import LaunchedStep, ModelRunner

@@ -1,0 +1,330 @@
+"""The `graphgen` command. Owns options and what is printed; everything else is the public API."""
+
+import importlib.metadata
+import os
+import platform
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from graphgen.api.engine import Engine
+from graphgen.commands.demo_run import DemoFigures, percentile, run_demo
+from graphgen.commands.describe import Decision, decisions
+from graphgen.commands.serve import keys_app, serve_until_signal
+from graphgen.commands.tune import TuneFigures, describe_figures, tune_figures
+from graphgen.ipc.errors import GraphgenError
+from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS
+from graphgen.ipc.messages import Bucket, Phase
+from graphgen.launch.config import EngineConfig
+from graphgen.launch.step_times_store import StepTimesKey, stored_file
+from graphgen.mock_server.__main__ import mock_server
+from graphgen.requests.sampling_params import SamplingParams
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Serve large language models.")
+app.add_typer(keys_app, name="keys")
+stdout = Console()
+stderr = Console(stderr=True)
+
+app.command()(mock_server)
+
+USAGE_EXIT = 2
+
+
+class LoadFormat(StrEnum):
+    """EngineConfig.load_format as a choice on the command line."""
+
+    AUTO = "auto"
+    SAFETENSORS = "safetensors"
+    DUMMY = "dummy"
+
+
+class DType(StrEnum):
+    """EngineConfig.dtype as a choice on the command line."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+Model = Annotated[str | None, typer.Option(help="Folder or Hugging Face id. [default: the embedded demo model]")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DTypeOption = Annotated[DType, typer.Option(help="Of weights and KV cache.")]
+MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt and output together, in tokens.")]
+TokenBudget = Annotated[int | None, typer.Option(help="Token rows of one step.")]
+LoadFormatOption = Annotated[LoadFormat, typer.Option(help="dummy makes random weights.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to go on with; - reads it from standard input.")],
+    model: Model = None,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: DTypeOption = DType.AUTO,
+    max_model_len: MaxModelLen = None,
+    token_budget: TokenBudget = None,
+    load_format: LoadFormatOption = LoadFormat.AUTO,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of output.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text. [default: fresh]")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None,
+) -> None:
+    """Stream the continuation of one prompt."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    sampling = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    config = _config(model, revision, device, dtype, max_model_len, token_budget, load_format)
+    with Engine(config) as engine:
+        num_tokens, reason = 0, None
+        for piece in engine.stream(text, sampling):
+            _write(piece.text)
+            num_tokens += len(piece.token_ids)
+            reason = piece.finish_reason
+        _write("\n")
+        stats = engine.stats()
+    stderr.print(
+        f"{num_tokens} tokens, finished by {reason}; {stats.steps} steps, {stats.step_ms_p50:.2f} ms p50;"
+        f" started in {engine.start_s:.1f} s",
+        style="dim",
+        highlight=False,
+    )
+
+
+@app.command()
+def info(
+    model: Model = None,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: DTypeOption = DType.AUTO,
+    max_model_len: MaxModelLen = None,
+    token_budget: TokenBudget = None,
+    load_format: LoadFormatOption = LoadFormat.AUTO,
+) -> None:
+    """Start an engine and print what it found and decided, and why."""
+    with Engine(_config(model, revision, device, dtype, max_model_len, token_budget, load_format)) as engine:
+        found = engine.info
+        stdout.print(_versions_table())
+        stdout.print(_decisions_table(decisions(engine.config, engine.resolved, found)))
+        stdout.print(_buckets_table(found.worker.buckets))
+        stdout.print(_phases_table(found.worker.phases, engine.start_s))
+
+
+@app.command()
+def demo(
+    max_tokens: Annotated[int, typer.Option(help="Tokens of output of each request.")] = 120,
+    device: Device = "auto",
+) -> None:
+    """Serve prompts of many lengths at once on the embedded model, show one of them live, and print the figures."""
+    with Engine(device=device, progress=stderr.is_terminal) as engine:
+        figures = run_demo(engine, max_tokens, _write)
+        _write("\n\n")
+        stdout.print(_figures_table(figures, engine))
+        stdout.print(_phases_table(engine.info.worker.phases, engine.start_s))
+
+
+@app.command()
+def tune(
+    model: Model = None,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: DTypeOption = DType.AUTO,
+    max_model_len: MaxModelLen = None,
+    token_budget: TokenBudget = None,
+    load_format: LoadFormatOption = LoadFormat.AUTO,
+    json: Annotated[Path | None, typer.Option(help="Write the figures into this file.", dir_okay=False)] = None,
+) -> None:
+    """Measure how long a step of each bucket takes, print what that says, and store it for later starts.
+
+    The scheduler chooses its steps by these times. A start on a GPU that finds none measures them itself, in seconds
+    and less exactly. They are looked up by device, model shape, dtype, kernels, page size, buckets and versions: tune
+    with the options the engine will have, while nothing else runs on the device.
+
+    A --token-budget above the default, 2048 say, shows whether larger steps would compute more rows a second.
+    """
+    config = _config(model, revision, device, dtype, max_model_len, token_budget, load_format)
+    with Engine(msgspec.structs.replace(config, step_times="measure")) as engine:
+        worker = engine.info.worker
+        key = StepTimesKey.of(engine.resolved, worker)
+    assert worker.step_times is not None, "the worker measured: it was asked to"
+    stored = stored_file(os.environ, key, worker.step_times)
+    figures = tune_figures(worker.step_times, worker.device, worker.attention, stored)
+    stdout.print(_tune_table(figures))
+    stdout.print("\n".join(describe_figures(figures)), soft_wrap=True, markup=False, highlight=False)
+    if json is not None:
+        json.write_bytes(msgspec.json.format(msgspec.json.encode(figures), indent=1) + b"\n")
+
+
+@app.command()
+def prebuild(
+    arch: Annotated[str | None, typer.Option(help="GPU architecture, like 9.0a or 8.0. [default: of the GPU]")] = None,
+    model: Model = None,
+    revision: Revision = None,
+    dtype: DTypeOption = DType.AUTO,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Compilations at once. [default: one for each core]")] = None,
+) -> None:
+    """Build a model's attention kernels ahead of its first start; needs nvcc, ninja and no GPU."""
+    from graphgen.commands.prebuild import prebuild as build_kernels  # imports torch
+
+    config = EngineConfig(model=model, revision=revision, device="cuda", dtype=dtype.value)
+    begun_s = time.monotonic()
+    with stderr.status("building attention kernels, which takes minutes"):
+        built = build_kernels(config, arch, jobs)
+    lines = [f"{source:<9} {name}" for name, source in built.libraries.items()]
+    lines.append(f"for {built.arch} in {built.folder} after {time.monotonic() - begun_s:.1f} s")
+    stdout.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command()
+def serve(
+    bind: Annotated[str, typer.Option(help="Address of the data socket: tcp://HOST:PORT or ipc://PATH.")] = (
+        DEFAULT_ADDRESS
+    ),
+    control: Annotated[str | None, typer.Option(help="Address of the control socket. [default: the next port]")] = None,
+    model: Model = None,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: DTypeOption = DType.AUTO,
+    max_model_len: MaxModelLen = None,
+    token_budget: TokenBudget = None,
+    load_format: LoadFormatOption = LoadFormat.AUTO,
+    keys: Annotated[
+        Path | None, typer.Option(help="Folder of CURVE keys, see `graphgen keys`: they are asked for.")
+    ] = (None),
+    insecure_public: Annotated[bool, typer.Option(help="Let everyone in who can reach a public address.")] = False,
+    grace_s: Annotated[float, typer.Option(min=0, help="For open requests to finish after SIGTERM.")] = 30.0,
+    memory_limit_mib: Annotated[int, typer.Option(min=64, help="Of the frontend, beyond what it needs when idle.")] = (
+        1024
+    ),
+    slow_consumer_s: Annotated[
+        float, typer.Option(min=1, help="A client that reads nothing for so long is cut off.")
+    ] = (60.0),
+    open_requests: Annotated[int, typer.Option(min=1, help="Most open requests of one client.")] = 256,
+) -> None:
+    """Serve programs in any language over ZeroMQ, until SIGTERM; the protocol is in ipc/PROTOCOL.md."""
+    config = _config(model, revision, device, dtype, max_model_len, token_budget, load_format)
+    sys.exit(
+        serve_until_signal(
+            config, bind, control, keys, insecure_public, grace_s, memory_limit_mib, slow_consumer_s, open_requests
+        )
+    )
+
+
+def main() -> None:
+    """The console script. What graphgen raises on purpose is told in one line, without a trace."""
+    try:
+        app()
+    except GraphgenError as error:
+        stderr.print(f"graphgen: {error}", style="red", markup=False, highlight=False)
+        sys.exit(USAGE_EXIT)
+
+
+def _config(
+    model: str | None,
+    revision: str | None,
+    device: str,
+    dtype: DType,
+    max_model_len: int | None,
+    token_budget: int | None,
+    load_format: LoadFormat,
+) -> EngineConfig:
+    return EngineConfig(
+        model=model,
+        revision=revision,
+        device=device,
+        dtype=dtype.value,
+        max_model_len=max_model_len,
+        token_budget=token_budget,
+        load_format=load_format.value,
+        progress=stderr.is_terminal,
+    )
+
+
+def _write(text: str) -> None:
+    """Text of a model is written as it is: rich would take [brackets] for markup."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _versions_table() -> Table:
+    table = Table("package", "version", title="Versions", title_justify="left")
+    table.add_row("Python", platform.python_version())
+    for package in ("graphgen", "torch", "transformers", "tokenizers", "flashinfer-python", "pyzmq", "msgspec"):
+        try:
+            table.add_row(package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            table.add_row(package, "not installed")
+    return table
+
+
+def _decisions_table(rows: list[Decision]) -> Table:
+    table = Table("what", "value", "why", title="Decisions", title_justify="left")
+    for row in rows:
+        table.add_row(row.what, row.value, row.why)
+    return table
+
+
+def _buckets_table(buckets: tuple[Bucket, ...]) -> Table:
+    """One line for each number of decode rows, with the prefill rows that go with it."""
+    table = Table("decode rows", "prefill rows", title=f"{len(buckets)} buckets", title_justify="left")
+    for decode_rows in sorted({bucket.decode_rows for bucket in buckets}):
+        with_it = sorted(bucket.prefill_rows for bucket in buckets if bucket.decode_rows == decode_rows)
+        table.add_row(str(decode_rows), " ".join(str(prefill_rows) for prefill_rows in with_it))
+    return table
+
+
+def _phases_table(phases: tuple[Phase, ...], start_s: float) -> Table:
+    table = Table("phase of the start", "seconds", "beside earlier phases", title="Start", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for phase in phases:
+        table.add_row(phase.name, f"{phase.seconds:.2f}", f"{phase.hidden_s:.2f}" if phase.hidden_s else "")
+    table.add_row("all, processes and imports included", f"{start_s:.2f}")
+    return table
+
+
+def _tune_table(figures: TuneFigures) -> Table:
+    """Padding is of the steps whose smallest bucket it is: the share of their rows that hold no token."""
+    title = f"Steps on {figures.device}, decodes at {figures.decode_context} positions, all rows live"
+    table = Table("bucket", "rows", "ms", "rows/s", "padding, mean", "worst", "", title=title, title_justify="left")
+    for column in table.columns[:6]:
+        column.justify = "right"
+    for line in figures.buckets:
+        padding = ("-", "-") if line.padding is None else (f"{line.padding.mean:.0%}", f"{line.padding.worst:.0%}")
+        rate, mark = f"{line.rows_per_s:.0f}", "saturation point" if line.saturated else ""
+        table.add_row(line.bucket, str(line.rows), f"{line.milliseconds:.2f}", rate, *padding, mark)
+    return table
+
+
+def _figures_table(figures: DemoFigures, engine: Engine) -> Table:
+    stats = figures.stats
+    table = Table("figure", "value", title=f"Demo on {engine.info.worker.device}", title_justify="left")
+    table.columns[1].justify = "right"
+    table.add_row("requests at once", str(figures.num_requests))
+    table.add_row("prompt tokens / output tokens", f"{figures.prompt_tokens} / {figures.output_tokens}")
+    table.add_row("output tokens/s", f"{figures.output_tokens / figures.seconds:.0f}")
+    for name, values, percents in (("TTFT", figures.ttft_s, (50, 95)), ("ITL", figures.itl_s, (50, 95, 99))):
+        for percent in percents:
+            table.add_row(f"{name} p{percent}", f"{percentile(values, percent) * 1000:.1f} ms")
+    table.add_row("steps", str(stats.steps))
+    table.add_row("padding share of the rows", f"{stats.padding_share:.1%}")
+    table.add_row("graph replays / eager steps", f"{stats.graph_replays} / {stats.eager_steps}")
+    return table

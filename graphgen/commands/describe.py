@@ -1,0 +1,96 @@
+"""Why an engine is set up as it is: one sentence for each decision. Used by `graphgen info`."""
+
+from msgspec import Struct
+
+from graphgen.ipc.messages import TIMING_PHASE, Ready, WorkerReady
+from graphgen.launch.config import EngineConfig, LaunchConfig
+
+
+class Decision(Struct, frozen=True):
+    """One setting, its value and its reason."""
+
+    what: str
+    value: str
+    why: str
+
+
+def decisions(config: EngineConfig, launch: LaunchConfig, ready: Ready) -> list[Decision]:
+    """In the order in which one depends on the other."""
+    worker, spec = ready.worker, launch.spec
+    page_bytes = spec.kv_bytes_per_token(launch.dtype) * worker.page_size
+    return [
+        Decision("model", launch.model_folder, _model_reason(config, launch)),
+        Decision("device", worker.device, _asked(config.device != "auto") or _device_reason(launch)),
+        Decision(
+            "dtype",
+            launch.dtype,
+            _asked(config.dtype != "auto") or ("the CPU's" if launch.device == "cpu" else f"stored as {spec.dtype}"),
+        ),
+        Decision("attention", worker.attention, _asked(config.attention != "auto") or "the fastest that is installed"),
+        Decision(
+            "layer compiled",
+            "yes" if worker.compiled else "no",
+            _asked(config.compile is not None) or "by default on CUDA and not on the CPU",
+        ),
+        Decision(
+            "steps are",
+            "graph replays" if worker.graphs else "calls",
+            "captured before the first request" if worker.graphs else "this device has no graphs",
+        ),
+        Decision(
+            "token budget",
+            str(ready.token_budget),
+            _asked(config.token_budget is not None) or f"the default on {launch.device}",
+        ),
+        _step_times_decision(worker),
+        Decision("requests at once", str(ready.max_running), _running_reason(config, ready)),
+        Decision(
+            "max_model_len",
+            str(launch.max_model_len),
+            _asked(config.max_model_len is not None) or "max_position_embeddings of the model",
+        ),
+        Decision(
+            "weights",
+            f"{spec.weight_bytes(launch.dtype) / 2**20:.0f} MiB",
+            f"{spec.num_parameters:,} parameters in {launch.dtype}",
+        ),
+        Decision(
+            "KV cache",
+            f"{worker.num_pages} pages, {page_bytes * worker.num_pages / 2**20:.0f} MiB",
+            (_asked(config.num_pages is not None) or "what the memory left after weights and buffers")
+            + f"; holds {worker.num_pages * worker.page_size:,} positions, {worker.page_size} a page",
+        ),
+    ]
+
+
+def _step_times_decision(worker: WorkerReady) -> Decision:
+    table = worker.step_times
+    if table is None:
+        return Decision("step times", "unknown", "`graphgen tune` measures them; until then they are learnt from steps")
+    measured = any(phase.name == TIMING_PHASE for phase in worker.phases)
+    return Decision(
+        "step times",
+        f"{table.times[0].milliseconds:.2f} to {max(time.milliseconds for time in table.times):.2f} ms",
+        "measured at this start" if measured else "stored by `graphgen tune` or an earlier start",
+    )
+
+
+def _asked(was_asked: bool) -> str:
+    return "you asked for it" if was_asked else ""
+
+
+def _model_reason(config: EngineConfig, launch: LaunchConfig) -> str:
+    chosen = "the embedded demo model, since none was named" if config.model is None else "you named it"
+    return f"{chosen}; {launch.spec.architecture} with {launch.spec.num_layers} layers"
+
+
+def _device_reason(launch: LaunchConfig) -> str:
+    if launch.device == "cpu":
+        return "no NVIDIA device with a driver and a CUDA build of torch was found"
+    return "an NVIDIA device, its driver and a CUDA build of torch are present"
+
+
+def _running_reason(config: EngineConfig, ready: Ready) -> str:
+    if ready.max_running == config.max_num_seqs:
+        return "max_num_seqs"
+    return f"less than max_num_seqs = {config.max_num_seqs}, so that prompts keep a quarter of the token budget"

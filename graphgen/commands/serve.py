@@ -1,0 +1,76 @@
+"""What `graphgen serve` and `graphgen keys` do with their options. The rest is in `graphgen.server`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graphgen.launch.config import EngineConfig
+from graphgen.server.frontend.keys import Keys, default_folder
+from graphgen.server.supervisor import ServeOptions, Supervisor, control_address, is_public
+
+keys_app = typer.Typer(no_args_is_help=True, help="CURVE keys of the server and of those who may connect.")
+
+KeysFolder = Annotated[
+    Path | None, typer.Option("--keys", help="Folder of the keys. [default: $GRAPHGEN_KEYS or ~/.config/graphgen/keys]")
+]
+
+
+def serve_until_signal(
+    config: EngineConfig,
+    bind: str,
+    control: str | None,
+    keys: Path | None,
+    insecure_public: bool,
+    grace_s: float,
+    memory_limit_mib: int,
+    slow_consumer_s: float,
+    open_requests: int,
+) -> int:
+    """Serves until a signal: the exit code, 0 when every request got its whole output."""
+    control = control or control_address(bind)
+    if keys is None and (is_public(bind) or is_public(control)) and Keys(default_folder()).has_server_key:
+        keys = default_folder()
+    options = ServeOptions(
+        data=bind,
+        control=control,
+        keys=None if keys is None else str(keys.expanduser().absolute()),
+        insecure_public=insecure_public,
+        grace_s=grace_s,
+        memory_limit_bytes=memory_limit_mib << 20,
+        slow_consumer_s=slow_consumer_s,
+        open_requests=open_requests,
+    )
+    return Supervisor(config, options, _say).run()
+
+
+@keys_app.command()
+def new(
+    name: Annotated[
+        str | None, typer.Argument(help="Of a client, which is let in as well. [default: the server's own keys]")
+    ] = None,
+    keys: KeysFolder = None,
+) -> None:
+    """Make a pair of keys, and print where the secret one lies and what the public one is."""
+    secret, public_key = _open(keys).make(name)
+    _say(f"secret  {secret}\npublic  {public_key}")
+
+
+@keys_app.command()
+def allow(
+    name: Annotated[str, typer.Argument(help="To find the key by, later.")],
+    public_key: Annotated[str, typer.Argument(help="The client's public key, 40 characters.")],
+    keys: KeysFolder = None,
+) -> None:
+    """Let a client in by its public key; a running server needs no restart. Remove the file to shut it out."""
+    _say(str(_open(keys).allow(name, public_key)))
+
+
+def _open(folder: Path | None) -> Keys:
+    return Keys(folder.expanduser() if folder is not None else default_folder())
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

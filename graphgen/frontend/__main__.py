@@ -1,9 +1,0 @@
-"""`python -m graphgen.frontend FOLDER PARENT_PID`, started by the supervisor."""
-
-import sys
-from pathlib import Path
-
-from graphgen.frontend.process import main
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))

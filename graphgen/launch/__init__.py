@@ -1,0 +1,1 @@
+"""What an engine is started with: its configuration, its child processes, stored step times."""

@@ -1,0 +1,317 @@
+"""What the user asks for (EngineConfig), and what the processes are told (LaunchConfig).
+
+Owns every default and every check of a number; never loads weights, never imports torch. `requests.core` resolves an
+EngineConfig once, in the user's process, and writes the LaunchConfig as a file into the engine's folder; the
+scheduler and the worker read it from there and are handed only the numbers they need.
+"""
+
+import ctypes
+import importlib.util
+import math
+import os
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Literal, TypedDict
+
+import msgspec
+from msgspec import Struct
+
+from graphgen.capture.buckets import MIN_TOKEN_BUDGET, max_running
+from graphgen.ipc.errors import ConfigError
+from graphgen.models.spec import ModelSpec
+
+LAUNCH_FILE = "launch.msgpack"
+
+_PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class EngineConfig(Struct, frozen=True, kw_only=True):
+    """Everything an Engine can be told. None or "auto" leave the choice to the engine, which says what it chose.
+
+    Raises ConfigError on a value that can work on no machine; what depends on the model or on the device is
+    checked when the engine starts.
+    """
+
+    model: str | None = None
+    """Folder or Hugging Face id; None is the embedded demo model."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer, when it is not the model's."""
+    device: str = "auto"
+    """auto: CUDA where a GPU and a CUDA build of torch are present. Else "cpu", "cuda" or "cuda:N"."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: float32 on the CPU; on CUDA the checkpoint's, bfloat16 if that is float32."""
+    max_model_len: int | None = None
+    """Longest prompt and output together, in tokens; None is the model's own limit."""
+    max_num_seqs: int = 256
+    """Requests that run at once; fewer when prompts would keep less than a quarter of the token budget."""
+    token_budget: int | None = None
+    """Most token rows of one step. None: 1024 on CUDA, 256 on the CPU. A step takes as many as the ITL target allows;
+    without a target, as few as compute 93 % of the best tokens/s: 512 of an 8B model on an H200."""
+    page_size: int | None = None
+    """KV positions of a page, a power of two. None: 64 on CUDA, 16 on the CPU."""
+    num_pages: int | None = None
+    """Pages of the KV cache. None: what the device's memory holds."""
+    memory_fraction: float = 0.9
+    """Share of the device's memory that the engine may use in all, 0 < fraction <= 1."""
+    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+    """auto and safetensors read the checkpoint; dummy makes random weights of the real shapes."""
+    seed: int = 0
+    """Of the random weights of load_format="dummy"; a request has its own in SamplingParams."""
+    progress: bool = False
+    """Show a progress bar while the engine starts."""
+    compile: bool | None = None
+    """Compile the decoder layer with torch.compile. None: on CUDA, not on the CPU."""
+    attention: Literal["auto", "flashinfer", "torch"] = "auto"
+    """Attention backend. auto: FlashInfer on CUDA where it is installed."""
+    step_times: Literal["auto", "measure", "off"] = "auto"
+    """Where the scheduler's step times come from. auto: what `graphgen tune` stored for this device, model and buckets;
+    else, on a device with graphs, a quick measurement at the first start. measure: a thorough one. Both are stored."""
+    step_log: str | None = None
+    """File that receives one JSON line per step."""
+    cpu_threads: int | None = None
+    """Threads of one CPU operation in the worker. None: all cores."""
+    itl_target_ms: float | None = None
+    """Milliseconds that no gap between two tokens of a request should exceed, for requests that state no target of
+    their own: steps are made no longer than that as far as measured step times tell. None: as long as is efficient."""
+    ttft_target_ms: float | None = None
+    """Milliseconds from a request's arrival to its first token, for requests that state no target of their own: when it
+    is near, steps grow beyond the efficient size, up to the token budget and the ITL target."""
+    prefix_cache: bool = True
+    """Share the KV pages of equal beginnings of prompts. Always off for models whose rotation of a key depends on the
+    length of the prompt (dynamic NTK)."""
+    max_waiting: int = 2**16
+    """Requests that may wait; more are refused with OverloadedError."""
+    max_waiting_tokens: int = 2**26
+    """Prompt tokens of all waiting requests; more are refused with OverloadedError."""
+    max_long_prompts: int = 1
+    """Prompts of more than eight full steps that are computed at the same time; the others of them wait."""
+    start_timeout_s: float = 600.0
+    """How long the start may take before it is given up."""
+
+    def __post_init__(self) -> None:
+        """The checks that need neither the model nor the device."""
+        _check_types(self)
+        if not (self.device in ("auto", "cpu", "cuda") or _is_cuda_index(self.device)):
+            raise ConfigError(f'device is {self.device!r}: use "auto", "cpu", "cuda" or "cuda:N"')
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "num_pages",
+            "cpu_threads",
+            "max_waiting",
+            "max_waiting_tokens",
+            "max_long_prompts",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}, the least is 1: raise it or leave it out")
+        for name in ("itl_target_ms", "ttft_target_ms"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ConfigError(f"{name} is {value}: use milliseconds above 0 or leave it out")
+        if self.token_budget is not None and self.token_budget < MIN_TOKEN_BUDGET:
+            raise ConfigError(f"token_budget is {self.token_budget}, the least is {MIN_TOKEN_BUDGET}: raise it")
+        if self.page_size is not None and self.page_size not in _PAGE_SIZES:
+            raise ConfigError(f"page_size is {self.page_size}: use a power of two from 1 to {_PAGE_SIZES[-1]}")
+        if not 0.0 < self.memory_fraction <= 1.0:
+            raise ConfigError(f"memory_fraction is {self.memory_fraction}: use a value above 0 and up to 1")
+        if not (self.start_timeout_s > 0 and math.isfinite(self.start_timeout_s)):
+            raise ConfigError(f"start_timeout_s is {self.start_timeout_s}: use a positive number of seconds")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}: use an integer from 0 to 2**63 - 1")
+
+
+class EngineSettings(TypedDict, total=False):
+    """The fields of EngineConfig as keyword arguments, for type checkers and editors."""
+
+    model: str | None
+    revision: str | None
+    tokenizer: str | None
+    device: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    max_model_len: int | None
+    max_num_seqs: int
+    token_budget: int | None
+    page_size: int | None
+    num_pages: int | None
+    memory_fraction: float
+    load_format: Literal["auto", "safetensors", "dummy"]
+    seed: int
+    progress: bool
+    compile: bool | None
+    attention: Literal["auto", "flashinfer", "torch"]
+    step_times: Literal["auto", "measure", "off"]
+    step_log: str | None
+    cpu_threads: int | None
+    itl_target_ms: float | None
+    ttft_target_ms: float | None
+    prefix_cache: bool
+    max_waiting: int
+    max_waiting_tokens: int
+    max_long_prompts: int
+    start_timeout_s: float
+
+
+def make_config(model: str | EngineConfig | None, settings: EngineSettings) -> EngineConfig:
+    """The config of `Engine(model, **settings)`. Raises ConfigError when something is given twice."""
+    if isinstance(model, EngineConfig):
+        if settings:
+            raise ConfigError(f"both an EngineConfig and {', '.join(settings)} were given: put all into EngineConfig")
+        return model
+    if model is not None and "model" in settings:
+        raise ConfigError(f"model is given twice, as {model!r} and {settings['model']!r}: give it once")
+    if model is not None:
+        settings = {**settings, "model": model}
+    return EngineConfig(**settings)
+
+
+class LaunchConfig(Struct, frozen=True, kw_only=True):
+    """What scheduler and worker need, resolved: no value is left to choose but those that need the device's memory."""
+
+    model_folder: str
+    spec: ModelSpec
+    eos_token_ids: tuple[int, ...]
+    device: str  # "cpu", "cuda" or "cuda:N"
+    dtype: str  # "float32", "bfloat16" or "float16"
+    attention: str  # "auto", "flashinfer" or "torch"
+    compile: bool
+    load_format: str
+    seed: int
+    max_model_len: int
+    max_running: int  # slots
+    token_budget: int
+    page_size: int
+    num_pages: int | None  # None: the worker measures what the memory holds
+    memory_fraction: float
+    step_times: str  # "auto", "measure" or "off"
+    itl_target_ms: float | None  # of requests that state none
+    ttft_target_ms: float | None
+    step_log: str | None  # an absolute path
+    cpu_threads: int | None
+    prefix_cache: bool
+    max_waiting: int  # requests
+    max_waiting_tokens: int  # prompt tokens
+    max_long_prompts: int
+
+    def write(self, folder: Path) -> None:
+        """Puts the file into `folder` in one rename, so that a reader sees all of it or nothing."""
+        partial = folder / f"{LAUNCH_FILE}.partial"
+        partial.write_bytes(msgspec.msgpack.encode(self))
+        partial.rename(folder / LAUNCH_FILE)
+
+    @classmethod
+    def read(cls, folder: Path) -> "LaunchConfig":
+        """Waits for the file. The Engine starts its processes first and reads the model's config while they import
+        torch, so a child calls this after its imports; it waits as long as its watchdog lets it live."""
+        path = folder / LAUNCH_FILE
+        while not path.exists():
+            time.sleep(0.01)
+        return msgspec.msgpack.decode(path.read_bytes(), type=cls)
+
+
+def resolve(config: EngineConfig, spec: ModelSpec, model_folder: Path) -> LaunchConfig:
+    """Every choice that EngineConfig left open, made once. Raises ConfigError."""
+    device = find_device() if config.device == "auto" else config.device
+    on_cuda = device != "cpu"
+    token_budget = config.token_budget or (1024 if on_cuda else 256)
+    return LaunchConfig(
+        model_folder=str(model_folder),
+        spec=spec,
+        eos_token_ids=tuple(spec.eos_token_ids),
+        device=device,
+        dtype=_resolve_dtype(config, spec, on_cuda),
+        attention=config.attention,
+        compile=on_cuda if config.compile is None else config.compile,
+        load_format=config.load_format,
+        seed=config.seed,
+        max_model_len=_resolve_max_model_len(config, spec),
+        # Decodes come first in every step: a cap on running requests is what keeps room for prompts.
+        max_running=max_running(config.max_num_seqs, token_budget),
+        token_budget=token_budget,
+        page_size=config.page_size or (64 if on_cuda else 16),
+        num_pages=config.num_pages,
+        memory_fraction=config.memory_fraction,
+        step_times=config.step_times,
+        itl_target_ms=config.itl_target_ms,
+        ttft_target_ms=config.ttft_target_ms,
+        step_log=None if config.step_log is None else str(Path(config.step_log).absolute()),
+        cpu_threads=config.cpu_threads,
+        # With a rotation that depends on the length of the prompt, the keys of equal tokens are not equal.
+        prefix_cache=config.prefix_cache and spec.rope.kind != "dynamic",
+        max_waiting=config.max_waiting,
+        max_waiting_tokens=config.max_waiting_tokens,
+        max_long_prompts=config.max_long_prompts,
+    )
+
+
+def find_device() -> str:
+    """CUDA where an NVIDIA device, its driver and a CUDA build of torch are present, else the CPU. Imports no torch."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return "cpu"
+    devices = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("dxg")]
+    return "cuda" if devices and _has_driver() and _torch_has_cuda() else "cpu"
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError for a CUDA device that was asked for and that this installation of torch can never use."""
+    if device not in ("auto", "cpu") and not _torch_has_cuda():
+        raise ConfigError(f'device is {device!r}, torch here is built without CUDA: install a CUDA build or use "cpu"')
+
+
+def _has_driver() -> bool:
+    """Loads the driver's library as torch would, without initialising it."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _torch_has_cuda() -> bool:
+    """Reads torch/version.py alone, which says what torch was built for: importing torch takes seconds."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        return False
+    spec = importlib.util.spec_from_file_location("_torch_version", Path(found.origin).with_name("version.py"))
+    if spec is None or spec.loader is None:
+        return False
+    module = ModuleType("_torch_version")
+    spec.loader.exec_module(module)
+    return getattr(module, "cuda", None) is not None
+
+
+def _resolve_dtype(config: EngineConfig, spec: ModelSpec, on_cuda: bool) -> str:
+    if config.dtype != "auto":
+        return config.dtype
+    if not on_cuda:
+        return "float32"
+    return spec.dtype if spec.dtype in ("bfloat16", "float16") else "bfloat16"
+
+
+def _resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
+    if config.max_model_len is None:
+        return spec.max_position_embeddings
+    # Configs with scaled rotations often still state the length of before the scaling.
+    scaled = int((spec.rope.original_max_len or spec.max_position_embeddings) * spec.rope.factor)
+    limit = max(spec.max_position_embeddings, scaled)
+    if config.max_model_len > limit:
+        raise ConfigError(f"max_model_len is {config.max_model_len}, the model's limit is {limit}: lower it")
+    return config.max_model_len
+
+
+def _is_cuda_index(device: str) -> bool:
+    kind, _, index = device.partition(":")
+    return kind == "cuda" and index.isascii() and index.isdigit()
+
+
+def _check_types(config: EngineConfig) -> None:
+    """msgspec checks types when it decodes a Struct, not when a program builds one."""
+    for field in msgspec.structs.fields(EngineConfig):
+        value = getattr(config, field.name)
+        try:
+            msgspec.convert(value, field.type)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{field.name} is {value!r}: {str(error)[0].lower()}{str(error)[1:]}") from None

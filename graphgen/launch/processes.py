@@ -1,0 +1,197 @@
+"""Child processes of an engine: how they start, how they are watched, how they end, from both ends.
+
+Owns the engine's folder (mode 0700: sockets, launch file, output of the children) and the Popen handles. Never sends
+a message. `requests.core` uses EngineProcesses; the scheduler and the worker call `end_with_parent` first thing.
+
+A user's program may end in ways that run no code of ours (kill -9), so each child watches its parent.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+import msgspec
+
+from graphgen.base.caches import cache_environment
+from graphgen.ipc.errors import ConfigError
+
+PARENT_POLL_S = 0.25
+"""How often a child looks whether its parent is alive."""
+
+_MAX_FOLDER_BYTES = 107 - len("/worker.down")
+"""Linux limits a socket's path to 107 bytes."""
+_LOG_TAIL_BYTES = 8192
+_ERROR_LINES = 15
+
+
+class Exit(msgspec.Struct, frozen=True):
+    """A child that ended by itself."""
+
+    name: str
+    code: int  # negative: the signal that killed it
+    tail: str  # the last lines it wrote
+
+    def __str__(self) -> str:
+        how = f"was killed by {_signal_name(-self.code)}" if self.code < 0 else f"ended with exit code {self.code}"
+        said = f"; its last lines were:\n{self.tail}" if self.tail else " and wrote nothing"
+        return f"the {self.name} process {how}{said}"
+
+
+class EngineProcesses:
+    """The scheduler and the worker of one engine, and the folder they share.
+
+    The constructor starts both. They are in a session of their own, so that Ctrl-C in a terminal reaches the user's
+    program alone, which then closes its engine in order.
+    """
+
+    def __init__(self, modules: tuple[str, ...] = ("graphgen.scheduler", "graphgen.worker")) -> None:
+        self.folder = _make_folder()
+        self._owner_pid = os.getpid()
+        self._environment = _child_environment(self.folder)
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        try:
+            for module in modules:
+                self.start(module)
+        except BaseException:
+            self.stop(grace_s=0.0)
+            raise
+
+    def start(self, module: str) -> None:
+        """Starts another child, or one anew that has ended."""
+        name = module.rpartition(".")[2]
+        with (self.folder / f"{name}.log").open("wb") as log:
+            self._children[name] = subprocess.Popen(
+                # -P: a file of the user's named like a library must not be imported in its place.
+                [sys.executable, "-P", "-m", module, str(self.folder), str(self._owner_pid)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=self._environment,
+            )
+
+    @property
+    def are_ours(self) -> bool:
+        """False in a fork of the program that started them, which must leave them alone."""
+        return os.getpid() == self._owner_pid
+
+    @property
+    def pids(self) -> dict[str, int]:
+        return {name: child.pid for name, child in self._children.items()}
+
+    def find_exit(self, names: Collection[str] | None = None) -> Exit | None:
+        """A child that has ended, if any, of these; the one that failed first matters, so errors come before plain
+        ends."""
+        exits = [
+            Exit(name, child.returncode, self.log_tail(name))
+            for name, child in self._children.items()
+            if (names is None or name in names) and child.poll() is not None
+        ]
+        return max(exits, key=lambda child_exit: child_exit.code != 0, default=None)
+
+    def log_tail(self, name: str, num_lines: int = _ERROR_LINES) -> str:
+        """The last lines that a child wrote to its output."""
+        try:
+            with (self.folder / f"{name}.log").open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
+                lines = log.read().decode(errors="replace").splitlines()
+        except FileNotFoundError:  # the folder is removed by whoever ends last
+            return ""
+        return "\n".join(lines[-num_lines:])
+
+    def stop(self, grace_s: float) -> None:
+        """Waits `grace_s` for the children to end, ends those that did not, and removes the folder. Idempotent."""
+        deadline = time.monotonic() + grace_s
+        for ask in (None, signal.SIGTERM, signal.SIGKILL):
+            for child in self._children.values():
+                if ask is not None and child.poll() is None:
+                    child.send_signal(ask)
+            if self._wait(deadline):
+                break
+            deadline = time.monotonic() + 0.5
+        for child in self._children.values():
+            # What a child started itself (compilers) lives in the child's process group.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _wait(self, deadline: float) -> bool:
+        """Whether all children have ended by `deadline`."""
+        while any(child.poll() is None for child in self._children.values()):
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.01)
+        return True
+
+
+def end_with_parent(parent_pid: int, folder: Path) -> None:
+    """Ends this process soon after its parent has ended, however that ended, and removes the engine's folder.
+
+    Called by a child before its slow imports. It asks getppid, which cannot be fooled by a reused process id; the
+    kernel's parent-death signal would not do, since that follows the thread which started the child.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent_pid:
+            time.sleep(PARENT_POLL_S)
+        _remove_while_used(folder)
+        # Compilers that a worker started would outlive it: its process group is its own, see EngineProcesses.
+        if os.getpgrp() == os.getpid():
+            os.killpg(os.getpid(), signal.SIGKILL)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="graphgen-parent-watch", daemon=True).start()
+
+
+def _make_folder() -> Path:
+    """A folder that only this user may enter."""
+    folder = Path(tempfile.mkdtemp(prefix="graphgen-"))
+    if len(os.fsencode(folder)) > _MAX_FOLDER_BYTES:
+        folder.rmdir()
+        raise ConfigError(
+            f"the path of the temporary folder {folder} has {len(os.fsencode(folder))} bytes, a socket in it allows"
+            f" {_MAX_FOLDER_BYTES}: set TMPDIR to a shorter path"
+        )
+    return folder
+
+
+def _remove_while_used(folder: Path) -> None:
+    """Removes a folder in which this process or the other child may be binding a socket at this moment."""
+    for _ in range(40):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():  # from here on a bind fails, and with it the process that tried
+            return
+        time.sleep(0.025)
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started: what its imports took, when asked right after them."""
+    started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    up_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return up_s - started_ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _child_environment(folder: Path) -> dict[str, str]:
+    """The user's environment, with the folder that graphgen was imported from in front of the import path, and with
+    the compilers' caches in one place; what cannot be kept lies in the engine's folder."""
+    root = Path(__file__).resolve().parents[2]
+    inherited = os.environ.get("PYTHONPATH")
+    paths = [str(root), *([inherited] if inherited else [])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    return cache_environment(environment, spare=folder / "caches")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,266 @@
+"""What Engine and AsyncEngine share: the start of an engine, the checks of a request, and its way to the scheduler.
+
+Owns the engine's processes, client, tokenizer and limits. Never waits for tokens: the two engines differ in how they
+do that. One EngineCore is one running engine.
+"""
+
+import itertools
+import logging
+import secrets
+import time
+import weakref
+from collections.abc import Sequence
+
+from graphgen import demo
+from graphgen.base.progress import StartProgress
+from graphgen.ipc.codec import pack_int32
+from graphgen.ipc.errors import ConfigError, InvalidRequestError, PromptTooLongError
+from graphgen.ipc.messages import EngineStats, Ready, Submit
+from graphgen.launch.config import EngineConfig, LaunchConfig, check_device, resolve
+from graphgen.launch.processes import EngineProcesses
+from graphgen.requests.link import Client
+from graphgen.requests.open_request import OpenRequest, Sink
+from graphgen.requests.portable_tokenizer import TextTokenizer
+from graphgen.requests.sampling_params import SamplingParams
+from graphgen.requests.tokenizer import Tokenizer, load_tokenizer
+
+logger = logging.getLogger("graphgen")
+
+Prompt = str | Sequence[int]
+"""Text, or the token ids themselves."""
+
+STATS_TIMEOUT_S = 30.0
+
+
+class AttachedCore:
+    """Requests to an engine that runs already. Its client, model and tokenizer are another's."""
+
+    def __init__(
+        self, launch: LaunchConfig, ready: Ready, tokenizer: TextTokenizer | None, client: Client, first_id: int = 0
+    ) -> None:
+        """first_id: of the requests made here; no other core may have used it or a later one with this engine."""
+        self.launch = launch
+        self.ready = ready
+        self.tokenizer = tokenizer
+        self._client = client
+        self._request_ids = itertools.count(first_id)
+
+    def open(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        streams: bool,
+        sinks: Sequence[Sink],
+    ) -> list[int]:
+        """Checks all prompts, then sends them. Raises InvalidRequestError with none sent.
+
+        sinks: one for each prompt. Returns the request ids in order, n for each prompt: every output is a request.
+        """
+        parameters = one_each(sampling, len(prompts))
+        token_ids = self._tokenize(prompts)
+        arrived_s = time.monotonic()
+        requests = [
+            request
+            for number, parts in enumerate(zip(token_ids, parameters, sinks, strict=True))
+            for request in self._make_requests(
+                f"prompt {number}" if len(prompts) > 1 else "the prompt", *parts, streams=streams, arrived_s=arrived_s
+            )
+        ]
+        self._client.submit(requests)
+        return [request.submit.request_id for request in requests]
+
+    def prepare(
+        self, token_ids: Sequence[int], sampling: SamplingParams, sink: Sink, arrived_s: float
+    ) -> list[OpenRequest]:
+        """The n requests of a prompt that streams, checked and not sent. Raises InvalidRequestError.
+
+        arrived_s: when the prompt came, as time.monotonic(): its deadline and its times count from there.
+        """
+        return self._make_requests("the prompt", token_ids, sampling, sink, streams=True, arrived_s=arrived_s)
+
+    def cancel(self, request_ids: Sequence[int]) -> None:
+        """Ends requests and frees their pages; their sinks hear no more. Ids of finished requests are ignored."""
+        self._client.cancel(request_ids)
+
+    def stats(self) -> EngineStats:
+        return self._client.stats(STATS_TIMEOUT_S)
+
+    def _tokenize(self, prompts: Sequence[Prompt]) -> list[Sequence[int]]:
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if texts and self.tokenizer is None:
+            raise InvalidRequestError(
+                f"{self.launch.model_folder} has no tokenizer, so it takes no text: give token ids, or name a tokenizer"
+                " with EngineConfig(tokenizer=...)"
+            )
+        encoded = iter(self.tokenizer.encode(texts) if self.tokenizer is not None and texts else ())
+        return [next(encoded) if isinstance(prompt, str) else _checked_ids(prompt) for prompt in prompts]
+
+    def _make_requests(
+        self,
+        name: str,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        sink: Sink,
+        streams: bool,
+        arrived_s: float,
+    ) -> list[OpenRequest]:
+        """The n requests of a prompt; `name` says in errors which prompt it is."""
+        self._check_prompt(name, token_ids, sampling)
+        stop_token_ids = sampling.resolve_stop_token_ids(self.launch.eos_token_ids)
+        self._check_stop_ids(stop_token_ids)
+        max_tokens = self._max_tokens(name, len(token_ids), sampling)
+        prompt_token_ids, seed, launch = pack_int32(token_ids), secrets.randbits(63), self.launch
+        submits = [
+            Submit(
+                request_id=next(self._request_ids),
+                prompt_token_ids=prompt_token_ids,
+                max_tokens=max_tokens,
+                min_tokens=sampling.min_tokens,
+                stop_token_ids=stop_token_ids,
+                sampler=sampling.resolve_sampler(seed, sample_index),
+                arrived_s=arrived_s,
+                priority=sampling.priority,
+                deadline_ms=sampling.deadline_ms,
+                itl_target_ms=launch.itl_target_ms if sampling.itl_target_ms is None else sampling.itl_target_ms,
+                ttft_target_ms=launch.ttft_target_ms if sampling.ttft_target_ms is None else sampling.ttft_target_ms,
+                cache_salt=sampling.cache_salt,
+            )
+            for sample_index in range(sampling.n)
+        ]
+        return [
+            OpenRequest(submit, token_ids, sampling, self.tokenizer, streams, sink, sample_index)
+            for sample_index, submit in enumerate(submits)
+        ]
+
+    def _check_prompt(self, name: str, token_ids: Sequence[int], sampling: SamplingParams) -> None:
+        vocab_size = self.launch.spec.vocab_size
+        if not token_ids:
+            raise InvalidRequestError(f"{name} is empty: give at least one token")
+        if (low := min(token_ids)) < 0 or (high := max(token_ids)) >= vocab_size:
+            raise InvalidRequestError(
+                f"{name} has token id {low if low < 0 else high}, the vocabulary is 0 to {vocab_size - 1}:"
+                " use ids of this model's tokenizer"
+            )
+        if sampling.stop_strings and self.tokenizer is None:
+            raise InvalidRequestError(
+                f"stop strings need a tokenizer and {self.launch.model_folder} has none: use stop_token_ids"
+            )
+
+    def _max_tokens(self, name: str, prompt_len: int, sampling: SamplingParams) -> int:
+        """max_tokens, cut to what the model's context leaves. Raises when nothing fits, or not all of min_tokens."""
+        context_len, worker = self.launch.max_model_len, self.ready.worker
+        room = context_len - prompt_len
+        if room < max(1, sampling.min_tokens):
+            raise PromptTooLongError(
+                f"{name} has {prompt_len} tokens and wants at least {max(1, sampling.min_tokens)} of output,"
+                f" max_model_len is {context_len}: shorten it, lower min_tokens or raise max_model_len"
+            )
+        # The last token of the output is never computed, so it needs no position.
+        page_room = worker.num_pages * worker.page_size - prompt_len + 1
+        max_tokens = min(room, page_room) if sampling.max_tokens is None else min(sampling.max_tokens, room)
+        if page_room < max(1, max_tokens, sampling.min_tokens):
+            raise PromptTooLongError(
+                f"{name} has {prompt_len} tokens and max_tokens is {max(1, max_tokens)}, the KV cache holds"
+                f" {worker.num_pages * worker.page_size} positions ({worker.num_pages} pages of {worker.page_size}):"
+                " shorten it, lower max_tokens, or raise num_pages or memory_fraction"
+            )
+        return max_tokens
+
+    def _check_stop_ids(self, stop_token_ids: tuple[int, ...]) -> None:
+        vocab_size = self.launch.spec.vocab_size
+        if stop_token_ids and max(stop_token_ids) >= vocab_size:
+            raise InvalidRequestError(
+                f"stop token id {max(stop_token_ids)} is outside the vocabulary, 0 to {vocab_size - 1}:"
+                " use ids of this model's tokenizer"
+            )
+
+
+class EngineCore(AttachedCore):
+    """A running engine. The constructor returns when it serves, and leaves nothing behind when it raises."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        started_s = time.monotonic()
+        check_device(config.device)
+        # The processes start first: they import torch while this one reads the model's config and tokenizer.
+        processes = EngineProcesses()
+        with StartProgress(config.progress) as progress:
+            try:
+                client = Client(processes, progress.show)
+            except BaseException:
+                processes.stop(grace_s=0.0)
+                raise
+            try:
+                launch = launch_config(config)
+                launch.write(processes.folder)
+                tokenizer = load_config_tokenizer(config, launch)
+                remaining_s = config.start_timeout_s - (time.monotonic() - started_s)
+                ready = client.wait_ready(max(0.0, remaining_s))
+            except BaseException:
+                client.close()
+                raise
+        super().__init__(launch, ready, tokenizer, client)
+        self.start_s = time.monotonic() - started_s
+        self.pids = processes.pids
+        self.folder = processes.folder
+        # Runs when the last reference goes, and at the interpreter's exit.
+        self._finalizer = weakref.finalize(self, client.close)
+        logger.info("%s", describe_start(self.ready, self.start_s))
+
+    def close(self) -> None:
+        """Ends the processes and removes their folder. Idempotent, from any thread."""
+        self._client.close()
+        self._finalizer.detach()
+
+
+def describe_start(ready: Ready, start_s: float) -> str:
+    """The phase table of the start, in lines."""
+    worker = ready.worker
+    lines = [f"graphgen serves on {worker.device} with {worker.attention} attention after {start_s:.2f} s"]
+    lines += [f"  {phase.name:<24}{phase.seconds:8.2f} s" for phase in worker.phases]
+    return "\n".join(lines)
+
+
+def launch_config(config: EngineConfig) -> LaunchConfig:
+    from graphgen.models.checkpoint_config import resolve_model
+    from graphgen.models.families import load_spec
+
+    folder = demo.model_folder() if config.model is None else resolve_model(config.model, config.revision)
+    return resolve(config, load_spec(folder), folder)
+
+
+def load_config_tokenizer(config: EngineConfig, launch: LaunchConfig) -> Tokenizer | None:
+    if config.tokenizer is None:
+        return load_tokenizer(launch.model_folder, None)
+    tokenizer = load_tokenizer(config.tokenizer, None)
+    if tokenizer is None:
+        raise ConfigError(f"tokenizer {config.tokenizer!r} is a folder without a tokenizer: name another")
+    return tokenizer
+
+
+def one_each(sampling: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> Sequence[SamplingParams]:
+    if sampling is None:
+        sampling = SamplingParams()
+    if isinstance(sampling, SamplingParams):
+        return [sampling] * num_prompts
+    if not isinstance(sampling, Sequence) or not all(isinstance(one, SamplingParams) for one in sampling):
+        raise InvalidRequestError(
+            f"sampling is {sampling!r}: give one SamplingParams, or a list with one for each prompt"
+        )
+    if len(sampling) != num_prompts:
+        raise InvalidRequestError(
+            f"there are {len(sampling)} SamplingParams for {num_prompts} prompts: give one, or one for each prompt"
+        )
+    return sampling
+
+
+def _checked_ids(prompt: Sequence[int]) -> Sequence[int]:
+    """The ids as plain ints. A bool is an int to Python and surely a mistake here."""
+    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
+        raise InvalidRequestError(f"a prompt is of type {type(prompt).__name__}: give a str or a list of token ids")
+    for token_id in prompt:
+        if type(token_id) is not int:
+            raise InvalidRequestError(
+                f"a prompt holds {token_id!r} of type {type(token_id).__name__}: token ids are plain ints"
+            )
+    return list(prompt)

@@ -1,0 +1,343 @@
+"""The engine's side of the channel to the scheduler: one thread that receives, and the requests that are open.
+
+Owns the sockets, the table of open requests and the moment the engine is declared dead. Knows nothing of prompts or
+models. Made by `graphgen.requests.core`; any thread may call it.
+
+Nothing here may hang a caller: whatever goes wrong in the thread becomes an exception for every open request and for
+every later call.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from pathlib import Path
+from typing import Protocol
+
+import zmq
+
+from graphgen.ipc import errors
+from graphgen.ipc.channel import Channel
+from graphgen.ipc.errors import (
+    DeadlineError,
+    EngineClosedError,
+    EngineDeadError,
+    GraphgenError,
+    InvalidRequestError,
+    OverloadedError,
+)
+from graphgen.ipc.messages import (
+    Attach,
+    Cancel,
+    EngineStats,
+    EngineToScheduler,
+    Failed,
+    FinishReason,
+    Outputs,
+    Probe,
+    Progress,
+    Ready,
+    Rejected,
+    SchedulerToEngine,
+    Shutdown,
+    StatsRequest,
+)
+from graphgen.launch.processes import Exit
+from graphgen.requests.open_request import Delivery, OpenRequest, Sink
+
+logger = logging.getLogger("graphgen")
+
+WATCH_S = 0.1
+"""How often the thread looks whether the engine's processes live."""
+FAILED_WAIT_S = 0.3
+"""A process that ends on an error says so first; its message gets so long to arrive through the scheduler."""
+CLOSE_GRACE_S = 2.0
+
+
+class Processes(Protocol):
+    """What the client must know of an engine's processes: EngineProcesses, or a stand-in for those of another."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def are_ours(self) -> bool: ...
+
+    @property
+    def pids(self) -> dict[str, int]: ...
+
+    def find_exit(self) -> Exit | None: ...
+
+    def log_tail(self, name: str, num_lines: int = ...) -> str: ...
+
+    def stop(self, grace_s: float) -> None: ...
+
+
+class Client:
+    """Sends requests to the scheduler and delivers what comes back, until closed or until a process ends.
+
+    `attaches`: the engine is another's, which this client joins in the place of one that is gone, and leaves running.
+    """
+
+    def __init__(
+        self,
+        processes: Processes,
+        on_progress: Callable[[Progress], None] | None = None,
+        attaches: bool = False,
+        after_outputs: Callable[[], None] | None = None,
+    ) -> None:
+        """after_outputs: called on the receiving thread when the outputs of a step have reached their sinks."""
+        self._processes = processes
+        self._on_progress = on_progress
+        # Guards the table, the queue of stats and the fault. Reentrant: the collector may drop a stream, which cancels
+        # its request, in the middle of anything.
+        self._lock = threading.RLock()
+        self._requests: dict[int, OpenRequest] = {}
+        self._stats: deque[Future[EngineStats]] = deque()
+        self._probes: dict[int, Future[None]] = {}
+        self._num_probes = 0
+        self._attaches = attaches
+        self._after_outputs = after_outputs
+        self._ready: Future[Ready] = Future()
+        self._serves = False
+        self._fault: GraphgenError | None = None
+        self._stopping = threading.Event()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._channel: Channel[EngineToScheduler, SchedulerToEngine] = Channel(
+            self._context, processes.folder, "engine", "upper", SchedulerToEngine
+        )
+        if attaches:
+            self._channel.send(Attach())
+        self._thread = threading.Thread(target=self._run, name="graphgen-client", daemon=True)
+        self._thread.start()
+
+    def wait_ready(self, timeout_s: float) -> Ready:
+        """Raises what stopped the start, or EngineDeadError after `timeout_s`, at once if that is not above 0."""
+        try:
+            if timeout_s <= 0:  # also where it is ready by now: it was not in time
+                raise FutureTimeoutError
+            return self._ready.result(timeout_s)
+        except FutureTimeoutError:
+            tails = "\n".join(f"[{name}]\n{self._processes.log_tail(name)}" for name in self._processes.pids)
+            raise EngineDeadError(
+                f"the engine was not ready after {timeout_s:g} s: raise start_timeout_s, or see what its processes"
+                f" wrote:\n{tails}"
+            ) from None
+
+    def submit(self, requests: Iterable[OpenRequest]) -> None:
+        """Opens the requests; from now on their sinks are called. Raises when the engine is closed or dead."""
+        opened = list(requests)
+        with self._lock:
+            self._raise_fault()
+            self._requests.update((request.submit.request_id, request) for request in opened)
+            for request in opened:
+                self._channel.send(request.submit)
+
+    def cancel(self, request_ids: Iterable[int]) -> None:
+        """Ends requests without a word to their sinks. Ids that are not open any more are ignored."""
+        with self._lock:
+            for request_id in request_ids:
+                if self._requests.pop(request_id, None) is not None and self._fault is None:
+                    self._channel.send(Cancel(request_id))
+
+    def stats(self, timeout_s: float) -> EngineStats:
+        """A snapshot. Raises EngineDeadError when the scheduler does not answer in time."""
+        try:
+            return self.ask_stats().result(timeout_s)
+        except FutureTimeoutError:
+            raise EngineDeadError(f"the scheduler did not answer for {timeout_s:g} s: close the engine") from None
+
+    def ask_stats(self) -> "Future[EngineStats]":
+        """Asks for a snapshot and does not wait for it."""
+        answer: Future[EngineStats] = Future()
+        with self._lock:
+            self._raise_fault()
+            self._stats.append(answer)
+            self._channel.send(StatsRequest())
+        return answer
+
+    def ask_probe(self) -> "Future[None]":
+        """Is done when scheduler, worker and device have answered, behind the steps in flight."""
+        answer: Future[None] = Future()
+        with self._lock:
+            self._raise_fault()
+            self._num_probes += 1
+            self._probes[self._num_probes] = answer
+            self._channel.send(Probe(self._num_probes))
+        return answer
+
+    def close(self) -> None:
+        """Ends the processes, then the thread. Open requests get EngineClosedError. Idempotent."""
+        if not self._processes.are_ours:
+            return  # a fork of the user's program: the engine is its parent's
+        self._fail(EngineClosedError("the engine was closed: make a new Engine"))
+        # Before the engine serves nobody may be listening, and nothing is lost by a signal.
+        self._processes.stop(CLOSE_GRACE_S if self._serves else 0.0)
+        self._stopping.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _raise_fault(self) -> None:
+        if self._fault is not None:
+            raise type(self._fault)(*self._fault.args)
+
+    def _run(self) -> None:
+        """The thread. It owns the receiving socket and closes the channel last."""
+        try:
+            watched_s = time.monotonic()
+            while not self._stopping.is_set():
+                message = self._channel.receive(WATCH_S)
+                if message is not None:
+                    self._handle(message)
+                if time.monotonic() - watched_s >= WATCH_S:
+                    self._watch()
+                    watched_s = time.monotonic()
+        except GraphgenError as error:
+            self._die(error)
+        except Exception as error:
+            logger.exception("graphgen's receiving thread failed")
+            self._die(EngineDeadError(f"the receiving thread failed with {type(error).__name__}: {error}"))
+        finally:
+            self._channel.close(linger_s=0.0)
+            self._context.term()
+
+    def _handle(self, message: SchedulerToEngine) -> None:
+        if self._attaches and not self._serves and not isinstance(message, (Ready, Progress, Failed)):
+            return  # meant for the one before
+        match message:
+            case Outputs():
+                self._deliver_outputs(message)
+                if self._after_outputs is not None:
+                    self._after_outputs()
+            case Rejected():
+                self._finish(message.request_id, _refusal_of(message))
+            case EngineStats():
+                with self._lock:
+                    answer = self._stats.popleft()
+                answer.set_result(message)
+            case Probe():
+                with self._lock:
+                    probed = self._probes.pop(message.probe_id, None)
+                if probed is not None:
+                    probed.set_result(None)
+            case Progress():
+                if self._on_progress is not None:
+                    self._on_progress(message)
+            case Ready():
+                self._serves = True
+                if not self._ready.done():  # an attached client hears it twice when it came before the worker
+                    self._ready.set_result(message)
+            case Failed():
+                raise _error_of(message)
+
+    def _deliver_outputs(self, message: Outputs) -> None:
+        now_s = time.monotonic()
+        for output in message.outputs:
+            request = self._requests.get(output.request_id)
+            if request is not None:  # else it was cancelled while its tokens were on their way
+                request.hear(output)
+                self._give(request, output.token_ids, output.finish_reason, now_s)
+        for request_id, token_id in zip(message.request_ids, message.token_ids, strict=True):
+            request = self._requests.get(request_id)
+            if request is not None:
+                self._give(request, (token_id,), None, now_s)
+
+    def _give(
+        self, request: OpenRequest, token_ids: tuple[int, ...], reason: FinishReason | None, now_s: float
+    ) -> None:
+        """New tokens to the sink of a request; reason: why the scheduler ended it, if it has."""
+        request_id = request.submit.request_id
+        try:
+            delivery, ended = request.take(token_ids, reason, now_s)
+        except Exception as error:  # text of this request that cannot be made must not end the others
+            logger.exception("request %d failed in decoding", request_id)
+            self.cancel([request_id])
+            _deliver(request.sink, GraphgenError(f"decoding failed with {type(error).__name__}: {error}"))
+            return
+        if ended is not None:
+            self._close_request(request_id, tell_scheduler=reason is None)
+        if delivery is not None and not _deliver(request.sink, delivery):
+            self.cancel([request_id])
+
+    def _close_request(self, request_id: int, tell_scheduler: bool) -> OpenRequest | None:
+        if tell_scheduler:
+            self.cancel([request_id])
+            return None
+        with self._lock:
+            return self._requests.pop(request_id, None)
+
+    def _finish(self, request_id: int, delivery: Delivery) -> None:
+        request = self._close_request(request_id, tell_scheduler=False)
+        if request is not None:
+            _deliver(request.sink, delivery)
+
+    def _watch(self) -> None:
+        """Raises EngineDeadError when a process has ended that should not have."""
+        if self._fault is not None or (found := self._processes.find_exit()) is None:
+            return
+        # The one that ended first may have told why, and another may follow it: wait for the better word.
+        deadline = time.monotonic() + FAILED_WAIT_S
+        while (left_s := deadline - time.monotonic()) > 0:
+            message = self._channel.receive(left_s)
+            if message is not None:
+                self._handle(message)
+        raise EngineDeadError(f"{found}\nMake a new Engine; requests that were open are lost")
+
+    def _die(self, error: GraphgenError) -> None:
+        """Tells everyone, then ends what is left of the processes."""
+        if self._fault is None and isinstance(error, EngineDeadError):  # other errors say all that a user can use
+            for name in self._processes.pids:
+                if tail := self._processes.log_tail(name, num_lines=100):
+                    logger.error("output of the %s process:\n%s", name, tail)
+        self._fail(error)
+        self._processes.stop(grace_s=0.2)
+
+    def _fail(self, error: GraphgenError) -> None:
+        """From now on every call raises `error`; the first fault stays."""
+        with self._lock:
+            if self._fault is not None:
+                return
+            self._fault = error
+            requests, self._requests = list(self._requests.values()), {}
+            waiting, self._stats = list(self._stats), deque()
+            probes, self._probes = list(self._probes.values()), {}
+            if not self._attaches:
+                self._channel.send(Shutdown())
+        for request in requests:
+            _deliver(request.sink, type(error)(*error.args))
+        futures: tuple[Future[Ready] | Future[EngineStats] | Future[None], ...] = (self._ready, *waiting, *probes)
+        for future in futures:
+            with contextlib.suppress(InvalidStateError):  # already answered
+                future.set_exception(type(error)(*error.args))
+
+
+def _deliver(sink: Sink, delivery: Delivery) -> bool:
+    """Whether the reader still exists: an event loop may have been closed under a stream."""
+    try:
+        sink(delivery)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _refusal_of(rejected: Rejected) -> GraphgenError:
+    """The exception for the one request."""
+    match rejected.error:
+        case "OverloadedError":
+            return OverloadedError(rejected.message, rejected.retry_after_s or 0.0)
+        case "DeadlineError":
+            return DeadlineError(rejected.message)
+        case _:
+            return InvalidRequestError(rejected.message)
+
+
+def _error_of(failed: Failed) -> GraphgenError:
+    """The exception that a process ended with, as the class it had there if that is one of ours."""
+    kind = getattr(errors, failed.error, None)
+    if isinstance(kind, type) and issubclass(kind, GraphgenError):
+        return kind(failed.message)
+    return EngineDeadError(f"{failed.where} failed with {failed.error}: {failed.message}")

@@ -1,0 +1,46 @@
+"""What a user gets back: whole outputs and pieces of a stream. Plain values; made by `requests.open_request`."""
+
+from msgspec import Struct
+
+from graphgen.ipc.messages import FinishReason
+
+
+class Timing(Struct, frozen=True):
+    """Seconds since the request was made, as its program saw them."""
+
+    queued_s: float  # until its first chunk was planned
+    first_token_s: float  # until its first token arrived (TTFT); 0 if it has none
+    total_s: float  # until its last token arrived
+    token_times_s: tuple[float, ...]  # until each token arrived; their differences are the ITL
+
+
+class RequestOutput(Struct, frozen=True):
+    """One finished request."""
+
+    request_id: int
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    """All tokens drawn, a stop token included; after a stop string, up to the token that completed it."""
+    text: str
+    """The tokenizer's decoding of token_ids, cut before a stop string."""
+    finish_reason: FinishReason
+    """stop: a stop token or string; length: max_tokens or the end of the context; aborted: cancelled; error."""
+    timing: Timing
+    cached_tokens: int = 0
+    """Tokens of the prompt whose pages were found in the prefix cache: they were not computed again."""
+    sample_index: int = 0
+    """Which of the n outputs of its prompt this is."""
+
+
+class StreamPiece(Struct, frozen=True):
+    """What one token added to a stream. Joined, the texts of all pieces of a sample are its whole text."""
+
+    text: str
+    """May be empty: half a character and a possible beginning of a stop string are held back."""
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    """None until the last piece."""
+    cached_tokens: int = 0
+    """As in RequestOutput; the same in every piece."""
+    sample_index: int = 0
+    """Which of the n outputs of the prompt it belongs to."""

@@ -1,0 +1,171 @@
+"""How one prompt is to be sampled and served and when it ends: the public SamplingParams and what it is on the wire.
+
+Owns every check of its values. Knows no model: limits that depend on one (vocabulary, context) are checked by
+`graphgen.requests.core` when the request is made.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from graphgen.ipc.errors import InvalidRequestError
+from graphgen.ipc.messages import MAX_PRIORITY, MAX_STOP_TOKEN_IDS, MAX_TARGET_MS, SamplerParams
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_LEN = 1024
+"""Characters of one stop string: so many are held back at most while a stream waits for its end."""
+
+MAX_SAMPLES = 16
+"""Outputs of one prompt."""
+MAX_CACHE_SALT_LEN = 256
+"""Characters of a cache salt."""
+
+_MAX_INT32 = 2**31 - 1
+_MAX_SEED = 2**63 - 1
+
+
+class SamplingParams(Struct, frozen=True, kw_only=True):
+    """How one prompt is answered. Raises InvalidRequestError, a ValueError, for a value that cannot be served."""
+
+    max_tokens: int | None = 128
+    """Most tokens of output; None goes to the end of the model's context, and no request goes beyond that."""
+    min_tokens: int = 0
+    """No stop token is drawn and no stop string looked for before so many tokens of output."""
+    temperature: float = 1.0
+    """0 is greedy: the likeliest token each time."""
+    top_k: int = 0
+    """Draw from the k likeliest tokens; 0 is off."""
+    top_p: float = 1.0
+    """Draw from the smallest set of likeliest tokens that holds this probability; 1 is off."""
+    min_p: float = 0.0
+    """Draw from tokens at least this times as likely as the likeliest; 0 is off."""
+    repetition_penalty: float = 1.0
+    """Divides the logits of tokens in prompt and output (multiplies negative ones); 1 is off."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens in the output, once; 0 is off."""
+    frequency_penalty: float = 0.0
+    """Taken from the logits of tokens in the output, once per time; 0 is off."""
+    seed: int | None = None
+    """The same seed draws the same tokens from equal logits; None draws a fresh one."""
+    n: int = 1
+    """Outputs of the prompt, each with its sample_index i and the seed `seed + i`. They share the prompt's pages, so
+    the prompt is computed once."""
+    stop: str | Sequence[str] = ()
+    """Strings that end the output; the text ends before the first one found."""
+    stop_token_ids: Sequence[int] = ()
+    """Tokens that end the output, besides the model's end-of-sequence tokens; the last of token_ids is the one."""
+    ignore_eos: bool = False
+    """Do not end at the model's end-of-sequence tokens."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text; token_ids has them either way."""
+    priority: int = 0
+    """Service class, 0 to 9: higher ones are served first and take slots and pages from lower ones when these lack. A
+    class is worth ten seconds of waiting, so that no request waits for ever."""
+    deadline_ms: float | None = None
+    """From the request's arrival to the end of its output. What cannot meet it is refused at once with OverloadedError;
+    what misses it ends with DeadlineError."""
+    itl_target_ms: float | None = None
+    """What no gap between two tokens should exceed; None takes the engine's. Steps are kept shorter than the tightest
+    target of those that decode, as far as measured step times tell."""
+    ttft_target_ms: float | None = None
+    """From the request's arrival to its first token; None takes the engine's. When it is near, steps grow."""
+    cache_salt: str = ""
+    """Prompts share cached pages only under an equal salt: give every tenant its own, and none can find out by timing
+    what another has asked."""
+
+    def __post_init__(self) -> None:
+        for field in msgspec.structs.fields(SamplingParams):
+            _check_type(field.name, getattr(self, field.name), field.type)
+        if self.max_tokens is not None:
+            _check_range("max_tokens", self.max_tokens, 1, _MAX_INT32)
+        _check_range("min_tokens", self.min_tokens, 0, _MAX_INT32)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens is {self.min_tokens}, max_tokens is {self.max_tokens}:"
+                " lower min_tokens or raise max_tokens"
+            )
+        _check_range("temperature", self.temperature, 0.0, 100.0)
+        _check_range("top_k", self.top_k, 0, _MAX_INT32)
+        _check_range("top_p", self.top_p, 0.0, 1.0, above=True)
+        _check_range("min_p", self.min_p, 0.0, 1.0)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
+        _check_range("presence_penalty", self.presence_penalty, -100.0, 100.0)
+        _check_range("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        if self.seed is not None:
+            _check_range("seed", self.seed, 0, _MAX_SEED)
+        _check_range("n", self.n, 1, MAX_SAMPLES)
+        _check_range("priority", self.priority, 0, MAX_PRIORITY)
+        for name in ("deadline_ms", "itl_target_ms", "ttft_target_ms"):
+            value = getattr(self, name)
+            if value is not None:
+                _check_range(name, value, 0.0, MAX_TARGET_MS, above=True)
+        if len(self.cache_salt) > MAX_CACHE_SALT_LEN:
+            raise InvalidRequestError(
+                f"cache_salt has {len(self.cache_salt)} characters, the limit is {MAX_CACHE_SALT_LEN}: give its digest"
+            )
+        self._check_stops()
+
+    def _check_stops(self) -> None:
+        if len(self.stop_strings) > MAX_STOP_STRINGS:
+            raise InvalidRequestError(
+                f"stop has {len(self.stop_strings)} strings, the limit is {MAX_STOP_STRINGS}: give fewer"
+            )
+        for text in self.stop_strings:
+            if not 1 <= len(text) <= MAX_STOP_STRING_LEN:
+                raise InvalidRequestError(
+                    f"a stop string has {len(text)} characters: use 1 to {MAX_STOP_STRING_LEN} characters"
+                )
+        if len(set(self.stop_token_ids)) > MAX_STOP_TOKEN_IDS:
+            raise InvalidRequestError(
+                f"stop_token_ids has {len(set(self.stop_token_ids))} ids, the limit is {MAX_STOP_TOKEN_IDS}"
+                " with the model's end-of-sequence tokens: give fewer"
+            )
+        for token_id in self.stop_token_ids:
+            _check_range("a stop token id", token_id, 0, _MAX_INT32)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple, however it was given."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def resolve_sampler(self, seed: int, sample_index: int = 0) -> SamplerParams:
+        """The values of the device's tables for one of the n outputs; `seed` is for a request that states none."""
+        return SamplerParams(
+            temperature=float(self.temperature),
+            top_k=self.top_k,
+            top_p=float(self.top_p),
+            min_p=float(self.min_p),
+            repetition_penalty=float(self.repetition_penalty),
+            presence_penalty=float(self.presence_penalty),
+            frequency_penalty=float(self.frequency_penalty),
+            seed=((seed if self.seed is None else self.seed) + sample_index) % (_MAX_SEED + 1),
+        )
+
+    def resolve_stop_token_ids(self, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The ids that end the request, end of sequence included unless ignored. Raises when there are too many."""
+        token_ids = tuple(dict.fromkeys((*(() if self.ignore_eos else eos_token_ids), *self.stop_token_ids)))
+        if len(token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidRequestError(
+                f"stop_token_ids and the model's {len(eos_token_ids)} end-of-sequence tokens are {len(token_ids)} ids,"
+                f" the limit is {MAX_STOP_TOKEN_IDS}: give fewer"
+            )
+        return token_ids
+
+
+def _check_type(name: str, value: object, expected: Any) -> None:
+    """`expected`: a field's annotation, which is no type (Any). Refuses what Python would let pass, as bool for int."""
+    try:
+        msgspec.convert(value, expected)
+    except msgspec.ValidationError as error:
+        reason = str(error)
+        raise InvalidRequestError(f"{name} is {value!r}: {reason[0].lower()}{reason[1:]}") from None
+
+
+def _check_range(name: str, value: float, least: float, most: float, *, above: bool = False) -> None:
+    """least <= value <= most, or least < value with `above`. NaN and infinity are in no range."""
+    if not math.isfinite(value) or value > most or value < least or (above and value == least):
+        low = f"above {least}" if above else f"from {least}"
+        raise InvalidRequestError(f"{name} is {value}: use a value {low} to {most}")

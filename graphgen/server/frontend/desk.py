@@ -1,0 +1,189 @@
+"""The life of a request in the frontend: refused or opened, prepared, held until its client's turn, submitted, ended.
+
+Owns the clients' shares and turns. Never touches a public socket. Used on the server's loop; the client's receiving
+thread and the preparing threads leave their results in the inbox.
+"""
+
+import functools
+import time
+
+import msgspec
+
+from graphgen.base.inbox import Inbox
+from graphgen.ipc.errors import DeadlineError, GraphgenError, OverloadedError
+from graphgen.ipc.ggp.framing import make_error
+from graphgen.ipc.ggp.messages import Error
+from graphgen.requests.link import Client
+from graphgen.requests.open_request import Delivery
+from graphgen.requests.outputs import StreamPiece
+from graphgen.server.frontend.errors import error_of
+from graphgen.server.frontend.outbox import Outbox
+from graphgen.server.frontend.prepare import Prepared, Preparer
+from graphgen.server.frontend.requests import PublicRequest
+from graphgen.server.frontend.sessions import Session
+from graphgen.server.frontend.settings import FrontendSettings
+from graphgen.server.frontend.turns import FairQueue, Shares
+
+
+class Desk:
+    """All requests of all sessions."""
+
+    def __init__(
+        self, client: Client, preparer: Preparer, inbox: Inbox, outbox: Outbox, settings: FrontendSettings
+    ) -> None:
+        self._client = client
+        self._preparer = preparer
+        self._inbox = inbox
+        self._outbox = outbox
+        self._max_unstarted = settings.max_unstarted
+        self._shares = Shares(settings.open_requests, settings.open_prompt_tokens, settings.total_prompt_tokens)
+        self._open: dict[PublicRequest, None] = {}
+        self._held: FairQueue[PublicRequest] = FairQueue()
+        self._unstarted: dict[str, int] = {}  # by client: submitted, without a token so far
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    @property
+    def num_held(self) -> int:
+        return len(self._held)
+
+    def open(self, session: Session, request_id: int, frames: tuple[bytes, bytes], now_s: float) -> Error | None:
+        """Takes a `generate`; an error when it is refused at once."""
+        if request_id in session.requests:
+            message = f"request {request_id} of this session is open: choose another id"
+            return make_error("duplicate_id", message, about="generate")
+        try:
+            self._shares.open_request(session.client)
+        except OverloadedError as refusal:
+            return error_of(refusal, request_id)
+        request = PublicRequest(session, request_id, session.client, now_s)
+        session.requests[request_id] = request
+        self._open[request] = None
+        try:
+            self._preparer.submit(request, frames, self._deliver, self._leave_prepared)
+        except OverloadedError as refusal:
+            self._fail(request, error_of(refusal, request_id))
+        return None
+
+    def cancel(self, session: Session, request_id: int) -> None:
+        """Ends a request; one that is not open is ignored."""
+        request = session.requests.get(request_id)
+        if request is not None and not request.ended:
+            self._stop(request)
+            request.cancel()
+            self._close(request)
+
+    def end_session(self, session: Session) -> None:
+        """Ends a session's requests without a word."""
+        for request in list(session.requests.values()):
+            if not request.ended:
+                self._stop(request)
+                request.cancel()
+                self._close(request)
+        session.news.clear()
+
+    def fail_all(self, error: Error) -> int:
+        """Ends every open request with the error; how many."""
+        requests = list(self._open)
+        for request in requests:
+            self._fail(request, error)
+        return len(requests)
+
+    def release(self) -> None:
+        """Submits held requests as long as a client may have another in the scheduler's queue, in turn."""
+        while (request := self._held.pop(self._may_submit)) is not None:
+            assert request.prepared is not None, "only prepared requests are held"
+            request.submitted = True
+            self._unstarted[request.client] = self._unstarted.get(request.client, 0) + 1
+            try:
+                self._client.submit(request.prepared.opened)
+            except GraphgenError as failure:  # the engine has died
+                self._fail(request, error_of(failure, request.id))
+
+    def close(self) -> None:
+        """Ends the threads that prepare requests."""
+        self._preparer.close()
+
+    def tick(self, now_s: float) -> None:
+        """Ends held requests whose deadline has passed: those that the scheduler has are its own business."""
+        if not self._held:
+            return
+        for request in list(self._open):
+            deadline_s = None if request.prepared is None else request.prepared.deadline_s
+            if deadline_s is not None and now_s > deadline_s and not request.submitted:
+                passed = DeadlineError("the deadline passed before the request's turn came: allow more time")
+                self._fail(request, error_of(passed, request.id))
+
+    def _deliver(self, request: PublicRequest, delivery: Delivery) -> None:
+        """The sink of every sample, on the client's receiving thread, which wakes the loop after a step's outputs."""
+        self._inbox.put(functools.partial(self._take, request, delivery))
+        if not isinstance(delivery, StreamPiece):
+            self._inbox.wake()
+
+    def _take(self, request: PublicRequest, delivery: Delivery) -> None:
+        if request.ended:
+            return
+        if not isinstance(delivery, StreamPiece):
+            assert isinstance(delivery, Exception), "samples stream"
+            self._fail(request, error_of(delivery, request.id))
+            return
+        if not request.started:
+            self._count_started(request)
+        request.take(delivery, time.monotonic())
+        if request.ended:
+            self._close(request)
+        self._outbox.add_news(request)
+
+    def _leave_prepared(self, request: PublicRequest, result: Prepared | Exception) -> None:
+        """On a preparing thread."""
+        self._inbox.put(functools.partial(self._take_prepared, request, result))
+        self._inbox.wake()
+
+    def _take_prepared(self, request: PublicRequest, result: Prepared | Exception) -> None:
+        if request.ended:  # cancelled meanwhile
+            return
+        if isinstance(result, Exception):
+            self._fail(request, error_of(result, request.id))
+            return
+        try:
+            self._shares.add_prompt(request.client, result.num_prompt_tokens * len(result.opened))
+        except OverloadedError as refusal:
+            self._fail(request, error_of(refusal, request.id))
+            return
+        request.accept(result)
+        self._held.push(request.client, request, result.priority)
+        self._outbox.add_news(request)
+
+    def _may_submit(self, client: str) -> bool:
+        return self._unstarted.get(client, 0) < self._max_unstarted
+
+    def _fail(self, request: PublicRequest, error: Error) -> None:
+        if request.ended:
+            return
+        self._stop(request)
+        request.fail(msgspec.structs.replace(error, id=request.id))
+        self._close(request)
+
+    def _stop(self, request: PublicRequest) -> None:
+        """Takes the request out of its queue or out of the scheduler, wherever it is."""
+        if not request.submitted:
+            self._held.discard(request.client, request)
+            return
+        self._client.cancel(request.internal_ids)
+        if not request.started:
+            self._count_started(request)
+
+    def _count_started(self, request: PublicRequest) -> None:
+        left = self._unstarted[request.client] - 1
+        if left:
+            self._unstarted[request.client] = left
+        else:
+            del self._unstarted[request.client]
+
+    def _close(self, request: PublicRequest) -> None:
+        """After its end: gives its share back."""
+        del self._open[request]
+        self._shares.close_request(request.client, request.prompt_tokens)
+        self._outbox.add_news(request)

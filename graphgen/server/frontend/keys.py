@@ -1,0 +1,111 @@
+"""CURVE keys: the server's own, and those of the clients that may connect.
+
+Owns the layout of the key folder (mode 0700) and the answer to ZeroMQ's question whether a key may connect:
+
+    server.key_secret   the server's pair; `server.key` beside it is the public half, for clients
+    clients/NAME.key    public keys that are let in; NAME.key_secret, made here on request, is for the client to take
+
+The folder is read for each new connection, so that a key that is let in needs no restart.
+"""
+
+import os
+from pathlib import Path
+
+import zmq.auth
+from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils import z85
+
+from graphgen.ipc.errors import ConfigError
+from graphgen.server.frontend.sockets import ZAP_DOMAIN, Context
+
+KEY_LEN = 40
+"""Characters of a key in ZeroMQ's Z85 alphabet."""
+SERVER = "server"
+
+
+def default_folder() -> Path:
+    """`$GRAPHGEN_KEYS`, or `~/.config/graphgen/keys`."""
+    named = os.environ.get("GRAPHGEN_KEYS")
+    return Path(named).expanduser() if named else Path.home() / ".config" / "graphgen" / "keys"
+
+
+class Keys:
+    """A folder of keys."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.clients = folder / "clients"
+
+    @property
+    def has_server_key(self) -> bool:
+        return (self.folder / f"{SERVER}.key_secret").exists()
+
+    def make(self, name: str | None) -> tuple[Path, str]:
+        """A new pair, the server's without a name: (its secret file, its public key). A client's is let in by that.
+
+        Raises ConfigError when it is there already.
+        """
+        folder = self.folder if name is None else self.clients
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.folder.chmod(0o700)
+        stem = SERVER if name is None else _checked_name(name)
+        secret = folder / f"{stem}.key_secret"
+        if secret.exists() or (folder / f"{stem}.key").exists():
+            raise ConfigError(f"{secret} is there already: remove it to make another, and tell those who use it")
+        zmq.auth.create_certificates(folder, stem)
+        secret.chmod(0o600)
+        return secret, zmq.auth.load_certificate(secret)[0].decode()
+
+    def allow(self, name: str, public_key: str) -> Path:
+        """Lets a client's public key in, under a name that helps to find it again."""
+        if not _is_key(public_key):
+            raise ConfigError(
+                f"{public_key!r} is no public key: give the {KEY_LEN} characters of the file's public-key"
+            )
+        self.clients.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self.clients / f"{_checked_name(name)}.key"
+        path.write_text(f'metadata\ncurve\n    public-key = "{public_key}"\n')
+        return path
+
+    def server_secret_key(self) -> bytes:
+        """Raises ConfigError when there is none."""
+        secret = self.folder / f"{SERVER}.key_secret"
+        if not self.has_server_key:
+            raise ConfigError(f"there are no server keys in {self.folder}: make them with `graphgen keys new`")
+        key = zmq.auth.load_certificate(secret)[1]
+        if key is None:
+            raise ConfigError(f"{secret} holds no secret key: make new keys with `graphgen keys new`")
+        return key
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Whether a client with this public key may connect; called by ZeroMQ's authenticator."""
+        return key in {found for found in map(_public_key, self.clients.glob("*.key")) if found is not None}
+
+
+def start_authentication(context: Context, keys: Keys) -> ThreadAuthenticator:
+    """Answers for every socket of the context which keys may connect."""
+    authenticator = ThreadAuthenticator(context)
+    authenticator.start()
+    authenticator.configure_curve_callback(domain=ZAP_DOMAIN, credentials_provider=keys)
+    return authenticator
+
+
+def _public_key(path: Path) -> bytes | None:
+    """A damaged file lets nobody in and keeps nobody else out."""
+    try:
+        return zmq.auth.load_certificate(path)[0]
+    except (OSError, ValueError):
+        return None
+
+
+def _is_key(text: str) -> bool:
+    try:
+        return len(text) == KEY_LEN and len(z85.decode(text)) == 32
+    except (ValueError, KeyError):
+        return False
+
+
+def _checked_name(name: str) -> str:
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise ConfigError(f"{name!r} is no name for a key: use letters, digits, - and _")
+    return name

@@ -1,0 +1,200 @@
+"""From the bytes of a `generate` to requests that the scheduler can take: decoding, tokenizing, every check.
+
+Owns the threads that do it, beside the server's loop: a prompt of a million tokens must not hold up anyone's tokens.
+Each client has one prompt in work at a time, and the clients take turns.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import threading
+from array import array
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+
+from graphgen.ipc.codec import unpack_int32
+from graphgen.ipc.errors import InvalidRequestError, OverloadedError
+from graphgen.ipc.ggp.framing import FrameError, Framing, make_error
+from graphgen.ipc.ggp.messages import ChatMessage, ClientMessage, Generate, Sampling, ServerMessage
+from graphgen.requests.core import AttachedCore
+from graphgen.requests.open_request import Delivery, OpenRequest
+from graphgen.requests.portable_tokenizer import ChatTemplate, RustTokenizer
+from graphgen.requests.sampling_params import SamplingParams
+from graphgen.server.frontend.requests import PublicRequest
+from graphgen.server.frontend.settings import text_bytes_limit
+from graphgen.server.frontend.turns import FairQueue
+
+MAX_WAITING_BYTES = 64 << 20
+"""Bytes of undecoded requests that wait for a thread; beyond that clients are told to come back."""
+RETRY_AFTER_S = 1.0
+
+PieceSink = Callable[[PublicRequest, Delivery], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A request that was checked."""
+
+    opened: list[OpenRequest]  # one for each sample
+    num_prompt_tokens: int
+    prompt_ids: list[int]
+    priority: int
+    deadline_s: float | None  # as time.monotonic()
+    stream: bool
+    echo_ids: bool
+
+
+class Preparer:
+    """Makes a Prepared, or the exception that stands in its way, of each `generate`."""
+
+    def __init__(
+        self,
+        core: AttachedCore,
+        tokenizer: RustTokenizer | None,
+        chat_template: ChatTemplate | None,
+        framing: Framing[ServerMessage, ClientMessage],
+        num_threads: int,
+    ) -> None:
+        self._core = core
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        self._framing = framing
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="prepare")
+        self._lock = threading.Lock()
+        self._waiting: FairQueue[_Job] = FairQueue()
+        self._waiting_bytes = 0
+        self._at_work: set[str] = set()  # clients
+        self._idle_threads = num_threads
+
+    def submit(self, request: PublicRequest, frames: tuple[bytes, bytes], sink: PieceSink, done: "Done") -> None:
+        """`done` is called on one of the threads, and later `sink`, with the samples' pieces, on the receiving thread
+        of the engine's client. Raises OverloadedError when too much waits already.
+        """
+        with self._lock:
+            num_bytes = len(frames[1])
+            if self._waiting_bytes + num_bytes > MAX_WAITING_BYTES:
+                raise OverloadedError(
+                    f"{self._waiting_bytes} bytes of requests wait to be tokenized, the limit is {MAX_WAITING_BYTES}:"
+                    " try again later",
+                    RETRY_AFTER_S,
+                )
+            self._waiting_bytes += num_bytes
+            self._waiting.push(request.client, _Job(request, frames, sink, done))
+            self._start_next()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _start_next(self) -> None:
+        """With the lock: gives work to idle threads."""
+        while self._idle_threads and (job := self._waiting.pop(lambda client: client not in self._at_work)):
+            self._idle_threads -= 1
+            self._at_work.add(job.request.client)
+            self._pool.submit(self._work, job)
+
+    def _work(self, job: "_Job") -> None:
+        try:
+            result: Prepared | Exception = self.prepare(job.request, job.frames, job.sink)
+        except Exception as error:  # whatever one request does to us, the others go on
+            result = error
+        with self._lock:
+            self._idle_threads += 1
+            self._waiting_bytes -= len(job.frames[1])
+            self._at_work.discard(job.request.client)
+            self._start_next()
+        job.done(job.request, result)
+
+    def prepare(self, request: PublicRequest, frames: tuple[bytes, bytes], sink: PieceSink) -> Prepared:
+        """Raises FrameError or InvalidRequestError for what cannot be served."""
+        message = self._framing.decode(frames)
+        assert isinstance(message, Generate), "only generate is prepared"
+        token_ids = self._prompt_ids(message)
+        sampling = message.sampling
+        opened = self._core.prepare(
+            token_ids,
+            sampling_params(sampling, request.session.key),
+            functools.partial(sink, request),
+            request.arrived_s,
+        )
+        deadline_ms = sampling.deadline_ms
+        return Prepared(
+            opened=opened,
+            num_prompt_tokens=len(token_ids),
+            prompt_ids=token_ids if message.echo_ids else [],
+            priority=sampling.priority,
+            deadline_s=None if deadline_ms is None else request.arrived_s + deadline_ms / 1000,
+            stream=message.stream,
+            echo_ids=message.echo_ids,
+        )
+
+    def _prompt_ids(self, message: Generate) -> list[int]:
+        given = [
+            name for name in ("text", "messages", "prompt_ids", "prompt_u32") if getattr(message, name) is not None
+        ]
+        if len(given) != 1:
+            raise InvalidRequestError(
+                f"the prompt is given as {' and '.join(given) or 'nothing'}: give one of text, messages, prompt_ids and"
+                " prompt_u32"
+            )
+        if message.prompt_ids is not None:
+            return message.prompt_ids
+        if message.prompt_u32 is not None:
+            return unpack_prompt(message.prompt_u32)
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            raise InvalidRequestError("the model has no tokenizer, so it takes no text: give prompt_ids or prompt_u32")
+        if message.text is not None:
+            self._check_text([message.text])
+            return tokenizer.encode([message.text])[0]
+        return self._chat_ids(tokenizer, message.messages or ())
+
+    def _chat_ids(self, tokenizer: RustTokenizer, messages: Sequence[ChatMessage]) -> list[int]:
+        if self._chat_template is None:
+            raise InvalidRequestError("the model has no chat template: give the prompt as text")
+        self._check_text([message.content for message in messages])
+        rendered = self._chat_template.render([msgspec.structs.asdict(message) for message in messages])
+        return tokenizer.encode_rendered(rendered)
+
+    def _check_text(self, texts: Sequence[str]) -> None:
+        """Before any work is put into it."""
+        limit = text_bytes_limit(self._core.launch.max_model_len)
+        num_bytes = sum(len(text.encode(errors="surrogatepass")) for text in texts)
+        if num_bytes > limit:
+            message = f"the prompt has {num_bytes} bytes of text, the limit is {limit}: shorten it"
+            raise FrameError(make_error("too_large", message))
+
+
+Done = Callable[[PublicRequest, Prepared | Exception], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    request: PublicRequest
+    frames: tuple[bytes, bytes]
+    sink: PieceSink
+    done: Done
+
+
+def sampling_params(sampling: Sampling, key: str) -> SamplingParams:
+    """The engine's parameters. Raises InvalidRequestError."""
+    values = msgspec.structs.asdict(sampling)
+    values["cache_salt"] = cache_salt(key, sampling.cache_salt)
+    return SamplingParams(**values)
+
+
+def cache_salt(key: str, salt: str) -> str:
+    """What prompts share cached pages under: the client's salt within its CURVE key. Made here, never by a client: a
+    salt that it could choose freely would let it ask whether another's prompt is cached. Without keys all are one."""
+    return hashlib.blake2b(salt.encode(), key=hashlib.blake2b(key.encode()).digest(), digest_size=16).hexdigest()
+
+
+def unpack_prompt(packed: bytes) -> list[int]:
+    """Ids of `prompt_u32`. Raises InvalidRequestError when its length is no multiple of 4, or an id is above 2^31-1."""
+    if len(packed) % 4:
+        raise InvalidRequestError(f"prompt_u32 has {len(packed)} bytes: give 4 for each token id, little-endian")
+    token_ids: array[int] = unpack_int32(packed)
+    if min(token_ids) < 0:
+        raise InvalidRequestError("prompt_u32 has a token id above 2^31-1: use ids of this model's tokenizer")
+    return token_ids.tolist()

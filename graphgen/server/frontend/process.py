@@ -1,0 +1,184 @@
+"""The frontend process: puts the server together, and takes it apart when it has drained.
+
+It is a client of the scheduler, in the place where an Engine would be, and it knows neither torch nor the worker. It
+may die at any time, for instance of its memory limit: the supervisor starts another, which takes its place.
+"""
+
+import contextlib
+import logging
+import secrets
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import zmq
+
+from graphgen.base.inbox import Inbox
+from graphgen.base.version import __version__
+from graphgen.ipc.channel import Channel
+from graphgen.ipc.errors import ConfigError
+from graphgen.ipc.ggp.framing import server_framing
+from graphgen.ipc.ggp.messages import MAJOR, ServerLimits, Welcome
+from graphgen.ipc.messages import Drained, Failed, Listening, SupervisorToFrontend
+from graphgen.launch.config import LaunchConfig
+from graphgen.launch.processes import Exit, end_with_parent
+from graphgen.requests.core import AttachedCore
+from graphgen.requests.link import Client
+from graphgen.requests.portable_tokenizer import ChatTemplate, PortableTokenizer, RustTokenizer, read_tokenizer
+from graphgen.server.frontend.desk import Desk
+from graphgen.server.frontend.keys import Keys, start_authentication
+from graphgen.server.frontend.memory import limit_memory
+from graphgen.server.frontend.monitor import Monitor
+from graphgen.server.frontend.outbox import Outbox
+from graphgen.server.frontend.prepare import Preparer
+from graphgen.server.frontend.server import PublicSockets, Server, SupervisorChannel
+from graphgen.server.frontend.sessions import Sessions
+from graphgen.server.frontend.settings import FrontendSettings, frame_bytes_limit, text_bytes_limit
+from graphgen.server.frontend.sockets import Context, PublicSocket
+
+LINGER_S = 1.0
+SWITCH_INTERVAL_S = 0.0005
+"""How long a thread may keep the interpreter from the loop: a prompt is checked while others' tokens arrive."""
+REQUEST_IDS_PER_S = 1 << 20
+"""A frontend's request ids begin at the clock, in these units: one that is started later never uses an id again."""
+
+
+class EngineElsewhere:
+    """Stands for the processes of the engine, which the supervisor watches."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.are_ours = True
+        self.pids: dict[str, int] = {}
+
+    def find_exit(self) -> Exit | None:
+        return None
+
+    def log_tail(self, name: str, num_lines: int = 0) -> str:
+        return ""
+
+    def stop(self, grace_s: float) -> None:
+        pass
+
+
+def main(folder: Path, parent_pid: int) -> None:
+    """Runs until it has drained, or until the supervisor ends."""
+    end_with_parent(parent_pid, folder)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    inner: Context = zmq.Context()
+    supervisor: SupervisorChannel = Channel(inner, folder, "frontend", "lower", SupervisorToFrontend)
+    try:
+        supervisor.send(Drained(_serve(folder, supervisor)))
+        code = 0
+    except BaseException as error:
+        traceback.print_exc()
+        supervisor.send(Failed("frontend", type(error).__name__, str(error) or repr(error)))
+        code = 1
+    supervisor.close(linger_s=LINGER_S)
+    inner.term()
+    sys.exit(code)
+
+
+def _serve(folder: Path, supervisor: SupervisorChannel) -> int:
+    """How many requests were lost when it drained."""
+    settings = FrontendSettings.read(folder)
+    launch = LaunchConfig.read(folder)
+    public: Context = zmq.Context()
+    with contextlib.ExitStack() as stack:
+        stack.callback(public.term)
+        keys = None if settings.keys is None else Keys(Path(settings.keys))
+        if keys is not None:
+            stack.callback(start_authentication(public, keys).stop)
+        sockets = bind(public, settings, launch, keys)
+        for socket in sockets:
+            stack.callback(socket.close, LINGER_S)
+        inbox = Inbox()
+        stack.callback(inbox.close)
+        client = Client(EngineElsewhere(folder), supervisor.send, attaches=True, after_outputs=inbox.wake)
+        stack.callback(client.close)
+        ready = client.wait_ready(threading.TIMEOUT_MAX)  # the supervisor has an eye on the time
+        supervisor.send(ready)
+        portable = read_tokenizer(folder)
+        core = AttachedCore(launch, ready, _tokenizer(portable), client, int(time.monotonic() * REQUEST_IDS_PER_S))
+        server = make_server(sockets, supervisor, inbox, client, core, portable, settings)
+        stack.callback(server.close)
+        limit_memory(settings.memory_limit_bytes)
+        supervisor.send(Listening(sockets.data.address, sockets.control.address))
+        return server.run()
+
+
+def make_server(
+    sockets: PublicSockets,
+    supervisor: SupervisorChannel,
+    inbox: Inbox,
+    client: Client,
+    core: AttachedCore,
+    portable: PortableTokenizer | None,
+    settings: FrontendSettings,
+) -> Server:
+    """The server of these sockets and this engine."""
+    tokenizer = _tokenizer(portable)
+    chat = None
+    if portable is not None and portable.chat_template is not None:
+        chat = ChatTemplate(portable.chat_template, portable.special_tokens)
+    framing = server_framing()
+    sessions, outbox = Sessions(), Outbox(sockets.data, framing)
+    preparer = Preparer(core, tokenizer, chat, framing, settings.threads)
+    desk = Desk(client, preparer, inbox, outbox, settings)
+    monitor = Monitor(client, inbox, sessions, desk, outbox)
+    welcome = _welcome(settings, core.launch, sockets, has_text=tokenizer is not None, has_chat=chat is not None)
+    return Server(sockets, supervisor, framing, inbox, sessions, desk, outbox, monitor, settings, welcome)
+
+
+def _tokenizer(portable: PortableTokenizer | None) -> RustTokenizer | None:
+    return None if portable is None else RustTokenizer(portable)
+
+
+def bind(context: Context, settings: FrontendSettings, launch: LaunchConfig, keys: Keys | None) -> PublicSockets:
+    """Both sockets; from here on clients may connect, and wait."""
+    server_key = None if keys is None else keys.server_secret_key()
+    frame_bytes = frame_bytes_limit(launch.max_model_len)
+    bound: list[PublicSocket] = []
+    try:
+        for address in (settings.data, settings.control):
+            bound.append(PublicSocket(context, address, frame_bytes, settings.slow_consumer_s, server_key))
+    except zmq.ZMQError as error:
+        for socket in bound:
+            socket.close(0.0)
+        raise ConfigError(f"{address} cannot be bound ({error}): choose another with --bind or --control") from None
+    return PublicSockets(*bound)
+
+
+def _welcome(
+    settings: FrontendSettings, launch: LaunchConfig, sockets: PublicSockets, has_text: bool, has_chat: bool
+) -> Welcome:
+    features = {
+        "text": has_text,
+        "chat": has_chat,
+        "samples": True,
+        "classes": True,
+        "prefix_cache": launch.prefix_cache,
+    }
+    return Welcome(
+        version=MAJOR,
+        session="",
+        instance=secrets.token_hex(8),
+        server=f"graphgen/{__version__}",
+        model=settings.model,
+        vocab_size=launch.spec.vocab_size,
+        eos_token_ids=list(launch.eos_token_ids),
+        features=[name for name, has in features.items() if has],
+        limits=ServerLimits(
+            frame_bytes=frame_bytes_limit(launch.max_model_len),
+            prompt_tokens=launch.max_model_len,
+            text_bytes=text_bytes_limit(launch.max_model_len),
+            open_requests=settings.open_requests,
+            open_prompt_tokens=settings.open_prompt_tokens,
+        ),
+        heartbeat_ms=round(settings.heartbeat_s * 1000),
+        slow_consumer_ms=round(settings.slow_consumer_s * 1000),
+        control=sockets.control.address,
+    )

@@ -1,0 +1,170 @@
+"""One request of a session: what its samples have given and the client has not been sent yet.
+
+Pure: no clock, no socket, no thread. The server's loop feeds it and asks it for the next message. Unsent tokens of a
+sample join into one delta, so a reader that falls behind costs memory for its tokens and not for messages.
+"""
+
+from typing import TYPE_CHECKING
+
+from graphgen.ipc.ggp.messages import Accepted, Delta, Done, Error, Timing, Usage
+from graphgen.requests.outputs import StreamPiece
+
+if TYPE_CHECKING:
+    from graphgen.server.frontend.prepare import Prepared
+    from graphgen.server.frontend.sessions import Session
+
+ABORTED = "aborted"
+
+
+class _Sample:
+    """Unsent output of one sample."""
+
+    __slots__ = ("ended", "finish", "finish_sent", "ids", "num_tokens", "texts")
+
+    def __init__(self) -> None:
+        self.num_tokens = 0  # sent in deltas
+        self.ids: list[int] = []
+        self.texts: list[str] = []
+        self.finish = ""  # how it ended
+        self.ended = False
+        self.finish_sent = False
+
+    @property
+    def has_news(self) -> bool:
+        return bool(self.ids or self.texts) or (self.ended and not self.finish_sent)
+
+
+class PublicRequest:
+    """From `generate` to its end. It is preparing until `accept` gives it its samples."""
+
+    def __init__(self, session: "Session", request_id: int, client: str, arrived_s: float) -> None:
+        self.session = session
+        self.id = request_id
+        self.client = client
+        self.arrived_s = arrived_s
+        self.prepared: Prepared | None = None
+        self.submitted = False  # the scheduler has it, until it ends
+        self.started = False  # the scheduler gave it a first token
+        self.num_merged = 0  # pieces that joined others because the reader was behind
+        self._samples: list[_Sample] = []
+        self._queued_ms = 0.0
+        self._first_token_ms = 0.0
+        self._last_token_ms = 0.0
+        self._cached_tokens = 0
+        self._accepted_sent = False
+        self._end: Done | Error | None = None
+        self._end_sent = False
+
+    @property
+    def ended(self) -> bool:
+        """Nothing more is taken for it; its end may still have to be sent."""
+        return self._end is not None
+
+    @property
+    def internal_ids(self) -> list[int]:
+        """The scheduler's names of its samples that have not ended."""
+        if self.prepared is None:
+            return []
+        opened = zip(self.prepared.opened, self._samples, strict=True)
+        return [request.submit.request_id for request, sample in opened if not sample.ended]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Counted against the client's share."""
+        return 0 if self.prepared is None else self.prepared.num_prompt_tokens * len(self.prepared.opened)
+
+    def accept(self, prepared: "Prepared") -> None:
+        self.prepared = prepared
+        self._samples = [_Sample() for _ in prepared.opened]
+
+    def take(self, piece: StreamPiece, now_s: float) -> None:
+        """What a step gave to one of the samples."""
+        if self.ended or self.prepared is None:
+            return
+        sample = self._samples[piece.sample_index]
+        if sample.has_news and self.prepared.stream:
+            self.num_merged += 1
+        sample.ids.extend(piece.token_ids)
+        if piece.text:
+            sample.texts.append(piece.text)
+        self._last_token_ms = (now_s - self.arrived_s) * 1000
+        if not self.started:
+            self.started = True
+            self._first_token_ms = self._last_token_ms
+            started_s = self.prepared.opened[piece.sample_index].started_s
+            self._queued_ms = max(0.0, started_s - self.arrived_s) * 1000
+        if piece.sample_index == 0:
+            self._cached_tokens = piece.cached_tokens
+        if piece.finish_reason is not None:
+            sample.ended, sample.finish = True, piece.finish_reason
+            if all(one.ended for one in self._samples):
+                self._end = self._done()
+
+    def cancel(self) -> None:
+        """Its client wants no more: samples that have not ended are aborted."""
+        if self.ended:
+            return
+        for sample in self._samples:
+            if not sample.ended:
+                sample.ended, sample.finish = True, ABORTED
+        self._end = self._done()
+
+    def fail(self, error: Error) -> None:
+        """Ends it with an error, behind the tokens it has already given."""
+        if self.ended:
+            return
+        for sample in self._samples:
+            if not sample.ended:
+                sample.ended = sample.finish_sent = True  # the error says it
+        self._end = error
+
+    def peek(self) -> Accepted | Delta | Done | Error | None:
+        """The message to send next, or None while there is nothing to say."""
+        if self.prepared is not None and not self._accepted_sent:
+            ids = self.prepared.prompt_ids if self.prepared.echo_ids else None
+            return Accepted(id=self.id, prompt_tokens=self.prepared.num_prompt_tokens, prompt_ids=ids)
+        if self.prepared is not None and (self.prepared.stream or self.ended):
+            for index, sample in enumerate(self._samples):
+                if sample.has_news:
+                    return self._delta(index, sample)
+        return None if self._end_sent else self._end
+
+    def sent(self, message: Accepted | Delta | Done | Error) -> None:
+        """The message that `peek` gave has left."""
+        match message:
+            case Accepted():
+                self._accepted_sent = True
+            case Delta():
+                sample = self._samples[message.sample]
+                sample.num_tokens += len(sample.ids)
+                sample.ids, sample.texts = [], []
+                sample.finish_sent = sample.finish_sent or message.finish is not None
+            case Done() | Error():
+                self._end_sent = True
+
+    def _delta(self, index: int, sample: _Sample) -> Delta:
+        return Delta(
+            id=self.id,
+            seq=sample.num_tokens,
+            sample=index,
+            ids=sample.ids,
+            text="".join(sample.texts),
+            finish=sample.finish if sample.ended and not sample.finish_sent else None,
+        )
+
+    def _done(self) -> Done:
+        num_prompt_tokens = 0 if self.prepared is None else self.prepared.num_prompt_tokens
+        return Done(
+            id=self.id,
+            finish=[sample.finish for sample in self._samples] or [ABORTED],
+            usage=Usage(
+                prompt_tokens=num_prompt_tokens,
+                output_tokens=sum(sample.num_tokens + len(sample.ids) for sample in self._samples),
+                cached_tokens=self._cached_tokens,
+            ),
+            timing=Timing(
+                queued_ms=round(self._queued_ms, 3),
+                first_token_ms=round(self._first_token_ms, 3),
+                total_ms=round(self._last_token_ms, 3),
+            ),
+        )

@@ -1,0 +1,354 @@
+"""The server's loop: what clients send in, what their requests give out.
+
+Owns the public sockets, the sessions, and the decision whose message is next; one thread. It never waits for a client,
+nor for a tokenizer: what takes long is done by other threads, which leave their results in its inbox. Made by
+`graphgen.server.frontend.process`.
+"""
+
+import logging
+import secrets
+import time
+from typing import NamedTuple
+
+import msgspec
+import zmq
+
+from graphgen.base.inbox import Inbox
+from graphgen.ipc.channel import Channel
+from graphgen.ipc.ggp.framing import FrameError, Framing, make_error, unsupported_version
+from graphgen.ipc.ggp.messages import (
+    MAJOR,
+    NAMES,
+    Bye,
+    Cancel,
+    ClientMessage,
+    Draining,
+    Error,
+    Generate,
+    HealthRequest,
+    Hello,
+    Ping,
+    Pong,
+    ServerMessage,
+    StatsRequest,
+    Welcome,
+)
+from graphgen.ipc.messages import Drain, EngineLost, FrontendToSupervisor, SupervisorToFrontend
+from graphgen.server.frontend.desk import Desk
+from graphgen.server.frontend.monitor import Monitor
+from graphgen.server.frontend.outbox import Outbox
+from graphgen.server.frontend.sessions import Session, Sessions
+from graphgen.server.frontend.settings import FrontendSettings
+from graphgen.server.frontend.sockets import PublicSocket, Received, Sent
+from graphgen.server.frontend.turns import RateLimit
+
+logger = logging.getLogger("graphgen.server.frontend")
+
+TICK_S = 0.1
+"""How often sessions are looked after: pings, slow readers, deadlines."""
+AWAY_S = 1.0
+"""A loop that comes round after more than this was stopped."""
+MESSAGES_AT_ONCE = 16
+"""Received before the tokens that came meanwhile are sent."""
+MESSAGES_PER_S = 4000.0
+"""Received from all clients together, after a burst. A flood waits in its own connection and leaves the processor to
+others' tokens: a message costs some 20 us, so that all of them together cost a tenth of a core."""
+MESSAGES_BURST = 1000
+PERMIT_BYTES = 16 << 10
+"""A message of so many bytes counts as two, one of twice as many as three."""
+SMALL_BYTES = 64 << 10
+"""What is decoded in the loop at once, in a tenth of a millisecond."""
+SWEEP_S = 0.2
+"""Between two looks for dead sessions when all are taken."""
+FLUSH_S = 1.0
+"""For last messages to leave when the frontend ends."""
+
+NO_SESSION = "this connection has no session: say hello first, also after a reconnection"
+
+SupervisorChannel = Channel[FrontendToSupervisor, SupervisorToFrontend]
+
+
+class PublicSockets(NamedTuple):
+    data: PublicSocket
+    control: PublicSocket
+
+
+class _Ending(NamedTuple):
+    """The server drains: what is open when the time comes ends with the error."""
+
+    deadline_s: float
+    error: Error
+
+
+class Server:
+    """Serves clients until it has drained."""
+
+    def __init__(
+        self,
+        sockets: PublicSockets,
+        supervisor: SupervisorChannel,
+        framing: Framing[ServerMessage, ClientMessage],
+        inbox: Inbox,
+        sessions: Sessions,
+        desk: Desk,
+        outbox: Outbox,
+        monitor: Monitor,
+        settings: FrontendSettings,
+        welcome: Welcome,
+    ) -> None:
+        """welcome: what every client is told, but for the name of its session."""
+        self._sockets = sockets
+        self._supervisor = supervisor
+        self._framing = framing
+        self._inbox = inbox
+        self._sessions = sessions
+        self._desk = desk
+        self._outbox = outbox
+        self._monitor = monitor
+        self._settings = settings
+        self._welcome = welcome
+        self._rate = RateLimit(MESSAGES_PER_S, MESSAGES_BURST, time.monotonic())
+        self._swept_s = 0.0
+        self._looped_s = time.monotonic()
+        self._ending: _Ending | None = None
+        self._num_lost = 0
+
+    def run(self) -> int:
+        """Returns when the server has drained: how many requests it did not finish."""
+        inner = zmq.Poller()  # without the public sockets: while too many messages come
+        inner.register(self._inbox.fileno(), zmq.POLLIN)
+        inner.register(self._supervisor.receiver, zmq.POLLIN)
+        poller = zmq.Poller()
+        for socket in (self._inbox.fileno(), self._supervisor.receiver, *(public.socket for public in self._sockets)):
+            poller.register(socket, zmq.POLLIN)
+        tick_s = 0.0
+        permits = 0
+        while not self._has_drained():
+            events = dict((poller if permits else inner).poll(self._timeout_ms(permits)))
+            self._inbox.run(readable=self._inbox.fileno() in events)
+            now_s = time.monotonic()
+            self._forgive_silence(now_s)
+            for order in self._supervisor.drain():
+                self._obey(order, now_s)
+            permits = self._receive(now_s)
+            self._desk.release()
+            for session in self._outbox.flush(now_s):
+                self._end(session)
+            if now_s >= tick_s:
+                tick_s = now_s + TICK_S
+                self._tick(now_s)
+        return self._num_lost
+
+    def close(self) -> None:
+        """Ends the threads that prepare requests. The sockets are their maker's."""
+        self._desk.close()
+
+    def _timeout_ms(self, permits: int) -> int:
+        if not permits:
+            return 1
+        return 20 if self._outbox.has_unsent else int(TICK_S * 1000)
+
+    def _has_drained(self) -> bool:
+        if self._ending is None:
+            return False
+        now_s = time.monotonic()
+        if now_s >= self._ending.deadline_s and self._desk.num_open:
+            self._num_lost += self._desk.fail_all(self._ending.error)
+        flushed = not self._outbox.has_unsent or now_s >= self._ending.deadline_s + FLUSH_S
+        return not self._desk.num_open and flushed
+
+    def _obey(self, order: SupervisorToFrontend, now_s: float) -> None:
+        self._monitor.draining = True
+        match order:
+            case Drain():
+                error = make_error("draining", "the server ends before the output was complete: ask another")
+                self._ending = _Ending(now_s + order.grace_s, error)
+                for session in self._sessions.all():
+                    self._outbox.post(session, Draining(grace_ms=round(order.grace_s * 1000)))
+            case EngineLost():
+                self._ending = _Ending(now_s, make_error("engine_lost", order.message))
+
+    # --- messages in -------------------------------------------------------------------------------------------
+
+    def _receive(self, now_s: float) -> int:
+        """Takes some messages that have arrived; 0 when no more may be taken now."""
+        permits = self._rate.take(MESSAGES_AT_ONCE, now_s)
+        left = permits
+        for public in self._sockets:
+            while left > 0 and (received := public.receive()) is not None:
+                left -= 1 + sum(map(len, received.frames)) // PERMIT_BYTES
+                self._take(public, received, now_s)
+        self._rate.spend(-left)
+        return permits
+
+    def _take(self, public: PublicSocket, received: Received, now_s: float) -> None:
+        session = self._sessions.find(received.routing_id) if public is self._sockets.data else None
+        if session is not None:
+            session.heard_s = now_s
+        try:
+            if self._framing.kind_of(received.frames) is Generate:
+                refusal = self._take_generate(public, session, received, now_s)
+            else:
+                message = self._framing.decode(received.frames)
+                if public is self._sockets.control:
+                    refusal = self._take_control(received, message, now_s)
+                elif session is None or isinstance(message, Hello):
+                    refusal = self._take_stranger(received, message, now_s)
+                else:
+                    refusal = self._take_message(session, message, now_s)
+        except FrameError as error:
+            refusal = error.error
+        except Exception as error:  # whatever one message does to us, the next one finds us here
+            logger.exception("a message could not be handled")
+            refusal = make_error("internal", f"the server failed with {type(error).__name__}")
+        if refusal is not None:
+            self._monitor.messages_refused += 1
+            self._answer(public, received.routing_id, refusal)
+
+    def _take_generate(
+        self, public: PublicSocket, session: Session | None, received: Received, now_s: float
+    ) -> Error | None:
+        """A request is decoded by the threads that tokenize; only its id is read here."""
+        header, body = received.frames
+        request_id = self._framing.find_id(body)
+        if public is self._sockets.control:
+            return make_error("bad_request", "generate belongs on the data socket: send it there", about="generate")
+        if session is None:
+            return make_error("no_session", NO_SESSION, request_id, "generate")
+        if request_id is None:
+            if len(body) <= SMALL_BYTES:
+                self._framing.decode(received.frames)  # says what is wrong
+            return make_error("bad_request", "id is missing or no int of 0 to 2^53-1: give one", about="generate")
+        if self._ending is not None:
+            return make_error("draining", "the server is about to end: ask another", request_id, "generate")
+        return self._desk.open(session, request_id, (header, body), now_s)
+
+    def _take_stranger(self, received: Received, message: ClientMessage, now_s: float) -> Error | None:
+        """A message of a connection without a session, or one that wants a new one."""
+        if not isinstance(message, Hello):
+            return make_error("no_session", NO_SESSION, about=NAMES[type(message)])
+        if not message.versions[0] <= MAJOR <= message.versions[1]:
+            low, high = message.versions
+            return unsupported_version(f"the client speaks versions {low} to {high}")
+        old = self._sessions.find(received.routing_id)
+        if old is not None:
+            self._end(old)
+        if len(self._sessions) >= self._settings.max_sessions:
+            self._make_room(now_s)
+        if len(self._sessions) >= self._settings.max_sessions:
+            text = f"there are {len(self._sessions)} sessions, the limit is {self._settings.max_sessions}: try later"
+            return make_error("overloaded", text, about="hello", retry_after_ms=1000)
+        name = secrets.token_hex(16)
+        session = Session(received.routing_id, name, received.key, now_s)
+        self._sessions.add(session)
+        logger.info("session with %r; there are %d", message.client, len(self._sessions))
+        self._outbox.post(session, msgspec.structs.replace(self._welcome, session=name))
+        return None
+
+    def _take_message(self, session: Session, message: ClientMessage, now_s: float) -> Error | None:
+        match message:
+            case Cancel():
+                if message.session not in ("", session.name):
+                    return make_error("forbidden", "the session is not this connection's", about="cancel")
+                self._desk.cancel(session, message.id)
+            case Ping():
+                self._outbox.post(session, self._pong(message))
+            case StatsRequest():
+                self._monitor.stats(lambda stats: self._reply(session, stats), now_s)
+            case HealthRequest():
+                self._monitor.health(lambda health: self._reply(session, health), now_s)
+            case Bye():
+                self._end(session)
+            case _:  # a pong: it was heard
+                pass
+        return None
+
+    def _take_control(self, received: Received, message: ClientMessage, now_s: float) -> Error | None:
+        peer = received.routing_id
+        match message:
+            case Cancel():
+                session = self._sessions.find_by_name(message.session)
+                if session is None:
+                    return make_error("no_session", "there is no such session", about="cancel")
+                if session.key != received.key:
+                    return make_error("forbidden", "the session is another client's", about="cancel")
+                self._desk.cancel(session, message.id)
+            case Ping():
+                self._answer(self._sockets.control, peer, self._pong(message))
+            case StatsRequest():
+                self._monitor.stats(lambda stats: self._answer(self._sockets.control, peer, stats), now_s)
+            case HealthRequest():
+                self._monitor.health(lambda health: self._answer(self._sockets.control, peer, health), now_s)
+            case Pong() | Bye():
+                pass
+            case _:
+                name = NAMES[type(message)]
+                return make_error("bad_request", f"{name} belongs on the data socket: send it there", about=name)
+        return None
+
+    # --- answers -----------------------------------------------------------------------------------------------
+
+    def _pong(self, ping: Ping) -> Pong:
+        return Pong(t=ping.t, instance=self._welcome.instance)
+
+    def _reply(self, session: Session, message: ServerMessage) -> None:
+        if self._sessions.find(session.routing_id) is session:  # it may have ended before the answer came
+            self._outbox.post(session, message)
+
+    def _answer(self, public: PublicSocket, routing_id: bytes, message: ServerMessage) -> None:
+        """To a peer without a session: one that does not read its answers does not get them."""
+        session = self._sessions.find(routing_id) if public is self._sockets.data else None
+        if session is not None:
+            self._outbox.post(session, message)
+        else:
+            public.send(routing_id, *self._framing.encode(message))
+
+    # --- sessions ----------------------------------------------------------------------------------------------
+
+    def _tick(self, now_s: float) -> None:
+        self._desk.tick(now_s)
+        self._monitor.tick(now_s)
+        slow_s = self._settings.slow_consumer_s
+        for session in self._sessions.all():
+            if not session.requests:
+                continue
+            if session.blocked_s is not None and now_s - session.blocked_s > slow_s:
+                self._cut_off(session, f"no output was taken for {slow_s:g} s: read more often")
+            elif now_s - session.heard_s > slow_s:
+                self._cut_off(session, f"nothing was heard from this client for {slow_s:g} s: answer pings")
+            elif session.blocked_s is None and now_s - session.pinged_s >= self._settings.heartbeat_s:
+                session.pinged_s = now_s
+                self._outbox.post(session, Ping(instance=self._welcome.instance))
+
+    def _make_room(self, now_s: float) -> None:
+        """Before a session is refused, those are ended whose connections are gone. One without requests is not asked
+        before that: it owes nobody anything, and pings would fill the queue of a client that does not read."""
+        if now_s - self._swept_s < SWEEP_S:
+            return
+        self._swept_s = now_s
+        ping = self._framing.encode(Ping(instance=self._welcome.instance))
+        for session in self._sessions.all():
+            if not session.requests and self._sockets.data.send(session.routing_id, *ping) is Sent.GONE:
+                self._end(session)
+
+    def _forgive_silence(self, now_s: float) -> None:
+        """A loop that was stopped itself has not read what its clients said meanwhile."""
+        if now_s - self._looped_s > AWAY_S:
+            for session in self._sessions.all():
+                session.heard_s = now_s
+        self._looped_s = now_s
+
+    def _cut_off(self, session: Session, why: str) -> None:
+        """A reader that is gone for all we know. What it has not taken is given up, so that its memory is free."""
+        logger.warning("session cut off with %d requests: %s", len(session.requests), why)
+        error = make_error("slow_consumer", why)
+        routing_id, request_ids = session.routing_id, list(session.requests)
+        self._end(session)
+        for request_id in request_ids:
+            self._answer(self._sockets.data, routing_id, msgspec.structs.replace(error, id=request_id))
+
+    def _end(self, session: Session) -> None:
+        """Its requests end; their pages are free in the next step."""
+        self._desk.end_session(session)
+        self._outbox.forget(session)
+        self._sessions.remove(session)

@@ -1,0 +1,62 @@
+"""The sessions of a frontend: one for each data connection that said hello.
+
+Owns what is known of a connection: who it is, when it was heard, what waits to be sent to it. Never touches a socket.
+"""
+
+from collections import deque
+
+from graphgen.ipc.ggp.messages import ServerMessage
+from graphgen.server.frontend.requests import PublicRequest
+
+MAX_BACKLOG = 256
+"""Messages about no request that wait for a reader; of a reader that is so far behind, more are dropped."""
+
+
+class Session:
+    """One data connection after its hello."""
+
+    def __init__(self, routing_id: bytes, name: str, key: str, now_s: float) -> None:
+        """key: the CURVE key that its connection authenticated with; "" without keys."""
+        self.routing_id = routing_id
+        self.name = name  # secret: who knows it may cancel its requests
+        self.key = key
+        self.client = key or f"session {name}"  # whose share its requests count to
+        self.heard_s = now_s
+        self.pinged_s = now_s
+        self.blocked_s: float | None = None  # since when it takes nothing
+        self.retry_s = now_s  # when it is tried again, while it takes nothing
+        self.requests: dict[int, PublicRequest] = {}
+        self.backlog: deque[ServerMessage] = deque(maxlen=MAX_BACKLOG)
+        self.news: dict[PublicRequest, None] = {}  # requests that may have something to say, in this order
+
+    @property
+    def has_unsent(self) -> bool:
+        return bool(self.backlog or self.news)
+
+
+class Sessions:
+    """All of them, by connection and by name."""
+
+    def __init__(self) -> None:
+        self._by_routing_id: dict[bytes, Session] = {}
+        self._by_name: dict[str, Session] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_routing_id)
+
+    def add(self, session: Session) -> None:
+        self._by_routing_id[session.routing_id] = session
+        self._by_name[session.name] = session
+
+    def remove(self, session: Session) -> None:
+        del self._by_routing_id[session.routing_id]
+        del self._by_name[session.name]
+
+    def find(self, routing_id: bytes) -> Session | None:
+        return self._by_routing_id.get(routing_id)
+
+    def find_by_name(self, name: str) -> Session | None:
+        return self._by_name.get(name)
+
+    def all(self) -> list[Session]:
+        return list(self._by_routing_id.values())

@@ -1,0 +1,285 @@
+"""The supervisor of a server: starts scheduler, worker and frontend, watches them, and ends them in order.
+
+Owns the decision which death ends the server: that of the scheduler or the worker does; a frontend that dies, for
+instance of its memory limit, is started anew while the engine stays as it is. Serves nothing itself. Called by the
+command line, in a process of its own whose SIGTERM and SIGINT it takes.
+"""
+
+import ipaddress
+import logging
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import zmq
+from msgspec import Struct
+
+from graphgen.base.progress import StartProgress
+from graphgen.ipc import errors
+from graphgen.ipc.channel import Channel
+from graphgen.ipc.errors import ConfigError, EngineDeadError, GraphgenError
+from graphgen.ipc.messages import (
+    Drain,
+    Drained,
+    EngineLost,
+    Failed,
+    FrontendToSupervisor,
+    Listening,
+    Progress,
+    Ready,
+    SupervisorToFrontend,
+)
+from graphgen.launch.config import EngineConfig, check_device
+from graphgen.launch.processes import EngineProcesses
+from graphgen.requests.core import describe_start, launch_config, load_config_tokenizer
+from graphgen.requests.portable_tokenizer import write_tokenizer
+from graphgen.server.frontend.keys import Keys
+from graphgen.server.frontend.settings import FrontendSettings
+
+logger = logging.getLogger("graphgen.server.supervisor")
+
+ENGINE_MODULES = ("graphgen.scheduler", "graphgen.worker")
+FRONTEND_MODULE = "graphgen.server.frontend"
+WATCH_S = 0.1
+LOST_GRACE_S = 5.0
+"""For the frontend to tell clients that the engine is gone."""
+MAX_FRONTEND_STARTS = 5
+FRONTEND_STARTS_WITHIN_S = 60.0
+
+
+class ServeOptions(Struct, frozen=True, kw_only=True):
+    """How a server is reached and when it gives up. Raises ConfigError for what would be open to strangers."""
+
+    data: str
+    control: str
+    keys: str | None
+    insecure_public: bool = False
+    grace_s: float = 30.0
+    memory_limit_bytes: int = 1 << 30
+    slow_consumer_s: float = 60.0
+    open_requests: int = 256
+
+    def __post_init__(self) -> None:
+        for address in (self.data, self.control):
+            if is_public(address) and self.keys is None and not self.insecure_public:
+                raise ConfigError(
+                    f"{address} can be reached by other machines and there are no keys: make some with `graphgen keys"
+                    " new` and name their folder with --keys, or say --insecure-public to let everyone in"
+                )
+        if self.keys is not None:
+            Keys(Path(self.keys)).server_secret_key()
+
+
+class Supervisor:
+    """One server, from its start to its end. `say` gets what an operator should see, line by line."""
+
+    def __init__(self, config: EngineConfig, options: ServeOptions, say: Callable[[str], None]) -> None:
+        self._config = config
+        self._options = options
+        self._say = say
+        self._started_s = time.monotonic()
+        self._signals = 0
+        self._asked_to_end = 0
+        self._frontend_starts: deque[float] = deque()
+        self._ready: Ready | None = None
+        self._num_lost: int | None = None
+        self._listening = False
+        self._data, self._control = options.data, options.control
+
+    def run(self) -> int:
+        """Serves until a signal: the exit code. Raises GraphgenError when the engine does not start, or dies."""
+        check_device(self._config.device)
+        with _signals_counted(self._count_signal):
+            processes = EngineProcesses(ENGINE_MODULES)
+            context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+            channel: Channel[SupervisorToFrontend, FrontendToSupervisor] = Channel(
+                context, processes.folder, "frontend", "upper", FrontendToSupervisor
+            )
+            try:
+                self._start(processes)
+                with StartProgress(self._config.progress) as progress:
+                    while not self._listening and self._num_lost is None:
+                        self._turn(processes, channel, progress.show)
+                while self._num_lost is None:
+                    self._turn(processes, channel, lambda _: None)
+                return 0 if self._num_lost == 0 else 1
+            finally:
+                processes.stop(grace_s=0.0)
+                channel.close()
+                context.term()
+
+    def _start(self, processes: EngineProcesses) -> None:
+        """The engine's processes import torch meanwhile."""
+        launch = launch_config(self._config)
+        launch.write(processes.folder)
+        self._start_frontend(processes)  # binds its sockets at once, so that an address in use is found soon
+        tokenizer = load_config_tokenizer(self._config, launch)
+        write_tokenizer(None if tokenizer is None else tokenizer.export(), processes.folder)
+
+    def _start_frontend(self, processes: EngineProcesses) -> None:
+        FrontendSettings(
+            model=self._config.model or "demo",
+            data=self._data,
+            control=self._control,
+            keys=self._options.keys,
+            memory_limit_bytes=self._options.memory_limit_bytes,
+            slow_consumer_s=self._options.slow_consumer_s,
+            open_requests=self._options.open_requests,
+        ).write(processes.folder)
+        self._frontend_starts.append(time.monotonic())
+        processes.start(FRONTEND_MODULE)
+
+    def _turn(
+        self,
+        processes: EngineProcesses,
+        channel: Channel[SupervisorToFrontend, FrontendToSupervisor],
+        on_progress: Callable[[Progress], None],
+    ) -> None:
+        """One look at messages, signals and processes."""
+        message = channel.receive(WATCH_S)
+        if message is not None:
+            self._take(message, on_progress)
+        self._pass_signals_on(processes, channel)
+        if self._num_lost is not None:
+            return
+        self._watch_engine(processes, channel)
+        self._watch_frontend(processes)
+        if not self._listening and time.monotonic() - self._started_s > self._config.start_timeout_s:
+            tails = "\n".join(f"[{name}]\n{processes.log_tail(name)}" for name in processes.pids)
+            raise EngineDeadError(
+                f"the server was not ready after {self._config.start_timeout_s:g} s: raise start_timeout_s, or see what"
+                f" its processes wrote:\n{tails}"
+            )
+
+    def _take(self, message: FrontendToSupervisor, on_progress: Callable[[Progress], None]) -> None:
+        match message:
+            case Progress():
+                on_progress(message)
+            case Ready():
+                self._ready = message
+            case Listening():
+                self._tell_ready(message)
+            case Drained():
+                self._num_lost = message.num_lost
+            case Failed():
+                if not self._listening:  # a start that cannot succeed, by the name that its error has
+                    raise _error_of(message)
+                logger.error("the frontend failed with %s: %s", message.error, message.message)
+
+    def _tell_ready(self, where: Listening) -> None:
+        again, self._listening = self._listening, True
+        self._data, self._control = where.data, where.control  # a frontend that is started anew has the same ports
+        if again:
+            self._say("the frontend serves again")
+            return
+        assert self._ready is not None, "the frontend serves after the engine"
+        self._say(describe_start(self._ready, time.monotonic() - self._started_s))
+        self._say(f"listening on {where.data} (data)\nlistening on {where.control} (control)")
+        keys = self._options.keys
+        self._say("no keys: who can connect may" if keys is None else f"only CURVE keys of {keys} may connect")
+        self._say("ready")
+
+    def _count_signal(self) -> None:
+        self._signals += 1
+
+    def _pass_signals_on(
+        self, processes: EngineProcesses, channel: Channel[SupervisorToFrontend, FrontendToSupervisor]
+    ) -> None:
+        if self._signals == self._asked_to_end:
+            return
+        self._asked_to_end = self._signals
+        if not self._listening:
+            self._num_lost = 0
+        elif self._signals == 1:
+            self._say(f"draining: open requests have {self._options.grace_s:g} s; a second signal ends them now")
+            channel.send(Drain(self._options.grace_s))
+        else:
+            channel.send(Drain(0.0))
+
+    def _watch_engine(
+        self, processes: EngineProcesses, channel: Channel[SupervisorToFrontend, FrontendToSupervisor]
+    ) -> None:
+        found = processes.find_exit(("scheduler", "worker"))
+        if found is None:
+            return
+        if self._listening:
+            channel.send(EngineLost(f"the engine ended: {found.name} exited with code {found.code}"))
+            deadline_s = time.monotonic() + LOST_GRACE_S
+            while time.monotonic() < deadline_s and not isinstance(channel.receive(WATCH_S), Drained):
+                pass
+        else:
+            self._raise_reason(channel)
+        raise EngineDeadError(str(found))
+
+    def _raise_reason(self, channel: Channel[SupervisorToFrontend, FrontendToSupervisor]) -> None:
+        """A process that ends on an error says so first, through the frontend: its word is better than an exit code."""
+        deadline_s = time.monotonic() + 3 * WATCH_S
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            message = channel.receive(left_s)
+            if isinstance(message, Failed):
+                raise _error_of(message)
+
+    def _watch_frontend(self, processes: EngineProcesses) -> None:
+        found = processes.find_exit(("frontend",))
+        if found is None:
+            return
+        if self._signals:
+            self._num_lost = 1
+            return
+        logger.error("%s", found)
+        now_s = time.monotonic()
+        while self._frontend_starts and now_s - self._frontend_starts[0] > FRONTEND_STARTS_WITHIN_S:
+            self._frontend_starts.popleft()
+        if not self._listening or len(self._frontend_starts) >= MAX_FRONTEND_STARTS:
+            raise EngineDeadError(
+                f"the frontend ended {len(self._frontend_starts)} times within {FRONTEND_STARTS_WITHIN_S:g} s: {found}"
+            )
+        self._say("the frontend ended and is started again; its clients have lost their sessions")
+        self._start_frontend(processes)
+
+
+def is_public(address: str) -> bool:
+    """Whether other machines can reach a socket bound to it."""
+    scheme, _, rest = address.partition("://")
+    if scheme != "tcp":
+        return scheme != "ipc"
+    host = rest.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return False
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a wildcard, or the name of an interface
+        return True
+
+
+def control_address(data: str) -> str:
+    """The address beside the data socket's: the next port, or a file of the same name with -control."""
+    scheme, _, rest = data.partition("://")
+    if scheme == "ipc":
+        return f"{data}-control"
+    host, _, port = rest.rpartition(":")
+    if not port.isdigit():
+        return data  # tcp://host:*, which gives each socket a port of its own
+    return f"{scheme}://{host}:{int(port) + 1 if int(port) else 0}"
+
+
+@contextmanager
+def _signals_counted(count: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM and SIGINT ask to end; the handlers before are put back."""
+    before = {number: signal.signal(number, lambda *_: count()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _error_of(failed: Failed) -> GraphgenError:
+    """What the frontend ended with, as the class it had there if that is one of ours."""
+    kind = getattr(errors, failed.error, None)
+    if isinstance(kind, type) and issubclass(kind, GraphgenError):
+        return kind(failed.message)
+    return EngineDeadError(f"{failed.where} failed with {failed.error}: {failed.message}")

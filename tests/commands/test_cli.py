@@ -1,0 +1,75 @@
+"""The command line as a user runs it."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+
+from graphgen.commands.demo_run import background_prompts, percentile
+
+SMALL = ("--token-budget", "8", "--device", "cpu")
+
+
+def run(arguments: Sequence[str], stdin: str = "") -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "graphgen", *arguments], input=stdin, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_generate_streams_the_same_text_for_an_argument_and_for_standard_input() -> None:
+    options = ("--max-tokens", "12", "--temperature", "0", *SMALL)
+    argument = run(["generate", "To be, or", *options])
+    piped = run(["generate", "-", *options], stdin="To be, or")
+    assert argument.returncode == 0, argument.stderr
+    assert len(argument.stdout) > 5
+    assert argument.stdout == piped.stdout
+    assert argument.stderr.startswith("12 tokens, finished by length; ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "x", "--model", "/no/such/model"], "/no/such/model"),
+        (["generate", "x", "--temperature", "-1"], "temperature is -1.0"),
+        (["generate", "x", "--token-budget", "7"], "token_budget is 7"),
+        (["info", "--device", "tpu"], "device is 'tpu'"),
+    ],
+)
+def test_errors_are_one_message_without_a_trace(arguments: list[str], words: str) -> None:
+    done = run(arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("graphgen: ")
+    assert words in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_info_prints_versions_decisions_buckets_and_phases() -> None:
+    done = run(["info", *SMALL])
+    assert done.returncode == 0, done.stderr
+    for words in ("torch", "you asked for it", "max_position_embeddings", "decode rows", "load", "KV cache"):
+        assert words in done.stdout
+
+
+def test_demo_prints_text_and_figures() -> None:
+    done = run(["demo", "--max-tokens", "8", "--device", "cpu"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ROMEO:\n")
+    for words in ("TTFT p50", "ITL p99", "padding share", "steps", "13", "load"):
+        assert words in done.stdout
+
+
+def test_demo_prompts_are_of_many_lengths_and_start_speeches() -> None:
+    prompts = background_prompts()
+    lengths = [len(prompt) for prompt in prompts]
+    assert len(prompts) == 12
+    assert max(lengths) > 20 * min(lengths)
+    assert all(prompt.split("\n")[0].endswith(":") for prompt in prompts)
+
+
+def test_percentile_is_the_nearest_rank() -> None:
+    values = [float(value) for value in range(1, 101)]
+    assert [percentile(values, percent) for percent in (1, 50, 95, 99, 100)] == [1, 50, 95, 99, 100]
+    assert percentile([3.0], 50) == 3.0
+    assert percentile([], 50) == 0.0

@@ -1,0 +1,143 @@
+"""EngineConfig refuses what can work nowhere; resolve makes every open choice once."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from graphgen import ConfigError, EngineConfig, demo
+from graphgen.launch.config import LaunchConfig, check_device, find_device, make_config, resolve
+from graphgen.models.families import load_spec
+from graphgen.models.spec import ModelSpec, RopeSpec
+
+FOLDER = Path("/models/demo")
+
+
+@pytest.fixture(scope="module")
+def spec() -> ModelSpec:
+    return load_spec(demo.model_folder())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", 3),
+        ("device", "tpu"),
+        ("device", "cuda:"),
+        ("device", "cuda:x"),
+        ("dtype", "int8"),
+        ("max_model_len", 0),
+        ("max_model_len", True),
+        ("max_num_seqs", 0),
+        ("max_waiting", 0),
+        ("max_waiting_tokens", -1),
+        ("max_long_prompts", 0),
+        ("itl_target_ms", 0.0),
+        ("itl_target_ms", float("nan")),
+        ("ttft_target_ms", -1.0),
+        ("prefix_cache", None),
+        ("max_num_seqs", None),
+        ("token_budget", 7),
+        ("token_budget", 2.0),
+        ("page_size", 0),
+        ("page_size", 24),
+        ("num_pages", 0),
+        ("memory_fraction", 0.0),
+        ("memory_fraction", 1.1),
+        ("memory_fraction", float("nan")),
+        ("load_format", "pickle"),
+        ("attention", "sdpa"),
+        ("seed", -1),
+        ("compile", 1),
+        ("cpu_threads", 0),
+        ("start_timeout_s", 0.0),
+        ("start_timeout_s", float("inf")),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} is"):
+        EngineConfig(**{name: value})
+
+
+def test_defaults_on_the_cpu(spec: ModelSpec) -> None:
+    launch = resolve(EngineConfig(device="cpu"), spec, FOLDER)
+    assert (launch.dtype, launch.token_budget, launch.page_size, launch.compile) == ("float32", 256, 16, False)
+    assert launch.max_model_len == spec.max_position_embeddings
+    assert launch.eos_token_ids == spec.eos_token_ids
+
+
+def test_defaults_on_cuda(spec: ModelSpec) -> None:
+    launch = resolve(EngineConfig(device="cuda:1"), spec, FOLDER)
+    assert (launch.device, launch.dtype, launch.token_budget) == ("cuda:1", spec.dtype, 1024)
+    assert (launch.page_size, launch.compile, launch.max_running) == (64, True, 256)
+    stored_wide = msgspec.structs.replace(spec, dtype="float32")
+    assert resolve(EngineConfig(device="cuda"), stored_wide, FOLDER).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("budget", "asked", "slots"), [(8, 256, 6), (16, 256, 12), (16, 12, 12), (16, 5, 5), (17, 99, 13)]
+)
+def test_prompts_always_keep_a_quarter_of_the_budget(spec: ModelSpec, budget: int, asked: int, slots: int) -> None:
+    config = EngineConfig(device="cpu", token_budget=budget, max_num_seqs=asked)
+    assert resolve(config, spec, FOLDER).max_running == slots
+
+
+def test_a_context_beyond_the_models_is_refused_unless_its_rotation_is_scaled(spec: ModelSpec) -> None:
+    config = EngineConfig(device="cpu", max_model_len=1500)
+    with pytest.raises(ConfigError, match="max_model_len is 1500, the model's limit is 1024"):
+        resolve(config, spec, FOLDER)
+    scaled = msgspec.structs.replace(spec, rope=RopeSpec(kind="dynamic", factor=2.0, original_max_len=1024))
+    assert resolve(config, scaled, FOLDER).max_model_len == 1500
+    assert resolve(EngineConfig(device="cpu"), scaled, FOLDER).max_model_len == 1024
+
+
+def test_prompts_are_not_shared_where_keys_depend_on_the_prompts_length(spec: ModelSpec) -> None:
+    dynamic = msgspec.structs.replace(spec, rope=RopeSpec(kind="dynamic", factor=2.0, original_max_len=1024))
+    assert resolve(EngineConfig(device="cpu"), spec, FOLDER).prefix_cache
+    assert not resolve(EngineConfig(device="cpu"), dynamic, FOLDER).prefix_cache
+    assert not resolve(EngineConfig(device="cpu", prefix_cache=False), spec, FOLDER).prefix_cache
+
+
+def test_the_launch_file_is_what_was_resolved(spec: ModelSpec, tmp_path: Path) -> None:
+    launch = resolve(EngineConfig(device="cpu", step_log="steps.jsonl"), spec, FOLDER)
+    launch.write(tmp_path)
+    assert LaunchConfig.read(tmp_path) == launch
+    assert launch.step_log == str(Path.cwd() / "steps.jsonl")
+
+
+def test_hidden_devices_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert find_device() == "cpu"
+
+
+def test_cuda_without_a_cuda_build_of_torch_is_refused_and_never_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphgen.launch.config._torch_has_cuda", lambda: False)
+    assert find_device() == "cpu"
+    with pytest.raises(ConfigError, match="device is 'cuda:1', torch here is built without CUDA"):
+        check_device("cuda:1")
+    check_device("auto")
+
+
+def test_what_torch_was_built_for_is_read_without_importing_it() -> None:
+    code = """
+import sys
+from graphgen.launch.config import _torch_has_cuda
+print(_torch_has_cuda(), "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(torch.version.cuda is not None), "False"]
+
+
+def test_settings_make_the_same_config_as_the_struct() -> None:
+    assert make_config("folder", {"seed": 3}) == EngineConfig(model="folder", seed=3)
+    assert make_config(None, {"model": "folder"}) == EngineConfig(model="folder")
+    config = EngineConfig(seed=5)
+    assert make_config(config, {}) is config
+    with pytest.raises(ConfigError, match="seed were given"):
+        make_config(config, {"seed": 3})
+    with pytest.raises(ConfigError, match="given twice"):
+        make_config("one", {"model": "two"})

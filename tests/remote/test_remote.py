@@ -1,0 +1,270 @@
+"""The Python client: what it does when the server is another, is silent, or says what it should not."""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+
+import pytest
+import zmq
+
+from graphgen import Client, ConnectionLostError, EngineClosedError, SamplingParams, ServerError
+from graphgen.ipc.ggp.framing import make_error, server_framing
+from graphgen.ipc.ggp.messages import (
+    Accepted,
+    Bye,
+    Cancel,
+    ClientMessage,
+    Delta,
+    Done,
+    Generate,
+    Hello,
+    Ping,
+    Pong,
+    ServerLimits,
+    ServerMessage,
+    Timing,
+    Usage,
+    Welcome,
+)
+from graphgen.remote import connection
+from graphgen.requests.open_request import Delivery
+from graphgen.requests.outputs import StreamPiece
+
+WELCOME = Welcome(
+    version=1,
+    session="s",
+    instance="i",
+    server="fake",
+    model="fake",
+    vocab_size=10,
+    eos_token_ids=[],
+    features=[],
+    limits=ServerLimits(
+        frame_bytes=1 << 20, prompt_tokens=100, text_bytes=1000, open_requests=2, open_prompt_tokens=1000
+    ),
+    heartbeat_ms=100,
+    slow_consumer_ms=1000,
+    control="tcp://127.0.0.1:1",
+)
+
+
+class FakeServer:
+    """A server whose every word a test chooses."""
+
+    def __init__(self) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.set(zmq.LINGER, 0)
+        self._socket.bind("tcp://127.0.0.1:*")
+        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        self._framing = server_framing()
+        self._peer = b""
+
+    def expect(self, kind: type[ClientMessage], timeout_s: float = 5.0) -> ClientMessage:
+        message = self.receive(timeout_s)
+        assert isinstance(message, kind), f"expected {kind.__name__}, got {message}"
+        return message
+
+    def receive(self, timeout_s: float) -> ClientMessage | None:
+        if not self._socket.poll(int(timeout_s * 1000)):
+            return None
+        self._peer, *frames = self._socket.recv_multipart()
+        return self._framing.decode(frames)
+
+    def expect_generate(self) -> Generate:
+        message = self.expect(Generate)
+        assert isinstance(message, Generate)
+        return message
+
+    def send(self, *messages: ServerMessage) -> None:
+        for message in messages:
+            self._socket.send_multipart([self._peer, *self._framing.encode(message)])
+
+    def finish(self, request_id: int) -> None:
+        self.send(
+            Accepted(id=request_id, prompt_tokens=1),
+            Delta(id=request_id, ids=[5], text="x", finish="length"),
+            Done(
+                id=request_id,
+                finish=["length"],
+                usage=Usage(prompt_tokens=1, output_tokens=1),
+                timing=Timing(queued_ms=0, first_token_ms=0, total_ms=0),
+            ),
+        )
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    server = FakeServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def client(server: FakeServer) -> Iterator[Client]:
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(Client, server.address)
+        server.expect(Hello)
+        server.send(WELCOME)
+        client = made.result(5)
+    yield client
+    client.close()
+
+
+def test_a_server_that_is_not_there_is_given_up() -> None:
+    begun_s = time.monotonic()
+    with pytest.raises(ConnectionLostError, match="did not answer"):
+        Client("tcp://127.0.0.1:1", connect_timeout_s=0.3)
+    assert time.monotonic() - begun_s < 3
+
+
+def test_pings_are_answered_while_nobody_reads(server: FakeServer, client: Client) -> None:
+    with client.stream([1]):
+        server.expect(Generate)
+        server.send(Ping(t=6, instance="i"))
+        pong = server.expect(Pong)
+    assert isinstance(pong, Pong)
+    assert pong.t == 6
+
+
+def test_no_more_requests_are_open_than_the_server_allows(server: FakeServer, client: Client) -> None:
+    streams = [client.stream([number]) for number in (1, 2, 3)]
+    first = server.expect_generate()
+    server.expect_generate()
+    assert server.receive(0.1) is None
+    server.finish(first.id)
+    server.expect_generate()
+    assert next(streams[0]).text == "x"
+
+
+def test_what_no_session_had_is_sent_again_and_what_one_had_is_lost(server: FakeServer, client: Client) -> None:
+    accepted, refused = client.stream([1]), client.stream([2])
+    server.send(Accepted(id=server.expect_generate().id, prompt_tokens=1))
+    second = server.expect_generate()
+    no_session = make_error("no_session", "say hello", second.id)
+    server.send(no_session)
+    server.expect(Hello)
+    assert server.expect_generate() == second
+    server.send(no_session)  # of the old session, as the welcome has not come
+    server.send(WELCOME)
+    server.finish(second.id)
+    assert [piece.token_ids for piece in refused] == [(5,)]
+    with pytest.raises(ConnectionLostError, match="lost the session"):
+        next(accepted)
+    assert server.receive(0.1) is None
+
+
+def test_a_silent_server_is_asked_and_then_given_up(
+    server: FakeServer, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "LOST_S", 1.2)
+    stream = client.stream([1])
+    server.expect(Generate)
+    server.expect(Ping)
+    with pytest.raises(ConnectionLostError, match="said nothing"):
+        next(stream)
+
+
+def test_a_client_that_was_stopped_reads_before_it_judges(
+    server: FakeServer, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "LOST_S", 1.2)
+    stream = client.stream([1])
+    request_id = server.expect_generate().id
+    client._core._connection._call(lambda: time.sleep(1.5))
+    server.finish(request_id)
+    assert next(stream).text == "x"
+
+
+def test_a_gap_in_the_tokens_is_no_output(server: FakeServer, client: Client) -> None:
+    stream = client.stream([1])
+    request_id = server.expect_generate().id
+    server.send(Delta(id=request_id, ids=[5]), Delta(id=request_id, seq=2, ids=[6]))
+    assert next(stream).token_ids == (5,)
+    with pytest.raises(ServerError, match="token 2 of sample 0 after 1"):
+        next(stream)
+    server.expect(Cancel)
+
+
+def test_a_message_that_cannot_be_read_ends_the_session_and_the_next_request_has_another(
+    server: FakeServer, client: Client
+) -> None:
+    streams = [client.stream([1, 2]), client.stream([3])]
+    for _ in streams:
+        server.send(Accepted(id=server.expect_generate().id, prompt_tokens=2))
+    server._socket.send_multipart([server._peer, b"GG\x01D", b"\x82\xa2id\x00\xa3seq\xff"])  # -1
+    server.expect(Bye)
+    for stream in streams:
+        with pytest.raises(ConnectionLostError, match="seq"):
+            list(stream)
+    later = client.stream([4])
+    request = server.expect_generate()
+    server.send(make_error("no_session", "say hello", request.id))
+    server.expect(Hello)
+    server.send(WELCOME)
+    assert server.expect_generate().prompt_ids == request.prompt_ids
+    later.close()
+
+
+def test_leaving_a_stream_cancels_it_once(server: FakeServer, client: Client) -> None:
+    stream = client.stream([1])
+    request_id = server.expect_generate().id
+    stream.close()
+    stream.close()
+    cancel = server.expect(Cancel)
+    assert isinstance(cancel, Cancel)
+    assert cancel.id == request_id
+    server.finish(request_id)  # was on its way
+    assert server.receive(0.1) is None
+
+
+@pytest.mark.parametrize("ended", [1, 2])
+def test_a_stream_that_has_ended_hears_nothing_of_a_later_loss(server: FakeServer, client: Client, ended: int) -> None:
+    """Its done is on its way: the last piece was its end. One of whose samples is not at its end hears of it."""
+    heard: SimpleQueue[Delivery] = SimpleQueue()
+    client._core.open([[1]], SamplingParams(n=2), streams=True, sinks=[heard.put])
+    request_id = server.expect_generate().id
+    server.send(Accepted(id=request_id, prompt_tokens=1))
+    for sample in range(ended):
+        server.send(Delta(id=request_id, sample=sample, ids=[5], finish="length"))
+        assert isinstance(heard.get(timeout=5.0), StreamPiece)
+    client.close()
+    if ended < 2:
+        assert isinstance(heard.get(timeout=5.0), EngineClosedError)
+    assert heard.empty()
+
+
+def test_closing_says_bye_and_ends_what_waits(server: FakeServer, client: Client) -> None:
+    stream = client.stream([1])
+    server.expect(Generate)
+    client.close()
+    with pytest.raises(EngineClosedError):
+        next(stream)
+    server.expect(Bye)
+    with pytest.raises(EngineClosedError):
+        client.generate([1])
+
+
+def test_a_failed_prompt_ends_its_call_and_the_calls_other_requests(server: FakeServer, client: Client) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(client.generate, [[1], [2]], SamplingParams())
+        first, second = server.expect_generate(), server.expect_generate()
+        server.send(make_error("internal", "no luck", first.id))
+        cancel = server.expect(Cancel)
+        assert isinstance(cancel, Cancel)
+        assert cancel.id == second.id
+        with pytest.raises(ServerError, match="no luck"):
+            call.result(5)
+
+
+def test_kinds_of_a_later_server_are_ignored(server: FakeServer, client: Client) -> None:
+    stream = client.stream([1])
+    request_id = server.expect_generate().id
+    server._socket.send_multipart([server._peer, b"GG\x01z", b"\x80"])
+    server._socket.send_multipart([server._peer, b"nonsense"])
+    server.finish(request_id)
+    assert next(stream).text == "x"
