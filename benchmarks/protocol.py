@@ -36,7 +36,7 @@ from graphgen.ipc.messages import FrontendToSupervisor, Listening, Shutdown, Sup
 from graphgen.launch.config import EngineConfig
 from graphgen.remote.core import RemoteCore
 from graphgen.requests.core import AttachedCore, launch_config, load_config_tokenizer
-from graphgen.requests.link import Client
+from graphgen.requests.link import Link
 from graphgen.requests.open_request import Delivery
 from graphgen.requests.outputs import StreamPiece
 from graphgen.requests.portable_tokenizer import RustTokenizer, read_tokenizer, write_tokenizer
@@ -104,11 +104,11 @@ class Setup:
     @contextlib.contextmanager
     def in_process(self) -> Iterator[AttachedCore]:
         """What an Engine is to its own process."""
-        client = Client(EngineElsewhere(self.folder), attaches=True)
+        link = Link(EngineElsewhere(self.folder), attaches=True)
         portable = read_tokenizer(self.folder)
         tokenizer = None if portable is None else RustTokenizer(portable)
-        yield AttachedCore(self.launch, client.wait_ready(TIMEOUT_S), tokenizer, client)
-        client.close()
+        yield AttachedCore(self.launch, link.wait_ready(TIMEOUT_S), tokenizer, link)
+        link.close()
 
     @contextlib.contextmanager
     def through_frontend(self) -> Iterator[RemoteCore]:

@@ -1,6 +1,6 @@
 """What Engine and AsyncEngine share: the start of an engine, the checks of a request, and its way to the scheduler.
 
-Owns the engine's processes, client, tokenizer and limits. Never waits for tokens: the two engines differ in how they
+Owns the engine's processes, link, tokenizer and limits. Never waits for tokens: the two engines differ in how they
 do that. One EngineCore is one running engine.
 """
 
@@ -18,7 +18,7 @@ from graphgen.ipc.errors import ConfigError, InvalidRequestError, PromptTooLongE
 from graphgen.ipc.messages import EngineStats, Ready, Submit
 from graphgen.launch.config import EngineConfig, LaunchConfig, check_device, resolve
 from graphgen.launch.processes import EngineProcesses
-from graphgen.requests.link import Client
+from graphgen.requests.link import Link
 from graphgen.requests.open_request import OpenRequest, Sink
 from graphgen.requests.portable_tokenizer import TextTokenizer
 from graphgen.requests.sampling_params import SamplingParams
@@ -33,16 +33,16 @@ STATS_TIMEOUT_S = 30.0
 
 
 class AttachedCore:
-    """Requests to an engine that runs already. Its client, model and tokenizer are another's."""
+    """Requests to an engine that runs already. Its link, model and tokenizer are another's."""
 
     def __init__(
-        self, launch: LaunchConfig, ready: Ready, tokenizer: TextTokenizer | None, client: Client, first_id: int = 0
+        self, launch: LaunchConfig, ready: Ready, tokenizer: TextTokenizer | None, link: Link, first_id: int = 0
     ) -> None:
         """first_id: of the requests made here; no other core may have used it or a later one with this engine."""
         self.launch = launch
         self.ready = ready
         self.tokenizer = tokenizer
-        self._client = client
+        self._link = link
         self._request_ids = itertools.count(first_id)
 
     def open(
@@ -66,7 +66,7 @@ class AttachedCore:
                 f"prompt {number}" if len(prompts) > 1 else "the prompt", *parts, streams=streams, arrived_s=arrived_s
             )
         ]
-        self._client.submit(requests)
+        self._link.submit(requests)
         return [request.submit.request_id for request in requests]
 
     def prepare(
@@ -80,10 +80,10 @@ class AttachedCore:
 
     def cancel(self, request_ids: Sequence[int]) -> None:
         """Ends requests and frees their pages; their sinks hear no more. Ids of finished requests are ignored."""
-        self._client.cancel(request_ids)
+        self._link.cancel(request_ids)
 
     def stats(self) -> EngineStats:
-        return self._client.stats(STATS_TIMEOUT_S)
+        return self._link.stats(STATS_TIMEOUT_S)
 
     def _tokenize(self, prompts: Sequence[Prompt]) -> list[Sequence[int]]:
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
@@ -186,7 +186,7 @@ class EngineCore(AttachedCore):
         processes = EngineProcesses()
         with StartProgress(config.progress) as progress:
             try:
-                client = Client(processes, progress.show)
+                link = Link(processes, progress.show)
             except BaseException:
                 processes.stop(grace_s=0.0)
                 raise
@@ -195,21 +195,21 @@ class EngineCore(AttachedCore):
                 launch.write(processes.folder)
                 tokenizer = load_config_tokenizer(config, launch)
                 remaining_s = config.start_timeout_s - (time.monotonic() - started_s)
-                ready = client.wait_ready(max(0.0, remaining_s))
+                ready = link.wait_ready(max(0.0, remaining_s))
             except BaseException:
-                client.close()
+                link.close()
                 raise
-        super().__init__(launch, ready, tokenizer, client)
+        super().__init__(launch, ready, tokenizer, link)
         self.start_s = time.monotonic() - started_s
         self.pids = processes.pids
         self.folder = processes.folder
         # Runs when the last reference goes, and at the interpreter's exit.
-        self._finalizer = weakref.finalize(self, client.close)
+        self._finalizer = weakref.finalize(self, link.close)
         logger.info("%s", describe_start(self.ready, self.start_s))
 
     def close(self) -> None:
         """Ends the processes and removes their folder. Idempotent, from any thread."""
-        self._client.close()
+        self._link.close()
         self._finalizer.detach()
 
 

@@ -59,7 +59,7 @@ CLOSE_GRACE_S = 2.0
 
 
 class Processes(Protocol):
-    """What the client must know of an engine's processes: EngineProcesses, or a stand-in for those of another."""
+    """What the link must know of an engine's processes: EngineProcesses, or a stand-in for those of another."""
 
     @property
     def folder(self) -> Path: ...
@@ -77,10 +77,10 @@ class Processes(Protocol):
     def stop(self, grace_s: float) -> None: ...
 
 
-class Client:
+class Link:
     """Sends requests to the scheduler and delivers what comes back, until closed or until a process ends.
 
-    `attaches`: the engine is another's, which this client joins in the place of one that is gone, and leaves running.
+    `attaches`: the engine is another's, which this link joins in the place of one that is gone, and leaves running.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Client:
         )
         if attaches:
             self._channel.send(Attach())
-        self._thread = threading.Thread(target=self._run, name="graphgen-client", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="graphgen-link", daemon=True)
         self._thread.start()
 
     def wait_ready(self, timeout_s: float) -> Ready:
@@ -229,7 +229,7 @@ class Client:
                     self._on_progress(message)
             case Ready():
                 self._serves = True
-                if not self._ready.done():  # an attached client hears it twice when it came before the worker
+                if not self._ready.done():  # an attached link hears it twice when it came before the worker
                     self._ready.set_result(message)
             case Failed():
                 raise _error_of(message)

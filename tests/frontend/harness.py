@@ -20,7 +20,7 @@ from graphgen.ipc.ggp.messages import Accepted, ClientMessage, Generate, Hello, 
 from graphgen.ipc.messages import Attach, Drain, FrontendToSupervisor, Submit, SupervisorToFrontend
 from graphgen.launch.config import EngineConfig
 from graphgen.requests.core import AttachedCore, launch_config
-from graphgen.requests.link import Client
+from graphgen.requests.link import Link
 from graphgen.requests.portable_tokenizer import PortableTokenizer, RustTokenizer
 from graphgen.requests.tokenizer import load_tokenizer
 from graphgen.server.frontend.keys import Keys, start_authentication
@@ -78,13 +78,13 @@ class Frontend:
         self._authentication = None if keys is None else start_authentication(self._context, keys)
         self.sockets: PublicSockets = bind(self._context, self.settings, launch, keys)
         self._inbox = Inbox()
-        self._client = Client(self.processes, attaches=True, after_outputs=self._inbox.wake)
+        self._link = Link(self.processes, attaches=True, after_outputs=self._inbox.wake)
         self.scheduler.expect(Attach)
         self.scheduler.send(
             msgspec.structs.replace(READY, worker=msgspec.structs.replace(READY.worker, num_pages=NUM_PAGES))
         )
-        core = AttachedCore(launch, self._client.wait_ready(5), RustTokenizer(portable), self._client)
-        self.server = make_server(self.sockets, lower, self._inbox, self._client, core, portable, self.settings)
+        core = AttachedCore(launch, self._link.wait_ready(5), RustTokenizer(portable), self._link)
+        self.server = make_server(self.sockets, lower, self._inbox, self._link, core, portable, self.settings)
         self.num_lost: int | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -109,7 +109,7 @@ class Frontend:
             self.thread.join(5)
         assert not self.thread.is_alive(), "the server did not end"
         self.server.close()
-        self._client.close()
+        self._link.close()
         self.scheduler.close()
         for socket in self.sockets:
             socket.close(0.0)

@@ -21,7 +21,7 @@ from graphgen.ipc.messages import (
     TokenOutput,
 )
 from graphgen.launch.processes import Exit
-from graphgen.requests.link import Client
+from graphgen.requests.link import Link
 from graphgen.requests.open_request import Delivery
 from graphgen.requests.outputs import RequestOutput, StreamPiece
 from graphgen.requests.streams import Mailbox
@@ -49,20 +49,20 @@ class Rig:
     def __init__(self) -> None:
         self.progress: list[Progress] = []
         self.processes = FakeProcesses()
-        self.client = Client(self.processes, self.progress.append)
+        self.link = Link(self.processes, self.progress.append)
         self.scheduler = FakeScheduler(self.processes)
 
     def open(
         self, request_id: int, sampling: SamplingParams | None = None, streams: bool = True
     ) -> "queue.SimpleQueue[Delivery]":
         deliveries: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
-        self.client.submit([open_request(request_id, deliveries.put, Letters(), sampling, streams)])
+        self.link.submit([open_request(request_id, deliveries.put, Letters(), sampling, streams)])
         assert self.scheduler.expect(Submit).request_id == request_id
         return deliveries
 
     def settle(self) -> None:
         """Returns when everything sent so far was handled: messages are handled in order."""
-        waiter = threading.Thread(target=self.client.stats, args=(5.0,))
+        waiter = threading.Thread(target=self.link.stats, args=(5.0,))
         waiter.start()
         while not isinstance(self.scheduler._channel.receive(5.0), StatsRequest):
             pass
@@ -75,9 +75,9 @@ class Rig:
 def rig() -> Iterator[Rig]:
     rig = Rig()
     rig.scheduler.send(READY)
-    rig.client.wait_ready(5.0)
+    rig.link.wait_ready(5.0)
     yield rig
-    rig.client.close()
+    rig.link.close()
     rig.scheduler.close()
 
 
@@ -151,8 +151,8 @@ def test_a_stop_string_in_the_last_token_wins_and_needs_no_cancel(rig: Rig) -> N
     output = deliveries.get(timeout=5)
     assert isinstance(output, RequestOutput)
     assert (output.text, output.token_ids, output.finish_reason) == ("a", (1, 2), "stop")
-    rig.client.cancel([1])
-    rig.client.submit([open_request(2, lambda delivery: None)])
+    rig.link.cancel([1])
+    rig.link.submit([open_request(2, lambda delivery: None)])
     assert rig.scheduler.expect(Submit).request_id == 2  # and no Cancel before it
 
 
@@ -178,10 +178,10 @@ def test_held_back_text_comes_with_the_last_token(rig: Rig) -> None:
 
 def test_tokens_on_their_way_to_a_cancelled_request_are_dropped(rig: Rig) -> None:
     deliveries = rig.open(1)
-    rig.client.cancel([1])
+    rig.link.cancel([1])
     assert rig.scheduler.expect(Cancel).request_id == 1
     rig.scheduler.send_tokens(1, [1])
-    rig.client.cancel([1, 77])
+    rig.link.cancel([1, 77])
     rig.settle()
     assert deliveries.empty()
 
@@ -214,7 +214,7 @@ def test_a_dead_process_reaches_every_waiter_within_a_second(rig: Rig) -> None:
 
     def ask() -> None:
         try:
-            rig.client.stats(30.0)
+            rig.link.stats(30.0)
         except EngineDeadError as error:
             failures.append(error)
 
@@ -230,9 +230,9 @@ def test_a_dead_process_reaches_every_waiter_within_a_second(rig: Rig) -> None:
     assert "SIGKILL" in str(errors[0])
     assert "out of memory" in str(errors[0])
     with pytest.raises(EngineDeadError, match="SIGKILL"):
-        rig.client.submit([open_request(9, lambda delivery: None)])
+        rig.link.submit([open_request(9, lambda delivery: None)])
     with pytest.raises(EngineDeadError):
-        rig.client.stats(1.0)
+        rig.link.stats(1.0)
 
 
 def test_what_a_process_says_at_its_end_is_what_is_raised(rig: Rig) -> None:
@@ -264,22 +264,22 @@ def test_a_malformed_message_fails_loudly_and_hangs_nobody(rig: Rig, frame: byte
 
 def test_closing_ends_open_requests_and_later_calls(rig: Rig) -> None:
     deliveries = rig.open(1)
-    rig.client.close()
+    rig.link.close()
     assert type(deliveries.get(timeout=2)) is EngineClosedError
     assert isinstance(rig.scheduler.expect(Shutdown), Shutdown)
     assert not rig.processes.folder.exists()
-    rig.client.close()
+    rig.link.close()
     with pytest.raises(EngineClosedError):
-        rig.client.submit([open_request(2, lambda delivery: None)])
+        rig.link.submit([open_request(2, lambda delivery: None)])
 
 
 def test_a_start_that_takes_too_long_is_given_up() -> None:
     rig = Rig()
     try:
         with pytest.raises(EngineDeadError, match="start_timeout_s"):
-            rig.client.wait_ready(0.05)
+            rig.link.wait_ready(0.05)
     finally:
-        rig.client.close()
+        rig.link.close()
         rig.scheduler.close()
 
 
@@ -288,17 +288,17 @@ def test_progress_is_passed_on_before_ready() -> None:
     try:
         rig.scheduler.send(Progress("load", 1, 2))
         rig.scheduler.send(READY)
-        assert rig.client.wait_ready(5.0) == READY
+        assert rig.link.wait_ready(5.0) == READY
         assert rig.progress == [Progress("load", 1, 2)]
     finally:
-        rig.client.close()
+        rig.link.close()
         rig.scheduler.close()
 
 
 def test_a_reader_whose_event_loop_is_gone_is_cancelled(rig: Rig) -> None:
     loop = asyncio.new_event_loop()
     mailbox, pieces = Mailbox(loop), asyncio.Queue[Delivery]()
-    rig.client.submit([open_request(1, lambda delivery: mailbox.put(pieces, delivery), Letters())])
+    rig.link.submit([open_request(1, lambda delivery: mailbox.put(pieces, delivery), Letters())])
     rig.scheduler.expect(Submit)
     other = rig.open(2)
     loop.close()

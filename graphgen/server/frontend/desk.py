@@ -13,7 +13,7 @@ from graphgen.base.inbox import Inbox
 from graphgen.ipc.errors import DeadlineError, GraphgenError, OverloadedError
 from graphgen.ipc.ggp.framing import make_error
 from graphgen.ipc.ggp.messages import Error
-from graphgen.requests.link import Client
+from graphgen.requests.link import Link
 from graphgen.requests.open_request import Delivery
 from graphgen.requests.outputs import StreamPiece
 from graphgen.server.frontend.errors import error_of
@@ -29,9 +29,9 @@ class Desk:
     """All requests of all sessions."""
 
     def __init__(
-        self, client: Client, preparer: Preparer, inbox: Inbox, outbox: Outbox, settings: FrontendSettings
+        self, link: Link, preparer: Preparer, inbox: Inbox, outbox: Outbox, settings: FrontendSettings
     ) -> None:
-        self._client = client
+        self._link = link
         self._preparer = preparer
         self._inbox = inbox
         self._outbox = outbox
@@ -98,7 +98,7 @@ class Desk:
             request.submitted = True
             self._unstarted[request.client] = self._unstarted.get(request.client, 0) + 1
             try:
-                self._client.submit(request.prepared.opened)
+                self._link.submit(request.prepared.opened)
             except GraphgenError as failure:  # the engine has died
                 self._fail(request, error_of(failure, request.id))
 
@@ -171,7 +171,7 @@ class Desk:
         if not request.submitted:
             self._held.discard(request.client, request)
             return
-        self._client.cancel(request.internal_ids)
+        self._link.cancel(request.internal_ids)
         if not request.started:
             self._count_started(request)
 

@@ -15,7 +15,7 @@ from graphgen.base.inbox import Inbox
 from graphgen.ipc.errors import GraphgenError
 from graphgen.ipc.ggp.messages import Health, Stats
 from graphgen.ipc.messages import EngineStats
-from graphgen.requests.link import Client
+from graphgen.requests.link import Link
 from graphgen.server.frontend.desk import Desk
 from graphgen.server.frontend.outbox import Outbox
 from graphgen.server.frontend.questions import SharedQuestion
@@ -32,8 +32,8 @@ TIMEOUT_S = 5.0
 class Monitor:
     """Answers `stats_request` and `health_request`."""
 
-    def __init__(self, client: Client, inbox: Inbox, sessions: Sessions, desk: Desk, outbox: Outbox) -> None:
-        self._client = client
+    def __init__(self, link: Link, inbox: Inbox, sessions: Sessions, desk: Desk, outbox: Outbox) -> None:
+        self._link = link
         self._inbox = inbox
         self._sessions = sessions
         self._desk = desk
@@ -63,10 +63,10 @@ class Monitor:
             self._health.give_up(waited_s, now_s)
 
     def _ask_stats(self) -> None:
-        self._ask(self._client.ask_stats, lambda stats, _: self._stats.answered(stats, time.monotonic()))
+        self._ask(self._link.ask_stats, lambda stats, _: self._stats.answered(stats, time.monotonic()))
 
     def _ask_health(self) -> None:
-        self._ask(self._client.ask_probe, lambda _, took_s: self._health.answered(took_s, time.monotonic()))
+        self._ask(self._link.ask_probe, lambda _, took_s: self._health.answered(took_s, time.monotonic()))
 
     def _ask(self, ask: "Callable[[], Future[Answer]]", take: Callable[[Answer, float], None]) -> None:
         """Asks the engine; `take` gets the answer and how long it took, on the loop. A dead engine answers nothing."""

@@ -25,7 +25,7 @@ from graphgen.ipc.messages import Drained, Failed, Listening, SupervisorToFronte
 from graphgen.launch.config import LaunchConfig
 from graphgen.launch.processes import Exit, end_with_parent
 from graphgen.requests.core import AttachedCore
-from graphgen.requests.link import Client
+from graphgen.requests.link import Link
 from graphgen.requests.portable_tokenizer import ChatTemplate, PortableTokenizer, RustTokenizer, read_tokenizer
 from graphgen.server.frontend.desk import Desk
 from graphgen.server.frontend.keys import Keys, start_authentication
@@ -97,13 +97,13 @@ def _serve(folder: Path, supervisor: SupervisorChannel) -> int:
             stack.callback(socket.close, LINGER_S)
         inbox = Inbox()
         stack.callback(inbox.close)
-        client = Client(EngineElsewhere(folder), supervisor.send, attaches=True, after_outputs=inbox.wake)
-        stack.callback(client.close)
-        ready = client.wait_ready(threading.TIMEOUT_MAX)  # the supervisor has an eye on the time
+        link = Link(EngineElsewhere(folder), supervisor.send, attaches=True, after_outputs=inbox.wake)
+        stack.callback(link.close)
+        ready = link.wait_ready(threading.TIMEOUT_MAX)  # the supervisor has an eye on the time
         supervisor.send(ready)
         portable = read_tokenizer(folder)
-        core = AttachedCore(launch, ready, _tokenizer(portable), client, int(time.monotonic() * REQUEST_IDS_PER_S))
-        server = make_server(sockets, supervisor, inbox, client, core, portable, settings)
+        core = AttachedCore(launch, ready, _tokenizer(portable), link, int(time.monotonic() * REQUEST_IDS_PER_S))
+        server = make_server(sockets, supervisor, inbox, link, core, portable, settings)
         stack.callback(server.close)
         limit_memory(settings.memory_limit_bytes)
         supervisor.send(Listening(sockets.data.address, sockets.control.address))
@@ -114,7 +114,7 @@ def make_server(
     sockets: PublicSockets,
     supervisor: SupervisorChannel,
     inbox: Inbox,
-    client: Client,
+    link: Link,
     core: AttachedCore,
     portable: PortableTokenizer | None,
     settings: FrontendSettings,
@@ -127,8 +127,8 @@ def make_server(
     framing = server_framing()
     sessions, outbox = Sessions(), Outbox(sockets.data, framing)
     preparer = Preparer(core, tokenizer, chat, framing, settings.threads)
-    desk = Desk(client, preparer, inbox, outbox, settings)
-    monitor = Monitor(client, inbox, sessions, desk, outbox)
+    desk = Desk(link, preparer, inbox, outbox, settings)
+    monitor = Monitor(link, inbox, sessions, desk, outbox)
     welcome = _welcome(settings, core.launch, sockets, has_text=tokenizer is not None, has_chat=chat is not None)
     return Server(sockets, supervisor, framing, inbox, sessions, desk, outbox, monitor, settings, welcome)
 
