@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from graphgen import Engine, SamplingParams, caches
+from graphgen import Engine, SamplingParams
+from graphgen.base import caches
 from graphgen.base.caches import COMPILER_FOLDERS, cache_environment, cache_root, kernels_root
 from graphgen.ipc.errors import ConfigError
 from graphgen.launch.processes import EngineProcesses
