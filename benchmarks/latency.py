@@ -79,7 +79,7 @@ def measure(engine: Engine, prompts: list[list[int]], num_tokens: int, bytes_per
 
 def main() -> None:
     parser = make_parser(__doc__)
-    add_engine_options(parser)
+    add_engine_options(parser, without=("step_log",))
     parser.add_argument("--context", type=int, default=1024, help="prompt tokens of each request")
     parser.add_argument("--tokens", type=int, default=128, help="output tokens while all decode")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 256])

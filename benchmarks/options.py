@@ -1,24 +1,14 @@
-"""The command line that scripts which start an engine have in common: its options, declared once.
+"""The command line that scripts which start an engine have in common: the engine's options, for argparse.
 
-Owns names, types and help; what an option means and its default is EngineConfig's. Each script adds its own.
+The options are those of `graphgen.commands.options`, made from EngineConfig. Each script adds its own.
 """
 
 import argparse
-from typing import Unpack, cast
+from collections.abc import Collection
+from typing import Any, Unpack, cast
 
+from graphgen.commands.options import ENGINE_OPTIONS, Option
 from graphgen.launch.config import EngineSettings
-
-_NAMES = (
-    "model",
-    "load_format",
-    "device",
-    "max_model_len",
-    "max_num_seqs",
-    "token_budget",
-    "num_pages",
-    "cpu_threads",
-    "compile",
-)
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -26,23 +16,35 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def add_engine_options(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
-    """Adds them. Returns the group of --token-budget, for options that exclude it."""
+def add_engine_options(
+    parser: argparse.ArgumentParser, without: Collection[str] = ()
+) -> argparse._MutuallyExclusiveGroup:
+    """Adds them. Returns the group of --token-budget, for options that exclude it.
+
+    without: fields that the script sets itself.
+    """
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--model", help="folder or hub id; without it the embedded demo model")
-    engine.add_argument("--load-format", choices=("auto", "safetensors", "dummy"))
-    engine.add_argument("--device", help="auto, cpu, cuda or cuda:N")
-    engine.add_argument("--max-model-len", type=int, metavar="TOKENS")
-    engine.add_argument("--max-num-seqs", type=int, metavar="REQUESTS", help="most requests that run at once")
-    engine.add_argument("--num-pages", type=int, metavar="PAGES", help="of the KV cache; without it what fits")
-    engine.add_argument("--cpu-threads", type=int, metavar="THREADS")
-    engine.add_argument("--compile", action=argparse.BooleanOptionalAction)
     budgets = engine.add_mutually_exclusive_group()
-    budgets.add_argument("--token-budget", type=int, metavar="ROWS")
+    for option in ENGINE_OPTIONS:
+        if option.name not in without:
+            group = budgets if option.name == "token_budget" else engine
+            group.add_argument(option.flag, default=None, **_how(option))
     return budgets
 
 
 def engine_settings(options: argparse.Namespace, **more: Unpack[EngineSettings]) -> EngineSettings:
     """The keyword arguments of EngineConfig that were given, and `more`; it has its own defaults for the others."""
-    given = {name: getattr(options, name) for name in _NAMES if getattr(options, name) is not None}
+    named = {option.name: getattr(options, option.flag[2:].replace("-", "_"), None) for option in ENGINE_OPTIONS}
+    given = {name: value for name, value in named.items() if value is not None}
     return cast(EngineSettings, {**given, **more})
+
+
+def _how(option: Option) -> dict[str, Any]:
+    """What argparse is told of an option. A % in its help would be a format."""
+    default = option.default if option.none_means is None else option.none_means
+    how: dict[str, Any] = {"help": f"{option.help} [default: {default}]".replace("%", "%%")}
+    if option.value_type is bool:
+        return how | {"action": argparse.BooleanOptionalAction}
+    if option.choices:
+        return how | {"choices": option.choices}
+    return how | {"type": option.value_type, "metavar": option.metavar}

@@ -255,7 +255,7 @@ def _percent(value: object) -> str:
 
 def serving_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    budgets = add_engine_options(parser)
+    budgets = add_engine_options(parser, without=("step_log", "itl_target_ms"))
     budgets.add_argument("--sweep-budget", type=int, nargs="+", metavar="ROWS", help="one engine after another")
     load = parser.add_argument_group("load")
     load.add_argument("--workload", action="append", default=[], help="as above; may be given several times")

@@ -143,7 +143,7 @@ def _run_child() -> None:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    add_engine_options(parser)
+    add_engine_options(parser, without=("start_timeout_s",))
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--cold", action="store_true", help="empty compile caches for every run")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds that one run may take")

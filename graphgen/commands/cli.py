@@ -5,7 +5,6 @@ import os
 import platform
 import sys
 import time
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +16,7 @@ from rich.table import Table
 from graphgen.api.engine import Engine
 from graphgen.commands.demo_run import DemoFigures, percentile, run_demo
 from graphgen.commands.describe import Decision, decisions
+from graphgen.commands.options import takes_engine_options
 from graphgen.commands.serve import keys_app, serve_until_signal
 from graphgen.commands.tune import TuneFigures, describe_figures, tune_figures
 from graphgen.ipc.errors import GraphgenError
@@ -37,48 +37,21 @@ app.command()(mock_server)
 USAGE_EXIT = 2
 
 
-class LoadFormat(StrEnum):
-    """EngineConfig.load_format as a choice on the command line."""
-
-    AUTO = "auto"
-    SAFETENSORS = "safetensors"
-    DUMMY = "dummy"
-
-
-class DType(StrEnum):
-    """EngineConfig.dtype as a choice on the command line."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-Model = Annotated[str | None, typer.Option(help="Folder or Hugging Face id. [default: the embedded demo model]")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-DTypeOption = Annotated[DType, typer.Option(help="Of weights and KV cache.")]
-MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt and output together, in tokens.")]
-TokenBudget = Annotated[int | None, typer.Option(help="Token rows of one step.")]
-LoadFormatOption = Annotated[LoadFormat, typer.Option(help="dummy makes random weights.")]
-
-
 @app.command()
+@takes_engine_options()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The text to go on with; - reads it from standard input.")],
-    model: Model = None,
-    revision: Revision = None,
-    device: Device = "auto",
-    dtype: DTypeOption = DType.AUTO,
-    max_model_len: MaxModelLen = None,
-    token_budget: TokenBudget = None,
-    load_format: LoadFormatOption = LoadFormat.AUTO,
+    config: EngineConfig,
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="The text to go on with; - reads it from standard input.")
+    ],
     max_tokens: Annotated[int, typer.Option(help="Most tokens of output.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text. [default: fresh]")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The same seed gives the same text.", show_default="a fresh one")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None,
 ) -> None:
     """Stream the continuation of one prompt."""
@@ -92,8 +65,7 @@ def generate(
         seed=seed,
         stop=tuple(stop or ()),
     )
-    config = _config(model, revision, device, dtype, max_model_len, token_budget, load_format)
-    with Engine(config) as engine:
+    with Engine(_shown(config)) as engine:
         num_tokens, reason = 0, None
         for piece in engine.stream(text, sampling):
             _write(piece.text)
@@ -110,17 +82,10 @@ def generate(
 
 
 @app.command()
-def info(
-    model: Model = None,
-    revision: Revision = None,
-    device: Device = "auto",
-    dtype: DTypeOption = DType.AUTO,
-    max_model_len: MaxModelLen = None,
-    token_budget: TokenBudget = None,
-    load_format: LoadFormatOption = LoadFormat.AUTO,
-) -> None:
+@takes_engine_options()
+def info(config: EngineConfig) -> None:
     """Start an engine and print what it found and decided, and why."""
-    with Engine(_config(model, revision, device, dtype, max_model_len, token_budget, load_format)) as engine:
+    with Engine(_shown(config)) as engine:
         found = engine.info
         stdout.print(_versions_table())
         stdout.print(_decisions_table(decisions(engine.config, engine.resolved, found)))
@@ -129,12 +94,12 @@ def info(
 
 
 @app.command()
+@takes_engine_options()
 def demo(
-    max_tokens: Annotated[int, typer.Option(help="Tokens of output of each request.")] = 120,
-    device: Device = "auto",
+    config: EngineConfig, max_tokens: Annotated[int, typer.Option(help="Tokens of output of each request.")] = 120
 ) -> None:
     """Serve prompts of many lengths at once on the embedded model, show one of them live, and print the figures."""
-    with Engine(device=device, progress=stderr.is_terminal) as engine:
+    with Engine(_shown(config)) as engine:
         figures = run_demo(engine, max_tokens, _write)
         _write("\n\n")
         stdout.print(_figures_table(figures, engine))
@@ -142,14 +107,9 @@ def demo(
 
 
 @app.command()
+@takes_engine_options(without=("step_times",))
 def tune(
-    model: Model = None,
-    revision: Revision = None,
-    device: Device = "auto",
-    dtype: DTypeOption = DType.AUTO,
-    max_model_len: MaxModelLen = None,
-    token_budget: TokenBudget = None,
-    load_format: LoadFormatOption = LoadFormat.AUTO,
+    config: EngineConfig,
     json: Annotated[Path | None, typer.Option(help="Write the figures into this file.", dir_okay=False)] = None,
 ) -> None:
     """Measure how long a step of each bucket takes, print what that says, and store it for later starts.
@@ -160,8 +120,7 @@ def tune(
 
     A --token-budget above the default, 2048 say, shows whether larger steps would compute more rows a second.
     """
-    config = _config(model, revision, device, dtype, max_model_len, token_budget, load_format)
-    with Engine(msgspec.structs.replace(config, step_times="measure")) as engine:
+    with Engine(msgspec.structs.replace(_shown(config), step_times="measure")) as engine:
         worker = engine.info.worker
         key = StepTimesKey.of(engine.resolved, worker)
     assert worker.step_times is not None, "the worker measured: it was asked to"
@@ -174,56 +133,68 @@ def tune(
 
 
 @app.command()
+@takes_engine_options(only=("model", "revision", "dtype"))
 def prebuild(
-    arch: Annotated[str | None, typer.Option(help="GPU architecture, like 9.0a or 8.0. [default: of the GPU]")] = None,
-    model: Model = None,
-    revision: Revision = None,
-    dtype: DTypeOption = DType.AUTO,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Compilations at once. [default: one for each core]")] = None,
+    config: EngineConfig,
+    arch: Annotated[
+        str | None, typer.Option(help="GPU architecture, like 9.0a or 8.0.", show_default="of the GPU here")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Compilations at once.", show_default="one for each core")
+    ] = None,
 ) -> None:
     """Build a model's attention kernels ahead of its first start; needs nvcc, ninja and no GPU."""
     from graphgen.commands.prebuild import prebuild as build_kernels  # imports torch
 
-    config = EngineConfig(model=model, revision=revision, device="cuda", dtype=dtype.value)
     begun_s = time.monotonic()
     with stderr.status("building attention kernels, which takes minutes"):
-        built = build_kernels(config, arch, jobs)
+        built = build_kernels(msgspec.structs.replace(config, device="cuda"), arch, jobs)
     lines = [f"{source:<9} {name}" for name, source in built.libraries.items()]
     lines.append(f"for {built.arch} in {built.folder} after {time.monotonic() - begun_s:.1f} s")
     stdout.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()
+@takes_engine_options()
 def serve(
-    bind: Annotated[str, typer.Option(help="Address of the data socket: tcp://HOST:PORT or ipc://PATH.")] = (
-        DEFAULT_ADDRESS
-    ),
-    control: Annotated[str | None, typer.Option(help="Address of the control socket. [default: the next port]")] = None,
-    model: Model = None,
-    revision: Revision = None,
-    device: Device = "auto",
-    dtype: DTypeOption = DType.AUTO,
-    max_model_len: MaxModelLen = None,
-    token_budget: TokenBudget = None,
-    load_format: LoadFormatOption = LoadFormat.AUTO,
+    config: EngineConfig,
+    bind: Annotated[
+        str, typer.Option(help="Address of the data socket: tcp://HOST:PORT or ipc://PATH.", metavar="ADDRESS")
+    ] = DEFAULT_ADDRESS,
+    control: Annotated[
+        str | None,
+        typer.Option(help="Address of the control socket.", metavar="ADDRESS", show_default="the next port"),
+    ] = None,
     keys: Annotated[
-        Path | None, typer.Option(help="Folder of CURVE keys, see `graphgen keys`: they are asked for.")
-    ] = (None),
-    insecure_public: Annotated[bool, typer.Option(help="Let everyone in who can reach a public address.")] = False,
-    grace_s: Annotated[float, typer.Option(min=0, help="For open requests to finish after SIGTERM.")] = 30.0,
-    memory_limit_mib: Annotated[int, typer.Option(min=64, help="Of the frontend, beyond what it needs when idle.")] = (
-        1024
-    ),
+        Path | None,
+        typer.Option(help="Folder of CURVE keys, see `graphgen keys`: they are asked for.", metavar="FOLDER"),
+    ] = None,
+    insecure_public: Annotated[
+        bool, typer.Option("--insecure-public", help="Let everyone in who can reach a public address.", metavar="")
+    ] = False,
+    grace_s: Annotated[
+        float, typer.Option(min=0, help="For open requests to finish after SIGTERM.", metavar="X")
+    ] = 30.0,
+    memory_limit_mib: Annotated[
+        int, typer.Option(min=64, help="Of the frontend, beyond what it needs when idle.", metavar="N")
+    ] = 1024,
     slow_consumer_s: Annotated[
-        float, typer.Option(min=1, help="A client that reads nothing for so long is cut off.")
-    ] = (60.0),
-    open_requests: Annotated[int, typer.Option(min=1, help="Most open requests of one client.")] = 256,
+        float, typer.Option(min=1, help="A client that reads nothing for so long is cut off.", metavar="X")
+    ] = 60.0,
+    open_requests: Annotated[int, typer.Option(min=1, help="Most open requests of one client.", metavar="N")] = 256,
 ) -> None:
     """Serve programs in any language over ZeroMQ, until SIGTERM; the protocol is in ipc/PROTOCOL.md."""
-    config = _config(model, revision, device, dtype, max_model_len, token_budget, load_format)
     sys.exit(
         serve_until_signal(
-            config, bind, control, keys, insecure_public, grace_s, memory_limit_mib, slow_consumer_s, open_requests
+            _shown(config),
+            bind,
+            control,
+            keys,
+            insecure_public,
+            grace_s,
+            memory_limit_mib,
+            slow_consumer_s,
+            open_requests,
         )
     )
 
@@ -237,25 +208,8 @@ def main() -> None:
         sys.exit(USAGE_EXIT)
 
 
-def _config(
-    model: str | None,
-    revision: str | None,
-    device: str,
-    dtype: DType,
-    max_model_len: int | None,
-    token_budget: int | None,
-    load_format: LoadFormat,
-) -> EngineConfig:
-    return EngineConfig(
-        model=model,
-        revision=revision,
-        device=device,
-        dtype=dtype.value,
-        max_model_len=max_model_len,
-        token_budget=token_budget,
-        load_format=load_format.value,
-        progress=stderr.is_terminal,
-    )
+def _shown(config: EngineConfig) -> EngineConfig:
+    return msgspec.structs.replace(config, progress=config.progress or stderr.is_terminal)
 
 
 def _write(text: str) -> None:

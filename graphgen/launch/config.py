@@ -34,17 +34,17 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     """
 
     model: str | None = None
-    """Folder or Hugging Face id; None is the embedded demo model."""
+    """Folder or Hugging Face id. None: the embedded demo model."""
     revision: str | None = None
-    """Branch, tag or commit of a hub id."""
+    """Branch, tag or commit of a hub id. None: its main branch."""
     tokenizer: str | None = None
-    """Folder or hub id of the tokenizer, when it is not the model's."""
+    """Folder or hub id of the tokenizer. None: the model's."""
     device: str = "auto"
-    """auto: CUDA where a GPU and a CUDA build of torch are present. Else "cpu", "cuda" or "cuda:N"."""
+    """auto, cpu, cuda or cuda:N. auto: CUDA where a GPU and a CUDA build of torch are present, else the CPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: float32 on the CPU; on CUDA the checkpoint's, bfloat16 if that is float32."""
     max_model_len: int | None = None
-    """Longest prompt and output together, in tokens; None is the model's own limit."""
+    """Longest prompt and output together, in tokens. None: the model's own limit."""
     max_num_seqs: int = 256
     """Requests that run at once; fewer when prompts would keep less than a quarter of the token budget."""
     token_budget: int | None = None
@@ -59,9 +59,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     """auto and safetensors read the checkpoint; dummy makes random weights of the real shapes."""
     seed: int = 0
-    """Of the random weights of load_format="dummy"; a request has its own in SamplingParams."""
+    """Of the random weights of the load format dummy; a request has a seed of its own, in SamplingParams."""
     progress: bool = False
-    """Show a progress bar while the engine starts."""
+    """Show progress bars while the engine starts."""
     compile: bool | None = None
     """Compile the decoder layer with torch.compile. None: on CUDA, not on the CPU."""
     attention: Literal["auto", "flashinfer", "torch"] = "auto"
@@ -70,15 +70,15 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     """Where the scheduler's step times come from. auto: what `graphgen tune` stored for this device, model and buckets;
     else, on a device with graphs, a quick measurement at the first start. measure: a thorough one. Both are stored."""
     step_log: str | None = None
-    """File that receives one JSON line per step."""
+    """File that receives one JSON line per step. None: no log."""
     cpu_threads: int | None = None
     """Threads of one CPU operation in the worker. None: all cores."""
     itl_target_ms: float | None = None
     """Milliseconds that no gap between two tokens of a request should exceed, for requests that state no target of
-    their own: steps are made no longer than that as far as measured step times tell. None: as long as is efficient."""
+    their own: steps are made no longer than that as far as measured step times tell. None: no target."""
     ttft_target_ms: float | None = None
     """Milliseconds from a request's arrival to its first token, for requests that state no target of their own: when it
-    is near, steps grow beyond the efficient size, up to the token budget and the ITL target."""
+    is near, steps grow beyond the efficient size, up to the token budget and the ITL target. None: no target."""
     prefix_cache: bool = True
     """Share the KV pages of equal beginnings of prompts. Always off for models whose rotation of a key depends on the
     length of the prompt (dynamic NTK)."""

@@ -17,6 +17,13 @@ def test_what_is_not_given_is_the_engines_default() -> None:
     assert config_of() == EngineConfig(step_log="steps.jsonl")
 
 
+def test_every_field_of_the_engine_is_an_option() -> None:
+    parser = make_parser("A test.")
+    add_engine_options(parser)
+    names = set(vars(parser.parse_args([])))
+    assert names == {*EngineConfig.__struct_fields__} - {"seed"} | {"weights_seed"}
+
+
 def test_every_option_reaches_its_field() -> None:
     given = ("--model", "m", "--load-format", "dummy", "--device", "cpu", "--no-compile", "--cpu-threads", "3")
     sizes = ("--max-model-len", "64", "--max-num-seqs", "5", "--num-pages", "7", "--token-budget", "32")
