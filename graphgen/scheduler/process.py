@@ -14,6 +14,7 @@ from pathlib import Path
 
 import zmq
 
+from graphgen.base.descriptors import raise_descriptor_limit
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.errors import InvalidRequestError, OverloadedError
@@ -53,6 +54,7 @@ WorkerChannel = Channel[SchedulerToWorker, WorkerToScheduler]
 def main(folder: Path, parent_pid: int) -> None:
     """Runs until Shutdown, the worker's failure, or the end of the parent."""
     end_with_parent(parent_pid, folder)
+    raise_descriptor_limit()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     engine: EngineChannel = Channel(context, folder, "engine", "lower", EngineToScheduler)
     worker: WorkerChannel = Channel(context, folder, "worker", "upper", WorkerToScheduler)

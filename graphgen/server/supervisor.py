@@ -1,7 +1,7 @@
 """The supervisor of a server: starts scheduler, worker and frontend, watches them, and ends them in order.
 
-Owns the decision which death ends the server: that of the scheduler or the worker does; a frontend that dies, for
-instance of its memory limit, is started anew while the engine stays as it is. Serves nothing itself. Called by the
+Owns the decision which death ends the server: that of the scheduler or the worker does. A frontend that dies is started
+anew, as often as it takes and with growing waits, while the engine stays as it is. Serves nothing itself. Called by the
 command line, in a process of its own whose SIGTERM and SIGINT it takes.
 """
 
@@ -9,7 +9,6 @@ import ipaddress
 import logging
 import signal
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import zmq
 from msgspec import Struct
 
+from graphgen.base.descriptors import raise_descriptor_limit
 from graphgen.base.progress import StartProgress
 from graphgen.ipc import errors
 from graphgen.ipc.channel import Channel
@@ -36,6 +36,7 @@ from graphgen.launch.config import EngineConfig, check_device
 from graphgen.launch.processes import EngineProcesses
 from graphgen.requests.core import describe_start, launch_config, load_config_tokenizer
 from graphgen.requests.portable_tokenizer import write_tokenizer
+from graphgen.server.backoff import Backoff
 from graphgen.server.frontend.keys import Keys
 from graphgen.server.frontend.settings import FrontendSettings
 
@@ -46,8 +47,6 @@ FRONTEND_MODULE = "graphgen.server.frontend"
 WATCH_S = 0.1
 LOST_GRACE_S = 5.0
 """For the frontend to tell clients that the engine is gone."""
-MAX_FRONTEND_STARTS = 5
-FRONTEND_STARTS_WITHIN_S = 60.0
 
 
 class ServeOptions(Struct, frozen=True, kw_only=True):
@@ -83,7 +82,8 @@ class Supervisor:
         self._started_s = time.monotonic()
         self._signals = 0
         self._asked_to_end = 0
-        self._frontend_starts: deque[float] = deque()
+        self._backoff = Backoff()
+        self._restart_s: float | None = None  # when the frontend, which has ended, is started again
         self._ready: Ready | None = None
         self._num_lost: int | None = None
         self._listening = False
@@ -92,6 +92,7 @@ class Supervisor:
     def run(self) -> int:
         """Serves until a signal: the exit code. Raises GraphgenError when the engine does not start, or dies."""
         check_device(self._config.device)
+        raise_descriptor_limit()
         with _signals_counted(self._count_signal):
             processes = EngineProcesses(ENGINE_MODULES)
             context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -129,7 +130,7 @@ class Supervisor:
             slow_consumer_s=self._options.slow_consumer_s,
             open_requests=self._options.open_requests,
         ).write(processes.folder)
-        self._frontend_starts.append(time.monotonic())
+        self._backoff.started(time.monotonic())
         processes.start(FRONTEND_MODULE)
 
     def _turn(
@@ -223,22 +224,34 @@ class Supervisor:
                 raise _error_of(message)
 
     def _watch_frontend(self, processes: EngineProcesses) -> None:
+        """Starts a frontend that has ended again: at once the first time, later after a wait."""
         found = processes.find_exit(("frontend",))
         if found is None:
             return
         if self._signals:
             self._num_lost = 1
             return
+        if self._restart_s is not None:
+            if time.monotonic() >= self._restart_s:
+                self._restart_frontend(processes)
+            return
         logger.error("%s", found)
-        now_s = time.monotonic()
-        while self._frontend_starts and now_s - self._frontend_starts[0] > FRONTEND_STARTS_WITHIN_S:
-            self._frontend_starts.popleft()
-        if not self._listening or len(self._frontend_starts) >= MAX_FRONTEND_STARTS:
-            raise EngineDeadError(
-                f"the frontend ended {len(self._frontend_starts)} times within {FRONTEND_STARTS_WITHIN_S:g} s: {found}"
-            )
-        self._say("the frontend ended and is started again; its clients have lost their sessions")
-        self._start_frontend(processes)
+        if not self._listening:
+            raise EngineDeadError(str(found))
+        wait_s = self._backoff.ended(time.monotonic())
+        when = f"in {wait_s:g} s" if wait_s else "now"
+        self._say(f"the frontend ended and is started again {when}; its clients have lost their sessions")
+        self._restart_s = time.monotonic() + wait_s
+
+    def _restart_frontend(self, processes: EngineProcesses) -> None:
+        """A start that the system refuses, for want of memory or descriptors, is tried again like one that failed."""
+        self._restart_s = None
+        try:
+            self._start_frontend(processes)
+        except OSError as error:
+            wait_s = self._backoff.ended(time.monotonic())
+            logger.error("the frontend could not be started (%s): tried again in %g s", error, wait_s)
+            self._restart_s = time.monotonic() + wait_s
 
 
 def is_public(address: str) -> bool:

@@ -29,7 +29,7 @@ from graphgen.ipc.ggp.messages import (
 )
 from graphgen.ipc.messages import Probe, Submit
 from graphgen.ipc.messages import StatsRequest as SchedulerStatsRequest
-from graphgen.server.frontend.monitor import rss_bytes
+from graphgen.server.frontend.memory import ResidentMemory
 from tests.fakes import STATS
 from tests.frontend.harness import Frontend, RawClient, demo_tokenizer
 
@@ -132,7 +132,8 @@ def fuzz(frontend: Frontend, num_messages: int, seed: int) -> int:
     chance = random.Random(seed)
     good = frontend.welcome()
     messages = mutated(chance)
-    settled_bytes = rss_bytes()
+    memory = ResidentMemory()
+    settled_bytes = memory.num_bytes()
     for group in range(max(10, num_messages // GROUP)):
         if group % 10 == 0:
             garbage(frontend, chance)
@@ -144,8 +145,8 @@ def fuzz(frontend: Frontend, num_messages: int, seed: int) -> int:
         wait_for_last_answer(frontend, bad, on_control)
         bad.close()
         if group == num_messages // GROUP // 10:
-            settled_bytes = rss_bytes()
-    return rss_bytes() - settled_bytes
+            settled_bytes = memory.num_bytes()
+    return memory.num_bytes() - settled_bytes
 
 
 def main() -> None:

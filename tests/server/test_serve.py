@@ -287,6 +287,15 @@ def test_a_frontend_that_dies_is_replaced_and_the_engine_stays(server: ServerPro
     assert server.pid_of("graphgen.server.frontend") != frontend
 
 
+def test_no_number_of_dead_frontends_ends_the_engine(server: ServerProcess, client: Client) -> None:
+    worker, starts = server.pid_of("graphgen.worker"), server.output.count("serves again")
+    for number in range(6):
+        os.kill(server.pid_of("graphgen.server.frontend"), signal.SIGKILL)
+        wait_for_frontend(server, starts + number + 1)
+    assert client.generate("ROMEO:", GREEDY)[0].finish_reason == "length"
+    assert server.pid_of("graphgen.worker") == worker
+
+
 def test_a_second_signal_ends_at_once_with_typed_errors(tmp_path: Path) -> None:
     with serving(tmp_path) as server, Client(server.address) as client:
         stream = client.stream("ROMEO:", SamplingParams(max_tokens=900, ignore_eos=True))

@@ -4,11 +4,9 @@ Owns the questions to the engine. Used on the server's loop; answers arrive thro
 """
 
 import contextlib
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import TypeVar
 
 from graphgen.base.inbox import Inbox
@@ -17,6 +15,7 @@ from graphgen.ipc.ggp.messages import Health, Stats
 from graphgen.ipc.messages import EngineStats
 from graphgen.requests.link import Link
 from graphgen.server.frontend.desk import Desk
+from graphgen.server.frontend.memory import ResidentMemory
 from graphgen.server.frontend.outbox import Outbox
 from graphgen.server.frontend.questions import SharedQuestion
 from graphgen.server.frontend.sessions import Sessions
@@ -40,6 +39,7 @@ class Monitor:
         self._outbox = outbox
         self.draining = False
         self.messages_refused = 0
+        self._memory = ResidentMemory()
         self._stats: SharedQuestion[EngineStats] = SharedQuestion(self._ask_stats, FRESH_S, TIMEOUT_S)
         self._health: SharedQuestion[float] = SharedQuestion(self._ask_health, FRESH_S, TIMEOUT_S)
 
@@ -101,10 +101,5 @@ class Monitor:
             deltas_merged=self._outbox.deltas_merged,
             messages_refused=self.messages_refused,
             frontend_cpu_s=time.process_time(),
-            frontend_rss_bytes=rss_bytes(),
+            frontend_rss_bytes=self._memory.num_bytes(),
         )
-
-
-def rss_bytes() -> int:
-    """Memory of this process that is in use."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

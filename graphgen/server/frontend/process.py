@@ -15,6 +15,7 @@ from pathlib import Path
 
 import zmq
 
+from graphgen.base.descriptors import raise_descriptor_limit
 from graphgen.base.inbox import Inbox
 from graphgen.base.version import __version__
 from graphgen.ipc.channel import Channel
@@ -66,6 +67,7 @@ class EngineElsewhere:
 def main(folder: Path, parent_pid: int) -> None:
     """Runs until it has drained, or until the supervisor ends."""
     end_with_parent(parent_pid, folder)
+    raise_descriptor_limit()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     inner: Context = zmq.Context()

@@ -5,9 +5,11 @@ nor for a tokenizer: what takes long is done by other threads, which leave their
 `graphgen.server.frontend.process`.
 """
 
+import contextlib
 import logging
 import secrets
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import msgspec
@@ -80,6 +82,15 @@ class _Ending(NamedTuple):
     error: Error
 
 
+@contextlib.contextmanager
+def _survived(what: str) -> Iterator[None]:
+    """What fails for one message, request or session, for want of memory or descriptors too, never ends the loop."""
+    try:
+        yield
+    except Exception:
+        logger.exception("handling %s failed; the server goes on", what)
+
+
 class Server:
     """Serves clients until it has drained."""
 
@@ -125,19 +136,32 @@ class Server:
         permits = 0
         while not self._has_drained():
             events = dict((poller if permits else inner).poll(self._timeout_ms(permits)))
-            self._inbox.run(readable=self._inbox.fileno() in events)
+            with _survived("calls of other threads"):
+                self._run_inbox(readable=self._inbox.fileno() in events)
             now_s = time.monotonic()
             self._forgive_silence(now_s)
             for order in self._supervisor.drain():
                 self._obey(order, now_s)
-            permits = self._receive(now_s)
-            self._desk.release()
-            for session in self._outbox.flush(now_s):
-                self._end(session)
+            with _survived("messages"):
+                permits = self._receive(now_s)
+            with _survived("held requests"):
+                self._desk.release()
+            with _survived("unsent messages"):
+                for session in self._outbox.flush(now_s):
+                    self._end(session)
             if now_s >= tick_s:
                 tick_s = now_s + TICK_S
-                self._tick(now_s)
+                with _survived("sessions"):
+                    self._tick(now_s)
         return self._num_lost
+
+    def _run_inbox(self, readable: bool) -> None:
+        """What a call that failed left behind is made in the next round, at once."""
+        try:
+            self._inbox.run(readable)
+        except BaseException:
+            self._inbox.wake()
+            raise
 
     def close(self) -> None:
         """Ends the threads that prepare requests. The sockets are their maker's."""
