@@ -9,7 +9,8 @@ GraphgenError
 ├── OverloadedError (RuntimeError)       a request that was refused at once; it may fit after retry_after_s
 ├── DeadlineError (RuntimeError)         a request whose deadline passed before its output was complete
 ├── EngineClosedError (RuntimeError)     a call on an Engine after close()
-├── EngineDeadError (RuntimeError)       a process of the engine ended; the message says which and why
+├── EngineDeadError (RuntimeError)       a process of the engine ended, or the call came from a fork of the
+│                                        program that made the Engine or Client; the message says which and why
 └── ServerError (RuntimeError)           a server's error that is none of the above, with its code
     └── ConnectionLostError (ConnectionError)   a server that does not answer, or that lost the session
 
@@ -64,7 +65,7 @@ class EngineClosedError(GraphgenError, RuntimeError):
 
 
 class EngineDeadError(GraphgenError, RuntimeError):
-    """A process of the engine ended unexpectedly."""
+    """A process of the engine ended unexpectedly, or this process is a fork of the one that made engine or client."""
 
 
 class ServerError(GraphgenError, RuntimeError):

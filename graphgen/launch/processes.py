@@ -79,11 +79,6 @@ class EngineProcesses:
             )
 
     @property
-    def are_ours(self) -> bool:
-        """False in a fork of the program that started them, which must leave them alone."""
-        return os.getpid() == self._owner_pid
-
-    @property
     def pids(self) -> dict[str, int]:
         return {name: child.pid for name, child in self._children.items()}
 

@@ -17,6 +17,7 @@ from typing import TypeVar
 import zmq
 
 from graphgen.base.inbox import Inbox
+from graphgen.base.owner import Owner
 from graphgen.base.version import __version__
 from graphgen.ipc.errors import ConnectionLostError, EngineClosedError, GraphgenError
 from graphgen.ipc.ggp.framing import FrameError, client_framing
@@ -62,6 +63,7 @@ class Connection:
     """One session with one server. The constructor returns when the server has welcomed it."""
 
     def __init__(self, server: ServerAddress) -> None:
+        self._owner = Owner("the client")
         self._server = server
         self._framing = client_framing()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -98,12 +100,19 @@ class Connection:
             self.close()
             raise
 
+    def check_process(self) -> None:
+        """Raises EngineDeadError in a fork of the program: the connection's thread is the parent's."""
+        self._owner.check()
+
     def submit(self, requests: Sequence[RemoteRequest]) -> None:
         """Sends the requests, as many at a time as the server allows."""
         self._call(lambda: self._submit(requests))
 
     def cancel(self, request_ids: Sequence[int]) -> None:
-        """Ends requests without a word to their sinks. Ids that are not open any more are ignored."""
+        """Ends requests without a word to their sinks. Ids that are not open any more are ignored. Does nothing in a
+        fork: the requests are its parent's."""
+        if not self._owner.is_this:
+            return
         with contextlib.suppress(EngineClosedError):
             self._call(lambda: self._cancel(request_ids))
 
@@ -114,7 +123,9 @@ class Connection:
         return self._ask(HealthRequest(), self._health)
 
     def close(self) -> None:
-        """Says bye; open requests get EngineClosedError. Idempotent."""
+        """Says bye; open requests get EngineClosedError. Idempotent; a fork leaves its parent's connection alone."""
+        if not self._owner.is_this:
+            return
         with self._lock:
             if self._closed:
                 return
@@ -124,7 +135,8 @@ class Connection:
             self._thread.join()
 
     def _call(self, work: Callable[[], None]) -> None:
-        """Has the thread do it. Raises EngineClosedError when the connection is closed."""
+        """Has the thread do it. Raises EngineClosedError when the connection is closed, EngineDeadError in a fork."""
+        self.check_process()
         with self._lock:
             if self._closed:
                 raise EngineClosedError("the client was closed: make a new one")

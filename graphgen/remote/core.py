@@ -43,6 +43,10 @@ class RemoteCore:
         self._connection.submit(requests)
         return [request.message.id for request in requests for _ in range(request.message.sampling.n)]
 
+    def check_process(self) -> None:
+        """Raises EngineDeadError in a fork of the program."""
+        self._connection.check_process()
+
     def cancel(self, request_ids: Sequence[int]) -> None:
         """Ends requests and frees their pages; their sinks hear no more."""
         self._connection.cancel(request_ids)

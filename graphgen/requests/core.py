@@ -56,6 +56,7 @@ class AttachedCore:
 
         sinks: one for each prompt. Returns the request ids in order, n for each prompt: every output is a request.
         """
+        self.check_process()  # before the tokenizer, whose threads are the parent's as well
         parameters = one_each(sampling, len(prompts))
         token_ids = self._tokenize(prompts)
         arrived_s = time.monotonic()
@@ -77,6 +78,10 @@ class AttachedCore:
         arrived_s: when the prompt came, as time.monotonic(): its deadline and its times count from there.
         """
         return self._make_requests("the prompt", token_ids, sampling, sink, streams=True, arrived_s=arrived_s)
+
+    def check_process(self) -> None:
+        """Raises EngineDeadError in a fork of the program."""
+        self._link.check_process()
 
     def cancel(self, request_ids: Sequence[int]) -> None:
         """Ends requests and frees their pages; their sinks hear no more. Ids of finished requests are ignored."""

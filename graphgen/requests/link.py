@@ -20,6 +20,7 @@ from typing import Protocol
 
 import zmq
 
+from graphgen.base.owner import Owner
 from graphgen.ipc import errors
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.errors import (
@@ -65,9 +66,6 @@ class Processes(Protocol):
     def folder(self) -> Path: ...
 
     @property
-    def are_ours(self) -> bool: ...
-
-    @property
     def pids(self) -> dict[str, int]: ...
 
     def find_exit(self) -> Exit | None: ...
@@ -91,6 +89,7 @@ class Link:
         after_outputs: Callable[[], None] | None = None,
     ) -> None:
         """after_outputs: called on the receiving thread when the outputs of a step have reached their sinks."""
+        self._owner = Owner("the engine")
         self._processes = processes
         self._on_progress = on_progress
         # Guards the table, the queue of stats and the fault. Reentrant: the collector may drop a stream, which cancels
@@ -128,8 +127,13 @@ class Link:
                 f" wrote:\n{tails}"
             ) from None
 
+    def check_process(self) -> None:
+        """Raises EngineDeadError in a fork of the program: its receiving thread is the parent's."""
+        self._owner.check()
+
     def submit(self, requests: Iterable[OpenRequest]) -> None:
         """Opens the requests; from now on their sinks are called. Raises when the engine is closed or dead."""
+        self.check_process()
         opened = list(requests)
         with self._lock:
             self._raise_fault()
@@ -138,7 +142,10 @@ class Link:
                 self._channel.send(request.submit)
 
     def cancel(self, request_ids: Iterable[int]) -> None:
-        """Ends requests without a word to their sinks. Ids that are not open any more are ignored."""
+        """Ends requests without a word to their sinks. Ids that are not open any more are ignored. Does nothing in a
+        fork: the requests are its parent's."""
+        if not self._owner.is_this:
+            return
         with self._lock:
             for request_id in request_ids:
                 if self._requests.pop(request_id, None) is not None and self._fault is None:
@@ -153,6 +160,7 @@ class Link:
 
     def ask_stats(self) -> "Future[EngineStats]":
         """Asks for a snapshot and does not wait for it."""
+        self.check_process()
         answer: Future[EngineStats] = Future()
         with self._lock:
             self._raise_fault()
@@ -162,6 +170,7 @@ class Link:
 
     def ask_probe(self) -> "Future[None]":
         """Is done when scheduler, worker and device have answered, behind the steps in flight."""
+        self.check_process()
         answer: Future[None] = Future()
         with self._lock:
             self._raise_fault()
@@ -172,8 +181,8 @@ class Link:
 
     def close(self) -> None:
         """Ends the processes, then the thread. Open requests get EngineClosedError. Idempotent."""
-        if not self._processes.are_ours:
-            return  # a fork of the user's program: the engine is its parent's
+        if not self._owner.is_this:
+            return  # the engine is the parent's
         self._fail(EngineClosedError("the engine was closed: make a new Engine"))
         # Before the engine serves nobody may be listening, and nothing is lost by a signal.
         self._processes.stop(CLOSE_GRACE_S if self._serves else 0.0)

@@ -29,6 +29,8 @@ class RequestCore(Protocol):
 
     def cancel(self, request_ids: Sequence[int]) -> None: ...
 
+    def check_process(self) -> None: ...
+
 
 class Stream:
     """Iterator over the pieces of one prompt's output, or of its n outputs."""
@@ -46,6 +48,7 @@ class Stream:
     def __next__(self) -> StreamPiece:
         if not self._num_open:
             raise StopIteration
+        self._core.check_process()
         try:
             piece = _piece_or_raise(self._pieces.get())
         except BaseException:
@@ -91,6 +94,7 @@ class AsyncStream:
     async def __anext__(self) -> StreamPiece:
         if not self._num_open:
             raise StopAsyncIteration
+        self._core.check_process()
         try:
             piece = _piece_or_raise(await self._pieces.get())
         except BaseException:

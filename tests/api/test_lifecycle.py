@@ -7,20 +7,22 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import graphgen
 from graphgen import Engine, EngineDeadError, SamplingParams
+from tests.forks import outcome_in_a_fork
 
 GONE_WITHIN_S = 5.0
 ROOT = str(Path(graphgen.__file__).resolve().parent.parent)
 
 SETTINGS = {"device": "cpu", "token_budget": 8, "num_pages": 160, "cpu_threads": 1}
 PREAMBLE = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a script it is ignored from the start
 from graphgen import Engine, SamplingParams
 SETTINGS = {SETTINGS!r}
 ENDLESS = SamplingParams(max_tokens=None, ignore_eos=True)
@@ -127,6 +129,25 @@ def test_ctrl_c_ends_a_call_and_the_program_closes_in_order(folder: Path) -> Non
     assert program.line() == "interrupted length"
     assert program.end() == (0, "")
     program.assert_gone()
+
+
+def test_a_fork_gets_an_error_at_once_and_leaves_the_engine_alone() -> None:
+    with Engine(**SETTINGS) as engine:  # type: ignore[arg-type]  # a plain dict of settings
+        stream = engine.stream("A", SamplingParams(max_tokens=40, ignore_eos=True, temperature=0.0))
+        first = next(stream)
+        calls: dict[str, Callable[[], object]] = {
+            "generate": lambda: engine.generate("A", SamplingParams(max_tokens=1)),
+            "stream": lambda: engine.stream("A"),
+            "an open stream": lambda: next(stream),
+            "stats": engine.stats,
+        }
+        for name, call in calls.items():
+            said = outcome_in_a_fork(call)
+            assert said.startswith(f"EngineDeadError: the engine was made in process {os.getpid()}"), (name, said)
+        for close in (stream.close, engine.close):  # what a `with` does when the fork leaves it
+            assert outcome_in_a_fork(close) == "None"
+        pieces = [first, *stream]
+        assert sum(len(piece.token_ids) for piece in pieces) == 40, "the parent's stream went on"
 
 
 @pytest.mark.parametrize(

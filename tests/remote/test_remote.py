@@ -1,7 +1,8 @@
 """The Python client: what it does when the server is another, is silent, or says what it should not."""
 
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
@@ -30,6 +31,7 @@ from graphgen.ipc.ggp.messages import (
 from graphgen.remote import connection
 from graphgen.requests.open_request import Delivery
 from graphgen.requests.outputs import StreamPiece
+from tests.forks import outcome_in_a_fork
 
 WELCOME = Welcome(
     version=1,
@@ -129,6 +131,25 @@ def test_pings_are_answered_while_nobody_reads(server: FakeServer, client: Clien
         pong = server.expect(Pong)
     assert isinstance(pong, Pong)
     assert pong.t == 6
+
+
+def test_a_fork_gets_an_error_at_once_and_leaves_the_connection_alone(server: FakeServer, client: Client) -> None:
+    stream = client.stream([1])
+    request = server.expect_generate()
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: client.generate([1]),
+        lambda: client.stream([1]),
+        lambda: next(stream),
+        client.stats,
+        client.health,
+    )
+    for call in calls:
+        said = outcome_in_a_fork(call)
+        assert said.startswith(f"EngineDeadError: the client was made in process {os.getpid()}"), said
+    for close in (stream.close, client.close):
+        assert outcome_in_a_fork(close) == "None"
+    server.finish(request.id)
+    assert [piece.text for piece in stream] == ["x"], "the parent's stream went on"
 
 
 def test_no_more_requests_are_open_than_the_server_allows(server: FakeServer, client: Client) -> None:

@@ -51,7 +51,6 @@ class EngineElsewhere:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.are_ours = True
         self.pids: dict[str, int] = {}
 
     def find_exit(self) -> Exit | None:
