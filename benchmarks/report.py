@@ -12,6 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from graphgen.base.version import __version__
+
 Row = Mapping[str, object]
 
 
@@ -28,8 +30,8 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 def machine(device: str) -> dict[str, str]:
     """What the figures were measured on. device: as the engine reports it."""
-    packages = {}
-    for name in ("graphgen", "torch", "flashinfer-python", "triton"):
+    packages = {"graphgen": __version__}
+    for name in ("torch", "flashinfer-python", "triton"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

@@ -29,6 +29,7 @@ from benchmarks.report import machine, show, write_json
 from benchmarks.step_log import StepLogReader, summarize_steps
 from benchmarks.workload import Load, PlannedRequest, Trace, Workload
 from graphgen import EngineConfig, InvalidRequestError, SamplingParams
+from graphgen.base.version import how_to_install
 from graphgen.ipc.messages import EngineStats, WorkerReady
 from graphgen.requests.core import EngineCore
 from graphgen.requests.open_request import Delivery
@@ -332,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if options.plot is not None and find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install 'graphgen[bench]'")
+        parser.error(f"--plot needs matplotlib: {how_to_install('bench')}")
     rows: list[Figures] = []
     with tempfile.TemporaryDirectory() as folder:
         for config in configs_of(options, options.step_log or f"{folder}/steps.jsonl"):

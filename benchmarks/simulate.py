@@ -31,6 +31,7 @@ from benchmarks.serving import table_row
 from benchmarks.step_log import Step, StepLogReader, attended
 from benchmarks.virtual_engine import HOST_DELAY_S, STEP_NOISE, StepSeries, VirtualEngine, VirtualRequest
 from benchmarks.workload import Workload
+from graphgen.base.version import how_to_install
 from graphgen.capture.buckets import max_running
 from graphgen.ipc.messages import Bucket
 from graphgen.launch.step_times_store import StepTimesFile
@@ -308,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
     parser = make_parser()
     options = parser.parse_args(arguments)
     if options.plot is not None and find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install 'graphgen[bench]'")
+        parser.error(f"--plot needs matplotlib: {how_to_install('bench')}")
     levels = [ServiceLevel(limit_ms / 1000.0, options.sla_prompt_rate) for limit_ms in options.sla_itl_ms]
     try:
         table = StepTimesFile.read(options.step_times)

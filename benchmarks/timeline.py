@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.step_log import Step, StepLogReader, idle_share
+from graphgen.base.version import how_to_install
 
 Event = dict[str, object]
 """One event of the Chrome trace format. Its times are in microseconds."""
@@ -128,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--png", type=Path, help="draw the picture here; needs matplotlib")
     options = parser.parse_args(arguments)
     if options.png is not None and find_spec("matplotlib") is None:
-        parser.error("--png needs matplotlib: pip install 'graphgen[bench]'")
+        parser.error(f"--png needs matplotlib: {how_to_install('bench')}")
     try:
         steps = StepLogReader(options.step_log).read_new()
         shown = window(steps, options.start_s, options.seconds or 1.0)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from graphgen.api.engine import Engine
+from graphgen.base.version import __version__
 from graphgen.commands.demo_run import DemoFigures, percentile, run_demo
 from graphgen.commands.describe import Decision, decisions
 from graphgen.commands.options import takes_engine_options
@@ -27,7 +28,7 @@ from graphgen.launch.step_times_store import StepTimesKey, stored_file
 from graphgen.mock_server.__main__ import mock_server
 from graphgen.requests.sampling_params import SamplingParams
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Serve large language models.")
+app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 stdout = Console()
 stderr = Console(stderr=True)
@@ -199,6 +200,21 @@ def serve(
     )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        _write(f"graphgen {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def graphgen(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version, metavar="")
+    ] = False,
+) -> None:
+    """Serve large language models."""
+
+
 def main() -> None:
     """The console script. What graphgen raises on purpose is told in one line, without a trace."""
     try:
@@ -220,8 +236,9 @@ def _write(text: str) -> None:
 
 def _versions_table() -> Table:
     table = Table("package", "version", title="Versions", title_justify="left")
+    table.add_row("graphgen", __version__)
     table.add_row("Python", platform.python_version())
-    for package in ("graphgen", "torch", "transformers", "tokenizers", "flashinfer-python", "pyzmq", "msgspec"):
+    for package in ("torch", "transformers", "tokenizers", "flashinfer-python", "pyzmq", "msgspec"):
         try:
             table.add_row(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:

@@ -16,6 +16,7 @@ from msgspec import Struct
 
 from graphgen import demo
 from graphgen.base.caches import cache_environment, cache_root
+from graphgen.base.version import how_to_install
 from graphgen.ipc.errors import ConfigError
 from graphgen.launch.config import EngineConfig, resolve
 from graphgen.models.attention.kernels import arch_of, best_kernels, check_supported, needed_libraries, parse_arch
@@ -50,7 +51,7 @@ def prebuild(config: EngineConfig, arch: str | None, jobs: int | None) -> Prebui
             folder = KernelFolder.of(arch)
             libraries = build_libraries(needed_libraries(shape, best_kernels(capability)), folder)
         except ImportError as error:
-            raise ConfigError(f"FlashInfer cannot be imported ({error}): pip install 'graphgen[cuda]'") from error
+            raise ConfigError(f"FlashInfer cannot be imported ({error}): {how_to_install('cuda')}") from error
     return Prebuilt(folder.path, arch, libraries)
 
 
