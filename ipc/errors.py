@@ -8,6 +8,7 @@ GraphgenError
 ├── CheckpointError                      a checkpoint that is missing, misshapen or not safetensors
 ├── OverloadedError (RuntimeError)       a request that was refused at once; it may fit after retry_after_s
 ├── DeadlineError (RuntimeError)         a request whose deadline passed before its output was complete
+├── NumericalError (RuntimeError)        a request for which the model computed no number: all logits NaN or -inf
 ├── EngineClosedError (RuntimeError)     a call on an Engine after close()
 ├── EngineDeadError (RuntimeError)       a process of the engine ended, or the call came from a fork of the
 │                                        program that made the Engine or Client; the message says which and why
@@ -58,6 +59,10 @@ class OverloadedError(GraphgenError, RuntimeError):
 
 class DeadlineError(GraphgenError, RuntimeError):
     """The deadline of a request passed before its output was complete; its pages are free again."""
+
+
+class NumericalError(GraphgenError, RuntimeError):
+    """The model's logits for the next token of a request were all NaN or -inf, so that there was none to draw."""
 
 
 class EngineClosedError(GraphgenError, RuntimeError):

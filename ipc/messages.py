@@ -148,12 +148,13 @@ class StepResult(Struct, frozen=True, array_like=True, tag="result", gc=False):
     """The tokens drawn by one step: of its sampling chunks in order, then of its decode rows in order."""
 
     step_id: int
-    token_ids: bytes  # packed int32
+    token_ids: bytes  # packed int32; of a row of `failed_draws`, 0
     received_s: float  # the plan reached the worker
     launched_s: float  # the step was handed to the device
     started_s: float  # the device began it
     finished_s: float  # the device finished it
     counters: "WorkerCounters"
+    failed_draws: tuple[int, ...] = ()  # places among the tokens: the rows whose logits are all NaN or -inf
 
 
 class WorkerCounters(Struct, frozen=True, array_like=True, gc=False):
@@ -272,7 +273,7 @@ class Rejected(Struct, frozen=True, array_like=True, tag="rejected", gc=False):
     """A request that is not served, or not to its end: nothing of it is kept."""
 
     request_id: int
-    error: str  # a class of graphgen.ipc.errors: InvalidRequestError, OverloadedError or DeadlineError
+    error: str  # a class of graphgen.ipc.errors: InvalidRequestError, OverloadedError, DeadlineError, NumericalError
     message: str
     retry_after_s: float | None = None  # of an OverloadedError: the same request may fit then
 
@@ -300,6 +301,7 @@ class EngineStats(Struct, frozen=True, array_like=True, tag="stats", gc=False):
     prefix_hits: int = 0  # of these: tokens whose pages were found in the prefix cache
     refused: int = 0  # requests that an OverloadedError turned away
     deadline_misses: int = 0  # requests that a DeadlineError ended
+    numerical_errors: int = 0  # requests that a NumericalError ended: their logits were all NaN or -inf
 
 
 # --- supervisor <-> frontend -----------------------------------------------------------------------------------

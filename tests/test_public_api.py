@@ -28,6 +28,7 @@ PUBLIC = {
     "EngineStats",
     "GraphgenError",
     "InvalidRequestError",
+    "NumericalError",
     "OverloadedError",
     "PromptTooLongError",
     "RequestOutput",
@@ -79,7 +80,7 @@ def test_keyword_arguments_and_config_have_the_same_fields_and_types() -> None:
 
 def test_every_error_is_one_of_ours() -> None:
     errors = [value for name in PUBLIC if inspect.isclass(value := getattr(graphgen, name)) and "Error" in name]
-    assert len(errors) == 12
+    assert len(errors) == 13
     assert all(issubclass(error, GraphgenError) for error in errors)
 
 

@@ -16,6 +16,7 @@ from graphgen.ipc.errors import (
     EngineDeadError,
     GraphgenError,
     InvalidRequestError,
+    NumericalError,
     OverloadedError,
     PromptTooLongError,
     ServerError,
@@ -145,6 +146,8 @@ def exception_of(error: Error) -> GraphgenError:
             return OverloadedError(error.message, (error.retry_after_ms or 0) / 1000)
         case "deadline":
             return DeadlineError(error.message)
+        case "numerical":
+            return NumericalError(error.message)
         case "engine_lost":
             return EngineDeadError(error.message)
         case code:

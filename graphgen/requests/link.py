@@ -29,6 +29,7 @@ from graphgen.ipc.errors import (
     EngineDeadError,
     GraphgenError,
     InvalidRequestError,
+    NumericalError,
     OverloadedError,
 )
 from graphgen.ipc.messages import (
@@ -340,6 +341,8 @@ def _refusal_of(rejected: Rejected) -> GraphgenError:
             return OverloadedError(rejected.message, rejected.retry_after_s or 0.0)
         case "DeadlineError":
             return DeadlineError(rejected.message)
+        case "NumericalError":
+            return NumericalError(rejected.message)
         case _:
             return InvalidRequestError(rejected.message)
 

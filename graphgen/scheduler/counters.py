@@ -27,6 +27,8 @@ class Counters:
     """Requests that were turned away because of overload."""
     deadline_misses: int = 0
     """Requests that were ended because their deadline had passed."""
+    numerical_errors: int = 0
+    """Requests that were ended because the model computed no number for them."""
 
     def plan_made(self, bucket: Bucket, record: StepRecord) -> None:
         self.steps += 1

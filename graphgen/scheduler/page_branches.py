@@ -56,6 +56,11 @@ class PageBranches:
         """Whether a page after `parent`, of those that are compared, begins with all of `tokens`."""
         return any(held.startswith(tokens) for _, held in self._newest(parent))
 
+    def along(self, parent: bytes, tokens: bytes) -> list[int]:
+        """All pages after `parent` that hold a beginning of `tokens`, or that begin with them."""
+        branches = self._branches.get(parent, {})
+        return [page for page, held in branches.items() if held.startswith(tokens) or tokens.startswith(held)]
+
     def _newest(self, parent: bytes) -> Iterator[tuple[int, bytes]]:
         branches = self._branches.get(parent)
         return iter(()) if branches is None else islice(reversed(branches.items()), MAX_COMPARED)

@@ -34,6 +34,11 @@ class PageChain:
         """Makes the digests of the first pages, at most `num_pages`."""
         self._extend(min(len(self._tokens) // self._page_size, num_pages))
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are known."""
+        return len(self._tokens)
+
     def digest(self, index: int) -> bytes | None:
         """Of page `index`; None as long as its tokens are not all known."""
         if (index + 1) * self._page_size > len(self._tokens):

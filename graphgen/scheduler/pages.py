@@ -73,6 +73,14 @@ class PagePool:
         for page in pages:
             is_kept[page] = 1
 
+    def drop(self, pages: Sequence[int]) -> None:
+        """What these hold is kept for nobody: idle ones become empty now, taken ones when their last holder leaves."""
+        for page in pages:
+            self._is_kept[page] = 0
+            if page in self._idle:
+                del self._idle[page]
+                self._empty.append(page)
+
     def give_back(self, pages: Sequence[int]) -> None:
         """One holder less for each page. Raises ValueError for one that nobody holds or that is not of this pool.
 

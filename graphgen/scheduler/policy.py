@@ -148,6 +148,15 @@ class Scheduler:
             expired.append(Rejected(request.request_id, "DeadlineError", message))
         return expired
 
+    def fail_draws(self, step_id: int, places: Sequence[int]) -> list[Rejected]:
+        """Ends the requests for which a step could not draw a token; to be called before its `update`.
+
+        places: of their rows in the step result. No page that they computed or shared is shared again, as its keys and
+        values may be what is wrong. Raises KeyError for a step that is not in flight.
+        """
+        drawing = self._in_flight.find(step_id).drawing
+        return [self._fail(drawing[place]) for place in places if not drawing[place].ended]
+
     @property
     def next_deadline_s(self) -> float | None:
         """When `expire` is to be called at the latest; None: no request has a deadline."""
@@ -352,6 +361,17 @@ class Scheduler:
         self.counters.finished += 1
         self._guard.request_finished(request)
         self._end(request)
+
+    def _fail(self, request: Request) -> Rejected:
+        """Ends a request whose logits are not numbers."""
+        self._end(request)
+        self._cache.distrust(request.chain)
+        self.counters.numerical_errors += 1
+        message = (
+            f"after {len(request.output)} of at most {request.max_tokens} tokens of output the model's logits were all"
+            " NaN or -inf: look for NaN in the checkpoint's weights, or set dtype to 'float32' if its numbers overflow"
+        )
+        return Rejected(request.request_id, "NumericalError", message)
 
     def _release(self, running: RunningRequest) -> None:
         """Frees slot and pages, for the next plan. What is computed of known tokens stays in the prefix cache."""

@@ -84,6 +84,17 @@ class PrefixCache:
         if num_computed > end * self._page_size:
             self._enter_begun(running, end, num_computed)
 
+    def distrust(self, chain: PageChain) -> None:
+        """What the request computed, or found here, is wrong: no page that holds any of it is found again."""
+        size, end = self._page_size, chain.num_tokens
+        pages = [
+            page
+            for index, start in enumerate(range(0, end, size))
+            for page in self._branches.along(chain.parent(index), chain.packed(start, min(start + size, end)))
+        ]
+        self._forget(pages)
+        self.pool.drop(pages)
+
     def _enter_full(self, running: RunningRequest, first: int, end: int) -> None:
         """Contents that another page holds already are not entered twice: that page of the request stays its own."""
         page_of, digest_of, put, entered = self._page_of, self._digest_of, self._branches.put, []

@@ -10,6 +10,7 @@ import math
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import zmq
@@ -153,16 +154,13 @@ class SchedulerLoop:
         poller.register(self._worker.receiver, zmq.POLLIN)
         while self._running:
             poller.poll(self._patience_ms())
-            outputs = [self._take_from_worker(worker_message) for worker_message in self._worker.drain()]
+            answers = [answer for message in self._worker.drain() for answer in self._take_from_worker(message)]
             for engine_message in self._engine.drain():
                 self._take_from_engine(engine_message)
             expired = self._policy.expire(time.monotonic())
             self._send_plans()
-            for of_one_step in outputs:
-                if of_one_step:
-                    self._engine.send(of_one_step)
-            for rejected in expired:
-                self._engine.send(rejected)
+            for answer in (*answers, *expired):
+                self._engine.send(answer)
             self._policy.prepare()
 
     def _patience_ms(self) -> int | None:
@@ -175,23 +173,28 @@ class SchedulerLoop:
         while self._running and (plan := self._policy.schedule(time.monotonic())) is not None:
             self._worker.send(plan)
 
-    def _take_from_worker(self, message: WorkerToScheduler) -> Outputs | None:
-        """What a step gave to requests; None for other messages."""
+    def _take_from_worker(self, message: WorkerToScheduler) -> Sequence[Outputs | Rejected]:
+        """What a step gave to its requests."""
         match message:
             case StepResult() as result:
-                if self._step_log.is_open:
-                    self._step_log.write(self._policy.describe_step(result.step_id), result)
-                self._step_times.add(result.started_s, result.finished_s)
-                self._policy.step_took(result.step_id, (result.finished_s - result.started_s) * 1000.0)
-                self._counters = result.counters
-                return self._policy.update(result.step_id, unpack_int32(result.token_ids))
+                return self._take_result(result)
             case Failed() as failed:
                 raise WorkerFailedError(failed)
             case Probe() as probe:
                 self._engine.send(probe)
-                return None
+                return ()
             case Progress() | WorkerReady():
-                return None
+                return ()
+
+    def _take_result(self, result: StepResult) -> Sequence[Outputs | Rejected]:
+        if self._step_log.is_open:
+            self._step_log.write(self._policy.describe_step(result.step_id), result)
+        self._step_times.add(result.started_s, result.finished_s)
+        self._policy.step_took(result.step_id, (result.finished_s - result.started_s) * 1000.0)
+        self._counters = result.counters
+        failed = self._policy.fail_draws(result.step_id, result.failed_draws) if result.failed_draws else []
+        outputs = self._policy.update(result.step_id, unpack_int32(result.token_ids))
+        return [outputs, *failed] if outputs else failed
 
     def _take_from_engine(self, message: EngineToScheduler) -> None:
         match message:
@@ -242,4 +245,5 @@ class SchedulerLoop:
             prefix_hits=counters.prefix_hits,
             refused=counters.refused,
             deadline_misses=counters.deadline_misses,
+            numerical_errors=counters.numerical_errors,
         )

@@ -111,12 +111,14 @@ def _collect(runner: ModelRunner, launched: Launched, channel: WorkerChannel) ->
 
 def _result(step: LaunchedStep, runner: ModelRunner) -> StepResult:
     step.fetched.wait()
+    token_ids, failed_draws = step.read_draws()
     return StepResult(
         step_id=step.step_id,
-        token_ids=pack_int32(step.tokens.numpy()[step.drawn_rows].tolist()),
+        token_ids=pack_int32(token_ids),
         received_s=step.received_s,
         launched_s=step.launched_s,
         started_s=step.started.wait(),
         finished_s=step.finished.wait(),
         counters=runner.counters,
+        failed_draws=failed_draws,
     )

@@ -67,7 +67,11 @@ class RowExpander(Protocol):
         """Reads the plan and the slot tables; the new owners' parameters must be in `prompt_len` by now."""
 
     def feed_back(self, tokens: Tensor, draws: Draws) -> None:
-        """Makes the drawn tokens, [N], the last tokens of their slots, and writes them into the step's ring row."""
+        """Makes the drawn tokens, [N], the last tokens of their slots, and writes them into the step's ring row.
+
+        The slot of a row that drew NO_TOKEN gets token 0: the next step may run before the host knows, and needs some
+        token to look up.
+        """
 
 
 class TorchRows:
@@ -109,7 +113,7 @@ class TorchRows:
         return ExpandedStep(rows, self._row_tables(rows), self._draws(rows))
 
     def feed_back(self, tokens: Tensor, draws: Draws) -> None:
-        self._slots.last_token.index_copy_(0, draws.slots, tokens.long())
+        self._slots.last_token.index_copy_(0, draws.slots, tokens.clamp(min=0).long())
         ring_row = self._fields["counts"][2:3].long()
         self._token_ring[:, : tokens.shape[0]].index_copy_(0, ring_row, tokens.int().unsqueeze(0))
 

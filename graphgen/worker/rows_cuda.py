@@ -135,7 +135,7 @@ def _feed_back_kernel(
     draw = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = draw < num_draws
     token = tl.load(tokens + draw, inside, other=0)
-    tl.store(last_token + tl.load(slots + draw, inside, other=0), token.to(tl.int64), inside)
+    tl.store(last_token + tl.load(slots + draw, inside, other=0), tl.maximum(token, 0).to(tl.int64), inside)
     tl.store(ring + tl.load(counts + 2) * ring_stride + draw, token.to(tl.int32), inside)
 
 

@@ -32,7 +32,7 @@ from graphgen.ipc.messages import (
 from graphgen.launch.config import LaunchConfig
 from graphgen.models.kv_cache import KVCache, bytes_per_page
 from graphgen.models.loader import load_decoder
-from graphgen.models.sampling import ROW_WIDTH, make_sampler, pack_slot
+from graphgen.models.sampling import NO_TOKEN, ROW_WIDTH, make_sampler, pack_slot
 from graphgen.worker.backend import open_backend
 from graphgen.worker.background import prepare_first_use
 from graphgen.worker.inputs import InputShape, RegionLengths, input_layout, pack_plan
@@ -56,6 +56,12 @@ class LaunchedStep(Struct, frozen=True):
     fetched: Mark
     tokens: Tensor  # host, one token per sampled row of the bucket; valid once `fetched` is reached
     drawn_rows: Words  # which of them the plan asked for
+
+    def read_draws(self) -> tuple[list[int], tuple[int, ...]]:
+        """Once `fetched` is reached: the plan's tokens, and the places of those that could not be drawn (0 there)."""
+        drawn = self.tokens.numpy()[self.drawn_rows]
+        token_ids: list[int] = np.maximum(drawn, 0).tolist()
+        return token_ids, tuple(np.flatnonzero(drawn == NO_TOKEN).tolist())
 
 
 class ModelRunner:

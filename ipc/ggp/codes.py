@@ -24,6 +24,7 @@ Code = Literal[
     "poisoned",
     "slow_consumer",
     "internal",
+    "numerical",
 ]
 
 
@@ -59,4 +60,5 @@ CODES: dict[Code, CodeInfo] = {
     "poisoned": CodeInfo(500, False, "the request ended a worker twice and was given up"),
     "slow_consumer": CodeInfo(408, False, "the client took no output for the time of `slow_consumer_ms`"),
     "internal": CodeInfo(500, False, "a fault of the server"),
+    "numerical": CodeInfo(500, False, "all logits of the model for a token of the request were NaN or -inf"),
 }

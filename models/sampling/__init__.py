@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from graphgen.models.sampling import reference
-from graphgen.models.sampling.tables import ROW_WIDTH, SamplerTables, allocate, pack_slot
+from graphgen.models.sampling.tables import NO_TOKEN, ROW_WIDTH, SamplerTables, allocate, pack_slot
 
-__all__ = ["ROW_WIDTH", "Sampler", "SamplerTables", "allocate", "make_sampler", "pack_slot"]
+__all__ = ["NO_TOKEN", "ROW_WIDTH", "Sampler", "SamplerTables", "allocate", "make_sampler", "pack_slot"]
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Sampler:
         self._count_inputs(self.tables, token_ids, slots, positions)
 
     def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-        """The next tokens, [N] int32, always in [0, V). logits: [N, V], any float type, left as they are.
+        """The next tokens, [N] int32: in [0, V), or NO_TOKEN where every logit is NaN or -inf.
 
-        slots: [N]. positions: [N], of the tokens being drawn. Rows of the trash slot draw something valid.
+        logits: [N, V], any float type, left as they are. slots: [N]. positions: [N], of the tokens being drawn.
         """
         return self._sample(self.tables, logits, slots, positions)
 

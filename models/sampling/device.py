@@ -27,6 +27,7 @@ ROW_WIDTH = tl.constexpr(tables.ROW_WIDTH)
 NUM_STOPS = tl.constexpr(MAX_STOP_TOKEN_IDS)
 IN_PROMPT = tl.constexpr(tables.IN_PROMPT)
 OUTPUT_COUNT_MASK = tl.constexpr(tables.OUTPUT_COUNT_MASK)
+NO_TOKEN = tl.constexpr(tables.NO_TOKEN)
 
 LN2_HIGH = tl.constexpr(arithmetic.LN2_HIGH)
 LN2_LOW = tl.constexpr(arithmetic.LN2_LOW)

@@ -28,6 +28,7 @@ from graphgen.models.sampling.device import (
     MAX_INT32,
     MIN_P,
     MINUS_INF,
+    NO_TOKEN,
     ROW_WIDTH,
     TEMPERATURE,
     TOP_K,
@@ -319,8 +320,8 @@ def finish_kernel(
         parts = tl.arange(0, MOST_PARTS)
         scores = tl.load(part_scores + row * num_parts + parts, mask=parts < num_parts, other=MINUS_INF)
         token_ids = tl.load(part_ids + row * num_parts + parts, mask=parts < num_parts, other=MAX_INT32)
-        _, best_id = lowest_best(scores, token_ids)
-        tl.store(tokens + row, best_id)
+        best, best_id = lowest_best(scores, token_ids)
+        tl.store(tokens + row, tl.where(best > MINUS_INF, best_id, NO_TOKEN))
         return
     position = tl.load(positions + row).to(tl.int32)
     logits += row * row_stride
@@ -373,5 +374,5 @@ def finish_kernel(
         best_scores = tl.where(better, scores, best_scores)
         best_ids = tl.where(better, token_ids, best_ids)
         start += TILE
-    _, best_id = lowest_best(best_scores, best_ids)
-    tl.store(tokens + row, best_id)
+    best, best_id = lowest_best(best_scores, best_ids)
+    tl.store(tokens + row, tl.where(best > MINUS_INF, best_id, NO_TOKEN))

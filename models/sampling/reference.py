@@ -17,6 +17,7 @@ Rules, in this order, as Hugging Face's logits processors and the OpenAI API def
    smallest set of likeliest tokens with mass >= top_p, and all that equal the last of them. The likeliest stay.
 8. min-p keeps tokens at least min_p times as probable as the likeliest.
 9. The draw: the largest of logit + Gumbel noise, the lowest token id among equals, which is a draw from softmax.
+   Where nothing but -inf is left there is nothing to draw: NO_TOKEN.
 """
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from graphgen.models.sampling.arithmetic import LARGEST_FLOAT, MASS_ONE, gumbel, log_positive, mass
 from graphgen.models.sampling.philox import vocabulary_bits
-from graphgen.models.sampling.tables import IN_PROMPT, OUTPUT_COUNT_MASK, SamplerTables
+from graphgen.models.sampling.tables import IN_PROMPT, NO_TOKEN, OUTPUT_COUNT_MASK, SamplerTables
 
 
 def write_slots(tables: SamplerTables, rows: Tensor, slots: Tensor, inits: Tensor) -> None:
@@ -49,7 +50,7 @@ def count_inputs(tables: SamplerTables, token_ids: Tensor, slots: Tensor, positi
 
 
 def sample(tables: SamplerTables, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-    """The next token of each row, [N] int32.
+    """The next token of each row, [N] int32, or NO_TOKEN.
 
     logits: [N, V] of any float type, computed in float32, left as they are. slots: [N]. positions: [N], of the
     token being drawn.
@@ -62,7 +63,8 @@ def sample(tables: SamplerTables, logits: Tensor, slots: Tensor, positions: Tens
         kept = filtered_scores(tables, scores[drawn], drawn_slots)
         bits = vocabulary_bits(tables.seed[drawn_slots], positions[drawn], tables.vocab_size)
         scores[drawn] = kept + gumbel(bits)
-    return scores.argmax(dim=1).int()
+    best, token_ids = scores.max(dim=1)
+    return torch.where(best > float("-inf"), token_ids, NO_TOKEN).int()
 
 
 def penalised_logits(tables: SamplerTables, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:

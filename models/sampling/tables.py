@@ -37,6 +37,9 @@ IN_PROMPT = 1 << 30
 """Bit of an entry of `occurrences` that says the token is in the prompt; the bits below count it in the output."""
 OUTPUT_COUNT_MASK = IN_PROMPT - 1
 
+NO_TOKEN = -1
+"""What a drawing row gives where no token can be drawn: every logit is NaN or -inf. No token id is negative."""
+
 _MAX_INT32 = 2**31 - 1
 _NEUTRAL = SlotInit(prompt_len=0, min_length=0, stop_token_ids=(), sampler=SamplerParams())
 

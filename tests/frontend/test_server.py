@@ -6,6 +6,7 @@ import time
 import msgspec
 import pytest
 
+from graphgen import NumericalError
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.ggp.messages import (
     Accepted,
@@ -32,6 +33,7 @@ from graphgen.ipc.messages import (
     Submit,
 )
 from graphgen.ipc.messages import StatsRequest as SchedulerStatsRequest
+from graphgen.remote.requests import exception_of
 from graphgen.requests.portable_tokenizer import PortableTokenizer, RustTokenizer
 from graphgen.server.frontend.server import SMALL_BYTES
 from tests.fakes import STATS
@@ -284,6 +286,18 @@ def test_the_schedulers_refusal_reaches_its_client(frontend: Frontend) -> None:
     frontend.scheduler.send(Rejected(request_id, "InvalidRequestError", "no"))
     error = client.expect(Error)
     assert (error.code, error.id, error.message) == ("bad_request", 1, "no")
+
+
+def test_a_request_without_numbers_fails_at_its_client_as_it_would_in_process(frontend: Frontend) -> None:
+    client = frontend.welcome()
+    request_id = open_request(frontend, client)
+    frontend.scheduler.send_tokens(request_id, [3])
+    client.expect(Delta)
+    frontend.scheduler.send(Rejected(request_id, "NumericalError", "all NaN"))
+    error = client.expect(Error)
+    assert (error.code, error.id, error.retryable) == ("numerical", 1, False)
+    failure = exception_of(error)
+    assert (type(failure), str(failure)) == (NumericalError, "all NaN")
 
 
 def test_a_client_has_its_share_and_no_more(make_frontend: MakeFrontend) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from graphgen.capture.buckets import build_ladder
 from graphgen.ipc.messages import Bucket
 from graphgen.models.rope import Rope
+from graphgen.models.sampling import NO_TOKEN
 from graphgen.models.spec import RopeSpec
 from graphgen.worker.inputs import InputShape, input_layout
 from graphgen.worker.rows import ExpandedStep, SlotTables, TorchRows
@@ -74,7 +75,9 @@ def test_both_prologues_agree_on_every_bucket(seed: int) -> None:
             rows.append_pages()
             step = rows.expand()
             draws = step.draws
-            rows.feed_back(torch.arange(len(draws.rows), dtype=torch.int32, device=device) + 7, draws)
+            tokens = torch.arange(len(draws.rows), dtype=torch.int32, device=device) + 7
+            tokens[::3] = NO_TOKEN  # reaches the ring; the slot gets token 0
+            rows.feed_back(tokens, draws)
             steps.append(live_part(step, fields, bucket.prefill_rows))
             tables.append(own.block_table[:NUM_SLOTS])
             rings.append(ring)

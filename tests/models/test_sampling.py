@@ -20,7 +20,7 @@ from transformers import (
 
 from graphgen.ipc.errors import InvalidRequestError
 from graphgen.ipc.messages import SamplerParams, SlotInit
-from graphgen.models.sampling import ROW_WIDTH, Sampler, make_sampler, pack_slot
+from graphgen.models.sampling import NO_TOKEN, ROW_WIDTH, Sampler, make_sampler, pack_slot
 from graphgen.models.sampling.arithmetic import exp_not_positive, gumbel, log_positive
 from graphgen.models.sampling.philox import philox4x32
 from graphgen.models.sampling.reference import filtered_scores, penalised_logits
@@ -236,20 +236,28 @@ def test_troubled_rows_draw_valid_tokens_from_what_is_left() -> None:
     for params in MIXED:
         sampler = make_owned([params], vocab_size)
         tokens = sampler.sample(logits, torch.zeros(12, dtype=torch.int64), torch.arange(12) + 9)
-        assert ((tokens >= 0) & (tokens < vocab_size)).all()
-        assert tokens[[3, 4]].tolist() == [0, 0]
+        undrawable = torch.tensor([row in (3, 4) for row in range(12)])
+        assert (tokens[undrawable] == NO_TOKEN).all(), "all NaN, all -inf"
+        assert ((tokens >= 0) & (tokens < vocab_size))[~undrawable].all()
         assert tokens[5] >= vocab_size // 2
         assert tokens[6] == vocab_size // 3
         assert tokens[7] < vocab_size // 3
 
 
-def test_padded_rows_draw_a_valid_token_and_leave_no_trace() -> None:
+def test_a_row_whose_only_numbers_are_banned_stop_tokens_has_no_token() -> None:
+    sampler = make_sampler(1, 16, CPU)
+    own(sampler, [SamplerParams()], min_length=5)
+    logits = torch.full((1, 16), float("nan"))
+    logits[0, STOP_TOKENS[0]] = 1.0
+    drawn = [sampler.sample(logits, torch.tensor([0]), torch.tensor([position])).item() for position in (4, 5)]
+    assert drawn == [NO_TOKEN, STOP_TOKENS[0]]
+
+
+def test_padded_rows_leave_no_trace() -> None:
     sampler = make_owned([SamplerParams(repetition_penalty=2.0)], 16)
     trash = sampler.tables.trash_slot
     sampler.count_inputs(torch.tensor([3, 3]), torch.tensor([trash, trash]), torch.tensor([0, 0]))
     assert not sampler.tables.occurrences.any()
-    logits = torch.full((1, 16), float("nan"))
-    assert sampler.sample(logits, torch.tensor([trash]), torch.tensor([1])).tolist() == [0]
 
 
 def test_logits_are_left_as_they_are_and_bfloat16_is_computed_in_float32() -> None:

@@ -66,14 +66,14 @@ class LocalEngine:
                 in_flight.append(self.runner.launch(plan, received_s=0.0))
             step = in_flight.popleft()
             step.fetched.wait()
-            outputs = self.scheduler.update(step.step_id, step.tokens.numpy()[step.drawn_rows].tolist())
+            outputs = self.scheduler.update(step.step_id, step.read_draws()[0])
             for request_id, (token_id, reason) in tokens_of(outputs).items():
                 tokens[request_id - first_id].append(token_id)
                 unfinished -= reason is not None
         while in_flight:
             step = in_flight.popleft()
             step.fetched.wait()
-            self.scheduler.update(step.step_id, step.tokens.numpy()[step.drawn_rows].tolist())
+            self.scheduler.update(step.step_id, step.read_draws()[0])
         return tokens
 
     def close(self) -> None:

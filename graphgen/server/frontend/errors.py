@@ -9,6 +9,7 @@ from graphgen.ipc.errors import (
     EngineClosedError,
     EngineDeadError,
     InvalidRequestError,
+    NumericalError,
     OverloadedError,
     PromptTooLongError,
 )
@@ -43,6 +44,8 @@ def _code_of(failure: BaseException) -> Code:
             return "bad_request"
         case DeadlineError():
             return "deadline"
+        case NumericalError():
+            return "numerical"
         case EngineDeadError() | EngineClosedError():
             return "engine_lost"
         case _:
