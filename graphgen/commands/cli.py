@@ -46,10 +46,10 @@ def generate(
         str, typer.Argument(metavar="PROMPT", help="The text to go on with; - reads it from standard input.")
     ],
     max_tokens: Annotated[int, typer.Option(help="Most tokens of output.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", show_default="the model's")] = None,
+    top_k: Annotated[int | None, typer.Option(help="0 is off.", show_default="the model's")] = None,
+    top_p: Annotated[float | None, typer.Option(help="1 is off.", show_default="the model's")] = None,
+    min_p: Annotated[float | None, typer.Option(help="0 is off.", show_default="the model's")] = None,
     seed: Annotated[
         int | None, typer.Option(help="The same seed gives the same text.", show_default="a fresh one")
     ] = None,

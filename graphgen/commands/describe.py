@@ -1,7 +1,9 @@
 """Why an engine is set up as it is: one sentence for each decision. Used by `graphgen info`."""
 
+import msgspec
 from msgspec import Struct
 
+from graphgen.ipc.ggp.messages import SamplingDefaults
 from graphgen.ipc.messages import TIMING_PHASE, Ready, WorkerReady
 from graphgen.launch.config import EngineConfig, LaunchConfig
 
@@ -20,6 +22,7 @@ def decisions(config: EngineConfig, launch: LaunchConfig, ready: Ready) -> list[
     page_bytes = spec.kv_bytes_per_token(launch.dtype) * worker.page_size
     return [
         Decision("model", launch.model_folder, _model_reason(config, launch)),
+        _sampling_decision(config, launch),
         Decision("device", worker.device, _asked(config.device != "auto") or _device_reason(launch)),
         Decision(
             "dtype",
@@ -61,6 +64,20 @@ def decisions(config: EngineConfig, launch: LaunchConfig, ready: Ready) -> list[
             + f"; holds {worker.num_pages * worker.page_size:,} positions, {worker.page_size} a page",
         ),
     ]
+
+
+def _sampling_decision(config: EngineConfig, launch: LaunchConfig) -> Decision:
+    """What a request draws with that states nothing: the values that differ from those of a model without any."""
+    plain = msgspec.structs.asdict(SamplingDefaults())
+    own = {
+        name: value for name, value in msgspec.structs.asdict(launch.sampling_defaults).items() if value != plain[name]
+    }
+    return Decision(
+        "sampling defaults",
+        ", ".join(f"{name} {value:g}" for name, value in own.items()) or "temperature 1, nothing else",
+        _asked(config.generation_config != "auto")
+        or ("the model's generation_config.json" if own else "the model's generation_config.json states no others"),
+    )
 
 
 def _step_times_decision(worker: WorkerReady) -> Decision:

@@ -19,6 +19,7 @@ from msgspec import Struct
 
 from graphgen.capture.buckets import MIN_TOKEN_BUDGET, max_running
 from graphgen.ipc.errors import ConfigError
+from graphgen.ipc.ggp.messages import SamplingDefaults
 from graphgen.models.spec import ModelSpec
 
 LAUNCH_FILE = "launch.msgpack"
@@ -39,6 +40,10 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     """Branch, tag or commit of a hub id. None: its main branch."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer. None: the model's."""
+    generation_config: Literal["auto", "none"] = "auto"
+    """auto: sampling values that a request leaves out are those of the model's generation_config.json (temperature,
+    top_k, top_p, min_p, repetition_penalty; do_sample false is temperature 0). none: they are 1, or off. Its
+    end-of-sequence ids hold either way."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N. auto: CUDA where a GPU and a CUDA build of torch are present, else the CPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -130,6 +135,7 @@ class EngineSettings(TypedDict, total=False):
     model: str | None
     revision: str | None
     tokenizer: str | None
+    generation_config: Literal["auto", "none"]
     device: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     max_model_len: int | None
@@ -174,6 +180,7 @@ class LaunchConfig(Struct, frozen=True, kw_only=True):
     model_folder: str
     spec: ModelSpec
     eos_token_ids: tuple[int, ...]
+    sampling_defaults: SamplingDefaults  # of requests that state no values
     device: str  # "cpu", "cuda" or "cuda:N"
     dtype: str  # "float32", "bfloat16" or "float16"
     attention: str  # "auto", "flashinfer" or "torch"
@@ -212,7 +219,12 @@ class LaunchConfig(Struct, frozen=True, kw_only=True):
         return msgspec.msgpack.decode(path.read_bytes(), type=cls)
 
 
-def resolve(config: EngineConfig, spec: ModelSpec, model_folder: Path) -> LaunchConfig:
+def resolve(
+    config: EngineConfig,
+    spec: ModelSpec,
+    model_folder: Path,
+    sampling_defaults: SamplingDefaults = SamplingDefaults(),  # noqa: B008  # frozen: a model that states none
+) -> LaunchConfig:
     """Every choice that EngineConfig left open, made once. Raises ConfigError."""
     device = find_device() if config.device == "auto" else config.device
     on_cuda = device != "cpu"
@@ -221,6 +233,7 @@ def resolve(config: EngineConfig, spec: ModelSpec, model_folder: Path) -> Launch
         model_folder=str(model_folder),
         spec=spec,
         eos_token_ids=tuple(spec.eos_token_ids),
+        sampling_defaults=sampling_defaults,
         device=device,
         dtype=_resolve_dtype(config, spec, on_cuda),
         attention=config.attention,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct
 
 from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.errors import (
@@ -22,7 +22,7 @@ from graphgen.ipc.errors import (
     ServerError,
 )
 from graphgen.ipc.ggp.limits import MAX_INT
-from graphgen.ipc.ggp.messages import ChatMessage, Delta, Done, Error, Generate, Sampling
+from graphgen.ipc.ggp.messages import ChatMessage, Delta, Done, Error, Generate, Sampling, SamplingDefaults
 from graphgen.ipc.messages import FinishReason
 from graphgen.requests.open_request import Delivery, Sink
 from graphgen.requests.outputs import RequestOutput, StreamPiece, Timing
@@ -130,9 +130,14 @@ def wire_sampling(sampling: SamplingParams) -> Sampling:
     if sampling.seed is not None and sampling.seed > MAX_INT:
         raise InvalidRequestError(f"seed is {sampling.seed}, the protocol's limit is {MAX_INT}: use a smaller one")
     values = msgspec.structs.asdict(sampling)
+    for name in SamplingDefaults.__struct_fields__:
+        if values[name] is None:
+            values[name] = UNSET  # the model's
+    if sampling.top_k == -1:
+        values["top_k"] = 0
     values["stop"] = [_valid_text(text) for text in sampling.stop_strings]
     values["stop_token_ids"] = list(sampling.stop_token_ids)
-    return Sampling(**values)
+    return Sampling(**values, model_defaults=True)
 
 
 def exception_of(error: Error) -> GraphgenError:

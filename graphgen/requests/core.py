@@ -15,6 +15,7 @@ from graphgen import demo
 from graphgen.base.progress import StartProgress
 from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.errors import ConfigError, InvalidRequestError, PromptTooLongError
+from graphgen.ipc.ggp.messages import SamplingDefaults
 from graphgen.ipc.messages import EngineStats, Ready, Submit
 from graphgen.launch.config import EngineConfig, LaunchConfig, check_device, resolve
 from graphgen.launch.processes import EngineProcesses
@@ -122,7 +123,7 @@ class AttachedCore:
                 max_tokens=max_tokens,
                 min_tokens=sampling.min_tokens,
                 stop_token_ids=stop_token_ids,
-                sampler=sampling.resolve_sampler(seed, sample_index),
+                sampler=sampling.resolve_sampler(launch.sampling_defaults, seed, sample_index),
                 arrived_s=arrived_s,
                 priority=sampling.priority,
                 deadline_ms=sampling.deadline_ms,
@@ -229,9 +230,11 @@ def describe_start(ready: Ready, start_s: float) -> str:
 def launch_config(config: EngineConfig) -> LaunchConfig:
     from graphgen.models.checkpoint_config import resolve_model
     from graphgen.models.families import load_spec
+    from graphgen.models.generation_config import read_sampling_defaults
 
     folder = demo.model_folder() if config.model is None else resolve_model(config.model, config.revision)
-    return resolve(config, load_spec(folder), folder)
+    defaults = read_sampling_defaults(folder) if config.generation_config == "auto" else SamplingDefaults()
+    return resolve(config, load_spec(folder), folder, defaults)
 
 
 def load_config_tokenizer(config: EngineConfig, launch: LaunchConfig) -> Tokenizer | None:

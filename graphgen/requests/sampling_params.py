@@ -1,7 +1,7 @@
 """How one prompt is to be sampled and served and when it ends: the public SamplingParams and what it is on the wire.
 
 Owns every check of its values. Knows no model: limits that depend on one (vocabulary, context) are checked by
-`graphgen.requests.core` when the request is made.
+`graphgen.requests.core` when the request is made, which also knows the model's own values.
 """
 
 import math
@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from graphgen.ipc.errors import InvalidRequestError
+from graphgen.ipc.ggp.messages import SamplingDefaults
 from graphgen.ipc.messages import MAX_PRIORITY, MAX_STOP_TOKEN_IDS, MAX_TARGET_MS, SamplerParams
 
 MAX_STOP_STRINGS = 16
@@ -34,15 +35,16 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
     """Most tokens of output; None goes to the end of the model's context, and no request goes beyond that."""
     min_tokens: int = 0
     """No stop token is drawn and no stop string looked for before so many tokens of output."""
-    temperature: float = 1.0
-    """0 is greedy: the likeliest token each time."""
-    top_k: int = 0
-    """Draw from the k likeliest tokens; 0 is off."""
-    top_p: float = 1.0
+    temperature: float | None = None
+    """0 is greedy: the likeliest token each time. None, here and in the next four fields, is the model's own value:
+    what its generation_config.json says, else 1, or for the others off."""
+    top_k: int | None = None
+    """Draw from the k likeliest tokens; 0 and -1 are off."""
+    top_p: float | None = None
     """Draw from the smallest set of likeliest tokens that holds this probability; 1 is off."""
-    min_p: float = 0.0
+    min_p: float | None = None
     """Draw from tokens at least this times as likely as the likeliest; 0 is off."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     """Divides the logits of tokens in prompt and output (multiplies negative ones); 1 is off."""
     presence_penalty: float = 0.0
     """Taken from the logits of tokens in the output, once; 0 is off."""
@@ -79,8 +81,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for field in msgspec.structs.fields(SamplingParams):
             _check_type(field.name, getattr(self, field.name), field.type)
-        if self.max_tokens is not None:
-            _check_range("max_tokens", self.max_tokens, 1, _MAX_INT32)
+        _check_range("max_tokens", self.max_tokens, 1, _MAX_INT32)
         _check_range("min_tokens", self.min_tokens, 0, _MAX_INT32)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
@@ -88,20 +89,17 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
                 " lower min_tokens or raise max_tokens"
             )
         _check_range("temperature", self.temperature, 0.0, 100.0)
-        _check_range("top_k", self.top_k, 0, _MAX_INT32)
+        _check_range("top_k", self.top_k, -1, _MAX_INT32)
         _check_range("top_p", self.top_p, 0.0, 1.0, above=True)
         _check_range("min_p", self.min_p, 0.0, 1.0)
         _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
         _check_range("presence_penalty", self.presence_penalty, -100.0, 100.0)
         _check_range("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
-        if self.seed is not None:
-            _check_range("seed", self.seed, 0, _MAX_SEED)
+        _check_range("seed", self.seed, 0, _MAX_SEED)
         _check_range("n", self.n, 1, MAX_SAMPLES)
         _check_range("priority", self.priority, 0, MAX_PRIORITY)
         for name in ("deadline_ms", "itl_target_ms", "ttft_target_ms"):
-            value = getattr(self, name)
-            if value is not None:
-                _check_range(name, value, 0.0, MAX_TARGET_MS, above=True)
+            _check_range(name, getattr(self, name), 0.0, MAX_TARGET_MS, above=True)
         if len(self.cache_salt) > MAX_CACHE_SALT_LEN:
             raise InvalidRequestError(
                 f"cache_salt has {len(self.cache_salt)} characters, the limit is {MAX_CACHE_SALT_LEN}: give its digest"
@@ -131,14 +129,19 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
         """`stop` as a tuple, however it was given."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
-    def resolve_sampler(self, seed: int, sample_index: int = 0) -> SamplerParams:
-        """The values of the device's tables for one of the n outputs; `seed` is for a request that states none."""
+    def resolve_sampler(self, defaults: SamplingDefaults, seed: int, sample_index: int = 0) -> SamplerParams:
+        """The values of the device's tables for one of the n outputs.
+
+        defaults: of the model, for what is None here; seed: for a request that states none.
+        """
         return SamplerParams(
-            temperature=float(self.temperature),
-            top_k=self.top_k,
-            top_p=float(self.top_p),
-            min_p=float(self.min_p),
-            repetition_penalty=float(self.repetition_penalty),
+            temperature=float(defaults.temperature if self.temperature is None else self.temperature),
+            top_k=max(0, defaults.top_k if self.top_k is None else self.top_k),
+            top_p=float(defaults.top_p if self.top_p is None else self.top_p),
+            min_p=float(defaults.min_p if self.min_p is None else self.min_p),
+            repetition_penalty=float(
+                defaults.repetition_penalty if self.repetition_penalty is None else self.repetition_penalty
+            ),
             presence_penalty=float(self.presence_penalty),
             frequency_penalty=float(self.frequency_penalty),
             seed=((seed if self.seed is None else self.seed) + sample_index) % (_MAX_SEED + 1),
@@ -164,8 +167,10 @@ def _check_type(name: str, value: object, expected: Any) -> None:
         raise InvalidRequestError(f"{name} is {value!r}: {reason[0].lower()}{reason[1:]}") from None
 
 
-def _check_range(name: str, value: float, least: float, most: float, *, above: bool = False) -> None:
-    """least <= value <= most, or least < value with `above`. NaN and infinity are in no range."""
+def _check_range(name: str, value: float | None, least: float, most: float, *, above: bool = False) -> None:
+    """least <= value <= most, or least < value with `above`. NaN and infinity are in no range; None states nothing."""
+    if value is None:
+        return
     if not math.isfinite(value) or value > most or value < least or (above and value == least):
         low = f"above {least}" if above else f"from {least}"
         raise InvalidRequestError(f"{name} is {value}: use a value {low} to {most}")

@@ -11,7 +11,7 @@ absent key means the default, and a key never changes its meaning.
 from collections.abc import Mapping
 from typing import Annotated
 
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from graphgen.ipc.ggp import limits
 
@@ -29,9 +29,34 @@ Measured = Annotated[float, Meta(ge=0, le=limits.MAX_INT)]
 Milliseconds = Annotated[float, Meta(gt=0, le=limits.MAX_DURATION_MS)]
 SessionKey = Annotated[str, Meta(max_length=limits.MAX_SESSION_LEN)]
 
+Temperature = Annotated[float, Meta(ge=0, le=100, description="0 is greedy.")]
+TopK = Annotated[int, Meta(ge=0, le=2**31 - 1, description="Draw from the k likeliest tokens; 0 is off.")]
+TopP = Annotated[
+    float, Meta(gt=0, le=1, description="Draw from the fewest tokens that hold this probability; 1 is off.")
+]
+MinP = Annotated[
+    float, Meta(ge=0, le=1, description="Draw from tokens at least so likely relative to the likeliest; 0 is off.")
+]
+RepetitionPenalty = Annotated[float, Meta(gt=0, le=100, description="On tokens of prompt and output; 1 is off.")]
+
+
+class SamplingDefaults(Struct, frozen=True, kw_only=True):
+    """How a model draws where a request says nothing: the value of `welcome.sampling_defaults`.
+
+    The defaults here are those of a model that states none, and of a request without `sampling.model_defaults`.
+    """
+
+    temperature: Temperature = 1.0
+    top_k: TopK = 0
+    top_p: TopP = 1.0
+    min_p: MinP = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
+
 
 class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How a request draws its tokens, when it ends and how it is served: the value of `generate.sampling`."""
+
+    # UNSET: the key was absent. Its default is that of SamplingDefaults, or, with `model_defaults`, the model's.
 
     max_tokens: Annotated[
         Annotated[int, Meta(ge=1, le=2**31 - 1)] | None,
@@ -40,17 +65,11 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
     min_tokens: Annotated[
         int, Meta(ge=0, le=2**31 - 1, description="No stop token and no stop string ends the output before so many.")
     ] = 0
-    temperature: Annotated[float, Meta(ge=0, le=100, description="0 is greedy.")] = 1.0
-    top_k: Annotated[int, Meta(ge=0, le=2**31 - 1, description="Draw from the k likeliest tokens; 0 is off.")] = 0
-    top_p: Annotated[
-        float, Meta(gt=0, le=1, description="Draw from the fewest tokens that hold this probability; 1 is off.")
-    ] = 1.0
-    min_p: Annotated[
-        float, Meta(ge=0, le=1, description="Draw from tokens at least so likely relative to the likeliest; 0 is off.")
-    ] = 0.0
-    repetition_penalty: Annotated[
-        float, Meta(gt=0, le=100, description="On tokens of prompt and output; 1 is off.")
-    ] = 1.0
+    temperature: Temperature | UnsetType = UNSET
+    top_k: TopK | UnsetType = UNSET
+    top_p: TopP | UnsetType = UNSET
+    min_p: MinP | UnsetType = UNSET
+    repetition_penalty: RepetitionPenalty | UnsetType = UNSET
     presence_penalty: Annotated[
         float, Meta(ge=-100, le=100, description="On tokens of the output, once each; 0 is off.")
     ] = 0.0
@@ -94,6 +113,10 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
             description="Prompts share cached pages only under equal salts, and never across clients' keys.",
         ),
     ] = ""
+    model_defaults: Annotated[
+        bool,
+        Meta(description="true: keys of `welcome.sampling_defaults` that are absent here have the values given there."),
+    ] = False
 
 
 class ChatMessage(Struct, frozen=True, kw_only=True):
@@ -225,6 +248,9 @@ class Welcome(Struct, frozen=True, kw_only=True):
     heartbeat_ms: Annotated[Count, Meta(description="Time between the server's pings to a client with open requests.")]
     slow_consumer_ms: Annotated[Count, Meta(description="A client that takes or says nothing for so long is cut off.")]
     control: Annotated[str, Meta(description="Address of the control socket, as it was bound.")]
+    sampling_defaults: Annotated[
+        SamplingDefaults, Meta(description="What the model draws with by itself; see `sampling.model_defaults`.")
+    ] = SamplingDefaults()
 
 
 class Accepted(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from msgspec import NODEFAULT, Struct, inspect
+from msgspec import NODEFAULT, UNSET, Struct, inspect
 
 from graphgen.ipc.ggp.codes import CODES
 from graphgen.ipc.ggp.framing import client_framing, server_framing
@@ -28,6 +28,7 @@ from graphgen.ipc.ggp.messages import (
     Ping,
     Pong,
     Sampling,
+    SamplingDefaults,
     ServerLimits,
     Timing,
     Usage,
@@ -37,6 +38,7 @@ _MAPS: dict[type[Struct], str] = {
     Sampling: "sampling",
     ChatMessage: "chat message",
     ServerLimits: "limits",
+    SamplingDefaults: "sampling_defaults",
     Usage: "usage",
     Timing: "timing",
 }
@@ -144,6 +146,8 @@ def _default_text(field: Any) -> str:  # msgspec.structs.FieldInfo publishes its
         default = field.default_factory()
     else:
         return "required"
+    if default is UNSET:
+        default = getattr(SamplingDefaults(), field.name)
     if isinstance(default, Struct):
         return "all defaults"
     return "nil" if default is None else msgspec.json.encode(default).decode()

@@ -230,6 +230,13 @@ SAMPLING = [
     sampled("itl-target", "a fraction of a millisecond", "itl_target_ms", f64(0.5), 0.5),
     sampled("ttft-target-nil", "nil where the table has nil", "ttft_target_ms", NIL, None),
     sampled("cache-salt-256", "256 characters of 1024 bytes", "cache_salt", str16("😀".encode() * 256), "😀" * 256),
+    sampled("model-defaults", "what is absent is the model's", "model_defaults", TRUE, True),
+    prompted(
+        "model-defaults-and-a-default",
+        "a key that is there is given, though its value is the default: the model's temperature does not count",
+        ("sampling", mapping(("model_defaults", TRUE), ("temperature", f64(1.0)), ("top_k", integer(0)))),
+        sampling={"model_defaults": True, "temperature": 1.0, "top_k": 0},
+    ),
 ]
 
 OTHERS = [

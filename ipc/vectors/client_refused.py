@@ -275,6 +275,7 @@ SAMPLING = [
         ("ttft-target-negative", "below 0", "ttft_target_ms", f64(-1.0)),
         ("cache-salt-257", "257 characters", "cache_salt", str16("😀".encode() * 257)),
         ("cache-salt-nil", "nil where the table has no nil", "cache_salt", NIL),
+        ("model-defaults-int", "1 is not true", "model_defaults", integer(1)),
     ]
 ]
 

@@ -46,6 +46,7 @@ SAMPLING: dict[str, Value] = {
     "itl_target_ms": None,
     "ttft_target_ms": None,
     "cache_salt": "",
+    "model_defaults": False,
 }
 
 DEFAULTS: dict[str, dict[str, Value]] = {
@@ -71,9 +72,12 @@ DEFAULTS: dict[str, dict[str, Value]] = {
         "stop_token_ids": 16,
         "deadline_ms": 3_600_000,
     },
+    "welcome": {"sampling_defaults": {}},
+    "sampling_defaults": {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0},
     "accepted": {"prompt_ids": None},
     "delta": {"seq": 0, "sample": 0, "ids": [], "text": "", "finish": None},
     "usage": {"cached_tokens": 0},
     "error": {"retryable": False, "retry_after_ms": None, "id": None, "about": "", "versions": None},
 }
-"""Name of a kind, or of a map within one -> its defaults; `sampling`, `limits` and `usage` have their own."""
+"""Name of a kind, or of a map within one -> its defaults; `sampling`, `limits`, `sampling_defaults` and `usage` have
+their own."""

@@ -117,6 +117,22 @@ def delta(name: str, meaning: str, *pairs: tuple[str, bytes], **value: Value) ->
 SERVER_ACCEPTED = [
     Vector("welcome", (header("W"), mapping(*WELCOME)), "a session is open", "ok", WELCOME_VALUE),
     Vector(
+        "welcome-sampling-defaults",
+        (
+            header("W"),
+            mapping(
+                *WELCOME,
+                (
+                    "sampling_defaults",
+                    mapping(("temperature", f32(0.5)), ("top_k", integer(20)), ("min_p", integer(0))),
+                ),
+            ),
+        ),
+        "a model with a temperature and top-k of its own; what is absent is off",
+        "ok",
+        {**WELCOME_VALUE, "sampling_defaults": {"temperature": 0.5, "top_k": 20}},
+    ),
+    Vector(
         "welcome-any-order",
         (header("W"), map32(*reversed(WELCOME), ("motd", text("hello")))),
         "keys in another order, an unknown one, a map with a 4-byte length",

@@ -177,6 +177,14 @@ SERVER_REFUSED = [
     wrong(
         "welcome-features-nil", "W", "nil where the table has no nil", *without(WELCOME, "features"), ("features", NIL)
     ),
+    wrong(
+        "welcome-defaults-nan",
+        "W",
+        "NaN is outside every range",
+        *WELCOME,
+        ("sampling_defaults", mapping(("temperature", f64(float("nan"))))),
+    ),
+    wrong("welcome-defaults-array", "W", "an array is no map", *WELCOME, ("sampling_defaults", array())),
     wrong("welcome-version-str", "W", "a number in letters", *without(WELCOME, "version"), ("version", text("1"))),
     wrong(
         "health-ready-int", "M", "1 is not true", ("status", text("ok")), ("ready", integer(1)), ("worker_ms", f64(1.0))

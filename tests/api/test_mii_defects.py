@@ -18,6 +18,7 @@ import types
 import torch
 
 from graphgen import SamplingParams
+from graphgen.ipc.ggp.messages import SamplingDefaults
 from graphgen.ipc.messages import SamplerParams, SlotInit
 from graphgen.models.sampling import make_sampler, pack_slot
 from graphgen.scheduler.policy import Scheduler
@@ -26,7 +27,8 @@ from tests.scheduler.harness import make_limits, make_submit
 
 def test_d7_temperature_zero_is_greedy_and_draws_the_likeliest_token_whatever_the_seed() -> None:
     logits = torch.tensor([[0.1, 3.0, 2.9, 0.0]]).repeat(16, 1)
-    drawn = _draw(logits, [SamplingParams(temperature=0, seed=seed).resolve_sampler(0) for seed in range(16)])
+    greedy = [SamplingParams(temperature=0, seed=seed) for seed in range(16)]
+    drawn = _draw(logits, [sampling.resolve_sampler(SamplingDefaults(), 0) for sampling in greedy])
     assert drawn == [1] * 16
 
 

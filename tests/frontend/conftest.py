@@ -1,6 +1,7 @@
 """Frontends for tests: each test has its own, over one tokenizer."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ def portable() -> PortableTokenizer:
 def make_frontend(portable: PortableTokenizer) -> Iterator[MakeFrontend]:
     made: list[Frontend] = []
 
-    def make(**settings: object) -> Frontend:
+    def make(**settings: Any) -> Frontend:
         made.append(Frontend(portable, **settings))
         return made[-1]
 

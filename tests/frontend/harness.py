@@ -61,7 +61,7 @@ def make_settings(**changes: Any) -> FrontendSettings:  # any field of FrontendS
 class Frontend:
     """The server under test. `scheduler` is the engine's end, `supervisor` its master's."""
 
-    def __init__(self, portable: PortableTokenizer, **settings: Any) -> None:
+    def __init__(self, portable: PortableTokenizer, engine: EngineConfig | None = None, **settings: Any) -> None:
         self.settings = make_settings(**settings)
         self.processes = FakeProcesses()
         self.scheduler = FakeScheduler(self.processes)
@@ -73,7 +73,7 @@ class Frontend:
             self._context, self.processes.folder, "frontend", "lower", SupervisorToFrontend
         )
         self._lower = lower
-        launch = launch_config(EngineConfig(device="cpu"))
+        launch = launch_config(engine or EngineConfig(device="cpu"))
         keys = None if self.settings.keys is None else Keys(Path(self.settings.keys))
         self._authentication = None if keys is None else start_authentication(self._context, keys)
         self.sockets: PublicSockets = bind(self._context, self.settings, launch, keys)

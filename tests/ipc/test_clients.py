@@ -19,7 +19,7 @@ from graphgen.ipc.ggp.messages import Accepted, Generate
 from graphgen.mock_server.script import Raw, Reply, Restart, Say, Script, Silence, built_in_script
 from tests.ipc.foreign_clients import LANGUAGES, NODE, TIMEOUT_S, Language, lines_of, play, prepare, start
 from tests.ipc.raw_client import RawClient, running_command, running_mock
-from tests.ipc.vectors import read_vectors, refuses_wrong_vectors, same, with_defaults
+from tests.ipc.vectors import given, read_vectors, refuses_wrong_vectors, same, with_defaults
 
 NO_SESSION = msgspec.msgpack.encode({"code": "no_session", "message": "who are you?", "retryable": True})
 SAY = Say(("one ", "two ", "three "), every_ms=1)
@@ -63,6 +63,7 @@ def test_all_vectors_in_the_direction_of_a_client(language: Language, tmp_path: 
             packed = b"".join(token.to_bytes(4, "little") for token in expected["prompt_ids"])
             expected = {**expected, "prompt_ids": None, "prompt_u32": packed}
         assert same(decoded, expected), vector.name
+        assert given(decoded, vector.value), vector.name
 
 
 def test_fifty_streams_at_once_each_get_their_own_text(language: Language, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import UNSET
 
 import graphgen.ipc
 from graphgen.ipc.errors import InvalidRequestError
@@ -23,6 +24,7 @@ from graphgen.ipc.ggp.messages import (
     Generate,
     Hello,
     Sampling,
+    SamplingDefaults,
 )
 from graphgen.ipc.ggp.reference import update
 from graphgen.requests.sampling_params import SamplingParams
@@ -67,7 +69,7 @@ messages = st.one_of(
         prompt_u32=st.none() | st.binary(min_size=4, max_size=12),
         sampling=st.builds(
             Sampling,
-            temperature=st.floats(0, 100),
+            temperature=st.just(UNSET) | st.floats(0, 100),
             top_p=st.floats(0, 1, exclude_min=True),
             seed=st.none() | st.integers(0, 2**53 - 1),
             stop=st.lists(st.text(min_size=1, max_size=4), max_size=4),
@@ -161,14 +163,18 @@ def test_sampling_on_the_wire_is_the_sampling_of_the_engine() -> None:
     public = {field.name: field for field in msgspec.structs.fields(Sampling)}
     for field in msgspec.structs.fields(SamplingParams):
         default: Any = getattr(SamplingParams(), field.name)
-        assert getattr(Sampling(), field.name) == (list(default) if isinstance(default, tuple) else default), field.name
+        if field.name in SamplingDefaults.__struct_fields__:
+            assert (getattr(Sampling(), field.name), default) == (UNSET, None), "the model decides"
+        else:
+            expected = list(default) if isinstance(default, tuple) else default
+            assert getattr(Sampling(), field.name) == expected, field.name
         for value in range_ends(public[field.name].type):
             if field.name == "seed" and value > 2**53:
                 continue
             extra = {"max_tokens": None} if field.name == "min_tokens" else {}
             SamplingParams(**{**extra, field.name: value})
         for value in beyond_range(public[field.name].type):
-            if field.name not in WIDER_IN_THE_ENGINE:
+            if field.name not in WIDER_IN_THE_ENGINE and (field.name, value) != ("top_k", -1):
                 with pytest.raises(InvalidRequestError):
                     SamplingParams(**{field.name: value})
 

@@ -9,7 +9,7 @@ from graphgen.ipc.ggp.codes import CODES
 from graphgen.ipc.ggp.framing import FrameError, Framing, client_framing, server_framing
 from graphgen.ipc.ggp.messages import NAMES
 from graphgen.ipc.vectors.make import files
-from tests.ipc.vectors import FOLDER, VectorRecord, read_vectors, same, with_defaults
+from tests.ipc.vectors import FOLDER, VectorRecord, given, read_vectors, same, with_defaults
 
 CLIENT, SERVER = read_vectors("client.json"), read_vectors("server.json")
 FRAMINGS: dict[str, Framing[Any, Any]] = {"client": server_framing(), "server": client_framing()}
@@ -52,6 +52,7 @@ def test_the_codec_agrees_with_a_vector(sender: str, vector: VectorRecord) -> No
         assert type(decoded) is KINDS[vector.kind]
         if vector.value is not None:
             assert same(decoded, with_defaults(vector.kind, vector.value))
+            assert given(decoded, vector.value)
         return
     with pytest.raises(FrameError) as caught:
         FRAMINGS[sender].decode(frames)

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import UNSET
 
 import graphgen.ipc
-from graphgen.ipc.ggp.messages import Error
+from graphgen.ipc.ggp.messages import Error, Generate, SamplingDefaults
 from tests.ipc.raw_client import RawClient
 
 FOLDER = Path(graphgen.ipc.__file__).parent / "vectors"
@@ -41,7 +42,7 @@ def with_defaults(kind: str, value: dict[str, Any]) -> dict[str, Any]:
     """The whole message that a vector's value means: every field, and bytes as bytes."""
     defaults = json.loads((FOLDER / "defaults.json").read_text())
     whole = {**defaults.get(kind, {}), **value}
-    for field in ("sampling", "limits", "usage"):
+    for field in ("sampling", "limits", "sampling_defaults", "usage"):
         if isinstance(whole.get(field), dict):
             whole[field] = {**defaults[field], **whole[field]}
     packed = whole.get("prompt_u32")
@@ -53,11 +54,19 @@ def with_defaults(kind: str, value: dict[str, Any]) -> dict[str, Any]:
 def same(found: object, expected: object) -> bool:
     """Every field of `expected` is there and equal, and a float where a float is meant."""
     if isinstance(expected, dict):
-        return all(same(getattr(found, key), value) for key, value in expected.items())
+        return all(same(_field(found, key), value) for key, value in expected.items())
     if isinstance(expected, list):
         items = list(found) if isinstance(found, (list, tuple)) else []
         return len(items) == len(expected) and all(map(same, items, expected))
     return found == expected and isinstance(found, float) == isinstance(expected, float)
+
+
+def given(found: object, value: dict[str, Any]) -> bool:
+    """Whether of the sampling values that a model may decide just those of `value` were sent."""
+    if not isinstance(found, Generate):
+        return True
+    sent = {name for name in SamplingDefaults.__struct_fields__ if getattr(found.sampling, name) is not UNSET}
+    return sent == set(value.get("sampling", {})) & set(SamplingDefaults.__struct_fields__)
 
 
 def refuses_wrong_vectors(client: RawClient) -> None:
@@ -73,6 +82,11 @@ def refuses_wrong_vectors(client: RawClient) -> None:
         assert answer.code == vector.expect, vector.name
         assert vector.allows_error_id(answer.id), vector.name
     assert client.ends_with_pong(1) == []
+
+
+def _field(found: object, key: str) -> object:
+    value = getattr(found, key)
+    return getattr(SamplingDefaults(), key) if value is UNSET else value
 
 
 def _bytes(frame: str | list[tuple[str, int]]) -> bytes:

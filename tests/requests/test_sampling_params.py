@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 
 from graphgen import InvalidRequestError, SamplingParams
+from graphgen.ipc.ggp.messages import SamplingDefaults
 from graphgen.ipc.messages import MAX_STOP_TOKEN_IDS, SamplerParams
 from graphgen.requests.sampling_params import MAX_STOP_STRING_LEN, MAX_STOP_STRINGS
 
+PLAIN = SamplingDefaults()
 BAD: list[tuple[str, Any]] = [  # Any: wrong types are the point
     ("max_tokens", 0),
     ("max_tokens", -1),
@@ -23,8 +25,7 @@ BAD: list[tuple[str, Any]] = [  # Any: wrong types are the point
     ("temperature", math.inf),
     ("temperature", "hot"),
     ("temperature", True),
-    ("temperature", None),
-    ("top_k", -1),
+    ("top_k", -2),
     ("top_k", 1.0),
     ("top_k", True),
     ("top_p", 0.0),
@@ -71,6 +72,8 @@ def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
         ("max_tokens", None),
         ("min_tokens", 128),
         ("temperature", 0),
+        ("temperature", None),
+        ("top_k", -1),
         ("top_p", 1),
         ("top_p", 1e-6),
         ("min_p", 1.0),
@@ -95,15 +98,15 @@ def test_values_at_their_limits_are_taken(name: str, value: Any) -> None:
 
 
 def test_the_sampler_gets_floats_and_the_drawn_seed_only_if_none_was_stated() -> None:
-    assert SamplingParams(temperature=0, top_k=3).resolve_sampler(seed=9) == SamplerParams(top_k=3, seed=9)
-    assert type(SamplingParams(temperature=0).resolve_sampler(seed=9).temperature) is float
-    assert SamplingParams(seed=4).resolve_sampler(seed=9).seed == 4
+    assert SamplingParams(temperature=0, top_k=3).resolve_sampler(PLAIN, seed=9) == SamplerParams(top_k=3, seed=9)
+    assert type(SamplingParams(temperature=0).resolve_sampler(PLAIN, seed=9).temperature) is float
+    assert SamplingParams(seed=4).resolve_sampler(PLAIN, seed=9).seed == 4
 
 
 def test_the_samples_of_a_prompt_have_seeds_of_their_own() -> None:
-    assert [SamplingParams(seed=4).resolve_sampler(9, index).seed for index in range(3)] == [4, 5, 6]
-    assert [SamplingParams().resolve_sampler(9, index).seed for index in range(3)] == [9, 10, 11]
-    assert SamplingParams(seed=2**63 - 1).resolve_sampler(9, 1).seed == 0
+    assert [SamplingParams(seed=4).resolve_sampler(PLAIN, 9, index).seed for index in range(3)] == [4, 5, 6]
+    assert [SamplingParams().resolve_sampler(PLAIN, 9, index).seed for index in range(3)] == [9, 10, 11]
+    assert SamplingParams(seed=2**63 - 1).resolve_sampler(PLAIN, 9, 1).seed == 0
 
 
 def test_stop_ids_are_the_models_and_the_requests_each_once() -> None:

@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
+from msgspec import UNSET
 
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.errors import InvalidRequestError, OverloadedError
 from graphgen.ipc.ggp.framing import FrameError, Framing, make_error
-from graphgen.ipc.ggp.messages import ChatMessage, ClientMessage, Generate, Sampling, ServerMessage
+from graphgen.ipc.ggp.messages import ChatMessage, ClientMessage, Generate, Sampling, SamplingDefaults, ServerMessage
 from graphgen.requests.core import AttachedCore
 from graphgen.requests.open_request import Delivery, OpenRequest
 from graphgen.requests.portable_tokenizer import ChatTemplate, RustTokenizer
@@ -180,6 +181,10 @@ class _Job:
 def sampling_params(sampling: Sampling, key: str) -> SamplingParams:
     """The engine's parameters. Raises InvalidRequestError."""
     values = msgspec.structs.asdict(sampling)
+    defaults = {} if values.pop("model_defaults") else msgspec.structs.asdict(SamplingDefaults())
+    for name, value in values.items():
+        if value is UNSET:
+            values[name] = defaults.get(name)  # None: the model's
     values["cache_salt"] = cache_salt(key, sampling.cache_salt)
     return SamplingParams(**values)
 

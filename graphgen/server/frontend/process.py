@@ -162,6 +162,7 @@ def _welcome(
         "samples": True,
         "classes": True,
         "prefix_cache": launch.prefix_cache,
+        "model_defaults": True,
     }
     return Welcome(
         version=MAJOR,
@@ -182,4 +183,5 @@ def _welcome(
         heartbeat_ms=round(settings.heartbeat_s * 1000),
         slow_consumer_ms=round(settings.slow_consumer_s * 1000),
         control=sockets.control.address,
+        sampling_defaults=launch.sampling_defaults,
     )

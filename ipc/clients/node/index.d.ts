@@ -48,6 +48,8 @@ export interface GenerateOptions {
   itlTargetMs?: number | null;
   ttftTargetMs?: number | null;
   cacheSalt?: string;
+  /** true: temperature, topK, topP, minP and repetitionPenalty, where not given, are `Welcome.samplingDefaults`. */
+  modelDefaults?: boolean;
   /** false: each sample comes in one piece. */
   stream?: boolean;
   /** true: `Stream.promptIds` is set. */
@@ -110,6 +112,15 @@ export interface Limits {
   deadlineMs: number;
 }
 
+/** What the model draws with by itself. */
+export interface SamplingDefaults {
+  temperature: number;
+  topK: number;
+  topP: number;
+  minP: number;
+  repetitionPenalty: number;
+}
+
 export interface Welcome {
   version: number;
   session: string;
@@ -123,6 +134,7 @@ export interface Welcome {
   heartbeatMs: number;
   slowConsumerMs: number;
   control: string;
+  samplingDefaults: SamplingDefaults;
 }
 
 export interface Stats {

@@ -15,11 +15,11 @@ namespace graphgen {
 struct Sampling {
   std::optional<std::uint32_t> max_tokens = 128;  ///< Nothing: to the end of the model's context.
   std::uint32_t min_tokens = 0;
-  double temperature = 1.0;
-  std::uint32_t top_k = 0;
-  double top_p = 1.0;
-  double min_p = 0.0;
-  double repetition_penalty = 1.0;
+  std::optional<double> temperature;  ///< Nothing, here and in the next four: 1 or off, or the model's.
+  std::optional<std::uint32_t> top_k;
+  std::optional<double> top_p;
+  std::optional<double> min_p;
+  std::optional<double> repetition_penalty;
   double presence_penalty = 0.0;
   double frequency_penalty = 0.0;
   std::optional<std::uint64_t> seed;  ///< Up to 2^53-1.
@@ -33,6 +33,7 @@ struct Sampling {
   std::optional<double> itl_target_ms;
   std::optional<double> ttft_target_ms;
   std::string cache_salt;
+  bool model_defaults = false;  ///< true: those five, where nothing is given, are Welcome::sampling_defaults.
 };
 
 struct ChatMessage {
@@ -93,6 +94,15 @@ struct Limits {
   std::uint64_t deadline_ms = 3'600'000;
 };
 
+/// What the model draws with by itself.
+struct SamplingDefaults {
+  double temperature = 1.0;
+  std::uint64_t top_k = 0;
+  double top_p = 1.0;
+  double min_p = 0.0;
+  double repetition_penalty = 1.0;
+};
+
 /// What the server says of itself.
 struct Welcome {
   std::uint64_t version = 0;
@@ -107,6 +117,7 @@ struct Welcome {
   std::uint64_t heartbeat_ms = 0;
   std::uint64_t slow_consumer_ms = 0;
   std::string control;
+  SamplingDefaults sampling_defaults;
 };
 
 /// A snapshot, by the names of PROTOCOL.md's `stats`.

@@ -33,6 +33,15 @@ void read(const msgpack::object& value, Limits& into) {
   map.optional("deadline_ms", into.deadline_ms);
 }
 
+void read(const msgpack::object& value, SamplingDefaults& into) {
+  const Map map(value);
+  map.optional("temperature", into.temperature);
+  map.optional("top_k", into.top_k);
+  map.optional("top_p", into.top_p);
+  map.optional("min_p", into.min_p);
+  map.optional("repetition_penalty", into.repetition_penalty);
+}
+
 namespace {
 
 constexpr char major = 1;
@@ -55,6 +64,7 @@ Welcome read_welcome(const Map& map) {
   map.required("heartbeat_ms", message.heartbeat_ms);
   map.required("slow_consumer_ms", message.slow_consumer_ms);
   map.required("control", message.control);
+  map.optional("sampling_defaults", message.sampling_defaults);
   return message;
 }
 

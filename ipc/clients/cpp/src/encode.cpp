@@ -118,6 +118,7 @@ MapWriter sampling_map(const Sampling& sampling) {
   FIELD(itl_target_ms);
   FIELD(ttft_target_ms);
   FIELD(cache_salt);
+  FIELD(model_defaults);
 #undef FIELD
   return map;
 }

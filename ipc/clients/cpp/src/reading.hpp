@@ -80,6 +80,7 @@ void read(const msgpack::object& value, std::optional<Value>& into) {
 void read(const msgpack::object& value, Usage& into);
 void read(const msgpack::object& value, Timing& into);
 void read(const msgpack::object& value, Limits& into);
+void read(const msgpack::object& value, SamplingDefaults& into);
 
 class Map {
  public:

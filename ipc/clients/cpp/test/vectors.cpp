@@ -33,7 +33,7 @@ std::string bytes_of(const json& frame) {
 json with_defaults(const json& defaults, const std::string& kind, const json& value) {
   json whole = defaults.value(kind, json::object());
   whole.update(value);
-  for (const char* field : {"sampling", "limits", "usage"}) {
+  for (const char* field : {"sampling", "limits", "sampling_defaults", "usage"}) {
     if (!whole.contains(field)) continue;
     json inner = defaults.at(field);
     inner.update(whole.at(field));
@@ -51,10 +51,14 @@ json or_null(const std::optional<Value>& value) {
 struct ToJson {
   json operator()(const graphgen::Welcome& m) const {
     const graphgen::Limits& l = m.limits;
+    const graphgen::SamplingDefaults& d = m.sampling_defaults;
     return {{"version", m.version}, {"session", m.session}, {"instance", m.instance}, {"server", m.server},
             {"model", m.model}, {"vocab_size", m.vocab_size}, {"eos_token_ids", m.eos_token_ids},
             {"features", m.features}, {"heartbeat_ms", m.heartbeat_ms}, {"slow_consumer_ms", m.slow_consumer_ms},
             {"control", m.control},
+            {"sampling_defaults",
+             {{"temperature", d.temperature}, {"top_k", d.top_k}, {"top_p", d.top_p}, {"min_p", d.min_p},
+              {"repetition_penalty", d.repetition_penalty}}},
             {"limits",
              {{"frame_bytes", l.frame_bytes}, {"prompt_tokens", l.prompt_tokens}, {"text_bytes", l.text_bytes},
               {"open_requests", l.open_requests}, {"open_prompt_tokens", l.open_prompt_tokens},

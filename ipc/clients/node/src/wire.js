@@ -96,6 +96,13 @@ const LIMITS = {
   stop_token_ids: optional(int, 16),
   deadline_ms: optional(int, 3_600_000),
 };
+const SAMPLING_DEFAULTS = {
+  temperature: optional(float, 1),
+  top_k: optional(int, 0),
+  top_p: optional(float, 1),
+  min_p: optional(float, 0),
+  repetition_penalty: optional(float, 1),
+};
 const USAGE = { prompt_tokens: int, output_tokens: int, cached_tokens: optional(int, 0) };
 const TIMING = { queued_ms: float, first_token_ms: float, total_ms: float };
 const PING = { t: optional(int, 0), instance: optional(str, "") };
@@ -116,6 +123,7 @@ const SERVER_KINDS = {
       heartbeat_ms: int,
       slow_consumer_ms: int,
       control: str,
+      sampling_defaults: optional(map(SAMPLING_DEFAULTS), readFields(SAMPLING_DEFAULTS, {})),
     },
   ],
   A: ["accepted", { id: int, prompt_tokens: int, prompt_ids: optional(orNil(list(tokenId)), null) }],
@@ -229,6 +237,7 @@ const SAMPLING_FIELDS = [
   "itl_target_ms",
   "ttft_target_ms",
   "cache_salt",
+  "model_defaults",
 ];
 const SAMPLING_OPTIONS = new Map(SAMPLING_FIELDS.map((field) => [camelCase(field), field]));
 

@@ -27,7 +27,7 @@ function bytesOf(frame) {
 
 function withDefaults(kind, value) {
   const whole = { ...DEFAULTS[kind], ...value };
-  for (const field of ["sampling", "limits", "usage"]) {
+  for (const field of ["sampling", "limits", "sampling_defaults", "usage"]) {
     if (whole[field] !== undefined) whole[field] = { ...DEFAULTS[field], ...whole[field] };
   }
   if (whole.prompt_u32?.bin) whole.prompt_u32 = new Uint8Array(Buffer.from(whole.prompt_u32.bin, "hex"));
