@@ -5,12 +5,11 @@ the worker, which waits for the spec. So the two small files are read here, and 
 transformers would give them; a test holds both to be equal. Called by families.py, and `resolve_model` by the engine.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-import msgspec
 
 from graphgen.ipc.errors import CheckpointError
 
@@ -60,6 +59,13 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 """model_type -> what transformers takes for a key the file leaves out. Values differ by key, hence Any."""
 
+ARCHITECTURES: Mapping[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+"""model_type -> the class that transformers makes of it for text generation."""
 
 _DOWNLOADED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja")
 _NOT_DOWNLOADED = ("*/*", "consolidated*")
@@ -104,18 +110,18 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
 def read_config(location: str, revision: str | None) -> SimpleNamespace:
     """config.json of a folder or hub id, as an object with the attributes of a transformers config.
 
-    Raises CheckpointError when there is no readable file.
+    Raises CheckpointError when there is no readable file, TypeError where a value is not what its key means.
     """
     try:
-        path = _find(location, "config.json", revision)
-        raw = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (OSError, ValueError, msgspec.DecodeError) as error:
+        raw = _read_json(location, "config.json", revision)
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"no config.json was read from {location!r} ({error}): name a folder with a Hugging Face"
             " checkpoint or a hub id"
         ) from error
-    values = {"model_type": location, **DEFAULTS.get(str(raw.get("model_type")), _COMMON), **raw}
-    if "use_sliding_window" in values:
+    model_type = raw.get("model_type") or _model_type_of(raw.get("architectures") or ())
+    values = {**DEFAULTS.get(str(model_type), _COMMON), **raw, "model_type": model_type, "_name_or_path": location}
+    if "max_window_layers" in DEFAULTS.get(str(model_type), ()):
         _derive_layer_types(values)
     return SimpleNamespace(**values)
 
@@ -123,13 +129,29 @@ def read_config(location: str, revision: str | None) -> SimpleNamespace:
 def read_generation_eos(location: str, revision: str | None) -> int | list[int] | None:
     """eos_token_id of generation_config.json; None where the file or the key is missing."""
     try:
-        raw = msgspec.json.decode(_find(location, "generation_config.json", revision).read_bytes(), type=dict[str, Any])
+        raw = _read_json(location, "generation_config.json", revision)
     except OSError:
         return None
-    except (ValueError, msgspec.DecodeError) as error:
+    except ValueError as error:
         raise CheckpointError(f"generation_config.json of {location!r} is no JSON ({error}): mend the file") from error
     ids: int | list[int] | None = raw.get("eos_token_id")
     return ids
+
+
+def _read_json(location: str, name: str, revision: str | None) -> dict[str, Any]:
+    """A JSON object. Python's own reader, as transformers' files are written by it: they may hold Infinity and NaN.
+
+    Raises OSError where there is no file, ValueError where it is something else.
+    """
+    value = json.loads(_find(location, name, revision).read_bytes())
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, got {type(value).__name__}")
+    return value
+
+
+def _model_type_of(architectures: Sequence[str]) -> str | None:
+    """transformers writes both; files made by hand may name the class alone."""
+    return next((model_type for model_type, name in ARCHITECTURES.items() if name in architectures), None)
 
 
 def _derive_layer_types(values: dict[str, Any]) -> None:

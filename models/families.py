@@ -4,20 +4,30 @@ Owns the table of families and every check of «can graphgen run this model». N
 the engine when it resolves its configuration, and by the loader for a family's tensor names.
 """
 
-import math
+import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from types import MappingProxyType
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
 
-from graphgen.ipc.errors import UnsupportedModelError
-from graphgen.models.checkpoint_config import read_config, read_generation_eos
-from graphgen.models.spec import DTYPE_BYTES, ModelSpec, RopeKind, RopeSpec
+from graphgen.ipc.errors import CheckpointError, UnsupportedModelError
+from graphgen.ipc.messages import MAX_STOP_TOKEN_IDS
+from graphgen.models.checkpoint_config import ARCHITECTURES, read_config, read_generation_eos
+from graphgen.models.checkpoint_files import StoredTensor, are_equal, stored_tensors, weight_files
+from graphgen.models.foreign_keys import refuse_foreign_keys
+from graphgen.models.rope_config import read_rope
+from graphgen.models.spec import DTYPE_BYTES, ModelSpec
+
+logger = logging.getLogger("graphgen.models")
 
 SUPPORTED_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 """Hugging Face's name of an activation -> ours."""
+
+_STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""Safetensors' name of a dtype -> ours."""
 
 
 class TensorNames(Struct, frozen=True):
@@ -62,28 +72,35 @@ FAMILIES: Mapping[str, Family] = {
 def load_spec(model: str | Path, revision: str | None = None) -> ModelSpec:
     """The spec of a local folder or a hub id; of a hub id only the two small config files are downloaded.
 
-    End-of-sequence ids come from generation_config.json where it has them: chat models often end on several.
+    End-of-sequence ids come from generation_config.json where it has them: chat models often end on several. Of a
+    folder with weights, the weights say whether the head is the embedding, and their dtype where the config does not.
     Raises CheckpointError when there is no readable config.json, UnsupportedModelError when graphgen cannot
     run it.
     """
     location = str(model)
-    config = read_config(location, revision)
-    _family_of(config.architectures, location)
     try:
-        spec = spec_from_hf(config, generation_eos=read_generation_eos(location, revision))
+        config = read_config(location, revision)
+        generation_eos = read_generation_eos(location, revision)
+        spec = spec_from_hf(config, generation_eos, _stored_weights(Path(location)))
         return msgspec.convert(msgspec.to_builtins(spec), ModelSpec)  # checks the types of what the file says
-    except (AttributeError, TypeError, msgspec.ValidationError) as error:
+    except (AttributeError, TypeError, KeyError, msgspec.ValidationError) as error:
         raise UnsupportedModelError(f"the config.json of {location!r} is not understood: {error}") from error
 
 
-def spec_from_hf(config: Any, generation_eos: int | list[int] | None = None) -> ModelSpec:
+def spec_from_hf(
+    config: Any,
+    generation_eos: int | list[int] | None = None,
+    stored: Mapping[str, StoredTensor] = MappingProxyType({}),
+) -> ModelSpec:
     """The spec of a transformers config object (untyped there, hence Any).
 
-    `generation_eos`: the ids of generation_config.json, which win over the config's own.
+    `generation_eos`: the ids of generation_config.json, which win over the config's own. `stored`: the checkpoint's
+    tensors, where it has any.
     """
-    where = config.model_type
-    architecture, family = _family_of(config.architectures, where)
+    where = getattr(config, "_name_or_path", None) or config.model_type
+    architecture, family = _family_of(config.architectures, config.model_type, where)
     _refuse_quantized(getattr(config, "quantization_config", None), where)
+    refuse_foreign_keys(config, architecture, family.qk_norm)
     num_heads, num_kv_heads = (
         config.num_attention_heads,
         config.num_key_value_heads or config.num_attention_heads,
@@ -94,6 +111,7 @@ def spec_from_hf(config: Any, generation_eos: int | list[int] | None = None) -> 
             f"{architecture} has {num_heads} heads, {num_kv_heads} KV heads and head_dim {head_dim}: graphgen"
             " needs a whole number of heads per KV head and an even head_dim"
         )
+    eos_token_ids = _token_ids(config.eos_token_id if generation_eos is None else generation_eos)
     return ModelSpec(
         architecture=architecture,
         vocab_size=config.vocab_size,
@@ -109,25 +127,56 @@ def spec_from_hf(config: Any, generation_eos: int | list[int] | None = None) -> 
         o_bias=_flag(family.o_bias, config),
         mlp_bias=_flag(family.mlp_bias, config),
         qk_norm=family.qk_norm,
-        tie_embeddings=bool(config.tie_word_embeddings),
-        rope=_rope(config, architecture),
+        tie_embeddings=_flag("tie_word_embeddings", config) and not _has_own_head(stored, family.names, where),
+        rope=read_rope(config, architecture),
         windows=_windows(config, family, architecture),
         max_position_embeddings=config.max_position_embeddings,
         bos_token_id=config.bos_token_id,
-        eos_token_ids=_token_ids(config.eos_token_id if generation_eos is None else generation_eos),
-        dtype=_dtype(config, architecture),
+        eos_token_ids=_known_ids(eos_token_ids, config.vocab_size, where),
+        dtype=_dtype(config, architecture, stored),
         initializer_std=float(config.initializer_range),
     )
 
 
-def _family_of(architectures: list[str] | None, where: str) -> tuple[str, Family]:
-    for architecture in architectures or []:
-        if architecture in FAMILIES:
-            return architecture, FAMILIES[architecture]
-    named = ", ".join(architectures or []) or "none"
-    raise UnsupportedModelError(
-        f"architecture of {where!r} is {named}, supported are {', '.join(FAMILIES)}: choose a model of one of them"
+def _stored_weights(folder: Path) -> Mapping[str, StoredTensor]:
+    """Nothing where there are no weights or no whole ones: the loader says what is wrong, if it reads them at all."""
+    if (adapter := folder / "adapter_config.json").exists():
+        logger.warning("%s is not applied: merge the adapter into the weights and save them", adapter)
+    try:
+        return stored_tensors(weight_files(folder)) if folder.is_dir() else {}
+    except CheckpointError:
+        return {}
+
+
+def _has_own_head(stored: Mapping[str, StoredTensor], names: TensorNames, where: str) -> bool:
+    """Whether a head lies beside the embedding and is another matrix. It is used then, whatever the config says."""
+    head, embedding = stored.get(names.head), stored.get(names.embedding)
+    if head is None or embedding is None or are_equal(head, embedding):
+        return False
+    logger.warning(
+        "%s: config.json says that the head is the embedding (tie_word_embeddings), but the checkpoint has a %s of its"
+        " own: that is used",
+        *(where, names.head),
     )
+    return True
+
+
+def _family_of(architectures: list[str] | None, model_type: str, where: str) -> tuple[str, Family]:
+    """By the class that the config names; by the model type where it names none, as transformers does."""
+    by_type = ARCHITECTURES.get(model_type)
+    named = architectures or [by_type or "none"]
+    architecture = next((name for name in named if name in FAMILIES), None)
+    if architecture is None:
+        raise UnsupportedModelError(
+            f"architecture of {where!r} is {', '.join(named)} and its model_type {model_type!r}, supported are"
+            f" {', '.join(FAMILIES)}: choose a model of one of them"
+        )
+    if architecture != by_type:
+        raise UnsupportedModelError(
+            f"the config.json of {where!r} names the architecture {architecture} and the model_type {model_type!r},"
+            f" which do not belong together (supported are {', '.join(ARCHITECTURES)}): correct the one that is wrong"
+        )
+    return architecture, FAMILIES[architecture]
 
 
 def _refuse_quantized(quantization: Any, where: str) -> None:
@@ -141,7 +190,10 @@ def _refuse_quantized(quantization: Any, where: str) -> None:
 
 
 def _flag(rule: bool | str, config: Any) -> bool:
-    return bool(getattr(config, rule, False)) if isinstance(rule, str) else rule
+    value = getattr(config, rule, None) if isinstance(rule, str) else rule
+    if not isinstance(value, bool | None):  # a word, as "false", would be true
+        raise TypeError(f"{rule} is {value!r}, expected true or false")
+    return bool(value)
 
 
 def _activation(name: str, architecture: str) -> str:
@@ -158,10 +210,29 @@ def _token_ids(ids: int | list[int] | None) -> tuple[int, ...]:
     return (ids,) if isinstance(ids, int) else tuple(dict.fromkeys(ids))
 
 
-def _dtype(config: Any, architecture: str) -> str:
-    # transformers 4 calls it torch_dtype; a checkpoint that says nothing is float32, torch's own default.
-    dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or "float32"
+def _known_ids(token_ids: tuple[int, ...], vocab_size: int, where: str) -> tuple[int, ...]:
+    """Those of the ids that the model can draw. Configs often keep the ids of the model they were made from."""
+    known = tuple(token_id for token_id in token_ids if 0 <= token_id < vocab_size)
+    if known != token_ids:
+        logger.warning(
+            "%s: of the end-of-sequence ids %s of its configs, those outside the vocabulary, 0 to %d, are ignored",
+            *(where, ", ".join(map(str, token_ids)), vocab_size - 1),
+        )
+    if len(known) > MAX_STOP_TOKEN_IDS:
+        raise UnsupportedModelError(
+            f"{where} ends on {len(known)} token ids, the limit is {MAX_STOP_TOKEN_IDS}: shorten eos_token_id in"
+            " generation_config.json"
+        )
+    return known
+
+
+def _dtype(config: Any, architecture: str, stored: Mapping[str, StoredTensor]) -> str:
+    # transformers 4 calls it torch_dtype, and "auto" says nothing. Then the weights tell; without any it is float32,
+    # torch's own default.
+    dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or "auto"
     name = str(dtype).removeprefix("torch.")
+    if name == "auto":
+        name = next((_STORED_DTYPES[it.dtype] for it in stored.values() if it.dtype in _STORED_DTYPES), "float32")
     if name not in DTYPE_BYTES:
         raise UnsupportedModelError(f"{architecture} has dtype {name}, supported are {', '.join(DTYPE_BYTES)}")
     return name
@@ -169,71 +240,21 @@ def _dtype(config: Any, architecture: str) -> str:
 
 def _windows(config: Any, family: Family, architecture: str) -> tuple[int | None, ...]:
     num_layers: int = config.num_hidden_layers
-    window: int | None = getattr(config, "sliding_window", None)
-    if family.windows == "none" or window is None:
-        return (None,) * num_layers
-    if family.windows == "every_layer":
-        return (window,) * num_layers
-    by_type: dict[str, int | None] = {"full_attention": None, "sliding_attention": window}
-    unknown = set(config.layer_types) - set(by_type)
-    if unknown:
+    window: int | None = None if family.windows == "none" else getattr(config, "sliding_window", None)
+    if window is not None and window < 1:
+        raise UnsupportedModelError(f"{architecture} has sliding_window {window}, the least is 1: null is no window")
+    one_type = "full_attention" if window is None else "sliding_attention"
+    layer_types: list[str] = getattr(config, "layer_types", None) or [one_type] * num_layers
+    by_type = {"full_attention": None, "sliding_attention": window}
+    if unknown := set(layer_types) - set(by_type):
         raise UnsupportedModelError(
             f"{architecture} has layer types {', '.join(sorted(unknown))}, supported are {', '.join(by_type)}"
         )
-    return tuple(by_type[layer_type] for layer_type in config.layer_types)
-
-
-def _rope_parameters(config: Any) -> dict[str, Any]:
-    """transformers 5 keeps all in `rope_parameters`; 4 splits it into `rope_theta` and `rope_scaling`."""
-    parameters = getattr(config, "rope_parameters", None)
-    if parameters is None:
-        parameters = {
-            "rope_theta": getattr(config, "rope_theta", None),
-            **(getattr(config, "rope_scaling", None) or {}),
-        }
-    return {name: value for name, value in parameters.items() if value is not None}
-
-
-def _rope(config: Any, architecture: str) -> RopeSpec:
-    parameters = _rope_parameters(config)
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind not in get_args(RopeKind):
+    if len(layer_types) != num_layers:
+        raise UnsupportedModelError(f"{architecture} has {num_layers} layers and {len(layer_types)} layer_types")
+    if family.windows != "by_layer_type" and set(layer_types) != {one_type}:
         raise UnsupportedModelError(
-            f"{architecture} has rope type {kind!r}, supported are {', '.join(get_args(RopeKind))}"
+            f"{architecture} has layer_types that differ by layer, but all its layers are of {one_type}:"
+            " correct layer_types, or name the architecture that reads them"
         )
-    rotated = parameters.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
-    if rotated != 1.0:
-        raise UnsupportedModelError(f"{architecture} has partial_rotary_factor {rotated}, supported is 1.0")
-    if any(isinstance(value, dict) for value in parameters.values()):
-        raise UnsupportedModelError(f"{architecture} has rope parameters per layer type, supported is one set for all")
-    max_len = config.max_position_embeddings
-    original_max_len = parameters.get("original_max_position_embeddings", max_len)
-    if kind == "dynamic":  # the one kind whose reference measures against the config's maximum
-        original_max_len = max_len
-    factor = float(parameters.get("factor", max_len / original_max_len if kind == "yarn" else 1.0))
-    return RopeSpec(
-        kind=cast(RopeKind, kind),
-        theta=float(parameters.get("rope_theta", 10_000.0)),
-        factor=factor,
-        original_max_len=int(original_max_len),
-        attention_factor=_yarn_attention_factor(parameters, factor) if kind == "yarn" else 1.0,
-        low_freq_factor=float(parameters.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(parameters.get("high_freq_factor", 4.0)),
-        beta_fast=float(parameters.get("beta_fast") or 32.0),
-        beta_slow=float(parameters.get("beta_slow") or 1.0),
-        truncate=bool(parameters.get("truncate", True)),
-    )
-
-
-def _yarn_attention_factor(parameters: Mapping[str, Any], factor: float) -> float:
-    """0.1 ln(s) + 1 (YaRN, arXiv 2309.00071, section 3.4), or the ratio of two such with the DeepSeek
-    keys."""
-
-    def mscale(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    if "attention_factor" in parameters:
-        return float(parameters["attention_factor"])
-    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
-        return mscale(parameters["mscale"]) / mscale(parameters["mscale_all_dim"])
-    return mscale(1.0)
+    return tuple(by_type[layer_type] for layer_type in layer_types)

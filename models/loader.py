@@ -4,7 +4,6 @@ Owns how tensors reach the fused weights. Reads safetensors only: other formats 
 Never holds a second copy of the weights. Called by the worker at its start.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from graphgen.ipc.errors import CheckpointError
+from graphgen.models.checkpoint_files import stored_tensors, weight_files
 from graphgen.models.decoder import Decoder
 from graphgen.models.families import FAMILIES
 from graphgen.models.layers import DecoderLayer
@@ -23,8 +23,6 @@ LoadFormat = Literal["auto", "safetensors", "dummy"]
 ProgressCallback = Callable[[int, int], None]
 """(bytes in place, bytes of all weights)."""
 
-_INDEX_FILE = "model.safetensors.index.json"
-_PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 """Tensors that old checkpoints carry and that follow from the config."""
 
@@ -41,6 +39,7 @@ def load_decoder(
 ) -> Decoder:
     """A decoder on `device` with the weights of `folder`, shard by shard, or random ones.
 
+    spec: load_spec's of the same folder, which knows whether a stored head is the embedding again.
     load_format: "auto" and "safetensors" read the folder; "dummy" reads nothing and draws weights of the real
     shapes on the device itself from `seed`. Raises CheckpointError for a checkpoint that is not safetensors,
     lacks a tensor, has one too many, or one of another shape.
@@ -85,22 +84,28 @@ def checkpoint_targets(decoder: Decoder, spec: ModelSpec) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _fill_from_folder(decoder: Decoder, spec: ModelSpec, folder: Path, report: ProgressCallback) -> None:
+    files = weight_files(folder)
     targets = checkpoint_targets(decoder, spec)
+    names, stored = FAMILIES[spec.architecture].names, stored_tensors(files)
+    if spec.tie_embeddings and names.head in stored and names.embedding not in stored:
+        targets[names.head] = targets.pop(names.embedding)  # one weight, stored under its other name
     missing = set(targets)
     total = sum(target.nbytes for target in targets.values())
     done = 0
     report(done, total)
-    for name, shard, tensor in _tensors(_shards(folder), decoder.embedding.weight.device):
+    for name, shard, tensor in _tensors(files, decoder.embedding.weight.device):
         if name not in targets:
             _refuse_unknown(name, spec, shard)
             continue
         target = targets[name]
         _check_tensor(name, tensor, target, shard)
+        if name not in missing:
+            _refuse_second(name, tensor, target, shard)
+            continue
         target.copy_(tensor)
-        if name in missing:
-            missing.remove(name)
-            done += target.nbytes
-            report(done, total)
+        missing.remove(name)
+        done += target.nbytes
+        report(done, total)
     if missing:
         first = min(missing)
         raise CheckpointError(
@@ -133,52 +138,24 @@ def _check_tensor(name: str, tensor: Tensor, target: Tensor, shard: Path) -> Non
         )
 
 
+def _refuse_second(name: str, tensor: Tensor, loaded: Tensor, shard: Path) -> None:
+    """Two shards with the same tensor are harmless while it is the same."""
+    if not torch.equal(tensor.to(loaded), loaded):
+        raise CheckpointError(
+            f"tensor {name!r} in {shard} differs from the one of that name in another shard: the folder mixes the"
+            " shards of two checkpoints, download it anew"
+        )
+
+
 def _refuse_unknown(name: str, spec: ModelSpec, shard: Path) -> None:
     """A tensor without a place would be left out of the arithmetic in silence, a bias for one."""
+    # load_spec has compared it with the embedding: another head would have made the spec an untied one.
     duplicate_head = spec.tie_embeddings and name == FAMILIES[spec.architecture].names.head
     if not duplicate_head and not name.endswith(_IGNORED_SUFFIXES):
         raise CheckpointError(
             f"tensor {name!r} in {shard} has no place in a {spec.architecture} with this config.json:"
             " config.json and the weights are of different models"
         )
-
-
-def _shards(folder: Path) -> list[Path]:
-    """The checkpoint's safetensors files: those the index names, or the only one there is."""
-    index = folder / _INDEX_FILE
-    if index.exists():
-        return _indexed_shards(index)
-    single = folder / "model.safetensors"
-    if single.exists():
-        return [single]
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) == 1:
-        return files
-    if files:
-        raise CheckpointError(
-            f"{folder} has {len(files)} safetensors files and no {_INDEX_FILE}: download the index as well"
-        )
-    pickled = sorted(file.name for pattern in _PICKLE_PATTERNS for file in folder.glob(pattern))
-    if pickled:
-        raise CheckpointError(
-            f"{folder} has only pickled weights ({pickled[0]}), which can run code when they are read;"
-            " graphgen reads safetensors only: convert it with `save_pretrained` of transformers"
-        )
-    raise CheckpointError(f"{folder} has no safetensors file: name a folder with model.safetensors or its shards")
-
-
-def _indexed_shards(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not a checkpoint index ({error!r}): download it again") from error
-    for name in names:
-        # The index comes from outside: it may name its neighbours and nothing else.
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{index} names the shard {name!r}: shards are safetensors files beside the index")
-        if not (index.parent / name).exists():
-            raise CheckpointError(f"shard {name} named by {index} is missing: download it")
-    return [index.parent / name for name in names]
 
 
 @torch.no_grad()

@@ -8,18 +8,14 @@ from typing import Any
 
 import pytest
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from graphgen.demo import model_folder
 from graphgen.ipc.errors import CheckpointError, UnsupportedModelError
+from graphgen.models.checkpoint_config import ARCHITECTURES
 from graphgen.models.families import load_spec, spec_from_hf
 from tests.models import tiny
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 OLD_FILES: dict[str, dict[str, Any]] = {
     "llama3.1": {
         "model_type": "llama",
@@ -76,9 +72,35 @@ def test_end_ids_of_the_generation_config_win(tmp_path: Path) -> None:
     assert load_spec(tmp_path).eos_token_ids == (7, 9)
 
 
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_a_config_without_architectures_is_known_by_its_type(model_type: str, tmp_path: Path) -> None:
+    """Files made by hand and by converters name one of the two only; transformers goes by the type."""
+    write(tmp_path, {"model_type": model_type, "architectures": None})
+    spec = load_spec(tmp_path)
+    assert spec.architecture == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] == ARCHITECTURES[model_type]
+    write(tmp_path, {"model_type": model_type})
+    assert load_spec(tmp_path) == spec
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [ARCHITECTURES[model_type]]}))
+    assert load_spec(tmp_path) == spec
+
+
+def test_numbers_that_only_pythons_json_knows_are_read(tmp_path: Path) -> None:
+    """transformers writes them where a config holds one."""
+    write(tmp_path, {"model_type": "llama", "eos_token_id": 5, "time_step_limit": [0.0, float("inf")]})
+    (tmp_path / "generation_config.json").write_text('{"length_penalty": NaN, "eos_token_id": 7}')
+    assert "Infinity" in (tmp_path / "config.json").read_text()
+    assert load_spec(tmp_path).eos_token_ids == (7,)
+
+
+def test_the_window_switch_of_qwen_means_nothing_to_others(tmp_path: Path) -> None:
+    write(tmp_path, {"model_type": "mistral", "use_sliding_window": False, "sliding_window": 9})
+    assert load_spec(tmp_path) == spec_from_hf(AutoConfig.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 @pytest.mark.parametrize(("key", "value"), [("hidden_size", "wide"), ("num_hidden_layers", None), ("vocab_size", 1.5)])
-def test_a_value_of_the_wrong_type_is_refused_by_name(key: str, value: Any, tmp_path: Path) -> None:
-    write(tmp_path, {"model_type": "llama", key: value})
+def test_a_value_of_the_wrong_type_is_refused_by_name(key: str, value: Any, model_type: str, tmp_path: Path) -> None:
+    write(tmp_path, {"model_type": model_type, key: value})
     with pytest.raises(UnsupportedModelError, match="not understood"):
         load_spec(tmp_path)
 

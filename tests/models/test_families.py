@@ -7,9 +7,11 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from transformers import Qwen2Config
 
 from graphgen.ipc.errors import CheckpointError, ConfigError, UnsupportedModelError
+from graphgen.launch.config import EngineConfig, resolve
 from graphgen.models.families import FAMILIES, load_spec, spec_from_hf
 from graphgen.models.spec import ModelSpec, RopeSpec
 from tests.models import tiny
@@ -58,10 +60,19 @@ def test_end_of_sequence_ids_come_from_the_generation_config_first(tmp_path: Pat
     assert load_spec(tmp_path).eos_token_ids == ()
 
 
-@pytest.mark.parametrize(("written", "read"), [("bfloat16", "bfloat16"), ("float16", "float16"), (None, "float32")])
+@pytest.mark.parametrize(
+    ("written", "read"), [("bfloat16", "bfloat16"), ("float16", "float16"), (None, "float32"), ("auto", "float32")]
+)
 def test_dtype_is_that_of_the_checkpoint(written: str | None, read: str, tmp_path: Path) -> None:
     write_config(tmp_path, torch_dtype=written)
     assert load_spec(tmp_path).dtype == read
+
+
+@pytest.mark.parametrize("written", [{}, {"torch_dtype": "auto"}, {"dtype": "auto", "torch_dtype": "float32"}])
+def test_where_the_config_names_no_dtype_the_weights_have_it(written: dict[str, str], tmp_path: Path) -> None:
+    tiny.build("llama").to(torch.float16).save_pretrained(tmp_path)
+    write_config(tmp_path, **written)
+    assert load_spec(tmp_path).dtype == "float16"
 
 
 def test_the_config_of_transformers_4_means_the_same(tmp_path: Path) -> None:
@@ -91,7 +102,11 @@ def test_the_config_of_transformers_4_means_the_same(tmp_path: Path) -> None:
     [
         ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel"),
         ({"architectures": ["NobodysModel"], "model_type": "nobody"}, "NobodysModel"),
-        ({"architectures": None}, "is none"),
+        ({"architectures": None, "model_type": "nobody"}, "is none and its model_type 'nobody'"),
+        (
+            {"architectures": ["MistralForCausalLM"]},
+            "MistralForCausalLM and the model_type 'llama', which do not belong",
+        ),
         ({"hidden_act": "tanh"}, "'tanh', supported are silu"),
         (
             {"rope_scaling": {"rope_type": "longrope", "long_factor": [2.0] * 4, "short_factor": [1.0] * 4}},
@@ -101,11 +116,53 @@ def test_the_config_of_transformers_4_means_the_same(tmp_path: Path) -> None:
         ({"num_attention_heads": 6, "num_key_value_heads": 4}, "6 heads, 4 KV heads"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"dtype": "float64"}, "dtype float64"),
+        ({"mlp_bias": "false"}, "mlp_bias is 'false', expected true or false"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            "layer_types that differ by layer",
+        ),
+        ({"layer_types": ["full_attention"]}, "3 layers and 1 layer_types"),
+        ({"eos_token_id": list(range(3, 20))}, "ends on 17 token ids, the limit is 16"),
+        # keys of other models and of forks: nothing of ours reads them
+        ({"embedding_multiplier": 12.0}, "embedding_multiplier = 12.0"),
+        ({"logits_scaling": 8}, "logits_scaling = 8"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+        ({"no_rope_layers": [1, 1, 0]}, r"no_rope_layers = \[1, 1, 0\]"),
+        ({"use_mrope": True}, "use_mrope = True"),
+        ({"use_qk_norm": True}, "use_qk_norm = True"),
+        ({"is_causal": False}, "is_causal = False"),
+        ({"per_layer_config": {"0": {"intermediate_size": 40}}}, "per_layer_config = "),
     ],
 )
 def test_what_cannot_run_is_refused_by_name(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     write_config(tmp_path, **changes)
     with pytest.raises(UnsupportedModelError, match=message):
+        load_spec(tmp_path)
+
+
+def test_foreign_keys_at_their_neutral_values_are_no_hindrance(tmp_path: Path) -> None:
+    neutral = {"embedding_multiplier": 1.0, "logit_scale": None, "use_mrope": False, "is_causal": True}
+    write_config(tmp_path, **neutral, no_rope_layers=[1, 1, 1], qk_layernorm=False, per_layer_config={})
+    load_spec(tmp_path)
+
+
+def test_end_of_sequence_ids_beyond_the_vocabulary_are_ignored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise every request would fail over a stop id that nobody gave."""
+    write_config(tmp_path, eos_token_id=[96, 97, 151643, -1])
+    launch = resolve(EngineConfig(device="cpu"), load_spec(tmp_path), tmp_path)
+    assert launch.eos_token_ids == (96,)
+    assert "96, 97, 151643, -1 of its configs, those outside the vocabulary, 0 to 96, are ignored" in caplog.text
+    write_config(tmp_path, eos_token_id=5)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [151643, 151645]}))
+    assert load_spec(tmp_path).eos_token_ids == ()
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_window_of_no_position_is_refused(window: int, tmp_path: Path) -> None:
+    write_config(tmp_path, architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=window)
+    with pytest.raises(UnsupportedModelError, match=f"sliding_window {window}, the least is 1"):
         load_spec(tmp_path)
 
 

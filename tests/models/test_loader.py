@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from graphgen.ipc.errors import CheckpointError, ConfigError
 from graphgen.models.checkpoint_config import resolve_model
@@ -19,6 +20,9 @@ from tests.models.driver import Driver
 
 CPU = torch.device("cpu")
 WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+TOKENS = [5, 9, 3, 77, 8]
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
@@ -27,13 +31,26 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
 
 def logits(decoder: Decoder) -> Tensor:
     driver = Driver(decoder)
-    return driver.step([(driver.request([5, 9, 3, 77, 8]), 5)])[0]
+    return driver.step([(driver.request(TOKENS), len(TOKENS))])[0]
+
+
+def reference_logits(folder: Path) -> Tensor:
+    """What transformers makes of the same files, [T, V]."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        whole: Tensor = model(torch.tensor([TOKENS])).logits[0]
+    return whole
 
 
 def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def edit_config(folder: Path, **keys: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
 
 
 def test_a_sharded_checkpoint_equals_a_single_file(tmp_path: Path) -> None:
@@ -51,13 +68,86 @@ def test_a_single_file_of_any_name_is_found(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(load(tmp_path)), expected, rtol=0, atol=0)
 
 
-def test_tied_embeddings_are_held_once_and_a_stored_head_is_ignored(tmp_path: Path) -> None:
+def test_tied_embeddings_are_held_once_and_an_equal_head_is_dropped(tmp_path: Path) -> None:
     tiny.save("qwen2", tmp_path)
     expected = logits(load(tmp_path))
-    edit(tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(97, 48)}))
+    edit(tmp_path, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
     decoder = load(tmp_path)
+    assert decoder.spec.tie_embeddings
     assert sum(weight.numel() for weight in decoder.parameters()) == decoder.spec.num_parameters
     torch.testing.assert_close(logits(decoder), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("max_shard_size", ["1GB", "20KB"])
+def test_a_head_of_its_own_is_used_though_the_config_ties_it(
+    max_shard_size: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny.save("llama", tmp_path, max_shard_size=max_shard_size)
+    edit_config(tmp_path, tie_word_embeddings=True)
+    decoder = load(tmp_path)
+    assert not decoder.spec.tie_embeddings
+    assert sum(weight.numel() for weight in decoder.parameters()) == decoder.spec.num_parameters
+    torch.testing.assert_close(logits(decoder), reference_logits(tmp_path), rtol=1e-4, atol=1e-4)
+    assert f"the checkpoint has a {HEAD} of its own: that is used" in caplog.text
+
+
+def test_a_head_that_differs_in_its_last_value_is_its_own(tmp_path: Path) -> None:
+    tiny.save("qwen2", tmp_path)
+
+    def add_head(tensors: dict[str, Tensor]) -> None:
+        tensors[HEAD] = tensors[EMBEDDING].clone()
+        tensors[HEAD][-1, -1] += 1.0
+
+    edit(tmp_path, add_head)
+    torch.testing.assert_close(logits(load(tmp_path)), reference_logits(tmp_path), rtol=1e-4, atol=1e-4)
+    assert not load_spec(tmp_path).tie_embeddings
+
+
+def test_a_tied_weight_may_be_stored_as_the_head_alone(tmp_path: Path) -> None:
+    tiny.save("qwen2", tmp_path)
+    expected = logits(load(tmp_path))
+    edit(tmp_path, lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}))
+    torch.testing.assert_close(logits(load(tmp_path)), expected, rtol=0, atol=0)
+    torch.testing.assert_close(reference_logits(tmp_path), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_whole_file_wins_over_an_index(tmp_path: Path) -> None:
+    """As with transformers. People save a whole file beside old shards, or delete the shards and forget the index."""
+    tiny.save("llama", tmp_path, max_shard_size="40KB")
+    tiny.save("llama", tmp_path / "whole", seed=1)
+    (tmp_path / "whole" / WEIGHTS).rename(tmp_path / WEIGHTS)
+    assert (tmp_path / INDEX).exists()
+    expected = logits(load(tmp_path))
+    torch.testing.assert_close(reference_logits(tmp_path), expected, rtol=1e-4, atol=1e-4)
+    for shard in tmp_path.glob("model-*.safetensors"):
+        shard.unlink()
+    torch.testing.assert_close(logits(load(tmp_path)), expected, rtol=0, atol=0)
+
+
+def test_a_tensor_of_two_shards_must_be_the_same_in_both(tmp_path: Path) -> None:
+    tiny.save("llama", tmp_path)
+    expected = logits(load(tmp_path))
+    tensors = load_file(tmp_path / WEIGHTS)
+    (tmp_path / WEIGHTS).unlink()
+    norm = "model.norm.weight"
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "a.safetensors", norm: "b.safetensors"}}))
+    save_file(tensors, tmp_path / "a.safetensors")
+    save_file({norm: tensors[norm]}, tmp_path / "b.safetensors")
+    torch.testing.assert_close(logits(load(tmp_path)), expected, rtol=0, atol=0)
+    save_file({norm: tensors[norm] + 1}, tmp_path / "b.safetensors")
+    with pytest.raises(CheckpointError, match=r"'model.norm.weight' .* differs from the one of that name in another"):
+        load(tmp_path)
+
+
+def test_an_adapter_is_not_taken_for_a_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny.save("llama", tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    save_file({"lora": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    load(tmp_path)
+    assert "adapter_config.json is not applied" in caplog.text
+    (tmp_path / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match="has only an adapter"):
+        load(tmp_path)
 
 
 def test_weights_are_converted_to_the_asked_dtype(tmp_path: Path) -> None:
@@ -147,7 +237,8 @@ def test_pickled_weights_are_refused_unread(name: str, tmp_path: Path) -> None:
 def test_broken_layouts_are_refused(tmp_path: Path) -> None:
     tiny.save("llama", tmp_path)
     spec = load_spec(tmp_path)
-    index = tmp_path / "model.safetensors.index.json"
+    index, whole = tmp_path / INDEX, tmp_path / "whole"
+    (tmp_path / WEIGHTS).rename(whole)
 
     def fails(message: str) -> None:
         with pytest.raises(CheckpointError, match=message):
@@ -161,7 +252,7 @@ def test_broken_layouts_are_refused(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model-2.safetensors"}}))
     fails(r"shard model-2.safetensors .* is missing")
     index.unlink()
-    (tmp_path / WEIGHTS).write_bytes((tmp_path / WEIGHTS).read_bytes()[:1000])
+    (tmp_path / WEIGHTS).write_bytes(whole.read_bytes()[:1000])
     fails("not a readable safetensors file")
     for name in ("a.safetensors", "b.safetensors"):
         (tmp_path / name).write_bytes(b"")
