@@ -1,35 +1,42 @@
 """When requests have to be complete, soonest first.
 
-Owns times only; ends nothing. Called by `graphgen.scheduler.policy`.
+Owns their order only; ends nothing. Called by `graphgen.scheduler.policy`.
 """
 
-from heapq import heappop, heappush
+from bisect import bisect_left, insort
 
 from graphgen.scheduler.request import Request
 
+_Entry = tuple[float, int, Request]
+"""The deadline and the arrival of a request, negated, and the request: the last entry is the soonest."""
+
 
 class Deadlines:
-    """Adding and taking one out cost O(log n). Requests that ended leave when their time comes."""
+    """A sorted list, as `graphgen.scheduler.waiting` keeps them: O(log n) comparisons to add or remove."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, int]] = []  # deadline_s, arrival, request id
+        self._entries: list[_Entry] = []
 
     @property
     def next_s(self) -> float | None:
         """The soonest one; None if there is none."""
-        return self._heap[0][0] if self._heap else None
+        return -self._entries[-1][0] if self._entries else None
 
     def add(self, request: Request) -> None:
         """Ignores a request without a deadline."""
         if request.deadline_s is not None:
-            heappush(self._heap, (request.deadline_s, request.arrival, request.request_id))
+            insort(self._entries, (-request.deadline_s, -request.arrival, request))
 
-    def take_passed(self, now_s: float, open_requests: dict[int, Request]) -> list[Request]:
-        """Those of `open_requests`, by id, whose deadline has passed."""
-        passed = []
-        while self._heap and self._heap[0][0] <= now_s:
-            _, arrival, request_id = heappop(self._heap)
-            request = open_requests.get(request_id)
-            if request is not None and request.arrival == arrival:  # an id may have been used again
-                passed.append(request)
-        return passed
+    def remove(self, request: Request) -> None:
+        """It has ended. Ignores a request without a deadline."""
+        if request.deadline_s is not None:
+            del self._entries[bisect_left(self._entries, (-request.deadline_s, -request.arrival, request))]
+
+    def passed(self, now_s: float) -> list[Request]:
+        """Those whose deadline has passed, soonest first. Each still has to be removed."""
+        found = []
+        for due_s, _, request in reversed(self._entries):
+            if -due_s > now_s:
+                break
+            found.append(request)
+        return found

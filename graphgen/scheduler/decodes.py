@@ -31,9 +31,9 @@ class DecodeSet:
         self._offsets = array("i")  # of each row: its position, less the clock
         self._sum_offsets = 0
         # By clock: who draws a last token in that plan; by clock modulo page_size: who crosses a page border in it.
-        # Those who left meanwhile are dropped when their turn comes.
-        self._last_rows: dict[int, list[RunningRequest]] = {}
-        self._border_rows: list[list[RunningRequest]] = [[] for _ in range(page_size)]
+        # In the order in which they joined; whoever leaves is taken out at once.
+        self._last_rows: dict[int, dict[RunningRequest, None]] = {}
+        self._border_rows: list[dict[RunningRequest, None]] = [{} for _ in range(page_size)]
         self._num_with_target: dict[float, int] = {}
         self._itl_target_ms: float | None = None
 
@@ -67,8 +67,8 @@ class DecodeSet:
         self._slots.append(running.slot)
         self._offsets.append(offset)
         self._sum_offsets += offset
-        self._border_rows[-offset % self._page_size].append(running)
-        self._last_rows.setdefault(running.request.end_position - 1 - offset, []).append(running)
+        self._border_rows[-offset % self._page_size][running] = None
+        self._last_rows.setdefault(running.request.end_position - 1 - offset, {})[running] = None
         target = running.request.itl_target_ms
         if target is not None:
             self._num_with_target[target] = self._num_with_target.get(target, 0) + 1
@@ -80,7 +80,13 @@ class DecodeSet:
         assert row is not None, "only a request that decodes leaves"
         running.num_computed = self.position(running)
         running.decode_row = None
-        self._sum_offsets -= self._offsets[row]
+        left = self._offsets[row]
+        self._sum_offsets -= left
+        del self._border_rows[-left % self._page_size][running]
+        last_clock = running.request.end_position - 1 - left
+        del self._last_rows[last_clock][running]
+        if not self._last_rows[last_clock]:
+            del self._last_rows[last_clock]
         last = self._rows.pop()
         offset, slot, request = self._offsets.pop(), self._slots.pop(), self._requests.pop()
         if last is not running:
@@ -95,11 +101,9 @@ class DecodeSet:
 
     def need_page(self) -> list[RunningRequest]:
         """Those whose row of the next plan is the first of a page they do not hold."""
-        index = self._clock % self._page_size
-        found = [running for running in self._border_rows[index] if running.decode_row is not None]
-        self._border_rows[index] = found
         # The others hold the pages up to their last row, a reserved request all pages it can ever need.
-        return [running for running in found if not running.is_reserved]
+        rows = self._border_rows[self._clock % self._page_size]
+        return [running for running in rows if not running.is_reserved]
 
     def rows(self) -> tuple[bytes, bytes, list[Request]]:
         """Slots and positions (packed int32) and the requests of the next plan's rows."""
@@ -108,6 +112,6 @@ class DecodeSet:
 
     def advance(self) -> list[RunningRequest]:
         """The next plan was made; returns those who drew their last token in it, who still have to leave."""
-        last = self._last_rows.pop(self._clock, ())
+        last = list(self._last_rows.get(self._clock, ()))
         self._clock += 1
-        return [running for running in last if running.decode_row is not None]
+        return last

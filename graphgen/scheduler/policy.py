@@ -138,7 +138,7 @@ class Scheduler:
     def expire(self, now_s: float) -> list[Rejected]:
         """Ends the requests whose deadline has passed, wherever they are, and says so to their senders."""
         expired = []
-        for request in self._deadlines.take_passed(now_s, self._requests):
+        for request in self._deadlines.passed(now_s):
             self._end(request)
             self.counters.deadline_misses += 1
             message = (
@@ -352,6 +352,7 @@ class Scheduler:
         request.ended = True
         del self._requests[request.request_id]
         self._prompts.num_with_ttft_target -= request.ttft_by_s is not None
+        self._deadlines.remove(request)
         if request.running is not None:
             self._release(request.running)
         elif request in self._waiting:

@@ -82,6 +82,7 @@ class Desk:
                 self._stop(request)
                 request.cancel()
                 self._close(request)
+        session.requests.clear()
         session.news.clear()
 
     def fail_all(self, error: Error) -> int:

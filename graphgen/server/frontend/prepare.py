@@ -106,6 +106,7 @@ class Preparer:
             self._at_work.discard(job.request.client)
             self._start_next()
         job.done(job.request, result)
+        del result  # the traceback of an exception holds this frame: no cycle for the collector
 
     def prepare(self, request: PublicRequest, frames: tuple[bytes, bytes], sink: PieceSink) -> Prepared:
         """Raises FrameError or InvalidRequestError for what cannot be served."""

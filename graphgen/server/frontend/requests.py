@@ -71,7 +71,7 @@ class PublicRequest:
     @property
     def prompt_tokens(self) -> int:
         """Counted against the client's share."""
-        return 0 if self.prepared is None else self.prepared.num_prompt_tokens * len(self.prepared.opened)
+        return 0 if self.prepared is None else self.prepared.num_prompt_tokens * len(self._samples)
 
     def accept(self, prepared: "Prepared") -> None:
         self.prepared = prepared
@@ -98,7 +98,7 @@ class PublicRequest:
         if piece.finish_reason is not None:
             sample.ended, sample.finish = True, piece.finish_reason
             if all(one.ended for one in self._samples):
-                self._end = self._done()
+                self._finish(self._done())
 
     def cancel(self) -> None:
         """Its client wants no more: samples that have not ended are aborted."""
@@ -107,7 +107,7 @@ class PublicRequest:
         for sample in self._samples:
             if not sample.ended:
                 sample.ended, sample.finish = True, ABORTED
-        self._end = self._done()
+        self._finish(self._done())
 
     def fail(self, error: Error) -> None:
         """Ends it with an error, behind the tokens it has already given."""
@@ -116,7 +116,13 @@ class PublicRequest:
         for sample in self._samples:
             if not sample.ended:
                 sample.ended = sample.finish_sent = True  # the error says it
-        self._end = error
+        self._finish(error)
+
+    def _finish(self, end: Done | Error) -> None:
+        """Lets go of the engine's requests, whose sinks hold this one: prompts should not wait for the collector."""
+        self._end = end
+        if self.prepared is not None:
+            self.prepared.opened.clear()
 
     def peek(self) -> Accepted | Delta | Done | Error | None:
         """The message to send next, or None while there is nothing to say."""

@@ -1,0 +1,76 @@
+"""Nothing of a request stays in the frontend when it has ended, however it ended, also while nothing else happens."""
+
+import gc
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from graphgen.ipc.ggp.messages import Bye, Cancel, Delta, Done, Error, Generate
+from graphgen.ipc.messages import Cancel as SchedulerCancel
+from graphgen.ipc.messages import Rejected
+from graphgen.requests.open_request import OpenRequest
+from graphgen.server.frontend.requests import PublicRequest
+from graphgen.server.frontend.sessions import Session
+from tests.frontend.conftest import MakeFrontend
+from tests.frontend.harness import Frontend, RawClient, open_request, wait_until
+
+
+@pytest.fixture(autouse=True)
+def _no_collections() -> Iterator[None]:
+    """A prompt may be megabytes: it does not wait for a collection either."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def num_kept() -> int:
+    return sum(isinstance(one, (PublicRequest, OpenRequest)) for one in gc.get_objects())
+
+
+def end_with_tokens(frontend: Frontend, client: RawClient) -> None:
+    frontend.scheduler.send_tokens(open_request(frontend, client), [1], "stop")
+    client.expect(Delta)
+    client.expect(Done)
+
+
+def cancel_it(frontend: Frontend, client: RawClient) -> None:
+    open_request(frontend, client)
+    client.send(Cancel(id=1))
+    frontend.scheduler.expect(SchedulerCancel)
+    client.expect(Delta)
+    client.expect(Done)
+
+
+def be_rejected(frontend: Frontend, client: RawClient) -> None:
+    request_id = open_request(frontend, client)
+    frontend.scheduler.send(Rejected(request_id, "DeadlineError", "too late"))
+    client.expect(Error)
+
+
+def be_invalid(frontend: Frontend, client: RawClient) -> None:
+    client.send(Generate(id=1, prompt_ids=[]))
+    client.expect(Error)
+
+
+def end_its_session(frontend: Frontend, client: RawClient) -> None:
+    open_request(frontend, client)
+    client.send(Bye())
+    frontend.scheduler.expect(SchedulerCancel)
+
+
+@pytest.mark.parametrize("end", [end_with_tokens, cancel_it, be_rejected, be_invalid, end_its_session])
+def test_no_request_is_kept_in_an_idle_frontend(
+    make_frontend: MakeFrontend, end: Callable[[Frontend, RawClient], None]
+) -> None:
+    before = num_kept()
+    frontend = make_frontend()
+    for _ in range(3):
+        end(frontend, frontend.welcome())
+    assert wait_until(lambda: num_kept() == before), f"{num_kept() - before} are kept"
+    desk = frontend.server._desk
+    assert (desk.num_open, desk.num_held, desk._shares.num_open) == (0, 0, 0)
+    assert not desk._unstarted
+    assert not desk._shares._prompt_tokens
+    if end is end_its_session:
+        assert not any(isinstance(one, Session) for one in gc.get_objects())
