@@ -1,5 +1,6 @@
 """What `graphgen serve` and `graphgen keys` do with their options. The rest is in `graphgen.server`."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -72,5 +73,11 @@ def _open(folder: Path | None) -> Keys:
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    """A reader that has gone, as a closed terminal after its SIGHUP, does not end a server that drains."""
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # what is left in the buffer would fail the exit
+        os.close(nowhere)

@@ -104,14 +104,7 @@ class EngineProcesses:
 
     def stop(self, grace_s: float) -> None:
         """Waits `grace_s` for the children to end, ends those that did not, and removes the folder. Idempotent."""
-        deadline = time.monotonic() + grace_s
-        for ask in (None, signal.SIGTERM, signal.SIGKILL):
-            for child in self._children.values():
-                if ask is not None and child.poll() is None:
-                    child.send_signal(ask)
-            if self._wait(deadline):
-                break
-            deadline = time.monotonic() + 0.5
+        self._wait(time.monotonic() + grace_s)
         for child in self._children.values():
             # What a child started itself (compilers) lives in the child's process group.
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -119,13 +112,10 @@ class EngineProcesses:
             child.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _wait(self, deadline: float) -> bool:
-        """Whether all children have ended by `deadline`."""
-        while any(child.poll() is None for child in self._children.values()):
-            if time.monotonic() >= deadline:
-                return False
+    def _wait(self, deadline: float) -> None:
+        """Until all children have ended, or until `deadline`."""
+        while any(child.poll() is None for child in self._children.values()) and time.monotonic() < deadline:
             time.sleep(0.01)
-        return True
 
 
 def end_with_parent(parent_pid: int, folder: Path) -> None:
@@ -133,7 +123,12 @@ def end_with_parent(parent_pid: int, folder: Path) -> None:
 
     Called by a child before its slow imports. It asks getppid, which cannot be fooled by a reused process id; the
     kernel's parent-death signal would not do, since that follows the thread which started the child.
+
+    From then on the parent alone decides when the child ends: what service managers send to every process of a group
+    does nothing here, so that a server which drains still has its engine.
     """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)  # unlike SIG_IGN, not inherited by compilers that a worker starts
 
     def watch() -> None:
         while os.getppid() == parent_pid:

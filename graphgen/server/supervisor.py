@@ -2,15 +2,13 @@
 
 Owns the decision which death ends the server: that of the scheduler or the worker does. A frontend that dies is started
 anew, as often as it takes and with growing waits, while the engine stays as it is. Serves nothing itself. Called by the
-command line, in a process of its own whose SIGTERM and SIGINT it takes.
+command line, in a process of its own whose SIGTERM, SIGINT and SIGHUP it takes.
 """
 
 import ipaddress
 import logging
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import zmq
@@ -39,6 +37,7 @@ from graphgen.requests.portable_tokenizer import write_tokenizer
 from graphgen.server.backoff import Backoff
 from graphgen.server.frontend.keys import Keys
 from graphgen.server.frontend.settings import FrontendSettings
+from graphgen.server.signals import EndSignals
 
 logger = logging.getLogger("graphgen.server.supervisor")
 
@@ -80,7 +79,7 @@ class Supervisor:
         self._options = options
         self._say = say
         self._started_s = time.monotonic()
-        self._signals = 0
+        self._signals = EndSignals()
         self._asked_to_end = 0
         self._backoff = Backoff()
         self._restart_s: float | None = None  # when the frontend, which has ended, is started again
@@ -93,24 +92,24 @@ class Supervisor:
         """Serves until a signal: the exit code. Raises GraphgenError when the engine does not start, or dies."""
         check_device(self._config.device)
         raise_descriptor_limit()
-        with _signals_counted(self._count_signal):
-            processes = EngineProcesses(ENGINE_MODULES)
-            context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-            channel: Channel[SupervisorToFrontend, FrontendToSupervisor] = Channel(
-                context, processes.folder, "frontend", "upper", FrontendToSupervisor
-            )
-            try:
-                self._start(processes)
-                with StartProgress(self._config.progress) as progress:
-                    while not self._listening and self._num_lost is None:
-                        self._turn(processes, channel, progress.show)
-                while self._num_lost is None:
-                    self._turn(processes, channel, lambda _: None)
-                return 0 if self._num_lost == 0 else 1
-            finally:
-                processes.stop(grace_s=0.0)
-                channel.close()
-                context.term()
+        processes = EngineProcesses(ENGINE_MODULES)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        channel: Channel[SupervisorToFrontend, FrontendToSupervisor] = Channel(
+            context, processes.folder, "frontend", "upper", FrontendToSupervisor
+        )
+        try:
+            self._start(processes)
+            with StartProgress(self._config.progress) as progress:
+                while not self._listening and self._num_lost is None:
+                    self._turn(processes, channel, progress.show)
+            while self._num_lost is None:
+                self._turn(processes, channel, lambda _: None)
+            return 0 if self._num_lost == 0 else 1
+        finally:
+            self._signals.ignore()
+            processes.stop(grace_s=0.0)
+            channel.close()
+            context.term()
 
     def _start(self, processes: EngineProcesses) -> None:
         """The engine's processes import torch meanwhile."""
@@ -183,18 +182,15 @@ class Supervisor:
         self._say("no keys: who can connect may" if keys is None else f"only CURVE keys of {keys} may connect")
         self._say("ready")
 
-    def _count_signal(self) -> None:
-        self._signals += 1
-
     def _pass_signals_on(
         self, processes: EngineProcesses, channel: Channel[SupervisorToFrontend, FrontendToSupervisor]
     ) -> None:
-        if self._signals == self._asked_to_end:
+        if self._signals.num_wishes == self._asked_to_end:
             return
-        self._asked_to_end = self._signals
+        self._asked_to_end = self._signals.num_wishes
         if not self._listening:
             self._num_lost = 0
-        elif self._signals == 1:
+        elif self._asked_to_end == 1:
             self._say(f"draining: open requests have {self._options.grace_s:g} s; a second signal ends them now")
             channel.send(Drain(self._options.grace_s))
         else:
@@ -228,7 +224,7 @@ class Supervisor:
         found = processes.find_exit(("frontend",))
         if found is None:
             return
-        if self._signals:
+        if self._asked_to_end:
             self._num_lost = 1
             return
         if self._restart_s is not None:
@@ -277,17 +273,6 @@ def control_address(data: str) -> str:
     if not port.isdigit():
         return data  # tcp://host:*, which gives each socket a port of its own
     return f"{scheme}://{host}:{int(port) + 1 if int(port) else 0}"
-
-
-@contextmanager
-def _signals_counted(count: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM and SIGINT ask to end; the handlers before are put back."""
-    before = {number: signal.signal(number, lambda *_: count()) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _error_of(failed: Failed) -> GraphgenError:

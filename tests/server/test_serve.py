@@ -35,6 +35,7 @@ from graphgen import (
 )
 from graphgen.server.frontend.memory import data_bytes
 from graphgen.server.frontend.monitor import FRESH_S
+from graphgen.server.signals import SAME_S
 from tests.kills import becomes_idle, kill_a_client
 from tests.serving import ROOT, ServerProcess, serving
 
@@ -311,7 +312,7 @@ def test_a_second_signal_ends_at_once_with_typed_errors(tmp_path: Path) -> None:
         reader = threading.Thread(target=read)
         reader.start()
         server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+        time.sleep(SAME_S + 0.1)
         begun_s = time.monotonic()
         assert server.end(signal.SIGTERM) == 1
         assert time.monotonic() - begun_s < 3
