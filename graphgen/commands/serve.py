@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from graphgen.base.addresses import control_address
 from graphgen.launch.config import EngineConfig
 from graphgen.server.frontend.keys import Keys, default_folder
-from graphgen.server.supervisor import ServeOptions, Supervisor, control_address, is_public
+from graphgen.server.supervisor import ServeOptions, Supervisor, is_public
 
 keys_app = typer.Typer(no_args_is_help=True, help="CURVE keys of the server and of those who may connect.")
 

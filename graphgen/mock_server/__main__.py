@@ -9,6 +9,7 @@ import msgspec
 import typer
 import zmq
 
+from graphgen.base.addresses import control_address
 from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS
 from graphgen.mock_server.script import built_in_script, read_script
@@ -36,7 +37,9 @@ def mock_server(
         print(msgspec.json.format(msgspec.json.encode(built_in_script())).decode())
         return
     keys = Keys(*zmq.curve_keypair()) if curve else None
-    server = MockServer(read_script(script) if script else built_in_script(), bind, control or beside(bind), keys)
+    server = MockServer(
+        read_script(script) if script else built_in_script(), bind, control or control_address(bind), keys
+    )
     signal.signal(signal.SIGTERM, lambda *_: server.drain(grace_s))
     signal.signal(signal.SIGINT, lambda *_: server.stop())
     print(f"listening on {server.address} (data)\nlistening on {server.control_address} (control)")
@@ -44,12 +47,6 @@ def mock_server(
         print(f"public key {keys.public.decode()}")
     print("ready", flush=True)
     server.run()
-
-
-def beside(address: str) -> str:
-    """The next port of a TCP address; an address without a number takes any port."""
-    host, _, port = address.rpartition(":")
-    return f"{host}:{int(port) + 1}" if port.isdigit() and int(port) else address
 
 
 def main() -> None:

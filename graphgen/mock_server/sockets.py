@@ -9,8 +9,11 @@ from typing import NamedTuple
 
 import zmq
 
+from graphgen.base.addresses import SocketFile, bind
+from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.ggp import limits
 
+LINGER_MS = 200
 REBIND_S = 5.0
 """A port is free again some time after its socket was closed."""
 
@@ -32,13 +35,11 @@ class Sockets:
 
     def bind_anew(self) -> None:
         """Drops every connection, as the end of a process would, once what was sent is out."""
-        for socket in (self._data, self._control):
-            socket.close(linger=100)
+        self._unbind(linger_ms=100)
         self._bind_both(self.address, self.control_address)
 
     def close(self) -> None:
-        self._data.close()
-        self._control.close()
+        self._unbind(linger_ms=LINGER_MS)
         self._context.term()
 
     def read(self, control: bool) -> Iterator[tuple[bytes, list[bytes]]]:
@@ -69,15 +70,21 @@ class Sockets:
         poller.register(self._control, zmq.POLLIN)
         poller.poll(max(1, round(seconds * 1000)))
 
-    def _bind_both(self, data: str, control: str) -> None:
-        self._data, self.address = self._bind(data)
-        self._control, self.control_address = self._bind(control)
+    def _unbind(self, linger_ms: int) -> None:
+        for socket, file in ((self._data, self._data_file), (self._control, self._control_file)):
+            if file is not None:
+                file.remove()
+            socket.close(linger=linger_ms)
 
-    def _bind(self, address: str) -> tuple[zmq.Socket[bytes], str]:
+    def _bind_both(self, data: str, control: str) -> None:
+        self._data, self.address, self._data_file = self._bind(data)
+        self._control, self.control_address, self._control_file = self._bind(control)
+
+    def _bind(self, address: str) -> tuple[zmq.Socket[bytes], str, SocketFile | None]:
         give_up_s = time.monotonic() + REBIND_S
         while True:
             socket = self._context.socket(zmq.ROUTER)
-            socket.linger = 200
+            socket.linger = LINGER_MS
             socket.maxmsgsize = limits.MAX_FRAME_BYTES
             socket.sndhwm = 0  # the mock keeps what a slow reader has not taken
             socket.router_mandatory = True  # or messages to a peer that is gone would vanish unseen
@@ -85,8 +92,11 @@ class Sockets:
                 socket.curve_server = True
                 socket.curve_publickey, socket.curve_secretkey = self._keys
             try:
-                socket.bind(address)
-                return socket, socket.getsockopt_string(zmq.LAST_ENDPOINT)
+                file = bind(socket, address)
+                return socket, socket.getsockopt_string(zmq.LAST_ENDPOINT), file
+            except ConfigError:
+                socket.close()
+                raise
             except zmq.ZMQError as error:
                 socket.close()
                 if error.errno != zmq.EADDRINUSE or time.monotonic() > give_up_s:

@@ -14,6 +14,7 @@ from pathlib import Path
 import zmq
 from msgspec import Struct
 
+from graphgen.base.addresses import remove_dead
 from graphgen.base.descriptors import raise_descriptor_limit
 from graphgen.base.progress import StartProgress
 from graphgen.ipc import errors
@@ -110,6 +111,8 @@ class Supervisor:
             processes.stop(grace_s=0.0)
             channel.close()
             context.term()
+            for address in (self._data, self._control):
+                remove_dead(address)
 
     def _start(self, processes: EngineProcesses) -> None:
         """The engine's processes import torch meanwhile."""
@@ -262,17 +265,6 @@ def is_public(address: str) -> bool:
         return not ipaddress.ip_address(host).is_loopback
     except ValueError:  # a wildcard, or the name of an interface
         return True
-
-
-def control_address(data: str) -> str:
-    """The address beside the data socket's: the next port, or a file of the same name with -control."""
-    scheme, _, rest = data.partition("://")
-    if scheme == "ipc":
-        return f"{data}-control"
-    host, _, port = rest.rpartition(":")
-    if not port.isdigit():
-        return data  # tcp://host:*, which gives each socket a port of its own
-    return f"{scheme}://{host}:{int(port) + 1 if int(port) else 0}"
 
 
 def _error_of(failed: Failed) -> GraphgenError:

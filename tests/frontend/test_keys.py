@@ -12,7 +12,7 @@ from graphgen.ipc.ggp.messages import Accepted, Cancel, Error, Generate, Hello, 
 from graphgen.ipc.messages import Submit
 from graphgen.server.frontend.keys import Keys
 from graphgen.server.frontend.prepare import cache_salt
-from graphgen.server.supervisor import ServeOptions, control_address, is_public
+from graphgen.server.supervisor import ServeOptions, is_public
 from tests.frontend.conftest import MakeFrontend
 from tests.frontend.harness import Frontend, RawClient
 
@@ -153,10 +153,3 @@ def test_a_public_address_needs_keys(address: str, public: bool, keys: Keys) -> 
 def test_keys_that_are_missing_stop_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="graphgen keys new"):
         ServeOptions(data="tcp://*:1", control="tcp://*:2", keys=str(tmp_path))
-
-
-def test_the_control_socket_lies_beside_the_data_socket() -> None:
-    assert control_address("tcp://127.0.0.1:5755") == "tcp://127.0.0.1:5756"
-    assert control_address("tcp://[::1]:5755") == "tcp://[::1]:5756"
-    assert control_address("tcp://127.0.0.1:0") == "tcp://127.0.0.1:0"
-    assert control_address("ipc:///run/g") == "ipc:///run/g-control"

@@ -10,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -336,6 +337,27 @@ def test_an_address_in_use_stops_the_start(server: ServerProcess, tmp_path: Path
     late = ServerProcess(tmp_path / "late.log", "--bind", server.address)
     assert late.process.wait(60) == 2
     assert f"{server.address} cannot be bound" in " ".join(late.output.split())
+
+
+def test_an_ipc_address_is_served_by_one_server_and_left_as_it_was(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="gg") as folder:
+        address = f"ipc://{folder}/g.sock"
+        (Path(folder) / "g.txt").write_text("precious")
+        with serving(tmp_path, "--bind", address) as server, Client(address) as client:
+            for taken, why in ((address, "in use by another server"), (f"ipc://{folder}/g.txt", "is a file")):
+                late = ServerProcess(tmp_path / "late.log", "--bind", taken)
+                assert late.process.wait(60) == 2
+                assert why in " ".join(late.output.split())
+            assert client.generate("ROMEO:", GREEDY)[0].finish_reason == "length"
+            os.kill(server.pid_of("graphgen.server.frontend"), signal.SIGKILL)
+            wait_for_frontend(server, 1)
+            assert client.generate("ROMEO:", GREEDY)[0].finish_reason == "length"
+            assert server.end() == 0
+        assert [path.name for path in Path(folder).iterdir()] == ["g.txt"]
+        with serving(tmp_path, "--bind", address) as server:
+            os.kill(server.pid_of("graphgen.scheduler"), signal.SIGKILL)
+            assert server.process.wait(10) != 0
+        assert [path.name for path in Path(folder).iterdir()] == ["g.txt"]
 
 
 def test_a_public_address_without_keys_is_refused_before_anything_starts(tmp_path: Path) -> None:

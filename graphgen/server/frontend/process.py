@@ -146,9 +146,11 @@ def bind(context: Context, settings: FrontendSettings, launch: LaunchConfig, key
     try:
         for address in (settings.data, settings.control):
             bound.append(PublicSocket(context, address, frame_bytes, settings.slow_consumer_s, server_key))
-    except zmq.ZMQError as error:
+    except (ConfigError, zmq.ZMQError) as error:
         for socket in bound:
             socket.close(0.0)
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{address} cannot be bound ({error}): choose another with --bind or --control") from None
     return PublicSockets(*bound)
 

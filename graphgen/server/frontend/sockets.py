@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import zmq
 
+from graphgen.base.addresses import bind
 from graphgen.ipc.ggp.framing import NUM_FRAMES
 
 SEND_QUEUE_MESSAGES = 1000
@@ -43,7 +44,7 @@ class PublicSocket:
     def __init__(
         self, context: Context, address: str, frame_bytes: int, dead_peer_s: float, server_key: bytes | None
     ) -> None:
-        """dead_peer_s: how long a peer may not answer ZeroMQ's own heartbeats. Raises zmq.ZMQError."""
+        """dead_peer_s: how long a peer may not answer ZeroMQ's own heartbeats. Raises ConfigError, zmq.ZMQError."""
         self._secure = server_key is not None
         socket = context.socket(zmq.ROUTER)
         # Without it a ROUTER drops what a slow peer has no room for, and says that it was sent.
@@ -63,8 +64,8 @@ class PublicSocket:
             socket.set(zmq.CURVE_SECRETKEY, server_key)
             socket.set(zmq.ZAP_DOMAIN, ZAP_DOMAIN.encode())
         try:
-            socket.bind(address)
-        except zmq.ZMQError:
+            self._file = bind(socket, address)
+        except BaseException:
             socket.close()
             raise
         self.socket = socket
@@ -100,4 +101,6 @@ class PublicSocket:
         return Sent.SENT
 
     def close(self, linger_s: float) -> None:
+        if self._file is not None:
+            self._file.remove()
         self.socket.close(linger=int(linger_s * 1000))

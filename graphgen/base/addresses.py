@@ -1,0 +1,171 @@
+"""Addresses of servers: where the control socket lies, and how a socket is bound without harm to another.
+
+Owns the paths of ipc sockets: libzmq removes whatever lies at one before it binds, be it a file of the user's or the
+socket of a server that lives. Never looks at messages. Used by the frontend, the supervisor and the mock server.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import zmq
+
+from graphgen.ipc.errors import ConfigError
+
+MAX_PATH_BYTES = 107
+"""Linux limits a socket's path to so many bytes."""
+LOCK_WAIT_S = 5.0
+"""For another that binds in the same folder; it takes a millisecond."""
+
+
+class SocketFile(NamedTuple):
+    """What a bound ipc socket has in the file system."""
+
+    path: Path
+    device: int
+    inode: int
+
+    def remove(self) -> None:
+        """Unless another has taken its place."""
+        with contextlib.suppress(OSError):
+            found = self.path.lstat()
+            if (found.st_dev, found.st_ino) == (self.device, self.inode):
+                self.path.unlink()
+
+
+def bind(listener: "zmq.Socket[bytes]", address: str) -> SocketFile | None:
+    """Binds the socket; for the path of an ipc address, the file to remove before it is closed.
+
+    Raises ConfigError for a path that is not free or cannot be one, zmq.ZMQError for what libzmq refuses.
+    """
+    path = _path_of(address)
+    if path is None:
+        listener.bind(address)
+        return None
+    try:
+        with _locked(path.parent, address):
+            own, file = _listen(path, address, int(listener.get(zmq.BACKLOG)))
+            # libzmq closes it in the end. The path of a socket that it is given it neither makes nor removes.
+            listener.set(zmq.USE_FD, own.detach())
+            listener.bind(address)
+    except OSError as error:
+        raise ConfigError(f"{address} cannot be bound ({error.strerror}): choose another path") from None
+    return file
+
+
+def remove_dead(address: str) -> None:
+    """Removes what a process that was killed has left at an ipc address; leaves all else alone."""
+    with contextlib.suppress(ConfigError, OSError):
+        path = _path_of(address)
+        if path is not None:
+            with _locked(path.parent, address):
+                _remove_dead(path, address)
+
+
+def control_address(data: str) -> str:
+    """The address beside the data socket's: the next port, or a file of the same name with -control."""
+    scheme, _, rest = data.partition("://")
+    if scheme == "ipc":
+        return f"{data}-control"
+    host, _, port = rest.rpartition(":")
+    if not port.isdigit():
+        return data  # tcp://host:*, which gives each socket a port of its own
+    return f"{scheme}://{host}:{int(port) + 1 if int(port) else 0}"
+
+
+def _path_of(address: str) -> Path | None:
+    """Of an ipc address that has one: abstract names (ipc://@name) and ipc://* have no file that could be another's.
+
+    Raises ConfigError for a path that no socket can have.
+    """
+    scheme, _, rest = address.partition("://")
+    if scheme != "ipc" or rest in ("", "*"):
+        return None
+    num_bytes = len(os.fsencode(rest))
+    if num_bytes > MAX_PATH_BYTES:
+        raise ConfigError(
+            f"{address} cannot be bound: the path has {num_bytes} bytes, a socket's has at most {MAX_PATH_BYTES}:"
+            " choose a shorter one"
+        )
+    if rest.startswith("@"):
+        return None
+    path = Path(rest)
+    if not path.parent.is_dir():
+        raise ConfigError(
+            f"{address} cannot be bound: there is no folder {path.parent}: make it, or choose another path"
+        )
+    return path
+
+
+def _listen(path: Path, address: str, backlog: int) -> tuple[socket.socket, SocketFile]:
+    """A socket that listens at the path, from which a dead one is removed. Called with the folder locked."""
+    _remove_dead(path, address)
+    own = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        own.setblocking(False)
+        own.bind(str(path))  # fails where somebody who knows nothing of the lock was quicker
+        own.listen(backlog)
+        found = path.lstat()
+    except BaseException:
+        own.close()
+        raise
+    return own, SocketFile(path, found.st_dev, found.st_ino)
+
+
+def _remove_dead(path: Path, address: str) -> None:
+    """Raises ConfigError for everything but a socket at which nobody answers."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(
+            f"{address} cannot be bound: {path} is a {_kind(mode)}, which is left alone: remove it or choose another"
+            " path"
+        )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        refused = probe.connect_ex(str(path))
+    if refused != errno.ECONNREFUSED:  # EAGAIN: its queue is full; EACCES: it is somebody else's
+        raise ConfigError(f"{address} cannot be bound: it is in use by another server: end that or choose another path")
+    path.unlink(missing_ok=True)
+
+
+def _kind(mode: int) -> str:
+    tests = {"folder": stat.S_ISDIR, "link": stat.S_ISLNK, "pipe": stat.S_ISFIFO, "file": stat.S_ISREG}
+    return next((name for name, test in tests.items() if test(mode)), "device")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, address: str) -> Iterator[None]:
+    """Two servers that start at once do not both find the socket of a third dead, and remove each other's."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        deadline_s = time.monotonic() + LOCK_WAIT_S
+        while not _try_lock(descriptor):
+            if time.monotonic() > deadline_s:
+                raise ConfigError(
+                    f"{address} cannot be bound: another program has locked {folder} for {LOCK_WAIT_S:g} s: choose"
+                    " another folder"
+                )
+            time.sleep(0.01)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: one does without
+        return True
+    return True
