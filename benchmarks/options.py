@@ -7,7 +7,8 @@ import argparse
 from collections.abc import Collection
 from typing import Any, Unpack, cast
 
-from graphgen.commands.options import ENGINE_OPTIONS, Option
+from graphgen.commands.fields import Option
+from graphgen.commands.options import ENGINE_OPTIONS
 from graphgen.launch.config import EngineSettings
 
 

@@ -17,16 +17,16 @@ from graphgen.api.engine import Engine
 from graphgen.base.version import __version__
 from graphgen.commands.demo_run import DemoFigures, percentile, run_demo
 from graphgen.commands.describe import Decision, decisions
-from graphgen.commands.options import takes_engine_options
+from graphgen.commands.options import takes_engine_options, takes_serve_options
 from graphgen.commands.serve import keys_app, serve_until_signal
 from graphgen.commands.tune import TuneFigures, describe_figures, tune_figures
 from graphgen.ipc.errors import GraphgenError
-from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS
 from graphgen.ipc.messages import Bucket, Phase
 from graphgen.launch.config import EngineConfig
 from graphgen.launch.step_times_store import StepTimesKey, stored_file
 from graphgen.mock_server.__main__ import mock_server
 from graphgen.requests.sampling_params import SamplingParams
+from graphgen.server.supervisor import ServeOptions
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
@@ -157,47 +157,10 @@ def prebuild(
 
 @app.command()
 @takes_engine_options()
-def serve(
-    config: EngineConfig,
-    bind: Annotated[
-        str, typer.Option(help="Address of the data socket: tcp://HOST:PORT or ipc://PATH.", metavar="ADDRESS")
-    ] = DEFAULT_ADDRESS,
-    control: Annotated[
-        str | None,
-        typer.Option(help="Address of the control socket.", metavar="ADDRESS", show_default="the next port"),
-    ] = None,
-    keys: Annotated[
-        Path | None,
-        typer.Option(help="Folder of CURVE keys, see `graphgen keys`: they are asked for.", metavar="FOLDER"),
-    ] = None,
-    insecure_public: Annotated[
-        bool, typer.Option("--insecure-public", help="Let everyone in who can reach a public address.", metavar="")
-    ] = False,
-    grace_s: Annotated[
-        float, typer.Option(min=0, help="For open requests to finish after SIGTERM.", metavar="X")
-    ] = 30.0,
-    memory_limit_mib: Annotated[
-        int, typer.Option(min=64, help="Of the frontend, beyond what it needs when idle.", metavar="N")
-    ] = 1024,
-    slow_consumer_s: Annotated[
-        float, typer.Option(min=1, help="A client that reads nothing for so long is cut off.", metavar="X")
-    ] = 60.0,
-    open_requests: Annotated[int, typer.Option(min=1, help="Most open requests of one client.", metavar="N")] = 256,
-) -> None:
+@takes_serve_options
+def serve(config: EngineConfig, options: ServeOptions) -> None:
     """Serve programs in any language over ZeroMQ, until SIGTERM; the protocol is in ipc/PROTOCOL.md."""
-    sys.exit(
-        serve_until_signal(
-            _shown(config),
-            bind,
-            control,
-            keys,
-            insecure_public,
-            grace_s,
-            memory_limit_mib,
-            slow_consumer_s,
-            open_requests,
-        )
-    )
+    sys.exit(serve_until_signal(_shown(config), options))
 
 
 def _print_version(asked: bool) -> None:

@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from graphgen.base.addresses import control_address
 from graphgen.launch.config import EngineConfig
 from graphgen.server.frontend.keys import Keys, default_folder
-from graphgen.server.supervisor import ServeOptions, Supervisor, is_public
+from graphgen.server.supervisor import ServeOptions, Supervisor
 
 keys_app = typer.Typer(no_args_is_help=True, help="CURVE keys of the server and of those who may connect.")
 
@@ -19,31 +18,8 @@ KeysFolder = Annotated[
 ]
 
 
-def serve_until_signal(
-    config: EngineConfig,
-    bind: str,
-    control: str | None,
-    keys: Path | None,
-    insecure_public: bool,
-    grace_s: float,
-    memory_limit_mib: int,
-    slow_consumer_s: float,
-    open_requests: int,
-) -> int:
+def serve_until_signal(config: EngineConfig, options: ServeOptions) -> int:
     """Serves until a signal: the exit code, 0 when every request got its whole output."""
-    control = control or control_address(bind)
-    if keys is None and (is_public(bind) or is_public(control)) and Keys(default_folder()).has_server_key:
-        keys = default_folder()
-    options = ServeOptions(
-        data=bind,
-        control=control,
-        keys=None if keys is None else str(keys.expanduser().absolute()),
-        insecure_public=insecure_public,
-        grace_s=grace_s,
-        memory_limit_bytes=memory_limit_mib << 20,
-        slow_consumer_s=slow_consumer_s,
-        open_requests=open_requests,
-    )
     return Supervisor(config, options, _say).run()
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 import zmq
 from msgspec import Struct
 
-from graphgen.base.addresses import remove_dead
+from graphgen.base.addresses import control_address, remove_dead
 from graphgen.base.descriptors import raise_descriptor_limit
 from graphgen.base.progress import StartProgress
 from graphgen.ipc import errors
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.errors import ConfigError, EngineDeadError, GraphgenError
+from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS
 from graphgen.ipc.messages import (
     Drain,
     Drained,
@@ -36,7 +37,7 @@ from graphgen.launch.processes import EngineProcesses
 from graphgen.requests.core import describe_start, launch_config, load_config_tokenizer
 from graphgen.requests.portable_tokenizer import write_tokenizer
 from graphgen.server.backoff import Backoff
-from graphgen.server.frontend.keys import Keys
+from graphgen.server.frontend.keys import Keys, default_folder
 from graphgen.server.frontend.settings import FrontendSettings
 from graphgen.server.signals import EndSignals
 
@@ -52,24 +53,51 @@ LOST_GRACE_S = 5.0
 class ServeOptions(Struct, frozen=True, kw_only=True):
     """How a server is reached and when it gives up. Raises ConfigError for what would be open to strangers."""
 
-    data: str
-    control: str
-    keys: str | None
+    data: str = DEFAULT_ADDRESS
+    """Address of the data socket: tcp://HOST:PORT or ipc://PATH."""
+    control: str | None = None
+    """Address of the control socket. None: beside the data socket's, the next port."""
+    keys: str | None = None
+    """Folder of CURVE keys, see `graphgen keys`: who has none of them is not let in. None: no keys; on a public address
+    those of $GRAPHGEN_KEYS or ~/.config/graphgen/keys."""
     insecure_public: bool = False
+    """Let everyone in who can reach a public address."""
     grace_s: float = 30.0
-    memory_limit_bytes: int = 1 << 30
+    """Seconds that open requests have to finish after SIGTERM."""
+    memory_limit_mib: int = 1024
+    """Memory of the frontend beyond what it needs when idle, in MiB."""
     slow_consumer_s: float = 60.0
+    """Seconds after which a client that reads nothing is cut off."""
     open_requests: int = 256
+    """Most open requests of one client."""
 
     def __post_init__(self) -> None:
-        for address in (self.data, self.control):
-            if is_public(address) and self.keys is None and not self.insecure_public:
+        for name, least in (("grace_s", 0), ("memory_limit_mib", 64), ("slow_consumer_s", 1), ("open_requests", 1)):
+            if not getattr(self, name) >= least:
+                raise ConfigError(f"{name} is {getattr(self, name)}, the least is {least}: raise it")
+        folder = self.key_folder
+        if folder is not None:
+            Keys(folder).server_secret_key()
+            return
+        for address in (self.data, self.control_address):
+            if is_public(address) and not self.insecure_public:
                 raise ConfigError(
                     f"{address} can be reached by other machines and there are no keys: make some with `graphgen keys"
                     " new` and name their folder with --keys, or say --insecure-public to let everyone in"
                 )
+
+    @property
+    def control_address(self) -> str:
+        """Where the control socket is bound."""
+        return self.control or control_address(self.data)
+
+    @property
+    def key_folder(self) -> Path | None:
+        """The folder of the keys that are asked for, absolute; None: no keys are."""
         if self.keys is not None:
-            Keys(Path(self.keys)).server_secret_key()
+            return Path(self.keys).expanduser().absolute()
+        is_reached = is_public(self.data) or is_public(self.control_address)
+        return default_folder() if is_reached and Keys(default_folder()).has_server_key else None
 
 
 class Supervisor:
@@ -87,7 +115,8 @@ class Supervisor:
         self._ready: Ready | None = None
         self._num_lost: int | None = None
         self._listening = False
-        self._data, self._control = options.data, options.control
+        self._data, self._control = options.data, options.control_address
+        self._keys = options.key_folder
 
     def run(self) -> int:
         """Serves until a signal: the exit code. Raises GraphgenError when the engine does not start, or dies."""
@@ -127,8 +156,8 @@ class Supervisor:
             model=self._config.model or "demo",
             data=self._data,
             control=self._control,
-            keys=self._options.keys,
-            memory_limit_bytes=self._options.memory_limit_bytes,
+            keys=None if self._keys is None else str(self._keys),
+            memory_limit_bytes=self._options.memory_limit_mib << 20,
             slow_consumer_s=self._options.slow_consumer_s,
             open_requests=self._options.open_requests,
         ).write(processes.folder)
@@ -181,8 +210,9 @@ class Supervisor:
         assert self._ready is not None, "the frontend serves after the engine"
         self._say(describe_start(self._ready, time.monotonic() - self._started_s))
         self._say(f"listening on {where.data} (data)\nlistening on {where.control} (control)")
-        keys = self._options.keys
-        self._say("no keys: who can connect may" if keys is None else f"only CURVE keys of {keys} may connect")
+        self._say(
+            "no keys: who can connect may" if self._keys is None else f"only CURVE keys of {self._keys} may connect"
+        )
         self._say("ready")
 
     def _pass_signals_on(

@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 
 from graphgen import EngineConfig
 from graphgen.commands import cli, options
-from graphgen.commands.options import ENGINE_OPTIONS, PANELS, Option, options_of, takes_engine_options
+from graphgen.commands.fields import Option, options_of
+from graphgen.commands.options import ENGINE_OPTIONS, PANELS, SERVE_OPTIONS, takes_engine_options
+from graphgen.server.supervisor import ServeOptions
 
 FIELDS = {field.name: field for field in msgspec.structs.fields(EngineConfig)}
 VALUES: dict[str, Any] = {
@@ -46,12 +48,12 @@ class Started(Exception):
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[EngineConfig]:
-    """The configs that a command would have started an engine with."""
-    configs: list[EngineConfig] = []
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What a command would have started: the engine's config, and a server's options behind it."""
+    configs: list[Any] = []
 
-    def start(config: EngineConfig, *_: object) -> None:
-        configs.append(config)
+    def start(*what: object) -> None:
+        configs.extend(what)
         raise Started
 
     monkeypatch.setattr(cli, "Engine", start)
@@ -60,7 +62,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[EngineConfig]:
 
 
 @pytest.mark.parametrize("command", [("serve",), ("generate", "a prompt"), ("info",), ("tune",), ("demo",)])
-def test_every_field_is_reachable_from_every_command(command: tuple[str, ...], started: list[EngineConfig]) -> None:
+def test_every_field_is_reachable_from_every_command(command: tuple[str, ...], started: list[Any]) -> None:
     """`tune` alone sets one itself: where step times come from is what it is for."""
     expected = {option.name: value_of(option) for option in ENGINE_OPTIONS}
     words = [word for option in ENGINE_OPTIONS for word in words_of(option, expected[option.name])]
@@ -73,15 +75,25 @@ def test_every_field_is_reachable_from_every_command(command: tuple[str, ...], s
     assert {name: getattr(started[0], name) for name in FIELDS} == expected
 
 
-def test_what_is_not_given_is_the_engines_default(started: list[EngineConfig]) -> None:
+def test_what_is_not_given_is_the_engines_default(started: list[Any]) -> None:
     CliRunner().invoke(cli.app, ["serve"])
-    assert started == [EngineConfig()]
+    assert started == [EngineConfig(), ServeOptions()]
 
 
-def test_the_model_is_an_argument_or_an_option_and_not_both(started: list[EngineConfig]) -> None:
+def test_every_field_of_a_server_is_an_option_of_serve(started: list[Any]) -> None:
+    expected = {option.name: value_of(option) for option in SERVE_OPTIONS} | {"keys": None, "data": "ipc:///run/g"}
+    words = [
+        word for option in SERVE_OPTIONS if option.name != "keys" for word in words_of(option, expected[option.name])
+    ]
+    done = CliRunner().invoke(cli.app, ["serve", *words])
+    assert isinstance(done.exception, Started), done.output
+    assert msgspec.structs.asdict(started[1]) == expected
+
+
+def test_the_model_is_an_argument_or_an_option_and_not_both(started: list[Any]) -> None:
     for words in (["serve", "some/model"], ["serve", "--model", "some/model"], ["generate", "text", "some/model"]):
         CliRunner().invoke(cli.app, words)
-    assert [config.model for config in started] == ["some/model"] * 3
+    assert [one.model for one in started if isinstance(one, EngineConfig)] == ["some/model"] * 3
     twice = CliRunner().invoke(cli.app, ["serve", "one", "--model", "two"])
     assert "model is given twice, as 'one' and 'two'" in str(twice.exception)
 
@@ -116,7 +128,7 @@ def test_a_new_field_is_an_option_with_its_type_and_help(monkeypatch: pytest.Mon
 
 
 def test_every_field_says_what_it_is_and_what_none_stands_for() -> None:
-    for option in ENGINE_OPTIONS:
+    for option in (*ENGINE_OPTIONS, *SERVE_OPTIONS):
         assert len(option.help) > 15, option.name
         assert "None" not in option.help, f"{option.name}: write what None stands for as a sentence `None: ...`"
         assert (option.none_means is not None) == (option.default is None), option.name
