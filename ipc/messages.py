@@ -217,7 +217,7 @@ class WorkerReady(Struct, frozen=True, array_like=True, tag="worker_ready", gc=F
 
 
 class Progress(Struct, frozen=True, array_like=True, tag="progress", gc=False):
-    """The start advanced: `done` of `total` units of `phase`."""
+    """The start advanced: `done` of `total` units of `phase`; a total of 0 where that cannot be told."""
 
     phase: str
     done: int

@@ -66,7 +66,7 @@ def generate(
         seed=seed,
         stop=tuple(stop or ()),
     )
-    with Engine(_shown(config)) as engine:
+    with Engine(config) as engine:
         num_tokens, reason = 0, None
         for piece in engine.stream(text, sampling):
             _write(piece.text)
@@ -86,7 +86,7 @@ def generate(
 @takes_engine_options()
 def info(config: EngineConfig) -> None:
     """Start an engine and print what it found and decided, and why."""
-    with Engine(_shown(config)) as engine:
+    with Engine(config) as engine:
         found = engine.info
         stdout.print(_versions_table())
         stdout.print(_decisions_table(decisions(engine.config, engine.resolved, found)))
@@ -100,7 +100,7 @@ def demo(
     config: EngineConfig, max_tokens: Annotated[int, typer.Option(help="Tokens of output of each request.")] = 120
 ) -> None:
     """Serve prompts of many lengths at once on the embedded model, show one of them live, and print the figures."""
-    with Engine(_shown(config)) as engine:
+    with Engine(config) as engine:
         figures = run_demo(engine, max_tokens, _write)
         _write("\n\n")
         stdout.print(_figures_table(figures, engine))
@@ -121,7 +121,7 @@ def tune(
 
     A --token-budget above the default, 2048 say, shows whether larger steps would compute more rows a second.
     """
-    with Engine(msgspec.structs.replace(_shown(config), step_times="measure")) as engine:
+    with Engine(msgspec.structs.replace(config, step_times="measure")) as engine:
         worker = engine.info.worker
         key = StepTimesKey.of(engine.resolved, worker)
     assert worker.step_times is not None, "the worker measured: it was asked to"
@@ -160,7 +160,7 @@ def prebuild(
 @takes_serve_options
 def serve(config: EngineConfig, options: ServeOptions) -> None:
     """Serve programs in any language over ZeroMQ, until SIGTERM; the protocol is in ipc/PROTOCOL.md."""
-    sys.exit(serve_until_signal(_shown(config), options))
+    sys.exit(serve_until_signal(config, options))
 
 
 def _print_version(asked: bool) -> None:
@@ -185,10 +185,6 @@ def main() -> None:
     except GraphgenError as error:
         stderr.print(f"graphgen: {error}", style="red", markup=False, highlight=False)
         sys.exit(USAGE_EXIT)
-
-
-def _shown(config: EngineConfig) -> EngineConfig:
-    return msgspec.structs.replace(config, progress=config.progress or stderr.is_terminal)
 
 
 def _write(text: str) -> None:

@@ -1,5 +1,6 @@
 """What `graphgen serve` and `graphgen keys` do with their options. The rest is in `graphgen.server`."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ KeysFolder = Annotated[
 
 def serve_until_signal(config: EngineConfig, options: ServeOptions) -> int:
     """Serves until a signal: the exit code, 0 when every request got its whole output."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     return Supervisor(config, options, _say).run()
 
 

@@ -65,8 +65,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     """auto and safetensors read the checkpoint; dummy makes random weights of the real shapes."""
     seed: int = 0
     """Of the random weights of the load format dummy; a request has a seed of its own, in SamplingParams."""
-    progress: bool = False
-    """Show progress bars while the engine starts."""
+    progress: bool | None = None
+    """Show progress bars while the engine starts; where there are none, phases are logged. None: on a terminal."""
     compile: bool | None = None
     """Compile the decoder layer with torch.compile. None: on CUDA, not on the CPU."""
     attention: Literal["auto", "flashinfer", "torch"] = "auto"
@@ -146,7 +146,7 @@ class EngineSettings(TypedDict, total=False):
     memory_fraction: float
     load_format: Literal["auto", "safetensors", "dummy"]
     seed: int
-    progress: bool
+    progress: bool | None
     compile: bool | None
     attention: Literal["auto", "flashinfer", "torch"]
     step_times: Literal["auto", "measure", "off"]

@@ -74,6 +74,7 @@ class ModelRunner:
         begun_s = time.monotonic()
         self._device = torch.device(config.device)
         self._stream = open_stream(self._device)
+        self._report = report
         self._phases.append(Phase("device", time.monotonic() - begun_s))
         if config.cpu_threads is not None:
             torch.set_num_threads(config.cpu_threads)
@@ -249,6 +250,7 @@ class ModelRunner:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
+        self._report(Progress(name, 0, 0))
         begun_s = time.monotonic()
         yield
         self._stream.synchronize()
