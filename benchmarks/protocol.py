@@ -39,9 +39,9 @@ from graphgen.requests.core import AttachedCore, launch_config, load_config_toke
 from graphgen.requests.link import Link
 from graphgen.requests.open_request import Delivery
 from graphgen.requests.outputs import StreamPiece
-from graphgen.requests.portable_tokenizer import RustTokenizer, read_tokenizer, write_tokenizer
 from graphgen.requests.sampling_params import SamplingParams
 from graphgen.requests.streams import RequestCore
+from graphgen.requests.tokenizer import read_tokenizer, write_tokenizer
 from graphgen.server.frontend.process import EngineElsewhere
 from graphgen.server.frontend.settings import FrontendSettings
 
@@ -96,8 +96,7 @@ class Setup:
         config = EngineConfig(device="cpu")
         self.launch = launch_config(config)
         self.launch.write(self.folder)
-        tokenizer = load_config_tokenizer(config, self.launch)
-        write_tokenizer(None if tokenizer is None else tokenizer.export(), self.folder)
+        write_tokenizer(load_config_tokenizer(config, self.launch), self.folder)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._processes = {"engine": self._start("benchmarks.paced_engine", str(step_ms))}
 
@@ -105,9 +104,7 @@ class Setup:
     def in_process(self) -> Iterator[AttachedCore]:
         """What an Engine is to its own process."""
         link = Link(EngineElsewhere(self.folder), attaches=True)
-        portable = read_tokenizer(self.folder)
-        tokenizer = None if portable is None else RustTokenizer(portable)
-        yield AttachedCore(self.launch, link.wait_ready(TIMEOUT_S), tokenizer, link)
+        yield AttachedCore(self.launch, link.wait_ready(TIMEOUT_S), read_tokenizer(self.folder), link)
         link.close()
 
     @contextlib.contextmanager

@@ -31,15 +31,15 @@ if TYPE_CHECKING:
     from graphgen.launch.config import EngineConfig
     from graphgen.remote.async_client import AsyncClient
     from graphgen.remote.client import Client
-    from graphgen.remote.requests import Chat
     from graphgen.requests.outputs import RequestOutput, StreamPiece, Timing
+    from graphgen.requests.prompts import Chat
     from graphgen.requests.sampling_params import SamplingParams
 
 
 _HOMES = {
     "AsyncClient": "graphgen.remote.async_client",
     "AsyncEngine": "graphgen.api.async_engine",
-    "Chat": "graphgen.remote.requests",
+    "Chat": "graphgen.requests.prompts",
     "CheckpointError": "graphgen.ipc.errors",
     "Client": "graphgen.remote.client",
     "ConfigError": "graphgen.ipc.errors",

@@ -1,17 +1,17 @@
-"""The engine of an asyncio program. Owns how a task waits for tokens; everything else is `graphgen.requests.core`."""
+"""The engine of an asyncio program. Owns its start and its end; how a task waits is `graphgen.api.calls`."""
 
 import asyncio
 from types import TracebackType
 from typing import Self, Unpack
 
+from graphgen.api.calls import AsyncCalls
 from graphgen.ipc.messages import EngineStats, Ready
 from graphgen.launch.config import EngineConfig, EngineSettings, make_config
-from graphgen.requests.core import EngineCore, Prompt
-from graphgen.requests.sampling_params import SamplingParams
-from graphgen.requests.streams import AsyncStream, Mailbox
+from graphgen.requests.core import EngineCore
+from graphgen.requests.tokenizer import Tokenizer
 
 
-class AsyncEngine:
+class AsyncEngine(AsyncCalls[EngineCore]):
     """Serves one model to the tasks of an event loop.
 
     The constructor takes what Engine's takes and waits for the start, so call it before the loop runs; in a running
@@ -19,25 +19,17 @@ class AsyncEngine:
     """
 
     def __init__(self, model: str | EngineConfig | None = None, /, **settings: Unpack[EngineSettings]) -> None:
-        self._core = EngineCore(make_config(model, settings))
-        self._mailbox: Mailbox | None = None
+        super().__init__(EngineCore(make_config(model, settings)))
 
     @classmethod
     async def create(cls, model: str | EngineConfig | None = None, /, **settings: Unpack[EngineSettings]) -> Self:
         """The constructor, without holding up the loop."""
         return await asyncio.to_thread(lambda: cls(model, **settings))
 
-    def generate(self, prompt: Prompt, sampling: SamplingParams | None = None) -> AsyncStream:
-        """`async for piece in engine.generate(...)`: the output of one prompt as it is made.
-
-        Called in a running loop. The prompt is checked and sent by this call; raises as Engine.generate does, refusals
-        and missed deadlines from the iterator. With n > 1 the pieces carry their sample_index. Leaving
-        the iterator early (break, cancellation of the task, aclose()) ends the request and frees its pages.
-        """
-        loop = asyncio.get_running_loop()
-        if self._mailbox is None or self._mailbox.loop is not loop:
-            self._mailbox = Mailbox(loop)
-        return AsyncStream(self._core, self._mailbox, prompt, sampling)
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer: encode, decode, render_chat. Raises InvalidRequestError where there is none."""
+        return self._core.tokenizer
 
     async def stats(self) -> EngineStats:
         """A snapshot of what runs and waits, of pages, steps and step times."""

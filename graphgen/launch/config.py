@@ -39,7 +39,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     revision: str | None = None
     """Branch, tag or commit of a hub id. None: its main branch."""
     tokenizer: str | None = None
-    """Folder or hub id of the tokenizer. None: the model's."""
+    """Folder or hub id of the tokenizer; "none" serves token ids alone. None: the model's."""
+    chat_template: str | None = None
+    """File with a chat template (Jinja), or the name of one of the model's own. None: the model's default."""
     generation_config: Literal["auto", "none"] = "auto"
     """auto: sampling values that a request leaves out are those of the model's generation_config.json (temperature,
     top_k, top_p, min_p, repetition_penalty; do_sample false is temperature 0). none: they are 1, or off. Its
@@ -135,6 +137,7 @@ class EngineSettings(TypedDict, total=False):
     model: str | None
     revision: str | None
     tokenizer: str | None
+    chat_template: str | None
     generation_config: Literal["auto", "none"]
     device: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"]

@@ -1,18 +1,16 @@
-"""The client of an asyncio program: an AsyncEngine that is elsewhere."""
+"""The client of an asyncio program: an AsyncEngine that is elsewhere. How a task waits is `graphgen.api.calls`."""
 
 import asyncio
 from types import TracebackType
 from typing import Self, Unpack
 
+from graphgen.api.calls import AsyncCalls
 from graphgen.ipc.ggp.messages import Health, Stats, Welcome
 from graphgen.remote.address import ClientSettings
 from graphgen.remote.core import RemoteCore
-from graphgen.remote.requests import RemotePrompt
-from graphgen.requests.sampling_params import SamplingParams
-from graphgen.requests.streams import AsyncStream, Mailbox
 
 
-class AsyncClient:
+class AsyncClient(AsyncCalls[RemoteCore]):
     """Serves what a server serves to the tasks of an event loop.
 
     The constructor takes what Client's takes and waits for the server, so call it before the loop runs; in a running
@@ -20,24 +18,12 @@ class AsyncClient:
     """
 
     def __init__(self, address: str | None = None, /, **settings: Unpack[ClientSettings]) -> None:
-        self._core = RemoteCore(address, settings)
-        self._mailbox: Mailbox | None = None
+        super().__init__(RemoteCore(address, settings))
 
     @classmethod
     async def create(cls, address: str | None = None, /, **settings: Unpack[ClientSettings]) -> Self:
         """The constructor, without holding up the loop."""
         return await asyncio.to_thread(lambda: cls(address, **settings))
-
-    def generate(self, prompt: RemotePrompt, sampling: SamplingParams | None = None) -> AsyncStream:
-        """`async for piece in client.generate(...)`: the output of one prompt as it is made.
-
-        Called in a running loop. Leaving the iterator early (break, cancellation of the task, aclose()) ends the
-        request and frees its pages.
-        """
-        loop = asyncio.get_running_loop()
-        if self._mailbox is None or self._mailbox.loop is not loop:
-            self._mailbox = Mailbox(loop)
-        return AsyncStream(self._core, self._mailbox, prompt, sampling)
 
     async def stats(self) -> Stats:
         """A snapshot of the server: sessions, requests, pages, steps."""

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS, Health, Stats, Welcome
 from graphgen.remote.address import ClientSettings, ServerAddress
 from graphgen.remote.connection import Connection
-from graphgen.remote.requests import RemotePrompt, RemoteRequest, make_generate
+from graphgen.remote.requests import RemoteRequest, make_generate
 from graphgen.requests.core import one_each
 from graphgen.requests.open_request import Sink
+from graphgen.requests.prompts import OnePrompt
 from graphgen.requests.sampling_params import SamplingParams
 
 
@@ -25,7 +26,7 @@ class RemoteCore:
 
     def open(
         self,
-        prompts: Sequence[RemotePrompt],
+        prompts: Sequence[OnePrompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None,
         streams: bool,
         sinks: Sequence[Sink],

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import msgspec
-from msgspec import UNSET, Struct
+from msgspec import UNSET
 
 from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.errors import (
@@ -26,23 +26,14 @@ from graphgen.ipc.ggp.messages import ChatMessage, Delta, Done, Error, Generate,
 from graphgen.ipc.messages import FinishReason
 from graphgen.requests.open_request import Delivery, Sink
 from graphgen.requests.outputs import RequestOutput, StreamPiece, Timing
+from graphgen.requests.prompts import Chat, Message, OnePrompt
 from graphgen.requests.sampling_params import SamplingParams
-
-
-class Chat(Struct, frozen=True):
-    """A prompt of messages, each with `role` and `content`; the server renders it with the model's own template."""
-
-    messages: Sequence[dict[str, str]]
-
-
-RemotePrompt = str | Sequence[int] | Chat
-"""Text, token ids, or a chat."""
 
 
 class RemoteRequest:
     """A request from its `generate` to its end. Its sink gets every piece if it streams, else the whole outputs."""
 
-    def __init__(self, message: Generate, prompt: RemotePrompt, streams: bool, sink: Sink) -> None:
+    def __init__(self, message: Generate, prompt: OnePrompt, streams: bool, sink: Sink) -> None:
         self.message = message
         self.sink = sink
         self.accepted = False
@@ -107,7 +98,7 @@ class RemoteRequest:
         )
 
 
-def make_generate(request_id: int, prompt: RemotePrompt, sampling: SamplingParams, streams: bool) -> Generate:
+def make_generate(request_id: int, prompt: OnePrompt, sampling: SamplingParams, streams: bool) -> Generate:
     """Raises InvalidRequestError for what cannot be written down in the protocol."""
     wire = wire_sampling(sampling)
     if isinstance(prompt, str):
@@ -115,12 +106,10 @@ def make_generate(request_id: int, prompt: RemotePrompt, sampling: SamplingParam
     if isinstance(prompt, Chat):
         messages = [_chat_message(message) for message in prompt.messages]
         return Generate(id=request_id, messages=messages, sampling=wire, echo_ids=not streams)
-    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):  # as programs without types may
-        raise InvalidRequestError(f"a prompt is of type {type(prompt).__name__}: give a str, token ids or a Chat")
     if not prompt:
         raise InvalidRequestError("the prompt is empty: give at least one token")
     try:
-        return Generate(id=request_id, prompt_u32=pack_int32(cast(Sequence[int], prompt)), sampling=wire)
+        return Generate(id=request_id, prompt_u32=pack_int32(prompt), sampling=wire)
     except (OverflowError, TypeError) as error:
         raise InvalidRequestError(f"a prompt holds what is no token id ({error}): give plain ints") from None
 
@@ -159,11 +148,11 @@ def exception_of(error: Error) -> GraphgenError:
             return ServerError(error.message, code, error.retryable)
 
 
-def _chat_message(message: dict[str, str]) -> ChatMessage:
+def _chat_message(message: Message) -> ChatMessage:
     try:
         return msgspec.convert(message, ChatMessage)
     except msgspec.ValidationError as error:
-        raise InvalidRequestError(f"a chat message is {message!r}: {error}; give role and content as text") from None
+        raise InvalidRequestError(f"a chat message is {message!r}: {error}; shorten it") from None
 
 
 def _valid_text(text: str) -> str:

@@ -21,34 +21,47 @@ from graphgen.launch.config import EngineConfig, LaunchConfig, check_device, res
 from graphgen.launch.processes import EngineProcesses
 from graphgen.requests.link import Link
 from graphgen.requests.open_request import OpenRequest, Sink
-from graphgen.requests.portable_tokenizer import TextTokenizer
+from graphgen.requests.prompts import Chat, OnePrompt
 from graphgen.requests.sampling_params import SamplingParams
-from graphgen.requests.tokenizer import Tokenizer, load_tokenizer
+from graphgen.requests.tokenizer import Tokenizer
+from graphgen.requests.tokenizer_files import load_tokenizer
 
 logger = logging.getLogger("graphgen")
 
-Prompt = str | Sequence[int]
-"""Text, or the token ids themselves."""
-
 STATS_TIMEOUT_S = 30.0
+NO_TOKENIZER = "none"
+"""EngineConfig.tokenizer of an engine that is to serve token ids alone."""
 
 
 class AttachedCore:
     """Requests to an engine that runs already. Its link, model and tokenizer are another's."""
 
     def __init__(
-        self, launch: LaunchConfig, ready: Ready, tokenizer: TextTokenizer | None, link: Link, first_id: int = 0
+        self, launch: LaunchConfig, ready: Ready, tokenizer: Tokenizer | None, link: Link, first_id: int = 0
     ) -> None:
         """first_id: of the requests made here; no other core may have used it or a later one with this engine."""
         self.launch = launch
         self.ready = ready
-        self.tokenizer = tokenizer
+        self.has_tokenizer = tokenizer is not None
+        self.eos_token_ids = _eos_token_ids(launch, tokenizer)
+        """What ends an output: the model's end-of-sequence tokens and the tokenizer's own."""
+        self._tokenizer = tokenizer
         self._link = link
         self._request_ids = itertools.count(first_id)
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises InvalidRequestError where there is none."""
+        if self._tokenizer is None:
+            raise InvalidRequestError(
+                "text and chats need a tokenizer, and this engine has none: give token ids, or name a tokenizer with"
+                ' tokenizer= ("none" serves token ids alone, as does a model whose folder holds no tokenizer)'
+            )
+        return self._tokenizer
+
     def open(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[OnePrompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None,
         streams: bool,
         sinks: Sequence[Sink],
@@ -59,7 +72,7 @@ class AttachedCore:
         """
         self.check_process()  # before the tokenizer, whose threads are the parent's as well
         parameters = one_each(sampling, len(prompts))
-        token_ids = self._tokenize(prompts)
+        token_ids = self.token_ids(prompts)
         arrived_s = time.monotonic()
         requests = [
             request
@@ -91,15 +104,18 @@ class AttachedCore:
     def stats(self) -> EngineStats:
         return self._link.stats(STATS_TIMEOUT_S)
 
-    def _tokenize(self, prompts: Sequence[Prompt]) -> list[Sequence[int]]:
+    def token_ids(self, prompts: Sequence[OnePrompt]) -> list[Sequence[int]]:
+        """The ids of each prompt. Raises InvalidRequestError."""
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        if texts and self.tokenizer is None:
-            raise InvalidRequestError(
-                f"{self.launch.model_folder} has no tokenizer, so it takes no text: give token ids, or name a tokenizer"
-                " with EngineConfig(tokenizer=...)"
-            )
-        encoded = iter(self.tokenizer.encode(texts) if self.tokenizer is not None and texts else ())
-        return [next(encoded) if isinstance(prompt, str) else _checked_ids(prompt) for prompt in prompts]
+        encoded = iter(self.tokenizer.encode_batch(texts) if texts else ())
+        return [
+            next(encoded)
+            if isinstance(prompt, str)
+            else self.tokenizer.encode_chat(prompt.messages)
+            if isinstance(prompt, Chat)
+            else prompt
+            for prompt in prompts
+        ]
 
     def _make_requests(
         self,
@@ -112,7 +128,7 @@ class AttachedCore:
     ) -> list[OpenRequest]:
         """The n requests of a prompt; `name` says in errors which prompt it is."""
         self._check_prompt(name, token_ids, sampling)
-        stop_token_ids = sampling.resolve_stop_token_ids(self.launch.eos_token_ids)
+        stop_token_ids = sampling.resolve_stop_token_ids(self.eos_token_ids, self._special_stops(sampling))
         self._check_stop_ids(stop_token_ids)
         max_tokens = self._max_tokens(name, len(token_ids), sampling)
         prompt_token_ids, seed, launch = pack_int32(token_ids), secrets.randbits(63), self.launch
@@ -134,7 +150,7 @@ class AttachedCore:
             for sample_index in range(sampling.n)
         ]
         return [
-            OpenRequest(submit, token_ids, sampling, self.tokenizer, streams, sink, sample_index)
+            OpenRequest(submit, token_ids, sampling, self._tokenizer, streams, sink, sample_index)
             for sample_index, submit in enumerate(submits)
         ]
 
@@ -147,10 +163,8 @@ class AttachedCore:
                 f"{name} has token id {low if low < 0 else high}, the vocabulary is 0 to {vocab_size - 1}:"
                 " use ids of this model's tokenizer"
             )
-        if sampling.stop_strings and self.tokenizer is None:
-            raise InvalidRequestError(
-                f"stop strings need a tokenizer and {self.launch.model_folder} has none: use stop_token_ids"
-            )
+        if sampling.stop_strings and self._tokenizer is None:
+            raise InvalidRequestError("stop strings need a tokenizer, and this engine has none: use stop_token_ids")
 
     def _max_tokens(self, name: str, prompt_len: int, sampling: SamplingParams) -> int:
         """max_tokens, cut to what the model's context leaves. Raises when nothing fits, or not all of min_tokens."""
@@ -171,6 +185,11 @@ class AttachedCore:
                 " shorten it, lower max_tokens, or raise num_pages or memory_fraction"
             )
         return max_tokens
+
+    def _special_stops(self, sampling: SamplingParams) -> tuple[int, ...]:
+        """Ids of the stop strings that are exactly one special token, which the text of an output may leave out."""
+        found = (self.tokenizer.special_token_id(text) for text in sampling.stop_strings)
+        return tuple(token_id for token_id in found if token_id is not None and token_id < self.launch.spec.vocab_size)
 
     def _check_stop_ids(self, stop_token_ids: tuple[int, ...]) -> None:
         vocab_size = self.launch.spec.vocab_size
@@ -238,12 +257,21 @@ def launch_config(config: EngineConfig) -> LaunchConfig:
 
 
 def load_config_tokenizer(config: EngineConfig, launch: LaunchConfig) -> Tokenizer | None:
-    if config.tokenizer is None:
-        return load_tokenizer(launch.model_folder, None)
-    tokenizer = load_tokenizer(config.tokenizer, None)
-    if tokenizer is None:
+    if config.tokenizer == NO_TOKENIZER:
+        return None
+    tokenizer = load_tokenizer(config.tokenizer or launch.model_folder, None, config.chat_template)
+    if tokenizer is None and config.tokenizer is not None:
         raise ConfigError(f"tokenizer {config.tokenizer!r} is a folder without a tokenizer: name another")
+    if tokenizer is not None and tokenizer.chat_template is not None and tokenizer.chat_template.fault:
+        logger.warning("chats are refused: %s", tokenizer.chat_template.fault)
     return tokenizer
+
+
+def _eos_token_ids(launch: LaunchConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    own = None if tokenizer is None else tokenizer.eos_token_id
+    if own is None or own >= launch.spec.vocab_size:
+        return launch.eos_token_ids
+    return tuple(dict.fromkeys((*launch.eos_token_ids, own)))
 
 
 def one_each(sampling: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> Sequence[SamplingParams]:
@@ -260,15 +288,3 @@ def one_each(sampling: SamplingParams | Sequence[SamplingParams] | None, num_pro
             f"there are {len(sampling)} SamplingParams for {num_prompts} prompts: give one, or one for each prompt"
         )
     return sampling
-
-
-def _checked_ids(prompt: Sequence[int]) -> Sequence[int]:
-    """The ids as plain ints. A bool is an int to Python and surely a mistake here."""
-    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
-        raise InvalidRequestError(f"a prompt is of type {type(prompt).__name__}: give a str or a list of token ids")
-    for token_id in prompt:
-        if type(token_id) is not int:
-            raise InvalidRequestError(
-                f"a prompt holds {token_id!r} of type {type(token_id).__name__}: token ids are plain ints"
-            )
-    return list(prompt)

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 
 from graphgen.ipc.messages import FinishReason, Submit, TokenOutput
 from graphgen.requests.outputs import RequestOutput, StreamPiece, Timing
-from graphgen.requests.portable_tokenizer import TextTokenizer
 from graphgen.requests.sampling_params import SamplingParams
 from graphgen.requests.text import Detokenizer, StopFinder
+from graphgen.requests.tokenizer import Tokenizer
 
 Delivery = StreamPiece | RequestOutput | Exception
 Sink = Callable[[Delivery], None]
@@ -25,7 +25,7 @@ class OpenRequest:
         submit: Submit,
         prompt_token_ids: Sequence[int],
         sampling: SamplingParams,
-        tokenizer: TextTokenizer | None,
+        tokenizer: Tokenizer | None,
         streams: bool,
         sink: Sink,
         sample_index: int = 0,
@@ -122,7 +122,7 @@ class OpenRequest:
         )
 
 
-def _decoder(tokenizer: TextTokenizer | None, skip_special_tokens: bool) -> Callable[[Sequence[int]], str]:
+def _decoder(tokenizer: Tokenizer | None, skip_special_tokens: bool) -> Callable[[Sequence[int]], str]:
     """A model without a tokenizer has no text."""
     if tokenizer is None:
         return lambda token_ids: ""

@@ -56,11 +56,12 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
     """Outputs of the prompt, each with its sample_index i and the seed `seed + i`. They share the prompt's pages, so
     the prompt is computed once."""
     stop: str | Sequence[str] = ()
-    """Strings that end the output; the text ends before the first one found."""
+    """Strings that end the output; the text ends before the first one found. One that is exactly a special token of the
+    tokenizer, as `<|im_end|>`, also ends it as that token's id does, since the text leaves special tokens out."""
     stop_token_ids: Sequence[int] = ()
     """Tokens that end the output, besides the model's end-of-sequence tokens; the last of token_ids is the one."""
     ignore_eos: bool = False
-    """Do not end at the model's end-of-sequence tokens."""
+    """Do not end at the end-of-sequence tokens: those of the model's generation_config.json and the tokenizer's own."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text; token_ids has them either way."""
     priority: int = 0
@@ -147,9 +148,13 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
             seed=((seed if self.seed is None else self.seed) + sample_index) % (_MAX_SEED + 1),
         )
 
-    def resolve_stop_token_ids(self, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
-        """The ids that end the request, end of sequence included unless ignored. Raises when there are too many."""
-        token_ids = tuple(dict.fromkeys((*(() if self.ignore_eos else eos_token_ids), *self.stop_token_ids)))
+    def resolve_stop_token_ids(
+        self, eos_token_ids: tuple[int, ...], special_stops: tuple[int, ...] = ()
+    ) -> tuple[int, ...]:
+        """The ids that end the request, end of sequence included unless ignored, and those of stop strings that are one
+        special token each. Raises when there are too many."""
+        ends = () if self.ignore_eos else eos_token_ids
+        token_ids = tuple(dict.fromkeys((*ends, *self.stop_token_ids, *special_stops)))
         if len(token_ids) > MAX_STOP_TOKEN_IDS:
             raise InvalidRequestError(
                 f"stop_token_ids and the model's {len(eos_token_ids)} end-of-sequence tokens are {len(token_ids)} ids,"

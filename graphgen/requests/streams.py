@@ -7,13 +7,16 @@ request: by close, by `with`, by an exception, by cancellation, or by dropping t
 import asyncio
 import queue
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self, TypeVar
 
+from graphgen.ipc.errors import InvalidRequestError
 from graphgen.requests.open_request import Delivery, Sink
 from graphgen.requests.outputs import StreamPiece
 from graphgen.requests.sampling_params import SamplingParams
+
+Item = TypeVar("Item")
 
 
 class RequestCore(Protocol):
@@ -91,6 +94,11 @@ class AsyncStream:
     def __aiter__(self) -> Self:
         return self
 
+    def __await__(self) -> Generator[Any, None, NoReturn]:
+        raise InvalidRequestError(
+            "a stream is not awaited: read it with `async for piece in ...`, or await the whole outputs of complete()"
+        )
+
     async def __anext__(self) -> StreamPiece:
         if not self._num_open:
             raise StopAsyncIteration
@@ -132,12 +140,12 @@ class Mailbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self._waiting: deque[tuple[asyncio.Queue[Delivery], Delivery]] = deque()
+        self._waiting: deque[tuple[asyncio.Queue[Any], Any]] = deque()  # each queue has items of its own kind
         self._is_scheduled = False
 
-    def put(self, pieces: "asyncio.Queue[Delivery]", delivery: Delivery) -> None:
+    def put(self, queue_: "asyncio.Queue[Item]", item: Item) -> None:
         """Called on the receiving thread. Raises RuntimeError when the loop is closed."""
-        self._waiting.append((pieces, delivery))
+        self._waiting.append((queue_, item))
         if not self._is_scheduled:
             self._is_scheduled = True
             self.loop.call_soon_threadsafe(self._empty)
@@ -146,8 +154,8 @@ class Mailbox:
         # The flag falls first: what is put after this line schedules a call of its own.
         self._is_scheduled = False
         while self._waiting:
-            pieces, delivery = self._waiting.popleft()
-            pieces.put_nowait(delivery)
+            queue_, item = self._waiting.popleft()
+            queue_.put_nowait(item)
 
 
 def _piece_or_raise(delivery: Delivery) -> StreamPiece:

@@ -1,113 +1,138 @@
-"""The model's tokenizer: text to ids and back.
+"""A model's tokenizer: text and chats to ids, and ids to text.
 
-Owns the Hugging Face tokenizer object. Never runs code of a checkpoint. Loaded by `requests.core` while the engine's
-processes start, because importing transformers takes seconds.
+Works on plain data, so that a process without the checkpoint and without transformers has the same tokenizer: the
+supervisor of a server reads the data (`graphgen.requests.tokenizer_files`), and its frontend makes its tokenizer of
+them. Knows no model and never runs code of a checkpoint.
 """
 
-import json
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from graphgen.ipc.errors import CheckpointError
-from graphgen.requests.portable_tokenizer import PortableTokenizer, encode_with
+import msgspec
+from msgspec import Struct
 
-_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model", "tekken.json")
-_WHOLE_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
-"""Of transformers: one class by its old and its new name, for tokenizers without code of their own."""
+from graphgen.ipc.errors import InvalidRequestError
+from graphgen.requests.chat_template import ChatSource, ChatTemplate
+
+FILE = "tokenizer.msgpack"
+
+
+class TokenizerData(Struct, frozen=True):
+    """All that encoding, decoding and chats need."""
+
+    backend: str  # as tokenizers writes it: tokenizer.json
+    special_tokens: dict[str, str]  # as templates name them: bos_token, eos_token
+    chat_source: ChatSource | None = None
 
 
 class Tokenizer:
-    """Safe to use from several threads."""
+    """Safe to use from several threads, which it lets run meanwhile."""
 
-    def __init__(self, hf_tokenizer: Any) -> None:  # transformers publishes no types, hence Any
-        self._hf = hf_tokenizer
-        # The Rust tokenizer behind the Hugging Face object: a tenth of the cost for one token. Old models may lack it.
-        self._backend: Any = getattr(hf_tokenizer, "backend_tokenizer", None)
-        if self._backend is not None:
-            self._backend.no_truncation()
-            self._backend.no_padding()
+    def __init__(self, data: TokenizerData) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        self.data = data
+        self._backend: Any = Backend.from_str(data.backend)  # tokenizers publishes no types
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        source = data.chat_source
+        self.chat_template = None if source is None else ChatTemplate(source, data.special_tokens)
+        self.bos_token_id = self._named_id("bos_token")
+        self.eos_token_id = self._named_id("eos_token")
         self.byte_token_ids = self._find_byte_tokens()
+        """Ids of the tokens `<0x00>` to `<0xFF>`, where they stand for bytes."""
+        self._leading_id = self._find_leading_token()
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, with the special tokens that the model wants around a prompt."""
-        return encode_with(self._encode, texts)
+    @property
+    def has_chat(self) -> bool:
+        """Whether the model has a chat template that can be read."""
+        return self.chat_template is not None and not self.chat_template.fault
 
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        if self._backend is None:
-            return [list(self._hf.encode(text)) for text in texts]
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=True)]
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, with the special tokens that the tokenizer puts around a prompt. See `encode_batch`."""
+        return self.encode_batch([text])[0]
 
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, with the special tokens that the tokenizer puts around a prompt.
+
+        A text that begins with the beginning-of-sequence token, as a rendered chat does, gets no second one.
+        Raises InvalidRequestError for what is no text.
+        """
+        batch = self._encode(texts, special=True)
+        leading = self._leading_id
+        if leading is None:
+            return batch
+        return [ids[1:] if ids[:2] == [leading, leading] else ids for ids in batch]
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of the ids, spaces as the model wrote them (no clean-up of spaces before punctuation)."""
-        if self._backend is not None:
-            return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
-        return str(
-            self._hf.decode(
-                list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-            )
-        )
+        return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
-    def export(self) -> PortableTokenizer | None:
-        """What a process without transformers needs to do the same; None for one that is not Rust's."""
-        if self._backend is None:
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The text of a chat by the model's template, ready for the model's turn. Each message has role and content.
+
+        Raises InvalidRequestError where there is no template, or it does not take the messages.
+        """
+        if self.chat_template is None:
+            raise InvalidRequestError(
+                "the model has no chat template: give the prompt as text, or name a template with chat_template="
+            )
+        return self.chat_template.render(messages)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of `render_chat`: the template writes the special tokens itself."""
+        return self._encode([self.render_chat(messages)], special=False)[0]
+
+    def special_token_id(self, text: str) -> int | None:
+        """The id of the special token that is exactly this text; None where there is none."""
+        token_id: int | None = self._backend.token_to_id(text)
+        if token_id is None or self.decode([token_id]) or not self.decode([token_id], skip_special_tokens=False):
             return None
-        template = self._hf.chat_template
-        if isinstance(template, dict):  # several, by name
-            template = template.get("default")
-        return PortableTokenizer(
-            backend=self._backend.to_str(),
-            byte_token_ids=tuple(sorted(self.byte_token_ids)),
-            chat_template=template,
-            special_tokens={
-                name: token for name, token in self._hf.special_tokens_map.items() if isinstance(token, str)
-            },
-        )
+        return token_id
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self._backend.get_vocab_size()} tokens, {'with' if self.has_chat else 'without'} chat)"
+
+    def _encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+        try:
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=special)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise InvalidRequestError(
+                f"a prompt is no valid Unicode text ({error}): remove its lone surrogates"
+            ) from None
+        return [encoding.ids for encoding in encodings]
+
+    def _named_id(self, name: str) -> int | None:
+        token = self.data.special_tokens.get(name)
+        return None if token is None else self._backend.token_to_id(token)
+
+    def _find_leading_token(self) -> int | None:
+        """The special token that is put before every text, if one is."""
+        bare, whole = (self._encode(["a"], special)[0] for special in (False, True))
+        return whole[0] if len(whole) > len(bare) and whole[:1] != bare[:1] else None
 
     def _find_byte_tokens(self) -> frozenset[int]:
-        """Ids of the tokens `<0x00>` to `<0xFF>` where they stand for bytes."""
-        ids = self._hf.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
-        unknown = self._hf.unk_token_id
-        known = frozenset(token_id for token_id in ids if token_id is not None and token_id != unknown)
-        letter = self._hf.convert_tokens_to_ids("<0x41>")
-        return known if letter in known and self.decode([letter], skip_special_tokens=False) == "A" else frozenset()
+        found = {byte: self._backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+        known = {byte: token_id for byte, token_id in found.items() if token_id is not None}
+        letter = known.get(ord("A"))
+        if letter is None or self.decode([letter], skip_special_tokens=False) != "A":
+            return frozenset()
+        return frozenset(known.values())
 
 
-def load_tokenizer(location: str | Path, revision: str | None) -> Tokenizer | None:
-    """The tokenizer of a local folder or hub id; None for a folder that holds none, whose model is served by ids alone.
-
-    Raises CheckpointError for one that cannot be read.
-    """
-    folder = Path(location).expanduser()
-    if folder.is_dir() and not any((folder / name).exists() for name in _FILES):
-        return None
-    try:
-        if _says_all_itself(folder):
-            from transformers import PreTrainedTokenizerFast
-
-            return Tokenizer(PreTrainedTokenizerFast.from_pretrained(str(folder)))
-        from transformers import AutoTokenizer
-
-        return Tokenizer(AutoTokenizer.from_pretrained(str(location), revision=revision, trust_remote_code=False))
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise CheckpointError(
-            f"the tokenizer of {str(location)!r} cannot be read ({error}): repair it or name another with tokenizer="
-        ) from error
+def write_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> None:
+    """Puts the file into `folder` in one rename; None for a model that is served by token ids alone."""
+    partial = folder / f"{FILE}.partial"
+    partial.write_bytes(msgspec.msgpack.encode(None if tokenizer is None else tokenizer.data))
+    partial.rename(folder / FILE)
 
 
-def _says_all_itself(folder: Path) -> bool:
-    """Whether tokenizer.json is the whole tokenizer, so that its class is known without AutoTokenizer.
-
-    That imports the model's config and with it torch, two thirds of the time, because for some model types it
-    overrules what the files say. It does not for "llama", which Llama 3 and many others are.
-    """
-    try:
-        model, config = (json.loads((folder / name).read_bytes()) for name in ("config.json", "tokenizer_config.json"))
-        return (
-            model["model_type"] == "llama"
-            and config["tokenizer_class"] in _WHOLE_CLASSES
-            and "auto_map" not in config
-            and (folder / "tokenizer.json").exists()
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+def read_tokenizer(folder: Path) -> Tokenizer | None:
+    """Waits for the file: the supervisor writes it when it has read the checkpoint's tokenizer."""
+    path = folder / FILE
+    while not path.exists():
+        time.sleep(0.01)
+    data = msgspec.msgpack.decode(path.read_bytes(), type=TokenizerData | None)
+    return None if data is None else Tokenizer(data)

@@ -35,7 +35,7 @@ from graphgen.ipc.messages import (
 from graphgen.launch.config import EngineConfig, check_device
 from graphgen.launch.processes import EngineProcesses
 from graphgen.requests.core import describe_start, launch_config, load_config_tokenizer
-from graphgen.requests.portable_tokenizer import write_tokenizer
+from graphgen.requests.tokenizer import write_tokenizer
 from graphgen.server.backoff import Backoff
 from graphgen.server.frontend.keys import Keys, default_folder
 from graphgen.server.frontend.settings import FrontendSettings
@@ -148,8 +148,7 @@ class Supervisor:
         launch = launch_config(self._config)
         launch.write(processes.folder)
         self._start_frontend(processes)  # binds its sockets at once, so that an address in use is found soon
-        tokenizer = load_config_tokenizer(self._config, launch)
-        write_tokenizer(None if tokenizer is None else tokenizer.export(), processes.folder)
+        write_tokenizer(load_config_tokenizer(self._config, launch), processes.folder)
 
     def _start_frontend(self, processes: EngineProcesses) -> None:
         FrontendSettings(

@@ -5,23 +5,23 @@ from typing import Any
 
 import pytest
 
-from graphgen.requests.portable_tokenizer import PortableTokenizer
+from graphgen.requests.tokenizer import Tokenizer
 from tests.frontend.harness import Frontend, demo_tokenizer
 
 MakeFrontend = Callable[..., Frontend]
 
 
 @pytest.fixture(scope="session")
-def portable() -> PortableTokenizer:
+def tokenizer() -> Tokenizer:
     return demo_tokenizer(chat_template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}model:")
 
 
 @pytest.fixture
-def make_frontend(portable: PortableTokenizer) -> Iterator[MakeFrontend]:
+def make_frontend(tokenizer: Tokenizer) -> Iterator[MakeFrontend]:
     made: list[Frontend] = []
 
     def make(**settings: Any) -> Frontend:
-        made.append(Frontend(portable, **settings))
+        made.append(Frontend(**{"tokenizer": tokenizer, **settings}))
         return made[-1]
 
     yield make

@@ -19,10 +19,11 @@ from graphgen.ipc.ggp.framing import client_framing
 from graphgen.ipc.ggp.messages import Accepted, ClientMessage, Generate, Hello, Ping, ServerMessage, Welcome
 from graphgen.ipc.messages import Attach, Drain, FrontendToSupervisor, Submit, SupervisorToFrontend
 from graphgen.launch.config import EngineConfig
+from graphgen.requests.chat_template import ChatSource
 from graphgen.requests.core import AttachedCore, launch_config
 from graphgen.requests.link import Link
-from graphgen.requests.portable_tokenizer import PortableTokenizer, RustTokenizer
-from graphgen.requests.tokenizer import load_tokenizer
+from graphgen.requests.tokenizer import Tokenizer, TokenizerData
+from graphgen.requests.tokenizer_files import load_tokenizer
 from graphgen.server.frontend.keys import Keys, start_authentication
 from graphgen.server.frontend.process import bind, make_server
 from graphgen.server.frontend.server import PublicSockets
@@ -38,12 +39,11 @@ NUM_PAGES = 32
 """Of 16 positions: half the demo model's context, so that a request can be too large for the pages alone."""
 
 
-def demo_tokenizer(chat_template: str | None = None) -> PortableTokenizer:
-    tokenizer = load_tokenizer(demo.model_folder(), None)
+def demo_tokenizer(chat_template: str | None = None) -> Tokenizer:
+    tokenizer = load_tokenizer(demo.model_folder())
     assert tokenizer is not None
-    portable = tokenizer.export()
-    assert portable is not None
-    return PortableTokenizer(portable.backend, portable.byte_token_ids, chat_template, portable.special_tokens)
+    source = None if chat_template is None else ChatSource(chat_template, "a test")
+    return Tokenizer(TokenizerData(tokenizer.data.backend, tokenizer.data.special_tokens, source))
 
 
 def make_settings(**changes: Any) -> FrontendSettings:  # any field of FrontendSettings
@@ -61,7 +61,7 @@ def make_settings(**changes: Any) -> FrontendSettings:  # any field of FrontendS
 class Frontend:
     """The server under test. `scheduler` is the engine's end, `supervisor` its master's."""
 
-    def __init__(self, portable: PortableTokenizer, engine: EngineConfig | None = None, **settings: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, engine: EngineConfig | None = None, **settings: Any) -> None:
         self.settings = make_settings(**settings)
         self.processes = FakeProcesses()
         self.scheduler = FakeScheduler(self.processes)
@@ -83,8 +83,8 @@ class Frontend:
         self.scheduler.send(
             msgspec.structs.replace(READY, worker=msgspec.structs.replace(READY.worker, num_pages=NUM_PAGES))
         )
-        core = AttachedCore(launch, self._link.wait_ready(5), RustTokenizer(portable), self._link)
-        self.server = make_server(self.sockets, lower, self._inbox, self._link, core, portable, self.settings)
+        core = AttachedCore(launch, self._link.wait_ready(5), tokenizer, self._link)
+        self.server = make_server(self.sockets, lower, self._inbox, self._link, core, self.settings)
         self.num_lost: int | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()

@@ -1,93 +1,78 @@
-"""The frontend's tokenizer and templates, which know no transformers, do what transformers does."""
-
-from typing import Any
+"""Text and chats at a server: what a template or a tokenizer that cannot be used costs, and what ends an output."""
 
 import pytest
 
-from graphgen.ipc.errors import InvalidRequestError
-from graphgen.requests.portable_tokenizer import ChatTemplate, RustTokenizer, read_tokenizer, write_tokenizer
-from tests.requests import tokenizers_for_tests
+from graphgen.ipc.ggp.messages import Accepted, ChatMessage, Error, Generate, Hello, Sampling, Welcome
+from graphgen.ipc.messages import Submit
+from graphgen.requests.chat_template import ChatSource
+from graphgen.requests.tokenizer import Tokenizer, TokenizerData
+from tests.frontend.conftest import MakeFrontend
+from tests.frontend.harness import demo_tokenizer
 
-LLAMA_3 = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' +"
-    " message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
-    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-CHATML = """{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n' }}
-{%- endif %}
-"""
-MISTRAL = (
-    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}{% if message['role'] == 'user' %}"
-    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ message['content'] + eos_token }}{% endif %}"
-    "{% endfor %}"
-)
-WITH_JSON = (
-    "{% for message in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ message | tojson }}{% endfor %}"
-)
-CHAT = [
-    {"role": "user", "content": " Wer <da>? é "},
-    {"role": "assistant", "content": "Niemand"},
-    {"role": "user", "content": "Gut & schön"},
-]
+CHAT = [ChatMessage(role="user", content="hi")]
 
 
-@pytest.mark.parametrize("template", [LLAMA_3, CHATML, MISTRAL, WITH_JSON])
-def test_a_chat_is_rendered_as_transformers_renders_it(template: str) -> None:
-    hugging_face: Any = tokenizers_for_tests.sentencepiece_style()._hf
-    expected = hugging_face.apply_chat_template(
-        CHAT, chat_template=template, tokenize=False, add_generation_prompt=True
-    )
-    special_tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    assert ChatTemplate(template, special_tokens).render(CHAT) == expected
+def test_a_template_that_does_not_parse_costs_chat_and_not_the_server(make_frontend: MakeFrontend) -> None:
+    frontend = make_frontend(tokenizer=demo_tokenizer("{% nonsense %}"))
+    client = frontend.connect()
+    client.send(Hello(client="test"))
+    features = client.expect(Welcome).features
+    assert "text" in features
+    assert "chat" not in features
+    client.send(Generate(id=1, messages=CHAT))
+    error = client.expect(Error)
+    assert error.code == "bad_request"
+    assert "the chat template (a test) cannot be read" in error.message
+    assert "role" not in error.message
+    client.send(Generate(id=2, text="hi"))
+    client.expect(Accepted)
 
 
-def test_a_template_may_refuse_a_chat() -> None:
-    with pytest.raises(InvalidRequestError, match="roles must alternate"):
-        ChatTemplate(MISTRAL, {"bos_token": "", "eos_token": ""}).render(CHAT[1:])
+def test_a_template_without_fault_is_a_feature(make_frontend: MakeFrontend) -> None:
+    client = make_frontend().connect()
+    client.send(Hello(client="test"))
+    assert {"text", "chat"} <= set(client.expect(Welcome).features)
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ messages.__class__.__mro__ }}",
-        "{{ ''.__class__.__base__.__subclasses__() }}",
-        "{{ messages.append(1) }}",
-        "{% for i in range(10**9) %}x{% endfor %}",
-    ],
-)
-def test_a_template_stays_in_its_sandbox(template: str) -> None:
-    with pytest.raises(InvalidRequestError):
-        ChatTemplate(template, {}).render(CHAT)
+@pytest.mark.parametrize("prompt", [Generate(id=1, text="hi"), Generate(id=1, messages=CHAT)])
+def test_without_a_tokenizer_ids_are_served_and_text_is_refused(make_frontend: MakeFrontend, prompt: Generate) -> None:
+    client = make_frontend(tokenizer=None).connect()
+    client.send(Hello(client="test"))
+    assert not {"text", "chat"} & set(client.expect(Welcome).features)
+    client.send(prompt)
+    error = client.expect(Error)
+    assert error.code == "bad_request"
+    assert "give token ids" in error.message
+    client.send(Generate(id=2, prompt_ids=[5, 6, 7]))
+    client.expect(Accepted)
 
 
-@pytest.mark.parametrize("style", sorted(tokenizers_for_tests.ALL))
-def test_the_portable_tokenizer_is_the_models_own(style: str) -> None:
-    own = tokenizers_for_tests.ALL[style]()
-    portable = own.export()
-    assert portable is not None
-    moved = RustTokenizer(portable)
-    assert moved.byte_token_ids == own.byte_token_ids
-    texts = ["Hello the a!", "", "é 😀 b.", "<s>the</s>"]
-    assert moved.encode(texts) == own.encode(texts)
-    for ids in own.encode(texts):
-        for skip in (True, False):
-            assert moved.decode(ids, skip) == own.decode(ids, skip)
+def other_eos(tokenizer: Tokenizer) -> Tokenizer:
+    """One whose own end of sequence is not the model's."""
+    return Tokenizer(TokenizerData(tokenizer.data.backend, {"eos_token": "the"}, ChatSource("x", "a test")))
 
 
-def test_the_portable_tokenizer_is_written_whole(tmp_path: Any) -> None:
-    for portable in (None, tokenizers_for_tests.sentencepiece_style().export()):
-        write_tokenizer(portable, tmp_path)
-        assert read_tokenizer(tmp_path) == portable
+def test_the_tokenizers_own_end_of_sequence_ends_a_chat_as_well(
+    make_frontend: MakeFrontend, tokenizer: Tokenizer
+) -> None:
+    other = other_eos(tokenizer)
+    frontend = make_frontend(tokenizer=other)
+    client = frontend.connect()
+    client.send(Hello(client="test"))
+    both = client.expect(Welcome).eos_token_ids
+    assert other.eos_token_id is not None
+    assert both == [tokenizer.special_token_id("<|endoftext|>"), other.eos_token_id]
+    client.send(Generate(id=1, messages=CHAT))
+    assert list(frontend.scheduler.expect(Submit).stop_token_ids) == both
+    client.send(Generate(id=2, messages=CHAT, sampling=Sampling(ignore_eos=True)))
+    assert not frontend.scheduler.expect(Submit).stop_token_ids
 
 
-def test_lone_surrogates_are_refused() -> None:
-    portable = tokenizers_for_tests.byte_level().export()
-    assert portable is not None
-    with pytest.raises(InvalidRequestError, match="surrogates"):
-        RustTokenizer(portable).encode(["\ud800"])
+def test_a_stop_string_that_is_a_special_token_works_as_its_id(
+    make_frontend: MakeFrontend, tokenizer: Tokenizer
+) -> None:
+    frontend = make_frontend()
+    client = frontend.welcome()
+    stops = ["<|endoftext|>", "the", "no <|endoftext|>"]
+    client.send(Generate(id=1, text="hi", sampling=Sampling(stop=stops, ignore_eos=True)))
+    assert list(frontend.scheduler.expect(Submit).stop_token_ids) == [tokenizer.special_token_id("<|endoftext|>")]

@@ -34,24 +34,23 @@ from graphgen.ipc.messages import (
 )
 from graphgen.ipc.messages import StatsRequest as SchedulerStatsRequest
 from graphgen.remote.requests import exception_of
-from graphgen.requests.portable_tokenizer import PortableTokenizer, RustTokenizer
+from graphgen.requests.tokenizer import Tokenizer
 from graphgen.server.frontend.server import SMALL_BYTES
 from tests.fakes import STATS
 from tests.frontend.conftest import MakeFrontend
 from tests.frontend.harness import IDS, Frontend, open_request, wait_until
 
 
-def test_a_conversation(frontend: Frontend, portable: PortableTokenizer) -> None:
-    tokenizer = RustTokenizer(portable)
+def test_a_conversation(frontend: Frontend, tokenizer: Tokenizer) -> None:
     client = frontend.welcome()
     client.send(Generate(id=7, text="ROMEO:", sampling=Sampling(max_tokens=9, temperature=0.0)))
     accepted = client.expect(Accepted)
     submit = frontend.scheduler.expect(Submit)
-    assert list(unpack_int32(submit.prompt_token_ids)) == tokenizer.encode(["ROMEO:"])[0]
+    assert list(unpack_int32(submit.prompt_token_ids)) == tokenizer.encode("ROMEO:")
     assert (submit.max_tokens, submit.sampler.temperature) == (9, 0.0)
     assert accepted == Accepted(id=7, prompt_tokens=len(submit.prompt_token_ids) // 4)
 
-    answer = tokenizer.encode([" But soft, what light"])[0]
+    answer = tokenizer.encode(" But soft, what light")
     text = ""
     for seq, token_id in enumerate(answer):
         is_last = seq == len(answer) - 1
@@ -66,8 +65,8 @@ def test_a_conversation(frontend: Frontend, portable: PortableTokenizer) -> None
     assert (done.usage.prompt_tokens, done.usage.output_tokens) == (accepted.prompt_tokens, len(answer))
 
 
-def test_the_same_prompt_in_every_form(frontend: Frontend, portable: PortableTokenizer) -> None:
-    ids = RustTokenizer(portable).encode(["a: b\nmodel:"])[0]
+def test_the_same_prompt_in_every_form(frontend: Frontend, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a: b\nmodel:")
     client = frontend.welcome()
     packed = struct.pack(f"<{len(ids)}I", *ids)
     forms = [

@@ -37,7 +37,7 @@ class Letters(Tokenizer):
     def __init__(self) -> None:
         self.byte_token_ids = frozenset()
 
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         if 99 in token_ids:
             raise KeyError(99)
         return "".join(chr(96 + token_id) for token_id in token_ids)

@@ -1,20 +1,23 @@
-"""Small tokenizers of every decoding kind, as backends of the Hugging Face class. Used by the text tests."""
+"""Small tokenizers of every decoding kind. Used by the tests of text and chats."""
 
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE, WordPiece
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from graphgen import demo
 from graphgen.requests.tokenizer import Tokenizer as GraphgenTokenizer
+from graphgen.requests.tokenizer import TokenizerData
+from graphgen.requests.tokenizer_files import load_tokenizer
 
 WORDS = ("a", "b", "Hello", "the", "▁", "▁Hello", "▁the", "▁a", "é", "▁😀", "!", ".", "\ufffd", "▁▁")
 
 
 def byte_level() -> GraphgenTokenizer:
     """The demo model's: every token is a string of bytes, so that an emoji may lie in four tokens."""
-    return GraphgenTokenizer(AutoTokenizer.from_pretrained(str(demo.model_folder())))
+    tokenizer = load_tokenizer(demo.model_folder())
+    assert tokenizer is not None
+    return tokenizer
 
 
 def sentencepiece_style() -> GraphgenTokenizer:
@@ -47,8 +50,12 @@ def word_piece_style() -> GraphgenTokenizer:
 
 def _wrap(backend: Tokenizer, **special: str) -> GraphgenTokenizer:
     backend.add_special_tokens([AddedToken(token, special=True) for token in special.values()])
-    hugging_face: Any = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-    return GraphgenTokenizer(hugging_face)
+    return GraphgenTokenizer(TokenizerData(backend.to_str(), special))
+
+
+def backend_of(tokenizer: GraphgenTokenizer) -> Any:  # tokenizers publishes no types
+    """What the package tokenizers makes of the same data."""
+    return Tokenizer.from_str(tokenizer.data.backend)
 
 
 ALL = {

@@ -18,10 +18,10 @@ from msgspec import UNSET
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.errors import InvalidRequestError, OverloadedError
 from graphgen.ipc.ggp.framing import FrameError, Framing, make_error
-from graphgen.ipc.ggp.messages import ChatMessage, ClientMessage, Generate, Sampling, SamplingDefaults, ServerMessage
+from graphgen.ipc.ggp.messages import ClientMessage, Generate, Sampling, SamplingDefaults, ServerMessage
 from graphgen.requests.core import AttachedCore
 from graphgen.requests.open_request import Delivery, OpenRequest
-from graphgen.requests.portable_tokenizer import ChatTemplate, RustTokenizer
+from graphgen.requests.prompts import Chat
 from graphgen.requests.sampling_params import SamplingParams
 from graphgen.server.frontend.requests import PublicRequest
 from graphgen.server.frontend.settings import text_bytes_limit
@@ -53,14 +53,10 @@ class Preparer:
     def __init__(
         self,
         core: AttachedCore,
-        tokenizer: RustTokenizer | None,
-        chat_template: ChatTemplate | None,
         framing: Framing[ServerMessage, ClientMessage],
         num_threads: int,
     ) -> None:
         self._core = core
-        self._tokenizer = tokenizer
-        self._chat_template = chat_template
         self._framing = framing
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="prepare")
         self._lock = threading.Lock()
@@ -144,20 +140,12 @@ class Preparer:
             return message.prompt_ids
         if message.prompt_u32 is not None:
             return unpack_prompt(message.prompt_u32)
-        tokenizer = self._tokenizer
-        if tokenizer is None:
-            raise InvalidRequestError("the model has no tokenizer, so it takes no text: give prompt_ids or prompt_u32")
         if message.text is not None:
             self._check_text([message.text])
-            return tokenizer.encode([message.text])[0]
-        return self._chat_ids(tokenizer, message.messages or ())
-
-    def _chat_ids(self, tokenizer: RustTokenizer, messages: Sequence[ChatMessage]) -> list[int]:
-        if self._chat_template is None:
-            raise InvalidRequestError("the model has no chat template: give the prompt as text")
-        self._check_text([message.content for message in messages])
-        rendered = self._chat_template.render([msgspec.structs.asdict(message) for message in messages])
-        return tokenizer.encode_rendered(rendered)
+            return list(self._core.token_ids([message.text])[0])
+        messages = message.messages or []
+        self._check_text([one.content for one in messages])
+        return list(self._core.token_ids([Chat([msgspec.structs.asdict(one) for one in messages])])[0])
 
     def _check_text(self, texts: Sequence[str]) -> None:
         """Before any work is put into it."""

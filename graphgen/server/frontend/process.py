@@ -27,7 +27,7 @@ from graphgen.launch.config import LaunchConfig
 from graphgen.launch.processes import Exit, end_with_parent
 from graphgen.requests.core import AttachedCore
 from graphgen.requests.link import Link
-from graphgen.requests.portable_tokenizer import ChatTemplate, PortableTokenizer, RustTokenizer, read_tokenizer
+from graphgen.requests.tokenizer import read_tokenizer
 from graphgen.server.frontend.desk import Desk
 from graphgen.server.frontend.keys import Keys, start_authentication
 from graphgen.server.frontend.memory import limit_memory
@@ -102,9 +102,8 @@ def _serve(folder: Path, supervisor: SupervisorChannel) -> int:
         stack.callback(link.close)
         ready = link.wait_ready(threading.TIMEOUT_MAX)  # the supervisor has an eye on the time
         supervisor.send(ready)
-        portable = read_tokenizer(folder)
-        core = AttachedCore(launch, ready, _tokenizer(portable), link, int(time.monotonic() * REQUEST_IDS_PER_S))
-        server = make_server(sockets, supervisor, inbox, link, core, portable, settings)
+        core = AttachedCore(launch, ready, read_tokenizer(folder), link, int(time.monotonic() * REQUEST_IDS_PER_S))
+        server = make_server(sockets, supervisor, inbox, link, core, settings)
         stack.callback(server.close)
         limit_memory(settings.memory_limit_bytes)
         supervisor.send(Listening(sockets.data.address, sockets.control.address))
@@ -117,25 +116,16 @@ def make_server(
     inbox: Inbox,
     link: Link,
     core: AttachedCore,
-    portable: PortableTokenizer | None,
     settings: FrontendSettings,
 ) -> Server:
     """The server of these sockets and this engine."""
-    tokenizer = _tokenizer(portable)
-    chat = None
-    if portable is not None and portable.chat_template is not None:
-        chat = ChatTemplate(portable.chat_template, portable.special_tokens)
     framing = server_framing()
     sessions, outbox = Sessions(), Outbox(sockets.data, framing)
-    preparer = Preparer(core, tokenizer, chat, framing, settings.threads)
+    preparer = Preparer(core, framing, settings.threads)
     desk = Desk(link, preparer, inbox, outbox, settings)
     monitor = Monitor(link, inbox, sessions, desk, outbox)
-    welcome = _welcome(settings, core.launch, sockets, has_text=tokenizer is not None, has_chat=chat is not None)
+    welcome = _welcome(settings, core, sockets)
     return Server(sockets, supervisor, framing, inbox, sessions, desk, outbox, monitor, settings, welcome)
-
-
-def _tokenizer(portable: PortableTokenizer | None) -> RustTokenizer | None:
-    return None if portable is None else RustTokenizer(portable)
 
 
 def bind(context: Context, settings: FrontendSettings, launch: LaunchConfig, keys: Keys | None) -> PublicSockets:
@@ -155,12 +145,11 @@ def bind(context: Context, settings: FrontendSettings, launch: LaunchConfig, key
     return PublicSockets(*bound)
 
 
-def _welcome(
-    settings: FrontendSettings, launch: LaunchConfig, sockets: PublicSockets, has_text: bool, has_chat: bool
-) -> Welcome:
+def _welcome(settings: FrontendSettings, core: AttachedCore, sockets: PublicSockets) -> Welcome:
+    launch = core.launch
     features = {
-        "text": has_text,
-        "chat": has_chat,
+        "text": core.has_tokenizer,
+        "chat": core.has_tokenizer and core.tokenizer.has_chat,
         "samples": True,
         "classes": True,
         "prefix_cache": launch.prefix_cache,
@@ -173,7 +162,7 @@ def _welcome(
         server=f"graphgen/{__version__}",
         model=settings.model,
         vocab_size=launch.spec.vocab_size,
-        eos_token_ids=list(launch.eos_token_ids),
+        eos_token_ids=list(core.eos_token_ids),
         features=[name for name, has in features.items() if has],
         limits=ServerLimits(
             frame_bytes=frame_bytes_limit(launch.max_model_len),
