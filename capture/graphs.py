@@ -1,45 +1,60 @@
-"""One captured graph per bucket, all in one memory pool; on the CPU, the bucket's callable itself.
+"""One captured graph per shape, all in one memory pool; on a device without graphs, the step itself.
 
-Owns the graphs and counts what ran. The callable of a bucket reads and writes tensors at fixed addresses and never
-synchronises with the host. Capture is largest first, so that the pool's blocks are allocated once and the smaller
-graphs reuse them.
+Owns the graphs and counts what ran. A step reads and writes tensors at fixed addresses and never synchronises with the
+host. Capture is largest first, so that the pool's blocks are allocated once and the smaller graphs reuse them.
+
+Without graphs any shape can run: steps are made when they are asked for, and none runs before that.
 """
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
+from typing import Generic, TypeVar
 
 import torch
 
 from graphgen.capture.stream import CudaStream, HostStream
-from graphgen.ipc.messages import Bucket
+
+Shape = TypeVar("Shape", bound=Hashable)
+"""What tells one step from another: its sizes."""
+
+StepCall = Callable[[], None]
+
+KEPT_STEPS = 64
+"""Steps that a device without graphs keeps: those of a few decode rows come again and again."""
 
 FIRST_WARM_UP_RUNS = 2
 """Runs of the largest bucket before its capture: one compiles and loads kernels, one settles allocations. Each of the
 others runs once, for the kernels that only its shape uses."""
 
 
-class GraphPool:
+class GraphPool(Generic[Shape]):
     """The steps an engine can run."""
 
     def __init__(
         self,
         stream: CudaStream | HostStream,
-        steps: Mapping[Bucket, Callable[[], None]],
-        before_warm_up: Callable[[Bucket], None] = lambda bucket: None,
+        make_step: Callable[[Shape], StepCall],
+        largest_first: Sequence[Shape],
+        before_warm_up: Callable[[Shape], None] = lambda shape: None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Warms up and captures every bucket. `before_warm_up(bucket)` fills its inputs with a valid step."""
+        """Warms up and captures the shapes; without graphs it leaves them alone.
+
+        `before_warm_up(shape)` fills a step's inputs with something valid.
+        """
         self._stream = stream
-        self._steps = dict(steps)
-        self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
+        self._step_of = lru_cache(max(KEPT_STEPS, len(largest_first)))(make_step)
         self.num_replays = 0
         self.num_eager_steps = 0
-        largest_first = sorted(steps, key=lambda bucket: -bucket.num_rows)
-        with _quiet_garbage_collector():
-            for done, bucket in enumerate(largest_first):
+        if not isinstance(stream, CudaStream):
+            return
+        with quiet_garbage_collector():
+            for done, shape in enumerate(largest_first):
                 progress(done, len(largest_first))
-                self._warm_up_and_capture(bucket, before_warm_up)
+                self._warm_up_and_capture(stream, shape, before_warm_up)
         progress(len(largest_first), len(largest_first))
 
     @property
@@ -47,36 +62,34 @@ class GraphPool:
         """Whether steps are graph replays on this device."""
         return isinstance(self._stream, CudaStream)
 
-    def run(self, bucket: Bucket) -> None:
+    def run(self, shape: Shape) -> None:
         """Enqueues one step. To be called inside work submitted to the stream."""
-        graph = self._graphs.get(bucket)
+        graph = self._graphs.get(shape)
         if graph is not None:
             self.num_replays += 1
             graph.replay()
         else:
             self.num_eager_steps += self.captures
-            self._steps[bucket]()
+            self._step_of(shape)()
 
-    def _warm_up_and_capture(self, bucket: Bucket, before_warm_up: Callable[[Bucket], None]) -> None:
-        step = self._steps[bucket]
-        for _ in range(FIRST_WARM_UP_RUNS if self.captures and not self._graphs else 1):
-            self._stream.submit(lambda: before_warm_up(bucket))
-            self._stream.submit(step)
-        self._stream.synchronize()
-        if not isinstance(self._stream, CudaStream):
-            return
+    def _warm_up_and_capture(self, stream: CudaStream, shape: Shape, before_warm_up: Callable[[Shape], None]) -> None:
+        step = self._step_of(shape)
+        for _ in range(1 if self._graphs else FIRST_WARM_UP_RUNS):
+            stream.submit(lambda: before_warm_up(shape))
+            stream.submit(step)
+        stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         # The first graph's pool serves all others; it stays alive as long as one of its graphs does.
         first = next(iter(self._graphs.values()), None)
         pool = first.pool() if first is not None else None
         # What another thread asks of CUDA meanwhile is none of the capture's business and must not spoil it.
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream.stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=stream.stream, capture_error_mode="thread_local"):
             step()
-        self._graphs[bucket] = graph
+        self._graphs[shape] = graph
 
 
 @contextmanager
-def _quiet_garbage_collector() -> Iterator[None]:
+def quiet_garbage_collector() -> Iterator[None]:
     """No collection during capture (it would free CUDA memory in the middle), none of its objects scanned later."""
     was_enabled = gc.isenabled()
     gc.collect()

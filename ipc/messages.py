@@ -33,7 +33,8 @@ MAX_STOP_TOKEN_IDS = 16
 
 
 class Bucket(Struct, frozen=True, array_like=True, gc=False):
-    """A captured shape. Rows [0, prefill_rows) hold prompt chunks, the next `decode_rows` rows hold decodes."""
+    """Rows of a step: [0, prefill_rows) hold prompt chunks, the next `decode_rows` hold decodes. On a device with
+    graphs it is a captured shape."""
 
     prefill_rows: int
     decode_rows: int
@@ -206,7 +207,7 @@ class WorkerReady(Struct, frozen=True, array_like=True, tag="worker_ready", gc=F
 
     device: str
     attention: str
-    graphs: bool  # False on a device without graphs (the CPU): buckets run their callable
+    graphs: bool  # False on a device without graphs (the CPU): a step has the rows of its plan, nothing is padded
     compiled: bool
     buckets: tuple[Bucket, ...]
     max_chunks: int  # chunks one step may hold

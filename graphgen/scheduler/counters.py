@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from graphgen.ipc.messages import Bucket
 from graphgen.scheduler.plan import StepRecord
 
 
@@ -30,7 +29,7 @@ class Counters:
     numerical_errors: int = 0
     """Requests that were ended because the model computed no number for them."""
 
-    def plan_made(self, bucket: Bucket, record: StepRecord) -> None:
+    def plan_made(self, record: StepRecord) -> None:
         self.steps += 1
-        self.total_rows += bucket.num_rows
-        self.padding_rows += bucket.num_rows - record.num_rows
+        self.total_rows += record.rows.num_rows
+        self.padding_rows += record.num_padding_rows

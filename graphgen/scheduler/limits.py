@@ -25,6 +25,7 @@ class SchedulerLimits(Struct, frozen=True):
     max_waiting: int = 2**16  # requests
     max_waiting_tokens: int = 2**26  # prompt tokens of all waiting requests
     max_long_prompts: int = 1  # that are computed at the same time
+    pads: bool = True  # a step has all rows of its bucket; else those that hold a token
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__[1:]:

@@ -29,13 +29,16 @@ class StepRecord(NamedTuple):
 
     step_id: int
     bucket: Bucket
+    """The one that was chosen: how long the step may take."""
+    rows: Bucket
+    """What the device runs: the same, or only the rows that hold a token."""
     chunks: list[ChunkRecord]
     decodes: list[Request]
     drawing: list[Request]
     """The requests that get a token, in the order of the step result."""
     planned_s: float
-    num_rows: int
-    """Rows that hold a token; the rest of the bucket is padding."""
+    num_padding_rows: int
+    """Rows of the step that hold no token."""
     decode_positions: int
     """(row, position) pairs of its decode rows: what they attend to."""
     prompt_pairs: int
@@ -56,10 +59,10 @@ class StepDescription(Struct, frozen=True):
     def of(cls, record: StepRecord) -> "StepDescription":
         return cls(
             step_id=record.step_id,
-            bucket=record.bucket,
+            bucket=record.rows,
             chunks=tuple((chunk.request.request_id, chunk.start, chunk.length) for chunk in record.chunks),
             decode_request_ids=tuple(request.request_id for request in record.decodes),
-            padding_rows=record.bucket.num_rows - record.num_rows,
+            padding_rows=record.num_padding_rows,
             planned_s=record.planned_s,
         )
 
@@ -132,11 +135,13 @@ class PlanDraft:
         if draws:
             self.drawing.append(running)
 
-    def build(self, step_id: int, bucket: Bucket, now_s: float) -> tuple[StepPlan, StepRecord]:
-        """The message to the worker, and the record that its result is matched with."""
+    def build(self, step_id: int, bucket: Bucket, pads: bool, now_s: float) -> tuple[StepPlan, StepRecord]:
+        """The message to the worker, and the record that its result is matched with. pads: see SchedulerLimits."""
+        num_decodes = len(self._decodes)
+        rows = bucket if pads else Bucket(self.num_chunk_tokens, num_decodes)
         plan = StepPlan(
             step_id=step_id,
-            bucket=bucket,
+            bucket=rows,
             chunks=tuple(self._chunks),
             chunk_token_ids=pack_int32(self._chunk_token_ids),
             decode_slots=self._decode_slots,
@@ -148,11 +153,12 @@ class PlanDraft:
         return plan, StepRecord(
             step_id=step_id,
             bucket=bucket,
+            rows=rows,
             chunks=self._chunk_records,
             decodes=self._decodes,
             drawing=[running.request for running in self.drawing] + self._decodes,
             planned_s=now_s,
-            num_rows=self.num_chunk_tokens + len(self._decodes),
+            num_padding_rows=rows.num_rows - self.num_chunk_tokens - num_decodes,
             decode_positions=self._num_decode_positions,
             prompt_pairs=self._prompt_pairs,
         )

@@ -50,6 +50,9 @@ PAGES_READY = 64
 REVIEW_STEPS = 16
 """Plans from one look at the saturation point to the next."""
 
+FULL_SHARE = 0.75
+"""On a device that does not pad, a step with less than this of its bucket's rows says too little of a full one."""
+
 LONG_PROMPT_STEPS = 8
 """A prompt that misses more tokens than this many steps of the full budget compute is long."""
 
@@ -227,7 +230,8 @@ class Scheduler:
     def step_took(self, step_id: int, milliseconds: float) -> None:
         """What a step took on the device; called before its `update`. Raises KeyError if it is not in flight."""
         record = self._in_flight.find(step_id)
-        self._model.correct(record.bucket, record.decode_positions, record.prompt_pairs, milliseconds)
+        if record.rows.num_rows >= FULL_SHARE * record.bucket.num_rows:
+            self._model.correct(record.bucket, record.decode_positions, record.prompt_pairs, milliseconds)
         self._guard.step_measured(milliseconds)
 
     def describe_step(self, step_id: int) -> StepDescription:
@@ -322,9 +326,9 @@ class Scheduler:
     def _send_off(self, draft: PlanDraft, now_s: float) -> StepPlan:
         """Turns the draft into a plan in flight."""
         bucket = self._buckets.smallest(draft.num_chunk_tokens, draft.num_decodes)
-        plan, record = draft.build(self.counters.steps, bucket, now_s)
+        plan, record = draft.build(self.counters.steps, bucket, self._limits.pads, now_s)
         self._pages.give_back(draft.held)  # whoever takes one writes to it in a later step
-        self.counters.plan_made(bucket, record)
+        self.counters.plan_made(record)
         self._admission.plan_made()
         self._in_flight.append(record)
         self._unbooked = draft

@@ -104,6 +104,7 @@ def _policy(config: LaunchConfig, ready: WorkerReady) -> Scheduler:
             max_waiting=config.max_waiting,
             max_waiting_tokens=config.max_waiting_tokens,
             max_long_prompts=config.max_long_prompts,
+            pads=ready.graphs,
         ),
         CostModel(ready.step_times),
     )

@@ -1,8 +1,10 @@
 """The input block of a step: which words a plan becomes, in which order, and what pads them.
 
-Owns the layout per bucket and the packing on the host. step.py reads the same fields on the device.
+Owns the shape of a step, the layout that follows from it, and the packing on the host. step.py reads the same fields on
+the device. A captured step has a bucket's rows and as many chunks and pages as any plan may bring; a step without a
+graph has those of its plan.
 
-Fields, in words (C chunks the bucket may hold, P prefill rows, R decode rows, W words of a slot's parameters):
+Fields, in words (C chunks, P prefill rows, R decode rows, N new pages, W words of a slot's parameters):
 
     counts            [3]      live prefill rows, new pages, row of the token ring to write
     chunk_slots       [C]      padded with the trash slot
@@ -29,21 +31,36 @@ from graphgen.ipc.messages import Bucket, SlotInit, StepPlan
 NUM_COUNTS = 3
 
 
+class StepShape(Struct, frozen=True):
+    """What a step has room for. Steps of one shape run the same kernels at the same addresses."""
+
+    bucket: Bucket  # its rows
+    num_chunks: int
+    num_new_pages: int
+
+    @property
+    def num_draws(self) -> int:
+        """Rows whose logits are computed: the last of each chunk, and the decode rows."""
+        return self.num_chunks + self.bucket.decode_rows
+
+
 class InputShape(Struct, frozen=True):
-    """What bounds the input block of every bucket."""
+    """What bounds the input block of every step."""
 
     max_chunks: int
     trash_slot: int
     pages_per_slot: int
     params_width: int
 
-    def chunks(self, bucket: Bucket) -> int:
-        """Chunks a step of this bucket may hold."""
-        return min(self.max_chunks, bucket.prefill_rows)
+    def any_plan(self, bucket: Bucket) -> StepShape:
+        """Room for every plan of this bucket: admissions bring whole block tables, a decode row one page."""
+        num_chunks = min(self.max_chunks, bucket.prefill_rows)
+        return StepShape(bucket, num_chunks, num_chunks * self.pages_per_slot + bucket.decode_rows)
 
-    def new_pages(self, bucket: Bucket) -> int:
-        """New pages a step may bring: admissions bring whole block tables, a decode row one page."""
-        return self.chunks(bucket) * self.pages_per_slot + bucket.decode_rows
+    def this_plan(self, plan: StepPlan) -> StepShape:
+        """No more room than this plan needs; prefill rows belong to one chunk at least."""
+        num_chunks = max(len(plan.chunks), min(1, plan.bucket.prefill_rows))
+        return StepShape(plan.bucket, num_chunks, len(plan.new_pages) // 12)
 
 
 class RegionLengths(Struct, frozen=True):
@@ -54,9 +71,9 @@ class RegionLengths(Struct, frozen=True):
     decode_kv_lens: Words
 
 
-def input_layout(bucket: Bucket, shape: InputShape) -> BlockLayout:
-    """The block of one bucket. `new_pages` comes last, so that only its live part is copied."""
-    num_chunks = shape.chunks(bucket)
+def input_layout(step: StepShape, shape: InputShape) -> BlockLayout:
+    """The block of one shape. `new_pages` comes last, so that only its live part is copied."""
+    num_chunks, bucket = step.num_chunks, step.bucket
     return BlockLayout(
         [
             Field("counts", NUM_COUNTS),
@@ -70,7 +87,7 @@ def input_layout(bucket: Bucket, shape: InputShape) -> BlockLayout:
             Field("decode_slots", bucket.decode_rows),
             Field("decode_positions", bucket.decode_rows),
             Field("page_copies", num_chunks * 2),
-            Field("new_pages", shape.new_pages(bucket) * 3),
+            Field("new_pages", step.num_new_pages * 3),
         ]
     )
 
@@ -114,7 +131,7 @@ def pack_plan(
     fields["new_pages"][: len(new_pages)] = new_pages
     fields["counts"][:] = (num_prefill_rows, len(new_pages) // 3, ring_row)
 
-    chunk_kv_lens = np.zeros(shape.chunks(plan.bucket), np.int32)
+    chunk_kv_lens = np.zeros(len(fields["chunk_slots"]), np.int32)
     chunk_kv_lens[:num_chunks] = positions + lengths
     decode_kv_lens = np.ones(plan.bucket.decode_rows, np.int32)
     decode_kv_lens[: len(decode_positions)] = decode_positions + 1

@@ -8,6 +8,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from msgspec import Struct
 from torch import Tensor
 
 from graphgen.capture.buckets import build_ladder
-from graphgen.capture.buffers import StagingRing, Words
+from graphgen.capture.buffers import BlockLayout, StagingRing, Words
 from graphgen.capture.graphs import GraphPool
 from graphgen.capture.memory import free_bytes, pages_that_fit, peak_bytes_of
 from graphgen.capture.stream import Mark, open_stream
@@ -35,12 +36,15 @@ from graphgen.models.loader import load_decoder
 from graphgen.models.sampling import NO_TOKEN, ROW_WIDTH, make_sampler, pack_slot
 from graphgen.worker.backend import open_backend
 from graphgen.worker.background import prepare_first_use
-from graphgen.worker.inputs import InputShape, RegionLengths, input_layout, pack_plan
+from graphgen.worker.inputs import InputShape, RegionLengths, StepShape, input_layout, pack_plan
 from graphgen.worker.rows import SlotTables
 from graphgen.worker.step import TOKEN_RING, Step
 
 MAX_CHUNKS = 32
 """Chunks one step may hold. More would only help prompts shorter than a thirty-second of the budget."""
+
+LAYOUTS_KEPT = 256
+"""Layouts of input blocks: more than a ladder has buckets."""
 
 Report = Callable[[Progress], None]
 
@@ -54,7 +58,7 @@ class LaunchedStep(Struct, frozen=True):
     started: Mark
     finished: Mark
     fetched: Mark
-    tokens: Tensor  # host, one token per sampled row of the bucket; valid once `fetched` is reached
+    tokens: Tensor  # host, one token for each draw of the step's shape; valid once `fetched` is reached
     drawn_rows: Words  # which of them the plan asked for
 
     def read_draws(self) -> tuple[list[int], tuple[int, ...]]:
@@ -103,14 +107,14 @@ class ModelRunner:
         self._phases += [preparation.wait() for preparation in preparations]
         gc.freeze()  # what was imported stays: no collection need look at it again
         self._sampler = make_sampler(config.max_running, config.spec.vocab_size, self._device)
-        self._layouts = {bucket: input_layout(bucket, self._shape) for bucket in self._buckets}
-        most_words = max(layout.num_words for layout in self._layouts.values())
+        self._layout_of = lru_cache(LAYOUTS_KEPT)(lambda step: input_layout(step, self._shape))
+        widest = self._shape.any_plan(_widest(self._buckets))
+        most_words = self._layout_of(widest).num_words
         self._block = torch.zeros(most_words, dtype=torch.int32, device=self._device)
         self._staging = StagingRing(most_words, TOKEN_RING, pinned=self._device.type == "cuda")
-        most_sampled = max(self._sampled_rows(bucket) for bucket in self._buckets)
-        self._token_ring = torch.zeros(TOKEN_RING, most_sampled, dtype=torch.int32, device=self._device)
+        self._token_ring = torch.zeros(TOKEN_RING, widest.num_draws, dtype=torch.int32, device=self._device)
         self._host_tokens = torch.zeros(
-            TOKEN_RING, most_sampled, dtype=torch.int32, pin_memory=self._device.type == "cuda"
+            TOKEN_RING, widest.num_draws, dtype=torch.int32, pin_memory=self._device.type == "cuda"
         )
         with self._phase("kernels"):
             self._backend.load_kernels()
@@ -123,7 +127,8 @@ class ModelRunner:
         with self._phase("capture"):
             self._graphs = GraphPool(
                 self._stream,
-                self._steps(self._kv_cache, self._buckets),
+                self._step_maker(self._kv_cache),
+                [self._shape.any_plan(bucket) for bucket in reversed(self._buckets)],
                 before_warm_up=self._fill_idle_step,
                 progress=lambda done, total: report(Progress("capture", done, total)),
             )
@@ -175,12 +180,12 @@ class ModelRunner:
         """Packs the plan, hands it to the device and returns; steps run in the order of their launches."""
         ring_row = self._ring_row
         self._ring_row = (ring_row + 1) % TOKEN_RING
-        started = self._stage(plan, ring_row)
-        self._stream.submit(lambda: self._graphs.run(plan.bucket))
+        shape = self._shape.any_plan(plan.bucket) if self._graphs.captures else self._shape.this_plan(plan)
+        started = self._stage(plan, shape, ring_row)
+        self._stream.submit(lambda: self._graphs.run(shape))
         finished = self._stream.mark()
-        num_sampled = self._sampled_rows(plan.bucket)
-        tokens = self._host_tokens[ring_row, :num_sampled]
-        fetched = self._stream.fetch(self._token_ring[ring_row, :num_sampled], tokens)
+        tokens = self._host_tokens[ring_row, : shape.num_draws]
+        fetched = self._stream.fetch(self._token_ring[ring_row, : shape.num_draws], tokens)
         return LaunchedStep(
             step_id=plan.step_id,
             received_s=received_s,
@@ -189,7 +194,7 @@ class ModelRunner:
             finished=finished,
             fetched=fetched,
             tokens=tokens,
-            drawn_rows=_drawn_rows(plan, self._shape.chunks(plan.bucket)),
+            drawn_rows=_drawn_rows(plan, shape.num_chunks),
         )
 
     def run_between_steps(self, work: Callable[[], None]) -> None:
@@ -207,16 +212,14 @@ class ModelRunner:
 
     # --- the input of a step -----------------------------------------------------------------------------------
 
-    def _stage(self, plan: StepPlan, ring_row: int) -> Mark:
+    def _stage(self, plan: StepPlan, shape: StepShape, ring_row: int) -> Mark:
         """Queues the plan's input; returns the mark of the step's start."""
-        block = self._staging.acquire()
-        num_words, lengths = pack_plan(
-            plan, self._layouts[plan.bucket], self._shape, block.numpy(), ring_row, self._pack_slot
-        )
+        block, layout = self._staging.acquire(), self._layout_of(shape)
+        num_words, lengths = pack_plan(plan, layout, self._shape, block.numpy(), ring_row, self._pack_slot)
         started = self._stream.mark()
         self._stream.submit(lambda: self._load_input(plan.bucket, block, num_words, lengths))
         if plan.page_copies:
-            self._stream.submit(lambda: self._copy_pages(plan))
+            self._stream.submit(lambda: self._copy_pages(plan, layout))
         self._staging.release(self._stream)
         return started
 
@@ -224,27 +227,24 @@ class ModelRunner:
         self._block[:num_words].copy_(block[:num_words], non_blocking=True)
         self._backend.plan(bucket.prefill_rows, lengths.chunk_starts, lengths.chunk_kv_lens, lengths.decode_kv_lens)
 
-    def _copy_pages(self, plan: StepPlan) -> None:
+    def _copy_pages(self, plan: StepPlan, layout: BlockLayout) -> None:
         """No part of the graph: few steps copy anything, and no other should pay for it."""
-        copies = self._layouts[plan.bucket].views(self._block)["page_copies"]
+        copies = layout.views(self._block)["page_copies"]
         self._kv_cache.copy_pages(copies[: len(plan.page_copies) // 4].view(-1, 2))
 
     def _pack_slot(self, init: object) -> Words:
         return pack_slot(init, self._config.spec.vocab_size)  # type: ignore[arg-type]  # SlotInit, see inputs.py
 
-    def _fill_idle_step(self, bucket: Bucket) -> None:
+    def _fill_idle_step(self, shape: StepShape) -> None:
         """Input of a full step of the trash slot alone: it computes everything and touches no request."""
+        bucket, layout = shape.bucket, self._layout_of(shape)
         length = min(bucket.prefill_rows, self._config.max_model_len)
         chunks = (Chunk(self._shape.trash_slot, 0, length, samples=True, init=None),) if length else ()
         tokens = np.zeros(length, np.int32).tobytes()
         plan = StepPlan(0, bucket, chunks, tokens, b"", b"", b"", b"", 0.0)
-        layout = self._layouts[bucket]
         block = torch.zeros(layout.num_words, dtype=torch.int32)
         num_words, lengths = pack_plan(plan, layout, self._shape, block.numpy(), 0, self._pack_slot)
         self._load_input(bucket, block, num_words, lengths)
-
-    def _sampled_rows(self, bucket: Bucket) -> int:
-        return self._shape.chunks(bucket) + bucket.decode_rows
 
     # --- building ----------------------------------------------------------------------------------------------
 
@@ -259,27 +259,26 @@ class ModelRunner:
     def _open_kv_cache(self, num_pages: int, dtype: torch.dtype) -> KVCache:
         return KVCache(self._config.spec, num_pages, self._config.page_size, dtype, self._device)
 
-    def _steps(self, kv_cache: KVCache, buckets: tuple[Bucket, ...]) -> dict[Bucket, Step]:
+    def _step_maker(self, kv_cache: KVCache) -> Callable[[StepShape], Step]:
+        """What makes the step of any shape over this cache; all of them share their slots."""
         slots = SlotTables(self._config.max_running, self._shape.pages_per_slot, kv_cache.trash_page, self._device)
-        return {
-            bucket: Step(
-                bucket=bucket,
-                layout=self._layouts[bucket],
-                block=self._block,
-                slots=slots,
-                token_ring=self._token_ring,
-                decoder=self._decoder,
-                kv_cache=kv_cache,
-                attention=self._backend,
-                sampler=self._sampler,
-            )
-            for bucket in buckets
-        }
+        return lambda shape: Step(
+            bucket=shape.bucket,
+            layout=self._layout_of(shape),
+            block=self._block,
+            slots=slots,
+            token_ring=self._token_ring,
+            decoder=self._decoder,
+            kv_cache=kv_cache,
+            attention=self._backend,
+            sampler=self._sampler,
+        )
 
     def _run_once(self, bucket: Bucket) -> None:
         """One idle step over a cache of one page: compiles, loads kernels, and takes the memory a step takes."""
-        step = self._steps(self._open_kv_cache(1, getattr(torch, self._config.dtype)), (bucket,))[bucket]
-        self._stream.submit(lambda: self._fill_idle_step(bucket))
+        shape = self._shape.any_plan(bucket)
+        step = self._step_maker(self._open_kv_cache(1, getattr(torch, self._config.dtype)))(shape)
+        self._stream.submit(lambda: self._fill_idle_step(shape))
         self._stream.submit(step)
         self._stream.synchronize()
 
@@ -304,8 +303,13 @@ class ModelRunner:
         )
 
 
+def _widest(buckets: Sequence[Bucket]) -> Bucket:
+    """As many rows of each kind as any of them has."""
+    return Bucket(max(bucket.prefill_rows for bucket in buckets), max(bucket.decode_rows for bucket in buckets))
+
+
 def _drawn_rows(plan: StepPlan, num_chunks: int) -> Words:
-    """Sampled rows the plan asked for: of C chunk rows those that sample, then the live decode rows."""
+    """Draws the plan asked for: of C chunk rows those that sample, then the live decode rows."""
     chunks = [index for index, chunk in enumerate(plan.chunks) if chunk.samples]
     num_decodes = len(plan.decode_slots) // 4
     return np.concatenate(

@@ -13,15 +13,27 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import linear, round_trip, scheduler, startup
+from benchmarks import beside_transformers, linear, round_trip, scheduler, startup
 from benchmarks.report import percentile
 from graphgen import EngineConfig
 from graphgen.demo import model_folder
 from graphgen.ipc.messages import Phase
 from graphgen.models.decoder import Decoder
 from graphgen.models.families import load_spec
+from tests.models import tiny
 
-SCRIPTS = ("attention", "latency", "linear", "prefix", "protocol", "scheduler", "simulate", "startup", "steps")
+SCRIPTS = (
+    "attention",
+    "beside_transformers",
+    "latency",
+    "linear",
+    "prefix",
+    "protocol",
+    "scheduler",
+    "simulate",
+    "startup",
+    "steps",
+)
 
 Document = dict[str, Any]  # Any: JSON
 
@@ -276,3 +288,22 @@ def test_a_start_that_fails_says_why(tmp_path: Path, capfd: pytest.CaptureFixtur
     with pytest.raises(SystemExit, match="exit code 1"):
         startup.start_in_new_process(EngineConfig(model=str(tmp_path)), {}, timeout_s=60.0)
     assert "config.json" in capfd.readouterr().err
+
+
+def test_a_program_is_compared_with_transformers_in_the_same_round() -> None:
+    def run(cpu_ms: float) -> beside_transformers.Run:
+        return beside_transformers.Run(ready_s=1.0, first_ms=2.0, wall_ms=3.0, cpu_ms=cpu_ms)
+
+    runs = {"graphgen": [run(10.0), run(30.0), run(22.0)], "transformers": [run(10.0), run(20.0), run(20.0)]}
+    rows = {row["program"]: row for row in beside_transformers.rows_of(runs)}
+    assert (rows["graphgen"]["CPU / transformers'"], rows["transformers"]["CPU / transformers'"]) == (1.1, 1.0)
+    assert rows["graphgen"]["CPU ms a prompt"] == 22.0
+
+
+def test_both_programs_answer_the_same_prompts(tmp_path: Path) -> None:
+    tiny.save("llama", tmp_path)
+    case = beside_transformers.Case(str(tmp_path), "auto", prompt_tokens=12, prompts=2)
+    for run in beside_transformers.RUNS.values():
+        measured = run(case)
+        assert min(measured.ready_s, measured.first_ms, measured.wall_ms) > 0
+        assert measured.cpu_ms >= 0

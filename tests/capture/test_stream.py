@@ -3,12 +3,13 @@
 import gc
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from graphgen.capture.buffers import BlockLayout, Field, StagingRing
-from graphgen.capture.graphs import GraphPool
+from graphgen.capture.graphs import GraphPool, quiet_garbage_collector
 from graphgen.capture.memory import pages_that_fit
 from graphgen.capture.stream import HostStream
 from graphgen.ipc.errors import ConfigError
@@ -93,40 +94,37 @@ def test_a_layout_places_fields_one_after_another_on_both_sides() -> None:
     assert layout.offset("b") == 2
 
 
-def test_on_the_cpu_a_pool_warms_every_bucket_and_runs_its_callable() -> None:
+def test_without_graphs_a_pool_makes_and_runs_no_step_before_it_is_asked_and_then_any() -> None:
     stream = HostStream()
+    made: list[Bucket] = []
     ran: list[Bucket] = []
-    filled: list[Bucket] = []
-    buckets = [Bucket(0, 1), Bucket(12, 4)]
-    progress: list[tuple[int, int]] = []
-    pool = GraphPool(
-        stream,
-        {bucket: (lambda bucket=bucket: ran.append(bucket)) for bucket in buckets},  # type: ignore[misc]  # as above
-        before_warm_up=filled.append,
-        progress=lambda done, total: progress.append((done, total)),
-    )
-    assert filled == ran == [Bucket(12, 4), Bucket(0, 1)], "largest first"
-    assert progress[-1] == (2, 2)
-    stream.submit(lambda: pool.run(Bucket(0, 1)))
+
+    def make_step(shape: Bucket) -> Callable[[], None]:
+        made.append(shape)
+        return lambda: ran.append(shape)
+
+    pool = GraphPool(stream, make_step, [Bucket(12, 4), Bucket(0, 1)], before_warm_up=ran.append)
     stream.synchronize()
-    assert ran[-1] == Bucket(0, 1)
+    assert made == ran == []
+    for shape in (Bucket(7, 0), Bucket(0, 1), Bucket(7, 0)):
+        stream.submit(lambda shape=shape: pool.run(shape))  # type: ignore[misc]  # mypy takes the default for a parameter
+    stream.synchronize()
+    assert ran == [Bucket(7, 0), Bucket(0, 1), Bucket(7, 0)]
+    assert made == [Bucket(7, 0), Bucket(0, 1)], "a shape that comes again is not made again"
     assert not pool.captures
     assert (pool.num_replays, pool.num_eager_steps) == (0, 0)
     stream.close()
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_the_garbage_collector_is_left_as_it_was_and_sleeps_while_steps_run(enabled: bool) -> None:
-    seen: list[bool] = []
-    stream = HostStream()
+def test_the_garbage_collector_is_left_as_it_was_and_sleeps_during_capture(enabled: bool) -> None:
     (gc.enable if enabled else gc.disable)()
     try:
-        GraphPool(stream, {Bucket(0, 1): lambda: seen.append(gc.isenabled())})
-        assert seen == [False]
+        with quiet_garbage_collector():
+            assert not gc.isenabled()
         assert gc.isenabled() == enabled
     finally:
         gc.enable()
-        stream.close()
 
 
 @pytest.mark.parametrize(("budget", "wanted", "pages"), [(1000, 50, 10), (1099, 50, 10), (1000, 4, 4)])

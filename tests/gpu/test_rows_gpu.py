@@ -21,11 +21,11 @@ BUCKETS = build_ladder(token_budget=512, num_slots=NUM_SLOTS)
 def random_fields(bucket: Bucket, seed: int) -> dict[str, Tensor]:
     """Fields as pack_plan leaves them, with any number of live chunks, decodes and new pages."""
     rng = np.random.default_rng(seed)
-    layout = input_layout(bucket, SHAPE)
+    layout = input_layout(SHAPE.any_plan(bucket), SHAPE)
     block = torch.zeros(layout.num_words + 3, dtype=torch.int32)
     fields = {name: view.numpy() for name, view in layout.views(block).items()}
     slots = rng.permutation(NUM_SLOTS)
-    capacity = SHAPE.chunks(bucket)
+    capacity = SHAPE.any_plan(bucket).num_chunks
     chunks = int(rng.integers(0, capacity + 1))
     live = int(rng.integers(chunks, bucket.prefill_rows + 1)) if chunks else 0
     cuts = np.sort(rng.permutation(np.arange(1, max(live, 1)))[: max(chunks - 1, 0)])
@@ -41,7 +41,7 @@ def random_fields(bucket: Bucket, seed: int) -> dict[str, Tensor]:
     fields["decode_slots"][:] = NUM_SLOTS
     fields["decode_slots"][:decodes] = slots[chunks : chunks + decodes]
     fields["decode_positions"][:decodes] = rng.integers(0, PAGES * PAGE_SIZE, decodes)
-    places = rng.permutation(NUM_SLOTS * PAGES)[: int(rng.integers(0, SHAPE.new_pages(bucket) + 1))]
+    places = rng.permutation(NUM_SLOTS * PAGES)[: int(rng.integers(0, SHAPE.any_plan(bucket).num_new_pages + 1))]
     triples = np.stack((places // PAGES, places % PAGES, rng.integers(0, TRASH_PAGE, len(places))), axis=1)
     fields["new_pages"][: triples.size] = triples.reshape(-1)
     fields["counts"][:] = (live, len(places), rng.integers(0, 4))

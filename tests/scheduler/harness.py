@@ -32,6 +32,7 @@ def make_limits(
     max_waiting: int = 100_000,
     max_waiting_tokens: int = 10**9,
     max_long_prompts: int = 1,
+    pads: bool = True,
 ) -> SchedulerLimits:
     return SchedulerLimits(
         buckets=buckets,
@@ -46,6 +47,7 @@ def make_limits(
         max_waiting=max_waiting,
         max_waiting_tokens=max_waiting_tokens,
         max_long_prompts=max_long_prompts,
+        pads=pads,
     )
 
 

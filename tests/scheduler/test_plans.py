@@ -7,7 +7,9 @@ A plan is written as `bucket | chunks | decodes`: `8+2 | 0[0:8] 1[0:3]* | 2` com
 import pytest
 
 from graphgen.ipc.codec import unpack_int32
-from graphgen.ipc.messages import StepPlan
+from graphgen.ipc.messages import Bucket, StepPlan
+from graphgen.scheduler.cost_model import CostModel
+from graphgen.scheduler.policy import Scheduler
 from graphgen.scheduler.prompts import MAX_TIMES_PASSED
 from tests.scheduler.harness import Harness, make_limits, make_submit
 
@@ -333,3 +335,29 @@ def test_a_preempted_request_can_be_cancelled() -> None:
     harness.cancel(1)
     assert harness.scheduler.waiting == 0
     harness.run()
+
+
+def test_without_padding_a_plan_has_the_rows_that_hold_a_token_and_no_others() -> None:
+    scheduler = Scheduler(make_limits(pads=False))
+    scheduler.add(make_submit(1, range(5), 3))
+    rows = []
+    while (plan := scheduler.schedule(0.0)) is not None:
+        rows.append(plan.bucket)
+        description = scheduler.describe_step(plan.step_id)
+        assert (description.bucket, description.padding_rows) == (plan.bucket, 0)
+        scheduler.update(plan.step_id, [40])
+    assert rows == [Bucket(5, 0), Bucket(0, 1), Bucket(0, 1)]
+    assert (scheduler.counters.total_rows, scheduler.counters.padding_rows) == (7, 0)
+
+
+@pytest.mark.parametrize(("prompt_len", "is_known"), [(4, False), (8, True)])
+def test_without_padding_only_a_step_that_fills_its_bucket_says_how_long_it_takes(
+    prompt_len: int, is_known: bool
+) -> None:
+    model = CostModel()
+    scheduler = Scheduler(make_limits(pads=False, max_running=2, buckets=(Bucket(0, 4), Bucket(8, 2))), model)
+    scheduler.add(make_submit(1, range(prompt_len), 1))
+    plan = scheduler.schedule(0.0)
+    assert plan is not None
+    scheduler.step_took(plan.step_id, 5.0)
+    assert (model.predict_ms(Bucket(8, 2), 0, 0) is not None) == is_known

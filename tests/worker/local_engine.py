@@ -40,6 +40,7 @@ class LocalEngine:
                 token_budget=config.token_budget,
                 max_model_len=config.max_model_len,
                 prefix_cache=config.prefix_cache,
+                pads=worker.graphs,
             )
         )
         self._next_id = 0

@@ -15,7 +15,7 @@ INIT = SlotInit(5, 0, (), SamplerParams())
 
 def pack(plan: StepPlan, garbage: int) -> tuple[dict[str, list[int]], int, object]:
     """The block as the device will see it, packed over what an earlier step left there."""
-    layout = input_layout(plan.bucket, SHAPE)
+    layout = input_layout(SHAPE.any_plan(plan.bucket), SHAPE)
     block = np.full(layout.num_words, garbage, np.int32)
     num_words, lengths = pack_plan(plan, layout, SHAPE, block, 3, lambda init: np.array([7, init.prompt_len], np.int32))
     return {name: view.tolist() for name, view in layout.host_views(block).items()}, num_words, lengths

@@ -1,12 +1,15 @@
 """The runner with the policy: what one request gets does not depend on what else is there."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from graphgen.demo import model_folder
 from graphgen.ipc.messages import SamplerParams
+from graphgen.models.decoder import Decoder
 from tests.worker.local_engine import LocalEngine, launch_config
 
 PROMPTS = [
@@ -56,6 +59,30 @@ def test_penalised_requests_keep_their_counts_through_preemption() -> None:
         engine.close()
     assert preemptions > 0
     assert results[0] == results[1]
+
+
+def test_without_graphs_a_step_has_the_rows_of_its_plan_and_none_runs_before_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps: list[tuple[int, int]] = []
+    forward = Decoder.forward
+
+    def counting(self: Decoder, token_ids: Tensor, *more: Any, **named: Any) -> Tensor:  # what it takes besides
+        logits = forward(self, token_ids, *more, **named)
+        steps.append((token_ids.shape[0], logits.shape[0]))
+        return logits
+
+    monkeypatch.setattr(Decoder, "forward", counting)
+    engine = LocalEngine(launch_config(model_folder(), 256, device="cpu", token_budget=64, num_pages=80))
+    assert steps == []
+    engine.generate([PROMPTS[2]], 4)
+    assert steps == [(60, 1), (10, 1), (1, 1), (1, 1), (1, 1)], "rows and logits of each step"
+    steps.clear()
+    engine.generate(PROMPTS[:2], 3)
+    assert steps == [(33, 2), (2, 2), (2, 2)]
+    counters = engine.scheduler.counters
+    assert (counters.padding_rows, counters.total_rows) == (0, 110)
+    engine.close()
 
 
 @pytest.mark.parametrize("engine", [False], indirect=True)  # the cache's pages belong to no request and are read
