@@ -9,6 +9,7 @@ GraphgenError
 ├── OverloadedError (RuntimeError)       a request that was refused at once; it may fit after retry_after_s
 ├── DeadlineError (RuntimeError)         a request whose deadline passed before its output was complete
 ├── NumericalError (RuntimeError)        a request for which the model computed no number: all logits NaN or -inf
+├── PoisonedRequestError (RuntimeError)  a request that ended the worker again and again; the message says how
 ├── EngineClosedError (RuntimeError)     a call on an Engine after close()
 ├── EngineDeadError (RuntimeError)       a process of the engine ended, or the call came from a fork of the
 │                                        program that made the Engine or Client; the message says which and why
@@ -63,6 +64,10 @@ class DeadlineError(GraphgenError, RuntimeError):
 
 class NumericalError(GraphgenError, RuntimeError):
     """The model's logits for the next token of a request were all NaN or -inf, so that there was none to draw."""
+
+
+class PoisonedRequestError(GraphgenError, RuntimeError):
+    """The worker ended each time it computed this request, the last time alone. The message has its last words."""
 
 
 class EngineClosedError(GraphgenError, RuntimeError):

@@ -30,6 +30,7 @@ PUBLIC = {
     "InvalidRequestError",
     "NumericalError",
     "OverloadedError",
+    "PoisonedRequestError",
     "PromptTooLongError",
     "RequestOutput",
     "SamplingParams",
@@ -80,7 +81,7 @@ def test_keyword_arguments_and_config_have_the_same_fields_and_types() -> None:
 
 def test_every_error_is_one_of_ours() -> None:
     errors = [value for name in PUBLIC if inspect.isclass(value := getattr(graphgen, name)) and "Error" in name]
-    assert len(errors) == 13
+    assert len(errors) == 14
     assert all(issubclass(error, GraphgenError) for error in errors)
 
 

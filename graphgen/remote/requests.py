@@ -18,6 +18,7 @@ from graphgen.ipc.errors import (
     InvalidRequestError,
     NumericalError,
     OverloadedError,
+    PoisonedRequestError,
     PromptTooLongError,
     ServerError,
 )
@@ -140,6 +141,8 @@ def exception_of(error: Error) -> GraphgenError:
             return OverloadedError(error.message, (error.retry_after_ms or 0) / 1000)
         case "deadline":
             return DeadlineError(error.message)
+        case "poisoned":
+            return PoisonedRequestError(error.message)
         case "numerical":
             return NumericalError(error.message)
         case "engine_lost":

@@ -31,6 +31,7 @@ from graphgen.ipc.errors import (
     InvalidRequestError,
     NumericalError,
     OverloadedError,
+    PoisonedRequestError,
 )
 from graphgen.ipc.messages import (
     Attach,
@@ -341,6 +342,8 @@ def _refusal_of(rejected: Rejected) -> GraphgenError:
             return OverloadedError(rejected.message, rejected.retry_after_s or 0.0)
         case "DeadlineError":
             return DeadlineError(rejected.message)
+        case "PoisonedRequestError":
+            return PoisonedRequestError(rejected.message)
         case "NumericalError":
             return NumericalError(rejected.message)
         case _:

@@ -26,6 +26,8 @@ class Counters:
     """Requests that were turned away because of overload."""
     deadline_misses: int = 0
     """Requests that were ended because their deadline had passed."""
+    poisoned: int = 0
+    """Requests that were ended because worker groups died of them."""
     numerical_errors: int = 0
     """Requests that were ended because the model computed no number for them."""
 

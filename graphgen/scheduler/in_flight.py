@@ -5,6 +5,7 @@ Owns their records, and the check that a result is the one that is due. Called b
 """
 
 from collections import deque
+from collections.abc import Iterator
 
 from graphgen.scheduler.plan import StepRecord
 from graphgen.scheduler.request import Request
@@ -18,6 +19,10 @@ class StepsInFlight:
 
     def __len__(self) -> int:
         return len(self._records)
+
+    def __iter__(self) -> Iterator[StepRecord]:
+        """The oldest first."""
+        return iter(self._records)
 
     def append(self, record: StepRecord) -> None:
         self._records.append(record)

@@ -44,6 +44,11 @@ class StepRecord(NamedTuple):
     prompt_pairs: int
     """The same of its prompt rows."""
 
+    @property
+    def requests(self) -> list[Request]:
+        """Those that have rows in it."""
+        return [chunk.request for chunk in self.chunks] + self.decodes
+
 
 class StepDescription(Struct, frozen=True):
     """A plan in terms of requests, for the step log."""

@@ -17,31 +17,27 @@ device. All steps run in order on one stream of the device, so a slot or page wh
 given to another request in the next plan. Tokens that arrive are matched through the record of their plan,
 never through a slot.
 
-The parts: `request` (what a request is, the order of service); `waiting`, `running`, `decodes`, `in_flight` and
-`deadlines` (who is where); `pages`, `page_chain` and `prefix_cache` (what the KV cache holds); `admission` (who may
-start); `budget`, `shares` and `prompts` (how many prompt rows, and whose); `overload` (who is refused); `plan` (the
-message).
+The parts: `life` (what dies with a worker group) and `trials` (whom it died of); `request` (what a request is, the
+order of service); `waiting`, `running`, `decodes`, `in_flight` and `deadlines` (who is where); `pages`, `page_chain`
+and `prefix_cache` (what the KV cache holds); `admission` (who may start); `budget`, `shares` and `prompts` (how many
+prompt rows, and whose); `overload` (who is refused); `plan` (the message).
 """
 
 from collections.abc import Sequence
 
 from graphgen.ipc.errors import ConfigError, InvalidRequestError, OverloadedError
 from graphgen.ipc.messages import Outputs, Rejected, StepPlan, Submit, TokenOutput
-from graphgen.scheduler.admission import Admission
 from graphgen.scheduler.buckets import BucketTable
-from graphgen.scheduler.budget import StepBudget
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.counters import Counters
 from graphgen.scheduler.deadlines import Deadlines
-from graphgen.scheduler.in_flight import StepsInFlight
+from graphgen.scheduler.life import WorkerLife
 from graphgen.scheduler.limits import SchedulerLimits
-from graphgen.scheduler.overload import OverloadGuard
 from graphgen.scheduler.page_chain import PAGES_AHEAD
 from graphgen.scheduler.plan import PlanDraft, StepDescription
-from graphgen.scheduler.prefix_cache import PrefixCache
-from graphgen.scheduler.prompts import MAX_PASSED, PromptPlanner
+from graphgen.scheduler.prompts import MAX_PASSED
 from graphgen.scheduler.request import Request, RunningRequest
-from graphgen.scheduler.running import RunningSet
+from graphgen.scheduler.trials import MAX_DEATHS, Trials
 from graphgen.scheduler.waiting import WaitingQueue
 
 PAGES_READY = 64
@@ -75,31 +71,35 @@ class Scheduler:
             )
         long_prompt_len = LONG_PROMPT_STEPS * self._buckets.chunk_room(0) + 1
         self.counters = Counters()
-        self._model = model or CostModel()
-        self._cache = PrefixCache(limits.num_pages, limits.page_size, limits.prefix_cache)
-        self._pages = self._cache.pool
+        self._long_prompt_len = long_prompt_len
         self._requests: dict[int, Request] = {}
         self._waiting = WaitingQueue(long_prompt_len)
-        self._running = RunningSet(limits.max_running, limits.page_size)
-        self._in_flight = StepsInFlight()
         self._deadlines = Deadlines()
-        self._budget = budget = StepBudget(self._buckets, self._model, limits.steps_in_flight)
-        self._admission = Admission(limits, self._cache, self._running, long_prompt_len)
-        self._guard = OverloadGuard(limits, self._buckets, budget, self._model, self._running, self._waiting)
-        self._prompts = PromptPlanner(
-            limits,
-            budget,
-            self._cache,
-            self._waiting,
-            self._running,
-            self._admission,
-            self._in_flight,
-            self.counters,
-        )
-        self._unbooked: PlanDraft | None = None  # the newest plan, while `_book` has not run for it
-        self._grown: list[RunningRequest] = []  # those who got a page for the newest plan
+        self._trials = Trials()
+        self._is_served = True  # a worker group serves
+        self._begin_life(0, model or CostModel())
         self._num_added = 0
         self._newest_arrival_s = float("-inf")
+
+    def _begin_life(self, epoch: int, model: CostModel) -> None:
+        """Pages, slots and plans in flight are those of this life from here on."""
+        life = WorkerLife(
+            epoch, self._limits, self._buckets, model, self._waiting, self.counters, self._long_prompt_len
+        )
+        self.epoch = epoch
+        """Number of the worker group's life."""
+        self._life = life
+        self._model, self._cache, self._pages = model, life.cache, life.cache.pool
+        self._running, self._in_flight = life.running, life.in_flight
+        self._budget, self._admission, self._guard, self._prompts = (
+            life.budget,
+            life.admission,
+            life.guard,
+            life.prompts,
+        )
+        self._prompts.num_with_ttft_target = sum(one.ttft_by_s is not None for one in self._requests.values())
+        self._unbooked: PlanDraft | None = None  # the newest plan, while `_book` has not run for it
+        self._grown: list[RunningRequest] = []  # those who got a page for the newest plan
 
     # --- requests ------------------------------------------------------------------------------------------
 
@@ -177,7 +177,9 @@ class Scheduler:
 
         `now_s` is copied into `planned_s` and `started_s`, and tells whether a TTFT target is near.
         """
-        if len(self._in_flight) >= self._limits.steps_in_flight:
+        if len(self._in_flight) >= self._limits.steps_in_flight or not self._is_served:
+            return None
+        if self._trials.are_held and not self._hold_trials():
             return None
         self._book()
         draft = PlanDraft()
@@ -225,6 +227,8 @@ class Scheduler:
             if reason is not None:
                 self._finish(request)
             news.append(TokenOutput(request.request_id, (token_id,), reason, request.started_s, request.cached_tokens))
+        if self._trials.are_held:
+            self._end_trial()
         return Outputs(tuple(news), tuple(request_ids), tuple(others))
 
     def step_took(self, step_id: int, milliseconds: float) -> None:
@@ -237,6 +241,59 @@ class Scheduler:
     def describe_step(self, step_id: int) -> StepDescription:
         """A plan in flight in terms of requests. `update` forgets it. Raises KeyError for any other step."""
         return StepDescription.of(self._in_flight.find(step_id))
+
+    # --- the life of a worker group --------------------------------------------------------------------------
+
+    def worker_lost(self) -> list[Request]:
+        """The worker group has ended, and with it all pages and all steps in flight.
+
+        Every request waits again, in its place of the order of service, with the tokens that it has emitted; this is no
+        preemption. Nothing is planned until `renew`. Requests are added, cancelled and expire meanwhile as always.
+        Returns those that were in the steps that were lost for the MAX_DEATHS-th time since their newest token: the
+        caller says so to their senders and calls `fail_poisoned` with what it knows.
+        """
+        lost = [request for request in self._life.suspects() if not request.ended]
+        self._is_served = False
+        for request in lost:
+            request.count_death()
+        for request in self._requests.values():
+            request.running = None
+            if request not in self._waiting:
+                self._waiting.add(request)
+        self._trials.suspect(lost)
+        self._waiting.only = None
+        self._begin_life(self.epoch + 1, self._model)
+        return [request for request in lost if request.num_deaths >= MAX_DEATHS]
+
+    def fail_poisoned(self, request: Request, last_words: str) -> Rejected:
+        """Ends a request that ended worker groups."""
+        self._end(request)
+        self.counters.poisoned += 1
+        message = (
+            f"the worker ended {request.num_deaths} times while it computed this request, the last time alone, so the"
+            f" request is not tried again. The worker's last words: {last_words or 'none'}"
+        )
+        return Rejected(request.request_id, "PoisonedRequestError", message)
+
+    def renew(self, model: CostModel) -> None:
+        """A new worker group serves, with the buckets and pages of the one before. model: its step times."""
+        self._begin_life(self.epoch, model)
+        self._is_served = True
+
+    def _hold_trials(self) -> bool:
+        """Whether a plan may be made: while suspects are tried, one of them runs and nobody beside it."""
+        self._end_trial()
+        if self._trials.tried is None:
+            if self._in_flight:
+                return False  # what is in flight is the one before
+            self._waiting.only = self._trials.next()
+        return True
+
+    def _end_trial(self) -> None:
+        """One that has shown that it harms nobody waits until the others are tried too."""
+        passed = self._trials.take_passed()
+        if passed is not None and passed.running is not None:
+            self._set_aside(passed.running)
 
     # --- what there is ---------------------------------------------------------------------------------------
 
@@ -313,9 +370,14 @@ class Scheduler:
 
     def _preempt(self, running: RunningRequest) -> None:
         """Takes slot and pages away; the tokens stay, those in flight included."""
-        request = running.request
         self.counters.preemptions += 1
-        request.num_preemptions += 1
+        running.request.num_preemptions += 1
+        self._set_aside(running)
+
+    def _set_aside(self, running: RunningRequest) -> None:
+        """It waits again, with the tokens it has and those that are in flight."""
+        self._book()
+        request = running.request
         if running.decode_row is not None:
             request.last_step = self.counters.steps - 1
         self._release(running)

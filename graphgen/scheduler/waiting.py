@@ -37,6 +37,8 @@ class WaitingQueue:
         # By arrival: the lane, and the tokens known when the request entered it (more may arrive while it waits).
         self._places: dict[int, tuple[_Key, int]] = {}
         self._num_tokens: dict[int, int] = {}  # known tokens that wait, by class
+        self.only: Request | None = None
+        """While it is set, `first` offers nobody else."""
 
     def __len__(self) -> int:
         return len(self._places)
@@ -85,6 +87,8 @@ class WaitingQueue:
     def first(self, count: int, count_long: int) -> Iterator[Request]:
         """The first in order of service: of each class at most `count` with short prompts and `count_long` with long
         ones. Merged as they are read, from a copy: the queue may change meanwhile."""
+        if self.only is not None:
+            return iter([self.only] if self.only in self else [])
         heads = [
             map(_request_of, lane[: -1 - (count_long if is_long else count) : -1])
             for (_, is_long), lane in self._lanes.items()

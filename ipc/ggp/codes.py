@@ -57,7 +57,7 @@ CODES: dict[Code, CodeInfo] = {
     "deadline": CodeInfo(408, False, "the request's deadline passed before its output was complete"),
     "draining": CodeInfo(503, True, "the server is about to end and takes no new work"),
     "engine_lost": CodeInfo(503, True, "the scheduler or the worker ended; the output is lost"),
-    "poisoned": CodeInfo(500, False, "the request ended a worker twice and was given up"),
+    "poisoned": CodeInfo(500, False, "the worker ended each time it computed the request, which is not tried again"),
     "slow_consumer": CodeInfo(408, False, "the client took no output for the time of `slow_consumer_ms`"),
     "internal": CodeInfo(500, False, "a fault of the server"),
     "numerical": CodeInfo(500, False, "all logits of the model for a token of the request were NaN or -inf"),

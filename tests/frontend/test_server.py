@@ -6,7 +6,7 @@ import time
 import msgspec
 import pytest
 
-from graphgen import NumericalError
+from graphgen import GraphgenError, NumericalError, PoisonedRequestError
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.ggp.messages import (
     Accepted,
@@ -287,16 +287,22 @@ def test_the_schedulers_refusal_reaches_its_client(frontend: Frontend) -> None:
     assert (error.code, error.id, error.message) == ("bad_request", 1, "no")
 
 
-def test_a_request_without_numbers_fails_at_its_client_as_it_would_in_process(frontend: Frontend) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind", "code"),
+    [("NumericalError", NumericalError, "numerical"), ("PoisonedRequestError", PoisonedRequestError, "poisoned")],
+)
+def test_a_request_that_failed_in_the_engine_fails_at_its_client_as_it_would_in_process(
+    frontend: Frontend, name: str, kind: type[GraphgenError], code: str
+) -> None:
     client = frontend.welcome()
     request_id = open_request(frontend, client)
     frontend.scheduler.send_tokens(request_id, [3])
     client.expect(Delta)
-    frontend.scheduler.send(Rejected(request_id, "NumericalError", "all NaN"))
+    frontend.scheduler.send(Rejected(request_id, name, "the reason"))
     error = client.expect(Error)
-    assert (error.code, error.id, error.retryable) == ("numerical", 1, False)
+    assert (error.code, error.id, error.retryable) == (code, 1, False)
     failure = exception_of(error)
-    assert (type(failure), str(failure)) == (NumericalError, "all NaN")
+    assert (type(failure), str(failure)) == (kind, "the reason")
 
 
 def test_a_client_has_its_share_and_no_more(make_frontend: MakeFrontend) -> None:

@@ -153,6 +153,7 @@ class Harness:
         self.worker = FakeWorker(limits.num_pages, limits.page_size)
         self.pages = PageModel(limits.page_size, limits.prefix_cache)
         self.now_s = 0.0
+        self.is_dead = False  # no worker group serves
         self._owners: dict[int, Submit] = {}  # by slot
         self.clients: dict[int, Client] = {}
         self.results: deque[tuple[int, list[int]]] = deque()
@@ -239,6 +240,49 @@ class Harness:
         firsts = {request_id for request_id in tokens if len(self.clients[request_id].received) == 1}
         assert firsts <= with_news, "a first token came without what is to be said of its request"
         return outputs
+
+    def die(self, num_delivered: int = 0) -> list[int]:
+        """The worker group dies; of its results that are on their way so many still arrive. Returns who fails of it.
+
+        Nothing is planned until `renew`.
+        """
+        for _ in range(min(num_delivered, len(self.results))):
+            self.deliver()
+        order = self._order_of_service()
+        self.is_dead = True
+        failed = self.scheduler.worker_lost()
+        self.results.clear()
+        self.worker = FakeWorker(self.limits.num_pages, self.limits.page_size)
+        self.pages.forget()
+        self._owners.clear()
+        for client in self.clients.values():
+            client.draws_planned = len(client.received)
+        for request in failed:
+            rejected = self.scheduler.fail_poisoned(request, "a last word")
+            assert rejected.error == "PoisonedRequestError"
+            assert "a last word" in rejected.message
+            self.clients[rejected.request_id].cancelled = True
+        scheduler = self.scheduler
+        assert (scheduler.running, scheduler.steps_in_flight) == (0, 0)
+        assert scheduler.pages_free == scheduler.pages_total
+        lost = {request.request_id for request in failed}
+        assert self._order_of_service() == [request_id for request_id in order if request_id not in lost]
+        assert self.schedule() is None, "a plan was made while no worker serves"
+        return sorted(lost)
+
+    def renew(self) -> None:
+        """Another group serves."""
+        self.is_dead = False
+        self.scheduler.renew(CostModel())
+
+    def _order_of_service(self) -> list[int]:
+        live = [client for client in self.clients.values() if client.is_live]
+        assert set(self.scheduler.request_ids) == {client.submit.request_id for client in live}
+        waiting = self.scheduler._waiting.first(10**6, 10**6)
+        ids = {one.request_id: one.rank for one in waiting}
+        ids |= {one.request.request_id: one.request.rank for one in self.scheduler._running}
+        ids |= {one.request_id: one.rank for one in self.scheduler._requests.values()}
+        return sorted(ids, key=lambda request_id: ids[request_id])
 
     def run(self) -> None:
         """Until nothing is left to do; fails when that takes more steps than one request at a time would."""

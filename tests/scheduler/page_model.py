@@ -27,6 +27,11 @@ class PageModel:
         self.num_hits = 0
         self.num_copies = 0
 
+    def forget(self) -> None:
+        """The device is gone, and another one begins empty."""
+        self._computed.clear()
+        self._known.clear()
+
     def take_plan(self, plan: StepPlan, worker: FakeWorker, rows: Sequence[Row], owners: dict[int, Submit]) -> None:
         """Checks what the plan shares, then learns what it computed. owners: by slot. Called after its execution."""
         starts = {chunk.slot: chunk.start for chunk in plan.chunks if chunk.init is not None}

@@ -124,12 +124,23 @@ class AnyInterleaving(RuleBasedStateMachine):
         self.harness.now_s += seconds
         self.harness.expire()
 
+    @rule(num_delivered=st.integers(0, 3))
+    def die(self, num_delivered: int) -> None:
+        """The worker group dies, perhaps while the one before has not begun to serve."""
+        self.harness.die(num_delivered)
+
+    @precondition(lambda self: self.harness.is_dead)
+    @rule()
+    def renew(self) -> None:
+        self.harness.renew()
+
     @rule(times=st.integers(1, 3))
     def schedule(self, times: int) -> None:
         for _ in range(times):
             in_flight = self.harness.scheduler.steps_in_flight
             if self.harness.schedule() is None:
-                idle = not self.harness.scheduler.running and not self.harness.scheduler.waiting
+                scheduler = self.harness.scheduler
+                idle = self.harness.is_dead or (not scheduler.running and not scheduler.waiting)
                 assert in_flight or idle, "there is work, nothing is in flight, and nothing was planned"
             assert self.harness.scheduler.steps_in_flight <= self.harness.limits.steps_in_flight
 
@@ -153,6 +164,8 @@ class AnyInterleaving(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "harness"):
+            if self.harness.is_dead:
+                self.harness.renew()
             self.harness.run()
 
 
@@ -185,7 +198,7 @@ def any_submit(rng: random.Random, harness: Harness) -> Submit:
 def test_a_hundred_thousand_operations_lose_nothing(seed: int) -> None:
     """Crowded pools of few pages, most of them shared, for as long as CI can spare."""
     rng = random.Random(seed)
-    shared = copied = preempted = expired = refused = 0
+    shared = copied = preempted = expired = refused = died = poisoned = 0
     left = NUM_OPERATIONS // 4
     while left > 0:
         harness = Harness(
@@ -208,6 +221,10 @@ def test_a_hundred_thousand_operations_lose_nothing(seed: int) -> None:
                     harness.cancel(rng.randrange(len(harness.clients)))
                 case "deliver" if harness.results:
                     harness.deliver()
+                case "schedule" if rng.random() < 0.01:
+                    harness.die(rng.randrange(3))
+                    died += 1
+                    harness.renew()
                 case _:
                     expired += len(harness.expire())
                     harness.schedule()
@@ -218,7 +235,8 @@ def test_a_hundred_thousand_operations_lose_nothing(seed: int) -> None:
         copied += harness.pages.num_copies
         preempted += harness.scheduler.counters.preemptions
         refused += harness.scheduler.counters.refused
-    assert min(shared, copied, preempted, expired, refused) >= 10, "the operations were meant to reach all of it"
+        poisoned += harness.scheduler.counters.poisoned
+    assert min(shared, copied, preempted, expired, refused, died) >= 10, "the operations were meant to reach all of it"
 
 
 @pytest.mark.parametrize("steps_in_flight", [1, 2])

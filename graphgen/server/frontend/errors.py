@@ -11,6 +11,7 @@ from graphgen.ipc.errors import (
     InvalidRequestError,
     NumericalError,
     OverloadedError,
+    PoisonedRequestError,
     PromptTooLongError,
 )
 from graphgen.ipc.ggp.codes import Code
@@ -44,6 +45,8 @@ def _code_of(failure: BaseException) -> Code:
             return "bad_request"
         case DeadlineError():
             return "deadline"
+        case PoisonedRequestError():
+            return "poisoned"
         case NumericalError():
             return "numerical"
         case EngineDeadError() | EngineClosedError():
