@@ -1,0 +1,335 @@
+"""The worker's loop: plans in, results out, over a real channel and a device that computes when a test says so."""
+
+import gc
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import torch
+import zmq
+
+from graphgen import CheckpointError, EngineConfig
+from graphgen.ipc.channel import Channel
+from graphgen.ipc.codec import unpack_int32
+from graphgen.ipc.messages import (
+    Bucket,
+    Failed,
+    Phase,
+    Probe,
+    Progress,
+    SchedulerToWorker,
+    Shutdown,
+    StepPlan,
+    StepResult,
+    WorkerCounters,
+    WorkerReady,
+    WorkerToScheduler,
+)
+from graphgen.launch.config import LaunchConfig
+from graphgen.launch.processes import EngineProcesses
+from graphgen.models.sampling import NO_TOKEN
+from graphgen.requests.core import launch_config
+from graphgen.worker import process
+from graphgen.worker.background import Background
+from graphgen.worker.runner import LaunchedStep
+
+Message = TypeVar("Message")
+
+SILENCE_S = 0.15
+"""Long enough for a message that should not come."""
+
+
+class Point:
+    """A mark that the test reaches."""
+
+    def __init__(self, at_s: float = 0.0) -> None:
+        self._reached = threading.Event()
+        self.at_s = at_s
+        self.error: Exception | None = None
+
+    def reach(self) -> None:
+        self._reached.set()
+
+    def wait(self) -> float:
+        assert self._reached.wait(10), "the test never reached it"
+        if self.error is not None:
+            raise self.error
+        return self.at_s
+
+
+class FakeRunner:
+    """The device in a test's hands. A step draws its id and its id + 1, of four places in the host's tokens."""
+
+    def __init__(self, config: LaunchConfig, report: Callable[[Progress], None], phases: Sequence[Phase]) -> None:
+        self.phases = tuple(phases)
+        report(Progress("load", 1, 1))
+
+    def describe(self) -> WorkerReady:
+        return WorkerReady("fake", "none", False, False, (Bucket(0, 4),), 4, 8, 16, self.phases)
+
+    def launch(self, plan: StepPlan, received_s: float) -> LaunchedStep:
+        if plan.step_id < 0:
+            raise RuntimeError(f"step {plan.step_id} cannot be launched")
+        drawn = NO_TOKEN if plan.step_id == 99 else plan.step_id + 1
+        step = LaunchedStep(
+            step_id=plan.step_id,
+            received_s=received_s,
+            launched_s=time.monotonic(),
+            started=Point(plan.step_id + 0.25),
+            finished=Point(plan.step_id + 0.5),
+            fetched=Point(),
+            tokens=torch.tensor([plan.step_id, -7, drawn, -7], dtype=torch.int32),
+            drawn_rows=np.array([0, 2]),
+        )
+        self.steps.put(step)
+        return step
+
+    def mark(self) -> Point:
+        point = Point()
+        self.marks.put(point)
+        return point
+
+    def close(self) -> None:
+        pass
+
+    # What a test looks at; of the class, because the loop makes the runner.
+    steps: "queue.SimpleQueue[LaunchedStep]"
+    marks: "queue.SimpleQueue[Point]"
+    counters = WorkerCounters(graph_replays=3)
+
+
+def reach(step: LaunchedStep) -> None:
+    for point in (step.started, step.finished, step.fetched):
+        assert isinstance(point, Point)
+        point.reach()
+
+
+class Loop:
+    """`run` in a thread, and the scheduler's end of its channel."""
+
+    def __init__(self, runner: type[FakeRunner]) -> None:
+        self.runner = runner
+        self.processes = EngineProcesses(modules=())
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.channel: Channel[SchedulerToWorker, WorkerToScheduler] = Channel(
+            self._context, self.processes.folder, "worker", "upper", WorkerToScheduler
+        )
+        launch_config(EngineConfig(device="cpu", step_times="off")).write(self.processes.folder)
+        self.exit_code: object = "still running"
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            process.run(self.processes.folder, Background("context", lambda: 0.0))
+            self.exit_code = 0
+        except SystemExit as end:
+            self.exit_code = end.code
+
+    def plan(self, step_id: int) -> None:
+        self.channel.send(StepPlan(step_id, Bucket(0, 4), (), b"", b"", b"", b"", b"", 0.0))
+
+    def expect(self, kind: type[Message]) -> Message:
+        message = self.channel.receive(5.0)
+        assert isinstance(message, kind), f"expected {kind.__name__}, got {message}"
+        return message
+
+    def is_silent(self) -> bool:
+        return self.channel.receive(SILENCE_S) is None
+
+    def launched(self) -> LaunchedStep:
+        return self.runner.steps.get(timeout=5)
+
+    def ends_with(self) -> object:
+        """The exit code."""
+        self.thread.join(5)
+        return self.exit_code
+
+    def close(self) -> None:
+        self.channel.send(Shutdown())
+        self.thread.join(5)
+        self.channel.close()
+        self._context.term()
+        self.processes.stop(0.0)
+
+
+@pytest.fixture
+def loop(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loop]:
+    loop = start(monkeypatch, FakeRunner)
+    loop.expect(Progress)
+    loop.expect(WorkerReady)
+    yield loop
+    loop.close()
+
+
+def start(monkeypatch: pytest.MonkeyPatch, kind: type[FakeRunner]) -> Loop:
+    runner = type("Runner", (kind,), {"steps": queue.SimpleQueue(), "marks": queue.SimpleQueue()})
+    monkeypatch.setattr(process, "ModelRunner", runner)
+    return Loop(runner)
+
+
+def test_the_next_plan_is_launched_while_a_step_computes(loop: Loop) -> None:
+    """What graphgen's overlap of planning and computing rests on: the loop waits for no step."""
+    loop.plan(1)
+    loop.plan(2)
+    first, second = loop.launched(), loop.launched()
+    assert (first.step_id, second.step_id) == (1, 2)
+    assert loop.is_silent(), "no step has ended"
+    reach(first)
+    assert loop.expect(StepResult).step_id == 1
+    reach(second)
+    assert loop.expect(StepResult).step_id == 2
+
+
+def test_results_come_in_the_order_of_the_plans(loop: Loop) -> None:
+    for step_id in (1, 2, 3):
+        loop.plan(step_id)
+    first, second, third = (loop.launched() for _ in range(3))
+    reach(third)
+    reach(second)
+    assert loop.is_silent()
+    reach(first)
+    assert [loop.expect(StepResult).step_id for _ in range(3)] == [1, 2, 3]
+
+
+def test_a_result_is_sent_when_its_tokens_are_on_the_host_and_not_before(loop: Loop) -> None:
+    loop.plan(4)
+    step = loop.launched()
+    assert isinstance(step.started, Point)
+    assert isinstance(step.finished, Point)
+    step.started.reach()
+    step.finished.reach()
+    assert loop.is_silent(), "the copy of its tokens is on its way"
+    reach(step)
+    assert list(unpack_int32(loop.expect(StepResult).token_ids)) == [4, 5]
+
+
+def test_a_result_carries_the_draws_that_were_asked_for_its_times_and_the_counters(loop: Loop) -> None:
+    sent_s = time.monotonic()
+    loop.plan(4)
+    step = loop.launched()
+    reach(step)
+    result = loop.expect(StepResult)
+    assert list(unpack_int32(result.token_ids)) == [4, 5]
+    assert (result.started_s, result.finished_s) == (4.25, 4.5)
+    assert sent_s <= result.received_s <= result.launched_s <= time.monotonic()
+    assert result.counters == WorkerCounters(graph_replays=3)
+    assert result.failed_draws == ()
+
+
+def test_a_draw_that_failed_is_told_by_its_place(loop: Loop) -> None:
+    loop.plan(99)
+    reach(loop.launched())
+    result = loop.expect(StepResult)
+    assert (list(unpack_int32(result.token_ids)), result.failed_draws) == ([99, 0], (1,))
+
+
+def test_a_probe_is_answered_by_the_device_behind_what_was_launched_before_it(loop: Loop) -> None:
+    loop.plan(1)
+    loop.channel.send(Probe(7))
+    step, mark = loop.launched(), loop.runner.marks.get(timeout=5)
+    mark.reach()
+    assert loop.is_silent(), "the step before it has not ended"
+    reach(step)
+    assert loop.expect(StepResult).step_id == 1
+    assert loop.expect(Probe) == Probe(7)
+
+
+def test_a_probe_waits_for_an_idle_device_too(loop: Loop) -> None:
+    """A device that hangs answers nothing, also when nothing was launched."""
+    loop.channel.send(Probe(8))
+    mark = loop.runner.marks.get(timeout=5)
+    assert loop.is_silent()
+    mark.reach()
+    assert loop.expect(Probe) == Probe(8)
+
+
+def test_a_shutdown_sends_what_has_ended_and_closes_the_device(loop: Loop) -> None:
+    loop.plan(1)
+    reach(loop.launched())
+    loop.channel.send(Shutdown())
+    assert loop.expect(StepResult).step_id == 1
+    assert loop.ends_with() == 0
+    assert loop.is_silent(), "an end that was asked for is no failure"
+
+
+def test_the_device_is_closed_behind_its_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[bool] = []
+
+    class Closing(FakeRunner):
+        def close(self) -> None:
+            closed.append(True)
+
+    loop = start(monkeypatch, Closing)
+    loop.expect(Progress)
+    loop.expect(WorkerReady)
+    loop.channel.send(Shutdown())
+    assert loop.ends_with() == 0
+    assert closed == [True]
+    loop.close()
+
+
+def test_a_plan_that_cannot_be_launched_ends_the_process_with_its_reason(loop: Loop) -> None:
+    loop.plan(-1)
+    assert loop.expect(Failed) == Failed("worker", "RuntimeError", "step -1 cannot be launched")
+    assert loop.ends_with() == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("an illegal address"), ValueError()])
+def test_a_step_that_fails_is_told_once_and_no_result_follows(loop: Loop, error: Exception) -> None:
+    loop.plan(1)
+    loop.plan(2)
+    first, second = loop.launched(), loop.launched()
+    assert isinstance(first.fetched, Point)
+    first.fetched.error = error
+    reach(second)
+    reach(first)
+    assert loop.expect(Failed) == Failed("worker", type(error).__name__, f"a step failed: {error or repr(error)}")
+    assert loop.is_silent(), "what a broken device says is not to be believed"
+
+
+def test_a_start_that_fails_says_why_by_the_class_of_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(FakeRunner):
+        def __init__(self, *arguments: Any) -> None:
+            raise CheckpointError("no weights")
+
+    loop = start(monkeypatch, Broken)
+    assert loop.expect(Failed) == Failed("worker", "CheckpointError", "no weights")
+    assert loop.ends_with() == 1
+    loop.close()
+
+
+def test_the_start_tells_its_progress_and_then_its_phases_from_the_imports_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = start(monkeypatch, FakeRunner)
+    assert loop.expect(Progress) == Progress("load", 1, 1)
+    ready = loop.expect(WorkerReady)
+    assert [phase.name for phase in ready.phases] == ["imports", "config", "context"]
+    assert ready.step_times is None
+    loop.close()
+
+
+def test_steps_run_in_inference_mode_and_with_a_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start had switched the collector off: a process that never collects grows."""
+    gc.disable()
+    try:
+        seen: list[tuple[bool, bool]] = []
+
+        class Watching(FakeRunner):
+            def launch(self, plan: StepPlan, received_s: float) -> LaunchedStep:
+                seen.append((gc.isenabled(), torch.is_inference_mode_enabled()))
+                return super().launch(plan, received_s)
+
+        loop = start(monkeypatch, Watching)
+        loop.expect(Progress)
+        loop.expect(WorkerReady)
+        loop.plan(1)
+        reach(loop.launched())
+        loop.expect(StepResult)
+        loop.close()
+    finally:
+        gc.enable()
+    assert seen == [(True, True)]
