@@ -1,8 +1,8 @@
 """A child of EngineProcesses as tests want it: `python -m tests.launch.child FOLDER PARENT_PID`.
 
 What it does is in the variable CHILD: words. `compiler` starts a process of its own and leaves its id in the folder;
-`stubborn` ignores SIGTERM; `tidy` then takes 0.2 s to end with code 7; `watches` ends with its parent; `fails` writes
-40 lines and ends with code 3; `ends` ends with code 0; all others wait.
+`stubborn` ignores SIGTERM; `watches` ends with its parent; `fails` writes 40 lines and ends with code 3; `ends` ends
+with code 0; all others wait.
 """
 
 import os
@@ -20,13 +20,6 @@ if "watches" in words:
     end_with_parent(parent_pid, folder)
 if "stubborn" in words:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-if "tidy" in words:
-
-    def end(*_: object) -> None:
-        time.sleep(0.2)
-        os._exit(7)
-
-    signal.signal(signal.SIGTERM, end)
 if "compiler" in words:
     compiler = subprocess.Popen(["sleep", "100"])
     # Also where the parent may look for it when the folder is gone.

@@ -105,26 +105,15 @@ def test_a_child_that_ends_in_time_is_not_signalled(start: Callable[[str], Engin
     assert child.returncode == 0
 
 
-def test_a_child_is_asked_before_it_is_killed_and_has_time_to_obey(start: Callable[[str], EngineProcesses]) -> None:
-    codes = {}
-    for words in ("waits", "tidy", "stubborn"):
-        processes = start(words)
-        wait_until((processes.folder / "running").exists)
-        (child,) = processes._children.values()
-        begun_s = time.monotonic()
-        processes.stop(grace_s=0.0)
-        codes[words] = child.returncode
-        assert time.monotonic() - begun_s < 3.0
-        processes.stop(grace_s=0.0)  # again is nothing
-    assert codes == {"waits": -signal.SIGTERM, "tidy": 7, "stubborn": -signal.SIGKILL}
-
-
-def test_a_grace_is_waited_for_before_the_first_signal(start: Callable[[str], EngineProcesses]) -> None:
-    processes = start("waits")
+def test_a_child_that_does_not_end_in_time_is_killed(start: Callable[[str], EngineProcesses]) -> None:
+    processes = start("stubborn")
     wait_until((processes.folder / "running").exists)
+    (child,) = processes._children.values()
     begun_s = time.monotonic()
     processes.stop(grace_s=0.3)
-    assert time.monotonic() - begun_s >= 0.3
+    assert child.returncode == -signal.SIGKILL
+    assert 0.3 <= time.monotonic() - begun_s < 3.0
+    processes.stop(grace_s=0.0)  # again is nothing
 
 
 def test_a_dead_child_is_found_with_its_code_and_its_last_lines(start: Callable[[str], EngineProcesses]) -> None:
