@@ -14,9 +14,17 @@ from typing import NamedTuple
 from msgspec import Struct
 
 from graphgen.ipc.ggp import limits
-from graphgen.ipc.ggp.framing import FrameError, make_error, server_framing, unsupported_version
+from graphgen.ipc.ggp.framing import (
+    CHOSEN_ID,
+    FrameError,
+    is_made_by_socket,
+    make_error,
+    server_framing,
+    unsupported_version,
+)
 from graphgen.ipc.ggp.messages import (
     MAJOR,
+    NAMES,
     Bye,
     Cancel,
     ClientMessage,
@@ -131,6 +139,8 @@ class MockServer:
         for peer, frames in self._sockets.read(control):
             try:
                 message = self._framing.decode(frames)
+                if not is_made_by_socket(peer):
+                    raise Refusal(make_error("bad_request", CHOSEN_ID, about=NAMES[type(message)]))
                 if control:
                     self._answer_control(peer, message)
                 else:

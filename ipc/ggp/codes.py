@@ -51,7 +51,9 @@ CODES: dict[Code, CodeInfo] = {
         426, False, "no common version; the error's `versions` says what the server speaks"
     ),
     "no_session": CodeInfo(401, True, "the connection has no session: say `hello`, then repeat"),
-    "forbidden": CodeInfo(403, False, "the session belongs to a client with another key"),
+    "forbidden": CodeInfo(
+        403, False, "the session belongs to a client with another key, or the connection's key was removed"
+    ),
     "duplicate_id": CodeInfo(409, False, "an open request of the session has this id; that request goes on"),
     "overloaded": CodeInfo(429, True, "a queue or the client's share of it is full, or the deadline cannot be met"),
     "deadline": CodeInfo(408, False, "the request's deadline passed before its output was complete"),

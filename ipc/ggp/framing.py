@@ -25,6 +25,8 @@ from graphgen.ipc.ggp.messages import (
 
 MAGIC = b"GG"
 HEADER_LEN = 4
+MADE_ID_LEN = 5
+CHOSEN_ID = "the connection has a routing id of its own choosing: leave ZMQ_ROUTING_ID unset, the server makes the ids"
 NUM_FRAMES = 2
 
 _NO_MAP = "Expected `object`, got"
@@ -129,6 +131,14 @@ def make_error(
         id=request_id,
         about=about,
     )
+
+
+def is_made_by_socket(routing_id: bytes) -> bool:
+    """Whether a peer left its routing id to the ROUTER, whose own are a zero byte and a number of four.
+
+    An id that a peer chose may have been another's before: what is still sent to that one goes to the new one.
+    """
+    return len(routing_id) == MADE_ID_LEN and routing_id[0] == 0
 
 
 def unsupported_version(what: str) -> Error:

@@ -24,8 +24,9 @@ from graphgen.requests.core import AttachedCore, launch_config
 from graphgen.requests.link import Link
 from graphgen.requests.tokenizer import Tokenizer, TokenizerData
 from graphgen.requests.tokenizer_files import load_tokenizer
-from graphgen.server.frontend.keys import Keys, start_authentication
-from graphgen.server.frontend.process import bind, make_server
+from graphgen.server.frontend.authentication import Authenticator
+from graphgen.server.frontend.keys import Keys
+from graphgen.server.frontend.process import admits_everyone, bind, make_server
 from graphgen.server.frontend.server import PublicSockets
 from graphgen.server.frontend.settings import FrontendSettings
 from tests.fakes import READY, FakeProcesses, FakeScheduler
@@ -75,7 +76,7 @@ class Frontend:
         self._lower = lower
         launch = launch_config(engine or EngineConfig(device="cpu"))
         keys = None if self.settings.keys is None else Keys(Path(self.settings.keys))
-        self._authentication = None if keys is None else start_authentication(self._context, keys)
+        self._authentication = None if keys is None else Authenticator(self._context, keys)
         self.sockets: PublicSockets = bind(self._context, self.settings, launch, keys)
         self._inbox = Inbox()
         self._link = Link(self.processes, attaches=True, after_outputs=self._inbox.wake)
@@ -84,7 +85,8 @@ class Frontend:
             msgspec.structs.replace(READY, worker=msgspec.structs.replace(READY.worker, num_pages=NUM_PAGES))
         )
         core = AttachedCore(launch, self._link.wait_ready(5), tokenizer, self._link)
-        self.server = make_server(self.sockets, lower, self._inbox, self._link, core, self.settings)
+        admits = admits_everyone if self._authentication is None else self._authentication.admits
+        self.server = make_server(self.sockets, lower, self._inbox, self._link, core, self.settings, admits)
         self.num_lost: int | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -102,6 +104,17 @@ class Frontend:
         client.send(Hello(client="test"))
         client.session = client.expect(Welcome).session
         return client
+
+    def session_ids(self) -> list[bytes]:
+        """Routing ids of the connections that have a session."""
+        return [session.routing_id for session in self.server._sessions.all()]
+
+    def inproc(self, address: str) -> "zmq.Socket[bytes]":
+        """A DEALER within the server's process."""
+        socket = self._context.socket(zmq.DEALER)
+        socket.set(zmq.LINGER, 0)
+        socket.connect(address)
+        return socket
 
     def close(self) -> None:
         if self.thread.is_alive():

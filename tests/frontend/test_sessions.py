@@ -225,15 +225,3 @@ def test_a_message_of_many_frames_is_refused_and_not_kept(frontend: Frontend) ->
     client = frontend.welcome()
     client.send_raw(*[b"x" * 1000] * 1000)
     assert client.expect(Error).code == "bad_frame"
-
-
-def test_clients_cannot_take_each_others_names(frontend: Frontend) -> None:
-    """A routing id that a client chooses is of no use: the second with the same one gets no session of the first."""
-    one = frontend.connect(IDENTITY=b"same")
-    one.send(Hello())
-    first = one.expect(Welcome)
-    other = frontend.connect(IDENTITY=b"same")
-    other.send(Hello())
-    assert other.receive(0.3) is None
-    open_request(frontend, one)
-    assert first.session

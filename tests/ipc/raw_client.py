@@ -24,12 +24,14 @@ Message = TypeVar("Message")
 class RawClient:
     """Sends what it is told to, and receives one message at a time. Pings are left out."""
 
-    def __init__(self, address: str, timeout_ms: int = 10_000) -> None:
+    def __init__(self, address: str, timeout_ms: int = 10_000, routing_id: bytes = b"") -> None:
         self._framing = client_framing()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 0
         self._socket.rcvtimeo = timeout_ms
+        if routing_id:
+            self._socket.routing_id = routing_id
         self._socket.connect(address)
 
     def __enter__(self) -> "RawClient":

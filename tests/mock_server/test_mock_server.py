@@ -23,6 +23,7 @@ from graphgen.ipc.ggp.messages import (
     Generate,
     Health,
     HealthRequest,
+    Hello,
     Ping,
     Sampling,
     Stats,
@@ -46,6 +47,14 @@ def collect(client: RawClient, request_id: int) -> tuple[list[Delta], Done]:
 def test_it_refuses_every_wrong_vector_with_its_code_and_lives() -> None:
     with running_mock() as server, RawClient(server.address) as client:
         refuses_wrong_vectors(client)
+
+
+def test_it_refuses_a_routing_id_that_a_client_chose() -> None:
+    with running_mock() as server, RawClient(server.address, routing_id=b"mine") as client:
+        for message, about in ((Hello(), "hello"), (Ping(), "ping")):
+            client.send(message)
+            error = client.receive(Error)
+            assert (error.code, error.about) == ("bad_request", about)
 
 
 def test_it_takes_every_right_vector() -> None:

@@ -1,22 +1,20 @@
 """CURVE keys: the server's own, and those of the clients that may connect.
 
-Owns the layout of the key folder (mode 0700) and the answer to ZeroMQ's question whether a key may connect:
+Owns the layout of the key folder (mode 0700):
 
     server.key_secret   the server's pair; `server.key` beside it is the public half, for clients
     clients/NAME.key    public keys that are let in; NAME.key_secret, made here on request, is for the client to take
 
-The folder is read for each new connection, so that a key that is let in needs no restart.
+A running server looks for changes in it, so that a key that is let in or removed needs no restart.
 """
 
 import os
 from pathlib import Path
 
 import zmq.auth
-from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
 from graphgen.ipc.errors import ConfigError
-from graphgen.server.frontend.sockets import ZAP_DOMAIN, Context
 
 KEY_LEN = 40
 """Characters of a key in ZeroMQ's Z85 alphabet."""
@@ -64,8 +62,9 @@ class Keys:
             )
         self.clients.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self.clients / f"{_checked_name(name)}.key"
-        path.write_text(f'metadata\ncurve\n    public-key = "{public_key}"\n')
-        return path
+        half = path.with_suffix(".new")  # a server that looks at this moment finds the whole file or none
+        half.write_text(f'metadata\ncurve\n    public-key = "{public_key}"\n')
+        return half.replace(path)
 
     def server_secret_key(self) -> bytes:
         """Raises ConfigError when there is none."""
@@ -77,25 +76,18 @@ class Keys:
             raise ConfigError(f"{secret} holds no secret key: make new keys with `graphgen keys new`")
         return key
 
-    def callback(self, domain: str, key: bytes) -> bool:
-        """Whether a client with this public key may connect; called by ZeroMQ's authenticator."""
-        return key in {found for found in map(_public_key, self.clients.glob("*.key")) if found is not None}
 
+def read_public_key(path: Path) -> str | None:
+    """Of a key file; None where it holds none, so that a damaged file lets nobody in and keeps nobody else out.
 
-def start_authentication(context: Context, keys: Keys) -> ThreadAuthenticator:
-    """Answers for every socket of the context which keys may connect."""
-    authenticator = ThreadAuthenticator(context)
-    authenticator.start()
-    authenticator.configure_curve_callback(domain=ZAP_DOMAIN, credentials_provider=keys)
-    return authenticator
-
-
-def _public_key(path: Path) -> bytes | None:
-    """A damaged file lets nobody in and keeps nobody else out."""
-    try:
-        return zmq.auth.load_certificate(path)[0]
-    except (OSError, ValueError):
-        return None
+    Raises OSError where it cannot be read.
+    """
+    with path.open("rb"):  # what load_certificate says of a file that cannot be opened does not tell why
+        try:
+            key = zmq.auth.load_certificate(path)[0].decode()
+        except ValueError:
+            return None
+    return key if _is_key(key) else None
 
 
 def _is_key(text: str) -> bool:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import zmq
@@ -28,8 +29,9 @@ from graphgen.launch.processes import Exit, end_with_parent
 from graphgen.requests.core import AttachedCore
 from graphgen.requests.link import Link
 from graphgen.requests.tokenizer import read_tokenizer
+from graphgen.server.frontend.authentication import Authenticator
 from graphgen.server.frontend.desk import Desk
-from graphgen.server.frontend.keys import Keys, start_authentication
+from graphgen.server.frontend.keys import Keys
 from graphgen.server.frontend.memory import limit_memory
 from graphgen.server.frontend.monitor import Monitor
 from graphgen.server.frontend.outbox import Outbox
@@ -91,8 +93,11 @@ def _serve(folder: Path, supervisor: SupervisorChannel) -> int:
     with contextlib.ExitStack() as stack:
         stack.callback(public.term)
         keys = None if settings.keys is None else Keys(Path(settings.keys))
+        admits = admits_everyone
         if keys is not None:
-            stack.callback(start_authentication(public, keys).stop)
+            authenticator = Authenticator(public, keys)
+            stack.callback(authenticator.stop)
+            admits = authenticator.admits
         sockets = bind(public, settings, launch, keys)
         for socket in sockets:
             stack.callback(socket.close, LINGER_S)
@@ -103,7 +108,7 @@ def _serve(folder: Path, supervisor: SupervisorChannel) -> int:
         ready = link.wait_ready(threading.TIMEOUT_MAX)  # the supervisor has an eye on the time
         supervisor.send(ready)
         core = AttachedCore(launch, ready, read_tokenizer(folder), link, int(time.monotonic() * REQUEST_IDS_PER_S))
-        server = make_server(sockets, supervisor, inbox, link, core, settings)
+        server = make_server(sockets, supervisor, inbox, link, core, settings, admits)
         stack.callback(server.close)
         limit_memory(settings.memory_limit_bytes)
         supervisor.send(Listening(sockets.data.address, sockets.control.address))
@@ -117,15 +122,21 @@ def make_server(
     link: Link,
     core: AttachedCore,
     settings: FrontendSettings,
+    admits: Callable[[str], bool],
 ) -> Server:
-    """The server of these sockets and this engine."""
+    """The server of these sockets and this engine. admits: see Server."""
     framing = server_framing()
     sessions, outbox = Sessions(), Outbox(sockets.data, framing)
     preparer = Preparer(core, framing, settings.threads)
     desk = Desk(link, preparer, inbox, outbox, settings)
     monitor = Monitor(link, inbox, sessions, desk, outbox)
     welcome = _welcome(settings, core, sockets)
-    return Server(sockets, supervisor, framing, inbox, sessions, desk, outbox, monitor, settings, welcome)
+    return Server(sockets, supervisor, framing, inbox, sessions, desk, outbox, monitor, settings, welcome, admits)
+
+
+def admits_everyone(_key: str) -> bool:
+    """Without keys."""
+    return True
 
 
 def bind(context: Context, settings: FrontendSettings, launch: LaunchConfig, keys: Keys | None) -> PublicSockets:

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import msgspec
@@ -17,7 +17,15 @@ import zmq
 
 from graphgen.base.inbox import Inbox
 from graphgen.ipc.channel import Channel
-from graphgen.ipc.ggp.framing import FrameError, Framing, make_error, unsupported_version
+from graphgen.ipc.ggp.codes import Code
+from graphgen.ipc.ggp.framing import (
+    CHOSEN_ID,
+    FrameError,
+    Framing,
+    is_made_by_socket,
+    make_error,
+    unsupported_version,
+)
 from graphgen.ipc.ggp.messages import (
     MAJOR,
     NAMES,
@@ -67,6 +75,8 @@ FLUSH_S = 1.0
 
 NO_SESSION = "this connection has no session: say hello first, also after a reconnection"
 
+KEY_GONE = "this connection's key is not let in any more: ask the operator of the server"
+
 SupervisorChannel = Channel[FrontendToSupervisor, SupervisorToFrontend]
 
 
@@ -106,8 +116,10 @@ class Server:
         monitor: Monitor,
         settings: FrontendSettings,
         welcome: Welcome,
+        admits: Callable[[str], bool],
     ) -> None:
-        """welcome: what every client is told, but for the name of its session."""
+        """welcome: what every client is told, but for the name of its session. admits: whether the CURVE key of a
+        connection is still let in; asked for each message."""
         self._sockets = sockets
         self._supervisor = supervisor
         self._framing = framing
@@ -118,6 +130,7 @@ class Server:
         self._monitor = monitor
         self._settings = settings
         self._welcome = welcome
+        self._admits = admits
         self._rate = RateLimit(MESSAGES_PER_S, MESSAGES_BURST, time.monotonic())
         self._swept_s = 0.0
         self._looped_s = time.monotonic()
@@ -206,20 +219,11 @@ class Server:
         return permits
 
     def _take(self, public: PublicSocket, received: Received, now_s: float) -> None:
-        session = self._sessions.find(received.routing_id) if public is self._sockets.data else None
-        if session is not None:
-            session.heard_s = now_s
         try:
-            if self._framing.kind_of(received.frames) is Generate:
-                refusal = self._take_generate(public, session, received, now_s)
-            else:
-                message = self._framing.decode(received.frames)
-                if public is self._sockets.control:
-                    refusal = self._take_control(received, message, now_s)
-                elif session is None or isinstance(message, Hello):
-                    refusal = self._take_stranger(received, message, now_s)
-                else:
-                    refusal = self._take_message(session, message, now_s)
+            refusal = self._refuse_peer(received)
+            if refusal is None:
+                session = self._find_session(received, now_s) if public is self._sockets.data else None
+                refusal = self._take_from(public, session, received, now_s)
         except FrameError as error:
             refusal = error.error
         except Exception as error:  # whatever one message does to us, the next one finds us here
@@ -228,6 +232,42 @@ class Server:
         if refusal is not None:
             self._monitor.messages_refused += 1
             self._answer(public, received.routing_id, refusal)
+
+    def _take_from(
+        self, public: PublicSocket, session: Session | None, received: Received, now_s: float
+    ) -> Error | None:
+        if self._framing.kind_of(received.frames) is Generate:
+            return self._take_generate(public, session, received, now_s)
+        message = self._framing.decode(received.frames)
+        if public is self._sockets.control:
+            return self._take_control(received, message, now_s)
+        if session is None or isinstance(message, Hello):
+            return self._take_stranger(received, message, now_s)
+        return self._take_message(session, message, now_s)
+
+    def _refuse_peer(self, received: Received) -> Error | None:
+        """An error for a connection that may not say anything, whatever it says."""
+        code: Code
+        if not is_made_by_socket(received.routing_id):
+            code, why = "bad_request", CHOSEN_ID
+        elif not self._admits(received.key):
+            code, why = "forbidden", KEY_GONE
+        else:
+            return None
+        kind = self._framing.kind_of(received.frames)
+        request_id = self._framing.find_id(received.frames[1]) if kind is Generate else None
+        return make_error(code, why, request_id, NAMES[kind])
+
+    def _find_session(self, received: Received, now_s: float) -> Session | None:
+        """The connection's. One with another key has come by the routing id of a connection that is gone."""
+        session = self._sessions.find(received.routing_id)
+        if session is None:
+            return None
+        if session.key != received.key:
+            self._end(session)
+            return None
+        session.heard_s = now_s
+        return session
 
     def _take_generate(
         self, public: PublicSocket, session: Session | None, received: Received, now_s: float
@@ -334,12 +374,18 @@ class Server:
         self._monitor.tick(now_s)
         slow_s = self._settings.slow_consumer_s
         for session in self._sessions.all():
+            if not self._admits(session.key):
+                self._cut_off(session, make_error("forbidden", KEY_GONE))
+                continue
             if not session.requests:
                 continue
             if session.blocked_s is not None and now_s - session.blocked_s > slow_s:
-                self._cut_off(session, f"no output was taken for {slow_s:g} s: read more often")
+                self._cut_off(
+                    session, make_error("slow_consumer", f"no output was taken for {slow_s:g} s: read more often")
+                )
             elif now_s - session.heard_s > slow_s:
-                self._cut_off(session, f"nothing was heard from this client for {slow_s:g} s: answer pings")
+                text = f"nothing was heard from this client for {slow_s:g} s: answer pings"
+                self._cut_off(session, make_error("slow_consumer", text))
             elif session.blocked_s is None and now_s - session.pinged_s >= self._settings.heartbeat_s:
                 session.pinged_s = now_s
                 self._outbox.post(session, Ping(instance=self._welcome.instance))
@@ -362,10 +408,10 @@ class Server:
                 session.heard_s = now_s
         self._looped_s = now_s
 
-    def _cut_off(self, session: Session, why: str) -> None:
-        """A reader that is gone for all we know. What it has not taken is given up, so that its memory is free."""
-        logger.warning("session cut off with %d requests: %s", len(session.requests), why)
-        error = make_error("slow_consumer", why)
+    def _cut_off(self, session: Session, error: Error) -> None:
+        """A reader that is gone for all we know, or may not read any more. What it has not taken is given up, so that
+        its memory is free."""
+        logger.warning("session cut off with %d requests: %s", len(session.requests), error.message)
         routing_id, request_ids = session.routing_id, list(session.requests)
         self._end(session)
         for request_id in request_ids:

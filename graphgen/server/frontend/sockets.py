@@ -3,7 +3,9 @@
 Owns the socket's options and its three answers to a send. Used on the server's thread alone.
 """
 
+import ctypes
 import enum
+import secrets
 from typing import NamedTuple
 
 import zmq
@@ -38,14 +40,23 @@ class Received(NamedTuple):
     key: str  # the peer's CURVE key, "" without keys
 
 
+def _make_ids_unguessable() -> None:
+    """A peer may choose an id that looks as if the socket had made it: it would have to know which.
+
+    libzmq counts connections from a number of the C library's `rand`, which is the same in every process that does
+    not seed it. Who knows the next one can also end the process: libzmq aborts when the id that it makes is taken."""
+    ctypes.CDLL(None).srand(ctypes.c_uint(secrets.randbits(32)))
+
+
 class PublicSocket:
-    """One address. Peers' routing ids are made by the socket, so that no peer can take another's."""
+    """One address. Peers' routing ids are for the socket to make: who chose one is refused by the server."""
 
     def __init__(
         self, context: Context, address: str, frame_bytes: int, dead_peer_s: float, server_key: bytes | None
     ) -> None:
         """dead_peer_s: how long a peer may not answer ZeroMQ's own heartbeats. Raises ConfigError, zmq.ZMQError."""
         self._secure = server_key is not None
+        _make_ids_unguessable()
         socket = context.socket(zmq.ROUTER)
         # Without it a ROUTER drops what a slow peer has no room for, and says that it was sent.
         socket.set(zmq.ROUTER_MANDATORY, 1)
