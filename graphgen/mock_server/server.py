@@ -118,8 +118,11 @@ class MockServer:
         if self._drain_ends_s is None:
             return False
         if not self._draining:
-            self._announce_drain(max(0, int((self._drain_ends_s - time.monotonic()) * 1000)))
+            self._announce_drain(self._grace_left_ms())
         return self._num_open() == 0 or time.monotonic() > self._drain_ends_s
+
+    def _grace_left_ms(self) -> int:
+        return 0 if self._drain_ends_s is None else max(0, int((self._drain_ends_s - time.monotonic()) * 1000))
 
     def _end(self) -> None:
         for session in list(self._sessions.values()):  # one that is gone is forgotten on the way
@@ -196,6 +199,8 @@ class MockServer:
             self._forget(self._sessions[peer])
         session = self._sessions[peer] = _Session(peer, secrets.token_hex(8), {})
         self._send(peer, self._welcome_for(session))
+        if self._draining:
+            self._send(peer, Draining(grace_ms=self._grace_left_ms()))
 
     def _welcome_for(self, session: _Session) -> Welcome:
         script = self._script
@@ -218,6 +223,7 @@ class MockServer:
             heartbeat_ms=script.heartbeat_ms,
             slow_consumer_ms=60_000,
             control=self.control_address,
+            draining=self._draining,
         )
 
     def _generate(self, session: _Session, request: Generate) -> None:

@@ -15,7 +15,7 @@ The estimate for a request, in milliseconds:
 - Output tokens: max_tokens times the share of it that the requests so far drew before they stopped.
 """
 
-from graphgen.ipc.errors import OverloadedError
+from graphgen.ipc.errors import DeadlineError, OverloadedError
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.budget import StepBudget
 from graphgen.scheduler.cost_model import CostModel, prompt_pairs
@@ -78,19 +78,35 @@ class OverloadGuard:
             )
 
     def check_deadline(self, request: Request, deadline_ms: float, num_cached: int) -> None:
-        """Raises OverloadedError for a request whose output would not be complete `deadline_ms` after its arrival.
+        """Raises OverloadedError for a request whose output would not be complete `deadline_ms` after its arrival, and
+        DeadlineError where it would not even if nothing else ran: trying again does not help it.
 
         num_cached: tokens of its prompt in the prefix cache. Where no step was ever timed, nothing is refused.
         """
         needed_ms = self._needed_ms(request, num_cached)
         if needed_ms is None or needed_ms <= deadline_ms:
             return
+        alone_ms = self._alone_ms(request, num_cached)
+        if alone_ms is not None and alone_ms > deadline_ms:
+            raise DeadlineError(
+                f"the output takes about {alone_ms:.0f} ms even if nothing else runs, deadline_ms is {deadline_ms:g}:"
+                " raise deadline_ms or lower max_tokens"
+            )
         raise OverloadedError(
             f"the output would be complete after about {needed_ms:.0f} ms, deadline_ms is {deadline_ms:g}:"
             f" {len(self._running)} requests run and {len(self._waiting)} wait; retry later, raise deadline_ms or lower"
             " max_tokens",
             _bounded((needed_ms - deadline_ms) / 1000.0),
         )
+
+    def _alone_ms(self, request: Request, num_cached: int) -> float | None:
+        """As if it were the only request."""
+        room, prompt_step_ms = self._prompt_step(0, request.prompt_len)
+        decode_step_ms = self._decode_step_ms(0, request.prompt_len)
+        if prompt_step_ms is None or decode_step_ms is None:
+            return None
+        prompt_ms = (request.prompt_len - num_cached) / room * prompt_step_ms
+        return prompt_ms + request.max_tokens * self._output_share * decode_step_ms
 
     def _needed_ms(self, request: Request, num_cached: int) -> float | None:
         num_others = len(self._running) + len(self._waiting)

@@ -25,7 +25,7 @@ prompt rows, and whose); `overload` (who is refused); `plan` (the message).
 
 from collections.abc import Sequence
 
-from graphgen.ipc.errors import ConfigError, InvalidRequestError, OverloadedError
+from graphgen.ipc.errors import ConfigError, DeadlineError, InvalidRequestError, OverloadedError
 from graphgen.ipc.messages import Outputs, Rejected, StepPlan, Submit, TokenOutput
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.cost_model import CostModel
@@ -107,7 +107,7 @@ class Scheduler:
         """Queues a request.
 
         Raises, keeping nothing: InvalidRequestError for one that can never be served; OverloadedError when the queue is
-        full or the request would not meet its deadline.
+        full or the request would not meet its deadline; DeadlineError when it could not meet it even alone.
         """
         if submit.request_id in self._requests:
             raise InvalidRequestError(
@@ -120,7 +120,7 @@ class Scheduler:
             self._guard.check_room(request)
             if submit.deadline_ms is not None:
                 self._guard.check_deadline(request, submit.deadline_ms, self._admission.offer(request).num_cached)
-        except OverloadedError:
+        except (OverloadedError, DeadlineError):
             self.counters.refused += 1
             raise
         if self._cache.enabled:

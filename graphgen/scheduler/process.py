@@ -18,7 +18,7 @@ import zmq
 from graphgen.base.descriptors import raise_descriptor_limit
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.codec import unpack_int32
-from graphgen.ipc.errors import InvalidRequestError, OverloadedError
+from graphgen.ipc.errors import DeadlineError, InvalidRequestError, OverloadedError
 from graphgen.ipc.messages import (
     Attach,
     Cancel,
@@ -206,6 +206,8 @@ class SchedulerLoop:
                     self._engine.send(
                         Rejected(submit.request_id, "OverloadedError", error.message, error.retry_after_s)
                     )
+                except DeadlineError as error:
+                    self._engine.send(Rejected(submit.request_id, "DeadlineError", str(error)))
                 except InvalidRequestError as error:
                     self._engine.send(Rejected(submit.request_id, "InvalidRequestError", str(error)))
             case Cancel() as cancel:

@@ -56,7 +56,11 @@ CODES: dict[Code, CodeInfo] = {
     ),
     "duplicate_id": CodeInfo(409, False, "an open request of the session has this id; that request goes on"),
     "overloaded": CodeInfo(429, True, "a queue or the client's share of it is full, or the deadline cannot be met"),
-    "deadline": CodeInfo(408, False, "the request's deadline passed before its output was complete"),
+    "deadline": CodeInfo(
+        408,
+        False,
+        "the request's deadline passed before its output was complete, or is too early even for an idle server",
+    ),
     "draining": CodeInfo(503, True, "the server is about to end and takes no new work"),
     "engine_lost": CodeInfo(503, True, "the scheduler or the worker ended; the output is lost"),
     "poisoned": CodeInfo(500, False, "the worker ended each time it computed the request, which is not tried again"),

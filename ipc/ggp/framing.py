@@ -5,7 +5,7 @@ the Python client for every message.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Generic, TypeVar, cast
+from typing import Generic, NamedTuple, TypeVar, cast
 
 import msgspec
 from msgspec import Struct
@@ -19,6 +19,7 @@ from graphgen.ipc.ggp.messages import (
     ClientMessage,
     Error,
     Generate,
+    NumSamples,
     RequestId,
     ServerMessage,
 )
@@ -58,6 +59,7 @@ class Framing(Generic[Send, Receive]):
         self._headers = {kind: MAGIC + bytes([MAJOR]) + letter for letter, kind in sends.items()}
         self._kinds = dict(receives)
         self._decoders = {kind: msgspec.msgpack.Decoder(kind) for kind in receives.values()}
+        self._brief_decoder = msgspec.msgpack.Decoder(_BriefWithSamples)
         self._id_decoder = msgspec.msgpack.Decoder(_IdOnly)
 
     def encode(self, message: Send) -> tuple[bytes, bytes]:
@@ -89,26 +91,51 @@ class Framing(Generic[Send, Receive]):
             if _is_no_map(error):
                 raise _no_map(error, name) from None
             # An error with an id ends that request: one for a cancel or an accepted must carry none.
-            request_id = self.find_id(body) if kind is Generate else None
+            request_id = self.find_brief(body).id if kind is Generate else None
             raise FrameError(make_error("bad_request", _in_our_words(error), request_id, name)) from None
         except _UNREADABLE as error:
             raise _no_map(error, name) from None
 
-    def find_id(self, body: Buffer) -> int | None:
-        """The id of a `generate`, None if it has none that can be taken; reads over everything else without building
-        it. Raises FrameError, bad_frame, for what is no map."""
+    def find_brief(self, body: Buffer) -> "Brief":
+        """What must be known of a `generate` before it is decoded; reads over everything else without building it.
+        Raises FrameError, bad_frame, for what is no map."""
         try:
-            return self._id_decoder.decode(body).id
+            found = self._brief_decoder.decode(body)
+            return Brief(found.id, found.sampling.n)
         except msgspec.ValidationError as error:
             if _is_no_map(error):
                 raise _no_map(error, NAMES[Generate]) from None
-            return None
+            return Brief(self._find_id(body), 1)
         except _UNREADABLE as error:
             raise _no_map(error, NAMES[Generate]) from None
+
+    def _find_id(self, body: Buffer) -> int | None:
+        """Where something else is wrong as well."""
+        try:
+            return self._id_decoder.decode(body).id
+        except msgspec.ValidationError:
+            return None
+
+
+class Brief(NamedTuple):
+    """Of a `generate`: its id, None if it has none that can be taken, and how many samples it wants, 1 if that cannot
+    be told."""
+
+    id: int | None
+    num_samples: int
 
 
 class _IdOnly(Struct):
     id: RequestId | None = None
+
+
+class _SamplesOnly(Struct, frozen=True):
+    n: NumSamples = 1
+
+
+class _BriefWithSamples(Struct):
+    id: RequestId | None = None
+    sampling: _SamplesOnly = _SamplesOnly()
 
 
 def server_framing() -> Framing[ServerMessage, ClientMessage]:

@@ -22,6 +22,7 @@ DEFAULT_ADDRESS = "tcp://127.0.0.1:5755"
 DEFAULT_CONTROL_ADDRESS = "tcp://127.0.0.1:5756"
 
 RequestId = Annotated[int, Meta(ge=0, le=limits.MAX_INT)]
+NumSamples = Annotated[int, Meta(ge=1, le=limits.MAX_SAMPLES)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Count = Annotated[int, Meta(ge=0, le=limits.MAX_INT)]
 Measured = Annotated[float, Meta(ge=0, le=limits.MAX_INT)]
@@ -95,9 +96,7 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ] = []
     ignore_eos: Annotated[bool, Meta(description="Go on after the model's end-of-sequence tokens.")] = False
     skip_special_tokens: Annotated[bool, Meta(description="Leave special tokens out of the text.")] = True
-    n: Annotated[
-        int, Meta(ge=1, le=limits.MAX_SAMPLES, description="Samples: outputs drawn independently for the one prompt.")
-    ] = 1
+    n: Annotated[NumSamples, Meta(description="Samples: outputs drawn independently for the one prompt.")] = 1
     priority: Annotated[
         int, Meta(ge=0, le=limits.MAX_PRIORITY, description="Service class; the higher number is served first.")
     ] = 0
@@ -248,6 +247,9 @@ class Welcome(Struct, frozen=True, kw_only=True):
     heartbeat_ms: Annotated[Count, Meta(description="Time between the server's pings to a client with open requests.")]
     slow_consumer_ms: Annotated[Count, Meta(description="A client that takes or says nothing for so long is cut off.")]
     control: Annotated[str, Meta(description="Address of the control socket, as it was bound.")]
+    draining: Annotated[
+        bool, Meta(description="true: the server is about to end and takes no requests; a `draining` follows.")
+    ] = False
     sampling_defaults: Annotated[
         SamplingDefaults, Meta(description="What the model draws with by itself; see `sampling.model_defaults`.")
     ] = SamplingDefaults()
@@ -345,7 +347,9 @@ class Stats(Struct, frozen=True, kw_only=True):
     step_ms_max: Measured
     deltas_sent: Count
     deltas_merged: Annotated[Count, Meta(description="Outputs that joined an unsent delta: a reader was behind.")]
-    messages_refused: Annotated[Count, Meta(description="Messages answered with an error.")]
+    messages_refused: Annotated[
+        Count, Meta(description="Messages refused with an error; also requests refused after `accepted`.")
+    ]
     frontend_cpu_s: Annotated[Measured, Meta(description="Processor time of the frontend process.")]
     frontend_rss_bytes: Count
 

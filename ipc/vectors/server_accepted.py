@@ -133,6 +133,13 @@ SERVER_ACCEPTED = [
         {**WELCOME_VALUE, "sampling_defaults": {"temperature": 0.5, "top_k": 20}},
     ),
     Vector(
+        "welcome-draining",
+        (header("W"), mapping(*WELCOME, ("draining", TRUE))),
+        "a session with a server that is about to end",
+        "ok",
+        {**WELCOME_VALUE, "draining": True},
+    ),
+    Vector(
         "welcome-any-order",
         (header("W"), map32(*reversed(WELCOME), ("motd", text("hello")))),
         "keys in another order, an unknown one, a map with a 4-byte length",

@@ -185,6 +185,7 @@ SERVER_REFUSED = [
         ("sampling_defaults", mapping(("temperature", f64(float("nan"))))),
     ),
     wrong("welcome-defaults-array", "W", "an array is no map", *WELCOME, ("sampling_defaults", array())),
+    wrong("welcome-draining-int", "W", "a number is no bool", *WELCOME, ("draining", integer(1))),
     wrong("welcome-version-str", "W", "a number in letters", *without(WELCOME, "version"), ("version", text("1"))),
     wrong(
         "health-ready-int", "M", "1 is not true", ("status", text("ok")), ("ready", integer(1)), ("worker_ms", f64(1.0))

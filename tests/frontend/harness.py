@@ -109,6 +109,20 @@ class Frontend:
         """Routing ids of the connections that have a session."""
         return [session.routing_id for session in self.server._sessions.all()]
 
+    def hold(self) -> threading.Event:
+        """Stops the server's loop until the event is set."""
+        go_on = threading.Event()
+        stopped = threading.Event()
+
+        def wait() -> None:
+            stopped.set()
+            go_on.wait(5)
+
+        self._inbox.put(wait)
+        self._inbox.wake()
+        stopped.wait(5)
+        return go_on
+
     def inproc(self, address: str) -> "zmq.Socket[bytes]":
         """A DEALER within the server's process."""
         socket = self._context.socket(zmq.DEALER)

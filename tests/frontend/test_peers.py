@@ -8,6 +8,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq.auth
@@ -37,7 +38,7 @@ def frontend(make_frontend: MakeFrontend, keys: Keys) -> Frontend:
     return make_frontend(keys=str(keys.folder))
 
 
-def bob_of(keys: Keys) -> dict[str, object]:
+def bob_of(keys: Keys) -> dict[str, Any]:  # options of a socket
     return options_of(keys, keys.clients / "bob.key_secret")
 
 

@@ -20,7 +20,7 @@ def make_request(num_samples: int, stream: bool = True) -> PublicRequest:
     opened = [
         SimpleNamespace(started_s=0.5, submit=SimpleNamespace(request_id=number)) for number in range(num_samples)
     ]
-    request = PublicRequest(Session(b"id", "name", "", 0.0), 9, "client", arrived_s=0.0)
+    request = PublicRequest(Session(b"id", "name", "", 0.0), 9, "client", num_samples, arrived_s=0.0)
     request.accept(Prepared(cast(Any, opened), 4, [], 0, None, stream, False))
     return request
 
@@ -115,12 +115,12 @@ def test_nothing_is_taken_after_the_end() -> None:
 
 
 def test_a_request_cancelled_before_it_was_checked_has_an_end() -> None:
-    request = PublicRequest(Session(b"id", "name", "", 0.0), 9, "client", arrived_s=0.0)
+    request = PublicRequest(Session(b"id", "name", "", 0.0), 9, "client", 3, arrived_s=0.0)
     assert request.peek() is None
     request.cancel()
     (done,) = read(request)
     assert isinstance(done, Done)
-    assert done.finish == ["aborted"]
+    assert done.finish == ["aborted"] * 3, "one for each sample, as of a request cancelled later"
 
 
 def test_times_count_from_the_requests_arrival() -> None:

@@ -35,10 +35,11 @@ from graphgen.ipc.messages import (
 from graphgen.ipc.messages import StatsRequest as SchedulerStatsRequest
 from graphgen.remote.requests import exception_of
 from graphgen.requests.tokenizer import Tokenizer
+from graphgen.server.frontend.monitor import FRESH_S
 from graphgen.server.frontend.server import SMALL_BYTES
 from tests.fakes import STATS
 from tests.frontend.conftest import MakeFrontend
-from tests.frontend.harness import IDS, Frontend, open_request, wait_until
+from tests.frontend.harness import IDS, Frontend, RawClient, open_request, wait_until
 
 
 def test_a_conversation(frontend: Frontend, tokenizer: Tokenizer) -> None:
@@ -118,6 +119,18 @@ def test_cancel_frees_the_request_at_once_and_says_so(frontend: Frontend) -> Non
     assert client.expect(Done).usage.output_tokens == 1
     client.send(Cancel(id=1))
     assert client.receive(0.2) is None
+
+
+def test_a_request_cancelled_before_it_is_checked_ends_each_of_its_samples(frontend: Frontend) -> None:
+    client = frontend.welcome()
+    read_on = frontend.hold()
+    client.send(Generate(id=1, prompt_ids=[1], sampling=Sampling(n=3)))
+    client.send(Cancel(id=1))
+    time.sleep(0.2)
+    read_on.set()
+    done = client.expect(Done)
+    assert (done.finish, done.usage.output_tokens) == (["aborted"] * 3, 0)
+    open_request(frontend, client)
 
 
 def test_the_control_socket_cancels_by_session(frontend: Frontend) -> None:
@@ -206,6 +219,35 @@ def test_a_bad_request_is_refused_alone(
     request_id = open_request(frontend, client)  # the session and the id are as good as before
     frontend.scheduler.send_tokens(request_id, [3], "length")
     client.expect(Delta)
+
+
+def test_whatever_is_refused_is_counted(frontend: Frontend) -> None:
+    """By the loop at once, by the threads that tokenize, and by the scheduler after `accepted`."""
+    client = frontend.welcome()
+    for number, (fields, _, _) in enumerate(BAD_REQUESTS, 1):
+        client.send_raw(b"GG\x01G", msgspec.msgpack.encode(fields))
+        client.expect(Error)
+        assert messages_refused(frontend, client) == number
+    request_id = open_request(frontend, client)
+    frontend.scheduler.send(Rejected(request_id, "OverloadedError", "no", 1.0))
+    client.expect(Error)
+    client.send_raw(b"GG\x01G")
+    client.expect(Error)
+    assert messages_refused(frontend, client) == len(BAD_REQUESTS) + 2
+    request_id = open_request(frontend, client)
+    frontend.scheduler.send_tokens(request_id, [3])
+    client.expect(Delta)
+    frontend.scheduler.send(Rejected(request_id, "DeadlineError", "too late"))
+    assert client.expect(Error).code == "deadline"
+    assert messages_refused(frontend, client) == len(BAD_REQUESTS) + 2, "it was served, for a while"
+
+
+def messages_refused(frontend: Frontend, client: RawClient) -> int:
+    time.sleep(FRESH_S)
+    client.send(StatsRequest())
+    frontend.scheduler.expect(SchedulerStatsRequest)
+    frontend.scheduler.send(STATS)
+    return client.expect(Stats).messages_refused
 
 
 def test_a_large_message_is_refused_with_the_code_that_a_small_one_has(frontend: Frontend) -> None:

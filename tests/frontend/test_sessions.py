@@ -157,6 +157,19 @@ def test_draining_finishes_what_is_open_and_takes_nothing_new(frontend: Frontend
     assert frontend.num_lost == 0
 
 
+def test_who_comes_while_the_server_drains_is_told_so(frontend: Frontend) -> None:
+    early, late = frontend.welcome(), frontend.connect()
+    open_request(frontend, early)
+    frontend.supervisor.send(Drain(10.0))
+    early.expect(Draining)
+    late.send(Hello())
+    welcome = late.expect(Welcome)
+    assert welcome.draining
+    assert 8_000 < late.expect(Draining).grace_ms <= 10_000
+    late.send(Generate(id=1, prompt_ids=[1]))
+    assert late.expect(Error).code == "draining"
+
+
 def test_what_does_not_finish_within_the_grace_time_gets_an_error(frontend: Frontend) -> None:
     client = frontend.welcome()
     request_id = open_request(frontend, client)

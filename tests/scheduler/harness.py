@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from graphgen.ipc.codec import pack_int32, unpack_int32
-from graphgen.ipc.errors import OverloadedError
+from graphgen.ipc.errors import DeadlineError, OverloadedError
 from graphgen.ipc.messages import Bucket, FinishReason, Outputs, SamplerParams, StepPlan, Submit
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.limits import SchedulerLimits
@@ -163,11 +163,11 @@ class Harness:
     # --- what the outside does -----------------------------------------------------------------------------
 
     def add(self, submit: Submit) -> bool:
-        """Whether it was accepted; False if the scheduler refused it because of overload."""
+        """Whether it was accepted; False if the scheduler refused it because of overload or for its deadline."""
         before = (self.scheduler.running, self.scheduler.waiting)
         try:
             self.scheduler.add(submit)
-        except OverloadedError:
+        except (OverloadedError, DeadlineError):
             assert before == (self.scheduler.running, self.scheduler.waiting), "something of it was kept"
             return False
         self.clients[submit.request_id] = make_client(submit)

@@ -242,6 +242,23 @@ def test_what_cannot_meet_its_deadline_is_refused_and_the_rest_is_served_in_time
     assert max(one.times_s[-1] for one in served) > 2.0, "far more would have fitted"
 
 
+def test_only_a_deadline_that_an_idle_engine_could_meet_is_worth_another_try() -> None:
+    alone = VirtualEngine()
+    served = alone.send(2000, 100)
+    alone.run()
+    needed_ms = served.times_s[-1] * 1000.0
+    for crowd in (0, 60):
+        engine = VirtualEngine(max_running=32)
+        for _ in range(crowd):
+            engine.send(2000, 100)
+        possible, impossible = (engine.send(2000, 100, deadline_ms=share * needed_ms) for share in (1.1, 0.9))
+        assert impossible.error == "DeadlineError"
+        assert possible.error == ("OverloadedError" if crowd else None)
+        assert engine.scheduler.counters.refused == (2 if crowd else 1)
+        engine.run()
+        assert possible.finished == (not crowd)
+
+
 def test_a_request_whose_deadline_passes_ends_wherever_it_is() -> None:
     engine = VirtualEngine(max_running=2)
     decoding = engine.send(500, 100, deadline_ms=900.0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from graphgen.capture.buckets import build_ladder
 from graphgen.ipc.codec import pack_int32, unpack_int32
-from graphgen.ipc.errors import OverloadedError
+from graphgen.ipc.errors import DeadlineError, OverloadedError
 from graphgen.ipc.messages import Bucket, BucketTime, SamplerParams, StepPlan, StepTimeTable, Submit
 from graphgen.scheduler.cost_model import CostModel, prompt_pairs
 from graphgen.scheduler.limits import SchedulerLimits
@@ -109,8 +109,8 @@ class VirtualEngine:
         served = self.served[request_id] = Served(submit, self.now_s)
         try:
             self.scheduler.add(submit)
-        except OverloadedError:
-            served.error = "OverloadedError"
+        except (OverloadedError, DeadlineError) as error:
+            served.error = type(error).__name__
         return served
 
     def run(self, until_s: float = float("inf"), on_end: Callable[[Served], None] | None = None) -> None:

@@ -16,7 +16,7 @@ from graphgen.ipc.ggp.messages import Error
 from graphgen.requests.link import Link
 from graphgen.requests.open_request import Delivery
 from graphgen.requests.outputs import StreamPiece
-from graphgen.server.frontend.errors import error_of
+from graphgen.server.frontend.errors import SERVERS_OWN, error_of
 from graphgen.server.frontend.outbox import Outbox
 from graphgen.server.frontend.prepare import Prepared, Preparer
 from graphgen.server.frontend.requests import PublicRequest
@@ -40,6 +40,8 @@ class Desk:
         self._open: dict[PublicRequest, None] = {}
         self._held: FairQueue[PublicRequest] = FairQueue()
         self._unstarted: dict[str, int] = {}  # by client: submitted, without a token so far
+        self.num_refused = 0
+        """Of the requests that were opened: those that ended without a token, through nobody's fault here."""
 
     @property
     def num_open(self) -> int:
@@ -49,7 +51,9 @@ class Desk:
     def num_held(self) -> int:
         return len(self._held)
 
-    def open(self, session: Session, request_id: int, frames: tuple[bytes, bytes], now_s: float) -> Error | None:
+    def open(
+        self, session: Session, request_id: int, num_samples: int, frames: tuple[bytes, bytes], now_s: float
+    ) -> Error | None:
         """Takes a `generate`; an error when it is refused at once."""
         if request_id in session.requests:
             message = f"request {request_id} of this session is open: choose another id"
@@ -58,7 +62,7 @@ class Desk:
             self._shares.open_request(session.client)
         except OverloadedError as refusal:
             return error_of(refusal, request_id)
-        request = PublicRequest(session, request_id, session.client, now_s)
+        request = PublicRequest(session, request_id, session.client, num_samples, now_s)
         session.requests[request_id] = request
         self._open[request] = None
         try:
@@ -163,6 +167,7 @@ class Desk:
     def _fail(self, request: PublicRequest, error: Error) -> None:
         if request.ended:
             return
+        self.num_refused += not request.started and error.code not in SERVERS_OWN
         self._stop(request)
         request.fail(msgspec.structs.replace(error, id=request.id))
         self._close(request)

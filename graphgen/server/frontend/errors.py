@@ -18,6 +18,9 @@ from graphgen.ipc.ggp.codes import Code
 from graphgen.ipc.ggp.framing import FrameError, make_error
 from graphgen.ipc.ggp.messages import Error
 
+SERVERS_OWN: frozenset[Code] = frozenset({"draining", "engine_lost", "poisoned", "numerical", "internal"})
+"""What says nothing about the message that it answers."""
+
 logger = logging.getLogger("graphgen.server.frontend")
 
 

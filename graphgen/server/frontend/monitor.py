@@ -38,7 +38,7 @@ class Monitor:
         self._desk = desk
         self._outbox = outbox
         self.draining = False
-        self.messages_refused = 0
+        self.messages_refused = 0  # at once, by the loop
         self._memory = ResidentMemory()
         self._stats: SharedQuestion[EngineStats] = SharedQuestion(self._ask_stats, FRESH_S, TIMEOUT_S)
         self._health: SharedQuestion[float] = SharedQuestion(self._ask_health, FRESH_S, TIMEOUT_S)
@@ -99,7 +99,7 @@ class Monitor:
             step_ms_max=engine.step_ms_max,
             deltas_sent=self._outbox.deltas_sent,
             deltas_merged=self._outbox.deltas_merged,
-            messages_refused=self.messages_refused,
+            messages_refused=self.messages_refused + self._desk.num_refused,
             frontend_cpu_s=time.process_time(),
             frontend_rss_bytes=self._memory.num_bytes(),
         )

@@ -93,7 +93,7 @@ def _serve(folder: Path, supervisor: SupervisorChannel) -> int:
     with contextlib.ExitStack() as stack:
         stack.callback(public.term)
         keys = None if settings.keys is None else Keys(Path(settings.keys))
-        admits = admits_everyone
+        admits: Callable[[str], bool] = admits_everyone
         if keys is not None:
             authenticator = Authenticator(public, keys)
             stack.callback(authenticator.stop)

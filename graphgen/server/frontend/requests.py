@@ -37,11 +37,12 @@ class _Sample:
 class PublicRequest:
     """From `generate` to its end. It is preparing until `accept` gives it its samples."""
 
-    def __init__(self, session: "Session", request_id: int, client: str, arrived_s: float) -> None:
+    def __init__(self, session: "Session", request_id: int, client: str, num_samples: int, arrived_s: float) -> None:
         self.session = session
         self.id = request_id
         self.client = client
         self.arrived_s = arrived_s
+        self._num_samples = num_samples  # as it says; its samples are made when it is prepared
         self.prepared: Prepared | None = None
         self.submitted = False  # the scheduler has it, until it ends
         self.started = False  # the scheduler gave it a first token
@@ -162,7 +163,7 @@ class PublicRequest:
         num_prompt_tokens = 0 if self.prepared is None else self.prepared.num_prompt_tokens
         return Done(
             id=self.id,
-            finish=[sample.finish for sample in self._samples] or [ABORTED],
+            finish=[sample.finish for sample in self._samples] or [ABORTED] * self._num_samples,
             usage=Usage(
                 prompt_tokens=num_prompt_tokens,
                 output_tokens=sum(sample.num_tokens + len(sample.ids) for sample in self._samples),

@@ -255,7 +255,7 @@ class Server:
         else:
             return None
         kind = self._framing.kind_of(received.frames)
-        request_id = self._framing.find_id(received.frames[1]) if kind is Generate else None
+        request_id = self._framing.find_brief(received.frames[1]).id if kind is Generate else None
         return make_error(code, why, request_id, NAMES[kind])
 
     def _find_session(self, received: Received, now_s: float) -> Session | None:
@@ -274,7 +274,8 @@ class Server:
     ) -> Error | None:
         """A request is decoded by the threads that tokenize; only its id is read here."""
         header, body = received.frames
-        request_id = self._framing.find_id(body)
+        brief = self._framing.find_brief(body)
+        request_id = brief.id
         if public is self._sockets.control:
             return make_error("bad_request", "generate belongs on the data socket: send it there", about="generate")
         if session is None:
@@ -285,7 +286,7 @@ class Server:
             return make_error("bad_request", "id is missing or no int of 0 to 2^53-1: give one", about="generate")
         if self._ending is not None:
             return make_error("draining", "the server is about to end: ask another", request_id, "generate")
-        return self._desk.open(session, request_id, (header, body), now_s)
+        return self._desk.open(session, request_id, brief.num_samples, (header, body), now_s)
 
     def _take_stranger(self, received: Received, message: ClientMessage, now_s: float) -> Error | None:
         """A message of a connection without a session, or one that wants a new one."""
@@ -306,7 +307,10 @@ class Server:
         session = Session(received.routing_id, name, received.key, now_s)
         self._sessions.add(session)
         logger.info("session with %r; there are %d", message.client, len(self._sessions))
-        self._outbox.post(session, msgspec.structs.replace(self._welcome, session=name))
+        ending = self._ending
+        self._outbox.post(session, msgspec.structs.replace(self._welcome, session=name, draining=ending is not None))
+        if ending is not None:
+            self._outbox.post(session, Draining(grace_ms=round(max(0.0, ending.deadline_s - now_s) * 1000)))
         return None
 
     def _take_message(self, session: Session, message: ClientMessage, now_s: float) -> Error | None:

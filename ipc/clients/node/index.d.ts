@@ -135,6 +135,8 @@ export interface Welcome {
   slowConsumerMs: number;
   control: string;
   samplingDefaults: SamplingDefaults;
+  /** true: the server was about to end when it answered `hello`, and takes no requests. */
+  draining: boolean;
 }
 
 export interface Stats {

@@ -118,6 +118,7 @@ struct Welcome {
   std::uint64_t slow_consumer_ms = 0;
   std::string control;
   SamplingDefaults sampling_defaults;
+  bool draining = false;  ///< The server was about to end when it answered `hello`, and takes no requests.
 };
 
 /// A snapshot, by the names of PROTOCOL.md's `stats`.

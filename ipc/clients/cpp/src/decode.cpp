@@ -65,6 +65,7 @@ Welcome read_welcome(const Map& map) {
   map.required("slow_consumer_ms", message.slow_consumer_ms);
   map.required("control", message.control);
   map.optional("sampling_defaults", message.sampling_defaults);
+  map.optional("draining", message.draining);
   return message;
 }
 

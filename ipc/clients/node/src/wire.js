@@ -124,6 +124,7 @@ const SERVER_KINDS = {
       slow_consumer_ms: int,
       control: str,
       sampling_defaults: optional(map(SAMPLING_DEFAULTS), readFields(SAMPLING_DEFAULTS, {})),
+      draining: optional(bool, false),
     },
   ],
   A: ["accepted", { id: int, prompt_tokens: int, prompt_ids: optional(orNil(list(tokenId)), null) }],
