@@ -1,10 +1,13 @@
 """The `graphgen` command. Owns options and what is printed; everything else is the public API."""
 
+import contextlib
+import importlib
 import importlib.metadata
 import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -15,9 +18,10 @@ from rich.table import Table
 
 from graphgen.api.engine import Engine
 from graphgen.base.version import __version__
+from graphgen.commands.chat import HELP, Conversation, Reply, chat_prompt, check_chat, converse, write_reply
 from graphgen.commands.demo_run import DemoFigures, percentile, run_demo
 from graphgen.commands.describe import Decision, decisions
-from graphgen.commands.options import takes_engine_options, takes_serve_options
+from graphgen.commands.options import takes_engine_options, takes_sampling_options, takes_serve_options
 from graphgen.commands.serve import keys_app, serve_until_signal
 from graphgen.commands.tune import TuneFigures, describe_figures, tune_figures
 from graphgen.ipc.errors import GraphgenError
@@ -40,46 +44,58 @@ USAGE_EXIT = 2
 
 @app.command()
 @takes_engine_options()
+@takes_sampling_options()
 def generate(
     config: EngineConfig,
     prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help="The text to go on with; - reads it from standard input.")
+        str, typer.Argument(metavar="PROMPT", help="The text to answer; - reads it from standard input.")
     ],
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of output.")] = 128,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", show_default="the model's")] = None,
-    top_k: Annotated[int | None, typer.Option(help="0 is off.", show_default="the model's")] = None,
-    top_p: Annotated[float | None, typer.Option(help="1 is off.", show_default="the model's")] = None,
-    min_p: Annotated[float | None, typer.Option(help="0 is off.", show_default="the model's")] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="The same seed gives the same text.", show_default="a fresh one")
-    ] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None,
+    sampling: SamplingParams,
+    raw: Annotated[bool, typer.Option("--raw", help="Go on with the text itself, without the chat template.")] = False,
 ) -> None:
-    """Stream the continuation of one prompt."""
+    """Stream the output of one prompt.
+
+    A model with a chat template gets the prompt as a user's message, any other goes on with the text.
+    """
     text = sys.stdin.read() if prompt == "-" else prompt
-    sampling = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        stop=tuple(stop or ()),
-    )
     with Engine(config) as engine:
-        num_tokens, reason = 0, None
-        for piece in engine.stream(text, sampling):
-            _write(piece.text)
-            num_tokens += len(piece.token_ids)
-            reason = piece.finish_reason
+        reply = write_reply(engine, text if raw else chat_prompt(engine.tokenizer, text), sampling, _write)
         _write("\n")
-        stats = engine.stats()
-    stderr.print(
-        f"{num_tokens} tokens, finished by {reason}; {stats.steps} steps, {stats.step_ms_p50:.2f} ms p50;"
-        f" started in {engine.start_s:.1f} s",
-        style="dim",
-        highlight=False,
-    )
+        _show_figures(engine, reply)
+
+
+@app.command()
+@takes_engine_options()
+@takes_sampling_options(max_tokens=None)
+def chat(
+    config: EngineConfig,
+    sampling: SamplingParams,
+    message: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MESSAGE",
+            help="What to say; - reads it from standard input.",
+            show_default="read line by line, until /exit or Ctrl-D",
+        ),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="The system message.", show_default="the chat template's, if it has one")
+    ] = None,
+) -> None:
+    """Talk to a chat model: one message and its reply, or a conversation.
+
+    In a conversation the model sees all that was said. /clear begins anew, /system TEXT does so with another system
+    message, /exit or Ctrl-D ends, Ctrl-C stops a reply.
+    """
+    with Engine(config) as engine:
+        check_chat(engine.tokenizer)
+        conversation = Conversation(engine, sampling, system)
+        if message is None:
+            converse(conversation, _read_lines(), _write, _tell)
+            return
+        reply = conversation.ask(sys.stdin.read() if message == "-" else message, _write)
+        _write("\n")
+        _show_figures(engine, reply)
 
 
 @app.command()
@@ -191,6 +207,32 @@ def _write(text: str) -> None:
     """Text of a model is written as it is: rich would take [brackets] for markup."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def _tell(text: str) -> None:
+    """What is not the model's, so that standard output holds replies alone."""
+    stderr.print(text, style="dim", markup=False, highlight=False)
+
+
+def _read_lines() -> Iterator[str]:
+    """What the user types, or the lines of a file or pipe. Ctrl-C at the prompt ends as Ctrl-D does."""
+    if not sys.stdin.isatty():
+        yield from (line.rstrip("\n") for line in sys.stdin)
+        return
+    with contextlib.suppress(ImportError):  # not everywhere; input() uses it for editing and earlier lines
+        importlib.import_module("readline")
+    _tell(HELP)
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            yield input("> ")
+
+
+def _show_figures(engine: Engine, reply: Reply) -> None:
+    stats = engine.stats()
+    _tell(
+        f"{reply.num_tokens} tokens, finished by {reply.reason or 'Ctrl-C'}; {stats.steps} steps,"
+        f" {stats.step_ms_p50:.2f} ms p50; started in {engine.start_s:.1f} s"
+    )
 
 
 def _versions_table() -> Table:

@@ -1,4 +1,5 @@
-"""The options of every command that starts an engine, made from EngineConfig, and those of a server from ServeOptions.
+"""The options of every command that starts an engine, made from EngineConfig; those of a server from ServeOptions, and
+those of a prompt from SamplingParams.
 
 Owns how a field becomes an option of typer, and where the help shows it. A field that EngineConfig gains is an option
 of every command, with no line here. Starts nothing; used by the commands and, for argparse, by `benchmarks.options`.
@@ -9,12 +10,14 @@ import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, cast, get_args
 
+import msgspec
 import typer
 from msgspec import Struct
 from rich.markup import escape
 
 from graphgen.commands.fields import Option, options_of
 from graphgen.launch.config import EngineConfig, EngineSettings, make_config
+from graphgen.requests.sampling_params import SamplingParams
 from graphgen.server.supervisor import ServeOptions
 
 Command = Callable[..., None]
@@ -34,6 +37,13 @@ SWITCHES_PANEL = "Switches"
 # Where requests are made, --seed is theirs.
 ENGINE_OPTIONS = options_of(EngineConfig, flags={"seed": "--weights-seed"})
 SERVE_OPTIONS = options_of(ServeOptions, flags={"data": "--bind"})
+SAMPLING_OPTIONS = tuple(
+    msgspec.structs.replace(option, type=list[str] | None, default=None) if option.name == "stop" else option
+    for option in options_of(SamplingParams)
+    if option.name not in ("n", "stop_token_ids", "skip_special_tokens", "cache_salt", "priority")
+    and not option.name.endswith("_ms")
+)
+"""Without what one prompt at a time has no use for. --stop may be repeated."""
 
 
 def takes_engine_options(
@@ -61,6 +71,23 @@ def takes_serve_options(command: Command) -> Command:
     """A decorator: the command's parameter `options: ServeOptions` is made from options on the command line."""
     declared = [_declared(option, panel="Server") for option in SERVE_OPTIONS]
     return _replace_parameter("options", SERVE_OPTIONS, [], declared, lambda given: ServeOptions(**given), command)
+
+
+def takes_sampling_options(**defaults: Any) -> Callable[[Command], Command]:
+    """A decorator: the command's parameter `sampling: SamplingParams` is made from options on the command line.
+
+    defaults: those of the command where they are not SamplingParams' own.
+    """
+    options = [
+        msgspec.structs.replace(option, default=defaults.get(option.name, option.default))
+        for option in SAMPLING_OPTIONS
+    ]
+    declared = [_declared(option, panel="Sampling") for option in options]
+
+    def make(given: Mapping[str, Any]) -> SamplingParams:
+        return SamplingParams(**{**defaults, **given})
+
+    return functools.partial(_replace_parameter, "sampling", options, [], declared, make)
 
 
 def _replace_parameter(
@@ -110,8 +137,8 @@ def _declared(option: Option, panel: str) -> inspect.Parameter:
         show_default=option.none_means or option.default is not False,
         rich_help_panel=SWITCHES_PANEL if is_switch else panel,
     )
-    # Not the field's name alone: a command may have a parameter of that name.
-    return _keyword(f"{option.name}_option", option.default, Annotated[option.type, shown])
+    # Not the flag's name alone: a command may have a parameter of that name.
+    return _keyword(f"{option.flag[2:].replace('-', '_')}_option", option.default, Annotated[option.type, shown])
 
 
 def _keyword(name: str, default: Any, annotation: Any) -> inspect.Parameter:

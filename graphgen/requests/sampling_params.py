@@ -32,26 +32,27 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
     """How one prompt is answered. Raises InvalidRequestError, a ValueError, for a value that cannot be served."""
 
     max_tokens: int | None = 128
-    """Most tokens of output; None goes to the end of the model's context, and no request goes beyond that."""
+    """Most tokens of output; no request goes beyond the model's context. None: to the end of that."""
     min_tokens: int = 0
     """No stop token is drawn and no stop string looked for before so many tokens of output."""
     temperature: float | None = None
-    """0 is greedy: the likeliest token each time. None, here and in the next four fields, is the model's own value:
-    what its generation_config.json says, else 1, or for the others off."""
+    """0 is greedy: the likeliest token each time. None: what the model's generation_config.json says, else 1."""
     top_k: int | None = None
-    """Draw from the k likeliest tokens; 0 and -1 are off."""
+    """Draw from the k likeliest tokens; 0 and -1 are off. None: the model's, else off."""
     top_p: float | None = None
-    """Draw from the smallest set of likeliest tokens that holds this probability; 1 is off."""
+    """Draw from the smallest set of likeliest tokens that holds this probability; 1 is off. None: the model's, else
+    off."""
     min_p: float | None = None
-    """Draw from tokens at least this times as likely as the likeliest; 0 is off."""
+    """Draw from tokens at least this times as likely as the likeliest; 0 is off. None: the model's, else off."""
     repetition_penalty: float | None = None
-    """Divides the logits of tokens in prompt and output (multiplies negative ones); 1 is off."""
+    """Divides the logits of tokens in prompt and output (multiplies negative ones); 1 is off. None: the model's, else
+    off."""
     presence_penalty: float = 0.0
     """Taken from the logits of tokens in the output, once; 0 is off."""
     frequency_penalty: float = 0.0
     """Taken from the logits of tokens in the output, once per time; 0 is off."""
     seed: int | None = None
-    """The same seed draws the same tokens from equal logits; None draws a fresh one."""
+    """The same seed draws the same tokens from equal logits. None: a fresh one."""
     n: int = 1
     """Outputs of the prompt, each with its sample_index i and the seed `seed + i`. They share the prompt's pages, so
     the prompt is computed once."""

@@ -160,7 +160,7 @@ def test_none_has_a_sentence_of_its_own_in_a_docstring() -> None:
     assert [option.value_type for option in (plain, open_, only)] == [int, float, str]
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "info", "tune", "demo", "prebuild"])
+@pytest.mark.parametrize("command", ["serve", "generate", "chat", "info", "tune", "demo", "prebuild"])
 def test_help_is_readable_at_80_columns(command: str) -> None:
     """No option is cut off, and none is a column of single words: the text has half of the line."""
     done = subprocess.run(

@@ -1,0 +1,128 @@
+"""`graphgen chat` keeps the history, `graphgen generate` applies the template, and errors do not end a conversation."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from graphgen import Chat, InvalidRequestError, PromptTooLongError, SamplingParams
+from graphgen.api.calls import Calls
+from graphgen.commands.chat import Conversation, check_chat, converse, write_reply
+from graphgen.ipc.errors import EngineDeadError
+from graphgen.requests.open_request import Sink
+from graphgen.requests.outputs import StreamPiece
+from graphgen.requests.prompts import OnePrompt
+from tests.commands.test_cli import SMALL, run
+from tests.frontend.harness import demo_tokenizer
+
+
+class Parrot:
+    """Answers with the last message and its place in the chat. "fail" is refused, "die" ends the engine."""
+
+    def __init__(self) -> None:
+        self.cancelled: list[int] = []
+
+    def open(
+        self,
+        prompts: Sequence[OnePrompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        streams: bool,
+        sinks: Sequence[Sink],
+    ) -> list[int]:
+        (prompt,) = prompts
+        assert isinstance(prompt, Chat)
+        text = prompt.messages[-1]["content"]
+        if text == "fail":
+            raise PromptTooLongError("too long")
+        if text == "die":
+            raise EngineDeadError("dead")
+        roles = "".join(message["role"][0] for message in prompt.messages)
+        for piece in (StreamPiece(f"{text} ", (1, 2), None), StreamPiece(roles, (3,), "stop")):
+            sinks[0](piece)
+        return [7]
+
+    def cancel(self, request_ids: Sequence[int]) -> None:
+        self.cancelled += request_ids
+
+    def check_process(self) -> None:
+        pass
+
+
+def talk(lines: Sequence[str], system: str | None = None) -> tuple[list[str], list[str]]:
+    """(what the model said, what else was told)."""
+    written: list[str] = []
+    told: list[str] = []
+    conversation = Conversation(Calls(Parrot()), SamplingParams(), system)
+    converse(conversation, iter(lines), written.append, told.append)
+    return "".join(written).splitlines(), told
+
+
+def test_the_model_sees_the_whole_conversation() -> None:
+    assert talk(["one", "", "two", "three"])[0] == ["one u", "two uau", "three uauau"]
+    assert talk(["one", "two"], system="Be brief.")[0] == ["one su", "two suau"]
+
+
+def test_commands_begin_anew_and_end() -> None:
+    said, told = talk(["one", "/clear", "two", "/system Be brief.", "three", "/clear", "four", "/exit", "five"])
+    assert said == ["one u", "two u", "three su", "four su"]
+    assert not told
+    assert talk(["/system", "one"], system="Be brief.")[0] == ["one u"]
+
+
+def test_what_only_looks_like_a_command_is_said_or_told() -> None:
+    said, told = talk(["/usr/bin is a folder", "/claer", "/help"])
+    assert said == ["/usr/bin is a folder u"]
+    assert told[0].startswith("there is no /claer: /clear begins anew")
+    assert told[1].startswith("/clear begins anew")
+
+
+def test_a_turn_that_fails_leaves_the_conversation_as_it_was() -> None:
+    said, told = talk(["one", "fail", "two"])
+    assert said == ["one u", "two uau"]
+    assert told == ["too long; /clear begins anew"]
+
+
+def test_a_dead_engine_ends_the_conversation() -> None:
+    with pytest.raises(EngineDeadError):
+        talk(["one", "die", "two"])
+
+
+def test_ctrl_c_ends_the_reply_alone_and_frees_its_request() -> None:
+    core = Parrot()
+    written: list[str] = []
+
+    def write(text: str) -> None:
+        written.append(text)
+        raise KeyboardInterrupt
+
+    reply = write_reply(Calls(core), Chat([{"role": "user", "content": "one"}]), SamplingParams(), write)
+    assert (reply.text, reply.num_tokens, reply.reason) == ("one ", 2, None)
+    assert core.cancelled == [7]
+
+
+@pytest.mark.parametrize(("template", "says"), [(None, "--chat-template"), ("{% nonsense %}", "cannot be read")])
+def test_a_model_that_cannot_chat_says_why(template: str | None, says: str) -> None:
+    with pytest.raises(InvalidRequestError, match=says):
+        check_chat(demo_tokenizer(template))
+
+
+def test_generate_applies_the_template_unless_it_is_raw(tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m.role|upper }}:\n{{ m.content }}\n\n{% endfor %}ROMEO:")
+    options = ("--max-tokens", "12", "--temperature", "0", "--chat-template", str(template), *SMALL)
+    applied = run(["generate", "Good morrow", *options])
+    raw = run(["generate", "USER:\nGood morrow\n\nROMEO:", "--raw", *options])
+    chat = run(["chat", "-", *options], stdin="Good morrow")
+    talk = run(["chat", "--system", "Be brief.", *options], stdin="/system\nGood morrow\n")
+    assert applied.returncode == raw.returncode == chat.returncode == talk.returncode == 0, applied.stderr
+    assert len(applied.stdout) > 5
+    assert applied.stdout == raw.stdout == chat.stdout == talk.stdout
+    assert chat.stderr.startswith("12 tokens, finished by length; ")
+
+
+def test_chat_with_a_model_that_has_no_template_is_one_message() -> None:
+    done = run(["chat", "hello", *SMALL])
+    assert done.returncode == 2
+    assert "graphgen: the model has no chat template: name a chat model" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
