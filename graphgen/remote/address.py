@@ -1,13 +1,18 @@
 """Where a server is and how to prove who one is: what a client is made of."""
 
+import time
 from pathlib import Path
 from typing import TypedDict
 
 import zmq
 import zmq.auth
 from msgspec import Struct
+from zmq.utils.monitor import recv_monitor_message
 
-from graphgen.ipc.errors import ConfigError
+from graphgen.ipc.errors import ConfigError, ConnectionLostError, GraphgenError
+
+REFUSED_S = 0.5
+"""How long a server may refuse connections before there is none: one that is started again is back by then."""
 
 
 class ClientSettings(TypedDict, total=False):
@@ -27,7 +32,10 @@ class ServerAddress(Struct, frozen=True, kw_only=True):
     connect_timeout_s: float = 10.0
 
     def connect(self, context: "zmq.Context[zmq.Socket[bytes]]") -> "zmq.Socket[bytes]":
-        """A DEALER on its way to the server. Raises ConfigError for an address or keys that cannot work."""
+        """A DEALER that is connected to the server, or that still tries to after `connect_timeout_s`.
+
+        Raises ConfigError for an address or keys that cannot work, ConnectionLostError where nothing listens.
+        """
         if (self.server_key is None) != (self.key_file is None):
             raise ConfigError("one of server_key and key_file is missing: a server with keys needs both")
         socket = context.socket(zmq.DEALER)
@@ -41,11 +49,32 @@ class ServerAddress(Struct, frozen=True, kw_only=True):
                 socket.set(zmq.CURVE_SERVERKEY, self.server_key.encode())
                 socket.set(zmq.CURVE_PUBLICKEY, public)
                 socket.set(zmq.CURVE_SECRETKEY, secret)
-            socket.connect(self.address)
+            with socket.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_CONNECT_RETRIED) as monitor:
+                socket.connect(self.address)
+                self._wait_connected(monitor)
+                socket.disable_monitor()
+        except GraphgenError:
+            socket.close()
+            raise
         except (zmq.ZMQError, OSError, ValueError) as error:
             socket.close()
             raise ConfigError(f"cannot connect to {self.address!r} with these keys: {error}") from None
-        except ConfigError:
-            socket.close()
-            raise
         return socket
+
+    def _wait_connected(self, monitor: "zmq.Socket[bytes]") -> None:
+        """Returns when there is a connection, or when the time is over. libzmq tries again for ever where nothing
+        listens; that is told soon, since it is most often a server that was not started."""
+        begun_s = time.monotonic()
+        is_refused = False
+        while (waited_s := time.monotonic() - begun_s) < self.connect_timeout_s:
+            if is_refused and waited_s > REFUSED_S:
+                break
+            if monitor.poll(int((self.connect_timeout_s - waited_s) * 1000) + 1):
+                is_refused = recv_monitor_message(monitor)["event"] == zmq.EVENT_CONNECT_RETRIED
+                if not is_refused:
+                    return
+        if is_refused:
+            raise ConnectionLostError(
+                f"nothing listens at {self.address}: start a server there with `graphgen serve`, or give the address of"
+                " one that runs"
+            )

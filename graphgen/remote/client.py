@@ -16,8 +16,9 @@ class Client(Calls[RemoteCore]):
     the secret key file that `graphgen keys new NAME` made. Use it in a `with`, or call close(). All methods may be
     called by several threads at once.
 
-    Raises ConnectionLostError when the server does not answer within `connect_timeout_s` (10), and later, for requests
-    that were open, when it is lost; what only the server can refuse is raised as an Engine raises it.
+    Raises ConnectionLostError at once when nothing listens there, when the server does not answer within
+    `connect_timeout_s` (10), and later, for requests that were open, when it is lost; what only the server can refuse
+    is raised as an Engine raises it.
     """
 
     def __init__(self, address: str | None = None, /, **settings: Unpack[ClientSettings]) -> None:

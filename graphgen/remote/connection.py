@@ -67,6 +67,7 @@ class Connection:
         self._server = server
         self._framing = client_framing()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        begun_s = time.monotonic()
         try:
             self._socket = server.connect(self._context)
         except BaseException:
@@ -89,7 +90,8 @@ class Connection:
         self._thread = threading.Thread(target=self._run, name="graphgen-connection", daemon=True)
         self._thread.start()
         try:
-            self.welcome = self._first_welcome.result(server.connect_timeout_s)
+            left_s = server.connect_timeout_s - (time.monotonic() - begun_s)
+            self.welcome = self._first_welcome.result(max(0.0, left_s))
         except FutureTimeoutError:
             self.close()
             raise ConnectionLostError(

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from queue import SimpleQueue
 
 import pytest
@@ -54,11 +55,11 @@ WELCOME = Welcome(
 class FakeServer:
     """A server whose every word a test chooses."""
 
-    def __init__(self) -> None:
+    def __init__(self, address: str = "tcp://127.0.0.1:*") -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.set(zmq.LINGER, 0)
-        self._socket.bind("tcp://127.0.0.1:*")
+        self._socket.bind(address)
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
         self._framing = server_framing()
         self._peer = b""
@@ -117,10 +118,31 @@ def client(server: FakeServer) -> Iterator[Client]:
     client.close()
 
 
-def test_a_server_that_is_not_there_is_given_up() -> None:
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "ipc:///tmp/no-server-is-here"])
+@pytest.mark.parametrize("timeout_s", [0.3, 10.0])
+def test_a_client_of_nothing_says_so_at_once(address: str, timeout_s: float) -> None:
     begun_s = time.monotonic()
-    with pytest.raises(ConnectionLostError, match="did not answer"):
-        Client("tcp://127.0.0.1:1", connect_timeout_s=0.3)
+    with pytest.raises(ConnectionLostError, match=f"nothing listens at {address}: start a server"):
+        Client(address, connect_timeout_s=timeout_s)
+    assert time.monotonic() - begun_s < 3  # the machine may be busy; on a quiet one it is half a second
+
+
+def test_a_server_that_begins_to_listen_in_time_is_found(tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path / 'late'}"
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(Client, address)
+        time.sleep(0.2)
+        server = FakeServer(address)
+        server.expect(Hello)
+        server.send(WELCOME)
+        made.result(5).close()
+        server.close()
+
+
+def test_a_server_that_listens_and_is_silent_is_given_up_in_time(server: FakeServer) -> None:
+    begun_s = time.monotonic()
+    with pytest.raises(ConnectionLostError, match=r"did not answer for 0\.3 s"):
+        Client(server.address, connect_timeout_s=0.3)
     assert time.monotonic() - begun_s < 3
 
 
