@@ -26,7 +26,7 @@ from graphgen.requests.tokenizer import Tokenizer, TokenizerData
 from graphgen.requests.tokenizer_files import load_tokenizer
 from graphgen.server.frontend.authentication import Authenticator
 from graphgen.server.frontend.keys import Keys
-from graphgen.server.frontend.process import admits_everyone, bind, make_server
+from graphgen.server.frontend.process import admits_everyone, bind, make_gate, make_server
 from graphgen.server.frontend.server import PublicSockets
 from graphgen.server.frontend.settings import FrontendSettings
 from tests.fakes import READY, FakeProcesses, FakeScheduler
@@ -77,7 +77,8 @@ class Frontend:
         launch = launch_config(engine or EngineConfig(device="cpu"))
         keys = None if self.settings.keys is None else Keys(Path(self.settings.keys))
         self._authentication = None if keys is None else Authenticator(self._context, keys)
-        self.sockets: PublicSockets = bind(self._context, self.settings, launch, keys)
+        self.gate = make_gate(self._context, self.settings, launch)
+        self.sockets: PublicSockets = bind(self._context, self.gate, self.settings, launch, keys)
         self._inbox = Inbox()
         self._link = Link(self.processes, attaches=True, after_outputs=self._inbox.wake)
         self.scheduler.expect(Attach)
@@ -95,8 +96,9 @@ class Frontend:
         self.num_lost = self.server.run()
 
     def connect(self, control: bool = False, **options: Any) -> "RawClient":
-        """options: of the socket, by their names in zmq."""
-        return RawClient(self._context, self.sockets.control.address if control else self.sockets.data.address, options)
+        """options: of the socket, by their names in zmq; `address` is another way to the same socket."""
+        own = self.sockets.control.address if control else self.sockets.data.address
+        return RawClient(self._context, options.pop("address", own), options)
 
     def welcome(self, **options: Any) -> "RawClient":
         """A client that has a session."""
@@ -140,6 +142,7 @@ class Frontend:
         self.scheduler.close()
         for socket in self.sockets:
             socket.close(0.0)
+        self.gate.close()
         if self._authentication is not None:
             self._authentication.stop()
         self.supervisor.close()

@@ -1,13 +1,10 @@
 """`graphgen serve` as a whole: what clients read, and how it ends, is killed and comes back."""
 
 import asyncio
-import contextlib
 import os
 import random
 import re
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -37,6 +34,7 @@ from graphgen import (
 from graphgen.server.frontend.memory import data_bytes
 from graphgen.server.frontend.monitor import FRESH_S
 from graphgen.server.signals import SAME_S
+from tests.frontend.raw_peers import send_without_end
 from tests.kills import becomes_idle, kill_a_client
 from tests.serving import ROOT, ServerProcess, serving
 
@@ -238,31 +236,13 @@ def test_a_stopped_reader_gets_every_token_when_it_wakes(server: ServerProcess, 
         assert reader.stdout.read().decode().strip() == str(list(expected.token_ids))
 
 
-def message_without_end(address: str) -> int:
-    """Sends frames of one message as ZeroMQ does, each saying that another follows, until the peer is gone: their
-    bytes."""
-    host, _, port = address.removeprefix("tcp://").rpartition(":")
-    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + b"\0" + bytes(31)
-    ready = b"\x05READY\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER\x08Identity" + struct.pack(">I", 0)
-    frame = b"\x03" + struct.pack(">Q", 1 << 19) + bytes(1 << 19)  # long, more to come
-    num_bytes = 0
-    with socket.create_connection((host, int(port))) as raw, contextlib.suppress(ConnectionError):
-        raw.sendall(greeting)
-        raw.sendall(b"\x04" + bytes([len(ready)]) + ready)
-        raw.settimeout(10)
-        while num_bytes < 4 << 30:
-            raw.sendall(frame)
-            num_bytes += len(frame)
-    return num_bytes
-
-
-def test_a_message_without_end_meets_the_frontends_memory_limit(server: ServerProcess, client: Client) -> None:
+def test_a_message_without_end_ends_neither_engine_nor_frontend(server: ServerProcess, client: Client) -> None:
     """libzmq keeps a message's frames until its last one: no limit of its own ends that."""
-    worker = server.pid_of("graphgen.worker")
+    pids = [server.pid_of(f"graphgen.{name}") for name in ("worker", "scheduler", "server.frontend")]
     assert client.generate("ROMEO:", GREEDY)[0].finish_reason == "length"
-    assert 64 << 20 < message_without_end(server.address) < 1 << 30
+    assert send_without_end(server.address, 1 << 17) < 256 << 20
     assert client.generate("ROMEO:", GREEDY)[0].finish_reason == "length"
-    assert server.pid_of("graphgen.worker") == worker
+    assert pids == [server.pid_of(f"graphgen.{name}") for name in ("worker", "scheduler", "server.frontend")]
 
 
 def wait_for_frontend(server: ServerProcess, starts: int) -> None:

@@ -69,7 +69,7 @@ class Outbox:
         del self._waiting[session]
 
     def _send(self, session: Session, message: ServerMessage, now_s: float) -> bool:
-        match self._data.send(session.routing_id, *self._framing.encode(message)):
+        match self._data.send(session.routing_id, *self._framing.encode(message), session.connection):
             case Sent.SENT:
                 session.blocked_s = None
                 return True

@@ -31,15 +31,23 @@ from graphgen.requests.link import Link
 from graphgen.requests.tokenizer import read_tokenizer
 from graphgen.server.frontend.authentication import Authenticator
 from graphgen.server.frontend.desk import Desk
+from graphgen.server.frontend.gate import Gate
 from graphgen.server.frontend.keys import Keys
-from graphgen.server.frontend.memory import limit_memory
+from graphgen.server.frontend.memory import connection_limits, keep_heap_small, limit_memory
 from graphgen.server.frontend.monitor import Monitor
 from graphgen.server.frontend.outbox import Outbox
 from graphgen.server.frontend.prepare import Preparer
 from graphgen.server.frontend.server import PublicSockets, Server, SupervisorChannel
 from graphgen.server.frontend.sessions import Sessions
-from graphgen.server.frontend.settings import FrontendSettings, frame_bytes_limit, text_bytes_limit
+from graphgen.server.frontend.settings import (
+    CONTROL_FRAME_BYTES,
+    FrontendSettings,
+    frame_bytes_limit,
+    text_bytes_limit,
+)
 from graphgen.server.frontend.sockets import Context, PublicSocket
+
+logger = logging.getLogger("graphgen.server.frontend")
 
 LINGER_S = 1.0
 SWITCH_INTERVAL_S = 0.0005
@@ -69,6 +77,7 @@ def main(folder: Path, parent_pid: int) -> None:
     """Runs until it has drained, or until the supervisor ends."""
     end_with_parent(parent_pid, folder)
     raise_descriptor_limit()
+    keep_heap_small()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     inner: Context = zmq.Context()
@@ -98,7 +107,9 @@ def _serve(folder: Path, supervisor: SupervisorChannel) -> int:
             authenticator = Authenticator(public, keys)
             stack.callback(authenticator.stop)
             admits = authenticator.admits
-        sockets = bind(public, settings, launch, keys)
+        gate = make_gate(public, settings, launch)
+        stack.callback(gate.close)
+        sockets = bind(public, gate, settings, launch, keys)
         for socket in sockets:
             stack.callback(socket.close, LINGER_S)
         inbox = Inbox()
@@ -139,20 +150,34 @@ def admits_everyone(_key: str) -> bool:
     return True
 
 
-def bind(context: Context, settings: FrontendSettings, launch: LaunchConfig, keys: Keys | None) -> PublicSockets:
+def make_gate(context: Context, settings: FrontendSettings, launch: LaunchConfig) -> Gate:
+    """For as many connections as the memory limit has room for. Raises ConfigError if that is next to none."""
+    frame_bytes = frame_bytes_limit(launch.max_model_len)
+    limits = connection_limits(settings.memory_limit_bytes, frame_bytes, launch.max_model_len)
+    logger.info("at most %d connections, %d of one address", limits.connections, limits.per_address)
+    return Gate(context, limits)
+
+
+def bind(
+    context: Context, gate: Gate, settings: FrontendSettings, launch: LaunchConfig, keys: Keys | None
+) -> PublicSockets:
     """Both sockets; from here on clients may connect, and wait."""
     server_key = None if keys is None else keys.server_secret_key()
-    frame_bytes = frame_bytes_limit(launch.max_model_len)
+    sockets = (
+        ("data", settings.data, frame_bytes_limit(launch.max_model_len)),
+        ("control", settings.control, CONTROL_FRAME_BYTES),
+    )
     bound: list[PublicSocket] = []
     try:
-        for address in (settings.data, settings.control):
-            bound.append(PublicSocket(context, address, frame_bytes, settings.slow_consumer_s, server_key))
+        for name, address, frame_bytes in sockets:
+            bound.append(PublicSocket(context, gate, name, address, frame_bytes, settings.slow_consumer_s, server_key))
     except (ConfigError, zmq.ZMQError) as error:
         for socket in bound:
             socket.close(0.0)
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{address} cannot be bound ({error}): choose another with --bind or --control") from None
+    gate.start()
     return PublicSockets(*bound)
 
 

@@ -304,7 +304,8 @@ class Server:
             text = f"there are {len(self._sessions)} sessions, the limit is {self._settings.max_sessions}: try later"
             return make_error("overloaded", text, about="hello", retry_after_ms=1000)
         name = secrets.token_hex(16)
-        session = Session(received.routing_id, name, received.key, now_s)
+        connection = self._sockets.data.connection_of(received)
+        session = Session(received.routing_id, name, received.key, now_s, connection)
         self._sessions.add(session)
         logger.info("session with %r; there are %d", message.client, len(self._sessions))
         ending = self._ending

@@ -6,6 +6,7 @@ Owns what is known of a connection: who it is, when it was heard, what waits to 
 from collections import deque
 
 from graphgen.ipc.ggp.messages import ServerMessage
+from graphgen.server.frontend.gate import Connection
 from graphgen.server.frontend.requests import PublicRequest
 
 MAX_BACKLOG = 256
@@ -15,9 +16,12 @@ MAX_BACKLOG = 256
 class Session:
     """One data connection after its hello."""
 
-    def __init__(self, routing_id: bytes, name: str, key: str, now_s: float) -> None:
+    def __init__(
+        self, routing_id: bytes, name: str, key: str, now_s: float, connection: Connection | None = None
+    ) -> None:
         """key: the CURVE key that its connection authenticated with; "" without keys."""
         self.routing_id = routing_id
+        self.connection = connection
         self.name = name  # secret: who knows it may cancel its requests
         self.key = key
         self.client = key or f"session {name}"  # whose share its requests count to

@@ -9,9 +9,12 @@ from graphgen.ipc.ggp import limits
 
 FILE = "frontend.msgpack"
 
-MIN_FRAME_BYTES = 1 << 20
-_TEXT_BYTES_PER_TOKEN = 32
-"""More than any text has on average: a longer one than this in a full context certainly does not fit."""
+CONTROL_FRAME_BYTES = 1 << 16
+"""No message of the control socket is larger."""
+_OTHER_BYTES = 1 << 17
+"""What a `generate` has beside its text: roles, stop strings, the framing of 1024 messages."""
+_TEXT_BYTES_PER_TOKEN = 16
+"""More than any text has on average: a longer one than this in a full context does not fit."""
 _MIN_TEXT_BYTES = 1 << 16
 
 
@@ -55,4 +58,4 @@ def text_bytes_limit(max_model_len: int) -> int:
 
 def frame_bytes_limit(max_model_len: int) -> int:
     """Bytes of the largest frame that can hold a request: its text, or its ids as a list of five bytes each."""
-    return min(limits.MAX_FRAME_BYTES, max(MIN_FRAME_BYTES, 2 * text_bytes_limit(max_model_len)))
+    return min(limits.MAX_FRAME_BYTES, text_bytes_limit(max_model_len) + _OTHER_BYTES)

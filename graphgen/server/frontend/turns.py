@@ -124,11 +124,15 @@ class RateLimit:
 
     def take(self, wanted: int, now_s: float) -> int:
         """How many of the wanted permits there are; they are taken."""
-        self._permits = min(self._burst, self._permits + (now_s - self._filled_s) * self._per_s)
-        self._filled_s = now_s
-        taken = max(0, min(wanted, int(self._permits)))
+        taken = max(0, min(wanted, int(self.permits(now_s))))
         self._permits -= taken
         return taken
+
+    def permits(self, now_s: float) -> float:
+        """How many there are."""
+        self._permits = min(self._burst, self._permits + (now_s - self._filled_s) * self._per_s)
+        self._filled_s = now_s
+        return self._permits
 
     def spend(self, number: int) -> None:
         """Permits for what cost more than was known, or, negative, back from what cost less. May go below zero."""
