@@ -36,8 +36,30 @@ class SocketFile(NamedTuple):
         """Unless another has taken its place."""
         with contextlib.suppress(OSError):
             found = self.path.lstat()
-            if (found.st_dev, found.st_ino) == (self.device, self.inode):
+            # A file system gives the number of a removed file to the next one, so the kind counts as well.
+            if (found.st_dev, found.st_ino) == (self.device, self.inode) and stat.S_ISSOCK(found.st_mode):
                 self.path.unlink()
+
+
+def check_address(address: str) -> None:
+    """Raises ConfigError for what is no address of a server, as one without its scheme: libzmq says just «invalid»."""
+    scheme, separator, rest = address.partition("://")
+    if not separator:
+        is_path = "/" in address or not _has_port(address)
+        raise ConfigError(
+            f"{address!r} is no address, its scheme is missing: write {'ipc' if is_path else 'tcp'}://{address}"
+            " (tcp://HOST:PORT or ipc://PATH)"
+        )
+    if scheme not in ("tcp", "ipc"):
+        raise ConfigError(f"{address} has the scheme {scheme!r}, supported are tcp and ipc: use tcp://HOST:PORT")
+    if scheme == "tcp" and not _has_port(rest):
+        raise ConfigError(f"{address} has no port from 0 to 65535: write tcp://HOST:PORT")
+
+
+def _has_port(host_and_port: str) -> bool:
+    """libzmq's * and 0 are a port that the system chooses; what a client connects from may stand before a ;."""
+    host, _, port = host_and_port.rpartition(":")
+    return bool(host) and (port == "*" or (port.isascii() and port.isdigit() and int(port) < 2**16))
 
 
 def bind(listener: "zmq.Socket[bytes]", address: str) -> SocketFile | None:

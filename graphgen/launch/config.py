@@ -17,6 +17,7 @@ from typing import Literal, TypedDict
 import msgspec
 from msgspec import Struct
 
+from graphgen.base.plain import plain_fields
 from graphgen.capture.buckets import MIN_TOKEN_BUDGET, max_running
 from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.ggp.messages import SamplingDefaults
@@ -100,6 +101,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """The checks that need neither the model nor the device."""
+        plain_fields(self)
         _check_types(self)
         if not (self.device in ("auto", "cpu", "cuda") or _is_cuda_index(self.device)):
             raise ConfigError(f'device is {self.device!r}: use "auto", "cpu", "cuda" or "cuda:N"')

@@ -9,6 +9,7 @@ import zmq.auth
 from msgspec import Struct
 from zmq.utils.monitor import recv_monitor_message
 
+from graphgen.base.addresses import check_address
 from graphgen.ipc.errors import ConfigError, ConnectionLostError, GraphgenError
 
 REFUSED_S = 0.5
@@ -36,6 +37,7 @@ class ServerAddress(Struct, frozen=True, kw_only=True):
 
         Raises ConfigError for an address or keys that cannot work, ConnectionLostError where nothing listens.
         """
+        check_address(self.address)
         if (self.server_key is None) != (self.key_file is None):
             raise ConfigError("one of server_key and key_file is missing: a server with keys needs both")
         socket = context.socket(zmq.DEALER)

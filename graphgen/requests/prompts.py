@@ -9,6 +9,7 @@ from typing import Any
 
 from msgspec import Struct
 
+from graphgen.base.plain import plain_list
 from graphgen.ipc.errors import InvalidRequestError
 
 Message = Mapping[str, Any]
@@ -34,8 +35,9 @@ _ROLES = "system, user, assistant or what else the model's chat template knows"
 def batch_of(prompts: Prompt | Sequence[Prompt]) -> list[OnePrompt]:
     """A list of prompts, whether one was given or several. Its first item says what a list is.
 
-    Raises InvalidRequestError for what is no prompt.
+    Arrays of numpy and torch are lists. Raises InvalidRequestError for what is no prompt.
     """
+    prompts = plain_list(prompts)
     if isinstance(prompts, (str, Chat)) or not _is_list(prompts) or not _is_batch(prompts):
         return [one_prompt(prompts)]  # type: ignore[arg-type]  # the test above decides
     return [one_prompt(prompt) for prompt in prompts]  # type: ignore[arg-type]  # as above
@@ -47,14 +49,15 @@ def one_prompt(prompt: Prompt) -> OnePrompt:
         return prompt
     if isinstance(prompt, Chat):
         return Chat(_checked_messages(prompt.messages))
-    if not _is_list(prompt):
+    items = plain_list(prompt)
+    if not _is_list(items):
         raise InvalidRequestError(
             f"a prompt is of type {type(prompt).__name__}: give a str, a list of token ids, a list of messages, or a"
             " list of these"
         )
-    if prompt and isinstance(prompt[0], Mapping):
-        return Chat(_checked_messages(prompt))  # type: ignore[arg-type]  # the first item decides
-    return _checked_ids(prompt)
+    if items and isinstance(items[0], Mapping):
+        return Chat(_checked_messages(items))
+    return _checked_ids(items)
 
 
 def chats_of(chats: Chats) -> list[Chat]:
@@ -76,7 +79,7 @@ def _is_list(value: object) -> bool:
 
 def _is_batch(prompts: Sequence[object]) -> bool:
     """Whether the items are prompts, and not the token ids or the messages of one. An empty list is no prompts."""
-    return not prompts or isinstance(prompts[0], (str, Chat)) or _is_list(prompts[0])
+    return not prompts or isinstance(prompts[0], (str, Chat)) or _is_list(plain_list(prompts[0]))
 
 
 def _checked_ids(prompt: Sequence[object]) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from graphgen.base.plain import plain_fields
 from graphgen.ipc.errors import InvalidRequestError
 from graphgen.ipc.ggp.messages import SamplingDefaults
 from graphgen.ipc.messages import MAX_PRIORITY, MAX_STOP_TOKEN_IDS, MAX_TARGET_MS, SamplerParams
@@ -81,6 +82,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
     what another has asked."""
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         for field in msgspec.structs.fields(SamplingParams):
             _check_type(field.name, getattr(self, field.name), field.type)
         _check_range("max_tokens", self.max_tokens, 1, _MAX_INT32)

@@ -14,7 +14,7 @@ from pathlib import Path
 import zmq
 from msgspec import Struct
 
-from graphgen.base.addresses import control_address, remove_dead
+from graphgen.base.addresses import check_address, control_address, remove_dead
 from graphgen.base.descriptors import raise_descriptor_limit
 from graphgen.base.progress import StartProgress
 from graphgen.ipc import errors
@@ -75,6 +75,8 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
         for name, least in (("grace_s", 0), ("memory_limit_mib", 64), ("slow_consumer_s", 1), ("open_requests", 1)):
             if not getattr(self, name) >= least:
                 raise ConfigError(f"{name} is {getattr(self, name)}, the least is {least}: raise it")
+        for address in (self.data, self.control_address):
+            check_address(address)
         folder = self.key_folder
         if folder is not None:
             Keys(folder).server_secret_key()

@@ -1,6 +1,7 @@
 """Binding an ipc address harms nobody: not a server that lives there, not a file, not another that starts at once."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 import zmq
 
-from graphgen.base.addresses import MAX_PATH_BYTES, bind, control_address, remove_dead
+from graphgen.base.addresses import MAX_PATH_BYTES, bind, check_address, control_address, remove_dead
 from graphgen.ipc.errors import ConfigError
+from graphgen.remote.address import ServerAddress
+from graphgen.server.supervisor import ServeOptions
 from tests.serving import ROOT
 
 Context = zmq.Context[zmq.Socket[bytes]]
@@ -31,6 +34,36 @@ def path() -> Iterator[Path]:
     """Short: pytest's own folders are too long for a socket's path."""
     with tempfile.TemporaryDirectory(prefix="gg") as folder:
         yield Path(folder) / "g.sock"
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:7777", "its scheme is missing: write tcp://127.0.0.1:7777 "),
+        ("localhost:7777", "write tcp://localhost:7777 "),
+        ("/run/graphgen.sock", "its scheme is missing: write ipc:///run/graphgen.sock "),
+        ("graphgen.sock", "write ipc://graphgen.sock "),
+        ("http://127.0.0.1:80", "has the scheme 'http', supported are tcp and ipc"),
+        ("tcp://127.0.0.1", "has no port"),
+        ("tcp://127.0.0.1:99999", "has no port from 0 to 65535"),
+        ("tcp://:7777", "has no port"),
+        ("", "its scheme is missing"),
+    ],
+)
+def test_what_is_no_address_is_told_as_what_it_is(address: str, message: str, context: Context) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_address(address)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        ServeOptions(data=address)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        ServerAddress(address=address).connect(context)
+
+
+@pytest.mark.parametrize(
+    "address", ["tcp://127.0.0.1:*", "tcp://[::1]:0", "tcp://*:7777", "ipc://x", "ipc://@x", "ipc://*"]
+)
+def test_what_libzmq_takes_is_an_address(address: str) -> None:
+    check_address(address)
 
 
 def reaches(context: Context, address: str, listener: "zmq.Socket[bytes]") -> bool:
