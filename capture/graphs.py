@@ -55,6 +55,7 @@ class GraphPool(Generic[Shape]):
             for done, shape in enumerate(largest_first):
                 progress(done, len(largest_first))
                 self._warm_up_and_capture(stream, shape, before_warm_up)
+            self._replay_all(stream, before_warm_up)
         progress(len(largest_first), len(largest_first))
 
     @property
@@ -86,6 +87,13 @@ class GraphPool(Generic[Shape]):
         with torch.cuda.graph(graph, pool=pool, stream=stream.stream, capture_error_mode="thread_local"):
             step()
         self._graphs[shape] = graph
+
+    def _replay_all(self, stream: CudaStream, before_warm_up: Callable[[Shape], None]) -> None:
+        """The first replay of a graph takes it to the device, which no request should wait for."""
+        for shape, graph in self._graphs.items():
+            stream.submit(lambda shape=shape: before_warm_up(shape))  # type: ignore[misc]  # taken for a parameter
+            stream.submit(graph.replay)
+        stream.synchronize()
 
 
 @contextmanager

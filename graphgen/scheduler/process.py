@@ -11,8 +11,10 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import msgspec
 import zmq
 
 from graphgen.base.descriptors import raise_descriptor_limit
@@ -26,6 +28,7 @@ from graphgen.ipc.messages import (
     EngineToScheduler,
     Failed,
     Outputs,
+    Phase,
     Probe,
     Progress,
     Ready,
@@ -47,6 +50,7 @@ from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.policy import Scheduler
 from graphgen.scheduler.step_log import StepLog
 from graphgen.scheduler.step_times import StepTimes
+from graphgen.scheduler.warm_up import warm_up
 
 EngineChannel = Channel[SchedulerToEngine, EngineToScheduler]
 WorkerChannel = Channel[SchedulerToWorker, WorkerToScheduler]
@@ -63,10 +67,15 @@ def main(folder: Path, parent_pid: int) -> None:
         config = LaunchConfig.read(folder)
         ready = _wait_for_worker(engine, worker)
         if ready is not None:
+            limits = _limits(config, ready)
+            begun_s = time.monotonic()
+            before_requests = warm_up(limits, worker.send, partial(_next_result, worker))
+            ready = msgspec.structs.replace(ready, phases=(*ready.phases, Phase("warm-up", time.monotonic() - begun_s)))
             serves = Ready(ready, config.max_running, config.token_budget)
             engine.send(serves)
             with StepLog.open(config.step_log) as step_log:
-                SchedulerLoop(_policy(config, ready), engine, worker, step_log, serves).run()
+                policy = Scheduler(limits, CostModel(ready.step_times))
+                SchedulerLoop(policy, engine, worker, step_log, serves, before_requests).run()
         failed = None
     except WorkerFailedError as error:
         failed = error.failed  # as the worker said it: the Engine makes the exception of it that its user knows
@@ -90,24 +99,31 @@ class WorkerFailedError(Exception):
         self.failed = failed
 
 
-def _policy(config: LaunchConfig, ready: WorkerReady) -> Scheduler:
-    return Scheduler(
-        SchedulerLimits(
-            buckets=ready.buckets,
-            num_pages=ready.num_pages,
-            page_size=ready.page_size,
-            max_running=config.max_running,
-            max_chunks=ready.max_chunks,
-            token_budget=config.token_budget,
-            max_model_len=config.max_model_len,
-            prefix_cache=config.prefix_cache,
-            max_waiting=config.max_waiting,
-            max_waiting_tokens=config.max_waiting_tokens,
-            max_long_prompts=config.max_long_prompts,
-            pads=ready.graphs,
-        ),
-        CostModel(ready.step_times),
+def _limits(config: LaunchConfig, ready: WorkerReady) -> SchedulerLimits:
+    return SchedulerLimits(
+        buckets=ready.buckets,
+        num_pages=ready.num_pages,
+        page_size=ready.page_size,
+        max_running=config.max_running,
+        max_chunks=ready.max_chunks,
+        token_budget=config.token_budget,
+        max_model_len=config.max_model_len,
+        prefix_cache=config.prefix_cache,
+        max_waiting=config.max_waiting,
+        max_waiting_tokens=config.max_waiting_tokens,
+        max_long_prompts=config.max_long_prompts,
+        pads=ready.graphs,
     )
+
+
+def _next_result(worker: WorkerChannel) -> StepResult:
+    """Waits for it. Whoever wants to stop the start meanwhile ends this process."""
+    while True:
+        match worker.receive():
+            case StepResult() as result:
+                return result
+            case Failed() as failed:
+                raise WorkerFailedError(failed)
 
 
 def _wait_for_worker(engine: EngineChannel, worker: WorkerChannel) -> WorkerReady | None:
@@ -134,15 +150,23 @@ class SchedulerLoop:
     """Messages in, plans and outputs out, for as long as the engine lives."""
 
     def __init__(
-        self, policy: Scheduler, engine: EngineChannel, worker: WorkerChannel, step_log: StepLog, ready: Ready
+        self,
+        policy: Scheduler,
+        engine: EngineChannel,
+        worker: WorkerChannel,
+        step_log: StepLog,
+        ready: Ready,
+        before_requests: WorkerCounters,
     ) -> None:
+        """before_requests: what the worker had counted when the first request could come."""
         self._policy = policy
+        self._before_requests = before_requests
         self._ready = ready
         self._engine = engine
         self._worker = worker
         self._step_log = step_log
         self._step_times = StepTimes()
-        self._counters = WorkerCounters()
+        self._counters = before_requests
         self._running = True
 
     def run(self) -> None:
@@ -225,7 +249,7 @@ class SchedulerLoop:
                 self._running = False
 
     def _stats(self) -> EngineStats:
-        policy, counters = self._policy, self._policy.counters
+        policy, counters, before = self._policy, self._policy.counters, self._before_requests
         p50, p95, p99, most = self._step_times.summary_ms()
         return EngineStats(
             running=policy.running,
@@ -233,9 +257,9 @@ class SchedulerLoop:
             pages_free=policy.pages_free,
             pages_total=policy.pages_total,
             steps=counters.steps,
-            graph_replays=self._counters.graph_replays,
-            eager_steps=self._counters.eager_steps,
-            recompilations=self._counters.recompilations,
+            graph_replays=self._counters.graph_replays - before.graph_replays,
+            eager_steps=self._counters.eager_steps - before.eager_steps,
+            recompilations=self._counters.recompilations - before.recompilations,
             padding_share=counters.padding_rows / counters.total_rows if counters.total_rows else 0.0,
             preemptions=counters.preemptions,
             finished=counters.finished,

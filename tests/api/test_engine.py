@@ -297,3 +297,13 @@ def test_requests_with_different_numbers_of_stop_strings_run_in_one_batch(engine
     assert [output.finish_reason for output in outputs] == ["length", "stop", "stop"]
     assert outputs[0].text == plain
     assert outputs[1].text == outputs[2].text == plain[: plain.index(middle)]
+
+
+def test_what_a_request_passes_has_run_before_the_first_one_and_left_no_trace() -> None:
+    with Engine(**SMALL) as engine:  # type: ignore[arg-type]  # a plain dict of settings
+        stats = engine.stats()
+        assert [phase.name for phase in engine.info.worker.phases][-1] == "warm-up"
+        assert (stats.steps, stats.finished, stats.graph_replays, stats.prefix_queries) == (0, 0, 0, 0)
+        assert (stats.pages_free, stats.pages_cached, stats.step_ms_max) == (stats.pages_total, 0, 0.0)
+        (output,) = engine.generate([[0] * 12], GREEDY)
+        assert output.cached_tokens == 0, "the warm-up's prompt of zeros is not shared"
