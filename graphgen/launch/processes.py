@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,8 @@ PARENT_POLL_S = 0.25
 
 _MAX_FOLDER_BYTES = 107 - len("/worker.down")
 """Linux limits a socket's path to 107 bytes."""
+LOG_BYTES = 4 << 20
+"""Of a child's output; half as much of what came before is kept beside it."""
 _LOG_TAIL_BYTES = 8192
 _ERROR_LINES = 15
 
@@ -67,7 +70,9 @@ class EngineProcesses:
     def start(self, module: str) -> None:
         """Starts another child, or one anew that has ended."""
         name = module.rpartition(".")[2]
-        with (self.folder / f"{name}.log").open("wb") as log:
+        path = self.folder / f"{name}.log"
+        path.unlink(missing_ok=True)
+        with path.open("ab") as log:  # appended to, so that the child may cut it
             self._children[name] = subprocess.Popen(
                 # -P: a file of the user's named like a library must not be imported in its place.
                 [sys.executable, "-P", "-m", module, str(self.folder), str(self._owner_pid)],
@@ -94,13 +99,11 @@ class EngineProcesses:
 
     def log_tail(self, name: str, num_lines: int = _ERROR_LINES) -> str:
         """The last lines that a child wrote to its output."""
-        try:
-            with (self.folder / f"{name}.log").open("rb") as log:
-                log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
-                lines = log.read().decode(errors="replace").splitlines()
-        except FileNotFoundError:  # the folder is removed by whoever ends last
-            return ""
-        return "\n".join(lines[-num_lines:])
+        said = b""
+        for path in (self.folder / f"{name}.log", self.folder / f"{name}.log.1"):
+            with contextlib.suppress(FileNotFoundError):  # the folder is removed by whoever ends last
+                said = _end_of(path, _LOG_TAIL_BYTES - len(said)) + said
+        return "\n".join(said.decode(errors="replace").splitlines()[-num_lines:])
 
     def stop(self, grace_s: float) -> None:
         """Waits `grace_s` for the children to end, ends those that did not, and removes the folder. Idempotent."""
@@ -133,6 +136,8 @@ def end_with_parent(parent_pid: int, folder: Path) -> None:
     def watch() -> None:
         while os.getppid() == parent_pid:
             time.sleep(PARENT_POLL_S)
+            with contextlib.suppress(OSError):
+                shorten_log(folder)
         _remove_while_used(folder)
         # Compilers that a worker started would outlive it: its process group is its own, see EngineProcesses.
         if os.getpgrp() == os.getpid():
@@ -140,6 +145,24 @@ def end_with_parent(parent_pid: int, folder: Path) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="graphgen-parent-watch", daemon=True).start()
+
+
+def shorten_log(folder: Path, most_bytes: int = LOG_BYTES) -> None:
+    """Moves the end of this process's output to `NAME.log.1` when there is too much of it, and begins it anew. Output
+    that is no file in `folder` is left alone."""
+    output = os.fstat(2)
+    if not stat.S_ISREG(output.st_mode) or output.st_size <= most_bytes:
+        return
+    path = Path(os.readlink("/proc/self/fd/2"))
+    if os.path.samefile(path.parent, folder):
+        path.with_name(f"{path.name}.1").write_bytes(_end_of(path, most_bytes // 2))
+        os.truncate(path, 0)
+
+
+def _end_of(path: Path, num_bytes: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - num_bytes))
+        return file.read(num_bytes)
 
 
 def _make_folder() -> Path:

@@ -60,7 +60,7 @@ def test_a_message_without_end_costs_its_connection_alone(frontend: Frontend, fr
 
 
 def test_one_address_leaves_room_for_others(small: Frontend) -> None:
-    limits = small.gate._limits
+    limits = small.gate.limits
     with connections(small, limits.connections + 5) as opened:
         alive = [raw for raw in opened if not is_closed(raw, 0.1)]
         assert len(alive) <= limits.per_address < limits.connections
@@ -70,7 +70,7 @@ def test_one_address_leaves_room_for_others(small: Frontend) -> None:
 
 
 def test_a_full_house_lets_in_again_when_there_is_room(small: Frontend) -> None:
-    limits = small.gate._limits
+    limits = small.gate.limits
     good = small.welcome()
     with contextlib.ExitStack() as stack:
         for number in range(3):
@@ -88,7 +88,7 @@ def test_a_full_house_lets_in_again_when_there_is_room(small: Frontend) -> None:
 def test_large_messages_of_all_connections_fit_the_limit(make_frontend: MakeFrontend) -> None:
     """While the loop takes none: libzmq would have 32 of each."""
     frontend = make_frontend(memory_limit_bytes=96 << 20)
-    limits = frontend.gate._limits
+    limits = frontend.gate.limits
     body = bytes(frame_bytes_limit(1024) - 100)
     memory = ResidentMemory()
     before = memory.num_bytes()
@@ -122,7 +122,7 @@ def test_a_client_that_does_not_read_gets_no_more_than_it_may_have_unread(fronte
     session = next(one for one in frontend.server._sessions.all() if one.name == client.session)
     assert session.connection is not None
     unsent = session.connection._sent_bytes - session.connection._read()[0]
-    assert unsent < 2 * frontend.gate._limits.unsent_bytes
+    assert unsent < 2 * frontend.gate.limits.unsent_bytes
     assert memory.num_bytes() - before < 64 << 20
     assert len(session.requests) <= 2 * frontend.settings.open_requests
 
@@ -156,7 +156,7 @@ def flood(frontend: Frontend, duration_s: float) -> int:
 
 
 def test_an_address_that_connects_too_often_is_let_in_later(small: Frontend) -> None:
-    limits = small.gate._limits
+    limits = small.gate.limits
     good = small.welcome()
     assert flood(small, 0.5) > limits.per_address
     assert flood(small, 1.0) < limits.per_address + 150, "without a limit 700 get in"
@@ -180,7 +180,7 @@ def test_connections_that_end_are_forgotten(frontend: Frontend) -> None:
 def test_ipc_connections_are_counted_and_served(make_frontend: MakeFrontend, tmp_path: Path) -> None:
     data, control = f"ipc://{tmp_path}/data", f"ipc://{tmp_path}/control"
     frontend = make_frontend(memory_limit_bytes=16 << 20, data=data, control=control)
-    clients = [frontend.welcome() for _ in range(frontend.gate._limits.connections)]
+    clients = [frontend.welcome() for _ in range(frontend.gate.limits.connections)]
     for client in clients:
         client.send(Ping(t=1))
         client.expect(Pong)
@@ -189,7 +189,7 @@ def test_ipc_connections_are_counted_and_served(make_frontend: MakeFrontend, tmp
     assert late.receive(0.3) is None
     for client in clients:
         client.close()
-    assert wait_until(lambda: len(frontend.gate) < frontend.gate._limits.connections)
+    assert wait_until(lambda: len(frontend.gate) < frontend.gate.limits.connections)
     late.send(Hello())  # the first was lost with its connection
     late.expect(Welcome)
 

@@ -1,12 +1,15 @@
 """A server and its sessions: how they end, slow and silent and hostile clients, draining, and a lost engine."""
 
 import contextlib
+import logging
+import secrets
 import threading
 import time
 
 import pytest
 import zmq
 
+from graphgen.base.logs import RepeatedLines
 from graphgen.ipc.ggp.framing import client_framing
 from graphgen.ipc.ggp.messages import (
     Bye,
@@ -27,6 +30,7 @@ from graphgen.ipc.messages import (
     Failed,
     Submit,
 )
+from graphgen.server.frontend.sessions import Session, Sessions, session_limits
 from tests.frontend.conftest import MakeFrontend
 from tests.frontend.harness import Frontend, open_request, wait_until
 
@@ -225,6 +229,67 @@ def test_more_sessions_than_allowed_are_refused(make_frontend: MakeFrontend) -> 
     for client in staying:
         client.send(Ping())
         client.expect(Pong)
+
+
+def test_no_key_and_no_address_takes_all_sessions() -> None:
+    limits = session_limits(8, 100)
+    assert limits == (8, 4, 6)
+    sessions = Sessions(limits)
+
+    def add(key: str, address: str) -> str | None:
+        refusal = sessions.refusal(key, address)
+        if refusal is None:
+            session = Session(secrets.token_bytes(5), secrets.token_hex(16), key, 0.0)
+            session.address = address
+            sessions.add(session)
+        return refusal
+
+    assert [add("greedy", f"10.0.0.{number}") for number in range(4)] == [None] * 4
+    assert "your key has 4 sessions, the limit is 4" in str(add("greedy", "10.0.0.9"))
+    assert [add("", "10.0.0.9") for _ in range(4)] == [None] * 4
+    assert "there are 8 sessions, the limit is 8" in str(add("other", "10.0.0.10"))
+    sessions.remove(next(one for one in sessions.all() if one.key == "greedy"))
+    assert add("greedy", "10.0.0.10") is None
+
+    sessions = Sessions(limits)
+    assert [add(f"key {number}", "10.0.0.1") for number in range(6)] == [None] * 6
+    assert "your address has 6 sessions, the limit is 6" in str(add("another", "10.0.0.1"))
+    assert add("another", "10.0.0.2") is None
+
+
+def test_one_address_leaves_sessions_for_others(make_frontend: MakeFrontend) -> None:
+    frontend = make_frontend(max_sessions=4)
+    address = frontend.sockets.data.address
+    greedy = [frontend.welcome(address=address.replace("//", "//127.0.0.9:0;")) for _ in range(3)]
+    late = frontend.connect(address=address.replace("//", "//127.0.0.9:0;"))
+    late.send(Hello())
+    assert "your address has 3 sessions" in late.expect(Error).message
+    frontend.welcome()
+    for client in greedy:
+        client.send(Ping())
+        client.expect(Pong)
+
+
+def test_a_flood_of_hellos_writes_a_line_a_second(frontend: Frontend, caplog: pytest.LogCaptureFixture) -> None:
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.addFilter(RepeatedLines())
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]  # a test's handler
+    logger = logging.getLogger("graphgen.server.frontend")
+    logger.addHandler(handler)
+    try:
+        with caplog.at_level(logging.INFO, logger.name):
+            client = frontend.connect()
+            for _ in range(500):
+                client.send(Hello())
+            client.send(Ping(t=7))
+            while not isinstance(client.receive(), Pong):
+                pass
+    finally:
+        logger.removeHandler(handler)
+    assert 1 <= len(lines) <= 5
+    assert len(caplog.records) >= 500
+    assert len(frontend.server._sessions) == 1
 
 
 def test_a_frame_above_the_limit_closes_that_connection_only(frontend: Frontend) -> None:

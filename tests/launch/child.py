@@ -2,7 +2,7 @@
 
 What it does is in the variable CHILD: words. `compiler` starts a process of its own and leaves its id in the folder;
 `stubborn` ignores SIGTERM; `watches` ends with its parent; `fails` writes 40 lines and ends with code 3; `ends` ends
-with code 0; all others wait.
+with code 0; `floods` writes 24 MiB of lines and a last one; all others wait.
 """
 
 import os
@@ -29,6 +29,12 @@ if "compiler" in words:
 if "fails" in words:
     print("\n".join(f"line {number}" for number in range(40)), flush=True)
     sys.exit(3)
+if "floods" in words:
+    for _ in range(24):
+        sys.stderr.write(("x" * 127 + "\n") * (1 << 13))
+        sys.stderr.flush()
+        time.sleep(0.05)
+    sys.stderr.write("the last line\n")
 (folder / "running").touch()
 while "ends" not in words:
     time.sleep(0.02)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from graphgen import ConfigError
-from graphgen.launch.processes import EngineProcesses, Exit, process_age_s
+from graphgen.launch.processes import LOG_BYTES, EngineProcesses, Exit, process_age_s
 
 CHILD = "tests.launch.child"
 ROOT = Path(__file__).resolve().parents[2]
@@ -221,3 +221,22 @@ def test_a_process_knows_its_age() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert 0.25 < float(done.stdout) < time.monotonic() - begun_s + 0.05
     assert process_age_s() > float(done.stdout)
+
+
+def test_the_log_of_a_child_is_short_whatever_it_writes(start: Callable[[str], EngineProcesses]) -> None:
+    processes = start("watches floods")
+    log, before = (processes.folder / f"child.log{end}" for end in ("", ".1"))
+
+    def sizes() -> int:
+        return sum(file.stat().st_size for file in (log, before) if file.exists())
+
+    largest = 0
+    deadline_s = time.monotonic() + 20
+    while not (processes.folder / "running").exists():
+        assert time.monotonic() < deadline_s
+        largest = max(largest, sizes())
+        time.sleep(0.01)
+    assert LOG_BYTES < largest < 16 << 20, "24 MiB were written"
+    wait_until(lambda: sizes() < 2 * LOG_BYTES)
+    assert processes.log_tail("child").splitlines()[-1] == "the last line"
+    assert len(processes.log_tail("child", 10).splitlines()) == 10

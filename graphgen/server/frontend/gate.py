@@ -146,7 +146,7 @@ class Gate:
 
     def __init__(self, context: Context, limits: ConnectionLimits) -> None:
         self._context = context
-        self._limits = limits
+        self.limits = limits
         self._monitors: list[zmq.Socket[bytes]] = []
         self._listening: list[socket.socket] = []
         self._connections: dict[int, Connection] = {}  # by libzmq's descriptor
@@ -250,19 +250,19 @@ class Gate:
             self._address(UNKNOWN, now_s).num_open -= 1
             self._choose_filter(now_s)
             return
-        connection = Connection(accepted, self._limits, now_s)
+        connection = Connection(accepted, self.limits, now_s)
         self._connections[descriptor] = connection
-        is_one_too_many = len(self._connections) > self._limits.connections
+        is_one_too_many = len(self._connections) > self.limits.connections
         if connection.address:
             address = self._address(connection.address, now_s)
             address.connected(now_s)
-            is_one_too_many |= address.num_open > self._limits.per_address
+            is_one_too_many |= address.num_open > self.limits.per_address
         if is_one_too_many:
             self._cut(connection, "there are too many")
         self._choose_filter(now_s)
 
     def _address(self, name: str, now_s: float) -> _Address:
-        return self._addresses.setdefault(name, _Address(self._limits.per_address, now_s))
+        return self._addresses.setdefault(name, _Address(self.limits.per_address, now_s))
 
     def _drop(self, descriptor: int) -> None:
         connection = self._connections.pop(descriptor, None)
@@ -275,9 +275,9 @@ class Gate:
     def _sweep(self, now_s: float) -> None:
         held = {connection: connection.held_bytes(now_s) for connection in self._connections.values()}
         for connection, num_bytes in held.items():
-            if num_bytes > self._limits.held_bytes:
+            if num_bytes > self.limits.held_bytes:
                 self._cut(connection, f"it holds {num_bytes} bytes of messages that do not end")
-        if self._memory.num_bytes() > self._limits.memory_bytes:
+        if self._memory.num_bytes() > self.limits.memory_bytes:
             self._relieve(held)
         for name in [name for name, address in self._addresses.items() if address.is_forgotten(now_s)]:
             del self._addresses[name]
@@ -302,7 +302,7 @@ class Gate:
     def _choose_filter(self, now_s: float) -> None:
         """Shuts out whom there is no room for."""
         over = frozenset(name for name, address in self._addresses.items() if not address.may_connect(now_s))
-        is_full = len(self._connections) >= self._limits.connections
+        is_full = len(self._connections) >= self.limits.connections
         self._set_filter(None if is_full or UNKNOWN in over else over)
 
     def _set_filter(self, shut_out: Iterable[str] | None) -> None:

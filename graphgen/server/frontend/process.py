@@ -18,6 +18,7 @@ import zmq
 
 from graphgen.base.descriptors import raise_descriptor_limit
 from graphgen.base.inbox import Inbox
+from graphgen.base.logs import log_to_stderr
 from graphgen.base.version import __version__
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.errors import ConfigError
@@ -38,7 +39,7 @@ from graphgen.server.frontend.monitor import Monitor
 from graphgen.server.frontend.outbox import Outbox
 from graphgen.server.frontend.prepare import Preparer
 from graphgen.server.frontend.server import PublicSockets, Server, SupervisorChannel
-from graphgen.server.frontend.sessions import Sessions
+from graphgen.server.frontend.sessions import Sessions, session_limits
 from graphgen.server.frontend.settings import (
     CONTROL_FRAME_BYTES,
     FrontendSettings,
@@ -78,7 +79,7 @@ def main(folder: Path, parent_pid: int) -> None:
     end_with_parent(parent_pid, folder)
     raise_descriptor_limit()
     keep_heap_small()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_to_stderr()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     inner: Context = zmq.Context()
     supervisor: SupervisorChannel = Channel(inner, folder, "frontend", "lower", SupervisorToFrontend)
@@ -137,7 +138,10 @@ def make_server(
 ) -> Server:
     """The server of these sockets and this engine. admits: see Server."""
     framing = server_framing()
-    sessions, outbox = Sessions(), Outbox(sockets.data, framing)
+    sessions, outbox = (
+        Sessions(session_limits(settings.max_sessions, sockets.data.most_connections)),
+        Outbox(sockets.data, framing),
+    )
     preparer = Preparer(core, framing, settings.threads)
     desk = Desk(link, preparer, inbox, outbox, settings)
     monitor = Monitor(link, inbox, sessions, desk, outbox)

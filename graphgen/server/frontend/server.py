@@ -298,13 +298,13 @@ class Server:
         old = self._sessions.find(received.routing_id)
         if old is not None:
             self._end(old)
-        if len(self._sessions) >= self._settings.max_sessions:
-            self._make_room(now_s)
-        if len(self._sessions) >= self._settings.max_sessions:
-            text = f"there are {len(self._sessions)} sessions, the limit is {self._settings.max_sessions}: try later"
-            return make_error("overloaded", text, about="hello", retry_after_ms=1000)
-        name = secrets.token_hex(16)
         connection = self._sockets.data.connection_of(received)
+        address = "" if connection is None else connection.address
+        if self._sessions.refusal(received.key, address) is not None:
+            self._make_room(now_s)
+        if (why := self._sessions.refusal(received.key, address)) is not None:
+            return make_error("overloaded", why, about="hello", retry_after_ms=1000)
+        name = secrets.token_hex(16)
         session = Session(received.routing_id, name, received.key, now_s, connection)
         self._sessions.add(session)
         logger.info("session with %r; there are %d", message.client, len(self._sessions))

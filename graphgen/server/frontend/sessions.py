@@ -3,7 +3,8 @@
 Owns what is known of a connection: who it is, when it was heard, what waits to be sent to it. Never touches a socket.
 """
 
-from collections import deque
+from collections import Counter, deque
+from typing import NamedTuple
 
 from graphgen.ipc.ggp.messages import ServerMessage
 from graphgen.server.frontend.gate import Connection
@@ -24,6 +25,7 @@ class Session:
         self.connection = connection
         self.name = name  # secret: who knows it may cancel its requests
         self.key = key
+        self.address = "" if connection is None else connection.address
         self.client = key or f"session {name}"  # whose share its requests count to
         self.heard_s = now_s
         self.pinged_s = now_s
@@ -38,10 +40,27 @@ class Session:
         return bool(self.backlog or self.news)
 
 
+class SessionLimits(NamedTuple):
+    """How many there may be: of all, of one CURVE key, of one address."""
+
+    total: int
+    per_key: int
+    per_address: int
+
+
+def session_limits(most_sessions: int, most_connections: int) -> SessionLimits:
+    """No key may take more than half of what there is, no address more than three quarters."""
+    total = min(most_sessions, most_connections)
+    return SessionLimits(total, per_key=total - total // 2, per_address=total - total // 4)
+
+
 class Sessions:
     """All of them, by connection and by name."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: SessionLimits) -> None:
+        self._limits = limits
+        self._of_key: Counter[str] = Counter()
+        self._of_address: Counter[str] = Counter()
         self._by_routing_id: dict[bytes, Session] = {}
         self._by_name: dict[str, Session] = {}
 
@@ -51,10 +70,28 @@ class Sessions:
     def add(self, session: Session) -> None:
         self._by_routing_id[session.routing_id] = session
         self._by_name[session.name] = session
+        self._of_key[session.key] += 1
+        self._of_address[session.address] += 1
 
     def remove(self, session: Session) -> None:
+        for counts, name in ((self._of_key, session.key), (self._of_address, session.address)):
+            counts[name] -= 1
+            if not counts[name]:
+                del counts[name]
         del self._by_routing_id[session.routing_id]
         del self._by_name[session.name]
+
+    def refusal(self, key: str, address: str) -> str | None:
+        """Why there is no room for another one of this key ("" without keys) and this address ("" of the ipc kind)."""
+        total, per_key, per_address = self._limits
+        if len(self) >= total:
+            return f"there are {len(self)} sessions, the limit is {total}: try later"
+        if key and self._of_key[key] >= per_key:
+            return f"your key has {self._of_key[key]} sessions, the limit is {per_key}: end some, or try later"
+        if address and self._of_address[address] >= per_address:
+            num = self._of_address[address]
+            return f"your address has {num} sessions, the limit is {per_address}: end some, or try later"
+        return None
 
     def find(self, routing_id: bytes) -> Session | None:
         return self._by_routing_id.get(routing_id)

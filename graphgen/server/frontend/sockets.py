@@ -145,6 +145,11 @@ class PublicSocket:
         if connection is not None:
             connection.cut()
 
+    @property
+    def most_connections(self) -> int:
+        """Of this and the other socket together."""
+        return self._gate.limits.connections
+
     def connection_of(self, received: Received) -> Connection | None:
         """The connection of a message that has just come."""
         return self._gate.find_new(received.descriptor)
