@@ -150,7 +150,9 @@ def tune(
 
 
 @app.command()
-@takes_engine_options(only=("model", "revision", "dtype"))
+@takes_engine_options(
+    only=("model", "revision", "dtype"), model_none_means="any model with heads of 64, 128 or 256 and no sliding window"
+)
 def prebuild(
     config: EngineConfig,
     arch: Annotated[
@@ -160,13 +162,14 @@ def prebuild(
         int | None, typer.Option(min=1, help="Compilations at once.", show_default="one for each core")
     ] = None,
 ) -> None:
-    """Build a model's attention kernels ahead of its first start; needs nvcc, ninja and no GPU."""
+    """Build attention kernels ahead of a first start, of one model or of most; needs nvcc, ninja and no GPU."""
     from graphgen.commands.prebuild import prebuild as build_kernels  # imports torch
 
     begun_s = time.monotonic()
     with stderr.status("building attention kernels, which takes minutes"):
         built = build_kernels(msgspec.structs.replace(config, device="cuda"), arch, jobs)
     lines = [f"{source:<9} {name}" for name, source in built.libraries.items()]
+    lines.append(f"serves    {built.serves}")
     lines.append(f"for {built.arch} in {built.folder} after {time.monotonic() - begun_s:.1f} s")
     stdout.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
 

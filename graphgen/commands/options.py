@@ -47,15 +47,20 @@ SAMPLING_OPTIONS = tuple(
 
 
 def takes_engine_options(
-    without: Collection[str] = (), only: Collection[str] | None = None
+    without: Collection[str] = (), only: Collection[str] | None = None, model_none_means: str | None = None
 ) -> Callable[[Command], Command]:
     """A decorator: the command's parameter `config: EngineConfig` is made from options on the command line.
 
     The model is also an argument, after the command's own. without: fields that the command sets itself. only: the
-    fields that mean something to it, where these are few.
+    fields that mean something to it, where these are few. model_none_means: what the command does without a model,
+    where that is not to take the demo model.
     """
     chosen = [
-        option for option in ENGINE_OPTIONS if option.name not in without and (only is None or option.name in only)
+        msgspec.structs.replace(option, none_means=model_none_means)
+        if option.name == "model" and model_none_means is not None
+        else option
+        for option in ENGINE_OPTIONS
+        if option.name not in without and (only is None or option.name in only)
     ]
     arguments = [_argument(option) for option in chosen if option.name == "model"]
     panels = {name: panel for panel, names in PANELS.items() for name in names}

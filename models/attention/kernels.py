@@ -15,7 +15,8 @@ from msgspec import Struct
 
 from graphgen.ipc.errors import ConfigError, UnsupportedModelError
 
-_HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = (64, 128, 256)
+"""Head sizes that FlashInfer's kernels are written for."""
 _LEAST_MAJOR = 8
 _SHORT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -45,8 +46,8 @@ def check_supported(shape: AttentionShape) -> None:
     remedy = "use attention='torch'"
     if shape.dtype not in (torch.bfloat16, torch.float16):
         raise ConfigError(f"FlashInfer attends in bfloat16 or float16, dtype is {shape.dtype}: {remedy}")
-    if shape.head_dim not in _HEAD_DIMS:
-        raise UnsupportedModelError(f"head_dim is {shape.head_dim}, FlashInfer has {_HEAD_DIMS}: {remedy}")
+    if shape.head_dim not in HEAD_DIMS:
+        raise UnsupportedModelError(f"head_dim is {shape.head_dim}, FlashInfer has {HEAD_DIMS}: {remedy}")
 
 
 def best_kernels(capability: tuple[int, int]) -> tuple[Kernel, Kernel]:

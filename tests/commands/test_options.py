@@ -81,7 +81,11 @@ def test_what_is_not_given_is_the_engines_default(started: list[Any]) -> None:
 
 
 def test_every_field_of_a_server_is_an_option_of_serve(started: list[Any]) -> None:
-    expected = {option.name: value_of(option) for option in SERVE_OPTIONS} | {"keys": None, "data": "ipc:///run/g"}
+    expected = {option.name: value_of(option) for option in SERVE_OPTIONS} | {
+        "keys": None,
+        "data": "ipc:///run/g",
+        "control": "ipc:///run/c",
+    }
     words = [
         word for option in SERVE_OPTIONS if option.name != "keys" for word in words_of(option, expected[option.name])
     ]

@@ -1,5 +1,6 @@
 """`graphgen prebuild` as a user runs it, with a FlashInfer package that only writes down what it was asked for."""
 
+import json
 import os
 import subprocess
 import sys
@@ -60,23 +61,50 @@ def run(site: Path, *arguments: str, **environment: str) -> "subprocess.Complete
     )
 
 
-def test_kernels_of_the_model_are_built_once_for_the_named_architecture(site: Path) -> None:
-    """The embedded model has heads of 64, in bfloat16; its decode kernel needs no build."""
-    prefill = "prefill_fa3_bfloat16_bfloat16_bfloat16_int32_64_64_0_False_False_False"
-    first = run(site, "--arch", "9.0", "--jobs", "3")
+def prefill(head_dim: int, dtype: str = "bfloat16", backend: str = "fa3", windowed: bool = False) -> str:
+    return f"prefill_{backend}_{dtype}_{dtype}_{dtype}_int32_{head_dim}_{head_dim}_0_{windowed}_False_False"
+
+
+def built(site: Path, arch: str) -> set[str]:
+    return {path.stem for path in (site.parent / "caches" / "kernels" / "9.9.9" / arch).rglob("*.so")}
+
+
+def test_kernels_of_a_model_are_built_once_for_the_named_architecture(site: Path, tmp_path: Path) -> None:
+    """This one has heads of 128, the last of its layers with a window; its decode kernel needs no build."""
+    model = tmp_path / "model"
+    model.mkdir()
+    window = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 256}
+    (model / "config.json").write_text(json.dumps({"model_type": "qwen2", "vocab_size": 99, **sizes, **window}))
+    first = run(site, "--arch", "9.0", "--jobs", "3", "--model", str(model))
     assert first.returncode == 0, first.stderr
     assert "building for 9.0a jobs 3" in first.stdout
-    folder = site.parent / "caches" / "kernels" / "9.9.9" / "9.0a"
-    assert {path.name for path in folder.rglob("*.so")} == {f"{prefill}.so"}
-    second = run(site, "--arch", "9.0a")
+    names = {prefill(128), prefill(128, windowed=True)}
+    assert built(site, "9.0a") == names
+    second = run(site, "--arch", "9.0a", "--model", str(model))
     assert "building" not in second.stdout
-    assert second.stdout.splitlines()[0].split()[:2] == ["prebuilt", prefill]
-    assert str(folder) in second.stdout
+    assert {tuple(line.split()[:2]) for line in second.stdout.splitlines()[:2]} == {("prebuilt", it) for it in names}
+    assert f"serves    {model} in bfloat16" in second.stdout
+    assert str(site.parent / "caches" / "kernels" / "9.9.9" / "9.0a") in second.stdout
+
+
+@pytest.mark.parametrize(("arch", "backend"), [("9.0a", "fa3"), ("8.0", "fa2")])
+def test_without_a_model_kernels_of_every_head_size_are_built(arch: str, backend: str, site: Path) -> None:
+    """The first start of most models then builds nothing."""
+    done = run(site, "--arch", arch)
+    assert done.returncode == 0, done.stderr
+    assert built(site, arch) == {prefill(head_dim, backend=backend) for head_dim in (64, 128, 256)}
+    assert done.stdout.count("building for") == 1, "one ninja run for all"
+    assert (
+        "serves    models with heads of 64, 128 or 256 in bfloat16, but for those with sliding windows" in done.stdout
+    )
 
 
 def test_the_dtype_is_part_of_a_kernel(site: Path) -> None:
     done = run(site, "--arch", "9.0a", "--dtype", "float16")
-    assert "prefill_fa3_float16_float16_float16_int32_64_64_0_False_False_False" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert built(site, "9.0a") == {prefill(head_dim, "float16") for head_dim in (64, 128, 256)}
+    assert "or 256 in float16" in done.stdout
 
 
 @pytest.mark.parametrize(
