@@ -12,11 +12,12 @@ import os
 import time
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, TypedDict
+from typing import ClassVar, Literal, TypedDict
 
 import msgspec
 from msgspec import Struct
 
+from graphgen.base.keywords import KnownKeywords, type_problem
 from graphgen.base.plain import plain_fields
 from graphgen.capture.buckets import MIN_TOKEN_BUDGET, max_running
 from graphgen.ipc.errors import ConfigError
@@ -28,12 +29,15 @@ LAUNCH_FILE = "launch.msgpack"
 _PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-class EngineConfig(Struct, frozen=True, kw_only=True):
+class EngineConfig(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords):
     """Everything an Engine can be told. None or "auto" leave the choice to the engine, which says what it chose.
 
     Raises ConfigError on a value that can work on no machine; what depends on the model or on the device is
     checked when the engine starts.
     """
+
+    refused_with: ClassVar[type[Exception]] = ConfigError
+    called: ClassVar[str] = "EngineConfig"
 
     model: str | None = None
     """Folder or Hugging Face id. None: the embedded demo model."""
@@ -326,10 +330,7 @@ def _is_cuda_index(device: str) -> bool:
 
 
 def _check_types(config: EngineConfig) -> None:
-    """msgspec checks types when it decodes a Struct, not when a program builds one."""
     for field in msgspec.structs.fields(EngineConfig):
         value = getattr(config, field.name)
-        try:
-            msgspec.convert(value, field.type)
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"{field.name} is {value!r}: {str(error)[0].lower()}{str(error)[1:]}") from None
+        if (problem := type_problem(value, field.type)) is not None:
+            raise ConfigError(f"{field.name} is {value!r}: {problem}")

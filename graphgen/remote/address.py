@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import TypedDict
+from typing import ClassVar, TypedDict
 
 import zmq
 import zmq.auth
@@ -10,8 +10,10 @@ from msgspec import Struct
 from zmq.utils.monitor import recv_monitor_message
 
 from graphgen.base.addresses import check_address
+from graphgen.base.keywords import KnownKeywords, type_problem
 from graphgen.ipc.errors import ConfigError, ConnectionLostError, GraphgenError
 
+MAX_TIMEOUT_S = 86_400.0
 REFUSED_S = 0.5
 """How long a server may refuse connections before there is none: one that is started again is back by then."""
 
@@ -24,13 +26,23 @@ class ClientSettings(TypedDict, total=False):
     connect_timeout_s: float
 
 
-class ServerAddress(Struct, frozen=True, kw_only=True):
+class ServerAddress(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords):
     """A server's data socket. With `server_key`, its public CURVE key, `key_file` is one's own secret key file."""
 
     address: str
     server_key: str | None = None
     key_file: str | Path | None = None
     connect_timeout_s: float = 10.0
+
+    refused_with: ClassVar[type[Exception]] = ConfigError
+    called: ClassVar[str] = "Client"
+
+    def __post_init__(self) -> None:
+        for name, expected in (("address", str), ("server_key", str | None), ("connect_timeout_s", float)):
+            if (problem := type_problem(getattr(self, name), expected)) is not None:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: {problem}")
+        if not 0 < self.connect_timeout_s <= MAX_TIMEOUT_S:
+            raise ConfigError(f"connect_timeout_s is {self.connect_timeout_s}: use seconds up to {MAX_TIMEOUT_S:g}")
 
     def connect(self, context: "zmq.Context[zmq.Socket[bytes]]") -> "zmq.Socket[bytes]":
         """A DEALER that is connected to the server, or that still tries to after `connect_timeout_s`.

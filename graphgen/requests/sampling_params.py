@@ -6,11 +6,12 @@ Owns every check of its values. Knows no model: limits that depend on one (vocab
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from msgspec import Struct
 
+from graphgen.base.keywords import KnownKeywords
 from graphgen.base.plain import plain_fields
 from graphgen.ipc.errors import InvalidRequestError
 from graphgen.ipc.ggp.messages import SamplingDefaults
@@ -29,8 +30,11 @@ _MAX_INT32 = 2**31 - 1
 _MAX_SEED = 2**63 - 1
 
 
-class SamplingParams(Struct, frozen=True, kw_only=True):
+class SamplingParams(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords):
     """How one prompt is answered. Raises InvalidRequestError, a ValueError, for a value that cannot be served."""
+
+    refused_with: ClassVar[type[Exception]] = InvalidRequestError
+    called: ClassVar[str] = "SamplingParams"
 
     max_tokens: int | None = 128
     """Most tokens of output; no request goes beyond the model's context. None: to the end of that."""
