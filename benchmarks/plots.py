@@ -1,21 +1,22 @@
-"""The pictures of serving: throughput against latency, token latencies by percentile, a timeline of steps, and what
-simulated policies promise and cost.
+"""The pictures of serving: what every workload got, what simulated policies promise and cost, a timeline of steps.
 
 Only draws: the figures are made by `benchmarks.metrics`, `benchmarks.step_log` and `benchmarks.simulate`. Needs
-matplotlib (the extra `bench`), so scripts import it when a picture is asked for.
+matplotlib (the extra `bench`), so scripts import it when a picture is asked for. A title says what its panel shows;
+the title of a picture says what came out.
 """
 
 import itertools
-import math
-from collections import defaultdict
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import msgspec
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import NullFormatter
 
 from benchmarks.metrics import what_is_asked
 from benchmarks.step_log import Step
@@ -29,7 +30,14 @@ DECODE_COLOUR = "#3d3d3d"
 PLAN_COLOUR = "#d1495b"
 STEP_COLOURS = ("#7a9e9f", "#b8d8d8")
 LEGEND_COLOUR = "#555555"
-LEVEL_MARKERS = "s^vD"
+MARKS = {
+    "median": ("o", "half are shorter (median)"),
+    "p95": ("|", "95 of 100 are shorter"),
+    "p99": (">", "99 of 100 are shorter"),
+}
+"""Of a line: statistic -> marker and what it says."""
+
+MAX_MARK = ("x", "the longest of all")
 LEAST_COSTS = 30
 DOTS_PER_INCH = 100
 
@@ -37,163 +45,138 @@ DOTS_PER_INCH = 100
 # --- serving ---------------------------------------------------------------------------------------------------
 
 
-class Curve(NamedTuple):
-    """Rows that differ by one thing only, in its order."""
-
-    name: str  # what they share
-    key: str  # what they differ by: "clients" or "token_budget"
-    rows: list[Row]
-
-    def label(self, row: Row) -> str:
-        value = row[self.key]
-        return f"budget {value}" if self.key == "token_budget" else _clients(value)
-
-
 def plot_serving(rows: Sequence[Row], device: str, path: Path) -> None:
-    """Percentiles of token latency; beside them the throughput-latency curves, if rows differ by one thing only."""
-    curves = throughput_curves(rows)
-    figure = Figure(figsize=(16 if curves else 9, 5.6), dpi=DOTS_PER_INCH, layout="constrained")
-    panels = figure.subplots(1, 3 if curves else 1, squeeze=False)[0]
-    _draw_percentiles(panels[0], rows)
-    if curves:
-        _draw_latency_curves(panels[1], curves)
-        _draw_service_levels(panels[2], curves)
-    figure.suptitle(f"graphgen on {device}", fontsize=12)
-    figure.savefig(path)
+    draw_serving(rows, device).savefig(path)
 
 
-def throughput_curves(rows: Sequence[Row]) -> list[Curve]:
-    """Curves over the number of clients; if there are none, over the token budget. Those of a single row are left out,
-    and so are open loops, which have no clients."""
-    closed = [row for row in rows if row["clients"] is not None]
-    for key, other in (("clients", "token_budget"), ("token_budget", "clients")):
-        groups: dict[tuple[str, int], list[Row]] = defaultdict(list)
-        for row in closed:
-            groups[f"{row['prompt_mean']}/{row['output_mean']}{what_is_asked(row)}", row[other]].append(row)
-        curves = [
-            Curve(
-                f"{lengths}, {f'budget {value}' if other == 'token_budget' else _clients(value)}",
-                key,
-                sorted(group, key=lambda row: int(row[key])),
-            )
-            for (lengths, value), group in groups.items()
-            if len({row[key] for row in group}) > 1
-        ]
-        if curves:
-            return curves
-    return []
-
-
-def _clients(count: int) -> str:
-    return f"{count} client{'s' if count != 1 else ''}"
-
-
-def _tail_place(percent: float) -> float:
-    """Each further nine gets the same width."""
-    return -math.log10(1.0 - percent / 100.0)
-
-
-def _draw_percentiles(axes: Axes, rows: Sequence[Row]) -> None:
+def draw_serving(rows: Sequence[Row], device: str) -> Figure:
+    """A line for each row: the gaps between its tokens, its first tokens, its rate and what of that was in time."""
+    asked = list(dict.fromkeys(what_is_asked(row) for row in rows))
     budgets = len({row["token_budget"] for row in rows}) > 1
-    last = 50.0
-    for index, row in enumerate(rows):
-        points = [(percent, value) for percent, value in row["itl_curve_ms"] if percent >= 50]
-        last = max([last, *(percent for percent, _ in points)])
-        axes.plot(
-            [_tail_place(percent) for percent, _ in points],
-            [value for _, value in points],
-            color=COLOURS[index % len(COLOURS)],
-            linestyle=("-", "--", ":")[index // len(COLOURS) % 3],
-            marker=".",
-            label=row["workload"] + what_is_asked(row) + (f", budget {row['token_budget']}" if budgets else ""),
-        )
-    ticks = [tick for tick in (50, 75, 90, 95, 99, 99.9, 99.99) if tick <= last]
-    axes.set_xticks([_tail_place(tick) for tick in ticks], [f"{tick:g}" for tick in ticks])
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("percentile of all gaps")
-    axes.set_ylabel("gap between two tokens of a request, ms")
-    axes.set_title("How long until the next token?", fontsize=11)
-    axes.grid(alpha=0.3)
-    axes.legend(title="prompt / output tokens : clients", title_fontsize=8, fontsize=8, loc="lower right")
+    figure = Figure(figsize=(16, 2.6 + 0.36 * len(rows)), dpi=DOTS_PER_INCH, layout="constrained")
+    gaps, first_tokens, rates = figure.subplots(1, 3, sharey=True)
+    colours = [COLOURS[asked.index(what_is_asked(row)) % len(COLOURS)] for row in rows]
+    places = [(-number, colour, row) for number, (colour, row) in enumerate(zip(colours, rows, strict=True))]
+    draw_latencies(gaps, places, "itl", "max_itl_ms")
+    gaps.set_title("How long until the next token?", fontsize=11)
+    gaps.set_xlabel("gap between two tokens of a request, ms (axis does not begin at 0)")
+    gaps.set_ylabel("tokens of prompt / output : clients")
+    draw_latencies(first_tokens, places, "ttft")
+    first_tokens.set_title("How long until the first token?", fontsize=11)
+    log_axis(first_tokens)
+    first_tokens.set_xlabel("from the request to its first token, ms (log scale)")
+    _draw_rates(rates, places)
+    gaps.set_yticks([place for place, _, _ in places], [_label(row, budgets) for row in rows], fontsize=9)
+    gaps.set_ylim(-len(rows) + 0.4, 0.6)
+    figure.legend(handles=mark_handles(longest=True), fontsize=9, loc="outside lower center", ncols=4)
+    figure.suptitle(f"graphgen on {device}: {_gap_message(rows)}", fontsize=13)
+    return figure
 
 
-def _draw_latency_curves(axes: Axes, curves: Sequence[Curve]) -> None:
-    # Curves may lie on each other: the labels of every other one stand below its points.
-    for curve, colour, lift in zip(curves, itertools.cycle(COLOURS), itertools.cycle((2, -10)), strict=False):
-        throughputs = [row["request_throughput"] for row in curve.rows]
-        latencies = [(row["mean_e2el_ms"] or 0.0) / 1000.0 for row in curve.rows]
-        axes.plot(throughputs, latencies, marker="o", color=colour, label=curve.name)
-        for row, point in zip(curve.rows, zip(throughputs, latencies, strict=True), strict=True):
-            axes.annotate(
-                curve.label(row),
-                point,
-                xytext=(-7, lift),
-                textcoords="offset points",
-                ha="right",
-                fontsize=8,
-                color=colour,
-            )
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("requests per second")
-    axes.set_ylabel("mean time from request to last token, s")
-    axes.set_title("Throughput against latency: right and low is good", fontsize=11)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="upper left")
+def _label(row: Row, budgets: bool) -> str:
+    """What a row served, and under which token budget where rows differ by it."""
+    return f"{row['workload']}{what_is_asked(row)}" + (f", budget {row['token_budget']}" if budgets else "")
 
 
-def _draw_service_levels(axes: Axes, curves: Sequence[Curve]) -> None:
-    """All requests a second, and those that met each service level."""
-    key = curves[0].key
-    levels = [name for name in curves[0].rows[0] if name.startswith("goodput_itl_")]
-    for curve, colour in zip(curves, itertools.cycle(COLOURS), strict=False):
-        places = [row[key] for row in curve.rows]
-        axes.plot(places, [row["request_throughput"] for row in curve.rows], "o--", color=colour, alpha=0.5)
-        for level, marker in zip(levels, itertools.cycle(LEVEL_MARKERS), strict=False):
-            axes.plot(places, [row[level] for row in curve.rows], f"{marker}-", color=colour)
-    handles = [Line2D([], [], color=LEGEND_COLOUR, marker="o", linestyle="--", alpha=0.5, label="all requests")]
-    for level, marker in zip(levels, itertools.cycle(LEVEL_MARKERS), strict=False):
-        limit = level.removeprefix("goodput_itl_").removesuffix("ms")
-        handles.append(
-            Line2D([], [], color=LEGEND_COLOUR, marker=marker, label=f"in time, average gap {limit} ms at most")
-        )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted({row[key] for curve in curves for row in curve.rows}))
+def _gap_message(rows: Sequence[Row]) -> str:
+    worst = [max((row[f"{name}_itl_ms"] or 0.0 for row in rows), default=0.0) for name in ("p95", "p99")]
+    return f"in every workload 95 of 100 tokens follow within {worst[0]:.1f} ms, 99 of 100 within {worst[1]:.1f} ms"
+
+
+def draw_latencies(axes: Axes, places: Sequence[tuple[float, str, Row]], name: str, longest: str | None = None) -> None:
+    """A line from the median to the 99th percentile of `name`, and a cross at `longest`. places: (height, colour,
+    row); a row without values is left out."""
+    for height, colour, row in places:
+        points = [(row[key], marker) for key, (marker, _) in _marks(name).items() if row.get(key) is not None]
+        if longest is not None and row.get(longest) is not None:
+            points.append((row[longest], MAX_MARK[0]))
+        if points:
+            values = [value for value, _ in points]
+            axes.plot([min(values), max(values)], [height] * 2, color=colour, linewidth=1.5, alpha=0.7)
+        for value, marker in points:
+            axes.plot([value], [height], marker, color=colour, markersize=9 if marker == "|" else 6, mew=1.8)
+    axes.grid(axis="x", alpha=0.3)
+    axes.margins(x=0.06)
+
+
+def _marks(name: str) -> dict[str, tuple[str, str]]:
+    return {f"{statistic}_{name}_ms": mark for statistic, mark in MARKS.items()}
+
+
+def mark_handles(longest: bool) -> list[Line2D]:
+    marks = [*MARKS.values(), *([MAX_MARK] if longest else [])]
+    return [Line2D([], [], color=LEGEND_COLOUR, marker=mark, linestyle="", mew=1.8, label=said) for mark, said in marks]
+
+
+def log_axis(axes: Axes, ticks: Sequence[float] = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)) -> None:
+    """A logarithmic axis with those of the ticks that lie on it, as plain numbers."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.set_xticks([tick for tick in ticks if low <= tick <= high])
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("clients" if key == "clients" else "token budget")
-    axes.set_ylabel("requests per second")
-    axes.set_title("Served in time: first token and every later one", fontsize=11)
-    axes.grid(alpha=0.3)
-    axes.legend(handles=handles, fontsize=8, loc="lower right")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_rates(axes: Axes, places: Sequence[tuple[float, str, Row]]) -> None:
+    """All requests a second, pale, and over them those that met the service level."""
+    level = next((name for _, _, row in places for name in row if name.startswith("goodput_itl_")), None)
+    for height, colour, row in places:
+        rate, in_time = row["request_throughput"], (row[level] if level is not None else None) or 0.0
+        axes.barh(height, rate, 0.7, color=colour, alpha=0.3)
+        axes.barh(height, in_time, 0.7, color=colour)
+        axes.text(rate, height, f"  {in_time:.1f} of {rate:.1f}", va="center", fontsize=9)
+    axes.set_xlim(0, 1.25 * max([0.1, *(row["request_throughput"] for _, _, row in places)]))
+    axes.set_xlabel("requests per second: all (pale), and in time (solid)")
+    limit = "" if level is None else f" with a token each {level.removeprefix('goodput_itl_').removesuffix('ms')} ms"
+    axes.set_title(f"How many requests a second, and how many in time{limit}?", fontsize=11)
+    axes.grid(axis="x", alpha=0.3)
 
 
 # --- simulation ------------------------------------------------------------------------------------------------
 
 
-def plot_simulation(rows: Sequence[Row], costs: Sequence[Row], device: str, path: Path) -> None:
-    """Above what every policy gives its requests, below what it costs: one panel a policy.
+def plot_simulation(
+    rows: Sequence[Row], costs: Sequence[Row], device: str, policies: Mapping[str, str], path: Path
+) -> None:
+    draw_simulation(rows, costs, device, policies).savefig(path)
 
-    rows, costs: those of `benchmarks.simulate`.
+
+def draw_simulation(rows: Sequence[Row], costs: Sequence[Row], device: str, policies: Mapping[str, str]) -> Figure:
+    """Above what every policy gives its requests, below what its planning costs.
+
+    rows, costs: those of `benchmarks.simulate`. policies: what each does, by its name.
     """
-    policies = list(dict.fromkeys(row["policy"] for row in rows))
-    figure = Figure(figsize=(16, 9), dpi=0.85 * DOTS_PER_INCH, layout="constrained")
-    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.25, 1))[:, 0]
-    gaps, served, first_tokens = above.subplots(1, 3)
-    _draw_latencies(gaps, rows, policies, "itl")
-    gaps.set_xlim(left=0)
+    names = list(dict.fromkeys(row["policy"] for row in rows))
+    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
+    figure = Figure(figsize=(16, 10), dpi=0.85 * DOTS_PER_INCH, layout="constrained")
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.5, 1))[:, 0]
+    gaps, first_tokens, served = above.subplots(1, 3, sharey=True)
+    places = [(height, colour, row) for height, _, colour, row in _bars(rows, names)]
+    draw_latencies(gaps, places, "itl")
     gaps.set_title("How long until the next token?", fontsize=11)
-    _draw_served(served, rows, policies)
-    _draw_latencies(first_tokens, rows, policies, "ttft")
-    first_tokens.set_xscale("log")
-    first_tokens.xaxis.set_major_formatter("{x:g}")
+    gaps.set_xlabel("gap between two tokens of a request, ms")
+    gaps.set_xlim(left=0)
+    draw_latencies(first_tokens, places, "ttft")
+    log_axis(first_tokens)
     first_tokens.set_title("How long until the first token?", fontsize=11)
-    panels = below.subplots(1, len(policies), sharey=True, squeeze=False)[0]
-    panels[0].set_ylim(0, 1.3 * max(row["p99 us"] for row in costs))  # room for the legends
-    for panel, policy in zip(panels, policies, strict=True):
-        _draw_costs(panel, [row for row in costs if row["policy"] == policy], policy)
-    figure.suptitle(f"Simulated: the scheduling policy before a virtual {device}", fontsize=12)
-    figure.savefig(path)
+    first_tokens.set_xlabel("from the request to its first token, ms (log scale)")
+    _draw_served(served, rows, names)
+    _label_groups(gaps, rows)
+    handles = [Patch(color=colours[name], label=f"{name}: {policies.get(name, name)}") for name in names]
+    above.legend(handles=[*handles, *mark_handles(longest=False)], fontsize=9, loc="outside lower center", ncols=3)
+    _draw_costs(below, costs, colours)
+    figure.suptitle(f"Simulated on the step times of an {device}: {_share_message(rows, names)}", fontsize=13)
+    return figure
+
+
+def _share_message(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """Of all loads' requests a second, the share in time under each policy."""
+    shares = []
+    for name in names:
+        own = [row for row in rows if row["policy"] == name and row["kind"] == "all"]
+        rate = sum(row["request_throughput"] for row in own)
+        shares.append(f"{sum(row['request_goodput'] or 0.0 for row in own) / rate:.0%} with {name}" if rate else name)
+    return "in time are " + ", ".join(shares)
 
 
 def _groups(rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -216,56 +199,50 @@ def _bars(rows: Sequence[Row], policies: Sequence[str]) -> Iterator[tuple[float,
 def _label_groups(axes: Axes, rows: Sequence[Row]) -> None:
     groups = _groups(rows)
     labels = [workload if kind == "all" else f"{workload}\n{kind}" for workload, kind in groups]
-    axes.set_yticks([-number for number in range(len(groups))], labels, fontsize=8)
+    axes.set_yticks([-number for number in range(len(groups))], labels, fontsize=9)
     axes.set_ylim(-len(groups) + 0.45, 0.55)
-    axes.grid(axis="x", alpha=0.3)
+    for number in range(1, len(groups)):  # groups are told apart
+        for panel in axes.figure.axes:
+            panel.axhline(0.5 - number, color=PADDING_COLOUR, linewidth=0.8)
 
 
 def _draw_served(axes: Axes, rows: Sequence[Row], policies: Sequence[str]) -> None:
     """The share of the requests that met the service level, and how many a second that is."""
     for height, thickness, colour, row in _bars(rows, policies):
-        served, in_time = row["request_throughput"], row["request_goodput"] or 0.0
+        rate, in_time = row["request_throughput"], row["request_goodput"] or 0.0
         axes.barh(height, 100.0, 0.9 * thickness, color=colour, alpha=0.2)
-        axes.barh(height, 100.0 * in_time / served if served else 0.0, 0.9 * thickness, color=colour)
-        axes.text(101.5, height, f"{in_time:.1f} of {served:.1f}", va="center", fontsize=8)
-    _label_groups(axes, rows)
-    axes.set_ylim(bottom=axes.get_ylim()[0] - 1.0)  # a free row for the legend
-    axes.set_xlim(0, 126)
+        axes.barh(height, 100.0 * in_time / rate if rate else 0.0, 0.9 * thickness, color=colour)
+        axes.text(101.5, height, f"{in_time:.1f} of {rate:.1f} a second", va="center", fontsize=8)
+    axes.set_xlim(0, 136)
     axes.set_xticks(range(0, 101, 20))
-    axes.set_xlabel("% of all requests; beside it requests a second")
-    axes.set_title("Served in time: first token and every later one", fontsize=11)
-    handles = [Patch(color=COLOURS[index % len(COLOURS)], label=name) for index, name in enumerate(policies)]
-    axes.legend(handles=handles, title="policy", title_fontsize=8, fontsize=8, loc="lower left", ncols=len(handles))
+    axes.set_xlabel("% of the requests in time: the first token and every later one")
+    axes.set_title("How many are served in time?", fontsize=11)
+    axes.grid(axis="x", alpha=0.3)
 
 
-def _draw_latencies(axes: Axes, rows: Sequence[Row], policies: Sequence[str], name: str) -> None:
-    """A line from the median to the 99th percentile."""
-    for height, _, colour, row in _bars(rows, policies):
-        places = [row[f"{statistic}_{name}_ms"] for statistic in ("median", "p95", "p99")]
-        if None not in places:
-            axes.plot(places, [height] * 3, color=colour, linewidth=1.5)
-            for place, marker in zip(places, "o|>", strict=True):
-                axes.plot([place], [height], marker, color=colour, markersize=6)
-    _label_groups(axes, rows)
-    axes.set_xlabel("ms: median (dot), p95 (bar), p99 (arrow)")
-
-
-def _draw_costs(axes: Axes, costs: Sequence[Row], policy: str) -> None:
-    """A line for each number of running requests, over the length of the queue; a few steps say nothing of a tail."""
-    costs = [row for row in costs if row["steps"] >= LEAST_COSTS]
-    places = {waiting: index for index, waiting in enumerate(dict.fromkeys(row["waiting"] for row in _by_queue(costs)))}
-    lines = dict.fromkeys(row["running"] for row in costs)
-    for running, colour in zip(lines, itertools.cycle(COLOURS), strict=False):
-        own = _by_queue([row for row in costs if row["running"] == running])
-        for name, style in (("p50 us", "o-"), ("p99 us", "x:")):
-            points = [places[row["waiting"]] for row in own], [row[name] for row in own]
-            axes.plot(*points, style, color=colour, label=running if name == "p50 us" else None)
-    axes.set_xticks(list(places.values()), list(places))
-    axes.set_xlabel("waiting requests")
-    axes.set_ylabel("CPU of one step, us (p99 dotted)")
-    axes.set_title(f"What planning costs: {policy}", fontsize=11)
-    axes.grid(alpha=0.3)
-    axes.legend(title="running requests", title_fontsize=8, fontsize=8, loc="upper left", ncols=3)
+def _draw_costs(figure: Any, costs: Sequence[Row], colours: Mapping[str, str]) -> None:
+    """A panel for each length of the queue: bars for the median, whiskers up to the 99th percentile. A few steps say
+    nothing of a tail. figure: a SubFigure, which matplotlib publishes no types of."""
+    costs = _by_queue([row for row in costs if row["steps"] >= LEAST_COSTS])
+    queues = list(dict.fromkeys(row["waiting"] for row in costs)) or ["0"]
+    running = sorted({row["running"] for row in costs}, key=lambda name: int(name.partition("-")[0]))
+    width = 0.8 / max(1, len(colours))
+    for panel, queue in zip(figure.subplots(1, len(queues), sharey=True, squeeze=False)[0], queues, strict=True):
+        for index, (policy, colour) in enumerate(colours.items()):
+            for row in costs:
+                if (row["waiting"], row["policy"]) == (queue, policy):
+                    place = running.index(row["running"]) - 0.4 + (index + 0.5) * width
+                    median, tail = row["p50 us"], row["p99 us"]
+                    panel.bar(place, median, 0.9 * width, color=colour)
+                    panel.errorbar(place, median, [[0.0], [tail - median]], color=colour, capsize=3, linewidth=1)
+        panel.set_xticks(range(len(running)), running)
+        panel.set_xlim(-0.6, len(running) - 0.4)
+        panel.set_xlabel("requests that run")
+        panel.set_title(
+            f"What planning a step costs while {'no' if queue == '0' else queue} requests wait", fontsize=11
+        )
+        panel.grid(axis="y", alpha=0.3)
+        panel.set_ylabel("CPU time, us: median, whisker to p99")
 
 
 def _by_queue(costs: Sequence[Row]) -> list[Row]:
@@ -341,3 +318,9 @@ def _draw_rows(axes: Axes, left: float, width: float, bottom: int, count: int, c
 
 def _bar(step: Step, origin_s: float) -> tuple[float, float]:
     return (step.started_s - origin_s) * 1000.0, (step.finished_s - step.started_s) * 1000.0
+
+
+if __name__ == "__main__":
+    # python -m benchmarks.plots SERVING.json SERVING.png: draws rows again that `benchmarks.serving --json` wrote.
+    written = msgspec.json.decode(Path(sys.argv[1]).read_bytes())
+    plot_serving(written["rows"], written["about"]["device"], Path(sys.argv[2]))

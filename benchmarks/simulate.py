@@ -60,6 +60,7 @@ class Policy(Struct, frozen=True):
     itl_target_ms: float | None = None  # of every request
     ttft_prompt_rate: float | None = None  # every request wants its first token after prompt tokens / this seconds
     priorities: dict[str, int] = {}  # of each kind; 0 is that of any other
+    does: str = ""  # in words, for the picture
 
     def asks(self, request: VirtualRequest) -> VirtualRequest:
         """The request as its client sends it under this policy."""
@@ -76,10 +77,15 @@ ITL_TARGET_MS = 18.0
 """Under the service level's 20 ms on average, since half of all gaps are longer than the median."""
 
 POLICIES = {
-    "fcfs": Policy(),  # order of arrival; steps with prompts go up to the saturation point
-    "dynamic": Policy(itl_target_ms=ITL_TARGET_MS),  # steps are as large as the gaps may be long
-    "classes": Policy(itl_target_ms=ITL_TARGET_MS, priorities={"chat": 1, "steady": 1}),  # before documents and bursts
-    "level": Policy(itl_target_ms=20.0, ttft_prompt_rate=512.0),  # what `benchmarks.serving --itl-target-ms 20` asks
+    "fcfs": Policy(does="in order of arrival, steps up to the saturation point"),
+    "dynamic": Policy(itl_target_ms=ITL_TARGET_MS, does=f"each request asks for {ITL_TARGET_MS:g} ms between tokens"),
+    "classes": Policy(
+        itl_target_ms=ITL_TARGET_MS,
+        priorities={"chat": 1, "steady": 1},
+        does="the same, and chats go before documents and bursts",
+    ),
+    # What `benchmarks.serving --itl-target-ms 20` asks.
+    "level": Policy(itl_target_ms=20.0, ttft_prompt_rate=512.0, does="20 ms between tokens, a first one when due"),
 }
 DRAWN_POLICIES = ("fcfs", "dynamic", "classes")
 """Those of a run that names none."""
@@ -347,7 +353,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
     if options.plot is not None:
         from benchmarks import plots  # matplotlib is an extra
 
-        plots.plot_simulation(rows, costs, table.key.device, Path(options.plot))
+        does = {name: policy.does for name, policy in POLICIES.items()}
+        plots.plot_simulation(rows, costs, table.key.device, does, Path(options.plot))
     return rows
 
 
