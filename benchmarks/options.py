@@ -26,16 +26,17 @@ def add_engine_options(
     """
     engine = parser.add_argument_group("engine")
     budgets = engine.add_mutually_exclusive_group()
-    for option in ENGINE_OPTIONS:
-        if option.name not in without:
-            group = budgets if option.name == "token_budget" else engine
-            group.add_argument(option.flag, default=None, **_how(option))
+    added = [option for option in ENGINE_OPTIONS if option.name not in without]
+    for option in added:
+        group = budgets if option.name == "token_budget" else engine
+        group.add_argument(option.flag, default=None, **_how(option))
+    parser.set_defaults(engine_options=added)
     return budgets
 
 
 def engine_settings(options: argparse.Namespace, **more: Unpack[EngineSettings]) -> EngineSettings:
     """The keyword arguments of EngineConfig that were given, and `more`; it has its own defaults for the others."""
-    named = {option.name: getattr(options, option.flag[2:].replace("-", "_"), None) for option in ENGINE_OPTIONS}
+    named = {option.name: getattr(options, option.flag[2:].replace("-", "_")) for option in options.engine_options}
     given = {name: value for name, value in named.items() if value is not None}
     return cast(EngineSettings, {**given, **more})
 

@@ -20,7 +20,7 @@ def test_what_is_not_given_is_the_engines_default() -> None:
 def test_every_field_of_the_engine_is_an_option() -> None:
     parser = make_parser("A test.")
     add_engine_options(parser)
-    names = set(vars(parser.parse_args([])))
+    names = {action.dest for action in parser._actions} - {"help"}
     assert names == {*EngineConfig.__struct_fields__} - {"seed"} | {"weights_seed"}
 
 
@@ -44,3 +44,9 @@ def test_every_option_reaches_its_field() -> None:
 def test_a_budget_is_fixed_or_swept() -> None:
     with pytest.raises(SystemExit):
         serving_parser().parse_args(["--token-budget", "32", "--sweep-budget", "32", "64"])
+
+
+def test_an_option_that_a_script_has_under_a_fields_name_is_its_own() -> None:
+    """`serving --itl-target-ms 0 20` is what requests ask for, in turn."""
+    options = serving_parser().parse_args(["--itl-target-ms", "0", "20"])
+    assert "itl_target_ms" not in engine_settings(options)
