@@ -194,7 +194,7 @@ class MockServer:
     def _welcome(self, peer: bytes, hello: Hello) -> None:
         lowest, highest = hello.versions
         if not lowest <= MAJOR <= highest:
-            raise Refusal(unsupported_version(f"the client speaks {lowest} to {highest}"))
+            raise Refusal(unsupported_version(f"the client speaks {lowest} to {highest}", about="hello"))
         if peer in self._sessions:
             self._forget(self._sessions[peer])
         session = self._sessions[peer] = _Session(peer, secrets.token_hex(8), {})

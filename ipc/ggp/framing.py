@@ -168,11 +168,12 @@ def is_made_by_socket(routing_id: bytes) -> bool:
     return len(routing_id) == MADE_ID_LEN and routing_id[0] == 0
 
 
-def unsupported_version(what: str) -> Error:
+def unsupported_version(what: str, about: str = "") -> Error:
     """The answer to every version but ours; its layout stays that of version 1 for ever."""
     return Error(
         code="unsupported_version",
         message=f"{what}, this server speaks {MAJOR}: use a client of that version",
+        about=about,
         versions=(MAJOR, MAJOR),
     )
 

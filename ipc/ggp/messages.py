@@ -61,7 +61,7 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     max_tokens: Annotated[
         Annotated[int, Meta(ge=1, le=2**31 - 1)] | None,
-        Meta(description="Most tokens of output of each sample; nil goes to the end of the context."),
+        Meta(description="Most tokens of output of each sample; nil goes to the end of the context. See Lengths."),
     ] = 128
     min_tokens: Annotated[
         int, Meta(ge=0, le=2**31 - 1, description="No stop token and no stop string ends the output before so many.")
@@ -131,7 +131,7 @@ class ChatMessage(Struct, frozen=True, kw_only=True):
 
 
 class Hello(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Opens a session on a data connection. Answered by `welcome`, or by `error` unsupported_version.
+    """Opens a session on a data connection. Answered by `welcome`, or by an `error`; see Sessions.
 
     A second one on the same connection ends the session and opens a new one.
     """
@@ -216,7 +216,12 @@ class ServerLimits(Struct, frozen=True, kw_only=True):
     """What a server allows: the value of `welcome.limits`."""
 
     frame_bytes: Annotated[Count, Meta(description="A larger frame closes the connection, without an error.")]
-    prompt_tokens: Annotated[Count, Meta(description="Prompt and output of a sample together: the model's context.")]
+    prompt_tokens: Annotated[
+        Count,
+        Meta(
+            description="The model's context: prompt and output of one sample together. The longest prompt is one less."
+        ),
+    ]
     text_bytes: Annotated[Count, Meta(description="UTF-8 bytes of `text`, or of all `messages` together.")]
     open_requests: Annotated[
         Count, Meta(description="Open requests of one client; all sessions with one key are one client.")

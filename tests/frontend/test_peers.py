@@ -65,16 +65,11 @@ def test_every_connections_own_id_is_accepted(frontend: Frontend, keys: Keys) ->
 def test_the_ids_of_a_process_cannot_be_known() -> None:
     """They would begin with the same number in every process: that of a `rand` without a seed, which libzmq takes."""
     code = """
-        import zmq
-        from graphgen.server.frontend.sockets import PublicSocket
-        context = zmq.Context()
-        public = PublicSocket(context, "tcp://127.0.0.1:*", 1 << 20, 60.0, None)
-        client = context.socket(zmq.DEALER)
-        client.connect(public.address)
-        client.send(b"hello")
-        public.socket.poll(5000)
-        print(public.receive().routing_id.hex())
-        context.destroy(linger=0)
+        from tests.frontend.harness import Frontend
+        frontend = Frontend(tokenizer=None)
+        frontend.welcome()
+        print(frontend.session_ids()[0].hex())
+        frontend.close()
     """
     command = [sys.executable, "-P", "-c", textwrap.dedent(code)]
     environment = {**os.environ, "PYTHONPATH": ROOT}

@@ -1,6 +1,7 @@
 """`graphgen serve` as a whole: what clients read, and how it ends, is killed and comes back."""
 
 import asyncio
+import contextlib
 import os
 import random
 import re
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import zmq
 
 import graphgen
 from graphgen import (
@@ -31,10 +33,12 @@ from graphgen import (
     SamplingParams,
     ServerError,
 )
+from graphgen.ipc.ggp.messages import Accepted, Delta, Error, Generate, Ping, Sampling
 from graphgen.server.frontend.memory import data_bytes
 from graphgen.server.frontend.monitor import FRESH_S
 from graphgen.server.signals import SAME_S
 from tests.frontend.raw_peers import send_without_end
+from tests.ipc.raw_client import RawClient
 from tests.kills import becomes_idle, kill_a_client
 from tests.serving import ROOT, ServerProcess, serving
 
@@ -276,6 +280,27 @@ def test_no_number_of_dead_frontends_ends_the_engine(server: ServerProcess, clie
         wait_for_frontend(server, starts + number + 1)
     assert client.generate("ROMEO:", GREEDY)[0].finish_reason == "length"
     assert server.pid_of("graphgen.worker") == worker
+
+
+def test_only_a_ping_tells_that_the_frontend_died(server: ServerProcess) -> None:
+    """As PROTOCOL.md says: libzmq reconnects without a word, and a client that only waits hears nothing more."""
+    document = (Path(ROOT) / "ipc" / "PROTOCOL.md").read_text()
+    assert "a client that only waits hears nothing more, and learns of it by the answer to its next `ping`" in document
+    with RawClient(server.address, timeout_ms=2000) as client:
+        client.hello()
+        client.send(Generate(id=1, text="ROMEO:", sampling=Sampling(max_tokens=900, ignore_eos=True)))
+        client.receive(Accepted)
+        client.receive(Delta)
+        starts = server.output.count("serves again")
+        os.kill(server.pid_of("graphgen.server.frontend"), signal.SIGKILL)
+        wait_for_frontend(server, starts + 1)
+        with contextlib.suppress(zmq.Again):
+            while isinstance(client.receive_any(), Delta):  # what was on its way
+                pass
+            pytest.fail("something was said")
+        client.send(Ping())
+        assert client.receive(Error).code == "no_session"
+        assert client.hello().session
 
 
 def test_a_second_signal_ends_at_once_with_typed_errors(tmp_path: Path) -> None:

@@ -294,7 +294,7 @@ class Server:
             return make_error("no_session", NO_SESSION, about=NAMES[type(message)])
         if not message.versions[0] <= MAJOR <= message.versions[1]:
             low, high = message.versions
-            return unsupported_version(f"the client speaks versions {low} to {high}")
+            return unsupported_version(f"the client speaks versions {low} to {high}", about="hello")
         old = self._sessions.find(received.routing_id)
         if old is not None:
             self._end(old)
