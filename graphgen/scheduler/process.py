@@ -72,7 +72,6 @@ def main(folder: Path, parent_pid: int) -> None:
             before_requests = warm_up(limits, worker.send, partial(_next_result, worker))
             ready = msgspec.structs.replace(ready, phases=(*ready.phases, Phase("warm-up", time.monotonic() - begun_s)))
             serves = Ready(ready, config.max_running, config.token_budget)
-            engine.send(serves)
             with StepLog.open(config.step_log) as step_log:
                 policy = Scheduler(limits, CostModel(ready.step_times))
                 SchedulerLoop(policy, engine, worker, step_log, serves, before_requests).run()
@@ -170,6 +169,7 @@ class SchedulerLoop:
         self._running = True
 
     def run(self) -> None:
+        """Says Ready when nothing is left to do that the first request would wait for."""
         # Requests and messages make no cycles, so collections find nothing; a full one would hold up a plan.
         gc.collect()
         gc.freeze()
@@ -177,6 +177,7 @@ class SchedulerLoop:
         poller = zmq.Poller()
         poller.register(self._engine.receiver, zmq.POLLIN)
         poller.register(self._worker.receiver, zmq.POLLIN)
+        self._engine.send(self._ready)
         while self._running:
             poller.poll(self._patience_ms())
             answers = [answer for message in self._worker.drain() for answer in self._take_from_worker(message)]

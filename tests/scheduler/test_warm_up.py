@@ -1,11 +1,34 @@
 """The steps before the first request: the same path as a request's, and nothing of them left behind."""
 
-import pytest
+import gc
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
+import zmq
+
+from graphgen.ipc.channel import Channel
 from graphgen.ipc.codec import pack_int32
-from graphgen.ipc.messages import Bucket, StepPlan, StepResult, WorkerCounters
+from graphgen.ipc.messages import (
+    Bucket,
+    EngineStats,
+    EngineToScheduler,
+    Ready,
+    SchedulerToEngine,
+    SchedulerToWorker,
+    Shutdown,
+    StatsRequest,
+    StepPlan,
+    StepResult,
+    WorkerCounters,
+    WorkerToScheduler,
+)
 from graphgen.scheduler.limits import SchedulerLimits
+from graphgen.scheduler.policy import Scheduler
+from graphgen.scheduler.process import SchedulerLoop
+from graphgen.scheduler.step_log import StepLog
 from graphgen.scheduler.warm_up import MAX_TOKENS, PROMPT_LEN, SAMPLERS, warm_up
+from tests.fakes import READY
 from tests.scheduler.fake_worker import FakeWorker
 from tests.scheduler.harness import make_limits
 
@@ -70,3 +93,52 @@ def test_an_engine_of_one_slot_takes_one_after_another() -> None:
     worker = Worker(limits)
     warm_up(limits, worker.send, worker.receive)
     assert all(len(plan.decode_slots) <= 4 for plan in worker.plans)
+
+
+@pytest.fixture
+def collector() -> Iterator[None]:
+    """The garbage collector as it was: the loop is its process's last word on it."""
+    before = gc.get_threshold()
+    gc.unfreeze()
+    yield
+    gc.unfreeze()
+    gc.set_threshold(*before)
+
+
+class WatchedChannel(Channel[SchedulerToEngine, EngineToScheduler]):
+    """Notes how many objects are out of the collector's sight when the engine is ready."""
+
+    frozen_at_ready = 0
+
+    def send(self, message: SchedulerToEngine) -> None:
+        if isinstance(message, Ready):
+            self.frozen_at_ready = gc.get_freeze_count()
+        super().send(message)
+
+
+def test_ready_is_said_when_nothing_is_left_to_do_and_counters_count_from_there(
+    tmp_path: Path, collector: None
+) -> None:
+    """The policy exists before the loop does; what is left of a start, the collector's last run, comes before Ready."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    engine = WatchedChannel(context, tmp_path, "engine", "lower", EngineToScheduler)
+    user: Channel[EngineToScheduler, SchedulerToEngine] = Channel(
+        context, tmp_path, "engine", "upper", SchedulerToEngine
+    )
+    worker: Channel[SchedulerToWorker, WorkerToScheduler] = Channel(
+        context, tmp_path, "worker", "upper", WorkerToScheduler
+    )
+    before = WorkerCounters(graph_replays=7, eager_steps=1, recompilations=2)
+    loop = SchedulerLoop(Scheduler(make_limits()), engine, worker, StepLog(None), READY, before)
+    user.send(StatsRequest())
+    user.send(Shutdown())
+    loop.run()
+    received = [user.receive(5.0), user.receive(5.0)]
+    for channel in (engine, user, worker):
+        channel.close()
+    context.term()
+    assert engine.frozen_at_ready > 0
+    assert received[0] == READY
+    stats = received[1]
+    assert isinstance(stats, EngineStats)
+    assert (stats.graph_replays, stats.eager_steps, stats.recompilations) == (0, 0, 0)
