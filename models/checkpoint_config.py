@@ -68,8 +68,8 @@ ARCHITECTURES: Mapping[str, str] = {
 """model_type -> the class that transformers makes of it for text generation."""
 
 _DOWNLOADED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja")
-_NOT_DOWNLOADED = ("*/*", "consolidated*")
-"""Folders and Mistral's own format hold the same weights again."""
+_NOT_DOWNLOADED = ("*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt", "consolidated*")
+"""Folders and Mistral's own format hold the same weights again. Chat templates may lie in a folder."""
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:

@@ -152,6 +152,7 @@ def exception_of(error: Error) -> GraphgenError:
 
 
 def _chat_message(message: Message) -> ChatMessage:
+    _valid_text(message["content"])
     try:
         return msgspec.convert(message, ChatMessage)
     except msgspec.ValidationError as error:

@@ -55,8 +55,7 @@ class ChatTemplate:
             )
         except _RefusalError as error:
             raise InvalidRequestError(
-                f"the chat template ({self._origin}) refuses these messages, whose roles are"
-                f" {_roles(messages)}: {error}"
+                f"the chat template ({self._origin}) refuses these messages: {error} (their roles: {_roles(messages)})"
             ) from None
         except Exception as error:  # a template is a program: it may fail in any way
             raise InvalidRequestError(

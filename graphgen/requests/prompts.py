@@ -84,15 +84,21 @@ def _is_batch(prompts: Sequence[object]) -> bool:
 
 def _checked_ids(prompt: Sequence[object]) -> list[int]:
     """The ids as plain ints. A bool is an int to Python and surely a mistake here."""
-    try:
-        token_ids = [operator.index(token_id) for token_id in prompt]  # type: ignore[arg-type]  # it checks
-    except TypeError:
-        wrong = next(token_id for token_id in prompt if not hasattr(token_id, "__index__"))
-    else:
-        wrong = next((token_id for token_id in prompt if type(token_id) is bool), None)
-        if wrong is None:
-            return token_ids
-    raise InvalidRequestError(f"a prompt holds {wrong!r} of type {type(wrong).__name__}: token ids are plain ints")
+    token_ids: list[int] = []
+    for token_id in prompt:
+        try:
+            token_ids.append(operator.index(token_id))  # type: ignore[arg-type]  # it raises TypeError
+        except TypeError:
+            raise _no_id(token_id) from None
+        if type(token_id) is bool:
+            raise _no_id(token_id)
+    return token_ids
+
+
+def _no_id(value: object) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"a prompt holds {value!r:.100} of type {type(value).__name__}: token ids are plain ints"
+    )
 
 
 def _checked_messages(messages: Sequence[Message]) -> list[dict[str, str]]:

@@ -85,7 +85,11 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ] = None
     stop: Annotated[
         list[Annotated[str, Meta(min_length=1, max_length=limits.MAX_STOP_STRING_LEN)]],
-        Meta(max_length=limits.MAX_STOP_STRINGS, description="The text ends before the first of these strings."),
+        Meta(
+            max_length=limits.MAX_STOP_STRINGS,
+            description="The text ends before the first of these strings. One that is exactly a special token also ends"
+            " the output as that token's id does, since the text leaves special tokens out.",
+        ),
     ] = []
     stop_token_ids: Annotated[
         list[TokenId],
@@ -94,7 +98,7 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
             description="Tokens that end the output; with the model's own end-of-sequence tokens at most 16.",
         ),
     ] = []
-    ignore_eos: Annotated[bool, Meta(description="Go on after the model's end-of-sequence tokens.")] = False
+    ignore_eos: Annotated[bool, Meta(description="Go on after the tokens of `welcome.eos_token_ids`.")] = False
     skip_special_tokens: Annotated[bool, Meta(description="Leave special tokens out of the text.")] = True
     n: Annotated[NumSamples, Meta(description="Samples: outputs drawn independently for the one prompt.")] = 1
     priority: Annotated[
@@ -246,7 +250,10 @@ class Welcome(Struct, frozen=True, kw_only=True):
     server: Annotated[str, Meta(description="Name and version of the server.")]
     model: Annotated[str, Meta(description="What is served.")]
     vocab_size: Annotated[Count, Meta(description="Token ids are below it.")]
-    eos_token_ids: Annotated[list[TokenId], Meta(description="End-of-sequence tokens of the model.")]
+    eos_token_ids: Annotated[
+        list[TokenId],
+        Meta(description="End-of-sequence tokens: those of the model, and its tokenizer's own where that is another."),
+    ]
     features: Annotated[list[str], Meta(description="See Versions and features.")]
     limits: ServerLimits
     heartbeat_ms: Annotated[Count, Meta(description="Time between the server's pings to a client with open requests.")]

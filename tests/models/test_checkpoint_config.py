@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.utils._paths import filter_repo_objects
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from graphgen.demo import model_folder
 from graphgen.ipc.errors import CheckpointError, UnsupportedModelError
-from graphgen.models.checkpoint_config import ARCHITECTURES
+from graphgen.models.checkpoint_config import _DOWNLOADED, _NOT_DOWNLOADED, ARCHITECTURES
 from graphgen.models.families import load_spec, spec_from_hf
 from tests.models import tiny
 
@@ -120,3 +121,12 @@ def test_reading_a_config_imports_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_download_has_the_templates_of_a_folder_and_no_weights_twice() -> None:
+    files = ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "merges.txt"]
+    files += ["additional_chat_templates/rag.jinja"]
+    others = ["original/config.json", "onnx/model.safetensors", "consolidated.safetensors", "pytorch_model.bin"]
+    others += ["original/tokenizer.model", "a/vocab.txt", "README.md"]
+    patterns: Any = {"allow_patterns": list(_DOWNLOADED), "ignore_patterns": list(_NOT_DOWNLOADED)}
+    assert list(filter_repo_objects([*files, *others], **patterns)) == files

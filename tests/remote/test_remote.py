@@ -10,12 +10,13 @@ from queue import SimpleQueue
 import pytest
 import zmq
 
-from graphgen import Client, ConnectionLostError, EngineClosedError, SamplingParams, ServerError
+from graphgen import Client, ConnectionLostError, EngineClosedError, InvalidRequestError, SamplingParams, ServerError
 from graphgen.ipc.ggp.framing import make_error, server_framing
 from graphgen.ipc.ggp.messages import (
     Accepted,
     Bye,
     Cancel,
+    ChatMessage,
     ClientMessage,
     Delta,
     Done,
@@ -311,3 +312,19 @@ def test_kinds_of_a_later_server_are_ignored(server: FakeServer, client: Client)
     server._socket.send_multipart([server._peer, b"nonsense"])
     server.finish(request_id)
     assert next(stream).text == "x"
+
+
+def test_a_chat_of_dicts_and_parts_is_sent_as_messages(server: FakeServer, client: Client) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(client.chat, [{"role": "user", "content": parts}])
+        request = server.expect_generate()
+        assert request.messages == [ChatMessage(role="user", content="a\nb")]
+        server.finish(request.id)
+        assert call.result(5)[0].text == "x"
+
+
+@pytest.mark.parametrize("message", [{"role": "user", "content": "\ud800"}, {"role": "r" * 65, "content": "x"}])
+def test_a_message_that_cannot_be_written_down_is_refused_here(client: Client, message: dict[str, str]) -> None:
+    with pytest.raises(InvalidRequestError):
+        client.chat([message])
