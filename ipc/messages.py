@@ -327,6 +327,20 @@ class Listening(Struct, frozen=True, array_like=True, tag="listening", gc=False)
     control: str
 
 
+class RequestEnded(Struct, frozen=True, array_like=True, tag="request_ended", gc=False):
+    """What an operator may know of a request that has ended: no word of it, and no name that acts for its session."""
+
+    request_id: int  # the client's
+    key: str  # the CURVE key of its connection; "" without keys
+    address: str  # where the connection comes from; "" where that is not known
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int  # of all samples
+    finish: tuple[str, ...]  # of each sample, or the code of the error that ended it
+    first_token_ms: float  # from its arrival; 0 without a token
+    total_ms: float
+
+
 class Drained(Struct, frozen=True, array_like=True, tag="drained", gc=False):
     """The frontend ends. Of the requests that were open, so many got an error for their end."""
 
@@ -338,4 +352,4 @@ SchedulerToEngine = Ready | Progress | Outputs | Rejected | EngineStats | Probe 
 SchedulerToWorker = StepPlan | Probe | Shutdown
 WorkerToScheduler = WorkerReady | Progress | StepResult | Probe | Failed
 SupervisorToFrontend = Drain | EngineLost
-FrontendToSupervisor = Progress | Ready | Listening | Drained | Failed
+FrontendToSupervisor = Progress | Ready | Listening | RequestEnded | Drained | Failed

@@ -30,6 +30,7 @@ from graphgen.ipc.messages import (
     Listening,
     Progress,
     Ready,
+    RequestEnded,
     SupervisorToFrontend,
 )
 from graphgen.launch.config import EngineConfig, check_device
@@ -39,6 +40,7 @@ from graphgen.requests.tokenizer import write_tokenizer
 from graphgen.server.backoff import Backoff
 from graphgen.server.frontend.keys import Keys, default_folder
 from graphgen.server.frontend.settings import FrontendSettings
+from graphgen.server.request_log import RequestLog
 from graphgen.server.signals import EndSignals
 
 logger = logging.getLogger("graphgen.server.supervisor")
@@ -70,6 +72,8 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
     """Seconds after which a client that reads nothing is cut off."""
     open_requests: int = 256
     """Most open requests of one client."""
+    log_requests: bool = True
+    """Write a line for each request that ends, to standard error: who asked, tokens, times; never what was said."""
 
     def __post_init__(self) -> None:
         for name, least in (("grace_s", 0), ("memory_limit_mib", 64), ("slow_consumer_s", 1), ("open_requests", 1)):
@@ -119,6 +123,7 @@ class Supervisor:
         self._listening = False
         self._data, self._control = options.data, options.control_address
         self._keys = options.key_folder
+        self._request_log = RequestLog(self._keys)
 
     def run(self) -> int:
         """Serves until a signal: the exit code. Raises GraphgenError when the engine does not start, or dies."""
@@ -161,6 +166,7 @@ class Supervisor:
             memory_limit_bytes=self._options.memory_limit_mib << 20,
             slow_consumer_s=self._options.slow_consumer_s,
             open_requests=self._options.open_requests,
+            log_requests=self._options.log_requests,
         ).write(processes.folder)
         self._backoff.started(time.monotonic())
         processes.start(FRONTEND_MODULE)
@@ -197,6 +203,8 @@ class Supervisor:
                 self._tell_ready(message)
             case Drained():
                 self._num_lost = message.num_lost
+            case RequestEnded():
+                self._request_log.write(message)
             case Failed():
                 if not self._listening:  # a start that cannot succeed, by the name that its error has
                     raise _error_of(message)

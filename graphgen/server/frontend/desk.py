@@ -6,6 +6,7 @@ thread and the preparing threads leave their results in the inbox.
 
 import functools
 import time
+from collections.abc import Callable
 
 import msgspec
 
@@ -13,6 +14,7 @@ from graphgen.base.inbox import Inbox
 from graphgen.ipc.errors import DeadlineError, GraphgenError, OverloadedError
 from graphgen.ipc.ggp.framing import make_error
 from graphgen.ipc.ggp.messages import Error
+from graphgen.ipc.messages import RequestEnded
 from graphgen.requests.link import Link
 from graphgen.requests.open_request import Delivery
 from graphgen.requests.outputs import StreamPiece
@@ -29,12 +31,20 @@ class Desk:
     """All requests of all sessions."""
 
     def __init__(
-        self, link: Link, preparer: Preparer, inbox: Inbox, outbox: Outbox, settings: FrontendSettings
+        self,
+        link: Link,
+        preparer: Preparer,
+        inbox: Inbox,
+        outbox: Outbox,
+        settings: FrontendSettings,
+        on_end: Callable[[RequestEnded], None],
     ) -> None:
+        """on_end: hears of each request that ends, where requests are logged."""
         self._link = link
         self._preparer = preparer
         self._inbox = inbox
         self._outbox = outbox
+        self._on_end = on_end if settings.log_requests else None
         self._max_unstarted = settings.max_unstarted
         self._shares = Shares(settings.open_requests, settings.open_prompt_tokens, settings.total_prompt_tokens)
         self._open: dict[PublicRequest, None] = {}
@@ -192,4 +202,6 @@ class Desk:
         """After its end: gives its share back."""
         del self._open[request]
         self._shares.close_request(request.client, request.prompt_tokens)
+        if self._on_end is not None:
+            self._on_end(request.report(time.monotonic()))
         self._outbox.add_news(request)

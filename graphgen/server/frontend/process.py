@@ -143,7 +143,7 @@ def make_server(
         Outbox(sockets.data, framing),
     )
     preparer = Preparer(core, framing, settings.threads)
-    desk = Desk(link, preparer, inbox, outbox, settings)
+    desk = Desk(link, preparer, inbox, outbox, settings, supervisor.send)
     monitor = Monitor(link, inbox, sessions, desk, outbox)
     welcome = _welcome(settings, core, sockets)
     return Server(sockets, supervisor, framing, inbox, sessions, desk, outbox, monitor, settings, welcome, admits)

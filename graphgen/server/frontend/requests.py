@@ -7,6 +7,7 @@ sample join into one delta, so a reader that falls behind costs memory for its t
 from typing import TYPE_CHECKING
 
 from graphgen.ipc.ggp.messages import Accepted, Delta, Done, Error, Timing, Usage
+from graphgen.ipc.messages import RequestEnded
 from graphgen.requests.outputs import StreamPiece
 
 if TYPE_CHECKING:
@@ -124,6 +125,21 @@ class PublicRequest:
         self._end = end
         if self.prepared is not None:
             self.prepared.opened.clear()
+
+    def report(self, now_s: float) -> RequestEnded:
+        """What an operator is told of it, now that it has ended."""
+        done = self._done()
+        return RequestEnded(
+            request_id=self.id,
+            key=self.session.key,
+            address=self.session.address,
+            prompt_tokens=done.usage.prompt_tokens,
+            cached_tokens=done.usage.cached_tokens,
+            output_tokens=done.usage.output_tokens,
+            finish=(self._end.code,) if isinstance(self._end, Error) else tuple(done.finish),
+            first_token_ms=done.timing.first_token_ms,
+            total_ms=round((now_s - self.arrived_s) * 1000, 3),
+        )
 
     def peek(self) -> Accepted | Delta | Done | Error | None:
         """The message to send next, or None while there is nothing to say."""

@@ -40,6 +40,8 @@ class FrontendSettings(Struct, frozen=True, kw_only=True):
     """Requests of one client that wait in the scheduler's queue; its others wait here for the client's turn."""
     heartbeat_s: float = 1.0
     slow_consumer_s: float = 60.0
+    log_requests: bool = False
+    """Whether the supervisor is told of each request that ends."""
     threads: int = 2
     """That tokenize prompts."""
 
