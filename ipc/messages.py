@@ -5,11 +5,11 @@ both ends are the same build) and hold ints, floats, strings and packed int32 by
 `array("i")` or `numpy.frombuffer(..., "<i4")` reads the packed fields.
 
     Engine  -> scheduler     Submit | Cancel | StatsRequest | Probe | Attach | Shutdown
-    scheduler -> Engine      Ready | Progress | Outputs | Rejected | EngineStats | Probe | Failed
+    scheduler -> Engine      Ready | Progress | Notice | Outputs | Rejected | EngineStats | Probe | Failed
     scheduler -> worker      StepPlan | Probe | Shutdown
     worker  -> scheduler     WorkerReady | Progress | StepResult | Probe | Failed
     supervisor -> frontend   Drain | EngineLost
-    frontend -> supervisor   Progress | Ready | Listening | Drained | Failed
+    frontend -> supervisor   Progress | Ready | Notice | Listening | Drained | Failed
 
 The frontend stands in the Engine's place when a server runs; the supervisor is the process that started all of them.
 
@@ -244,6 +244,12 @@ class Ready(Struct, frozen=True, array_like=True, tag="ready", gc=False):
     token_budget: int
 
 
+class Notice(Struct, frozen=True, array_like=True, tag="notice", gc=False):
+    """What an operator should know, in one line."""
+
+    text: str
+
+
 class TokenOutput(Struct, frozen=True, array_like=True, gc=False):
     """New tokens of one request, with what is to be said of it: the first and the last output of each come so."""
 
@@ -302,6 +308,10 @@ class EngineStats(Struct, frozen=True, array_like=True, tag="stats", gc=False):
     prefix_hits: int = 0  # of these: tokens whose pages were found in the prefix cache
     refused: int = 0  # requests that an OverloadedError turned away
     deadline_misses: int = 0  # requests that a DeadlineError ended
+    worker_restarts: int = 0  # worker groups that took the place of one that died or hung
+    worker_loss: str = ""  # why the last one was lost
+    worker_pause_s: float = 0.0  # from there until its successor served
+    poisoned: int = 0  # requests that were given up because the worker ended each time it computed them
     numerical_errors: int = 0  # requests that a NumericalError ended: their logits were all NaN or -inf
 
 
@@ -348,8 +358,8 @@ class Drained(Struct, frozen=True, array_like=True, tag="drained", gc=False):
 
 
 EngineToScheduler = Submit | Cancel | StatsRequest | Probe | Attach | Shutdown
-SchedulerToEngine = Ready | Progress | Outputs | Rejected | EngineStats | Probe | Failed
+SchedulerToEngine = Ready | Progress | Notice | Outputs | Rejected | EngineStats | Probe | Failed
 SchedulerToWorker = StepPlan | Probe | Shutdown
 WorkerToScheduler = WorkerReady | Progress | StepResult | Probe | Failed
 SupervisorToFrontend = Drain | EngineLost
-FrontendToSupervisor = Progress | Ready | Listening | RequestEnded | Drained | Failed
+FrontendToSupervisor = Progress | Ready | Notice | Listening | RequestEnded | Drained | Failed

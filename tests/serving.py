@@ -49,12 +49,14 @@ class ServerProcess:
         return next(line.split()[2] for line in self.output.splitlines() if line.endswith("(control)"))
 
     def pid_of(self, module: str) -> int:
-        """The child that runs `python -m module`."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        for child in children:
-            if module.encode() in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0"):
-                return int(child)
-        raise LookupError(f"no child runs {module}")
+        """The process below this one that runs `python -m module`."""
+        below = [self.process.pid]
+        while below:
+            pid = below.pop()
+            if module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                return pid
+            below += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        raise LookupError(f"no process of the server runs {module}")
 
     def end(self, number: int = signal.SIGTERM, timeout_s: float = 30.0) -> int:
         """Sends the signal; the exit code."""

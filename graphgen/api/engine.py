@@ -50,7 +50,7 @@ class Engine(Calls[EngineCore]):
     @property
     def pids(self) -> dict[str, int]:
         """The engine's processes by name, for those who watch their CPU time or memory."""
-        return dict(self._core.pids)
+        return self._core.pids
 
     @property
     def start_s(self) -> float:

@@ -1,7 +1,8 @@
 """Child processes of an engine: how they start, how they are watched, how they end, from both ends.
 
-Owns the engine's folder (mode 0700: sockets, launch file, output of the children) and the Popen handles. Never sends
-a message. `requests.core` uses EngineProcesses; the scheduler and the worker call `end_with_parent` first thing.
+Owns the engine's folder (mode 0700: sockets, launch file, output of the children) and the Popen handles of the
+scheduler and the frontend; the scheduler starts its workers by the same functions. Never sends a message.
+`requests.core` uses EngineProcesses; every child calls `end_with_parent` first thing.
 
 A user's program may end in ways that run no code of ours (kill -9), so each child watches its parent.
 """
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -27,7 +28,7 @@ from graphgen.ipc.errors import ConfigError
 PARENT_POLL_S = 0.25
 """How often a child looks whether its parent is alive."""
 
-_MAX_FOLDER_BYTES = 107 - len("/worker.down")
+_MAX_FOLDER_BYTES = 107 - len("/epoch-9999/worker-99.down")
 """Linux limits a socket's path to 107 bytes."""
 LOG_BYTES = 4 << 20
 """Of a child's output; half as much of what came before is kept beside it."""
@@ -49,13 +50,14 @@ class Exit(msgspec.Struct, frozen=True):
 
 
 class EngineProcesses:
-    """The scheduler and the worker of one engine, and the folder they share.
+    """The scheduler of one engine, perhaps its frontend, and the folder that all of its processes share.
 
-    The constructor starts both. They are in a session of their own, so that Ctrl-C in a terminal reaches the user's
-    program alone, which then closes its engine in order.
+    The constructor starts them. They are in a session of their own, so that Ctrl-C in a terminal reaches the user's
+    program alone, which then closes its engine in order. The workers are the scheduler's children: what is here of
+    them is read from the files that it leaves in the folder.
     """
 
-    def __init__(self, modules: tuple[str, ...] = ("graphgen.scheduler", "graphgen.worker")) -> None:
+    def __init__(self, modules: tuple[str, ...] = ("graphgen.scheduler",)) -> None:
         self.folder = _make_folder()
         self._owner_pid = os.getpid()
         self._environment = _child_environment(self.folder)
@@ -70,22 +72,13 @@ class EngineProcesses:
     def start(self, module: str) -> None:
         """Starts another child, or one anew that has ended."""
         name = module.rpartition(".")[2]
-        path = self.folder / f"{name}.log"
-        path.unlink(missing_ok=True)
-        with path.open("ab") as log:  # appended to, so that the child may cut it
-            self._children[name] = subprocess.Popen(
-                # -P: a file of the user's named like a library must not be imported in its place.
-                [sys.executable, "-P", "-m", module, str(self.folder), str(self._owner_pid)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                env=self._environment,
-            )
+        arguments = (str(self.folder), str(self._owner_pid))
+        self._children[name] = start_child(module, arguments, self.folder / f"{name}.log", self._environment)
 
     @property
     def pids(self) -> dict[str, int]:
-        return {name: child.pid for name, child in self._children.items()}
+        """By name, the workers' included."""
+        return {name: child.pid for name, child in self._children.items()} | _worker_pids(self.folder)
 
     def find_exit(self, names: Collection[str] | None = None) -> Exit | None:
         """A child that has ended, if any, of these; the one that failed first matters, so errors come before plain
@@ -98,21 +91,17 @@ class EngineProcesses:
         return max(exits, key=lambda child_exit: child_exit.code != 0, default=None)
 
     def log_tail(self, name: str, num_lines: int = _ERROR_LINES) -> str:
-        """The last lines that a child wrote to its output."""
-        said = b""
-        for path in (self.folder / f"{name}.log", self.folder / f"{name}.log.1"):
-            with contextlib.suppress(FileNotFoundError):  # the folder is removed by whoever ends last
-                said = _end_of(path, _LOG_TAIL_BYTES - len(said)) + said
-        return "\n".join(said.decode(errors="replace").splitlines()[-num_lines:])
+        """The last lines that a child or a worker wrote to its output."""
+        return log_tail(self.folder / f"{name}.log", num_lines)
 
     def stop(self, grace_s: float) -> None:
         """Waits `grace_s` for the children to end, ends those that did not, and removes the folder. Idempotent."""
         self._wait(time.monotonic() + grace_s)
         for child in self._children.values():
-            # What a child started itself (compilers) lives in the child's process group.
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(child.pid, signal.SIGKILL)
+            kill_group(child.pid)
             child.wait()
+        for pid in _worker_pids(self.folder).values():  # of a scheduler that could not end them itself
+            kill_group(pid)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _wait(self, deadline: float) -> None:
@@ -121,8 +110,56 @@ class EngineProcesses:
             time.sleep(0.01)
 
 
-def end_with_parent(parent_pid: int, folder: Path) -> None:
+def start_child(
+    module: str, arguments: Sequence[str], log_file: Path, environment: Mapping[str, str] | None = None
+) -> "subprocess.Popen[bytes]":
+    """`python -m module arguments`, in a session and process group of its own, its output in a file."""
+    log_file.unlink(missing_ok=True)
+    with log_file.open("ab") as log:  # appended to, so that the child may cut it
+        return subprocess.Popen(
+            # -P: a file of the user's named like a library must not be imported in its place.
+            [sys.executable, "-P", "-m", module, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=environment,
+        )
+
+
+def kill_group(pid: int) -> None:
+    """Kills a child and what it started itself: compilers live in its process group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def log_tail(log_file: Path, num_lines: int = _ERROR_LINES) -> str:
+    """The last lines of a child's output, what was cut off it included; "" when the folder is gone, as it is when
+    whoever ended last has removed it."""
+    said = b""
+    for path in (log_file, log_file.with_name(f"{log_file.name}.1")):
+        with contextlib.suppress(FileNotFoundError):
+            said = _end_of(path, _LOG_TAIL_BYTES - len(said)) + said
+    return "\n".join(said.decode(errors="replace").splitlines()[-num_lines:])
+
+
+def pid_file(folder: Path, name: str) -> Path:
+    """Where a scheduler says which process a worker is."""
+    return folder / f"{name}.pid"
+
+
+def _worker_pids(folder: Path) -> dict[str, int]:
+    found = {}
+    for path in sorted(folder.glob("worker-*.pid")):
+        with contextlib.suppress(OSError, ValueError):  # it is being replaced
+            found[path.stem] = int(path.read_text())
+    return found
+
+
+def end_with_parent(parent_pid: int, folder: Path, owner_pid: int | None = None) -> None:
     """Ends this process soon after its parent has ended, however that ended, and removes the engine's folder.
+
+    owner_pid: the process whose engine it is, where that is not the parent. While it lives the folder is its own.
 
     Called by a child before its slow imports. It asks getppid, which cannot be fooled by a reused process id; the
     kernel's parent-death signal would not do, since that follows the thread which started the child.
@@ -138,7 +175,8 @@ def end_with_parent(parent_pid: int, folder: Path) -> None:
             time.sleep(PARENT_POLL_S)
             with contextlib.suppress(OSError):
                 shorten_log(folder)
-        _remove_while_used(folder)
+        if owner_pid is None or not _lives(owner_pid):
+            _remove_while_used(folder)
         # Compilers that a worker started would outlive it: its process group is its own, see EngineProcesses.
         if os.getpgrp() == os.getpid():
             os.killpg(os.getpid(), signal.SIGKILL)
@@ -163,6 +201,14 @@ def _end_of(path: Path, num_bytes: int) -> bytes:
     with path.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - num_bytes))
         return file.read(num_bytes)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
 
 
 def _make_folder() -> Path:

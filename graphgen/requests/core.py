@@ -226,11 +226,16 @@ class EngineCore(AttachedCore):
                 raise
         super().__init__(launch, ready, tokenizer, link)
         self.start_s = time.monotonic() - started_s
-        self.pids = processes.pids
+        self._processes = processes
         self.folder = processes.folder
         # Runs when the last reference goes, and at the interpreter's exit.
         self._finalizer = weakref.finalize(self, link.close)
         logger.info("%s", describe_start(self.ready, self.start_s))
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """The engine's processes by name; a worker that was replaced has another pid."""
+        return self._processes.pids
 
     def close(self) -> None:
         """Ends the processes and removes their folder. Idempotent, from any thread."""

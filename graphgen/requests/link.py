@@ -40,6 +40,7 @@ from graphgen.ipc.messages import (
     EngineToScheduler,
     Failed,
     FinishReason,
+    Notice,
     Outputs,
     Probe,
     Progress,
@@ -89,8 +90,12 @@ class Link:
         on_progress: Callable[[Progress], None] | None = None,
         attaches: bool = False,
         after_outputs: Callable[[], None] | None = None,
+        on_notice: Callable[[Notice], None] | None = None,
     ) -> None:
-        """after_outputs: called on the receiving thread when the outputs of a step have reached their sinks."""
+        """after_outputs: called on the receiving thread when the outputs of a step have reached their sinks.
+
+        on_notice: gets what an operator should know; None: it is logged.
+        """
         self._owner = Owner("the engine")
         self._processes = processes
         self._on_progress = on_progress
@@ -103,6 +108,7 @@ class Link:
         self._num_probes = 0
         self._attaches = attaches
         self._after_outputs = after_outputs
+        self._on_notice = on_notice or _log
         self._ready: Future[Ready] = Future()
         self._serves = False
         self._fault: GraphgenError | None = None
@@ -238,6 +244,8 @@ class Link:
             case Progress():
                 if self._on_progress is not None:
                     self._on_progress(message)
+            case Notice():
+                self._on_notice(message)
             case Ready():
                 self._serves = True
                 if not self._ready.done():  # an attached link hears it twice when it came before the worker
@@ -324,6 +332,10 @@ class Link:
         for future in futures:
             with contextlib.suppress(InvalidStateError):  # already answered
                 future.set_exception(type(error)(*error.args))
+
+
+def _log(notice: Notice) -> None:
+    logger.warning("%s", notice.text)
 
 
 def _deliver(sink: Sink, delivery: Delivery) -> bool:

@@ -1,9 +1,24 @@
-"""`python -m graphgen.scheduler FOLDER PARENT_PID`, started by the Engine."""
+"""`python -m graphgen.scheduler FOLDER PARENT_PID`, started by the Engine.
+
+Owns the order of the first second: the workers, which import torch, are started before anything else is imported.
+"""
 
 import sys
 from pathlib import Path
 
-from graphgen.scheduler.process import main
+from graphgen.launch.processes import end_with_parent
+from graphgen.scheduler.worker_processes import WorkerProcesses
+
+NUM_RANKS = 1
+
+
+def start(folder: Path, parent_pid: int) -> None:
+    end_with_parent(parent_pid, folder)
+    workers = WorkerProcesses(folder, parent_pid, 0, NUM_RANKS)
+    from graphgen.scheduler.process import main
+
+    main(folder, parent_pid, workers)
+
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    start(Path(sys.argv[1]), int(sys.argv[2]))

@@ -238,6 +238,11 @@ class Scheduler:
             self._model.correct(record.bucket, record.decode_positions, record.prompt_pairs, milliseconds)
         self._guard.step_measured(milliseconds)
 
+    def predict_ms(self, step_id: int) -> float | None:
+        """How long a step in flight should take; None where nobody can know. Raises KeyError for any other step."""
+        record = self._in_flight.find(step_id)
+        return self._model.predict_ms(record.bucket, record.decode_positions, record.prompt_pairs)
+
     def describe_step(self, step_id: int) -> StepDescription:
         """A plan in flight in terms of requests. `update` forgets it. Raises KeyError for any other step."""
         return StepDescription.of(self._in_flight.find(step_id))

@@ -1,11 +1,15 @@
 """The scheduler process: the loop that feeds the pure policy with messages, time and step results.
 
-Owns the two channels, the clock and the step log. A result is answered with the next plan before anything else is
-done with it, so that the worker always has a step to launch; the outputs go to the Engine after that, and what can wait
-is done last.
+Owns the channel to the Engine, the clock and the step log; its worker group is `graphgen.scheduler.workers`'. A result
+is answered with the next plan before anything else is done with it, so that the worker always has a step to launch; the
+outputs go to the Engine after that, and what can wait is done last.
+
+A worker group that dies, hangs or sends what cannot be is replaced, and every request goes on where it was: the policy
+keeps them all. The first group is the exception: what stops its start is told to the Engine, which then ends.
 """
 
 import gc
+import logging
 import math
 import sys
 import time
@@ -27,6 +31,7 @@ from graphgen.ipc.messages import (
     EngineStats,
     EngineToScheduler,
     Failed,
+    Notice,
     Outputs,
     Phase,
     Probe,
@@ -34,7 +39,6 @@ from graphgen.ipc.messages import (
     Ready,
     Rejected,
     SchedulerToEngine,
-    SchedulerToWorker,
     Shutdown,
     StatsRequest,
     StepResult,
@@ -44,37 +48,46 @@ from graphgen.ipc.messages import (
     WorkerToScheduler,
 )
 from graphgen.launch.config import LaunchConfig
-from graphgen.launch.processes import end_with_parent
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.policy import Scheduler
 from graphgen.scheduler.step_log import StepLog
 from graphgen.scheduler.step_times import StepTimes
+from graphgen.scheduler.step_watch import LOOK_S, StepWatch, Verdict
 from graphgen.scheduler.warm_up import warm_up
+from graphgen.scheduler.worker_processes import WorkerProcesses
+from graphgen.scheduler.workers import LAST_RESULTS_S, Loss, State, WorkerFailedError, Workers
+
+logger = logging.getLogger("graphgen.scheduler")
+
+WORKER_GRACE_S = 1.0
+"""For a worker to end in order."""
+ENDING_LOOK_S = 0.05
+"""How often to look whether a killed worker is gone; its end is also a reason to wake."""
 
 EngineChannel = Channel[SchedulerToEngine, EngineToScheduler]
-WorkerChannel = Channel[SchedulerToWorker, WorkerToScheduler]
 
 
-def main(folder: Path, parent_pid: int) -> None:
-    """Runs until Shutdown, the worker's failure, or the end of the parent."""
-    end_with_parent(parent_pid, folder)
+def main(folder: Path, parent_pid: int, first: WorkerProcesses) -> None:
+    """Runs until Shutdown, the failure of all workers, or the end of the parent. first: the first worker group."""
     raise_descriptor_limit()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     engine: EngineChannel = Channel(context, folder, "engine", "lower", EngineToScheduler)
-    worker: WorkerChannel = Channel(context, folder, "worker", "upper", WorkerToScheduler)
+    workers = Workers(folder, parent_pid, context, first)
     try:
         config = LaunchConfig.read(folder)
-        ready = _wait_for_worker(engine, worker)
+        workers.launch(config)
+        ready = _wait_for_workers(engine, workers)
         if ready is not None:
             limits = _limits(config, ready)
             begun_s = time.monotonic()
-            before_requests = warm_up(limits, worker.send, partial(_next_result, worker))
+            before_requests = warm_up(limits, workers.send, partial(_next_result, workers))
             ready = msgspec.structs.replace(ready, phases=(*ready.phases, Phase("warm-up", time.monotonic() - begun_s)))
             serves = Ready(ready, config.max_running, config.token_budget)
             with StepLog.open(config.step_log) as step_log:
                 policy = Scheduler(limits, CostModel(ready.step_times))
-                SchedulerLoop(policy, engine, worker, step_log, serves, before_requests).run()
+                SchedulerLoop(policy, engine, workers, step_log, serves, before_requests).run()
         failed = None
     except WorkerFailedError as error:
         failed = error.failed  # as the worker said it: the Engine makes the exception of it that its user knows
@@ -83,19 +96,10 @@ def main(folder: Path, parent_pid: int) -> None:
         failed = Failed("scheduler", type(error).__name__, str(error) or repr(error))
     if failed is not None:
         engine.send(failed)
-    worker.send(Shutdown())
-    worker.close(linger_s=1.0)
+    workers.end(WORKER_GRACE_S if failed is None else 0.0)
     engine.close(linger_s=1.0)
     context.term()
     sys.exit(0 if failed is None else 1)
-
-
-class WorkerFailedError(Exception):
-    """The worker said that it cannot go on."""
-
-    def __init__(self, failed: Failed) -> None:
-        super().__init__(f"{failed.error}: {failed.message}")
-        self.failed = failed
 
 
 def _limits(config: LaunchConfig, ready: WorkerReady) -> SchedulerLimits:
@@ -115,34 +119,51 @@ def _limits(config: LaunchConfig, ready: WorkerReady) -> SchedulerLimits:
     )
 
 
-def _next_result(worker: WorkerChannel) -> StepResult:
+def _next_result(workers: Workers) -> StepResult:
     """Waits for it. Whoever wants to stop the start meanwhile ends this process."""
     while True:
-        match worker.receive():
-            case StepResult() as result:
-                return result
-            case Failed() as failed:
-                raise WorkerFailedError(failed)
-
-
-def _wait_for_worker(engine: EngineChannel, worker: WorkerChannel) -> WorkerReady | None:
-    """Passes the worker's progress on until it is ready; None when the Engine wants to stop before that."""
-    poller = zmq.Poller()
-    poller.register(engine.receiver, zmq.POLLIN)
-    poller.register(worker.receiver, zmq.POLLIN)
-    while True:
-        poller.poll()
-        for message in worker.drain():
+        loss = workers.find_loss()
+        for message in workers.receive(LAST_RESULTS_S):
             match message:
-                case Progress():
-                    engine.send(message)
-                case WorkerReady():
+                case StepResult():
                     return message
                 case Failed():
                     raise WorkerFailedError(message)
+        if loss is not None:
+            raise _cannot_start(loss)
+
+
+def _cannot_start(loss: Loss) -> WorkerFailedError:
+    said = f"{loss.reason}; its last lines were:\n{loss.last_words}"
+    return WorkerFailedError(Failed("worker", "EngineDeadError", said))
+
+
+def _wait_for_workers(engine: EngineChannel, workers: Workers) -> WorkerReady | None:
+    """Passes the first group's progress on until it is ready; None when the Engine wants to stop before that."""
+    poller = zmq.Poller()
+    poller.register(engine.receiver, zmq.POLLIN)
+    workers.register(poller)
+    while True:
+        poller.poll()
+        loss = workers.find_loss()
+        for message in workers.receive(0.0 if loss is None else LAST_RESULTS_S):
+            match message:
+                case Progress():
+                    engine.send(message)
+                case Failed():
+                    raise WorkerFailedError(message)
+        if loss is not None:
+            raise _cannot_start(loss)
+        if (ready := workers.take_ready()) is not None:
+            return ready
         # The Engine submits nothing before Ready.
         if any(isinstance(message, Shutdown) for message in engine.drain()):
             return None
+
+
+def _difference(one: WorkerCounters, other: WorkerCounters) -> WorkerCounters:
+    names = WorkerCounters.__struct_fields__
+    return WorkerCounters(**{name: getattr(one, name) - getattr(other, name) for name in names})
 
 
 class SchedulerLoop:
@@ -152,20 +173,27 @@ class SchedulerLoop:
         self,
         policy: Scheduler,
         engine: EngineChannel,
-        worker: WorkerChannel,
+        workers: Workers,
         step_log: StepLog,
         ready: Ready,
         before_requests: WorkerCounters,
     ) -> None:
-        """before_requests: what the worker had counted when the first request could come."""
+        """ready: what the first worker group said; the ones after it have as many pages. before_requests: what it had
+        counted when the first request could come."""
         self._policy = policy
         self._before_requests = before_requests
         self._ready = ready
         self._engine = engine
-        self._worker = worker
+        self._workers = workers
         self._step_log = step_log
         self._step_times = StepTimes()
+        self._watch = StepWatch(time.monotonic())
+        self._shows_stacks = False  # the worker was asked for them
         self._counters = before_requests
+        self._probes: list[Probe] = []  # on their way to the device
+        self._lost_s: float | None = None  # when the group that is being replaced was lost
+        self._last_loss = ""
+        self._last_pause_s = 0.0
         self._running = True
 
     def run(self) -> None:
@@ -174,13 +202,11 @@ class SchedulerLoop:
         gc.collect()
         gc.freeze()
         gc.set_threshold(100_000, 50, 100)
-        poller = zmq.Poller()
-        poller.register(self._engine.receiver, zmq.POLLIN)
-        poller.register(self._worker.receiver, zmq.POLLIN)
+        poller = self._make_poller()
         self._engine.send(self._ready)
         while self._running:
             poller.poll(self._patience_ms())
-            answers = [answer for message in self._worker.drain() for answer in self._take_from_worker(message)]
+            answers = self._hear_workers()
             for engine_message in self._engine.drain():
                 self._take_from_engine(engine_message)
             expired = self._policy.expire(time.monotonic())
@@ -188,28 +214,112 @@ class SchedulerLoop:
             for answer in (*answers, *expired):
                 self._engine.send(answer)
             self._policy.prepare()
+            if self._workers.state is not State.SERVING and self._follow_workers():
+                poller = self._make_poller()
+
+    def _make_poller(self) -> zmq.Poller:
+        """Wakes for the Engine's messages and for whatever happens to the worker group of this moment."""
+        poller = zmq.Poller()
+        poller.register(self._engine.receiver, zmq.POLLIN)
+        self._workers.register(poller)
+        return poller
 
     def _patience_ms(self) -> int | None:
-        """How long nothing may arrive before a deadline passes; None: for ever."""
-        deadline_s = self._policy.next_deadline_s
-        return None if deadline_s is None else max(0, math.ceil((deadline_s - time.monotonic()) * 1000.0))
+        """How long nothing may arrive before there is something to look at; None: for ever."""
+        times_s = [] if self._policy.next_deadline_s is None else [self._policy.next_deadline_s - time.monotonic()]
+        if len(self._watch):
+            times_s.append(LOOK_S)
+        if self._workers.state is State.ENDING:
+            times_s.append(ENDING_LOOK_S)
+        return max(0, math.ceil(min(times_s) * 1000.0)) if times_s else None
 
     def _send_plans(self) -> None:
         """Keeps as many steps in flight as the policy allows."""
         while self._running and (plan := self._policy.schedule(time.monotonic())) is not None:
-            self._worker.send(plan)
+            self._workers.send(plan)
+            self._watch.sent(self._policy.predict_ms(plan.step_id))
+
+    # --- the worker group ------------------------------------------------------------------------------------
+
+    def _hear_workers(self) -> list[Outputs | Rejected]:
+        """What has arrived of the group, and the end of it if it has ended or cannot go on."""
+        loss = self._workers.find_loss()
+        answers: list[Outputs | Rejected] = []
+        try:
+            for message in self._workers.receive(0.0 if loss is None else LAST_RESULTS_S):
+                if isinstance(message, Failed):
+                    loss = Loss(f"the worker failed with {message.error}", message.message, message)
+                elif self._workers.state is State.SERVING:
+                    answers += self._take_from_worker(message)
+        except (msgspec.MsgspecError, ValueError, KeyError) as error:
+            loss = Loss(f"the worker sent what cannot be ({error})", self._last_words())
+        loss = loss or self._find_hang()
+        if loss is not None:
+            answers += self._lose(loss)
+        return answers
+
+    def _find_hang(self) -> Loss | None:
+        verdict = self._watch.look(time.monotonic())
+        if verdict is Verdict.FINE:
+            self._shows_stacks = False
+            return None
+        if verdict is Verdict.LATE:
+            if not self._shows_stacks:
+                logger.warning("a step takes far longer than it should: the worker's stacks are in its output")
+                self._workers.processes.show_stacks()
+                self._shows_stacks = True
+            return None
+        return Loss("the worker hung: a step did not end", self._last_words())
+
+    def _last_words(self) -> str:
+        return self._workers.processes.log_tail(self._workers.processes.names[0])
+
+    def _lose(self, loss: Loss) -> list[Outputs | Rejected]:
+        """The group is gone or has to go. Every request waits for the next one; who fails of it is returned."""
+        if self._workers.state is State.SERVING:
+            self._lost_s = time.monotonic()
+        poisoned = self._policy.worker_lost()
+        self._watch.forget()
+        self._before_requests = _difference(self._before_requests, self._counters)  # the next one counts from 0
+        self._counters = WorkerCounters()
+        self._last_loss = loss.reason
+        notice = f"{loss.reason}; {self._policy.waiting} requests wait for the worker that replaces it"
+        logger.warning("%s. Its last words:\n%s", notice, loss.last_words)
+        self._engine.send(Notice(notice))
+        self._workers.replace(loss, self._ready.worker.num_pages)
+        return [self._policy.fail_poisoned(request, loss.last_words) for request in poisoned]
+
+    def _follow_workers(self) -> bool:
+        """The way from a dead group to one that serves; whether there are other processes to watch than before."""
+        if self._workers.advance():
+            return True
+        ready = self._workers.take_ready()
+        if ready is not None:
+            self._renew(ready)
+        return False
+
+    def _renew(self, ready: WorkerReady) -> None:
+        """The requests go on with the new group."""
+        self._policy.renew(CostModel(ready.step_times))
+        assert self._lost_s is not None, "a group that replaces another"
+        self._last_pause_s = time.monotonic() - self._lost_s
+        notice = f"a new worker serves after {self._last_pause_s:.1f} s; {self._policy.waiting} requests go on"
+        logger.warning("%s", notice)
+        self._engine.send(Notice(notice))
+        for probe in self._probes:
+            self._workers.send(probe)
+        self._send_plans()
 
     def _take_from_worker(self, message: WorkerToScheduler) -> Sequence[Outputs | Rejected]:
         """What a step gave to its requests."""
         match message:
             case StepResult() as result:
                 return self._take_result(result)
-            case Failed() as failed:
-                raise WorkerFailedError(failed)
             case Probe() as probe:
+                self._probes.remove(probe)
                 self._engine.send(probe)
                 return ()
-            case Progress() | WorkerReady():
+            case Failed() | Progress() | WorkerReady():
                 return ()
 
     def _take_result(self, result: StepResult) -> Sequence[Outputs | Rejected]:
@@ -218,6 +328,8 @@ class SchedulerLoop:
         self._step_times.add(result.started_s, result.finished_s)
         self._policy.step_took(result.step_id, (result.finished_s - result.started_s) * 1000.0)
         self._counters = result.counters
+        self._watch.answered()
+        self._workers.step_succeeded()
         failed = self._policy.fail_draws(result.step_id, result.failed_draws) if result.failed_draws else []
         outputs = self._policy.update(result.step_id, unpack_int32(result.token_ids))
         return [outputs, *failed] if outputs else failed
@@ -241,7 +353,9 @@ class SchedulerLoop:
                 self._step_log.flush()
                 self._engine.send(self._stats())
             case Probe() as probe:
-                self._worker.send(probe)
+                self._probes.append(probe)
+                if self._workers.state is State.SERVING:
+                    self._workers.send(probe)
             case Attach():
                 for request_id in self._policy.request_ids:
                     self._policy.cancel(request_id)
@@ -274,4 +388,8 @@ class SchedulerLoop:
             refused=counters.refused,
             deadline_misses=counters.deadline_misses,
             numerical_errors=counters.numerical_errors,
+            worker_restarts=self._workers.num_restarts,
+            worker_loss=self._last_loss,
+            worker_pause_s=self._last_pause_s,
+            poisoned=counters.poisoned,
         )

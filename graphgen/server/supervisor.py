@@ -28,6 +28,7 @@ from graphgen.ipc.messages import (
     Failed,
     FrontendToSupervisor,
     Listening,
+    Notice,
     Progress,
     Ready,
     RequestEnded,
@@ -45,7 +46,6 @@ from graphgen.server.signals import EndSignals
 
 logger = logging.getLogger("graphgen.server.supervisor")
 
-ENGINE_MODULES = ("graphgen.scheduler", "graphgen.worker")
 FRONTEND_MODULE = "graphgen.server.frontend"
 WATCH_S = 0.1
 LOST_GRACE_S = 5.0
@@ -129,7 +129,7 @@ class Supervisor:
         """Serves until a signal: the exit code. Raises GraphgenError when the engine does not start, or dies."""
         check_device(self._config.device)
         raise_descriptor_limit()
-        processes = EngineProcesses(ENGINE_MODULES)
+        processes = EngineProcesses()
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         channel: Channel[SupervisorToFrontend, FrontendToSupervisor] = Channel(
             context, processes.folder, "frontend", "upper", FrontendToSupervisor
@@ -199,6 +199,8 @@ class Supervisor:
                 on_progress(message)
             case Ready():
                 self._ready = message
+            case Notice():
+                self._say(message.text)
             case Listening():
                 self._tell_ready(message)
             case Drained():
@@ -241,7 +243,7 @@ class Supervisor:
     def _watch_engine(
         self, processes: EngineProcesses, channel: Channel[SupervisorToFrontend, FrontendToSupervisor]
     ) -> None:
-        found = processes.find_exit(("scheduler", "worker"))
+        found = processes.find_exit(("scheduler",))
         if found is None:
             return
         if self._listening:

@@ -1,10 +1,12 @@
-"""`python -m graphgen.worker FOLDER PARENT_PID`, started by the Engine.
+"""`python -m graphgen.worker FOLDER PARENT_PID NAME OWNER_PID`, started by the scheduler.
 
 Owns the order of the first second: what needs no interpreter begins before torch is imported.
 """
 
+import faulthandler
 import functools
 import gc
+import signal
 import sys
 from pathlib import Path
 
@@ -12,16 +14,18 @@ from graphgen.launch.processes import end_with_parent
 from graphgen.worker.background import Background, open_context, share_interpreter_fairly
 
 
-def main(folder: Path, parent_pid: int) -> None:
-    end_with_parent(parent_pid, folder)
+def main(folder: Path, parent_pid: int, name: str, owner_pid: int) -> None:
+    """folder: of this epoch, within the engine's. name: of this rank. owner_pid: the process whose engine it is."""
+    end_with_parent(parent_pid, folder.parent, owner_pid)
+    faulthandler.register(signal.SIGUSR1)  # the scheduler asks where a step hangs
     # Imports and tracing make millions of objects that stay. To collect among them takes a quarter of their time.
     gc.disable()
     share_interpreter_fairly()
     context = Background("context", functools.partial(open_context, folder))
     from graphgen.worker.process import run  # imports torch
 
-    run(folder, context)
+    run(folder, name, context)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))

@@ -42,10 +42,13 @@ WorkerChannel = Channel[WorkerToScheduler, SchedulerToWorker]
 logger = logging.getLogger("graphgen.worker")
 
 
-def run(folder: Path, device_context: Background) -> None:
-    """Runs until Shutdown, a failure, or the end of the parent. device_context: the CUDA context in the making."""
+def run(folder: Path, name: str, device_context: Background) -> None:
+    """Runs until Shutdown, a failure, or the end of the parent. device_context: the CUDA context in the making.
+
+    name: of this rank, and of its channel in `folder`.
+    """
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    channel: WorkerChannel = Channel(context, folder, "worker", "lower", SchedulerToWorker)
+    channel: WorkerChannel = Channel(context, folder, name, "lower", SchedulerToWorker)
     try:
         imports = Phase("imports", process_age_s())
         begun_s = time.monotonic()

@@ -127,13 +127,13 @@ def test_an_engine_serves_though_its_caches_folder_is_a_file(tmp_path: Path, mon
         assert len(engine.generate("x", SamplingParams(max_tokens=2, ignore_eos=True))[0].token_ids) == 2
 
 
-def test_the_worker_is_told_where_the_caches_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_children_are_told_where_the_caches_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAPHGEN_CACHE", str(tmp_path))
     for variable in COMPILER_FOLDERS:
         monkeypatch.delenv(variable, raising=False)
-    processes = EngineProcesses(("graphgen.worker",))
+    processes = EngineProcesses()
     try:
-        place = Path(f"/proc/{processes.pids['worker']}/environ")
+        place = Path(f"/proc/{processes.pids['scheduler']}/environ")
         while not (environ := place.read_bytes().split(b"\0"))[1:]:  # it is empty for a moment after the fork
             time.sleep(0.001)
     finally:

@@ -15,20 +15,20 @@ from graphgen.ipc.messages import (
     EngineToScheduler,
     Ready,
     SchedulerToEngine,
-    SchedulerToWorker,
     Shutdown,
     StatsRequest,
     StepPlan,
     StepResult,
     WorkerCounters,
-    WorkerToScheduler,
 )
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.policy import Scheduler
 from graphgen.scheduler.process import SchedulerLoop
 from graphgen.scheduler.step_log import StepLog
 from graphgen.scheduler.warm_up import MAX_TOKENS, PROMPT_LEN, SAMPLERS, warm_up
+from graphgen.scheduler.workers import Workers
 from tests.fakes import READY
+from tests.scheduler.fake_processes import FakeProcesses
 from tests.scheduler.fake_worker import FakeWorker
 from tests.scheduler.harness import make_limits
 
@@ -125,17 +125,16 @@ def test_ready_is_said_when_nothing_is_left_to_do_and_counters_count_from_there(
     user: Channel[EngineToScheduler, SchedulerToEngine] = Channel(
         context, tmp_path, "engine", "upper", SchedulerToEngine
     )
-    worker: Channel[SchedulerToWorker, WorkerToScheduler] = Channel(
-        context, tmp_path, "worker", "upper", WorkerToScheduler
-    )
+    workers = Workers(tmp_path, 0, context, FakeProcesses(tmp_path))
     before = WorkerCounters(graph_replays=7, eager_steps=1, recompilations=2)
-    loop = SchedulerLoop(Scheduler(make_limits()), engine, worker, StepLog(None), READY, before)
+    loop = SchedulerLoop(Scheduler(make_limits()), engine, workers, StepLog(None), READY, before)
     user.send(StatsRequest())
     user.send(Shutdown())
     loop.run()
     received = [user.receive(5.0), user.receive(5.0)]
-    for channel in (engine, user, worker):
-        channel.close()
+    engine.close()
+    user.close()
+    workers.end(0.0)
     context.term()
     assert engine.frozen_at_ready > 0
     assert received[0] == READY

@@ -40,6 +40,7 @@ from graphgen.worker.runner import LaunchedStep
 Message = TypeVar("Message")
 
 SILENCE_S = 0.15
+NAME = "worker-0"
 """Long enough for a message that should not come."""
 
 
@@ -116,7 +117,7 @@ class Loop:
         self.processes = EngineProcesses(modules=())
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.channel: Channel[SchedulerToWorker, WorkerToScheduler] = Channel(
-            self._context, self.processes.folder, "worker", "upper", WorkerToScheduler
+            self._context, self.processes.folder, NAME, "upper", WorkerToScheduler
         )
         launch_config(EngineConfig(device="cpu", step_times="off")).write(self.processes.folder)
         self.exit_code: object = "still running"
@@ -125,7 +126,7 @@ class Loop:
 
     def _run(self) -> None:
         try:
-            process.run(self.processes.folder, Background("context", lambda: 0.0))
+            process.run(self.processes.folder, NAME, Background("context", lambda: 0.0))
             self.exit_code = 0
         except SystemExit as end:
             self.exit_code = end.code

@@ -115,7 +115,13 @@ def _serve(folder: Path, supervisor: SupervisorChannel) -> int:
             stack.callback(socket.close, LINGER_S)
         inbox = Inbox()
         stack.callback(inbox.close)
-        link = Link(EngineElsewhere(folder), supervisor.send, attaches=True, after_outputs=inbox.wake)
+        link = Link(
+            EngineElsewhere(folder),
+            supervisor.send,
+            attaches=True,
+            after_outputs=inbox.wake,
+            on_notice=supervisor.send,
+        )
         stack.callback(link.close)
         ready = link.wait_ready(threading.TIMEOUT_MAX)  # the supervisor has an eye on the time
         supervisor.send(ready)
