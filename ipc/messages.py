@@ -79,6 +79,7 @@ class Submit(Struct, frozen=True, array_like=True, tag="submit", gc=False):
     itl_target_ms: float | None = None  # what no gap between two of its tokens should exceed
     ttft_target_ms: float | None = None  # from arrived_s to the first token
     cache_salt: str = ""  # prompts share cached pages only under an equal salt
+    tenant: str = ""  # who it is accounted to; among tenants service is fair, whatever their requests ask for
 
 
 class Cancel(Struct, frozen=True, array_like=True, tag="cancel", gc=False):

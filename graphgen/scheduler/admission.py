@@ -7,8 +7,13 @@ Reserved requests. A request that was preempted MAX_PREEMPTIONS times starts onl
 is not preempted again. One rule keeps the others from being locked out by it: any running request that is not reserved
 fits into the pool beside all reserved ones. So when pages run out, preempting the others in turn always lets the first
 in the order of service go on, and the reserved ones end without asking for anything.
+
+Several tenants. A request whose tenant holds less than its share, or nothing, may take slots and pages from tenants
+that hold more than theirs; never the other way round. A tenant gives what it would serve last, reserved requests after
+all others. Only its first in the order of service keeps what it has once it is reserved: so every request ends.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from graphgen.scheduler.limits import SchedulerLimits
@@ -16,6 +21,7 @@ from graphgen.scheduler.page_branches import common_len
 from graphgen.scheduler.prefix_cache import PrefixCache
 from graphgen.scheduler.request import MAX_PREEMPTIONS, Request, RunningRequest
 from graphgen.scheduler.running import RunningSet
+from graphgen.scheduler.tenants import Tenant, Tenants
 
 WATERMARK_DIVISOR = 16
 """Admission keeps one page free for each running request, at most this part of the pool (rounded up)."""
@@ -54,12 +60,20 @@ class Offer(NamedTuple):
 class Admission:
     """The rules of one pool."""
 
-    def __init__(self, limits: SchedulerLimits, cache: PrefixCache, running: RunningSet, long_prompt_len: int) -> None:
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        cache: PrefixCache,
+        running: RunningSet,
+        tenants: Tenants,
+        long_prompt_len: int,
+    ) -> None:
         """long_prompt_len: the least missing tokens that make a prompt long."""
         self._long_prompt_len = long_prompt_len
         self._limits = limits
         self._cache = cache
         self._running = running
+        self._tenants = tenants
         self._watermark_limit = -(-limits.num_pages // WATERMARK_DIVISOR)
         self._headroom_limit = limits.num_pages // HEADROOM_DIVISOR
         self._headroom = 0.0
@@ -88,11 +102,11 @@ class Admission:
             return offer
         return offer._replace(num_cached=offer.num_cached + found.num_tokens, copy_from=found.source)
 
-    def has_pages(self, request: Request, offer: Offer, num_more: int = 0) -> bool:
-        """Whether the free pages, and `num_more` besides, suffice."""
+    def has_pages(self, request: Request, offer: Offer, num_more: int = 0, fewer_reserved: int = 0) -> bool:
+        """Whether the free pages, and `num_more` besides, suffice; with so many pages fewer that are reserved."""
         if offer.num_taken + offer.num_spare > self._cache.pool.num_free + num_more:
             return False
-        most = self._most_pages(request) + self._num_reserved
+        most = self._most_pages(request) + self._num_reserved - fewer_reserved
         if offer.reserve:
             most += max((self._most_pages(one.request) for one in self._running if not one.is_reserved), default=0)
         return most <= self._limits.num_pages
@@ -106,13 +120,14 @@ class Admission:
         return sum(running.is_long for running in self._running.begun) >= self._limits.max_long_prompts
 
     def victims_for(self, request: Request, offer: Offer) -> list[RunningRequest]:
-        """Whom to preempt so that it starts: requests of lower classes that are to be served after it, the last first.
+        """Whom of its own tenant to preempt so that it starts: requests of lower classes that are to be served after
+        it, the last first.
 
         None at all if it has what it needs, or if it would not get it that way either.
         """
         victims: list[RunningRequest] = []
         shared = set(offer.shared)
-        candidates = self._running.victims()
+        candidates = (one for one in self._running.victims() if one.request.tenant is request.tenant)
         num_freed = 0
         while not (victims or self._running.num_free_slots) or not self.has_pages(request, offer, num_freed):
             victim = next(candidates, None)
@@ -123,6 +138,86 @@ class Admission:
                 # What it shares with the victim is not to be had twice.
                 num_freed += sum(self._cache.pool.num_holders(page) == 1 for page in {*victim.pages} - shared)
         return victims
+
+    # --- several tenants -----------------------------------------------------------------------------------------
+
+    @property
+    def _num_shares(self) -> int:
+        """One for each tenant, as far as there are slots."""
+        return min(len(self._tenants), self._limits.max_running)
+
+    @property
+    def share_slots(self) -> int:
+        """Slots that each tenant is entitled to."""
+        return self._limits.max_running // self._num_shares
+
+    @property
+    def share_pages(self) -> int:
+        """Pages that each tenant is entitled to."""
+        return self._limits.num_pages // self._num_shares
+
+    def may_take(self, request: Request, offer: Offer) -> bool:
+        """Whether it lacks a slot or pages, and its tenant has fewer slots than its share."""
+        lacks = not self._running.num_free_slots or not self.has_pages(request, offer)
+        return lacks and request.tenant.num_running < self.share_slots
+
+    def givers_for(self, request: Request, offer: Offer) -> list[RunningRequest]:
+        """Whom of other tenants to preempt so that a request starts that `may_take`.
+
+        None at all if its tenant would have more pages than its share, or if it would not get what it needs.
+        """
+        holdings = self._holdings()
+        own = holdings.get(request.tenant)
+        if own is not None and own.num_pages + offer.num_new > self.share_pages:
+            return []
+        victims: list[RunningRequest] = []
+        shared = set(offer.shared)
+        num_freed = reserved = 0
+        while True:
+            lacks_slot = not (victims or self._running.num_free_slots)
+            if not lacks_slot and self.has_pages(request, offer, num_freed, reserved):
+                return victims
+            victim = self._next_giver(holdings, request.tenant, of_slots=lacks_slot)
+            if victim is None:
+                return []
+            victims.append(victim)
+            num_freed += sum(self._cache.pool.num_holders(page) == 1 for page in {*victim.pages} - shared)
+            reserved += self._most_pages(victim.request) if victim.is_reserved else 0
+
+    def victim_of_growth(self) -> RunningRequest:
+        """Whom to preempt when a decode needs a page and none is free: of the tenant that holds most beyond its share;
+        with one tenant, whoever is to be served last."""
+        if len(self._tenants) == 1:
+            return next(self._running.victims())
+        holdings = self._holdings()
+        victim = self._next_giver(holdings, None, of_slots=False)
+        if victim is not None:
+            return victim
+        most = max(holdings.values(), key=lambda holding: (holding.num_victims > 0, holding.num_pages))
+        return most.take_last()
+
+    def _holdings(self) -> "dict[Tenant, _Holding]":
+        found: dict[Tenant, _Holding] = {}
+        for running in self._running:
+            found.setdefault(running.request.tenant, _Holding()).add(running)
+        return found
+
+    def _next_giver(
+        self, holdings: "dict[Tenant, _Holding]", taker: Tenant | None, of_slots: bool
+    ) -> RunningRequest | None:
+        """The next to be preempted of the tenant that holds most slots, or pages, if that is more than its share."""
+        candidates: Iterable[_Holding] = (
+            holding for tenant, holding in holdings.items() if tenant is not taker and holding.can_give
+        )
+        if of_slots:
+            giver = max(candidates, key=lambda holding: len(holding.running), default=None)
+            is_above = giver is not None and len(giver.running) > self.share_slots
+        else:
+            giver = max(candidates, key=lambda holding: holding.num_pages, default=None)
+            is_above = giver is not None and giver.num_pages > self.share_pages
+        return giver.take_last() if giver is not None and is_above else None
+
+    # --- pages of other prompts, reserved requests -----------------------------------------------------------------
 
     def _awaits_page(self, request: Request, offer: Offer) -> bool:
         """Whether a prompt that is served before it is about to compute the page it misses first, or enough of it.
@@ -170,6 +265,32 @@ class Admission:
 
     def _most_pages(self, request: Request) -> int:
         return self._limits.pages_for(request.end_position)
+
+
+class _Holding:
+    """What one tenant holds, while it is decided who gives."""
+
+    def __init__(self) -> None:
+        self.running: list[RunningRequest] = []  # in order of service
+        self.num_pages = 0
+        self.num_victims = 0  # of `running`: not reserved
+
+    def add(self, running: RunningRequest) -> None:
+        self.running.append(running)
+        self.num_pages += len(running.pages)
+        self.num_victims += not running.is_reserved
+
+    @property
+    def can_give(self) -> bool:
+        return self.num_victims > 0 or len(self.running) > 1
+
+    def take_last(self) -> RunningRequest:
+        """The one to preempt first, which it then does not hold any more."""
+        found = next((one for one in reversed(self.running) if not one.is_reserved), self.running[-1])
+        self.running.remove(found)
+        self.num_pages -= len(found.pages)
+        self.num_victims -= not found.is_reserved
+        return found
 
 
 def _most_cached(request: Request) -> int:

@@ -38,6 +38,7 @@ class StepLoad(Struct, frozen=True):
     num_decodes: int
     decode_positions: int  # that the decode rows attend to, together
     itl_target_ms: float | None  # the tightest one of the decodes
+    most_ms: float | None  # what the step should not exceed besides; None: whatever is efficient
     prompts: Sequence[_Prompt]  # those that have begun, in order of service
     pending_tokens: int  # prompt tokens to compute, of begun and of waiting requests
     is_late: bool  # a TTFT target would be missed at the saturation point's rate
@@ -62,10 +63,14 @@ class StepBudget:
         """The largest bucket the step may use; None where the decodes leave no room for prompts."""
         if load.itl_target_ms is not None and load.num_decodes:
             candidates = _that_hold(self._buckets.mixed(load.num_decodes), load.pending_tokens)
-            return self._within_target(candidates, load, load.itl_target_ms) if candidates else None
-        efficient = self._efficient(load.num_decodes)
-        candidates = self._buckets.mixed(load.num_decodes) if load.is_late else efficient
-        return _that_hold(candidates, load.pending_tokens)[-1] if candidates else None
+            chosen = self._within_target(candidates, load, load.itl_target_ms) if candidates else None
+        else:
+            efficient = self._efficient(load.num_decodes)
+            candidates = self._buckets.mixed(load.num_decodes) if load.is_late else efficient
+            chosen = _that_hold(candidates, load.pending_tokens)[-1] if candidates else None
+        if chosen is None or load.most_ms is None:
+            return chosen
+        return self._likely_within(candidates[: candidates.index(chosen) + 1], load, load.most_ms)
 
     def saturated(self, num_decodes: int) -> Bucket | None:
         """The largest bucket that `choose` gives without any target."""
@@ -81,6 +86,10 @@ class StepBudget:
         pairs = prompt_pairs(0, bucket.prefill_rows)
         step_ms = self._model.predict_ms(bucket, decode_positions, pairs)
         return None if step_ms is None else step_ms * (self._steps_in_flight + -(-num_tokens // bucket.prefill_rows))
+
+    def decode_ms(self, num_decodes: int, decode_positions: int) -> float | None:
+        """Milliseconds of a step that holds nothing but so many decodes; None where its bucket was never timed."""
+        return self._model.predict_ms(self._buckets.smallest(0, num_decodes), decode_positions, 0)
 
     def even_length(self, num_decodes: int, room: int, used: int, missing: int) -> int:
         """How much of the last pending prompt to compute now, beside `used` tokens of others, in a step of `room`
@@ -109,6 +118,15 @@ class StepBudget:
             bound_ms = self._bound_ms(candidates, index, load)
             if bound_ms is not None and bound_ms <= target_ms:
                 return candidates[index]
+        return candidates[0]
+
+    def _likely_within(self, candidates: tuple[Bucket, ...], load: StepLoad, most_ms: float) -> Bucket:
+        """The largest candidate that takes so long on average, else the smallest; one that was never timed is none."""
+        for bucket in reversed(candidates):
+            pairs = _pairs(load.prompts, bucket.prefill_rows)
+            likely_ms = self._model.predict_ms(bucket, load.decode_positions, pairs)
+            if likely_ms is not None and likely_ms <= most_ms:
+                return bucket
         return candidates[0]
 
     def _bound_ms(self, candidates: tuple[Bucket, ...], index: int, load: StepLoad) -> float | None:

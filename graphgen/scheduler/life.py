@@ -18,7 +18,7 @@ from graphgen.scheduler.prefix_cache import PrefixCache
 from graphgen.scheduler.prompts import PromptPlanner
 from graphgen.scheduler.request import Request
 from graphgen.scheduler.running import RunningSet
-from graphgen.scheduler.waiting import WaitingQueue
+from graphgen.scheduler.tenants import Tenants
 
 
 class WorkerLife:
@@ -30,21 +30,21 @@ class WorkerLife:
         limits: SchedulerLimits,
         buckets: BucketTable,
         model: CostModel,
-        waiting: WaitingQueue,
+        tenants: Tenants,
         counters: Counters,
         long_prompt_len: int,
     ) -> None:
-        """epoch: number of this life, 0 the first. waiting, counters: those of the policy, which outlive this."""
+        """epoch: number of this life, 0 the first. tenants, counters: those of the policy, which outlive this."""
         self.epoch = epoch
         self.model = model
         self.cache = PrefixCache(limits.num_pages, limits.page_size, limits.prefix_cache)
         self.running = RunningSet(limits.max_running, limits.page_size)
         self.in_flight = StepsInFlight()
         self.budget = StepBudget(buckets, model, limits.steps_in_flight)
-        self.admission = Admission(limits, self.cache, self.running, long_prompt_len)
-        self.guard = OverloadGuard(limits, buckets, self.budget, model, self.running, waiting)
+        self.admission = Admission(limits, self.cache, self.running, tenants, long_prompt_len)
+        self.guard = OverloadGuard(limits, buckets, self.budget, model, self.running, tenants)
         self.prompts = PromptPlanner(
-            limits, self.budget, self.cache, waiting, self.running, self.admission, self.in_flight, counters
+            limits, self.budget, self.cache, tenants, self.running, self.admission, self.in_flight, counters
         )
 
     def suspects(self) -> Sequence[Request]:

@@ -13,6 +13,8 @@ The estimate for a request, in milliseconds:
 - While it decodes, prompts that wait now are computed beside it, so a step is one with prompts for so long; after that
   it is a step of decodes.
 - Output tokens: max_tokens times the share of it that the requests so far drew before they stopped.
+- Each other tenant is served before the request as much as its own is until it starts, and none keeps it from a slot
+  while its tenant holds less than its share of them.
 """
 
 from graphgen.ipc.errors import DeadlineError, OverloadedError
@@ -22,7 +24,7 @@ from graphgen.scheduler.cost_model import CostModel, prompt_pairs
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.request import Request
 from graphgen.scheduler.running import RunningSet
-from graphgen.scheduler.waiting import WaitingQueue
+from graphgen.scheduler.tenants import Tenants
 
 _WEIGHT = 1.0 / 32
 """Of the newest value in a mean."""
@@ -42,14 +44,14 @@ class OverloadGuard:
         budget: StepBudget,
         model: CostModel,
         running: RunningSet,
-        waiting: WaitingQueue,
+        tenants: Tenants,
     ) -> None:
         self._limits = limits
         self._buckets = buckets
         self._budget = budget
         self._model = model
         self._running = running
-        self._waiting = waiting
+        self._tenants = tenants
         self._step_ms: float | None = None
         self._output_share = 1.0
 
@@ -62,17 +64,21 @@ class OverloadGuard:
         self._output_share += _WEIGHT * (share - self._output_share)
 
     def check_room(self, request: Request) -> None:
-        """Raises OverloadedError when the queue is full."""
-        limits, waiting = self._limits, self._waiting
-        if len(waiting) >= limits.max_waiting:
+        """Raises OverloadedError when the queue is full. A tenant with less than its share of a full queue may still
+        add to it."""
+        limits, tenants, own = self._limits, self._tenants, request.tenant.waiting
+        num_tenants = tenants.num_with(request.tenant)
+        if tenants.num_waiting >= limits.max_waiting and len(own) >= limits.max_waiting // num_tenants:
             raise OverloadedError(
-                f"{len(waiting)} requests wait, max_waiting is {limits.max_waiting}: retry later or raise max_waiting",
+                f"{tenants.num_waiting} requests wait, max_waiting is {limits.max_waiting}: retry later or raise"
+                " max_waiting",
                 self._drain_s(),
             )
         # An empty queue takes any prompt that can be served at all.
-        if waiting and waiting.num_tokens + request.prompt_len > limits.max_waiting_tokens:
+        is_full = tenants.num_waiting_tokens + request.prompt_len > limits.max_waiting_tokens
+        if own and is_full and own.num_tokens + request.prompt_len > limits.max_waiting_tokens // num_tenants:
             raise OverloadedError(
-                f"{waiting.num_tokens} prompt tokens wait and the prompt has {request.prompt_len},"
+                f"{tenants.num_waiting_tokens} prompt tokens wait and the prompt has {request.prompt_len},"
                 f" max_waiting_tokens is {limits.max_waiting_tokens}: retry later or raise max_waiting_tokens",
                 self._drain_s(),
             )
@@ -94,8 +100,8 @@ class OverloadGuard:
             )
         raise OverloadedError(
             f"the output would be complete after about {needed_ms:.0f} ms, deadline_ms is {deadline_ms:g}:"
-            f" {len(self._running)} requests run and {len(self._waiting)} wait; retry later, raise deadline_ms or lower"
-            " max_tokens",
+            f" {len(self._running)} requests run and {self._tenants.num_waiting} wait; retry later, raise deadline_ms"
+            " or lower max_tokens",
             _bounded((needed_ms - deadline_ms) / 1000.0),
         )
 
@@ -109,18 +115,18 @@ class OverloadGuard:
         return prompt_ms + request.max_tokens * self._output_share * decode_step_ms
 
     def _needed_ms(self, request: Request, num_cached: int) -> float | None:
-        num_others = len(self._running) + len(self._waiting)
+        num_others = len(self._running) + self._tenants.num_waiting
         num_decodes = min(num_others, self._limits.max_running - 1)
         room, prompt_step_ms = self._prompt_step(num_decodes, request.prompt_len)
         if prompt_step_ms is None:
             return None
         begun_tokens = sum(begun.num_missing for begun in self._running.begun)
-        steps_before = (self._waiting.num_tokens_from(request.priority) + begun_tokens) / room
+        steps_before = (self._tokens_before(request) + begun_tokens) / room
         num_tokens = request.max_tokens * self._output_share
-        if num_others >= self._limits.max_running:
-            steps_before = max(steps_before, self._outputs_before(request.priority, num_tokens) / (num_decodes + 1))
+        if num_others >= self._limits.max_running and not self._has_slot(request):
+            steps_before = max(steps_before, self._outputs_before(request, num_tokens) / (num_decodes + 1))
         steps_before += (request.prompt_len - num_cached) / room
-        all_prompt_steps = (self._waiting.num_tokens + begun_tokens) / room
+        all_prompt_steps = (self._tenants.num_waiting_tokens + begun_tokens) / room
         prompt_steps_beside = min(num_tokens, max(0.0, all_prompt_steps - steps_before)) if num_others else 0.0
         if num_others >= self._limits.max_running:
             prompt_steps_beside = num_tokens  # a slot that becomes free brings the next prompt
@@ -129,13 +135,29 @@ class OverloadGuard:
             num_tokens - prompt_steps_beside
         ) * decode_step_ms
 
-    def _outputs_before(self, priority: int, own_tokens: float) -> float:
-        """Output tokens that are likely drawn before a request of this class starts: of those that run, and of those
-        that wait in its class or above, who are taken to want as many as those that run, or as itself if none runs."""
+    def _tokens_before(self, request: Request) -> int:
+        """Prompt tokens that wait and are computed before it."""
+        own = request.tenant.waiting
+        before = own.num_tokens_from(request.priority)
+        others = self._tenants.num_waiting_tokens - own.num_tokens
+        num_others = self._tenants.num_with(request.tenant) - 1
+        return before + min(others, num_others * (before + request.prompt_len))
+
+    def _has_slot(self, request: Request) -> bool:
+        """Whether a slot of another tenant is its tenant's to take."""
+        tenant = request.tenant
+        num_wanted = tenant.num_running + tenant.waiting.num_from(request.priority)
+        num_tenants = self._tenants.num_with(tenant)
+        return num_tenants > 1 and num_wanted < self._limits.max_running // num_tenants
+
+    def _outputs_before(self, request: Request, own_tokens: float) -> float:
+        """Output tokens that are likely drawn before the request starts: of those that run, and of those that wait in
+        its class or above, who are taken to want as many as those that run, or as itself if none runs."""
         running = [one.request.max_tokens for one in self._running]
         drawn = sum(len(one.request.output) for one in self._running)
         mean = self._output_share * sum(running) / len(running) if running else own_tokens
-        return max(0.0, mean * (len(running) + self._waiting.num_from(priority)) - drawn)
+        num_waiting = request.tenant.waiting.num_from(request.priority)
+        return max(0.0, mean * (len(running) + num_waiting) - drawn)
 
     def _positions(self, num_decodes: int, prompt_len: int) -> int:
         """That so many decodes attend to: as those that decode now do on average, or as a prompt of this length."""
@@ -158,7 +180,7 @@ class OverloadGuard:
         room, step_ms = self._prompt_step(min(len(self._running), self._limits.max_running - 1), 0)
         if step_ms is None:
             return 1.0
-        return _bounded(_DRAINED_SHARE * self._waiting.num_tokens / room * step_ms / 1000.0)
+        return _bounded(_DRAINED_SHARE * self._tenants.num_waiting_tokens / room * step_ms / 1000.0)
 
 
 def _bounded(seconds: float) -> float:

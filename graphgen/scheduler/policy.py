@@ -5,7 +5,8 @@ never sees a tensor: `graphgen.scheduler.process` feeds it messages and sends wh
 
 One plan is made in this order, and nothing that was put into a plan is taken out again:
 
-1. A waiting request of a higher class that lacks a slot or pages takes them from the lowest class that runs.
+1. A waiting request that lacks a slot or pages takes them: from tenants that hold more than their share if its own
+   holds less, else from the lowest class of its tenant that runs if its own class is higher.
 2. Every request whose prompt is computed gets one decode row. One that needs a page when none is free takes it from
    the running request that is to be served last.
 3. The budget decides how many prompt tokens the step may hold. Prompts that have begun share them in the order of
@@ -18,15 +19,17 @@ given to another request in the next plan. Tokens that arrive are matched throug
 never through a slot.
 
 The parts: `life` (what dies with a worker group) and `trials` (whom it died of); `request` (what a request is, the
-order of service); `waiting`, `running`, `decodes`, `in_flight` and `deadlines` (who is where); `pages`, `page_chain`
-and `prefix_cache` (what the KV cache holds); `admission` (who may start); `budget`, `shares` and `prompts` (how many
-prompt rows, and whose); `overload` (who is refused); `plan` (the message).
+order of service); `tenants` (whose turn it is); `waiting`, `running`, `decodes`, `in_flight` and `deadlines` (who is
+where); `pages`, `page_chain` and `prefix_cache` (what the KV cache holds); `admission` (who may start); `budget`,
+`step_bounds`, `shares` and `prompts` (how many prompt rows, and whose); `overload` (who is refused); `plan` (the
+message).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from graphgen.ipc.errors import ConfigError, DeadlineError, InvalidRequestError, OverloadedError
 from graphgen.ipc.messages import Outputs, Rejected, StepPlan, Submit, TokenOutput
+from graphgen.scheduler.admission import Offer
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.counters import Counters
@@ -37,8 +40,8 @@ from graphgen.scheduler.page_chain import PAGES_AHEAD
 from graphgen.scheduler.plan import PlanDraft, StepDescription
 from graphgen.scheduler.prompts import MAX_PASSED
 from graphgen.scheduler.request import Request, RunningRequest
+from graphgen.scheduler.tenants import Tenant, Tenants
 from graphgen.scheduler.trials import MAX_DEATHS, Trials
-from graphgen.scheduler.waiting import WaitingQueue
 
 PAGES_READY = 64
 """Pages that are made empty ahead of need: more than one plan takes, as a rule."""
@@ -48,6 +51,12 @@ REVIEW_STEPS = 16
 
 FULL_SHARE = 0.75
 """On a device that does not pad, a step with less than this of its bucket's rows says too little of a full one."""
+
+DECODE_REVIEW_STEPS = 4
+"""Plans from one count of what the tenants' decodes cost to the next."""
+
+MAX_TENANTS_HELPED = 4
+"""Tenants that wait and are looked at in one plan, whether they are to get slots and pages of others."""
 
 LONG_PROMPT_STEPS = 8
 """A prompt that misses more tokens than this many steps of the full budget compute is long."""
@@ -73,7 +82,7 @@ class Scheduler:
         self.counters = Counters()
         self._long_prompt_len = long_prompt_len
         self._requests: dict[int, Request] = {}
-        self._waiting = WaitingQueue(long_prompt_len)
+        self._tenants = Tenants(long_prompt_len)
         self._deadlines = Deadlines()
         self._trials = Trials()
         self._is_served = True  # a worker group serves
@@ -84,7 +93,7 @@ class Scheduler:
     def _begin_life(self, epoch: int, model: CostModel) -> None:
         """Pages, slots and plans in flight are those of this life from here on."""
         life = WorkerLife(
-            epoch, self._limits, self._buckets, model, self._waiting, self.counters, self._long_prompt_len
+            epoch, self._limits, self._buckets, model, self._tenants, self.counters, self._long_prompt_len
         )
         self.epoch = epoch
         """Number of the worker group's life."""
@@ -114,7 +123,8 @@ class Scheduler:
                 f"request id {submit.request_id} is in use by a request that has not ended: choose another id"
             )
         arrived_s = max(submit.arrived_s, self._newest_arrival_s)
-        request = Request(submit, self._num_added, arrived_s, self._limits.page_size)
+        tenant = self._tenants.of(submit.tenant)
+        request = Request(submit, self._num_added, arrived_s, self._limits.page_size, tenant)
         self._limits.check_servable(request.prompt_len, submit.max_tokens)
         try:
             self._guard.check_room(request)
@@ -128,7 +138,8 @@ class Scheduler:
         self._num_added += 1
         self._newest_arrival_s = arrived_s
         self._requests[request.request_id] = request
-        self._waiting.add(request)
+        self._tenants.opened(request)
+        self._tenants.add(request)
         self._prompts.num_with_ttft_target += request.ttft_by_s is not None
         self._deadlines.add(request)
 
@@ -183,11 +194,12 @@ class Scheduler:
             return None
         self._book()
         draft = PlanDraft()
-        self._make_way()
+        helped = self._make_way()
         preemptions_before = self.counters.preemptions
         self._plan_decodes(draft)
         # Pages that a preemption freed are for the growth of those that still run, not for new requests.
-        self._prompts.plan(draft, now_s, may_admit=self.counters.preemptions == preemptions_before)
+        may_admit = self.counters.preemptions == preemptions_before
+        self._prompts.plan(draft, now_s, may_admit, helped)
         if not draft.num_decodes and not draft.num_chunks:
             return None
         return self._send_off(draft, now_s)
@@ -202,6 +214,8 @@ class Scheduler:
         self._pages.make_empty(min(PAGES_READY, self._pages.num_pages // 64))
         if self.counters.steps % REVIEW_STEPS == 0:
             self._budget.review()
+        if self.counters.steps % DECODE_REVIEW_STEPS == 0:
+            self._tenants.charge_decodes(self._running.decodes)
         for running in self._grown:
             # Its newest page is empty; of the one before, with two steps in flight, all tokens have just arrived.
             running.request.chain.prepare(len(running.pages) - 1)
@@ -261,12 +275,13 @@ class Scheduler:
         self._is_served = False
         for request in lost:
             request.count_death()
+        self._tenants.lose_slots()
         for request in self._requests.values():
             request.running = None
-            if request not in self._waiting:
-                self._waiting.add(request)
+            if request not in request.tenant.waiting:
+                self._tenants.add(request)
         self._trials.suspect(lost)
-        self._waiting.only = None
+        self._tenants.serve_only(None)
         self._begin_life(self.epoch + 1, self._model)
         return [request for request in lost if request.num_deaths >= MAX_DEATHS]
 
@@ -291,7 +306,7 @@ class Scheduler:
         if self._trials.tried is None:
             if self._in_flight:
                 return False  # what is in flight is the one before
-            self._waiting.only = self._trials.next()
+            self._tenants.serve_only(self._trials.next())
         return True
 
     def _end_trial(self) -> None:
@@ -305,12 +320,12 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Requests that were admitted and wait for nothing but their tokens."""
-        return len(self._requests) - len(self._waiting)
+        return len(self._requests) - self._tenants.num_waiting
 
     @property
     def waiting(self) -> int:
         """Requests that wait for a slot and pages, preempted ones included."""
-        return len(self._waiting)
+        return self._tenants.num_waiting
 
     @property
     def pages_free(self) -> int:
@@ -333,21 +348,43 @@ class Scheduler:
 
     # --- making a plan: decodes ------------------------------------------------------------------------------
 
-    def _make_way(self) -> None:
-        """Preempts requests of lower classes for the waiting request that is next, if that lets it start."""
-        lowest, highest = self._running.lowest_class, self._waiting.highest_class
+    def _make_way(self) -> list[Tenant]:
+        """Preempts requests for the waiting requests that are next, if that lets them start; returns the tenants that
+        took slots or pages from others."""
+        if not self._tenants.num_waiting or not len(self._running):
+            return []
+        others_give = len(self._tenants) > 1
+        helped = []
+        for tenant in self._tenants.first(MAX_TENANTS_HELPED):
+            found = self._next_to_start(tenant) if others_give else None
+            if found is not None and self._admission.may_take(*found):
+                victims = self._admission.givers_for(*found)
+                if victims:
+                    helped.append(tenant)
+                    self._preempt_all(victims)
+                    continue
+                others_give = False  # nobody has more than its share, or nothing of use
+            self._make_way_within(tenant)
+        return helped
+
+    def _make_way_within(self, tenant: Tenant) -> None:
+        """Preempts requests of lower classes of the tenant for its waiting request that is next."""
+        lowest, highest = tenant.lowest_class, tenant.waiting.highest_class
         if lowest is None or highest is None or highest <= lowest:
             return
-        for request in self._waiting.first(MAX_PASSED, MAX_PASSED):
+        found = self._next_to_start(tenant)  # whoever comes after it could not be sure to start
+        if found is not None and found[0].priority > lowest:
+            self._preempt_all(self._admission.victims_for(*found))
+
+    def _next_to_start(self, tenant: Tenant) -> tuple[Request, Offer] | None:
+        """The first waiting request that waits for nothing but a slot and pages, and what it would start with."""
+        for request in tenant.waiting.first(MAX_PASSED, MAX_PASSED):
             if self._in_flight.draw_for(request):
-                return
+                return None
             offer = self._admission.offer(request)
-            if self._admission.is_held_back(request, offer):
-                continue
-            if request.priority > lowest:
-                for victim in self._admission.victims_for(request, offer):
-                    self._preempt(victim)
-            return  # whoever comes after it could not be sure to start
+            if not self._admission.is_held_back(request, offer):
+                return request, offer
+        return None
 
     def _plan_decodes(self, draft: PlanDraft) -> None:
         """A row for every request whose prompt is computed."""
@@ -361,17 +398,21 @@ class Scheduler:
         draft.set_decodes(self._running.decodes)
 
     def _make_room(self, growing: list[RunningRequest]) -> list[RunningRequest]:
-        """Preempts whoever is to be served last until there is a page for each of the others; returns those.
+        """Preempts until there is a page for each of the others; returns those.
 
         The first in the order of service always gets its page: see `graphgen.scheduler.admission`.
         """
         while len(growing) > self._pages.num_free:
-            victim = next(self._running.victims())
+            victim = self._admission.victim_of_growth()
             self._admission.preempted(victim)
             self._preempt(victim)
             if victim in growing:
                 growing.remove(victim)
         return growing
+
+    def _preempt_all(self, victims: Iterable[RunningRequest]) -> None:
+        for victim in victims:
+            self._preempt(victim)
 
     def _preempt(self, running: RunningRequest) -> None:
         """Takes slot and pages away; the tokens stay, those in flight included."""
@@ -386,7 +427,7 @@ class Scheduler:
         if running.decode_row is not None:
             request.last_step = self.counters.steps - 1
         self._release(running)
-        self._waiting.add(request)
+        self._tenants.add(request)
 
     # --- a plan leaves, requests leave -----------------------------------------------------------------------
 
@@ -397,6 +438,9 @@ class Scheduler:
         self._pages.give_back(draft.held)  # whoever takes one writes to it in a later step
         self.counters.plan_made(record)
         self._admission.plan_made()
+        if self._tenants.is_counting:
+            step_ms = self._model.predict_ms(bucket, record.decode_positions, record.prompt_pairs)
+            self._tenants.charge_step(record, step_ms or 0.0)
         self._in_flight.append(record)
         self._unbooked = draft
         return plan
@@ -426,8 +470,9 @@ class Scheduler:
         self._deadlines.remove(request)
         if request.running is not None:
             self._release(request.running)
-        elif request in self._waiting:
-            self._waiting.remove(request)
+        elif request in request.tenant.waiting:
+            self._tenants.remove(request)
+        self._tenants.closed(request)
 
     def _finish(self, request: Request) -> None:
         self.counters.finished += 1

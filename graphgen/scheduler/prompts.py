@@ -4,7 +4,9 @@ Owns the order in which they are asked, and who may pass whom; the budget says h
 divide them, admission says who fits. Called by `graphgen.scheduler.policy` for every plan, after its decodes.
 """
 
+from collections.abc import Sequence
 from itertools import islice
+from typing import NamedTuple
 
 from graphgen.scheduler.admission import Admission, Offer
 from graphgen.scheduler.budget import StepBudget, StepLoad
@@ -16,6 +18,8 @@ from graphgen.scheduler.prefix_cache import PrefixCache
 from graphgen.scheduler.request import Request, RunningRequest
 from graphgen.scheduler.running import RunningSet
 from graphgen.scheduler.shares import PromptShares
+from graphgen.scheduler.step_bounds import StepBounds
+from graphgen.scheduler.tenants import Tenant, Tenants
 from graphgen.scheduler.waiting import WaitingQueue
 
 MAX_PASSED = 8
@@ -23,6 +27,20 @@ MAX_PASSED = 8
 
 MAX_TIMES_PASSED = 64
 """Plans in which a waiting request may be passed; after that nothing passes it until it is admitted."""
+
+
+class _Turn(NamedTuple):
+    """A tenant in one plan."""
+
+    tenant: Tenant
+    begun: list[RunningRequest]
+    """Its prompts that have begun, in order of service."""
+    may_admit: bool
+    """Its waiting requests may start."""
+    is_deferred: bool
+    """They may when all others had their turn."""
+    is_last: bool
+    """No other tenant comes after it."""
 
 
 class PromptPlanner:
@@ -33,7 +51,7 @@ class PromptPlanner:
         limits: SchedulerLimits,
         budget: StepBudget,
         cache: PrefixCache,
-        waiting: WaitingQueue,
+        tenants: Tenants,
         running: RunningSet,
         admission: Admission,
         in_flight: StepsInFlight,
@@ -42,54 +60,119 @@ class PromptPlanner:
         self._limits = limits
         self._budget = budget
         self._cache = cache
-        self._waiting = waiting
+        self._tenants = tenants
         self._running = running
         self._admission = admission
         self._in_flight = in_flight
         self._counters = counters
+        self._bounds = StepBounds(budget, running, tenants)
         self.num_with_ttft_target = 0
         """Requests, waiting or running; while there is none, no plan looks for one that is late."""
 
-    def plan(self, draft: PlanDraft, now_s: float, may_admit: bool) -> None:
-        """Adds the chunks of one plan, whose decodes are in the draft already."""
+    def plan(self, draft: PlanDraft, now_s: float, may_admit: bool, helped: Sequence[Tenant]) -> None:
+        """Adds the chunks of one plan, whose decodes are in the draft already.
+
+        helped: tenants for which slots or pages were freed; their requests are the first to be admitted.
+        """
         begun = list(self._running.begun)
-        may_admit = may_admit and len(self._waiting) > 0 and self._running.num_free_slots > 0
-        if not begun and not may_admit:
+        may_admit = may_admit and self._running.num_free_slots > 0
+        waiting = self._tenants.first(self._limits.max_chunks + MAX_PASSED) if may_admit else []
+        if not begun and not waiting:
             return
-        bucket = self._budget.choose(self._load(draft.num_decodes, now_s))
+        turns = self._turns(begun, waiting, helped)
+        bucket = self._budget.choose(self._load(turns[0], begun, draft.num_decodes, now_s))
         if bucket is None:
             return
         shares = PromptShares(bucket.prefill_rows, self._limits.max_chunks, draft.num_decodes, self._budget)
-        outranked = self._outranked(begun) if may_admit and begun else []
-        others_wait = len(self._waiting) > 0
-        shares.give_begun(begun[: len(begun) - len(outranked)], others_wait)
-        if outranked:
-            self._admit(draft, shares, now_s, before=outranked[0].request)
-            shares.give_begun(outranked, others_wait)
-        if may_admit:
-            self._admit(draft, shares, now_s, before=None)
+        if len(turns) == 1:
+            self._serve(turns[0], draft, shares, now_s)
+        else:
+            self._serve_all(turns, draft, shares, now_s)
         shares.give_rest()
         for running, length in shares.items():
             draft.add_chunk(running, length)
 
-    def _load(self, num_decodes: int, now_s: float) -> StepLoad:
-        decodes, begun = self._running.decodes, self._running.begun
+    def _turns(self, begun: list[RunningRequest], waiting: list[Tenant], helped: Sequence[Tenant]) -> "list[_Turn]":
+        """The tenants in the order in which they are served.
+
+        Where slots are scarce, one that has its share of them waits for those that have less.
+        """
+        if not self._tenants.is_counting:
+            return [_Turn(waiting[0] if waiting else begun[0].request.tenant, begun, bool(waiting), False, True)]
+        order = self._tenants.in_turn(waiting, begun)
+        order.sort(key=lambda tenant: tenant not in helped)
+        own: dict[Tenant, list[RunningRequest]] = {}
+        for running in begun:
+            own.setdefault(running.request.tenant, []).append(running)
+        share = self._admission.share_slots
+        num_below = sum(tenant.num_running < share for tenant in waiting)
+        is_scarce = self._running.num_free_slots <= num_below
+        turns = []
+        for tenant in order:
+            waits = bool(waiting) and bool(tenant.waiting)
+            is_deferred = waits and is_scarce and tenant.num_running >= share
+            is_last = tenant is order[-1]
+            turns.append(_Turn(tenant, own.get(tenant, []), waits and not is_deferred, is_deferred, is_last))
+        return turns
+
+    def _serve_all(self, turns: "list[_Turn]", draft: PlanDraft, shares: PromptShares, now_s: float) -> None:
+        """All tenants in turn, then those that had to wait for it.
+
+        One that runs nothing and whose first request does not fit may be passed by other tenants as by its own
+        requests: within MAX_PASSED and MAX_TIMES_PASSED.
+        """
+        unfit: list[Request] = []
+        may_pass = True
+        deferred = [turn._replace(begun=[], may_admit=True) for turn in turns if turn.is_deferred]
+        for turn in (*turns, *deferred):
+            if shares.is_full:
+                return
+            if not may_pass and turn.may_admit:
+                turn = turn._replace(may_admit=False)
+            if not (turn.begun or turn.may_admit):
+                continue
+            num_running = len(self._running)
+            first_unfit = self._serve(turn, draft, shares, now_s)
+            if len(self._running) > num_running:
+                for request in unfit:
+                    request.times_passed += 1
+            if first_unfit is not None and not turn.tenant.num_running:
+                unfit.append(first_unfit)
+                may_pass = len(unfit) < MAX_PASSED and first_unfit.times_passed < MAX_TIMES_PASSED
+
+    def _serve(self, turn: "_Turn", draft: PlanDraft, shares: PromptShares, now_s: float) -> Request | None:
+        """One tenant's prompts: those that have begun and, before those that they outrank, those that wait. Returns the
+        first of these that does not fit."""
+        begun, waiting = turn.begun, turn.tenant.waiting
+        outranked = _outranked(begun, waiting) if turn.may_admit and begun else []
+        others_wait = self._tenants.num_waiting > 0 or not turn.is_last
+        shares.give_begun(begun[: len(begun) - len(outranked)], others_wait)
+        if outranked:
+            self._admit(turn, draft, shares, now_s, before=outranked[0].request)
+            shares.give_begun(outranked, others_wait)
+        return self._admit(turn, draft, shares, now_s, before=None) if turn.may_admit else None
+
+    def _load(self, turn: "_Turn", begun: list[RunningRequest], num_decodes: int, now_s: float) -> StepLoad:
+        decodes = self._running.decodes
+        bounds = self._bounds.of(turn.tenant)
         return StepLoad(
             num_decodes=num_decodes,
             decode_positions=decodes.num_positions,
-            itl_target_ms=decodes.itl_target_ms,
+            itl_target_ms=bounds.target_ms,
+            most_ms=bounds.most_ms,
             prompts=[(running.num_computed, running.num_missing) for running in begun],
-            pending_tokens=sum(running.num_missing for running in begun) + self._waiting.num_tokens,
-            is_late=self.num_with_ttft_target > 0 and self._is_late(num_decodes, now_s),
+            pending_tokens=sum(running.num_missing for running in begun) + self._tenants.num_waiting_tokens,
+            is_late=self.num_with_ttft_target > 0 and self._is_late(turn, num_decodes, now_s),
         )
 
-    def _is_late(self, num_decodes: int, now_s: float) -> bool:
-        """Whether a begun prompt, or the waiting one to serve next, would miss its TTFT target at the present rate.
+    def _is_late(self, turn: "_Turn", num_decodes: int, now_s: float) -> bool:
+        """Whether a begun prompt of the tenant, or its waiting one to serve next, would miss its TTFT target at the
+        present rate.
 
         A target that was missed already asks for no hurry.
         """
-        candidates = [(running.request, running.num_missing) for running in self._running.begun]
-        candidates += [(request, len(request.tokens)) for request in islice(self._waiting.first(1, 1), 1)]
+        candidates = [(running.request, running.num_missing) for running in turn.begun]
+        candidates += [(request, len(request.tokens)) for request in islice(turn.tenant.waiting.first(1, 1), 1)]
         num_tokens = 0
         for request, missing in candidates:
             num_tokens += missing
@@ -100,22 +183,20 @@ class PromptPlanner:
                 return True
         return False
 
-    def _outranked(self, begun: list[RunningRequest]) -> list[RunningRequest]:
-        """Those of `begun` that a waiting request is served before, as one of a higher class is."""
-        first = next(self._waiting.first(1, 1), None)
-        return [] if first is None else [running for running in begun if running.request.rank > first.rank]
-
-    def _admit(self, draft: PlanDraft, shares: PromptShares, now_s: float, before: Request | None) -> None:
-        """Starts waiting requests in the order of service, while there are rows, slots and pages for their chunks:
-        those that are served before `before`, or all.
+    def _admit(
+        self, turn: "_Turn", draft: PlanDraft, shares: PromptShares, now_s: float, before: Request | None
+    ) -> Request | None:
+        """Starts waiting requests of a tenant in the order of service, while there are rows, slots and pages for their
+        chunks: those that are served before `before`, or all. Returns the first that does not fit.
 
         One that does not fit into the free pages may be passed by younger ones, within MAX_PASSED and
         MAX_TIMES_PASSED. Nothing passes a preempted one whose tokens are in flight: it is about to return. One that is
         held back waits for a request that is served before it, and may be passed without limit.
         """
+        unfit: Request | None = None
         passed: list[Request] = []
         num_passed = 0  # those of `passed` that come before the last one admitted
-        for request in self._waiting.first(self._limits.max_chunks + MAX_PASSED, MAX_PASSED):
+        for request in turn.tenant.waiting.first(self._limits.max_chunks + MAX_PASSED, MAX_PASSED):
             if shares.is_full or not self._running.num_free_slots or self._in_flight.draw_for(request):
                 break
             if before is not None and request.rank > before.rank:
@@ -125,20 +206,23 @@ class PromptPlanner:
                 continue
             if self._admission.has_pages(request, offer):
                 offer = self._admission.with_copy(request, offer)
-                length = shares.fit(len(request.tokens) - offer.num_cached, is_last=len(self._waiting) == 1)
+                is_last = turn.is_last and self._tenants.num_waiting == 1
+                length = shares.fit(len(request.tokens) - offer.num_cached, is_last)
                 if length:
                     shares.give(self._start(request, offer, draft, now_s), length)
                     num_passed = len(passed)
                 continue
+            unfit = unfit or request
             if request.times_passed >= MAX_TIMES_PASSED or len(passed) == MAX_PASSED:
                 break
             passed.append(request)
         for request in passed[:num_passed]:
             request.times_passed += 1
+        return unfit
 
     def _start(self, request: Request, offer: Offer, draft: PlanDraft, now_s: float) -> RunningRequest:
         """Admits a request: slot, all pages of its known tokens, shared ones first."""
-        self._waiting.remove(request)
+        self._tenants.remove(request)
         pool = self._cache.pool
         pool.share(offer.shared)  # first, so that none of them is handed out as a new one
         new = pool.take(offer.num_new)
@@ -160,3 +244,9 @@ class PromptPlanner:
         request.num_admissions += 1
         draft.add_pages(running.slot, 0, pages)
         return running
+
+
+def _outranked(begun: list[RunningRequest], waiting: WaitingQueue) -> list[RunningRequest]:
+    """Those of `begun` that a waiting request is served before, as one of a higher class is."""
+    first = next(waiting.first(1, 1), None)
+    return [] if first is None else [running for running in begun if running.request.rank > first.rank]

@@ -4,7 +4,7 @@
 pages, and how far it is computed. It ends with the request or its preemption; admission makes a new one.
 Both are state of `graphgen.scheduler.policy`; nothing else changes them.
 
-Order of service. A request has a rank that never changes, and the lowest is served first:
+Order of service. A request has a rank that never changes, and of one tenant's the lowest is served first:
 
     (arrived_s + patience - AGEING_S * priority, arrival)
 
@@ -12,14 +12,19 @@ Its patience is its TTFT target, at most AGEING_S, which it also is if it states
 AGEING_S seconds of waiting: among requests that arrive together classes are strict. Within a class the first to arrive
 is served first, but for TTFT targets: the request that is due first. And nothing that arrives
 AGEING_S * (MAX_PRIORITY - priority) + patience seconds after a request is ever served before it: that is the bound on
-starvation.
+starvation. Whose turn it is among tenants: see `graphgen.scheduler.tenants`.
 """
+
+from typing import TYPE_CHECKING
 
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.errors import InvalidRequestError
 from graphgen.ipc.messages import MAX_PRIORITY, MAX_TARGET_MS, FinishReason, SamplerParams, SlotInit, Submit
 from graphgen.scheduler.page_chain import PageChain
 from graphgen.scheduler.tokens import Tokens
+
+if TYPE_CHECKING:
+    from graphgen.scheduler.tenants import Tenant
 
 AGEING_S = 10.0
 """Seconds of waiting that are worth one service class, and the patience of a request that states none."""
@@ -59,16 +64,18 @@ class Request:
         "slot_init",
         "started_s",
         "stop_token_ids",
+        "tenant",
         "times_passed",
         "tokens",
         "ttft_by_s",
     )
 
-    def __init__(self, submit: Submit, arrival: int, arrived_s: float, page_size: int) -> None:
+    def __init__(self, submit: Submit, arrival: int, arrived_s: float, page_size: int, tenant: "Tenant") -> None:
         """arrival: its number; arrived_s: submit.arrived_s, or later if it is out of order. Raises
         InvalidRequestError for fields that no request can have."""
         _check(submit)
         self.request_id = submit.request_id
+        self.tenant = tenant
         self.arrival = arrival  # the order of service within a class; unlike arrived_s it has no ties
         self.priority = submit.priority
         self.rank: Rank = (arrived_s + _patience_s(submit) - AGEING_S * submit.priority, arrival)

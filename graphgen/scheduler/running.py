@@ -8,7 +8,6 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 from operator import attrgetter
 
-from graphgen.ipc.messages import MAX_PRIORITY
 from graphgen.scheduler.decodes import DecodeSet
 from graphgen.scheduler.request import Request, RunningRequest
 
@@ -25,7 +24,6 @@ class RunningSet:
         """The others, in order of service."""
         self._by_rank: list[RunningRequest] = []
         self._free_slots = list(range(max_running - 1, -1, -1))
-        self._num_of_class = [0] * (MAX_PRIORITY + 1)
 
     def __len__(self) -> int:
         return len(self._by_rank)
@@ -38,11 +36,6 @@ class RunningSet:
     def num_free_slots(self) -> int:
         return len(self._free_slots)
 
-    @property
-    def lowest_class(self) -> int | None:
-        """The lowest service class that runs."""
-        return next((priority for priority, count in enumerate(self._num_of_class) if count), None)
-
     def victims(self) -> Iterator[RunningRequest]:
         """Those that may be preempted, the one to serve last first. The set may not change meanwhile."""
         return (running for running in reversed(self._by_rank) if not running.is_reserved)
@@ -54,7 +47,9 @@ class RunningSet:
         slot = self._free_slots.pop()
         running = RunningRequest(request, slot, pages, num_shared, num_computed, reserve, is_long)
         request.running = running
-        self._num_of_class[request.priority] += 1
+        tenant = request.tenant
+        tenant.num_running += 1
+        tenant.num_of_class[request.priority] += 1
         insort(self._by_rank, running, key=_rank)
         insort(self.begun, running, key=_rank)
         return running
@@ -63,14 +58,18 @@ class RunningSet:
         """All it knew at its admission is computed: it decodes from the next plan on."""
         del self.begun[bisect_left(self.begun, running.request.rank, key=_rank)]
         self.decodes.join(running)
+        running.request.tenant.num_decodes += 1
 
     def remove(self, running: RunningRequest) -> None:
         """Takes the slot away; the request's pages are the caller's to give back."""
+        tenant = running.request.tenant
         if running.decode_row is not None:
             self.decodes.leave(running)
+            tenant.num_decodes -= 1
         else:
             del self.begun[bisect_left(self.begun, running.request.rank, key=_rank)]
         del self._by_rank[bisect_left(self._by_rank, running.request.rank, key=_rank)]
-        self._num_of_class[running.request.priority] -= 1
+        tenant.num_running -= 1
+        tenant.num_of_class[running.request.priority] -= 1
         self._free_slots.append(running.slot)
         running.request.running = None

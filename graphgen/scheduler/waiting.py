@@ -1,6 +1,6 @@
-"""The requests that wait for a slot and pages, in the order of service (`graphgen.scheduler.request`).
+"""The requests of one tenant that wait for a slot and pages, in the order of service (`graphgen.scheduler.request`).
 
-Owns the order only. Called by `graphgen.scheduler.policy` and its parts.
+Owns the order only. Called by `graphgen.scheduler.tenants`, and read by the parts of the policy.
 
 There is a lane for each service class and kind of prompt, long or not, and the few requests that a plan looks at are
 merged from the heads of the lanes. Long prompts have lanes of their own so that a burst of them does not hide the short
@@ -72,8 +72,8 @@ class WaitingQueue:
         self._places[request.arrival] = (key, num_tokens)
         self._num_tokens[request.priority] = self._num_tokens.get(request.priority, 0) + num_tokens
 
-    def remove(self, request: Request) -> None:
-        """Raises KeyError when it does not wait."""
+    def remove(self, request: Request) -> int:
+        """The tokens it was counted with. Raises KeyError when it does not wait."""
         key, num_tokens = self._places.pop(request.arrival)
         lane = self._lanes[key]
         if lane[-1][2] is request:  # as a rule; a search would read entries all over a long queue
@@ -83,6 +83,7 @@ class WaitingQueue:
         if not lane:
             del self._lanes[key]
         self._num_tokens[request.priority] -= num_tokens
+        return num_tokens
 
     def first(self, count: int, count_long: int) -> Iterator[Request]:
         """The first in order of service: of each class at most `count` with short prompts and `count_long` with long

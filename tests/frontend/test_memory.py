@@ -1,6 +1,7 @@
 """Nothing of a request stays in the frontend when it has ended, however it ended, also while nothing else happens."""
 
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -8,7 +9,9 @@ import pytest
 from graphgen.ipc.ggp.messages import Bye, Cancel, Delta, Done, Error, Generate
 from graphgen.ipc.messages import Cancel as SchedulerCancel
 from graphgen.ipc.messages import Rejected
+from graphgen.requests import core
 from graphgen.requests.open_request import OpenRequest
+from graphgen.server.frontend import desk, server
 from graphgen.server.frontend.requests import PublicRequest
 from graphgen.server.frontend.sessions import Session
 from tests.frontend.conftest import MakeFrontend
@@ -24,8 +27,24 @@ def _no_collections() -> Iterator[None]:
     gc.enable()
 
 
-def num_kept() -> int:
-    return sum(isinstance(one, (PublicRequest, OpenRequest)) for one in gc.get_objects())
+class Made:
+    """Weak references to what the frontend makes of each request and session."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._references: list[weakref.ref[object]] = []
+        for module, kind in ((desk, PublicRequest), (core, OpenRequest), (server, Session)):
+            monkeypatch.setattr(module, kind.__name__, self._recorded(kind))
+
+    def _recorded(self, kind: type) -> Callable[..., object]:
+        def make(*args: object, **kwargs: object) -> object:
+            made = kind(*args, **kwargs)
+            self._references.append(weakref.ref(made))
+            return made
+
+        return make
+
+    def kept(self) -> list[str]:
+        return [type(one).__name__ for reference in self._references if (one := reference()) is not None]
 
 
 def end_with_tokens(frontend: Frontend, client: RawClient) -> None:
@@ -61,16 +80,15 @@ def end_its_session(frontend: Frontend, client: RawClient) -> None:
 
 @pytest.mark.parametrize("end", [end_with_tokens, cancel_it, be_rejected, be_invalid, end_its_session])
 def test_no_request_is_kept_in_an_idle_frontend(
-    make_frontend: MakeFrontend, end: Callable[[Frontend, RawClient], None]
+    make_frontend: MakeFrontend, monkeypatch: pytest.MonkeyPatch, end: Callable[[Frontend, RawClient], None]
 ) -> None:
-    before = num_kept()
+    made = Made(monkeypatch)
     frontend = make_frontend()
     for _ in range(3):
         end(frontend, frontend.welcome())
-    assert wait_until(lambda: num_kept() == before), f"{num_kept() - before} are kept"
-    desk = frontend.server._desk
-    assert (desk.num_open, desk.num_held, desk._shares.num_open) == (0, 0, 0)
-    assert not desk._unstarted
-    assert not desk._shares._prompt_tokens
-    if end is end_its_session:
-        assert not any(isinstance(one, Session) for one in gc.get_objects())
+    allowed = [] if end is end_its_session else ["Session"] * 3
+    assert wait_until(lambda: made.kept() == allowed), f"{made.kept()} are kept"
+    its_desk = frontend.server._desk
+    assert (its_desk.num_open, its_desk.num_held, its_desk._shares.num_open) == (0, 0, 0)
+    assert not its_desk._unstarted
+    assert not its_desk._shares._prompt_tokens

@@ -65,6 +65,7 @@ def make_submit(
     itl_target_ms: float | None = None,
     ttft_target_ms: float | None = None,
     cache_salt: str = "",
+    tenant: str = "",
 ) -> Submit:
     return Submit(
         request_id=request_id,
@@ -79,6 +80,7 @@ def make_submit(
         itl_target_ms=itl_target_ms,
         ttft_target_ms=ttft_target_ms,
         cache_salt=cache_salt,
+        tenant=tenant,
     )
 
 
@@ -278,7 +280,7 @@ class Harness:
     def _order_of_service(self) -> list[int]:
         live = [client for client in self.clients.values() if client.is_live]
         assert set(self.scheduler.request_ids) == {client.submit.request_id for client in live}
-        waiting = self.scheduler._waiting.first(10**6, 10**6)
+        waiting = [one for tenant in self.scheduler._tenants for one in tenant.waiting.first(10**6, 10**6)]
         ids = {one.request_id: one.rank for one in waiting}
         ids |= {one.request.request_id: one.request.rank for one in self.scheduler._running}
         ids |= {one.request_id: one.rank for one in self.scheduler._requests.values()}
@@ -320,6 +322,25 @@ class Harness:
         assert len(set(slots)) == len(slots)
         assert len(slots) + self.scheduler._running.num_free_slots == self.limits.max_running
 
+    def check_tenants(self) -> None:
+        """What is counted of each tenant is what there is of it. Read from the policy's own tables, as pages are."""
+        scheduler, tenants = self.scheduler, list(self.scheduler._tenants)
+        live = Counter(client.submit.tenant for client in self.clients.values() if client.is_live)
+        assert {tenant.name: tenant.num_open for tenant in tenants} == live
+        running = [one.request for one in scheduler._running]
+        assert {tenant.name: tenant.num_running for tenant in tenants if tenant.num_running} == Counter(
+            request.tenant.name for request in running
+        )
+        for tenant in tenants:
+            own = [one for one in scheduler._running if one.request.tenant is tenant]
+            assert tenant.num_decodes == sum(one.decode_row is not None for one in own)
+            assert tenant.lowest_class == min((one.request.priority for one in own), default=None)
+        assert scheduler.waiting == sum(len(tenant.waiting) for tenant in tenants)
+        assert scheduler._tenants.num_waiting_tokens == sum(tenant.waiting.num_tokens for tenant in tenants)
+        turns = scheduler._tenants._turns
+        assert {*turns} == {tenant for tenant in tenants if tenant.waiting}
+        assert [tenant.turn for tenant in turns] == sorted(tenant.turn for tenant in turns)
+
     def _running_ids(self) -> list[int]:
         """Requests that hold a slot and still need rows, in the order of service."""
         return [running.request.request_id for running in self.scheduler._running]
@@ -353,7 +374,10 @@ class Harness:
         assert not missing & set(self._running_ids()) - {chunk[0] for chunk in description.chunks}
 
     def _check_first_advances(self, running: list[int], description: StepDescription) -> None:
-        """The first in the order of service has rows in every plan, unless one that is served before it takes over."""
+        """The first in the order of service has rows in every plan, unless one that is served before it takes over. Of
+        several tenants each has its turn."""
+        if len({self.clients[request_id].submit.tenant for request_id in self.scheduler.request_ids}) > 1:
+            return
         planned = {chunk[0] for chunk in description.chunks} | set(description.decode_request_ids)
         if running and running[0] not in planned:
             first = min(self.clients[request_id].rank for request_id in planned)

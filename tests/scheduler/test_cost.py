@@ -14,7 +14,7 @@ from tests.scheduler.harness import make_limits, make_submit
 LADDER = tuple(Bucket(p, d) for p in (0, 128, 256, 512) for d in (16, 64, 256))
 
 
-def crowded(num_waiting: int) -> Scheduler:
+def crowded(num_waiting: int, each_a_tenant: bool = False) -> Scheduler:
     """64 requests that decode, and a queue whose head does not fit: every plan looks at the queue in vain."""
     scheduler = Scheduler(
         make_limits(
@@ -28,9 +28,9 @@ def crowded(num_waiting: int) -> Scheduler:
         )
     )
     for request_id in range(64):
-        scheduler.add(make_submit(request_id, [request_id] * 8, 1000))
+        scheduler.add(make_submit(request_id, [request_id] * 8, 1000, tenant=str(request_id) if each_a_tenant else ""))
     for request_id in range(64, 64 + num_waiting):
-        scheduler.add(make_submit(request_id, [1] * 7800, 1))
+        scheduler.add(make_submit(request_id, [1] * 7800, 1, tenant=str(request_id) if each_a_tenant else ""))
     step(scheduler)
     assert scheduler.waiting == num_waiting
     return scheduler
@@ -43,12 +43,20 @@ def step(scheduler: Scheduler) -> float:
     assert plan is not None
     draws = len(plan.decode_slots) // 4 + sum(chunk.samples for chunk in plan.chunks)
     scheduler.update(plan.step_id, [1] * draws)
+    scheduler.prepare()
     return time.perf_counter() - start
 
 
 @pytest.mark.alone
 def test_a_plan_costs_the_same_however_many_requests_wait() -> None:
     few, many = crowded(20), crowded(4000)
+    pairs = [(step(few), step(many)) for _ in range(80)]
+    assert median(cost for _, cost in pairs) < 2 * median(cost for cost, _ in pairs)
+
+
+@pytest.mark.alone
+def test_a_plan_costs_the_same_however_many_tenants_wait() -> None:
+    few, many = crowded(100, each_a_tenant=True), crowded(4000, each_a_tenant=True)
     pairs = [(step(few), step(many)) for _ in range(80)]
     assert median(cost for _, cost in pairs) < 2 * median(cost for cost, _ in pairs)
 

@@ -4,6 +4,7 @@ The promises themselves are in `Harness`: it checks every plan, every row the fa
 """
 
 import random
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -81,6 +82,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         shared_len=st.integers(0, 20),
         priority=st.sampled_from([0, 0, 1, 9]),
         salt=st.sampled_from(["", "", "tenant"]),
+        tenant=st.sampled_from(["", "", "one", "other"]),
         deadline_ms=st.sampled_from([None, None, 1000.0, 5000.0]),
         sampler=st.sampled_from(SAMPLERS),
     )
@@ -94,6 +96,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         shared_len: int,
         priority: int,
         salt: str,
+        tenant: str,
         deadline_ms: float | None,
         sampler: SamplerParams,
     ) -> None:
@@ -110,6 +113,7 @@ class AnyInterleaving(RuleBasedStateMachine):
                 arrived_s=self.harness.now_s,
                 priority=priority,
                 cache_salt=salt,
+                tenant=tenant,
                 deadline_ms=deadline_ms,
             )
         )
@@ -162,6 +166,10 @@ class AnyInterleaving(RuleBasedStateMachine):
     def every_page_has_the_holders_it_should(self) -> None:
         self.harness.check_page_owners()
 
+    @invariant()
+    def every_tenant_is_counted_right(self) -> None:
+        self.harness.check_tenants()
+
     def teardown(self) -> None:
         if hasattr(self, "harness"):
             if self.harness.is_dead:
@@ -175,7 +183,7 @@ TestAnyInterleaving.settings = settings(
 )
 
 
-def any_submit(rng: random.Random, harness: Harness) -> Submit:
+def any_submit(rng: random.Random, harness: Harness, tenants: Sequence[str]) -> Submit:
     prompt_len, max_tokens = fitting(harness, rng.randint(1, 40), rng.randint(1, 12))
     request_id = len(harness.clients)
     return make_submit(
@@ -188,14 +196,15 @@ def any_submit(rng: random.Random, harness: Harness) -> Submit:
         arrived_s=harness.now_s,
         priority=rng.choice([0, 0, 0, 1, 9]),
         cache_salt=rng.choice(["", "", "tenant"]),
+        tenant=rng.choice(tenants),
         deadline_ms=rng.choice([None, None, 100.0, 200.0]),
         itl_target_ms=rng.choice([None, 7.0, 30.0]),
         ttft_target_ms=rng.choice([None, 20.0]),
     )
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_hundred_thousand_operations_lose_nothing(seed: int) -> None:
+@pytest.mark.parametrize(("seed", "tenants"), [(0, ("",)), (1, ("",)), (2, ("one", "other")), (3, tuple("abcde"))])
+def test_a_hundred_thousand_operations_lose_nothing(seed: int, tenants: tuple[str, ...]) -> None:
     """Crowded pools of few pages, most of them shared, for as long as CI can spare."""
     rng = random.Random(seed)
     shared = copied = preempted = expired = refused = died = poisoned = 0
@@ -216,7 +225,7 @@ def test_a_hundred_thousand_operations_lose_nothing(seed: int) -> None:
             harness.now_s += 0.001
             match rng.choice(["add", "cancel", "schedule", "schedule", "schedule", "deliver", "deliver", "deliver"]):
                 case "add" if harness.scheduler.waiting < 12:
-                    harness.add(any_submit(rng, harness))
+                    harness.add(any_submit(rng, harness, tenants))
                 case "cancel" if rng.random() < 0.2 and harness.clients:
                     harness.cancel(rng.randrange(len(harness.clients)))
                 case "deliver" if harness.results:
@@ -230,6 +239,7 @@ def test_a_hundred_thousand_operations_lose_nothing(seed: int) -> None:
                     harness.schedule()
             if left % 10 == 0:
                 harness.check_page_owners()
+                harness.check_tenants()
         harness.run()
         shared += harness.pages.num_hits
         copied += harness.pages.num_copies

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphgen.scheduler.request import AGEING_S, Request
+from graphgen.scheduler.tenants import Tenant
 from graphgen.scheduler.waiting import WaitingQueue
 from tests.scheduler.harness import make_submit
 
@@ -14,7 +15,7 @@ def request(
     arrival: int, priority: int = 0, arrived_s: float = 0.0, prompt_len: int = 1, ttft_target_ms: float | None = None
 ) -> Request:
     submit = make_submit(arrival, [1] * prompt_len, priority=priority, ttft_target_ms=ttft_target_ms)
-    return Request(submit, arrival, arrived_s, page_size=4)
+    return Request(submit, arrival, arrived_s, page_size=4, tenant=Tenant("", LONG))
 
 
 @given(st.data())

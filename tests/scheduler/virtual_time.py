@@ -48,6 +48,10 @@ class Served:
         return [(b - a) * 1000.0 for a, b in zip(self.times_s, self.times_s[1:], strict=False)]
 
     @property
+    def prompt_len(self) -> int:
+        return len(self.submit.prompt_token_ids) // 4
+
+    @property
     def ttft_s(self) -> float:
         return self.times_s[0] - self.sent_s
 
@@ -91,6 +95,7 @@ class VirtualEngine:
         self._results: deque[tuple[float, float, int, int]] = deque()  # finished_s, ms, step id, tokens
         self.served: dict[int, Served] = {}
         self.plans: list[StepPlan] = []
+        self.step_times_ms: list[float] = []
 
     def send(self, prompt_len: int, output_len: int, prompt: Sequence[int] | None = None, **fields: object) -> Served:
         """Submits a request whose prompt is like no other, unless one is given."""
@@ -134,6 +139,7 @@ class VirtualEngine:
         milliseconds = self._device.predict_ms(plan.bucket, positions, pairs)
         assert milliseconds is not None
         milliseconds *= 1.0 + self._random.gauss(0.0, self._noise) if self._noise else 1.0
+        self.step_times_ms.append(milliseconds)
         self._device_free_s = max(self._device_free_s, self.now_s) + milliseconds / 1000.0
         num_tokens = len(plan.decode_slots) // 4 + sum(chunk.samples for chunk in plan.chunks)
         self._results.append((self._device_free_s, milliseconds, plan.step_id, num_tokens))
