@@ -85,13 +85,14 @@ class AttachedCore:
         return [request.submit.request_id for request in requests]
 
     def prepare(
-        self, token_ids: Sequence[int], sampling: SamplingParams, sink: Sink, arrived_s: float
+        self, token_ids: Sequence[int], sampling: SamplingParams, sink: Sink, arrived_s: float, tenant: str
     ) -> list[OpenRequest]:
         """The n requests of a prompt that streams, checked and not sent. Raises InvalidRequestError.
 
         arrived_s: when the prompt came, as time.monotonic(): its deadline and its times count from there.
+        tenant: who they are accounted to.
         """
-        return self._make_requests("the prompt", token_ids, sampling, sink, streams=True, arrived_s=arrived_s)
+        return self._make_requests("the prompt", token_ids, sampling, sink, True, arrived_s, tenant)
 
     def check_process(self) -> None:
         """Raises EngineDeadError in a fork of the program."""
@@ -125,6 +126,7 @@ class AttachedCore:
         sink: Sink,
         streams: bool,
         arrived_s: float,
+        tenant: str = "",
     ) -> list[OpenRequest]:
         """The n requests of a prompt; `name` says in errors which prompt it is."""
         self._check_prompt(name, token_ids, sampling)
@@ -146,6 +148,7 @@ class AttachedCore:
                 itl_target_ms=launch.itl_target_ms if sampling.itl_target_ms is None else sampling.itl_target_ms,
                 ttft_target_ms=launch.ttft_target_ms if sampling.ttft_target_ms is None else sampling.ttft_target_ms,
                 cache_salt=sampling.cache_salt,
+                tenant=tenant,
             )
             for sample_index in range(sampling.n)
         ]

@@ -86,6 +86,29 @@ def test_connections_with_one_key_share_its_limits(make_frontend: MakeFrontend, 
     bob.expect(Accepted)
 
 
+def test_a_request_is_accounted_to_its_key(make_frontend: MakeFrontend, keys: Keys) -> None:
+    """And not to its connection: who opens more of them gets no larger part of the engine."""
+    frontend = make_frontend(keys=str(keys.folder))
+    secrets = {name: keys.make(name)[0] for name in ("alice", "bob")}
+    tenants = []
+    for name in ("alice", "alice", "bob"):
+        client = frontend.connect(**options_of(keys, secrets[name]))
+        assert says_hello(client)
+        client.send(Generate(id=1, prompt_ids=[5, 6]))
+        tenants.append(frontend.scheduler.expect(Submit).tenant)
+    assert tenants[0] == tenants[1] != tenants[2]
+
+
+def test_without_keys_a_request_is_accounted_to_its_session(frontend: Frontend) -> None:
+    tenants = []
+    for _ in range(2):
+        client = frontend.welcome()
+        for request_id in (1, 2):
+            client.send(Generate(id=request_id, prompt_ids=[5, 6]))
+            tenants.append(frontend.scheduler.expect(Submit).tenant)
+    assert tenants[0] == tenants[1] != tenants[2] == tenants[3]
+
+
 def test_another_key_may_not_cancel(make_frontend: MakeFrontend, keys: Keys) -> None:
     frontend = make_frontend(keys=str(keys.folder))
     alice = open_session(frontend, keys, "alice")

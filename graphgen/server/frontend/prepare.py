@@ -115,6 +115,7 @@ class Preparer:
             sampling_params(sampling, request.session.key),
             functools.partial(sink, request),
             request.arrived_s,
+            request.client,
         )
         deadline_ms = sampling.deadline_ms
         return Prepared(
