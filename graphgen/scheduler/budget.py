@@ -9,7 +9,8 @@ fast computes prompts at the best rate the target allows:
 
     bound ms <= target,    bound = CostModel.bound_ms, which 95 % of steps of the bucket stay within
 
-- At least the smallest mixed bucket is chosen, also where that breaks the target: a prompt advances in every plan.
+- Where every bucket breaks the target, the smallest of LEAST_ROWS is chosen: a prompt advances in every plan, and
+  not by the crumbs that the buckets for short prompts hold.
 - Where no target binds, no more rows than the saturation point, from where on a larger step is longer and hardly
   computes more rows a second; unless a TTFT target would be missed at that rate.
 - No more rows than hold all prompt tokens that wait.
@@ -25,6 +26,9 @@ from msgspec import Struct
 from graphgen.ipc.messages import Bucket
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.cost_model import CostModel, prompt_pairs
+
+LEAST_ROWS = 128
+"""Of a step with prompts that breaks its target anyway; or half of the token budget, if that is less."""
 
 _num_rows = attrgetter("num_rows")  # of a bucket
 
@@ -52,6 +56,7 @@ class StepBudget:
         self._steps_in_flight = steps_in_flight
         self._model = model
         self._most_rows = model.saturation_rows(buckets.all_mixed)  # None: not known
+        self._least_rows = min(LEAST_ROWS, max(bucket.num_rows for bucket in buckets.all_mixed) // 2)
 
     def review(self) -> None:
         """Finds the saturation point anew, from the times as the steps since have corrected them: what a start measures
@@ -109,7 +114,7 @@ class StepBudget:
         return candidates[: max(1, bisect_right(candidates, self._most_rows, key=_num_rows))]
 
     def _within_target(self, candidates: tuple[Bucket, ...], load: StepLoad, target_ms: float) -> Bucket:
-        """The largest candidate that is fast enough, else the smallest.
+        """The largest candidate that is fast enough, else the smallest one that is worth a step.
 
         A bucket that was never timed is taken to need at most as long a row as the next smaller one that was: a larger
         step never computes fewer rows a second than a smaller one that reads the same weights.
@@ -118,7 +123,10 @@ class StepBudget:
             bound_ms = self._bound_ms(candidates, index, load)
             if bound_ms is not None and bound_ms <= target_ms:
                 return candidates[index]
-        return candidates[0]
+        smallest_ms = self._bound_ms(candidates, 0, load)
+        if smallest_ms is not None and smallest_ms <= target_ms:
+            return candidates[0]
+        return next((bucket for bucket in candidates if bucket.num_rows >= self._least_rows), candidates[-1])
 
     def _likely_within(self, candidates: tuple[Bucket, ...], load: StepLoad, most_ms: float) -> Bucket:
         """The largest candidate that takes so long on average, else the smallest; one that was never timed is none."""

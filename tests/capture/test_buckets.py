@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from graphgen.capture.buckets import build_ladder, max_running
 from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.messages import Bucket
+from graphgen.scheduler.buckets import BucketTable
 
 BUDGETS = st.integers(8, 4096)
 
@@ -48,7 +49,27 @@ def test_the_default_ladder_pads_few_rows_where_steps_are_small() -> None:
     assert decode_rungs == [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256]
     assert Bucket(1984, 64) in ladder
     assert Bucket(112, 16) in ladder
-    assert {bucket.num_rows for bucket in ladder if bucket.prefill_rows} == {128, 256, 384, 512, 768, 1024, 1536, 2048}
+    rows = {bucket.num_rows for bucket in ladder if bucket.prefill_rows}
+    assert rows == {32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048}
+
+
+@pytest.mark.parametrize("token_budget", [128, 256, 1024])
+@pytest.mark.parametrize(
+    ("prompt_tokens", "decodes", "most_rows"), [(20, 0, 32), (28, 4, 32), (40, 4, 64), (50, 8, 64)]
+)
+def test_a_short_prompt_beside_few_decodes_has_a_small_step(
+    token_budget: int, prompt_tokens: int, decodes: int, most_rows: int
+) -> None:
+    """The next turn of a chat, behind a cached prefix."""
+    table = BucketTable(build_ladder(token_budget, max_running(256, token_budget)), token_budget)
+    assert table.smallest(prompt_tokens, decodes).num_rows <= most_rows
+
+
+@given(BUDGETS, st.integers(1, 1024))
+def test_no_two_buckets_of_a_size_serve_the_same(token_budget: int, max_num_seqs: int) -> None:
+    ladder = build_ladder(token_budget, max_running(max_num_seqs, token_budget))
+    assert all(bucket.prefill_rows + bucket.decode_rows == bucket.num_rows for bucket in ladder)
+    assert len({(bucket.num_rows, bucket.decode_rows) for bucket in ladder}) == len(ladder)
 
 
 @pytest.mark.parametrize(("token_budget", "most"), [(256, 25), (512, 40), (1024, 45), (2048, 55)])
