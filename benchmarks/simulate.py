@@ -15,7 +15,8 @@ Llama-3.1-8B. What the virtual engine leaves out is in `benchmarks.virtual_engin
 
 import argparse
 import gc
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -132,9 +133,15 @@ class Run(Struct, frozen=True):
 
 
 def simulate(
-    on: Machine, policy_name: str, load: Load, seed: int, levels: Sequence[ServiceLevel], policy: Policy | None = None
+    on: Machine,
+    policy_name: str,
+    load: Load,
+    seed: int,
+    levels: Sequence[ServiceLevel],
+    policy: Policy | None = None,
+    clock_ns: Callable[[], int] = time.thread_time_ns,
 ) -> Run:
-    """policy: its settings, by default those of POLICIES."""
+    """policy: its settings, by default those of POLICIES. clock_ns: see VirtualEngine."""
     settings = policy or POLICIES[policy_name]
     requests = [settings.asks(request) for request in requests_of(load, seed, on.max_model_len)]
     scheduler = on.scheduler(settings)
@@ -146,8 +153,8 @@ def simulate(
         on.host_delay_s,
         on.step_noise,
         on.device_pace,
+        clock_ns,
     )
-    gc.collect()
     gc.disable()  # a collection would be timed with whatever step it interrupts
     try:
         served = engine.run()
