@@ -341,9 +341,7 @@ class Draining(Struct, frozen=True, kw_only=True):
 class Stats(Struct, frozen=True, kw_only=True):
     """A snapshot. Step times are over the last 1000 steps; 0 before the first."""
 
-    sessions: Annotated[
-        Count, Meta(description="With those of idle clients that ended without `bye`, until room is needed.")
-    ]
+    sessions: Annotated[Count, Meta(description="Of connections that have said `hello` and not ended.")]
     open_requests: Annotated[Count, Meta(description="Of all clients, in whatever state.")]
     held_requests: Annotated[Count, Meta(description="Of those, waiting in the frontend for their client's turn.")]
     running: Annotated[Count, Meta(description="Samples that hold a slot.")]

@@ -85,6 +85,7 @@ def test_another_key_with_the_routing_id_of_a_session_ends_it(make_frontend: Mak
     alice = open_session(frontend, keys, "alice")
     request_id = open_request(frontend, alice)
     (routing_id,) = frontend.session_ids()
+    frontend.server._sessions.all()[0].connection = None  # nor does the gate
     alice.close()
     time.sleep(0.3)
     bob = frontend.connect(IDENTITY=routing_id, **bob_of(keys))
@@ -95,6 +96,21 @@ def test_another_key_with_the_routing_id_of_a_session_ends_it(make_frontend: Mak
     frontend.scheduler.expect(SchedulerCancel)
     frontend.scheduler.send_tokens(request_id, [6], "stop")
     assert bob.receive(0.3) is None
+
+
+def test_nothing_is_sent_to_who_has_the_routing_id_of_a_connection_that_is_gone(make_frontend: MakeFrontend) -> None:
+    """Without keys, and without a word of the one that took it."""
+    frontend = make_frontend(heartbeat_s=60.0)
+    client = frontend.welcome()
+    request_id = open_request(frontend, client)
+    (routing_id,) = frontend.session_ids()
+    client.close()
+    assert frontend.scheduler.expect(SchedulerCancel, timeout_s=1.0).request_id == request_id
+    assert frontend.session_ids() == []
+    other = frontend.connect(IDENTITY=routing_id)
+    time.sleep(0.2)
+    frontend.scheduler.send_tokens(request_id, [5], "stop")
+    assert other.receive(0.3) is None
 
 
 def test_a_removed_key_ends_its_sessions(frontend: Frontend, keys: Keys) -> None:

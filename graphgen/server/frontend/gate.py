@@ -68,6 +68,7 @@ class Connection:
         self._sent_bytes = 0
         self._acked_bytes = 0
         self.is_cut = False
+        self.is_gone = False
 
     def took(self, num_bytes: int) -> None:
         """The loop has taken so much, counted as it is on the wire."""
@@ -103,6 +104,7 @@ class Connection:
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
+        self.is_gone = True
         self._socket.close()
 
     def _read(self) -> tuple[int, int]:

@@ -259,11 +259,11 @@ class Server:
         return make_error(code, why, request_id, NAMES[kind])
 
     def _find_session(self, received: Received, now_s: float) -> Session | None:
-        """The connection's. One with another key has come by the routing id of a connection that is gone."""
+        """The connection's, unless it has come by the routing id of one that is gone."""
         session = self._sessions.find(received.routing_id)
         if session is None:
             return None
-        if session.key != received.key:
+        if session.key != received.key or session.is_gone:
             self._end(session)
             return None
         session.heard_s = now_s
@@ -377,23 +377,26 @@ class Server:
     def _tick(self, now_s: float) -> None:
         self._desk.tick(now_s)
         self._monitor.tick(now_s)
-        slow_s = self._settings.slow_consumer_s
         for session in self._sessions.all():
-            if not self._admits(session.key):
+            if session.is_gone:
+                self._end(session)
+            elif not self._admits(session.key):
                 self._cut_off(session, make_error("forbidden", KEY_GONE))
-                continue
-            if not session.requests:
-                continue
-            if session.blocked_s is not None and now_s - session.blocked_s > slow_s:
-                self._cut_off(
-                    session, make_error("slow_consumer", f"no output was taken for {slow_s:g} s: read more often")
-                )
-            elif now_s - session.heard_s > slow_s:
-                text = f"nothing was heard from this client for {slow_s:g} s: answer pings"
-                self._cut_off(session, make_error("slow_consumer", text))
-            elif session.blocked_s is None and now_s - session.pinged_s >= self._settings.heartbeat_s:
-                session.pinged_s = now_s
-                self._outbox.post(session, Ping(instance=self._welcome.instance))
+            elif session.requests:
+                self._look_after(session, now_s)
+
+    def _look_after(self, session: Session, now_s: float) -> None:
+        """One with open requests."""
+        slow_s = self._settings.slow_consumer_s
+        if session.blocked_s is not None and now_s - session.blocked_s > slow_s:
+            text = f"no output was taken for {slow_s:g} s: read more often"
+            self._cut_off(session, make_error("slow_consumer", text))
+        elif now_s - session.heard_s > slow_s:
+            text = f"nothing was heard from this client for {slow_s:g} s: answer pings"
+            self._cut_off(session, make_error("slow_consumer", text))
+        elif session.blocked_s is None and now_s - session.pinged_s >= self._settings.heartbeat_s:
+            session.pinged_s = now_s
+            self._outbox.post(session, Ping(instance=self._welcome.instance))
 
     def _make_room(self, now_s: float) -> None:
         """Before a session is refused, those are ended whose connections are gone. One without requests is not asked

@@ -36,6 +36,11 @@ class Session:
         self.news: dict[PublicRequest, None] = {}  # requests that may have something to say, in this order
 
     @property
+    def is_gone(self) -> bool:
+        """Whether its connection is closed, as far as that is known. Who has its routing id now is somebody else."""
+        return self.connection is not None and self.connection.is_gone
+
+    @property
     def has_unsent(self) -> bool:
         return bool(self.backlog or self.news)
 

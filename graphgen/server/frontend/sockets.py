@@ -156,6 +156,8 @@ class PublicSocket:
 
     def send(self, routing_id: bytes, header: bytes, body: bytes, connection: Connection | None = None) -> Sent:
         """Never waits. A connection that has enough to read already counts as blocked."""
+        if connection is not None and connection.is_gone:
+            return Sent.GONE
         if connection is not None and connection.is_full:
             return Sent.BLOCKED
         try:
