@@ -1,6 +1,5 @@
 """The command of the mock server. Owns its options and what it prints; called as `graphgen mock-server` too."""
 
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ import typer
 import zmq
 
 from graphgen.base.addresses import control_address
+from graphgen.base.signals import EndSignals
 from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS
 from graphgen.mock_server.script import built_in_script, read_script
@@ -40,13 +40,13 @@ def mock_server(
     server = MockServer(
         read_script(script) if script else built_in_script(), bind, control or control_address(bind), keys
     )
-    signal.signal(signal.SIGTERM, lambda *_: server.drain(grace_s))
-    signal.signal(signal.SIGINT, lambda *_: server.stop())
+    signals = EndSignals(lambda num_wishes: server.drain(grace_s) if num_wishes == 1 else server.stop())
     print(f"listening on {server.address} (data)\nlistening on {server.control_address} (control)")
     if keys is not None:
         print(f"public key {keys.public.decode()}")
     print("ready", flush=True)
     server.run()
+    signals.ignore()
 
 
 def main() -> None:

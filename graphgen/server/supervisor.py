@@ -17,6 +17,7 @@ from msgspec import Struct
 from graphgen.base.addresses import check_address, control_address, remove_dead
 from graphgen.base.descriptors import raise_descriptor_limit
 from graphgen.base.progress import StartProgress
+from graphgen.base.signals import EndSignals
 from graphgen.ipc import errors
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.errors import ConfigError, EngineDeadError, GraphgenError
@@ -42,7 +43,6 @@ from graphgen.server.backoff import Backoff
 from graphgen.server.frontend.keys import Keys, default_folder
 from graphgen.server.frontend.settings import FrontendSettings
 from graphgen.server.request_log import RequestLog
-from graphgen.server.signals import EndSignals
 
 logger = logging.getLogger("graphgen.server.supervisor")
 

@@ -33,10 +33,10 @@ from graphgen import (
     SamplingParams,
     ServerError,
 )
+from graphgen.base.signals import SAME_S
 from graphgen.ipc.ggp.messages import Accepted, Delta, Error, Generate, Ping, Sampling
 from graphgen.server.frontend.memory import data_bytes
 from graphgen.server.frontend.monitor import FRESH_S
-from graphgen.server.signals import SAME_S
 from tests.frontend.raw_peers import send_without_end
 from tests.ipc.raw_client import RawClient
 from tests.kills import becomes_idle, kill_a_client

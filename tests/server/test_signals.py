@@ -17,7 +17,7 @@ from tests.serving import ROOT, serving
 LONG = SamplingParams(max_tokens=200, ignore_eos=True, temperature=0.0)
 SPACING = """
 import os, signal, sys, time
-from graphgen.server.signals import SAME_S, EndSignals
+from graphgen.base.signals import SAME_S, EndSignals
 for name in sys.argv[1].split():
     signal.signal(getattr(signal, name), signal.SIG_IGN)
 signals, counts = EndSignals(), []
