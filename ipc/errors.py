@@ -7,7 +7,8 @@ GraphgenError
 ├── UnsupportedModelError (ValueError)   an architecture or a feature of a model that graphgen does not run
 ├── CheckpointError                      a checkpoint that is missing, misshapen or not safetensors
 ├── OverloadedError (RuntimeError)       a request that was refused at once; it may fit after retry_after_s
-├── DeadlineError (RuntimeError)         a request whose deadline passed before its output was complete
+├── DeadlineError (RuntimeError)         a request whose deadline passed before its output was complete, or is too early
+│                                        even for an idle engine
 ├── NumericalError (RuntimeError)        a request for which the model computed no number: all logits NaN or -inf
 ├── PoisonedRequestError (RuntimeError)  a request that ended the worker again and again; the message says how
 ├── EngineClosedError (RuntimeError)     a call on an Engine after close()
@@ -46,7 +47,7 @@ class CheckpointError(GraphgenError):
 
 
 class OverloadedError(GraphgenError, RuntimeError):
-    """A request was refused at once: the queue is full, or its deadline cannot be met. Nothing of it was computed."""
+    """A request was refused at once: the queue is full, or its deadline cannot be met now. Nothing was computed."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message, retry_after_s)
@@ -59,7 +60,8 @@ class OverloadedError(GraphgenError, RuntimeError):
 
 
 class DeadlineError(GraphgenError, RuntimeError):
-    """The deadline of a request passed before its output was complete; its pages are free again."""
+    """The deadline of a request passed before its output was complete, or could not be met even if nothing else ran:
+    trying again does not help. Its pages are free."""
 
 
 class NumericalError(GraphgenError, RuntimeError):

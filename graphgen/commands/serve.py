@@ -43,7 +43,8 @@ def allow(
     public_key: Annotated[str, typer.Argument(help="The client's public key, 40 characters.")],
     keys: KeysFolder = None,
 ) -> None:
-    """Let a client in by its public key; a running server needs no restart. Remove the file to shut it out."""
+    """Let a client in by its public key; a running server needs no restart. Remove the file to shut it out: its
+    sessions end as well, within a second."""
     _say(str(_open(keys).allow(name, public_key)))
 
 
