@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import importlib.metadata
+import inspect
 import os
 import platform
 import sys
@@ -18,6 +19,7 @@ from rich.table import Table
 
 from graphgen.api.engine import Engine
 from graphgen.base.version import __version__
+from graphgen.commands import probe
 from graphgen.commands.chat import HELP, Conversation, Reply, chat_prompt, check_chat, converse, write_reply
 from graphgen.commands.demo_run import DemoFigures, percentile, run_demo
 from graphgen.commands.describe import Decision, decisions
@@ -38,6 +40,8 @@ stdout = Console()
 stderr = Console(stderr=True)
 
 app.command()(mock_server)
+app.command()(probe.health)
+app.command()(probe.stats)
 
 USAGE_EXIT = 2
 
@@ -195,6 +199,17 @@ def graphgen(
     ] = False,
 ) -> None:
     """Serve large language models."""
+
+
+def _join_lines(commands: typer.Typer) -> None:
+    """Help texts are docstrings, whose line breaks typer keeps in all paragraphs but the first."""
+    for command in commands.registered_commands:
+        paragraphs = inspect.cleandoc(command.callback.__doc__ or "").split("\n\n")
+        command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+_join_lines(app)
+_join_lines(keys_app)
 
 
 def main() -> None:

@@ -15,7 +15,13 @@ from graphgen.server.supervisor import ServeOptions, Supervisor
 keys_app = typer.Typer(no_args_is_help=True, help="CURVE keys of the server and of those who may connect.")
 
 KeysFolder = Annotated[
-    Path | None, typer.Option("--keys", help="Folder of the keys. [default: $GRAPHGEN_KEYS or ~/.config/graphgen/keys]")
+    Path | None,
+    typer.Option(
+        "--keys",
+        metavar="FOLDER",
+        help="Folder of the keys.",
+        show_default="$GRAPHGEN_KEYS or ~/.config/graphgen/keys",
+    ),
 ]
 
 
@@ -28,7 +34,10 @@ def serve_until_signal(config: EngineConfig, options: ServeOptions) -> int:
 @keys_app.command()
 def new(
     name: Annotated[
-        str | None, typer.Argument(help="Of a client, which is let in as well. [default: the server's own keys]")
+        str | None,
+        typer.Argument(
+            metavar="NAME", help="Of a client, which is let in as well.", show_default="the server's own keys"
+        ),
     ] = None,
     keys: KeysFolder = None,
 ) -> None:
@@ -39,8 +48,8 @@ def new(
 
 @keys_app.command()
 def allow(
-    name: Annotated[str, typer.Argument(help="To find the key by, later.")],
-    public_key: Annotated[str, typer.Argument(help="The client's public key, 40 characters.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="To find the key by, later.")],
+    public_key: Annotated[str, typer.Argument(metavar="KEY", help="The client's public key, 40 characters.")],
     keys: KeysFolder = None,
 ) -> None:
     """Let a client in by its public key; a running server needs no restart. Remove the file to shut it out: its

@@ -19,13 +19,20 @@ from graphgen.mock_server.sockets import Keys
 
 def mock_server(
     bind: Annotated[
-        str, typer.Option(help="Address of the data socket; tcp://127.0.0.1:* takes a free port.")
+        str, typer.Option(help="Address of the data socket; tcp://127.0.0.1:* takes a free port.", metavar="ADDRESS")
     ] = DEFAULT_ADDRESS,
-    control: Annotated[str | None, typer.Option(help="Address of the control socket. [default: the next port]")] = None,
-    script: Annotated[Path | None, typer.Option(help="JSON file with the answers. [default: built in]")] = None,
-    curve: Annotated[bool, typer.Option(help="Encrypt; any client key is let in.")] = False,
-    grace_s: Annotated[float, typer.Option(min=0, help="After SIGTERM, for open requests, in seconds.")] = 10.0,
-    print_script: Annotated[bool, typer.Option(help="Print the built-in script and end.")] = False,
+    control: Annotated[
+        str | None,
+        typer.Option(help="Address of the control socket.", metavar="ADDRESS", show_default="the next port"),
+    ] = None,
+    script: Annotated[
+        Path | None, typer.Option(help="JSON file with the answers.", metavar="FILE", show_default="built in")
+    ] = None,
+    curve: Annotated[bool, typer.Option("--curve", help="Encrypt; any client key is let in.", metavar="")] = False,
+    grace_s: Annotated[float, typer.Option(min=0, help="Seconds for open requests after SIGTERM.", metavar="X")] = 10.0,
+    print_script: Annotated[
+        bool, typer.Option("--print-script", help="Print the built-in script and end.", metavar="")
+    ] = False,
 ) -> None:
     """Speak GGP/1 without a model: scripted answers, stalls, faults and disconnects, for authors of clients.
 

@@ -1,0 +1,114 @@
+"""`graphgen health` and `graphgen stats`: one question to a running server, answered within seconds.
+
+Owns their options, what they print and their exit codes, which probes of an orchestrator use: 0 it serves, 1 it does
+not, 2 the command is wrong. Asks at the control socket, which takes no session and answers when all are taken.
+"""
+
+import sys
+import time
+from typing import Annotated, TypeVar
+
+import msgspec
+import typer
+import zmq
+
+from graphgen.base.addresses import check_address, control_address
+from graphgen.ipc.errors import ConnectionLostError, ServerError
+from graphgen.ipc.ggp.framing import client_framing
+from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS, Error, Health, HealthRequest, Stats, StatsRequest
+from graphgen.remote.address import ServerAddress
+
+NOT_SERVING_EXIT = 1
+
+Answer = TypeVar("Answer", Health, Stats)
+Address = Annotated[
+    str, typer.Option(metavar="ADDRESS", help="Address of the data socket, as `graphgen serve --bind` was given it.")
+]
+Control = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Address of the control socket.", show_default="beside the data socket's"),
+]
+ServerKey = Annotated[str | None, typer.Option(metavar="KEY", help="The server's public key, if it asks for keys.")]
+KeyFile = Annotated[str | None, typer.Option(metavar="FILE", help="The secret key file of a key that is let in.")]
+Timeout = Annotated[float, typer.Option(metavar="X", help="Seconds to wait for the answer.")]
+Json = Annotated[bool, typer.Option("--json", metavar="", help="Print the answer as JSON.")]
+
+
+def health(
+    address: Address = DEFAULT_ADDRESS,
+    control: Control = None,
+    server_key: ServerKey = None,
+    key_file: KeyFile = None,
+    timeout_s: Timeout = 7.0,
+    json: Json = False,
+) -> None:
+    """Ask a server whether it takes requests and its worker answers.
+
+    Exit code 0: it does. 1: it does not, or there is no server. 2: the command is wrong.
+    """
+    found = _ask(_server(address, control, server_key, key_file, timeout_s), HealthRequest(), Health)
+    _show(found, json, f"{found.status}: the worker answered in {found.worker_ms:.1f} ms")
+    if not found.ready:
+        raise typer.Exit(NOT_SERVING_EXIT)
+
+
+def stats(
+    address: Address = DEFAULT_ADDRESS,
+    control: Control = None,
+    server_key: ServerKey = None,
+    key_file: KeyFile = None,
+    timeout_s: Timeout = 7.0,
+    json: Json = False,
+) -> None:
+    """Print the statistics of a server: sessions, requests, pages, steps.
+
+    Exit code 0: they are printed. 1: there is no server, or its engine does not answer. 2: the command is wrong.
+    """
+    found = _ask(_server(address, control, server_key, key_file, timeout_s), StatsRequest(), Stats)
+    values = msgspec.structs.asdict(found)
+    width = max(map(len, values))
+    written = {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in values.items()}
+    _show(found, json, "\n".join(f"{name:<{width}}  {value}" for name, value in written.items()))
+
+
+def _server(
+    address: str, control: str | None, server_key: str | None, key_file: str | None, timeout_s: float
+) -> ServerAddress:
+    check_address(address)
+    return ServerAddress(
+        address=control or control_address(address),
+        server_key=server_key,
+        key_file=key_file,
+        connect_timeout_s=timeout_s,
+    )
+
+
+def _ask(server: ServerAddress, question: HealthRequest | StatsRequest, kind: type[Answer]) -> Answer:
+    """The answer. Ends the command with code 1, and says why, when there is none in time."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    deadline_s = time.monotonic() + server.connect_timeout_s
+    framing = client_framing()
+    try:
+        with server.connect(context) as socket:
+            socket.send_multipart(framing.encode(question), zmq.NOBLOCK)
+            while socket.poll(max(0, int((deadline_s - time.monotonic()) * 1000))):
+                message = framing.decode(socket.recv_multipart())
+                if isinstance(message, kind):
+                    return message
+                if isinstance(message, Error):
+                    raise ServerError(message.message, message.code, message.retryable)
+        raise ConnectionLostError(
+            f"{server.address} did not answer for {server.connect_timeout_s:g} s: is it a control socket, and is this"
+            " client's key let in?"
+        )
+    except (ServerError, zmq.Again) as error:
+        sys.stderr.write(f"not serving: {error}\n")
+        raise typer.Exit(NOT_SERVING_EXIT) from None
+    finally:
+        context.term()
+
+
+def _show(answer: Health | Stats, json: bool, text: str) -> None:
+    if json:
+        text = msgspec.json.format(msgspec.json.encode(msgspec.structs.asdict(answer)), indent=1).decode()
+    sys.stdout.write(text + "\n")
