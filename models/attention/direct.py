@@ -71,7 +71,9 @@ def _plan_tails(library: PlannedLibrary) -> tuple[tuple[object, ...], ...]:
     if library.backend == "fa3":
         return ((),)
     tail = (-1, False, 0)  # split size chosen freely, splitting on, nothing co-located
-    return tail, (*tail, 0)  # from 0.7 on with the rows of each chunk if all have as many; 0: they have not
+    of_0_7 = (*tail, 0)  # the rows of each chunk if all have as many; 0: they have not
+    of_0_7_4 = (*of_0_7, False)  # whether all plans of a graph have as many
+    return tail, of_0_7, of_0_7_4
 
 
 def _run_tail(library: PlannedLibrary) -> tuple[object, ...]:

@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from graphgen.ipc.errors import ConfigError
-from graphgen.models.attention.direct import NUM_SHARED, PlannedFunctions
+from graphgen.models.attention.direct import NUM_SHARED, PlannedFunctions, _plan_tails, _run_tail
 from graphgen.models.attention.kernels import Kernel, Library, PlannedLibrary, needed_libraries
 from graphgen.models.attention.libraries import (
     KernelFolder,
@@ -255,6 +256,17 @@ def test_a_plan_of_version_0_7_gets_its_further_argument(flashinfer: FakeFlashIn
     assert planned_functions(FA2, folder).plan_tail == (-1, False, 0, 0)
 
 
+def test_a_plan_of_version_0_7_4_gets_both_of_its_further_arguments(
+    flashinfer: FakeFlashInfer, folder: KernelFolder
+) -> None:
+    install(folder, FA2)
+    flashinfer.extra_plan_types = ["int", "bool"]
+    functions = planned_functions(FA2, folder)
+    call(functions)
+    assert functions.plan_tail == (-1, False, 0, 0, False)
+    assert flashinfer.opened == [folder.library_path(FA2.name)]
+
+
 def test_a_version_whose_plan_is_not_known_is_refused_with_its_number_and_a_remedy(
     flashinfer: FakeFlashInfer, folder: KernelFolder
 ) -> None:
@@ -334,3 +346,58 @@ def test_flashinfer_itself_forms_the_names_that_are_formed_here(
             library = PlannedLibrary(backend, dtype, head_dim, windowed)
             assert library.name == library.spec().name
     assert importlib.metadata.version("flashinfer-python") == flashinfer.__version__
+
+
+PLAN = (
+    *("float_workspace_buffer", "int_workspace_buffer", "page_locked_int_workspace_buffer", "qo_indptr", "kv_indptr"),
+    *("kv_len_arr", "total_num_rows", "batch_size", "num_qo_heads", "num_kv_heads", "page_size", "enable_cuda_graph"),
+    *("head_dim_qk", "head_dim_vo", "causal", "window_left"),
+)
+PLAN_TAIL = ("fixed_split_size", "disable_split_kv", "num_colocated_ctas", "uniform_q_len", "fixed_uniform_q_len")
+RUN = (
+    *("float_workspace_buffer", "int_workspace_buffer", "plan_info_vec", "q", "paged_k_cache", "paged_v_cache"),
+    *("qo_indptr", "paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len", "o", "maybe_lse"),
+    *("mask_mode_code", "layout", "window_left", "enable_pdl"),
+)
+RUN_TAIL = {
+    "fa2": (
+        *("maybe_custom_mask", "maybe_mask_indptr", "maybe_alibi_slopes", "maybe_prefix_len_ptr"),
+        *("maybe_token_pos_in_items_ptr", "maybe_max_item_len_ptr", "maybe_k_cache_sf", "maybe_v_cache_sf"),
+        *("logits_soft_cap", "sm_scale", "rope_rcp_scale", "rope_rcp_theta", "token_pos_in_items_len"),
+    ),
+    "fa3": (
+        *("maybe_prefix_len_ptr", "maybe_token_pos_in_items_ptr", "maybe_max_item_len_ptr", "maybe_scale_v"),
+        *("logits_soft_cap", "sm_scale", "scale_v_scalar", "token_pos_in_items_len"),
+    ),
+}
+"""What direct.py passes, in FlashInfer's own words. A type alone would not tell two numbers that change places."""
+
+TYPES = {"int64_t": int, "bool": bool, "double": float, "Optional<ffi::Tensor>": type(None)}
+
+
+def declared(text: str) -> list[tuple[str, str]]:
+    """Type and name of each parameter of a C++ function."""
+    pairs = (parameter.replace("\\", "").split() for parameter in text.split(","))
+    return [(" ".join(pair[:-1]), pair[-1]) for pair in pairs if pair]
+
+
+@pytest.mark.usefixtures("real_flashinfer")
+@pytest.mark.parametrize("backend", ["fa2", "fa3"])
+def test_flashinfer_itself_declares_the_arguments_that_are_passed_here(backend: Literal["fa2", "fa3"]) -> None:
+    """In the sources that a build of the installed version would compile."""
+    library = PlannedLibrary(backend, torch.bfloat16, 128, windowed=False)
+    folder = next(Path(source).parent for source in library.spec().sources)
+    (binding,), (config,) = folder.glob("*jit_binding.cu"), folder.glob("*config.inc")
+    functions = dict(re.findall(r"(Plan|PagedKVCache\w*Run)\((.*?)\)", binding.read_text(), re.DOTALL))
+    plan = declared(functions["Plan"])
+    (run,) = (declared(functions[name].replace("ADDITIONAL_FUNC_PARAMS", "")) for name in functions if "Run" in name)
+    found = re.search(r"#define ADDITIONAL_FUNC_PARAMS\s*,(.*)", config.read_text())
+    assert found is not None
+    tail = declared(found[1])
+    assert tuple(name for _, name in plan[:NUM_SHARED]) == PLAN
+    assert tuple(name for _, name in run) == RUN
+    assert tuple(name for _, name in tail) == RUN_TAIL[backend]
+    assert [TYPES[kind] for kind, _ in tail] == [type(value) for value in _run_tail(library)]
+    rest = plan[NUM_SHARED:]
+    assert tuple(name for _, name in rest) == PLAN_TAIL[: len(rest)]
+    assert [TYPES[kind] for kind, _ in rest] in [[type(value) for value in each] for each in _plan_tails(library)]
