@@ -3,7 +3,10 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# What the tests run on. pip would take the newest that pyproject.toml allows, a CUDA build of 5 GB: `make test TORCH=`.
+TORCH ?= torch==2.13.*
 RUN = $(VENV)/bin/python -P
+PIP_INSTALL = $(VENV)/bin/pip install --quiet --disable-pip-version-check
 PYTEST_ARGS ?=
 TEST_PROCESSES ?= 2
 # The tests' models are so small that a second thread for one operation costs more than it does.
@@ -48,7 +51,8 @@ format: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]"
+	$(if $(TORCH),$(PIP_INSTALL) "$(TORCH)")
+	$(PIP_INSTALL) --editable ".[$(EXTRAS)]"
 	touch $@
 
 clean:
