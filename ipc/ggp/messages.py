@@ -228,7 +228,8 @@ class ServerLimits(Struct, frozen=True, kw_only=True):
     ]
     text_bytes: Annotated[Count, Meta(description="UTF-8 bytes of `text`, or of all `messages` together.")]
     open_requests: Annotated[
-        Count, Meta(description="Open requests of one client; all sessions with one key are one client.")
+        Count,
+        Meta(description="Open requests of one client, times samples; all sessions with one key are one client."),
     ]
     open_prompt_tokens: Annotated[
         Count, Meta(description="Prompt tokens of the open requests of one client, times samples.")

@@ -386,6 +386,28 @@ def test_clients_take_turns_and_within_one_the_higher_class_goes_first(make_fron
     assert order == [103, 201]
 
 
+def test_samples_count_and_not_requests(make_frontend: MakeFrontend) -> None:
+    """A request of n samples is n requests to the scheduler: it takes as much of its client's share and turn."""
+    frontend = make_frontend(max_unstarted=4, open_requests=8)
+    greedy, modest = frontend.welcome(), frontend.welcome()
+    for number in (0, 1):
+        greedy.send(Generate(id=number, prompt_ids=[100 + number], sampling=Sampling(n=3)))
+        greedy.expect(Accepted)
+    submits = [frontend.scheduler.expect(Submit) for _ in range(3)]
+    greedy.send(Generate(id=2, prompt_ids=[1], sampling=Sampling(n=3)))
+    error = greedy.expect(Error)
+    assert (error.code, error.id, error.retryable) == ("overloaded", 2, True)
+    greedy.send(Generate(id=2, prompt_ids=[1], sampling=Sampling(n=9)))
+    error = greedy.expect(Error)
+    assert (error.code, error.id, error.retryable) == ("bad_request", 2, False)
+    frontend.scheduler.send_tokens(submits[0].request_id, [1])
+    greedy.expect(Delta)
+    assert frontend.scheduler._channel.receive(0.1) is None, "two of the first and three of the second are too many"
+    open_request(frontend, modest, Generate(id=0, prompt_ids=[200]))
+    frontend.scheduler.send_tokens(submits[1].request_id, [1])
+    assert [unpack_int32(frontend.scheduler.expect(Submit).prompt_token_ids)[0] for _ in range(3)] == [101] * 3
+
+
 def test_a_held_request_ends_at_its_deadline(make_frontend: MakeFrontend) -> None:
     frontend = make_frontend(max_unstarted=1)
     client = frontend.welcome()

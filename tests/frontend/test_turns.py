@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphgen.ipc.errors import OverloadedError
+from graphgen.ipc.errors import InvalidRequestError, OverloadedError
 from graphgen.server.frontend.turns import FairQueue, RateLimit, Shares
 
 pushes = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 3)), max_size=40)
@@ -20,7 +20,7 @@ def test_no_client_is_two_turns_ahead_of_another_that_waits(pushed: list[tuple[s
     left = Counter(client for client, _ in pushed)
     turns: Counter[str] = Counter()
     popped = []
-    while (item := queue.pop(lambda client: True)) is not None:
+    while (item := queue.pop(lambda client, item: True)) is not None:
         popped.append(item)
         turns[item[0]] += 1
         left[item[0]] -= 1
@@ -33,6 +33,39 @@ def test_no_client_is_two_turns_ahead_of_another_that_waits(pushed: list[tuple[s
         assert own == sorted(own), "highest priority first, then the oldest"
 
 
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 16)), max_size=60))
+def test_clients_are_served_the_same_number_of_samples(pushed: list[tuple[str, int]]) -> None:
+    """Whatever their requests' sizes are: no client that waits is behind another by more than the largest request."""
+    queue: FairQueue[int] = FairQueue()
+    for client, size in pushed:
+        queue.push(client, size, size=size)
+    left = Counter(client for client, _ in pushed)
+    served: Counter[str] = Counter()
+    taken: list[str] = []
+
+    def note(client: str, item: int) -> bool:
+        taken.append(client)
+        return True
+
+    while (item := queue.pop(note)) is not None:
+        client = taken[-1]
+        served[client] += item
+        left[client] -= 1
+        waiting = [one for one, count in left.items() if count]
+        assert all(served[client] - served[one] <= 16 for one in waiting)
+    assert len(taken) == len(pushed)
+
+
+def test_a_request_that_may_not_be_taken_yet_holds_its_client_up_and_no_other() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.push("a", "large", size=16)
+    queue.push("a", "small")
+    queue.push("b", "other")
+    assert queue.pop(lambda client, item: item != "large") == "other"
+    assert queue.pop(lambda client, item: item != "large") is None
+    assert queue.pop(lambda client, item: True) == "large"
+
+
 @given(pushes, st.integers(0, 39))
 def test_what_is_discarded_does_not_come(pushed: list[tuple[str, int]], chosen: int) -> None:
     queue: FairQueue[tuple[str, int]] = FairQueue()
@@ -43,7 +76,7 @@ def test_what_is_discarded_does_not_come(pushed: list[tuple[str, int]], chosen: 
         assert queue.discard(items[chosen][0], items[chosen])
         assert not queue.discard(items[chosen][0], items[chosen])
     popped = []
-    while (left := queue.pop(lambda client: True)) is not None:
+    while (left := queue.pop(lambda client, item: True)) is not None:
         popped.append(left)
     assert sorted(popped) == sorted(item for number, item in enumerate(items) if number != chosen)
 
@@ -52,27 +85,40 @@ def test_a_client_that_may_not_take_keeps_its_turn() -> None:
     queue: FairQueue[str] = FairQueue()
     for client in "aab":
         queue.push(client, client)
-    assert queue.pop(lambda client: client != "a") == "b"
-    assert queue.pop(lambda client: client != "a") is None
-    assert [queue.pop(lambda client: True), queue.pop(lambda client: True)] == ["a", "a"]
+    assert queue.pop(lambda client, item: client != "a") == "b"
+    assert queue.pop(lambda client, item: client != "a") is None
+    assert [queue.pop(lambda client, item: True), queue.pop(lambda client, item: True)] == ["a", "a"]
 
 
 def test_shares_are_counted_to_the_last() -> None:
     shares = Shares(open_requests=2, open_prompt_tokens=100, total_prompt_tokens=150)
-    shares.open_request("a")
-    shares.open_request("a")
+    shares.open_request("a", 1)
+    shares.open_request("a", 1)
     with pytest.raises(OverloadedError, match=r"2 open requests, the limit is 2"):
-        shares.open_request("a")
-    shares.open_request("b")
+        shares.open_request("a", 1)
+    shares.open_request("b", 1)
     shares.add_prompt("a", 100)
     with pytest.raises(OverloadedError, match=r"101 prompt tokens, the limit is 100"):
         shares.add_prompt("a", 1)
     with pytest.raises(OverloadedError, match=r"more than 150"):
         shares.add_prompt("b", 51)
     shares.add_prompt("b", 50)
-    shares.close_request("a", 100)
-    shares.open_request("a")
+    shares.close_request("a", 1, 100)
+    shares.open_request("a", 1)
     shares.add_prompt("a", 100)
+
+
+def test_a_request_counts_as_often_as_it_has_samples() -> None:
+    shares = Shares(open_requests=20, open_prompt_tokens=100, total_prompt_tokens=150)
+    shares.open_request("a", 16)
+    with pytest.raises(OverloadedError, match=r"16 open requests, the limit is 20, .*samples \(n\)"):
+        shares.open_request("a", 5)
+    shares.open_request("a", 4)
+    shares.close_request("a", 16, 0)
+    shares.open_request("a", 16)
+    assert shares.num_open == 20
+    with pytest.raises(InvalidRequestError, match=r"n is 21, .* 20 samples: lower n"):
+        shares.open_request("b", 21)
 
 
 @given(st.lists(st.tuples(st.floats(0, 0.5), st.integers(1, 50)), max_size=50))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import msgspec
 
 from graphgen.base.inbox import Inbox
-from graphgen.ipc.errors import DeadlineError, GraphgenError, OverloadedError
+from graphgen.ipc.errors import DeadlineError, GraphgenError, InvalidRequestError, OverloadedError
 from graphgen.ipc.ggp.framing import make_error
 from graphgen.ipc.ggp.messages import Error
 from graphgen.ipc.messages import RequestEnded
@@ -49,7 +49,7 @@ class Desk:
         self._shares = Shares(settings.open_requests, settings.open_prompt_tokens, settings.total_prompt_tokens)
         self._open: dict[PublicRequest, None] = {}
         self._held: FairQueue[PublicRequest] = FairQueue()
-        self._unstarted: dict[str, int] = {}  # by client: submitted, without a token so far
+        self._unstarted: dict[str, int] = {}  # by client: samples that were submitted and have no token so far
         self.num_refused = 0
         """Of the requests that were opened: those that ended without a token, through nobody's fault here."""
 
@@ -69,8 +69,8 @@ class Desk:
             message = f"request {request_id} of this session is open: choose another id"
             return make_error("duplicate_id", message, about="generate")
         try:
-            self._shares.open_request(session.client)
-        except OverloadedError as refusal:
+            self._shares.open_request(session.client, num_samples)
+        except (OverloadedError, InvalidRequestError) as refusal:
             return error_of(refusal, request_id)
         request = PublicRequest(session, request_id, session.client, num_samples, now_s)
         session.requests[request_id] = request
@@ -107,11 +107,11 @@ class Desk:
         return len(requests)
 
     def release(self) -> None:
-        """Submits held requests as long as a client may have another in the scheduler's queue, in turn."""
+        """Submits held requests as long as a client may have more samples in the scheduler's queue, in turn."""
         while (request := self._held.pop(self._may_submit)) is not None:
             assert request.prepared is not None, "only prepared requests are held"
             request.submitted = True
-            self._unstarted[request.client] = self._unstarted.get(request.client, 0) + 1
+            self._unstarted[request.client] = self._unstarted.get(request.client, 0) + request.num_unstarted
             try:
                 self._link.submit(request.prepared.opened)
             except GraphgenError as failure:  # the engine has died
@@ -144,9 +144,9 @@ class Desk:
             assert isinstance(delivery, Exception), "samples stream"
             self._fail(request, error_of(delivery, request.id))
             return
-        if not request.started:
-            self._count_started(request)
+        num_unstarted = request.num_unstarted
         request.take(delivery, time.monotonic())
+        self._count_started(request, num_unstarted - request.num_unstarted)
         if request.ended:
             self._close(request)
         self._outbox.add_news(request)
@@ -168,11 +168,12 @@ class Desk:
             self._fail(request, error_of(refusal, request.id))
             return
         request.accept(result)
-        self._held.push(request.client, request, result.priority)
+        self._held.push(request.client, request, result.priority, len(result.opened))
         self._outbox.add_news(request)
 
-    def _may_submit(self, client: str) -> bool:
-        return self._unstarted.get(client, 0) < self._max_unstarted
+    def _may_submit(self, client: str, request: PublicRequest) -> bool:
+        num_unstarted = self._unstarted.get(client, 0)
+        return not num_unstarted or num_unstarted + request.num_unstarted <= self._max_unstarted
 
     def _fail(self, request: PublicRequest, error: Error) -> None:
         if request.ended:
@@ -188,20 +189,20 @@ class Desk:
             self._held.discard(request.client, request)
             return
         self._link.cancel(request.internal_ids)
-        if not request.started:
-            self._count_started(request)
+        self._count_started(request, request.num_unstarted)
 
-    def _count_started(self, request: PublicRequest) -> None:
-        left = self._unstarted[request.client] - 1
-        if left:
+    def _count_started(self, request: PublicRequest, num_samples: int) -> None:
+        """So many samples more have a token, or never will."""
+        left = self._unstarted.get(request.client, 0) - num_samples
+        if left > 0:
             self._unstarted[request.client] = left
         else:
-            del self._unstarted[request.client]
+            self._unstarted.pop(request.client, None)
 
     def _close(self, request: PublicRequest) -> None:
         """After its end: gives its share back."""
         del self._open[request]
-        self._shares.close_request(request.client, request.prompt_tokens)
+        self._shares.close_request(request.client, request.num_samples, request.prompt_tokens)
         if self._on_end is not None:
             self._on_end(request.report(time.monotonic()))
         self._outbox.add_news(request)

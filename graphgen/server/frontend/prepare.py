@@ -86,7 +86,7 @@ class Preparer:
 
     def _start_next(self) -> None:
         """With the lock: gives work to idle threads."""
-        while self._idle_threads and (job := self._waiting.pop(lambda client: client not in self._at_work)):
+        while self._idle_threads and (job := self._waiting.pop(lambda client, _: client not in self._at_work)):
             self._idle_threads -= 1
             self._at_work.add(job.request.client)
             self._pool.submit(self._work, job)

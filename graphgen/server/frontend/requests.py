@@ -20,9 +20,10 @@ ABORTED = "aborted"
 class _Sample:
     """Unsent output of one sample."""
 
-    __slots__ = ("ended", "finish", "finish_sent", "ids", "num_tokens", "texts")
+    __slots__ = ("ended", "finish", "finish_sent", "ids", "num_tokens", "started", "texts")
 
     def __init__(self) -> None:
+        self.started = False  # it has a token
         self.num_tokens = 0  # sent in deltas
         self.ids: list[int] = []
         self.texts: list[str] = []
@@ -43,10 +44,11 @@ class PublicRequest:
         self.id = request_id
         self.client = client
         self.arrived_s = arrived_s
-        self._num_samples = num_samples  # as it says; its samples are made when it is prepared
+        self.num_samples = num_samples  # as it says; its samples are made when it is prepared
         self.prepared: Prepared | None = None
         self.submitted = False  # the scheduler has it, until it ends
         self.started = False  # the scheduler gave it a first token
+        self.num_unstarted = 0  # samples without a token, once it is accepted
         self.num_merged = 0  # pieces that joined others because the reader was behind
         self._samples: list[_Sample] = []
         self._queued_ms = 0.0
@@ -78,12 +80,15 @@ class PublicRequest:
     def accept(self, prepared: "Prepared") -> None:
         self.prepared = prepared
         self._samples = [_Sample() for _ in prepared.opened]
+        self.num_unstarted = len(self._samples)
 
     def take(self, piece: StreamPiece, now_s: float) -> None:
         """What a step gave to one of the samples."""
         if self.ended or self.prepared is None:
             return
         sample = self._samples[piece.sample_index]
+        self.num_unstarted -= not sample.started
+        sample.started = True
         if sample.has_news and self.prepared.stream:
             self.num_merged += 1
         sample.ids.extend(piece.token_ids)
@@ -179,7 +184,7 @@ class PublicRequest:
         num_prompt_tokens = 0 if self.prepared is None else self.prepared.num_prompt_tokens
         return Done(
             id=self.id,
-            finish=[sample.finish for sample in self._samples] or [ABORTED] * self._num_samples,
+            finish=[sample.finish for sample in self._samples] or [ABORTED] * self.num_samples,
             usage=Usage(
                 prompt_tokens=num_prompt_tokens,
                 output_tokens=sum(sample.num_tokens + len(sample.ids) for sample in self._samples),

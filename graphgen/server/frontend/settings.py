@@ -31,13 +31,13 @@ class FrontendSettings(Struct, frozen=True, kw_only=True):
     """What the process may use beyond what it uses when it begins to serve."""
     max_sessions: int = 1024
     open_requests: int = 256
-    """Of one client."""
+    """Of one client; a request counts as often as it has samples."""
     open_prompt_tokens: int = 1 << 20
     """Of one client, times samples."""
     total_prompt_tokens: int = 1 << 22
     """Of all clients together."""
     max_unstarted: int = 16
-    """Requests of one client that wait in the scheduler's queue; its others wait here for the client's turn."""
+    """Samples of one client that wait in the scheduler's queue; its others wait here for the client's turn."""
     heartbeat_s: float = 1.0
     slow_consumer_s: float = 60.0
     log_requests: bool = False
