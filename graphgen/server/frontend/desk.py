@@ -26,6 +26,9 @@ from graphgen.server.frontend.sessions import Session
 from graphgen.server.frontend.settings import FrontendSettings
 from graphgen.server.frontend.turns import FairQueue, Shares
 
+UNREAD_FACTOR = 2
+"""A session may have so many times the open requests of a client with those that have ended and are not yet sent."""
+
 
 class Desk:
     """All requests of all sessions."""
@@ -45,6 +48,7 @@ class Desk:
         self._inbox = inbox
         self._outbox = outbox
         self._on_end = on_end if settings.log_requests else None
+        self._open_requests = settings.open_requests
         self._max_unstarted = settings.max_unstarted
         self._shares = Shares(settings.open_requests, settings.open_prompt_tokens, settings.total_prompt_tokens)
         self._open: dict[PublicRequest, None] = {}
@@ -68,6 +72,9 @@ class Desk:
         if request_id in session.requests:
             message = f"request {request_id} of this session is open: choose another id"
             return make_error("duplicate_id", message, about="generate")
+        if len(session.requests) >= UNREAD_FACTOR * self._open_requests:
+            message = f"{len(session.requests)} requests of this session are open or have ended unread: read their ends"
+            return make_error("overloaded", message, request_id, "generate", 1000)
         try:
             self._shares.open_request(session.client, num_samples)
         except (OverloadedError, InvalidRequestError) as refusal:

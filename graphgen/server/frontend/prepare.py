@@ -16,7 +16,7 @@ import msgspec
 from msgspec import UNSET
 
 from graphgen.ipc.codec import unpack_int32
-from graphgen.ipc.errors import InvalidRequestError, OverloadedError
+from graphgen.ipc.errors import InvalidRequestError, OverloadedError, PromptTooLongError
 from graphgen.ipc.ggp.framing import FrameError, Framing, make_error
 from graphgen.ipc.ggp.messages import ClientMessage, Generate, Sampling, SamplingDefaults, ServerMessage
 from graphgen.requests.core import AttachedCore
@@ -30,6 +30,12 @@ from graphgen.server.frontend.turns import FairQueue
 MAX_WAITING_BYTES = 64 << 20
 """Bytes of undecoded requests that wait for a thread; beyond that clients are told to come back."""
 RETRY_AFTER_S = 1.0
+USUAL_BYTES_PER_TOKEN = 4
+"""Of text. One that is longer than this in a full context may have too many tokens for it."""
+PIECE_LEN = 1 << 13
+"""Characters."""
+TOKENS_OF_A_CUT = 16
+"""What a piece may have more than its share of the whole text: special tokens, and words that were cut."""
 
 PieceSink = Callable[[PublicRequest, Delivery], None]
 
@@ -155,6 +161,24 @@ class Preparer:
         if num_bytes > limit:
             message = f"the prompt has {num_bytes} bytes of text, the limit is {limit}: shorten it"
             raise FrameError(make_error("too_large", message))
+        if num_bytes > USUAL_BYTES_PER_TOKEN * self._core.launch.max_model_len:
+            self._refuse_too_many_tokens(texts)
+
+    def _refuse_too_many_tokens(self, texts: Sequence[str]) -> None:
+        """A text that hardly fits is counted in pieces first, which ends with the piece that is too much: at once its
+        tokens would take 200 bytes each, a megabyte of text 200 MiB."""
+        if not self._core.has_tokenizer:
+            return
+        tokenizer, limit = self._core.tokenizer, self._core.launch.max_model_len
+        num_tokens = 0
+        for text in texts:
+            for start in range(0, len(text), PIECE_LEN):
+                piece = tokenizer.encode(text[start : start + PIECE_LEN])
+                num_tokens += max(0, len(piece) - TOKENS_OF_A_CUT)
+                if num_tokens > limit:
+                    raise PromptTooLongError(
+                        f"the prompt has more than {limit} tokens, max_model_len is {limit}: shorten it"
+                    )
 
 
 Done = Callable[[PublicRequest, Prepared | Exception], None]

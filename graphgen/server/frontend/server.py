@@ -27,6 +27,7 @@ from graphgen.ipc.ggp.framing import (
     unsupported_version,
 )
 from graphgen.ipc.ggp.messages import (
+    CLIENT_KINDS,
     MAJOR,
     NAMES,
     Bye,
@@ -66,6 +67,9 @@ others' tokens: a message costs some 20 us, so that all of them together cost a 
 MESSAGES_BURST = 1000
 PERMIT_BYTES = 16 << 10
 """A message of so many bytes counts as two, one of twice as many as three."""
+HELLO_PERMITS = 9
+"""A hello counts as so many messages more: it ends a session and makes one."""
+_HELLO = next(letter for letter, kind in CLIENT_KINDS.items() if kind is Hello)
 SMALL_BYTES = 64 << 10
 """What is decoded in the loop at once, in a tenth of a millisecond."""
 SWEEP_S = 0.2
@@ -214,6 +218,8 @@ class Server:
         for public in self._sockets:
             while left > 0 and (received := public.receive()) is not None:
                 left -= 1 + sum(map(len, received.frames)) // PERMIT_BYTES
+                if received.frames and received.frames[0][3:] == _HELLO:
+                    left -= HELLO_PERMITS
                 self._take(public, received, now_s)
         self._rate.spend(-left)
         return permits
