@@ -9,7 +9,7 @@ both ends are the same build) and hold ints, floats, strings and packed int32 by
     scheduler -> worker      StepPlan | Probe | Shutdown
     worker  -> scheduler     WorkerReady | Progress | StepResult | Probe | Failed
     supervisor -> frontend   Drain | EngineLost
-    frontend -> supervisor   Progress | Ready | Notice | Listening | Drained | Failed
+    frontend -> supervisor   Progress | Ready | Notice | Listening | RequestEnded | Drained | Failed
 
 The frontend stands in the Engine's place when a server runs; the supervisor is the process that started all of them.
 

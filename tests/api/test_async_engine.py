@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from graphgen import AsyncEngine, EngineClosedError, InvalidRequestError, OverloadedError, SamplingParams
+from graphgen import AsyncEngine, DeadlineError, EngineClosedError, InvalidRequestError, SamplingParams
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0)
 ENDLESS = SamplingParams(max_tokens=None, ignore_eos=True)
@@ -103,7 +103,7 @@ def test_a_refusal_is_raised_by_the_iterator(engine: AsyncEngine) -> None:
     async def scenario() -> None:
         async for piece in engine.generate([1, 2, 3], SamplingParams(max_tokens=4)):
             assert piece.cached_tokens == 0
-        with pytest.raises(OverloadedError):
+        with pytest.raises(DeadlineError):
             async for _ in engine.generate([1], SamplingParams(max_tokens=900, ignore_eos=True, deadline_ms=1.0)):
                 pass
 
