@@ -267,12 +267,12 @@ def plot_timeline(steps: Sequence[Step], description: str, path: Path) -> None:
 
 
 def _draw_planning(axes: Axes, steps: Sequence[Step], origin_s: float) -> None:
-    for number, step in enumerate(steps):
-        left, width = _bar(step, origin_s)
-        planned = (step.planned_s - origin_s) * 1000.0
-        axes.plot([planned, left], [1.0, 0.25], color=PLAN_COLOUR, linewidth=0.7, alpha=0.6)
-        axes.plot([planned], [1.0], color=PLAN_COLOUR, marker="v", markersize=5)
-        axes.barh(0.1, width, left=left, height=0.3, color=STEP_COLOURS[number % 2])
+    lefts, widths = zip(*(_bar(step, origin_s) for step in steps), strict=True)
+    planned = [(step.planned_s - origin_s) * 1000.0 for step in steps]
+    axes.plot([planned, lefts], [[1.0] * len(steps), [0.25] * len(steps)], color=PLAN_COLOUR, linewidth=0.7, alpha=0.6)
+    axes.plot(planned, [1.0] * len(steps), color=PLAN_COLOUR, marker="v", markersize=5, linestyle="")
+    colours = [STEP_COLOURS[number % 2] for number in range(len(steps))]
+    axes.barh([0.1] * len(steps), widths, left=lefts, height=0.3, color=colours)
     axes.set_yticks([0.1, 1.0], ["the device\nruns the step", "the scheduler\nmakes its plan"])
     axes.set_ylim(-0.1, 1.2)
     axes.set_title(
@@ -286,13 +286,16 @@ def _draw_prompts(axes: Axes, steps: Sequence[Step], origin_s: float) -> None:
     # In order of appearance, so that prompts that follow each other differ.
     order = dict.fromkeys(request for step in steps for request, _, _ in step.chunks)
     colours = dict(zip(order, itertools.cycle(COLOURS), strict=False))
+    rows, padding = _Bars(), _Bars()
     for step in steps:
-        left, width = _bar(step, origin_s)
+        place = _bar(step, origin_s)
         bottom = 0
         for request, _, length in step.chunks:
-            _draw_rows(axes, left, width, bottom, length, colours[request])
+            rows.add(place, bottom, length, colours[request])
             bottom += length
-        axes.bar(left, step.bucket[0] - bottom, width, bottom, align="edge", color=PADDING_COLOUR)
+        padding.add(place, bottom, step.bucket[0] - bottom, PADDING_COLOUR)
+    padding.draw(axes, linewidth=0.0)
+    rows.draw(axes, linewidth=0.4)
     axes.set_ylim(0, 1.15 * max(1, *(step.bucket[0] for step in steps)))
     axes.set_ylabel("prompt tokens")
     axes.set_title("Prompt chunks: a colour for each prompt, so one that was split goes on in its colour", fontsize=10)
@@ -302,18 +305,48 @@ def _draw_prompts(axes: Axes, steps: Sequence[Step], origin_s: float) -> None:
 
 
 def _draw_decodes(axes: Axes, steps: Sequence[Step], origin_s: float) -> None:
+    rows, padding = _Bars(), _Bars()
     for step in steps:
-        left, width = _bar(step, origin_s)
-        live = len(step.decodes)
-        _draw_rows(axes, left, width, 0, live, DECODE_COLOUR)
-        axes.bar(left, step.bucket[1] - live, width, live, align="edge", color=PADDING_COLOUR)
+        place, live = _bar(step, origin_s), len(step.decodes)
+        rows.add(place, 0, live, DECODE_COLOUR)
+        padding.add(place, live, step.bucket[1] - live, PADDING_COLOUR)
+    padding.draw(axes, linewidth=0.0)
+    rows.draw(axes, linewidth=0.4)
     axes.set_ylabel("decode rows")
     axes.set_title("Decodes: requests that get their next token in the same step", fontsize=10)
     axes.grid(axis="y", alpha=0.3)
 
 
-def _draw_rows(axes: Axes, left: float, width: float, bottom: int, count: int, colour: str) -> None:
-    axes.bar(left, count, width, bottom, align="edge", color=colour, edgecolor="white", linewidth=0.4)
+class _Bars:
+    """Bars that are drawn in one call, which is many times faster than one by one."""
+
+    def __init__(self) -> None:
+        self._lefts: list[float] = []
+        self._widths: list[float] = []
+        self._bottoms: list[int] = []
+        self._heights: list[int] = []
+        self._colours: list[str] = []
+
+    def add(self, place: tuple[float, float], bottom: int, height: int, colour: str) -> None:
+        """place: left edge and width. Bars of no height are left out."""
+        if height:
+            self._lefts.append(place[0])
+            self._widths.append(place[1])
+            self._bottoms.append(bottom)
+            self._heights.append(height)
+            self._colours.append(colour)
+
+    def draw(self, axes: Axes, linewidth: float) -> None:
+        axes.bar(
+            self._lefts,
+            self._heights,
+            self._widths,
+            self._bottoms,
+            align="edge",
+            color=self._colours,
+            edgecolor="white",
+            linewidth=linewidth,
+        )
 
 
 def _bar(step: Step, origin_s: float) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """The simulator: exact where it can be computed by hand, equal to a brute-force reading of its own plans elsewhere."""
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,7 @@ def test_two_thousand_requests_are_served_in_every_scenario() -> None:
     on = make_machine(token_budget=512)
     for text in ("256/64:64x2000", "bursts@20x2000", "mix@8x300"):
         load = parse_load(text, None)
-        run = simulate.simulate(on, "fcfs", load, 0, LEVELS)
+        run = simulate.simulate(on, "fcfs", load, 0, LEVELS, clock_ns=time.monotonic_ns)
         whole, *kinds = run.rows
         assert whole["completed"] == whole["num_requests"] == load.num_requests
         assert sum(int(str(row["completed"])) for row in kinds) in (0, load.num_requests)
@@ -387,7 +388,7 @@ def test_a_budget_by_target_and_classes_keep_what_a_fixed_one_does_not() -> None
     rows = {
         (name, str(row["kind"])): row
         for name in simulate.DRAWN_POLICIES
-        for row in simulate.simulate(on, name, load, 0, LEVELS).rows
+        for row in simulate.simulate(on, name, load, 0, LEVELS, clock_ns=time.monotonic_ns).rows
     }
 
     def figure(policy: str, kind: str, name: str) -> float:

@@ -97,7 +97,19 @@ def test_prefix_computes_what_is_new_and_says_so(monkeypatch: pytest.MonkeyPatch
 def test_steps_and_latency_run_on_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tiny = {
         "steps": ("--max-num-seqs", "2", "--max-model-len", "64", "--context", "16", "--repeats", "2"),
-        "latency": ("--max-model-len", "64", "--context", "8", "--tokens", "32", "--batches", "1", "2"),
+        "latency": (
+            "--max-model-len",
+            "64",
+            "--context",
+            "8",
+            "--tokens",
+            "32",
+            "--batches",
+            "1",
+            "2",
+            "--idle",
+            "0.2",
+        ),
     }
     document = run_script(monkeypatch, tmp_path, name, "--device", "cpu", "--token-budget", "8", *tiny[name])
     figure = {"steps": "ms p50", "latency": "ITL p50 ms"}[name]
@@ -159,7 +171,6 @@ def test_an_answer_has_one_token_for_each_row(num_rows: int) -> None:
 # --- protocol ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.alone
 def test_the_protocol_benchmark_measures_both_ways(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     arguments = ("--streams", "2", "--tokens", "10", "--step-ms", "5")
     rows = run_script(monkeypatch, tmp_path, "protocol", *arguments)["rows"]
