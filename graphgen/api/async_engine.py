@@ -1,7 +1,6 @@
 """The engine of an asyncio program. Owns its start and its end; how a task waits is `graphgen.api.calls`."""
 
 import asyncio
-from types import TracebackType
 from typing import Self, Unpack
 
 from graphgen.api.calls import AsyncCalls
@@ -39,15 +38,3 @@ class AsyncEngine(AsyncCalls[EngineCore]):
     def info(self) -> Ready:
         """What the engine decided at its start: device, attention backend, buckets, pages, phases."""
         return self._core.ready
-
-    async def close(self) -> None:
-        """Ends the engine's processes and frees the device. Open requests get EngineClosedError. Idempotent."""
-        await asyncio.to_thread(self._core.close)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()

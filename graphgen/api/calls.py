@@ -9,7 +9,8 @@ import asyncio
 import functools
 import queue
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from types import TracebackType
+from typing import Generic, Protocol, Self, TypeVar
 
 from graphgen.ipc.errors import InvalidRequestError
 from graphgen.requests.open_request import Delivery
@@ -18,7 +19,14 @@ from graphgen.requests.prompts import Chats, Prompt, batch_of, chats_of, one_pro
 from graphgen.requests.sampling_params import SamplingParams
 from graphgen.requests.streams import AsyncStream, Mailbox, RequestCore, Stream
 
-Core = TypeVar("Core", bound=RequestCore)
+
+class OwnCore(RequestCore, Protocol):
+    """A core that ends with the engine or the client that made it."""
+
+    def close(self) -> None: ...
+
+
+Core = TypeVar("Core", bound=OwnCore)
 Answer = tuple[int, Delivery]
 """Number of the prompt in its call, and what its sink got."""
 
@@ -75,6 +83,19 @@ class Calls(Generic[Core]):
         """
         return Stream(self._core, one_prompt(prompt), sampling)
 
+    def close(self) -> None:
+        """Ends it: the processes of an engine, which frees its device, or the session of a client. Open requests get
+        EngineClosedError. Idempotent."""
+        self._core.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
 
 class AsyncCalls(Generic[Core]):
     """What a task of an event loop calls."""
@@ -123,6 +144,18 @@ class AsyncCalls(Generic[Core]):
         """`await engine.chat(...)`: the model's whole answer to a chat, or to each of several, as Engine.chat returns
         it. To stream one give it to `generate`."""
         return await self.complete(chats_of(chats), sampling)
+
+    async def close(self) -> None:
+        """Ends it, as Engine.close and Client.close do, without holding up the loop. Idempotent."""
+        await asyncio.to_thread(self._core.close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
 
     def _mailbox_of_loop(self, call: str) -> Mailbox:
         try:

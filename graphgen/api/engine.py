@@ -4,8 +4,7 @@ Owns its start and its end. How a thread waits for outputs is `graphgen.api.call
 `graphgen.requests.core`.
 """
 
-from types import TracebackType
-from typing import Self, Unpack
+from typing import Unpack
 
 from graphgen.api.calls import Calls
 from graphgen.ipc.messages import EngineStats, Ready
@@ -61,15 +60,3 @@ class Engine(Calls[EngineCore]):
     def config(self) -> EngineConfig:
         """What was asked for."""
         return self._core.config
-
-    def close(self) -> None:
-        """Ends the engine's processes and frees the device. Open requests get EngineClosedError. Idempotent."""
-        self._core.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

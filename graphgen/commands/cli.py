@@ -243,6 +243,7 @@ def _read_lines() -> Iterator[str]:
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             yield input("> ")
+    _write("\n")
 
 
 def _show_figures(engine: Engine, reply: Reply) -> None:

@@ -1,7 +1,6 @@
 """The client of an asyncio program: an AsyncEngine that is elsewhere. How a task waits is `graphgen.api.calls`."""
 
 import asyncio
-from types import TracebackType
 from typing import Self, Unpack
 
 from graphgen.api.calls import AsyncCalls
@@ -37,15 +36,3 @@ class AsyncClient(AsyncCalls[RemoteCore]):
     def info(self) -> Welcome:
         """What the server said of itself: model, limits, features."""
         return self._core.welcome
-
-    async def close(self) -> None:
-        """Ends the session; open requests get EngineClosedError. Idempotent."""
-        await asyncio.to_thread(self._core.close)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()

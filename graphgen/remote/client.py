@@ -1,7 +1,6 @@
 """The client of a Python program: an Engine that is elsewhere. How a thread waits is `graphgen.api.calls`."""
 
-from types import TracebackType
-from typing import Self, Unpack
+from typing import Unpack
 
 from graphgen.api.calls import Calls
 from graphgen.ipc.ggp.messages import Health, Stats, Welcome
@@ -36,15 +35,3 @@ class Client(Calls[RemoteCore]):
     def info(self) -> Welcome:
         """What the server said of itself: model, limits, features."""
         return self._core.welcome
-
-    def close(self) -> None:
-        """Ends the session; open requests get EngineClosedError. Idempotent."""
-        self._core.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -61,6 +61,9 @@ class EchoCore:
     def check_process(self) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
 
 class Caller:
     """The same calls on a thread and in a loop."""

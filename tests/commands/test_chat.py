@@ -47,6 +47,9 @@ class Parrot:
     def check_process(self) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
 
 def talk(lines: Sequence[str], system: str | None = None) -> tuple[list[str], list[str]]:
     """(what the model said, what else was told)."""

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from graphgen import RequestOutput, SamplingParams, StreamPiece
 from graphgen.requests.text import Detokenizer, StopFinder
 from graphgen.requests.tokenizer import Tokenizer
+from tests.fakes import open_request
 from tests.requests import tokenizers_for_tests
 
 EMOJI_TEXT = "naïve 😀👩‍👩‍👧 — 你好, ROMEO:\n\tend"
@@ -163,6 +165,20 @@ def test_peek_leaves_no_trace() -> None:
     assert finder.push("xE") == ("x", False)
     assert finder.peek("ND") == ("", True)
     assert finder.push("N!") == ("EN!", False)
+
+
+@pytest.mark.parametrize("skip_special_tokens", [True, False])
+@pytest.mark.parametrize("streams", [True, False])
+def test_the_text_ends_before_a_stop_string_that_is_a_special_token(skip_special_tokens: bool, streams: bool) -> None:
+    """The scheduler ends the request at its id; whether the text would show the token or not makes no difference."""
+    tokenizer = tokenizer_of("byte_level")
+    sampling = SamplingParams(stop="<|endoftext|>", skip_special_tokens=skip_special_tokens)
+    request = open_request(1, lambda _: None, tokenizer, sampling, streams)
+    token_ids = [*tokenizer.encode("To be"), tokenizer.encode("<|endoftext|>")[0]]
+    pieces = [request.take([token_id], None, 0.0)[0] for token_id in token_ids[:-1]]
+    last, reason = request.take(token_ids[-1:], "stop", 0.0)
+    texts = [piece.text for piece in (*pieces, last) if isinstance(piece, (StreamPiece, RequestOutput))]
+    assert ("".join(texts), reason) == ("To be", "stop")
 
 
 def timed(call: Callable[[], object]) -> float:
