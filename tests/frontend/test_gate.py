@@ -1,7 +1,10 @@
 """What connections may cost: their number, their bytes each way, and who is let in when there are many."""
 
 import contextlib
+import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +19,7 @@ from tests.frontend.conftest import MakeFrontend
 from tests.frontend.harness import Frontend, open_request, wait_until
 from tests.frontend.raw_peers import MORE, connect_raw, frame, is_closed, send_without_end, shake_hands
 
+ROOT = str(Path(__file__).resolve().parents[2])
 ATTACKER = "127.0.0.66"
 """Linux takes any address of 127/8 as one of its own."""
 
@@ -200,6 +204,61 @@ def test_heartbeats_and_garbage_are_no_hoard(frontend: Frontend) -> None:
     client.send(Ping(t=1))
     client.expect(Pong)
     assert frontend.gate.num_cut == 0
+
+
+def test_when_memory_is_short_those_go_that_hold_most(frontend: Frontend) -> None:
+    """Whatever took the memory: a small hoard that is allowed otherwise is closed, a good client is not."""
+    client = frontend.welcome()
+    with connect_raw(frontend.sockets.data.address) as raw:
+        shake_hands(raw)
+        raw.sendall(frame(bytes(100_000), MORE))
+        assert not is_closed(raw, 0.2)
+        frontend.gate._most_memory_bytes = 0.0
+        assert is_closed(raw)
+    client.send(Ping(t=1))
+    client.expect(Pong)
+
+
+FEW_DESCRIPTORS = """
+import contextlib, resource, socket
+resource.setrlimit(resource.RLIMIT_NOFILE, (900, 4096))  # the clients are in this process too, and need most of them
+from graphgen.base.descriptors import raise_descriptor_limit
+assert raise_descriptor_limit() == 4096
+from graphgen.ipc.ggp.messages import Stats, StatsRequest, Hello, Welcome
+from graphgen.ipc.messages import StatsRequest as SchedulerStatsRequest
+from tests.fakes import STATS
+from tests.frontend.harness import Frontend, demo_tokenizer
+from tests.frontend.raw_peers import connect_raw
+frontend = Frontend(demo_tokenizer())
+client = frontend.welcome()
+kept = []
+for number in range(1100):
+    with contextlib.suppress(OSError):
+        kept.append(connect_raw(frontend.sockets.data.address, f"127.0.1.{number % 8 + 1}", timeout_s=0.02))
+client.send(StatsRequest())
+frontend.scheduler.expect(SchedulerStatsRequest)
+frontend.scheduler.send(STATS)
+client.expect(Stats)
+assert 100 < len(frontend.gate) <= frontend.gate.limits.connections + 8, len(frontend.gate)
+frontend.close()
+print("served", flush=True)
+"""
+
+
+def test_more_connections_than_descriptors_end_nothing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", FEW_DESCRIPTORS],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": ROOT},
+    )
+    assert done.stdout == "served\n", done.stderr
+
+
+def test_few_descriptors_mean_few_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda _: (512, 512))
+    assert connection_limits(1 << 30, frame_bytes_limit(1024), 1024).connections == (512 - 256) // 2
 
 
 @pytest.mark.parametrize("positions", [1024, 8192, 131_072, 262_144])

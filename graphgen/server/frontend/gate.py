@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import ipaddress
 import logging
+import math
 import os
 import select
 import socket
@@ -155,6 +156,7 @@ class Gate:
         self._addresses: dict[str, _Address] = {}
         self._shut_out: frozenset[str] | None = frozenset()  # None: everyone
         self._memory = ResidentMemory()
+        self._most_memory_bytes = math.inf  # until the server has loaded what it needs
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="gate", daemon=True)
@@ -172,6 +174,10 @@ class Gate:
 
     def start(self) -> None:
         self._thread.start()
+
+    def limit_memory(self) -> None:
+        """From now on closes those that hold most when the process has the limits' memory more than it has now."""
+        self._most_memory_bytes = self._memory.num_bytes() + self.limits.memory_bytes
 
     def close(self) -> None:
         """After the sockets that it watches were closed."""
@@ -279,7 +285,7 @@ class Gate:
         for connection, num_bytes in held.items():
             if num_bytes > self.limits.held_bytes:
                 self._cut(connection, f"it holds {num_bytes} bytes of messages that do not end")
-        if self._memory.num_bytes() > self.limits.memory_bytes:
+        if self._memory.num_bytes() > self._most_memory_bytes:
             self._relieve(held)
         for name in [name for name, address in self._addresses.items() if address.is_forgotten(now_s)]:
             del self._addresses[name]

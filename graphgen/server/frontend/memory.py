@@ -32,7 +32,7 @@ _MMAP_THRESHOLD, _ARENA_MAX = -3, -8
 
 
 class ConnectionLimits(NamedTuple):
-    """What connections may cost together. Raises nothing; made by `connection_limits`."""
+    """What connections may cost. Made by `connection_limits`."""
 
     connections: int
     per_address: int
@@ -42,7 +42,7 @@ class ConnectionLimits(NamedTuple):
     unsent_bytes: int
     """Handed to libzmq and not yet acknowledged by the peer, of one connection, before it gets more."""
     memory_bytes: int
-    """Resident memory of the process at which connections that hold most are closed."""
+    """Beyond what the process has when it begins to serve: from there on the connections that hold most are closed."""
 
 
 def connection_limits(memory_limit_bytes: int, frame_bytes: int, max_model_len: int) -> ConnectionLimits:
@@ -69,7 +69,7 @@ def connection_limits(memory_limit_bytes: int, frame_bytes: int, max_model_len: 
         per_address=max(2, connections * 3 // 4),
         held_bytes=held_bytes,
         unsent_bytes=UNSENT_BYTES,
-        memory_bytes=ResidentMemory().num_bytes() + memory_limit_bytes * 3 // 4,
+        memory_bytes=memory_limit_bytes * 3 // 4,
     )
 
 

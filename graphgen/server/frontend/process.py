@@ -129,6 +129,7 @@ def _serve(folder: Path, supervisor: SupervisorChannel) -> int:
         server = make_server(sockets, supervisor, inbox, link, core, settings, admits)
         stack.callback(server.close)
         limit_memory(settings.memory_limit_bytes)
+        gate.limit_memory()
         supervisor.send(Listening(sockets.data.address, sockets.control.address))
         return server.run()
 
