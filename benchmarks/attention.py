@@ -17,7 +17,6 @@ from torch import Tensor
 
 from benchmarks.report import machine, show, write_json
 from benchmarks.timing import median_s, read_bytes_per_s
-from graphgen.models.attention.flashinfer import FlashInferAttention
 from graphgen.models.attention.kernels import AttentionShape, Kernel
 from graphgen.models.attention.tables import RowTables
 
@@ -78,6 +77,8 @@ class Case:
 
         self._rows = rows(shape.num_heads), rows(shape.num_kv_heads), rows(shape.num_kv_heads)
         self._angles = rows(1)[:, 0], rows(1)[:, 0]
+        from graphgen.models.attention.flashinfer import FlashInferAttention  # imports Triton, which needs a GPU
+
         self._backend = FlashInferAttention(shape, 1, num_rows, num_rows, kernels=kernels)
         starts, chunk_lens, decode_lens = (
             tensor.cpu().numpy().astype(np.int32)
@@ -140,6 +141,8 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, nargs="+", default=[192, 448, 960, 1984])
     parser.add_argument("--json", help="write the figures here")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("it measures CUDA kernels and no GPU is here: run it on a machine with one")
     num_heads, num_kv_heads, head_dim = options.heads
     shape = AttentionShape(num_heads, num_kv_heads, head_dim, PAGE_SIZE, torch.bfloat16, (0,))
     bandwidth = read_bytes_per_s(DEVICE, 2 << 30)

@@ -20,6 +20,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+from graphgen.ipc.short import short_repr
+
 FinishReason = Literal["stop", "length", "aborted", "error"]
 
 MAX_PRIORITY = 9
@@ -178,6 +180,9 @@ class Phase(Struct, frozen=True, array_like=True, gc=False):
         hidden = f"  and {self.hidden_s:.2f} s beside earlier phases" if self.hidden_s >= 0.005 else ""
         return f"{self.name:<24}{self.seconds:8.2f} s{hidden}"
 
+    def __repr__(self) -> str:
+        return short_repr(self)
+
 
 TIMING_PHASE = "timing"
 """Name of the phase in which a start measured the step times."""
@@ -202,6 +207,9 @@ class StepTimeTable(Struct, frozen=True, array_like=True, gc=False):
     ms_per_decode_position: float  # of one decode row, for each further position it attends to
     ms_per_prompt_pair: float
 
+    def __repr__(self) -> str:
+        return short_repr(self)
+
 
 class WorkerReady(Struct, frozen=True, array_like=True, tag="worker_ready", gc=False):
     """The worker serves. What it decided from the device it found."""
@@ -216,6 +224,9 @@ class WorkerReady(Struct, frozen=True, array_like=True, tag="worker_ready", gc=F
     page_size: int
     phases: tuple[Phase, ...]
     step_times: StepTimeTable | None = None  # None: nobody has measured this device
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 class Progress(Struct, frozen=True, array_like=True, tag="progress", gc=False):
@@ -314,6 +325,9 @@ class EngineStats(Struct, frozen=True, array_like=True, tag="stats", gc=False):
     worker_pause_s: float = 0.0  # from there until its successor served
     poisoned: int = 0  # requests that were given up because the worker ended each time it computed them
     numerical_errors: int = 0  # requests that a NumericalError ended: their logits were all NaN or -inf
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 # --- supervisor <-> frontend -----------------------------------------------------------------------------------

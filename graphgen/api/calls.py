@@ -37,6 +37,9 @@ class Calls(Generic[Core]):
     def __init__(self, core: Core) -> None:
         self._core = core
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._core}>"
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -103,6 +106,9 @@ class AsyncCalls(Generic[Core]):
     def __init__(self, core: Core) -> None:
         self._core = core
         self._mailbox: Mailbox | None = None  # of the loop that was last seen
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._core}>"
 
     def generate(self, prompt: Prompt, sampling: SamplingParams | None = None) -> AsyncStream:
         """`async for piece in engine.generate(...)`: the output of one prompt or chat as it is made.

@@ -2,10 +2,8 @@
 
 import contextlib
 import importlib
-import importlib.metadata
 import inspect
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +20,7 @@ from graphgen.base.version import __version__
 from graphgen.commands import probe
 from graphgen.commands.chat import HELP, Conversation, Reply, chat_prompt, check_chat, converse, write_reply
 from graphgen.commands.demo_run import DemoFigures, percentile, run_demo
-from graphgen.commands.describe import Decision, decisions
+from graphgen.commands.describe import Decision, Info, decisions, installed_versions
 from graphgen.commands.options import takes_engine_options, takes_sampling_options, takes_serve_options
 from graphgen.commands.serve import keys_app, serve_until_signal
 from graphgen.commands.tune import TuneFigures, describe_figures, tune_figures
@@ -104,12 +102,19 @@ def chat(
 
 @app.command()
 @takes_engine_options()
-def info(config: EngineConfig) -> None:
+def info(
+    config: EngineConfig, json: Annotated[bool, typer.Option("--json", help="Print it as JSON.", metavar="")] = False
+) -> None:
     """Start an engine and print what it found and decided, and why."""
     with Engine(config) as engine:
         found = engine.info
+        rows = decisions(engine.config, engine.resolved, found)
+        if json:
+            told = Info(installed_versions(), rows, found.worker.buckets, found.worker.phases, engine.start_s)
+            _write(msgspec.json.format(msgspec.json.encode(told.as_objects()), indent=1).decode() + "\n")
+            return
         stdout.print(_versions_table())
-        stdout.print(_decisions_table(decisions(engine.config, engine.resolved, found)))
+        stdout.print(_decisions_table(rows))
         stdout.print(_buckets_table(found.worker.buckets))
         stdout.print(_phases_table(found.worker.phases, engine.start_s))
 
@@ -256,13 +261,8 @@ def _show_figures(engine: Engine, reply: Reply) -> None:
 
 def _versions_table() -> Table:
     table = Table("package", "version", title="Versions", title_justify="left")
-    table.add_row("graphgen", __version__)
-    table.add_row("Python", platform.python_version())
-    for package in ("torch", "transformers", "tokenizers", "flashinfer-python", "pyzmq", "msgspec"):
-        try:
-            table.add_row(package, importlib.metadata.version(package))
-        except importlib.metadata.PackageNotFoundError:
-            table.add_row(package, "not installed")
+    for package, version in installed_versions().items():
+        table.add_row(package, version or "not installed")
     return table
 
 

@@ -1,10 +1,14 @@
 """Why an engine is set up as it is: one sentence for each decision. Used by `graphgen info`."""
 
+import importlib.metadata
+import platform
+
 import msgspec
 from msgspec import Struct
 
+from graphgen.base.version import __version__
 from graphgen.ipc.ggp.messages import SamplingDefaults
-from graphgen.ipc.messages import TIMING_PHASE, Ready, WorkerReady
+from graphgen.ipc.messages import TIMING_PHASE, Bucket, Phase, Ready, WorkerReady
 from graphgen.launch.config import EngineConfig, LaunchConfig
 
 
@@ -14,6 +18,37 @@ class Decision(Struct, frozen=True):
     what: str
     value: str
     why: str
+
+
+class Info(Struct, frozen=True):
+    """All that `graphgen info` tells."""
+
+    versions: dict[str, str | None]  # by package; None: not installed
+    decisions: list[Decision]
+    buckets: tuple[Bucket, ...]
+    phases: tuple[Phase, ...]
+    start_s: float
+
+    def as_objects(self) -> dict[str, object]:
+        """For JSON, each value under its name: on the wire buckets and phases are arrays."""
+        return {
+            "versions": self.versions,
+            "decisions": {one.what: {"value": one.value, "why": one.why} for one in self.decisions},
+            "buckets": [msgspec.structs.asdict(bucket) for bucket in self.buckets],
+            "phases": [msgspec.structs.asdict(phase) for phase in self.phases],
+            "start_s": self.start_s,
+        }
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Of graphgen, Python and the packages that matter; None for one that is not installed."""
+    versions: dict[str, str | None] = {"graphgen": __version__, "Python": platform.python_version()}
+    for package in ("torch", "transformers", "tokenizers", "flashinfer-python", "pyzmq", "msgspec"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
 
 
 def decisions(config: EngineConfig, launch: LaunchConfig, ready: Ready) -> list[Decision]:

@@ -238,6 +238,9 @@ def resolve(
     device = find_device() if config.device == "auto" else config.device
     on_cuda = device != "cpu"
     token_budget = config.token_budget or (1024 if on_cuda else 256)
+    page_size = config.page_size or (64 if on_cuda else 16)
+    max_model_len = _resolve_max_model_len(config, spec)
+    _check_num_pages(config.num_pages, page_size, min(token_budget, max_model_len))
     return LaunchConfig(
         model_folder=str(model_folder),
         spec=spec,
@@ -249,11 +252,11 @@ def resolve(
         compile=on_cuda if config.compile is None else config.compile,
         load_format=config.load_format,
         seed=config.seed,
-        max_model_len=_resolve_max_model_len(config, spec),
+        max_model_len=max_model_len,
         # Decodes come first in every step: a cap on running requests is what keeps room for prompts.
         max_running=max_running(config.max_num_seqs, token_budget),
         token_budget=token_budget,
-        page_size=config.page_size or (64 if on_cuda else 16),
+        page_size=page_size,
         num_pages=config.num_pages,
         memory_fraction=config.memory_fraction,
         step_times=config.step_times,
@@ -322,6 +325,16 @@ def _resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
     if config.max_model_len > limit:
         raise ConfigError(f"max_model_len is {config.max_model_len}, the model's limit is {limit}: lower it")
     return config.max_model_len
+
+
+def _check_num_pages(num_pages: int | None, page_size: int, least_positions: int) -> None:
+    """Refuses a cache that does not hold one full step: prompts that users think of as short would never fit."""
+    if num_pages is not None and num_pages * page_size < least_positions:
+        raise ConfigError(
+            f"num_pages is {num_pages}, which hold {num_pages * page_size} positions ({page_size} each), one full step"
+            f" has {least_positions}: use {-(-least_positions // page_size)} pages or more, or leave it out for what"
+            " the memory holds"
+        )
 
 
 def _is_cuda_index(device: str) -> bool:

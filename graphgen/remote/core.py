@@ -17,7 +17,8 @@ class RemoteCore:
     """A connection and the ids of its requests."""
 
     def __init__(self, address: str | None, settings: ClientSettings) -> None:
-        self._connection = Connection(ServerAddress(address=address or DEFAULT_ADDRESS, **settings))
+        self._address = address or DEFAULT_ADDRESS
+        self._connection = Connection(ServerAddress(address=self._address, **settings))
         self._request_ids = itertools.count()
 
     @property
@@ -57,6 +58,10 @@ class RemoteCore:
 
     def health(self) -> Health:
         return self._connection.health()
+
+    def __str__(self) -> str:
+        """Who is talked to, for the repr of a client."""
+        return f"of {self.welcome.model} at {self._address}, {self.welcome.server}"
 
     def close(self) -> None:
         self._connection.close()

@@ -240,6 +240,14 @@ class EngineCore(AttachedCore):
         """The engine's processes by name; a worker that was replaced has another pid."""
         return self._processes.pids
 
+    def __str__(self) -> str:
+        """What runs where, for the repr of an engine."""
+        launch, worker = self.launch, self.ready.worker
+        return (
+            f"of {self.config.model or 'the demo model'} on {worker.device}, {launch.dtype}, max_model_len"
+            f" {launch.max_model_len}, {worker.num_pages} pages of {worker.page_size}"
+        )
+
     def close(self) -> None:
         """Ends the processes and removes their folder. Idempotent, from any thread."""
         self._link.close()

@@ -3,6 +3,7 @@
 from msgspec import Struct
 
 from graphgen.ipc.messages import FinishReason
+from graphgen.ipc.short import short_repr
 
 
 class Timing(Struct, frozen=True):
@@ -12,6 +13,9 @@ class Timing(Struct, frozen=True):
     first_token_s: float  # until its first token arrived (TTFT); 0 if it has none
     total_s: float  # until its last token arrived
     token_times_s: tuple[float, ...]  # until each token arrived; their differences are the ITL
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 class RequestOutput(Struct, frozen=True):
@@ -31,6 +35,9 @@ class RequestOutput(Struct, frozen=True):
     sample_index: int = 0
     """Which of the n outputs of its prompt this is."""
 
+    def __repr__(self) -> str:
+        return short_repr(self)
+
 
 class StreamPiece(Struct, frozen=True):
     """What one token added to a stream. Joined, the texts of all pieces of a sample are its whole text."""
@@ -44,3 +51,6 @@ class StreamPiece(Struct, frozen=True):
     """As in RequestOutput; the same in every piece."""
     sample_index: int = 0
     """Which of the n outputs of the prompt it belongs to."""
+
+    def __repr__(self) -> str:
+        return short_repr(self)

@@ -14,6 +14,7 @@ from typing import Annotated
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from graphgen.ipc.ggp import limits
+from graphgen.ipc.short import short_repr
 
 MAJOR = 1
 """The version of the protocol: the third byte of every header."""
@@ -267,6 +268,9 @@ class Welcome(Struct, frozen=True, kw_only=True):
         SamplingDefaults, Meta(description="What the model draws with by itself; see `sampling.model_defaults`.")
     ] = SamplingDefaults()
 
+    def __repr__(self) -> str:
+        return short_repr(self)
+
 
 class Accepted(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The request was checked and waits for its turn. Precedes its first `delta`."""
@@ -364,6 +368,9 @@ class Stats(Struct, frozen=True, kw_only=True):
     frontend_cpu_s: Annotated[Measured, Meta(description="Processor time of the frontend process.")]
     frontend_rss_bytes: Count
 
+    def __repr__(self) -> str:
+        return short_repr(self)
+
 
 class Health(Struct, frozen=True, kw_only=True):
     """Answers `health_request` after a round trip through scheduler and worker, or when that failed."""
@@ -373,6 +380,9 @@ class Health(Struct, frozen=True, kw_only=True):
     worker_ms: Annotated[
         Measured, Meta(description="The round trip, behind the steps in flight; of a failed one the wait.")
     ]
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 CLIENT_KINDS: Mapping[bytes, type[Struct]] = {

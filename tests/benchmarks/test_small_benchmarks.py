@@ -31,6 +31,7 @@ SCRIPTS = (
     "protocol",
     "scheduler",
     "simulate",
+    "serving",
     "startup",
     "steps",
 )
@@ -69,8 +70,6 @@ def test_there_is_no_percentile_of_nothing() -> None:
 def test_help_says_the_question_and_the_command(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if name == "attention":
-        pytest.importorskip("triton", reason="the kernels it compares exist only where Triton does")
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(f"benchmarks.{name}").main()

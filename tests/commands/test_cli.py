@@ -1,11 +1,13 @@
 """The command line as a user runs it."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
 
 import pytest
 
+from graphgen import __version__
 from graphgen.commands.demo_run import background_prompts, percentile
 
 SMALL = ("--token-budget", "8", "--device", "cpu")
@@ -50,6 +52,18 @@ def test_info_prints_versions_decisions_buckets_and_phases() -> None:
     assert done.returncode == 0, done.stderr
     for words in ("torch", "you asked for it", "max_position_embeddings", "decode rows", "load", "KV cache"):
         assert words in done.stdout
+
+
+def test_info_as_json_says_the_same_to_programs() -> None:
+    done = run(["info", "--json", *SMALL])
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["versions"]["graphgen"] == __version__
+    assert told["versions"]["torch"]
+    assert told["decisions"]["device"] == {"value": "cpu", "why": "you asked for it"}
+    assert {"load", "capture"} <= {phase["name"] for phase in told["phases"]}
+    assert all(bucket["prefill_rows"] + bucket["decode_rows"] <= 8 for bucket in told["buckets"])
+    assert 0 < told["start_s"] < 120
 
 
 def test_demo_prints_text_and_figures() -> None:

@@ -95,6 +95,20 @@ def test_a_context_beyond_the_models_is_refused_unless_its_rotation_is_scaled(sp
     assert resolve(EngineConfig(device="cpu"), scaled, FOLDER).max_model_len == 1024
 
 
+@pytest.mark.parametrize(("num_pages", "fits"), [(1, False), (15, False), (16, True), (17, True)])
+def test_a_cache_holds_one_full_step_at_least(spec: ModelSpec, num_pages: int, fits: bool) -> None:
+    config = EngineConfig(device="cpu", num_pages=num_pages)  # pages of 16 positions, steps of 256
+    if fits:
+        assert resolve(config, spec, FOLDER).num_pages == num_pages
+        return
+    with pytest.raises(ConfigError, match=f"num_pages is {num_pages}, .*: use 16 pages or more"):
+        resolve(config, spec, FOLDER)
+
+
+def test_a_short_context_needs_no_more_pages_than_its_own(spec: ModelSpec) -> None:
+    assert resolve(EngineConfig(device="cpu", num_pages=2, max_model_len=32), spec, FOLDER).num_pages == 2
+
+
 def test_prompts_are_not_shared_where_keys_depend_on_the_prompts_length(spec: ModelSpec) -> None:
     dynamic = msgspec.structs.replace(spec, rope=RopeSpec(kind="dynamic", factor=2.0, original_max_len=1024))
     assert resolve(EngineConfig(device="cpu"), spec, FOLDER).prefix_cache

@@ -147,6 +147,10 @@ def test_a_server_that_listens_and_is_silent_is_given_up_in_time(server: FakeSer
     assert time.monotonic() - begun_s < 3
 
 
+def test_a_client_says_whom_it_talks_to(server: FakeServer, client: Client) -> None:
+    assert repr(client) == f"<Client of fake at {server.address}, fake>"
+
+
 def test_pings_are_answered_while_nobody_reads(server: FakeServer, client: Client) -> None:
     with client.stream([1]):
         server.expect(Generate)

@@ -1,0 +1,28 @@
+"""How values look in a terminal: short. A Struct without hundreds of ids, a float without fifteen digits.
+
+Used as `__repr__` by the Structs that users print. Owns no value.
+"""
+
+from msgspec import Struct, structs
+
+MAX_TEXT_LEN = 80
+MAX_ITEMS = 8
+
+
+def short(value: object) -> str:
+    """The value's repr, cut: a long text in its middle, a long list to its length, a float to four digits."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, str) and len(value) > MAX_TEXT_LEN:
+        half = MAX_TEXT_LEN // 2
+        return f"<{len(value)} characters: {value[:half]!r} ... {value[-half:]!r}>"
+    if isinstance(value, (tuple, list)) and len(value) > MAX_ITEMS:
+        return f"<{len(value)} items>"
+    return repr(value)
+
+
+def short_repr(struct: Struct) -> str:
+    """`Name(field=value, ...)` without the fields that have their default."""
+    values = {field.name: (getattr(struct, field.name), field.default) for field in structs.fields(struct)}
+    shown = [f"{name}={short(value)}" for name, (value, default) in values.items() if value != default]
+    return f"{type(struct).__name__}({', '.join(shown)})"
