@@ -11,7 +11,7 @@ from graphgen.ipc.messages import Cancel as SchedulerCancel
 from graphgen.ipc.messages import Rejected
 from graphgen.requests import core
 from graphgen.requests.open_request import OpenRequest
-from graphgen.server.frontend import desk, server
+from graphgen.server.frontend import desk, reception
 from graphgen.server.frontend.requests import PublicRequest
 from graphgen.server.frontend.sessions import Session
 from tests.frontend.conftest import MakeFrontend
@@ -32,7 +32,7 @@ class Made:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._references: list[weakref.ref[object]] = []
-        for module, kind in ((desk, PublicRequest), (core, OpenRequest), (server, Session)):
+        for module, kind in ((desk, PublicRequest), (core, OpenRequest), (reception, Session)):
             monkeypatch.setattr(module, kind.__name__, self._recorded(kind))
 
     def _recorded(self, kind: type) -> Callable[..., object]:

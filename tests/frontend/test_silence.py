@@ -5,7 +5,7 @@ import time
 import pytest
 
 from graphgen.ipc.ggp.messages import Delta, Error, Ping, Pong
-from graphgen.server.frontend import server
+from graphgen.server.frontend import reception
 from tests.frontend.conftest import MakeFrontend
 from tests.frontend.harness import Frontend, open_request
 
@@ -31,7 +31,7 @@ def stop_loop(frontend: Frontend, seconds: float) -> None:
 def test_a_stop_of_the_loop_is_no_silence_of_its_clients(
     make_frontend: MakeFrontend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "AWAY_S", 0.2)
+    monkeypatch.setattr(reception, "AWAY_S", 0.2)
     frontend = make_frontend(slow_consumer_s=SLOW_S, heartbeat_s=5.0)
     client = frontend.welcome()
     request_id = open_request(frontend, client)

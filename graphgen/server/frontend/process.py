@@ -38,6 +38,7 @@ from graphgen.server.frontend.memory import connection_limits, keep_heap_small, 
 from graphgen.server.frontend.monitor import Monitor
 from graphgen.server.frontend.outbox import Outbox
 from graphgen.server.frontend.prepare import Preparer
+from graphgen.server.frontend.reception import Reception
 from graphgen.server.frontend.server import PublicSockets, Server, SupervisorChannel
 from graphgen.server.frontend.sessions import Sessions, session_limits
 from graphgen.server.frontend.settings import (
@@ -143,7 +144,7 @@ def make_server(
     settings: FrontendSettings,
     admits: Callable[[str], bool],
 ) -> Server:
-    """The server of these sockets and this engine. admits: see Server."""
+    """The server of these sockets and this engine. admits: see Reception."""
     framing = server_framing()
     sessions, outbox = (
         Sessions(session_limits(settings.max_sessions, sockets.data.most_connections)),
@@ -153,7 +154,8 @@ def make_server(
     desk = Desk(link, preparer, inbox, outbox, settings, supervisor.send)
     monitor = Monitor(link, inbox, sessions, desk, outbox)
     welcome = _welcome(settings, core, sockets)
-    return Server(sockets, supervisor, framing, inbox, sessions, desk, outbox, monitor, settings, welcome, admits)
+    reception = Reception(sockets.data, framing, sessions, desk, outbox, settings, welcome, admits)
+    return Server(sockets, supervisor, framing, inbox, sessions, desk, outbox, monitor, reception, welcome.instance)
 
 
 def admits_everyone(_key: str) -> bool:

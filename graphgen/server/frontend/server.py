@@ -1,34 +1,27 @@
 """The server's loop: what clients send in, what their requests give out.
 
-Owns the public sockets, the sessions, and the decision whose message is next; one thread. It never waits for a client,
-nor for a tokenizer: what takes long is done by other threads, which leave their results in its inbox. Made by
+Owns the public sockets and the decision whose message is next; one thread. It never waits for a client, nor for a
+tokenizer: what takes long is done by other threads, which leave their results in its inbox. Made by
 `graphgen.server.frontend.process`.
 """
 
 import contextlib
 import logging
-import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
-import msgspec
 import zmq
 
 from graphgen.base.inbox import Inbox
 from graphgen.ipc.channel import Channel
-from graphgen.ipc.ggp.codes import Code
 from graphgen.ipc.ggp.framing import (
-    CHOSEN_ID,
     FrameError,
     Framing,
-    is_made_by_socket,
     make_error,
-    unsupported_version,
 )
 from graphgen.ipc.ggp.messages import (
     CLIENT_KINDS,
-    MAJOR,
     NAMES,
     Bye,
     Cancel,
@@ -42,23 +35,20 @@ from graphgen.ipc.ggp.messages import (
     Pong,
     ServerMessage,
     StatsRequest,
-    Welcome,
 )
 from graphgen.ipc.messages import Drain, EngineLost, FrontendToSupervisor, SupervisorToFrontend
 from graphgen.server.frontend.desk import Desk
 from graphgen.server.frontend.monitor import Monitor
 from graphgen.server.frontend.outbox import Outbox
+from graphgen.server.frontend.reception import Reception
 from graphgen.server.frontend.sessions import Session, Sessions
-from graphgen.server.frontend.settings import FrontendSettings
-from graphgen.server.frontend.sockets import PublicSocket, Received, Sent
+from graphgen.server.frontend.sockets import PublicSocket, Received
 from graphgen.server.frontend.turns import RateLimit
 
 logger = logging.getLogger("graphgen.server.frontend")
 
 TICK_S = 0.1
 """How often sessions are looked after: pings, slow readers, deadlines."""
-AWAY_S = 1.0
-"""A loop that comes round after more than this was stopped."""
 MESSAGES_AT_ONCE = 16
 """Received before the tokens that came meanwhile are sent."""
 MESSAGES_PER_S = 4000.0
@@ -72,14 +62,11 @@ HELLO_PERMITS = 9
 _HELLO = next(letter for letter, kind in CLIENT_KINDS.items() if kind is Hello)
 SMALL_BYTES = 64 << 10
 """What is decoded in the loop at once, in a tenth of a millisecond."""
-SWEEP_S = 0.2
-"""Between two looks for dead sessions when all are taken."""
 FLUSH_S = 1.0
 """For last messages to leave when the frontend ends."""
 
 NO_SESSION = "this connection has no session: say hello first, also after a reconnection"
 
-KEY_GONE = "this connection's key is not let in any more: ask the operator of the server"
 
 SupervisorChannel = Channel[FrontendToSupervisor, SupervisorToFrontend]
 
@@ -118,12 +105,10 @@ class Server:
         desk: Desk,
         outbox: Outbox,
         monitor: Monitor,
-        settings: FrontendSettings,
-        welcome: Welcome,
-        admits: Callable[[str], bool],
+        reception: Reception,
+        instance: str,
     ) -> None:
-        """welcome: what every client is told, but for the name of its session. admits: whether the CURVE key of a
-        connection is still let in; asked for each message."""
+        """instance: the name of this run of the frontend."""
         self._sockets = sockets
         self._supervisor = supervisor
         self._framing = framing
@@ -132,12 +117,9 @@ class Server:
         self._desk = desk
         self._outbox = outbox
         self._monitor = monitor
-        self._settings = settings
-        self._welcome = welcome
-        self._admits = admits
+        self._reception = reception
+        self._instance = instance
         self._rate = RateLimit(MESSAGES_PER_S, MESSAGES_BURST, time.monotonic())
-        self._swept_s = 0.0
-        self._looped_s = time.monotonic()
         self._ending: _Ending | None = None
         self._num_lost = 0
 
@@ -156,7 +138,7 @@ class Server:
             with _survived("calls of other threads"):
                 self._run_inbox(readable=self._inbox.fileno() in events)
             now_s = time.monotonic()
-            self._forgive_silence(now_s)
+            self._reception.forgive_silence(now_s)
             for order in self._supervisor.drain():
                 self._obey(order, now_s)
             with _survived("messages"):
@@ -165,11 +147,13 @@ class Server:
                 self._desk.release()
             with _survived("unsent messages"):
                 for session in self._outbox.flush(now_s):
-                    self._end(session)
+                    self._reception.end(session)
             if now_s >= tick_s:
                 tick_s = now_s + TICK_S
                 with _survived("sessions"):
-                    self._tick(now_s)
+                    self._desk.tick(now_s)
+                    self._monitor.tick(now_s)
+                    self._reception.tick(now_s)
         return self._num_lost
 
     def _run_inbox(self, readable: bool) -> None:
@@ -226,9 +210,9 @@ class Server:
 
     def _take(self, public: PublicSocket, received: Received, now_s: float) -> None:
         try:
-            refusal = self._refuse_peer(received)
+            refusal = self._reception.refuse(received)
             if refusal is None:
-                session = self._find_session(received, now_s) if public is self._sockets.data else None
+                session = self._reception.find(received, now_s) if public is self._sockets.data else None
                 refusal = self._take_from(public, session, received, now_s)
         except FrameError as error:
             refusal = error.error
@@ -250,30 +234,6 @@ class Server:
         if session is None or isinstance(message, Hello):
             return self._take_stranger(received, message, now_s)
         return self._take_message(session, message, now_s)
-
-    def _refuse_peer(self, received: Received) -> Error | None:
-        """An error for a connection that may not say anything, whatever it says."""
-        code: Code
-        if not is_made_by_socket(received.routing_id):
-            code, why = "bad_request", CHOSEN_ID
-        elif not self._admits(received.key):
-            code, why = "forbidden", KEY_GONE
-        else:
-            return None
-        kind = self._framing.kind_of(received.frames)
-        request_id = self._framing.find_brief(received.frames[1]).id if kind is Generate else None
-        return make_error(code, why, request_id, NAMES[kind])
-
-    def _find_session(self, received: Received, now_s: float) -> Session | None:
-        """The connection's, unless it has come by the routing id of one that is gone."""
-        session = self._sessions.find(received.routing_id)
-        if session is None:
-            return None
-        if session.key != received.key or session.is_gone:
-            self._end(session)
-            return None
-        session.heard_s = now_s
-        return session
 
     def _take_generate(
         self, public: PublicSocket, session: Session | None, received: Received, now_s: float
@@ -298,27 +258,9 @@ class Server:
         """A message of a connection without a session, or one that wants a new one."""
         if not isinstance(message, Hello):
             return make_error("no_session", NO_SESSION, about=NAMES[type(message)])
-        if not message.versions[0] <= MAJOR <= message.versions[1]:
-            low, high = message.versions
-            return unsupported_version(f"the client speaks versions {low} to {high}", about="hello")
-        old = self._sessions.find(received.routing_id)
-        if old is not None:
-            self._end(old)
-        connection = self._sockets.data.connection_of(received)
-        address = "" if connection is None else connection.address
-        if self._sessions.refusal(received.key, address) is not None:
-            self._make_room(now_s)
-        if (why := self._sessions.refusal(received.key, address)) is not None:
-            return make_error("overloaded", why, about="hello", retry_after_ms=1000)
-        name = secrets.token_hex(16)
-        session = Session(received.routing_id, name, received.key, now_s, connection)
-        self._sessions.add(session)
-        logger.info("session with %r; there are %d", message.client, len(self._sessions))
         ending = self._ending
-        self._outbox.post(session, msgspec.structs.replace(self._welcome, session=name, draining=ending is not None))
-        if ending is not None:
-            self._outbox.post(session, Draining(grace_ms=round(max(0.0, ending.deadline_s - now_s) * 1000)))
-        return None
+        grace_ms = None if ending is None else round(max(0.0, ending.deadline_s - now_s) * 1000)
+        return self._reception.open(received, message, grace_ms, now_s)
 
     def _take_message(self, session: Session, message: ClientMessage, now_s: float) -> Error | None:
         match message:
@@ -333,7 +275,7 @@ class Server:
             case HealthRequest():
                 self._monitor.health(lambda health: self._reply(session, health), now_s)
             case Bye():
-                self._end(session)
+                self._reception.end(session)
             case _:  # a pong: it was heard
                 pass
         return None
@@ -364,7 +306,7 @@ class Server:
     # --- answers -----------------------------------------------------------------------------------------------
 
     def _pong(self, ping: Ping) -> Pong:
-        return Pong(t=ping.t, instance=self._welcome.instance)
+        return Pong(t=ping.t, instance=self._instance)
 
     def _reply(self, session: Session, message: ServerMessage) -> None:
         if self._sessions.find(session.routing_id) is session:  # it may have ended before the answer came
@@ -377,62 +319,3 @@ class Server:
             self._outbox.post(session, message)
         else:
             public.send(routing_id, *self._framing.encode(message))
-
-    # --- sessions ----------------------------------------------------------------------------------------------
-
-    def _tick(self, now_s: float) -> None:
-        self._desk.tick(now_s)
-        self._monitor.tick(now_s)
-        for session in self._sessions.all():
-            if session.is_gone:
-                self._end(session)
-            elif not self._admits(session.key):
-                self._cut_off(session, make_error("forbidden", KEY_GONE))
-            elif session.requests:
-                self._look_after(session, now_s)
-
-    def _look_after(self, session: Session, now_s: float) -> None:
-        """One with open requests."""
-        slow_s = self._settings.slow_consumer_s
-        if session.blocked_s is not None and now_s - session.blocked_s > slow_s:
-            text = f"no output was taken for {slow_s:g} s: read more often"
-            self._cut_off(session, make_error("slow_consumer", text))
-        elif now_s - session.heard_s > slow_s:
-            text = f"nothing was heard from this client for {slow_s:g} s: answer pings"
-            self._cut_off(session, make_error("slow_consumer", text))
-        elif session.blocked_s is None and now_s - session.pinged_s >= self._settings.heartbeat_s:
-            session.pinged_s = now_s
-            self._outbox.post(session, Ping(instance=self._welcome.instance))
-
-    def _make_room(self, now_s: float) -> None:
-        """Before a session is refused, those are ended whose connections are gone. One without requests is not asked
-        before that: it owes nobody anything, and pings would fill the queue of a client that does not read."""
-        if now_s - self._swept_s < SWEEP_S:
-            return
-        self._swept_s = now_s
-        ping = self._framing.encode(Ping(instance=self._welcome.instance))
-        for session in self._sessions.all():
-            if not session.requests and self._sockets.data.send(session.routing_id, *ping) is Sent.GONE:
-                self._end(session)
-
-    def _forgive_silence(self, now_s: float) -> None:
-        """A loop that was stopped itself has not read what its clients said meanwhile."""
-        if now_s - self._looped_s > AWAY_S:
-            for session in self._sessions.all():
-                session.heard_s = now_s
-        self._looped_s = now_s
-
-    def _cut_off(self, session: Session, error: Error) -> None:
-        """A reader that is gone for all we know, or may not read any more. What it has not taken is given up, so that
-        its memory is free."""
-        logger.warning("session cut off with %d requests: %s", len(session.requests), error.message)
-        routing_id, request_ids = session.routing_id, list(session.requests)
-        self._end(session)
-        for request_id in request_ids:
-            self._answer(self._sockets.data, routing_id, msgspec.structs.replace(error, id=request_id))
-
-    def _end(self, session: Session) -> None:
-        """Its requests end; their pages are free in the next step."""
-        self._desk.end_session(session)
-        self._outbox.forget(session)
-        self._sessions.remove(session)

@@ -1,0 +1,177 @@
+"""Who may talk, and how sessions begin, are looked after and end.
+
+Owns the sessions' lives: the answer to `hello`, pings, the end of those whose connection or key is gone, or who do not
+read. Knows nothing of what their other messages mean. Used on the server's loop.
+"""
+
+import logging
+import secrets
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from graphgen.ipc.ggp.codes import Code
+from graphgen.ipc.ggp.framing import CHOSEN_ID, Framing, is_made_by_socket, make_error, unsupported_version
+from graphgen.ipc.ggp.messages import (
+    MAJOR,
+    NAMES,
+    ClientMessage,
+    Draining,
+    Error,
+    Generate,
+    Hello,
+    Ping,
+    ServerMessage,
+    Welcome,
+)
+from graphgen.server.frontend.desk import Desk
+from graphgen.server.frontend.outbox import Outbox
+from graphgen.server.frontend.sessions import Session, Sessions
+from graphgen.server.frontend.settings import FrontendSettings
+from graphgen.server.frontend.sockets import PublicSocket, Received, Sent
+
+logger = logging.getLogger("graphgen.server.frontend")
+
+AWAY_S = 1.0
+"""A loop that comes round after more than this was stopped."""
+SWEEP_S = 0.2
+"""Between two looks for dead sessions when all are taken."""
+RETRY_AFTER_MS = 1000
+KEY_GONE = "this connection's key is not let in any more: ask the operator of the server"
+
+
+class Reception:
+    """The sessions of the data socket."""
+
+    def __init__(
+        self,
+        data: PublicSocket,
+        framing: Framing[ServerMessage, ClientMessage],
+        sessions: Sessions,
+        desk: Desk,
+        outbox: Outbox,
+        settings: FrontendSettings,
+        welcome: Welcome,
+        admits: Callable[[str], bool],
+    ) -> None:
+        """welcome: what every client is told, but for the name of its session. admits: whether the CURVE key of a
+        connection is still let in; asked for each message."""
+        self._data = data
+        self._framing = framing
+        self._sessions = sessions
+        self._desk = desk
+        self._outbox = outbox
+        self._settings = settings
+        self._welcome = welcome
+        self._admits = admits
+        self._swept_s = 0.0
+        self._looped_s = time.monotonic()
+
+    def refuse(self, received: Received) -> Error | None:
+        """An error for a connection that may not say anything, whatever it says. Raises FrameError."""
+        code: Code
+        if not is_made_by_socket(received.routing_id):
+            code, why = "bad_request", CHOSEN_ID
+        elif not self._admits(received.key):
+            code, why = "forbidden", KEY_GONE
+        else:
+            return None
+        kind = self._framing.kind_of(received.frames)
+        request_id = self._framing.find_brief(received.frames[1]).id if kind is Generate else None
+        return make_error(code, why, request_id, NAMES[kind])
+
+    def find(self, received: Received, now_s: float) -> Session | None:
+        """The session of the message's connection, which was heard; unless the message has come by the routing id of a
+        connection that is gone."""
+        session = self._sessions.find(received.routing_id)
+        if session is None:
+            return None
+        if session.key != received.key or session.is_gone:
+            self.end(session)
+            return None
+        session.heard_s = now_s
+        return session
+
+    def open(self, received: Received, hello: Hello, grace_ms: int | None, now_s: float) -> Error | None:
+        """A new session for the connection, in the place of its old one; an error if it gets none.
+
+        grace_ms: how long the server still drains, None if it does not.
+        """
+        if not hello.versions[0] <= MAJOR <= hello.versions[1]:
+            low, high = hello.versions
+            return unsupported_version(f"the client speaks versions {low} to {high}", about="hello")
+        old = self._sessions.find(received.routing_id)
+        if old is not None:
+            self.end(old)
+        connection = self._data.connection_of(received)
+        address = "" if connection is None else connection.address
+        if self._sessions.refusal(received.key, address) is not None:
+            self._make_room(now_s)
+        if (why := self._sessions.refusal(received.key, address)) is not None:
+            return make_error("overloaded", why, about="hello", retry_after_ms=RETRY_AFTER_MS)
+        session = Session(received.routing_id, secrets.token_hex(16), received.key, now_s, connection)
+        self._sessions.add(session)
+        logger.info("session with %r; there are %d", hello.client, len(self._sessions))
+        welcome = msgspec.structs.replace(self._welcome, session=session.name, draining=grace_ms is not None)
+        self._outbox.post(session, welcome)
+        if grace_ms is not None:
+            self._outbox.post(session, Draining(grace_ms=grace_ms))
+        return None
+
+    def end(self, session: Session) -> None:
+        """Its requests end; their pages are free in the next step."""
+        self._desk.end_session(session)
+        self._outbox.forget(session)
+        self._sessions.remove(session)
+
+    def tick(self, now_s: float) -> None:
+        """Looks after all sessions."""
+        for session in self._sessions.all():
+            if session.is_gone:
+                self.end(session)
+            elif not self._admits(session.key):
+                self._cut_off(session, make_error("forbidden", KEY_GONE))
+            elif session.requests:
+                self._look_after(session, now_s)
+
+    def forgive_silence(self, now_s: float) -> None:
+        """A loop that was stopped itself has not read what its clients said meanwhile. Called in each round."""
+        if now_s - self._looped_s > AWAY_S:
+            for session in self._sessions.all():
+                session.heard_s = now_s
+        self._looped_s = now_s
+
+    def _look_after(self, session: Session, now_s: float) -> None:
+        """One with open requests."""
+        slow_s = self._settings.slow_consumer_s
+        if session.blocked_s is not None and now_s - session.blocked_s > slow_s:
+            text = f"no output was taken for {slow_s:g} s: read more often"
+            self._cut_off(session, make_error("slow_consumer", text))
+        elif now_s - session.heard_s > slow_s:
+            text = f"nothing was heard from this client for {slow_s:g} s: answer pings"
+            self._cut_off(session, make_error("slow_consumer", text))
+        elif session.blocked_s is None and now_s - session.pinged_s >= self._settings.heartbeat_s:
+            session.pinged_s = now_s
+            self._outbox.post(session, Ping(instance=self._welcome.instance))
+
+    def _make_room(self, now_s: float) -> None:
+        """Before a session is refused, those are ended whose connections are gone. One without requests is not asked
+        before that: it owes nobody anything, and pings would fill the queue of a client that does not read."""
+        if now_s - self._swept_s < SWEEP_S:
+            return
+        self._swept_s = now_s
+        ping = self._framing.encode(Ping(instance=self._welcome.instance))
+        for session in self._sessions.all():
+            if not session.requests and self._data.send(session.routing_id, *ping) is Sent.GONE:
+                self.end(session)
+
+    def _cut_off(self, session: Session, error: Error) -> None:
+        """A reader that is gone for all we know, or may not read any more. What it has not taken is given up, so that
+        its memory is free; a reader that does not read its errors does not get them."""
+        logger.warning("session cut off with %d requests: %s", len(session.requests), error.message)
+        request_ids = list(session.requests)
+        self.end(session)
+        for request_id in request_ids:
+            ended = self._framing.encode(msgspec.structs.replace(error, id=request_id))
+            self._data.send(session.routing_id, *ended)
