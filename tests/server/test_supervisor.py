@@ -1,0 +1,243 @@
+"""What the supervisor decides, over a real channel to a frontend and processes that a test is: no engine runs."""
+
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+
+import pytest
+import zmq
+
+from graphgen import ConfigError, EngineConfig, EngineDeadError
+from graphgen.ipc.channel import Channel
+from graphgen.ipc.messages import (
+    Drain,
+    Drained,
+    EngineLost,
+    Failed,
+    FrontendToSupervisor,
+    Listening,
+    SupervisorToFrontend,
+)
+from graphgen.launch.processes import Exit
+from graphgen.server import supervisor
+from graphgen.server.frontend.settings import FrontendSettings
+from graphgen.server.supervisor import ServeOptions, Supervisor
+from tests.fakes import READY, FakeProcesses
+
+WHERE = Listening("tcp://127.0.0.1:41001", "tcp://127.0.0.1:41002")
+
+
+class Wishes:
+    """The signals that a test sends."""
+
+    def __init__(self) -> None:
+        self.num_wishes = 0
+        self.ignored = False
+
+    def ignore(self) -> None:
+        self.ignored = True
+
+
+class Processes(FakeProcesses):
+    """`dead`: what has ended, by name. `starts`: the settings of each frontend that was started."""
+
+    def __init__(self) -> None:
+        self.dead: dict[str, Exit] = {}
+        self.starts: list[FrontendSettings] = []
+        self.num_refused = 0
+        super().__init__()
+
+    def start(self, module: str) -> None:
+        if self.num_refused:
+            self.num_refused -= 1
+            raise OSError("no descriptors")
+        assert module == supervisor.FRONTEND_MODULE
+        self.dead.pop("frontend", None)
+        self.starts.append(FrontendSettings.read(self.folder))
+
+    def find_exit(self, names: Collection[str] | None = None) -> Exit | None:
+        return next((found for name, found in self.dead.items() if names is None or name in names), None)
+
+
+class Rig:
+    """A supervisor in a thread, and the frontend's end of its channel."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **config: float) -> None:
+        self.processes = Processes()
+        self.wishes = Wishes()
+        self.said: list[str] = []
+        self.outcome: object = None
+        monkeypatch.setattr(supervisor, "EngineProcesses", lambda: self.processes)
+        monkeypatch.setattr(supervisor, "EndSignals", lambda: self.wishes)
+        monkeypatch.setattr(supervisor, "LOST_GRACE_S", 1.0)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.frontend: Channel[FrontendToSupervisor, SupervisorToFrontend] = Channel(
+            self._context, self.processes.folder, "frontend", "lower", SupervisorToFrontend
+        )
+        options = ServeOptions(data="tcp://127.0.0.1:*", control="tcp://127.0.0.1:*", grace_s=7.0)
+        engine = EngineConfig(device="cpu", **config)  # type: ignore[arg-type]  # settings of a test
+        self._supervisor = Supervisor(engine, options, self.said.append)
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+        self.wait_until(lambda: len(self.processes.starts) == 1, 30.0)
+
+    def _run(self) -> None:
+        try:
+            self.outcome = self._supervisor.run()
+        except Exception as error:
+            self.outcome = error
+
+    def listen(self) -> None:
+        self.frontend.send(READY)
+        self.frontend.send(WHERE)
+        self.wait_until(lambda: "ready" in self.said)
+
+    def wait_until(self, holds: Callable[[], bool], timeout_s: float = 5.0) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while not holds():
+            assert time.monotonic() < deadline_s, (self.said, self.outcome)
+            time.sleep(0.01)
+
+    def ended(self) -> object:
+        """What `run` returned or raised."""
+        self.thread.join(5)
+        assert not self.thread.is_alive()
+        return self.outcome
+
+    def close(self) -> None:
+        self.frontend.send(Drained(0))
+        self.thread.join(5)
+        self.frontend.close()
+        self._context.term()
+        self.processes.stop(0.0)
+
+
+@pytest.fixture
+def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    rig = Rig(monkeypatch)
+    yield rig
+    rig.close()
+
+
+def test_ready_is_said_when_the_frontend_listens_and_not_before(rig: Rig) -> None:
+    rig.frontend.send(READY)
+    time.sleep(0.2)
+    assert rig.said == []
+    rig.listen()
+    assert f"listening on {WHERE.data} (data)\nlistening on {WHERE.control} (control)" in rig.said
+
+
+@pytest.mark.parametrize(("num_lost", "code"), [(0, 0), (3, 1)])
+def test_the_exit_code_says_whether_a_request_was_lost(rig: Rig, num_lost: int, code: int) -> None:
+    rig.listen()
+    rig.frontend.send(Drained(num_lost))
+    assert rig.ended() == code
+    assert rig.processes.stopped
+    assert rig.wishes.ignored, "a signal on the way out changes nothing"
+
+
+def test_a_first_signal_drains_and_a_second_one_ends(rig: Rig) -> None:
+    rig.listen()
+    rig.wishes.num_wishes = 1
+    assert rig.frontend.receive(5) == Drain(7.0)
+    assert rig.frontend.receive(0.3) is None, "one wish is told once"
+    rig.wishes.num_wishes = 2
+    assert rig.frontend.receive(5) == Drain(0.0)
+
+
+def test_a_signal_during_the_start_ends_it(rig: Rig) -> None:
+    rig.wishes.num_wishes = 1
+    assert rig.ended() == 0
+
+
+def test_a_start_that_fails_raises_its_reason_by_its_class(rig: Rig) -> None:
+    rig.frontend.send(Failed("frontend", "ConfigError", "the address is taken"))
+    outcome = rig.ended()
+    assert isinstance(outcome, ConfigError)
+    assert str(outcome) == "the address is taken"
+
+
+def test_a_failure_of_another_kind_names_its_place(rig: Rig) -> None:
+    rig.frontend.send(Failed("frontend", "ZeroDivisionError", "oh"))
+    outcome = rig.ended()
+    assert isinstance(outcome, EngineDeadError)
+    assert "frontend failed with ZeroDivisionError: oh" in str(outcome)
+
+
+def test_a_frontend_that_fails_later_is_replaced_at_the_same_address(rig: Rig) -> None:
+    rig.listen()
+    rig.frontend.send(Failed("frontend", "MemoryError", "full"))
+    rig.processes.dead["frontend"] = Exit("frontend", 1, "")
+    rig.wait_until(lambda: len(rig.processes.starts) == 2)
+    assert [(one.data, one.control) for one in rig.processes.starts] == [
+        ("tcp://127.0.0.1:*", "tcp://127.0.0.1:*"),
+        (WHERE.data, WHERE.control),
+    ], "clients find it where it was"
+    rig.frontend.send(WHERE)
+    rig.wait_until(lambda: rig.said[-1] == "the frontend serves again")
+    assert rig.said.count("ready") == 1
+    assert not rig.processes.stopped, "the engine stays"
+
+
+def test_a_start_that_the_system_refuses_is_tried_again(rig: Rig) -> None:
+    rig.listen()
+    rig.processes.num_refused = 1
+    rig.processes.dead["frontend"] = Exit("frontend", -9, "")
+    rig.wait_until(lambda: len(rig.processes.starts) == 2, 15.0)
+    assert rig.processes.num_refused == 0
+    assert rig.outcome is None
+
+
+def test_a_frontend_that_ends_while_it_starts_ends_the_start(rig: Rig) -> None:
+    rig.processes.dead["frontend"] = Exit("frontend", 1, "no memory")
+    outcome = rig.ended()
+    assert isinstance(outcome, EngineDeadError)
+    assert "no memory" in str(outcome)
+
+
+def test_a_frontend_that_dies_while_it_drains_has_lost_requests(rig: Rig) -> None:
+    rig.listen()
+    rig.wishes.num_wishes = 1
+    assert rig.frontend.receive(5) == Drain(7.0)
+    rig.processes.dead["frontend"] = Exit("frontend", -9, "")
+    assert rig.ended() == 1
+    assert len(rig.processes.starts) == 1, "nobody needs another"
+
+
+def test_clients_are_told_of_a_dead_engine_before_the_server_ends(rig: Rig) -> None:
+    rig.listen()
+    rig.processes.dead["scheduler"] = Exit("scheduler", -9, "")
+    lost = rig.frontend.receive(5)
+    assert isinstance(lost, EngineLost)
+    assert "scheduler" in lost.message
+    time.sleep(0.3)
+    assert rig.thread.is_alive(), "the frontend is still telling them"
+    assert not rig.processes.stopped
+    told_s = time.monotonic()
+    rig.frontend.send(Drained(2))
+    outcome = rig.ended()
+    assert time.monotonic() - told_s < 0.5, "no longer than it takes"
+    assert isinstance(outcome, EngineDeadError)
+    assert "killed by SIGKILL" in str(outcome)
+
+
+def test_a_frontend_that_does_not_answer_does_not_keep_a_dead_engines_server(rig: Rig) -> None:
+    rig.listen()
+    rig.processes.dead["scheduler"] = Exit("scheduler", 1, "")
+    assert isinstance(rig.ended(), EngineDeadError)
+
+
+def test_what_a_dying_engine_says_is_better_than_its_exit_code(rig: Rig) -> None:
+    rig.processes.dead["scheduler"] = Exit("scheduler", 1, "")
+    rig.frontend.send(Failed("worker", "CheckpointError", "the weights are truncated"))
+    outcome = rig.ended()
+    assert type(outcome).__name__ == "CheckpointError"
+    assert str(outcome) == "the weights are truncated"
+
+
+def test_a_start_that_takes_too_long_is_given_up_with_what_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch, start_timeout_s=0.5)
+    outcome = rig.ended()
+    assert isinstance(outcome, EngineDeadError)
+    assert "not ready after 0.5 s: raise start_timeout_s" in str(outcome)
+    rig.close()
