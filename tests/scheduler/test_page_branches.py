@@ -66,3 +66,17 @@ def test_a_page_that_fills_up_is_known_with_what_it_holds_now() -> None:
     branches.remove(1)
     branches.remove(1)
     assert branches.longest(b"a", pack_int32([7]), 1) is None
+
+
+def test_of_many_branches_the_newest_are_compared() -> None:
+    """A conversation that goes on continues the page that was written last, however many parted there before."""
+    branches = PageBranches(MAX_COMPARED + 3)
+    for page in range(MAX_COMPARED + 3):
+        branches.put(page, b"parent", pack_int32([5, page, 7]))
+    newest, oldest = MAX_COMPARED + 2, 0
+    assert branches.longest(b"parent", pack_int32([5, newest, 7, 8]), 1) == (newest, 3)
+    found = branches.longest(b"parent", pack_int32([5, oldest, 7, 8]), 1)
+    assert found is not None
+    assert found[0] != oldest
+    assert branches.holds(b"parent", pack_int32([5, newest]))
+    assert not branches.holds(b"parent", pack_int32([5, oldest]))
