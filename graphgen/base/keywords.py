@@ -4,6 +4,7 @@ Owns what such an error says. Used by every Struct that a user's program builds.
 """
 
 import difflib
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin
 
@@ -70,5 +71,6 @@ def type_problem(value: object, expected: Any) -> str | None:
         if choices:
             *first, last = (f'"{choice}"' for choice in choices)
             return f"use {', '.join(first)} or {last}"
-        return str(error)[0].lower() + str(error)[1:]
+        problem = str(error)[0].lower() + str(error)[1:].replace("null", "None")  # msgspec speaks of JSON
+        return f"{problem}: give str(...) of the path" if isinstance(value, os.PathLike) else problem
     return None

@@ -1,6 +1,7 @@
 """What a caller writes that does not exist is told with the nearest that does."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -74,6 +75,8 @@ def test_the_end_of_a_sentence_about_a_type() -> None:
     assert type_problem(None, Literal["a", "b"] | None) is None
     assert type_problem("c", Literal["a", "b"] | None) == 'use "a" or "b"'
     assert type_problem(True, int) == "expected `int`, got `bool`"
+    assert type_problem(1, bool | None) == "expected `bool | None`, got `int`"
+    assert str(type_problem(Path("x"), str | None)).endswith("give str(...) of the path")
 
 
 def test_structs_that_check_their_keywords_are_structs_all_the_same() -> None:
