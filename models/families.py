@@ -218,9 +218,9 @@ def _known_ids(token_ids: tuple[int, ...], vocab_size: int, where: str) -> tuple
             "%s: of the end-of-sequence ids %s of its configs, those outside the vocabulary, 0 to %d, are ignored",
             *(where, ", ".join(map(str, token_ids)), vocab_size - 1),
         )
-    if len(known) > MAX_STOP_TOKEN_IDS:
+    if len(known) >= MAX_STOP_TOKEN_IDS:  # the tokenizer may have one more
         raise UnsupportedModelError(
-            f"{where} ends on {len(known)} token ids, the limit is {MAX_STOP_TOKEN_IDS}: shorten eos_token_id in"
+            f"{where} ends on {len(known)} token ids, the limit is {MAX_STOP_TOKEN_IDS - 1}: shorten eos_token_id in"
             " generation_config.json"
         )
     return known
