@@ -1,8 +1,8 @@
-"""What hostile and careless peers do to a server: `python -m tests.frontend.attacks KIND DATA CONTROL SECONDS [KEY]`.
+"""What hostile and careless peers do to a server: see `main`.
 
 Each kind runs in a process of its own, on the last core of the machine, against loopback only, and ends by itself after
-its seconds. KEY is the server's public key where it has one. Who they come from is an address of 127.66/16: no honest
-client uses it.
+its seconds. KEY is the server's public key where it has one, FILE the secret of a client that it lets in: hostile peers
+may have keys, here all of them one. They come from addresses of 127.66/16, which no honest client uses.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import zmq
+import zmq.auth
 
 from graphgen.ipc.ggp.framing import client_framing
 from graphgen.ipc.ggp.messages import Cancel, ClientMessage, Generate, HealthRequest, Hello, Sampling, StatsRequest
@@ -28,8 +29,9 @@ FRAMING = client_framing()
 class Target:
     """The server under attack, and how long."""
 
-    def __init__(self, data: str, control: str, seconds: float, server_key: str) -> None:
+    def __init__(self, data: str, control: str, seconds: float, server_key: str, key_file: str) -> None:
         self.data, self.control, self.server_key = data, control, server_key
+        self._pair = zmq.auth.load_certificate(key_file) if key_file else zmq.curve_keypair()
         self._end_s = time.monotonic() + seconds
         self.chance = random.Random(os.getpid())
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -42,15 +44,15 @@ class Target:
     def source(self) -> str:
         return f"127.66.0.{self.chance.randrange(1, 9)}"
 
-    def dealer(self, address: str | None = None, **options: int) -> "zmq.Socket[bytes]":
-        """A client of ZeroMQ's; with keys one that the server does not know."""
+    def dealer(self, address: str | None = None, stranger: bool = False, **options: int) -> "zmq.Socket[bytes]":
+        """A client of ZeroMQ's; stranger: its key is none that the server knows."""
         dealer = self.context.socket(zmq.DEALER)
         dealer.set(zmq.LINGER, 0)
         dealer.set(zmq.SNDTIMEO, 0)
         for name, value in options.items():
             dealer.set(getattr(zmq, name), value)
         if self.server_key:
-            public, secret = zmq.curve_keypair()
+            public, secret = zmq.curve_keypair() if stranger else self._pair
             dealer.curve_serverkey = self.server_key.encode()
             dealer.curve_publickey, dealer.curve_secretkey = public, secret
         dealer.connect((address or self.data).replace("//", f"//{self.source()}:0;"))
@@ -123,7 +125,7 @@ def handshakes(target: Target) -> None:
     """Connections that are made and left, some in the middle of the handshake; with keys whole ones by strangers."""
     while target.goes_on:
         if target.server_key and target.chance.random() < 0.5:
-            dealer = target.dealer()
+            dealer = target.dealer(stranger=True)
             time.sleep(0.02)
             dealer.close()
         raw = target.raw(0.05)
@@ -205,9 +207,10 @@ ATTACKS: dict[str, Callable[[Target], None]] = {
 
 
 def main(arguments: Iterator[str]) -> None:
-    kind, data, control_address, seconds, server_key, *_ = [*arguments, ""]
+    """`python -m tests.frontend.attacks KIND DATA CONTROL SECONDS [KEY FILE]`"""
+    kind, data, control_address, seconds, server_key, key_file, *_ = [*arguments, "", ""]
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    ATTACKS[kind](Target(data, control_address, float(seconds), server_key))
+    ATTACKS[kind](Target(data, control_address, float(seconds), server_key, key_file))
     os._exit(0)  # without the goodbyes of so many sockets
 
 

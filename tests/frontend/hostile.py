@@ -1,9 +1,9 @@
 """A server under all attacks at once: `python -m tests.frontend.hostile --minutes 5`.
 
 A real `graphgen serve` of the demo model, one good client, and every attack of `attacks.py`, pinned to one core: first
-without keys, then with keys. All tokens of the good client must arrive, the memory of each process stays bounded, and
-none is started anew. What the attacks cost the good client is printed: the time between two of its tokens without and
-with them.
+without keys, then with keys, of which the attackers have one. All tokens of the good client must arrive, the memory of
+each process stays bounded, and none is started anew. What the attacks cost the good client is printed: the time between
+two of its tokens without and with them.
 """
 
 import argparse
@@ -124,11 +124,11 @@ def resident_bytes(pid: int) -> int:
 
 
 @contextlib.contextmanager
-def attacking(server: ServerProcess, kinds: list[str], seconds: float, server_key: str) -> Iterator[None]:
+def attacking(server: ServerProcess, kinds: list[str], seconds: float, keys: tuple[str, str]) -> Iterator[None]:
     command = [sys.executable, "-P", "-m", "tests.frontend.attacks"]
     with contextlib.ExitStack() as stack:
         for kind in kinds:
-            process = subprocess.Popen([*command, kind, server.address, server.control, str(seconds), server_key])
+            process = subprocess.Popen([*command, kind, server.address, server.control, str(seconds), *keys])
             stack.callback(process.wait)
             stack.callback(process.kill)
         yield
@@ -136,10 +136,11 @@ def attacking(server: ServerProcess, kinds: list[str], seconds: float, server_ke
 
 def run(folder: Path, calm_s: float, attack_s: float, keys: bool, kinds: list[str]) -> Found:
     """One server, calm and then under attack."""
-    options, good_keys, server_key = [], dict[str, object](), ""
+    options, good_keys, attackers_keys = [], dict[str, object](), ("", "")
     if keys:
         pairs = Keys(folder / "keys")
         server_key = pairs.make(None)[1]
+        attackers_keys = (server_key, str(pairs.make("hostile")[0]))
         good_keys = {"server_key": server_key, "key_file": pairs.make("good")[0]}
         options = ["--keys", str(folder / "keys")]
     with (
@@ -151,7 +152,7 @@ def run(folder: Path, calm_s: float, attack_s: float, keys: bool, kinds: list[st
         good.take_gaps()
         time.sleep(calm_s)
         calm_gaps_s = good.take_gaps()
-        with attacking(server, kinds, attack_s, server_key):
+        with attacking(server, kinds, attack_s, attackers_keys):
             end_s = time.monotonic() + attack_s
             while time.monotonic() < end_s:
                 time.sleep(0.1)
