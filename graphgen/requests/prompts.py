@@ -89,13 +89,18 @@ def _checked_ids(prompt: Sequence[object]) -> list[int]:
         try:
             token_ids.append(operator.index(token_id))  # type: ignore[arg-type]  # it raises TypeError
         except TypeError:
-            raise _no_id(token_id) from None
+            raise _no_id(token_id, len(prompt)) from None
         if type(token_id) is bool:
-            raise _no_id(token_id)
+            raise _no_id(token_id, len(prompt))
     return token_ids
 
 
-def _no_id(value: object) -> InvalidRequestError:
+def _no_id(value: object, num_items: int) -> InvalidRequestError:
+    if isinstance(value, (str, Chat)) or _is_list(value):
+        return InvalidRequestError(
+            f"a prompt is a list of {num_items} prompts where one is taken: generate() of an Engine or Client"
+            " and complete() of an AsyncEngine or AsyncClient take several"
+        )
     return InvalidRequestError(
         f"a prompt holds {value!r:.100} of type {type(value).__name__}: token ids are plain ints"
     )

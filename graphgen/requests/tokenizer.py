@@ -8,7 +8,7 @@ them. Knows no model and never runs code of a checkpoint.
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 from msgspec import Struct
@@ -30,20 +30,31 @@ class TokenizerData(Struct, frozen=True):
 class Tokenizer:
     """Safe to use from several threads, which it lets run meanwhile."""
 
-    def __init__(self, data: TokenizerData) -> None:
-        from tokenizers import Tokenizer as Backend
-
-        self.data = data
-        self._backend: Any = Backend.from_str(data.backend)  # tokenizers publishes no types
+    def __init__(self, backend: Any, special_tokens: Mapping[str, str], chat_source: ChatSource | None = None) -> None:
+        """backend: of the package tokenizers, which publishes no types. The others: see TokenizerData."""
+        self._backend = backend
         self._backend.no_truncation()
         self._backend.no_padding()
-        source = data.chat_source
-        self.chat_template = None if source is None else ChatTemplate(source, data.special_tokens)
+        self._special_tokens = dict(special_tokens)
+        self._chat_source = chat_source
+        self.chat_template = None if chat_source is None else ChatTemplate(chat_source, special_tokens)
         self.bos_token_id = self._named_id("bos_token")
         self.eos_token_id = self._named_id("eos_token")
         self.byte_token_ids = self._find_byte_tokens()
         """Ids of the tokens `<0x00>` to `<0xFF>`, where they stand for bytes."""
         self._leading_id = self._find_leading_token()
+
+    @classmethod
+    def of(cls, data: TokenizerData) -> Self:
+        """From its data, which takes a second for the largest vocabularies."""
+        from tokenizers import Tokenizer as Backend
+
+        return cls(Backend.from_str(data.backend), data.special_tokens, data.chat_source)
+
+    @property
+    def data(self) -> TokenizerData:
+        """What makes the same tokenizer elsewhere."""
+        return TokenizerData(self._backend.to_str(), self._special_tokens, self._chat_source)
 
     @property
     def has_chat(self) -> bool:
@@ -105,7 +116,7 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def _named_id(self, name: str) -> int | None:
-        token = self.data.special_tokens.get(name)
+        token = self._special_tokens.get(name)
         return None if token is None else self._backend.token_to_id(token)
 
     def _find_leading_token(self) -> int | None:
@@ -135,4 +146,4 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     while not path.exists():
         time.sleep(0.01)
     data = msgspec.msgpack.decode(path.read_bytes(), type=TokenizerData | None)
-    return None if data is None else Tokenizer(data)
+    return None if data is None else Tokenizer.of(data)

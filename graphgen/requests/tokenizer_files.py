@@ -18,7 +18,7 @@ from typing import Any
 
 from graphgen.ipc.errors import CheckpointError
 from graphgen.requests.chat_template import ChatSource
-from graphgen.requests.tokenizer import Tokenizer, TokenizerData
+from graphgen.requests.tokenizer import Tokenizer
 
 logger = logging.getLogger("graphgen")
 
@@ -52,8 +52,8 @@ def load_tokenizer(
         settings = _read_settings(folder)
         source = _find_template(folder, settings, chat_template)
         if (folder / "tokenizer.json").exists():
-            return Tokenizer(_read_own(folder, settings, source))
-        return Tokenizer(_convert(folder, source))
+            return _read_own(folder, settings, source)
+        return _convert(folder, source)
     except CheckpointError:
         raise
     except Exception as error:  # tokenizers and the converters raise whatever they like, plain Exception too
@@ -104,7 +104,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read_own(folder: Path, settings: Settings, source: ChatSource | None) -> TokenizerData:
+def _read_own(folder: Path, settings: Settings, source: ChatSource | None) -> Tokenizer:
     """Of tokenizer.json. What its settings call special is special, where the file has such a token."""
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Backend
@@ -119,12 +119,17 @@ def _read_own(folder: Path, settings: Settings, source: ChatSource | None) -> To
             _add_token(backend, int(number), token, folder)
     called_special = [*special_tokens.values(), *_extra_special(settings)]
     called_special += [token["content"] for token in listed.values() if token.get("special")]
+    changed = len(backend.get_added_tokens_decoder()) > len(own)
     for content in dict.fromkeys(called_special):
         token = own.get(content)
         if backend.token_to_id(content) is not None and (token is None or not token.special):
             flags = {} if token is None else _flags(token)
             backend.add_special_tokens([AddedToken(content, special=True, **flags)])
-    return TokenizerData(backend.to_str(), special_tokens, source)
+            changed = True
+    if changed:
+        # One that was read and then changed does not always take a token for special: it is read again.
+        backend = Backend.from_str(backend.to_str())
+    return Tokenizer(backend, special_tokens, source)
 
 
 def _add_token(backend: Any, number: int, token: Mapping[str, Any], folder: Path) -> None:
@@ -213,7 +218,7 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"{path.name} is no UTF-8 ({error})") from None
 
 
-def _convert(folder: Path, source: ChatSource | None) -> TokenizerData:
+def _convert(folder: Path, source: ChatSource | None) -> Tokenizer:
     """Of other files, by transformers."""
     from transformers import AutoTokenizer
 
@@ -224,7 +229,7 @@ def _convert(folder: Path, source: ChatSource | None) -> TokenizerData:
             f"{type(hugging_face).__name__} is written in Python, only those of the package tokenizers run"
         )
     named = {name: token for name, token in hugging_face.special_tokens_map.items() if isinstance(token, str)}
-    return TokenizerData(backend.to_str(), named, source)
+    return Tokenizer(backend, named, source)
 
 
 def _download(location: str, revision: str | None) -> Path:

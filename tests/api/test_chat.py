@@ -230,3 +230,21 @@ def test_a_model_without_a_template_refuses_chats_and_names_the_remedy(tmp_path:
     with pytest.raises(CheckpointError, match="nosuch"):
         load_config_tokenizer(EngineConfig(device="cpu", chat_template="nosuch"), launch)
     assert load_config_tokenizer(EngineConfig(device="cpu", tokenizer="none"), launch) is None
+
+
+def test_token_ids_are_served_without_a_tokenizer(engine: Engine) -> None:
+    (want,) = engine.generate("Good morrow", GREEDY)
+    with Engine(device="cpu", token_budget=32, num_pages=160, cpu_threads=1, tokenizer="none") as bare:
+        (got,) = bare.generate(list(want.prompt_token_ids), GREEDY)
+        assert (got.token_ids, got.text) == (want.token_ids, "")
+        for refused in (lambda: bare.generate("hi"), lambda: bare.chat(HELLO), lambda: bare.tokenizer):
+            with pytest.raises(InvalidRequestError, match='"none" serves token ids alone'):
+                refused()
+        with pytest.raises(InvalidRequestError, match="stop strings need a tokenizer"):
+            bare.generate([1], SamplingParams(stop="x"))
+
+
+@pytest.mark.parametrize("several", [["a", "b"], [[1], [2]], [Chat(HELLO)], [HELLO, HELLO]])
+def test_a_stream_of_several_prompts_says_which_calls_take_them(caller: Caller, several: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=r"list of \d prompts.*generate\(\).*complete\(\)"):
+        caller.stream(several)

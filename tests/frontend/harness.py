@@ -44,7 +44,7 @@ def demo_tokenizer(chat_template: str | None = None) -> Tokenizer:
     tokenizer = load_tokenizer(demo.model_folder())
     assert tokenizer is not None
     source = None if chat_template is None else ChatSource(chat_template, "a test")
-    return Tokenizer(TokenizerData(tokenizer.data.backend, tokenizer.data.special_tokens, source))
+    return Tokenizer.of(TokenizerData(tokenizer.data.backend, tokenizer.data.special_tokens, source))
 
 
 def make_settings(**changes: Any) -> FrontendSettings:  # any field of FrontendSettings

@@ -49,7 +49,7 @@ def test_without_a_tokenizer_ids_are_served_and_text_is_refused(make_frontend: M
 
 def other_eos(tokenizer: Tokenizer) -> Tokenizer:
     """One whose own end of sequence is not the model's."""
-    return Tokenizer(TokenizerData(tokenizer.data.backend, {"eos_token": "the"}, ChatSource("x", "a test")))
+    return Tokenizer.of(TokenizerData(tokenizer.data.backend, {"eos_token": "the"}, ChatSource("x", "a test")))
 
 
 def test_the_tokenizers_own_end_of_sequence_ends_a_chat_as_well(

@@ -105,7 +105,7 @@ def with_beginning() -> Tokenizer:
     before = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     backend.post_processor = before
     source = ChatSource("{{ bos_token }}{% for m in messages %} {{ m.content }}{% endfor %}", "a test")
-    return Tokenizer(TokenizerData(backend.to_str(), {"bos_token": "<s>"}, source))
+    return Tokenizer.of(TokenizerData(backend.to_str(), {"bos_token": "<s>"}, source))
 
 
 @pytest.mark.parametrize(

@@ -343,6 +343,6 @@ def test_lone_surrogates_are_refused() -> None:
 def test_a_special_token_is_found_by_its_whole_text_alone() -> None:
     backend = llama_2_style()
     backend.add_tokens([AddedToken("<tool>", special=False)])
-    tokenizer = Tokenizer(TokenizerData(backend.to_str(), {}, ChatSource("", "a test")))
+    tokenizer = Tokenizer.of(TokenizerData(backend.to_str(), {}, ChatSource("", "a test")))
     found = {text: tokenizer.special_token_id(text) for text in ("</s>", "<s>", " </s>", "</", "hi", "▁", "<tool>")}
     assert found == {"</s>": 2, "<s>": 1, " </s>": None, "</": None, "hi": None, "▁": None, "<tool>": None}

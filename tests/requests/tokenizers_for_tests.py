@@ -50,7 +50,7 @@ def word_piece_style() -> GraphgenTokenizer:
 
 def _wrap(backend: Tokenizer, **special: str) -> GraphgenTokenizer:
     backend.add_special_tokens([AddedToken(token, special=True) for token in special.values()])
-    return GraphgenTokenizer(TokenizerData(backend.to_str(), special))
+    return GraphgenTokenizer.of(TokenizerData(backend.to_str(), special))
 
 
 def backend_of(tokenizer: GraphgenTokenizer) -> Any:  # tokenizers publishes no types
