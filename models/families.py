@@ -130,7 +130,7 @@ def spec_from_hf(
         tie_embeddings=_flag("tie_word_embeddings", config) and not _has_own_head(stored, family.names, where),
         rope=read_rope(config, architecture),
         windows=_windows(config, family, architecture),
-        max_position_embeddings=config.max_position_embeddings,
+        max_position_embeddings=_max_positions(config, where),
         bos_token_id=config.bos_token_id,
         eos_token_ids=_known_ids(eos_token_ids, config.vocab_size, where),
         dtype=_dtype(config, architecture, stored),
@@ -194,6 +194,22 @@ def _flag(rule: bool | str, config: Any) -> bool:
     if not isinstance(value, bool | None):  # a word, as "false", would be true
         raise TypeError(f"{rule} is {value!r}, expected true or false")
     return bool(value)
+
+
+def _max_positions(config: Any, where: str) -> int:
+    """Positions that the model's attention serves as it is written here.
+
+    Qwen's models of a million tokens attend by dual chunks, which is plain attention up to the length that they name.
+    """
+    positions: int = config.max_position_embeddings
+    chunks: dict[str, int] = getattr(config, "dual_chunk_attention_config", None) or {}
+    plain = min(positions, chunks.get("original_max_position_embeddings", positions))
+    if plain < positions:
+        logger.warning(
+            "%s: served up to %d positions instead of %d, beyond which it needs dual chunk attention",
+            *(where, plain, positions),
+        )
+    return plain
 
 
 def _activation(name: str, architecture: str) -> str:

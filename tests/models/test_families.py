@@ -159,6 +159,16 @@ def test_end_of_sequence_ids_beyond_the_vocabulary_are_ignored(
     assert load_spec(tmp_path).eos_token_ids == ()
 
 
+def test_a_model_of_dual_chunks_is_served_as_far_as_they_are_plain_attention(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_config(tmp_path, dual_chunk_attention_config={"chunk_size": 128, "original_max_position_embeddings": 96})
+    assert load_spec(tmp_path).max_position_embeddings == 96
+    assert "served up to 96 positions instead of 512" in caplog.text
+    write_config(tmp_path, dual_chunk_attention_config={"chunk_size": 128})
+    assert load_spec(tmp_path).max_position_embeddings == 512
+
+
 @pytest.mark.parametrize("window", [0, -1])
 def test_a_window_of_no_position_is_refused(window: int, tmp_path: Path) -> None:
     write_config(tmp_path, architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=window)
