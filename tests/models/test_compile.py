@@ -13,6 +13,7 @@ from graphgen.models.families import load_spec
 from graphgen.models.loader import load_decoder
 from tests.models import tiny
 from tests.models.driver import Driver
+from tests.models.quick_compiler import quick_compiler
 
 PROMPT = list(range(3, 73))
 NUM_PAGES = 93  # a number no other size has, to be found in generated code
@@ -21,7 +22,8 @@ NUM_PAGES = 93  # a number no other size has, to be found in generated code
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
-    yield
+    with quick_compiler():
+        yield
     torch._dynamo.reset()
 
 
