@@ -340,9 +340,11 @@ class Drain(Struct, frozen=True, array_like=True, tag="drain", gc=False):
 
 
 class EngineLost(Struct, frozen=True, array_like=True, tag="engine_lost", gc=False):
-    """A process of the engine ended: every open request ends with an error, then the frontend does."""
+    """The engine ended: every open request ends with an error. Then the frontend ends too, or waits for the engine that
+    is started in its place."""
 
     message: str
+    restarts: bool = False
 
 
 class Listening(Struct, frozen=True, array_like=True, tag="listening", gc=False):

@@ -25,6 +25,9 @@ import msgspec
 from graphgen.base.caches import cache_environment
 from graphgen.ipc.errors import ConfigError
 
+SCHEDULER_MODULE = "graphgen.scheduler"
+LEFT_WORKERS_S = 30.0
+"""How long workers whose scheduler has ended may take to be gone: until then they hold the device's memory."""
 PARENT_POLL_S = 0.25
 """How often a child looks whether its parent is alive."""
 
@@ -57,7 +60,7 @@ class EngineProcesses:
     them is read from the files that it leaves in the folder.
     """
 
-    def __init__(self, modules: tuple[str, ...] = ("graphgen.scheduler",)) -> None:
+    def __init__(self, modules: tuple[str, ...] = (SCHEDULER_MODULE,)) -> None:
         self.folder = _make_folder()
         self._owner_pid = os.getpid()
         self._environment = _child_environment(self.folder)
@@ -74,6 +77,21 @@ class EngineProcesses:
         name = module.rpartition(".")[2]
         arguments = (str(self.folder), str(self._owner_pid))
         self._children[name] = start_child(module, arguments, self.folder / f"{name}.log", self._environment)
+
+    def restart_scheduler(self) -> None:
+        """Starts a scheduler in the place of one that has ended, in the same folder: whoever talks to it by name goes
+        on. Its workers, which end with it, are waited for, and what they left is removed."""
+        left = _worker_pids(self.folder)
+        for pid in left.values():
+            kill_group(pid)
+        deadline_s = time.monotonic() + LEFT_WORKERS_S
+        while any(_lives(pid) for pid in left.values()) and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        for name in left:
+            pid_file(self.folder, name).unlink(missing_ok=True)
+        for epoch in self.folder.glob("epoch-*"):
+            shutil.rmtree(epoch, ignore_errors=True)
+        self.start(SCHEDULER_MODULE)
 
     @property
     def pids(self) -> dict[str, int]:

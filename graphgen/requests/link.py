@@ -109,8 +109,10 @@ class Link:
         self._attaches = attaches
         self._after_outputs = after_outputs
         self._on_notice = on_notice or _log
+        self._on_ready: Callable[[Ready], None] | None = None
         self._ready: Future[Ready] = Future()
         self._serves = False
+        self._awaits_another = False  # the engine ended, and one is being started in its place
         self._fault: GraphgenError | None = None
         self._stopping = threading.Event()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -187,6 +189,22 @@ class Link:
             self._channel.send(Probe(self._num_probes))
         return answer
 
+    def when_ready(self, call: Callable[[Ready], None]) -> None:
+        """From now on `call` is made, on the receiving thread, each time that an engine begins to serve."""
+        self._on_ready = call
+
+    def await_another_engine(self) -> None:
+        """The engine of an attached link has ended, and another is started in its place: from the Ready of that one on
+        it serves. What was asked of the old one is forgotten; whoever asked is told by the caller."""
+        error = EngineDeadError("the engine ended, and another is started in its place: try again")
+        with self._lock:
+            self._serves, self._awaits_another = False, True
+            self._requests.clear()
+            waiting, self._stats = list(self._stats), deque()
+            probes, self._probes = list(self._probes.values()), {}
+            self._channel.send(Attach())  # whatever still waits to be sent to the old one is void for the new one
+        _set_all((*waiting, *probes), error)
+
     def close(self) -> None:
         """Ends the processes, then the thread. Open requests get EngineClosedError. Idempotent."""
         if not self._owner.is_this:
@@ -234,8 +252,9 @@ class Link:
                 self._finish(message.request_id, _refusal_of(message))
             case EngineStats():
                 with self._lock:
-                    answer = self._stats.popleft()
-                answer.set_result(message)
+                    answer = self._stats.popleft() if self._stats else None
+                if answer is not None:  # else it was asked of an engine that is gone
+                    answer.set_result(message)
             case Probe():
                 with self._lock:
                     probed = self._probes.pop(message.probe_id, None)
@@ -247,11 +266,14 @@ class Link:
             case Notice():
                 self._on_notice(message)
             case Ready():
-                self._serves = True
+                self._serves, self._awaits_another = True, False
                 if not self._ready.done():  # an attached link hears it twice when it came before the worker
                     self._ready.set_result(message)
+                if self._on_ready is not None:
+                    self._on_ready(message)
             case Failed():
-                raise _error_of(message)
+                if not self._awaits_another:  # else its master sees it end
+                    raise _error_of(message)
 
     def _deliver_outputs(self, message: Outputs) -> None:
         now_s = time.monotonic()
@@ -328,10 +350,13 @@ class Link:
                 self._channel.send(Shutdown())
         for request in requests:
             _deliver(request.sink, type(error)(*error.args))
-        futures: tuple[Future[Ready] | Future[EngineStats] | Future[None], ...] = (self._ready, *waiting, *probes)
-        for future in futures:
-            with contextlib.suppress(InvalidStateError):  # already answered
-                future.set_exception(type(error)(*error.args))
+        _set_all((self._ready, *waiting, *probes), error)
+
+
+def _set_all(futures: "Iterable[Future[Ready] | Future[EngineStats] | Future[None]]", error: GraphgenError) -> None:
+    for future in futures:
+        with contextlib.suppress(InvalidStateError):  # already answered
+            future.set_exception(type(error)(*error.args))
 
 
 def _log(notice: Notice) -> None:

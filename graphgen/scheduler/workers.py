@@ -23,7 +23,7 @@ from graphgen.ipc.messages import (
     WorkerToScheduler,
 )
 from graphgen.launch.config import LaunchConfig
-from graphgen.scheduler.starts import MAX_STARTS, WITHIN_S, StartLimit
+from graphgen.launch.starts import MAX_STARTS, WITHIN_S, StartLimit
 from graphgen.scheduler.worker_processes import WorkerProcesses
 
 END_S = 30.0

@@ -1,8 +1,9 @@
 """The supervisor of a server: starts scheduler, worker and frontend, watches them, and ends them in order.
 
-Owns the decision which death ends the server: that of the scheduler or the worker does. A frontend that dies is started
-anew, as often as it takes and with growing waits, while the engine stays as it is. Serves nothing itself. Called by the
-command line, in a process of its own whose SIGTERM, SIGINT and SIGHUP it takes.
+Owns the decision which death ends the server: that of an engine which has been started again too often. A scheduler
+that dies is started anew (the scheduler itself replaces its worker), and clients get an error that says to try again. A
+frontend that dies is started anew as often as it takes, with growing waits, while the engine stays as it is. Serves
+nothing itself. Called by the command line, in a process of its own whose SIGTERM, SIGINT and SIGHUP it takes.
 """
 
 import ipaddress
@@ -37,6 +38,7 @@ from graphgen.ipc.messages import (
 )
 from graphgen.launch.config import EngineConfig, check_device
 from graphgen.launch.processes import EngineProcesses
+from graphgen.launch.starts import StartLimit
 from graphgen.requests.core import describe_start, launch_config, load_config_tokenizer
 from graphgen.requests.tokenizer import write_tokenizer
 from graphgen.server.backoff import Backoff
@@ -118,6 +120,8 @@ class Supervisor:
         self._asked_to_end = 0
         self._backoff = Backoff()
         self._restart_s: float | None = None  # when the frontend, which has ended, is started again
+        self._engine_starts = StartLimit()
+        self._engine_is_lost = False  # and is being started again
         self._ready: Ready | None = None
         self._num_lost: int | None = None
         self._listening = False
@@ -199,6 +203,9 @@ class Supervisor:
                 on_progress(message)
             case Ready():
                 self._ready = message
+                if self._engine_is_lost:
+                    self._engine_is_lost = False
+                    self._say("the engine serves again")
             case Notice():
                 self._say(message.text)
             case Listening():
@@ -246,8 +253,16 @@ class Supervisor:
         found = processes.find_exit(("scheduler",))
         if found is None:
             return
+        reason = f"the engine ended: the {found.name} exited with code {found.code}"
+        if self._listening and not self._asked_to_end and self._engine_starts.take(time.monotonic()):
+            logger.error("%s", found)
+            self._say(f"{reason}, and is started again; requests that were open get an error that says to try again")
+            channel.send(EngineLost(reason, restarts=True))
+            self._engine_is_lost = True
+            processes.restart_scheduler()
+            return
         if self._listening:
-            channel.send(EngineLost(f"the engine ended: {found.name} exited with code {found.code}"))
+            channel.send(EngineLost(reason))
             deadline_s = time.monotonic() + LOST_GRACE_S
             while time.monotonic() < deadline_s and not isinstance(channel.receive(WATCH_S), Drained):
                 pass

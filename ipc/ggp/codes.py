@@ -62,7 +62,7 @@ CODES: dict[Code, CodeInfo] = {
         "the request's deadline passed before its output was complete, or is too early even for an idle server",
     ),
     "draining": CodeInfo(503, True, "the server is about to end and takes no new work"),
-    "engine_lost": CodeInfo(503, True, "the scheduler or the worker ended; the output is lost"),
+    "engine_lost": CodeInfo(503, True, "the engine ended; the output is lost, and the engine is being started again"),
     "poisoned": CodeInfo(500, False, "the worker ended each time it computed the request, which is not tried again"),
     "slow_consumer": CodeInfo(408, False, "the client took no output for the time of `slow_consumer_ms`"),
     "internal": CodeInfo(500, False, "a fault of the server"),

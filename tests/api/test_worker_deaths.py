@@ -14,7 +14,7 @@ import zmq
 from graphgen import Engine, EngineDeadError, SamplingParams
 from graphgen.ipc.codec import Codec
 from graphgen.ipc.messages import StepResult, WorkerCounters
-from graphgen.scheduler.starts import MAX_STARTS
+from graphgen.launch.starts import MAX_STARTS
 from tests import worker_deaths
 from tests.worker_deaths import check_idle, wait_for
 

@@ -26,18 +26,22 @@ from graphgen.ipc.ggp.messages import (
     Stats,
     StatsRequest,
 )
-from graphgen.ipc.messages import Cancel as SchedulerCancel
 from graphgen.ipc.messages import (
+    Attach,
+    EngineLost,
+    Outputs,
     Probe,
+    Ready,
     Rejected,
     Submit,
 )
+from graphgen.ipc.messages import Cancel as SchedulerCancel
 from graphgen.ipc.messages import StatsRequest as SchedulerStatsRequest
 from graphgen.remote.requests import exception_of
 from graphgen.requests.tokenizer import Tokenizer
 from graphgen.server.frontend.monitor import FRESH_S
 from graphgen.server.frontend.server import SMALL_BYTES
-from tests.fakes import STATS
+from tests.fakes import READY, STATS
 from tests.frontend.conftest import MakeFrontend
 from tests.frontend.harness import IDS, Frontend, RawClient, open_request, wait_until
 
@@ -416,3 +420,27 @@ def test_a_held_request_ends_at_its_deadline(make_frontend: MakeFrontend) -> Non
     client.expect(Accepted)
     error = client.expect(Error)
     assert (error.code, error.id) == ("deadline", 2)
+
+
+def test_an_engine_that_is_started_again_costs_the_open_requests_and_no_session(frontend: Frontend) -> None:
+    client = frontend.welcome()
+    open_request(frontend, client)
+    frontend.supervisor.send(EngineLost("the engine ended", restarts=True))
+    error = client.expect(Error)
+    assert (error.code, error.id, error.retryable) == ("engine_lost", 1, True)
+    assert frontend.scheduler.expect(Attach), "what still waits for the old engine is void"
+    client.send(HealthRequest())
+    assert not client.expect(Health).ready, "at once, without asking anybody"
+    client.send(msgspec.structs.replace(IDS, id=2))
+    refused = client.expect(Error)
+    assert (refused.code, refused.id, refused.retryable) == ("engine_lost", 2, True)
+    assert refused.retry_after_ms
+    frontend.scheduler.send(Outputs(()))  # of the old one, late
+    frontend.scheduler.send(READY)
+    while not isinstance(frontend.supervisor.receive(5), Ready):
+        pass
+    client.send(msgspec.structs.replace(IDS, id=3, sampling=Sampling(max_tokens=8)))
+    assert client.expect(Accepted).id == 3
+    submit = frontend.scheduler.expect(Submit)
+    frontend.scheduler.send_tokens(submit.request_id, [3])
+    assert client.expect(Delta).id == 3

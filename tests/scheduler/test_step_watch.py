@@ -2,7 +2,7 @@
 
 import pytest
 
-from graphgen.scheduler.starts import MAX_STARTS, WITHIN_S, StartLimit
+from graphgen.launch.starts import MAX_STARTS, WITHIN_S, StartLimit
 from graphgen.scheduler.step_watch import HUNG_S, LATE_FACTOR, LATE_S, MAX_PAUSE_S, UNKNOWN_S, StepWatch, Verdict
 
 LOOK_S = 0.25  # how often these tests look

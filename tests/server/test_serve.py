@@ -40,7 +40,7 @@ from graphgen.server.frontend.monitor import FRESH_S
 from tests.frontend.raw_peers import send_without_end
 from tests.ipc.raw_client import RawClient
 from tests.kills import becomes_idle, kill_a_client
-from tests.serving import ROOT, ServerProcess, serving
+from tests.serving import ROOT, START_TIMEOUT_S, ServerProcess, serving
 
 PROMPTS = [
     f"{name}:\n{line}" for name in ("ROMEO", "JULIET", "HAMLET", "First Citizen", "KING") for line in "abcdefghij"
@@ -324,15 +324,28 @@ def test_a_second_signal_ends_at_once_with_typed_errors(tmp_path: Path) -> None:
         assert failures[0].code == "draining"
 
 
-def test_a_dead_scheduler_gives_every_client_an_error(tmp_path: Path) -> None:
+def test_a_dead_engine_is_started_again_and_its_requests_get_an_error_that_says_so(tmp_path: Path) -> None:
     with serving(tmp_path) as server, Client(server.address) as client:
         stream = client.stream("ROMEO:", SamplingParams(max_tokens=900, ignore_eos=True))
         next(stream)
+        frontend, worker = server.pid_of("graphgen.server.frontend"), server.pid_of("graphgen.worker")
         os.kill(server.pid_of("graphgen.scheduler"), signal.SIGKILL)
         with pytest.raises(EngineDeadError, match="scheduler"):
             list(stream)
-        assert server.process.wait(10) != 0
-        assert "scheduler process was killed by SIGKILL" in server.output
+        assert not client.health().ready
+        with pytest.raises(EngineDeadError, match="is being started again"):
+            client.generate("ROMEO:", GREEDY)
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while not client.health().ready:
+            assert time.monotonic() < deadline_s, server.output
+            time.sleep(0.05)
+        assert len(client.generate("ROMEO:", GREEDY)[0].token_ids) > 0
+        assert client.stats().open_requests == 0
+        assert server.pid_of("graphgen.server.frontend") == frontend, "its clients keep their sessions"
+        assert not Path(f"/proc/{worker}").exists()
+        assert "the scheduler process was killed by SIGKILL" in server.output
+        assert "the engine serves again" in server.output
+        assert server.end() == 0
 
 
 def test_an_address_in_use_stops_the_start(server: ServerProcess, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from graphgen.ipc.messages import (
     SupervisorToFrontend,
 )
 from graphgen.launch.processes import Exit
+from graphgen.launch.starts import MAX_STARTS
 from graphgen.server import supervisor
 from graphgen.server.frontend.settings import FrontendSettings
 from graphgen.server.supervisor import ServeOptions, Supervisor
@@ -45,6 +46,7 @@ class Processes(FakeProcesses):
         self.dead: dict[str, Exit] = {}
         self.starts: list[FrontendSettings] = []
         self.num_refused = 0
+        self.num_engines = 1
         super().__init__()
 
     def start(self, module: str) -> None:
@@ -54,6 +56,10 @@ class Processes(FakeProcesses):
         assert module == supervisor.FRONTEND_MODULE
         self.dead.pop("frontend", None)
         self.starts.append(FrontendSettings.read(self.folder))
+
+    def restart_scheduler(self) -> None:
+        self.num_engines += 1
+        del self.dead["scheduler"]
 
     def find_exit(self, names: Collection[str] | None = None) -> Exit | None:
         return next((found for name, found in self.dead.items() if names is None or name in names), None)
@@ -91,6 +97,20 @@ class Rig:
         self.frontend.send(READY)
         self.frontend.send(WHERE)
         self.wait_until(lambda: "ready" in self.said)
+
+    def lose_engine(self, code: int = -9) -> EngineLost:
+        """What the frontend is told when the scheduler ends."""
+        self.processes.dead["scheduler"] = Exit("scheduler", code, "")
+        lost = self.frontend.receive(5)
+        assert isinstance(lost, EngineLost)
+        assert "scheduler" in lost.message
+        return lost
+
+    def lose_engine_for_good(self) -> None:
+        """The last death that another start is worth; it is the next one that ends the server."""
+        for _ in range(MAX_STARTS):
+            assert self.lose_engine().restarts
+            self.wait_until(lambda: not self.processes.dead)
 
     def wait_until(self, holds: Callable[[], bool], timeout_s: float = 5.0) -> None:
         deadline_s = time.monotonic() + timeout_s
@@ -204,12 +224,21 @@ def test_a_frontend_that_dies_while_it_drains_has_lost_requests(rig: Rig) -> Non
     assert len(rig.processes.starts) == 1, "nobody needs another"
 
 
+def test_an_engine_that_ended_is_started_again_and_its_frontend_stays(rig: Rig) -> None:
+    rig.listen()
+    assert rig.lose_engine().restarts
+    rig.wait_until(lambda: rig.processes.num_engines == 2)
+    assert "the engine serves again" not in rig.said
+    rig.frontend.send(READY)
+    rig.wait_until(lambda: "the engine serves again" in rig.said)
+    assert len(rig.processes.starts) == 1
+    assert rig.thread.is_alive()
+
+
 def test_clients_are_told_of_a_dead_engine_before_the_server_ends(rig: Rig) -> None:
     rig.listen()
-    rig.processes.dead["scheduler"] = Exit("scheduler", -9, "")
-    lost = rig.frontend.receive(5)
-    assert isinstance(lost, EngineLost)
-    assert "scheduler" in lost.message
+    rig.lose_engine_for_good()
+    assert not rig.lose_engine().restarts
     time.sleep(0.3)
     assert rig.thread.is_alive(), "the frontend is still telling them"
     assert not rig.processes.stopped
@@ -223,6 +252,7 @@ def test_clients_are_told_of_a_dead_engine_before_the_server_ends(rig: Rig) -> N
 
 def test_a_frontend_that_does_not_answer_does_not_keep_a_dead_engines_server(rig: Rig) -> None:
     rig.listen()
+    rig.lose_engine_for_good()
     rig.processes.dead["scheduler"] = Exit("scheduler", 1, "")
     assert isinstance(rig.ended(), EngineDeadError)
 

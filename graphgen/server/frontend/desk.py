@@ -113,6 +113,12 @@ class Desk:
             self._fail(request, error)
         return len(requests)
 
+    def lose_engine(self, error: Error) -> int:
+        """Ends every open request with the error, and waits for the engine that takes the place of the one that ended;
+        how many requests."""
+        self._link.await_another_engine()
+        return self.fail_all(error)
+
     def release(self) -> None:
         """Submits held requests as long as a client may have more samples in the scheduler's queue, in turn."""
         while (request := self._held.pop(self._may_submit)) is not None:

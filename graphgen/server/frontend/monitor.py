@@ -38,6 +38,7 @@ class Monitor:
         self._desk = desk
         self._outbox = outbox
         self.draining = False
+        self.engine_is_lost = False
         self.messages_refused = 0  # at once, by the loop
         self._memory = ResidentMemory()
         self._stats: SharedQuestion[EngineStats] = SharedQuestion(self._ask_stats, FRESH_S, TIMEOUT_S)
@@ -49,6 +50,10 @@ class Monitor:
 
     def health(self, reply: Callable[[Health], None], now_s: float) -> None:
         """`reply` is called when the worker has answered, or has not for TIMEOUT_S."""
+
+        if self.engine_is_lost:
+            reply(Health(status="draining" if self.draining else "stalled", ready=False, worker_ms=0.0))
+            return
 
         def judge(worker_s: float) -> None:
             alive = worker_s < TIMEOUT_S

@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import zmq
@@ -24,7 +25,7 @@ from graphgen.ipc.channel import Channel
 from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.ggp.framing import server_framing
 from graphgen.ipc.ggp.messages import MAJOR, ServerLimits, Welcome
-from graphgen.ipc.messages import Drained, Failed, Listening, SupervisorToFrontend
+from graphgen.ipc.messages import Drained, Failed, Listening, Ready, SupervisorToFrontend
 from graphgen.launch.config import LaunchConfig
 from graphgen.launch.processes import Exit, end_with_parent
 from graphgen.requests.core import AttachedCore
@@ -135,6 +136,17 @@ def _serve(folder: Path, supervisor: SupervisorChannel) -> int:
         return server.run()
 
 
+def _tell_ready(inbox: Inbox, core: AttachedCore, server: Server, ready: Ready) -> None:
+    """An engine serves in the place of one that ended. On the link's thread."""
+
+    def take() -> None:
+        core.ready = ready
+        server.engine_serves(ready)
+
+    inbox.put(take)
+    inbox.wake()
+
+
 def make_server(
     sockets: PublicSockets,
     supervisor: SupervisorChannel,
@@ -155,7 +167,9 @@ def make_server(
     monitor = Monitor(link, inbox, sessions, desk, outbox)
     welcome = _welcome(settings, core, sockets)
     reception = Reception(sockets.data, framing, sessions, desk, outbox, settings, welcome, admits)
-    return Server(sockets, supervisor, framing, inbox, sessions, desk, outbox, monitor, reception, welcome.instance)
+    server = Server(sockets, supervisor, framing, inbox, sessions, desk, outbox, monitor, reception, welcome.instance)
+    link.when_ready(partial(_tell_ready, inbox, core, server))
+    return server
 
 
 def admits_everyone(_key: str) -> bool:

@@ -36,7 +36,7 @@ from graphgen.ipc.ggp.messages import (
     ServerMessage,
     StatsRequest,
 )
-from graphgen.ipc.messages import Drain, EngineLost, FrontendToSupervisor, SupervisorToFrontend
+from graphgen.ipc.messages import Drain, EngineLost, FrontendToSupervisor, Ready, SupervisorToFrontend
 from graphgen.server.frontend.desk import Desk
 from graphgen.server.frontend.monitor import Monitor
 from graphgen.server.frontend.outbox import Outbox
@@ -64,6 +64,9 @@ SMALL_BYTES = 64 << 10
 """What is decoded in the loop at once, in a tenth of a millisecond."""
 FLUSH_S = 1.0
 """For last messages to leave when the frontend ends."""
+
+RESTART_MS = 5000
+"""When to try again after the engine has ended: about as long as a start with warm caches takes."""
 
 NO_SESSION = "this connection has no session: say hello first, also after a reconnection"
 
@@ -183,15 +186,25 @@ class Server:
         return not self._desk.num_open and flushed
 
     def _obey(self, order: SupervisorToFrontend, now_s: float) -> None:
-        self._monitor.draining = True
         match order:
             case Drain():
+                self._monitor.draining = True
                 error = make_error("draining", "the server ends before the output was complete: ask another")
                 self._ending = _Ending(now_s + order.grace_s, error)
                 for session in self._sessions.all():
                     self._outbox.post(session, Draining(grace_ms=round(order.grace_s * 1000)))
+            case EngineLost(restarts=True):
+                logger.error("%s; %d requests were open", order.message, self._desk.num_open)
+                self._monitor.engine_is_lost = True
+                self._desk.lose_engine(make_error("engine_lost", order.message, retry_after_ms=RESTART_MS))
             case EngineLost():
+                self._monitor.draining = True
                 self._ending = _Ending(now_s, make_error("engine_lost", order.message))
+
+    def engine_serves(self, ready: Ready) -> None:
+        """An engine has taken the place of the one that ended. On the loop."""
+        self._monitor.engine_is_lost = False
+        self._supervisor.send(ready)
 
     # --- messages in -------------------------------------------------------------------------------------------
 
@@ -252,6 +265,9 @@ class Server:
             return make_error("bad_request", "id is missing or no int of 0 to 2^53-1: give one", about="generate")
         if self._ending is not None:
             return make_error("draining", "the server is about to end: ask another", request_id, "generate")
+        if self._monitor.engine_is_lost:
+            text = "the engine ended and is being started again: try again soon"
+            return make_error("engine_lost", text, request_id, "generate", RESTART_MS)
         return self._desk.open(session, request_id, brief.num_samples, (header, body), now_s)
 
     def _take_stranger(self, received: Received, message: ClientMessage, now_s: float) -> Error | None:

@@ -1,4 +1,7 @@
-"""How often a worker group may be started again. Pure: told the time, never reads it."""
+"""How often what has died may be started again: a worker group, the engine of a server.
+
+Pure: told the time, never reads it. Called by the scheduler's process and the supervisor.
+"""
 
 from collections import deque
 
@@ -7,7 +10,7 @@ WITHIN_S = 600.0
 
 
 class StartLimit:
-    """Starts that led to nothing: a group that computes a step clears the count."""
+    """Starts that led to nothing: whoever succeeds clears the count."""
 
     def __init__(self) -> None:
         self._starts: deque[float] = deque()
