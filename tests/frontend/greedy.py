@@ -1,0 +1,194 @@
+"""Two tenants at one server, one greedy in every way that the protocol allows: what does the modest one get?
+
+    python -m tests.frontend.greedy --seconds 20
+
+A `graphgen serve` of the embedded model on the CPU. The modest client sends one request after another, first alone,
+then beside a greedy client in a process of its own, which keeps as many samples open as a client may: priority 9, n of
+16, prompts and outputs up to the model's context, targets that nothing meets. Alone on half of the server the modest
+one would get its first token after twice the time and its tokens at half the rate.
+
+The server has two slots, one for each: on a CPU every row that decodes makes a step longer by nearly as much as the
+first, and nobody's decodes are held back for another's. With more slots the modest one's rate falls to that of its row
+beside all others; `--slots` shows it.
+"""
+
+import argparse
+import contextlib
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import zmq
+from msgspec import Struct
+
+from graphgen.ipc.ggp.framing import client_framing
+from graphgen.ipc.ggp.messages import (
+    Accepted,
+    Delta,
+    Done,
+    Error,
+    Generate,
+    Hello,
+    Ping,
+    Pong,
+    Sampling,
+    ServerMessage,
+    Welcome,
+)
+from tests.serving import serving
+
+PROMPT_LEN, OUTPUT_LEN = 200, 40
+PAUSE_S = 0.05
+"""Between two requests of the modest client."""
+VOCABULARY = 200
+IMPATIENCE_S = 60.0
+
+
+class Service(Struct, frozen=True):
+    """What a client got: medians over its requests."""
+
+    num_requests: int
+    first_token_s: float
+    tokens_per_s: float
+
+    def __str__(self) -> str:
+        return (
+            f"first token {self.first_token_s * 1000:.0f} ms, {self.tokens_per_s:.0f} tokens/s"
+            f" ({self.num_requests} requests)"
+        )
+
+
+class Peer:
+    """A DEALER with a session."""
+
+    def __init__(self, address: str) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.set(zmq.LINGER, 0)
+        self._socket.connect(address)
+        self._framing = client_framing()
+        self.send(Hello(client="greedy"))
+        welcome = self.receive()
+        assert isinstance(welcome, Welcome), f"expected welcome, got {welcome}"
+        self.welcome = welcome
+
+    def send(self, message: Generate | Hello | Pong) -> None:
+        self._socket.send_multipart(self._framing.encode(message))
+
+    def receive(self) -> ServerMessage:
+        """The next message, pings answered."""
+        while True:
+            assert self._socket.poll(int(IMPATIENCE_S * 1000)), f"the server said nothing for {IMPATIENCE_S:g} s"
+            message = self._framing.decode(self._socket.recv_multipart())
+            if not isinstance(message, Ping):
+                return message
+            self.send(Pong())
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+
+def be_modest(address: str, seconds: float) -> Service:
+    """One request after another; raises AssertionError when one is refused or loses a token."""
+    peer, rng = Peer(address), random.Random(1)
+    first_s: list[float] = []
+    rates: list[float] = []
+    until_s = time.monotonic() + seconds
+    number = 0
+    while time.monotonic() < until_s:
+        number += 1
+        sent_s = time.monotonic()
+        times_s: list[float] = []
+        sampling = Sampling(max_tokens=OUTPUT_LEN, min_tokens=OUTPUT_LEN, temperature=0.0)
+        peer.send(Generate(id=number, prompt_ids=random_ids(rng, PROMPT_LEN), sampling=sampling))
+        while not isinstance(message := peer.receive(), Done):
+            assert not isinstance(message, Error), f"the modest client got {message}"
+            if isinstance(message, Delta):
+                times_s += [time.monotonic()] * len(message.ids)
+        assert len(times_s) == OUTPUT_LEN, "every token arrives"
+        first_s.append(times_s[0] - sent_s)
+        rates.append((OUTPUT_LEN - 1) / (times_s[-1] - times_s[0]))
+        time.sleep(PAUSE_S)
+    peer.close()
+    return Service(number, median(first_s), median(rates))
+
+
+def be_greedy(address: str) -> None:
+    """For ever: as many samples as it may have, all of the highest class; what is refused is sent again."""
+    peer, rng = Peer(address), random.Random(2)
+    limits = peer.welcome.limits
+    context_len, number = limits.prompt_tokens, 0
+    left, samples_of = limits.open_requests, dict[int, int]()
+    while True:
+        while left > 0:
+            number += 1
+            num_samples = min(left, rng.choice([1, 16, 16]))
+            prompt_len = rng.choice([1, 100, context_len // 2, context_len - 40])
+            sampling = Sampling(
+                n=num_samples,
+                max_tokens=rng.choice([16, context_len - prompt_len]),
+                priority=9,
+                itl_target_ms=rng.choice([None, 0.01]),
+                ttft_target_ms=rng.choice([None, 1.0, 1000.0]),
+                deadline_ms=rng.choice([None, None, 1e8]),
+            )
+            peer.send(Generate(id=number, prompt_ids=random_ids(rng, prompt_len), sampling=sampling, stream=False))
+            samples_of[number], left = num_samples, left - num_samples
+        message = peer.receive()
+        if isinstance(message, Error):
+            time.sleep(0.005)
+        if isinstance(message, (Done, Error)) and message.id in samples_of:
+            left += samples_of.pop(message.id)
+        assert isinstance(message, (Accepted, Delta, Done, Error)), f"unexpected {message}"
+
+
+def random_ids(rng: random.Random, count: int) -> list[int]:
+    return [rng.randrange(3, VOCABULARY) for _ in range(count)]
+
+
+@contextlib.contextmanager
+def greedy_process(address: str) -> Iterator[None]:
+    process = subprocess.Popen([sys.executable, "-P", "-m", "tests.frontend.greedy", "--greedy", address])
+    try:
+        yield
+        assert process.poll() is None, "the greedy client ended"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def compare(address: str, seconds: float) -> tuple[Service, Service]:
+    """The modest client alone, and beside the greedy one."""
+    be_modest(address, 1.0)  # what a first request pays is not the point
+    alone = be_modest(address, seconds / 3)
+    with greedy_process(address):
+        time.sleep(3.0)  # its requests fill the server
+        return alone, be_modest(address, seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=20.0, help="beside the greedy client")
+    parser.add_argument("--greedy", metavar="ADDRESS", help="be the greedy client of a server, for ever")
+    parser.add_argument("--slots", type=int, default=2, help="requests that the server runs at once")
+    options = parser.parse_args()
+    if options.greedy is not None:
+        be_greedy(options.greedy)
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder), "--max-num-seqs", str(options.slots)) as server:
+        alone, beside = compare(server.address, options.seconds)
+    print(f"alone   {alone}")
+    print(f"beside  {beside}")
+    print(
+        f"        first token {beside.first_token_s / alone.first_token_s:.2f} times (half the server: 2),"
+        f" rate {beside.tokens_per_s / alone.tokens_per_s:.2f} times (0.5)"
+    )
+
+
+if __name__ == "__main__":
+    main()
