@@ -10,7 +10,9 @@ from collections.abc import Callable
 import pytest
 
 from graphgen.ipc.messages import StepPlan
-from graphgen.scheduler.request import RunningRequest
+from graphgen.scheduler.request import Request, RunningRequest
+from graphgen.scheduler.tenants import BURST_MS, Tenants
+from tests.scheduler.harness import make_submit
 from tests.scheduler.virtual_time import Served, VirtualEngine, percentile
 
 MORE, LESS = 1.25, 0.75
@@ -153,16 +155,46 @@ def test_a_tenant_that_sends_one_request_after_another_gets_its_turn_and_no_more
     assert min(num_tokens.values()) > 0.35 * sum(num_tokens.values())
 
 
+def test_tenants_that_fight_for_slots_do_not_take_them_back_and_forth() -> None:
+    """A slot that becomes free goes to the tenant that has fewer, and not first to the other."""
+    engine = VirtualEngine(max_running=16)
+    counts = [num_finished(sent) for sent in keep_open(engine, 20.0, one=(24, 100, 150), other=(24, 400, 150)).values()]
+    assert max(counts) <= 1.2 * min(counts)
+    assert engine.scheduler.counters.preemptions <= 8 + 0.05 * sum(counts)
+
+
 def test_idle_time_earns_nothing() -> None:
-    """A tenant that comes after a minute does not keep the other from its prompts for a minute."""
+    """A tenant that comes late does not keep others from their prompts until it has had as much as they."""
     engine = VirtualEngine()
-    early = keep_open(engine, 20.0, early=(8, 1000, 4))["early"]
-    before = num_finished(early)
+    early = keep_open(engine, 20.0, early=(8, 1000, 4), other=(8, 1000, 4))["early"]
     sent = keep_open(engine, 25.0, late=(30, 1000, 4))["late"]
-    since = sum(one.finished and one.submit.tenant == "early" for one in engine.served.values()) - before
-    assert since == 8, "its open requests, all of them soon"
     assert num_finished(sent) > 100
     assert max(one.times_s[-1] for one in early if one.sent_s > 19.0) < 22.0
+
+
+def test_whoever_is_ahead_stays_so_while_it_is_away() -> None:
+    tenants = Tenants(long_prompt_len=100)
+
+    def come(number: int, name: str) -> Request:
+        request = Request(make_submit(number, [1, 2, 3]), number, 0.0, 4, tenants.of(name))
+        tenants.opened(request)
+        tenants.add(request)
+        return request
+
+    def go(request: Request) -> None:
+        tenants.remove(request)
+        tenants.closed(request)
+
+    staying, leaving = come(0, "staying"), come(1, "leaving")
+    tenants.in_turn(tenants.first(2), [])
+    leaving.tenant.served += 10 * BURST_MS
+    go(leaving)
+    assert tenants.is_counting
+    come(2, "leaving")
+    assert [tenant.name for tenant in tenants.first(2)] == ["staying", "leaving"]
+    assert tenants.of("leaving").served == 10 * BURST_MS
+    assert tenants.of("stranger").served == 0.0
+    go(staying)
 
 
 @pytest.mark.parametrize("num_tenants", [2, 5, 40])
@@ -202,6 +234,30 @@ def test_a_tenant_takes_slots_up_to_its_share_and_keeps_them() -> None:
     engine.run(until_s=5.5)
     assert third.finished
     assert min(running_of(engine, "greedy"), running_of(engine, "modest")) >= 3
+
+
+def test_nobody_takes_more_than_its_share_and_nobody_gives_of_its_own() -> None:
+    engine = VirtualEngine(max_running=8)
+    for tenant, count in (("greedy", 6), ("modest", 2)):
+        for _ in range(count):
+            engine.send(100, 3000, tenant=tenant)
+        engine.run(until_s=engine.now_s + 0.3)
+    for _ in range(6):
+        engine.send(100, 3000, tenant="third")
+    engine.run(until_s=engine.now_s + 0.5)
+    assert [running_of(engine, tenant) for tenant in ("greedy", "modest", "third")] == [4, 2, 2]
+
+
+def test_more_tenants_than_slots_wait_for_one_to_become_free() -> None:
+    engine = VirtualEngine(max_running=4)
+    for tenant in "abcd":
+        engine.send(100, 500, tenant=tenant)
+    engine.run(until_s=0.3)
+    fifth = engine.send(100, 5, tenant="e")
+    engine.run(until_s=1.0)
+    assert engine.scheduler.counters.preemptions == 0
+    engine.run()
+    assert fifth.finished
 
 
 def test_what_one_tenant_does_not_want_is_the_others() -> None:
