@@ -106,7 +106,7 @@ def test_nothing_is_sent_to_who_has_the_routing_id_of_a_connection_that_is_gone(
     (routing_id,) = frontend.session_ids()
     client.close()
     assert frontend.scheduler.expect(SchedulerCancel, timeout_s=1.0).request_id == request_id
-    assert frontend.session_ids() == []
+    assert wait_until(lambda: frontend.session_ids() == [])
     other = frontend.connect(IDENTITY=routing_id)
     time.sleep(0.2)
     frontend.scheduler.send_tokens(request_id, [5], "stop")
