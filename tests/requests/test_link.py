@@ -330,3 +330,18 @@ def test_many_deliveries_wake_a_loop_once_and_keep_their_order() -> None:
 
     wakeups, _ = asyncio.run(scenario())
     assert wakeups == 1
+
+
+def test_what_was_meant_for_the_link_before_is_not_heard_by_the_one_that_takes_its_place() -> None:
+    """Its answers are on the way when it dies: the new one has asked for none of them."""
+    processes = FakeProcesses()
+    scheduler = FakeScheduler(processes)
+    scheduler.send(STATS)
+    scheduler.send_tokens(1, [5], "length")
+    scheduler.send(READY)
+    link = Link(processes, attaches=True)
+    try:
+        assert link.wait_ready(5) == READY
+    finally:
+        link.close()
+        scheduler.close()

@@ -16,6 +16,7 @@ from graphgen.ipc.messages import (
     Failed,
     FrontendToSupervisor,
     Listening,
+    Notice,
     SupervisorToFrontend,
 )
 from graphgen.launch.processes import Exit
@@ -47,6 +48,7 @@ class Processes(FakeProcesses):
         self.starts: list[FrontendSettings] = []
         self.num_refused = 0
         self.num_engines = 1
+        self.found = threading.Event()  # that something is dead
         super().__init__()
 
     def start(self, module: str) -> None:
@@ -62,7 +64,10 @@ class Processes(FakeProcesses):
         del self.dead["scheduler"]
 
     def find_exit(self, names: Collection[str] | None = None) -> Exit | None:
-        return next((found for name, found in self.dead.items() if names is None or name in names), None)
+        found = next((one for name, one in self.dead.items() if names is None or name in names), None)
+        if found is not None:
+            self.found.set()
+        return found
 
 
 class Rig:
@@ -241,6 +246,8 @@ def test_clients_are_told_of_a_dead_engine_before_the_server_ends(rig: Rig) -> N
     assert not rig.lose_engine().restarts
     time.sleep(0.3)
     assert rig.thread.is_alive(), "the frontend is still telling them"
+    rig.frontend.send(Notice("a word on the way"))
+    time.sleep(0.2)
     assert not rig.processes.stopped
     told_s = time.monotonic()
     rig.frontend.send(Drained(2))
@@ -259,6 +266,7 @@ def test_a_frontend_that_does_not_answer_does_not_keep_a_dead_engines_server(rig
 
 def test_what_a_dying_engine_says_is_better_than_its_exit_code(rig: Rig) -> None:
     rig.processes.dead["scheduler"] = Exit("scheduler", 1, "")
+    assert rig.processes.found.wait(5)
     rig.frontend.send(Failed("worker", "CheckpointError", "the weights are truncated"))
     outcome = rig.ended()
     assert type(outcome).__name__ == "CheckpointError"
