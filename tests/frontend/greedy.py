@@ -46,7 +46,8 @@ PROMPT_LEN, OUTPUT_LEN = 200, 40
 PAUSE_S = 0.05
 """Between two requests of the modest client."""
 VOCABULARY = 200
-IMPATIENCE_S = 60.0
+IMPATIENCE_S = 30.0
+"""For a message, and for a whole request of the modest client."""
 
 
 class Service(Struct, frozen=True):
@@ -111,6 +112,7 @@ def be_modest(address: str, seconds: float) -> Service:
             assert not isinstance(message, Error), f"the modest client got {message}"
             if isinstance(message, Delta):
                 times_s += [time.monotonic()] * len(message.ids)
+            assert time.monotonic() < sent_s + IMPATIENCE_S, f"{len(times_s)} tokens in {IMPATIENCE_S:g} s"
         assert len(times_s) == OUTPUT_LEN, "every token arrives"
         first_s.append(times_s[0] - sent_s)
         rates.append((OUTPUT_LEN - 1) / (times_s[-1] - times_s[0]))
