@@ -168,7 +168,7 @@ def has_filter(settings, vocab_size):
 
 @triton.jit
 def tile_scores(logits, occurrences, settings, position, token_ids, vocab_size):
-    """Rules 1 to 4 and the division by temperature. logits, occurrences, settings point at the row's own."""
+    """Rules 1 to 4. logits, occurrences, settings point at the row's own."""
     inside = token_ids < vocab_size
     scores = tl.load(logits + token_ids, mask=inside, other=MINUS_INF).to(tl.float32)
     repetition = float_setting(settings, REPETITION)
@@ -186,12 +186,7 @@ def tile_scores(logits, occurrences, settings, position, token_ids, vocab_size):
         for stop in range(NUM_STOPS):
             scores = tl.where(token_ids == tl.load(settings + STOP_TOKEN_IDS + stop), MINUS_INF, scores)
     # NaN is the one value that differs from itself.
-    scores = tl.where(scores != scores, MINUS_INF, tl.minimum(scores, LARGEST_FLOAT))
-    temperature = float_setting(settings, TEMPERATURE)
-    if temperature > 0.0:
-        scores = tl.div_rn(scores, tl.zeros_like(scores) + temperature)
-        scores = tl.minimum(scores, LARGEST_FLOAT)
-    return scores
+    return tl.where(scores != scores, MINUS_INF, tl.minimum(scores, LARGEST_FLOAT))
 
 
 @triton.jit

@@ -50,6 +50,7 @@ from graphgen.models.sampling.device import (
 MOST_PARTS = tl.constexpr(128)
 LEVELS = tl.constexpr(16)
 PIVOTS = tl.constexpr(8)
+LEAST_STEP = tl.constexpr(1e-6)
 # Masses are summed as floats where they only outline: far more than those sums err, far less than matters.
 OUTLINE_ERROR = tl.constexpr(1e-5)
 
@@ -76,7 +77,8 @@ def best_kernel(
     position = tl.load(positions + row).to(tl.int32)
     settings += slot * ROW_WIDTH
     filtered = has_filter(settings, vocab_size)
-    noisy = (float_setting(settings, TEMPERATURE) > 0.0) & (not filtered)
+    temperature = float_setting(settings, TEMPERATURE)
+    noisy = (temperature > 0.0) & (not filtered)
     seed = seed_setting(settings)
     first = part * num_tiles * TILE
     best_scores = tl.full([TILE], MINUS_INF, tl.float32)
@@ -89,7 +91,7 @@ def best_kernel(
             logits + row * row_stride, occurrences + slot * vocab_size, settings, position, token_ids, vocab_size
         )
         if noisy:
-            scores += tile_noise(seed, position, start, TILE)
+            scores += temperature * tile_noise(seed, position, start, TILE)
         better = scores > best_scores
         best_scores = tl.where(better, scores, best_scores)
         best_ids = tl.where(better, token_ids, best_ids)
@@ -108,10 +110,13 @@ def _row_max(part_scores, row, num_parts):
 
 
 @triton.jit
-def _levels(row_max):
-    """Scores under the largest one, growing in distance: 0.1, 0.4, 0.9, ... 25.6."""
+def _levels(row_max, temperature):
+    """Scores under the largest one, growing in distance: 0.1, 0.4, 0.9, ... 25.6 temperatures.
+
+    Under a tiny temperature still a step that a float32 can make, so that the largest score itself lies above them.
+    """
     steps = tl.arange(0, LEVELS).to(tl.float32) + 1.0
-    return row_max - steps * steps * 0.1
+    return row_max - tl.maximum(temperature * (steps * steps * 0.1), tl.abs(row_max) * LEAST_STEP)
 
 
 @triton.jit(do_not_specialize=["num_parts", "num_tiles"])
@@ -141,7 +146,8 @@ def outline_kernel(
     top_k = tl.load(settings + TOP_K)
     by_count = (top_k > 0) & (top_k < vocab_size)
     row_max = _row_max(part_scores, row, num_parts)
-    levels = _levels(row_max)
+    temperature = float_setting(settings, TEMPERATURE)
+    levels = _levels(row_max, temperature)
     above = tl.zeros([LEVELS], tl.float32)
     total = tl.zeros([TILE], tl.int64)
     tile = tl.full([], 0, tl.int32)
@@ -152,8 +158,8 @@ def outline_kernel(
         )
         weights = tl.full([TILE], 1.0, tl.float32)
         if not by_count:
-            weights = exp_not_positive(_relative(scores, row_max))
-            total += mass(_relative(scores, row_max))
+            weights = exp_not_positive(_relative(scores, row_max, temperature))
+            total += mass(_relative(scores, row_max, temperature))
         above += tl.sum(tl.where(scores[None, :] > levels[:, None], weights[None, :], 0.0), axis=1)
         tile += 1
     tl.store(part_levels + (row * num_parts + part) * LEVELS + tl.arange(0, LEVELS), above)
@@ -161,9 +167,13 @@ def outline_kernel(
 
 
 @triton.jit
-def _relative(scores, row_max):
-    """Log-probability relative to the likeliest token. -inf minus -inf must not become NaN."""
-    return tl.where(scores > MINUS_INF, scores - row_max, MINUS_INF)
+def _relative(scores, row_max, temperature):
+    """Log-probability relative to the likeliest token. -inf minus -inf must not become NaN.
+
+    The largest score goes before the division: the quotient of a score alone and a small temperature is infinite.
+    """
+    distances = tl.where(scores > MINUS_INF, scores - row_max, MINUS_INF)
+    return tl.div_rn(distances, tl.zeros_like(distances) + temperature)
 
 
 @triton.jit
@@ -180,6 +190,7 @@ def _bracket(settings, part_levels, part_masses, row, row_max, vocab_size, num_p
     """
     under = row_max
     over = row_max
+    temperature = float_setting(settings, TEMPERATURE)
     if has_rank_filter(settings, vocab_size):
         parts = tl.arange(0, MOST_PARTS)
         places = (row * num_parts + parts)[:, None] * LEVELS + tl.arange(0, LEVELS)[None, :]
@@ -191,11 +202,11 @@ def _bracket(settings, part_levels, part_masses, row, row_max, vocab_size, num_p
             total = _total_mass(part_masses, row, num_parts).to(tl.float32) / MASS_ONE
             wanted = float_setting(settings, TOP_P) * total * (1.0 - OUTLINE_ERROR)
             wanted_surely = float_setting(settings, TOP_P) * total * (1.0 + OUTLINE_ERROR)
-        levels = _levels(row_max)
+        levels = _levels(row_max, temperature)
         under = tl.max(tl.where(above >= wanted_surely, levels, MINUS_INF), axis=0)
         over = tl.min(tl.where(above < wanted, levels, row_max), axis=0)
     else:
-        under = row_max + log_positive(float_setting(settings, MIN_P))
+        under = row_max + temperature * log_positive(float_setting(settings, MIN_P))
     return under, over
 
 
@@ -269,7 +280,7 @@ def _items(start, source, TILE: tl.constexpr):
 
 
 @triton.jit
-def _threshold(low, high, limit, by_count, row_max, num_items, source, TILE: tl.constexpr):
+def _threshold(low, high, limit, by_count, row_max, temperature, num_items, source, TILE: tl.constexpr):
     """The smallest key with less than `limit` (tokens or mass) above it, in (low, high].
 
     `low` has at least the limit above it. Each round reads the items once and leaves a ninth of the interval.
@@ -282,7 +293,7 @@ def _threshold(low, high, limit, by_count, row_max, num_items, source, TILE: tl.
             scores, _ = _items(start, source, TILE)
             weights = tl.full([TILE], 1, tl.int64)
             if not by_count:
-                weights = mass(_relative(scores, row_max))
+                weights = mass(_relative(scores, row_max, temperature))
             higher = ordered_key(scores)[None, :] > pivots.to(tl.int32)[:, None]
             above += tl.sum(tl.where(higher, weights[None, :], 0), axis=1)
             start += TILE
@@ -335,13 +346,14 @@ def finish_kernel(
     row_max = _row_max(part_scores, row, num_parts)
     under, over = _bracket(settings, part_levels, part_masses, row, row_max, vocab_size, num_parts)
 
+    temperature = float_setting(settings, TEMPERATURE)
     low = ordered_key(under).to(tl.int64) - 1
     high = ordered_key(over).to(tl.int64)
     threshold = low
     top_k = tl.load(settings + TOP_K)
     by_count = (top_k > 0) & (top_k < vocab_size)
     if by_count:
-        threshold = _threshold(low, high, top_k.to(tl.int64), True, row_max, num_items, source, TILE)
+        threshold = _threshold(low, high, top_k.to(tl.int64), True, row_max, temperature, num_items, source, TILE)
         low = threshold - 1
         high = ordered_key(row_max).to(tl.int64)
     top_p = float_setting(settings, TOP_P)
@@ -352,15 +364,15 @@ def finish_kernel(
             while start < num_items:
                 scores, _ = _items(start, source, TILE)
                 kept = ordered_key(scores) >= threshold.to(tl.int32)
-                total += tl.sum(tl.where(kept, mass(_relative(scores, row_max)), 0), axis=0)
+                total += tl.sum(tl.where(kept, mass(_relative(scores, row_max, temperature)), 0), axis=0)
                 start += TILE
         else:
             total += _total_mass(part_masses, row, num_parts)
         limit = (total.to(tl.float64) * top_p.to(tl.float64)).to(tl.int64)
-        threshold = _threshold(low, high, limit, False, row_max, num_items, source, TILE)
+        threshold = _threshold(low, high, limit, False, row_max, temperature, num_items, source, TILE)
     min_p = float_setting(settings, MIN_P)
     if min_p > 0.0:
-        threshold = tl.maximum(threshold, ordered_key(row_max + log_positive(min_p)).to(tl.int64))
+        threshold = tl.maximum(threshold, ordered_key(row_max + temperature * log_positive(min_p)).to(tl.int64))
 
     seed = seed_setting(settings)
     best_scores = tl.full([TILE], MINUS_INF, tl.float32)
@@ -369,7 +381,7 @@ def finish_kernel(
     while start < num_items:
         scores, token_ids = _items(start, source, TILE)
         kept = ordered_key(scores) >= threshold
-        scores = tl.where(kept, scores + token_noise(seed, position, token_ids), MINUS_INF)
+        scores = tl.where(kept, scores + temperature * token_noise(seed, position, token_ids), MINUS_INF)
         better = (scores > best_scores) | ((scores == best_scores) & (token_ids < best_ids))
         best_scores = tl.where(better, scores, best_scores)
         best_ids = tl.where(better, token_ids, best_ids)

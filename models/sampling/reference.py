@@ -11,12 +11,14 @@ Rules, in this order, as Hugging Face's logits processors and the OpenAI API def
 2. Repetition penalty: logits of tokens in prompt or output are divided by it, negative ones multiplied.
 3. Presence and frequency penalty: logit - presence * (count > 0) - frequency * count, count = times in the output.
 4. Stop tokens are removed while the sequence is shorter than the slot's min_length.
-5. Greedy (temperature 0) takes the largest logit, the lowest token id among equals. Otherwise divide by temperature.
+5. Greedy (temperature 0) takes the largest logit, the lowest token id among equals. With a temperature T a token's
+   probability is softmax(logit / T). Nothing divides a logit: logit / T is infinite where T is small. (logit - largest)
+   / T is not, and neither is logit + T * noise, which is largest where logit / T + noise is.
 6. top-k keeps the k largest and all that equal the k-th.
 7. top-p keeps, of those, a token when the tokens more probable than it hold less than top_p of their mass: the
    smallest set of likeliest tokens with mass >= top_p, and all that equal the last of them. The likeliest stay.
 8. min-p keeps tokens at least min_p times as probable as the likeliest.
-9. The draw: the largest of logit + Gumbel noise, the lowest token id among equals, which is a draw from softmax.
+9. The draw: the largest of logit + T * Gumbel noise, the lowest token id among equals, which is a draw from softmax.
    Where nothing but -inf is left there is nothing to draw: NO_TOKEN.
 """
 
@@ -60,9 +62,9 @@ def sample(tables: SamplerTables, logits: Tensor, slots: Tensor, positions: Tens
     drawn = tables.temperature[slots] > 0
     if bool(drawn.any()):
         drawn_slots = slots[drawn]
-        kept = filtered_scores(tables, scores[drawn], drawn_slots)
+        kept = kept_logits(tables, scores[drawn], drawn_slots)
         bits = vocabulary_bits(tables.seed[drawn_slots], positions[drawn], tables.vocab_size)
-        scores[drawn] = kept + gumbel(bits)
+        scores[drawn] = kept + tables.temperature[drawn_slots].unsqueeze(1) * gumbel(bits)
     best, token_ids = scores.max(dim=1)
     return torch.where(best > float("-inf"), token_ids, NO_TOKEN).int()
 
@@ -90,32 +92,33 @@ def penalised_logits(tables: SamplerTables, logits: Tensor, slots: Tensor, posit
     return scores.nan_to_num_(nan=float("-inf"), posinf=LARGEST_FLOAT, neginf=float("-inf"))
 
 
-def filtered_scores(tables: SamplerTables, logits: Tensor, slots: Tensor) -> Tensor:
-    """Rules 5 to 8 for rows with a temperature: [N, V] float32, -inf where a token is not kept.
+def kept_logits(tables: SamplerTables, logits: Tensor, slots: Tensor) -> Tensor:
+    """Rules 6 to 8 for rows with a temperature: [N, V] float32, -inf where a token is not kept.
 
-    The softmax of a row is the distribution its token is drawn from.
+    The softmax of a row, divided by its temperature, is the distribution its token is drawn from.
     """
-    scores = (logits / tables.temperature[slots].unsqueeze(1)).clamp_(max=LARGEST_FLOAT)
-    top_k, top_p, min_p = tables.top_k[slots], tables.top_p[slots], tables.min_p[slots]
+    temperature, top_k = tables.temperature[slots], tables.top_k[slots]
+    top_p, min_p = tables.top_p[slots], tables.min_p[slots]
     by_rank = ((top_k > 0) & (top_k < tables.vocab_size)) | (top_p < 1)
     lowest = torch.full_like(top_p, float("-inf"))
     ranked = by_rank.nonzero().squeeze(1)
     if len(ranked):
-        lowest[ranked] = _rank_threshold(scores[ranked], top_k[ranked], top_p[ranked])
+        lowest[ranked] = _rank_threshold(logits[ranked], temperature[ranked], top_k[ranked], top_p[ranked])
     if bool((min_p > 0).any()):
         # Where min_p is 0 the logarithm is of no use, but must be of something.
-        relative = log_positive(torch.where(min_p > 0, min_p, 1.0))
-        lowest = torch.where(min_p > 0, torch.maximum(lowest, scores.amax(1) + relative), lowest)
-    return scores.masked_fill_(scores < lowest.unsqueeze(1), float("-inf"))
+        distance = temperature * log_positive(torch.where(min_p > 0, min_p, 1.0))
+        lowest = torch.where(min_p > 0, torch.maximum(lowest, logits.amax(1) + distance), lowest)
+    return logits.masked_fill(logits < lowest.unsqueeze(1), float("-inf"))
 
 
-def _rank_threshold(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """The smallest score that top-k and then top-p keep, [N]."""
-    ranked = scores.sort(dim=1, descending=True).values
-    vocab_size = scores.shape[1]
+def _rank_threshold(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """The smallest logit that top-k and then top-p keep, [N]."""
+    ranked = logits.sort(dim=1, descending=True).values
+    vocab_size = logits.shape[1]
     num_kept = torch.where(top_k > 0, top_k.clamp(max=vocab_size), vocab_size).long()
     kth = ranked.gather(1, (num_kept - 1).unsqueeze(1))
-    masses = mass((ranked - ranked[:, :1]).nan_to_num_(nan=0.0)).masked_fill_(ranked < kth, 0)
+    distances = (ranked - ranked[:, :1]) / temperature.unsqueeze(1)
+    masses = mass(distances.nan_to_num_(nan=0.0)).masked_fill_(ranked < kth, 0)
     ends = masses.cumsum(1)
     # Of equal tokens the first has exactly the more probable ones before it; the rest follow its fate.
     more_probable = ends - masses

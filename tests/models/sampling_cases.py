@@ -30,6 +30,9 @@ MIXED = (
     SamplerParams(temperature=0.01, top_k=1, seed=12),
     SamplerParams(temperature=1.0, top_p=1e-6, seed=13),
     SamplerParams(temperature=50.0, top_k=200, min_p=1.0, seed=14),
+    SamplerParams(temperature=1e-37, seed=15),
+    SamplerParams(temperature=1e-40, top_k=30, top_p=0.9, min_p=0.1, seed=16),
+    SamplerParams(temperature=1e-9, top_p=0.9, seed=17),
 )
 
 

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from graphgen.ipc.messages import SamplerParams, SlotInit
 from graphgen.models.sampling import NO_TOKEN, ROW_WIDTH, Sampler, make_sampler, pack_slot
 from graphgen.models.sampling.arithmetic import exp_not_positive, gumbel, log_positive
 from graphgen.models.sampling.philox import philox4x32
-from graphgen.models.sampling.reference import filtered_scores, penalised_logits
+from graphgen.models.sampling.reference import kept_logits, penalised_logits
 from graphgen.models.sampling.tables import IN_PROMPT, OUTPUT_COUNT_MASK
 from tests.models.sampling_cases import MIXED, STOP_TOKENS, own, troubled_logits
 
@@ -39,7 +40,8 @@ def make_owned(params: list[SamplerParams], vocab_size: int, prompt_len: int = 3
 def probabilities(sampler: Sampler, logits: Tensor) -> Tensor:
     slots = torch.zeros(len(logits), dtype=torch.int64)
     scores = penalised_logits(sampler.tables, logits, slots, slots + 100)
-    return filtered_scores(sampler.tables, scores, slots).softmax(1)
+    temperature = sampler.tables.temperature[slots].unsqueeze(1)
+    return (kept_logits(sampler.tables, scores, slots) / temperature).softmax(1)
 
 
 # --- Arithmetic ------------------------------------------------------------------------------------------------
@@ -177,6 +179,25 @@ def test_greedy_takes_the_lowest_of_equal_tokens_after_penalties() -> None:
     logits = torch.zeros(2, 16)
     logits[:, [9, 12, 15]] = 2.0
     assert sampler.sample(logits, torch.tensor([0, 1]), torch.tensor([6, 6])).tolist() == [9, 12]
+
+
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 5, "top_p": 0.5, "min_p": 0.9}], ids=str
+)
+def test_a_tiny_temperature_draws_what_greedy_takes(filters: dict[str, Any]) -> None:
+    """Down to the smallest float32, below which a temperature is 0: no division makes all good tokens equal."""
+    logits = torch.randn(64, 301, generator=torch.Generator().manual_seed(5)) * 12
+    logits[:8] = logits[:8].bfloat16().float() - 40
+    smallest = 1.4e-45
+    temperatures = (0.0, smallest, 1e-40, 1e-38, 1e-37, 1e-30, 1e-9)
+    sampler = make_owned([SamplerParams(temperature=t, seed=3, **filters) for t in temperatures], 301)
+    greedy, *drawn = (
+        sampler.sample(logits, torch.full((64,), slot), torch.arange(64)) for slot in range(len(temperatures))
+    )
+    assert (sampler.tables.temperature[1:] > 0).sum() >= len(drawn)
+    assert torch.equal(greedy.long(), logits.argmax(1))
+    for tokens in drawn:
+        assert torch.equal(tokens, greedy)
 
 
 def test_stop_tokens_wait_for_the_minimum_length() -> None:
