@@ -144,6 +144,11 @@ class StepPlan(Struct, frozen=True, array_like=True, tag="plan", gc=False):
     # no destination is the source of another pair
     planned_s: float
 
+    @property
+    def num_tokens(self) -> int:
+        """Of its chunks and its decode rows."""
+        return (len(self.chunk_token_ids) + len(self.decode_slots)) // 4
+
 
 # --- worker -> scheduler ---------------------------------------------------------------------------------------
 

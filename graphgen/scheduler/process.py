@@ -187,7 +187,7 @@ class SchedulerLoop:
         self._workers = workers
         self._step_log = step_log
         self._step_times = StepTimes()
-        self._watch = StepWatch(time.monotonic())
+        self._watch = StepWatch(time.monotonic(), steps_compile=ready.worker.compiled and not ready.worker.graphs)
         self._shows_stacks = False  # the worker was asked for them
         self._counters = before_requests
         self._probes: list[Probe] = []  # on their way to the device
@@ -237,7 +237,7 @@ class SchedulerLoop:
         """Keeps as many steps in flight as the policy allows."""
         while self._running and (plan := self._policy.schedule(time.monotonic())) is not None:
             self._workers.send(plan)
-            self._watch.sent(self._policy.predict_ms(plan.step_id))
+            self._watch.sent(self._policy.predict_ms(plan.step_id), plan.num_tokens)
 
     # --- the worker group ------------------------------------------------------------------------------------
 
@@ -248,7 +248,8 @@ class SchedulerLoop:
         try:
             for message in self._workers.receive(0.0 if loss is None else LAST_RESULTS_S):
                 if isinstance(message, Failed):
-                    loss = Loss(f"the worker failed with {message.error}", message.message, message)
+                    said = f"{message.message}\n{self._last_words()}"
+                    loss = Loss(f"the worker failed with {message.error}", said, message)
                 elif self._workers.state is State.SERVING:
                     answers += self._take_from_worker(message)
         except (msgspec.MsgspecError, ValueError, KeyError) as error:
@@ -326,9 +327,10 @@ class SchedulerLoop:
         if self._step_log.is_open:
             self._step_log.write(self._policy.describe_step(result.step_id), result)
         self._step_times.add(result.started_s, result.finished_s)
-        self._policy.step_took(result.step_id, (result.finished_s - result.started_s) * 1000.0)
+        milliseconds = (result.finished_s - result.started_s) * 1000.0
+        self._policy.step_took(result.step_id, milliseconds)
         self._counters = result.counters
-        self._watch.answered()
+        self._watch.answered(milliseconds)
         self._workers.step_succeeded()
         failed = self._policy.fail_draws(result.step_id, result.failed_draws) if result.failed_draws else []
         outputs = self._policy.update(result.step_id, unpack_int32(result.token_ids))

@@ -4,9 +4,10 @@ Owns a clock of the time in which this process ran, and a limit for each step. P
 Called by `graphgen.scheduler.process`.
 
 A step may take LATE_FACTOR times its prediction, and never less than LATE_S, before its stacks are asked for, and
-HUNG_S more before its group is ended. A step of a bucket that nobody has timed, the first on a CPU for instance, gets
-UNKNOWN_S. Time in which the scheduler itself did not run, for instance because the machine was suspended, does not
-count: of each pause between two looks only MAX_PAUSE_S.
+HUNG_S more before its group is ended. A step of a bucket that nobody has timed, as many are on a CPU, is predicted by
+its rows and the time that a row of the steps before it took; the first step of a group gets UNKNOWN_S, and so does
+every such step where it may be compiled when it runs. Time in which the scheduler itself did not run, for instance
+because the machine was suspended, does not count: of each pause between two looks only MAX_PAUSE_S.
 """
 
 import enum
@@ -19,6 +20,8 @@ UNKNOWN_S = 300.0
 MAX_PAUSE_S = 0.5
 LOOK_S = 0.25
 """How often to look while a step is in flight."""
+STEPS_KEPT = 16
+"""How many of the newest steps say what a row takes. In a small step a row takes more time than in a large one."""
 
 
 class Verdict(enum.Enum):
@@ -32,30 +35,44 @@ class Verdict(enum.Enum):
 class StepWatch:
     """The steps in flight, and since when the oldest is the oldest, in seconds of this process."""
 
-    def __init__(self, now_s: float) -> None:
+    def __init__(self, now_s: float, steps_compile: bool) -> None:
+        """steps_compile: a step of a new shape may be compiled before it runs."""
+        self._steps_compile = steps_compile
+        self._row_ms: deque[float] = deque(maxlen=STEPS_KEPT)  # of each of the newest steps
         self._looked_s = now_s
         self._ran_s = 0.0
         self._limits: deque[float] = deque()
+        self._num_rows: deque[int] = deque()
         self._oldest_since_s = 0.0
 
     def __len__(self) -> int:
         return len(self._limits)
 
-    def sent(self, predicted_ms: float | None) -> None:
-        """A plan has left. predicted_ms: None for a step that nobody can predict."""
+    def sent(self, predicted_ms: float | None, num_rows: int) -> None:
+        """A plan has left, with so many tokens. predicted_ms: None for a step whose bucket nobody has timed."""
         if not self._limits:
             self._oldest_since_s = self._ran_s
-        limit_s = UNKNOWN_S if predicted_ms is None else max(LATE_S, LATE_FACTOR * predicted_ms / 1000.0)
-        self._limits.append(limit_s)
+        self._limits.append(self._limit_s(predicted_ms, num_rows))
+        self._num_rows.append(num_rows)
 
-    def answered(self) -> None:
-        """The result of the oldest step has come."""
+    def _limit_s(self, predicted_ms: float | None, num_rows: int) -> float:
+        if predicted_ms is not None:
+            return max(LATE_S, LATE_FACTOR * predicted_ms / 1000.0)
+        if self._steps_compile or not self._row_ms:
+            return UNKNOWN_S
+        return min(UNKNOWN_S, max(LATE_S, LATE_FACTOR * max(self._row_ms) * num_rows / 1000.0))
+
+    def answered(self, milliseconds: float) -> None:
+        """The result of the oldest step has come. milliseconds: what it took on the device."""
         self._limits.popleft()
+        self._row_ms.append(milliseconds / max(1, self._num_rows.popleft()))
         self._oldest_since_s = self._ran_s
 
     def forget(self) -> None:
         """The worker group is gone, and its steps with it."""
         self._limits.clear()
+        self._num_rows.clear()
+        self._row_ms.clear()
 
     def look(self, now_s: float) -> Verdict:
         """To be called at least every LOOK_S while a step is in flight."""

@@ -15,16 +15,29 @@ from graphgen import Engine, EngineDeadError, SamplingParams
 from graphgen.ipc.codec import Codec
 from graphgen.ipc.messages import StepResult, WorkerCounters
 from graphgen.launch.starts import MAX_STARTS
-from tests import worker_deaths
-from tests.worker_deaths import check_idle, wait_for
+from tests import poison, worker_deaths
+from tests.traps import Harm, Traps
+from tests.worker_deaths import LossNotices, check_idle, leftovers, num_files, wait_for
 
 PROMPTS = [[5, 6, 7], list(range(1, 120)), [9] * 30]
 SAMPLING = SamplingParams(max_tokens=120, temperature=0.0, ignore_eos=True)
 
 
+SEEN_S = 0.1
+"""A death is seen within this even on a busy machine, and so by its end and not by a look at the clock (LOOK_S). How
+long it really takes, `python -m tests.worker_deaths` prints."""
+TRAP = 1023
+"""A token of no other prompt."""
+
+
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with Engine(device="cpu", dtype="float32", cpu_threads=1, num_pages=400) as engine:
+def traps(tmp_path_factory: pytest.TempPathFactory) -> Traps:
+    return Traps(tmp_path_factory.mktemp("traps"))
+
+
+@pytest.fixture(scope="module")
+def engine(traps: Traps) -> Iterator[Engine]:
+    with traps.in_environment(), Engine(device="cpu", dtype="float32", cpu_threads=1, num_pages=400) as engine:
         yield engine
 
 
@@ -78,6 +91,47 @@ def test_every_stream_goes_on_where_it_was(engine: Engine, harm: Callable[[Engin
     assert engine.pids["worker-0"] != pid
 
 
+@pytest.mark.parametrize(
+    ("harm", "loss"),
+    [
+        ("exit", "ended with exit code 3"),
+        ("raise", "failed with RuntimeError"),
+        ("raise later", "failed with RuntimeError"),
+        ("hang", "hung: a step did not end"),
+    ],
+)
+def test_a_worker_that_fails_in_a_step_is_replaced(engine: Engine, traps: Traps, harm: Harm, loss: str) -> None:
+    sampling = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+    expected = list(engine.generate([[5, 6, 7]], sampling)[0].token_ids)
+    stream = engine.stream([5, 6, 7], sampling)
+    token_ids = list(next(stream).token_ids)
+    # A step like it runs before: one of a kind that has not run is given minutes.
+    engine.generate([[TRAP - 1]], SamplingParams(max_tokens=2, ignore_eos=True))
+    traps.set(TRAP, harm, once=True)
+    assert len(engine.generate([[TRAP]], SamplingParams(max_tokens=2, ignore_eos=True))[0].token_ids) == 2
+    for piece in stream:
+        token_ids += piece.token_ids
+    assert token_ids == expected
+    assert loss in engine.stats().worker_loss
+    said = (engine._core.folder / "scheduler.log").read_text()
+    words = "in _do" if harm == "hang" else "springs its trap"  # of one that hung its stacks
+    assert words in said.rpartition(loss)[2], "an operator reads the worker's last words"
+
+
+@pytest.mark.alone
+def test_a_death_is_seen_at_once(engine: Engine) -> None:
+    """By an idle engine, which nothing else wakes, and by one with a step in flight."""
+    engine.generate([[5, 6]], SAMPLING)
+    with LossNotices() as notices:
+        idle_s = worker_deaths.kill(engine, signal.SIGKILL, notices)
+        wait_for(lambda: engine.stats().worker_pause_s > 0, "a pause")
+        stream = engine.stream([5, 6, 7], SamplingParams(max_tokens=300, ignore_eos=True))
+        next(stream)
+        busy_s = worker_deaths.kill(engine, signal.SIGKILL, notices)
+        assert sum(len(piece.token_ids) for piece in stream) == 299
+    assert max(idle_s, busy_s) < SEEN_S, f"idle {idle_s:.3f} s, busy {busy_s:.3f} s"
+
+
 def test_an_idle_engine_replaces_its_worker_too(engine: Engine) -> None:
     restarts = engine.stats().worker_restarts
     crash(engine)
@@ -104,7 +158,8 @@ def test_nothing_of_a_dead_worker_stays(engine: Engine) -> None:
     assert len(list(folder.glob("*.pid"))) == 1
 
 
-def test_a_worker_that_never_computes_a_step_ends_the_engine() -> None:
+def test_a_worker_that_never_computes_a_step_ends_the_engine_and_leaves_nothing() -> None:
+    files_before = num_files(os.getpid())
     with Engine(device="cpu", cpu_threads=1, num_pages=100) as engine:
         for _ in range(MAX_STARTS + 1):
             pid = engine.pids["worker-0"]
@@ -112,6 +167,9 @@ def test_a_worker_that_never_computes_a_step_ends_the_engine() -> None:
             wait_for(functools.partial(has_another_worker, engine, pid), "the next worker, or the end")
         with pytest.raises(EngineDeadError, match=f"the worker ended {MAX_STARTS + 1} times within 10 minutes"):
             engine.generate([[5]], SAMPLING)
+        folder = engine._core.folder
+    assert not leftovers(folder)
+    assert num_files(os.getpid()) == files_before
 
 
 def has_another_worker(engine: Engine, pid: int) -> bool:
@@ -124,6 +182,10 @@ def is_dead(engine: Engine) -> bool:
     except EngineDeadError:
         return True
     return False
+
+
+def test_a_request_that_ends_every_worker_fails_alone() -> None:
+    assert poison.run(num_others=12, seed=2)["deaths"] == poison.DEATHS
 
 
 def test_many_streams_survive_many_deaths() -> None:

@@ -9,9 +9,9 @@ LOOK_S = 0.25  # how often these tests look
 
 
 class Clock:
-    def __init__(self) -> None:
+    def __init__(self, steps_compile: bool = False) -> None:
         self.now_s = 100.0
-        self.watch = StepWatch(self.now_s)
+        self.watch = StepWatch(self.now_s, steps_compile)
 
     def run(self, seconds: float) -> Verdict:
         """Looks all the time, as the loop does; the last verdict."""
@@ -29,35 +29,64 @@ class Clock:
 )
 def test_a_step_is_late_by_its_prediction_and_hung_a_while_after(predicted_ms: float | None, late_s: float) -> None:
     clock = Clock()
-    clock.watch.sent(predicted_ms)
+    clock.watch.sent(predicted_ms, 1)
     assert clock.run(late_s - 0.1) is Verdict.FINE
     assert clock.run(0.2) is Verdict.LATE
     assert clock.run(HUNG_S - 0.2) is Verdict.LATE
     assert clock.run(0.2) is Verdict.HUNG
 
 
+@pytest.mark.parametrize(
+    ("row_ms", "num_rows", "steps_compile", "late_s"),
+    [
+        (1.0, 10, False, LATE_S),
+        (50.0, 10, False, LATE_FACTOR * 0.5),
+        (1000.0, 512, False, UNKNOWN_S),
+        (1.0, 10, True, UNKNOWN_S),
+    ],
+)
+def test_a_step_that_nobody_has_timed_is_predicted_by_its_rows(
+    row_ms: float, num_rows: int, steps_compile: bool, late_s: float
+) -> None:
+    clock = Clock(steps_compile)
+    clock.watch.sent(None, 4)
+    clock.watch.answered(4 * row_ms)
+    clock.watch.sent(None, num_rows)
+    assert clock.run(late_s - 0.1) is Verdict.FINE
+    assert clock.run(0.2) is Verdict.LATE
+
+
+def test_a_new_group_has_no_rows_to_predict_by() -> None:
+    clock = Clock()
+    clock.watch.sent(None, 4)
+    clock.watch.answered(4.0)
+    clock.watch.forget()
+    clock.watch.sent(None, 4)
+    assert clock.run(UNKNOWN_S - 0.1) is Verdict.FINE
+
+
 def test_nothing_in_flight_is_never_late() -> None:
     clock = Clock()
     assert clock.run(1000.0) is Verdict.FINE
-    clock.watch.sent(5.0)
+    clock.watch.sent(5.0, 1)
     assert clock.run(1.0) is Verdict.FINE, "the time before it was sent counts for nothing"
-    clock.watch.answered()
+    clock.watch.answered(1.0)
     assert clock.run(1000.0) is Verdict.FINE
 
 
 def test_a_step_counts_from_when_it_is_the_oldest() -> None:
     clock = Clock()
-    clock.watch.sent(5.0)
-    clock.watch.sent(5.0)
+    clock.watch.sent(5.0, 1)
+    clock.watch.sent(5.0, 1)
     assert clock.run(LATE_S - 0.5) is Verdict.FINE
-    clock.watch.answered()
+    clock.watch.answered(1.0)
     assert clock.run(LATE_S - 0.5) is Verdict.FINE
     assert clock.run(1.0) is Verdict.LATE
 
 
 def test_time_in_which_the_scheduler_did_not_run_does_not_count() -> None:
     clock = Clock()
-    clock.watch.sent(5.0)
+    clock.watch.sent(5.0, 1)
     clock.now_s += 3600.0  # the machine was suspended
     assert clock.watch.look(clock.now_s) is Verdict.FINE
     assert clock.run(LATE_S - MAX_PAUSE_S - 0.1) is Verdict.FINE
@@ -66,7 +95,7 @@ def test_time_in_which_the_scheduler_did_not_run_does_not_count() -> None:
 
 def test_a_lost_group_takes_its_steps_with_it() -> None:
     clock = Clock()
-    clock.watch.sent(5.0)
+    clock.watch.sent(5.0, 1)
     assert clock.run(LATE_S + 1.0) is Verdict.LATE
     clock.watch.forget()
     assert clock.run(1000.0) is Verdict.FINE

@@ -1,0 +1,99 @@
+"""What a trap does in the worker's process: it looks at the prompt tokens of each plan before the step is launched.
+
+Never imports torch: it is loaded before the worker's own first lines, which want to be the first to do that.
+"""
+
+import importlib.machinery
+import importlib.util
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tests.traps import FOLDER_VARIABLE
+
+RUNNER = "graphgen.worker.runner"
+
+
+def install() -> None:
+    """Called in the first moment of a worker's process."""
+    sys.meta_path.insert(0, _RunnerFinder())
+
+
+class _RunnerFinder:
+    """Finds the runner's module alone, and changes it once it is imported."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != RUNNER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        loader: Any = spec.loader  # typeshed does not say that it has exec_module
+        execute = loader.exec_module
+
+        def execute_and_wrap(module: ModuleType) -> None:
+            execute(module)
+            wrap_launch(module)
+
+        loader.exec_module = execute_and_wrap
+        return spec
+
+
+def wrap_launch(runner_module: Any) -> None:  # a module
+    """Its ModelRunner springs traps from here on."""
+    from graphgen.ipc.codec import unpack_int32
+
+    folder = Path(os.environ[FOLDER_VARIABLE])
+    launch = runner_module.ModelRunner.launch
+
+    def launch_or_not(self: Any, plan: Any, received_s: float) -> Any:  # as ModelRunner.launch
+        harms = [harm for token_id in unpack_int32(plan.chunk_token_ids) if (harm := _take(folder, token_id))]
+        for harm in harms:
+            _do(harm)
+        step = launch(self, plan, received_s)
+        return _broken(step) if "raise later" in harms else step
+
+    runner_module.ModelRunner.launch = launch_or_not
+
+
+def _take(folder: Path, token_id: int) -> str | None:
+    """What the token does, if it is trapped."""
+    path = folder / str(token_id)
+    if not path.exists():
+        return None
+    harm = path.read_text()
+    if harm.endswith(" once"):
+        path.unlink()
+    print(f"token {token_id} springs its trap: {harm}", file=sys.stderr, flush=True)
+    return harm.removesuffix(" once")
+
+
+def _do(harm: str) -> None:
+    if harm == "exit":
+        os._exit(3)
+    if harm == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if harm == "raise":
+        raise RuntimeError("a trap in launch")
+    while harm == "hang":
+        time.sleep(1.0)
+
+
+def _broken(step: Any) -> Any:  # LaunchedStep
+    import msgspec
+
+    return msgspec.structs.replace(step, fetched=_BrokenMark())
+
+
+class _BrokenMark:
+    """A mark of the device's stream that is never reached."""
+
+    def wait(self) -> float:
+        raise RuntimeError("a trap in the collector")
