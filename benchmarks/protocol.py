@@ -37,8 +37,7 @@ from graphgen.launch.config import EngineConfig
 from graphgen.remote.core import RemoteCore
 from graphgen.requests.core import AttachedCore, launch_config, load_config_tokenizer
 from graphgen.requests.link import Link
-from graphgen.requests.open_request import Delivery
-from graphgen.requests.outputs import StreamPiece
+from graphgen.requests.outputs import Delivery, StreamPiece
 from graphgen.requests.sampling_params import SamplingParams
 from graphgen.requests.streams import RequestCore
 from graphgen.requests.tokenizer import read_tokenizer, write_tokenizer

@@ -32,8 +32,7 @@ from graphgen import EngineConfig, InvalidRequestError, SamplingParams
 from graphgen.base.version import how_to_install
 from graphgen.ipc.messages import EngineStats, WorkerReady
 from graphgen.requests.core import EngineCore
-from graphgen.requests.open_request import Delivery
-from graphgen.requests.outputs import RequestOutput
+from graphgen.requests.outputs import Delivery, RequestOutput
 from graphgen.requests.streams import AsyncStream, Mailbox
 
 Reader = Callable[[PlannedRequest], Awaitable[tuple[float, ...]]]

@@ -21,7 +21,8 @@ from graphgen.ipc.messages import (
     WorkerReady,
 )
 from graphgen.launch.processes import EngineProcesses, Exit
-from graphgen.requests.open_request import Delivery, OpenRequest
+from graphgen.requests.open_request import OpenRequest
+from graphgen.requests.outputs import Delivery
 from graphgen.requests.sampling_params import SamplingParams
 from graphgen.requests.tokenizer import Tokenizer
 

@@ -9,6 +9,7 @@ import typing
 from pathlib import Path
 
 import msgspec
+import pytest
 
 import graphgen
 from graphgen import EngineConfig, GraphgenError, demo
@@ -60,21 +61,58 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     assert not hasattr(graphgen, "LLM")
 
 
+HEAVY = {"torch", "transformers", "tokenizers", "jinja2", "numpy", "rich", "typer"}
+VALUES = {"graphgen.ipc", "graphgen.base"}
+"""Messages, errors and small helpers, which all parts use."""
+REQUESTS = VALUES | {"graphgen.requests"}
+CLIENT = REQUESTS | {"graphgen.remote", "graphgen.api"}
+CONFIG = VALUES | {"graphgen.launch", "graphgen.models", "graphgen.capture"}
+ENGINE = REQUESTS | CONFIG | {"graphgen.api", "graphgen.demo"}
+LOADS = {
+    "AsyncClient": CLIENT,
+    "AsyncEngine": ENGINE,
+    "Chat": REQUESTS,
+    "Client": CLIENT,
+    "Engine": ENGINE,
+    "EngineConfig": CONFIG,
+    "RequestOutput": REQUESTS,
+    "SamplingParams": REQUESTS,
+    "StreamPiece": REQUESTS,
+    "Timing": REQUESTS,
+}
+"""Of which folders a public name may load modules; the others, all errors among them, of VALUES alone."""
+ENGINES_OWN = {
+    "graphgen.api.engine",
+    "graphgen.api.async_engine",
+    "graphgen.requests.core",
+    "graphgen.requests.link",
+    "graphgen.requests.open_request",
+    "graphgen.requests.text",
+    "graphgen.requests.tokenizer",
+    "graphgen.requests.tokenizer_files",
+    "graphgen.requests.chat_template",
+}
+"""What is loaded with an engine and with nothing else."""
+
+
 def test_importing_graphgen_loads_nothing_heavy() -> None:
     loaded = modules_after("import graphgen")
-    assert not loaded & {"torch", "transformers", "zmq", "msgspec", "rich", "typer", "graphgen.api.engine"}
+    assert {name for name in loaded if name.startswith("graphgen")} == {
+        "graphgen",
+        "graphgen.base",
+        "graphgen.base.version",
+    }
+    assert not loaded & (HEAVY | {"zmq", "msgspec"})
 
 
-def test_the_api_is_there_without_torch_or_transformers() -> None:
-    loaded = modules_after("from graphgen import Engine, AsyncEngine, SamplingParams, EngineConfig")
-    assert "graphgen.api.engine" in loaded
-    assert not loaded & {"torch", "transformers", "rich", "typer"}
-
-
-def test_the_client_needs_neither_torch_nor_a_tokenizer() -> None:
-    loaded = modules_after("from graphgen import Client, AsyncClient, Chat")
-    assert "graphgen.remote.client" in loaded
-    assert not loaded & {"torch", "transformers", "tokenizers", "jinja2", "rich", "typer"}
+@pytest.mark.parametrize("names", [{name} for name in LOADS] + [PUBLIC - set(LOADS)], ids=lambda names: min(names))
+def test_a_public_name_loads_only_what_it_needs(names: set[str]) -> None:
+    loaded = modules_after(f"from graphgen import {', '.join(sorted(names))}")
+    folders = set().union(*(LOADS.get(name, VALUES) for name in names))
+    ours = {name for name in loaded if name.startswith("graphgen.")}
+    assert {".".join(name.split(".")[:2]) for name in ours} <= folders
+    is_engine = names <= {"Engine", "AsyncEngine"}
+    assert not loaded & (HEAVY - {"tokenizers", "jinja2", "numpy"} if is_engine else HEAVY | ENGINES_OWN)
 
 
 def test_keyword_arguments_and_config_have_the_same_fields_and_types() -> None:

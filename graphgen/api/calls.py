@@ -13,8 +13,7 @@ from types import TracebackType
 from typing import Generic, Protocol, Self, TypeVar
 
 from graphgen.ipc.errors import InvalidRequestError
-from graphgen.requests.open_request import Delivery
-from graphgen.requests.outputs import RequestOutput
+from graphgen.requests.outputs import Delivery, RequestOutput
 from graphgen.requests.prompts import Chats, Prompt, batch_of, chats_of, one_prompt
 from graphgen.requests.sampling_params import SamplingParams
 from graphgen.requests.streams import AsyncStream, Mailbox, RequestCore, Stream

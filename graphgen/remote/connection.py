@@ -42,7 +42,7 @@ from graphgen.ipc.ggp.messages import (
 )
 from graphgen.remote.address import ServerAddress
 from graphgen.remote.requests import RemoteRequest, exception_of
-from graphgen.requests.open_request import Delivery, Sink
+from graphgen.requests.outputs import Delivery, Sink
 
 logger = logging.getLogger("graphgen")
 

@@ -7,10 +7,9 @@ from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS, Health, Stats, Welcome
 from graphgen.remote.address import ClientSettings, ServerAddress
 from graphgen.remote.connection import Connection
 from graphgen.remote.requests import RemoteRequest, make_generate
-from graphgen.requests.core import one_each
-from graphgen.requests.open_request import Sink
+from graphgen.requests.outputs import Sink
 from graphgen.requests.prompts import OnePrompt
-from graphgen.requests.sampling_params import SamplingParams
+from graphgen.requests.sampling_params import SamplingParams, one_each
 
 
 class RemoteCore:

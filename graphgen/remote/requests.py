@@ -25,8 +25,7 @@ from graphgen.ipc.errors import (
 from graphgen.ipc.ggp.limits import MAX_INT
 from graphgen.ipc.ggp.messages import ChatMessage, Delta, Done, Error, Generate, Sampling, SamplingDefaults
 from graphgen.ipc.messages import FinishReason
-from graphgen.requests.open_request import Delivery, Sink
-from graphgen.requests.outputs import RequestOutput, StreamPiece, Timing
+from graphgen.requests.outputs import Delivery, RequestOutput, Sink, StreamPiece, Timing
 from graphgen.requests.prompts import Chat, Message, OnePrompt
 from graphgen.requests.sampling_params import SamplingParams
 

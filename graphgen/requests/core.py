@@ -20,9 +20,10 @@ from graphgen.ipc.messages import EngineStats, Ready, Submit
 from graphgen.launch.config import EngineConfig, LaunchConfig, check_device, resolve
 from graphgen.launch.processes import EngineProcesses
 from graphgen.requests.link import Link
-from graphgen.requests.open_request import OpenRequest, Sink
+from graphgen.requests.open_request import OpenRequest
+from graphgen.requests.outputs import Sink
 from graphgen.requests.prompts import Chat, OnePrompt
-from graphgen.requests.sampling_params import SamplingParams
+from graphgen.requests.sampling_params import SamplingParams, one_each
 from graphgen.requests.tokenizer import Tokenizer
 from graphgen.requests.tokenizer_files import load_tokenizer
 
@@ -288,19 +289,3 @@ def _eos_token_ids(launch: LaunchConfig, tokenizer: Tokenizer | None) -> tuple[i
     if own is None or own >= launch.spec.vocab_size:
         return launch.eos_token_ids
     return tuple(dict.fromkeys((*launch.eos_token_ids, own)))
-
-
-def one_each(sampling: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> Sequence[SamplingParams]:
-    if sampling is None:
-        sampling = SamplingParams()
-    if isinstance(sampling, SamplingParams):
-        return [sampling] * num_prompts
-    if not isinstance(sampling, Sequence) or not all(isinstance(one, SamplingParams) for one in sampling):
-        raise InvalidRequestError(
-            f"sampling is {sampling!r}: give one SamplingParams, or a list with one for each prompt"
-        )
-    if len(sampling) != num_prompts:
-        raise InvalidRequestError(
-            f"there are {len(sampling)} SamplingParams for {num_prompts} prompts: give one, or one for each prompt"
-        )
-    return sampling

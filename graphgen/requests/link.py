@@ -51,7 +51,8 @@ from graphgen.ipc.messages import (
     StatsRequest,
 )
 from graphgen.launch.processes import Exit
-from graphgen.requests.open_request import Delivery, OpenRequest, Sink
+from graphgen.requests.open_request import OpenRequest
+from graphgen.requests.outputs import Delivery, Sink
 
 logger = logging.getLogger("graphgen")
 

@@ -7,14 +7,10 @@ scheduler sends and passes on what it returns.
 from collections.abc import Callable, Sequence
 
 from graphgen.ipc.messages import FinishReason, Submit, TokenOutput
-from graphgen.requests.outputs import RequestOutput, StreamPiece, Timing
+from graphgen.requests.outputs import Delivery, RequestOutput, Sink, StreamPiece, Timing
 from graphgen.requests.sampling_params import SamplingParams
 from graphgen.requests.text import Detokenizer, StopFinder
 from graphgen.requests.tokenizer import Tokenizer
-
-Delivery = StreamPiece | RequestOutput | Exception
-Sink = Callable[[Delivery], None]
-"""Where a request's pieces, its output or its error go. Called on the receiving thread; must not block."""
 
 
 class OpenRequest:

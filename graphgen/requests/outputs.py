@@ -1,4 +1,7 @@
-"""What a user gets back: whole outputs and pieces of a stream. Plain values; made by `requests.open_request`."""
+"""What a user gets back: whole outputs and pieces of a stream. Plain values; made by `requests.open_request`
+and `remote.requests`, and given to sinks."""
+
+from collections.abc import Callable
 
 from msgspec import Struct
 
@@ -54,3 +57,8 @@ class StreamPiece(Struct, frozen=True):
 
     def __repr__(self) -> str:
         return short_repr(self)
+
+
+Delivery = StreamPiece | RequestOutput | Exception
+Sink = Callable[[Delivery], None]
+"""Where a request's pieces, its output or its error go. Called on the receiving thread; must not block."""

@@ -170,6 +170,23 @@ class SamplingParams(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords)
         return token_ids
 
 
+def one_each(sampling: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> Sequence[SamplingParams]:
+    """The parameters of each prompt of a call. Raises InvalidRequestError."""
+    if sampling is None:
+        sampling = SamplingParams()
+    if isinstance(sampling, SamplingParams):
+        return [sampling] * num_prompts
+    if not isinstance(sampling, Sequence) or not all(isinstance(one, SamplingParams) for one in sampling):
+        raise InvalidRequestError(
+            f"sampling is {sampling!r}: give one SamplingParams, or a list with one for each prompt"
+        )
+    if len(sampling) != num_prompts:
+        raise InvalidRequestError(
+            f"there are {len(sampling)} SamplingParams for {num_prompts} prompts: give one, or one for each prompt"
+        )
+    return sampling
+
+
 def _check_type(name: str, value: object, expected: Any) -> None:
     """`expected`: a field's annotation, which is no type (Any). Refuses what Python would let pass, as bool for int."""
     try:

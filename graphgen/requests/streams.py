@@ -12,8 +12,7 @@ from types import TracebackType
 from typing import Any, NoReturn, Protocol, Self, TypeVar
 
 from graphgen.ipc.errors import InvalidRequestError
-from graphgen.requests.open_request import Delivery, Sink
-from graphgen.requests.outputs import StreamPiece
+from graphgen.requests.outputs import Delivery, Sink, StreamPiece
 from graphgen.requests.sampling_params import SamplingParams
 
 Item = TypeVar("Item")

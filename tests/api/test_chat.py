@@ -13,8 +13,7 @@ from graphgen.api.calls import AsyncCalls, Calls
 from graphgen.ipc.errors import CheckpointError
 from graphgen.launch.config import EngineConfig
 from graphgen.requests.core import launch_config, load_config_tokenizer
-from graphgen.requests.open_request import Sink
-from graphgen.requests.outputs import StreamPiece, Timing
+from graphgen.requests.outputs import Sink, StreamPiece, Timing
 from graphgen.requests.prompts import OnePrompt
 
 TEMPLATE = "{% for m in messages %}{{ m.role|upper }}:\n{{ m.content }}\n\n{% endfor %}ROMEO:"

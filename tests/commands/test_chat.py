@@ -9,8 +9,7 @@ from graphgen import Chat, InvalidRequestError, PromptTooLongError, SamplingPara
 from graphgen.api.calls import Calls
 from graphgen.commands.chat import Conversation, check_chat, converse, write_reply
 from graphgen.ipc.errors import EngineDeadError
-from graphgen.requests.open_request import Sink
-from graphgen.requests.outputs import StreamPiece
+from graphgen.requests.outputs import Sink, StreamPiece
 from graphgen.requests.prompts import OnePrompt
 from tests.commands.test_cli import SMALL, run
 from tests.frontend.harness import demo_tokenizer

@@ -31,8 +31,7 @@ from graphgen.ipc.ggp.messages import (
     Welcome,
 )
 from graphgen.remote import connection
-from graphgen.requests.open_request import Delivery
-from graphgen.requests.outputs import StreamPiece
+from graphgen.requests.outputs import Delivery, StreamPiece
 from tests.forks import outcome_in_a_fork
 
 WELCOME = Welcome(

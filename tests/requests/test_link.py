@@ -22,8 +22,7 @@ from graphgen.ipc.messages import (
 )
 from graphgen.launch.processes import Exit
 from graphgen.requests.link import Link
-from graphgen.requests.open_request import Delivery
-from graphgen.requests.outputs import RequestOutput, StreamPiece
+from graphgen.requests.outputs import Delivery, RequestOutput, StreamPiece
 from graphgen.requests.streams import Mailbox
 from graphgen.requests.tokenizer import Tokenizer
 from tests.fakes import READY, STATS, FakeProcesses, FakeScheduler, open_request

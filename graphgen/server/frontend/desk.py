@@ -16,8 +16,7 @@ from graphgen.ipc.ggp.framing import make_error
 from graphgen.ipc.ggp.messages import Error
 from graphgen.ipc.messages import RequestEnded
 from graphgen.requests.link import Link
-from graphgen.requests.open_request import Delivery
-from graphgen.requests.outputs import StreamPiece
+from graphgen.requests.outputs import Delivery, StreamPiece
 from graphgen.server.frontend.errors import SERVERS_OWN, error_of
 from graphgen.server.frontend.outbox import Outbox
 from graphgen.server.frontend.prepare import Prepared, Preparer

@@ -20,7 +20,8 @@ from graphgen.ipc.errors import InvalidRequestError, OverloadedError, PromptTooL
 from graphgen.ipc.ggp.framing import FrameError, Framing, make_error
 from graphgen.ipc.ggp.messages import ClientMessage, Generate, Sampling, SamplingDefaults, ServerMessage
 from graphgen.requests.core import AttachedCore
-from graphgen.requests.open_request import Delivery, OpenRequest
+from graphgen.requests.open_request import OpenRequest
+from graphgen.requests.outputs import Delivery
 from graphgen.requests.prompts import Chat
 from graphgen.requests.sampling_params import SamplingParams
 from graphgen.server.frontend.requests import PublicRequest
