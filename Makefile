@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 # What the tests run on. pip would take the newest that pyproject.toml allows, a CUDA build of 5 GB: `make test TORCH=`.
+# Where pip has no build for CPUs of it, name pip's CPU wheel index: `PIP_EXTRA_INDEX_URL=INDEX make test`.
 TORCH ?= torch==2.13.*
 RUN = $(VENV)/bin/python -P
 PIP_INSTALL = $(VENV)/bin/pip install --quiet --disable-pip-version-check

@@ -127,8 +127,8 @@ def _draw_rates(axes: Axes, places: Sequence[tuple[float, str, Row]]) -> None:
         axes.text(rate, height, f"  {in_time:.1f} of {rate:.1f}", va="center", fontsize=9)
     axes.set_xlim(0, 1.25 * max([0.1, *(row["request_throughput"] for _, _, row in places)]))
     axes.set_xlabel("requests per second: all (pale), and in time (solid)")
-    limit = "" if level is None else f" with a token each {level.removeprefix('goodput_itl_').removesuffix('ms')} ms"
-    axes.set_title(f"How many requests a second, and how many in time{limit}?", fontsize=11)
+    limit = "" if level is None else f" ({level.removeprefix('goodput_itl_').removesuffix('ms')} ms a token)"
+    axes.set_title(f"How many a second, and in time{limit}?", fontsize=11)
     axes.grid(axis="x", alpha=0.3)
 
 

@@ -3,6 +3,8 @@
 Used as `__repr__` by the Structs that users print. Owns no value.
 """
 
+from collections.abc import Container
+
 from msgspec import Struct, structs
 
 MAX_TEXT_LEN = 80
@@ -21,8 +23,12 @@ def short(value: object) -> str:
     return repr(value)
 
 
-def short_repr(struct: Struct) -> str:
-    """`Name(field=value, ...)` without the fields that have their default."""
+def short_repr(struct: Struct, leaves_out: Container[str] = ()) -> str:
+    """`Name(field=value, ...)` without the fields that have their default, and those that nobody should see."""
     values = {field.name: (getattr(struct, field.name), field.default) for field in structs.fields(struct)}
-    shown = [f"{name}={short(value)}" for name, (value, default) in values.items() if value != default]
+    shown = [
+        f"{name}={short(value)}"
+        for name, (value, default) in values.items()
+        if value != default and name not in leaves_out
+    ]
     return f"{type(struct).__name__}({', '.join(shown)})"

@@ -6,12 +6,19 @@ transformers would give them; a test holds both to be equal. Called by families.
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
+
 from graphgen.ipc.errors import CheckpointError
+
+logger = logging.getLogger("graphgen")
+
+GENERATION_FILE = "generation_config.json"
 
 _COMMON: Mapping[str, Any] = {
     "architectures": None,
@@ -127,15 +134,21 @@ def read_config(location: str, revision: str | None) -> SimpleNamespace:
 
 
 def read_generation_eos(location: str, revision: str | None) -> int | list[int] | None:
-    """eos_token_id of generation_config.json; None where the file or the key is missing."""
+    """eos_token_id of generation_config.json; None where the file or the key is missing, and, with a warning that names
+    the file, where either is not what it should be: the ids of config.json do for a start."""
     try:
-        raw = _read_json(location, "generation_config.json", revision)
+        raw = _read_json(location, GENERATION_FILE, revision)
+        return msgspec.convert(raw.get("eos_token_id"), int | list[int] | None)
     except OSError:
         return None
+    except msgspec.ValidationError:
+        what, remedy = f"eos_token_id {raw['eos_token_id']!r} is neither an id nor a list of ids", "correct it"
     except ValueError as error:
-        raise CheckpointError(f"generation_config.json of {location!r} is no JSON ({error}): mend the file") from error
-    ids: int | list[int] | None = raw.get("eos_token_id")
-    return ids
+        what, remedy = f"it is no JSON ({error})", "repair it or remove it"
+    logger.warning(
+        "%s: %s: end-of-sequence tokens are those of config.json; %s", _name_of(location, GENERATION_FILE), what, remedy
+    )
+    return None
 
 
 def _read_json(location: str, name: str, revision: str | None) -> dict[str, Any]:
@@ -164,6 +177,11 @@ def _derive_layer_types(values: dict[str, Any]) -> None:
             "sliding_attention" if window is not None and layer >= first else "full_attention"
             for layer in range(values["num_hidden_layers"])
         ]
+
+
+def _name_of(location: str, name: str) -> str:
+    """A file as a user knows it."""
+    return str(Path(location) / name) if Path(location).is_dir() else f"{name} of {location}"
 
 
 def _find(location: str, name: str, revision: str | None) -> Path:

@@ -269,7 +269,8 @@ class Welcome(Struct, frozen=True, kw_only=True):
     ] = SamplingDefaults()
 
     def __repr__(self) -> str:
-        return short_repr(self)
+        """Without the session's name: what is printed ends in logs, and who knows the name may cancel its requests."""
+        return short_repr(self, leaves_out=("session",))
 
 
 class Accepted(Struct, frozen=True, kw_only=True, omit_defaults=True):

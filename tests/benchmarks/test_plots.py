@@ -1,5 +1,6 @@
 """The pictures: every figure is within its axes and has a unit, and they stay small. Needs matplotlib."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,13 @@ def make_row(mean: int, clients: int | None, budget: int = 64, throughput: float
 
 def assert_all_is_seen(figure: Any, units: dict[str, str]) -> None:
     """Every line lies within its axes, and the first axes have these words in their labels."""
-    figure.canvas.draw()
+    figure.draw_without_rendering()
+    titles = sorted((axes.title.get_window_extent() for axes in figure.axes), key=lambda box: (box.y0, box.x0))
+    for box in titles:
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.width, "a title is cut off at the right"
+    for left_one, right_one in itertools.pairwise(titles):
+        assert left_one.y0 != right_one.y0 or left_one.x1 < right_one.x0, "two titles run into each other"
     for axes in figure.axes:
         (left, right), (bottom, top) = sorted(axes.get_xlim()), sorted(axes.get_ylim())
         for line in axes.lines:

@@ -1,10 +1,12 @@
 """What users print is short, and says what it is of."""
 
 import msgspec
+from msgspec import convert
 
 from graphgen import Engine, EngineStats, SamplingParams
-from graphgen.ipc.ggp.messages import Health
+from graphgen.ipc.ggp.messages import Health, Welcome
 from graphgen.ipc.short import MAX_ITEMS, short
+from graphgen.ipc.vectors.server_accepted import WELCOME_VALUE
 from graphgen.requests.outputs import RequestOutput, StreamPiece, Timing
 from tests.fakes import READY, STATS
 
@@ -55,3 +57,11 @@ def test_an_engine_says_what_runs_where() -> None:
     with Engine(device="cpu", token_budget=8, num_pages=64) as engine:
         assert repr(engine) == ("<Engine of the demo model on cpu, float32, max_model_len 1024, 64 pages of 16>")
         engine.generate([1], SamplingParams(max_tokens=1))
+
+
+def test_what_is_printed_of_a_server_keeps_the_sessions_name_secret() -> None:
+    """Who knows it may cancel the session's requests, and what is printed ends in logs."""
+    info = convert(WELCOME_VALUE, Welcome)
+    assert info.session == WELCOME_VALUE["session"] == "5f3a"
+    assert "5f3a" not in repr(info)
+    assert "model='demo'" in repr(info)

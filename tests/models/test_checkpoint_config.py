@@ -1,6 +1,7 @@
 """A config read without transformers gives the same spec as one read by it."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,22 @@ def test_end_ids_of_the_generation_config_win(tmp_path: Path) -> None:
     assert load_spec(tmp_path).eos_token_ids == (5,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     assert load_spec(tmp_path).eos_token_ids == (7, 9)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[1]", "null", "\udcff", '{"eos_token_id": "</s>"}', '{"eos_token_id": 1.5}', '{"eos_token_id": [[7]]}'],
+)
+def test_a_generation_config_that_is_not_understood_costs_a_warning_with_its_name(
+    text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, {"model_type": "llama", "eos_token_id": 5})
+    file = tmp_path / "generation_config.json"
+    file.write_bytes(text.encode(errors="surrogateescape"))
+    with caplog.at_level(logging.WARNING, logger="graphgen"):
+        assert load_spec(tmp_path).eos_token_ids == (5,)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{file}: ")
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
