@@ -40,11 +40,14 @@ def batch_of(prompts: Prompt | Sequence[Prompt]) -> list[OnePrompt]:
     prompts = plain_list(prompts)
     if isinstance(prompts, (str, Chat)) or not _is_list(prompts) or not _is_batch(prompts):
         return [one_prompt(prompts)]  # type: ignore[arg-type]  # the test above decides
-    return [one_prompt(prompt) for prompt in prompts]  # type: ignore[arg-type]  # as above
+    return [one_prompt(prompt, is_alone=False) for prompt in prompts]  # type: ignore[arg-type]  # as above
 
 
-def one_prompt(prompt: Prompt) -> OnePrompt:
-    """A prompt in the form that it has on its way: plain ints, or a Chat whose messages hold text alone."""
+def one_prompt(prompt: Prompt, is_alone: bool = True) -> OnePrompt:
+    """A prompt in the form that it has on its way: plain ints, or a Chat whose messages hold text alone.
+
+    is_alone: it is no item of a list of prompts. Raises InvalidRequestError for what is no prompt.
+    """
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, Chat):
@@ -57,6 +60,11 @@ def one_prompt(prompt: Prompt) -> OnePrompt:
         )
     if items and isinstance(items[0], Mapping):
         return Chat(_checked_messages(items))
+    if is_alone and items and _is_batch(items):
+        raise InvalidRequestError(
+            f"a prompt is a list of {len(items)} prompts where one is taken: generate() of an Engine or Client"
+            " and complete() of an AsyncEngine or AsyncClient take several"
+        )
     return _checked_ids(items)
 
 
@@ -89,18 +97,13 @@ def _checked_ids(prompt: Sequence[object]) -> list[int]:
         try:
             token_ids.append(operator.index(token_id))  # type: ignore[arg-type]  # it raises TypeError
         except TypeError:
-            raise _no_id(token_id, len(prompt)) from None
+            raise _no_id(token_id) from None
         if type(token_id) is bool:
-            raise _no_id(token_id, len(prompt))
+            raise _no_id(token_id)
     return token_ids
 
 
-def _no_id(value: object, num_items: int) -> InvalidRequestError:
-    if isinstance(value, (str, Chat)) or _is_list(value):
-        return InvalidRequestError(
-            f"a prompt is a list of {num_items} prompts where one is taken: generate() of an Engine or Client"
-            " and complete() of an AsyncEngine or AsyncClient take several"
-        )
+def _no_id(value: object) -> InvalidRequestError:
     return InvalidRequestError(
         f"a prompt holds {value!r:.100} of type {type(value).__name__}: token ids are plain ints"
     )
