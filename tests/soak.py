@@ -1,0 +1,277 @@
+"""A server under mixed load for a long time: what it costs in memory, and whether anything of a request stays.
+
+    python -m tests.soak --minutes 30
+
+A server of the embedded model on the CPU and PROGRAMS programs at it: whole outputs and streams, long and short
+prompts, n > 1, streams that are left, deadlines that are missed, and requests that are refused. Its worker is killed
+twice. At every PAUSES-th of the time the load stops: all pages must be free, and the server's processes must hold as
+many objects of requests as there are open requests. Prints a table of the memory of every process.
+"""
+
+import argparse
+import collections
+import gc
+import os
+import random
+import signal
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from graphgen import Client, DeadlineError, InvalidRequestError, OverloadedError, SamplingParams
+from graphgen.remote.requests import RemoteRequest
+from tests.kills import becomes_idle
+from tests.serving import ServerProcess, serving
+from tests.traps import HOOK, Traps
+from tests.traps.counting import count_objects
+
+PROGRAMS = 6
+SETTLE_S = 300.0
+"""Before that a process still fills its caches; half of a run that is shorter than twice this."""
+PAUSES = 10
+DEATHS_AT = (0.1, 0.2)
+"""When the worker is killed, as shares of the time."""
+SAMPLE_S = 1.0
+HELD = 4
+"""Streams that are open while objects are counted."""
+MODULES = {
+    "supervisor": "graphgen",
+    "scheduler": "graphgen.scheduler",
+    "frontend": "graphgen.server.frontend",
+    "worker": "graphgen.worker",
+}
+
+
+class Sample(NamedTuple):
+    """What a process held at a moment."""
+
+    seconds: float  # since the run began
+    mib: float
+
+
+class Memory:
+    """Samples of every process, by its name and pid: a worker that was replaced is another process."""
+
+    def __init__(self) -> None:
+        self.samples: dict[tuple[str, int], list[Sample]] = collections.defaultdict(list)
+
+    def look(self, server: ServerProcess, seconds: float) -> None:
+        for name, pid in {"client": os.getpid(), **pids_of(server)}.items():
+            self.samples[name, pid].append(Sample(seconds, anonymous_mib(pid)))
+
+    def table(self, total_s: float) -> list[str]:
+        """One line a process: its memory, and by how much it grew in an hour, once it had settled."""
+        lines = [f"{'process':<12}{'pid':>9}{'from s':>9}{'to s':>8}{'MiB':>9}{'at end':>9}{'MiB/h':>9}"]
+        for (name, pid), samples in self.samples.items():
+            settled_s = samples[0].seconds + min(SETTLE_S, total_s / 2)
+            settled = [sample for sample in samples if sample.seconds >= settled_s]
+            first = (settled or samples)[0]
+            grown = f"{slope(settled):>9.2f}" if len(settled) > 2 else f"{'-':>9}"
+            times = f"{first.seconds:>9.0f}{samples[-1].seconds:>8.0f}"
+            lines.append(f"{name:<12}{pid:>9}{times}{first.mib:>9.1f}{samples[-1].mib:>9.1f}{grown}")
+        return lines
+
+
+def slope(samples: list[Sample]) -> float:
+    """MiB in an hour, by least squares."""
+    fit = statistics.linear_regression([one.seconds for one in samples], [one.mib for one in samples])
+    return fit.slope * 3600.0
+
+
+def anonymous_mib(pid: int) -> float:
+    """What a process has written to: neither files nor what it shares with others."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) / 1024.0
+
+
+def pids_of(server: ServerProcess) -> dict[str, int]:
+    """Of the processes that run now; a worker may be missing for a moment."""
+    found = {"supervisor": server.process.pid}
+    for name in ("scheduler", "frontend", "worker"):
+        try:
+            found[name] = server.pid_of(MODULES[name])
+        except (LookupError, OSError):
+            continue
+    return found
+
+
+# --- the load --------------------------------------------------------------------------------------------------
+
+
+class Load:
+    """Programs that ask at random until they are told to pause or to end."""
+
+    def __init__(self, client: Client, seed: int) -> None:
+        self._client = client
+        self._may_run = threading.Event()
+        self._ends = False
+        self._num_resting = 0
+        self._lock = threading.Lock()
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.faults: list[Exception] = []
+        self._threads = [
+            threading.Thread(target=self._run, args=(random.Random(seed + number),), daemon=True)
+            for number in range(PROGRAMS)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def resume(self) -> None:
+        self._may_run.set()
+
+    def pause(self) -> None:
+        """Returns when every program has ended what it was doing."""
+        self._may_run.clear()
+        while self._num_resting < PROGRAMS and not self.faults:
+            time.sleep(0.01)
+        if self.faults:
+            raise self.faults[0]
+
+    def end(self) -> None:
+        self._ends = True
+        self._may_run.set()
+        for thread in self._threads:
+            thread.join(30.0)
+
+    def _run(self, chance: random.Random) -> None:
+        try:
+            while not self._ends:
+                with self._lock:
+                    self._num_resting += 1
+                self._may_run.wait()
+                with self._lock:
+                    self._num_resting -= 1
+                if not self._ends:
+                    kind = chance.choice(KINDS)
+                    kind(self._client, chance)
+                    self.counts[kind.__name__] += 1
+        except Exception as error:
+            self.faults.append(error)
+
+
+def prompt_of(chance: random.Random) -> list[int]:
+    return [chance.randrange(1, 1000) for _ in range(chance.choice([1, 20, 100, 600]))]
+
+
+def whole(client: Client, chance: random.Random) -> None:
+    """A whole output, with a stop string for one in two."""
+    stops = ("the",) if chance.random() < 0.5 else ()
+    sampling = SamplingParams(max_tokens=chance.randint(1, 60), stop=stops, seed=chance.randrange(9))
+    (output,) = client.generate([prompt_of(chance)], sampling)
+    assert output.token_ids
+
+
+def left(client: Client, chance: random.Random) -> None:
+    """A stream that is left after some pieces."""
+    with client.stream(prompt_of(chance), SamplingParams(max_tokens=300, ignore_eos=True)) as stream:
+        for _ in range(chance.randint(0, 10)):
+            next(stream)
+
+
+def samples(client: Client, chance: random.Random) -> None:
+    """Several outputs of one prompt, as a stream."""
+    sampling = SamplingParams(n=chance.randint(2, 4), max_tokens=chance.randint(2, 30), ignore_eos=True)
+    tokens = collections.Counter[int]()
+    for piece in client.stream(prompt_of(chance), sampling):
+        tokens[piece.sample_index] += len(piece.token_ids)
+    assert set(tokens.values()) == {sampling.max_tokens}, "every sample has its tokens"
+
+
+def late(client: Client, chance: random.Random) -> None:
+    """A deadline that cannot be met."""
+    try:
+        client.generate([prompt_of(chance)], SamplingParams(max_tokens=400, ignore_eos=True, deadline_ms=30.0))
+    except (DeadlineError, OverloadedError):
+        return
+    raise AssertionError("400 tokens came within 30 ms")
+
+
+def refused(client: Client, chance: random.Random) -> None:
+    """What the server must refuse."""
+    bad: list[int] = chance.choice([[], [5000], [7] * 2000])
+    try:
+        client.generate([bad], SamplingParams(max_tokens=4))
+    except InvalidRequestError:  # PromptTooLongError is one
+        return
+    raise AssertionError("a request was served that cannot be")
+
+
+KINDS = (whole, left, samples, late, refused)
+
+
+# --- the run ---------------------------------------------------------------------------------------------------
+
+
+def check_pause(server: ServerProcess, client: Client, traps_folder: Path) -> None:
+    """Nothing of the requests is left, and what open requests hold is theirs. Raises AssertionError."""
+    assert becomes_idle(client, 10.0), client.stats()
+    check_objects(server, traps_folder, num_open=0)
+    held = SamplingParams(max_tokens=None, ignore_eos=True)
+    streams = [client.stream([7, 8, 9], held) for _ in range(HELD)]
+    for stream in streams:
+        next(stream)
+    check_objects(server, traps_folder, num_open=HELD)
+    assert client.stats().open_requests == HELD, "they ran until here"
+    for stream in streams:
+        stream.close()
+    assert becomes_idle(client, 10.0), client.stats()
+
+
+def check_objects(server: ServerProcess, traps_folder: Path, num_open: int) -> None:
+    """The objects of requests in scheduler, frontend and this program are those of so many open ones."""
+    in_scheduler = count_objects(traps_folder, server.pid_of(MODULES["scheduler"]))
+    assert in_scheduler["Request"] == num_open, in_scheduler
+    assert in_scheduler["RunningRequest"] == num_open, in_scheduler
+    in_frontend = count_objects(traps_folder, server.pid_of(MODULES["frontend"]))
+    assert in_frontend["PublicRequest"] == in_frontend["OpenRequest"] == num_open, in_frontend
+    gc.collect()
+    here = sum(isinstance(one, RemoteRequest) for one in gc.get_objects())
+    assert here == num_open, f"{here} requests in the client's process"
+
+
+def num_replaced(server: ServerProcess) -> int:
+    """Workers that serve in the place of one that was killed."""
+    return server.output.count("a new worker serves")
+
+
+def run(total_s: float, seed: int = 0, num_pauses: int = PAUSES) -> list[str]:
+    """The table. Raises AssertionError when something of a request stays, or when one is served wrongly."""
+    with tempfile.TemporaryDirectory() as folder_name:
+        folder = Path(folder_name)
+        traps_folder = folder / "traps"
+        traps_folder.mkdir()
+        with (
+            Traps(traps_folder).in_environment(),
+            serving(folder, "--cpu-threads", "1", python_path=str(HOOK)) as server,
+        ):
+            with Client(server.address) as client:
+                memory, load, begun_s = Memory(), Load(client, seed), time.monotonic()
+                deaths_at_s, num_deaths = [share * total_s for share in DEATHS_AT], 0
+                for number in range(num_pauses):
+                    load.resume()
+                    while (seconds := time.monotonic() - begun_s) < (number + 1) * total_s / num_pauses:
+                        if len(deaths_at_s) > num_deaths == num_replaced(server) and seconds > deaths_at_s[num_deaths]:
+                            os.kill(server.pid_of(MODULES["worker"]), signal.SIGKILL)
+                            num_deaths += 1
+                        memory.look(server, seconds)
+                        time.sleep(SAMPLE_S)
+                    load.pause()
+                    check_pause(server, client, traps_folder)
+                load.end()
+            assert num_replaced(server) == len(DEATHS_AT), server.output
+            return [*memory.table(total_s), f"{sum(load.counts.values())} calls: {dict(load.counts)}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    print("\n".join(run(arguments.minutes * 60.0, arguments.seed)))
+
+
+if __name__ == "__main__":
+    main()
