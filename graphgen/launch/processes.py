@@ -9,6 +9,7 @@ A user's program may end in ways that run no code of ours (kill -9), so each chi
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import stat
@@ -167,10 +168,15 @@ def pid_file(folder: Path, name: str) -> Path:
 
 
 def _worker_pids(folder: Path) -> dict[str, int]:
+    """Of the workers that there are. None where the folder is gone, which another thread may remove at any moment."""
+    names: list[str] = []
+    with contextlib.suppress(FileNotFoundError):
+        names = sorted(os.listdir(folder))
     found = {}
-    for path in sorted(folder.glob("worker-*.pid")):
-        with contextlib.suppress(OSError, ValueError):  # it is being replaced
-            found[path.stem] = int(path.read_text())
+    for name in names:
+        if re.fullmatch(r"worker-\d+\.pid", name):
+            with contextlib.suppress(OSError, ValueError):  # it is being replaced
+                found[name.removesuffix(".pid")] = int((folder / name).read_text())
     return found
 
 

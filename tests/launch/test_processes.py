@@ -1,6 +1,7 @@
 """Children of an engine: how they are found dead, how they end, and that nothing they started outlives them."""
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -213,6 +214,16 @@ def test_a_start_that_fails_leaves_neither_children_nor_a_folder(
             EngineProcesses((CHILD, "missing"))
         assert list(Path(folder).iterdir()) == []
     wait_until(lambda: not is_alive(int(compiler_file.read_text())))
+
+
+def test_workers_are_those_whose_files_are_whole_in_a_folder_that_is_there() -> None:
+    processes = EngineProcesses(modules=())
+    for name, text in (("worker-0", "123"), ("worker-1.partial", "124"), ("worker-2", ""), ("frontend", "125")):
+        (processes.folder / f"{name}.pid").write_text(text)
+    assert processes.pids == {"worker-0": 123}
+    shutil.rmtree(processes.folder)  # as whoever ends last does
+    assert processes.pids == {}
+    processes.stop(grace_s=0.0)
 
 
 def test_a_process_knows_its_age() -> None:
