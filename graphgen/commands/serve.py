@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from graphgen.ipc.ggp.limits import MAX_PRIORITY
 from graphgen.launch.config import EngineConfig
 from graphgen.server.frontend.keys import Keys, default_folder
 from graphgen.server.supervisor import ServeOptions, Supervisor
@@ -31,6 +32,17 @@ def serve_until_signal(config: EngineConfig, options: ServeOptions) -> int:
     return Supervisor(config, options, _say).run()
 
 
+MaxPriority = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        min=0,
+        max=MAX_PRIORITY,
+        help="Requests of the client that ask for a higher priority get this one.",
+    ),
+]
+
+
 @keys_app.command()
 def new(
     name: Annotated[
@@ -39,10 +51,11 @@ def new(
             metavar="NAME", help="Of a client, which is let in as well.", show_default="the server's own keys"
         ),
     ] = None,
+    max_priority: MaxPriority = MAX_PRIORITY,
     keys: KeysFolder = None,
 ) -> None:
     """Make a pair of keys, and print where the secret one lies and what the public one is."""
-    secret, public_key = _open(keys).make(name)
+    secret, public_key = _open(keys).make(name, max_priority)
     _say(f"secret  {secret}\npublic  {public_key}")
 
 
@@ -50,11 +63,12 @@ def new(
 def allow(
     name: Annotated[str, typer.Argument(metavar="NAME", help="To find the key by, later.")],
     public_key: Annotated[str, typer.Argument(metavar="KEY", help="The client's public key, 40 characters.")],
+    max_priority: MaxPriority = MAX_PRIORITY,
     keys: KeysFolder = None,
 ) -> None:
     """Let a client in by its public key; a running server needs no restart. Remove the file to shut it out: its
     sessions end as well, within a second."""
-    _say(str(_open(keys).allow(name, public_key)))
+    _say(str(_open(keys).allow(name, public_key, max_priority)))
 
 
 def _open(folder: Path | None) -> Keys:

@@ -24,9 +24,9 @@ from graphgen.requests.core import AttachedCore, launch_config
 from graphgen.requests.link import Link
 from graphgen.requests.tokenizer import Tokenizer, TokenizerData
 from graphgen.requests.tokenizer_files import load_tokenizer
-from graphgen.server.frontend.authentication import Authenticator
+from graphgen.server.frontend.authentication import Authenticator, Everyone
 from graphgen.server.frontend.keys import Keys
-from graphgen.server.frontend.process import admits_everyone, bind, make_gate, make_server
+from graphgen.server.frontend.process import bind, make_gate, make_server
 from graphgen.server.frontend.server import PublicSockets
 from graphgen.server.frontend.settings import FrontendSettings
 from tests.fakes import READY, FakeProcesses, FakeScheduler
@@ -86,8 +86,8 @@ class Frontend:
             msgspec.structs.replace(READY, worker=msgspec.structs.replace(READY.worker, num_pages=NUM_PAGES))
         )
         core = AttachedCore(launch, self._link.wait_ready(5), tokenizer, self._link)
-        admits = admits_everyone if self._authentication is None else self._authentication.admits
-        self.server = make_server(self.sockets, lower, self._inbox, self._link, core, self.settings, admits)
+        access = self._authentication or Everyone()
+        self.server = make_server(self.sockets, lower, self._inbox, self._link, core, self.settings, access)
         self.num_lost: int | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()

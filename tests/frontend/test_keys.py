@@ -1,20 +1,25 @@
 """CURVE keys: who has none, a wrong one, or one that is not let in, gets no answer; and no public door without keys."""
 
+import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zmq
 import zmq.auth
+from typer.testing import CliRunner
 
 from graphgen import Client, ConfigError, ConnectionLostError, SamplingParams
-from graphgen.ipc.ggp.messages import Accepted, Cancel, Error, Generate, Hello, Welcome
+from graphgen.commands.serve import keys_app
+from graphgen.ipc.ggp.messages import Accepted, Cancel, Delta, Done, Error, Generate, Hello, Sampling, Welcome
 from graphgen.ipc.messages import Submit
-from graphgen.server.frontend.keys import Keys
+from graphgen.server.frontend.authentication import KeyRing
+from graphgen.server.frontend.keys import Keys, read_max_priority
 from graphgen.server.frontend.prepare import cache_salt
 from graphgen.server.supervisor import ServeOptions, is_public
 from tests.frontend.conftest import MakeFrontend
-from tests.frontend.harness import Frontend, RawClient
+from tests.frontend.harness import Frontend, RawClient, wait_until
 
 
 @pytest.fixture
@@ -97,6 +102,93 @@ def test_a_request_is_accounted_to_its_key(make_frontend: MakeFrontend, keys: Ke
         client.send(Generate(id=1, prompt_ids=[5, 6]))
         tenants.append(frontend.scheduler.expect(Submit).tenant)
     assert tenants[0] == tenants[1] != tenants[2]
+
+
+def priority_at_the_scheduler(frontend: Frontend, client: RawClient, request_id: int, asked: int) -> int:
+    client.send(Generate(id=request_id, prompt_ids=[5, 6], sampling=Sampling(priority=asked)))
+    submit = frontend.scheduler.expect(Submit)
+    client.expect(Accepted)
+    frontend.scheduler.send_tokens(submit.request_id, [5], "length")
+    client.expect(Delta)
+    client.expect(Done)
+    return submit.priority
+
+
+def test_an_operator_caps_the_priority_of_a_key(make_frontend: MakeFrontend, keys: Keys) -> None:
+    """Of that key alone; lower priorities stay, and nobody is refused."""
+    frontend = make_frontend(keys=str(keys.folder))
+    keys.make("alice", max_priority=3)
+    alice, bob = open_session(frontend, keys, "alice"), open_session(frontend, keys, "bob")
+    asked = [0, 2, 3, 4, 9]
+    assert [priority_at_the_scheduler(frontend, alice, one, one) for one in asked] == [0, 2, 3, 3, 3]
+    assert [priority_at_the_scheduler(frontend, bob, one, one) for one in asked] == asked
+
+
+def test_a_cap_that_is_changed_holds_for_new_requests_of_a_session(make_frontend: MakeFrontend, keys: Keys) -> None:
+    frontend = make_frontend(keys=str(keys.folder))
+    secret, public = keys.make("alice")
+    alice = frontend.welcome(**options_of(keys, secret))
+    ids = itertools.count()
+
+    def is_capped_at(cap: int) -> bool:
+        return priority_at_the_scheduler(frontend, alice, next(ids), 9) == cap
+
+    assert is_capped_at(9)
+    for cap in (2, 7, 9):
+        keys.allow("alice", public, max_priority=cap)
+        assert wait_until(functools.partial(is_capped_at, cap), 3)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "cap"),
+    [
+        ('    max-priority = "3"\n', 3),
+        ("    max-priority=3\n", 3),
+        ("    max-priority = '0'\r\n", 0),
+        ('    email = "max-priority = 1"\n#   max-priority = "1"\n', 9),
+        ("", 9),
+        ('    max-priority = "high"\n', 0),
+        ('    max-priority = "12"\n', 0),
+        ('    max-priority = "-1"\n', 0),
+        ("    max-priority = \xb2\n", 0),
+        ("    max-priority\n", 0),
+    ],
+)
+def test_what_the_metadata_of_a_key_file_say(keys: Keys, metadata: str, cap: int) -> None:
+    """A cap that cannot be read is the strictest, and lets its client in all the same."""
+    _, public = keys.make("alice")
+    path = keys.clients / "alice.key"
+    path.write_bytes(f'metadata\n{metadata}curve\n    public-key = "{public}"\n'.encode("latin-1"))
+    ring = KeyRing(keys.clients)
+    assert public in ring
+    assert ring.max_priority(public) == cap
+    assert zmq.auth.load_certificate(path)[0].decode() == public, "ZeroMQ's own reader takes the file"
+
+
+def test_a_key_in_two_files_has_the_lower_cap(keys: Keys) -> None:
+    _, public = keys.make("alice", max_priority=2)
+    keys.allow("alice-again", public)
+    assert KeyRing(keys.clients).max_priority(public) == 2
+    keys.allow("alice-again", public, max_priority=1)
+    assert KeyRing(keys.clients).max_priority(public) == 1
+
+
+def test_a_cap_that_is_none_is_refused_before_a_key_is_made(keys: Keys) -> None:
+    for cap in (-1, 10):
+        with pytest.raises(ConfigError, match="priorities are 0 to 9"):
+            keys.make("alice", max_priority=cap)
+    assert not list(keys.folder.rglob("alice*"))
+    with pytest.raises(ConfigError, match="name a client"):
+        Keys(keys.folder / "new").make(None, max_priority=3)
+
+
+def test_the_command_writes_the_cap(keys: Keys) -> None:
+    folder = ["--keys", str(keys.folder)]
+    run = CliRunner()
+    assert run.invoke(keys_app, ["new", "alice", "--max-priority", "3", *folder]).exit_code == 0
+    assert run.invoke(keys_app, ["allow", "bob", "0" * 40, "--max-priority", "0", *folder]).exit_code == 0
+    assert [read_max_priority(keys.clients / f"{name}.key") for name in ("alice", "bob")] == [3, 0]
+    assert run.invoke(keys_app, ["new", "carol", "--max-priority", "10", *folder]).exit_code == 2
 
 
 def test_without_keys_a_request_is_accounted_to_its_session(frontend: Frontend) -> None:

@@ -9,13 +9,14 @@ import logging
 import threading
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import zmq
 from zmq.utils import z85
 
 from graphgen.base.inbox import Inbox
-from graphgen.server.frontend.keys import Keys, read_public_key
+from graphgen.ipc.ggp.limits import MAX_PRIORITY
+from graphgen.server.frontend.keys import Keys, read_max_priority, read_public_key
 from graphgen.server.frontend.sockets import Context
 
 logger = logging.getLogger("graphgen.server.frontend")
@@ -34,11 +35,32 @@ NUM_FRAMES = 9
 """Sender, delimiter, version, request id, domain, address, routing id, mechanism, and one credential: the key."""
 
 
+class Access(Protocol):
+    """What a key may do. A connection without CURVE has the key ""."""
+
+    def admits(self, key: str) -> bool:
+        """Whether a public key is let in; also asked for connections that have been let in, whose key may be gone."""
+
+    def max_priority(self, key: str) -> int:
+        """The highest priority that a request of it gets."""
+
+
+class Everyone:
+    """The Access of a server without keys."""
+
+    def admits(self, key: str) -> bool:
+        return True
+
+    def max_priority(self, key: str) -> int:
+        return MAX_PRIORITY
+
+
 class _File(NamedTuple):
     """A key file as it was when it was read."""
 
     stamp: tuple[int, int, int]
     key: str | None
+    max_priority: int
 
 
 class _Question(NamedTuple):
@@ -49,16 +71,20 @@ class _Question(NamedTuple):
 
 
 class KeyRing:
-    """The public keys in a folder, as they were at the last `refresh`."""
+    """The public keys in a folder, and what caps their files state, as they were at the last `refresh`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files: dict[Path, _File] = {}
-        self._keys: frozenset[str] = frozenset()
+        self._keys: dict[str, int] = {}  # with the highest priority of each
         self.refresh()
 
     def __contains__(self, key: str) -> bool:
         return key in self._keys
+
+    def max_priority(self, key: str) -> int:
+        """0 of a key that is gone."""
+        return self._keys.get(key, 0)
 
     def refresh(self) -> None:
         """Reads the files that are new or changed. What cannot be looked at stays as it was."""
@@ -70,9 +96,10 @@ class KeyRing:
                 found = path.stat()
                 stamp = (found.st_mtime_ns, found.st_ino, found.st_size)
                 settled = now_ns - found.st_mtime_ns > SETTLED_NS
-                files[path] = (
-                    known if settled and known and known.stamp == stamp else _File(stamp, read_public_key(path))
-                )
+                if settled and known and known.stamp == stamp:
+                    files[path] = known
+                else:
+                    files[path] = _File(stamp, read_public_key(path), read_max_priority(path))
             except FileNotFoundError:  # removed in this moment
                 continue
             except OSError as error:  # too many open files, or a file system that is away: no reason to shut anyone out
@@ -80,11 +107,15 @@ class KeyRing:
                 if known is not None:
                     files[path] = known
         self._files = files
-        self._keys = frozenset(file.key for file in files.values() if file.key is not None)
+        keys: dict[str, int] = {}
+        for file in files.values():
+            if file.key is not None:  # a key in several files has the lowest of their caps
+                keys[file.key] = min(file.max_priority, keys.get(file.key, MAX_PRIORITY))
+        self._keys = keys
 
 
 class Authenticator:
-    """Answers for all sockets of a context which keys may connect, until `stop`."""
+    """Answers for all sockets of a context which keys may connect, until `stop`. An Access; any thread may ask it."""
 
     def __init__(self, context: Context, keys: Keys) -> None:
         self._ring = KeyRing(keys.clients)
@@ -99,8 +130,10 @@ class Authenticator:
         self._thread.start()
 
     def admits(self, key: str) -> bool:
-        """Whether a public key is let in; also asked for connections that have been let in, whose key may be gone."""
         return key in self._ring
+
+    def max_priority(self, key: str) -> int:
+        return self._ring.max_priority(key)
 
     def stop(self) -> None:
         self._stopping = True

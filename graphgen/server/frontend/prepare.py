@@ -62,9 +62,12 @@ class Preparer:
         core: AttachedCore,
         framing: Framing[ServerMessage, ClientMessage],
         num_threads: int,
+        max_priority: Callable[[str], int],
     ) -> None:
+        """max_priority: the most that a request of a CURVE key gets; asked for each request, on the threads."""
         self._core = core
         self._framing = framing
+        self._max_priority = max_priority
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="prepare")
         self._lock = threading.Lock()
         self._waiting: FairQueue[_Job] = FairQueue()
@@ -116,7 +119,7 @@ class Preparer:
         message = self._framing.decode(frames)
         assert isinstance(message, Generate), "only generate is prepared"
         token_ids = self._prompt_ids(message)
-        sampling = message.sampling
+        sampling = self._capped(message.sampling, request.session.key)
         opened = self._core.prepare(
             token_ids,
             sampling_params(sampling, request.session.key),
@@ -134,6 +137,10 @@ class Preparer:
             stream=message.stream,
             echo_ids=message.echo_ids,
         )
+
+    def _capped(self, sampling: Sampling, key: str) -> Sampling:
+        """Asking for more than the operator grants is no error: a client need not know its cap."""
+        return msgspec.structs.replace(sampling, priority=min(sampling.priority, self._max_priority(key)))
 
     def _prompt_ids(self, message: Generate) -> list[int]:
         given = [

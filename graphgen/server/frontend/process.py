@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from graphgen.launch.processes import Exit, end_with_parent
 from graphgen.requests.core import AttachedCore
 from graphgen.requests.link import Link
 from graphgen.requests.tokenizer import read_tokenizer
-from graphgen.server.frontend.authentication import Authenticator
+from graphgen.server.frontend.authentication import Access, Authenticator, Everyone
 from graphgen.server.frontend.desk import Desk
 from graphgen.server.frontend.gate import Gate
 from graphgen.server.frontend.keys import Keys
@@ -105,11 +104,10 @@ def _serve(folder: Path, supervisor: SupervisorChannel) -> int:
     with contextlib.ExitStack() as stack:
         stack.callback(public.term)
         keys = None if settings.keys is None else Keys(Path(settings.keys))
-        admits: Callable[[str], bool] = admits_everyone
+        access: Access = Everyone()
         if keys is not None:
-            authenticator = Authenticator(public, keys)
+            access = authenticator = Authenticator(public, keys)
             stack.callback(authenticator.stop)
-            admits = authenticator.admits
         gate = make_gate(public, settings, launch)
         stack.callback(gate.close)
         sockets = bind(public, gate, settings, launch, keys)
@@ -128,7 +126,7 @@ def _serve(folder: Path, supervisor: SupervisorChannel) -> int:
         ready = link.wait_ready(threading.TIMEOUT_MAX)  # the supervisor has an eye on the time
         supervisor.send(ready)
         core = AttachedCore(launch, ready, read_tokenizer(folder), link, int(time.monotonic() * REQUEST_IDS_PER_S))
-        server = make_server(sockets, supervisor, inbox, link, core, settings, admits)
+        server = make_server(sockets, supervisor, inbox, link, core, settings, access)
         stack.callback(server.close)
         limit_memory(settings.memory_limit_bytes)
         gate.limit_memory()
@@ -154,27 +152,22 @@ def make_server(
     link: Link,
     core: AttachedCore,
     settings: FrontendSettings,
-    admits: Callable[[str], bool],
+    access: Access,
 ) -> Server:
-    """The server of these sockets and this engine. admits: see Reception."""
+    """The server of these sockets and this engine. access: what keys may do."""
     framing = server_framing()
     sessions, outbox = (
         Sessions(session_limits(settings.max_sessions, sockets.data.most_connections)),
         Outbox(sockets.data, framing),
     )
-    preparer = Preparer(core, framing, settings.threads)
+    preparer = Preparer(core, framing, settings.threads, access.max_priority)
     desk = Desk(link, preparer, inbox, outbox, settings, supervisor.send)
     monitor = Monitor(link, inbox, sessions, desk, outbox)
     welcome = _welcome(settings, core, sockets)
-    reception = Reception(sockets.data, framing, sessions, desk, outbox, settings, welcome, admits)
+    reception = Reception(sockets.data, framing, sessions, desk, outbox, settings, welcome, access.admits)
     server = Server(sockets, supervisor, framing, inbox, sessions, desk, outbox, monitor, reception, welcome.instance)
     link.when_ready(partial(_tell_ready, inbox, core, server))
     return server
-
-
-def admits_everyone(_key: str) -> bool:
-    """Without keys."""
-    return True
 
 
 def make_gate(context: Context, settings: FrontendSettings, launch: LaunchConfig) -> Gate:
