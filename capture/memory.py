@@ -3,6 +3,7 @@
 Owns the arithmetic and the reading of free memory; allocates nothing.
 """
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,32 @@ def peak_bytes_of(device: torch.device, run: Callable[[], None]) -> int:
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.empty_cache()
     return peak - before
+
+
+FREED_S = 30.0
+"""How long the memory of a process that has ended may take to be free."""
+
+
+def wait_until_free(needed_bytes: int, read_free: Callable[[], int], timeout_s: float = FREED_S) -> int:
+    """Free bytes, once there are as many as needed: the driver may still be freeing what a process before this one had.
+
+    Raises ConfigError when there are not within the time: another program has taken it.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    while (free := read_free()) < needed_bytes:
+        if time.monotonic() > deadline_s:
+            raise ConfigError(
+                f"{free / 2**30:.2f} GiB of the device are free after {timeout_s:g} s, the worker before this one used"
+                f" {needed_bytes / 2**30:.2f} GiB: end what else took memory there, or start an engine with less"
+                " memory_fraction or num_pages"
+            )
+        time.sleep(0.02)
+    return free
+
+
+def device_free_bytes(device: torch.device) -> int:
+    """Of a CUDA device, whoever uses the rest; 0 for the CPU, whose memory no worker reserves."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0
 
 
 def free_bytes(device: torch.device, memory_fraction: float) -> int:

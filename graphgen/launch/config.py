@@ -211,6 +211,7 @@ class LaunchConfig(Struct, frozen=True, kw_only=True):
     max_waiting: int  # requests
     max_waiting_tokens: int  # prompt tokens
     max_long_prompts: int
+    needed_bytes: int = 0  # of the device, which the worker before this one used; 0: nobody knows
 
     def write(self, folder: Path) -> None:
         """Puts the file into `folder` in one rename, so that a reader sees all of it or nothing."""

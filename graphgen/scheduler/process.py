@@ -287,7 +287,7 @@ class SchedulerLoop:
         notice = f"{loss.reason}; {self._policy.waiting} requests wait for the worker that replaces it"
         logger.warning("%s. Its last words:\n%s", notice, loss.last_words)
         self._engine.send(Notice(notice))
-        self._workers.replace(loss, self._ready.worker.num_pages)
+        self._workers.replace(loss, self._ready.worker)
         return [self._policy.fail_poisoned(request, loss.last_words) for request in poisoned]
 
     def _follow_workers(self) -> bool:

@@ -136,11 +136,11 @@ class Workers:
         """The group computes: earlier deaths say nothing about its successors' chances."""
         self._starts.succeeded()
 
-    def replace(self, loss: Loss, num_pages: int | None) -> None:
+    def replace(self, loss: Loss, first: WorkerReady) -> None:
         """Ends what is left of the group; `advance` starts the next one when it is gone.
 
-        num_pages: of the KV cache, which the next group must have too. Raises WorkerFailedError when there were too
-        many starts.
+        first: what the engine's first group said: the next one must have as many pages, and finds as much memory free.
+        Raises WorkerFailedError when there were too many starts.
         """
         assert self._config is not None, "a group is replaced after its launch"
         if not self._starts.take(time.monotonic()):
@@ -149,8 +149,7 @@ class Workers:
                 f" the last time: {loss.reason}. It wrote last:\n{loss.last_words}"
             )
             raise WorkerFailedError(loss.failed or Failed("scheduler", "EngineDeadError", message))
-        if num_pages is not None:
-            self._config = msgspec.structs.replace(self._config, num_pages=num_pages)
+        self._config = msgspec.structs.replace(self._config, num_pages=first.num_pages, needed_bytes=first.device_bytes)
         self.num_restarts += 1
         self.state = State.ENDING
         self._ended_s = time.monotonic()

@@ -19,7 +19,13 @@ from torch import Tensor
 from graphgen.capture.buckets import build_ladder
 from graphgen.capture.buffers import BlockLayout, StagingRing, Words
 from graphgen.capture.graphs import GraphPool
-from graphgen.capture.memory import free_bytes, pages_that_fit, peak_bytes_of
+from graphgen.capture.memory import (
+    device_free_bytes,
+    free_bytes,
+    pages_that_fit,
+    peak_bytes_of,
+    wait_until_free,
+)
 from graphgen.capture.stream import Mark, open_stream
 from graphgen.ipc.messages import (
     Bucket,
@@ -78,6 +84,8 @@ class ModelRunner:
         begun_s = time.monotonic()
         self._device = torch.device(config.device)
         self._stream = open_stream(self._device)
+        # A worker that takes the place of one that died finds its memory free, or waits until it is.
+        self._free_at_start = wait_until_free(config.needed_bytes, lambda: device_free_bytes(self._device))
         self._report = report
         self._phases.append(Phase("device", time.monotonic() - begun_s))
         if config.cpu_threads is not None:
@@ -149,6 +157,7 @@ class ModelRunner:
             num_pages=self._kv_cache.num_pages,
             page_size=self._config.page_size,
             phases=tuple(self._phases),
+            device_bytes=max(0, self._free_at_start - device_free_bytes(self._device)),
         )
 
     @property
