@@ -35,6 +35,8 @@ PAUSES = 10
 DEATHS_AT = (0.1, 0.2)
 """When the worker is killed, as shares of the time."""
 SAMPLE_S = 1.0
+OBJECTS_S = 5.0
+"""For steps in flight, and whoever held an object for a moment, to end."""
 HELD = 4
 """Streams that are open while objects are counted."""
 MODULES = {
@@ -221,15 +223,29 @@ def check_pause(server: ServerProcess, client: Client, traps_folder: Path) -> No
 
 
 def check_objects(server: ServerProcess, traps_folder: Path, num_open: int) -> None:
-    """The objects of requests in scheduler, frontend and this program are those of so many open ones."""
-    in_scheduler = count_objects(traps_folder, server.pid_of(MODULES["scheduler"]))
-    assert in_scheduler["Request"] == num_open, in_scheduler
-    assert in_scheduler["RunningRequest"] == num_open, in_scheduler
-    in_frontend = count_objects(traps_folder, server.pid_of(MODULES["frontend"]))
-    assert in_frontend["PublicRequest"] == in_frontend["OpenRequest"] == num_open, in_frontend
+    """The objects of requests in scheduler, frontend and this program are those of so many open ones, as soon as the
+    steps that were in flight for others have ended."""
+    expected = {
+        "scheduler": {"Request": num_open, "RunningRequest": num_open},
+        "frontend": {"PublicRequest": num_open, "OpenRequest": num_open},
+        "client": {"RemoteRequest": num_open},
+    }
+    deadline_s = time.monotonic() + OBJECTS_S
+    while (found := count_all(server, traps_folder)) != expected:
+        assert time.monotonic() < deadline_s, f"{num_open} requests are open, and there are {found}"
+        time.sleep(0.05)
+
+
+def count_all(server: ServerProcess, traps_folder: Path) -> dict[str, dict[str, int]]:
+    """By process, the objects of requests by kind."""
+    found = {name: count_objects(traps_folder, server.pid_of(MODULES[name])) for name in ("scheduler", "frontend")}
     gc.collect()
     here = sum(isinstance(one, RemoteRequest) for one in gc.get_objects())
-    assert here == num_open, f"{here} requests in the client's process"
+    return {
+        "scheduler": {kind: found["scheduler"][kind] for kind in ("Request", "RunningRequest")},
+        "frontend": {kind: found["frontend"][kind] for kind in ("PublicRequest", "OpenRequest")},
+        "client": {"RemoteRequest": here},
+    }
 
 
 def num_replaced(server: ServerProcess) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.traps import FOLDER_VARIABLE
 
-KINDS = ("Request", "RunningRequest", "StepRecord", "OpenRequest", "PublicRequest")
+KINDS = ("Request", "RunningRequest", "OpenRequest", "PublicRequest")
 ANSWER_S = 10.0
 
 
