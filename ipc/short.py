@@ -12,7 +12,10 @@ MAX_ITEMS = 8
 
 
 def short(value: object) -> str:
-    """The value's repr, cut: a long text in its middle, a long list to its length, a float to four digits."""
+    """The value's repr, cut: a long text in its middle, a long list to its length, a float to four digits.
+
+    What a short list holds is cut in the same way.
+    """
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, str) and len(value) > MAX_TEXT_LEN:
@@ -20,6 +23,10 @@ def short(value: object) -> str:
         return f"<{len(value)} characters: {value[:half]!r} ... {value[-half:]!r}>"
     if isinstance(value, (tuple, list)) and len(value) > MAX_ITEMS:
         return f"<{len(value)} items>"
+    if type(value) is tuple:
+        return f"({', '.join(map(short, value))}{',' * (len(value) == 1)})"
+    if type(value) is list:
+        return f"[{', '.join(map(short, value))}]"
     return repr(value)
 
 

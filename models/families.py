@@ -111,7 +111,7 @@ def spec_from_hf(
             f"{architecture} has {num_heads} heads, {num_kv_heads} KV heads and head_dim {head_dim}: graphgen"
             " needs a whole number of heads per KV head and an even head_dim"
         )
-    eos_token_ids = _token_ids(config.eos_token_id if generation_eos is None else generation_eos)
+    eos_token_ids = _token_ids(config.eos_token_id if generation_eos is None else generation_eos, where)
     return ModelSpec(
         architecture=architecture,
         vocab_size=config.vocab_size,
@@ -220,10 +220,17 @@ def _activation(name: str, architecture: str) -> str:
     return SUPPORTED_ACTIVATIONS[name]
 
 
-def _token_ids(ids: int | list[int] | None) -> tuple[int, ...]:
+def _token_ids(ids: object, where: str) -> tuple[int, ...]:
+    """The ids of an eos_token_id as it stands in a file, each once."""
     if ids is None:
         return ()
-    return (ids,) if isinstance(ids, int) else tuple(dict.fromkeys(ids))
+    listed = ids if isinstance(ids, list) else [ids]
+    if not all(type(token_id) is int for token_id in listed):
+        raise UnsupportedModelError(
+            f"the eos_token_id of {where} is {ids!r}: give a token id or a list of them in generation_config.json,"
+            " or in config.json where that file has none"
+        )
+    return tuple(dict.fromkeys(listed))
 
 
 def _known_ids(token_ids: tuple[int, ...], vocab_size: int, where: str) -> tuple[int, ...]:

@@ -36,6 +36,12 @@ def test_short_values_are_shown_whole_and_defaults_left_out() -> None:
     )
 
 
+def test_floats_in_short_lists_have_four_digits_too() -> None:
+    timing = Timing(0.0003656, 0.01923, 0.05655, (0.01922580000000593, 0.0395511839997198))
+    assert "token_times_s=(0.01923, 0.03955)" in repr(timing)
+    assert [short(value) for value in ((1.23456,), [], [("a", 0.1234567)])] == ["(1.235,)", "[]", "[('a', 0.1235)]"]
+
+
 def test_stats_and_info_are_short() -> None:
     stats = msgspec.structs.replace(STATS, step_ms_p50=16.31418799979656)
     assert isinstance(stats, EngineStats)

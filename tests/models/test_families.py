@@ -1,6 +1,7 @@
 """A ModelSpec says what the Hugging Face config says, and what cannot be run is refused by name."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -157,6 +158,14 @@ def test_end_of_sequence_ids_beyond_the_vocabulary_are_ignored(
     write_config(tmp_path, eos_token_id=5)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [151643, 151645]}))
     assert load_spec(tmp_path).eos_token_ids == ()
+
+
+@pytest.mark.parametrize("ids", ["</s>", 2.0, True, [2, None], [[2]]], ids=str)
+def test_end_of_sequence_ids_that_are_no_ids_are_told_with_their_file(ids: Any, tmp_path: Path) -> None:
+    write_config(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(UnsupportedModelError, match=f"eos_token_id of .*{re.escape(repr(ids))}.*generation_config"):
+        load_spec(tmp_path)
 
 
 def test_a_model_of_dual_chunks_is_served_as_far_as_they_are_plain_attention(
