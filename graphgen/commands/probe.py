@@ -67,7 +67,9 @@ def stats(
     found = _ask(_server(address, control, server_key, key_file, timeout_s), StatsRequest(), Stats)
     values = msgspec.structs.asdict(found)
     width = max(map(len, values))
-    written = {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in values.items()}
+    written = {
+        name: f"{value:.6g}" if isinstance(value, float) else str(value) or "-" for name, value in values.items()
+    }
     _show(found, json, "\n".join(f"{name:<{width}}  {value}" for name, value in written.items()))
 
 

@@ -33,6 +33,7 @@ from graphgen.ipc.ggp.messages import (
     Health,
     HealthRequest,
     Hello,
+    Notice,
     Ping,
     Pong,
     ServerMessage,
@@ -86,7 +87,7 @@ class Connection:
         self._heard_s = time.monotonic()
         self._first_welcome: Future[Welcome] = Future()
         self._welcome: Welcome | None = None
-        self._send(Hello(client=f"graphgen-python/{__version__}"))
+        self._send(Hello(client=f"graphgen-python/{__version__}", notices=True))
         self._thread = threading.Thread(target=self._run, name="graphgen-connection", daemon=True)
         self._thread.start()
         try:
@@ -237,6 +238,8 @@ class Connection:
                 self._take_welcome(message)
             case Draining():
                 logger.warning("%s is about to end, within %d ms", self._server.address, message.grace_ms)
+            case Notice():
+                logger.info("%s: %s", self._server.address, message.text)
             case Pong():
                 pass
 
@@ -279,7 +282,7 @@ class Connection:
         """The server does not know us: it is another, or the connection broke. What it had accepted is lost; what had
         not got so far is sent again, behind the new hello. Until the welcome, its refusals are of the old session."""
         self._helloing = True
-        self._send(Hello(client=f"graphgen-python/{__version__}"))
+        self._send(Hello(client=f"graphgen-python/{__version__}", notices=True))
         for request in list(self._requests.values()):
             if request.accepted:
                 del self._requests[request.message.id]

@@ -95,7 +95,7 @@ class Link:
     ) -> None:
         """after_outputs: called on the receiving thread when the outputs of a step have reached their sinks.
 
-        on_notice: gets what an operator should know; None: it is logged.
+        on_notice: gets what an operator should know, until `when_noticed` names another; None: it is logged.
         """
         self._owner = Owner("the engine")
         self._processes = processes
@@ -193,6 +193,10 @@ class Link:
     def when_ready(self, call: Callable[[Ready], None]) -> None:
         """From now on `call` is made, on the receiving thread, each time that an engine begins to serve."""
         self._on_ready = call
+
+    def when_noticed(self, call: Callable[[Notice], None]) -> None:
+        """From now on `call` gets what an operator should know, on the receiving thread."""
+        self._on_notice = call
 
     def await_another_engine(self) -> None:
         """The engine of an attached link has ended, and another is started in its place: from the Ready of that one on

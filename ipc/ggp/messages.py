@@ -5,7 +5,7 @@ made from these Structs (`graphgen.ipc.ggp.reference`). On the wire a message is
 absent key means the default, and a key never changes its meaning.
 
     client -> server   Hello Generate Cancel StatsRequest HealthRequest Bye      both ways   Ping Pong
-    server -> client   Welcome Accepted Delta Done Error Draining Stats Health
+    server -> client   Welcome Accepted Delta Done Error Draining Notice Stats Health
 """
 
 from collections.abc import Mapping
@@ -147,6 +147,9 @@ class Hello(Struct, frozen=True, kw_only=True, omit_defaults=True):
     client: Annotated[
         str, Meta(max_length=limits.MAX_CLIENT_LEN, description="Name and version of the client, for the server's log.")
     ] = ""
+    notices: Annotated[bool, Meta(description="true: the server sends a `notice` where it has something to tell.")] = (
+        False
+    )
 
 
 class Generate(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -344,6 +347,15 @@ class Draining(Struct, frozen=True, kw_only=True):
     grace_ms: Count
 
 
+class Notice(Struct, frozen=True, kw_only=True):
+    """What happens to the engine, for people. Sent to sessions whose `hello` asked for it; ends nothing.
+
+    When the worker is lost and when another serves, when the engine ends and when it serves again.
+    """
+
+    text: Annotated[str, Meta(description="One line; its words may change.")]
+
+
 class Stats(Struct, frozen=True, kw_only=True):
     """A snapshot. Step times are over the last 1000 steps; 0 before the first."""
 
@@ -368,6 +380,10 @@ class Stats(Struct, frozen=True, kw_only=True):
     ]
     frontend_cpu_s: Annotated[Measured, Meta(description="Processor time of the frontend process.")]
     frontend_rss_bytes: Count
+    worker_restarts: Annotated[Count, Meta(description="Workers that took the place of one that died or hung.")] = 0
+    worker_loss: Annotated[str, Meta(description="Why the last one was lost; empty: none was.")] = ""
+    poisoned: Annotated[Count, Meta(description="Samples given up with `error` poisoned.")] = 0
+    numerical_errors: Annotated[Count, Meta(description="Samples that ended with `error` numerical.")] = 0
 
     def __repr__(self) -> str:
         return short_repr(self)
@@ -405,6 +421,7 @@ SERVER_KINDS: Mapping[bytes, type[Struct]] = {
     b"F": Done,
     b"E": Error,
     b"N": Draining,
+    b"I": Notice,
     b"T": Stats,
     b"M": Health,
     b"P": Ping,
@@ -427,10 +444,11 @@ NAMES: Mapping[type[Struct], str] = {
     Done: "done",
     Error: "error",
     Draining: "draining",
+    Notice: "notice",
     Stats: "stats",
     Health: "health",
 }
 """The names of the kinds in the specification, and in `error.about`."""
 
 ClientMessage = Hello | Generate | Cancel | StatsRequest | HealthRequest | Bye | Ping | Pong
-ServerMessage = Welcome | Accepted | Delta | Done | Error | Draining | Stats | Health | Ping | Pong
+ServerMessage = Welcome | Accepted | Delta | Done | Error | Draining | Notice | Stats | Health | Ping | Pong

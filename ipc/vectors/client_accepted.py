@@ -66,6 +66,7 @@ HELLO = [
     taken("hello-client", "H", mapping(("client", text("example/1.0"))), "the name of a client", client="example/1.0"),
     taken("hello-versions", "H", mapping(("versions", array(integer(1), integer(3)))), "1 to 3", versions=[1, 3]),
     taken("hello-client-256", "H", mapping(("client", str16(b"c" * 256))), "the longest name", client="c" * 256),
+    taken("hello-notices", "H", mapping(("notices", TRUE)), "a client that wants to be told", notices=True),
     taken("hello-map16", "H", map16(("client", text("c"))), "a map with a 2-byte length", client="c"),
     taken("hello-map32", "H", map32(("client", text("c"))), "a map with a 4-byte length", client="c"),
 ]

@@ -163,6 +163,7 @@ KEYS_AND_IDS = [
     refused("hello-versions-float", "versions are ints", "H", ("versions", array(f64(1.0), f64(1.0)))),
     refused("hello-versions-negative", "below 0", "H", ("versions", array(negative_fixint(-1), integer(2)))),
     refused("hello-client-257", "a name of 257 characters", "H", ("client", text("c" * 257))),
+    refused("hello-notices-int", "1 is not true", "H", ("notices", integer(1))),
     refused("hello-client-nil", "nil where the table has no nil", "H", ("client", NIL)),
 ]
 

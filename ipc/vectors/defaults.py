@@ -21,6 +21,7 @@ KINDS = {
     "F": "done",
     "E": "error",
     "N": "draining",
+    "I": "notice",
     "T": "stats",
     "M": "health",
 }
@@ -50,7 +51,7 @@ SAMPLING: dict[str, Value] = {
 }
 
 DEFAULTS: dict[str, dict[str, Value]] = {
-    "hello": {"versions": [1, 1], "client": ""},
+    "hello": {"versions": [1, 1], "client": "", "notices": False},
     "generate": {
         "text": None,
         "messages": None,
@@ -76,6 +77,7 @@ DEFAULTS: dict[str, dict[str, Value]] = {
     "sampling_defaults": {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0},
     "accepted": {"prompt_ids": None},
     "delta": {"seq": 0, "sample": 0, "ids": [], "text": "", "finish": None},
+    "stats": {"worker_restarts": 0, "worker_loss": "", "poisoned": 0, "numerical_errors": 0},
     "usage": {"cached_tokens": 0},
     "error": {"retryable": False, "retry_after_ms": None, "id": None, "about": "", "versions": None},
 }

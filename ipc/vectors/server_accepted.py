@@ -325,7 +325,30 @@ SERVER_ACCEPTED = [
         id=8,
     ),
     sent("draining", "N", "10 s for open requests", ("grace_ms", u16(10000)), grace_ms=10000),
+    sent("notice", "I", "a line for people", ("text", text("a new worker serves")), text="a new worker serves"),
     Vector("stats", (header("T"), mapping(*STATS)), "a snapshot", "ok", STATS_VALUE),
+    Vector(
+        "stats-faults",
+        (
+            header("T"),
+            mapping(
+                *STATS,
+                ("worker_restarts", integer(2)),
+                ("worker_loss", text("the worker hung")),
+                ("poisoned", integer(1)),
+                ("numerical_errors", u16(300)),
+            ),
+        ),
+        "of a server whose worker was lost",
+        "ok",
+        {
+            **STATS_VALUE,
+            "worker_restarts": 2,
+            "worker_loss": "the worker hung",
+            "poisoned": 1,
+            "numerical_errors": 300,
+        },
+    ),
     sent(
         "health",
         "M",

@@ -172,6 +172,8 @@ SERVER_REFUSED = [
     ),
     wrong("draining-empty", "N", "a required field is missing"),
     wrong("draining-negative", "N", "below 0", ("grace_ms", negative_fixint(-1))),
+    wrong("notice-empty", "I", "a required field is missing"),
+    wrong("stats-worker-loss-nil", "T", "nil where the table has no nil", *STATS, ("worker_loss", NIL)),
     wrong("welcome-without-limits", "W", "a required field is missing", *without(WELCOME, "limits")),
     wrong("welcome-limits-array", "W", "an array is no map", *without(WELCOME, "limits"), ("limits", array())),
     wrong(

@@ -73,6 +73,7 @@ def test_stats_are_lines_or_json(frontend: Frontend) -> None:
     thread.join()
     lines = dict(line.split() for line in done.stdout.splitlines())
     assert (done.exit_code, lines["pages_total"], lines["sessions"]) == (0, str(STATS.pages_total), "0")
+    assert (lines["worker_restarts"], lines["worker_loss"], lines["numerical_errors"]) == ("0", "-", "0")
 
 
 def test_a_probe_takes_no_session_and_is_answered_when_all_are_taken() -> None:

@@ -20,11 +20,13 @@ from graphgen.ipc.ggp.messages import (
     Health,
     HealthRequest,
     Hello,
+    Notice,
     Ping,
     Pong,
     Sampling,
     Stats,
     StatsRequest,
+    Welcome,
 )
 from graphgen.ipc.messages import (
     Attach,
@@ -36,6 +38,7 @@ from graphgen.ipc.messages import (
     Submit,
 )
 from graphgen.ipc.messages import Cancel as SchedulerCancel
+from graphgen.ipc.messages import Notice as EngineNotice
 from graphgen.ipc.messages import StatsRequest as SchedulerStatsRequest
 from graphgen.remote.requests import exception_of
 from graphgen.requests.tokenizer import Tokenizer
@@ -178,6 +181,35 @@ def test_one_question_serves_all_who_ask_for_statistics(frontend: Frontend) -> N
     for client in clients:
         stats = client.expect(Stats)
         assert (stats.running, stats.waiting, stats.pages_free) == (STATS.running, STATS.waiting, STATS.pages_free)
+
+
+def test_statistics_tell_what_went_wrong_in_the_engine(frontend: Frontend) -> None:
+    faults = {"worker_restarts": 3, "worker_loss": "the worker hung", "poisoned": 2, "numerical_errors": 5}
+    client = frontend.welcome()
+    client.send(StatsRequest())
+    frontend.scheduler.expect(SchedulerStatsRequest)
+    frontend.scheduler.send(msgspec.structs.replace(STATS, **faults))
+    found = msgspec.structs.asdict(client.expect(Stats))
+    assert {name: found[name] for name in faults} == faults
+
+
+def test_who_asks_for_notices_gets_them_and_nobody_else(frontend: Frontend) -> None:
+    """Of the worker and of the engine; the operator gets the worker's as well."""
+    asks, other = frontend.connect(), frontend.welcome()
+    asks.send(Hello(notices=True))
+    assert "notices" in asks.expect(Welcome).features
+    frontend.scheduler.send(EngineNotice("the worker hung"))
+    assert asks.expect(Notice).text == "the worker hung"
+    assert frontend.supervisor.receive(5) == EngineNotice("the worker hung")
+    frontend.supervisor.send(EngineLost("the engine ended", restarts=True))
+    assert asks.expect(Notice).text.startswith("the engine ended; it is started again")
+    frontend.scheduler.expect(Attach)
+    frontend.scheduler.send(READY)
+    assert asks.expect(Notice).text == "the engine serves again"
+    other.send(Ping(t=1))
+    assert other.expect(Pong).t == 1, "the first that it hears"
+    frontend.supervisor.send(EngineLost("the engine ended once more"))
+    assert asks.expect(Notice).text == "the engine ended once more; the server ends"
 
 
 def test_a_ping_is_answered_on_both_sockets(frontend: Frontend) -> None:

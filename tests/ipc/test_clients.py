@@ -15,7 +15,7 @@ import zmq.auth
 
 from graphgen import Engine, SamplingParams
 from graphgen.ipc.ggp.framing import server_framing
-from graphgen.ipc.ggp.messages import Accepted, Generate
+from graphgen.ipc.ggp.messages import Accepted, Generate, Notice
 from graphgen.mock_server.script import Raw, Reply, Restart, Say, Script, Silence, built_in_script
 from tests.ipc.foreign_clients import LANGUAGES, NODE, TIMEOUT_S, Language, lines_of, play, prepare, start
 from tests.ipc.raw_client import RawClient, running_command, running_mock
@@ -240,6 +240,16 @@ def test_a_drain_finishes_what_runs_and_refuses_the_rest(language: Language, tmp
     assert result["refused"]["code"] == "draining"
     assert result["refused"]["retryable"]
     assert result["rest"]["outputs"][0]["text"] == "0 1 2 3 4 5 "
+
+
+def test_notices_reach_a_program_that_asked_for_them(language: Language, tmp_path: Path) -> None:
+    header, body = server_framing().encode(Notice(text="a new worker serves: é"))
+    script = Script(replies=(Reply("told", (Raw((header.hex(), body.hex())), Say(("done",)))),))
+    with running_mock(script) as server:
+        steps = [streams({"text": "told"}), {"do": "notices"}]
+        results, said = play(language, tmp_path, server.address, steps)
+    assert texts(results) == ["done"]
+    assert said == {"notices": ["a new worker serves: é"]}
 
 
 def test_what_is_particular_to_node() -> None:

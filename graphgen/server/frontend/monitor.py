@@ -107,4 +107,8 @@ class Monitor:
             messages_refused=self.messages_refused + self._desk.num_refused,
             frontend_cpu_s=time.process_time(),
             frontend_rss_bytes=self._memory.num_bytes(),
+            worker_restarts=engine.worker_restarts,
+            worker_loss=engine.worker_loss,
+            poisoned=engine.poisoned,
+            numerical_errors=engine.numerical_errors,
         )

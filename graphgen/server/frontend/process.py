@@ -24,7 +24,7 @@ from graphgen.ipc.channel import Channel
 from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.ggp.framing import server_framing
 from graphgen.ipc.ggp.messages import MAJOR, ServerLimits, Welcome
-from graphgen.ipc.messages import Drained, Failed, Listening, Ready, SupervisorToFrontend
+from graphgen.ipc.messages import Drained, Failed, Listening, Notice, Ready, SupervisorToFrontend
 from graphgen.launch.config import LaunchConfig
 from graphgen.launch.processes import Exit, end_with_parent
 from graphgen.requests.core import AttachedCore
@@ -145,6 +145,13 @@ def _tell_ready(inbox: Inbox, core: AttachedCore, server: Server, ready: Ready) 
     inbox.wake()
 
 
+def _pass_notice_on(inbox: Inbox, supervisor: SupervisorChannel, server: Server, notice: Notice) -> None:
+    """To the operator, and to clients. On the link's thread."""
+    supervisor.send(notice)
+    inbox.put(partial(server.notify, notice.text))
+    inbox.wake()
+
+
 def make_server(
     sockets: PublicSockets,
     supervisor: SupervisorChannel,
@@ -167,6 +174,7 @@ def make_server(
     reception = Reception(sockets.data, framing, sessions, desk, outbox, settings, welcome, access.admits)
     server = Server(sockets, supervisor, framing, inbox, sessions, desk, outbox, monitor, reception, welcome.instance)
     link.when_ready(partial(_tell_ready, inbox, core, server))
+    link.when_noticed(partial(_pass_notice_on, inbox, supervisor, server))
     return server
 
 
@@ -210,6 +218,7 @@ def _welcome(settings: FrontendSettings, core: AttachedCore, sockets: PublicSock
         "classes": True,
         "prefix_cache": launch.prefix_cache,
         "model_defaults": True,
+        "notices": True,
     }
     return Welcome(
         version=MAJOR,

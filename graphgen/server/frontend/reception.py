@@ -110,7 +110,8 @@ class Reception:
             self._make_room(now_s)
         if (why := self._sessions.refusal(received.key, address)) is not None:
             return make_error("overloaded", why, about="hello", retry_after_ms=RETRY_AFTER_MS)
-        session = Session(received.routing_id, secrets.token_hex(16), received.key, now_s, connection)
+        name = secrets.token_hex(16)
+        session = Session(received.routing_id, name, received.key, now_s, connection, hello.notices)
         self._sessions.add(session)
         logger.info("session with %r; there are %d", hello.client, len(self._sessions))
         welcome = msgspec.structs.replace(self._welcome, session=session.name, draining=grace_ms is not None)

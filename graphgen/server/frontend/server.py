@@ -31,6 +31,7 @@ from graphgen.ipc.ggp.messages import (
     Generate,
     HealthRequest,
     Hello,
+    Notice,
     Ping,
     Pong,
     ServerMessage,
@@ -194,10 +195,12 @@ class Server:
                 for session in self._sessions.all():
                     self._outbox.post(session, Draining(grace_ms=round(order.grace_s * 1000)))
             case EngineLost(restarts=True):
+                self.notify(f"{order.message}; it is started again, and open requests ended with engine_lost")
                 logger.error("%s; %d requests were open", order.message, self._desk.num_open)
                 self._monitor.engine_is_lost = True
                 self._desk.lose_engine(make_error("engine_lost", order.message, retry_after_ms=RESTART_MS))
             case EngineLost():
+                self.notify(f"{order.message}; the server ends")
                 self._monitor.draining = True
                 self._ending = _Ending(now_s, make_error("engine_lost", order.message))
 
@@ -205,6 +208,13 @@ class Server:
         """An engine has taken the place of the one that ended. On the loop."""
         self._monitor.engine_is_lost = False
         self._supervisor.send(ready)
+        self.notify("the engine serves again")
+
+    def notify(self, text: str) -> None:
+        """Tells the sessions that asked for it. On the loop."""
+        for session in self._sessions.all():
+            if session.wants_notices:
+                self._outbox.post(session, Notice(text=text))
 
     # --- messages in -------------------------------------------------------------------------------------------
 

@@ -18,9 +18,16 @@ class Session:
     """One data connection after its hello."""
 
     def __init__(
-        self, routing_id: bytes, name: str, key: str, now_s: float, connection: Connection | None = None
+        self,
+        routing_id: bytes,
+        name: str,
+        key: str,
+        now_s: float,
+        connection: Connection | None = None,
+        wants_notices: bool = False,
     ) -> None:
         """key: the CURVE key that its connection authenticated with; "" without keys."""
+        self.wants_notices = wants_notices
         self.routing_id = routing_id
         self.connection = connection
         self.name = name  # secret: who knows it may cancel its requests

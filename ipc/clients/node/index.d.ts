@@ -13,6 +13,8 @@ export interface ClientOptions {
   lostAfterMs?: number;
   /** The server is about to end; open requests go on for so long. */
   onDraining?: (graceMs: number) => void;
+  /** Is told, in a line for people, when the server's worker or engine is lost and when it serves again. */
+  onNotice?: (text: string) => void;
 }
 
 export interface ChatMessage {
@@ -159,6 +161,11 @@ export interface Stats {
   messagesRefused: number;
   frontendCpuS: number;
   frontendRssBytes: number;
+  workerRestarts: number;
+  /** Why the last worker was lost; empty: none was. */
+  workerLoss: string;
+  poisoned: number;
+  numericalErrors: number;
 }
 
 export interface Health {

@@ -38,6 +38,9 @@ struct ClientOptions {
   std::chrono::milliseconds lost_after{10'000};
   /// The server is about to end; open requests go on for so long. Called by the client's own thread: do not block it.
   std::function<void(std::chrono::milliseconds)> on_draining;
+  /// Is told, in a line for people, when the server's worker or engine is lost and when it serves again. Called by the
+  /// client's own thread: do not block it.
+  std::function<void(const std::string&)> on_notice;
 };
 
 /// The output of one request. Its destructor cancels what has not ended.

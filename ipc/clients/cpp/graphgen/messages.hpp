@@ -125,6 +125,7 @@ struct Welcome {
 struct Stats {
   std::map<std::string, std::uint64_t> counts;
   std::map<std::string, double> times;
+  std::string worker_loss;  ///< Why the last worker was lost; empty: none was.
 };
 
 struct Health {

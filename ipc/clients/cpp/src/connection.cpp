@@ -117,7 +117,7 @@ void Connection::connect() {
     socket_.set(zmq::sockopt::curve_secretkey, curve->secret_key);
   }
   socket_.connect(address_);
-  outbox_.push_back(wire::encode(wire::Hello{{1, 1}, client_name}));
+  outbox_.push_back(wire::encode(wire::Hello{{1, 1}, client_name, static_cast<bool>(options_.on_notice)}));
 }
 
 void Connection::loop() {
@@ -186,6 +186,8 @@ void Connection::take(wire::ServerMessage message) {
           check_instance(each.instance);
         } else if constexpr (std::is_same_v<Message, wire::Draining>) {
           if (options_.on_draining) options_.on_draining(milliseconds(each.grace_ms));
+        } else if constexpr (std::is_same_v<Message, wire::Notice>) {
+          if (options_.on_notice) options_.on_notice(each.text);
         } else {
           constexpr bool is_stats = std::is_same_v<Message, Stats>;
           const std::lock_guard lock(mutex_);

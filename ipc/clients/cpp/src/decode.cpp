@@ -115,6 +115,12 @@ Draining read_draining(const Map& map) {
   return message;
 }
 
+Notice read_notice(const Map& map) {
+  Notice message;
+  map.required("text", message.text);
+  return message;
+}
+
 Stats read_stats(const Map& map) {
   Stats message;
   for (const char* name : {"sessions", "open_requests", "held_requests", "running", "waiting", "pages_free",
@@ -125,6 +131,10 @@ Stats read_stats(const Map& map) {
   for (const char* name : {"step_ms_p50", "step_ms_p95", "step_ms_p99", "step_ms_max", "frontend_cpu_s"}) {
     map.required(name, message.times[name]);
   }
+  for (const char* name : {"worker_restarts", "poisoned", "numerical_errors"}) {
+    map.optional(name, message.counts[name]);
+  }
+  map.optional("worker_loss", message.worker_loss);
   return message;
 }
 
@@ -160,6 +170,7 @@ Reader reader_of(char kind) {
     case 'F': return as_message<Done, read_done>;
     case 'E': return as_message<ErrorMessage, read_error>;
     case 'N': return as_message<Draining, read_draining>;
+    case 'I': return as_message<Notice, read_notice>;
     case 'T': return as_message<Stats, read_stats>;
     case 'M': return as_message<Health, read_health>;
     case 'P': return as_message<Ping, read_beat<Ping>>;

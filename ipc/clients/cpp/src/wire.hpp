@@ -19,6 +19,7 @@ namespace graphgen::wire {
 struct Hello {
   std::array<std::uint64_t, 2> versions = {1, 1};
   std::string client;
+  bool notices = false;
 };
 struct Cancel {
   std::uint64_t id = 0;
@@ -68,9 +69,12 @@ struct ErrorMessage {
 struct Draining {
   std::uint64_t grace_ms = 0;
 };
+struct Notice {
+  std::string text;
+};
 
 using ServerMessage =
-    std::variant<Welcome, Accepted, Delta, Done, ErrorMessage, Draining, Stats, Health, Ping, Pong>;
+    std::variant<Welcome, Accepted, Delta, Done, ErrorMessage, Draining, Notice, Stats, Health, Ping, Pong>;
 
 /// Header and map.
 using Frames = std::array<std::string, 2>;

@@ -4,7 +4,10 @@
 #include <fstream>
 #include <future>
 #include <iostream>
+#include <mutex>
+#include <string>
 #include <thread>
+#include <vector>
 
 #include "graphgen/client.hpp"
 #include "json.hpp"
@@ -80,12 +83,30 @@ json drain(Client& client, const json& step, std::future<void> drained) {
   return {{"refused", refused}, {"rest", rest}};
 }
 
-json play(Client& client, const json& step, std::promise<void>& draining) {
+/// What the client's thread was told.
+class Notices {
+ public:
+  void add(const std::string& text) {
+    const std::lock_guard lock(mutex_);
+    texts_.push_back(text);
+  }
+  std::vector<std::string> list() {
+    const std::lock_guard lock(mutex_);
+    return texts_;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::string> texts_;
+};
+
+json play(Client& client, const json& step, std::promise<void>& draining, Notices& said) {
   const std::string what = step.at("do");
   try {
     if (what == "streams") return streams(client, step);
     if (what == "cancel") return cancel(client, step);
     if (what == "drain") return drain(client, step, draining.get_future());
+    if (what == "notices") return {{"notices", said.list()}};
     if (what == "stats") return {{"open_requests", client.stats().counts.at("open_requests")}};
     if (what == "health") return {{"ready", client.health().ready}};
     std::this_thread::sleep_for(std::chrono::milliseconds(step.at("ms")));
@@ -120,6 +141,8 @@ int main(int argc, char** argv) {
   std::promise<void> draining;
   graphgen::ClientOptions options = options_of(plan);
   options.on_draining = [&](std::chrono::milliseconds) { draining.set_value(); };
+  Notices said;
+  options.on_notice = [&](const std::string& text) { said.add(text); };
   Client client(plan.at("address"), options);
-  for (const json& step : plan.at("steps")) std::cout << play(client, step, draining).dump() << std::endl;
+  for (const json& step : plan.at("steps")) std::cout << play(client, step, draining, said).dump() << std::endl;
 }

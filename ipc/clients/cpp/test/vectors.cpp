@@ -90,9 +90,11 @@ struct ToJson {
             {"id", or_null(m.id)}, {"about", m.about},  {"versions", or_null(m.versions)}};
   }
   json operator()(const wire::Draining& m) const { return {{"grace_ms", m.grace_ms}}; }
+  json operator()(const wire::Notice& m) const { return {{"text", m.text}}; }
   json operator()(const graphgen::Stats& m) const {
     json all = m.counts;
     all.update(json(m.times));
+    all["worker_loss"] = m.worker_loss;
     return all;
   }
   json operator()(const graphgen::Health& m) const {
@@ -140,7 +142,7 @@ wire::Frames encoded(const std::string& kind, const json& value) {
   if (kind == "hello") {
     wire::Hello hello;
     if (value.contains("versions")) hello.versions = value["versions"];
-    return wire::encode(wire::Hello{hello.versions, value.value("client", "")});
+    return wire::encode(wire::Hello{hello.versions, value.value("client", ""), value.value("notices", false)});
   }
   if (kind == "generate") return wire::encode(value.at("id"), request_of(value));
   if (kind == "cancel") return wire::encode(wire::Cancel{value.at("id"), value.value("session", "")});

@@ -29,6 +29,7 @@ export class Connection {
   #lastTickMs = 0;
   #lostAfterMs;
   #onDraining;
+  #onNotice;
   #welcomed = Promise.withResolvers?.() ?? withResolvers();
 
   /** The server's `welcome`, once `ready` is resolved. */
@@ -41,9 +42,10 @@ export class Connection {
    * @param {import("../index.js").ClientOptions} options
    */
   constructor(address, options) {
-    const { curve, connectTimeoutMs = 10_000, lostAfterMs = 10_000, onDraining } = options;
+    const { curve, connectTimeoutMs = 10_000, lostAfterMs = 10_000, onDraining, onNotice } = options;
     this.#lostAfterMs = lostAfterMs;
     this.#onDraining = onDraining;
+    this.#onNotice = onNotice;
     this.#socket = new Dealer({
       linger: LINGER_MS,
       sendHighWaterMark: 0, // the server's limits bound what is open; waiting here would hold up cancels
@@ -63,7 +65,7 @@ export class Connection {
     this.ready = this.#welcomed.promise.finally(() => clearTimeout(giveUp));
     this.ready.catch(() => {}); // whoever awaits it is told
     this.#receive();
-    this.#send("hello", { versions: [MAJOR, MAJOR], client: NAME });
+    this.#send("hello", { versions: [MAJOR, MAJOR], client: NAME, notices: onNotice ? true : undefined });
   }
 
   /**
@@ -157,6 +159,9 @@ export class Connection {
         break;
       case "draining":
         this.#onDraining?.(fields.grace_ms);
+        break;
+      case "notice":
+        this.#onNotice?.(fields.text);
         break;
       default: // stats, health
         this.#asked[kind].shift()?.resolve(fields);

@@ -153,6 +153,7 @@ const SERVER_KINDS = {
     },
   ],
   N: ["draining", { grace_ms: int }],
+  I: ["notice", { text: str }],
   T: [
     "stats",
     {
@@ -175,6 +176,10 @@ const SERVER_KINDS = {
       messages_refused: int,
       frontend_cpu_s: float,
       frontend_rss_bytes: int,
+      worker_restarts: optional(int, 0),
+      worker_loss: optional(str, ""),
+      poisoned: optional(int, 0),
+      numerical_errors: optional(int, 0),
     },
   ],
   M: ["health", { status: str, ready: bool, worker_ms: float }],

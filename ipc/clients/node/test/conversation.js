@@ -9,11 +9,13 @@ import { optionsOf } from "./requests.js";
 
 const plan = JSON.parse(readFileSync(process.argv[2], "utf8"));
 let draining = () => {};
+const notices = [];
 const client = new Client(plan.address, {
   curve: plan.curve,
   lostAfterMs: plan.lost_after_ms,
   connectTimeoutMs: plan.connect_timeout_ms,
   onDraining: () => draining(),
+  onNotice: (text) => notices.push(text),
 });
 
 function told(error) {
@@ -54,6 +56,10 @@ const STEPS = {
     const rest = await read(stream);
     rest.outputs[0].text = first.value.text + rest.outputs[0].text;
     return { refused, rest };
+  },
+
+  async notices() {
+    return { notices };
   },
 
   async stats() {
