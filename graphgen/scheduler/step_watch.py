@@ -1,7 +1,7 @@
 """Whether the oldest step in flight takes too long: a worker that hangs answers nothing and does not end.
 
 Owns a clock of the time in which this process ran, and a limit for each step. Pure: told the time, never reads it.
-Called by `graphgen.scheduler.process`.
+Called by `graphgen.scheduler.loop`.
 
 A step may take LATE_FACTOR times its prediction, and never less than LATE_S, before its stacks are asked for, and
 HUNG_S more before its group is ended. A step of a bucket that nobody has timed, as many are on a CPU, is predicted by

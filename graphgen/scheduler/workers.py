@@ -1,7 +1,7 @@
 """The worker group of an engine, and the ones that replace it.
 
 Owns the channels to the ranks, one folder of sockets for each epoch, and the way from a dead group to the next one:
-kill what is left, wait until it is gone, start again. Knows no request: `graphgen.scheduler.process` is told what
+kill what is left, wait until it is gone, start again. Knows no request: `graphgen.scheduler.loop` is told what
 arrives and that a group is lost, and tells the policy.
 """
 

@@ -22,8 +22,8 @@ from graphgen.ipc.messages import (
     WorkerCounters,
 )
 from graphgen.scheduler.limits import SchedulerLimits
+from graphgen.scheduler.loop import SchedulerLoop
 from graphgen.scheduler.policy import Scheduler
-from graphgen.scheduler.process import SchedulerLoop
 from graphgen.scheduler.step_log import StepLog
 from graphgen.scheduler.warm_up import MAX_TOKENS, PROMPT_LEN, SAMPLERS, warm_up
 from graphgen.scheduler.workers import Workers

@@ -1,0 +1,292 @@
+"""The scheduler's loop: it feeds the pure policy with messages, time and step results.
+
+Owns the clock and which steps are in flight; its worker group is `graphgen.scheduler.workers`'. A result is answered
+with the next plan before anything else is done with it, so that the worker always has a step to launch; the outputs go
+to the Engine after that, and what can wait is done last.
+
+A worker group that dies, hangs or sends what cannot be is replaced, and every request goes on where it was: the policy
+keeps them all. Made and run by `graphgen.scheduler.process`.
+"""
+
+import gc
+import logging
+import math
+import time
+from collections.abc import Sequence
+
+import msgspec
+import zmq
+
+from graphgen.ipc.channel import Channel
+from graphgen.ipc.codec import unpack_int32
+from graphgen.ipc.errors import DeadlineError, InvalidRequestError, OverloadedError
+from graphgen.ipc.messages import (
+    Attach,
+    Cancel,
+    EngineStats,
+    EngineToScheduler,
+    Failed,
+    Notice,
+    Outputs,
+    Probe,
+    Progress,
+    Ready,
+    Rejected,
+    SchedulerToEngine,
+    Shutdown,
+    StatsRequest,
+    StepResult,
+    Submit,
+    WorkerCounters,
+    WorkerReady,
+    WorkerToScheduler,
+)
+from graphgen.scheduler.cost_model import CostModel
+from graphgen.scheduler.policy import Scheduler
+from graphgen.scheduler.step_log import StepLog
+from graphgen.scheduler.step_times import StepTimes
+from graphgen.scheduler.step_watch import LOOK_S, StepWatch, Verdict
+from graphgen.scheduler.workers import LAST_RESULTS_S, Loss, State, Workers
+
+logger = logging.getLogger("graphgen.scheduler")
+
+ENDING_LOOK_S = 0.05
+"""How often to look whether a killed worker is gone; its end is also a reason to wake."""
+
+EngineChannel = Channel[SchedulerToEngine, EngineToScheduler]
+
+
+def _difference(one: WorkerCounters, other: WorkerCounters) -> WorkerCounters:
+    names = WorkerCounters.__struct_fields__
+    return WorkerCounters(**{name: getattr(one, name) - getattr(other, name) for name in names})
+
+
+class SchedulerLoop:
+    """Messages in, plans and outputs out, for as long as the engine lives."""
+
+    def __init__(
+        self,
+        policy: Scheduler,
+        engine: EngineChannel,
+        workers: Workers,
+        step_log: StepLog,
+        ready: Ready,
+        before_requests: WorkerCounters,
+    ) -> None:
+        """ready: what the first worker group said; the ones after it have as many pages. before_requests: what it had
+        counted when the first request could come."""
+        self._policy = policy
+        self._before_requests = before_requests
+        self._ready = ready
+        self._engine = engine
+        self._workers = workers
+        self._step_log = step_log
+        self._step_times = StepTimes()
+        self._watch = StepWatch(time.monotonic(), steps_compile=ready.worker.compiled and not ready.worker.graphs)
+        self._shows_stacks = False  # the worker was asked for them
+        self._counters = before_requests
+        self._probes: list[Probe] = []  # on their way to the device
+        self._lost_s: float | None = None  # when the group that is being replaced was lost
+        self._last_loss = ""
+        self._last_pause_s = 0.0
+        self._running = True
+
+    def run(self) -> None:
+        """Says Ready when nothing is left to do that the first request would wait for."""
+        # Requests and messages make no cycles, so collections find nothing; a full one would hold up a plan.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(100_000, 50, 100)
+        poller = self._make_poller()
+        self._engine.send(self._ready)
+        while self._running:
+            poller.poll(self._patience_ms())
+            answers = self._hear_workers()
+            for engine_message in self._engine.drain():
+                self._take_from_engine(engine_message)
+            expired = self._policy.expire(time.monotonic())
+            self._send_plans()
+            for answer in (*answers, *expired):
+                self._engine.send(answer)
+            self._policy.prepare()
+            if self._workers.state is not State.SERVING and self._follow_workers():
+                poller = self._make_poller()
+
+    def _make_poller(self) -> zmq.Poller:
+        """Wakes for the Engine's messages and for whatever happens to the worker group of this moment."""
+        poller = zmq.Poller()
+        poller.register(self._engine.receiver, zmq.POLLIN)
+        self._workers.register(poller)
+        return poller
+
+    def _patience_ms(self) -> int | None:
+        """How long nothing may arrive before there is something to look at; None: for ever."""
+        times_s = [] if self._policy.next_deadline_s is None else [self._policy.next_deadline_s - time.monotonic()]
+        if len(self._watch):
+            times_s.append(LOOK_S)
+        if self._workers.state is State.ENDING:
+            times_s.append(ENDING_LOOK_S)
+        return max(0, math.ceil(min(times_s) * 1000.0)) if times_s else None
+
+    def _send_plans(self) -> None:
+        """Keeps as many steps in flight as the policy allows."""
+        while self._running and (plan := self._policy.schedule(time.monotonic())) is not None:
+            self._workers.send(plan)
+            self._watch.sent(self._policy.predict_ms(plan.step_id), plan.num_tokens)
+
+    # --- the worker group ------------------------------------------------------------------------------------
+
+    def _hear_workers(self) -> list[Outputs | Rejected]:
+        """What has arrived of the group, and the end of it if it has ended or cannot go on."""
+        loss = self._workers.find_loss()
+        answers: list[Outputs | Rejected] = []
+        try:
+            for message in self._workers.receive(0.0 if loss is None else LAST_RESULTS_S):
+                if isinstance(message, Failed):
+                    said = f"{message.message}\n{self._last_words()}"
+                    loss = Loss(f"the worker failed with {message.error}", said, message)
+                elif self._workers.state is State.SERVING:
+                    answers += self._take_from_worker(message)
+        except (msgspec.MsgspecError, ValueError, KeyError) as error:
+            loss = Loss(f"the worker sent what cannot be ({error})", self._last_words())
+        loss = loss or self._find_hang()
+        if loss is not None:
+            answers += self._lose(loss)
+        return answers
+
+    def _find_hang(self) -> Loss | None:
+        verdict = self._watch.look(time.monotonic())
+        if verdict is Verdict.FINE:
+            self._shows_stacks = False
+            return None
+        if verdict is Verdict.LATE:
+            if not self._shows_stacks:
+                logger.warning("a step takes far longer than it should: the worker's stacks are in its output")
+                self._workers.processes.show_stacks()
+                self._shows_stacks = True
+            return None
+        return Loss("the worker hung: a step did not end", self._last_words())
+
+    def _last_words(self) -> str:
+        return self._workers.processes.log_tail(self._workers.processes.names[0])
+
+    def _lose(self, loss: Loss) -> list[Outputs | Rejected]:
+        """The group is gone or has to go. Every request waits for the next one; who fails of it is returned."""
+        if self._workers.state is State.SERVING:
+            self._lost_s = time.monotonic()
+        poisoned = self._policy.worker_lost()
+        self._watch.forget()
+        self._before_requests = _difference(self._before_requests, self._counters)  # the next one counts from 0
+        self._counters = WorkerCounters()
+        self._last_loss = loss.reason
+        notice = f"{loss.reason}; {self._policy.waiting} requests wait for the worker that replaces it"
+        logger.warning("%s. Its last words:\n%s", notice, loss.last_words)
+        self._engine.send(Notice(notice))
+        self._workers.replace(loss, self._ready.worker)
+        return [self._policy.fail_poisoned(request, loss.last_words) for request in poisoned]
+
+    def _follow_workers(self) -> bool:
+        """The way from a dead group to one that serves; whether there are other processes to watch than before."""
+        if self._workers.advance():
+            return True
+        ready = self._workers.take_ready()
+        if ready is not None:
+            self._renew(ready)
+        return False
+
+    def _renew(self, ready: WorkerReady) -> None:
+        """The requests go on with the new group."""
+        self._policy.renew(CostModel(ready.step_times))
+        assert self._lost_s is not None, "a group that replaces another"
+        self._last_pause_s = time.monotonic() - self._lost_s
+        notice = f"a new worker serves after {self._last_pause_s:.1f} s; {self._policy.waiting} requests go on"
+        logger.warning("%s", notice)
+        self._engine.send(Notice(notice))
+        for probe in self._probes:
+            self._workers.send(probe)
+        self._send_plans()
+
+    def _take_from_worker(self, message: WorkerToScheduler) -> Sequence[Outputs | Rejected]:
+        """What a step gave to its requests."""
+        match message:
+            case StepResult() as result:
+                return self._take_result(result)
+            case Probe() as probe:
+                self._probes.remove(probe)
+                self._engine.send(probe)
+                return ()
+            case Failed() | Progress() | WorkerReady():
+                return ()
+
+    def _take_result(self, result: StepResult) -> Sequence[Outputs | Rejected]:
+        if self._step_log.is_open:
+            self._step_log.write(self._policy.describe_step(result.step_id), result)
+        self._step_times.add(result.started_s, result.finished_s)
+        milliseconds = (result.finished_s - result.started_s) * 1000.0
+        self._policy.step_took(result.step_id, milliseconds)
+        self._counters = result.counters
+        self._watch.answered(milliseconds)
+        self._workers.step_succeeded()
+        failed = self._policy.fail_draws(result.step_id, result.failed_draws) if result.failed_draws else []
+        outputs = self._policy.update(result.step_id, unpack_int32(result.token_ids))
+        return [outputs, *failed] if outputs else failed
+
+    def _take_from_engine(self, message: EngineToScheduler) -> None:
+        match message:
+            case Submit() as submit:
+                try:
+                    self._policy.add(submit)
+                except OverloadedError as error:
+                    self._engine.send(
+                        Rejected(submit.request_id, "OverloadedError", error.message, error.retry_after_s)
+                    )
+                except DeadlineError as error:
+                    self._engine.send(Rejected(submit.request_id, "DeadlineError", str(error)))
+                except InvalidRequestError as error:
+                    self._engine.send(Rejected(submit.request_id, "InvalidRequestError", str(error)))
+            case Cancel() as cancel:
+                self._policy.cancel(cancel.request_id)
+            case StatsRequest():
+                self._step_log.flush()
+                self._engine.send(self._stats())
+            case Probe() as probe:
+                self._probes.append(probe)
+                if self._workers.state is State.SERVING:
+                    self._workers.send(probe)
+            case Attach():
+                for request_id in self._policy.request_ids:
+                    self._policy.cancel(request_id)
+                self._engine.send(self._ready)
+            case Shutdown():
+                self._running = False
+
+    def _stats(self) -> EngineStats:
+        policy, counters, before = self._policy, self._policy.counters, self._before_requests
+        p50, p95, p99, most = self._step_times.summary_ms()
+        return EngineStats(
+            running=policy.running,
+            waiting=policy.waiting,
+            pages_free=policy.pages_free,
+            pages_total=policy.pages_total,
+            steps=counters.steps,
+            graph_replays=self._counters.graph_replays - before.graph_replays,
+            eager_steps=self._counters.eager_steps - before.eager_steps,
+            recompilations=self._counters.recompilations - before.recompilations,
+            padding_share=counters.padding_rows / counters.total_rows if counters.total_rows else 0.0,
+            preemptions=counters.preemptions,
+            finished=counters.finished,
+            step_ms_p50=p50,
+            step_ms_p95=p95,
+            step_ms_p99=p99,
+            step_ms_max=most,
+            pages_cached=policy.pages_cached,
+            prefix_queries=counters.prefix_queries,
+            prefix_hits=counters.prefix_hits,
+            refused=counters.refused,
+            deadline_misses=counters.deadline_misses,
+            numerical_errors=counters.numerical_errors,
+            worker_restarts=self._workers.num_restarts,
+            worker_loss=self._last_loss,
+            worker_pause_s=self._last_pause_s,
+            poisoned=counters.poisoned,
+        )
