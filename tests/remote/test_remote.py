@@ -1,5 +1,6 @@
 """The Python client: what it does when the server is another, is silent, or says what it should not."""
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,10 @@ from graphgen.ipc.ggp.messages import (
     Delta,
     Done,
     Generate,
+    Health,
+    HealthRequest,
     Hello,
+    Notice,
     Ping,
     Pong,
     ServerLimits,
@@ -116,6 +120,22 @@ def client(server: FakeServer) -> Iterator[Client]:
         client = made.result(5)
     yield client
     client.close()
+
+
+def test_a_client_asks_for_notices_and_logs_them(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
+    with ThreadPoolExecutor(1) as pool, caplog.at_level(logging.INFO, logger="graphgen"):
+        made = pool.submit(Client, server.address)
+        hello = server.expect(Hello)
+        assert isinstance(hello, Hello)
+        assert hello.notices
+        server.send(WELCOME)
+        with made.result(5) as client:
+            server.send(Notice(text="the engine serves again"))
+            answer = pool.submit(client.health)
+            server.expect(HealthRequest)
+            server.send(Health(status="ok", ready=True, worker_ms=1.0))
+            assert answer.result(5).ready
+    assert f"{server.address}: the engine serves again" in caplog.messages
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "ipc:///tmp/no-server-is-here"])
