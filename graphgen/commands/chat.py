@@ -120,8 +120,8 @@ def check_chat(tokenizer: Tokenizer) -> None:
     template = tokenizer.chat_template
     if template is None:
         raise InvalidRequestError(
-            "the model has no chat template: name a chat model with --model or a template with --chat-template, or"
-            " have it go on with a text by `graphgen generate`"
+            "the model has no chat template: name a chat model with --model (a first argument is what you say to it)"
+            " or a template with --chat-template, or have it go on with a text by `graphgen generate`"
         )
     if template.fault:
         raise InvalidRequestError(template.fault)

@@ -67,7 +67,7 @@ def allow(
     keys: KeysFolder = None,
 ) -> None:
     """Let a client in by its public key; a running server needs no restart. Remove the file to shut it out: its
-    sessions end as well, within a second."""
+    sessions end as well, within two seconds."""
     _say(str(_open(keys).allow(name, public_key, max_priority)))
 
 

@@ -1,5 +1,6 @@
 """Where a server is and how to prove who one is: what a client is made of."""
 
+import struct
 import time
 from pathlib import Path
 from typing import ClassVar, TypedDict
@@ -7,6 +8,7 @@ from typing import ClassVar, TypedDict
 import zmq
 import zmq.auth
 from msgspec import Struct
+from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
 from graphgen.base.addresses import check_address
@@ -14,6 +16,7 @@ from graphgen.base.keywords import KnownKeywords, type_problem
 from graphgen.ipc.errors import ConfigError, ConnectionLostError, GraphgenError
 
 MAX_TIMEOUT_S = 86_400.0
+KEY_BYTES = 32
 REFUSED_S = 0.5
 """How long a server may refuse connections before there is none: one that is started again is back by then."""
 
@@ -57,10 +60,8 @@ class ServerAddress(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords):
             socket.set_hwm(0)  # what is sent is bounded by the server's limits
             socket.set(zmq.LINGER, 0)
             if self.server_key is not None and self.key_file is not None:
-                public, secret = zmq.auth.load_certificate(Path(self.key_file).expanduser())
-                if secret is None:
-                    raise ConfigError(f"{self.key_file} holds no secret key: give the file NAME.key_secret")
-                socket.set(zmq.CURVE_SERVERKEY, self.server_key.encode())
+                public, secret = _read_keys(self.key_file)
+                socket.set(zmq.CURVE_SERVERKEY, _check_key(self.server_key))
                 socket.set(zmq.CURVE_PUBLICKEY, public)
                 socket.set(zmq.CURVE_SECRETKEY, secret)
             with socket.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_CONNECT_RETRIED) as monitor:
@@ -72,7 +73,7 @@ class ServerAddress(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords):
             raise
         except (zmq.ZMQError, OSError, ValueError) as error:
             socket.close()
-            raise ConfigError(f"cannot connect to {self.address!r} with these keys: {error}") from None
+            raise ConfigError(f"cannot connect to {self.address!r}: {error}") from None
         return socket
 
     def _wait_connected(self, monitor: "zmq.Socket[bytes]") -> None:
@@ -92,3 +93,27 @@ class ServerAddress(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords):
                 f"nothing listens at {self.address}: start a server there with `graphgen serve`, or give the address of"
                 " one that runs"
             )
+
+
+def _check_key(server_key: str) -> bytes:
+    try:
+        if len(z85.decode(server_key)) == KEY_BYTES:
+            return server_key.encode()
+    except (ValueError, KeyError, struct.error):
+        pass
+    raise ConfigError(f"server_key is {server_key!r}: give the 40 characters of public-key in the server's server.key")
+
+
+def _read_keys(key_file: str | Path) -> tuple[bytes, bytes]:
+    """(public, secret) of a client's own file."""
+    path = Path(key_file).expanduser()
+    try:
+        public, secret = zmq.auth.load_certificate(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"key_file {str(path)!r} cannot be read ({error}): give the file NAME.key_secret that"
+            " `graphgen keys new NAME` made"
+        ) from None
+    if secret is None:
+        raise ConfigError(f"{path} holds no secret key: give the file NAME.key_secret")
+    return public, secret

@@ -72,6 +72,26 @@ def test_the_python_client_with_keys(make_frontend: MakeFrontend, keys: Keys) ->
         Client(address, server_key=server_key)
 
 
+@pytest.mark.parametrize("server_key", ["", "short", "x" * 39, "x" * 45, " " * 40, "ä" * 40], ids=repr)
+def test_a_client_is_told_what_is_wrong_with_the_servers_key(server_key: str, keys: Keys) -> None:
+    secret, _ = keys.make("alice")
+    with pytest.raises(ConfigError, match=f"server_key is '{server_key}': give the 40 characters"):
+        Client("tcp://127.0.0.1:9", server_key=server_key, key_file=secret)
+
+
+def test_a_client_is_told_what_is_wrong_with_its_own_key(keys: Keys, tmp_path: Path) -> None:
+    _, public = keys.make("alice")
+    (tmp_path / "empty").write_text("")
+    for file, message in (
+        (tmp_path / "nowhere", "nowhere' cannot be read .* give the file NAME.key_secret"),
+        (tmp_path, "cannot be read .* give the file NAME.key_secret"),
+        (tmp_path / "empty", "empty' cannot be read .* give the file NAME.key_secret"),
+        (keys.clients / "alice.key", "holds no secret key: give the file NAME.key_secret"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Client("tcp://127.0.0.1:9", server_key=public, key_file=file)
+
+
 def open_session(frontend: Frontend, keys: Keys, name: str) -> RawClient:
     secret = keys.clients / f"{name}.key_secret"
     if not secret.exists():
