@@ -34,7 +34,11 @@ SETTLE_S = 300.0
 PAUSES = 10
 DEATHS_AT = (0.1, 0.2)
 """When the worker is killed, as shares of the time."""
-SAMPLE_S = 1.0
+MIN_SAMPLE_S = 0.5
+NUM_SAMPLES = 400
+"""Of each process at most, so that they are no part of the growth."""
+SETTINGS = ("--cpu-threads", "1", "--num-pages", "400")
+"""So few pages that all have been written to, and all are in the prefix cache, when a process has settled."""
 OBJECTS_S = 5.0
 """For steps in flight, and whoever held an object for a moment, to end."""
 HELD = 4
@@ -261,7 +265,7 @@ def run(total_s: float, seed: int = 0, num_pauses: int = PAUSES) -> list[str]:
         traps_folder.mkdir()
         with (
             Traps(traps_folder).in_environment(),
-            serving(folder, "--cpu-threads", "1", python_path=str(HOOK)) as server,
+            serving(folder, *SETTINGS, python_path=str(HOOK)) as server,
         ):
             with Client(server.address) as client:
                 memory, load, begun_s = Memory(), Load(client, seed), time.monotonic()
@@ -273,7 +277,7 @@ def run(total_s: float, seed: int = 0, num_pauses: int = PAUSES) -> list[str]:
                             os.kill(server.pid_of(MODULES["worker"]), signal.SIGKILL)
                             num_deaths += 1
                         memory.look(server, seconds)
-                        time.sleep(SAMPLE_S)
+                        time.sleep(max(MIN_SAMPLE_S, total_s / NUM_SAMPLES))
                     load.pause()
                     check_pause(server, client, traps_folder)
                 load.end()
