@@ -81,7 +81,7 @@ ENDS: list[Callable[[Harness, int], None]] = [
 
 
 @pytest.mark.parametrize("end", ENDS, ids=lambda end: str(end.__name__))
-def test_no_request_is_kept_in_an_idle_engine(end: Callable[[Harness, int], None]) -> None:
+def test_ended_requests_are_not_kept_in_an_idle_engine(end: Callable[[Harness, int], None]) -> None:
     before = num_kept()
     harness = Harness(make_limits())
     for request_id in range(NUM_REQUESTS):
@@ -107,7 +107,7 @@ def footprint(scheduler: Scheduler) -> int:
     return num_bytes
 
 
-def test_no_container_of_the_scheduler_grows_with_the_requests_it_has_served() -> None:
+def test_no_container_of_the_scheduler_grows_with_ended_requests() -> None:
     harness = Harness(make_limits())
     sizes = []
     for rounds in range(3):
