@@ -35,6 +35,21 @@ from tests.frontend.conftest import MakeFrontend
 from tests.frontend.harness import Frontend, open_request, wait_until
 
 
+def test_who_comes_when_another_has_left_finds_room(make_frontend: MakeFrontend) -> None:
+    """Also soon after it was refused, and before the server has looked after its sessions."""
+    frontend = make_frontend(max_sessions=1)
+    first, second = frontend.welcome(), frontend.connect()
+    second.send(Hello())
+    assert second.expect(Error).code == "overloaded"
+    go_on = frontend.hold()
+    first.close()
+    assert wait_until(lambda: len(frontend.gate) == 1)
+    second.send(Hello())
+    time.sleep(0.02)  # until it is there
+    go_on.set()
+    second.expect(Welcome)
+
+
 def test_requests_of_a_closed_connection_are_cancelled(frontend: Frontend) -> None:
     client = frontend.welcome()
     request_id = open_request(frontend, client)

@@ -157,8 +157,12 @@ class Reception:
             self._outbox.post(session, Ping(instance=self._welcome.instance))
 
     def _make_room(self, now_s: float) -> None:
-        """Before a session is refused, those are ended whose connections are gone. One without requests is not asked
-        before that: it owes nobody anything, and pings would fill the queue of a client that does not read."""
+        """Before a session is refused, those are ended whose connections are gone: first those that are known to be,
+        then, now and then, all are asked. One without requests is not asked before that: it owes nobody anything, and
+        pings would fill the queue of a client that does not read."""
+        for session in self._sessions.all():
+            if session.is_gone:
+                self.end(session)
         if now_s - self._swept_s < SWEEP_S:
             return
         self._swept_s = now_s
