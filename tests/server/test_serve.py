@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import random
 import re
@@ -345,6 +346,23 @@ def test_a_dead_engine_is_started_again_and_its_requests_get_an_error_that_says_
         assert not Path(f"/proc/{worker}").exists()
         assert "the scheduler process was killed by SIGKILL" in server.output
         assert "the engine serves again" in server.output
+        assert server.end() == 0
+
+
+def test_a_dead_worker_costs_no_token_and_clients_and_operators_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(tmp_path) as server, caplog.at_level(logging.INFO, "graphgen"), Client(server.address) as client:
+        stream = client.stream("ROMEO:", SamplingParams(max_tokens=300, ignore_eos=True))
+        num_tokens = len(next(stream).token_ids)
+        os.kill(server.pid_of("graphgen.worker"), signal.SIGKILL)
+        assert num_tokens + sum(len(piece.token_ids) for piece in stream) == 300
+        stats = client.stats()
+        assert (stats.worker_restarts, stats.poisoned, stats.numerical_errors) == (1, 0, 0)
+        assert stats.worker_loss
+        told = [text.partition(": ")[2] for text in caplog.messages if text.startswith(f"{server.address}: ")]
+        assert [stats.worker_loss in told[0], "a new worker serves" in told[1]] == [True, True]
+        assert all(text in server.output for text in told)
         assert server.end() == 0
 
 
