@@ -79,7 +79,7 @@ def end_its_session(frontend: Frontend, client: RawClient) -> None:
 
 
 @pytest.mark.parametrize("end", [end_with_tokens, cancel_it, be_rejected, be_invalid, end_its_session])
-def test_no_request_is_kept_in_an_idle_frontend(
+def test_ended_requests_are_not_kept_in_an_idle_frontend(
     make_frontend: MakeFrontend, monkeypatch: pytest.MonkeyPatch, end: Callable[[Frontend, RawClient], None]
 ) -> None:
     made = Made(monkeypatch)
