@@ -35,8 +35,8 @@ PAUSES = 10
 DEATHS_AT = (0.1, 0.2)
 """When the worker is killed, as shares of the time."""
 MIN_SAMPLE_S = 0.5
-NUM_SAMPLES = 400
-"""Of each process at most, so that they are no part of the growth."""
+NUM_SAMPLES = 100
+"""Of each process at most: more would be a growth of this program itself."""
 SETTINGS = ("--cpu-threads", "1", "--num-pages", "400")
 """So few pages that all have been written to, and all are in the prefix cache, when a process has settled."""
 OBJECTS_S = 5.0
