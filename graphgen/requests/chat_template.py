@@ -24,6 +24,8 @@ class ChatSource(Struct, frozen=True):
 
     text: str
     origin: str
+    fault: str = ""
+    """Why there is no text: a file that cannot be read, settings that are no template."""
 
 
 class ChatTemplate:
@@ -67,8 +69,10 @@ def _compile(source: ChatSource) -> "tuple[Template | None, str]":
     """(the template, what is wrong with it): one of them is there."""
     from jinja2 import TemplateError, TemplateSyntaxError
 
+    reason = source.fault
     try:
-        return _environment().from_string(source.text), ""
+        if not reason:
+            return _environment().from_string(source.text), ""
     except TemplateSyntaxError as error:
         reason = f"line {error.lineno}: {error.message}"
     except (TemplateError, RecursionError, SyntaxError, ValueError) as error:

@@ -195,20 +195,31 @@ def _own_templates(folder: Path, settings: Settings) -> dict[str, ChatSource]:
     """A model's templates by name. Files go before the settings, as transformers has it."""
     files = {_DEFAULT: folder / _TEMPLATE_FILE}
     files |= {path.stem: path for path in sorted((folder / _TEMPLATE_FOLDER).glob("*.jinja"))}
-    found = {
-        name: ChatSource(_read_text(path), f"{path.relative_to(folder)} in {folder}")
-        for name, path in files.items()
-        if path.exists()
-    }
+    found = {name: _template_in(path, folder) for name, path in files.items() if path.exists()}
     if found:
         return found
-    stated = settings.get("chat_template")
-    if isinstance(stated, str):
-        return {_DEFAULT: ChatSource(stated, f"chat_template of {_CONFIG} in {folder}")}
-    return {
-        one["name"]: ChatSource(one["template"], f"{one['name']!r} of chat_template of {_CONFIG} in {folder}")
-        for one in stated or ()
-    }
+    stated, origin = settings.get("chat_template"), f"chat_template of {_CONFIG} in {folder}"
+    if stated is None or isinstance(stated, str):
+        return {} if stated is None else {_DEFAULT: ChatSource(stated, origin)}
+    try:
+        return {str(one["name"]): ChatSource(_text(one["template"]), f"{one['name']!r} of {origin}") for one in stated}
+    except (TypeError, KeyError):
+        return {_DEFAULT: ChatSource("", origin, "it is no text and no list of templates with name and text")}
+
+
+def _template_in(path: Path, folder: Path) -> ChatSource:
+    """A file of the model's that cannot be read costs chat, as one does that does not parse."""
+    origin = f"{path.relative_to(folder)} in {folder}"
+    try:
+        return ChatSource(_read_text(path), origin)
+    except (OSError, ValueError) as error:
+        return ChatSource("", origin, str(error))
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
 
 
 def _read_text(path: Path) -> str:

@@ -225,7 +225,6 @@ FUTURE = (
         ("tokenizer_config.json", "{"),
         ("tokenizer_config.json", "[]"),
         ("special_tokens_map.json", "nonsense"),
-        ("chat_template.jinja", b"\xff\xfe"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_with_a_remedy(name: str, content: str | bytes, tmp_path: Path) -> None:
@@ -235,6 +234,30 @@ def test_a_file_that_cannot_be_read_is_named_with_a_remedy(name: str, content: s
         load_tokenizer(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "settings", "said"),
+    [
+        ({"chat_template.jinja": b"\xff\xfe"}, {}, r"chat_template\.jinja in .* no UTF-8"),
+        ({"additional_chat_templates/default.jinja": b"\xff"}, {}, r"default\.jinja in .* no UTF-8"),
+        ({}, {"chat_template": [{"name": "default"}]}, r"tokenizer_config\.json.*no list of templates"),
+        ({}, {"chat_template": ["default"]}, r"tokenizer_config\.json.*no list of templates"),
+        ({}, {"chat_template": 7}, r"tokenizer_config\.json.*no list of templates"),
+        ({}, {"chat_template": [{"name": "default", "template": 7}]}, r"tokenizer_config\.json.*no list of templates"),
+    ],
+)
+def test_a_template_that_cannot_be_read_costs_chat_alone(
+    files: dict[str, bytes], settings: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    folder = write_folder(tmp_path, llama_2_style(), "llama", **settings)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    tokenizer = load(folder)
+    assert tokenizer.encode("hi")
+    with pytest.raises(InvalidRequestError, match=said):
+        tokenizer.render_chat(CHAT)
 
 
 def test_sentencepiece_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
