@@ -34,6 +34,8 @@ class BucketTable:
         self._prefill_rungs = sorted({bucket.prefill_rows for bucket in usable} | {0})
         self._decode_rungs = sorted({bucket.decode_rows for bucket in usable} | {0})
         by_cost = sorted(usable, key=lambda bucket: (bucket.num_rows, bucket.decode_rows))
+        self.decode_rungs = tuple(self._decode_rungs[1:])
+        """Numbers of decode rows that fill a bucket, the fewest first."""
         self._smallest = [
             [_first_that_holds(by_cost, prefill_rows, decode_rows) for decode_rows in self._decode_rungs]
             for prefill_rows in self._prefill_rungs

@@ -96,6 +96,32 @@ class StepBudget:
         """Milliseconds of a step that holds nothing but so many decodes; None where its bucket was never timed."""
         return self._model.predict_ms(self._buckets.smallest(0, num_decodes), decode_positions, 0)
 
+    def decodes_within(self, most_ms: float, num_decodes: int, positions_each: int) -> int:
+        """Of so many decodes, at so many positions each: how many a step without prompts computes in that time.
+
+        All, or as many as fill a bucket. One that was never timed is taken to need as long a row as the next smaller
+        one that was.
+        """
+        found, row_ms = 0, None
+        for rung in self._buckets.decode_rungs:
+            count = min(rung, num_decodes)
+            step_ms = self.decode_ms(count, count * positions_each)
+            if step_ms is not None:
+                row_ms = step_ms / count
+            elif row_ms is not None:
+                step_ms = row_ms * count
+            if step_ms is None or step_ms > most_ms or found == num_decodes:
+                return found
+            found = count
+        return found
+
+    def prompt_step_ms(self, num_tokens: int) -> float | None:
+        """Milliseconds of a step of so many prompt tokens that begin, at most those of the saturation point, and of no
+        decodes; None where its bucket was never timed."""
+        largest = self.saturated(0)
+        num_rows = min(num_tokens, largest.prefill_rows) if largest is not None else num_tokens
+        return self._model.predict_ms(self._buckets.smallest(num_rows, 0), 0, prompt_pairs(0, num_rows))
+
     def even_length(self, num_decodes: int, room: int, used: int, missing: int) -> int:
         """How much of the last pending prompt to compute now, beside `used` tokens of others, in a step of `room`
         prompt tokens: it is split evenly over the steps it needs, so that none is longer than it must be."""
@@ -105,6 +131,10 @@ class StepBudget:
         num_steps = -(-total // room)
         smallest = self._buckets.smallest(-(-total // num_steps), num_decodes)
         return max(0, min(missing, min(smallest.prefill_rows, room) - used))
+
+    def step_ms(self, bucket: Bucket, load: StepLoad) -> float | None:
+        """Milliseconds of a step that fills this bucket; None where it was never timed."""
+        return self._model.predict_ms(bucket, load.decode_positions, _pairs(load.prompts, bucket.prefill_rows))
 
     def _efficient(self, num_decodes: int) -> tuple[Bucket, ...]:
         """The mixed buckets up to the saturation point, at least the first; fewest rows first."""

@@ -17,6 +17,7 @@ from graphgen.scheduler.overload import OverloadGuard
 from graphgen.scheduler.prefix_cache import PrefixCache
 from graphgen.scheduler.prompts import PromptPlanner
 from graphgen.scheduler.request import Request
+from graphgen.scheduler.rests import Rests
 from graphgen.scheduler.running import RunningSet
 from graphgen.scheduler.tenants import Tenants
 
@@ -41,6 +42,7 @@ class WorkerLife:
         self.running = RunningSet(limits.max_running, limits.page_size)
         self.in_flight = StepsInFlight()
         self.budget = StepBudget(buckets, model, limits.steps_in_flight)
+        self.rests = Rests(self.budget, self.running, tenants, self.cache.pool)
         self.admission = Admission(limits, self.cache, self.running, tenants, long_prompt_len)
         self.guard = OverloadGuard(limits, buckets, self.budget, model, self.running, tenants)
         self.prompts = PromptPlanner(

@@ -7,8 +7,9 @@ One plan is made in this order, and nothing that was put into a plan is taken ou
 
 1. A waiting request that lacks a slot or pages takes them: from tenants that hold more than their share if its own
    holds less, else from the lowest class of its tenant that runs if its own class is higher.
-2. Every request whose prompt is computed gets one decode row. One that needs a page when none is free takes it from
-   the running request that is to be served last.
+2. Every request whose prompt is computed gets one decode row; of several tenants those with most decodes let some rest
+   if the step would be too long for another. One that needs a page when none is free takes it from the running request
+   that is to be served last.
 3. The budget decides how many prompt tokens the step may hold. Prompts that have begun share them in the order of
    service, then waiting requests are admitted in that order; what they share with others is not computed again.
 4. The smallest bucket that holds the rows is chosen.
@@ -20,9 +21,9 @@ never through a slot.
 
 The parts: `life` (what dies with a worker group) and `trials` (whom it died of); `request` (what a request is, the
 order of service); `tenants` (whose turn it is); `waiting`, `running`, `decodes`, `in_flight` and `deadlines` (who is
-where); `pages`, `page_chain` and `prefix_cache` (what the KV cache holds); `admission` (who may start); `budget`,
-`step_bounds`, `shares` and `prompts` (how many prompt rows, and whose); `overload` (who is refused); `plan` (the
-message).
+where); `pages`, `page_chain` and `prefix_cache` (what the KV cache holds); `admission` (who may start); `rests` (whose
+decodes have no row); `budget`, `lone_steps`, `step_bounds`, `shares` and `prompts` (how many prompt rows, and whose);
+`overload` (who is refused); `plan` (the message).
 """
 
 from collections.abc import Iterable, Sequence
@@ -195,6 +196,8 @@ class Scheduler:
         self._book()
         draft = PlanDraft()
         helped = self._make_way()
+        if len(self._tenants) > 1 or self._running.resting:
+            self._life.rests.review(self.counters.steps - 1, self._limits.page_size)
         preemptions_before = self.counters.preemptions
         self._plan_decodes(draft)
         # Pages that a preemption freed are for the growth of those that still run, not for new requests.
@@ -387,7 +390,7 @@ class Scheduler:
         return None
 
     def _plan_decodes(self, draft: PlanDraft) -> None:
-        """A row for every request whose prompt is computed."""
+        """A row for every request whose prompt is computed and that does not rest."""
         growing = self._running.decodes.need_page()
         if len(growing) > self._pages.num_free:
             growing = self._make_room(growing)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import NamedTuple
 
+from graphgen.ipc.messages import Bucket
 from graphgen.scheduler.admission import Admission, Offer
 from graphgen.scheduler.budget import StepBudget, StepLoad
 from graphgen.scheduler.counters import Counters
@@ -18,7 +19,7 @@ from graphgen.scheduler.prefix_cache import PrefixCache
 from graphgen.scheduler.request import Request, RunningRequest
 from graphgen.scheduler.running import RunningSet
 from graphgen.scheduler.shares import PromptShares
-from graphgen.scheduler.step_bounds import StepBounds
+from graphgen.scheduler.step_bounds import Bounds, Gap, StepBounds
 from graphgen.scheduler.tenants import Tenant, Tenants
 from graphgen.scheduler.waiting import WaitingQueue
 
@@ -80,8 +81,10 @@ class PromptPlanner:
         if not begun and not waiting:
             return
         turns = self._turns(begun, waiting, helped)
-        bucket = self._budget.choose(self._load(turns[0], begun, draft.num_decodes, now_s))
-        if bucket is None:
+        bounds = self._bounds.of(turns[0].tenant)
+        load = self._load(turns[0], bounds, begun, draft.num_decodes, now_s)
+        bucket = self._budget.choose(load)
+        if bucket is None or (bounds.gap is not None and self._waits_for(bounds.gap, bucket, load)):
             return
         shares = PromptShares(bucket.prefill_rows, self._limits.max_chunks, draft.num_decodes, self._budget)
         if len(turns) == 1:
@@ -152,9 +155,15 @@ class PromptPlanner:
             shares.give_begun(outranked, others_wait)
         return self._admit(turn, draft, shares, now_s, before=None) if turn.may_admit else None
 
-    def _load(self, turn: "_Turn", begun: list[RunningRequest], num_decodes: int, now_s: float) -> StepLoad:
+    def _waits_for(self, gap: Gap, bucket: Bucket, load: StepLoad) -> bool:
+        """Whether all prompts wait for the next step."""
+        decode_ms = self._budget.decode_ms(load.num_decodes, load.decode_positions)
+        return self._bounds.skips_prompts(gap, self._budget.step_ms(bucket, load), decode_ms)
+
+    def _load(
+        self, turn: "_Turn", bounds: Bounds, begun: list[RunningRequest], num_decodes: int, now_s: float
+    ) -> StepLoad:
         decodes = self._running.decodes
-        bounds = self._bounds.of(turn.tenant)
         return StepLoad(
             num_decodes=num_decodes,
             decode_positions=decodes.num_positions,

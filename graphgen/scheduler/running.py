@@ -19,7 +19,9 @@ class RunningSet:
 
     def __init__(self, max_running: int, page_size: int) -> None:
         self.decodes = DecodeSet(page_size)
-        """Those whose prompt is computed."""
+        """Those whose prompt is computed and that do not rest."""
+        self.resting: dict[RunningRequest, None] = {}
+        """Those that would decode, but have no rows for now: see `graphgen.scheduler.rests`."""
         self.begun: list[RunningRequest] = []
         """The others, in order of service."""
         self._by_rank: list[RunningRequest] = []
@@ -35,6 +37,10 @@ class RunningSet:
     @property
     def num_free_slots(self) -> int:
         return len(self._free_slots)
+
+    def is_decode(self, running: RunningRequest) -> bool:
+        """Whether its prompt is computed."""
+        return running.decode_row is not None or running in self.resting
 
     def victims(self) -> Iterator[RunningRequest]:
         """Those that may be preempted, the one to serve last first. The set may not change meanwhile."""
@@ -60,12 +66,33 @@ class RunningSet:
         self.decodes.join(running)
         running.request.tenant.num_decodes += 1
 
+    def rest(self, running: RunningRequest, newest_step: int) -> None:
+        """One that decodes has no rows from the next plan on. It keeps slot and pages, and its newest token stays on
+        the device. newest_step: the newest that may draw a token for it."""
+        self.decodes.leave(running)
+        self.resting[running] = None
+        running.request.last_step = newest_step
+        tenant = running.request.tenant
+        tenant.num_decodes -= 1
+        tenant.num_resting += 1
+
+    def wake(self, running: RunningRequest) -> None:
+        """One that rests decodes from the next plan on, where it left off."""
+        del self.resting[running]
+        self.decodes.join(running)
+        tenant = running.request.tenant
+        tenant.num_decodes += 1
+        tenant.num_resting -= 1
+
     def remove(self, running: RunningRequest) -> None:
         """Takes the slot away; the request's pages are the caller's to give back."""
         tenant = running.request.tenant
         if running.decode_row is not None:
             self.decodes.leave(running)
             tenant.num_decodes -= 1
+        elif running in self.resting:
+            del self.resting[running]
+            tenant.num_resting -= 1
         else:
             del self.begun[bisect_left(self.begun, running.request.rank, key=_rank)]
         del self._by_rank[bisect_left(self._by_rank, running.request.rank, key=_rank)]

@@ -24,7 +24,7 @@ from operator import attrgetter
 
 from graphgen.ipc.messages import MAX_PRIORITY
 from graphgen.scheduler.plan import StepRecord
-from graphgen.scheduler.request import Request, RunningRequest
+from graphgen.scheduler.request import Rank, Request, RunningRequest
 from graphgen.scheduler.waiting import WaitingQueue
 
 BURST_MS = 50.0
@@ -39,7 +39,18 @@ _Turn = tuple[float, int]
 class Tenant:
     """One tenant. Made when its first request comes, forgotten some time after its last one has ended."""
 
-    __slots__ = ("name", "num_decodes", "num_of_class", "num_open", "num_running", "served", "turn", "waiting")
+    __slots__ = (
+        "name",
+        "newest_rank",
+        "num_decodes",
+        "num_of_class",
+        "num_open",
+        "num_resting",
+        "num_running",
+        "served",
+        "turn",
+        "waiting",
+    )
 
     def __init__(self, name: str, long_prompt_len: int) -> None:
         self.name = name
@@ -47,9 +58,16 @@ class Tenant:
         self.num_open = 0  # requests that have not ended
         self.num_running = 0  # of these: requests that hold a slot
         self.num_of_class = [0] * (MAX_PRIORITY + 1)  # those, by service class
-        self.num_decodes = 0  # of these: requests that decode
+        self.num_decodes = 0  # of these: requests that have a decode row in the next plan
+        self.num_resting = 0  # of these: requests that would, but rest
+        self.newest_rank: Rank = (float("-inf"), 0)  # of those whose turn it was to decode while others rest: the last
         self.served = 0.0  # milliseconds, since there are several tenants
         self.turn: _Turn = (0.0, 0)  # its place in the order of turns: of equals the first to wait comes first
+
+    @property
+    def num_all_decodes(self) -> int:
+        """Requests whose prompt is computed."""
+        return self.num_decodes + self.num_resting
 
     @property
     def lowest_class(self) -> int | None:
@@ -162,7 +180,7 @@ class Tenants:
     def lose_slots(self) -> None:
         """Nobody runs any more."""
         for tenant in self._open.values():
-            tenant.num_running = tenant.num_decodes = 0
+            tenant.num_running = tenant.num_decodes = tenant.num_resting = 0
             tenant.num_of_class = [0] * (MAX_PRIORITY + 1)
 
     # --- turns ---------------------------------------------------------------------------------------------------

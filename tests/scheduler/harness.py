@@ -137,19 +137,31 @@ def tokens_of(outputs: Outputs) -> dict[int, tuple[int, FinishReason | None]]:
     return tokens
 
 
-def step_ms(bucket: Bucket) -> float:
+LIGHT_ROW_MS, HEAVY_ROW_MS = 0.5, 20.0
+"""What a row adds to a step, as on a GPU and as on a CPU: there several tenants let decodes rest."""
+
+
+def step_ms(bucket: Bucket, row_ms: float = LIGHT_ROW_MS) -> float:
     """How long a step takes in these tests."""
-    return 4.0 + bucket.num_rows / 2.0
+    return 4.0 + row_ms * bucket.num_rows
 
 
 class Harness:
     """One Scheduler, one FakeWorker, the clients, and a clock that a test may move."""
 
     def __init__(
-        self, limits: SchedulerLimits, model: CostModel | None = None, *, prepares_at_once: bool = True
+        self,
+        limits: SchedulerLimits,
+        model: CostModel | None = None,
+        *,
+        prepares_at_once: bool = True,
+        row_ms: float = LIGHT_ROW_MS,
     ) -> None:
-        """prepares_at_once: after each plan; else only before the next one, when much may have happened since."""
+        """prepares_at_once: after each plan; else only before the next one, when much may have happened since.
+        row_ms: what a row adds to a step."""
         self.limits = limits
+        self._row_ms = row_ms
+        self.num_rests = 0  # decodes that had no row in a plan, of all plans
         self._prepares_at_once = prepares_at_once
         self.scheduler = Scheduler(limits, model)
         self.worker = FakeWorker(limits.num_pages, limits.page_size)
@@ -225,7 +237,7 @@ class Harness:
     def deliver(self) -> Outputs:
         """Gives the scheduler the oldest result, and its outputs to the clients."""
         step_id, token_ids = self.results.popleft()
-        self.scheduler.step_took(step_id, step_ms(self.scheduler.describe_step(step_id).bucket))
+        self.scheduler.step_took(step_id, step_ms(self.scheduler.describe_step(step_id).bucket, self._row_ms))
         outputs = self.scheduler.update(step_id, token_ids)
         tokens = tokens_of(outputs)
         for request_id, (token_id, reason) in tokens.items():
@@ -334,6 +346,7 @@ class Harness:
         for tenant in tenants:
             own = [one for one in scheduler._running if one.request.tenant is tenant]
             assert tenant.num_decodes == sum(one.decode_row is not None for one in own)
+            assert tenant.num_resting == sum(one in scheduler._running.resting for one in own)
             assert tenant.lowest_class == min((one.request.priority for one in own), default=None)
         assert scheduler.waiting == sum(len(tenant.waiting) for tenant in tenants)
         assert scheduler._tenants.num_waiting_tokens == sum(tenant.waiting.num_tokens for tenant in tenants)
@@ -346,8 +359,9 @@ class Harness:
         return [running.request.request_id for running in self.scheduler._running]
 
     def _decoding_ids(self) -> list[int]:
-        """Requests that must decode in the next plan, unless it preempts them; oldest first."""
-        return [running.request.request_id for running in self.scheduler._running if running.decode_row is not None]
+        """Requests that must decode in the next plan, unless it preempts them or they rest; oldest first."""
+        running = self.scheduler._running
+        return [one.request.request_id for one in running if one.decode_row is not None or one in running.resting]
 
     def _check_shape(self, plan: StepPlan, description: StepDescription) -> None:
         limits, bucket = self.limits, plan.bucket
@@ -366,12 +380,28 @@ class Harness:
         assert all(self.clients[request_id].is_live for request_id in ids), "an ended request was planned"
 
     def _check_decodes(self, must_decode: list[int], description: StepDescription, preempted: int) -> None:
-        """All decode, except those that this plan preempted: requests that are served after those who stay."""
+        """All decode, except those that this plan preempted: requests that are served after those who stay; and those
+        that rest."""
         planned = set(description.decode_request_ids)
         assert planned <= set(must_decode)
-        missing = set(must_decode) - planned
+        resting = {one.request.request_id for one in self.scheduler._running.resting} & set(must_decode)
+        assert not resting & planned
+        missing = set(must_decode) - planned - resting
         assert len(missing) <= preempted
         assert not missing & set(self._running_ids()) - {chunk[0] for chunk in description.chunks}
+        if resting and not preempted:
+            self._check_rests(resting, planned)
+        self.num_rests += len(resting)
+
+    def _check_rests(self, resting: set[int], planned: set[int]) -> None:
+        """Only decodes of tenants that have as many others as any tenant rest, and never all of a tenant's."""
+        open_tenants = {self.clients[request_id].submit.tenant for request_id in self.scheduler.request_ids}
+        assert len(open_tenants) > 1, "a lone tenant's decode rests"
+        num_rows = Counter(self.clients[request_id].submit.tenant for request_id in planned)
+        for request_id in resting:
+            own = num_rows[self.clients[request_id].submit.tenant]
+            assert own >= 1, "all decodes of a tenant rest"
+            assert own >= max(num_rows.values()) - 1, "a decode rests although its tenant has less than another"
 
     def _check_first_advances(self, running: list[int], description: StepDescription) -> None:
         """The first in the order of service has rows in every plan, unless one that is served before it takes over. Of

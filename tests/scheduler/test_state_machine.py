@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from graphgen.ipc.messages import SamplerParams, Submit
 from tests.scheduler.fake_worker import VOCABULARY
-from tests.scheduler.harness import Harness, make_limits, make_submit
+from tests.scheduler.harness import HEAVY_ROW_MS, LIGHT_ROW_MS, Harness, make_limits, make_submit
 
 NUM_OPERATIONS = 100_000
 
@@ -48,6 +48,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         steps_in_flight=st.integers(1, 3),
         prefix_cache=st.booleans(),
         prepares_at_once=st.booleans(),
+        row_ms=st.sampled_from([LIGHT_ROW_MS, HEAVY_ROW_MS]),
     )
     def start(
         self,
@@ -59,6 +60,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         steps_in_flight: int,
         prefix_cache: bool,
         prepares_at_once: bool,
+        row_ms: float,
     ) -> None:
         self.harness = Harness(
             make_limits(
@@ -71,6 +73,7 @@ class AnyInterleaving(RuleBasedStateMachine):
                 prefix_cache=prefix_cache,
             ),
             prepares_at_once=prepares_at_once,
+            row_ms=row_ms,
         )
 
     @rule(
@@ -207,7 +210,7 @@ def any_submit(rng: random.Random, harness: Harness, tenants: Sequence[str]) -> 
 def test_a_hundred_thousand_operations_lose_nothing(seed: int, tenants: tuple[str, ...]) -> None:
     """Crowded pools of few pages, most of them shared, for as long as CI can spare."""
     rng = random.Random(seed)
-    shared = copied = preempted = expired = refused = died = poisoned = 0
+    shared = copied = preempted = expired = refused = died = poisoned = rested = 0
     left = NUM_OPERATIONS // 4
     while left > 0:
         harness = Harness(
@@ -219,6 +222,7 @@ def test_a_hundred_thousand_operations_lose_nothing(seed: int, tenants: tuple[st
                 prefix_cache=rng.random() < 0.9,
             ),
             prepares_at_once=rng.random() < 0.5,
+            row_ms=rng.choice([LIGHT_ROW_MS, HEAVY_ROW_MS]),
         )
         for _ in range(500):
             left -= 1
@@ -246,6 +250,8 @@ def test_a_hundred_thousand_operations_lose_nothing(seed: int, tenants: tuple[st
         preempted += harness.scheduler.counters.preemptions
         refused += harness.scheduler.counters.refused
         poisoned += harness.scheduler.counters.poisoned
+        rested += harness.num_rests
+    assert (rested > 100) == (len(tenants) > 1)
     assert min(shared, copied, preempted, expired, refused, died) >= 10, "the operations were meant to reach all of it"
 
 
