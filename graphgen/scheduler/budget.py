@@ -115,12 +115,45 @@ class StepBudget:
             found = count
         return found
 
+    def decodes_beside(self, num_tokens: int, most_ms: float, num_decodes: int, positions_each: int) -> int:
+        """Of so many decodes, at so many positions each: beside how many prompts of so many tokens, that begin, are
+        computed in that time for each step that they would need alone.
+
+        All, or as many as fill a bucket; 0 if none, or if no such bucket was ever timed.
+        """
+        num_rows = self._lone_rows(num_tokens)
+        for rung in reversed(self._buckets.decode_rungs):
+            count = min(rung, num_decodes)
+            buckets = self._efficient(count)
+            if not buckets:
+                continue
+            bucket = next((bucket for bucket in buckets if bucket.prefill_rows >= num_rows), buckets[-1])
+            pairs = prompt_pairs(0, bucket.prefill_rows)
+            step_ms = self._model.predict_ms(bucket, count * positions_each, pairs)
+            if step_ms is not None and step_ms * num_rows <= most_ms * min(num_rows, bucket.prefill_rows):
+                return count
+        return 0
+
     def prompt_step_ms(self, num_tokens: int) -> float | None:
         """Milliseconds of a step of so many prompt tokens that begin, at most those of the saturation point, and of no
-        decodes; None where its bucket was never timed."""
+        decodes.
+
+        Where its bucket was never timed, at least so long: what the rows take in the smallest larger one that was. None
+        where none was.
+        """
+        num_rows = self._lone_rows(num_tokens)
+        exact = self._buckets.smallest(num_rows, 0)
+        for bucket in self._buckets.mixed(0):
+            if bucket.num_rows >= exact.num_rows:
+                step_ms = self._model.predict_ms(bucket, 0, prompt_pairs(0, bucket.prefill_rows))
+                if step_ms is not None:
+                    return step_ms * exact.num_rows / bucket.num_rows
+        return None
+
+    def _lone_rows(self, num_tokens: int) -> int:
+        """Of so many prompt tokens, those that a step without decodes computes."""
         largest = self.saturated(0)
-        num_rows = min(num_tokens, largest.prefill_rows) if largest is not None else num_tokens
-        return self._model.predict_ms(self._buckets.smallest(num_rows, 0), 0, prompt_pairs(0, num_rows))
+        return num_tokens if largest is None else min(num_tokens, largest.prefill_rows)
 
     def even_length(self, num_decodes: int, room: int, used: int, missing: int) -> int:
         """How much of the last pending prompt to compute now, beside `used` tokens of others, in a step of `room`

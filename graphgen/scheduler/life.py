@@ -42,8 +42,8 @@ class WorkerLife:
         self.running = RunningSet(limits.max_running, limits.page_size)
         self.in_flight = StepsInFlight()
         self.budget = StepBudget(buckets, model, limits.steps_in_flight)
-        self.rests = Rests(self.budget, self.running, tenants, self.cache.pool)
         self.admission = Admission(limits, self.cache, self.running, tenants, long_prompt_len)
+        self.rests = Rests(self.budget, self.running, tenants, self.admission)
         self.guard = OverloadGuard(limits, buckets, self.budget, model, self.running, tenants)
         self.prompts = PromptPlanner(
             limits, self.budget, self.cache, tenants, self.running, self.admission, self.in_flight, counters

@@ -197,7 +197,7 @@ class Scheduler:
         draft = PlanDraft()
         helped = self._make_way()
         if len(self._tenants) > 1 or self._running.resting:
-            self._life.rests.review(self.counters.steps - 1, self._limits.page_size)
+            self._life.rests.review(self.counters.steps - 1)
         preemptions_before = self.counters.preemptions
         self._plan_decodes(draft)
         # Pages that a preemption freed are for the growth of those that still run, not for new requests.

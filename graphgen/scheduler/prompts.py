@@ -66,7 +66,7 @@ class PromptPlanner:
         self._admission = admission
         self._in_flight = in_flight
         self._counters = counters
-        self._bounds = StepBounds(budget, running, tenants)
+        self._bounds = StepBounds(budget, running, tenants, admission)
         self.num_with_ttft_target = 0
         """Requests, waiting or running; while there is none, no plan looks for one that is late."""
 

@@ -8,14 +8,15 @@ prompts of the one whose turn it is, beside the decodes of all (of which some re
 - It takes at most n times what the decodes of another tenant would take alone (and a third more): a tenant's tokens
   come at the rate of its share, whatever prompts the others send. Where the smallest step with prompts takes longer,
   steps without prompts follow it until their mean does not.
-- It takes at most n times what the prompts of that tenant would take alone (and a third more), while it has no decodes:
-  a short prompt does not wait for the long ones of others to be computed beside it.
+- It takes at most n times what the prompts of that tenant would take alone, while it has no decodes: a short prompt
+  does not wait for the long ones of others to be computed beside it.
 - A target of the tenant itself counts in full. One of another tenant counts as far as it leaves the prompts their n-th
   part of the time: else a target that nothing can meet would slow everybody's prompts.
 """
 
 from typing import NamedTuple
 
+from graphgen.scheduler.admission import Admission
 from graphgen.scheduler.budget import StepBudget
 from graphgen.scheduler.lone_steps import MOST_TENANTS, LoneSteps
 from graphgen.scheduler.running import RunningSet
@@ -50,11 +51,11 @@ class Bounds(NamedTuple):
 class StepBounds:
     """Of one engine's steps."""
 
-    def __init__(self, budget: StepBudget, running: RunningSet, tenants: Tenants) -> None:
+    def __init__(self, budget: StepBudget, running: RunningSet, tenants: Tenants, admission: Admission) -> None:
         self._budget = budget
         self._running = running
         self._tenants = tenants
-        self._lone = LoneSteps(budget, running)
+        self._lone = LoneSteps(budget, running, admission)
         self._late: Tenant | None = None  # whose tokens come too late
         self._late_ms = 0.0  # by how much, all steps together
 
@@ -70,7 +71,7 @@ class StepBounds:
         if not tenant.num_all_decodes:
             alone_ms = self._lone.prompt_ms(tenant)
             if alone_ms is not None:
-                own_ms = TOLERANCE * len(self._tenants) * alone_ms
+                own_ms = len(self._tenants) * alone_ms
                 most_ms = own_ms if most_ms is None else min(most_ms, own_ms)
         return Bounds(self._target_ms(tenant), most_ms, gap)
 

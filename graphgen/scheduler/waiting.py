@@ -47,6 +47,11 @@ class WaitingQueue:
         return request.arrival in self._places
 
     @property
+    def next_request(self) -> Request | None:
+        """The first to serve."""
+        return next(self.first(1, 1), None)
+
+    @property
     def num_tokens(self) -> int:
         """Known tokens of all that wait."""
         return sum(self._num_tokens.values())

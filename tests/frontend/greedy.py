@@ -7,13 +7,13 @@ then beside a greedy client in a process of its own, which keeps as many samples
 16, prompts and outputs up to the model's context, targets that nothing meets. Alone on half of the server the modest
 one would get its first token after twice the time and its tokens at half the rate.
 
-The server has two slots, one for each: on a CPU every row that decodes makes a step longer by nearly as much as the
-first, and nobody's decodes are held back for another's. With more slots the modest one's rate falls to that of its row
-beside all others; `--slots` shows it.
+When a request of the modest client comes, the steps on the device are the greedy one's alone, with as many decodes as
+the server has slots: what two of them take, by the server's step log, is said beside the figures.
 """
 
 import argparse
 import contextlib
+import json
 import random
 import subprocess
 import sys
@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import zmq
 from msgspec import Struct
@@ -95,9 +96,10 @@ class Peer:
         self._context.term()
 
 
-def be_modest(address: str, seconds: float) -> Service:
-    """One request after another; raises AssertionError when one is refused or loses a token."""
-    peer, rng = Peer(address), random.Random(1)
+def be_modest(address: str, seconds: float, seed: int) -> Service:
+    """One request after another, of prompts that the seed draws; raises AssertionError when one is refused or loses a
+    token."""
+    peer, rng = Peer(address), random.Random(seed)
     first_s: list[float] = []
     rates: list[float] = []
     until_s = time.monotonic() + seconds
@@ -165,31 +167,54 @@ def greedy_process(address: str) -> Iterator[None]:
         process.wait()
 
 
-def compare(address: str, seconds: float) -> tuple[Service, Service]:
+class Comparison(NamedTuple):
+    alone: Service
+    beside: Service
+    in_flight_s: float
+    """What the steps took that the modest client found on the device, at most."""
+
+    def __str__(self) -> str:
+        return (
+            f"alone   {self.alone}\n"
+            f"beside  {self.beside}\n"
+            f"        first token {self.beside.first_token_s / self.alone.first_token_s:.2f} times (half the server: 2)"
+            f" with up to {1000 * self.in_flight_s:.0f} ms of steps on the device when it comes,"
+            f" rate {self.beside.tokens_per_s / self.alone.tokens_per_s:.2f} times (0.5)"
+        )
+
+
+@contextlib.contextmanager
+def greedy_server(folder: Path, *arguments: str) -> Iterator[tuple[str, Path]]:
+    """The address of a server and its step log."""
+    log = folder / "steps.jsonl"
+    with serving(folder, "--step-log", str(log), *arguments) as server:
+        yield server.address, log
+
+
+def compare(address: str, step_log: Path, seconds: float) -> Comparison:
     """The modest client alone, and beside the greedy one."""
-    be_modest(address, 1.0)  # what a first request pays is not the point
-    alone = be_modest(address, seconds / 3)
+    be_modest(address, 1.0, seed=1)  # what a first request pays is not the point
+    alone = be_modest(address, seconds / 3, seed=2)
+    begun_s = time.monotonic()
     with greedy_process(address):
         time.sleep(3.0)  # its requests fill the server
-        return alone, be_modest(address, seconds)
+        beside = be_modest(address, seconds, seed=3)
+    steps = [json.loads(line) for line in step_log.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    times_s = sorted(step["finished_s"] - step["started_s"] for step in steps if step["planned_s"] > begun_s)
+    return Comparison(alone, beside, 2 * times_s[int(0.99 * len(times_s))])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20.0, help="beside the greedy client")
     parser.add_argument("--greedy", metavar="ADDRESS", help="be the greedy client of a server, for ever")
-    parser.add_argument("--slots", type=int, default=2, help="requests that the server runs at once")
+    parser.add_argument("--slots", type=int, help="requests that the server runs at once; default: its own")
     options = parser.parse_args()
     if options.greedy is not None:
         be_greedy(options.greedy)
-    with tempfile.TemporaryDirectory() as folder, serving(Path(folder), "--max-num-seqs", str(options.slots)) as server:
-        alone, beside = compare(server.address, options.seconds)
-    print(f"alone   {alone}")
-    print(f"beside  {beside}")
-    print(
-        f"        first token {beside.first_token_s / alone.first_token_s:.2f} times (half the server: 2),"
-        f" rate {beside.tokens_per_s / alone.tokens_per_s:.2f} times (0.5)"
-    )
+    slots = [] if options.slots is None else ["--max-num-seqs", str(options.slots)]
+    with tempfile.TemporaryDirectory() as folder, greedy_server(Path(folder), *slots) as (address, step_log):
+        print(compare(address, step_log, options.seconds))
 
 
 if __name__ == "__main__":

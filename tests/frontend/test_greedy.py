@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.frontend.greedy import compare
-from tests.serving import serving
+from tests.frontend.greedy import compare, greedy_server
 
 MORE, LESS = 1.25, 0.75
 """Within a quarter."""
@@ -13,9 +12,8 @@ MORE, LESS = 1.25, 0.75
 
 @pytest.mark.alone
 def test_a_modest_client_gets_its_half_whatever_another_asks_for(tmp_path: Path) -> None:
-    with serving(tmp_path, "--max-num-seqs", "2") as server:
-        alone, beside = compare(server.address, 8.0)
-    # The two steps that it finds on the device are the other's; each takes as long as its own prompt at most.
-    in_flight_s = 2 * alone.first_token_s
+    with greedy_server(tmp_path) as (address, step_log):
+        alone, beside, in_flight_s = compare(address, step_log, 8.0)
+    # When it comes the steps in flight are the other's alone.
     assert beside.first_token_s <= MORE * 2 * alone.first_token_s + in_flight_s
     assert beside.tokens_per_s >= LESS * alone.tokens_per_s / 2

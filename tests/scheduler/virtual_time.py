@@ -27,8 +27,13 @@ def full_step_ms(bucket: Bucket) -> float:
     return 4.2 + 0.019 * bucket.num_rows + 0.036 * bucket.decode_rows
 
 
-def table(buckets: Sequence[Bucket]) -> StepTimeTable:
-    times = tuple(BucketTime(bucket, full_step_ms(bucket)) for bucket in buckets)
+def slow_step_ms(bucket: Bucket) -> float:
+    """As of a CPU: each row that decodes costs nearly as much as a step of one."""
+    return 34.0 + 0.5 * bucket.prefill_rows + 20.0 * bucket.decode_rows
+
+
+def table(buckets: Sequence[Bucket], step_ms: Callable[[Bucket], float]) -> StepTimeTable:
+    times = tuple(BucketTime(bucket, step_ms(bucket)) for bucket in buckets)
     return StepTimeTable(times, DECODE_CONTEXT, PROMPT_START, MS_PER_POSITION, MS_PER_PAIR)
 
 
@@ -71,8 +76,9 @@ class VirtualEngine:
         max_waiting: int = 10**6,
         max_waiting_tokens: int = 10**9,
         prefix_cache: bool = True,
+        step_ms: Callable[[Bucket], float] = full_step_ms,
     ) -> None:
-        """noise: relative standard deviation of the steps' durations."""
+        """noise: relative standard deviation of the steps' durations. step_ms: what a full step of a bucket takes."""
         self.buckets = build_ladder(token_budget, max_running)
         self.limits = SchedulerLimits(
             buckets=self.buckets,
@@ -86,8 +92,8 @@ class VirtualEngine:
             max_waiting_tokens=max_waiting_tokens,
             prefix_cache=prefix_cache,
         )
-        self.scheduler = Scheduler(self.limits, CostModel(table(self.buckets)))
-        self._device = CostModel(table(self.buckets))
+        self.scheduler = Scheduler(self.limits, CostModel(table(self.buckets, step_ms)))
+        self._device = CostModel(table(self.buckets, step_ms))
         self._random = random.Random(1)
         self._noise = noise
         self.now_s = 0.0
