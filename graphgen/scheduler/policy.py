@@ -195,8 +195,9 @@ class Scheduler:
             return None
         self._book()
         draft = PlanDraft()
-        helped = self._make_way()
-        if len(self._tenants) > 1 or self._running.resting:
+        is_shared = len(self._tenants) > 1
+        helped = self._make_way(others_give=is_shared)
+        if is_shared or self._running.resting:
             self._life.rests.review(self.counters.steps - 1)
         preemptions_before = self.counters.preemptions
         self._plan_decodes(draft)
@@ -351,12 +352,11 @@ class Scheduler:
 
     # --- making a plan: decodes ------------------------------------------------------------------------------
 
-    def _make_way(self) -> list[Tenant]:
+    def _make_way(self, others_give: bool) -> list[Tenant]:
         """Preempts requests for the waiting requests that are next, if that lets them start; returns the tenants that
-        took slots or pages from others."""
+        took slots or pages from others. others_give: there are other tenants that might have to."""
         if not self._tenants.num_waiting or not len(self._running):
             return []
-        others_give = len(self._tenants) > 1
         helped = []
         for tenant in self._tenants.first(MAX_TENANTS_HELPED):
             found = self._next_to_start(tenant) if others_give else None

@@ -11,7 +11,8 @@ Every decode makes a step longer for all that decode in it. So among n tenants t
 
 Where all that could decode would take longer, the tenants with most decodes let some rest: of each tenant as many
 decode as of any other, and those of one tenant take turns of TURN_STEPS plans. One at least of each tenant decodes.
-Rows that one tenant does not want are the others', and nobody rests beside a tenant that computes nothing.
+Rows that one tenant does not want are the others', and nobody rests beside a tenant that computes nothing. With more
+than MOST_TENANTS nobody rests at all.
 
 A request that rests keeps its slot and its pages, and the device keeps its newest token.
 """
@@ -46,6 +47,10 @@ class Rests:
 
     def review(self, newest_step: int) -> None:
         """Lets decodes rest, and others wake, for the next plan. newest_step: the newest plan that was made."""
+        if not 1 < len(self._tenants) <= MOST_TENANTS:
+            for one in list(self._running.resting):
+                self._running.wake(one)
+            return
         self._num_plans += 1
         turn_ends = self._num_plans % TURN_STEPS == 0
         for tenant, num_rows in self._shares().items():
@@ -86,8 +91,6 @@ class Rests:
     def _num_rows(self, decoding: list[Tenant], num_wanted: int) -> int:
         """Decode rows that the next plan may have, at most `num_wanted`."""
         num_tenants = len(self._tenants)
-        if not 1 < num_tenants <= MOST_TENANTS or not decoding:
-            return num_wanted
         num_rows = num_wanted
         if len(decoding) > 1:
             alone_ms = self._lone.decode_ms(decoding).values()

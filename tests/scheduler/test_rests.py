@@ -10,6 +10,7 @@ import pytest
 
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.messages import Bucket
+from graphgen.scheduler.lone_steps import MOST_TENANTS
 from graphgen.scheduler.rests import TURN_STEPS
 from tests.scheduler.harness import HEAVY_ROW_MS, Harness, make_limits, make_submit
 from tests.scheduler.virtual_time import Served, VirtualEngine, full_step_ms, percentile, slow_step_ms
@@ -118,6 +119,18 @@ def test_nobody_rests_where_tenants_have_as_many_decodes(step_ms: StepMs, token_
         assert engine.scheduler._running.begun or not engine.scheduler._running.resting
     engine.run(until_s=engine.now_s + 1.0)
     assert not engine.scheduler._running.resting
+
+
+def test_beside_very_many_tenants_nobody_rests() -> None:
+    """A step is never so long as many times another: and a plan does not look at each of them."""
+    shared = Shared(slow_step_ms, 256, 8, (40, 3000))
+    shared.engine.send(20, 300, tenant="modest")
+    while not shared.engine.scheduler._running.resting:
+        shared.run(0.01)
+    for number in range(MOST_TENANTS):
+        shared.engine.send(20, 300, tenant=str(number))
+    shared.run(1.0)
+    assert not shared.engine.scheduler._running.resting
 
 
 # --- what may happen to a request that rests -------------------------------------------------------------------

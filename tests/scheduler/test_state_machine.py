@@ -251,7 +251,7 @@ def test_a_hundred_thousand_operations_lose_nothing(seed: int, tenants: tuple[st
         refused += harness.scheduler.counters.refused
         poisoned += harness.scheduler.counters.poisoned
         rested += harness.num_rests
-    assert (rested > 100) == (len(tenants) > 1)
+    assert (rested >= 10) == (len(tenants) > 1)
     assert min(shared, copied, preempted, expired, refused, died) >= 10, "the operations were meant to reach all of it"
 
 
