@@ -7,7 +7,7 @@ prompts of the one whose turn it is, beside the decodes of all (of which some re
 
 - It takes at most n times what the decodes of another tenant would take alone (and a third more): a tenant's tokens
   come at the rate of its share, whatever prompts the others send. Where the smallest step with prompts takes longer,
-  steps without prompts follow it until their mean does not.
+  steps without prompts follow it until their mean is a quarter more.
 - It takes at most n times what the prompts of that tenant would take alone, while it has no decodes: a short prompt
   does not wait for the long ones of others to be computed beside it.
 - A target of the tenant itself counts in full. One of another tenant counts as far as it leaves the prompts their n-th
@@ -26,15 +26,18 @@ TOLERANCE = 4 / 3
 """By how much a step may be longer than a share allows, so that a tenant gets its tokens at three quarters of the rate
 of its share: larger steps compute more rows a second, and most of that is kept while two tenants share an engine."""
 
+MEAN_TOLERANCE = 5 / 4
+"""The same of the mean of steps where even the smallest step with prompts is longer than TOLERANCE allows."""
+
 MOST_SKIPPED = 16
 """Steps in a row that have no prompts because those before took too long: prompts advance however slow they are."""
 
 
 class Gap(NamedTuple):
-    """How far apart a tenant's tokens may come."""
+    """How far apart a tenant's tokens would come on its part of the engine."""
 
     tenant: Tenant
-    most_ms: float
+    share_ms: float
 
 
 class Bounds(NamedTuple):
@@ -67,7 +70,7 @@ class StepBounds:
         if len(self._tenants) > MOST_TENANTS:
             return Bounds(self._target_ms(tenant), None, None)
         gap = self._gap(tenant)
-        most_ms = None if gap is None else gap.most_ms
+        most_ms = None if gap is None else TOLERANCE * gap.share_ms
         if not tenant.num_all_decodes:
             alone_ms = self._lone.prompt_ms(tenant)
             if alone_ms is not None:
@@ -82,11 +85,12 @@ class StepBounds:
         """
         if self._late is not gap.tenant:
             self._late, self._late_ms = gap.tenant, 0.0
+        mean_ms = MEAN_TOLERANCE * gap.share_ms
         if self._late_ms > 0.0:
-            self._late_ms -= max(gap.most_ms - (decode_ms or 0.0), gap.most_ms / MOST_SKIPPED)
+            self._late_ms -= max(mean_ms - (decode_ms or 0.0), mean_ms / MOST_SKIPPED)
             return True
-        if step_ms is not None:
-            self._late_ms = max(0.0, min(self._late_ms + step_ms, 2 * gap.most_ms) - gap.most_ms)
+        if step_ms is not None and step_ms > TOLERANCE * gap.share_ms:
+            self._late_ms = min(self._late_ms + step_ms, 2 * mean_ms) - mean_ms
         return False
 
     def _gap(self, tenant: Tenant) -> Gap | None:
@@ -97,7 +101,7 @@ class StepBounds:
         if not known:
             return None
         tightest = min(known, key=known.__getitem__)
-        return Gap(tightest, TOLERANCE * len(self._tenants) * known[tightest])
+        return Gap(tightest, len(self._tenants) * known[tightest])
 
     def _target_ms(self, tenant: Tenant) -> float | None:
         decodes = self._running.decodes
