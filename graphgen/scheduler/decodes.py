@@ -1,4 +1,4 @@
-"""The requests that decode: one row of every plan for each of them.
+"""The requests that decode and do not rest: one row of every plan for each of them.
 
 Owns what their rows need (slots, positions, page borders, last rows, the tightest target), kept so that a plan costs
 little however many decode. Never takes a page and never decides who decodes: called by `graphgen.scheduler.policy`.

@@ -3,7 +3,7 @@
 Owns the waiting requests of every tenant and the service it has had. Hands out no row, slot or page. Called by
 `graphgen.scheduler.policy` and its parts.
 
-Service classes and targets order the requests of one tenant (`graphgen.scheduler.request`). Among tenants two rules
+Service classes and targets order the requests of one tenant (`graphgen.scheduler.request`). Among tenants three rules
 hold, whatever they ask for:
 
 - **Turns.** Of the tenants that have prompts to compute, the one that was served least goes first. Service is the time
@@ -13,6 +13,8 @@ hold, whatever they ask for:
   models the virtual token counter (Sheng et al. 2024).
 - **Shares.** Of n tenants with open requests each is entitled to the n-th part of slots and pages. What one does not
   want is anybody's; a tenant below its share takes it back from those above theirs (`graphgen.scheduler.admission`).
+- **Steps.** No step is so long that another tenant's tokens come slower than its share allows: prompts of others get
+  fewer rows (`graphgen.scheduler.step_bounds`), and decodes of tenants that have most rest (`graphgen.scheduler.rests`).
 
 With one tenant nothing is counted and the order of service is that of its requests.
 """
