@@ -14,7 +14,7 @@ hold, whatever they ask for:
 - **Shares.** Of n tenants with open requests each is entitled to the n-th part of slots and pages. What one does not
   want is anybody's; a tenant below its share takes it back from those above theirs (`graphgen.scheduler.admission`).
 - **Steps.** No step is so long that another tenant's tokens come slower than its share allows: prompts of others get
-  fewer rows (`graphgen.scheduler.step_bounds`), and decodes of tenants that have most rest (`graphgen.scheduler.rests`).
+  fewer rows (`graphgen.scheduler.step_bounds`), decodes of tenants that have most rest (`graphgen.scheduler.rests`).
 
 With one tenant nothing is counted and the order of service is that of its requests.
 """
