@@ -1,7 +1,7 @@
 """The scheduling policy: Dynamic SplitFuse as a function from requests and results to step plans.
 
 Owns every request, its tokens, its slot and its pages. Never reads a clock, a socket or a random number, and
-never sees a tensor: `graphgen.scheduler.process` feeds it messages and sends what it returns.
+never sees a tensor: `graphgen.scheduler.loop` feeds it messages and sends what it returns.
 
 One plan is made in this order, and nothing that was put into a plan is taken out again:
 

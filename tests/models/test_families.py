@@ -162,9 +162,8 @@ def test_end_of_sequence_ids_beyond_the_vocabulary_are_ignored(
 
 @pytest.mark.parametrize("ids", ["</s>", 2.0, True, [2, None], [[2]]], ids=str)
 def test_end_of_sequence_ids_that_are_no_ids_are_told_with_their_file(ids: Any, tmp_path: Path) -> None:
-    write_config(tmp_path)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
-    with pytest.raises(UnsupportedModelError, match=f"eos_token_id of .*{re.escape(repr(ids))}.*generation_config"):
+    write_config(tmp_path, eos_token_id=ids)
+    with pytest.raises(UnsupportedModelError, match=f"eos_token_id of .*{re.escape(repr(ids))}.*config"):
         load_spec(tmp_path)
 
 
