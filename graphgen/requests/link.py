@@ -278,7 +278,7 @@ class Link:
                     self._on_ready(message)
             case Failed():
                 if not self._awaits_another:  # else its master sees it end
-                    raise _error_of(message)
+                    raise error_of(message)
 
     def _deliver_outputs(self, message: Outputs) -> None:
         now_s = time.monotonic()
@@ -392,7 +392,7 @@ def _refusal_of(rejected: Rejected) -> GraphgenError:
             return InvalidRequestError(rejected.message)
 
 
-def _error_of(failed: Failed) -> GraphgenError:
+def error_of(failed: Failed) -> GraphgenError:
     """The exception that a process ended with, as the class it had there if that is one of ours."""
     kind = getattr(errors, failed.error, None)
     if isinstance(kind, type) and issubclass(kind, GraphgenError):

@@ -275,7 +275,7 @@ class Scheduler:
         Returns those that were in the steps that were lost for the MAX_DEATHS-th time since their newest token: the
         caller says so to their senders and calls `fail_poisoned` with what it knows.
         """
-        lost = [request for request in self._life.suspects() if not request.ended]
+        lost = self._life.suspects()
         self._is_served = False
         for request in lost:
             request.count_death()

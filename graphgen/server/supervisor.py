@@ -19,9 +19,8 @@ from graphgen.base.addresses import check_address, control_address, remove_dead
 from graphgen.base.descriptors import raise_descriptor_limit
 from graphgen.base.progress import StartProgress
 from graphgen.base.signals import EndSignals
-from graphgen.ipc import errors
 from graphgen.ipc.channel import Channel
-from graphgen.ipc.errors import ConfigError, EngineDeadError, GraphgenError
+from graphgen.ipc.errors import ConfigError, EngineDeadError
 from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS
 from graphgen.ipc.messages import (
     Drain,
@@ -40,6 +39,7 @@ from graphgen.launch.config import EngineConfig, check_device
 from graphgen.launch.processes import EngineProcesses
 from graphgen.launch.starts import StartLimit
 from graphgen.requests.core import describe_start, launch_config, load_config_tokenizer
+from graphgen.requests.link import error_of
 from graphgen.requests.tokenizer import write_tokenizer
 from graphgen.server.backoff import Backoff
 from graphgen.server.frontend.keys import Keys, default_folder
@@ -216,7 +216,7 @@ class Supervisor:
                 self._request_log.write(message)
             case Failed():
                 if not self._listening:  # a start that cannot succeed, by the name that its error has
-                    raise _error_of(message)
+                    raise error_of(message)
                 logger.error("the frontend failed with %s: %s", message.error, message.message)
 
     def _tell_ready(self, where: Listening) -> None:
@@ -276,7 +276,7 @@ class Supervisor:
         while (left_s := deadline_s - time.monotonic()) > 0:
             message = channel.receive(left_s)
             if isinstance(message, Failed):
-                raise _error_of(message)
+                raise error_of(message)
 
     def _watch_frontend(self, processes: EngineProcesses) -> None:
         """Starts a frontend that has ended again: at once the first time, later after a wait."""
@@ -321,11 +321,3 @@ def is_public(address: str) -> bool:
         return not ipaddress.ip_address(host).is_loopback
     except ValueError:  # a wildcard, or the name of an interface
         return True
-
-
-def _error_of(failed: Failed) -> GraphgenError:
-    """What the frontend ended with, as the class it had there if that is one of ours."""
-    kind = getattr(errors, failed.error, None)
-    if isinstance(kind, type) and issubclass(kind, GraphgenError):
-        return kind(failed.message)
-    return EngineDeadError(f"{failed.where} failed with {failed.error}: {failed.message}")
