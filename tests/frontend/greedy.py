@@ -14,6 +14,7 @@ the server has slots: what two of them take, by the server's step log, is said b
 import argparse
 import contextlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -41,7 +42,7 @@ from graphgen.ipc.ggp.messages import (
     ServerMessage,
     Welcome,
 )
-from tests.serving import serving
+from tests.serving import ROOT, serving
 
 PROMPT_LEN, OUTPUT_LEN = 200, 40
 PAUSE_S = 0.05
@@ -158,7 +159,8 @@ def random_ids(rng: random.Random, count: int) -> list[int]:
 
 @contextlib.contextmanager
 def greedy_process(address: str) -> Iterator[None]:
-    process = subprocess.Popen([sys.executable, "-P", "-m", "tests.frontend.greedy", "--greedy", address])
+    command = [sys.executable, "-P", "-m", "tests.frontend.greedy", "--greedy", address]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": ROOT})
     try:
         yield
         assert process.poll() is None, "the greedy client ended"

@@ -9,6 +9,7 @@ two of its tokens without and with them.
 import argparse
 import contextlib
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from typing import NamedTuple
 from graphgen import Client, OverloadedError, SamplingParams
 from graphgen.server.frontend.keys import Keys
 from tests.frontend.attacks import ATTACKS
-from tests.serving import ServerProcess, serving
+from tests.serving import ROOT, ServerProcess, serving
 
 MODULES = ("graphgen.scheduler", "graphgen.worker", "graphgen.server.frontend")
 MEMORY_LIMIT_MIB = 256
@@ -126,9 +127,11 @@ def resident_bytes(pid: int) -> int:
 @contextlib.contextmanager
 def attacking(server: ServerProcess, kinds: list[str], seconds: float, keys: tuple[str, str]) -> Iterator[None]:
     command = [sys.executable, "-P", "-m", "tests.frontend.attacks"]
+    environment = {**os.environ, "PYTHONPATH": ROOT}
     with contextlib.ExitStack() as stack:
         for kind in kinds:
-            process = subprocess.Popen([*command, kind, server.address, server.control, str(seconds), *keys])
+            arguments = [kind, server.address, server.control, str(seconds), *keys]
+            process = subprocess.Popen([*command, *arguments], env=environment)
             stack.callback(process.wait)
             stack.callback(process.kill)
         yield
