@@ -28,6 +28,9 @@ MODULES = ("graphgen.scheduler", "graphgen.worker", "graphgen.server.frontend")
 MEMORY_LIMIT_MIB = 256
 GROWTH_LIMIT_BYTES = {"graphgen.server.frontend": (MEMORY_LIMIT_MIB + 32) << 20}
 OTHER_GROWTH_LIMIT_BYTES = 192 << 20
+NUM_PAGES = 1500
+"""Of the KV cache, 117 MiB, and part of the worker's growth: memory is the process's from the first time it is written,
+and a server that runs for minutes writes every page."""
 NUM_TOKENS = 120
 SETTLE_S = 2.0
 
@@ -139,6 +142,7 @@ def attacking(server: ServerProcess, kinds: list[str], seconds: float, keys: tup
 
 def run(folder: Path, calm_s: float, attack_s: float, keys: bool, kinds: list[str]) -> Found:
     """One server, calm and then under attack."""
+    settings = ["--memory-limit-mib", str(MEMORY_LIMIT_MIB), "--num-pages", str(NUM_PAGES)]
     options, good_keys, attackers_keys = [], dict[str, object](), ("", "")
     if keys:
         pairs = Keys(folder / "keys")
@@ -147,7 +151,7 @@ def run(folder: Path, calm_s: float, attack_s: float, keys: bool, kinds: list[st
         good_keys = {"server_key": server_key, "key_file": pairs.make("good")[0]}
         options = ["--keys", str(folder / "keys")]
     with (
-        serving(folder, "--memory-limit-mib", str(MEMORY_LIMIT_MIB), *options) as server,
+        serving(folder, *settings, *options) as server,
         GoodClient(server.address, **good_keys) as good,
     ):
         watch = Watch(server)
