@@ -233,11 +233,11 @@ class Admission:
             return False
         for begun in self._running.begun:
             other = begun.request
-            is_there = begun.num_computed // size == index and other.rank < request.rank
+            is_there = begun.num_prefilled // size == index and other.rank < request.rank
             if is_there and other.chain.parent(index) == request.chain.parent(index):
                 theirs = other.chain.packed(start, min(end, begun.prefill_end))
                 num_common = common_len(theirs, request.chain.packed(start, end))
-                if num_common >= least and begun.num_computed < start + num_common:
+                if num_common >= least and begun.num_prefilled < start + num_common:
                     return True
         return False
 

@@ -1,7 +1,7 @@
 """Which bucket a step uses.
 
-Owns lookup tables over the captured shapes, never a request. Called by `graphgen.scheduler.policy`, and by
-whoever decides how many requests may run at once (`max_running`).
+Owns lookup tables over the captured shapes, never a request. Called by `graphgen.scheduler.policy` and its parts, and
+by tools that have to know which buckets an engine uses.
 """
 
 from bisect import bisect_left
@@ -9,6 +9,9 @@ from collections.abc import Sequence
 
 from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.messages import Bucket
+
+LONG_PROMPT_STEPS = 8
+"""A prompt with more uncomputed tokens than this many steps of the full budget is long."""
 
 
 class BucketTable:
@@ -40,6 +43,11 @@ class BucketTable:
             [_first_that_holds(by_cost, prefill_rows, decode_rows) for decode_rows in self._decode_rungs]
             for prefill_rows in self._prefill_rungs
         ]
+
+    @property
+    def long_prompt_len(self) -> int:
+        """The fewest uncomputed tokens that make a prompt long."""
+        return LONG_PROMPT_STEPS * self.chunk_room(0) + 1
 
     def mixed(self, num_decodes: int) -> tuple[Bucket, ...]:
         """The buckets worth choosing from for prompts beside `num_decodes` decodes, fewest rows first; each has room

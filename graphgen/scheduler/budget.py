@@ -55,8 +55,12 @@ class StepBudget:
         self._buckets = buckets
         self._steps_in_flight = steps_in_flight
         self._model = model
-        self._most_rows = model.saturation_rows(buckets.all_mixed)  # None: not known
         self._least_rows = min(LEAST_ROWS, max(bucket.num_rows for bucket in buckets.all_mixed) // 2)
+        self.renew()
+
+    def renew(self) -> None:
+        """Finds the saturation point of what the model knows now, whatever it was before."""
+        self._most_rows = self._model.saturation_rows(self._buckets.all_mixed)  # None: not known
 
     def review(self) -> None:
         """Finds the saturation point anew, from the times as the steps since have corrected them: what a start measures

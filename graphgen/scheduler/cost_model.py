@@ -65,6 +65,10 @@ class CostModel:
     """Predicts milliseconds of a step. Without a table it knows only the buckets that have run, context ignored."""
 
     def __init__(self, table: StepTimeTable | None = None) -> None:
+        self.renew(table)
+
+    def renew(self, table: StepTimeTable | None) -> None:
+        """Forgets all that was learned: another worker runs the steps, and this is its table."""
         self._table = table
         self._times: dict[Bucket, float] = {}
         if table is not None:

@@ -5,6 +5,7 @@ little however many decode. Never takes a page and never decides who decodes: ca
 
 Every plan advances every decode by one position. So a request's position is the number of plans made plus an offset
 that never changes, and the plan in which it crosses a page border or draws its last token is known when it joins.
+Nobody else keeps the position of one that is here.
 """
 
 from array import array
@@ -54,13 +55,13 @@ class DecodeSet:
         return self._itl_target_ms
 
     def position(self, running: RunningRequest) -> int:
-        """The position that the next plan computes for one of them."""
+        """The position that the next plan computes for one of them: those before it are computed."""
         assert running.decode_row is not None, "only a request that decodes has a row"
         return self._offsets[running.decode_row] + self._clock
 
-    def join(self, running: RunningRequest) -> None:
-        """It gets a row from the next plan on. Its prompt is computed and at least one position is left."""
-        offset = running.num_computed - self._clock
+    def join(self, running: RunningRequest, position: int) -> None:
+        """It gets a row from the next plan on, at first for this position. At least one is left."""
+        offset = position - self._clock
         running.decode_row = len(self._rows)
         self._rows.append(running)
         self._requests.append(running.request)
@@ -74,11 +75,10 @@ class DecodeSet:
             self._num_with_target[target] = self._num_with_target.get(target, 0) + 1
             self._itl_target_ms = target if self._itl_target_ms is None else min(target, self._itl_target_ms)
 
-    def leave(self, running: RunningRequest) -> None:
-        """Ends its rows, and tells it how far it was computed."""
+    def leave(self, running: RunningRequest) -> int:
+        """Ends its rows; returns the position that the next one would have computed."""
         row = running.decode_row
         assert row is not None, "only a request that decodes leaves"
-        running.num_computed = self.position(running)
         running.decode_row = None
         left = self._offsets[row]
         self._sum_offsets -= left
@@ -98,6 +98,7 @@ class DecodeSet:
             if not self._num_with_target[target]:
                 del self._num_with_target[target]
                 self._itl_target_ms = min(self._num_with_target, default=None)
+        return left + self._clock
 
     def need_page(self) -> list[RunningRequest]:
         """Those whose row of the next plan is the first of a page they do not hold."""
@@ -111,7 +112,7 @@ class DecodeSet:
         return pack_int32(self._slots), positions.astype("<i4", copy=False).tobytes(), self._requests[:]
 
     def advance(self) -> list[RunningRequest]:
-        """The next plan was made; returns those who drew their last token in it, who still have to leave."""
+        """A plan was made with the rows that there are; returns those whose last row it has: they have to leave."""
         last = list(self._last_rows.get(self._clock, ()))
         self._clock += 1
         return last

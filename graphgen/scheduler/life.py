@@ -1,12 +1,14 @@
 """One life of a worker group, as the policy sees it: what dies with the group while the requests live on.
 
-Owns pages, slots, plans in flight and step times, and the parts of the policy that work on them. Made anew for each
-group by `graphgen.scheduler.policy`; never changes a request.
+Owns pages, slots and plans in flight, and the parts of the policy that work on them. `graphgen.scheduler.policy` makes
+one when it begins, and another when a group is lost.
 """
 
 from collections.abc import Sequence
 
+from graphgen.ipc.messages import StepTimeTable
 from graphgen.scheduler.admission import Admission
+from graphgen.scheduler.bookkeeping import Bookkeeping
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.budget import StepBudget
 from graphgen.scheduler.cost_model import CostModel
@@ -14,6 +16,7 @@ from graphgen.scheduler.counters import Counters
 from graphgen.scheduler.in_flight import StepsInFlight
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.overload import OverloadGuard
+from graphgen.scheduler.preemption import Preemption
 from graphgen.scheduler.prefix_cache import PrefixCache
 from graphgen.scheduler.prompts import PromptPlanner
 from graphgen.scheduler.request import Request
@@ -33,21 +36,36 @@ class WorkerLife:
         model: CostModel,
         tenants: Tenants,
         counters: Counters,
-        long_prompt_len: int,
     ) -> None:
-        """epoch: number of this life, 0 the first. tenants, counters: those of the policy, which outlive this."""
+        """epoch: number of this life, 0 the first. The others are the policy's, and outlive this."""
         self.epoch = epoch
-        self.model = model
+        self._lasting = (limits, buckets, model, tenants, counters)
+        self._model = model
         self.cache = PrefixCache(limits.num_pages, limits.page_size, limits.prefix_cache)
         self.running = RunningSet(limits.max_running, limits.page_size)
         self.in_flight = StepsInFlight()
         self.budget = StepBudget(buckets, model, limits.steps_in_flight)
-        self.admission = Admission(limits, self.cache, self.running, tenants, long_prompt_len)
+        self.admission = Admission(limits, self.cache, self.running, tenants, buckets.long_prompt_len)
         self.rests = Rests(self.budget, self.running, tenants, self.admission)
         self.guard = OverloadGuard(limits, buckets, self.budget, model, self.running, tenants)
         self.prompts = PromptPlanner(
             limits, self.budget, self.cache, tenants, self.running, self.admission, self.in_flight, counters
         )
+        self.books = Bookkeeping(
+            model, self.budget, self.cache, tenants, self.running, self.admission, self.in_flight, counters
+        )
+        self.preemption = Preemption(
+            self.cache.pool, tenants, self.running, self.admission, self.in_flight, counters, self.books
+        )
+
+    def successor(self) -> "WorkerLife":
+        """The life of the next group."""
+        return WorkerLife(self.epoch + 1, *self._lasting)
+
+    def serve(self, step_times: StepTimeTable | None) -> None:
+        """The group of this life serves. step_times: its own; what was learned of the last group does not count."""
+        self._model.renew(step_times)
+        self.budget.renew()
 
     def suspects(self) -> Sequence[Request]:
         """The requests whose rows were in the steps that died with the group, without those that have ended."""

@@ -25,14 +25,11 @@ class LoneSteps:
 
     def decode_ms(self, tenants: Iterable[Tenant]) -> dict[Tenant, float | None]:
         """For each of the tenants: a step of all its decodes, those that rest included, and of no prompts."""
-        decodes = self._running.decodes
         positions = dict.fromkeys(tenants, 0)
-        for running in chain(decodes, self._running.resting):
+        for running in chain(self._running.decodes, self._running.resting):
             tenant = running.request.tenant
             if tenant in positions:
-                positions[tenant] += 1 + (
-                    running.num_computed if running.decode_row is None else decodes.position(running)
-                )
+                positions[tenant] += 1 + self._running.num_computed(running)
         return {
             tenant: self._budget.decode_ms(tenant.num_all_decodes, num_positions)
             for tenant, num_positions in positions.items()

@@ -41,7 +41,6 @@ from graphgen.ipc.messages import (
     WorkerReady,
     WorkerToScheduler,
 )
-from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.policy import Scheduler
 from graphgen.scheduler.step_log import StepLog
 from graphgen.scheduler.step_times import StepTimes
@@ -196,7 +195,7 @@ class SchedulerLoop:
 
     def _renew(self, ready: WorkerReady) -> None:
         """The requests go on with the new group."""
-        self._policy.renew(CostModel(ready.step_times))
+        self._policy.renew(ready.step_times)
         assert self._lost_s is not None, "a group that replaces another"
         self._last_pause_s = time.monotonic() - self._lost_s
         notice = f"a new worker serves after {self._last_pause_s:.1f} s; {self._policy.waiting} requests go on"

@@ -75,7 +75,7 @@ class StepDescription(Struct, frozen=True):
 class PlanDraft:
     """Rows and pages of one step while the policy picks them.
 
-    Adding a chunk advances its request (`num_computed`), so a chunk that was added stays.
+    Adding a chunk advances its request (`num_prefilled`), so a chunk that was added stays.
     """
 
     def __init__(self) -> None:
@@ -94,6 +94,10 @@ class PlanDraft:
         self._num_decode_positions = 0
         self._new_pages: list[int] = []
         self._page_copies: list[int] = []
+        self.grown: list[RunningRequest] = []
+        """Decodes that get a page in it."""
+        self.ending: list[RunningRequest] = []
+        """Decodes whose last row is in it; known when it is made."""
         self.held: list[int] = []
         """Pages that the plan copies and that would else be handed out while it is made."""
 
@@ -125,7 +129,7 @@ class PlanDraft:
 
     def add_chunk(self, running: RunningRequest, length: int) -> None:
         """The next `length` known tokens. Only the chunk that reaches the last of them draws a token."""
-        request, start = running.request, running.num_computed
+        request, start = running.request, running.num_prefilled
         end = start + length
         draws = end == running.prefill_end
         init = None if running.is_announced else request.slot_init
@@ -136,7 +140,7 @@ class PlanDraft:
         self._chunk_token_ids += request.tokens.part(start, end)
         self._prompt_pairs += prompt_pairs(start, length)
         self.num_chunk_tokens += length
-        running.num_computed = end
+        running.num_prefilled = end
         if draws:
             self.drawing.append(running)
 

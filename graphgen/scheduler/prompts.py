@@ -45,7 +45,7 @@ class _Turn(NamedTuple):
 
 
 class PromptPlanner:
-    """Works on the policy's state; has none of its own but the number of requests with a TTFT target."""
+    """Works on the policy's state; has none of its own."""
 
     def __init__(
         self,
@@ -67,8 +67,6 @@ class PromptPlanner:
         self._in_flight = in_flight
         self._counters = counters
         self._bounds = StepBounds(budget, running, tenants, admission)
-        self.num_with_ttft_target = 0
-        """Requests, waiting or running; while there is none, no plan looks for one that is late."""
 
     def plan(self, draft: PlanDraft, now_s: float, may_admit: bool, helped: Sequence[Tenant]) -> None:
         """Adds the chunks of one plan, whose decodes are in the draft already.
@@ -169,9 +167,9 @@ class PromptPlanner:
             decode_positions=decodes.num_positions,
             itl_target_ms=bounds.target_ms,
             most_ms=bounds.most_ms,
-            prompts=[(running.num_computed, running.num_missing) for running in begun],
+            prompts=[(running.num_prefilled, running.num_missing) for running in begun],
             pending_tokens=sum(running.num_missing for running in begun) + self._tenants.num_waiting_tokens,
-            is_late=self.num_with_ttft_target > 0 and self._is_late(turn, num_decodes, now_s),
+            is_late=self._tenants.num_with_ttft_target > 0 and self._is_late(turn, num_decodes, now_s),
         )
 
     def _is_late(self, turn: "_Turn", num_decodes: int, now_s: float) -> bool:

@@ -1,8 +1,9 @@
 """What the scheduler knows of one request.
 
-`Request` lives from submission to the finish reason. `RunningRequest` is what it holds while it runs: a slot,
-pages, and how far it is computed. It ends with the request or its preemption; admission makes a new one.
-Both are state of `graphgen.scheduler.policy`; nothing else changes them.
+`Request` lives from submission to the finish reason. `RunningRequest` is what it holds while it runs: a slot and
+pages. It ends with the request, its preemption or the worker group; whoever starts the request again makes a new one.
+How far a request is computed, `graphgen.scheduler.running` knows. Both are plain state, which the parts of the policy
+change; only what is said of the order of service never changes.
 
 Order of service. A request has a rank that never changes, and of one tenant's the lowest is served first:
 
@@ -129,15 +130,15 @@ class Request:
 
 
 class RunningRequest:
-    """A request's slot and pages, and how many of its positions the plans so far compute."""
+    """A request's slot and pages, and how far the plans so far compute what it knew when it got them."""
 
     __slots__ = (
         "decode_row",
         "is_announced",
         "is_long",
         "is_reserved",
-        "num_computed",
         "num_entered",
+        "num_prefilled",
         "pages",
         "prefill_end",
         "request",
@@ -150,12 +151,12 @@ class RunningRequest:
         slot: int,
         pages: list[int],
         num_shared: int,
-        num_computed: int,
+        num_cached: int,
         is_reserved: bool,
         is_long: bool,
     ) -> None:
-        """pages: its block table, position p in pages[p // page_size]; the first `num_shared` hold `num_computed`
-        tokens that need not be computed."""
+        """pages: its block table, position p in pages[p // page_size]; the first `num_shared` are shared. num_cached:
+        its first tokens that need not be computed, those in the shared pages and those that are copied."""
         self.request = request
         self.slot = slot
         self.pages = pages
@@ -163,18 +164,16 @@ class RunningRequest:
         self.is_reserved = is_reserved  # it holds every page it can ever need and is never preempted
         self.num_entered = num_shared  # pages that the prefix cache knows
         self.is_long = is_long  # its prompt leaves room to others, to its last chunk
-        self.num_computed = (
-            num_computed  # up to where it decodes; from there on `decodes.DecodeSet` counts for all at once
-        )
         # Everything known at admission is computed as chunks: after a preemption that is prompt and output.
         # From there on every position is a decode row, whose token the device feeds back.
         self.prefill_end = len(request.tokens)
-        self.decode_row: int | None = None  # its place in the decode set; None while its prompt is computed
+        self.num_prefilled = num_cached  # of these tokens: those that plans compute or that were cached
+        self.decode_row: int | None = None  # its place in the decode set; None while it has none
 
     @property
     def num_missing(self) -> int:
         """Known tokens that no plan computes yet."""
-        return self.prefill_end - self.num_computed
+        return self.prefill_end - self.num_prefilled
 
 
 def _patience_s(submit: Submit) -> float:

@@ -1,7 +1,7 @@
 """The requests that run: who holds a slot and pages, and what each of them does next.
 
 Owns slots and the three orders of running requests; never chooses who starts or who has to stop. Called by
-`graphgen.scheduler.policy` and `graphgen.scheduler.admission`.
+`graphgen.scheduler.policy` and its parts.
 """
 
 from bisect import bisect_left, insort
@@ -20,8 +20,9 @@ class RunningSet:
     def __init__(self, max_running: int, page_size: int) -> None:
         self.decodes = DecodeSet(page_size)
         """Those whose prompt is computed and that do not rest."""
-        self.resting: dict[RunningRequest, None] = {}
-        """Those that would decode, but have no rows for now: see `graphgen.scheduler.rests`."""
+        self.resting: dict[RunningRequest, int] = {}
+        """Those that would decode, but have no rows for now (see `graphgen.scheduler.rests`), and how far each is
+        computed."""
         self.begun: list[RunningRequest] = []
         """The others, in order of service."""
         self._by_rank: list[RunningRequest] = []
@@ -42,16 +43,23 @@ class RunningSet:
         """Whether its prompt is computed."""
         return running.decode_row is not None or running in self.resting
 
+    def num_computed(self, running: RunningRequest) -> int:
+        """Positions of a request that the plans made so far compute, from its first one on, cached ones included. So at
+        every moment, whatever the request does."""
+        if running.decode_row is not None:
+            return self.decodes.position(running)
+        return self.resting.get(running, running.num_prefilled)
+
     def victims(self) -> Iterator[RunningRequest]:
         """Those that may be preempted, the one to serve last first. The set may not change meanwhile."""
         return (running for running in reversed(self._by_rank) if not running.is_reserved)
 
     def start(
-        self, request: Request, pages: list[int], num_shared: int, num_computed: int, reserve: bool, is_long: bool
+        self, request: Request, pages: list[int], num_shared: int, num_cached: int, reserve: bool, is_long: bool
     ) -> RunningRequest:
         """Gives a request a slot; it has begun. See RunningRequest."""
         slot = self._free_slots.pop()
-        running = RunningRequest(request, slot, pages, num_shared, num_computed, reserve, is_long)
+        running = RunningRequest(request, slot, pages, num_shared, num_cached, reserve, is_long)
         request.running = running
         tenant = request.tenant
         tenant.num_running += 1
@@ -63,14 +71,13 @@ class RunningSet:
     def finish_prompt(self, running: RunningRequest) -> None:
         """All it knew at its admission is computed: it decodes from the next plan on."""
         del self.begun[bisect_left(self.begun, running.request.rank, key=_rank)]
-        self.decodes.join(running)
+        self.decodes.join(running, running.prefill_end)
         running.request.tenant.num_decodes += 1
 
     def rest(self, running: RunningRequest, newest_step: int) -> None:
         """One that decodes has no rows from the next plan on. It keeps slot and pages, and its newest token stays on
         the device. newest_step: the newest that may draw a token for it."""
-        self.decodes.leave(running)
-        self.resting[running] = None
+        self.resting[running] = self.decodes.leave(running)
         running.request.last_step = newest_step
         tenant = running.request.tenant
         tenant.num_decodes -= 1
@@ -78,25 +85,26 @@ class RunningSet:
 
     def wake(self, running: RunningRequest) -> None:
         """One that rests decodes from the next plan on, where it left off."""
-        del self.resting[running]
-        self.decodes.join(running)
+        self.decodes.join(running, self.resting.pop(running))
         tenant = running.request.tenant
         tenant.num_decodes += 1
         tenant.num_resting -= 1
 
-    def remove(self, running: RunningRequest) -> None:
-        """Takes the slot away; the request's pages are the caller's to give back."""
+    def remove(self, running: RunningRequest) -> int:
+        """Takes the slot away; the request's pages are the caller's to give back. Returns its `num_computed`."""
         tenant = running.request.tenant
         if running.decode_row is not None:
-            self.decodes.leave(running)
+            num_computed = self.decodes.leave(running)
             tenant.num_decodes -= 1
         elif running in self.resting:
-            del self.resting[running]
+            num_computed = self.resting.pop(running)
             tenant.num_resting -= 1
         else:
+            num_computed = running.num_prefilled
             del self.begun[bisect_left(self.begun, running.request.rank, key=_rank)]
         del self._by_rank[bisect_left(self._by_rank, running.request.rank, key=_rank)]
         tenant.num_running -= 1
         tenant.num_of_class[running.request.priority] -= 1
         self._free_slots.append(running.slot)
         running.request.running = None
+        return num_computed

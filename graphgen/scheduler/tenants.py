@@ -98,6 +98,8 @@ class Tenants:
         """Requests that wait, of all tenants."""
         self.num_waiting_tokens = 0
         """Known tokens of these."""
+        self.num_with_ttft_target = 0
+        """Open requests that have one; while there is none, no plan looks for one that is late."""
 
     def __len__(self) -> int:
         return len(self._open)
@@ -124,11 +126,13 @@ class Tenants:
             self._away.pop(tenant.name, None)
             self._open[tenant.name] = tenant
         tenant.num_open += 1
+        self.num_with_ttft_target += request.ttft_by_s is not None
 
     def closed(self, request: Request) -> None:
         """A request has ended, and neither waits nor runs any more."""
         tenant = request.tenant
         tenant.num_open -= 1
+        self.num_with_ttft_target -= request.ttft_by_s is not None
         if tenant.num_open:
             return
         del self._open[tenant.name]

@@ -8,7 +8,7 @@ runs alone until it gets a token, while all others wait. So the request that doe
 MAX_DEATHS-th death, and nobody fails with it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from graphgen.scheduler.request import Request
 
@@ -33,13 +33,17 @@ class Trials:
         """Who runs alone."""
         return self._tried
 
-    def suspect(self, requests: Iterable[Request]) -> None:
-        """After a death: those who have to run alone. A trial that was interrupted is held again."""
+    def blame(self, requests: Sequence[Request]) -> list[Request]:
+        """After a death: these were in the steps that died. Those that have to run alone for it are suspects from here
+        on; a trial that was interrupted is held again. Returns those that fail of it."""
+        for request in requests:
+            request.count_death()
         self._tried = None
         found = {request.arrival: request for request in self._suspects if not request.ended}
-        found |= {one.arrival: one for one in requests if one.num_deaths >= MAX_SHARED_DEATHS and not one.ended}
+        found |= {one.arrival: one for one in requests if one.num_deaths >= MAX_SHARED_DEATHS}
         self._suspects = sorted(found.values(), key=lambda request: request.rank, reverse=True)
         self.are_held = bool(self._suspects)
+        return [request for request in requests if request.num_deaths >= MAX_DEATHS]
 
     def next(self) -> Request | None:
         """Whose turn it is; None when all are tried. Only when nobody runs and nothing is in flight."""

@@ -87,7 +87,7 @@ def test_a_table_that_flatters_the_largest_steps_is_seen_through_in_seconds() ->
     and every gap would have been twice as long."""
     on = Misled(**msgspec.structs.asdict(make_machine(1024)))
     scheduler = on.scheduler(simulate.Policy())
-    assert scheduler._budget.saturated(16) == Bucket(960, 64), "the table was meant to mislead"
+    assert scheduler._life.budget.saturated(16) == Bucket(960, 64), "the table was meant to mislead"
     (row, *_) = simulate.simulate(
         on, "promised", parse_load("2600/60:16x300", None), 0, [LEVEL], simulate.Policy()
     ).rows

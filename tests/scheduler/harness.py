@@ -169,6 +169,7 @@ class Harness:
         self.now_s = 0.0
         self.is_dead = False  # no worker group serves
         self._owners: dict[int, Submit] = {}  # by slot
+        self._computed: dict[int, int] = {}  # by request: positions that the plans compute for the slot it has
         self.clients: dict[int, Client] = {}
         self.results: deque[tuple[int, list[int]]] = deque()
         self.descriptions: list[StepDescription] = []
@@ -214,9 +215,12 @@ class Harness:
         plan = self.scheduler.schedule(self.now_s)
         if plan is None:
             return None
+        description = self.scheduler.describe_step(plan.step_id)
+        self._count_computed(plan, description)
+        self.check_computed()
         if self._prepares_at_once:
             self.scheduler.prepare()
-        description = self.scheduler.describe_step(plan.step_id)
+            self.check_computed()
         self._check_shape(plan, description)
         self._check_decodes(must_decode, description, self.scheduler.counters.preemptions - preemptions)
         self._check_first_advances(running, description)
@@ -239,6 +243,7 @@ class Harness:
         step_id, token_ids = self.results.popleft()
         self.scheduler.step_took(step_id, step_ms(self.scheduler.describe_step(step_id).bucket, self._row_ms))
         outputs = self.scheduler.update(step_id, token_ids)
+        self.check_computed()
         tokens = tokens_of(outputs)
         for request_id, (token_id, reason) in tokens.items():
             client = self.clients[request_id]
@@ -287,14 +292,14 @@ class Harness:
     def renew(self) -> None:
         """Another group serves."""
         self.is_dead = False
-        self.scheduler.renew(CostModel())
+        self.scheduler.renew(None)
 
     def _order_of_service(self) -> list[int]:
         live = [client for client in self.clients.values() if client.is_live]
         assert set(self.scheduler.request_ids) == {client.submit.request_id for client in live}
         waiting = [one for tenant in self.scheduler._tenants for one in tenant.waiting.first(10**6, 10**6)]
         ids = {one.request_id: one.rank for one in waiting}
-        ids |= {one.request.request_id: one.request.rank for one in self.scheduler._running}
+        ids |= {one.request.request_id: one.request.rank for one in self.scheduler._life.running}
         ids |= {one.request_id: one.rank for one in self.scheduler._requests.values()}
         return sorted(ids, key=lambda request_id: ids[request_id])
 
@@ -325,28 +330,34 @@ class Harness:
 
     def check_page_owners(self) -> None:
         """Every page is free or has holders. The policy's own tables are read here: no plan shows them whole."""
-        pool = self.scheduler._pages
-        held = Counter(page for running in self.scheduler._running for page in running.pages)
+        pool = self.scheduler._life.cache.pool
+        held = Counter(page for running in self.scheduler._life.running for page in running.pages)
         assert {page: pool.num_holders(page) for page in range(pool.num_pages) if pool.num_holders(page)} == held
         assert len(held) + self.scheduler.pages_free == self.limits.num_pages
         assert not set(held) & {*pool._empty, *pool._idle}
-        slots = [running.slot for running in self.scheduler._running]
+        slots = [running.slot for running in self.scheduler._life.running]
         assert len(set(slots)) == len(slots)
-        assert len(slots) + self.scheduler._running.num_free_slots == self.limits.max_running
+        assert len(slots) + self.scheduler._life.running.num_free_slots == self.limits.max_running
+
+    def check_computed(self) -> None:
+        """How far the policy says that a request is computed, the plans say too: at every moment."""
+        running = self.scheduler._life.running
+        found = {one.request.request_id: running.num_computed(one) for one in running}
+        assert found == {request_id: self._computed[request_id] for request_id in found}
 
     def check_tenants(self) -> None:
         """What is counted of each tenant is what there is of it. Read from the policy's own tables, as pages are."""
         scheduler, tenants = self.scheduler, list(self.scheduler._tenants)
         live = Counter(client.submit.tenant for client in self.clients.values() if client.is_live)
         assert {tenant.name: tenant.num_open for tenant in tenants} == live
-        running = [one.request for one in scheduler._running]
+        running = [one.request for one in scheduler._life.running]
         assert {tenant.name: tenant.num_running for tenant in tenants if tenant.num_running} == Counter(
             request.tenant.name for request in running
         )
         for tenant in tenants:
-            own = [one for one in scheduler._running if one.request.tenant is tenant]
+            own = [one for one in scheduler._life.running if one.request.tenant is tenant]
             assert tenant.num_decodes == sum(one.decode_row is not None for one in own)
-            assert tenant.num_resting == sum(one in scheduler._running.resting for one in own)
+            assert tenant.num_resting == sum(one in scheduler._life.running.resting for one in own)
             assert tenant.lowest_class == min((one.request.priority for one in own), default=None)
         assert scheduler.waiting == sum(len(tenant.waiting) for tenant in tenants)
         assert scheduler._tenants.num_waiting_tokens == sum(tenant.waiting.num_tokens for tenant in tenants)
@@ -356,11 +367,11 @@ class Harness:
 
     def _running_ids(self) -> list[int]:
         """Requests that hold a slot and still need rows, in the order of service."""
-        return [running.request.request_id for running in self.scheduler._running]
+        return [running.request.request_id for running in self.scheduler._life.running]
 
     def _decoding_ids(self) -> list[int]:
         """Requests that must decode in the next plan, unless it preempts them or they rest; oldest first."""
-        running = self.scheduler._running
+        running = self.scheduler._life.running
         return [one.request.request_id for one in running if one.decode_row is not None or one in running.resting]
 
     def _check_shape(self, plan: StepPlan, description: StepDescription) -> None:
@@ -384,7 +395,7 @@ class Harness:
         that rest."""
         planned = set(description.decode_request_ids)
         assert planned <= set(must_decode)
-        resting = {one.request.request_id for one in self.scheduler._running.resting} & set(must_decode)
+        resting = {one.request.request_id for one in self.scheduler._life.running.resting} & set(must_decode)
         assert not resting & planned
         missing = set(must_decode) - planned - resting
         assert len(missing) <= preempted
@@ -427,6 +438,13 @@ class Harness:
             client = self.clients[request_id]
             right = (client.prompt + client.drawn)[: row.position + 1]
             assert row.context == right, f"request {request_id} at position {row.position}"
+
+    def _count_computed(self, plan: StepPlan, description: StepDescription) -> None:
+        for request_id, start, length in description.chunks:
+            self._computed[request_id] = start + length
+        positions = unpack_int32(plan.decode_positions)
+        for request_id, position in zip(description.decode_request_ids, positions, strict=True):
+            self._computed[request_id] = position + 1
 
     def _count_draws(self, plan: StepPlan, description: StepDescription) -> None:
         """No request draws more than max_tokens, not even by a step made before its last token was known."""

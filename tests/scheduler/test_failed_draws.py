@@ -117,7 +117,7 @@ def test_a_request_that_was_preempted_meanwhile_ends_where_it_waits() -> None:
         plan = scheduler.schedule(0.0)
         assert plan is not None
     scheduler.prepare()
-    scheduler._preempt(next(iter(scheduler._running)))  # as a request of a higher class would
+    scheduler._life.preemption.preempt(next(iter(scheduler._life.running)))  # as a request of a higher class would
     assert scheduler.waiting == 1
     assert [one.request_id for one in scheduler.fail_draws(plan.step_id, [0])] == [1]
     assert len(scheduler.update(plan.step_id, [0])) == 0

@@ -177,7 +177,7 @@ def test_running_prompts_are_shared_as_soon_as_their_steps_are_planned() -> None
     harness.deliver()
     harness.schedule()
     assert chunks(harness, 1) == [(12, 1)]
-    pages = [list(one.pages) for one in harness.scheduler._running]
+    pages = [list(one.pages) for one in harness.scheduler._life.running]
     assert pages[0][:3] == pages[1][:3]
     harness.check_page_owners()
     harness.run()

@@ -92,7 +92,7 @@ def test_decodes_that_rest_take_turns(step_ms: StepMs, token_budget: int, num_sl
     shared.serve_modest(20, 2000)
     rows = [len(unpack_int32(plan.decode_slots)) for plan in shared.engine.plans[num_plans:]]
     assert percentile(rows, 50) < num_slots, "nobody rested"
-    requests = [one.request for one in shared.engine.scheduler._running if one.request.request_id in before]
+    requests = [one.request for one in shared.engine.scheduler._life.running if one.request.request_id in before]
     stayed = [request.request_id for request in requests if not request.num_preemptions]
     gained = [len(shared.engine.served[number].times_s) - before[number] for number in stayed]
     assert min(gained) > 0
@@ -104,7 +104,7 @@ def test_a_tenant_that_is_alone_again_decodes_in_every_plan(step_ms: StepMs, tok
     shared = Shared(step_ms, token_budget, num_slots, (40, 3000))
     shared.serve_modest(20, 40)
     shared.run(3.0)
-    running = shared.engine.scheduler._running
+    running = shared.engine.scheduler._life.running
     assert not running.resting
     assert len(running.decodes) + len(running.begun) == len(running)
 
@@ -114,23 +114,23 @@ def test_nobody_rests_where_tenants_have_as_many_decodes(step_ms: StepMs, token_
     engine = VirtualEngine(token_budget=token_budget, max_running=num_slots, step_ms=step_ms)
     for number in range(num_slots):
         engine.send(20, 60, tenant="one" if number % 2 else "other")
-    while len(engine.scheduler._running.decodes) < num_slots:
+    while len(engine.scheduler._life.running.decodes) < num_slots:
         engine.run(until_s=engine.now_s + 0.01)
-        assert engine.scheduler._running.begun or not engine.scheduler._running.resting
+        assert engine.scheduler._life.running.begun or not engine.scheduler._life.running.resting
     engine.run(until_s=engine.now_s + 1.0)
-    assert not engine.scheduler._running.resting
+    assert not engine.scheduler._life.running.resting
 
 
 def test_beside_very_many_tenants_nobody_rests() -> None:
     """A step is never so long as many times another: and a plan does not look at each of them."""
     shared = Shared(slow_step_ms, 256, 8, (40, 3000))
     shared.engine.send(20, 300, tenant="modest")
-    while not shared.engine.scheduler._running.resting:
+    while not shared.engine.scheduler._life.running.resting:
         shared.run(0.01)
     for number in range(MOST_TENANTS):
         shared.engine.send(20, 300, tenant=str(number))
     shared.run(1.0)
-    assert not shared.engine.scheduler._running.resting
+    assert not shared.engine.scheduler._life.running.resting
 
 
 # --- what may happen to a request that rests -------------------------------------------------------------------
@@ -149,7 +149,7 @@ def with_rests(num_pages: int = 40, deadline_ms: float | None = None) -> Harness
 
 
 def resting(harness: Harness) -> list[int]:
-    return [one.request.request_id for one in harness.scheduler._running.resting]
+    return [one.request.request_id for one in harness.scheduler._life.running.resting]
 
 
 def test_a_request_that_rests_can_be_cancelled() -> None:
@@ -189,7 +189,7 @@ def draws(harness: Harness) -> list[int]:
     """The requests that the oldest step in flight draws for."""
     if not harness.results:
         return []
-    record = harness.scheduler._in_flight.find(harness.results[0][0])
+    record = harness.scheduler._life.in_flight.find(harness.results[0][0])
     return [request.request_id for request in record.drawing]
 
 

@@ -322,13 +322,13 @@ def test_an_overloaded_pool_spends_few_rows_on_computing_tokens_again() -> None:
 def test_no_request_is_preempted_more_than_three_times() -> None:
     engine = VirtualEngine(num_pages=120, max_running=32)
     counts: dict[int, int] = {}
-    preempt = engine.scheduler._preempt
+    preempt = engine.scheduler._life.preemption.preempt
 
     def count(running: RunningRequest) -> None:
         counts[running.request.request_id] = counts.get(running.request.request_id, 0) + 1
         preempt(running)
 
-    engine.scheduler._preempt = count  # type: ignore[method-assign]  # a private method, watched
+    engine.scheduler._life.preemption.preempt = count  # type: ignore[method-assign]  # a test looks on
     rng = random.Random(5)
     for number in range(120):
         engine.run(until_s=0.05 * number)

@@ -215,7 +215,7 @@ def test_nobody_starves(num_tenants: int) -> None:
 
 
 def running_of(engine: VirtualEngine, tenant: str) -> int:
-    return sum(running.request.tenant.name == tenant for running in engine.scheduler._running)
+    return sum(running.request.tenant.name == tenant for running in engine.scheduler._life.running)
 
 
 def test_a_tenant_takes_slots_up_to_its_share_and_keeps_them() -> None:
@@ -290,13 +290,13 @@ def test_growing_outputs_take_pages_of_the_tenant_that_holds_most() -> None:
     for _ in range(4):
         engine.send(64, 64 * 3, tenant="modest")
     preempted: list[str] = []
-    preempt = engine.scheduler._preempt
+    preempt = engine.scheduler._life.preemption.preempt
 
     def note(running: RunningRequest) -> None:
         preempted.append(running.request.tenant.name)
         preempt(running)
 
-    engine.scheduler._preempt = note  # type: ignore[method-assign]  # a test looks on
+    engine.scheduler._life.preemption.preempt = note  # type: ignore[method-assign]  # a test looks on
     engine.run()
     assert set(preempted) == {"greedy"}
     assert all(one.finished for one in engine.served.values())
@@ -311,7 +311,7 @@ def test_reserved_requests_of_a_tenant_do_not_keep_its_slots_from_another() -> N
         for _ in range(4):
             engine.send(100, 2, tenant="greedy", priority=9)
     engine.run(until_s=engine.now_s + 1.0)
-    assert sum(running.is_reserved for running in engine.scheduler._running) == 4
+    assert sum(running.is_reserved for running in engine.scheduler._life.running) == 4
     modest = engine.send(100, 10, tenant="modest")
     engine.run(until_s=engine.now_s + 0.5)
     assert modest.finished

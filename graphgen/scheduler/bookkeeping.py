@@ -1,0 +1,113 @@
+"""What a plan changes beyond itself, and when: the only place where that is done and told.
+
+A device waits for a plan, so a plan leaves first and most of what follows from it is done while the device computes.
+There are four moments:
+
+    the plan is made    `plan_made`, within `Scheduler.schedule`. From here on its rows count as computed, chunks and
+                        decodes alike (`RunningSet.num_computed`); it is in flight; it is counted, and its prompts are
+                        charged to their tenants; what it copies from may be handed out again.
+    it is settled       `settle`, before anything else happens to a request: before the next plan, before one ends or is
+                        preempted, at the latest in `prepare`. What its prompts computed may be shared; a request whose
+                        prompt is computed decodes; one whose last row is planned gives its slot and pages back.
+    it has left         `prepare`, called by the process when plans and outputs are sent. Settles, and does ahead of
+                        time what later plans would have to wait for. Nothing goes wrong if it is never called.
+    its result comes    `Scheduler.update`: its tokens are added to their requests, and those end that have all.
+
+Owns the plan that is not settled, and how a request gives up what it holds (`release`). Chooses nothing. Called by
+`graphgen.scheduler.policy` and `graphgen.scheduler.preemption`; dies with its worker group.
+"""
+
+from graphgen.scheduler.admission import Admission
+from graphgen.scheduler.budget import StepBudget
+from graphgen.scheduler.cost_model import CostModel
+from graphgen.scheduler.counters import Counters
+from graphgen.scheduler.in_flight import StepsInFlight
+from graphgen.scheduler.plan import PlanDraft, StepRecord
+from graphgen.scheduler.prefix_cache import PrefixCache
+from graphgen.scheduler.request import RunningRequest
+from graphgen.scheduler.running import RunningSet
+from graphgen.scheduler.tenants import Tenants
+
+PAGES_READY = 64
+"""Pages that are made empty ahead of need: more than one plan takes, as a rule."""
+
+REVIEW_STEPS = 16
+"""Plans from one look at the saturation point to the next."""
+
+DECODE_REVIEW_STEPS = 4
+"""Plans from one count of what the tenants' decodes cost to the next."""
+
+
+class Bookkeeping:
+    """Of the plans of one worker group."""
+
+    def __init__(
+        self,
+        model: CostModel,
+        budget: StepBudget,
+        cache: PrefixCache,
+        tenants: Tenants,
+        running: RunningSet,
+        admission: Admission,
+        in_flight: StepsInFlight,
+        counters: Counters,
+    ) -> None:
+        self._model = model
+        self._budget = budget
+        self._cache = cache
+        self._tenants = tenants
+        self._running = running
+        self._admission = admission
+        self._in_flight = in_flight
+        self._counters = counters
+        self._unsettled: PlanDraft | None = None
+        self._grown: list[RunningRequest] = []  # those that got a page in the newest plan
+
+    def plan_made(self, draft: PlanDraft, record: StepRecord) -> None:
+        """The plan before it is settled."""
+        self._cache.pool.give_back(draft.held)  # whoever takes one writes to it in a later step
+        self._counters.plan_made(record)
+        self._admission.plan_made()
+        if self._tenants.is_counting:
+            step_ms = self._model.predict_ms(record.bucket, record.decode_positions, record.prompt_pairs)
+            self._tenants.charge_step(record, step_ms or 0.0)
+        self._in_flight.append(record)
+        draft.ending = self._running.decodes.advance()
+        self._unsettled, self._grown = draft, draft.grown
+
+    def settle(self) -> None:
+        """Once for each plan; does nothing when the newest is settled."""
+        draft, self._unsettled = self._unsettled, None
+        if draft is None:
+            return
+        for running in draft.prompts:
+            self._cache.enter(running, running.num_prefilled)
+        for running in draft.ending:
+            self.release(running)
+        for running in draft.drawing:
+            if running.prefill_end == running.request.end_position:
+                self.release(running)
+            else:
+                self._running.finish_prompt(running)
+
+    def prepare(self) -> None:
+        """The device is busy: what the next plans would have to wait for."""
+        self.settle()
+        pool = self._cache.pool
+        pool.make_empty(min(PAGES_READY, pool.num_pages // 64))
+        if self._counters.steps % REVIEW_STEPS == 0:
+            self._budget.review()
+        if self._counters.steps % DECODE_REVIEW_STEPS == 0:
+            self._tenants.charge_decodes(self._running.decodes)
+        for running in self._grown:
+            # Its newest page is empty; of the one before, with two steps in flight, all tokens have just arrived.
+            running.request.chain.prepare(len(running.pages) - 1)
+        self._grown = []
+
+    def release(self, running: RunningRequest) -> None:
+        """Frees slot and pages, for the next plan. What is computed of known tokens stays in the prefix cache."""
+        num_computed = self._running.remove(running)
+        self._admission.stopped(running)
+        self._cache.enter(running, min(num_computed, len(running.request.tokens)))
+        # The last pages first: a page is of no use without the ones before it, so it goes before them.
+        self._cache.pool.give_back(running.pages[::-1])
