@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.report import machine, show, write_json
 from benchmarks.timing import median_s, read_bytes_per_s
+from graphgen.models.attention.backend import FULL_ATTENTION
 from graphgen.models.attention.kernels import AttentionShape, Kernel
 from graphgen.models.attention.tables import RowTables
 
@@ -64,7 +65,6 @@ class Case:
 
     def __init__(self, shape: AttentionShape, tables: RowTables, kernels: tuple[Kernel, Kernel]) -> None:
         num_rows = tables.kv_locations.shape[0]
-        self._tables = tables
         num_pages = int(max(tables.decode_pages.max() if tables.decode_pages.numel() else 0, 0)) + 1
         num_pages = max(num_pages, tables.chunk_pages.shape[1] if tables.chunk_pages.numel() else 0)
         pool = (num_pages, PAGE_SIZE, shape.num_kv_heads, shape.head_dim)
@@ -85,13 +85,11 @@ class Case:
             for tensor in (tables.chunk_starts, tables.chunk_kv_lens, tables.decode_kv_lens)
         )
         self._backend.plan(num_rows - len(decode_lens), starts, chunk_lens, decode_lens)
-        self._extra = self._backend.prepare(tables)
+        self._attention = self._backend.prepare(tables)
 
     def run(self) -> None:
         for k_pages, v_pages in self._layers:
-            torch.ops.graphgen.paged_attention_flashinfer(
-                *self._rows, *self._angles, k_pages, v_pages, *self._tables, self._extra, 0
-            )
+            self._attention.attend(*self._rows, *self._angles, k_pages, v_pages, FULL_ATTENTION)
 
     def microseconds_per_layer(self, repeats: int) -> float:
         return median_s(self.run, DEVICE, repeats) * 1e6 / NUM_LAYERS

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental import _config as symbolic_shapes_config
+from torch.utils._pytree import tree_leaves
 
-from graphgen.models.attention.tables import StepTensors
+from graphgen.models.attention.backend import StepTensors
 from graphgen.models.layers import DecoderLayer
 
 Attend = Callable[[DecoderLayer, Tensor, Tensor, Tensor, Tensor, StepTensors], tuple[Tensor, Tensor]]
@@ -53,7 +54,7 @@ class CompiledHalves:
             torch._dynamo.mark_dynamic(tensor, 0)
         for tensor in (k_pages, v_pages):
             torch._dynamo.decorators.mark_unbacked(tensor, 0)
-        for tensor in (*step.tables, *step.extra):
+        for tensor in tree_leaves(step.attention):
             torch._dynamo.decorators.mark_unbacked(tensor, tuple(range(tensor.ndim)))
         with symbolic_shapes_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # made at import
             return self._attend(layer, residual, update, k_pages, v_pages, step)

@@ -7,52 +7,35 @@ graph.
 Shapes: `T` token rows, `N` rows whose logits are wanted, `V` vocabulary.
 """
 
-import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphgen.ipc.errors import ConfigError
-from graphgen.models.attention.tables import RowTables, StepTensors
+from graphgen.models.attention.backend import StepAttention, StepTensors
+from graphgen.models.chaining import can_chain
 from graphgen.models.compilation import Attend, CompiledHalves, FeedForward
+from graphgen.models.few_rows_layers import serves_model
 from graphgen.models.kv_cache import KVCache
-from graphgen.models.layers import AttentionOp, DecoderLayer, Linear, RMSNorm
+from graphgen.models.layers import DecoderLayer, Linear, RMSNorm
 from graphgen.models.rope import Rope
 from graphgen.models.spec import ModelSpec
-
-ATTENTION_BACKENDS: Mapping[str, tuple[str, str]] = {
-    "torch": ("graphgen.models.attention.reference", "paged_attention_torch"),
-    "flashinfer": ("graphgen.models.attention.flashinfer", "paged_attention_flashinfer"),
-}
-"""Name of a backend -> the module that registers its operator, and the operator in the `graphgen`
-namespace."""
-
-
-def attention_op(name: str) -> AttentionOp:
-    """The operator of a backend; its module is imported only when it is asked for. ConfigError for others."""
-    if name not in ATTENTION_BACKENDS:
-        raise ConfigError(f"attention is {name!r}, supported are {', '.join(ATTENTION_BACKENDS)}: choose one of them")
-    module, operator = ATTENTION_BACKENDS[name]
-    importlib.import_module(module)
-    overload: AttentionOp = getattr(torch.ops.graphgen, operator).default
-    return overload
 
 
 class Decoder(nn.Module):
     """Embedding, layers, final norm, LM head. Fresh from the constructor its weights are uninitialised
     memory."""
 
-    def __init__(self, spec: ModelSpec, attention: str, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device, fused: bool = False) -> None:
+        """fused: steps of a few decode rows may run in the kernels of few_rows.py, where those serve this model."""
         super().__init__()
         self.spec = spec
-        attend = attention_op(attention)
         with device:
             # From a table of weights: the plain constructor would initialise them.
             self.embedding = nn.Embedding.from_pretrained(torch.empty(spec.vocab_size, spec.hidden_size, dtype=dtype))
-            self.layers = nn.ModuleList(DecoderLayer(spec, window, attend, dtype) for window in spec.windows)
+            self.layers = nn.ModuleList(DecoderLayer(spec, window, dtype) for window in spec.windows)
             self.final_norm = RMSNorm(spec.hidden_size, spec.norm_eps, dtype)
             self.head = None if spec.tie_embeddings else Linear(spec.hidden_size, spec.vocab_size, False, dtype)
         self.requires_grad_(False)
@@ -60,7 +43,7 @@ class Decoder(nn.Module):
         self._attend: Attend = DecoderLayer.attend
         self._feed_forward: FeedForward = DecoderLayer.feed_forward
         self._compiled: CompiledHalves | None = None
-        self._most_few_rows = _most_few_rows(spec, attention, dtype, device)
+        self._most_few_rows = _most_few_rows(self, device) if fused else 0
 
     @torch.no_grad()
     def forward(
@@ -69,19 +52,17 @@ class Decoder(nn.Module):
         positions: Tensor,
         sequence_lens: Tensor,
         kv_cache: KVCache,
-        tables: RowTables,
-        extra: list[Tensor],
+        attention: StepAttention,
         wanted: Tensor | None = None,
     ) -> Tensor:
         """Next-token logits, [N, V] in the weights' dtype; K and V of every row are in the cache afterwards.
 
         token_ids, positions: [T] int64. sequence_lens: [T] int64, max(prompt length of the row's request,
-        position + 1). extra: what the attention backend needs beside the tables. wanted: [N] int64, the rows whose
-        logits are computed; all if None.
+        position + 1). wanted: [N] int64, the rows whose logits are computed; all if None.
         """
         cos, sin = self.rope(positions, sequence_lens, self.embedding.weight.dtype)
-        step = StepTensors(cos, sin, tables, extra)
-        num_rows, num_decode_rows = token_ids.shape[0], tables.decode_kv_lens.shape[0]
+        step = StepTensors(cos, sin, attention)
+        num_rows, num_decode_rows = token_ids.shape[0], attention.tables.decode_kv_lens.shape[0]
         if wanted is None and num_rows == num_decode_rows <= self._most_few_rows:
             return self._run_few_rows(token_ids, kv_cache, step)
         update: Tensor = self.embedding(token_ids)
@@ -98,9 +79,7 @@ class Decoder(nn.Module):
         from graphgen.models import few_rows
 
         ends = few_rows.Ends(self.embedding.weight, self.final_norm, self._head_weight)
-        return few_rows.next_logits(
-            ends, self._decoder_layers, self.spec.activation, token_ids, kv_cache, step, chained=True
-        )
+        return few_rows.next_logits(ends, self._decoder_layers, token_ids, kv_cache, step, chained=True)
 
     @property
     def _decoder_layers(self) -> Sequence[DecoderLayer]:
@@ -125,10 +104,10 @@ class Decoder(nn.Module):
         return 0 if self._compiled is None else self._compiled.num_graphs
 
 
-def _most_few_rows(spec: ModelSpec, attention: str, dtype: torch.dtype, device: torch.device) -> int:
+def _most_few_rows(decoder: Decoder, device: torch.device) -> int:
     """Decode rows up to which a step runs in the kernels of few_rows.py; 0 where those do not serve."""
-    if attention != "flashinfer" or device.type != "cuda":
+    if device.type != "cuda" or not can_chain() or not serves_model(decoder, decoder.spec):
         return 0
-    from graphgen.models import few_rows
+    from graphgen.models import few_rows  # needs Triton
 
-    return few_rows.MOST_ROWS if few_rows.can_run(spec, dtype, device) else 0
+    return few_rows.MOST_ROWS

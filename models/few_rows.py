@@ -6,8 +6,8 @@ idle: the smallest product reads for 8 us and takes 12. Here every kernel is lau
 (programmatic dependent launch) and waits inside for its data, gate, up and activation are one kernel, and the norms
 have none of their own: the division by a row's root mean square comes after the product that reads the row.
 
-The arithmetic of layers.py, but that the norm rounds once where layers.py rounds twice. Owns no weights. Called by the
-decoder in place of all its layers.
+The arithmetic of layers.py, but that the norm rounds once where layers.py rounds twice; for the layers that
+few_rows_layers.py knows. Owns no weights. Called by the decoder in place of all its layers.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ import torch
 import triton
 from torch import Tensor
 
-from graphgen.models.attention.tables import StepTensors
-from graphgen.models.chaining import can_chain, launch_options
+from graphgen.models.attention.backend import StepTensors
+from graphgen.models.chaining import launch_options
 from graphgen.models.few_rows_kernels import (
     adding_linear_kernel,
     embed_kernel,
@@ -26,31 +26,12 @@ from graphgen.models.few_rows_kernels import (
     norm_heads_kernel,
     normed_linear_kernel,
 )
+from graphgen.models.few_rows_layers import ACTIVATIONS, K_BLOCK, LEAST_COLUMNS
 from graphgen.models.kv_cache import KVCache
 from graphgen.models.layers import DecoderLayer, RMSNorm
-from graphgen.models.spec import ModelSpec
 
 MOST_ROWS = 64
 """With more rows a product is no longer a matter of reading weights, and cuBLAS is faster."""
-
-_K_BLOCK = 128
-_LEAST_COLUMNS = 32
-_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}  # as gated_kernel knows them
-
-
-def can_run(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernels are written for this model and device; else the compiled layers serve few rows too.
-
-    bfloat16 only: before its division a norm's product would leave float16's range.
-    """
-    sizes = (spec.hidden_size, spec.q_size, spec.ffn_size)
-    return (
-        device.type == "cuda"
-        and can_chain()
-        and dtype is torch.bfloat16
-        and all(size % _K_BLOCK == 0 for size in sizes)
-        and all(size % _LEAST_COLUMNS == 0 for size in (spec.q_size + 2 * spec.kv_size, spec.vocab_size))
-    )
 
 
 class Normed(NamedTuple):
@@ -73,16 +54,16 @@ def _row_block(num_rows: int) -> int:
 def _column_block(size: int) -> int:
     """Columns of a program that makes a product `size` wide."""
     # Two thirds of the multiprocessors with 16 KiB stages beat all of them with 8 KiB ones.
-    return 64 if size % 64 == 0 and size // 64 >= 88 else _LEAST_COLUMNS
+    return 64 if size % 64 == 0 and size // 64 >= 88 else LEAST_COLUMNS
 
 
 def _early_columns(num_rows: int) -> int:
     """Columns of a weight that are read before the kernel ahead is done: a block, unless 64 rows need the room."""
-    return _K_BLOCK if num_rows <= 16 else 0
+    return K_BLOCK if num_rows <= 16 else 0
 
 
 def _product_options(num_rows: int, size: int, chained: bool) -> dict[str, int | bool]:
-    stages = 8 if _column_block(size) == _LEAST_COLUMNS else 6 if num_rows <= 16 else 5
+    stages = 8 if _column_block(size) == LEAST_COLUMNS else 6 if num_rows <= 16 else 5
     return {"num_warps": 4, "num_stages": stages, **launch_options(chained)}
 
 
@@ -124,7 +105,7 @@ def normed_linear(x: Normed, eps: float, weight: Tensor, bias: Tensor | None, ch
         bias is not None,
         _row_block(num_rows),
         block,
-        _K_BLOCK,
+        K_BLOCK,
         _early_columns(num_rows),
         triton.next_power_of_2(num_parts),
         chained,
@@ -156,7 +137,7 @@ def adding_linear(
         bias is not None,
         _row_block(num_rows),
         block,
-        _K_BLOCK,
+        K_BLOCK,
         _early_columns(num_rows),
         chained,
         **_product_options(num_rows, size, chained),
@@ -171,7 +152,7 @@ def gated_linear(x: Normed, eps: float, weight: Tensor, bias: Tensor | None, act
     size, num_parts = weight.shape[0] // 2, x.squares.shape[1]
     out = torch.empty((num_rows, size), dtype=x.scaled.dtype, device=x.scaled.device)
     rows = _row_block(num_rows)
-    block = 64 if size % 64 == 0 else _LEAST_COLUMNS
+    block = 64 if size % 64 == 0 else LEAST_COLUMNS
     gated_kernel[(size // block,)](
         x.scaled,
         x.squares,
@@ -183,11 +164,11 @@ def gated_linear(x: Normed, eps: float, weight: Tensor, bias: Tensor | None, act
         eps,
         size,
         depth,
-        _ACTIVATIONS[activation],
+        ACTIVATIONS[activation],
         bias is not None,
         rows,
         block,
-        _K_BLOCK,
+        K_BLOCK,
         _early_columns(num_rows),
         triton.next_power_of_2(num_parts),
         chained,
@@ -229,7 +210,6 @@ class Ends(NamedTuple):
 def next_logits(
     ends: Ends,
     layers: Sequence[DecoderLayer],
-    activation: str,
     token_ids: Tensor,
     kv_cache: KVCache,
     step: StepTensors,
@@ -239,7 +219,6 @@ def next_logits(
 
     chained=False launches every kernel after the one ahead.
     """
-    cos, sin, tables, extra = step
     next_norms = [*(layer.input_norm for layer in layers[1:]), ends.norm]
     sums, normed = embed(token_ids, ends.embedding, layers[0].input_norm)
     for number, (layer, next_norm) in enumerate(zip(layers, next_norms, strict=True)):
@@ -252,8 +231,8 @@ def next_logits(
             norm_heads(q, attention.q_norm, chained)
             norm_heads(k, attention.k_norm, chained)
         k_pages, v_pages = kv_cache.k_pages[number], kv_cache.v_pages[number]
-        gathered = attention.attend(q, k, v, cos, sin, k_pages, v_pages, *tables, extra, attention.window).flatten(1)
+        gathered = step.attention.attend(q, k, v, step.cos, step.sin, k_pages, v_pages, attention.window).flatten(1)
         sums, normed = adding_linear(gathered, attention.o.weight, attention.o.bias, sums, norm, chained)
-        gated = gated_linear(normed, norm.eps, mlp.gate_up.weight, mlp.gate_up.bias, activation, chained)
+        gated = gated_linear(normed, norm.eps, mlp.gate_up.weight, mlp.gate_up.bias, mlp.activation, chained)
         sums, normed = adding_linear(gated, mlp.down.weight, mlp.down.bias, sums, next_norm, chained)
     return normed_linear(normed, ends.norm.eps, ends.head, None, chained)

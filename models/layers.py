@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphgen.models.attention.tables import StepTensors
+from graphgen.models.attention.backend import FULL_ATTENTION, StepTensors
 from graphgen.models.spec import ModelSpec
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -23,12 +23,6 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
-
-AttentionOp = Callable[..., Tensor]
-"""(q, k, v, cos, sin, k_pages, v_pages, *RowTables, extra, window) -> [T, Hq, D]; the torch.library op of a backend."""
-
-FULL_ATTENTION = 0
-"""The window argument of an attention op that stands for «every earlier position»."""
 
 
 class RMSNorm(nn.Module):
@@ -60,11 +54,10 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     """Grouped-query attention over the paged KV cache."""
 
-    def __init__(self, spec: ModelSpec, window: int | None, attend: AttentionOp, dtype: torch.dtype) -> None:
+    def __init__(self, spec: ModelSpec, window: int | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         self.window = FULL_ATTENTION if window is None else window
-        self.attend = attend
         self.qkv = Linear(spec.hidden_size, spec.q_size + 2 * spec.kv_size, spec.qkv_bias, dtype)
         self.o = Linear(spec.q_size, spec.hidden_size, spec.o_bias, dtype)
         self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps, dtype) if spec.qk_norm else None
@@ -82,7 +75,7 @@ class Attention(nn.Module):
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        gathered = self.attend(q, k, v, step.cos, step.sin, k_pages, v_pages, *step.tables, step.extra, self.window)
+        gathered = step.attention.attend(q, k, v, step.cos, step.sin, k_pages, v_pages, self.window)
         return gathered.flatten(1)
 
 
@@ -91,13 +84,13 @@ class MLP(nn.Module):
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[spec.activation]
+        self.activation = spec.activation
         self.gate_up = Linear(spec.hidden_size, 2 * spec.ffn_size, spec.mlp_bias, dtype)
         self.down = Linear(spec.ffn_size, spec.hidden_size, spec.mlp_bias, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        out: Tensor = self.down(self.activation(gate) * up)
+        out: Tensor = self.down(ACTIVATIONS[self.activation](gate) * up)
         return out
 
 
@@ -111,10 +104,10 @@ class DecoderLayer(nn.Module):
     next norm reads it, so a compiled layer has one kernel for both instead of two around the layer's edge.
     """
 
-    def __init__(self, spec: ModelSpec, window: int | None, attend: AttentionOp, dtype: torch.dtype) -> None:
+    def __init__(self, spec: ModelSpec, window: int | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.input_norm = RMSNorm(spec.hidden_size, spec.norm_eps, dtype)
-        self.attention = Attention(spec, window, attend, dtype)
+        self.attention = Attention(spec, window, dtype)
         self.post_attention_norm = RMSNorm(spec.hidden_size, spec.norm_eps, dtype)
         self.mlp = MLP(spec, dtype)
 

@@ -32,19 +32,19 @@ def load_decoder(
     spec: ModelSpec,
     dtype: torch.dtype,
     device: torch.device,
-    attention: str,
     load_format: LoadFormat = "auto",
     seed: int = 0,
     progress: ProgressCallback | None = None,
+    fused: bool = False,
 ) -> Decoder:
     """A decoder on `device` with the weights of `folder`, shard by shard, or random ones.
 
     spec: load_spec's of the same folder, which knows whether a stored head is the embedding again.
     load_format: "auto" and "safetensors" read the folder; "dummy" reads nothing and draws weights of the real
-    shapes on the device itself from `seed`. Raises CheckpointError for a checkpoint that is not safetensors,
-    lacks a tensor, has one too many, or one of another shape.
+    shapes on the device itself from `seed`. fused: see Decoder. Raises CheckpointError for a checkpoint that is not
+    safetensors, lacks a tensor, has one too many, or one of another shape.
     """
-    decoder = Decoder(spec, attention, dtype, device)
+    decoder = Decoder(spec, dtype, device, fused)
     report = progress or (lambda done, total: None)
     if load_format == "dummy":
         _fill_randomly(decoder, spec, seed, report)

@@ -1,54 +1,17 @@
 """Which attention kernels serve this device: chosen once, at the start.
 
-Owns the choice and the one interface the runner uses; the kernels are in graphgen.models.attention.
+Owns the choice; the backends are in graphgen.models.attention.
 """
 
-from typing import Protocol
-
 import torch
-from torch import Tensor
 
-from graphgen.capture.buffers import Words
 from graphgen.ipc.errors import GraphgenError
 from graphgen.ipc.messages import Bucket
 from graphgen.launch.config import LaunchConfig
+from graphgen.models.attention.backend import AttentionBackend
 from graphgen.models.attention.kernels import AttentionShape
-from graphgen.models.attention.tables import RowTables
+from graphgen.models.attention.reference import TorchAttention
 from graphgen.worker.inputs import InputShape
-
-
-class AttentionBackend(Protocol):
-    """Kernels for both regions of a step's rows."""
-
-    name: str  # "torch" or "flashinfer": the op the decoder calls
-    description: str  # for people
-    late_import: str | None  # the package that `load_kernels` imports first, which takes a while
-
-    def load_kernels(self) -> None: ...
-
-    def plan(self, num_prefill_rows: int, chunk_starts: Words, chunk_kv_lens: Words, decode_kv_lens: Words) -> None: ...
-
-    def prepare(self, tables: RowTables) -> list[Tensor]: ...
-
-
-class TorchAttention:
-    """The reference kernels: any device, nothing to plan."""
-
-    name = "torch"
-    late_import: str | None = None
-
-    def __init__(self, reason: str) -> None:
-        self.description = f"torch ({reason})"
-
-    def load_kernels(self) -> None:
-        """They are part of torch."""
-
-    def plan(self, num_prefill_rows: int, chunk_starts: Words, chunk_kv_lens: Words, decode_kv_lens: Words) -> None:
-        """The row tables say all that is needed."""
-
-    def prepare(self, tables: RowTables) -> list[Tensor]:
-        del tables
-        return []
 
 
 def open_backend(

@@ -107,10 +107,10 @@ class ModelRunner:
                 spec=config.spec,
                 dtype=dtype,
                 device=self._device,
-                attention=self._backend.name,
                 load_format=config.load_format,  # type: ignore[arg-type]  # checked by EngineConfig
                 seed=config.seed,
                 progress=lambda done, total: report(Progress("load", done, total)),
+                fused=self._backend.runs_fused_layers,
             )
         self._phases += [preparation.wait() for preparation in preparations]
         gc.freeze()  # what was imported stays: no collection need look at it again

@@ -4,13 +4,11 @@ Owns the order of a step. Everything here has fixed shapes and addresses, so tha
 on the CPU it runs as it stands. Read `Step.__call__` top to bottom: that is what a graph is.
 """
 
-from typing import Protocol
-
 from torch import Tensor
 
 from graphgen.capture.buffers import BlockLayout
 from graphgen.ipc.messages import Bucket
-from graphgen.models.attention.tables import RowTables
+from graphgen.models.attention.backend import AttentionBackend
 from graphgen.models.decoder import Decoder
 from graphgen.models.kv_cache import KVCache
 from graphgen.models.sampling import Sampler
@@ -18,12 +16,6 @@ from graphgen.worker.rows import RowExpander, SlotTables, TorchRows
 
 TOKEN_RING = 4
 """Rows of the token ring: a step's tokens stay on the device while two later steps run."""
-
-
-class Attention(Protocol):
-    """The part of an attention backend that runs inside a step."""
-
-    def prepare(self, tables: RowTables) -> list[Tensor]: ...
 
 
 class Step:
@@ -38,7 +30,7 @@ class Step:
         token_ring: Tensor,
         decoder: Decoder,
         kv_cache: KVCache,
-        attention: Attention,
+        attention: AttentionBackend,
         sampler: Sampler,
     ) -> None:
         """block: the device's input words. token_ring: [TOKEN_RING, most sampled rows] int32."""
@@ -60,7 +52,6 @@ class Step:
             rows.positions,
             rows.sequence_lens,
             self._kv_cache,
-            tables,
             self._attention.prepare(tables),
             wanted=draws.rows if self._has_prefill_rows else None,  # decode rows draw one and all
         )

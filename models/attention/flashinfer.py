@@ -8,18 +8,19 @@ A planned kernel (FA2, FA3) gets its work list from the host: `plan` computes it
 The launch constants that come back depend on the shape alone, never on the lengths, so a captured graph keeps them;
 `plan` verifies that at every step.
 
-The op takes tensors only. What a kernel needs besides the row tables travels in `extra`, made by `prepare` inside the
-captured step; the CPU tensors in it hold choices and launch constants, read when the op runs, which is at capture.
+`prepare` makes the FlashInferStep of a step inside the step's graph. Its CPU tensors hold choices and launch constants,
+read when the operator runs, which is at capture.
 """
 
 import functools
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from graphgen.ipc.errors import ConfigError
+from graphgen.models.attention.backend import Words
 from graphgen.models.attention.kernels import (
     AttentionShape,
     Kernel,
@@ -34,8 +35,8 @@ from graphgen.models.attention.libraries import (
     load_libraries,
     package_to_load,
 )
-from graphgen.models.attention.planned import PlannedRegion, Words, run_planned
-from graphgen.models.attention.split_kv import FreshRows, SplitKvWorkspace, split_kv_attention
+from graphgen.models.attention.planned import PlannedRegion, PlannedTensors, run_planned
+from graphgen.models.attention.split_kv import FreshRows, SplitKvTensors, open_workspace, split_kv_attention
 from graphgen.models.attention.store import rotate_and_store
 from graphgen.models.attention.tables import RowTables
 from graphgen.models.chaining import can_chain
@@ -49,6 +50,7 @@ class FlashInferAttention:
     """The kernels of both regions, their workspaces, and the plans of the steps in flight."""
 
     name = "flashinfer"
+    runs_fused_layers = True
 
     def __init__(
         self,
@@ -68,7 +70,7 @@ class FlashInferAttention:
             raise ConfigError(f"page_size is {shape.page_size}, the decode kernel has {sizes}: choose one")
         self._prefill = PlannedRegion(prefill, shape, most_chunks, most_prefill_rows)
         self._decode = _decode_region(decode, shape, most_decode_rows, device)
-        self._windows = shape.windows
+        self._kernels = torch.tensor([prefill, decode], dtype=torch.int64)
         self._libraries = needed_libraries(shape, (prefill, decode))
         self._folder = KernelFolder.of(arch_of(capability))
         self.late_import: str | None = package_to_load(self._libraries, self._folder)
@@ -80,8 +82,8 @@ class FlashInferAttention:
         prefill, decode = self._prefill.kernel, self._decode.kernel
         self.description = f"flashinfer (prefill {prefill.name}, decode {decode.name}, {describe_sources(sources)})"
 
-    def prepare(self, tables: RowTables) -> list[Tensor]:
-        """`extra` of the op for one step of this shape; part of the captured step. `plan` must have run before."""
+    def prepare(self, tables: RowTables) -> "FlashInferStep":
+        """See AttentionBackend."""
         num_decode_rows = tables.decode_kv_lens.shape[0]
         num_prefill_rows = tables.kv_locations.shape[0] - num_decode_rows
         prefill = (
@@ -89,20 +91,14 @@ class FlashInferAttention:
             if num_prefill_rows
             else self._prefill.absent()
         )
-        kv_lens, pages = tables.decode_kv_lens, tables.decode_pages
         if isinstance(self._decode, PlannedRegion):
-            starts = torch.arange(num_decode_rows + 1, dtype=torch.int32, device=kv_lens.device)
-            decode = self._decode.prepare(num_decode_rows, starts, kv_lens, pages)
-        else:
-            decode = self._decode.prepare(kv_lens, pages)
-        header = [self._prefill.kernel, self._decode.kernel, len(prefill), *self._windows]
-        return [torch.tensor(header, dtype=torch.int64), *prefill, *decode]
+            starts = torch.arange(num_decode_rows + 1, dtype=torch.int32, device=tables.decode_kv_lens.device)
+            decode = self._decode.prepare(num_decode_rows, starts, tables.decode_kv_lens, tables.decode_pages)
+            return FlashInferStep(tables, self._kernels, prefill, decode)
+        return FlashInferStep(tables, self._kernels, prefill, self._decode.workspace)
 
     def plan(self, num_prefill_rows: int, chunk_starts: Words, chunk_kv_lens: Words, decode_kv_lens: Words) -> None:
-        """Host part of a step, before its launch, on the launching stream.
-
-        chunk_starts: [C + 1]; chunk_kv_lens: [C]; decode_kv_lens: [R], padded rows see 1 position.
-        """
+        """See AttentionBackend."""
         if num_prefill_rows:
             self._prefill.plan(num_prefill_rows, chunk_starts, chunk_kv_lens)
         if isinstance(self._decode, PlannedRegion):
@@ -110,74 +106,65 @@ class FlashInferAttention:
             self._decode.plan(num_rows, np.arange(num_rows + 1, dtype=np.int32), decode_kv_lens)
 
 
-class XqaRegion:
-    """One row per request, block tables read on the device."""
+class XqaTensors(NamedTuple):
+    """What XQA's programs tell each other."""
 
-    kernel = Kernel.XQA
-
-    def __init__(self, device: torch.device) -> None:
-        # The semaphores must be zero before the first use; the kernel leaves them so.
-        self._semaphores = torch.zeros(_XQA_SEMAPHORE_BYTES, dtype=torch.uint8, device=device)
-        self._scratch = torch.empty(_XQA_SCRATCH_BYTES, dtype=torch.uint8, device=device)
-
-    def prepare(self, kv_lens: Tensor, pages: Tensor) -> list[Tensor]:
-        return [kv_lens.view(torch.uint32).unsqueeze(1), pages, self._semaphores, self._scratch]
+    semaphores: Tensor
+    """Zero before the first use; the kernel leaves them so."""
+    scratch: Tensor
 
 
-class SplitKvRegion:
-    """One row per request, read in parallel parts."""
+DecodeTensors = PlannedTensors | XqaTensors | SplitKvTensors
 
-    kernel = Kernel.SPLIT_KV
+_DECODE_TENSORS: dict[Kernel, type[DecodeTensors]] = {
+    Kernel.FA2: PlannedTensors,
+    Kernel.FA3: PlannedTensors,
+    Kernel.XQA: XqaTensors,
+    Kernel.SPLIT_KV: SplitKvTensors,
+}
 
-    def __init__(self, shape: AttentionShape, most_rows: int, device: torch.device) -> None:
-        self._workspace = SplitKvWorkspace(most_rows, shape.num_heads, shape.num_kv_heads, shape.head_dim, device)
 
-    def prepare(self, kv_lens: Tensor, pages: Tensor) -> list[Tensor]:
-        workspace = self._workspace
-        return [kv_lens, pages, workspace.parts, workspace.peaks_and_sums, workspace.finished]
+class UnplannedRegion(NamedTuple):
+    """One row per request, block tables and lengths read on the device."""
+
+    kernel: Kernel
+    workspace: XqaTensors | SplitKvTensors
 
 
 def _decode_region(
     kernel: Kernel, shape: AttentionShape, most_rows: int, device: torch.device
-) -> PlannedRegion | XqaRegion | SplitKvRegion:
+) -> PlannedRegion | UnplannedRegion:
     if kernel is Kernel.SPLIT_KV:
-        return SplitKvRegion(shape, most_rows, device)
-    return XqaRegion(device) if kernel is Kernel.XQA else PlannedRegion(kernel, shape, most_rows, most_rows)
+        sizes = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        return UnplannedRegion(kernel, open_workspace(most_rows, *sizes, device))
+    if kernel is Kernel.XQA:
+        semaphores = torch.zeros(_XQA_SEMAPHORE_BYTES, dtype=torch.uint8, device=device)
+        scratch = torch.empty(_XQA_SCRATCH_BYTES, dtype=torch.uint8, device=device)
+        return UnplannedRegion(kernel, XqaTensors(semaphores, scratch))
+    return PlannedRegion(kernel, shape, most_rows, most_rows)
 
 
-def _run_xqa(q: Tensor, out: Tensor, k_pages: Tensor, v_pages: Tensor, prepared: Sequence[Tensor], window: int) -> None:
-    from flashinfer.xqa import xqa
-
-    kv_lens, pages, semaphores, scratch = prepared
-    xqa(
-        q.unsqueeze(1),
-        k_pages,
-        v_pages,
-        pages,
-        kv_lens,
-        out.unsqueeze(1),
-        scratch,
-        semaphores,
-        k_pages.shape[2],
-        k_pages.shape[1],
-        q_scale=1.0,  # the kernel divides by the square root of the head size itself
-        sliding_win_size=window,
-        enable_pdl=True,
-    )
+# --- the operator ----------------------------------------------------------------------------------------------
 
 
-def _run_split_kv(
-    q: Tensor,
-    out: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    prepared: Sequence[Tensor],
-    window: int,
-    fresh: FreshRows | None = None,
-) -> None:
-    kv_lens, pages, parts, peaks_and_sums, finished = prepared
-    workspace = parts, peaks_and_sums, finished
-    split_kv_attention(q, out, k_pages, v_pages, pages, kv_lens, workspace, window, fresh, chained=can_chain())
+class FlashInferStep(NamedTuple):
+    """The kernels of both regions and what they read."""
+
+    tables: RowTables
+    kernels: Tensor
+    """[2] int64 on the host: the Kernel of the prefill and of the decode region."""
+    prefill: PlannedTensors
+    decode: DecodeTensors
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor, window: int
+    ) -> Tensor:
+        """See StepAttention."""
+        prefill, decode = [*self.prefill], [*self.decode]
+        result: Tensor = _operator(
+            q, k, v, cos, sin, k_pages, v_pages, *self.tables, self.kernels, prefill, decode, window
+        )
+        return result
 
 
 def _paged_attention(
@@ -194,28 +181,30 @@ def _paged_attention(
     chunk_pages: Tensor,
     decode_kv_lens: Tensor,
     decode_pages: Tensor,
-    extra: list[Tensor],
+    kernels: Tensor,
+    prefill: list[Tensor],
+    decode: list[Tensor],
     window: int,
 ) -> Tensor:
-    prefill_kernel, decode_kernel, num_prefill_tensors, *windows = extra[0].tolist()
-    prefill, decode = extra[1 : 1 + num_prefill_tensors], extra[1 + num_prefill_tensors :]
+    prefill_kernel, decode_kernel = (Kernel(number) for number in kernels.tolist())
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     split = q.shape[0] - decode_kv_lens.shape[0]
-    if not split and decode_kernel == Kernel.SPLIT_KV:
-        _run_split_kv(q, out, k_pages, v_pages, decode, window, FreshRows(k, v, cos, sin))
+    chunks = PlannedTensors(*prefill)
+    decodes = DecodeRows(decode_kv_lens, decode_pages, decode_kernel, _DECODE_TENSORS[decode_kernel](*decode))
+    if not split and decode_kernel is Kernel.SPLIT_KV:
+        _run_decode(q, out, k_pages, v_pages, decodes, window, FreshRows(k, v, cos, sin))
         return out
     q = rotate_and_store(q, k, v, cos, sin, k_pages, v_pages, kv_locations, out, chained=can_chain())
-    index = windows.index(window)
     if not split:
-        _run_decode(Kernel(decode_kernel), q, out, k_pages, v_pages, decode, index, window)
+        _run_decode(q, out, k_pages, v_pages, decodes, window)
         return out
     # The chunks' kernel computes and the decodes' reads memory, so they share the device well.
     main, side = torch.cuda.current_stream(), _side_stream()
     side.wait_stream(main)
     with torch.cuda.stream(side):
         if split < q.shape[0]:
-            _run_decode(Kernel(decode_kernel), q[split:], out[split:], k_pages, v_pages, decode, index, window)
-    run_planned(Kernel(prefill_kernel), q[:split], out[:split], k_pages, v_pages, prefill, index, window)
+            _run_decode(q[split:], out[split:], k_pages, v_pages, decodes, window)
+    run_planned(prefill_kernel, q[:split], out[:split], k_pages, v_pages, chunks, window)
     main.wait_stream(side)
     return out
 
@@ -226,22 +215,56 @@ def _side_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
+class DecodeRows(NamedTuple):
+    """The decode region of a step, see RowTables, and what runs it."""
+
+    kv_lens: Tensor
+    pages: Tensor
+    kernel: Kernel
+    tensors: DecodeTensors
+
+
 def _run_decode(
-    kernel: Kernel,
     q: Tensor,
     out: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
-    prepared: Sequence[Tensor],
-    window_index: int,
+    rows: DecodeRows,
     window: int,
+    fresh: FreshRows | None = None,
 ) -> None:
-    if kernel is Kernel.SPLIT_KV:
-        _run_split_kv(q, out, k_pages, v_pages, prepared, window)
-    elif kernel is Kernel.XQA:
-        _run_xqa(q, out, k_pages, v_pages, prepared, window)
-    else:
-        run_planned(kernel, q, out, k_pages, v_pages, prepared, window_index, window)
+    """fresh: see split_kv_attention; the other kernels find keys and values in their pages."""
+    match rows.tensors:
+        case SplitKvTensors() as workspace:
+            split_kv_attention(
+                q, out, k_pages, v_pages, rows.pages, rows.kv_lens, workspace, window, fresh, chained=can_chain()
+            )
+        case XqaTensors() as workspace:
+            _run_xqa(q, out, k_pages, v_pages, rows, workspace, window)
+        case PlannedTensors() as planned:
+            run_planned(rows.kernel, q, out, k_pages, v_pages, planned, window)
+
+
+def _run_xqa(
+    q: Tensor, out: Tensor, k_pages: Tensor, v_pages: Tensor, rows: DecodeRows, workspace: XqaTensors, window: int
+) -> None:
+    from flashinfer.xqa import xqa
+
+    xqa(
+        q.unsqueeze(1),
+        k_pages,
+        v_pages,
+        rows.pages,
+        rows.kv_lens.view(torch.uint32).unsqueeze(1),
+        out.unsqueeze(1),
+        workspace.scratch,
+        workspace.semaphores,
+        k_pages.shape[2],
+        k_pages.shape[1],
+        q_scale=1.0,  # the kernel divides by the square root of the head size itself
+        sliding_win_size=window,
+        enable_pdl=True,
+    )
 
 
 def _result_like(q: Tensor, *_: object) -> Tensor:
@@ -253,7 +276,9 @@ _library = torch.library.Library("graphgen", "FRAGMENT")
 _library.define(
     "paged_attention_flashinfer(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor k_pages, "
     "Tensor v_pages, Tensor kv_locations, Tensor chunk_starts, Tensor chunk_kv_lens, Tensor chunk_pages, "
-    "Tensor decode_kv_lens, Tensor decode_pages, Tensor[] extra, int window) -> Tensor"
+    "Tensor decode_kv_lens, Tensor decode_pages, Tensor kernels, Tensor[] prefill, Tensor[] decode, "
+    "int window) -> Tensor"
 )
 _library.impl("paged_attention_flashinfer", _paged_attention, "CUDA")
 torch.library.register_fake("graphgen::paged_attention_flashinfer", _result_like, lib=_library)
+_operator = torch.ops.graphgen.paged_attention_flashinfer.default

@@ -5,23 +5,43 @@ step is launched, `prepare` and `run_planned` inside the captured step. Called b
 """
 
 import functools
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from graphgen.models.attention.backend import Words
 from graphgen.models.attention.direct import PlannedFunctions
 from graphgen.models.attention.kernels import AttentionShape, Kernel, arch_of, planned_library
 from graphgen.models.attention.libraries import KernelFolder, planned_functions
 from graphgen.models.attention.ragged import flatten_pages
 
-Words = np.ndarray[tuple[int], np.dtype[np.int32]]
-
 _INT_WORKSPACE_BYTES = 8 << 20
 _PLAN_RING = 4  # pinned blocks: two steps in flight, one being planned, one to spare
 _CAUSAL = 1  # FlashInfer's MaskMode.CAUSAL
 _NHD = 0  # FlashInfer's TensorLayout.NHD: [page, position, head, element]
+
+
+class PlannedTensors(NamedTuple):
+    """What `plan` and `run_planned` share of one region and step. N requests, W distinct windows."""
+
+    starts: Tensor
+    """[N + 1] int32: the first row of each request, and the end."""
+    page_starts: Tensor
+    """[N + 1] int32: the first page of each request in `flat_pages`, and the end."""
+    flat_pages: Tensor
+    """int32: the pages of all requests, one request after the other."""
+    last_lens: Tensor
+    """[N] int32: positions in the last page of each request."""
+    float_workspace: Tensor
+    """Bytes for partial results."""
+    work_lists: Tensor
+    """[W, bytes]: what `plan` computed for each window."""
+    windows: Tensor
+    """[W] int64 on the host: the window of each work list."""
+    constants: Tensor
+    """[W, count] int64 on the host: the launch constants of each work list, read at capture."""
 
 
 class PlannedRegion:
@@ -40,38 +60,47 @@ class PlannedRegion:
             dtype=torch.uint8,
             device=device,
         )
-        self._work_lists = {
-            window: torch.empty(_INT_WORKSPACE_BYTES, dtype=torch.uint8, device=device) for window in shape.windows
-        }
+        size = len(shape.windows), _INT_WORKSPACE_BYTES
+        self._work_lists = torch.empty(size, dtype=torch.uint8, device=device)
+        self._windows = torch.tensor(shape.windows, dtype=torch.int64)
         self._ring = [torch.empty(_INT_WORKSPACE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(_PLAN_RING)]
         self._copied: list[torch.cuda.Event | None] = [None] * _PLAN_RING
         self._next = 0
 
-    def prepare(self, num_rows: int, starts: Tensor, kv_lens: Tensor, pages: Tensor) -> list[Tensor]:
+    def prepare(self, num_rows: int, starts: Tensor, kv_lens: Tensor, pages: Tensor) -> PlannedTensors:
         """The block tables of [N] requests in FlashInfer's ragged form, made on the device."""
-        num_requests = len(kv_lens)
-        page_starts, flat, last_lens = flatten_pages(kv_lens, pages, self._shape.page_size)
-        prepared = [starts, page_starts, flat, last_lens, self._float_workspace]
-        for window in self._shape.windows:
-            constants = torch.tensor(self._constants[num_rows, num_requests, window], dtype=torch.int64)
-            prepared += [self._work_lists[window], constants]
-        return prepared
+        page_starts, flat_pages, last_lens = flatten_pages(kv_lens, pages, self._shape.page_size)
+        constants = [self._constants[num_rows, len(kv_lens), window] for window in self._shape.windows]
+        return self._tensors(starts, page_starts, flat_pages, last_lens, torch.tensor(constants, dtype=torch.int64))
 
-    def absent(self) -> list[Tensor]:
+    def absent(self) -> PlannedTensors:
         """Stands in for `prepare` in a bucket without this region, so that every bucket runs one compiled layer."""
         indices = torch.empty(0, dtype=torch.int32, device=self._float_workspace.device)
-        prepared = [indices, indices, indices, indices, self._float_workspace]
-        for window in self._shape.windows:
-            prepared += [self._work_lists[window], torch.empty(0, dtype=torch.int64)]
-        return prepared
+        # One column, not none: the strides of an empty tensor would make the compiler start anew.
+        constants = torch.zeros(len(self._shape.windows), 1, dtype=torch.int64)
+        return self._tensors(indices, indices, indices, indices, constants)
+
+    def _tensors(
+        self, starts: Tensor, page_starts: Tensor, flat_pages: Tensor, last_lens: Tensor, constants: Tensor
+    ) -> PlannedTensors:
+        return PlannedTensors(
+            starts=starts,
+            page_starts=page_starts,
+            flat_pages=flat_pages,
+            last_lens=last_lens,
+            float_workspace=self._float_workspace,
+            work_lists=self._work_lists,
+            windows=self._windows,
+            constants=constants,
+        )
 
     def plan(self, num_rows: int, starts: Words, kv_lens: Words) -> None:
         """Queues the work lists of one step for every window."""
         counts = -(-kv_lens // self._shape.page_size)
         page_starts = np.zeros(len(kv_lens) + 1, dtype=np.int32)
         np.cumsum(counts, out=page_starts[1:])
-        for window in self._shape.windows:
-            constants = self._plan_window(window, num_rows, starts, page_starts, kv_lens)
+        for window, work_list in zip(self._shape.windows, self._work_lists, strict=True):
+            constants = self._plan_window(window, work_list, num_rows, starts, page_starts, kv_lens)
             captured = self._constants.setdefault((num_rows, len(kv_lens), window), constants)
             if constants != captured:
                 raise RuntimeError(
@@ -79,7 +108,9 @@ class PlannedRegion:
                     f"{constants}, the captured graph has {captured}: this FlashInfer version does not fit graphs"
                 )
 
-    def _plan_window(self, window: int, num_rows: int, starts: Words, page_starts: Words, kv_lens: Words) -> list[int]:
+    def _plan_window(
+        self, window: int, work_list: Tensor, num_rows: int, starts: Words, page_starts: Words, kv_lens: Words
+    ) -> list[int]:
         copied = self._copied[self._next]
         if copied is not None:
             copied.synchronize()
@@ -87,7 +118,7 @@ class PlannedRegion:
         functions = _functions(self.kernel, shape.dtype, shape.head_dim, window > 0)
         planned = functions.plan(
             self._float_workspace,
-            self._work_lists[window],
+            work_list,
             self._ring[self._next],
             torch.from_numpy(starts),
             torch.from_numpy(page_starts),
@@ -138,29 +169,22 @@ def _functions(kernel: Kernel, dtype: torch.dtype, head_dim: int, windowed: bool
 
 
 def run_planned(
-    kernel: Kernel,
-    q: Tensor,
-    out: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    prepared: Sequence[Tensor],
-    window_index: int,
-    window: int,
+    kernel: Kernel, q: Tensor, out: Tensor, k_pages: Tensor, v_pages: Tensor, tensors: PlannedTensors, window: int
 ) -> None:
-    starts, page_starts, flat_pages, last_lens, float_workspace = prepared[:5]
-    work_list, constants = prepared[5 + 2 * window_index : 7 + 2 * window_index]
+    """Writes out, the attention of the rows q over the pages of their requests."""
+    index = tensors.windows.tolist().index(window)
     functions = _functions(kernel, q.dtype, q.shape[2], window > 0)
     functions.paged_run(
-        float_workspace,
-        work_list,
-        constants.tolist(),
+        tensors.float_workspace,
+        tensors.work_lists[index],
+        tensors.constants[index].tolist(),
         q,
         k_pages,
         v_pages,
-        starts,
-        page_starts,
-        flat_pages,
-        last_lens,
+        tensors.starts,
+        tensors.page_starts,
+        tensors.flat_pages,
+        tensors.last_lens,
         out,
         None,  # log-sum-exp is not wanted
         _CAUSAL,

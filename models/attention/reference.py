@@ -1,8 +1,8 @@
 """The `torch` attention backend: paged attention in plain PyTorch, for any device, and what other backends
 are held to.
 
-Owns the operator `graphgen::paged_attention_torch`. Never allocates KV pages. Called
-by the decoder's layers through `torch.ops`, inside or outside a compiled graph.
+Owns the operator `graphgen::paged_attention_torch` and the backend around it. Never allocates KV pages. The decoder's
+layers call it through TorchStep, inside or outside a compiled graph.
 
 On the CPU it reads the step's lengths and does only the live work. On a device with graphs it neither waits
 for the device nor depends on the lengths for a shape, so a graph can capture it; then it computes every
@@ -16,17 +16,20 @@ the pages, and the result, which is used, keeps the call alive and in order.
 
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphgen.models.attention.backend import Words
+from graphgen.models.attention.tables import RowTables
 from graphgen.models.rope import rotate
 
 _SCHEMA = (
     "paged_attention_torch(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor k_pages, Tensor v_pages,"
     " Tensor kv_locations, Tensor chunk_starts, Tensor chunk_kv_lens, Tensor chunk_pages, Tensor decode_kv_lens,"
-    " Tensor decode_pages, Tensor[] extra, int window) -> Tensor"
+    " Tensor decode_pages, int window) -> Tensor"
 )
 _BATCH_POSITIONS = 2048
 """Positions whose K and V the CPU gathers at once: small enough for the cache and for memory the process has."""
@@ -48,16 +51,9 @@ def paged_attention(
     chunk_pages: Tensor,
     decode_kv_lens: Tensor,
     decode_pages: Tensor,
-    extra: list[Tensor],
     window: int,
 ) -> Tensor:
-    """Attention of every row over its own positions, [T, Hq, D]; padded prefill rows are zero.
-
-    q: [T, Hq, D]. k, v: [T, Hkv, D]. cos, sin: [T, D], by which q and k are rotated first; k and v are then
-    written to the pages. k_pages, v_pages: [pages, page_size, Hkv, D]. The tables: see RowTables. extra: ignored,
-    other backends keep their workspaces there. window: positions a row sees, its own included; 0 sees all.
-    Softmax in float32.
-    """
+    """See StepAttention.attend; the tables: see RowTables."""
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     write_kv(k_pages, v_pages, k, v, kv_locations)
     run = _live_rows if q.device.type == "cpu" else all_rows
@@ -233,3 +229,41 @@ _library.define(_SCHEMA)
 for _device in ("CPU", "CUDA"):
     _library.impl("paged_attention_torch", paged_attention, _device)
 torch.library.register_fake("graphgen::paged_attention_torch", _result_like, lib=_library)
+_operator = torch.ops.graphgen.paged_attention_torch.default
+
+
+# --- the backend ---
+
+
+class TorchStep(NamedTuple):
+    """Nothing is planned, so the row tables are all that the operator needs."""
+
+    tables: RowTables
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor, window: int
+    ) -> Tensor:
+        """See StepAttention."""
+        result: Tensor = _operator(q, k, v, cos, sin, k_pages, v_pages, *self.tables, window)
+        return result
+
+
+class TorchAttention:
+    """The reference kernels: any device, nothing to plan."""
+
+    name = "torch"
+    late_import: str | None = None
+    runs_fused_layers = False
+
+    def __init__(self, reason: str) -> None:
+        """reason: why it was chosen, for people."""
+        self.description = f"torch ({reason})"
+
+    def load_kernels(self) -> None:
+        """They are part of torch."""
+
+    def plan(self, num_prefill_rows: int, chunk_starts: Words, chunk_kv_lens: Words, decode_kv_lens: Words) -> None:
+        """The row tables say all that is needed."""
+
+    def prepare(self, tables: RowTables) -> TorchStep:
+        return TorchStep(tables)

@@ -194,15 +194,27 @@ class FreshRows(NamedTuple):
     """[R, D] contiguous."""
 
 
-class SplitKvWorkspace:
+class SplitKvTensors(NamedTuple):
     """What the programs of one row tell each other. Steps and layers run one after another, so they share it."""
 
-    def __init__(self, most_rows: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> None:
-        most_parts = max(rows * num_splits(rows, num_kv_heads)[0] for rows in range(1, most_rows + 1))
-        self.parts = torch.empty(most_parts * num_heads * head_dim, dtype=torch.float32, device=device)
-        self.peaks_and_sums = torch.empty(most_parts * num_heads * 2, dtype=torch.float32, device=device)
-        # Zero before the first use; the kernel leaves it so.
-        self.finished = torch.zeros(most_rows * num_kv_heads, dtype=torch.int32, device=device)
+    parts: Tensor
+    """float32: the sums of each part of a row."""
+    peaks_and_sums: Tensor
+    """float32: the largest score and the sum of weights of each part."""
+    finished: Tensor
+    """int32: parts that are done, of each row and KV head. Zero before the first use; the kernel leaves it so."""
+
+
+def open_workspace(
+    most_rows: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
+) -> SplitKvTensors:
+    """For steps of at most so many rows."""
+    most_parts = max(rows * num_splits(rows, num_kv_heads)[0] for rows in range(1, most_rows + 1))
+    return SplitKvTensors(
+        parts=torch.empty(most_parts * num_heads * head_dim, dtype=torch.float32, device=device),
+        peaks_and_sums=torch.empty(most_parts * num_heads * 2, dtype=torch.float32, device=device),
+        finished=torch.zeros(most_rows * num_kv_heads, dtype=torch.int32, device=device),
+    )
 
 
 @functools.cache
@@ -223,7 +235,7 @@ def split_kv_attention(
     v_pages: Tensor,
     block_tables: Tensor,
     kv_lens: Tensor,
-    workspace: tuple[Tensor, Tensor, Tensor],
+    workspace: SplitKvTensors,
     window: int,
     fresh: FreshRows | None,
     chained: bool,
@@ -233,9 +245,8 @@ def split_kv_attention(
     q: [R, Hq, D], any strides but 1 in the last dimension. fresh: the newest position of every row is not in its page
     yet; rotates q and k and writes k and v there. None: q is rotated and all is in the pages. out: contiguous.
     k_pages, v_pages: [P, page_size, Hkv, D] of one layout, page_size a power of two from 16. block_tables: [R, M]
-    int32. kv_lens: [R] int32, at least 1. window: the last positions a row sees, 0 for all. workspace: the tensors of
-    a SplitKvWorkspace for at least R rows. chained: launch before the kernel ahead is done, and wait inside
-    (programmatic dependent launch; SM90 on).
+    int32. kv_lens: [R] int32, at least 1. window: the last positions a row sees, 0 for all. workspace: for at least R
+    rows. chained: launch before the kernel ahead is done, and wait inside (programmatic dependent launch; SM90 on).
     """
     num_rows, num_heads, head_dim = q.shape
     page_size, num_kv_heads = k_pages.shape[1:3]

@@ -25,15 +25,3 @@ class RowTables(NamedTuple):
     """[R] int32: positions the row sees, its own included; a padded row sees 1, in the trash page."""
     decode_pages: Tensor
     """[R, M] int32: the row's block table."""
-
-
-class StepTensors(NamedTuple):
-    """What all layers of a step read beside their own weights and pages."""
-
-    cos: Tensor
-    """[T, D]: the rotation of each row's position."""
-    sin: Tensor
-    """[T, D]"""
-    tables: RowTables
-    extra: list[Tensor]
-    """What the attention backend needs beside the tables."""

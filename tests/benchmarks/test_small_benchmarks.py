@@ -199,7 +199,7 @@ def test_the_linear_benchmark_writes_every_layer_and_their_sum(monkeypatch: pyte
 
 def test_the_shapes_are_those_of_the_decoder() -> None:
     spec = load_spec(model_folder())
-    decoder = Decoder(spec, "torch", torch.float32, torch.device("cpu"))
+    decoder = Decoder(spec, torch.float32, torch.device("cpu"))
     weights = dict(decoder.named_parameters())
     names = {
         "qkv": "layers.0.attention.qkv.weight",

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from graphgen.capture.buckets import build_ladder
 from graphgen.ipc.messages import Bucket
+from graphgen.models.attention.backend import FULL_ATTENTION, StepAttention
+from graphgen.models.attention.reference import TorchStep
 from graphgen.models.attention.tables import RowTables
 
 if TYPE_CHECKING:
@@ -140,12 +142,10 @@ def make_backend(heads: tuple[int, int, int], kernels: str, window: int = 0) -> 
     return FlashInferAttention(shape, MAX_CHUNKS, 2048, 256, kernels=pair)
 
 
-def run_op(name: str, rows: tuple[Tensor, ...], cache: tuple[Tensor, ...], case: Case, extra: list[Tensor]) -> Tensor:
-    import graphgen.models.attention.reference  # noqa: F401  # registers the op
-
-    op = getattr(torch.ops.graphgen, f"paged_attention_{name}")
-    result: Tensor = op(*rows, *angles(rows[0]), *cache, *case.tables, extra, 0)
-    return result
+def attend(step: StepAttention, rows: tuple[Tensor, ...], cache: tuple[Tensor, ...]) -> Tensor:
+    q, k, v = rows
+    k_pages, v_pages = cache
+    return step.attend(q, k, v, *angles(q), k_pages, v_pages, FULL_ATTENTION)
 
 
 def angles(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,9 +188,9 @@ def test_every_bucket_equals_the_reference_at_its_edges_over_poisoned_memory(
             rows = random_rows(bucket, heads, seed)
             cache = poisoned_cache(case, *heads[1:], seed)
             written = tuple(pages.clone() for pages in cache)
-            reference = run_op("torch", rows, written, case, [])
+            reference = attend(TorchStep(case.tables), rows, written)
             backend.plan(bucket.prefill_rows, case.starts, case.chunk_kv_lens, case.decode_kv_lens)
-            out = run_op("flashinfer", rows, cache, case, backend.prepare(case.tables))
+            out = attend(backend.prepare(case.tables), rows, cache)
             live = live_rows(case)
             error = relative_error(out[live], reference[live])
             error = max(error, *(written_error(*pages, case) for pages in zip(cache, written, strict=True)))
@@ -217,16 +217,15 @@ def test_plans_three_deep_under_a_graph_never_mix(heads: tuple[int, int, int], k
     stream.wait_stream(torch.cuda.current_stream())
     wants = []
     for case in cases:  # in order: each step's rows are part of what later steps read
-        wants.append(run_op("torch", rows, cache, case, []).clone())
+        wants.append(attend(TorchStep(case.tables), rows, cache).clone())
     cache_again = poisoned_cache(cases[0]._replace(owned=owned), *heads[1:], 0)
     with torch.cuda.stream(stream):
         backend.plan(bucket.prefill_rows, cases[0].starts, cases[0].chunk_kv_lens, cases[0].decode_kv_lens)
-        probe = cases[0]._replace(tables=static)
         scratch = tuple(page.clone() for page in cache_again)
-        run_op("flashinfer", rows, scratch, probe, backend.prepare(static))
+        attend(backend.prepare(static), rows, scratch)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            out = run_op("flashinfer", rows, cache_again, probe, backend.prepare(static))
+            out = attend(backend.prepare(static), rows, cache_again)
         gots = []
         for case in cases:
             for target, source in zip(static, _padded(case.tables, pages_each), strict=True):

@@ -1,11 +1,14 @@
 """The kernels of steps of few rows against torch, alone and chained, and all layers against the plain ones."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphgen.models.attention.tables import RowTables, StepTensors
+from graphgen.models.attention.backend import StepTensors
+from graphgen.models.attention.tables import RowTables
 from graphgen.models.decoder import Decoder
 from graphgen.models.kv_cache import KVCache
 from graphgen.models.layers import ACTIVATIONS, DecoderLayer, RMSNorm
@@ -125,32 +128,33 @@ def test_all_layers_give_the_logits_of_the_plain_ones(num_rows: int, qk_norm: bo
     from graphgen.models import few_rows
 
     spec = small_spec(qk_norm)
-    decoder = Decoder(spec, "torch", torch.bfloat16, torch.device("cuda"))
+    decoder = Decoder(spec, torch.bfloat16, torch.device("cuda"))
     for parameter in decoder.parameters():
         parameter.data.normal_(0.0, 0.05)
-    for layer in decoder.layers:
-        assert isinstance(layer, DecoderLayer)
-        layer.attention.attend = rotated_plus_values
     cache = KVCache(spec, 1, 16, torch.bfloat16, torch.device("cuda"))
     nothing = torch.zeros(num_rows, dtype=torch.int32, device="cuda")
     tables = RowTables(nothing.long(), nothing[:1], nothing[:0], nothing[:0], nothing, nothing[:, None])
     token_ids = torch.randint(spec.vocab_size, (num_rows,), device="cuda")
     positions = torch.arange(num_rows, device="cuda")
-    want = decoder(token_ids, positions, positions + 1, cache, tables, [])
+    attention = RotatedPlusValues(tables)
+    want = decoder(token_ids, positions, positions + 1, cache, attention)
     cos, sin = decoder.rope(positions, positions + 1, torch.bfloat16)
     layers = [layer for layer in decoder.layers if isinstance(layer, DecoderLayer)]
     head = decoder.head
     assert head is not None
     ends = few_rows.Ends(decoder.embedding.weight, decoder.final_norm, head.weight)
     for chained in (False, True):
-        step = StepTensors(cos, sin, tables, [])
-        got = few_rows.next_logits(ends, layers, spec.activation, token_ids, cache, step, chained=chained)
+        step = StepTensors(cos, sin, attention)
+        got = few_rows.next_logits(ends, layers, token_ids, cache, step, chained=chained)
         assert relative_error(got, want) < 0.03  # four layers of bfloat16
 
 
-def rotated_plus_values(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *_: object) -> Tensor:
-    group = q.shape[1] // k.shape[1]
-    return rotate(q, cos, sin) + (rotate(k, cos, sin) + v).repeat_interleave(group, dim=1)
+class RotatedPlusValues(NamedTuple):
+    tables: RowTables
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *_: object) -> Tensor:
+        group = q.shape[1] // k.shape[1]
+        return rotate(q, cos, sin) + (rotate(k, cos, sin) + v).repeat_interleave(group, dim=1)
 
 
 def small_spec(qk_norm: bool) -> ModelSpec:

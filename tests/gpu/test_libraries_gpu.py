@@ -11,7 +11,7 @@ from graphgen.ipc.messages import Bucket
 from graphgen.models.attention.direct import PlannedFunctions, wrapped_functions
 from graphgen.models.attention.kernels import Kernel, arch_of, planned_library
 from graphgen.models.attention.libraries import KernelFolder, load_libraries, planned_functions
-from tests.gpu.test_attention_gpu import live_rows, make_backend, poisoned_cache, random_case, random_rows, run_op
+from tests.gpu.test_attention_gpu import attend, live_rows, make_backend, poisoned_cache, random_case, random_rows
 
 
 def _is_hopper() -> bool:
@@ -51,7 +51,7 @@ def test_kernels_compute_the_same_bits_with_and_without_flashinfers_python(
         monkeypatch.setattr(planned, "_functions", chosen)
         cache = poisoned_cache(case, *heads[1:], seed=1)
         backend.plan(bucket.prefill_rows, case.starts, case.chunk_kv_lens, case.decode_kv_lens)
-        outputs.append(run_op("flashinfer", rows, cache, case, backend.prepare(case.tables))[live_rows(case)])
+        outputs.append(attend(backend.prepare(case.tables), rows, cache)[live_rows(case)])
     assert torch.equal(*outputs)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from graphgen.models.attention.reference import TorchStep
 from graphgen.models.attention.tables import RowTables
 from graphgen.models.decoder import Decoder
 from graphgen.models.kv_cache import KVCache
@@ -75,8 +76,7 @@ class Driver:
             self._int64([row[1] if row else 0 for row in rows]),
             self._int64([max(row[0].prompt_len, row[1] + 1) if row else 1 for row in rows]),
             self.kv_cache,
-            self._tables(chunks, prefill, decode),
-            [],
+            TorchStep(self._tables(chunks, prefill, decode)),
             None if wanted is None else self._int64(wanted),
         )
         self.last_logits = logits

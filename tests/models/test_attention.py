@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphgen.models.attention.reference import all_rows, write_kv
+from graphgen.models.attention.reference import TorchStep, all_rows, write_kv
 from graphgen.models.attention.tables import RowTables
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, NUM_PAGES = 6, 2, 8, 4, 64
@@ -66,10 +66,10 @@ def make_step(
     return Step(torch.randn(num_rows, HEADS, HEAD_DIM), kv[0], kv[1], pages[0], pages[1], tables, histories)
 
 
-def operands(step: Step) -> tuple[Tensor, ...]:
-    """The op's tensors, with angles of zero: the rotation is tested through whole models."""
-    angles = torch.ones(len(step.q), HEAD_DIM), torch.zeros(len(step.q), HEAD_DIM)
-    return *step[:3], *angles, *step[3:5], *step.tables
+def attend(step: Step, window: int) -> Tensor:
+    """With angles of zero: the rotation is tested through whole models."""
+    ones, zeros = (make(len(step.q), HEAD_DIM, device=step.q.device) for make in (torch.ones, torch.zeros))
+    return TorchStep(step.tables).attend(step.q, step.k, step.v, ones, zeros, step.k_pages, step.v_pages, window)
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
@@ -97,8 +97,7 @@ STEPS = {
 def test_every_row_sees_its_own_positions_only(path: str, name: str, window: int) -> None:
     step = make_step(*STEPS[name])
     if path == "live rows":
-        op = torch.ops.graphgen.paged_attention_torch
-        out = op(*operands(step), [], window)
+        out = attend(step, window)
     else:
         write_kv(step.k_pages, step.v_pages, step.k, step.v, step.tables.kv_locations)
         out = all_rows(step.q, step.k_pages, step.v_pages, *step.tables[1:], window)
@@ -123,7 +122,7 @@ def test_static_path_works_in_blocks_of_rows() -> None:
 def test_a_region_may_be_empty(prefill: int, decodes: int) -> None:
     step = make_step([(2, prefill)] if prefill else [], [9] * decodes, padded_prefill=0, padded_decodes=0)
     for window in (0, 4):
-        out = torch.ops.graphgen.paged_attention_torch(*operands(step), [], window)
+        out = attend(step, window)
         assert len(out) == prefill + decodes == len(step.histories)
         for row, (k, v) in step.histories.items():
             torch.testing.assert_close(out[row], by_hand(step.q[row], k, v, window), rtol=1e-5, atol=1e-5)
@@ -132,7 +131,7 @@ def test_a_region_may_be_empty(prefill: int, decodes: int) -> None:
 def test_writes_only_the_positions_of_its_rows() -> None:
     step = make_step([(0, 5)], [6])
     before = step.k_pages.clone()
-    torch.ops.graphgen.paged_attention_torch(*operands(step), [], 0)
+    attend(step, 0)
     live = step.tables.kv_locations
     torch.testing.assert_close(step.k_pages.flatten(0, 1)[live[:5]], step.k[:5])
     untouched = torch.ones(before.shape[:2].numel(), dtype=torch.bool)
@@ -143,7 +142,7 @@ def test_writes_only_the_positions_of_its_rows() -> None:
 
 def test_tracing_knows_the_shape_and_dtype_of_the_result() -> None:
     step = make_step([(0, 5)], [6])
-    arguments = [tensor.to("meta") for tensor in operands(step)]
-    arguments[0] = arguments[0].to(torch.bfloat16)
-    out = torch.ops.graphgen.paged_attention_torch(*arguments, [], 0)
+    q, k, v, k_pages, v_pages = (tensor.to("meta") for tensor in step[:5])
+    tables = RowTables(*(tensor.to("meta") for tensor in step.tables))
+    out = attend(Step(q.to(torch.bfloat16), k, v, k_pages, v_pages, tables, {}), 0)
     assert (out.device.type, out.shape, out.dtype) == ("meta", step.q.shape, torch.bfloat16)

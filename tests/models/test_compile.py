@@ -29,7 +29,7 @@ def _fresh_compiler() -> Iterator[None]:
 
 def load(case: str, folder: Path) -> Decoder:
     tiny.save(case, folder)
-    return load_decoder(folder, load_spec(folder), torch.float32, torch.device("cpu"), "torch")
+    return load_decoder(folder, load_spec(folder), torch.float32, torch.device("cpu"))
 
 
 def run_every_shape(decoder: Decoder, one_row_first: bool = False) -> torch.Tensor:

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 def load(case: str, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[tiny.HuggingFaceModel, Decoder]:
     reference = tiny.save(case, folder)
-    return reference, load_decoder(folder, load_spec(folder), dtype, CPU, "torch")
+    return reference, load_decoder(folder, load_spec(folder), dtype, CPU)
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from graphgen.ipc.errors import CheckpointError, ConfigError
+from graphgen.ipc.errors import CheckpointError
 from graphgen.models.checkpoint_config import resolve_model
 from graphgen.models.decoder import Decoder
 from graphgen.models.families import load_spec
@@ -26,7 +26,7 @@ TOKENS = [5, 9, 3, 77, 8]
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
-    return load_decoder(folder, load_spec(folder), dtype, CPU, "torch")
+    return load_decoder(folder, load_spec(folder), dtype, CPU)
 
 
 def logits(decoder: Decoder) -> Tensor:
@@ -166,7 +166,7 @@ def test_progress_ends_at_the_bytes_of_the_weights(load_format: LoadFormat, tmp_
     def progress(done: int, total: int) -> None:
         calls.append((done, total))
 
-    load_decoder(tmp_path, spec, torch.float32, CPU, "torch", load_format, progress=progress)
+    load_decoder(tmp_path, spec, torch.float32, CPU, load_format, progress=progress)
     total = spec.weight_bytes("float32")
     assert calls[0] == (0, total)
     assert calls[-1] == (total, total)
@@ -178,7 +178,7 @@ def test_dummy_weights_need_no_file_and_follow_the_seed(tmp_path: Path) -> None:
     spec = load_spec(tmp_path)
 
     def dummy(seed: int) -> Decoder:
-        return load_decoder(Path("/nowhere"), spec, torch.float32, CPU, "torch", "dummy", seed)
+        return load_decoder(Path("/nowhere"), spec, torch.float32, CPU, "dummy", seed)
 
     first, again, other = dummy(1), dummy(1), dummy(2)
     torch.testing.assert_close(logits(first), logits(again), rtol=0, atol=0)
@@ -242,7 +242,7 @@ def test_broken_layouts_are_refused(tmp_path: Path) -> None:
 
     def fails(message: str) -> None:
         with pytest.raises(CheckpointError, match=message):
-            load_decoder(tmp_path, spec, torch.float32, CPU, "torch")
+            load_decoder(tmp_path, spec, torch.float32, CPU)
 
     index.write_text("{}")
     fails("is not a checkpoint index")
@@ -261,12 +261,6 @@ def test_broken_layouts_are_refused(tmp_path: Path) -> None:
     for name in ("a.safetensors", "b.safetensors"):
         (tmp_path / name).unlink()
     fails("has no safetensors file")
-
-
-def test_an_unknown_attention_backend_is_refused(tmp_path: Path) -> None:
-    tiny.save("llama", tmp_path)
-    with pytest.raises(ConfigError, match="attention is 'magic', supported are torch, flashinfer"):
-        load_decoder(tmp_path, load_spec(tmp_path), torch.float32, CPU, "magic")
 
 
 def test_a_model_is_a_folder_or_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
