@@ -160,7 +160,7 @@ def _limits(load: Load, num_running: int) -> SchedulerLimits:
         buckets=build_ladder(load.token_budget, num_running),
         num_pages=2 * num_running * pages_each,
         page_size=PAGE_SIZE,
-        max_running=num_running,
+        num_slots=num_running,
         max_chunks=min(num_running, MAX_CHUNKS),
         token_budget=load.token_budget,
         max_model_len=load.max_model_len,

@@ -33,7 +33,7 @@ from benchmarks.step_log import Step, StepLogReader, attended
 from benchmarks.virtual_engine import HOST_DELAY_S, STEP_NOISE, StepSeries, VirtualEngine, VirtualRequest
 from benchmarks.workload import Workload
 from graphgen.base.version import how_to_install
-from graphgen.capture.buckets import max_running
+from graphgen.capture.buckets import slots_for
 from graphgen.ipc.messages import Bucket
 from graphgen.launch.step_times_store import StepTimesFile
 from graphgen.scheduler.buckets import BucketTable
@@ -109,13 +109,13 @@ class Machine(Struct, frozen=True):
         token_budget = policy.token_budget or self.token_budget
         times = self.table.table.times
         buckets = tuple(time.bucket for time in times if time.bucket.num_rows <= token_budget)
-        running = min(max_running(self.max_num_seqs, token_budget), BucketTable(buckets, token_budget).max_running)
+        running = min(slots_for(self.max_num_seqs, token_budget), BucketTable(buckets, token_budget).most_slots)
         return Scheduler(
             SchedulerLimits(
                 buckets=buckets,
                 num_pages=self.num_pages,
                 page_size=self.table.key.page_size,
-                max_running=running,
+                num_slots=running,
                 max_chunks=min(MAX_CHUNKS, max(bucket.prefill_rows for bucket in buckets)),
                 token_budget=token_budget,
                 max_model_len=self.max_model_len,

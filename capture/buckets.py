@@ -29,7 +29,7 @@ _MIXED_DECODE_RUNGS = (16, 32, *_LARGE_DECODE_RUNGS)
 _SMALL_DECODE_RUNGS = (4, *_MIXED_DECODE_RUNGS)
 
 
-def max_running(max_num_seqs: int, token_budget: int) -> int:
+def slots_for(max_num_seqs: int, token_budget: int) -> int:
     """Slots of an engine: at least a quarter of the budget stays for prompts, however many requests decode."""
     return min(max_num_seqs, token_budget - token_budget // 4)
 

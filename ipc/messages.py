@@ -258,7 +258,7 @@ class Ready(Struct, frozen=True, array_like=True, tag="ready", gc=False):
     """Requests are served from now on."""
 
     worker: WorkerReady
-    max_running: int  # slots
+    num_slots: int  # requests that may run at once
     token_budget: int
 
 

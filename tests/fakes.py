@@ -40,7 +40,7 @@ READY = Ready(
         page_size=16,
         phases=(),
     ),
-    max_running=4,
+    num_slots=4,
     token_budget=16,
 )
 

@@ -81,7 +81,7 @@ def decisions(config: EngineConfig, launch: LaunchConfig, ready: Ready) -> list[
             _asked(config.token_budget is not None) or f"the default on {launch.device}",
         ),
         _step_times_decision(worker),
-        Decision("requests at once", str(ready.max_running), _running_reason(config, ready)),
+        Decision("requests at once", str(ready.num_slots), _running_reason(config, ready)),
         Decision(
             "max_model_len",
             str(launch.max_model_len),
@@ -143,6 +143,6 @@ def _device_reason(launch: LaunchConfig) -> str:
 
 
 def _running_reason(config: EngineConfig, ready: Ready) -> str:
-    if ready.max_running == config.max_num_seqs:
+    if ready.num_slots == config.max_num_seqs:
         return "max_num_seqs"
     return f"less than max_num_seqs = {config.max_num_seqs}, so that prompts keep a quarter of the token budget"

@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from graphgen.base.keywords import KnownKeywords, type_problem
 from graphgen.base.plain import plain_fields
-from graphgen.capture.buckets import MIN_TOKEN_BUDGET, max_running
+from graphgen.capture.buckets import MIN_TOKEN_BUDGET, slots_for
 from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.ggp.messages import SamplingDefaults
 from graphgen.models.spec import ModelSpec
@@ -197,7 +197,7 @@ class LaunchConfig(Struct, frozen=True, kw_only=True):
     load_format: str
     seed: int
     max_model_len: int
-    max_running: int  # slots
+    num_slots: int  # requests that may run at once
     token_budget: int
     page_size: int
     num_pages: int | None  # None: the worker measures what the memory holds
@@ -255,7 +255,7 @@ def resolve(
         seed=config.seed,
         max_model_len=max_model_len,
         # Decodes come first in every step: a cap on running requests is what keeps room for prompts.
-        max_running=max_running(config.max_num_seqs, token_budget),
+        num_slots=slots_for(config.max_num_seqs, token_budget),
         token_budget=token_budget,
         page_size=page_size,
         num_pages=config.num_pages,

@@ -144,12 +144,12 @@ class Admission:
     @property
     def _num_shares(self) -> int:
         """One for each tenant, as far as there are slots."""
-        return min(len(self._tenants), self._limits.max_running)
+        return min(len(self._tenants), self._limits.num_slots)
 
     @property
     def share_slots(self) -> int:
         """Slots that each tenant is entitled to."""
-        return self._limits.max_running // self._num_shares
+        return self._limits.num_slots // self._num_shares
 
     @property
     def share_pages(self) -> int:

@@ -28,7 +28,7 @@ class BucketTable:
             )
         self.max_decode_rows = max(bucket.decode_rows for bucket in usable)
         """Decode rows the largest bucket holds."""
-        self.max_running = min(self.max_decode_rows, max(bucket.decode_rows for bucket in mixed) + 1)
+        self.most_slots = min(self.max_decode_rows, max(bucket.decode_rows for bucket in mixed) + 1)
         """Requests that may run at once: all of them can decode, and one can compute its prompt while all the
         others decode."""
         self.all_mixed = tuple(mixed)

@@ -42,7 +42,7 @@ class WorkerLife:
         self._lasting = (limits, buckets, model, tenants, counters)
         self._model = model
         self.cache = PrefixCache(limits.num_pages, limits.page_size, limits.prefix_cache)
-        self.running = RunningSet(limits.max_running, limits.page_size)
+        self.running = RunningSet(limits.num_slots, limits.page_size)
         self.in_flight = StepsInFlight()
         self.budget = StepBudget(buckets, model, limits.steps_in_flight)
         self.admission = Admission(limits, self.cache, self.running, tenants, buckets.long_prompt_len)

@@ -16,7 +16,7 @@ class SchedulerLimits(Struct, frozen=True):
     buckets: tuple[Bucket, ...]
     num_pages: int
     page_size: int  # positions
-    max_running: int  # slots
+    num_slots: int  # requests that may run at once
     max_chunks: int  # of one step
     token_budget: int  # rows of one step
     max_model_len: int  # prompt and output together

@@ -116,19 +116,19 @@ class OverloadGuard:
 
     def _needed_ms(self, request: Request, num_cached: int) -> float | None:
         num_others = len(self._running) + self._tenants.num_waiting
-        num_decodes = min(num_others, self._limits.max_running - 1)
+        num_decodes = min(num_others, self._limits.num_slots - 1)
         room, prompt_step_ms = self._prompt_step(num_decodes, request.prompt_len)
         if prompt_step_ms is None:
             return None
         begun_tokens = sum(begun.num_missing for begun in self._running.begun)
         steps_before = (self._tokens_before(request) + begun_tokens) / room
         num_tokens = request.max_tokens * self._output_share
-        if num_others >= self._limits.max_running and not self._has_slot(request):
+        if num_others >= self._limits.num_slots and not self._has_slot(request):
             steps_before = max(steps_before, self._outputs_before(request, num_tokens) / (num_decodes + 1))
         steps_before += (request.prompt_len - num_cached) / room
         all_prompt_steps = (self._tenants.num_waiting_tokens + begun_tokens) / room
         prompt_steps_beside = min(num_tokens, max(0.0, all_prompt_steps - steps_before)) if num_others else 0.0
-        if num_others >= self._limits.max_running:
+        if num_others >= self._limits.num_slots:
             prompt_steps_beside = num_tokens  # a slot that becomes free brings the next prompt
         decode_step_ms = self._decode_step_ms(num_decodes, request.prompt_len) or prompt_step_ms
         return (steps_before + prompt_steps_beside) * prompt_step_ms + (
@@ -148,7 +148,7 @@ class OverloadGuard:
         tenant = request.tenant
         num_wanted = tenant.num_running + tenant.waiting.num_from(request.priority)
         num_tenants = self._tenants.num_with(tenant)
-        return num_tenants > 1 and num_wanted < self._limits.max_running // num_tenants
+        return num_tenants > 1 and num_wanted < self._limits.num_slots // num_tenants
 
     def _outputs_before(self, request: Request, own_tokens: float) -> float:
         """Output tokens that are likely drawn before the request starts: of those that run, and of those that wait in
@@ -177,7 +177,7 @@ class OverloadGuard:
         return self._model.predict_ms(bucket, self._positions(num_decodes + 1, prompt_len), 0) or self._step_ms
 
     def _drain_s(self) -> float:
-        room, step_ms = self._prompt_step(min(len(self._running), self._limits.max_running - 1), 0)
+        room, step_ms = self._prompt_step(min(len(self._running), self._limits.num_slots - 1), 0)
         if step_ms is None:
             return 1.0
         return _bounded(_DRAINED_SHARE * self._tenants.num_waiting_tokens / room * step_ms / 1000.0)

@@ -64,11 +64,11 @@ class Scheduler:
         """model: how long steps take; None knows nothing yet."""
         self._limits = limits
         self._buckets = BucketTable(limits.buckets, limits.token_budget)
-        if limits.max_running > self._buckets.max_running:
+        if limits.num_slots > self._buckets.most_slots:
             raise ConfigError(
-                f"max_running is {limits.max_running}, the buckets within token_budget {limits.token_budget}"
-                f" serve at most {self._buckets.max_running} without skipping a decode or starving a prompt:"
-                " lower max_running, or give a bucket with prefill rows more decode rows"
+                f"num_slots is {limits.num_slots}, the buckets within token_budget {limits.token_budget}"
+                f" serve at most {self._buckets.most_slots} without skipping a decode or starving a prompt:"
+                " lower num_slots, or give a bucket with prefill rows more decode rows"
             )
         self.counters = Counters()
         self._requests: dict[int, Request] = {}

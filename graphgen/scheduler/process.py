@@ -57,7 +57,7 @@ def main(folder: Path, parent_pid: int, first: WorkerProcesses) -> None:
             begun_s = time.monotonic()
             before_requests = warm_up(limits, workers.send, partial(_next_result, workers))
             ready = msgspec.structs.replace(ready, phases=(*ready.phases, Phase("warm-up", time.monotonic() - begun_s)))
-            serves = Ready(ready, config.max_running, config.token_budget)
+            serves = Ready(ready, config.num_slots, config.token_budget)
             with StepLog.open(config.step_log) as step_log:
                 policy = Scheduler(limits, CostModel(ready.step_times))
                 SchedulerLoop(policy, engine, workers, step_log, serves, before_requests).run()
@@ -80,7 +80,7 @@ def _limits(config: LaunchConfig, ready: WorkerReady) -> SchedulerLimits:
         buckets=ready.buckets,
         num_pages=ready.num_pages,
         page_size=ready.page_size,
-        max_running=config.max_running,
+        num_slots=config.num_slots,
         max_chunks=ready.max_chunks,
         token_budget=config.token_budget,
         max_model_len=config.max_model_len,

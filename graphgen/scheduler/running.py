@@ -17,7 +17,7 @@ _rank = attrgetter("request.rank")  # of a running request
 class RunningSet:
     """Requests from their admission to their last planned row."""
 
-    def __init__(self, max_running: int, page_size: int) -> None:
+    def __init__(self, num_slots: int, page_size: int) -> None:
         self.decodes = DecodeSet(page_size)
         """Those whose prompt is computed and that do not rest."""
         self.resting: dict[RunningRequest, int] = {}
@@ -26,7 +26,7 @@ class RunningSet:
         self.begun: list[RunningRequest] = []
         """The others, in order of service."""
         self._by_rank: list[RunningRequest] = []
-        self._free_slots = list(range(max_running - 1, -1, -1))
+        self._free_slots = list(range(num_slots - 1, -1, -1))
 
     def __len__(self) -> int:
         return len(self._by_rank)

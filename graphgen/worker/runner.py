@@ -90,10 +90,10 @@ class ModelRunner:
         self._phases.append(Phase("device", time.monotonic() - begun_s))
         if config.cpu_threads is not None:
             torch.set_num_threads(config.cpu_threads)
-        self._buckets = build_ladder(config.token_budget, config.max_running)
+        self._buckets = build_ladder(config.token_budget, config.num_slots)
         self._shape = InputShape(
             max_chunks=min(MAX_CHUNKS, max(bucket.prefill_rows for bucket in self._buckets)),
-            trash_slot=config.max_running,
+            trash_slot=config.num_slots,
             pages_per_slot=-(-config.max_model_len // config.page_size),
             params_width=ROW_WIDTH,
         )
@@ -114,7 +114,7 @@ class ModelRunner:
             )
         self._phases += [preparation.wait() for preparation in preparations]
         gc.freeze()  # what was imported stays: no collection need look at it again
-        self._sampler = make_sampler(config.max_running, config.spec.vocab_size, self._device)
+        self._sampler = make_sampler(config.num_slots, config.spec.vocab_size, self._device)
         self._layout_of = lru_cache(LAYOUTS_KEPT)(lambda step: input_layout(step, self._shape))
         widest = self._shape.any_plan(_widest(self._buckets))
         most_words = self._layout_of(widest).num_words
@@ -270,7 +270,7 @@ class ModelRunner:
 
     def _step_maker(self, kv_cache: KVCache) -> Callable[[StepShape], Step]:
         """What makes the step of any shape over this cache; all of them share their slots."""
-        slots = SlotTables(self._config.max_running, self._shape.pages_per_slot, kv_cache.trash_page, self._device)
+        slots = SlotTables(self._config.num_slots, self._shape.pages_per_slot, kv_cache.trash_page, self._device)
         return lambda shape: Step(
             bucket=shape.bucket,
             layout=self._layout_of(shape),
@@ -307,7 +307,7 @@ class ModelRunner:
         return pages_that_fit(
             budget_bytes=free_bytes(self._device, config.memory_fraction) - 2 * step_bytes - page_bytes,
             bytes_per_page=page_bytes,
-            wanted_pages=config.max_running * self._shape.pages_per_slot,
+            wanted_pages=config.num_slots * self._shape.pages_per_slot,
             least_pages=self._shape.pages_per_slot,
         )
 

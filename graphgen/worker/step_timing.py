@@ -148,7 +148,7 @@ class StepTimer:
             chunks = (Chunk(0, places.prompt_start, length, True, init),)
         tokens = pack_int32(number % self._config.spec.vocab_size for number in range(length))
         # From the last slot down, so that slot 0 decodes beside its chunk only where all slots do.
-        slots = pack_int32(self._config.max_running - 1 - row for row in range(bucket.decode_rows))
+        slots = pack_int32(self._config.num_slots - 1 - row for row in range(bucket.decode_rows))
         positions = pack_int32([places.decode_context - 1] * bucket.decode_rows)
         return StepPlan(0, bucket, chunks, tokens, slots, positions, b"", b"", 0.0)
 
@@ -292,7 +292,7 @@ def _deal_pages(config: LaunchConfig, num_pages: int, reach: Places, widest_chun
     """(slot, index, page) triples that cover what the rows of every slot attend to."""
     triples: list[int] = []
     chunk_end = min(reach.prompt_start + widest_chunk, config.max_model_len)
-    for slot in range(config.max_running):
+    for slot in range(config.num_slots):
         positions = reach.decode_context if slot else max(reach.decode_context, chunk_end)
         for index in range(-(-positions // config.page_size)):
             triples += (slot, index, len(triples) // 3 % num_pages)

@@ -259,7 +259,7 @@ def test_stats_count(engine: Engine) -> None:
 def test_info_says_what_was_decided(engine: Engine) -> None:
     assert engine.info.worker.device == "cpu"
     assert max(bucket.num_rows for bucket in engine.info.worker.buckets) == engine.info.token_budget == 32
-    assert engine.info.max_running == 24
+    assert engine.info.num_slots == 24
     assert {phase.name for phase in engine.info.worker.phases} >= {"load", "capture"}
 
 

@@ -31,7 +31,7 @@ SLOPED = StepTimeTable(FLAT.times, 8, 0, 0.05, 0.02)
 
 
 def make_limits(num_pages: int = 64) -> SchedulerLimits:
-    return SchedulerLimits(BUCKETS, num_pages, 4, max_running=2, max_chunks=2, token_budget=6, max_model_len=64)
+    return SchedulerLimits(BUCKETS, num_pages, 4, num_slots=2, max_chunks=2, token_budget=6, max_model_len=64)
 
 
 def make_requests(*shapes: tuple[float, int, int]) -> list[VirtualRequest]:

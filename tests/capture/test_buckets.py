@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphgen.capture.buckets import build_ladder, max_running
+from graphgen.capture.buckets import build_ladder, slots_for
 from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.messages import Bucket
 from graphgen.scheduler.buckets import BucketTable
@@ -14,7 +14,7 @@ BUDGETS = st.integers(8, 4096)
 
 @given(BUDGETS, st.integers(1, 1024))
 def test_every_number_of_decodes_fits_alone_and_beside_a_full_budget(token_budget: int, max_num_seqs: int) -> None:
-    slots = max_running(max_num_seqs, token_budget)
+    slots = slots_for(max_num_seqs, token_budget)
     ladder = build_ladder(token_budget, slots)
     for decodes in {1, slots // 2 or 1, slots - 1 or 1, slots}:
         assert any(bucket.prefill_rows == 0 and bucket.decode_rows >= decodes for bucket in ladder)
@@ -26,7 +26,7 @@ def test_every_number_of_decodes_fits_alone_and_beside_a_full_budget(token_budge
 
 @given(BUDGETS, st.integers(1, 1024))
 def test_no_bucket_exceeds_the_budget_and_none_is_listed_twice(token_budget: int, max_num_seqs: int) -> None:
-    ladder = build_ladder(token_budget, max_running(max_num_seqs, token_budget))
+    ladder = build_ladder(token_budget, slots_for(max_num_seqs, token_budget))
     assert max(bucket.num_rows for bucket in ladder) == token_budget
     assert len(set(ladder)) == len(ladder)
     assert all(bucket.decode_rows >= 1 and bucket.prefill_rows >= 0 for bucket in ladder)
@@ -35,7 +35,7 @@ def test_no_bucket_exceeds_the_budget_and_none_is_listed_twice(token_budget: int
 
 @given(BUDGETS, st.integers(1, 1024))
 def test_prompts_keep_a_quarter_of_the_budget_whatever_decodes(token_budget: int, max_num_seqs: int) -> None:
-    slots = max_running(max_num_seqs, token_budget)
+    slots = slots_for(max_num_seqs, token_budget)
     ladder = build_ladder(token_budget, slots)
     widest = max(
         bucket.prefill_rows for bucket in ladder if bucket.decode_rows >= slots and bucket.num_rows == token_budget
@@ -61,20 +61,20 @@ def test_a_short_prompt_beside_few_decodes_has_a_small_step(
     token_budget: int, prompt_tokens: int, decodes: int, most_rows: int
 ) -> None:
     """The next turn of a chat, behind a cached prefix."""
-    table = BucketTable(build_ladder(token_budget, max_running(256, token_budget)), token_budget)
+    table = BucketTable(build_ladder(token_budget, slots_for(256, token_budget)), token_budget)
     assert table.smallest(prompt_tokens, decodes).num_rows <= most_rows
 
 
 @given(BUDGETS, st.integers(1, 1024))
 def test_no_two_buckets_of_a_size_serve_the_same(token_budget: int, max_num_seqs: int) -> None:
-    ladder = build_ladder(token_budget, max_running(max_num_seqs, token_budget))
+    ladder = build_ladder(token_budget, slots_for(max_num_seqs, token_budget))
     assert all(bucket.prefill_rows + bucket.decode_rows == bucket.num_rows for bucket in ladder)
     assert len({(bucket.num_rows, bucket.decode_rows) for bucket in ladder}) == len(ladder)
 
 
 @pytest.mark.parametrize(("token_budget", "most"), [(256, 25), (512, 40), (1024, 45), (2048, 55)])
 def test_no_ladder_has_many_more_graphs_than_a_start_can_spare(token_budget: int, most: int) -> None:
-    assert len(build_ladder(token_budget, max_running(256, token_budget))) <= most
+    assert len(build_ladder(token_budget, slots_for(256, token_budget))) <= most
 
 
 @pytest.mark.parametrize(("token_budget", "num_slots"), [(7, 1), (16, 13), (16, 0)])

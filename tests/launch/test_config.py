@@ -73,7 +73,7 @@ def test_defaults_on_the_cpu(spec: ModelSpec) -> None:
 def test_defaults_on_cuda(spec: ModelSpec) -> None:
     launch = resolve(EngineConfig(device="cuda:1"), spec, FOLDER)
     assert (launch.device, launch.dtype, launch.token_budget) == ("cuda:1", spec.dtype, 1024)
-    assert (launch.page_size, launch.compile, launch.max_running) == (64, True, 256)
+    assert (launch.page_size, launch.compile, launch.num_slots) == (64, True, 256)
     stored_wide = msgspec.structs.replace(spec, dtype="float32")
     assert resolve(EngineConfig(device="cuda"), stored_wide, FOLDER).dtype == "bfloat16"
 
@@ -83,7 +83,7 @@ def test_defaults_on_cuda(spec: ModelSpec) -> None:
 )
 def test_prompts_always_keep_a_quarter_of_the_budget(spec: ModelSpec, budget: int, asked: int, slots: int) -> None:
     config = EngineConfig(device="cpu", token_budget=budget, max_num_seqs=asked)
-    assert resolve(config, spec, FOLDER).max_running == slots
+    assert resolve(config, spec, FOLDER).num_slots == slots
 
 
 def test_a_context_beyond_the_models_is_refused_unless_its_rotation_is_scaled(spec: ModelSpec) -> None:

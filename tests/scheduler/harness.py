@@ -23,7 +23,7 @@ def make_limits(
     buckets: tuple[Bucket, ...] = BUCKETS,
     num_pages: int = 12,
     page_size: int = 4,
-    max_running: int = 4,
+    num_slots: int = 4,
     max_chunks: int = 3,
     token_budget: int = 12,
     max_model_len: int = 64,
@@ -38,7 +38,7 @@ def make_limits(
         buckets=buckets,
         num_pages=num_pages,
         page_size=page_size,
-        max_running=max_running,
+        num_slots=num_slots,
         max_chunks=max_chunks,
         token_budget=token_budget,
         max_model_len=max_model_len,
@@ -337,7 +337,7 @@ class Harness:
         assert not set(held) & {*pool._empty, *pool._idle}
         slots = [running.slot for running in self.scheduler._life.running]
         assert len(set(slots)) == len(slots)
-        assert len(slots) + self.scheduler._life.running.num_free_slots == self.limits.max_running
+        assert len(slots) + self.scheduler._life.running.num_free_slots == self.limits.num_slots
 
     def check_computed(self) -> None:
         """How far the policy says that a request is computed, the plans say too: at every moment."""

@@ -71,10 +71,10 @@ def test_the_token_budget_bounds_the_chunk_room(budget: int, rooms: tuple[int, i
     assert (table.chunk_room(4), table.chunk_room(5)) == rooms
 
 
-@pytest.mark.parametrize(("budget", "max_running"), [(72, 8), (23, 5)])
-def test_as_many_may_run_as_can_decode_beside_a_prompt(budget: int, max_running: int) -> None:
+@pytest.mark.parametrize(("budget", "num_slots"), [(72, 8), (23, 5)])
+def test_as_many_may_run_as_can_decode_beside_a_prompt(budget: int, num_slots: int) -> None:
     # Within 23 rows the only mixed bucket is 16+4: four decode while the fifth computes its prompt.
-    assert BucketTable(LADDER, budget).max_running == max_running
+    assert BucketTable(LADDER, budget).most_slots == num_slots
 
 
 def test_a_budget_without_a_bucket_for_prompts_is_refused() -> None:

@@ -30,14 +30,14 @@ def foretold_s(engine: VirtualEngine, prompt_len: int, output_len: int, deadline
 
 
 @pytest.mark.parametrize(
-    ("num_ahead", "prompt_len", "output_len", "max_running", "most"),
+    ("num_ahead", "prompt_len", "output_len", "num_slots", "most"),
     [(10, 3000, 20, 64, 1.6), (40, 3000, 20, 64, 1.6), (40, 200, 400, 8, 3.5), (150, 200, 100, 16, 3.5)],
 )
 def test_the_time_that_is_foretold_behind_a_queue_is_about_what_it_takes(
-    num_ahead: int, prompt_len: int, output_len: int, max_running: int, most: float
+    num_ahead: int, prompt_len: int, output_len: int, num_slots: int, most: float
 ) -> None:
     """A queue of prompts, and one of outputs that wait for slots, whose steps are all taken to hold prompts."""
-    engine = VirtualEngine(max_running=max_running)
+    engine = VirtualEngine(num_slots=num_slots)
     for _ in range(num_ahead):
         engine.send(prompt_len, output_len)
     engine.run(until_s=0.02)
@@ -53,7 +53,7 @@ def test_the_time_that_is_foretold_behind_a_queue_is_about_what_it_takes(
 @pytest.mark.parametrize("prompt_len", [500, 4000])
 def test_who_is_turned_away_from_a_full_queue_finds_room_when_it_comes_back(prompt_len: int) -> None:
     """Not much before that, and not at once for a long queue: a quarter of it is served meanwhile."""
-    engine = VirtualEngine(max_running=64, max_waiting=40)
+    engine = VirtualEngine(num_slots=64, max_waiting=40)
     for _ in range(64 + 40):
         engine.send(prompt_len, 2)
         engine.run(until_s=engine.now_s)

@@ -155,7 +155,7 @@ def test_no_row_is_planned_past_max_tokens() -> None:
 
 
 def test_the_slot_of_a_planned_last_token_serves_the_next_plan() -> None:
-    harness = served(2, 3, max_tokens=1, max_running=1)
+    harness = served(2, 3, max_tokens=1, num_slots=1)
     assert [plan_of(harness) for _ in range(2)] == ["4+2 | 0[0:2]* |", "4+2 | 1[0:3]* |"]
     assert {chunk.slot for plan in harness.plans for chunk in plan.chunks} == {0}
     harness.run()
@@ -355,7 +355,7 @@ def test_without_padding_only_a_step_that_fills_its_bucket_says_how_long_it_take
     prompt_len: int, is_known: bool
 ) -> None:
     model = CostModel()
-    scheduler = Scheduler(make_limits(pads=False, max_running=2, buckets=(Bucket(0, 4), Bucket(8, 2))), model)
+    scheduler = Scheduler(make_limits(pads=False, num_slots=2, buckets=(Bucket(0, 4), Bucket(8, 2))), model)
     scheduler.add(make_submit(1, range(prompt_len), 1))
     plan = scheduler.schedule(0.0)
     assert plan is not None

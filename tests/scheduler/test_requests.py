@@ -77,7 +77,7 @@ def test_times_are_copied_from_the_plan_of_the_first_chunk() -> None:
 
 def stopping_early(request_id: int) -> Harness:
     """One slot, and a request whose first token is a stop token, which a second step is planned behind."""
-    harness = Harness(make_limits(max_running=1))
+    harness = Harness(make_limits(num_slots=1))
     prompt = [request_id, 2, 3]
     first = make_client(make_submit(request_id, prompt, 1)).drawn[0]
     harness.add(make_submit(request_id, prompt, 6, stop=[first]))
@@ -98,7 +98,7 @@ def test_the_row_behind_a_stop_token_is_dropped_and_never_reaches_the_slots_new_
 
 
 def test_tokens_in_flight_of_a_cancelled_request_are_dropped() -> None:
-    harness = Harness(make_limits(max_running=1))
+    harness = Harness(make_limits(num_slots=1))
     harness.add(make_submit(0, [1, 2], 6))
     harness.add(make_submit(1, [3, 4], 6))
     harness.schedule()
@@ -124,7 +124,7 @@ def test_a_request_id_may_be_used_again_while_tokens_of_its_last_owner_are_in_fl
 
 
 def test_cancelling_is_the_end_wherever_the_request_is() -> None:
-    harness = Harness(make_limits(max_running=2))
+    harness = Harness(make_limits(num_slots=2))
     for request_id in range(4):
         harness.add(make_submit(request_id, [request_id] * 6, 1 if request_id == 0 else 5))
     harness.schedule()  # 0 computed with nothing left to plan, 1 partly computed, 2 and 3 waiting
@@ -194,7 +194,7 @@ def test_a_request_id_in_use_is_refused_and_its_owner_is_untouched() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["num_pages", "page_size", "max_running", "max_chunks", "token_budget", "steps_in_flight"]
+    "name", ["num_pages", "page_size", "num_slots", "max_chunks", "token_budget", "steps_in_flight"]
 )
 def test_a_limit_of_zero_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} is 0"):
@@ -202,8 +202,8 @@ def test_a_limit_of_zero_is_refused(name: str) -> None:
 
 
 def test_more_slots_than_the_buckets_serve_are_refused() -> None:
-    with pytest.raises(ConfigError, match="max_running is 5, the buckets within token_budget 12 serve at most 4"):
-        Scheduler(make_limits(max_running=5))
+    with pytest.raises(ConfigError, match="num_slots is 5, the buckets within token_budget 12 serve at most 4"):
+        Scheduler(make_limits(num_slots=5))
 
 
 # --- results that do not match ---------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ class Shared:
     """A modest tenant's requests, one after another, beside as many of a greedy one as there are slots, and more."""
 
     def __init__(self, step_ms: StepMs, token_budget: int, num_slots: int, greedy: tuple[int, int] | None) -> None:
-        self.engine = VirtualEngine(token_budget=token_budget, max_running=num_slots, step_ms=step_ms)
+        self.engine = VirtualEngine(token_budget=token_budget, num_slots=num_slots, step_ms=step_ms)
         self._greedy = greedy
         for _ in range(0 if greedy is None else num_slots + 20):
             self._send_greedy()
@@ -111,7 +111,7 @@ def test_a_tenant_that_is_alone_again_decodes_in_every_plan(step_ms: StepMs, tok
 
 @DEVICES
 def test_nobody_rests_where_tenants_have_as_many_decodes(step_ms: StepMs, token_budget: int, num_slots: int) -> None:
-    engine = VirtualEngine(token_budget=token_budget, max_running=num_slots, step_ms=step_ms)
+    engine = VirtualEngine(token_budget=token_budget, num_slots=num_slots, step_ms=step_ms)
     for number in range(num_slots):
         engine.send(20, 60, tenant="one" if number % 2 else "other")
     while len(engine.scheduler._life.running.decodes) < num_slots:

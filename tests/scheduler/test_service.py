@@ -58,7 +58,7 @@ def test_the_tail_stays_under_the_itl_target_and_uses_what_it_allows(target_ms: 
 def test_a_target_costs_throughput_and_no_target_reaches_the_saturation_point() -> None:
     rates = {}
     for target_ms in (8.0, 12.0, None):
-        engine = VirtualEngine(token_budget=2048, max_running=64)
+        engine = VirtualEngine(token_budget=2048, num_slots=64)
         rates[target_ms] = rate(closed_loop(engine, 16, 60, 2600, 60, itl_target_ms=target_ms))
     assert rates[8.0] < rates[12.0] < rates[None]
     per_ms: dict[int, float] = {}
@@ -128,7 +128,7 @@ def test_stated_ttft_targets_are_met_by_serving_first_what_is_due_first() -> Non
     """A queue of seconds in which short prompts are due sooner: in order of arrival they would come too late."""
 
     def share_in_time(states_targets: bool) -> float:
-        engine, rng = VirtualEngine(max_running=128), random.Random(4)
+        engine, rng = VirtualEngine(num_slots=128), random.Random(4)
         lengths = [rng.randint(500, 4500) for _ in range(80)]
         targets_ms = [length / 512 * 1000.0 for length in lengths]
         requests = [
@@ -204,7 +204,7 @@ def test_under_twice_the_load_the_high_class_keeps_its_targets_and_the_low_class
 def test_nothing_that_arrives_after_the_starvation_bound_is_served_before() -> None:
     """A stream of the highest class that alone fills the engine cannot hold up a low request for ever."""
     capacity = rate(closed_loop(VirtualEngine(), 32, 60, 2000, 10))
-    engine = VirtualEngine(max_running=8)
+    engine = VirtualEngine(num_slots=8)
     low = engine.send(2000, 10)
     others: list[Served] = []
     time_s = -0.001
@@ -220,7 +220,7 @@ def test_nothing_that_arrives_after_the_starvation_bound_is_served_before() -> N
 
 
 def test_a_higher_class_takes_slots_and_pages_and_the_others_lose_no_token() -> None:
-    engine = VirtualEngine(max_running=8, num_pages=600)
+    engine = VirtualEngine(num_slots=8, num_pages=600)
     low = [engine.send(1500, 200) for _ in range(8)]
     engine.run(until_s=1.0)
     high = engine.send(2000, 20, priority=3)
@@ -231,7 +231,7 @@ def test_a_higher_class_takes_slots_and_pages_and_the_others_lose_no_token() -> 
 
 
 def test_what_cannot_meet_its_deadline_is_refused_and_the_rest_is_served_in_time() -> None:
-    engine = VirtualEngine(max_running=32)
+    engine = VirtualEngine(num_slots=32)
     requests = [engine.send(1000, 100, deadline_ms=4000.0) for _ in range(200)]
     engine.run()
     refused = [one for one in requests if one.error == "OverloadedError"]
@@ -250,7 +250,7 @@ def test_only_a_deadline_that_an_idle_engine_could_meet_is_worth_another_try() -
     alone.run()
     needed_ms = served.times_s[-1] * 1000.0
     for crowd in (0, 60):
-        engine = VirtualEngine(max_running=32)
+        engine = VirtualEngine(num_slots=32)
         for _ in range(crowd):
             engine.send(2000, 100)
         possible, impossible = (engine.send(2000, 100, deadline_ms=share * needed_ms) for share in (1.1, 0.9))
@@ -262,7 +262,7 @@ def test_only_a_deadline_that_an_idle_engine_could_meet_is_worth_another_try() -
 
 
 def test_a_request_whose_deadline_passes_ends_wherever_it_is() -> None:
-    engine = VirtualEngine(max_running=2)
+    engine = VirtualEngine(num_slots=2)
     decoding = engine.send(500, 100, deadline_ms=900.0)
     waiting = engine.send(500, 100, deadline_ms=2500.0)
     engine.run(until_s=0.3)
@@ -279,7 +279,7 @@ def test_a_request_whose_deadline_passes_ends_wherever_it_is() -> None:
 
 @pytest.mark.parametrize("limit", ["max_waiting", "max_waiting_tokens"])
 def test_the_queue_is_bounded_and_says_when_to_come_back(limit: str) -> None:
-    bounded = VirtualEngine(max_running=2, max_waiting=10), VirtualEngine(max_running=2, max_waiting_tokens=10 * 300)
+    bounded = VirtualEngine(num_slots=2, max_waiting=10), VirtualEngine(num_slots=2, max_waiting_tokens=10 * 300)
     engine = bounded[limit == "max_waiting_tokens"]
     requests = [engine.send(300, 50) for _ in range(40)]
     refused = [one for one in requests if one.error == "OverloadedError"]
@@ -298,7 +298,7 @@ def test_after_an_overload_of_four_times_the_pool_throughput_returns() -> None:
             engine.send(400, 1200)
         engine.run()
 
-    engine = VirtualEngine(num_pages=400, max_running=64)
+    engine = VirtualEngine(num_pages=400, num_slots=64)
     before = rate(closed_loop(engine, 12, 60, 800, 100))
     # Each of these grows to 25 pages: together they want four times the pool.
     burst(engine, 64)
@@ -310,7 +310,7 @@ def test_after_an_overload_of_four_times_the_pool_throughput_returns() -> None:
 
 
 def test_an_overloaded_pool_spends_few_rows_on_computing_tokens_again() -> None:
-    engine = VirtualEngine(num_pages=400, max_running=64)
+    engine = VirtualEngine(num_pages=400, num_slots=64)
     served = closed_loop(engine, 64, 160, 400, 1200)
     computed = sum(chunk.length for plan in engine.plans for chunk in plan.chunks)
     computed += sum(len(plan.decode_slots) // 4 for plan in engine.plans)
@@ -320,7 +320,7 @@ def test_an_overloaded_pool_spends_few_rows_on_computing_tokens_again() -> None:
 
 
 def test_no_request_is_preempted_more_than_three_times() -> None:
-    engine = VirtualEngine(num_pages=120, max_running=32)
+    engine = VirtualEngine(num_pages=120, num_slots=32)
     counts: dict[int, int] = {}
     preempt = engine.scheduler._life.preemption.preempt
 

@@ -42,7 +42,7 @@ class AnyInterleaving(RuleBasedStateMachine):
     @initialize(
         num_pages=st.integers(6, 20),
         page_size=st.sampled_from([1, 2, 4]),
-        max_running=st.integers(1, 4),
+        num_slots=st.integers(1, 4),
         max_chunks=st.integers(1, 3),
         token_budget=st.sampled_from([8, 10, 12]),
         steps_in_flight=st.integers(1, 3),
@@ -54,7 +54,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         self,
         num_pages: int,
         page_size: int,
-        max_running: int,
+        num_slots: int,
         max_chunks: int,
         token_budget: int,
         steps_in_flight: int,
@@ -66,7 +66,7 @@ class AnyInterleaving(RuleBasedStateMachine):
             make_limits(
                 num_pages=num_pages,
                 page_size=page_size,
-                max_running=max_running,
+                num_slots=num_slots,
                 max_chunks=max_chunks,
                 token_budget=token_budget,
                 steps_in_flight=steps_in_flight,
@@ -217,7 +217,7 @@ def test_a_hundred_thousand_operations_lose_nothing(seed: int, tenants: tuple[st
             make_limits(
                 num_pages=rng.randint(8, 40),
                 page_size=rng.choice([2, 4]),
-                max_running=4,
+                num_slots=4,
                 steps_in_flight=rng.choice([1, 2, 2, 3]),
                 prefix_cache=rng.random() < 0.9,
             ),

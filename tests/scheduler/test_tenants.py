@@ -73,7 +73,7 @@ def modest_client(
 ) -> tuple[list[Served], float]:
     """One request after another of a modest tenant, beside one that has always 150 requests open; and for how long it
     finds steps in flight when it comes."""
-    engine, rng = VirtualEngine(max_running=48, num_pages=6000), random.Random(1)
+    engine, rng = VirtualEngine(num_slots=48, num_pages=6000), random.Random(1)
     served: list[Served] = []
 
     def replace(ended: Served) -> None:
@@ -139,7 +139,7 @@ def num_finished(served: list[Served]) -> int:
 
 def test_equal_tenants_are_served_equally_and_together_lose_little() -> None:
     load, twice = (24, 1000, 60), (48, 1000, 60)
-    lone, shared = VirtualEngine(max_running=32), VirtualEngine(max_running=32)
+    lone, shared = VirtualEngine(num_slots=32), VirtualEngine(num_slots=32)
     rate = num_finished(keep_open(lone, 20.0, one=twice)["one"])
     counts = [num_finished(sent) for sent in keep_open(shared, 20.0, one=load, other=load).values()]
     assert max(counts) <= 1.1 * min(counts)
@@ -157,7 +157,7 @@ def test_a_tenant_that_sends_one_request_after_another_gets_its_turn_and_no_more
 
 def test_tenants_that_fight_for_slots_do_not_take_them_back_and_forth() -> None:
     """A slot that becomes free goes to the tenant that has fewer, and not first to the other."""
-    engine = VirtualEngine(max_running=16)
+    engine = VirtualEngine(num_slots=16)
     counts = [num_finished(sent) for sent in keep_open(engine, 20.0, one=(24, 100, 150), other=(24, 400, 150)).values()]
     assert max(counts) <= 1.2 * min(counts)
     assert engine.scheduler.counters.preemptions <= 8 + 0.05 * sum(counts)
@@ -199,7 +199,7 @@ def test_whoever_is_ahead_stays_so_while_it_is_away() -> None:
 
 @pytest.mark.parametrize("num_tenants", [2, 5, 40])
 def test_nobody_starves(num_tenants: int) -> None:
-    engine, rng = VirtualEngine(max_running=16, num_pages=700), random.Random(num_tenants)
+    engine, rng = VirtualEngine(num_slots=16, num_pages=700), random.Random(num_tenants)
     time_s = 0.0
     for _ in range(100):
         time_s += rng.expovariate(40.0)
@@ -219,7 +219,7 @@ def running_of(engine: VirtualEngine, tenant: str) -> int:
 
 
 def test_a_tenant_takes_slots_up_to_its_share_and_keeps_them() -> None:
-    engine = VirtualEngine(max_running=8)
+    engine = VirtualEngine(num_slots=8)
     for _ in range(20):
         engine.send(100, 4000, tenant="greedy", priority=9)
     engine.run(until_s=0.5)
@@ -237,7 +237,7 @@ def test_a_tenant_takes_slots_up_to_its_share_and_keeps_them() -> None:
 
 
 def test_nobody_takes_more_than_its_share_and_nobody_gives_of_its_own() -> None:
-    engine = VirtualEngine(max_running=8)
+    engine = VirtualEngine(num_slots=8)
     for tenant, count in (("greedy", 6), ("modest", 2)):
         for _ in range(count):
             engine.send(100, 3000, tenant=tenant)
@@ -249,7 +249,7 @@ def test_nobody_takes_more_than_its_share_and_nobody_gives_of_its_own() -> None:
 
 
 def test_more_tenants_than_slots_wait_for_one_to_become_free() -> None:
-    engine = VirtualEngine(max_running=4)
+    engine = VirtualEngine(num_slots=4)
     for tenant in "abcd":
         engine.send(100, 500, tenant=tenant)
     engine.run(until_s=0.3)
@@ -261,7 +261,7 @@ def test_more_tenants_than_slots_wait_for_one_to_become_free() -> None:
 
 
 def test_what_one_tenant_does_not_want_is_the_others() -> None:
-    engine = VirtualEngine(max_running=8)
+    engine = VirtualEngine(num_slots=8)
     engine.send(100, 3000, tenant="modest")
     for _ in range(20):
         engine.send(100, 3000, tenant="greedy")
@@ -304,7 +304,7 @@ def test_growing_outputs_take_pages_of_the_tenant_that_holds_most() -> None:
 
 def test_reserved_requests_of_a_tenant_do_not_keep_its_slots_from_another() -> None:
     """Requests that were preempted three times keep their slots within their tenant, which can preempt its own."""
-    engine = VirtualEngine(max_running=4)
+    engine = VirtualEngine(num_slots=4)
     low = [engine.send(100, 3000, tenant="greedy") for _ in range(4)]
     for _ in range(10):
         engine.run(until_s=engine.now_s + 0.1)
@@ -338,7 +338,7 @@ def test_a_request_that_needs_nearly_all_pages_is_served_beside_a_stream_of_smal
 
 
 def test_a_deadline_is_judged_by_the_tenants_share_and_not_by_the_others_queue() -> None:
-    engine = VirtualEngine(max_running=16)
+    engine = VirtualEngine(num_slots=16)
     for _ in range(500):
         engine.send(2000, 500, tenant="greedy", priority=9)
     engine.run(until_s=0.5)
@@ -353,7 +353,7 @@ def test_a_deadline_is_judged_by_the_tenants_share_and_not_by_the_others_queue()
 def test_a_full_queue_still_takes_a_tenant_that_has_less_than_its_share_of_it(
     max_waiting: int, max_waiting_tokens: int
 ) -> None:
-    engine = VirtualEngine(max_running=2, max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens)
+    engine = VirtualEngine(num_slots=2, max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens)
     greedy = [engine.send(300, 50, tenant="greedy") for _ in range(20)]
     modest = [engine.send(300, 50, tenant="modest") for _ in range(20)]
     assert sum(one.error is None for one in greedy) == 10
@@ -378,7 +378,7 @@ def test_tenants_are_forgotten() -> None:
 
 def test_a_lone_tenant_is_planned_for_as_if_there_were_none() -> None:
     def plans(name: str) -> list[StepPlan]:
-        engine, rng = VirtualEngine(max_running=8, num_pages=400), random.Random(3)
+        engine, rng = VirtualEngine(num_slots=8, num_pages=400), random.Random(3)
         for _ in range(60):
             engine.run(until_s=engine.now_s + rng.expovariate(20.0))
             priority, target_ms = rng.choice([0, 3]), rng.choice([None, 12.0])

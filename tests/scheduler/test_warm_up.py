@@ -89,7 +89,7 @@ def test_the_smallest_engines_have_room_for_it_or_go_without(
 
 
 def test_an_engine_of_one_slot_takes_one_after_another() -> None:
-    limits = make_limits(max_running=1, buckets=(Bucket(0, 1), Bucket(4, 1)))
+    limits = make_limits(num_slots=1, buckets=(Bucket(0, 1), Bucket(4, 1)))
     worker = Worker(limits)
     warm_up(limits, worker.send, worker.receive)
     assert all(len(plan.decode_slots) <= 4 for plan in worker.plans)

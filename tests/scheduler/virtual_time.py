@@ -68,7 +68,7 @@ class VirtualEngine:
         self,
         *,
         token_budget: int = 512,
-        max_running: int = 64,
+        num_slots: int = 64,
         num_pages: int = 20_000,
         page_size: int = 64,
         noise: float = 0.0,
@@ -79,12 +79,12 @@ class VirtualEngine:
         step_ms: Callable[[Bucket], float] = full_step_ms,
     ) -> None:
         """noise: relative standard deviation of the steps' durations. step_ms: what a full step of a bucket takes."""
-        self.buckets = build_ladder(token_budget, max_running)
+        self.buckets = build_ladder(token_budget, num_slots)
         self.limits = SchedulerLimits(
             buckets=self.buckets,
             num_pages=num_pages,
             page_size=page_size,
-            max_running=max_running,
+            num_slots=num_slots,
             max_chunks=32,
             token_budget=token_budget,
             max_model_len=max_model_len,

@@ -35,7 +35,7 @@ class LocalEngine:
                 buckets=worker.buckets,
                 num_pages=worker.num_pages,
                 page_size=worker.page_size,
-                max_running=config.max_running,
+                num_slots=config.num_slots,
                 max_chunks=worker.max_chunks,
                 token_budget=config.token_budget,
                 max_model_len=config.max_model_len,

@@ -146,7 +146,7 @@ BUCKETS = (Bucket(0, 1), Bucket(0, 8), Bucket(56, 8), Bucket(120, 8))
 @pytest.mark.parametrize("max_model_len", [16, 64, 120, 121, 700, 8192])
 @pytest.mark.parametrize("num_pages", [1, 7, 5000])
 def test_times_and_slopes_are_those_of_the_device(max_model_len: int, num_pages: int) -> None:
-    config = msgspec.structs.replace(make_config(page_size=16), max_model_len=max_model_len, max_running=8)
+    config = msgspec.structs.replace(make_config(page_size=16), max_model_len=max_model_len, num_slots=8)
     runner = FormulaRunner(config, make_ready(config, BUCKETS, num_pages), step_ms)
     table = measure_step_times(runner, config, ONCE)  # type: ignore[arg-type]  # the part of a runner that is used
     assert table.decode_context == min(1024, -(-max_model_len // 2))
@@ -164,7 +164,7 @@ def test_times_and_slopes_are_those_of_the_device(max_model_len: int, num_pages:
 
 
 def test_the_first_step_of_a_bucket_may_be_slow() -> None:
-    config = msgspec.structs.replace(make_config(page_size=16), max_running=8)
+    config = msgspec.structs.replace(make_config(page_size=16), num_slots=8)
     seen: set[tuple[Bucket, bytes]] = set()
 
     def slow_at_first(plan: StepPlan) -> float:
@@ -186,7 +186,7 @@ def test_the_first_step_of_a_bucket_may_be_slow() -> None:
 def test_a_swing_of_the_clock_moves_no_time(swing_begins_ms: int) -> None:
     """Of as long as a bucket is timed in one pass, wherever it falls. (The narrowest one with prompts ends one pass and
     begins the next, so a swing can be in both; but its steps are not those that a power limit swings.)"""
-    config = msgspec.structs.replace(make_config(page_size=16), max_running=8)
+    config = msgspec.structs.replace(make_config(page_size=16), num_slots=8)
 
     def measured(swing_ms: float) -> float:
         now_ms = 0.0
@@ -206,7 +206,7 @@ def test_a_swing_of_the_clock_moves_no_time(swing_begins_ms: int) -> None:
 
 
 def test_the_first_steps_of_a_device_that_has_idled_do_not_count() -> None:
-    config = msgspec.structs.replace(make_config(page_size=16), max_running=8)
+    config = msgspec.structs.replace(make_config(page_size=16), num_slots=8)
     spent_ms = 0.0
 
     def fast_while_cool(plan: StepPlan) -> float:
@@ -223,7 +223,7 @@ def test_the_first_steps_of_a_device_that_has_idled_do_not_count() -> None:
 
 @pytest.mark.parametrize(("step", "counted"), [(1.0, 20), (200.0, 3), (2000.0, 3)])
 def test_slow_steps_are_repeated_less_often(step: float, counted: int) -> None:
-    config = msgspec.structs.replace(make_config(page_size=16), max_running=8)
+    config = msgspec.structs.replace(make_config(page_size=16), num_slots=8)
     runner = FormulaRunner(config, make_ready(config, BUCKETS, 100), lambda plan: step)
     timer = StepTimer(runner, config, BUCKETS)  # type: ignore[arg-type]  # as above
     runner.pages = {(slot, 0): 0 for slot in range(8)}
@@ -237,7 +237,7 @@ def test_measured_times_are_stored_and_thorough_ones_replace_quick_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRAPHGEN_CACHE", str(tmp_path))
-    config = msgspec.structs.replace(make_config(page_size=16), max_running=8)
+    config = msgspec.structs.replace(make_config(page_size=16), num_slots=8)
     without = make_ready(config, BUCKETS, 100)
     with_graphs = msgspec.structs.replace(without, graphs=True)
 
