@@ -22,6 +22,7 @@ from graphgen.ipc.channel import Channel
 from graphgen.ipc.codec import Codec, pack_int32
 from graphgen.ipc.messages import (
     Bucket,
+    DrawnRows,
     SchedulerToWorker,
     Shutdown,
     StepPlan,
@@ -40,15 +41,27 @@ def make_plan(num_rows: int) -> StepPlan:
     slots = pack_int32(range(num_rows))
     positions = pack_int32([1024] * num_rows)
     return StepPlan(
-        1 << 20, Bucket(0, num_rows), (), b"", slots, positions, pack_int32([0, 16, 4711]), b"", time.monotonic()
+        step_id=1 << 20,
+        bucket=Bucket(0, num_rows),
+        decode_slots=slots,
+        decode_positions=positions,
+        new_pages=pack_int32([0, 16, 4711]),
+        planned_s=time.monotonic(),
     )
 
 
 def answer(plan: StepPlan) -> StepResult:
     """One token for each row."""
     now_s = time.monotonic()
-    token_ids = pack_int32([100_000] * (len(plan.decode_slots) // 4))
-    return StepResult(plan.step_id, token_ids, now_s, now_s, now_s, now_s, WorkerCounters(plan.step_id, 0, 1))
+    return StepResult(
+        step_id=plan.step_id,
+        drawn=DrawnRows(token_ids=pack_int32([100_000] * plan.num_drawing_rows)),
+        received_s=now_s,
+        launched_s=now_s,
+        started_s=now_s,
+        finished_s=now_s,
+        counters=WorkerCounters(plan.step_id, 0, 1),
+    )
 
 
 def codec_rows(sizes: Sequence[int], repeats: int) -> list[Row]:

@@ -113,10 +113,8 @@ class Drive:
     def _expect(self, plan: StepPlan | None) -> tuple[int, int]:
         """Queues the result of a plan; returns its decode rows and chunks."""
         assert plan is not None, "there is always a request that can advance"
-        num_decodes = len(plan.decode_slots) // 4
-        num_draws = num_decodes + sum(chunk.samples for chunk in plan.chunks)
-        self._results.append((plan.step_id, array("i", [TOKEN_ID]) * num_draws, _step_ms(plan.bucket)))
-        return num_decodes, len(plan.chunks)
+        self._results.append((plan.step_id, array("i", [TOKEN_ID]) * plan.num_drawing_rows, _step_ms(plan.bucket)))
+        return plan.num_decodes, len(plan.chunks)
 
     def _send_missing(self) -> None:
         """New requests in place of those that ended."""

@@ -189,12 +189,10 @@ class VirtualEngine:
             started_s = max(now_s + self._host_delay_s, free_s)
             pace = self._device_pace * max(0.5, self._random.gauss(1.0, self._step_noise))
             finished_s = started_s + step_ms(self._device, plan) * pace / 1000.0
-            num_decodes = len(plan.decode_slots) // 4
-            num_tokens = num_decodes + sum(chunk.samples for chunk in plan.chunks)
-            self._in_flight.append(VirtualStep(plan.step_id, num_tokens, now_s, started_s, finished_s))
+            self._in_flight.append(VirtualStep(plan.step_id, plan.num_drawing_rows, now_s, started_s, finished_s))
             self.steps.started_s.append(started_s)
             self.steps.finished_s.append(finished_s)
-            self.steps.live_rows.append(num_decodes + sum(chunk.length for chunk in plan.chunks))
+            self.steps.live_rows.append(plan.num_tokens)
             self.steps.rows.append(plan.bucket.num_rows)
         if plans:
             self._scheduler.prepare()

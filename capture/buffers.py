@@ -40,8 +40,8 @@ class BlockLayout:
         return self._spans[name][0]
 
     def views(self, block: Tensor) -> dict[str, Tensor]:
-        """Named int32 views of a device block, at least `num_words` long."""
-        return {name: block[start:end] for name, (start, end) in self._spans.items()}
+        """Named int32 views of a device block, at least `num_words` long, or of a stack of blocks, [..., num_words]."""
+        return {name: block[..., start:end] for name, (start, end) in self._spans.items()}
 
     def host_views(self, block: "np.ndarray[tuple[int], np.dtype[np.int32]]") -> dict[str, "Words"]:
         """Named int32 views of a host block."""

@@ -120,28 +120,31 @@ class SlotInit(Struct, frozen=True, array_like=True, gc=False):
     sampler: SamplerParams
 
 
-class Chunk(Struct, frozen=True, array_like=True, gc=False):
+class Chunk(Struct, frozen=True, array_like=True, gc=False, kw_only=True):
     """Consecutive tokens of one request computed in one step."""
 
     slot: int
     start: int  # position of its first token
     length: int
-    samples: bool  # the last chunk of what is known: its last row draws the next token
-    init: SlotInit | None  # set in the first chunk after an admission: the slot has a new owner
+    draws: bool  # the last chunk of what is known: its last row draws the next token
+    init: SlotInit | None = None  # set in the first chunk after an admission: the slot has a new owner
 
 
-class StepPlan(Struct, frozen=True, array_like=True, tag="plan", gc=False):
-    """One step. Chunks fill the prefill region from row 0, decodes the decode region, both in this order."""
+class StepPlan(Struct, frozen=True, array_like=True, tag="plan", gc=False, kw_only=True):
+    """One step. Chunks fill the prefill region from row 0, decodes the decode region, both in this order.
+
+    How it lies on the device: `graphgen.ipc.step_schema`. The bytes are packed int32.
+    """
 
     step_id: int
     bucket: Bucket
-    chunks: tuple[Chunk, ...]
-    chunk_token_ids: bytes  # packed int32, the chunks' tokens one after another
-    decode_slots: bytes  # packed int32; the row's token is the slot's last token, fed back on the device
-    decode_positions: bytes  # packed int32; the row's position
-    new_pages: bytes  # packed int32 triples (slot, index in its block table, page)
-    page_copies: bytes  # packed int32 pairs (source, destination) of whole pages, copied before anything is written;
-    # no destination is the source of another pair
+    chunks: tuple[Chunk, ...] = ()
+    chunk_token_ids: bytes = b""  # the chunks' tokens one after another
+    decode_slots: bytes = b""  # the row's token is the slot's last token, fed back on the device
+    decode_positions: bytes = b""  # the row's position
+    new_pages: bytes = b""  # triples (slot, index in its block table, page)
+    page_copies: bytes = b""  # pairs (source, destination) of whole pages, copied before anything is written; no
+    # destination is the source of another pair
     planned_s: float
 
     @property
@@ -149,21 +152,37 @@ class StepPlan(Struct, frozen=True, array_like=True, tag="plan", gc=False):
         """Of its chunks and its decode rows."""
         return (len(self.chunk_token_ids) + len(self.decode_slots)) // 4
 
+    @property
+    def num_decodes(self) -> int:
+        return len(self.decode_slots) // 4
+
+    @property
+    def num_drawing_rows(self) -> int:
+        """Rows that get a token: of its chunks those that draw, and the decode rows."""
+        return sum(chunk.draws for chunk in self.chunks) + self.num_decodes
+
 
 # --- worker -> scheduler ---------------------------------------------------------------------------------------
 
 
-class StepResult(Struct, frozen=True, array_like=True, tag="result", gc=False):
-    """The tokens drawn by one step: of its sampling chunks in order, then of its decode rows in order."""
+class DrawnRows(Struct, frozen=True, array_like=True, gc=False, kw_only=True):
+    """What the drawing rows of a step got, a column of packed int32 for each of `graphgen.ipc.step_schema`'s output
+    fields: of the chunks that draw, in the plan's order, then of the decode rows in theirs."""
+
+    token_ids: bytes  # 0 where nothing could be drawn
+
+
+class StepResult(Struct, frozen=True, array_like=True, tag="result", gc=False, kw_only=True):
+    """What one step gave, and when."""
 
     step_id: int
-    token_ids: bytes  # packed int32; of a row of `failed_draws`, 0
+    drawn: DrawnRows
     received_s: float  # the plan reached the worker
     launched_s: float  # the step was handed to the device
     started_s: float  # the device began it
     finished_s: float  # the device finished it
     counters: "WorkerCounters"
-    failed_draws: tuple[int, ...] = ()  # places among the tokens: the rows whose logits are all NaN or -inf
+    failed_draws: tuple[int, ...] = ()  # places among the drawing rows: those whose logits are all NaN or -inf
 
 
 class WorkerCounters(Struct, frozen=True, array_like=True, gc=False):

@@ -4,7 +4,7 @@ Owns the weights and the order of the layers, and the compilation of a layer. Ne
 pages and knows neither requests nor buckets. Built by loader.py; called by the worker inside a bucket's
 graph.
 
-Shapes: `T` token rows, `N` rows whose logits are wanted, `V` vocabulary.
+Shapes: `T` token rows, `N` drawing rows, `V` vocabulary.
 """
 
 from collections.abc import Sequence
@@ -53,25 +53,25 @@ class Decoder(nn.Module):
         sequence_lens: Tensor,
         kv_cache: KVCache,
         attention: StepAttention,
-        wanted: Tensor | None = None,
+        drawing_rows: Tensor | None = None,
     ) -> Tensor:
         """Next-token logits, [N, V] in the weights' dtype; K and V of every row are in the cache afterwards.
 
         token_ids, positions: [T] int64. sequence_lens: [T] int64, max(prompt length of the row's request,
-        position + 1). wanted: [N] int64, the rows whose logits are computed; all if None.
+        position + 1). drawing_rows: [N] int64, whose logits are computed; all rows if None.
         """
         cos, sin = self.rope(positions, sequence_lens, self.embedding.weight.dtype)
         step = StepTensors(cos, sin, attention)
         num_rows, num_decode_rows = token_ids.shape[0], attention.tables.decode_kv_lens.shape[0]
-        if wanted is None and num_rows == num_decode_rows <= self._most_few_rows:
+        if drawing_rows is None and num_rows == num_decode_rows <= self._most_few_rows:
             return self._run_few_rows(token_ids, kv_cache, step)
         update: Tensor = self.embedding(token_ids)
         residual = torch.zeros_like(update)
         layers = self._decoder_layers
         for layer, k_pages, v_pages in zip(layers, kv_cache.k_pages, kv_cache.v_pages, strict=True):
             residual, gathered = self._attend(layer, residual, update, k_pages, v_pages, step)
-            if layer is layers[-1] and wanted is not None:
-                residual, gathered = residual[wanted], gathered[wanted]
+            if layer is layers[-1] and drawing_rows is not None:
+                residual, gathered = residual[drawing_rows], gathered[drawing_rows]
             residual, update = self._feed_forward(layer, residual, gathered)
         return F.linear(self.final_norm(residual + update), self._head_weight)
 

@@ -1,6 +1,6 @@
 """Stand-ins for parts of an engine: processes that are none, and a scheduler that says what a test tells it to."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 import zmq
@@ -9,6 +9,7 @@ from graphgen.ipc.channel import Channel
 from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.messages import (
     Bucket,
+    DrawnRows,
     EngineStats,
     EngineToScheduler,
     FinishReason,
@@ -16,8 +17,10 @@ from graphgen.ipc.messages import (
     Ready,
     SamplerParams,
     SchedulerToEngine,
+    StepResult,
     Submit,
     TokenOutput,
+    WorkerCounters,
     WorkerReady,
 )
 from graphgen.launch.processes import EngineProcesses, Exit
@@ -45,6 +48,27 @@ READY = Ready(
 )
 
 STATS = EngineStats(1, 2, 3, 4, 5, 6, 0, 0, 0.5, 0, 0, 1.0, 2.0, 3.0, 4.0)
+
+
+def make_result(
+    step_id: int,
+    token_ids: Sequence[int],
+    *,
+    finished_s: float = 0.0,
+    counters: WorkerCounters | None = None,
+    failed_draws: tuple[int, ...] = (),
+) -> StepResult:
+    """Of a step that began at 0."""
+    return StepResult(
+        step_id=step_id,
+        drawn=DrawnRows(token_ids=pack_int32(token_ids)),
+        received_s=0.0,
+        launched_s=0.0,
+        started_s=0.0,
+        finished_s=finished_s,
+        counters=counters or WorkerCounters(),
+        failed_draws=failed_draws,
+    )
 
 
 class FakeProcesses(EngineProcesses):

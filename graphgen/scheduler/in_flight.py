@@ -37,7 +37,7 @@ class StepsInFlight:
         if num_tokens != len(self._records[0].drawing):
             raise ValueError(
                 f"step {step_id} returned {num_tokens} tokens, its plan draws {len(self._records[0].drawing)}:"
-                " one for each sampling chunk and decode row"
+                " one for each drawing row"
             )
         return self._records.popleft()
 

@@ -18,7 +18,6 @@ import msgspec
 import zmq
 
 from graphgen.ipc.channel import Channel
-from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.errors import DeadlineError, InvalidRequestError, OverloadedError
 from graphgen.ipc.messages import (
     Attach,
@@ -41,6 +40,7 @@ from graphgen.ipc.messages import (
     WorkerReady,
     WorkerToScheduler,
 )
+from graphgen.ipc.step_schema import unpack_columns
 from graphgen.scheduler.policy import Scheduler
 from graphgen.scheduler.step_log import StepLog
 from graphgen.scheduler.step_times import StepTimes
@@ -218,6 +218,7 @@ class SchedulerLoop:
                 return ()
 
     def _take_result(self, result: StepResult) -> Sequence[Outputs | Rejected]:
+        columns = unpack_columns(result.drawn)
         if self._step_log.is_open:
             self._step_log.write(self._policy.describe_step(result.step_id), result)
         self._step_times.add(result.started_s, result.finished_s)
@@ -227,7 +228,7 @@ class SchedulerLoop:
         self._watch.answered(milliseconds)
         self._workers.step_succeeded()
         failed = self._policy.fail_draws(result.step_id, result.failed_draws) if result.failed_draws else []
-        outputs = self._policy.update(result.step_id, unpack_int32(result.token_ids))
+        outputs = self._policy.update(result.step_id, columns["token_ids"])
         return [outputs, *failed] if outputs else failed
 
     def _take_from_engine(self, message: EngineToScheduler) -> None:

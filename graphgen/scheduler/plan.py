@@ -135,7 +135,7 @@ class PlanDraft:
         init = None if running.is_announced else request.slot_init
         running.is_announced = True
         self.prompts.append(running)
-        self._chunks.append(Chunk(running.slot, start, length, draws, init))
+        self._chunks.append(Chunk(slot=running.slot, start=start, length=length, draws=draws, init=init))
         self._chunk_records.append(ChunkRecord(request, start, length))
         self._chunk_token_ids += request.tokens.part(start, end)
         self._prompt_pairs += prompt_pairs(start, length)

@@ -11,8 +11,9 @@ does at its first call.
 import time
 from collections.abc import Callable
 
-from graphgen.ipc.codec import pack_int32, unpack_int32
+from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.messages import SamplerParams, StepPlan, StepResult, Submit, WorkerCounters
+from graphgen.ipc.step_schema import unpack_columns
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.policy import Scheduler
 
@@ -46,6 +47,6 @@ def warm_up(
             policy.prepare()
         result = receive()
         policy.fail_draws(result.step_id, result.failed_draws)
-        policy.update(result.step_id, unpack_int32(result.token_ids))
+        policy.update(result.step_id, unpack_columns(result.drawn)["token_ids"])
         counters = result.counters
     return counters

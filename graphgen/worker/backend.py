@@ -7,11 +7,11 @@ import torch
 
 from graphgen.ipc.errors import GraphgenError
 from graphgen.ipc.messages import Bucket
+from graphgen.ipc.step_schema import StepBounds
 from graphgen.launch.config import LaunchConfig
 from graphgen.models.attention.backend import AttentionBackend
 from graphgen.models.attention.kernels import AttentionShape
 from graphgen.models.attention.reference import TorchAttention
-from graphgen.worker.inputs import InputShape
 
 
 def open_backend(
@@ -19,7 +19,7 @@ def open_backend(
     device: torch.device,
     dtype: torch.dtype,
     buckets: tuple[Bucket, ...],
-    shape: InputShape,
+    bounds: StepBounds,
 ) -> AttentionBackend:
     """The backend the config asks for; "auto" takes FlashInfer where it can run and says why where it cannot."""
     if config.attention == "torch":
@@ -31,7 +31,7 @@ def open_backend(
             )
         return TorchAttention("the CPU has no other")
     try:
-        return _open_flashinfer(config, dtype, buckets, shape)
+        return _open_flashinfer(config, dtype, buckets, bounds)
     except (ImportError, GraphgenError) as error:
         if config.attention == "flashinfer":
             raise
@@ -52,13 +52,13 @@ def attention_shape(config: LaunchConfig, dtype: torch.dtype) -> AttentionShape:
 
 
 def _open_flashinfer(
-    config: LaunchConfig, dtype: torch.dtype, buckets: tuple[Bucket, ...], shape: InputShape
+    config: LaunchConfig, dtype: torch.dtype, buckets: tuple[Bucket, ...], bounds: StepBounds
 ) -> AttentionBackend:
     from graphgen.models.attention.flashinfer import FlashInferAttention
 
     return FlashInferAttention(
         attention_shape(config, dtype),
-        most_chunks=shape.max_chunks,
+        most_chunks=bounds.max_chunks,
         most_prefill_rows=max(bucket.prefill_rows for bucket in buckets),
         most_decode_rows=max(bucket.decode_rows for bucket in buckets),
     )

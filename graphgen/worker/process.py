@@ -20,7 +20,6 @@ import zmq
 
 from graphgen.capture.stream import Mark
 from graphgen.ipc.channel import Channel
-from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.messages import (
     Failed,
     Phase,
@@ -114,10 +113,10 @@ def _collect(runner: ModelRunner, launched: Launched, channel: WorkerChannel) ->
 
 def _result(step: LaunchedStep, runner: ModelRunner) -> StepResult:
     step.fetched.wait()
-    token_ids, failed_draws = step.read_draws()
+    drawn, failed_draws = step.outputs.read()
     return StepResult(
         step_id=step.step_id,
-        token_ids=pack_int32(token_ids),
+        drawn=drawn,
         received_s=step.received_s,
         launched_s=step.launched_s,
         started_s=step.started.wait(),

@@ -1,8 +1,8 @@
 """What a step plan means on the device: its token rows, what they attend to, and which of them draw a token.
 
-Owns the slot tables and the way from a bucket's input fields to row tables; inputs.py says what the fields hold. Runs
-at the start of every captured step, before any layer. This is the torch version, some forty small kernels; in
-rows_cuda.py they are four, since each costs a microsecond or two however little it does.
+Owns the slot tables and the way from a bucket's input fields to row tables; `graphgen.ipc.step_schema` says what the
+fields hold. Runs at the start of every captured step, before any layer. This is the torch version, some forty small
+kernels; in rows_cuda.py they are four, since each costs a microsecond or two however little it does.
 
 Shapes: `T` = `P` prefill rows + `R` decode rows; `C` chunks; `N` = C + R rows that may draw; `S` slots, the trash slot
 being number S; `M` pages of a block table.
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from graphgen.ipc.messages import Bucket
+from graphgen.ipc.step_schema import NEW_PAGE_WORDS, Counts
 from graphgen.models.attention.tables import RowTables
 
 
@@ -40,9 +41,9 @@ class Rows(NamedTuple):
     """max(prompt length of the row's request, position + 1)."""
 
 
-class Draws(NamedTuple):
-    """The rows whose logits are computed, [N] int64 each: last rows of chunks, then decode rows. Those that draw
-    nothing belong to the trash slot."""
+class DrawingRows(NamedTuple):
+    """The rows whose logits are computed, [N] int64 each: last rows of chunks, then decode rows. Those that get no
+    token belong to the trash slot."""
 
     rows: Tensor
     slots: Tensor
@@ -54,7 +55,7 @@ class ExpandedStep(NamedTuple):
 
     rows: Rows
     tables: RowTables
-    draws: Draws
+    drawing_rows: DrawingRows
 
 
 class RowExpander(Protocol):
@@ -66,8 +67,8 @@ class RowExpander(Protocol):
     def expand(self) -> ExpandedStep:
         """Reads the plan and the slot tables; the new owners' parameters must be in `prompt_len` by now."""
 
-    def feed_back(self, tokens: Tensor, draws: Draws) -> None:
-        """Makes the drawn tokens, [N], the last tokens of their slots, and writes them into the step's ring row.
+    def feed_back(self, tokens: Tensor, drawing_rows: DrawingRows) -> None:
+        """Makes the drawn tokens, [N], the last tokens of their slots, and writes them into the step's outputs.
 
         The slot of a row that drew NO_TOKEN gets token 0: the next step may run before the host knows, and needs some
         token to look up.
@@ -83,39 +84,39 @@ class TorchRows:
         fields: Mapping[str, Tensor],
         slots: SlotTables,
         prompt_len: Tensor,
-        token_ring: Tensor,
+        outputs: Mapping[str, Tensor],
         page_size: int,
         trash_page: int,
     ) -> None:
-        """fields: of the bucket's input block. prompt_len: [S + 1] int32, of each slot's owner.
-        token_ring: [TOKEN_RING, most sampled rows] int32."""
+        """fields: of the bucket's input block. prompt_len: [S + 1] int32, of each slot's owner. outputs: of the ring,
+        see `OutputRing.views`."""
         self._bucket = bucket
         self._fields = fields
         self._slots = slots
         self._prompt_len = prompt_len
-        self._token_ring = token_ring
+        self._outputs = outputs
         self._page_size = page_size
         self._trash_page = trash_page
-        device = token_ring.device
+        device = prompt_len.device
         self._prefill_rows = torch.arange(bucket.prefill_rows, device=device)
         self._decode_rows = torch.arange(bucket.prefill_rows, bucket.num_rows, device=device)
-        self._page_numbers = torch.arange(fields["new_pages"].shape[0] // 3, device=device)
+        self._page_numbers = torch.arange(fields["new_pages"].shape[0] // NEW_PAGE_WORDS, device=device)
 
     def append_pages(self) -> None:
         """Entries past the live ones go to the trash slot."""
-        slot, index, page = self._fields["new_pages"].view(-1, 3).unbind(1)
-        live = self._page_numbers < self._fields["counts"][1]
+        slot, index, page = self._fields["new_pages"].view(-1, NEW_PAGE_WORDS).unbind(1)
+        live = self._page_numbers < self._fields["counts"][Counts.NEW_PAGES]
         places = (torch.where(live, slot, self._slots.trash_slot).long(), torch.where(live, index, 0).long())
         self._slots.block_table.index_put_(places, torch.where(live, page, self._trash_page))
 
     def expand(self) -> ExpandedStep:
         rows = self._rows()
-        return ExpandedStep(rows, self._row_tables(rows), self._draws(rows))
+        return ExpandedStep(rows, self._row_tables(rows), self._drawing_rows(rows))
 
-    def feed_back(self, tokens: Tensor, draws: Draws) -> None:
-        self._slots.last_token.index_copy_(0, draws.slots, tokens.clamp(min=0).long())
-        ring_row = self._fields["counts"][2:3].long()
-        self._token_ring[:, : tokens.shape[0]].index_copy_(0, ring_row, tokens.int().unsqueeze(0))
+    def feed_back(self, tokens: Tensor, drawing_rows: DrawingRows) -> None:
+        self._slots.last_token.index_copy_(0, drawing_rows.slots, tokens.clamp(min=0).long())
+        output_row = self._fields["counts"][Counts.OUTPUT_ROW].long().view(1)
+        self._outputs["token_ids"].index_copy_(0, output_row, tokens.int().unsqueeze(0))
 
     def _rows(self) -> Rows:
         """The chunk table becomes rows; decode rows take the token that was drawn last for their slot."""
@@ -127,7 +128,7 @@ class TorchRows:
             num_chunks = starts.shape[0] - 1
             # A chunk ends where the next begins, so the row's chunk is the number of ends at or before it.
             chunk = torch.searchsorted(starts[1:], self._prefill_rows.int(), right=True).clamp(max=num_chunks - 1)
-            live = self._prefill_rows < self._fields["counts"][0]
+            live = self._prefill_rows < self._fields["counts"][Counts.PREFILL_ROWS]
             offset = self._prefill_rows - starts[chunk]
             chunk_slots = torch.where(live, self._fields["chunk_slots"][chunk].long(), self._slots.trash_slot)
             slots = torch.cat((chunk_slots, slots))
@@ -151,10 +152,10 @@ class TorchRows:
             decode_pages=block_table[rows.slots[split:]],
         )
 
-    def _draws(self, rows: Rows) -> Draws:
+    def _drawing_rows(self, rows: Rows) -> DrawingRows:
         last_rows = (self._fields["chunk_starts"][1:] - 1).clamp(min=0).long()
-        drawn = torch.cat((last_rows, self._decode_rows))
-        samples = self._fields["chunk_samples"] > 0
-        chunk_slots = torch.where(samples, self._fields["chunk_slots"].long(), self._slots.trash_slot)
+        drawing = torch.cat((last_rows, self._decode_rows))
+        draws = self._fields["chunk_draws"] > 0
+        chunk_slots = torch.where(draws, self._fields["chunk_slots"].long(), self._slots.trash_slot)
         slots = torch.cat((chunk_slots, rows.slots[self._bucket.prefill_rows :]))
-        return Draws(drawn, slots, rows.positions[drawn] + 1)
+        return DrawingRows(drawing, slots, rows.positions[drawing] + 1)

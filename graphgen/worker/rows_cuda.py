@@ -12,12 +12,18 @@ import triton.language as tl
 from torch import Tensor
 
 from graphgen.ipc.messages import Bucket
+from graphgen.ipc.step_schema import NEW_PAGE_WORDS, Counts
 from graphgen.models.attention.tables import RowTables
-from graphgen.worker.rows import Draws, ExpandedStep, Rows, SlotTables
+from graphgen.worker.rows import DrawingRows, ExpandedStep, Rows, SlotTables
 
 _ROW_BLOCK = 128
 _PAGE_BLOCK = 1024
 _CHUNK_BLOCK = 32
+
+_PREFILL_ROWS = tl.constexpr(int(Counts.PREFILL_ROWS))
+_NEW_PAGES = tl.constexpr(int(Counts.NEW_PAGES))
+_OUTPUT_ROW = tl.constexpr(int(Counts.OUTPUT_ROW))
+_ENTRY = tl.constexpr(NEW_PAGE_WORDS)
 
 
 @triton.jit(  # type: ignore[untyped-decorator]  # triton has no types
@@ -27,17 +33,17 @@ def _append_pages_kernel(
     counts: "tl.tensor", new_pages: "tl.tensor", block_table: "tl.tensor", table_stride: int, BLOCK: tl.constexpr
 ) -> None:
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = number < tl.load(counts + 1)
-    slot = tl.load(new_pages + number * 3, live, other=0).to(tl.int64)
-    index = tl.load(new_pages + number * 3 + 1, live, other=0)
-    page = tl.load(new_pages + number * 3 + 2, live, other=0)
+    live = number < tl.load(counts + _NEW_PAGES)
+    slot = tl.load(new_pages + number * _ENTRY, live, other=0).to(tl.int64)
+    index = tl.load(new_pages + number * _ENTRY + 1, live, other=0)
+    page = tl.load(new_pages + number * _ENTRY + 2, live, other=0)
     tl.store(block_table + slot * table_stride + index, page, live)
 
 
 @triton.jit(  # type: ignore[untyped-decorator]  # triton has no types
     do_not_specialize=[
-        *("counts", "chunk_slots", "chunk_positions", "chunk_starts", "chunk_samples", "chunk_token_ids"),
-        *("decode_slots", "decode_positions", "prompt_len", "kv_locations", "kv_lens", "draws"),
+        *("counts", "chunk_slots", "chunk_positions", "chunk_starts", "chunk_draws", "chunk_token_ids"),
+        *("decode_slots", "decode_positions", "prompt_len", "kv_locations", "kv_lens", "drawing_rows"),
         *("num_prefill", "num_decode", "num_chunks", "table_stride", "prompt_len_stride", "trash_slot"),
     ]
 )
@@ -46,7 +52,7 @@ def _expand_kernel(
     chunk_slots: "tl.tensor",
     chunk_positions: "tl.tensor",
     chunk_starts: "tl.tensor",
-    chunk_samples: "tl.tensor",
+    chunk_draws: "tl.tensor",
     chunk_token_ids: "tl.tensor",
     decode_slots: "tl.tensor",
     decode_positions: "tl.tensor",
@@ -56,7 +62,7 @@ def _expand_kernel(
     row_outputs: "tl.tensor",
     kv_locations: "tl.tensor",
     kv_lens: "tl.tensor",
-    draws: "tl.tensor",
+    drawing_rows: "tl.tensor",
     num_prefill: int,
     num_decode: int,
     num_chunks: int,
@@ -70,10 +76,10 @@ def _expand_kernel(
     """One program per BLOCK rows; the first also describes the chunks.
 
     row_outputs: slots, positions, token ids, sequence lengths, one after another. kv_lens: of chunks, then of decode
-    rows. draws: rows, slots, positions, one after another.
+    rows. drawing_rows: rows, slots, positions, one after another.
     """
     num_rows = num_prefill + num_decode
-    num_draws = num_chunks + num_decode
+    num_drawing_rows = num_chunks + num_decode
     chunks = tl.arange(0, CHUNKS)
     in_chunks = chunks < num_chunks
     starts = tl.load(chunk_starts + chunks, in_chunks, other=0)
@@ -82,7 +88,7 @@ def _expand_kernel(
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < num_rows
     in_prefill = row < num_prefill
-    live = row < tl.load(counts)
+    live = row < tl.load(counts + _PREFILL_ROWS)
     # A chunk ends where the next begins, so the row's chunk is the number of ends at or before it.
     chunk = tl.minimum(tl.sum((ends[None, :] <= row[:, None]).to(tl.int32), 1), num_chunks - 1)
     offset = row - tl.load(chunk_starts + chunk, live, other=0)
@@ -103,24 +109,24 @@ def _expand_kernel(
     tl.store(row_outputs + 3 * num_rows + row, tl.maximum(length, position + 1), inside)
     tl.store(kv_locations + row, page * PAGE + position % PAGE, inside)
     tl.store(kv_lens + num_chunks + decode, (position + 1).to(tl.int32), in_decode)
-    draw = num_chunks + decode
-    tl.store(draws + draw, row.to(tl.int64), in_decode)
-    tl.store(draws + num_draws + draw, slot, in_decode)
-    tl.store(draws + 2 * num_draws + draw, position + 1, in_decode)
+    place = num_chunks + decode
+    tl.store(drawing_rows + place, row.to(tl.int64), in_decode)
+    tl.store(drawing_rows + num_drawing_rows + place, slot, in_decode)
+    tl.store(drawing_rows + 2 * num_drawing_rows + place, position + 1, in_decode)
 
     if tl.program_id(0) == 0:
         lengths = ends - starts
         seen = tl.where(lengths > 0, tl.load(chunk_positions + chunks, in_chunks, other=0) + lengths, 0)
-        samples = tl.load(chunk_samples + chunks, in_chunks, other=0) > 0
-        drawing = tl.where(samples, tl.load(chunk_slots + chunks, in_chunks, other=0), trash_slot)
+        draws = tl.load(chunk_draws + chunks, in_chunks, other=0) > 0
+        drawing = tl.where(draws, tl.load(chunk_slots + chunks, in_chunks, other=0), trash_slot)
         tl.store(kv_lens + chunks, seen, in_chunks)
-        tl.store(draws + chunks, tl.maximum(ends - 1, 0).to(tl.int64), in_chunks)
-        tl.store(draws + num_draws + chunks, drawing.to(tl.int64), in_chunks)
-        tl.store(draws + 2 * num_draws + chunks, tl.maximum(seen, 1).to(tl.int64), in_chunks)
+        tl.store(drawing_rows + chunks, tl.maximum(ends - 1, 0).to(tl.int64), in_chunks)
+        tl.store(drawing_rows + num_drawing_rows + chunks, drawing.to(tl.int64), in_chunks)
+        tl.store(drawing_rows + 2 * num_drawing_rows + chunks, tl.maximum(seen, 1).to(tl.int64), in_chunks)
 
 
 @triton.jit(  # type: ignore[untyped-decorator]  # triton has no types
-    do_not_specialize=["counts", "slots", "num_draws", "ring_stride"]
+    do_not_specialize=["counts", "slots", "num_drawing_rows", "ring_stride"]
 )
 def _feed_back_kernel(
     counts: "tl.tensor",
@@ -128,19 +134,19 @@ def _feed_back_kernel(
     slots: "tl.tensor",
     last_token: "tl.tensor",
     ring: "tl.tensor",
-    num_draws: int,
+    num_drawing_rows: int,
     ring_stride: int,
     BLOCK: tl.constexpr,
 ) -> None:
     draw = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = draw < num_draws
+    inside = draw < num_drawing_rows
     token = tl.load(tokens + draw, inside, other=0)
     tl.store(last_token + tl.load(slots + draw, inside, other=0), tl.maximum(token, 0).to(tl.int64), inside)
-    tl.store(ring + tl.load(counts + 2) * ring_stride + draw, token.to(tl.int32), inside)
+    tl.store(ring + tl.load(counts + _OUTPUT_ROW) * ring_stride + draw, token.to(tl.int32), inside)
 
 
 class TritonRows:
-    """RowExpander on CUDA. Padded prompt rows' sequence length, and the draws of the trash slot, are arbitrary."""
+    """RowExpander on CUDA. Padded prompt rows' sequence length, and drawing rows of the trash slot, are arbitrary."""
 
     def __init__(
         self,
@@ -148,7 +154,7 @@ class TritonRows:
         fields: Mapping[str, Tensor],
         slots: SlotTables,
         prompt_len: Tensor,
-        token_ring: Tensor,
+        outputs: Mapping[str, Tensor],
         page_size: int,
         trash_page: int,
     ) -> None:
@@ -158,7 +164,7 @@ class TritonRows:
         self._fields = fields
         self._slots = slots
         self._prompt_len = prompt_len
-        self._token_ring = token_ring
+        self._outputs = outputs
         self._page_size = page_size
         self._num_chunks = fields["chunk_slots"].shape[0]
         assert self._num_chunks <= _CHUNK_BLOCK, "the kernel describes all chunks in one block"
@@ -166,25 +172,25 @@ class TritonRows:
     def append_pages(self) -> None:
         """As of RowExpander."""
         new_pages, block_table = self._fields["new_pages"], self._slots.block_table
-        _append_pages_kernel[(triton.cdiv(new_pages.shape[0] // 3, _PAGE_BLOCK),)](
+        _append_pages_kernel[(triton.cdiv(new_pages.shape[0] // NEW_PAGE_WORDS, _PAGE_BLOCK),)](
             self._fields["counts"], new_pages, block_table, block_table.stride(0), _PAGE_BLOCK
         )
 
     def expand(self) -> ExpandedStep:
         """As of RowExpander."""
         bucket, fields, block_table = self._bucket, self._fields, self._slots.block_table
-        num_rows, num_draws = bucket.num_rows, self._num_chunks + bucket.decode_rows
+        num_rows, num_drawing_rows = bucket.num_rows, self._num_chunks + bucket.decode_rows
         device = block_table.device
         row_outputs = torch.empty((4, num_rows), dtype=torch.int64, device=device)
         kv_locations = torch.empty(num_rows, dtype=torch.int64, device=device)
-        kv_lens = torch.empty(num_draws, dtype=torch.int32, device=device)
-        draws = torch.empty((3, num_draws), dtype=torch.int64, device=device)
+        kv_lens = torch.empty(num_drawing_rows, dtype=torch.int32, device=device)
+        drawing_rows = torch.empty((3, num_drawing_rows), dtype=torch.int64, device=device)
         _expand_kernel[(triton.cdiv(num_rows, _ROW_BLOCK),)](
             fields["counts"],
             fields["chunk_slots"],
             fields["chunk_positions"],
             fields["chunk_starts"],
-            fields["chunk_samples"],
+            fields["chunk_draws"],
             fields["chunk_token_ids"],
             fields["decode_slots"],
             fields["decode_positions"],
@@ -194,7 +200,7 @@ class TritonRows:
             row_outputs,
             kv_locations,
             kv_lens,
-            draws,
+            drawing_rows,
             bucket.prefill_rows,
             bucket.decode_rows,
             self._num_chunks,
@@ -213,18 +219,18 @@ class TritonRows:
             decode_kv_lens=kv_lens[self._num_chunks :],
             decode_pages=block_table.index_select(0, fields["decode_slots"]),
         )
-        return ExpandedStep(Rows(*row_outputs.unbind(0)), tables, Draws(*draws.unbind(0)))
+        return ExpandedStep(Rows(*row_outputs.unbind(0)), tables, DrawingRows(*drawing_rows.unbind(0)))
 
-    def feed_back(self, tokens: Tensor, draws: Draws) -> None:
+    def feed_back(self, tokens: Tensor, drawing_rows: DrawingRows) -> None:
         """As of RowExpander."""
-        num_draws = tokens.shape[0]
-        _feed_back_kernel[(triton.cdiv(num_draws, _ROW_BLOCK),)](
+        num_drawing_rows, ring = tokens.shape[0], self._outputs["token_ids"]
+        _feed_back_kernel[(triton.cdiv(num_drawing_rows, _ROW_BLOCK),)](
             self._fields["counts"],
             tokens,
-            draws.slots,
+            drawing_rows.slots,
             self._slots.last_token,
-            self._token_ring,
-            num_draws,
-            self._token_ring.stride(0),
+            ring,
+            num_drawing_rows,
+            ring.stride(0),
             _ROW_BLOCK,
         )

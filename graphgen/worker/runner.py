@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from msgspec import Struct
 from torch import Tensor
@@ -32,25 +31,28 @@ from graphgen.ipc.messages import (
     Chunk,
     Phase,
     Progress,
+    SlotInit,
     StepPlan,
     WorkerCounters,
     WorkerReady,
 )
+from graphgen.ipc.step_schema import PAGE_COPY_WORDS, WORD_BYTES, StepBounds, StepShape
 from graphgen.launch.config import LaunchConfig
 from graphgen.models.kv_cache import KVCache, bytes_per_page
 from graphgen.models.loader import load_decoder
-from graphgen.models.sampling import NO_TOKEN, ROW_WIDTH, make_sampler, pack_slot
+from graphgen.models.sampling import ROW_WIDTH, make_sampler, pack_slot
 from graphgen.worker.backend import open_backend
 from graphgen.worker.background import prepare_first_use
-from graphgen.worker.inputs import InputShape, RegionLengths, StepShape, input_layout, pack_plan
+from graphgen.worker.inputs import InputPacker, RegionLengths, input_layout
+from graphgen.worker.outputs import LAYOUTS_KEPT, OutputRing, StepOutputs, live_drawing_rows
 from graphgen.worker.rows import SlotTables
-from graphgen.worker.step import TOKEN_RING, Step
+from graphgen.worker.step import Step
 
 MAX_CHUNKS = 32
 """Chunks one step may hold. More would only help prompts shorter than a thirty-second of the budget."""
 
-LAYOUTS_KEPT = 256
-"""Layouts of input blocks: more than a ladder has buckets."""
+STAGING_BLOCKS = 4
+"""Input blocks on the host: two of steps in flight, and two that may still be on their way to the device."""
 
 Report = Callable[[Progress], None]
 
@@ -64,14 +66,7 @@ class LaunchedStep(Struct, frozen=True):
     started: Mark
     finished: Mark
     fetched: Mark
-    tokens: Tensor  # host, one token for each draw of the step's shape; valid once `fetched` is reached
-    drawn_rows: Words  # which of them the plan asked for
-
-    def read_draws(self) -> tuple[list[int], tuple[int, ...]]:
-        """Once `fetched` is reached: the plan's tokens, and the places of those that could not be drawn (0 there)."""
-        drawn = self.tokens.numpy()[self.drawn_rows]
-        token_ids: list[int] = np.maximum(drawn, 0).tolist()
-        return token_ids, tuple(np.flatnonzero(drawn == NO_TOKEN).tolist())
+    outputs: StepOutputs  # to be read once `fetched` is reached
 
 
 class ModelRunner:
@@ -91,7 +86,7 @@ class ModelRunner:
         if config.cpu_threads is not None:
             torch.set_num_threads(config.cpu_threads)
         self._buckets = build_ladder(config.token_budget, config.num_slots)
-        self._shape = InputShape(
+        self._bounds = StepBounds(
             max_chunks=min(MAX_CHUNKS, max(bucket.prefill_rows for bucket in self._buckets)),
             trash_slot=config.num_slots,
             pages_per_slot=-(-config.max_model_len // config.page_size),
@@ -99,7 +94,7 @@ class ModelRunner:
         )
         dtype = getattr(torch, config.dtype)
         with self._phase("attention"):
-            self._backend = open_backend(config, self._device, dtype, self._buckets, self._shape)
+            self._backend = open_backend(config, self._device, dtype, self._buckets, self._bounds)
         preparations = prepare_first_use(config.compile, self._device.type == "cuda", self._backend.late_import)
         with self._phase("load"):
             self._decoder = load_decoder(
@@ -115,15 +110,13 @@ class ModelRunner:
         self._phases += [preparation.wait() for preparation in preparations]
         gc.freeze()  # what was imported stays: no collection need look at it again
         self._sampler = make_sampler(config.num_slots, config.spec.vocab_size, self._device)
-        self._layout_of = lru_cache(LAYOUTS_KEPT)(lambda step: input_layout(step, self._shape))
-        widest = self._shape.any_plan(_widest(self._buckets))
+        self._layout_of = lru_cache(LAYOUTS_KEPT)(lambda step: input_layout(step, self._bounds))
+        widest = self._bounds.any_plan(_widest(self._buckets))
         most_words = self._layout_of(widest).num_words
         self._block = torch.zeros(most_words, dtype=torch.int32, device=self._device)
-        self._staging = StagingRing(most_words, TOKEN_RING, pinned=self._device.type == "cuda")
-        self._token_ring = torch.zeros(TOKEN_RING, widest.num_draws, dtype=torch.int32, device=self._device)
-        self._host_tokens = torch.zeros(
-            TOKEN_RING, widest.num_draws, dtype=torch.int32, pin_memory=self._device.type == "cuda"
-        )
+        self._staging = StagingRing(most_words, STAGING_BLOCKS, pinned=self._device.type == "cuda")
+        self._packer = InputPacker(self._bounds, self._pack_slot)
+        self._outputs = OutputRing(widest, self._device)
         with self._phase("kernels"):
             self._backend.load_kernels()
         if config.compile:
@@ -136,12 +129,11 @@ class ModelRunner:
             self._graphs = GraphPool(
                 self._stream,
                 self._step_maker(self._kv_cache),
-                [self._shape.any_plan(bucket) for bucket in reversed(self._buckets)],
+                [self._bounds.any_plan(bucket) for bucket in reversed(self._buckets)],
                 before_warm_up=self._fill_idle_step,
                 progress=lambda done, total: report(Progress("capture", done, total)),
             )
             self._stream.submit(self._copy_once)
-        self._ring_row = 0
         self.restart_counters()
 
     def describe(self) -> WorkerReady:
@@ -153,7 +145,7 @@ class ModelRunner:
             graphs=self._graphs.captures,
             compiled=self._config.compile,
             buckets=self._buckets,
-            max_chunks=self._shape.max_chunks,
+            max_chunks=self._bounds.max_chunks,
             num_pages=self._kv_cache.num_pages,
             page_size=self._config.page_size,
             phases=tuple(self._phases),
@@ -187,14 +179,12 @@ class ModelRunner:
 
     def launch(self, plan: StepPlan, received_s: float) -> LaunchedStep:
         """Packs the plan, hands it to the device and returns; steps run in the order of their launches."""
-        ring_row = self._ring_row
-        self._ring_row = (ring_row + 1) % TOKEN_RING
-        shape = self._shape.any_plan(plan.bucket) if self._graphs.captures else self._shape.this_plan(plan)
-        started = self._stage(plan, shape, ring_row)
+        output_row = self._outputs.next_row()
+        shape = self._bounds.any_plan(plan.bucket) if self._graphs.captures else self._bounds.this_plan(plan)
+        started = self._stage(plan, shape, output_row)
         self._stream.submit(lambda: self._graphs.run(shape))
         finished = self._stream.mark()
-        tokens = self._host_tokens[ring_row, : shape.num_draws]
-        fetched = self._stream.fetch(self._token_ring[ring_row, : shape.num_draws], tokens)
+        fetched, outputs = self._outputs.fetch(output_row, shape, live_drawing_rows(plan, shape), self._stream)
         return LaunchedStep(
             step_id=plan.step_id,
             received_s=received_s,
@@ -202,8 +192,7 @@ class ModelRunner:
             started=started,
             finished=finished,
             fetched=fetched,
-            tokens=tokens,
-            drawn_rows=_drawn_rows(plan, shape.num_chunks),
+            outputs=outputs,
         )
 
     def run_between_steps(self, work: Callable[[], None]) -> None:
@@ -221,10 +210,10 @@ class ModelRunner:
 
     # --- the input of a step -----------------------------------------------------------------------------------
 
-    def _stage(self, plan: StepPlan, shape: StepShape, ring_row: int) -> Mark:
+    def _stage(self, plan: StepPlan, shape: StepShape, output_row: int) -> Mark:
         """Queues the plan's input; returns the mark of the step's start."""
         block, layout = self._staging.acquire(), self._layout_of(shape)
-        num_words, lengths = pack_plan(plan, layout, self._shape, block.numpy(), ring_row, self._pack_slot)
+        num_words, lengths = self._packer.pack(plan, layout, block.numpy(), output_row)
         started = self._stream.mark()
         self._stream.submit(lambda: self._load_input(plan.bucket, block, num_words, lengths))
         if plan.page_copies:
@@ -239,20 +228,20 @@ class ModelRunner:
     def _copy_pages(self, plan: StepPlan, layout: BlockLayout) -> None:
         """No part of the graph: few steps copy anything, and no other should pay for it."""
         copies = layout.views(self._block)["page_copies"]
-        self._kv_cache.copy_pages(copies[: len(plan.page_copies) // 4].view(-1, 2))
+        self._kv_cache.copy_pages(copies[: len(plan.page_copies) // WORD_BYTES].view(-1, PAGE_COPY_WORDS))
 
-    def _pack_slot(self, init: object) -> Words:
-        return pack_slot(init, self._config.spec.vocab_size)  # type: ignore[arg-type]  # SlotInit, see inputs.py
+    def _pack_slot(self, init: SlotInit) -> Words:
+        return pack_slot(init, self._config.spec.vocab_size)
 
     def _fill_idle_step(self, shape: StepShape) -> None:
         """Input of a full step of the trash slot alone: it computes everything and touches no request."""
         bucket, layout = shape.bucket, self._layout_of(shape)
         length = min(bucket.prefill_rows, self._config.max_model_len)
-        chunks = (Chunk(self._shape.trash_slot, 0, length, samples=True, init=None),) if length else ()
-        tokens = np.zeros(length, np.int32).tobytes()
-        plan = StepPlan(0, bucket, chunks, tokens, b"", b"", b"", b"", 0.0)
+        chunks = (Chunk(slot=self._bounds.trash_slot, start=0, length=length, draws=True),) if length else ()
+        tokens = bytes(WORD_BYTES * length)
+        plan = StepPlan(step_id=0, bucket=bucket, chunks=chunks, chunk_token_ids=tokens, planned_s=0.0)
         block = torch.zeros(layout.num_words, dtype=torch.int32)
-        num_words, lengths = pack_plan(plan, layout, self._shape, block.numpy(), 0, self._pack_slot)
+        num_words, lengths = self._packer.pack(plan, layout, block.numpy(), output_row=0)
         self._load_input(bucket, block, num_words, lengths)
 
     # --- building ----------------------------------------------------------------------------------------------
@@ -270,13 +259,13 @@ class ModelRunner:
 
     def _step_maker(self, kv_cache: KVCache) -> Callable[[StepShape], Step]:
         """What makes the step of any shape over this cache; all of them share their slots."""
-        slots = SlotTables(self._config.num_slots, self._shape.pages_per_slot, kv_cache.trash_page, self._device)
+        slots = SlotTables(self._config.num_slots, self._bounds.pages_per_slot, kv_cache.trash_page, self._device)
         return lambda shape: Step(
             bucket=shape.bucket,
             layout=self._layout_of(shape),
             block=self._block,
             slots=slots,
-            token_ring=self._token_ring,
+            outputs=self._outputs.views(shape),
             decoder=self._decoder,
             kv_cache=kv_cache,
             attention=self._backend,
@@ -285,7 +274,7 @@ class ModelRunner:
 
     def _run_once(self, bucket: Bucket) -> None:
         """One idle step over a cache of one page: compiles, loads kernels, and takes the memory a step takes."""
-        shape = self._shape.any_plan(bucket)
+        shape = self._bounds.any_plan(bucket)
         step = self._step_maker(self._open_kv_cache(1, getattr(torch, self._config.dtype)))(shape)
         self._stream.submit(lambda: self._fill_idle_step(shape))
         self._stream.submit(step)
@@ -307,20 +296,11 @@ class ModelRunner:
         return pages_that_fit(
             budget_bytes=free_bytes(self._device, config.memory_fraction) - 2 * step_bytes - page_bytes,
             bytes_per_page=page_bytes,
-            wanted_pages=config.num_slots * self._shape.pages_per_slot,
-            least_pages=self._shape.pages_per_slot,
+            wanted_pages=config.num_slots * self._bounds.pages_per_slot,
+            least_pages=self._bounds.pages_per_slot,
         )
 
 
 def _widest(buckets: Sequence[Bucket]) -> Bucket:
     """As many rows of each kind as any of them has."""
     return Bucket(max(bucket.prefill_rows for bucket in buckets), max(bucket.decode_rows for bucket in buckets))
-
-
-def _drawn_rows(plan: StepPlan, num_chunks: int) -> Words:
-    """Draws the plan asked for: of C chunk rows those that sample, then the live decode rows."""
-    chunks = [index for index, chunk in enumerate(plan.chunks) if chunk.samples]
-    num_decodes = len(plan.decode_slots) // 4
-    return np.concatenate(
-        (np.asarray(chunks, np.int32), np.arange(num_chunks, num_chunks + num_decodes, dtype=np.int32))
-    )

@@ -4,6 +4,8 @@ Owns the order of a step. Everything here has fixed shapes and addresses, so tha
 on the CPU it runs as it stands. Read `Step.__call__` top to bottom: that is what a graph is.
 """
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from graphgen.capture.buffers import BlockLayout
@@ -13,9 +15,6 @@ from graphgen.models.decoder import Decoder
 from graphgen.models.kv_cache import KVCache
 from graphgen.models.sampling import Sampler
 from graphgen.worker.rows import RowExpander, SlotTables, TorchRows
-
-TOKEN_RING = 4
-"""Rows of the token ring: a step's tokens stay on the device while two later steps run."""
 
 
 class Step:
@@ -27,15 +26,15 @@ class Step:
         layout: BlockLayout,
         block: Tensor,
         slots: SlotTables,
-        token_ring: Tensor,
+        outputs: Mapping[str, Tensor],
         decoder: Decoder,
         kv_cache: KVCache,
         attention: AttentionBackend,
         sampler: Sampler,
     ) -> None:
-        """block: the device's input words. token_ring: [TOKEN_RING, most sampled rows] int32."""
+        """block: the device's input words. outputs: see `OutputRing.views`."""
         self._fields = layout.views(block)
-        self._rows = _open_rows(bucket, self._fields, slots, token_ring, kv_cache, sampler)
+        self._rows = _open_rows(bucket, self._fields, slots, outputs, kv_cache, sampler)
         self._has_prefill_rows = bucket.prefill_rows > 0
         self._decoder = decoder
         self._kv_cache = kv_cache
@@ -45,7 +44,7 @@ class Step:
     def __call__(self) -> None:
         self._rows.append_pages()
         self._sampler.write_slots(self._fields["slot_params"], self._fields["chunk_slots"], self._fields["chunk_inits"])
-        rows, tables, draws = self._rows.expand()
+        rows, tables, drawing_rows = self._rows.expand()
         self._sampler.count_inputs(rows.token_ids, rows.slots, rows.positions)
         logits = self._decoder(
             rows.token_ids,
@@ -53,17 +52,17 @@ class Step:
             rows.sequence_lens,
             self._kv_cache,
             self._attention.prepare(tables),
-            wanted=draws.rows if self._has_prefill_rows else None,  # decode rows draw one and all
+            drawing_rows=drawing_rows.rows if self._has_prefill_rows else None,  # decode rows draw one and all
         )
-        tokens = self._sampler.sample(logits, draws.slots, draws.positions)
-        self._rows.feed_back(tokens, draws)
+        tokens = self._sampler.sample(logits, drawing_rows.slots, drawing_rows.positions)
+        self._rows.feed_back(tokens, drawing_rows)
 
 
 def _open_rows(
     bucket: Bucket,
     fields: dict[str, Tensor],
     slots: SlotTables,
-    token_ring: Tensor,
+    outputs: Mapping[str, Tensor],
     kv_cache: KVCache,
     sampler: Sampler,
 ) -> RowExpander:
@@ -72,11 +71,11 @@ def _open_rows(
         fields,
         slots,
         sampler.tables.prompt_len,
-        token_ring,
+        outputs,
         kv_cache.page_size,
         kv_cache.trash_page,
     )
-    if token_ring.device.type != "cuda":
+    if slots.last_token.device.type != "cuda":
         return TorchRows(*arguments)
     # Triton exists where CUDA does; elsewhere it must not be needed.
     from graphgen.worker.rows_cuda import TritonRows

@@ -36,6 +36,7 @@ from graphgen.ipc.messages import (
     StepTimeTable,
     WorkerReady,
 )
+from graphgen.ipc.step_schema import NEW_PAGE_WORDS
 from graphgen.launch.config import LaunchConfig
 from graphgen.launch.step_times_store import (
     QUICK_SOURCE,
@@ -145,12 +146,20 @@ class StepTimer:
         length = self.chunk_length(bucket, places.prompt_start)
         if length:
             init = SlotInit(places.prompt_start + length, 0, (), SamplerParams())
-            chunks = (Chunk(0, places.prompt_start, length, True, init),)
+            chunks = (Chunk(slot=0, start=places.prompt_start, length=length, draws=True, init=init),)
         tokens = pack_int32(number % self._config.spec.vocab_size for number in range(length))
         # From the last slot down, so that slot 0 decodes beside its chunk only where all slots do.
         slots = pack_int32(self._config.num_slots - 1 - row for row in range(bucket.decode_rows))
         positions = pack_int32([places.decode_context - 1] * bucket.decode_rows)
-        return StepPlan(0, bucket, chunks, tokens, slots, positions, b"", b"", 0.0)
+        return StepPlan(
+            step_id=0,
+            bucket=bucket,
+            chunks=chunks,
+            chunk_token_ids=tokens,
+            decode_slots=slots,
+            decode_positions=positions,
+            planned_s=0.0,
+        )
 
 
 @contextmanager
@@ -163,7 +172,7 @@ def open_timer(runner: ModelRunner, config: LaunchConfig, reach: Places) -> Iter
     ready = runner.describe()
     timer = StepTimer(runner, config, ready.buckets)
     triples = _deal_pages(config, ready.num_pages, reach, timer.widest_chunk)
-    num_used = min(ready.num_pages, len(triples) // 3)
+    num_used = min(ready.num_pages, len(triples) // NEW_PAGE_WORDS)
     tensors = (*runner.kv_cache.k_pages, *runner.kv_cache.v_pages)
 
     def fill() -> None:
@@ -295,7 +304,7 @@ def _deal_pages(config: LaunchConfig, num_pages: int, reach: Places, widest_chun
     for slot in range(config.num_slots):
         positions = reach.decode_context if slot else max(reach.decode_context, chunk_end)
         for index in range(-(-positions // config.page_size)):
-            triples += (slot, index, len(triples) // 3 % num_pages)
+            triples += (slot, index, len(triples) // NEW_PAGE_WORDS % num_pages)
     return triples
 
 
@@ -303,9 +312,10 @@ def _enter_pages(runner: ModelRunner, config: LaunchConfig, ready: WorkerReady, 
     """Steps without a live row that put the pages into the block tables."""
     bucket = max(ready.buckets, key=lambda bucket: (bucket.prefill_rows, -bucket.decode_rows))
     # A step may bring whole block tables for each chunk it may hold.
-    words = 3 * ready.max_chunks * -(-config.max_model_len // config.page_size)
+    words = NEW_PAGE_WORDS * ready.max_chunks * -(-config.max_model_len // config.page_size)
     for start in range(0, len(triples), words):
-        plan = StepPlan(0, bucket, (), b"", b"", b"", pack_int32(triples[start : start + words]), b"", 0.0)
+        new_pages = pack_int32(triples[start : start + words])
+        plan = StepPlan(step_id=0, bucket=bucket, new_pages=new_pages, planned_s=0.0)
         runner.launch(plan, received_s=0.0).fetched.wait()
 
 

@@ -21,7 +21,7 @@ class Sampler:
     """The tables and the three operations on them that a step consists of, in this order.
 
     All have fixed shapes, never wait for the device and may be captured in a graph when the tables are on CUDA.
-    Shapes: `C` chunks, `T` token rows, `N` rows that draw, `V` vocabulary.
+    Shapes: `C` chunks, `T` token rows, `N` drawing rows, `V` vocabulary.
     """
 
     tables: SamplerTables

@@ -4,7 +4,7 @@ Owns the order and meaning of the rules. Every rule reads the slot's row of the 
 in one batch, and no result depends on the batch. Called through `Sampler` (package module) by the worker's step.
 It selects rows by value, which a captured graph cannot: on CUDA kernels.py computes the same tokens.
 
-Shapes: `N` rows that draw, `V` vocabulary, `T` token rows, `C` chunks.
+Shapes: `N` drawing rows, `V` vocabulary, `T` token rows, `C` chunks.
 
 Rules, in this order, as Hugging Face's logits processors and the OpenAI API define them:
 1. NaN counts as -inf, +inf as the largest float.

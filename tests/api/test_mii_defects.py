@@ -61,8 +61,7 @@ def test_d9_nothing_is_kept_of_requests_that_ended_whatever_their_parameters() -
                 )
             )
         while (plan := scheduler.schedule(0.0)) is not None:
-            num_draws = len(plan.decode_slots) // 4 + sum(chunk.samples for chunk in plan.chunks)
-            scheduler.update(plan.step_id, [7] * num_draws)
+            scheduler.update(plan.step_id, [7] * plan.num_drawing_rows)
         assert (scheduler.running, scheduler.waiting) == (0, 0)
         return _num_reachable(scheduler)
 

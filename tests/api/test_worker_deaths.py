@@ -13,9 +13,10 @@ import zmq
 
 from graphgen import Engine, EngineDeadError, SamplingParams
 from graphgen.ipc.codec import Codec
-from graphgen.ipc.messages import StepResult, WorkerCounters
+from graphgen.ipc.messages import StepResult
 from graphgen.launch.starts import MAX_STARTS
 from tests import poison, worker_deaths
+from tests.fakes import make_result
 from tests.traps import Harm, Traps
 from tests.worker_deaths import LossNotices, check_idle, leftovers, num_files, wait_for
 
@@ -59,7 +60,7 @@ def send_a_foreign_result(engine: Engine) -> None:
     codec: Codec[StepResult, StepResult] = Codec(StepResult)
     with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
         socket.connect(f"ipc://{folder}/worker-0.up")
-        socket.send(codec.encode(StepResult(10**6, b"", 0.0, 0.0, 0.0, 0.0, WorkerCounters())))
+        socket.send(codec.encode(make_result(10**6, [])))
         time.sleep(0.2)
 
 

@@ -122,9 +122,9 @@ def times_by_brute_force(
             max(planned_s + host_delay_s, end_s) + max(milliseconds[bucket] + grown, 0.2 * milliseconds[bucket]) / 1e3
         )
         ends.append(end_s)
-        drawing = [
-            chunk[0] for chunk, sent in zip(description.chunks, plan.chunks, strict=True) if sent.samples
-        ] + list(description.decode_request_ids)
+        drawing = [chunk[0] for chunk, sent in zip(description.chunks, plan.chunks, strict=True) if sent.draws] + list(
+            description.decode_request_ids
+        )
         for request in drawing:
             tokens.setdefault(request, []).append(end_s)
     return tokens, ends

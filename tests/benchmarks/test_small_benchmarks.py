@@ -164,7 +164,7 @@ def test_an_answer_has_one_token_for_each_row(num_rows: int) -> None:
     plan = round_trip.make_plan(num_rows)
     result = round_trip.answer(plan)
     assert result.step_id == plan.step_id
-    assert len(result.token_ids) == len(plan.decode_positions) == 4 * num_rows
+    assert len(result.drawn.token_ids) == len(plan.decode_positions) == 4 * num_rows
 
 
 # --- protocol ------------------------------------------------------------------------------------------------------

@@ -7,25 +7,27 @@ from torch import Tensor
 
 from graphgen.capture.buckets import build_ladder
 from graphgen.ipc.messages import Bucket
+from graphgen.ipc.step_schema import StepBounds, StepShape
 from graphgen.models.rope import Rope
 from graphgen.models.sampling import NO_TOKEN
 from graphgen.models.spec import RopeSpec
-from graphgen.worker.inputs import InputShape, input_layout
+from graphgen.worker.inputs import input_layout
+from graphgen.worker.outputs import OutputRing
 from graphgen.worker.rows import ExpandedStep, SlotTables, TorchRows
 
 NUM_SLOTS, PAGES, PAGE_SIZE, TRASH_PAGE = 256, 40, 64, 10_000
-SHAPE = InputShape(max_chunks=32, trash_slot=NUM_SLOTS, pages_per_slot=PAGES, params_width=4)
+BOUNDS = StepBounds(max_chunks=32, trash_slot=NUM_SLOTS, pages_per_slot=PAGES, params_width=4)
 BUCKETS = build_ladder(token_budget=512, num_slots=NUM_SLOTS)
 
 
 def random_fields(bucket: Bucket, seed: int) -> dict[str, Tensor]:
-    """Fields as pack_plan leaves them, with any number of live chunks, decodes and new pages."""
+    """Fields as they are packed, with any number of live chunks, decodes and new pages."""
     rng = np.random.default_rng(seed)
-    layout = input_layout(SHAPE.any_plan(bucket), SHAPE)
+    layout = input_layout(BOUNDS.any_plan(bucket), BOUNDS)
     block = torch.zeros(layout.num_words + 3, dtype=torch.int32)
     fields = {name: view.numpy() for name, view in layout.views(block).items()}
     slots = rng.permutation(NUM_SLOTS)
-    capacity = SHAPE.any_plan(bucket).num_chunks
+    capacity = BOUNDS.any_plan(bucket).num_chunks
     chunks = int(rng.integers(0, capacity + 1))
     live = int(rng.integers(chunks, bucket.prefill_rows + 1)) if chunks else 0
     cuts = np.sort(rng.permutation(np.arange(1, max(live, 1)))[: max(chunks - 1, 0)])
@@ -35,13 +37,13 @@ def random_fields(bucket: Bucket, seed: int) -> dict[str, Tensor]:
     fields["chunk_slots"][:] = NUM_SLOTS
     fields["chunk_slots"][:chunks] = slots[:chunks]
     fields["chunk_positions"][:chunks] = rng.integers(0, 2000, chunks)
-    fields["chunk_samples"][:chunks] = rng.integers(0, 2, chunks)
+    fields["chunk_draws"][:chunks] = rng.integers(0, 2, chunks)
     fields["chunk_token_ids"][:live] = rng.integers(0, 32_000, live)
     decodes = int(rng.integers(0, min(bucket.decode_rows, NUM_SLOTS - chunks) + 1))
     fields["decode_slots"][:] = NUM_SLOTS
     fields["decode_slots"][:decodes] = slots[chunks : chunks + decodes]
     fields["decode_positions"][:decodes] = rng.integers(0, PAGES * PAGE_SIZE, decodes)
-    places = rng.permutation(NUM_SLOTS * PAGES)[: int(rng.integers(0, SHAPE.any_plan(bucket).num_new_pages + 1))]
+    places = rng.permutation(NUM_SLOTS * PAGES)[: int(rng.integers(0, BOUNDS.any_plan(bucket).num_new_pages + 1))]
     triples = np.stack((places // PAGES, places % PAGES, rng.integers(0, TRASH_PAGE, len(places))), axis=1)
     fields["new_pages"][: triples.size] = triples.reshape(-1)
     fields["counts"][:] = (live, len(places), rng.integers(0, 4))
@@ -51,9 +53,9 @@ def random_fields(bucket: Bucket, seed: int) -> dict[str, Tensor]:
 def live_part(step: ExpandedStep, fields: dict[str, Tensor], split: int) -> list[Tensor]:
     """What later kernels read: rows that hold nothing have no length, and what the trash slot draws is dropped."""
     rows = step.rows.slots != NUM_SLOTS
-    drawn = step.draws.slots != NUM_SLOTS
+    drawing = step.drawing_rows.slots != NUM_SLOTS
     rows_part = [tensor[rows] for tensor in step.rows] + [step.rows.slots, step.rows.positions]
-    return [*rows_part, *step.tables, *(tensor[drawn] for tensor in step.draws), step.draws.slots]
+    return [*rows_part, *step.tables, *(tensor[drawing] for tensor in step.drawing_rows), step.drawing_rows.slots]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -70,17 +72,16 @@ def test_both_prologues_agree_on_every_bucket(seed: int) -> None:
         for kind in (TorchRows, TritonRows):
             own = SlotTables(NUM_SLOTS, PAGES, TRASH_PAGE, device)
             own.last_token.copy_(slots.last_token)
-            ring = torch.zeros(4, 400, dtype=torch.int32, device=device)
-            rows = kind(bucket, fields, own, prompt_len, ring, PAGE_SIZE, TRASH_PAGE)
+            outputs = OutputRing(StepShape(Bucket(512, 512), 32, 0), device).views(BOUNDS.any_plan(bucket))
+            rows = kind(bucket, fields, own, prompt_len, outputs, PAGE_SIZE, TRASH_PAGE)
             rows.append_pages()
             step = rows.expand()
-            draws = step.draws
-            tokens = torch.arange(len(draws.rows), dtype=torch.int32, device=device) + 7
+            tokens = torch.arange(len(step.drawing_rows.rows), dtype=torch.int32, device=device) + 7
             tokens[::3] = NO_TOKEN  # reaches the ring; the slot gets token 0
-            rows.feed_back(tokens, draws)
+            rows.feed_back(tokens, step.drawing_rows)
             steps.append(live_part(step, fields, bucket.prefill_rows))
             tables.append(own.block_table[:NUM_SLOTS])
-            rings.append(ring)
+            rings.append(outputs["token_ids"])
             last_tokens.append(own.last_token[:NUM_SLOTS])
         for got, want in zip(*steps, strict=True):
             assert torch.equal(got, want), bucket

@@ -49,17 +49,20 @@ def test_every_direction_tells_its_messages_apart() -> None:
 
 def test_a_plan_comes_back_whole() -> None:
     init = SlotInit(4, 6, (0, 9), SamplerParams(top_k=3))
-    chunks = (Chunk(0, 0, 4, True, init), Chunk(3, 16, 2, False, None))
+    chunks = (
+        Chunk(slot=0, start=0, length=4, draws=True, init=init),
+        Chunk(slot=3, start=16, length=2, draws=False),
+    )
     plan = StepPlan(
-        9,
-        Bucket(16, 4),
-        chunks,
-        pack_int32(range(6)),
-        pack_int32([2]),
-        pack_int32([8]),
-        pack_int32([0, 0, 5]),
-        pack_int32([4, 5]),
-        2.0,
+        step_id=9,
+        bucket=Bucket(16, 4),
+        chunks=chunks,
+        chunk_token_ids=pack_int32(range(6)),
+        decode_slots=pack_int32([2]),
+        decode_positions=pack_int32([8]),
+        new_pages=pack_int32([0, 0, 5]),
+        page_copies=pack_int32([4, 5]),
+        planned_s=2.0,
     )
     codec: Codec[object, object] = Codec(SchedulerToWorker)
     assert codec.decode(codec.encode(plan)) == plan

@@ -59,12 +59,12 @@ class Driver:
         self,
         chunks: Sequence[tuple[Request, int]] = (),
         decodes: Sequence[Request] = (),
-        wanted: Sequence[int] | None = None,
+        drawing_rows: Sequence[int] | None = None,
     ) -> list[Tensor]:
         """Computes the next `length` tokens of each chunk's request and the next one of each decode's.
 
-        Returns float32 logits [length, V] of each chunk, then [1, V] of each decode; of the wanted rows of the step,
-        [1, V] each, where they are named.
+        Returns float32 logits [length, V] of each chunk, then [1, V] of each decode; of the drawing rows
+        alone, [1, V] each, where they are named.
         """
         num_chunk_rows = sum(length for _, length in chunks)
         prefill: Rows = [(r, r.num_computed + offset) for r, length in chunks for offset in range(length)]
@@ -77,13 +77,13 @@ class Driver:
             self._int64([max(row[0].prompt_len, row[1] + 1) if row else 1 for row in rows]),
             self.kv_cache,
             TorchStep(self._tables(chunks, prefill, decode)),
-            None if wanted is None else self._int64(wanted),
+            None if drawing_rows is None else self._int64(drawing_rows),
         )
         self.last_logits = logits
         for request, length in [*chunks, *((request, 1) for request in decodes)]:
             request.num_computed += length
         logits = logits.float()
-        if wanted is not None:
+        if drawing_rows is not None:
             return list(logits.split(1))
         of_chunks = logits[:num_chunk_rows].split([length for _, length in chunks]) if chunks else []
         of_decodes = [logits[len(prefill) + row][None] for row in range(len(decodes))]

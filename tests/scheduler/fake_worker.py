@@ -9,8 +9,8 @@ from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.messages import SlotInit, StepPlan
+from graphgen.ipc.step_schema import live_entries
 
 VOCABULARY = 50
 NEVER_WRITTEN = -1
@@ -66,7 +66,7 @@ class FakeWorker:
         drawing, end = [], 0
         for chunk in plan.chunks:
             end += chunk.length
-            if chunk.samples:
+            if chunk.draws:
                 drawing.append(rows[end - 1])
         return [self._draw(row) for row in drawing + rows[num_chunk_rows:]], rows
 
@@ -84,8 +84,7 @@ class FakeWorker:
             if chunk.init is not None:
                 self._slots[chunk.slot] = Slot(chunk.init)
                 starts[chunk.slot] = chunk.start
-        triples = unpack_int32(plan.new_pages)
-        for slot, index, page in zip(triples[::3], triples[1::3], triples[2::3], strict=True):
+        for slot, index, page in live_entries(plan, "new_pages"):
             assert index not in self._slots[slot].block_table, f"page {index} of slot {slot} was replaced"
             self._slots[slot].block_table[index] = page
             # A request that starts at a later position than 0 shares the pages before it, and of the page that this
@@ -98,27 +97,30 @@ class FakeWorker:
 
     def _copied_pages(self, plan: StepPlan) -> dict[int, list[int]]:
         """What each destination gets. A device copies all of them at once."""
-        pairs = unpack_int32(plan.page_copies)
-        sources, destinations = pairs[::2], pairs[1::2]
-        for source, destination in zip(sources, destinations, strict=True):
-            others = [one for one, into in zip(sources, destinations, strict=True) if into != destination]
+        pairs = live_entries(plan, "page_copies")
+        destinations = [destination for _, destination in pairs]
+        for source, destination in pairs:
+            others = [one for one, into in pairs if into != destination]
             assert destination not in others, f"page {destination} is written while it is copied"
             assert source == destination or source not in destinations, f"page {source} is written while it is copied"
         assert len(set(destinations)) == len(destinations)
-        return {into: list(self._pages[source]) for source, into in zip(sources, destinations, strict=True)}
+        return {into: list(self._pages[source]) for source, into in pairs}
 
     def _write_chunks(self, plan: StepPlan) -> list[tuple[int, int]]:
-        tokens = iter(unpack_int32(plan.chunk_token_ids))
+        tokens = iter(live_entries(plan, "chunk_token_ids"))
         written = []
         for chunk in plan.chunks:
             for position in range(chunk.start, chunk.start + chunk.length):
-                self._write(chunk.slot, position, next(tokens))
+                (token,) = next(tokens)
+                self._write(chunk.slot, position, token)
                 written.append((chunk.slot, position))
         assert next(tokens, None) is None, "the plan carries more tokens than its chunks hold"
         return written
 
     def _write_decodes(self, plan: StepPlan) -> list[tuple[int, int]]:
-        slots, positions = unpack_int32(plan.decode_slots), unpack_int32(plan.decode_positions)
+        slots, positions = (
+            [word for (word,) in live_entries(plan, name)] for name in ("decode_slots", "decode_positions")
+        )
         assert len(set(slots)) == len(slots), "a slot decodes twice in one step"
         for slot, position in zip(slots, positions, strict=True):
             self._write(slot, position, self._slots[slot].last_token)

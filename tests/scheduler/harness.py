@@ -377,7 +377,7 @@ class Harness:
     def _check_shape(self, plan: StepPlan, description: StepDescription) -> None:
         limits, bucket = self.limits, plan.bucket
         num_chunk_tokens = sum(chunk.length for chunk in plan.chunks)
-        num_decodes = len(unpack_int32(plan.decode_slots))
+        num_decodes = plan.num_decodes
         assert bucket in limits.buckets
         assert bucket.num_rows <= limits.token_budget
         assert num_chunk_tokens <= bucket.prefill_rows
@@ -448,7 +448,7 @@ class Harness:
 
     def _count_draws(self, plan: StepPlan, description: StepDescription) -> None:
         """No request draws more than max_tokens, not even by a step made before its last token was known."""
-        drawing = [entry[0] for entry, chunk in zip(description.chunks, plan.chunks, strict=True) if chunk.samples]
+        drawing = [entry[0] for entry, chunk in zip(description.chunks, plan.chunks, strict=True) if chunk.draws]
         for request_id in (*drawing, *description.decode_request_ids):
             client = self.clients[request_id]
             client.draws_planned += 1

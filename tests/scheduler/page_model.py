@@ -5,8 +5,8 @@ Never looks into the policy: it reads plans, block tables and the tokens that ro
 
 from collections.abc import Sequence
 
-from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.messages import SamplerParams, StepPlan, Submit
+from graphgen.ipc.step_schema import live_entries
 from tests.scheduler.fake_worker import FakeWorker, Row
 
 Prefix = tuple[str, tuple[int, ...]]
@@ -35,8 +35,7 @@ class PageModel:
     def take_plan(self, plan: StepPlan, worker: FakeWorker, rows: Sequence[Row], owners: dict[int, Submit]) -> None:
         """Checks what the plan shares, then learns what it computed. owners: by slot. Called after its execution."""
         starts = {chunk.slot: chunk.start for chunk in plan.chunks if chunk.init is not None}
-        triples = unpack_int32(plan.new_pages)
-        entries = list(zip(triples[::3], triples[1::3], triples[2::3], strict=True))
+        entries = live_entries(plan, "new_pages")
         fresh = {page for slot, index, page in entries if (index + 1) * self._page_size > starts.get(slot, 0)}
         shared = {(slot, index): page for slot, index, page in entries if page not in fresh}
         assert len(fresh) == sum((slot, index) not in shared for slot, index, _ in entries), (

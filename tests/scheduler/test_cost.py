@@ -41,8 +41,7 @@ def step(scheduler: Scheduler) -> float:
     start = time.perf_counter()
     plan = scheduler.schedule(0.0)
     assert plan is not None
-    draws = len(plan.decode_slots) // 4 + sum(chunk.samples for chunk in plan.chunks)
-    scheduler.update(plan.step_id, [1] * draws)
+    scheduler.update(plan.step_id, [1] * plan.num_drawing_rows)
     scheduler.prepare()
     return time.perf_counter() - start
 

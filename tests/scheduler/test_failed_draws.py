@@ -35,7 +35,7 @@ class Steps:
                 step = self.scheduler.describe_step(plan.step_id)
                 tokens, _ = self._worker.execute(plan)
                 drawing = [
-                    entry[0] for entry, chunk in zip(step.chunks, plan.chunks, strict=True) if chunk.samples
+                    entry[0] for entry, chunk in zip(step.chunks, plan.chunks, strict=True) if chunk.draws
                 ] + list(step.decode_request_ids)
                 self._in_flight.append((plan.step_id, tokens, drawing))
                 self.scheduler.prepare()
@@ -112,7 +112,7 @@ def test_a_request_that_was_preempted_meanwhile_ends_where_it_waits() -> None:
     scheduler.add(make_submit(1, PROMPT, 8))
     plan = scheduler.schedule(0.0)
     assert plan is not None
-    while not any(chunk.samples for chunk in plan.chunks):
+    while not any(chunk.draws for chunk in plan.chunks):
         scheduler.update(plan.step_id, [])
         plan = scheduler.schedule(0.0)
         assert plan is not None

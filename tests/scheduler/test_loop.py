@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import pytest
 
-from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.messages import (
     Attach,
     Cancel,
@@ -29,7 +28,7 @@ from graphgen.scheduler.loop import SchedulerLoop
 from graphgen.scheduler.policy import Scheduler
 from graphgen.scheduler.step_log import StepLog
 from graphgen.scheduler.workers import State
-from tests.fakes import READY
+from tests.fakes import READY, make_result
 from tests.scheduler.harness import make_limits, make_submit, tokens_of
 
 Sent = tuple[str, object]
@@ -88,8 +87,7 @@ class FakeWorkers:
             return
         match self._inbox.popleft():
             case StepPlan() as plan:
-                draws = len(plan.decode_slots) // 4 + sum(chunk.samples for chunk in plan.chunks)
-                yield StepResult(plan.step_id, pack_int32([7] * draws), 0.0, 0.0, 0.0, 0.01, WorkerCounters())
+                yield make_result(plan.step_id, [7] * plan.num_drawing_rows, finished_s=0.01)
             case Probe() as probe:
                 yield probe
 

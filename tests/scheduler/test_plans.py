@@ -6,8 +6,8 @@ A plan is written as `bucket | chunks | decodes`: `8+2 | 0[0:8] 1[0:3]* | 2` com
 
 import pytest
 
-from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.messages import Bucket, StepPlan
+from graphgen.ipc.step_schema import live_entries
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.policy import Scheduler
 from graphgen.scheduler.prompts import MAX_TIMES_PASSED
@@ -26,7 +26,7 @@ def plan_of(harness: Harness) -> str:
         return "-"
     step = harness.descriptions[-1]
     chunks = " ".join(
-        f"{request_id}[{start}:{start + length}]{'*' if chunk.samples else ''}"
+        f"{request_id}[{start}:{start + length}]{'*' if chunk.draws else ''}"
         for (request_id, start, length), chunk in zip(step.chunks, plan.chunks, strict=True)
     )
     return f"{plan.bucket} | {chunks} | {' '.join(map(str, sorted(step.decode_request_ids)))}".replace(
@@ -47,8 +47,7 @@ def steady(harness: Harness, count: int) -> list[str]:
 def new_pages(plan: StepPlan | None) -> list[tuple[int, int]]:
     """(slot, index in its block table) of the pages a plan gives."""
     assert plan is not None
-    triples = unpack_int32(plan.new_pages)
-    return list(zip(triples[::3], triples[1::3], strict=True))
+    return [(slot, index) for slot, index, _ in live_entries(plan, "new_pages")]
 
 
 def served(*prompt_lens: int, max_tokens: int = 4, prefix_cache: bool = True, **limits: int) -> Harness:

@@ -4,8 +4,8 @@ from array import array
 
 import pytest
 
-from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.messages import Bucket, SamplerParams
+from graphgen.ipc.step_schema import live_entries
 from graphgen.scheduler.page_chain import PAGES_AHEAD, PageChain
 from graphgen.scheduler.tokens import Tokens
 from tests.scheduler.harness import Harness, make_limits, make_submit
@@ -43,7 +43,7 @@ def copies(harness: Harness, request_id: int) -> int:
     """Pages that were copied for a request."""
     steps = zip(harness.plans, harness.descriptions, strict=True)
     plans = [plan for plan, step in steps if any(entry[0] == request_id for entry in step.chunks)]
-    return sum(len(unpack_int32(plan.page_copies)) // 2 for plan in plans)
+    return sum(len(live_entries(plan, "page_copies")) for plan in plans)
 
 
 @pytest.mark.parametrize("suffix_len", [0, 1, 3, 4, 5, 9])
@@ -134,8 +134,8 @@ def test_a_source_that_is_the_only_free_page_becomes_the_copy() -> None:
     harness = open_harness(num_pages=4)
     _, second = serve(harness, [*SYSTEM, 1, 2], [*SYSTEM, 1, 7], max_tokens=2)
     assert chunks(harness, second) == [(len(SYSTEM) + 1, 1)]
-    (pairs,) = [unpack_int32(plan.page_copies) for plan in harness.plans if plan.page_copies]
-    assert pairs[0] == pairs[1]
+    (((source, destination),),) = [live_entries(plan, "page_copies") for plan in harness.plans if plan.page_copies]
+    assert source == destination
 
 
 def test_a_source_is_not_handed_out_in_the_plan_that_copies_it() -> None:
@@ -274,8 +274,7 @@ def test_shared_pages_are_in_the_block_table_before_the_new_ones() -> None:
     harness.add(make_submit(1, [*SYSTEM, 7], 1))
     plan = harness.schedule()
     assert plan is not None
-    triples = unpack_int32(plan.new_pages)
-    assert list(triples[1::3]) == [0, 1, 2, 3]
+    assert [index for _, index, _ in live_entries(plan, "new_pages")] == [0, 1, 2, 3]
     harness.run()
 
 

@@ -15,8 +15,8 @@ def feed(scheduler: Scheduler, draw: list[int]) -> list[tuple[int, FinishReason 
     got: list[tuple[int, FinishReason | None]] = []
     tokens = iter(draw)
     while (plan := scheduler.schedule(0.0)) is not None:
-        draws = len(plan.decode_slots) // 4 + sum(chunk.samples for chunk in plan.chunks)
-        got += tokens_of(scheduler.update(plan.step_id, [next(tokens) for _ in range(draws)])).values()
+        drawn = [next(tokens) for _ in range(plan.num_drawing_rows)]
+        got += tokens_of(scheduler.update(plan.step_id, drawn)).values()
     return got
 
 

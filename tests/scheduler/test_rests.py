@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import pytest
 
-from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.messages import Bucket
 from graphgen.scheduler.lone_steps import MOST_TENANTS
 from graphgen.scheduler.rests import TURN_STEPS
@@ -90,7 +89,7 @@ def test_decodes_that_rest_take_turns(step_ms: StepMs, token_budget: int, num_sl
     before = {number: len(one.times_s) for number, one in shared.engine.served.items() if one.times_s}
     num_plans = len(shared.engine.plans)
     shared.serve_modest(20, 2000)
-    rows = [len(unpack_int32(plan.decode_slots)) for plan in shared.engine.plans[num_plans:]]
+    rows = [plan.num_decodes for plan in shared.engine.plans[num_plans:]]
     assert percentile(rows, 50) < num_slots, "nobody rested"
     requests = [one.request for one in shared.engine.scheduler._life.running if one.request.request_id in before]
     stayed = [request.request_id for request in requests if not request.num_preemptions]

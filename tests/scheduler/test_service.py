@@ -81,8 +81,8 @@ def test_an_impossible_target_still_lets_prompts_advance() -> None:
     assert decoding.finished
     assert late.finished
     steps = [plan for plan in engine.plans if plan.chunks and plan.decode_slots]
-    assert {plan.bucket.num_rows for plan in steps if not plan.chunks[-1].samples} == {LEAST_ROWS}
-    assert {plan.bucket.num_rows for plan in steps if plan.chunks[-1].samples} == {32}
+    assert {plan.bucket.num_rows for plan in steps if not plan.chunks[-1].draws} == {LEAST_ROWS}
+    assert {plan.bucket.num_rows for plan in steps if plan.chunks[-1].draws} == {32}
 
 
 def test_the_tightest_target_among_the_decodes_counts_and_only_while_it_decodes() -> None:
@@ -313,7 +313,7 @@ def test_an_overloaded_pool_spends_few_rows_on_computing_tokens_again() -> None:
     engine = VirtualEngine(num_pages=400, num_slots=64)
     served = closed_loop(engine, 64, 160, 400, 1200)
     computed = sum(chunk.length for plan in engine.plans for chunk in plan.chunks)
-    computed += sum(len(plan.decode_slots) // 4 for plan in engine.plans)
+    computed += sum(plan.num_decodes for plan in engine.plans)
     wanted = sum(len(one.submit.prompt_token_ids) // 4 + one.submit.max_tokens - 1 for one in served)
     assert engine.scheduler.counters.preemptions > 20
     assert computed <= 1.2 * wanted

@@ -8,7 +8,6 @@ import pytest
 import zmq
 
 from graphgen.ipc.channel import Channel
-from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.messages import (
     Bucket,
     EngineStats,
@@ -27,7 +26,7 @@ from graphgen.scheduler.policy import Scheduler
 from graphgen.scheduler.step_log import StepLog
 from graphgen.scheduler.warm_up import MAX_TOKENS, PROMPT_LEN, SAMPLERS, warm_up
 from graphgen.scheduler.workers import Workers
-from tests.fakes import READY
+from tests.fakes import READY, make_result
 from tests.scheduler.fake_processes import FakeProcesses
 from tests.scheduler.fake_worker import FakeWorker
 from tests.scheduler.harness import make_limits
@@ -47,9 +46,7 @@ class Worker:
         self.plans.append(plan)
         failed = tuple(range(len(tokens))) if self._fails else ()
         counters = WorkerCounters(graph_replays=len(self.plans))
-        self._results.append(
-            StepResult(plan.step_id, pack_int32(tokens), 0.0, 0.0, 0.0, 0.0, counters, failed_draws=failed)
-        )
+        self._results.append(make_result(plan.step_id, tokens, counters=counters, failed_draws=failed))
 
     def receive(self) -> StepResult:
         assert self._results, "waited for a result that no plan brings"
@@ -63,7 +60,7 @@ def test_prompts_and_decodes_pass_with_every_rule_of_a_draw() -> None:
     chunks = [chunk for plan in worker.plans for chunk in plan.chunks]
     assert sum(chunk.length for chunk in chunks) == PROMPT_LEN * len(SAMPLERS)
     assert [chunk.init.sampler for chunk in chunks if chunk.init is not None] == list(SAMPLERS)
-    assert sum(len(plan.decode_slots) // 4 for plan in worker.plans) == (MAX_TOKENS - 1) * len(SAMPLERS)
+    assert sum(plan.num_decodes for plan in worker.plans) == (MAX_TOKENS - 1) * len(SAMPLERS)
     assert counters.graph_replays == len(worker.plans)
     assert worker._results == [], "nothing is in flight when the first request comes"
 

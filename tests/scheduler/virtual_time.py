@@ -147,8 +147,7 @@ class VirtualEngine:
         milliseconds *= 1.0 + self._random.gauss(0.0, self._noise) if self._noise else 1.0
         self.step_times_ms.append(milliseconds)
         self._device_free_s = max(self._device_free_s, self.now_s) + milliseconds / 1000.0
-        num_tokens = len(plan.decode_slots) // 4 + sum(chunk.samples for chunk in plan.chunks)
-        self._results.append((self._device_free_s, milliseconds, plan.step_id, num_tokens))
+        self._results.append((self._device_free_s, milliseconds, plan.step_id, plan.num_drawing_rows))
         self.plans.append(plan)
 
     def _take_result(self, on_end: Callable[[Served], None] | None) -> None:

@@ -8,6 +8,7 @@ import msgspec
 
 from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.messages import SamplerParams, Submit
+from graphgen.ipc.step_schema import unpack_columns
 from graphgen.launch.config import EngineConfig, LaunchConfig, resolve
 from graphgen.models.families import load_spec
 from graphgen.scheduler.limits import SchedulerLimits
@@ -22,6 +23,11 @@ def launch_config(folder: Path, max_model_len: int | None = None, **settings: ob
     """What the Engine would tell its processes; `max_model_len` is not held to the model's limit."""
     config = resolve(EngineConfig(**settings), load_spec(str(folder)), folder)  # type: ignore[arg-type]  # test settings
     return config if max_model_len is None else msgspec.structs.replace(config, max_model_len=max_model_len)
+
+
+def token_ids_of(step: LaunchedStep) -> Sequence[int]:
+    """Of its drawing rows, once it is fetched."""
+    return unpack_columns(step.outputs.read()[0])["token_ids"]
 
 
 class LocalEngine:
@@ -67,14 +73,14 @@ class LocalEngine:
                 in_flight.append(self.runner.launch(plan, received_s=0.0))
             step = in_flight.popleft()
             step.fetched.wait()
-            outputs = self.scheduler.update(step.step_id, step.read_draws()[0])
+            outputs = self.scheduler.update(step.step_id, token_ids_of(step))
             for request_id, (token_id, reason) in tokens_of(outputs).items():
                 tokens[request_id - first_id].append(token_id)
                 unfinished -= reason is not None
         while in_flight:
             step = in_flight.popleft()
             step.fetched.wait()
-            self.scheduler.update(step.step_id, step.read_draws()[0])
+            self.scheduler.update(step.step_id, token_ids_of(step))
         return tokens
 
     def close(self) -> None:

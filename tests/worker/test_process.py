@@ -35,6 +35,7 @@ from graphgen.models.sampling import NO_TOKEN
 from graphgen.requests.core import launch_config
 from graphgen.worker import process
 from graphgen.worker.background import Background
+from graphgen.worker.outputs import StepOutputs
 from graphgen.worker.runner import LaunchedStep
 
 Message = TypeVar("Message")
@@ -83,8 +84,9 @@ class FakeRunner:
             started=Point(plan.step_id + 0.25),
             finished=Point(plan.step_id + 0.5),
             fetched=Point(),
-            tokens=torch.tensor([plan.step_id, -7, drawn, -7], dtype=torch.int32),
-            drawn_rows=np.array([0, 2]),
+            outputs=StepOutputs(
+                {"token_ids": np.array([[plan.step_id], [-7], [drawn], [-7]], np.int32)}, live_rows=np.array([0, 2])
+            ),
         )
         self.steps.put(step)
         return step
@@ -101,6 +103,10 @@ class FakeRunner:
     steps: "queue.SimpleQueue[LaunchedStep]"
     marks: "queue.SimpleQueue[Point]"
     counters = WorkerCounters(graph_replays=3)
+
+
+def token_ids(result: StepResult) -> list[int]:
+    return unpack_int32(result.drawn.token_ids).tolist()
 
 
 def reach(step: LaunchedStep) -> None:
@@ -132,7 +138,7 @@ class Loop:
             self.exit_code = end.code
 
     def plan(self, step_id: int) -> None:
-        self.channel.send(StepPlan(step_id, Bucket(0, 4), (), b"", b"", b"", b"", b"", 0.0))
+        self.channel.send(StepPlan(step_id=step_id, bucket=Bucket(0, 4), planned_s=0.0))
 
     def expect(self, kind: type[Message]) -> Message:
         message = self.channel.receive(5.0)
@@ -206,7 +212,7 @@ def test_a_result_is_sent_when_its_tokens_are_on_the_host_and_not_before(loop: L
     step.finished.reach()
     assert loop.is_silent(), "the copy of its tokens is on its way"
     reach(step)
-    assert list(unpack_int32(loop.expect(StepResult).token_ids)) == [4, 5]
+    assert token_ids(loop.expect(StepResult)) == [4, 5]
 
 
 def test_a_result_carries_the_draws_that_were_asked_for_its_times_and_the_counters(loop: Loop) -> None:
@@ -215,7 +221,7 @@ def test_a_result_carries_the_draws_that_were_asked_for_its_times_and_the_counte
     step = loop.launched()
     reach(step)
     result = loop.expect(StepResult)
-    assert list(unpack_int32(result.token_ids)) == [4, 5]
+    assert token_ids(result) == [4, 5]
     assert (result.started_s, result.finished_s) == (4.25, 4.5)
     assert sent_s <= result.received_s <= result.launched_s <= time.monotonic()
     assert result.counters == WorkerCounters(graph_replays=3)
@@ -226,7 +232,7 @@ def test_a_draw_that_failed_is_told_by_its_place(loop: Loop) -> None:
     loop.plan(99)
     reach(loop.launched())
     result = loop.expect(StepResult)
-    assert (list(unpack_int32(result.token_ids)), result.failed_draws) == ([99, 0], (1,))
+    assert (token_ids(result), result.failed_draws) == ([99, 0], (1,))
 
 
 def test_a_probe_is_answered_by_the_device_behind_what_was_launched_before_it(loop: Loop) -> None:

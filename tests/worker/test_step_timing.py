@@ -13,6 +13,7 @@ from graphgen.capture.stream import Mark
 from graphgen.demo import model_folder
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.messages import TIMING_PHASE, Bucket, Progress, SamplerParams, StepPlan, WorkerReady
+from graphgen.ipc.step_schema import live_entries
 from graphgen.launch.config import LaunchConfig
 from graphgen.scheduler.cost_model import prompt_pairs
 from graphgen.worker import step_timing
@@ -92,10 +93,10 @@ class FormulaRunner:
         pass
 
     def launch(self, plan: StepPlan, received_s: float) -> LaunchedStep:
-        triples = unpack_int32(plan.new_pages)
+        entries = live_entries(plan, "new_pages")
         bound = self._ready.max_chunks * -(-self._config.max_model_len // self._config.page_size)
-        assert len(triples) // 3 <= bound + plan.bucket.decode_rows, "more pages than a step's input holds"
-        for slot, index, page in zip(triples[::3], triples[1::3], triples[2::3], strict=True):
+        assert len(entries) <= bound + plan.bucket.decode_rows, "more pages than a step's input holds"
+        for slot, index, page in entries:
             self.pages[slot, index] = page
         if plan.chunks or plan.decode_slots:
             self._check_rows(plan)

@@ -1,0 +1,183 @@
+"""What a step's input and output hold, field by field.
+
+Owns the two schemas and the shape of a step that lengths follow from; no array and no tensor, since the scheduler reads
+this too. A new field is one line here and its use: who makes it (an attribute of Chunk, StepPlan or DrawnRows) and
+the kernel that reads or writes it.
+
+    INPUT_FIELDS   the words a plan becomes, in this order, in one block that is copied to the device at once
+    OUTPUT_FIELDS  the words that come back for each drawing row, one column a field
+
+Read by the packing of plans (`graphgen.worker.inputs`), the row expanders (`graphgen.worker.rows`, `rows_cuda`), the
+ring of outputs (`graphgen.worker.outputs`), the scheduler, and the workers of tests.
+"""
+
+from array import array
+from collections.abc import Callable, Sequence
+from enum import Enum, IntEnum
+
+from msgspec import Struct
+
+from graphgen.ipc.codec import unpack_int32
+from graphgen.ipc.messages import Bucket, DrawnRows, StepPlan
+
+WORD_BYTES = 4
+NEW_PAGE_WORDS = 3  # slot, index in its block table, page
+PAGE_COPY_WORDS = 2  # source, destination
+
+
+class Counts(IntEnum):
+    """Words of the field `counts`."""
+
+    PREFILL_ROWS = 0  # live ones
+    NEW_PAGES = 1  # live ones
+    OUTPUT_ROW = 2  # row of the ring of outputs that the step writes
+
+
+class Padding(Enum):
+    """What fills a field behind its live words."""
+
+    ZERO = "0"
+    TRASH_SLOT = "the trash slot"
+    UNREAD = "whatever was there: nothing reads it"
+
+
+# --- the shape of a step -----------------------------------------------------------------------------------------
+
+
+class StepShape(Struct, frozen=True):
+    """What a step has room for. Steps of one shape run the same kernels at the same addresses."""
+
+    bucket: Bucket  # its rows
+    num_chunks: int
+    num_new_pages: int
+
+    @property
+    def num_drawing_rows(self) -> int:
+        """The last row of each chunk, and the decode rows."""
+        return self.num_chunks + self.bucket.decode_rows
+
+
+class StepBounds(Struct, frozen=True):
+    """What bounds every step of an engine."""
+
+    max_chunks: int
+    trash_slot: int
+    pages_per_slot: int
+    params_width: int  # words of a slot's parameters
+
+    def any_plan(self, bucket: Bucket) -> StepShape:
+        """Room for every plan of this bucket: admissions bring whole block tables, a decode row one page."""
+        num_chunks = min(self.max_chunks, bucket.prefill_rows)
+        return StepShape(bucket, num_chunks, num_chunks * self.pages_per_slot + bucket.decode_rows)
+
+    def this_plan(self, plan: StepPlan) -> StepShape:
+        """No more room than this plan needs; prefill rows belong to one chunk at least."""
+        num_chunks = max(len(plan.chunks), min(1, plan.bucket.prefill_rows))
+        return StepShape(plan.bucket, num_chunks, num_new_pages(plan))
+
+
+def num_new_pages(plan: StepPlan) -> int:
+    """Entries of its block tables that it writes."""
+    return len(plan.new_pages) // (WORD_BYTES * NEW_PAGE_WORDS)
+
+
+# --- the input -----------------------------------------------------------------------------------------------------
+
+Source = Callable[[StepPlan], bytes | Sequence[int]]
+"""A field's live words in a plan: packed int32, or ints."""
+
+
+class InputField(Struct, frozen=True):
+    """int32 words of the input block."""
+
+    name: str
+    length: Callable[[StepShape, StepBounds], int]
+    padding: Padding = Padding.ZERO
+    source: Source | None = None  # None: worked out by the packing of plans
+    words: int = 1  # of one entry
+
+
+def of_chunks(attribute: str) -> Source:
+    """That attribute of each chunk."""
+    return lambda plan: [getattr(chunk, attribute) for chunk in plan.chunks]
+
+
+def _each_chunk(step: StepShape, bounds: StepBounds) -> int:
+    return step.num_chunks
+
+
+def _each_prefill_row(step: StepShape, bounds: StepBounds) -> int:
+    return step.bucket.prefill_rows
+
+
+def _each_decode_row(step: StepShape, bounds: StepBounds) -> int:
+    return step.bucket.decode_rows
+
+
+INPUT_FIELDS: tuple[InputField, ...] = (
+    # See `Counts`.
+    InputField("counts", lambda step, bounds: len(Counts)),
+    InputField("chunk_slots", _each_chunk, Padding.TRASH_SLOT, of_chunks("slot")),
+    # Of each chunk's first token.
+    InputField("chunk_positions", _each_chunk, Padding.ZERO, of_chunks("start")),
+    # First row of each chunk, padded with the number of live prefill rows.
+    InputField("chunk_starts", lambda step, bounds: step.num_chunks + 1),
+    # 1 where the chunk's last row draws a token.
+    InputField("chunk_draws", _each_chunk, Padding.ZERO, of_chunks("draws")),
+    # 1 where the slot has a new owner, whose parameters are in slot_params at the chunk's place.
+    InputField("chunk_inits", _each_chunk, Padding.ZERO, lambda plan: [one.init is not None for one in plan.chunks]),
+    InputField("slot_params", lambda step, bounds: step.num_chunks * bounds.params_width, Padding.UNREAD),
+    InputField("chunk_token_ids", _each_prefill_row, Padding.ZERO, lambda plan: plan.chunk_token_ids),
+    InputField("decode_slots", _each_decode_row, Padding.TRASH_SLOT, lambda plan: plan.decode_slots),
+    InputField("decode_positions", _each_decode_row, Padding.ZERO, lambda plan: plan.decode_positions),
+    InputField(
+        "page_copies",
+        lambda step, bounds: step.num_chunks * PAGE_COPY_WORDS,
+        Padding.UNREAD,
+        lambda plan: plan.page_copies,
+        PAGE_COPY_WORDS,
+    ),
+    # The last one: only the live part of it is copied to the device.
+    InputField(
+        "new_pages",
+        lambda step, bounds: step.num_new_pages * NEW_PAGE_WORDS,
+        Padding.UNREAD,
+        lambda plan: plan.new_pages,
+        NEW_PAGE_WORDS,
+    ),
+)
+
+
+def live_entries(plan: StepPlan, name: str) -> list[tuple[int, ...]]:
+    """What a plan has of a field that has a source: one tuple of its words for each entry, without padding."""
+    (field,) = (one for one in INPUT_FIELDS if one.name == name)
+    assert field.source is not None, f"{name} is worked out by the packing of plans"
+    values = field.source(plan)
+    words = unpack_int32(values) if isinstance(values, bytes) else values
+    return list(zip(*(words[place :: field.words] for place in range(field.words)), strict=True))
+
+
+# --- the output ----------------------------------------------------------------------------------------------------
+
+
+class OutputField(Struct, frozen=True):
+    """int32 words of each drawing row, and an attribute of DrawnRows."""
+
+    name: str
+    words: int = 1  # of one row
+
+
+OUTPUT_FIELDS: tuple[OutputField, ...] = (
+    # On the device NO_TOKEN where nothing could be drawn; in a StepResult 0, and the row's place in `failed_draws`.
+    OutputField("token_ids"),
+)
+
+
+def unpack_columns(drawn: DrawnRows, fields: Sequence[OutputField] = OUTPUT_FIELDS) -> dict[str, "array[int]"]:
+    """The words of each output field. Raises ValueError unless all are of equally many rows."""
+    columns = {field.name: unpack_int32(getattr(drawn, field.name)) for field in fields}
+    num_rows = {len(columns[field.name]) / field.words for field in fields}
+    if len(num_rows) > 1:
+        lengths = ", ".join(f"{name} has {len(words)} words" for name, words in columns.items())
+        raise ValueError(f"the columns of a step result are of different numbers of rows: {lengths}")
+    return columns
