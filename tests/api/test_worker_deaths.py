@@ -6,7 +6,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import zmq
@@ -17,6 +16,7 @@ from graphgen.ipc.messages import StepResult
 from graphgen.launch.starts import MAX_STARTS
 from tests import poison, worker_deaths
 from tests.fakes import make_result
+from tests.serving import is_alive
 from tests.traps import Harm, Traps
 from tests.worker_deaths import LossNotices, check_idle, leftovers, num_files, wait_for
 
@@ -153,7 +153,7 @@ def test_nothing_of_a_dead_worker_stays(engine: Engine) -> None:
     old = engine.pids["worker-0"]
     crash(engine)
     engine.generate([[5, 6]], SAMPLING)
-    assert not Path(f"/proc/{old}").exists()
+    assert not is_alive(old)
     folder = engine._core.folder
     assert len(list(folder.glob("epoch-*"))) == 1
     assert len(list(folder.glob("*.pid"))) == 1

@@ -15,6 +15,7 @@ import pytest
 
 from graphgen import ConfigError
 from graphgen.launch.processes import LOG_BYTES, EngineProcesses, Exit, process_age_s
+from tests.serving import is_alive
 
 CHILD = "tests.launch.child"
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,14 +27,6 @@ def wait_until(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < deadline_s, "it did not happen in time"
         time.sleep(0.01)
-
-
-def is_alive(pid: int) -> bool:
-    """A zombie that its new parent has not looked at yet is dead."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.fixture
