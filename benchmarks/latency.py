@@ -42,9 +42,9 @@ def sampling_of(num_tokens: int) -> SamplingParams:
 def floor_ms(config: LaunchConfig, batch: int, context: int, bytes_per_s: float) -> float:
     """Time to read what one token of every request needs: the weights once, and each request's keys and values."""
     spec, item_bytes = config.spec, DTYPE_BYTES[config.dtype]
-    weights = spec.num_parameters - (0 if spec.tie_embeddings else spec.vocab_size * spec.hidden_size)
-    kv = 2 * spec.num_layers * spec.kv_size * batch * context
-    return (weights + kv) * item_bytes / bytes_per_s * 1000.0
+    weights = spec.num_parameters - (0 if spec.head.tied else spec.vocab_size * spec.hidden_size)
+    kv_bytes = spec.kv_bytes_per_token(config.dtype) * batch * context
+    return (weights * item_bytes + kv_bytes) / bytes_per_s * 1000.0
 
 
 def measure(engine: Engine, prompts: list[list[int]], num_tokens: int, bytes_per_s: float) -> Row:

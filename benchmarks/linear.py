@@ -60,13 +60,14 @@ class Limits(Struct, frozen=True):
 
 
 def shapes_of(spec: ModelSpec) -> list[Shape]:
-    """The linear layers of one decoder block, fused as graphgen runs them, and the LM head."""
+    """The linear layers of the first decoder block, fused as graphgen runs them, and the LM head."""
+    hidden_size, attention, ff = spec.hidden_size, spec.layers[0].mixer, spec.layers[0].feed_forward
     return [
-        Shape("qkv", spec.q_size + 2 * spec.kv_size, spec.hidden_size, True),
-        Shape("o", spec.hidden_size, spec.q_size, True),
-        Shape("gate_up", 2 * spec.ffn_size, spec.hidden_size, True),
-        Shape("down", spec.hidden_size, spec.ffn_size, True),
-        Shape("head", spec.vocab_size, spec.hidden_size, False),
+        Shape("qkv", attention.q_size + 2 * attention.kv_size, hidden_size, True),
+        Shape("o", hidden_size, attention.q_size, True),
+        Shape("gate_up", (1 + ff.gated) * ff.size, hidden_size, True),
+        Shape("down", hidden_size, ff.size, True),
+        Shape("head", spec.vocab_size, hidden_size, False),
     ]
 
 

@@ -1,15 +1,13 @@
 """Where a checkpoint is, and what its config.json and generation_config.json say; without torch or transformers.
 
 Importing transformers, and torch with it, takes longer than everything else between a user's call and the start of
-the worker, which waits for the spec. So the two small files are read here, and keys a file leaves out get the values
-transformers would give them; a test holds both to be equal. Called by families.py, and `resolve_model` by the engine.
+the worker, which waits for the spec. So the two small files are read here. Called by families/reader.py, and
+`resolve_model` by the engine.
 """
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -18,61 +16,8 @@ from graphgen.ipc.errors import CheckpointError
 
 logger = logging.getLogger("graphgen")
 
+CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
-
-_COMMON: Mapping[str, Any] = {
-    "architectures": None,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "initializer_range": 0.02,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-_LLAMA: Mapping[str, Any] = {
-    **_COMMON,
-    "vocab_size": 32000,
-    "intermediate_size": 11008,
-    "num_key_value_heads": None,
-    "max_position_embeddings": 2048,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_QWEN: Mapping[str, Any] = {
-    **_COMMON,
-    "vocab_size": 151936,
-    "intermediate_size": 22016,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-    "layer_types": None,
-}
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "llama": _LLAMA,
-    "mistral": {
-        **_LLAMA,
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 4096 * 32,
-        "sliding_window": 4096,
-    },
-    "qwen2": _QWEN,
-    "qwen3": {**_QWEN, "head_dim": 128},
-}
-"""model_type -> what transformers takes for a key the file leaves out. Values differ by key, hence Any."""
-
-ARCHITECTURES: Mapping[str, str] = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-"""model_type -> the class that transformers makes of it for text generation."""
 
 _DOWNLOADED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja")
 _NOT_DOWNLOADED = ("*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt", "consolidated*")
@@ -114,23 +59,15 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
         ) from error
 
 
-def read_config(location: str, revision: str | None) -> SimpleNamespace:
-    """config.json of a folder or hub id, as an object with the attributes of a transformers config.
-
-    Raises CheckpointError when there is no readable file, TypeError where a value is not what its key means.
-    """
+def read_config(location: str, revision: str | None) -> dict[str, Any]:
+    """config.json of a folder or hub id, as it stands there. Raises CheckpointError when there is no readable file."""
     try:
-        raw = _read_json(location, "config.json", revision)
+        return _read_json(location, CONFIG_FILE, revision)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"no config.json was read from {location!r} ({error}): name a folder with a Hugging Face"
             " checkpoint or a hub id"
         ) from error
-    model_type = raw.get("model_type") or _model_type_of(raw.get("architectures") or ())
-    values = {**DEFAULTS.get(str(model_type), _COMMON), **raw, "model_type": model_type, "_name_or_path": location}
-    if "max_window_layers" in DEFAULTS.get(str(model_type), ()):
-        _derive_layer_types(values)
-    return SimpleNamespace(**values)
 
 
 def read_generation_eos(location: str, revision: str | None) -> int | list[int] | None:
@@ -160,23 +97,6 @@ def _read_json(location: str, name: str, revision: str | None) -> dict[str, Any]
     if not isinstance(value, dict):
         raise ValueError(f"expected an object, got {type(value).__name__}")
     return value
-
-
-def _model_type_of(architectures: Sequence[str]) -> str | None:
-    """transformers writes both; files made by hand may name the class alone."""
-    return next((model_type for model_type, name in ARCHITECTURES.items() if name in architectures), None)
-
-
-def _derive_layer_types(values: dict[str, Any]) -> None:
-    """Qwen: the layers from max_window_layers on slide, if any does at all."""
-    if not values["use_sliding_window"]:
-        values["sliding_window"] = None
-    if values["layer_types"] is None:
-        window, first = values["sliding_window"], values["max_window_layers"]
-        values["layer_types"] = [
-            "sliding_attention" if window is not None and layer >= first else "full_attention"
-            for layer in range(values["num_hidden_layers"])
-        ]
 
 
 def _name_of(location: str, name: str) -> str:

@@ -1,7 +1,7 @@
 """Which safetensors files hold a checkpoint's weights, and what their headers say; without torch.
 
 Owns the choice of the files and the comparison of two stored tensors. Never makes a tensor: the loader does. Called by
-families.py, whose spec says whether the head is the embedding, and by loader.py.
+families/reader.py, whose spec says whether the head is the embedding, and by loader.py.
 
 A safetensors file is the length of its header (8 bytes, little endian), the header in JSON, and the tensors' bytes.
 """

@@ -1,8 +1,8 @@
 """The decoder-only transformer: token ids and positions in, logits out.
 
-Owns the weights and the order of the layers, and the compilation of a layer. Never samples, never chooses
-pages and knows neither requests nor buckets. Built by loader.py; called by the worker inside a bucket's
-graph.
+Owns the weights and the order of the layers, what comes before the first and behind the last, and the compilation of a
+layer. Never samples, never chooses pages and knows neither requests nor buckets. Built by loader.py; called by the
+worker inside a bucket's graph.
 
 Shapes: `T` token rows, `N` drawing rows, `V` vocabulary.
 """
@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from graphgen.models.attention.backend import StepAttention, StepTensors
 from graphgen.models.chaining import can_chain
 from graphgen.models.compilation import Attend, CompiledHalves, FeedForward
+from graphgen.models.families.family import TensorNames
 from graphgen.models.few_rows_layers import serves_model
 from graphgen.models.kv_cache import KVCache
-from graphgen.models.layers import DecoderLayer, Linear, RMSNorm
+from graphgen.models.layers import DecoderLayer, Linear
+from graphgen.models.norms import make_norm, norm_targets
 from graphgen.models.rope import Rope
 from graphgen.models.spec import ModelSpec
+from graphgen.models.targets import Target, Targets
 
 
 class Decoder(nn.Module):
@@ -32,14 +35,28 @@ class Decoder(nn.Module):
         """fused: steps of a few decode rows may run in the kernels of few_rows.py, where those serve this model."""
         super().__init__()
         self.spec = spec
+        hidden_size, num_positions = spec.hidden_size, spec.embedding.num_positions
+        width = spec.embedding.size or hidden_size
         with device:
-            # From a table of weights: the plain constructor would initialise them.
-            self.embedding = nn.Embedding.from_pretrained(torch.empty(spec.vocab_size, spec.hidden_size, dtype=dtype))
-            self.layers = nn.ModuleList(DecoderLayer(spec, window, dtype) for window in spec.windows)
-            self.final_norm = RMSNorm(spec.hidden_size, spec.norm_eps, dtype)
-            self.head = None if spec.tie_embeddings else Linear(spec.hidden_size, spec.vocab_size, False, dtype)
+            self.embedding = _table(spec.vocab_size, width, dtype)
+            self.positions = (
+                _table(num_positions + spec.embedding.position_offset, hidden_size, dtype) if num_positions else None
+            )
+            self.project_in = Linear(width, hidden_size, False, dtype) if width != hidden_size else None
+            self.embedding_norm = make_norm(spec.embedding.norm, hidden_size, dtype)
+            self.layers = nn.ModuleList(DecoderLayer(layer, spec.ropes, hidden_size, dtype) for layer in spec.layers)
+            self.final_norm = make_norm(spec.final_norm, hidden_size, dtype)
+            self.project_out = Linear(hidden_size, width, False, dtype) if width != hidden_size else None
+            self.head = None if spec.head.tied else Linear(width, spec.vocab_size, False, dtype)
+            self.head_bias = nn.Parameter(torch.empty(spec.vocab_size, dtype=dtype)) if spec.head.bias else None
         self.requires_grad_(False)
-        self.rope = Rope(spec.rope, spec.head_dim, device)
+        scale = spec.embedding.scale
+        self._embedding_scale = torch.tensor(scale, dtype=dtype).item() if spec.embedding.round_scale else scale
+        mixers = {layer.mixer.rope: layer.mixer for layer in reversed(spec.layers)}
+        of_rope = [mixers.get(number, spec.layers[0].mixer) for number in range(len(spec.ropes))]
+        self.ropes = [
+            Rope(rope, mixer.head_dim, device, mixer.width) for rope, mixer in zip(spec.ropes, of_rope, strict=True)
+        ]
         self._attend: Attend = DecoderLayer.attend
         self._feed_forward: FeedForward = DecoderLayer.feed_forward
         self._compiled: CompiledHalves | None = None
@@ -60,35 +77,76 @@ class Decoder(nn.Module):
         token_ids, positions: [T] int64. sequence_lens: [T] int64, max(prompt length of the row's request,
         position + 1). drawing_rows: [N] int64, whose logits are computed; all rows if None.
         """
-        cos, sin = self.rope(positions, sequence_lens, self.embedding.weight.dtype)
-        step = StepTensors(cos, sin, attention)
+        dtype = self.embedding.weight.dtype
+        steps = [StepTensors(*rope(positions, sequence_lens, dtype), attention) for rope in self.ropes]
         num_rows, num_decode_rows = token_ids.shape[0], attention.tables.decode_kv_lens.shape[0]
         if drawing_rows is None and num_rows == num_decode_rows <= self._most_few_rows:
-            return self._run_few_rows(token_ids, kv_cache, step)
-        update: Tensor = self.embedding(token_ids)
+            return self._run_few_rows(token_ids, kv_cache, steps[0])
+        update = self._embed(token_ids, positions)
         residual = torch.zeros_like(update)
-        layers = self._decoder_layers
+        layers = self.decoder_layers
         for layer, k_pages, v_pages in zip(layers, kv_cache.k_pages, kv_cache.v_pages, strict=True):
-            residual, gathered = self._attend(layer, residual, update, k_pages, v_pages, step)
+            residual, gathered = self._attend(layer, residual, update, k_pages, v_pages, steps[layer.rope])
             if layer is layers[-1] and drawing_rows is not None:
                 residual, gathered = residual[drawing_rows], gathered[drawing_rows]
             residual, update = self._feed_forward(layer, residual, gathered)
-        return F.linear(self.final_norm(residual + update), self._head_weight)
+        return self._logits(residual + update)
+
+    def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """[T, hidden]"""
+        x: Tensor = self.embedding(token_ids)
+        if self._embedding_scale != 1.0:
+            x = x * self._embedding_scale
+        if self.project_in is not None:
+            x = self.project_in(x)
+        if self.positions is not None:
+            x = x + self.positions(positions + self.spec.embedding.position_offset)
+        return x if self.embedding_norm is None else self.embedding_norm(x)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """x: [N, hidden], what the last layer left."""
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        if self.project_out is not None:
+            x = self.project_out(x)
+        logits = F.linear(x, self._head_weight, self.head_bias)
+        scale, softcap = self.spec.head.scale, self.spec.head.softcap
+        if scale != 1.0:
+            logits = logits * scale
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
     def _run_few_rows(self, token_ids: Tensor, kv_cache: KVCache, step: StepTensors) -> Tensor:
         from graphgen.models import few_rows
 
         ends = few_rows.Ends(self.embedding.weight, self.final_norm, self._head_weight)
-        return few_rows.next_logits(ends, self._decoder_layers, token_ids, kv_cache, step, chained=True)
+        return few_rows.next_logits(ends, self.decoder_layers, token_ids, kv_cache, step, chained=True)
 
     @property
-    def _decoder_layers(self) -> Sequence[DecoderLayer]:
+    def decoder_layers(self) -> Sequence[DecoderLayer]:
         return cast(Sequence[DecoderLayer], self.layers)  # what a ModuleList holds is untyped
 
     @property
     def _head_weight(self) -> Tensor:
         """[V, hidden]"""
         return (self.embedding if self.head is None else self.head).weight
+
+    def weights(self, names: TensorNames) -> Targets:
+        """Every tensor that a checkpoint must have, and what becomes of it."""
+        for name, module in (
+            (names.embedding, self.embedding),
+            (names.positions, self.positions),
+            (names.project_in, self.project_in),
+            (names.project_out, self.project_out),
+            (names.head, self.head),
+        ):
+            if module is not None:
+                yield name, Target(module.weight.data, tuple(module.weight.shape))
+        if self.head_bias is not None:
+            yield names.head_bias, Target(self.head_bias.data, tuple(self.head_bias.shape))
+        yield from norm_targets(names.embedding_norm, self.embedding_norm, self.spec.embedding.norm)
+        yield from norm_targets(names.final_norm, self.final_norm, self.spec.final_norm)
+        for number, layer in enumerate(self.decoder_layers):
+            yield from layer.weights(names.layer.format(layer=number), names)
 
     def compile_layers(self) -> None:
         """From now on layers run compiled: a graph for each half, made at the first call, for all layers and all
@@ -104,9 +162,15 @@ class Decoder(nn.Module):
         return 0 if self._compiled is None else self._compiled.num_graphs
 
 
+def _table(num_rows: int, width: int, dtype: torch.dtype) -> nn.Embedding:
+    # From a table of weights: the plain constructor would initialise them.
+    table: nn.Embedding = nn.Embedding.from_pretrained(torch.empty(num_rows, width, dtype=dtype))
+    return table
+
+
 def _most_few_rows(decoder: Decoder, device: torch.device) -> int:
     """Decode rows up to which a step runs in the kernels of few_rows.py; 0 where those do not serve."""
-    if device.type != "cuda" or not can_chain() or not serves_model(decoder, decoder.spec):
+    if device.type != "cuda" or not can_chain() or not serves_model(decoder.spec, decoder.embedding.weight.dtype):
         return 0
     from graphgen.models import few_rows  # needs Triton
 

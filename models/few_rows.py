@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 
 from graphgen.models.attention.backend import StepTensors
 from graphgen.models.chaining import launch_options
@@ -28,7 +28,8 @@ from graphgen.models.few_rows_kernels import (
 )
 from graphgen.models.few_rows_layers import ACTIVATIONS, K_BLOCK, LEAST_COLUMNS
 from graphgen.models.kv_cache import KVCache
-from graphgen.models.layers import DecoderLayer, RMSNorm
+from graphgen.models.layers import DecoderLayer
+from graphgen.models.norms import RMSNorm
 
 MOST_ROWS = 64
 """With more rows a product is no longer a matter of reading weights, and cuBLAS is faster."""
@@ -203,7 +204,7 @@ class Ends(NamedTuple):
     """What comes before and behind the layers."""
 
     embedding: Tensor  # [V, hidden]
-    norm: RMSNorm
+    norm: nn.Module | None  # an RMSNorm
     head: Tensor  # [V, hidden]
 
 
@@ -219,20 +220,25 @@ def next_logits(
 
     chained=False launches every kernel after the one ahead.
     """
-    next_norms = [*(layer.input_norm for layer in layers[1:]), ends.norm]
-    sums, normed = embed(token_ids, ends.embedding, layers[0].input_norm)
-    for number, (layer, next_norm) in enumerate(zip(layers, next_norms, strict=True)):
-        attention, mlp, norm = layer.attention, layer.mlp, layer.post_attention_norm
-        qkv = normed_linear(normed, layer.input_norm.eps, attention.qkv.weight, attention.qkv.bias, chained)
+    norms = [_plain(norm) for norm in (*(layer.input_norm for layer in layers), ends.norm)]
+    sums, normed = embed(token_ids, ends.embedding, norms[0])
+    for number, layer in enumerate(layers):
+        attention, mlp, norm = layer.attention, layer.mlp, _plain(layer.ff_norm)
+        qkv = normed_linear(normed, norms[number].eps, attention.qkv.weight, attention.qkv.bias, chained)
         num_heads, num_kv_heads = attention.num_heads, attention.num_kv_heads
         heads = qkv.view(-1, num_heads + 2 * num_kv_heads, attention.head_dim)
         q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
         if attention.q_norm is not None and attention.k_norm is not None:
-            norm_heads(q, attention.q_norm, chained)
-            norm_heads(k, attention.k_norm, chained)
+            norm_heads(q, _plain(attention.q_norm), chained)
+            norm_heads(k, _plain(attention.k_norm), chained)
         k_pages, v_pages = kv_cache.k_pages[number], kv_cache.v_pages[number]
         gathered = step.attention.attend(q, k, v, step.cos, step.sin, k_pages, v_pages, attention.window).flatten(1)
         sums, normed = adding_linear(gathered, attention.o.weight, attention.o.bias, sums, norm, chained)
         gated = gated_linear(normed, norm.eps, mlp.gate_up.weight, mlp.gate_up.bias, mlp.activation, chained)
-        sums, normed = adding_linear(gated, mlp.down.weight, mlp.down.bias, sums, next_norm, chained)
-    return normed_linear(normed, ends.norm.eps, ends.head, None, chained)
+        sums, normed = adding_linear(gated, mlp.down.weight, mlp.down.bias, sums, norms[number + 1], chained)
+    return normed_linear(normed, norms[-1].eps, ends.head, None, chained)
+
+
+def _plain(norm: nn.Module | None) -> RMSNorm:
+    assert isinstance(norm, RMSNorm), "few_rows_layers.py lets no other through"
+    return norm

@@ -18,16 +18,15 @@ from graphgen.models.spec import ModelSpec
 
 def bytes_per_page(spec: ModelSpec, page_size: int, dtype: torch.dtype) -> int:
     """Memory of one page over all layers, K and V together."""
-    return 2 * spec.num_layers * page_size * spec.kv_size * dtype.itemsize
+    return page_size * spec.kv_bytes_per_token(str(dtype).removeprefix("torch."))
 
 
 class KVCache:
     """`num_pages` pages to give out and, behind them, the trash page where padded rows write.
 
-    `k_pages[layer]`, `v_pages[layer]`: [num_pages + 1, page_size, Hkv, D]. Zero-filled: memory left over by
-    others can hold NaN, and a kernel that reads a whole page multiplies what lies past a sequence by a weight
-    of zero.
-    """
+    `k_pages[layer]`, `v_pages[layer]`: [num_pages + 1, page_size, Hkv, D] of that layer. Zero-filled: memory left over
+    by others can hold NaN, and a kernel that reads a whole page multiplies what lies past a sequence by a weight of
+    zero."""
 
     def __init__(
         self, spec: ModelSpec, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
@@ -36,9 +35,10 @@ class KVCache:
             raise ConfigError(f"num_pages is {num_pages} and page_size {page_size}: both must be at least 1")
         self.num_pages = num_pages
         self.page_size = page_size
-        shape = (num_pages + 1, page_size, spec.num_kv_heads, spec.head_dim)
-        self.k_pages = [_zeros(shape, dtype, device) for _ in range(spec.num_layers)]
-        self.v_pages = [_zeros(shape, dtype, device) for _ in range(spec.num_layers)]
+        mixers = [layer.mixer for layer in spec.layers]
+        shapes = [(num_pages + 1, page_size, mixer.num_kv_heads, mixer.width) for mixer in mixers]
+        self.k_pages = [_zeros(shape, dtype, device) for shape in shapes]
+        self.v_pages = [_zeros(shape, dtype, device) for shape in shapes]
         self._copy = (_copy_on_cuda if device.type == "cuda" else _copy_in_torch)(self._tensors)
 
     @property

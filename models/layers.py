@@ -1,43 +1,43 @@
-"""The building blocks of a decoder: RMSNorm, attention, gated MLP, and the layer of
-them.
+"""A decoder layer: norms, attention, feed-forward, and how they meet on the residual stream.
 
-Owns the arithmetic, in the order of operations of Hugging Face, so that bfloat16 rounds alike. Knows no layer
-number, no checkpoint name and no bucket: every layer of a model traces to the same graph, except that each
-distinct attention window is a graph of its own. Built and called by decoder.py.
+Owns the arithmetic, in the order of operations of Hugging Face, so that bfloat16 rounds alike, and which tensors of a
+checkpoint each part takes. Every part is built from its Struct of spec.py. Knows no layer number, no checkpoint name
+and no bucket: every layer of one kind traces to the same graph. Built and called by decoder.py.
 
 Shapes: `T` token rows, `Hq`/`Hkv` heads, `D` head size.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graphgen.ipc.errors import UnsupportedModelError
 from graphgen.models.attention.backend import FULL_ATTENTION, StepTensors
-from graphgen.models.spec import ModelSpec
+from graphgen.models.families.family import TensorNames
+from graphgen.models.norms import AnyNorm, head_norm_targets, make_head_norm, make_norm, norm_targets
+from graphgen.models.spec import GQA, WHOLE, Dense, Layer, RopeSpec, Shard
+from graphgen.models.targets import (
+    Targets,
+    heads_order,
+    linear_targets,
+    pieces_of,
+    plain_order,
+    qkv_starts,
+    rotated_order,
+    row_parallel_targets,
+)
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu_squared": lambda x: F.relu(x).square(),
 }
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (arXiv 1910.07467), in float32, rounded before the
-    weight."""
-
-    def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
 
 
 class Linear(nn.Linear):
@@ -52,50 +52,95 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over the paged KV cache."""
+    """Grouped-query attention over the paged KV cache. A rank of several holds some of the heads, and the ranks'
+    results are added up."""
 
-    def __init__(self, spec: ModelSpec, window: int | None, dtype: torch.dtype) -> None:
+    def __init__(self, spec: GQA, rope: RopeSpec, hidden_size: int, dtype: torch.dtype, shard: Shard) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        self.window = FULL_ATTENTION if window is None else window
-        self.qkv = Linear(spec.hidden_size, spec.q_size + 2 * spec.kv_size, spec.qkv_bias, dtype)
-        self.o = Linear(spec.q_size, spec.hidden_size, spec.o_bias, dtype)
-        self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps, dtype) if spec.qk_norm else None
-        self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps, dtype) if spec.qk_norm else None
+        if spec.scale is not None:
+            raise UnsupportedModelError(f"scores are scaled by {spec.scale}: the attention kernels scale by their own")
+        self.heads, self.kv_heads = spec.heads_of(shard)
+        self.num_heads, self.num_kv_heads, self.head_dim = len(self.heads), len(self.kv_heads), spec.width
+        self.window = FULL_ATTENTION if spec.window is None else spec.window
+        self.clip = spec.clip
+        num_rows = (self.num_heads + 2 * self.num_kv_heads) * spec.width
+        self.qkv = Linear(hidden_size, num_rows, spec.qkv_bias, dtype)
+        self.q_norm = make_head_norm(spec, self.num_heads, shard, dtype)
+        self.k_norm = make_head_norm(spec, self.num_kv_heads, shard, dtype)
+        self.o = Linear(self.num_heads * spec.width, hidden_size, spec.o_bias and shard.rank == 0, dtype)
+        self.spec, self.rope = spec, rope
 
-    def forward(
-        self,
-        x: Tensor,
-        k_pages: Tensor,
-        v_pages: Tensor,
-        step: StepTensors,
-    ) -> Tensor:
+    def forward(self, x: Tensor, k_pages: Tensor, v_pages: Tensor, step: StepTensors) -> Tensor:
         """What each head of each row gathered, [T, Hq * D]: the input of the output projection `o`."""
         qkv = self.qkv(x).unflatten(-1, (self.num_heads + 2 * self.num_kv_heads, self.head_dim))
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.clip is not None:
+            q, k, v = (part.clamp(-self.clip, self.clip) for part in (q, k, v))
         gathered = step.attention.attend(q, k, v, step.cos, step.sin, k_pages, v_pages, self.window)
         return gathered.flatten(1)
 
+    def weights(self, prefix: str, names: TensorNames) -> Targets:
+        """Every tensor of a checkpoint that it takes."""
+        spec, dim = self.spec, self.spec.head_dim
+        turned, plain = rotated_order(spec, self.rope), plain_order(spec)
+        q, k, v = qkv_starts(spec, names.qkv_order)
+        own, own_kv = np.array(self.heads), np.array(self.kv_heads)
+        rows = np.concatenate(
+            (heads_order(q[own], turned), heads_order(k[own_kv], turned), heads_order(v[own_kv], plain))
+        )
+        counts = (spec.num_heads * dim, spec.num_kv_heads * dim, spec.num_kv_heads * dim)
+        held = (self.num_heads * spec.width, self.num_kv_heads * spec.width, self.num_kv_heads * spec.width)
+        qkv = pieces_of([prefix + name for name in names.qkv], rows, counts, held)
+        yield from linear_targets(self.qkv, qkv, transposed=names.transposed)
+        columns = heads_order(own * dim, plain)
+        yield from row_parallel_targets(
+            prefix + names.o, self.o, columns, spec.num_heads * dim, spec.o_bias, names.transposed
+        )
+        for name, norm, heads, count in (
+            (names.q_norm, self.q_norm, self.heads, spec.num_heads),
+            (names.k_norm, self.k_norm, self.kv_heads, spec.num_kv_heads),
+        ):
+            yield from head_norm_targets(prefix + name, norm, spec, heads, count, turned)
+
 
 class MLP(nn.Module):
-    """down(activation(gate(x)) * up(x)) (arXiv 2002.05202)."""
+    """down(activation(gate(x)) * up(x)) (arXiv 2002.05202), or down(activation(up(x))). A rank of several holds some of
+    the inner columns, and the ranks' results are added up."""
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
+    def __init__(self, spec: Dense, hidden_size: int, dtype: torch.dtype, shard: Shard) -> None:
         super().__init__()
-        self.activation = spec.activation
-        self.gate_up = Linear(spec.hidden_size, 2 * spec.ffn_size, spec.mlp_bias, dtype)
-        self.down = Linear(spec.ffn_size, spec.hidden_size, spec.mlp_bias, dtype)
+        self.activation, self.gated = spec.activation, spec.gated
+        self.part = shard.part(spec.size, "inner columns of a feed-forward")
+        size = len(self.part)
+        self.gate_up = Linear(hidden_size, 2 * size if spec.gated else size, spec.bias, dtype)
+        self.down = Linear(size, hidden_size, spec.bias and shard.rank == 0, dtype)
+        self.spec = spec
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        out: Tensor = self.down(ACTIVATIONS[self.activation](gate) * up)
+        activate, inner = ACTIVATIONS[self.activation], self.gate_up(x)
+        if self.gated:
+            gate, up = inner.chunk(2, dim=-1)
+            inner = activate(gate) * up
+        else:
+            inner = activate(inner)
+        out: Tensor = self.down(inner)
         return out
+
+    def weights(self, prefix: str, names: TensorNames) -> Targets:
+        """Every tensor of a checkpoint that it takes."""
+        size, num_parts = self.spec.size, 1 + self.gated
+        part = np.array(self.part)
+        rows = np.concatenate([number * size + part for number in range(num_parts)])
+        held = [len(self.part)] * num_parts
+        pieces = pieces_of([prefix + name for name in names.gate_up], rows, [size] * num_parts, held)
+        yield from linear_targets(self.gate_up, pieces, transposed=names.transposed)
+        yield from row_parallel_targets(prefix + names.down, self.down, part, size, self.spec.bias, names.transposed)
 
 
 class DecoderLayer(nn.Module):
-    """One pre-norm block, in two halves with nothing between them that a compiler could fuse.
+    """One layer, in two halves with nothing between them that a compiler could fuse.
 
     Attention needs every row of a step, since later rows read its keys and values; what follows treats each row
     alone, so after the last layer's attention the rows whose result nobody reads can be left out.
@@ -104,29 +149,61 @@ class DecoderLayer(nn.Module):
     next norm reads it, so a compiled layer has one kernel for both instead of two around the layer's edge.
     """
 
-    def __init__(self, spec: ModelSpec, window: int | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, spec: Layer, ropes: Sequence[RopeSpec], hidden_size: int, dtype: torch.dtype, shard: Shard = WHOLE
+    ) -> None:
         super().__init__()
-        self.input_norm = RMSNorm(spec.hidden_size, spec.norm_eps, dtype)
-        self.attention = Attention(spec, window, dtype)
-        self.post_attention_norm = RMSNorm(spec.hidden_size, spec.norm_eps, dtype)
-        self.mlp = MLP(spec, dtype)
+        self.input_norm = make_norm(spec.input_norm, hidden_size, dtype)
+        self.attention = Attention(spec.mixer, ropes[spec.mixer.rope], hidden_size, dtype, shard)
+        self.mixer_output_norm = make_norm(spec.mixer_output_norm, hidden_size, dtype)
+        self.ff_norm = make_norm(spec.ff_norm, hidden_size, dtype)
+        self.mlp = MLP(spec.feed_forward, hidden_size, dtype, shard)
+        self.ff_output_norm = make_norm(spec.ff_output_norm, hidden_size, dtype)
+        self.output_norm = make_norm(spec.output_norm, hidden_size, dtype)
+        self.rope = spec.mixer.rope
+        self.parallel, self.shared_norm = spec.parallel, spec.shared_norm
+        self.residual_from_norm, self.residual_scale = spec.residual_from_norm, spec.residual_scale
+        self.spec = spec
 
     def attend(
-        self,
-        residual: Tensor,
-        update: Tensor,
-        k_pages: Tensor,
-        v_pages: Tensor,
-        step: StepTensors,
+        self, residual: Tensor, update: Tensor, k_pages: Tensor, v_pages: Tensor, step: StepTensors
     ) -> tuple[Tensor, Tensor]:
         """residual, update: [T, hidden]. Returns their sum and what attention gathered, [T, Hq * D]."""
         residual = residual + update
-        return residual, self.attention(self.input_norm(residual), k_pages, v_pages, step)
+        normed = residual if self.input_norm is None else self.input_norm(residual)
+        gathered = self.attention(normed, k_pages, v_pages, step)
+        return normed if self.residual_from_norm else residual, gathered
 
     def feed_forward(self, residual: Tensor, gathered: Tensor) -> tuple[Tensor, Tensor]:
         """The rest, over any rows of attend's result: the new (residual, update)."""
-        attended = self.attention.o(gathered)
+        attended = self._scaled(self.attention.o(gathered), self.mixer_output_norm)
+        if self.parallel:
+            norm = self.input_norm if self.shared_norm else self.ff_norm
+            update = self._scaled(self.mlp(residual if norm is None else norm(residual)), self.ff_output_norm)
+            return residual, attended + update
         # In float32 the sum rounds as it would in bfloat16, and the compiler leaves it to the norm that reads it;
         # an addition in the matrices' own dtype it would move into the product, at the price of a copy kernel.
         residual = (residual.float() + attended.float()).to(residual.dtype)
-        return residual, self.mlp(self.post_attention_norm(residual))
+        normed = residual if self.ff_norm is None else self.ff_norm(residual)
+        if self.residual_from_norm:
+            residual = normed
+        update = self._scaled(self.mlp(normed), self.ff_output_norm)
+        if self.output_norm is None:
+            return residual, update
+        return self.output_norm(residual + update), torch.zeros_like(update)
+
+    def _scaled(self, update: Tensor, norm: AnyNorm | None) -> Tensor:
+        """What a block adds to the stream."""
+        update = update if norm is None else norm(update)
+        return update if self.residual_scale == 1.0 else update * self.residual_scale
+
+    def weights(self, prefix: str, names: TensorNames) -> Targets:
+        """Every tensor of a checkpoint that it takes."""
+        spec = self.spec
+        yield from self.attention.weights(prefix, names)
+        yield from self.mlp.weights(prefix, names)
+        yield from norm_targets(prefix + names.input_norm, self.input_norm, spec.input_norm)
+        yield from norm_targets(prefix + names.mixer_output_norm, self.mixer_output_norm, spec.mixer_output_norm)
+        yield from norm_targets(prefix + names.ff_norm, self.ff_norm, spec.ff_norm)
+        yield from norm_targets(prefix + names.ff_output_norm, self.ff_output_norm, spec.ff_output_norm)
+        yield from norm_targets(prefix + names.output_norm, self.output_norm, spec.output_norm)

@@ -1,7 +1,7 @@
 """From a checkpoint to a Decoder with its weights in place.
 
-Owns how tensors reach the fused weights. Reads safetensors only: other formats can run code when they are read.
-Never holds a second copy of the weights. Called by the worker at its start.
+Owns the way of every stored tensor to the target that the decoder's blocks name for it. Reads safetensors only: other
+formats can run code when they are read. Never holds a second copy of the weights. Called by the worker at its start.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,15 +16,14 @@ from graphgen.ipc.errors import CheckpointError
 from graphgen.models.checkpoint_files import stored_tensors, weight_files
 from graphgen.models.decoder import Decoder
 from graphgen.models.families import FAMILIES
-from graphgen.models.layers import DecoderLayer
+from graphgen.models.families.family import Family
+from graphgen.models.norms import LayerNorm, RMSNorm
 from graphgen.models.spec import ModelSpec
+from graphgen.models.targets import Target
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 ProgressCallback = Callable[[int, int], None]
 """(bytes in place, bytes of all weights)."""
-
-_IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
-"""Tensors that old checkpoints carry and that follow from the config."""
 
 
 def load_decoder(
@@ -53,58 +52,30 @@ def load_decoder(
     return decoder
 
 
-def checkpoint_targets(decoder: Decoder, spec: ModelSpec) -> dict[str, Tensor]:
-    """Every tensor a checkpoint must have -> the weight, or the rows of a fused weight, that it fills."""
-    names = FAMILIES[spec.architecture].names
-    targets = {
-        names.embedding: decoder.embedding.weight.data,
-        names.final_norm: decoder.final_norm.weight.data,
-    }
-    if decoder.head is not None:
-        targets[names.head] = decoder.head.weight.data
-    for number, layer in enumerate(decoder.layers):
-        assert isinstance(layer, DecoderLayer)
-        attention, mlp, prefix = layer.attention, layer.mlp, names.layer.format(layer=number)
-        norms = {names.input_norm: layer.input_norm, names.post_attention_norm: layer.post_attention_norm}
-        if attention.q_norm is not None and attention.k_norm is not None:
-            norms |= {names.q_norm: attention.q_norm, names.k_norm: attention.k_norm}
-        for name, norm in norms.items():
-            targets[f"{prefix}{name}.weight"] = norm.weight.data
-        for parts, sizes, linear in (
-            (names.qkv, [spec.q_size, spec.kv_size, spec.kv_size], attention.qkv),
-            (names.o, [spec.hidden_size], attention.o),
-            (names.gate_up, [spec.ffn_size, spec.ffn_size], mlp.gate_up),
-            (names.down, [spec.hidden_size], mlp.down),
-        ):
-            for kind, weight in linear.named_parameters():
-                for part, rows in zip(parts, torch.split(weight.data, sizes), strict=True):
-                    targets[f"{prefix}{part}.{kind}"] = rows
-    return targets
-
-
 @torch.no_grad()
 def _fill_from_folder(decoder: Decoder, spec: ModelSpec, folder: Path, report: ProgressCallback) -> None:
-    files = weight_files(folder)
-    targets = checkpoint_targets(decoder, spec)
-    names, stored = FAMILIES[spec.architecture].names, stored_tensors(files)
-    if spec.tie_embeddings and names.head in stored and names.embedding not in stored:
+    files, family = weight_files(folder), FAMILIES[spec.family]
+    targets, names = dict(decoder.weights(family.names)), family.names
+    stored = {family.stored_name(name) for name in stored_tensors(files)}
+    if spec.head.tied and names.head in stored and names.embedding not in stored:
         targets[names.head] = targets.pop(names.embedding)  # one weight, stored under its other name
     missing = set(targets)
-    total = sum(target.nbytes for target in targets.values())
+    total = sum(target.num_bytes for target in targets.values())
     done = 0
     report(done, total)
-    for name, shard, tensor in _tensors(files, decoder.embedding.weight.device):
+    for stored_name, shard, tensor in _tensors(files, decoder.embedding.weight.device):
+        name = family.stored_name(stored_name)
         if name not in targets:
-            _refuse_unknown(name, spec, shard)
+            _refuse_unknown(name, spec, family, shard)
             continue
         target = targets[name]
         _check_tensor(name, tensor, target, shard)
         if name not in missing:
             _refuse_second(name, tensor, target, shard)
             continue
-        target.copy_(tensor)
+        target.fill(tensor)
         missing.remove(name)
-        done += target.nbytes
+        done += target.num_bytes
         report(done, total)
     if missing:
         first = min(missing)
@@ -125,7 +96,7 @@ def _tensors(shards: list[Path], device: torch.device) -> Iterator[tuple[str, Pa
             raise CheckpointError(f"{shard} is not a readable safetensors file ({error}): download it again") from error
 
 
-def _check_tensor(name: str, tensor: Tensor, target: Tensor, shard: Path) -> None:
+def _check_tensor(name: str, tensor: Tensor, target: Target, shard: Path) -> None:
     if tensor.shape != target.shape:
         raise CheckpointError(
             f"tensor {name!r} in {shard} has shape {list(tensor.shape)}, the config asks for"
@@ -138,20 +109,20 @@ def _check_tensor(name: str, tensor: Tensor, target: Tensor, shard: Path) -> Non
         )
 
 
-def _refuse_second(name: str, tensor: Tensor, loaded: Tensor, shard: Path) -> None:
+def _refuse_second(name: str, tensor: Tensor, target: Target, shard: Path) -> None:
     """Two shards with the same tensor are harmless while it is the same."""
-    if not torch.equal(tensor.to(loaded), loaded):
+    if not target.holds(tensor):
         raise CheckpointError(
             f"tensor {name!r} in {shard} differs from the one of that name in another shard: the folder mixes the"
             " shards of two checkpoints, download it anew"
         )
 
 
-def _refuse_unknown(name: str, spec: ModelSpec, shard: Path) -> None:
+def _refuse_unknown(name: str, spec: ModelSpec, family: Family, shard: Path) -> None:
     """A tensor without a place would be left out of the arithmetic in silence, a bias for one."""
     # load_spec has compared it with the embedding: another head would have made the spec an untied one.
-    duplicate_head = spec.tie_embeddings and name == FAMILIES[spec.architecture].names.head
-    if not duplicate_head and not name.endswith(_IGNORED_SUFFIXES):
+    duplicate_head = spec.head.tied and name == family.names.head
+    if not duplicate_head and not family.ignores(name):
         raise CheckpointError(
             f"tensor {name!r} in {shard} has no place in a {spec.architecture} with this config.json:"
             " config.json and the weights are of different models"
@@ -162,14 +133,18 @@ def _refuse_unknown(name: str, spec: ModelSpec, shard: Path) -> None:
 def _fill_randomly(decoder: Decoder, spec: ModelSpec, seed: int, report: ProgressCallback) -> None:
     """Weights as an untrained model has them: normal matrices, norms of one, biases of zero."""
     generator = torch.Generator(decoder.embedding.weight.device).manual_seed(seed)
-    weights = list(decoder.named_parameters())
-    total = sum(weight.nbytes for _, weight in weights)
+    weights = [
+        (isinstance(module, RMSNorm | LayerNorm), name, weight)
+        for module in decoder.modules()
+        for name, weight in module.named_parameters(recurse=False)
+    ]
+    total = sum(weight.nbytes for _, _, weight in weights)
     done = 0
     report(done, total)
-    for name, weight in weights:
-        if weight.ndim == 2:
+    for of_norm, name, weight in weights:
+        if weight.ndim == 2 and not of_norm:
             weight.normal_(0.0, spec.initializer_std, generator=generator)
         else:
-            weight.fill_(0.0 if name.endswith("bias") else 1.0)
+            weight.fill_(1.0 if name == "weight" else 0.0)
         done += weight.nbytes
         report(done, total)

@@ -1,20 +1,27 @@
 """ModelSpec: everything about a model that the engine needs to know, as one frozen value.
 
-Owns the two Structs and the sizes that follow from them. Never reads a file and never imports torch, so that
-the spec can travel in a message and be used by processes without torch. Made by families.py from a Hugging
-Face config; read by the decoder, the loader, the KV cache and whoever sizes memory.
+Owns the Structs that describe a model layer by layer, and the sizes that follow from them. Never reads a file and
+never imports torch, so that the spec can travel in a message and be used by processes without torch. Made by
+families/reader.py from a Hugging Face config; read by the decoder, the loader, the KV cache and whoever sizes memory.
+
+    ModelSpec   embedding, layers, final norm, head
+    Layer       mixer (attention over earlier positions), feed-forward, their norms, how the residual runs
+
+Every field has one meaning in arithmetic. A trait without a field is refused when the config is read.
 """
 
 from typing import Literal
 
+import msgspec
 from msgspec import Struct
 
-from graphgen.ipc.errors import ConfigError
-
-RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+from graphgen.ipc.errors import ConfigError, UnsupportedModelError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """The dtypes weights and KV pages may have, and the size of one element."""
+
+KERNEL_HEAD_DIMS = (64, 128, 256)
+"""Head sizes that the attention kernels for CUDA are written for; others are padded to the next."""
 
 
 def dtype_bytes(dtype: str) -> int:
@@ -24,69 +31,288 @@ def dtype_bytes(dtype: str) -> int:
     return DTYPE_BYTES[dtype]
 
 
+# --- ranks -----------------------------------------------------------------------------------------------------
+
+
+class Shard(Struct, frozen=True):
+    """Which of the ranks that share a model's weights this one is."""
+
+    rank: int = 0
+    size: int = 1
+
+    def part(self, count: int, what: str) -> range:
+        """This rank's of `count` things that are dealt out evenly. `what` names them in the error."""
+        if count % self.size:
+            raise ConfigError(
+                f"{count} {what} cannot be shared by {self.size} ranks: use a number that divides {count}"
+            )
+        each = count // self.size
+        return range(self.rank * each, (self.rank + 1) * each)
+
+
+WHOLE = Shard()
+"""The one rank that holds everything."""
+
+
+# --- the parts of a layer --------------------------------------------------------------------------------------
+
+
+class Norm(Struct, frozen=True):
+    """Normalisation over the last dimension: `rms` divides by the root mean square (arXiv 1910.07467), `layer`
+    subtracts the mean first (arXiv 1607.06450)."""
+
+    kind: Literal["rms", "layer"] = "rms"
+    eps: float = 1e-6
+    weight: bool = True
+    bias: bool = False
+    plus_one: bool = False  # checkpoints store the weight less one
+    round_first: bool = True  # `rms` rounds to the model's dtype before the weight; else the weight is float32
+
+    def num_parameters(self, size: int) -> int:
+        return size * (self.weight + self.bias)
+
+
+class QKNorm(Struct, frozen=True):
+    """A norm of queries and keys before their rotation."""
+
+    norm: Norm
+    over: Literal["head", "own_head", "all_heads"] = "head"
+    """head: over each head, one weight for all. own_head: over each head, a weight for each. all_heads: over the whole
+    width at once."""
+
+    def num_parameters(self, num_heads: int, head_dim: int) -> int:
+        """Of the queries or of the keys."""
+        return self.norm.num_parameters(head_dim if self.over == "head" else num_heads * head_dim)
+
+
+RopeKind = Literal["none", "default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+
+
 class RopeSpec(Struct, frozen=True):
     """How positions become rotations; rope.py has the formula of each kind. Unused numbers keep their
     default."""
 
     kind: RopeKind = "default"
     theta: float = 10_000.0
-    factor: float = 1.0  # linear, dynamic, llama3, yarn
-    original_max_len: int = 0  # dynamic, llama3, yarn: context length before scaling
-    attention_factor: float = 1.0  # yarn: scales cos and sin
+    factor: float = 1.0  # linear, dynamic, llama3, yarn, longrope
+    original_max_len: int = 0  # dynamic, llama3, yarn, longrope: context length before scaling
+    attention_factor: float = 1.0  # yarn, longrope: scales cos and sin
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn: round the ramp's bounds to whole dimensions
+    short_factors: tuple[float, ...] = ()  # longrope: divisors up to the original length
+    long_factors: tuple[float, ...] = ()  # longrope: divisors beyond it
+    rotary_dim: int | None = None  # the first dimensions of a head, which turn; None: all
+    interleaved: bool = False  # a pair that turns together lies side by side in the checkpoint, not half a head apart
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the keys of equal tokens differ with the length of their prompts."""
+        return self.kind in ("dynamic", "longrope")
 
 
-class ModelSpec(Struct, frozen=True):
-    """A decoder-only transformer with pre-norm blocks, gated MLPs and rotary positions."""
+NO_ROPE = RopeSpec(kind="none")
+"""The rotation of layers and models without one: by nothing."""
 
-    architecture: str  # the Hugging Face class name, a key of families.FAMILIES
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
+
+class Pages(Struct, frozen=True):
+    """What a layer keeps of each position that it may see again."""
+
+    group: int  # layers of one group keep the same positions: 0 is all of them, W the last W
+    bytes: int  # of one position
+
+
+class GQA(Struct, frozen=True, tag="gqa", kw_only=True):
+    """Grouped-query attention (arXiv 2305.13245) over paged keys and values; one head a group is multi-head attention,
+    one group multi-query attention."""
+
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    ffn_size: int
-    norm_eps: float
-    activation: str  # a key of layers.ACTIVATIONS
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool  # RMSNorm over each head of q and k, before the rotation
-    tie_embeddings: bool
-    rope: RopeSpec
-    windows: tuple[int | None, ...]  # of each layer: positions a row sees, its own included; None sees all
-    max_position_embeddings: int
-    bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
-    dtype: str  # of the checkpoint, a key of DTYPE_BYTES
-    initializer_std: float
+    padded_head_dim: int | None = None  # how wide a head lies in memory; None: as it is
+    scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: QKNorm | None = None
+    clip: float | None = None  # bound of the values of q, k and v
+    rope: int = 0  # which of ModelSpec.ropes
+    window: int | None = None  # positions a row sees, its own included; None sees all
+
+    @property
+    def width(self) -> int:
+        """Of a head in memory."""
+        return self.padded_head_dim or self.head_dim
 
     @property
     def q_size(self) -> int:
         """Width of all query heads."""
-        return self.num_heads * self.head_dim
+        return self.num_heads * self.width
 
     @property
     def kv_size(self) -> int:
         """Width of all key heads, and of all value heads."""
-        return self.num_kv_heads * self.head_dim
+        return self.num_kv_heads * self.width
+
+    def keeps(self, dtype: str) -> Pages:
+        """A key and a value for each KV head."""
+        return Pages(self.window or 0, 2 * self.kv_size * dtype_bytes(dtype))
+
+    def num_parameters(self, hidden_size: int) -> int:
+        qkv_size = self.q_size + 2 * self.kv_size
+        count = hidden_size * (qkv_size + self.q_size) + self.qkv_bias * qkv_size + self.o_bias * hidden_size
+        if self.qk_norm is not None:
+            count += sum(
+                self.qk_norm.num_parameters(heads, self.width) for heads in (self.num_heads, self.num_kv_heads)
+            )
+        return count
+
+    def heads_of(self, shard: Shard) -> tuple[range, range]:
+        """Query heads and KV heads of a rank. Where there are fewer KV heads than ranks, several ranks hold the
+        same."""
+        heads = shard.part(self.num_heads, "attention heads")
+        if self.num_kv_heads % shard.size and shard.size % self.num_kv_heads == 0:
+            own = shard.rank * self.num_kv_heads // shard.size
+            return heads, range(own, own + 1)
+        return heads, shard.part(self.num_kv_heads, "KV heads")
+
+    def padded(self) -> "GQA":
+        """The same, its heads as wide as the kernels for CUDA want them, where zeros can fill them up."""
+        fitting = next((size for size in KERNEL_HEAD_DIMS if size >= self.head_dim), self.head_dim)
+        has_mean = self.qk_norm is not None and self.qk_norm.norm.kind == "layer" and self.qk_norm.over != "all_heads"
+        if fitting == self.head_dim or has_mean:
+            return self
+        return msgspec.structs.replace(self, padded_head_dim=fitting)
+
+
+class Dense(Struct, frozen=True, tag="dense", kw_only=True):
+    """down(activation(gate(x)) * up(x)) if gated (arXiv 2002.05202), else down(activation(up(x)))."""
+
+    size: int
+    activation: str  # a key of layers.ACTIVATIONS
+    gated: bool = True
+    bias: bool = False
+
+    def num_parameters(self, hidden_size: int) -> int:
+        inner = (1 + self.gated) * self.size
+        return hidden_size * (inner + self.size) + self.bias * (inner + hidden_size)
+
+
+Mixer = GQA
+"""What makes a row see others. One Struct with a tag of its own for each kind."""
+
+FeedForward = Dense
+"""What treats each row alone. One Struct with a tag of its own for each kind."""
+
+
+class Layer(Struct, frozen=True, kw_only=True):
+    """A mixer and a feed-forward on a residual stream. A norm that is None does nothing.
+
+    sequential   x += mixer_output_norm(mixer(input_norm(x)));  x += ff_output_norm(ff(ff_norm(x)))
+    parallel     x += mixer(input_norm(x)) + ff(ff_norm(x));  with shared_norm ff(input_norm(x))
+    """
+
+    mixer: Mixer
+    feed_forward: FeedForward
+    input_norm: Norm | None
+    ff_norm: Norm | None
+    mixer_output_norm: Norm | None = None
+    ff_output_norm: Norm | None = None
+    parallel: bool = False
+    shared_norm: bool = False  # of a parallel layer: the feed-forward reads what the mixer reads
+    residual_from_norm: bool = False  # input_norm and ff_norm stand on the stream: x becomes what they return
+    output_norm: Norm | None = None  # on the stream, behind both
+    residual_scale: float = 1.0  # of what is added to the stream
+
+    def num_parameters(self, hidden_size: int) -> int:
+        norms = (self.input_norm, self.ff_norm, self.mixer_output_norm, self.ff_output_norm, self.output_norm)
+        return (
+            self.mixer.num_parameters(hidden_size)
+            + self.feed_forward.num_parameters(hidden_size)
+            + sum(norm.num_parameters(hidden_size) for norm in norms if norm is not None)
+        )
+
+
+# --- the whole -------------------------------------------------------------------------------------------------
+
+
+class Embedding(Struct, frozen=True):
+    """From token ids to the residual stream: norm(project(table[id] * scale) + positions[position + offset])."""
+
+    size: int | None = None  # width of the table; None: the model's. Another is projected, at both ends
+    scale: float = 1.0
+    round_scale: bool = False  # the scale is rounded to the weights' dtype first
+    num_positions: int = 0  # rows of a learned table of positions; 0: none
+    position_offset: int = 0  # the row of position 0
+    norm: Norm | None = None
+
+
+class Head(Struct, frozen=True):
+    """From the final norm to logits: softcap(scale * (x @ weight + bias))."""
+
+    tied: bool = False  # the weight is the embedding's table
+    bias: bool = False
+    scale: float = 1.0
+    softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
+
+
+class ModelSpec(Struct, frozen=True, kw_only=True):
+    """A decoder-only transformer."""
+
+    family: str  # a key of families.FAMILIES
+    architecture: str  # the Hugging Face class name
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[Layer, ...]
+    ropes: tuple[RopeSpec, ...]
+    embedding: Embedding
+    final_norm: Norm | None
+    head: Head
+    max_position_embeddings: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    dtype: str  # of the checkpoint, a key of DTYPE_BYTES
+    float16: bool = True  # False: its activations leave float16's range
+    initializer_std: float
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def attention(self) -> GQA:
+        """Of every layer, but for what an attention kernel takes as an argument. Raises UnsupportedModelError where
+        layers have heads of unequal number or size."""
+        mixers = [layer.mixer for layer in self.layers]
+        shapes = {(mixer.num_heads, mixer.num_kv_heads, mixer.width) for mixer in mixers}
+        if len(shapes) > 1:
+            raise UnsupportedModelError(
+                f"the layers of this {self.architecture} have heads of {len(shapes)} numbers or sizes"
+                f" ({', '.join(map(str, sorted(shapes)))}): use attention='torch'"
+            )
+        return mixers[0]
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer: positions a row sees, its own included; None sees all."""
+        return tuple(layer.mixer.window for layer in self.layers)
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the keys of equal tokens differ with the length of their prompts."""
+        return any(rope.depends_on_length for rope in self.ropes)
 
     @property
     def num_parameters(self) -> int:
         """Weights held in memory: tied embeddings count once."""
-        qkv_size = self.q_size + 2 * self.kv_size
-        attention = self.hidden_size * (qkv_size + self.q_size)
-        attention += self.qkv_bias * qkv_size + self.o_bias * self.hidden_size + self.qk_norm * 2 * self.head_dim
-        mlp = 3 * self.hidden_size * self.ffn_size
-        mlp += self.mlp_bias * (2 * self.ffn_size + self.hidden_size)
-        layer = attention + mlp + 2 * self.hidden_size
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        return self.num_layers * layer + embeddings + self.hidden_size
+        embedding, head, hidden = self.embedding, self.head, self.hidden_size
+        width = embedding.size or hidden
+        count = self.vocab_size * (width * (1 if head.tied else 2) + head.bias)
+        count += (embedding.num_positions + embedding.position_offset) * hidden
+        count += 0 if width == hidden else 2 * width * hidden
+        count += sum(norm.num_parameters(hidden) for norm in (embedding.norm, self.final_norm) if norm is not None)
+        return count + sum(layer.num_parameters(hidden) for layer in self.layers)
 
     def weight_bytes(self, dtype: str) -> int:
         """Memory of the weights in `dtype`."""
@@ -94,4 +320,9 @@ class ModelSpec(Struct, frozen=True):
 
     def kv_bytes_per_token(self, dtype: str) -> int:
         """KV memory of one position over all layers in `dtype`."""
-        return 2 * self.num_layers * self.kv_size * dtype_bytes(dtype)
+        return sum(layer.mixer.keeps(dtype).bytes for layer in self.layers)
+
+    def padded(self) -> "ModelSpec":
+        """The same model with heads as wide as the kernels for CUDA want them; a zero more changes nothing."""
+        layers = (msgspec.structs.replace(layer, mixer=layer.mixer.padded()) for layer in self.layers)
+        return msgspec.structs.replace(self, layers=tuple(layers))

@@ -244,7 +244,7 @@ def resolve(
     _check_num_pages(config.num_pages, page_size, min(token_budget, max_model_len))
     return LaunchConfig(
         model_folder=str(model_folder),
-        spec=spec,
+        spec=spec.padded() if on_cuda and config.attention != "torch" else spec,
         eos_token_ids=tuple(spec.eos_token_ids),
         sampling_defaults=sampling_defaults,
         device=device,
@@ -266,7 +266,7 @@ def resolve(
         step_log=None if config.step_log is None else str(Path(config.step_log).absolute()),
         cpu_threads=config.cpu_threads,
         # With a rotation that depends on the length of the prompt, the keys of equal tokens are not equal.
-        prefix_cache=config.prefix_cache and spec.rope.kind != "dynamic",
+        prefix_cache=config.prefix_cache and not spec.depends_on_length,
         max_waiting=config.max_waiting,
         max_waiting_tokens=config.max_waiting_tokens,
         max_long_prompts=config.max_long_prompts,
@@ -310,19 +310,21 @@ def _torch_has_cuda() -> bool:
 
 
 def _resolve_dtype(config: EngineConfig, spec: ModelSpec, on_cuda: bool) -> str:
+    if config.dtype == "float16" and not spec.float16:
+        raise ConfigError(f"dtype is 'float16', whose range {spec.architecture} leaves: use bfloat16 or float32")
     if config.dtype != "auto":
         return config.dtype
     if not on_cuda:
         return "float32"
-    return spec.dtype if spec.dtype in ("bfloat16", "float16") else "bfloat16"
+    return spec.dtype if spec.dtype == "bfloat16" or (spec.dtype == "float16" and spec.float16) else "bfloat16"
 
 
 def _resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
     if config.max_model_len is None:
         return spec.max_position_embeddings
     # Configs with scaled rotations often still state the length of before the scaling.
-    scaled = int((spec.rope.original_max_len or spec.max_position_embeddings) * spec.rope.factor)
-    limit = max(spec.max_position_embeddings, scaled)
+    unscaled = spec.max_position_embeddings
+    limit = max(unscaled, *(int((rope.original_max_len or unscaled) * rope.factor) for rope in spec.ropes))
     if config.max_model_len > limit:
         raise ConfigError(f"max_model_len is {config.max_model_len}, the model's limit is {limit}: lower it")
     return config.max_model_len

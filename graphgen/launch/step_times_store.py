@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from hashlib import blake2b
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta, Struct
@@ -27,7 +27,7 @@ from graphgen.base.caches import cache_root
 from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.messages import Bucket, BucketTime, StepTimeTable, WorkerReady
 from graphgen.launch.config import LaunchConfig
-from graphgen.models.spec import ModelSpec, RopeSpec
+from graphgen.models.spec import ModelSpec, Norm, RopeSpec
 
 FOLDER = "step-times"
 
@@ -176,9 +176,7 @@ def save_step_times(
 def _describe_shape(spec: ModelSpec) -> str:
     """Models that differ by their weights, their special tokens or their constants alone take the same time."""
     shape = msgspec.structs.replace(
-        spec,
-        rope=RopeSpec(kind=spec.rope.kind),
-        norm_eps=0.0,
+        _without_constants(spec),
         initializer_std=0.0,
         max_position_embeddings=0,
         bos_token_id=None,
@@ -187,6 +185,22 @@ def _describe_shape(spec: ModelSpec) -> str:
     )
     digest = _digest(msgspec.json.encode(shape))
     return f"{spec.architecture} {spec.num_layers}x{spec.hidden_size} {digest}"
+
+
+def _without_constants(part: Any) -> Any:
+    """A part of a spec, of any type, without the numbers that change what is computed and not how long it takes."""
+    match part:
+        case Norm():
+            return msgspec.structs.replace(part, eps=0.0)
+        case RopeSpec():
+            return RopeSpec(kind=part.kind)
+        case msgspec.Struct():
+            fields = {name: _without_constants(getattr(part, name)) for name in part.__struct_fields__}
+            return type(part)(**fields)
+        case tuple():
+            return tuple(map(_without_constants, part))
+        case _:
+            return part
 
 
 def _bucket_named(name: str) -> Bucket:

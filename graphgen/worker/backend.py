@@ -42,9 +42,9 @@ def attention_shape(config: LaunchConfig, dtype: torch.dtype) -> AttentionShape:
     """What FlashInfer's kernels are built for with this config."""
     spec = config.spec
     return AttentionShape(
-        num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
+        num_heads=spec.attention.num_heads,
+        num_kv_heads=spec.attention.num_kv_heads,
+        head_dim=spec.attention.width,
         page_size=config.page_size,
         dtype=dtype,
         windows=tuple(sorted({window or 0 for window in spec.windows})),

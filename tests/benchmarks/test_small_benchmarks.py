@@ -206,7 +206,7 @@ def test_the_shapes_are_those_of_the_decoder() -> None:
         "o": "layers.0.attention.o.weight",
         "gate_up": "layers.0.mlp.gate_up.weight",
         "down": "layers.0.mlp.down.weight",
-        "head": "embedding.weight" if spec.tie_embeddings else "head.weight",
+        "head": "embedding.weight" if spec.head.tied else "head.weight",
     }
     found = {shape.name: (shape.out_size, shape.in_size) for shape in linear.shapes_of(spec)}
     assert found == {layer: tuple(weights[name].shape) for layer, name in names.items()}

@@ -11,9 +11,10 @@ from graphgen.models.attention.backend import StepTensors
 from graphgen.models.attention.tables import RowTables
 from graphgen.models.decoder import Decoder
 from graphgen.models.kv_cache import KVCache
-from graphgen.models.layers import ACTIVATIONS, DecoderLayer, RMSNorm
+from graphgen.models.layers import ACTIVATIONS, DecoderLayer
+from graphgen.models.norms import RMSNorm
 from graphgen.models.rope import rotate
-from graphgen.models.spec import ModelSpec, RopeSpec
+from graphgen.models.spec import GQA, Dense, Embedding, Head, Layer, ModelSpec, Norm, QKNorm, RopeSpec
 
 TOLERANCE = 4e-3  # relative norm: one rounding to bfloat16 of a float32 sum
 EPS = 1e-5
@@ -24,15 +25,20 @@ def randn(*shape: int) -> Tensor:
 
 
 def random_norm(size: int) -> RMSNorm:
-    norm = RMSNorm(size, EPS, torch.bfloat16).cuda()
-    norm.weight.data.normal_(1.0, 0.3)
+    norm = RMSNorm(size, Norm(eps=EPS), torch.bfloat16).cuda()
+    weight_of(norm).normal_(1.0, 0.3)
     return norm
+
+
+def weight_of(norm: RMSNorm) -> Tensor:
+    assert norm.weight is not None
+    return norm.weight.data
 
 
 def rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:
     """In float32, without a rounding."""
     wide = x.float()
-    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps) * norm.weight.float()
+    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps) * weight_of(norm).float()
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -55,7 +61,7 @@ def test_products_equal_torch_for_every_block_width_and_bias(num_rows: int, chai
             product = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
             sums, normed = few_rows.adding_linear(x, weight, bias, residual, norm, chained)
             assert relative_error(sums, residual + product) < TOLERANCE
-            assert relative_error(normed.scaled, sums * norm.weight) < 1e-3
+            assert relative_error(normed.scaled, sums * weight_of(norm)) < 1e-3
             assert relative_error(normed.squares.sum(1), sums.float().pow(2).sum(1)) < 1e-5
         if size % 128:
             continue
@@ -76,7 +82,7 @@ def test_embeddings_are_rows_of_the_table_and_their_norm_is_begun() -> None:
         token_ids = torch.randint(1000, (num_rows,), device="cuda")
         sums, normed = few_rows.embed(token_ids, table, norm)
         assert torch.equal(sums, table[token_ids])
-        assert relative_error(normed.scaled, sums * norm.weight) < 1e-3
+        assert relative_error(normed.scaled, sums * weight_of(norm)) < 1e-3
         assert relative_error(normed.squares.sum(1), sums.float().pow(2).sum(1)) < 1e-5
 
 
@@ -138,7 +144,7 @@ def test_all_layers_give_the_logits_of_the_plain_ones(num_rows: int, qk_norm: bo
     positions = torch.arange(num_rows, device="cuda")
     attention = RotatedPlusValues(tables)
     want = decoder(token_ids, positions, positions + 1, cache, attention)
-    cos, sin = decoder.rope(positions, positions + 1, torch.bfloat16)
+    cos, sin = decoder.ropes[0](positions, positions + 1, torch.bfloat16)
     layers = [layer for layer in decoder.layers if isinstance(layer, DecoderLayer)]
     head = decoder.head
     assert head is not None
@@ -158,24 +164,19 @@ class RotatedPlusValues(NamedTuple):
 
 
 def small_spec(qk_norm: bool) -> ModelSpec:
+    norm = Norm(eps=EPS)
+    attention = GQA(num_heads=8, num_kv_heads=2, head_dim=64, qkv_bias=True, qk_norm=QKNorm(norm) if qk_norm else None)
+    layer = Layer(mixer=attention, feed_forward=Dense(size=1152, activation="silu"), input_norm=norm, ff_norm=norm)
     return ModelSpec(
+        family="LlamaForCausalLM",
         architecture="LlamaForCausalLM",
         vocab_size=992,
         hidden_size=896,
-        num_layers=4,
-        num_heads=8,
-        num_kv_heads=2,
-        head_dim=64,
-        ffn_size=1152,
-        norm_eps=EPS,
-        activation="silu",
-        qkv_bias=True,
-        o_bias=False,
-        mlp_bias=False,
-        qk_norm=qk_norm,
-        tie_embeddings=False,
-        rope=RopeSpec(),
-        windows=(None,) * 4,
+        layers=(layer,) * 4,
+        ropes=(RopeSpec(),),
+        embedding=Embedding(),
+        final_norm=norm,
+        head=Head(),
         max_position_embeddings=512,
         bos_token_id=None,
         eos_token_ids=(),

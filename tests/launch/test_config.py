@@ -90,7 +90,7 @@ def test_a_context_beyond_the_models_is_refused_unless_its_rotation_is_scaled(sp
     config = EngineConfig(device="cpu", max_model_len=1500)
     with pytest.raises(ConfigError, match="max_model_len is 1500, the model's limit is 1024"):
         resolve(config, spec, FOLDER)
-    scaled = msgspec.structs.replace(spec, rope=RopeSpec(kind="dynamic", factor=2.0, original_max_len=1024))
+    scaled = msgspec.structs.replace(spec, ropes=(RopeSpec(kind="dynamic", factor=2.0, original_max_len=1024),))
     assert resolve(config, scaled, FOLDER).max_model_len == 1500
     assert resolve(EngineConfig(device="cpu"), scaled, FOLDER).max_model_len == 1024
 
@@ -110,7 +110,7 @@ def test_a_short_context_needs_no_more_pages_than_its_own(spec: ModelSpec) -> No
 
 
 def test_prompts_are_not_shared_where_keys_depend_on_the_prompts_length(spec: ModelSpec) -> None:
-    dynamic = msgspec.structs.replace(spec, rope=RopeSpec(kind="dynamic", factor=2.0, original_max_len=1024))
+    dynamic = msgspec.structs.replace(spec, ropes=(RopeSpec(kind="dynamic", factor=2.0, original_max_len=1024),))
     assert resolve(EngineConfig(device="cpu"), spec, FOLDER).prefix_cache
     assert not resolve(EngineConfig(device="cpu"), dynamic, FOLDER).prefix_cache
     assert not resolve(EngineConfig(device="cpu", prefix_cache=False), spec, FOLDER).prefix_cache

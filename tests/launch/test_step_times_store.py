@@ -19,7 +19,7 @@ from graphgen.launch.step_times_store import (
     step_times_path,
     stored_file,
 )
-from graphgen.models.spec import RopeSpec
+from graphgen.models.spec import Norm, RopeSpec
 from tests.worker.local_engine import launch_config
 
 BUCKETS = (Bucket(0, 4), Bucket(12, 4))
@@ -73,16 +73,21 @@ def test_everything_that_changes_the_time_changes_the_key(config: LaunchConfig) 
         )
     ]
     others += [StepTimesKey.of(changed(config, **change), READY) for change in ({"dtype": "x"}, {"cpu_threads": 3})]
-    for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size"):
-        spec = changed(config.spec, **{name: getattr(config.spec, name) + 1})
-        others.append(StepTimesKey.of(changed(config, spec=spec), READY))
+    spec, layer = config.spec, config.spec.layers[0]
+    specs = [changed(spec, vocab_size=spec.vocab_size + 1), changed(spec, hidden_size=spec.hidden_size + 1)]
+    layers = [changed(layer, feed_forward=changed(layer.feed_forward, size=layer.feed_forward.size + 1))]
+    for name in ("num_heads", "num_kv_heads", "head_dim"):
+        layers.append(changed(layer, mixer=changed(layer.mixer, **{name: getattr(layer.mixer, name) + 1})))
+    specs += [changed(spec, layers=(*spec.layers, layer)), *(changed(spec, layers=(other,)) for other in layers)]
+    others += [StepTimesKey.of(changed(config, spec=spec), READY) for spec in specs]
     digests = {other.digest for other in (key, *others)}
     assert len(digests) == len(others) + 1
 
 
 def test_what_does_not_change_the_time_does_not_change_the_key(config: LaunchConfig) -> None:
     key = StepTimesKey.of(config, READY)
-    spec = changed(config.spec, eos_token_ids=(1, 2, 3), norm_eps=1e-3, rope=RopeSpec(theta=1.0))
+    layers = tuple(changed(layer, input_norm=Norm(eps=1e-3)) for layer in config.spec.layers)
+    spec = changed(config.spec, layers=layers, eos_token_ids=(1, 2, 3), ropes=(RopeSpec(theta=1.0),))
     assert StepTimesKey.of(changed(config, spec=spec, num_pages=7, seed=3), changed(READY, num_pages=7)) == key
     built = "flashinfer (prefill fa3, decode xqa, kernels: 1 prebuilt, 1 built)"
     assert StepTimesKey.of(config, changed(READY, attention=built)) == key

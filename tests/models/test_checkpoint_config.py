@@ -14,9 +14,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from graphgen.demo import model_folder
 from graphgen.ipc.errors import CheckpointError, UnsupportedModelError
-from graphgen.models.checkpoint_config import _DOWNLOADED, _NOT_DOWNLOADED, ARCHITECTURES
-from graphgen.models.families import load_spec, spec_from_hf
+from graphgen.models.checkpoint_config import _DOWNLOADED, _NOT_DOWNLOADED
+from graphgen.models.families import FAMILIES, load_spec, spec_from_hf
 from tests.models import tiny
+
+ARCHITECTURES = {family.model_type: family.architecture for family in FAMILIES.values()}
 
 OLD_FILES: dict[str, dict[str, Any]] = {
     "llama3.1": {

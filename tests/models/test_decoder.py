@@ -1,18 +1,20 @@
-"""The decoder's logits equal Hugging Face's, however a prompt is cut and whatever else is in the step."""
+"""The decoder's logits, however a prompt is cut and whatever else is in the step.
 
-import random
+That they equal Hugging Face's for every family is in tests/worker/test_parity.py.
+"""
+
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from graphgen.models.decoder import Decoder
 from graphgen.models.families import load_spec
 from graphgen.models.loader import load_decoder
 from tests.models import tiny
-from tests.models.driver import Driver, Request
+from tests.models.driver import Driver
 from tests.models.quick_compiler import quick_compiler
+from tests.models.splits import reference_logits, tokens
 
 CPU = torch.device("cpu")
 
@@ -20,50 +22,6 @@ CPU = torch.device("cpu")
 def load(case: str, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[tiny.HuggingFaceModel, Decoder]:
     reference = tiny.save(case, folder)
     return reference, load_decoder(folder, load_spec(folder), dtype, CPU)
-
-
-def tokens(count: int, seed: int = 0) -> list[int]:
-    return random.Random(seed).choices(range(3, 97), k=count)
-
-
-def reference_logits(reference: tiny.HuggingFaceModel, token_ids: list[int]) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = reference(torch.tensor([token_ids])).logits[0]
-    return logits.float()
-
-
-def run_mixed(driver: Driver, requests: list[Request], seed: int) -> list[Tensor]:
-    """Computes all requests, each step a random mix of chunks and decodes; logits [length, V] of each
-    request."""
-    order = random.Random(seed)
-    logits: list[list[Tensor]] = [[] for _ in requests]
-    while any(r.num_computed < len(r.token_ids) for r in requests):
-        open_requests = [i for i, r in enumerate(requests) if r.num_computed < len(r.token_ids)]
-        chosen = order.sample(open_requests, order.randint(1, len(open_requests)))
-        is_chunk = {i: order.random() < 0.5 for i in chosen}
-        chunks = []
-        for i in chosen:
-            left = len(requests[i].token_ids) - requests[i].num_computed
-            if is_chunk[i]:
-                chunks.append((requests[i], min(left, order.choice((1, 3, 7, 16, 40)))))
-        results = driver.step(chunks, [requests[i] for i in chosen if not is_chunk[i]])
-        assert driver.last_logits.isfinite().all(), "a padded row read what nobody wrote"
-        for i, result in zip(sorted(chosen, key=lambda i: not is_chunk[i]), results, strict=True):
-            logits[i].append(result)
-    return [torch.cat(parts) for parts in logits]
-
-
-@pytest.mark.parametrize("case", tiny.CASES)
-def test_logits_equal_hugging_face_at_every_split(case: str, tmp_path: Path) -> None:
-    reference, decoder = load(case, tmp_path)
-    prompts = [tokens(length, seed=length) for length in (70, 33, 1, 16)]
-    expected = [reference_logits(reference, prompt) for prompt in prompts]
-    for page_size, seed in ((4, 0), (16, 1)):
-        driver = Driver(decoder, page_size, num_pages=64, seed=seed)
-        whole = [driver.step([(driver.request(prompt), len(prompt))])[0] for prompt in prompts[:1]]
-        mixed = run_mixed(driver, [driver.request(prompt) for prompt in prompts], seed)
-        for got, wanted in zip(whole + mixed, expected[:1] + expected, strict=True):
-            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 16])

@@ -13,7 +13,8 @@ from transformers import Qwen2Config
 
 from graphgen.ipc.errors import CheckpointError, ConfigError, UnsupportedModelError
 from graphgen.launch.config import EngineConfig, resolve
-from graphgen.models.families import FAMILIES, load_spec, spec_from_hf
+from graphgen.models.families import load_spec, spec_from_hf
+from graphgen.models.families.document import written
 from graphgen.models.spec import ModelSpec, RopeSpec
 from tests.models import tiny
 
@@ -29,7 +30,7 @@ def test_sizes_equal_those_of_the_reference(case: str) -> None:
     spec = tiny.spec_of(model)
     assert spec.num_parameters == sum(parameter.numel() for parameter in model.parameters())
     assert spec.weight_bytes("bfloat16") == 2 * spec.num_parameters
-    assert spec.kv_bytes_per_token("float32") == 4 * 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim
+    assert spec.kv_bytes_per_token("float32") == 4 * 2 * spec.num_layers * spec.attention.kv_size
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(spec), type=ModelSpec) == spec
 
 
@@ -79,7 +80,7 @@ def test_where_the_config_names_no_dtype_the_weights_have_it(written: dict[str, 
 def test_the_config_of_transformers_4_means_the_same(tmp_path: Path) -> None:
     scaling = {"type": "linear", "factor": 2.0}
     write_config(tmp_path, rope_theta=5000.0, rope_scaling=scaling)
-    assert load_spec(tmp_path).rope == RopeSpec("linear", 5000.0, 2.0, 512)
+    assert load_spec(tmp_path).ropes[0] == RopeSpec("linear", 5000.0, 2.0, 512)
     config = SimpleNamespace(  # what transformers 4 makes of the same file
         **{
             **tiny.SMALL,
@@ -94,24 +95,25 @@ def test_the_config_of_transformers_4_means_the_same(tmp_path: Path) -> None:
         }
     )
     spec = spec_from_hf(config)
-    assert spec.rope == RopeSpec("linear", 5000.0, 2.0, 512)
+    assert spec.ropes[0] == RopeSpec("linear", 5000.0, 2.0, 512)
     assert spec.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel"),
+        ({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}, "MambaForCausalLM and its model_type 'mamba'"),
         ({"architectures": ["NobodysModel"], "model_type": "nobody"}, "NobodysModel"),
         ({"architectures": None, "model_type": "nobody"}, "is none and its model_type 'nobody'"),
         (
             {"architectures": ["MistralForCausalLM"]},
             "MistralForCausalLM and the model_type 'llama', which do not belong",
         ),
-        ({"hidden_act": "tanh"}, "'tanh', supported are silu"),
+        ({"hidden_act": "tanh"}, "hidden_act 'tanh', supported are silu"),
+        ({"rope_scaling": {"rope_type": "proportional"}}, "'proportional', supported are default, linear"),
         (
-            {"rope_scaling": {"rope_type": "longrope", "long_factor": [2.0] * 4, "short_factor": [1.0] * 4}},
-            "'longrope', supported are default, linear",
+            {"rope_scaling": {"rope_type": "longrope", "long_factor": [2.0] * 4, "short_factor": [1.0] * 3}},
+            "3 values in short_factor, its rotation needs 4",
         ),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised \\(gptq\\)"),
         ({"num_attention_heads": 6, "num_key_value_heads": 4}, "6 heads, 4 KV heads"),
@@ -184,11 +186,21 @@ def test_a_window_of_no_position_is_refused(window: int, tmp_path: Path) -> None
         load_spec(tmp_path)
 
 
-def test_the_refusal_of_an_architecture_lists_what_runs(tmp_path: Path) -> None:
-    write_config(tmp_path, architectures=["OtherForCausalLM"])
-    with pytest.raises(UnsupportedModelError) as refusal:
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "nearest"),
+    [
+        ("mixtral", "MixtralForCausalLM", "MistralForCausalLM (mistral)"),
+        ("qwen3_next", "Qwen3NextForCausalLM", "Qwen3ForCausalLM (qwen3)"),
+        ("biogpt", "BioGptForCausalLM", "GPT2LMHeadModel (gpt2)"),
+        ("nobody", "OtherForCausalLM", "ForCausalLM"),
+    ],
+)
+def test_the_refusal_of_an_architecture_names_the_nearest_that_run(
+    model_type: str, architecture: str, nearest: str, tmp_path: Path
+) -> None:
+    write_config(tmp_path, architectures=[architecture], model_type=model_type)
+    with pytest.raises(UnsupportedModelError, match=f"{architecture} .*nearest.*{re.escape(nearest)}.*docs/models.md"):
         load_spec(tmp_path)
-    assert all(architecture in str(refusal.value) for architecture in FAMILIES)
 
 
 def test_unknown_layer_types_are_refused() -> None:
@@ -205,3 +217,8 @@ def test_a_folder_without_a_readable_config_is_refused(content: str | None, tmp_
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         load_spec(tmp_path)
+
+
+def test_the_page_of_models_is_made_from_the_families() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    assert page == written(page), "run python -m graphgen.models.families.document docs/models.md"

@@ -16,7 +16,7 @@ def test_the_trash_page_comes_on_top_of_the_pages_to_give_out() -> None:
     assert bytes_per_page(spec, 4, torch.bfloat16) == 4 * spec.kv_bytes_per_token("bfloat16")
     assert len(cache.k_pages) == len(cache.v_pages) == spec.num_layers
     for pages in (*cache.k_pages, *cache.v_pages):
-        assert pages.shape == (6, 4, spec.num_kv_heads, spec.head_dim)
+        assert pages.shape == (6, 4, spec.attention.num_kv_heads, spec.attention.head_dim)
         assert pages.dtype == torch.bfloat16
         assert pages.is_contiguous()
         assert not pages.any()

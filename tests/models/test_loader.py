@@ -73,7 +73,7 @@ def test_tied_embeddings_are_held_once_and_an_equal_head_is_dropped(tmp_path: Pa
     expected = logits(load(tmp_path))
     edit(tmp_path, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
     decoder = load(tmp_path)
-    assert decoder.spec.tie_embeddings
+    assert decoder.spec.head.tied
     assert sum(weight.numel() for weight in decoder.parameters()) == decoder.spec.num_parameters
     torch.testing.assert_close(logits(decoder), expected, rtol=0, atol=0)
 
@@ -85,7 +85,7 @@ def test_a_head_of_its_own_is_used_though_the_config_ties_it(
     tiny.save("llama", tmp_path, max_shard_size=max_shard_size)
     edit_config(tmp_path, tie_word_embeddings=True)
     decoder = load(tmp_path)
-    assert not decoder.spec.tie_embeddings
+    assert not decoder.spec.head.tied
     assert sum(weight.numel() for weight in decoder.parameters()) == decoder.spec.num_parameters
     torch.testing.assert_close(logits(decoder), reference_logits(tmp_path), rtol=1e-4, atol=1e-4)
     assert f"the checkpoint has a {HEAD} of its own: that is used" in caplog.text
@@ -100,7 +100,7 @@ def test_a_head_that_differs_in_its_last_value_is_its_own(tmp_path: Path) -> Non
 
     edit(tmp_path, add_head)
     torch.testing.assert_close(logits(load(tmp_path)), reference_logits(tmp_path), rtol=1e-4, atol=1e-4)
-    assert not load_spec(tmp_path).tie_embeddings
+    assert not load_spec(tmp_path).head.tied
 
 
 def test_a_tied_weight_may_be_stored_as_the_head_alone(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def config_of(kind: str, **parameters: float) -> LlamaConfig:
 
 
 def rope_of(config: LlamaConfig) -> RopeSpec:
-    return spec_from_hf(config).rope
+    return spec_from_hf(config).ropes[0]
 
 
 @pytest.mark.parametrize("kind", [*tiny.ROPE_KINDS, "yarn_mscale"])

@@ -52,8 +52,10 @@ def test_keys_count_in_the_order_of_transformers(newer: str, older: str, beside:
     write(tmp_path, **NEWER[newer], **OLDER[older], **BESIDE[beside])
     reference = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
     spec = load_spec(tmp_path)
-    torch.testing.assert_close(inverse_frequencies(spec.rope, spec.head_dim), reference.inv_freq, rtol=1e-6, atol=0)
-    assert spec.rope.attention_factor == pytest.approx(reference.attention_scaling)
+    torch.testing.assert_close(
+        inverse_frequencies(spec.ropes[0], spec.attention.head_dim), reference.inv_freq, rtol=1e-6, atol=0
+    )
+    assert spec.ropes[0].attention_factor == pytest.approx(reference.attention_scaling)
 
 
 @pytest.mark.parametrize(
@@ -88,9 +90,9 @@ def test_a_theta_that_does_not_count_is_told(tmp_path: Path, caplog: pytest.LogC
     """transformers drops it without a word, and people add rope_scaling to configs that have it."""
     write(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 1e6}, rope_scaling=YARN)
     with caplog.at_level(logging.WARNING):
-        assert load_spec(tmp_path).rope.theta == 10_000.0
+        assert load_spec(tmp_path).ropes[0].theta == 10_000.0
     assert "the rope_theta of rope_parameters, 1000000.0, does not count" in caplog.text
     caplog.clear()
     write(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 1e6}, rope_theta=1e6)
-    assert load_spec(tmp_path).rope.theta == 1e6
+    assert load_spec(tmp_path).ropes[0].theta == 1e6
     assert not caplog.text

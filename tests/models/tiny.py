@@ -3,21 +3,13 @@
 Used by the tests of the models and of everything that runs one.
 """
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from graphgen.models.families import spec_from_hf
 from graphgen.models.spec import ModelSpec
@@ -68,13 +60,6 @@ def rope(kind: str, theta: float = 10_000.0) -> dict[str, Any]:
     return {"rope_theta": theta, **ROPE_KINDS[kind]}
 
 
-_CLASSES: Mapping[str, tuple[Any, Any]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
-
 CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_tied_one_kv_head": (
@@ -103,23 +88,65 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "max_window_layers": 2,
         },
     ),
+    "gpt2": ("gpt2", {}),
+    "gpt2_untied": ("gpt2", {"n_inner": 72, "tie_word_embeddings": False}),
+    "bigcode_one_kv_head": ("gpt_bigcode", {}),
+    "bigcode_fused_by_head": ("gpt_bigcode", {"multi_query": False}),
+    "opt": ("opt", {"ffn_dim": 80}),
+    "opt_350m": ("opt", {"ffn_dim": 80, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
+    "opt_no_biases": ("opt", {"ffn_dim": 80, "enable_bias": False, "layer_norm_elementwise_affine": False}),
+    "neox": ("gpt_neox", {"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5}}),
+    "neox_sequential": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
+    "gptj": ("gptj", {"rotary_dim": 6}),
+    "codegen": ("codegen", {"num_attention_heads": 4, "rotary_dim": 4}),
+    "phi": ("phi", {}),
+    "phi_head_norms": (
+        "phi",
+        {"hidden_size": 60, "num_attention_heads": 3, "qk_layernorm": True, "partial_rotary_factor": 0.4},
+    ),
+    "olmo": ("olmo", {"clip_qkv": 0.7, "hidden_act": "gelu_pytorch_tanh"}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"sliding_window": 9, "num_hidden_layers": 5}),
+    "olmo3_yarn": ("olmo3", {"num_hidden_layers": 4, "sliding_window": 16, "rope_scaling": rope("yarn", 900.0)}),
+    "exaone4": ("exaone4", {"sliding_window": 12, "num_hidden_layers": 5}),
+    "phi3": ("phi3", {}),
+    "phi3_window_partial": ("phi3", {"sliding_window": 14, "partial_rotary_factor": 0.5}),
+    "seed_oss": ("seed_oss", {"head_dim": 12, "attention_out_bias": True}),
+    "arcee": ("arcee", {"hidden_act": "relu2", "mlp_bias": True}),
+    "ernie": ("ernie4_5", {"head_dim": 12, "use_bias": True}),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5}),
+    "smollm3_listed": ("smollm3", {"no_rope_layers": [0, 1, 0]}),
+    "glm": ("glm", {"head_dim": 12}),
+    "glm4": ("glm4", {"head_dim": 12}),
+    "starcoder2": ("starcoder2", {"sliding_window": 13, "use_bias": True}),
+    "starcoder2_no_biases": ("starcoder2", {"use_bias": False}),
+    "stablelm": ("stablelm", {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),
+    "stablelm_parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    "nemotron": ("nemotron", {"head_dim": 12, "mlp_bias": True, "hidden_act": "relu2"}),
+    "cohere": ("cohere", {"logit_scale": 0.3}),
+    "cohere_head_norms": ("cohere", {"use_qk_norm": True, "attention_bias": True, "rope_parameters": "linear"}),
+    "falcon_40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 3, "bias": True}),
+    "falcon_11b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}),
+    "falcon_7b": ("falcon", {"ffn_hidden_size": 72}),
+    "exaone4_full": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
 }
-"""Name of a case -> family and what differs from SMALL; a string as rope_parameters names one of
+"""Name of a case -> model type and what differs from SMALL; a string as rope_parameters names one of
 ROPE_KINDS."""
 
 
 def build(case: str, seed: int = 0, **overrides: Any) -> HuggingFaceModel:
     """The Hugging Face model of a case, float32, in eval mode, with every tensor random."""
-    family, changes = CASES[case]
-    values = {**SMALL, **changes, **overrides}
+    model_type, changes = CASES[case]
+    values = copy.deepcopy({**SMALL, **changes, **overrides})
     if isinstance(values.get("rope_parameters"), str):
         values["rope_parameters"] = rope(values["rope_parameters"])
-    config_class, model_class = _CLASSES[family]
     torch.manual_seed(seed)
-    model = model_class(config_class(**values)).eval()
+    config = AutoConfig.for_model(model_type, **values)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms start as ones and biases as zeros, which would hide a mixed-up one
+        for name, parameter in model.named_parameters():
+            # Norms start as ones or zeros and biases as zeros, which would hide a mixed-up one.
+            if parameter.ndim == 1 or "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     return model
 

@@ -1,35 +1,47 @@
-"""Greedy tokens of the whole engine equal Hugging Face `generate`, token for token, in float32 on the CPU.
+"""Every family against Hugging Face, in float32 on the CPU: logits at every split of a prompt, and greedy tokens of the
+whole engine, token for token.
 
-For every family: prompts of 1 to 300 tokens at once, those of one token around each edge of a page and a bucket among
-them, at token budgets 16, 64 and 256, over a page pool so small that requests are preempted and computed again.
+Prompts of 1 to 331 tokens at once, those of one token around each edge of a page and a bucket among them, at token
+budgets 16, 48 and 512, over a page pool so small that requests are preempted and computed again, and once more over
+pages that the prefix cache kept.
 """
 
 import functools
 import random
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
+from graphgen.models.families import FAMILIES, load_spec
+from graphgen.models.loader import load_decoder
 from tests.models import tiny
+from tests.models.driver import Driver
 from tests.models.quick_compiler import quick_compiler
+from tests.models.splits import assert_equal_at_every_split
 from tests.worker.local_engine import LocalEngine, launch_config
 
-NUM_RANDOM_PROMPTS = 10
-NEW_TOKENS = 20
-LONGEST = 300
+NEW_TOKENS = 8
+LONGEST = 331
 MAX_MODEL_LEN = LONGEST + NEW_TOKENS
-FEW_POSITIONS = 2 * MAX_MODEL_LEN
-"""Of the page pool: two of the longest requests, or four average ones."""
-PAGE_SIZES = {16: 16, 64: 2, 256: 16}
-"""Per token budget. With pages of 2 positions all running requests grow at once, and some must give way."""
+PROMPT_LENS = [1, 2, 3, 11, 12, 13, 15, 16, 17, 31, 35, 36, 37, 47, 48, 49, 63, 64, 65, 90, 127, 128, 129, LONGEST]
+
+
+class Pool(NamedTuple):
+    """Of pages, so small that requests must give way."""
+
+    page_size: int
+    positions: int
+
+
+POOLS = {16: Pool(16, 2 * MAX_MODEL_LEN), 48: Pool(2, MAX_MODEL_LEN), 512: Pool(16, 2 * MAX_MODEL_LEN)}
+"""Per token budget. With pages of 2 positions all running requests grow at once."""
 
 
 @functools.cache
 def prompts() -> tuple[tuple[int, ...], ...]:
-    rng = random.Random(0)
-    edges = [1, 2, 11, 12, 13, 15, 16, 17, 59, 60, 61, 63, 64, 65, 255, 256, 257, LONGEST]
-    lengths = [*edges, *(rng.randint(1, LONGEST) for _ in range(NUM_RANDOM_PROMPTS))]
+    rng, lengths = random.Random(0), list(PROMPT_LENS)
     rng.shuffle(lengths)
     return tuple(tuple(rng.randrange(3, tiny.SMALL["vocab_size"]) for _ in range(length)) for length in lengths)
 
@@ -41,12 +53,12 @@ def wrong_prompts(model: tiny.HuggingFaceModel, got: list[list[int]]) -> list[in
     So one forward pass over each sequence says it all, except where a rotation depends on the length of what was
     computed together: there each token is generated in a pass of its own.
     """
-    if model.config.rope_parameters["rope_type"] == "dynamic":
+    if (getattr(model.config, "rope_parameters", None) or {}).get("rope_type") == "dynamic":
         return differing(got, generated_tokens(model))
     wrong = []
     for number, (prompt, tokens) in enumerate(zip(prompts(), got, strict=True)):
         with torch.no_grad():
-            logits = model(torch.tensor([[*prompt, *tokens[:-1]]])).logits[0, len(prompt) - 1 :]
+            logits = model(torch.tensor([[*prompt, *tokens[:-1]]]), use_cache=False).logits[0, len(prompt) - 1 :]
         if len(tokens) != NEW_TOKENS or logits.argmax(-1).tolist() != tokens:
             wrong.append(number)
     return wrong
@@ -71,12 +83,17 @@ def generated_tokens(model: tiny.HuggingFaceModel) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("case", tiny.CASES)
-def test_greedy_tokens_equal_hugging_face_at_every_budget_with_preemption(case: str, tmp_path: Path) -> None:
+def test_logits_and_greedy_tokens_equal_hugging_face(case: str, tmp_path: Path) -> None:
     model = tiny.save(case, tmp_path)
-    preemptions = 0
+    spec = load_spec(tmp_path)
+    driver = Driver(load_decoder(tmp_path, spec, torch.float32, torch.device("cpu")))
+    assert_equal_at_every_split(model, driver)
+    is_first = case == next(name for name, (kind, _) in tiny.CASES.items() if kind == model.config.model_type)
+    preemptions = prefix_hits = 0
     tokens: list[list[list[int]]] = []
-    for token_budget, page_size in PAGE_SIZES.items():
-        num_pages = -(-FEW_POSITIONS // page_size)
+    # More cases of a family differ in what a layer computes, which one budget shows.
+    for token_budget, (page_size, positions) in (POOLS if is_first else {48: POOLS[48]}).items():
+        num_pages = -(-positions // page_size)
         config = launch_config(
             tmp_path, MAX_MODEL_LEN, device="cpu", token_budget=token_budget, num_pages=num_pages, page_size=page_size
         )
@@ -87,8 +104,17 @@ def test_greedy_tokens_equal_hugging_face_at_every_budget_with_preemption(case: 
         assert not wrong, f"budget {token_budget}: prompts {wrong} of lengths {[len(prompts()[i]) for i in wrong]}"
         assert engine.scheduler.pages_free == num_pages
         preemptions += engine.scheduler.counters.preemptions
+        last = len(prompts()) - 1
+        assert engine.generate(prompts()[last:], NEW_TOKENS) == tokens[0][last:], "over pages of the prefix cache"
+        prefix_hits += engine.scheduler.counters.prefix_hits
         engine.close()
     assert preemptions > 0, "the pool was meant to be too small"
+    assert (prefix_hits > 0) is not spec.depends_on_length
+
+
+def test_every_family_has_a_case() -> None:
+    built = {tiny.spec_of(tiny.build(case)).family for case in tiny.CASES}
+    assert built == set(FAMILIES)
 
 
 def test_compiled_tokens_equal_eager_ones_with_two_graphs_and_no_recompilation(tmp_path: Path) -> None:

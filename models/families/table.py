@@ -1,0 +1,15 @@
+"""The table of families, by name."""
+
+from collections.abc import Mapping
+
+from graphgen.models.families import falcon, glm, gpt2, kin, layer_norm, llama, neox, olmo, opt, phi3, qwen
+from graphgen.models.families.family import Family
+
+_MODULES = (llama, qwen, phi3, kin, olmo, glm, layer_norm, neox, falcon, gpt2, opt)
+FAMILIES: Mapping[str, Family] = {family.name: family for module in _MODULES for family in module.FAMILIES}
+"""In the order of docs/models.md."""
+
+
+def families_of_type(model_type: str) -> list[Family]:
+    """The rows of one model type, of which the conditions choose."""
+    return [family for family in FAMILIES.values() if family.model_type == model_type]

@@ -1,0 +1,193 @@
+"""From a tensor as a checkpoint stores it to the weight that it fills.
+
+Owns the ways in which a weight's rows and columns are taken from a stored tensor: in another order, in part,
+transposed, with zeros between them. Never reads a file and knows no family. The blocks of layers.py say with these
+words which tensors they take; loader.py fills them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from graphgen.models.spec import GQA, RopeSpec
+
+Order = np.ndarray[tuple[int], np.dtype[np.int64]]
+"""Of each row or column of a weight: the stored one, or EMPTY."""
+
+EMPTY = -1
+"""In an order: a place that no stored row or column fills. It is zero."""
+
+Arrange = Callable[[Tensor], Tensor]
+"""A stored tensor -> one of the weight's shape."""
+
+
+class Target(NamedTuple):
+    """What becomes of one stored tensor."""
+
+    weight: Tensor | None  # all of a weight or some of its rows; None: another rank's
+    shape: tuple[int, ...]  # as it is stored
+    arrange: Arrange | None = None  # None: it lies as the weight does
+
+    def fill(self, stored: Tensor) -> None:
+        if self.weight is not None:
+            self.weight.copy_(self.as_weight(stored))
+
+    def holds(self, stored: Tensor) -> bool:
+        """Whether the weight is filled with this tensor."""
+        return self.weight is None or torch.equal(self.as_weight(stored).to(self.weight), self.weight)
+
+    def as_weight(self, stored: Tensor) -> Tensor:
+        """The tensor as the weight lies, in its stored dtype."""
+        return stored if self.arrange is None else self.arrange(stored)
+
+    @property
+    def num_bytes(self) -> int:
+        return 0 if self.weight is None else self.weight.nbytes
+
+
+Targets = Iterator[tuple[str, Target]]
+"""(name in the checkpoint, target)"""
+
+
+class Piece(NamedTuple):
+    """A stored tensor that fills some rows of a linear layer."""
+
+    name: str  # without ".weight" or ".bias"
+    first_row: int  # of the layer's
+    num_stored: int  # rows
+    order: Order  # of the layer's rows from `first_row` on
+
+
+def pieces_of(names: Sequence[str], rows: Order, stored: Sequence[int], held: Sequence[int]) -> list[Piece]:
+    """A fused layer whose parts, q, k and v or gate and up, are one stored tensor or one each.
+
+    rows: of all of the layer's rows, the stored ones being counted through all parts. stored: rows of each part in the
+    checkpoint. held: rows of each part in the layer.
+    """
+    if len(names) == 1:
+        return [Piece(names[0], 0, sum(stored), rows)]
+    pieces, first, first_stored = [], 0, 0
+    for name, num_stored, num_held in zip(names, stored, held, strict=True):
+        own = rows[first : first + num_held]
+        pieces.append(Piece(name, first, num_stored, np.where(own == EMPTY, EMPTY, own - first_stored)))
+        first, first_stored = first + num_held, first_stored + num_stored
+    return pieces
+
+
+def row_parallel_targets(
+    name: str, linear: nn.Linear, columns: Order, num_stored: int, bias: bool, transposed: bool
+) -> Targets:
+    """A layer that reads what a rank's part of another made. columns: of `num_stored` that the checkpoint has. bias:
+    whether one is stored, though only the first rank adds it."""
+    piece = Piece(name, 0, linear.out_features, np.arange(linear.out_features))
+    yield from linear_targets(linear, [piece], (num_stored, columns), transposed)
+    if bias and linear.bias is None:
+        yield f"{name}.bias", Target(None, (linear.out_features,))
+
+
+def linear_targets(
+    linear: nn.Linear,
+    pieces: Sequence[Piece],
+    columns: tuple[int, Order] | None = None,
+    transposed: bool = False,
+) -> Targets:
+    """The weight, and the bias where the layer has one. columns: (how many are stored, which of them the
+    layer has). transposed: stored as [in, out]."""
+    num_columns, column_order = columns or (linear.in_features, np.arange(linear.in_features))
+    for name, first, num_stored, order in pieces:
+        rows = slice(first, first + len(order))
+        shape = (num_columns, num_stored) if transposed else (num_stored, num_columns)
+        arrange = arranged(order, num_stored, column_order, num_columns, transposed)
+        yield f"{name}.weight", Target(linear.weight.data[rows], shape, arrange)
+        if linear.bias is not None:
+            yield f"{name}.bias", Target(linear.bias.data[rows], (num_stored,), arranged(order, num_stored))
+
+
+def in_turn(*steps: Arrange | None) -> Arrange | None:
+    """One after the other; None does nothing."""
+    present = [step for step in steps if step is not None]
+    if len(present) < 2:
+        return present[0] if present else None
+
+    def arrange(stored: Tensor) -> Tensor:
+        for step in present:
+            stored = step(stored)
+        return stored
+
+    return arrange
+
+
+def arranged(
+    rows: Order,
+    num_rows: int,
+    columns: Order | None = None,
+    num_columns: int = 0,
+    transposed: bool = False,
+) -> Arrange | None:
+    """Takes rows, and columns of a matrix, in an order; None where that is the stored one. num_rows, num_columns: as
+    they are stored."""
+    return in_turn(
+        torch.t if transposed else None,
+        None if _is_identity(rows, num_rows) else lambda stored: _taken(stored, rows, 0),
+        None if columns is None or _is_identity(columns, num_columns) else lambda stored: _taken(stored, columns, 1),
+    )
+
+
+def _is_identity(order: Order, num_stored: int) -> bool:
+    return len(order) == num_stored and np.array_equal(order, np.arange(num_stored))
+
+
+def _taken(stored: Tensor, order: Order, dim: int) -> Tensor:
+    index = torch.from_numpy(order).to(stored.device)
+    taken = stored.index_select(dim, index.clamp(min=0))
+    return taken.index_fill_(dim, (index == EMPTY).nonzero().flatten(), 0)
+
+
+# --- heads -----------------------------------------------------------------------------------------------------
+
+
+def rotated_order(attention: GQA, rope: RopeSpec) -> Order:
+    """Of the elements of a query's or key's head in memory.
+
+    The kernels turn element i with i + width / 2. So the first half has the first of each pair that turns and then half
+    of what does not turn, the second half their partners and the other half.
+    """
+    turning = 0 if rope.kind == "none" else rope.rotary_dim or attention.head_dim
+    pairs = np.arange(turning).reshape((-1, 2) if rope.interleaved else (2, -1))
+    firsts, seconds = pairs.T if rope.interleaved else pairs
+    rest, half = np.arange(turning, attention.head_dim), attention.width // 2
+    room = half - len(firsts)
+    order = np.full((2, half), EMPTY)
+    for row, part in enumerate((np.append(firsts, rest[:room]), np.append(seconds, rest[room:]))):
+        order[row, : len(part)] = part
+    return order.ravel()
+
+
+def plain_order(attention: GQA) -> Order:
+    """The same of a value's head."""
+    order = np.full(attention.width, EMPTY)
+    order[: attention.head_dim] = np.arange(attention.head_dim)
+    return order
+
+
+def heads_order(starts: Order, order: Order) -> Order:
+    """Of the elements of several heads, one behind the other. starts: where each head is stored."""
+    return np.where(order == EMPTY, EMPTY, starts[:, None] + order).ravel()
+
+
+def qkv_starts(attention: GQA, layout: str) -> tuple[Order, Order, Order]:
+    """Where each query, key and value head begins in the rows of a fused tensor. layout: see TensorNames.qkv_order."""
+    num_heads, num_kv_heads = attention.num_heads, attention.num_kv_heads
+    match layout:
+        case "blocks":
+            heads = np.arange(num_heads + 2 * num_kv_heads)
+            q, k, v = np.split(heads, (num_heads, num_heads + num_kv_heads))
+        case "groups":  # of each KV head: its query heads, itself, its value
+            groups = np.arange(num_heads + 2 * num_kv_heads).reshape(num_kv_heads, -1)
+            q, k, v = groups[:, :-2].ravel(), groups[:, -2], groups[:, -1]
+        case _:  # a quarter of the query heads, of the values, of the keys
+            parts = np.arange(3 * num_heads).reshape(4, 3, -1)
+            q, v, k = (parts[:, kind].ravel() for kind in range(3))
+    return q * attention.head_dim, k * attention.head_dim, v * attention.head_dim

@@ -1,0 +1,119 @@
+"""What two ranks hold of a block adds up to the whole, however the checkpoint lies."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphgen.ipc.errors import ConfigError, UnsupportedModelError
+from graphgen.models.attention.backend import StepTensors
+from graphgen.models.families.family import TensorNames
+from graphgen.models.layers import MLP, Attention
+from graphgen.models.rope import Rope, rotate
+from graphgen.models.spec import GQA, WHOLE, Dense, Norm, QKNorm, RopeSpec, Shard
+from graphgen.models.targets import Targets
+
+HIDDEN, ROWS = 24, 5
+CPU = torch.device("cpu")
+BIASED = GQA(num_heads=4, num_kv_heads=2, head_dim=6, qkv_bias=True, o_bias=True)
+FUSED = ("qkv",)
+
+
+class RotatedPlusValues(NamedTuple):
+    """Stands in for attention: lets every KV head through to its group of query heads, so that no pages are needed."""
+
+    tables: None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *_: object) -> Tensor:
+        group = q.shape[1] // k.shape[1]
+        return rotate(q, cos, sin) * (rotate(k, cos, sin) + v).repeat_interleave(group, dim=1)
+
+
+def fill(block: nn.Module, targets: Targets, stored: dict[str, Tensor]) -> None:
+    """From a checkpoint of random tensors, which gets those that it lacks."""
+    for parameter in block.parameters():
+        parameter.data.fill_(float("nan"))
+    for name, target in targets:
+        target.fill(stored.setdefault(name, torch.randn(target.shape)))
+    assert all(parameter.isfinite().all() for parameter in block.parameters()), "a weight was left out"
+
+
+def attended(spec: GQA, names: TensorNames, rope: RopeSpec, shard: Shard, stored: dict[str, Tensor]) -> Tensor:
+    attention = Attention(spec, rope, HIDDEN, torch.float32, shard)
+    fill(attention, attention.weights("layer.", names), stored)
+    cos, sin = Rope(rope, spec.head_dim, CPU, spec.width)(torch.arange(ROWS), torch.arange(ROWS) + 1, torch.float32)
+    nothing = torch.empty(0)
+    step = StepTensors(cos, sin, RotatedPlusValues())  # type: ignore[arg-type]  # reads no tables
+    x = torch.linspace(-1, 1, ROWS * HIDDEN).view(ROWS, HIDDEN)
+    result: Tensor = attention.o(attention(x, nothing, nothing, step))
+    return result
+
+
+ATTENTION = {
+    "separate": (BIASED, TensorNames()),
+    "blocks, transposed": (BIASED, TensorNames(qkv=FUSED, transposed=True)),
+    "groups": (BIASED, TensorNames(qkv=FUSED, qkv_order="groups")),
+    "mesh": (GQA(num_heads=8, num_kv_heads=8, head_dim=6), TensorNames(qkv=FUSED, qkv_order="mesh")),
+    "one KV head for both ranks": (GQA(num_heads=4, num_kv_heads=1, head_dim=6), TensorNames(qkv=FUSED)),
+    "a norm for all heads": (GQA(num_heads=4, num_kv_heads=2, head_dim=6, qk_norm=QKNorm(Norm())), TensorNames()),
+    "norms of each head's own": (
+        GQA(num_heads=4, num_kv_heads=2, head_dim=6, qk_norm=QKNorm(Norm("layer", bias=True), "own_head")),
+        TensorNames(),
+    ),
+    "a tensor for each head's norm": (
+        GQA(num_heads=4, num_kv_heads=2, head_dim=6, qk_norm=QKNorm(Norm("layer"), "own_head")),
+        TensorNames(q_norm="q.{head}", k_norm="k.{head}"),
+    ),
+    "padded heads": (GQA(num_heads=4, num_kv_heads=2, head_dim=6, padded_head_dim=16, qkv_bias=True), TensorNames()),
+}
+ROPES = {"half": RopeSpec(), "interleaved": RopeSpec(rotary_dim=4, interleaved=True)}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("case", ATTENTION)
+def test_the_parts_of_attention_add_up(case: str, rope: str) -> None:
+    torch.manual_seed(0)
+    spec, names = ATTENTION[case]
+    stored: dict[str, Tensor] = {}
+    whole = attended(spec, names, ROPES[rope], WHOLE, stored)
+    parts = [attended(spec, names, ROPES[rope], Shard(rank, 2), stored) for rank in range(2)]
+    assert not torch.allclose(parts[0], parts[1])
+    torch.testing.assert_close(parts[0] + parts[1], whole, rtol=1e-4, atol=1e-4)
+
+
+def fed_forward(spec: Dense, names: TensorNames, shard: Shard, stored: dict[str, Tensor]) -> Tensor:
+    mlp = MLP(spec, HIDDEN, torch.float32, shard)
+    fill(mlp, mlp.weights("layer.", names), stored)
+    result: Tensor = mlp(torch.linspace(-1, 1, ROWS * HIDDEN).view(ROWS, HIDDEN))
+    return result
+
+
+FEED_FORWARD = {
+    "separate": (Dense(size=10, activation="silu", bias=True), TensorNames()),
+    "fused": (Dense(size=10, activation="gelu"), TensorNames(gate_up=("gate_up",))),
+    "plain, transposed": (
+        Dense(size=10, activation="relu_squared", gated=False, bias=True),
+        TensorNames(gate_up=("up",), transposed=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FEED_FORWARD)
+def test_the_parts_of_a_feed_forward_add_up(case: str) -> None:
+    torch.manual_seed(0)
+    spec, names = FEED_FORWARD[case]
+    stored: dict[str, Tensor] = {}
+    whole = fed_forward(spec, names, WHOLE, stored)
+    parts = [fed_forward(spec, names, Shard(rank, 2), stored) for rank in range(2)]
+    torch.testing.assert_close(parts[0] + parts[1], whole, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_shared_is_refused() -> None:
+    with pytest.raises(ConfigError, match="3 attention heads cannot be shared by 2 ranks"):
+        Attention(GQA(num_heads=3, num_kv_heads=3, head_dim=4), RopeSpec(), HIDDEN, torch.float32, Shard(0, 2))
+    with pytest.raises(ConfigError, match="9 inner columns of a feed-forward cannot be shared by 2 ranks"):
+        MLP(Dense(size=9, activation="silu"), HIDDEN, torch.float32, Shard(1, 2))
+    normed = GQA(num_heads=4, num_kv_heads=2, head_dim=4, qk_norm=QKNorm(Norm(), "all_heads"))
+    with pytest.raises(UnsupportedModelError, match="2 ranks would share heads that are normed together"):
+        Attention(normed, RopeSpec(), HIDDEN, torch.float32, Shard(0, 2))
