@@ -54,11 +54,11 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml setup.py ipc/clients/python/pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(if $(TORCH),$(PIP_INSTALL) "$(TORCH)")
-	$(PIP_INSTALL) --editable ".[$(EXTRAS)]"
+	$(PIP_INSTALL) --editable ipc/clients/python --editable ".[$(EXTRAS)]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) ipc/clients/node/node_modules ipc/clients/cpp/build build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) ipc/clients/node/node_modules ipc/clients/cpp/build ipc/clients/python/build build dist *.egg-info ipc/clients/python/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -18,9 +18,9 @@ from benchmarks.options import add_engine_options, engine_settings, make_parser
 from benchmarks.report import Row, machine, percentile, show, write_json
 from benchmarks.timing import read_bytes_per_s
 from graphgen import Engine, EngineConfig, SamplingParams
+from graphgen.calls.outputs import RequestOutput
 from graphgen.launch.config import LaunchConfig, find_device
 from graphgen.models.spec import DTYPE_BYTES
-from graphgen.requests.outputs import RequestOutput
 
 
 def gaps_ms(outputs: list[RequestOutput]) -> list[float]:

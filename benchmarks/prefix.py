@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from benchmarks.options import add_engine_options, engine_settings, make_parser
 from benchmarks.report import Row, machine, percentile, show, write_json
 from graphgen import Engine, EngineConfig, SamplingParams
-from graphgen.requests.outputs import RequestOutput
+from graphgen.calls.outputs import RequestOutput
 
 ANSWER_TOKENS = 40
 

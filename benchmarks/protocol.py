@@ -29,6 +29,9 @@ import zmq
 
 from benchmarks.paced_engine import SENT_FILE
 from benchmarks.report import Row, machine, percentile, show, write_json
+from graphgen.calls.outputs import Delivery, StreamPiece
+from graphgen.calls.sampling_params import SamplingParams
+from graphgen.calls.streams import RequestCore
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.ggp.framing import client_framing
 from graphgen.ipc.ggp.messages import Generate, Hello, Sampling
@@ -37,9 +40,6 @@ from graphgen.launch.config import EngineConfig
 from graphgen.remote.core import RemoteCore
 from graphgen.requests.core import AttachedCore, launch_config, load_config_tokenizer
 from graphgen.requests.link import Link
-from graphgen.requests.outputs import Delivery, StreamPiece
-from graphgen.requests.sampling_params import SamplingParams
-from graphgen.requests.streams import RequestCore
 from graphgen.requests.tokenizer import read_tokenizer, write_tokenizer
 from graphgen.server.frontend.process import EngineElsewhere
 from graphgen.server.frontend.settings import FrontendSettings

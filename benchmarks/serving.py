@@ -30,10 +30,10 @@ from benchmarks.step_log import StepLogReader, summarize_steps
 from benchmarks.workload import Load, PlannedRequest, Trace, Workload
 from graphgen import EngineConfig, InvalidRequestError, SamplingParams
 from graphgen.base.version import how_to_install
+from graphgen.calls.outputs import Delivery, RequestOutput
+from graphgen.calls.streams import AsyncStream, Mailbox
 from graphgen.ipc.messages import EngineStats, WorkerReady
 from graphgen.requests.core import EngineCore
-from graphgen.requests.outputs import Delivery, RequestOutput
-from graphgen.requests.streams import AsyncStream, Mailbox
 
 Reader = Callable[[PlannedRequest], Awaitable[tuple[float, ...]]]
 """Sends a request and waits for its last token: the time of each token since it was sent."""

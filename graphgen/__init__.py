@@ -1,17 +1,23 @@
 """graphgen: LLM serving with Dynamic SplitFuse on captured CUDA graphs.
 
 The public names. Each is imported when it is first used, so that `import graphgen` costs nothing and the engine's own
-processes, which import this package too, load only what they need.
+processes, which import this package too, load only what they need. This file is the client's distribution's; the names
+of the engine's are there where that is installed.
 """
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING
 
+from graphgen.base.version import ENGINE_IS_MISSING
 from graphgen.base.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from graphgen.api.async_engine import AsyncEngine
     from graphgen.api.engine import Engine
+    from graphgen.calls.outputs import RequestOutput, StreamPiece, Timing
+    from graphgen.calls.prompts import Chat
+    from graphgen.calls.sampling_params import SamplingParams
     from graphgen.ipc.errors import (
         CheckpointError,
         ConfigError,
@@ -32,15 +38,40 @@ if TYPE_CHECKING:
     from graphgen.launch.config import EngineConfig
     from graphgen.remote.async_client import AsyncClient
     from graphgen.remote.client import Client
-    from graphgen.requests.outputs import RequestOutput, StreamPiece, Timing
-    from graphgen.requests.prompts import Chat
-    from graphgen.requests.sampling_params import SamplingParams
+
+    __all__ = [
+        "AsyncClient",
+        "AsyncEngine",
+        "Chat",
+        "CheckpointError",
+        "Client",
+        "ConfigError",
+        "ConnectionLostError",
+        "DeadlineError",
+        "Engine",
+        "EngineClosedError",
+        "EngineConfig",
+        "EngineDeadError",
+        "EngineStats",
+        "GraphgenError",
+        "InvalidRequestError",
+        "NumericalError",
+        "OverloadedError",
+        "PoisonedRequestError",
+        "PromptTooLongError",
+        "RequestOutput",
+        "SamplingParams",
+        "ServerError",
+        "StreamPiece",
+        "Timing",
+        "UnsupportedModelError",
+    ]
 
 
 _HOMES = {
     "AsyncClient": "graphgen.remote.async_client",
     "AsyncEngine": "graphgen.api.async_engine",
-    "Chat": "graphgen.requests.prompts",
+    "Chat": "graphgen.calls.prompts",
     "CheckpointError": "graphgen.ipc.errors",
     "Client": "graphgen.remote.client",
     "ConfigError": "graphgen.ipc.errors",
@@ -57,50 +88,33 @@ _HOMES = {
     "OverloadedError": "graphgen.ipc.errors",
     "PoisonedRequestError": "graphgen.ipc.errors",
     "PromptTooLongError": "graphgen.ipc.errors",
-    "RequestOutput": "graphgen.requests.outputs",
-    "SamplingParams": "graphgen.requests.sampling_params",
+    "RequestOutput": "graphgen.calls.outputs",
+    "SamplingParams": "graphgen.calls.sampling_params",
     "ServerError": "graphgen.ipc.errors",
-    "StreamPiece": "graphgen.requests.outputs",
-    "Timing": "graphgen.requests.outputs",
+    "StreamPiece": "graphgen.calls.outputs",
+    "Timing": "graphgen.calls.outputs",
     "UnsupportedModelError": "graphgen.ipc.errors",
 }
+_ENGINE = {"AsyncEngine", "Engine", "EngineConfig"}
+"""What the client's distribution does not have."""
 
-__all__ = [
-    "AsyncClient",
-    "AsyncEngine",
-    "Chat",
-    "CheckpointError",
-    "Client",
-    "ConfigError",
-    "ConnectionLostError",
-    "DeadlineError",
-    "Engine",
-    "EngineClosedError",
-    "EngineConfig",
-    "EngineDeadError",
-    "EngineStats",
-    "GraphgenError",
-    "InvalidRequestError",
-    "NumericalError",
-    "OverloadedError",
-    "PoisonedRequestError",
-    "PromptTooLongError",
-    "RequestOutput",
-    "SamplingParams",
-    "ServerError",
-    "StreamPiece",
-    "Timing",
-    "UnsupportedModelError",
-]
+
+def _names() -> list[str]:
+    has_engine = importlib.util.find_spec("graphgen.api") is not None
+    return sorted(name for name in _HOMES if has_engine or name not in _ENGINE)
 
 
 def __getattr__(name: str) -> object:
+    if name == "__all__":
+        return _names()
     if name not in _HOMES:
         raise AttributeError(f"module 'graphgen' has no attribute {name!r}")
+    if name in _ENGINE and name not in _names():
+        raise ImportError(f"{name} {ENGINE_IS_MISSING}")
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_names()})

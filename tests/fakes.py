@@ -5,6 +5,8 @@ from typing import TypeVar
 
 import zmq
 
+from graphgen.calls.outputs import Delivery
+from graphgen.calls.sampling_params import SamplingParams
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.messages import (
@@ -25,8 +27,6 @@ from graphgen.ipc.messages import (
 )
 from graphgen.launch.processes import EngineProcesses, Exit
 from graphgen.requests.open_request import OpenRequest
-from graphgen.requests.outputs import Delivery
-from graphgen.requests.sampling_params import SamplingParams
 from graphgen.requests.tokenizer import Tokenizer
 
 Message = TypeVar("Message")

@@ -64,34 +64,24 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 HEAVY = {"torch", "transformers", "tokenizers", "jinja2", "numpy", "rich", "typer"}
 VALUES = {"graphgen.ipc", "graphgen.base"}
 """Messages, errors and small helpers, which all parts use."""
-REQUESTS = VALUES | {"graphgen.requests"}
-CLIENT = REQUESTS | {"graphgen.remote", "graphgen.api"}
+CALLS = VALUES | {"graphgen.calls"}
+CLIENT = CALLS | {"graphgen.remote"}
 CONFIG = VALUES | {"graphgen.launch", "graphgen.models", "graphgen.capture"}
-ENGINE = REQUESTS | CONFIG | {"graphgen.api", "graphgen.demo"}
+ENGINE = CALLS | CONFIG | {"graphgen.api", "graphgen.demo", "graphgen.requests"}
 LOADS = {
     "AsyncClient": CLIENT,
     "AsyncEngine": ENGINE,
-    "Chat": REQUESTS,
+    "Chat": CALLS,
     "Client": CLIENT,
     "Engine": ENGINE,
     "EngineConfig": CONFIG,
-    "RequestOutput": REQUESTS,
-    "SamplingParams": REQUESTS,
-    "StreamPiece": REQUESTS,
-    "Timing": REQUESTS,
+    "RequestOutput": CALLS,
+    "SamplingParams": CALLS,
+    "StreamPiece": CALLS,
+    "Timing": CALLS,
 }
 """Of which folders a public name may load modules; the others, all errors among them, of VALUES alone."""
-ENGINES_OWN = {
-    "graphgen.api.engine",
-    "graphgen.api.async_engine",
-    "graphgen.requests.core",
-    "graphgen.requests.link",
-    "graphgen.requests.open_request",
-    "graphgen.requests.text",
-    "graphgen.requests.tokenizer",
-    "graphgen.requests.tokenizer_files",
-    "graphgen.requests.chat_template",
-}
+ENGINES_OWN = {"graphgen.api", "graphgen.requests"}
 """What is loaded with an engine and with nothing else."""
 
 

@@ -1,9 +1,9 @@
-"""The engine of an asyncio program. Owns its start and its end; how a task waits is `graphgen.api.calls`."""
+"""The engine of an asyncio program. Owns its start and its end; how a task waits is `graphgen.calls.calls`."""
 
 import asyncio
 from typing import Self, Unpack
 
-from graphgen.api.calls import AsyncCalls
+from graphgen.calls.calls import AsyncCalls
 from graphgen.ipc.messages import EngineStats, Ready
 from graphgen.launch.config import EngineConfig, EngineSettings, make_config
 from graphgen.requests.core import EngineCore

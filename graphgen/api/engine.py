@@ -1,12 +1,12 @@
 """The engine of a Python program: whole outputs and streams, from any thread.
 
-Owns its start and its end. How a thread waits for outputs is `graphgen.api.calls`; everything else is
+Owns its start and its end. How a thread waits for outputs is `graphgen.calls.calls`; everything else is
 `graphgen.requests.core`.
 """
 
 from typing import Unpack
 
-from graphgen.api.calls import Calls
+from graphgen.calls.calls import Calls
 from graphgen.ipc.messages import EngineStats, Ready
 from graphgen.launch.config import EngineConfig, EngineSettings, LaunchConfig, make_config
 from graphgen.requests.core import EngineCore

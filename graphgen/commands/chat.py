@@ -9,11 +9,11 @@ from typing import Any
 
 from msgspec import Struct
 
-from graphgen.api.calls import Calls
+from graphgen.calls.calls import Calls
+from graphgen.calls.prompts import Prompt
+from graphgen.calls.sampling_params import SamplingParams
 from graphgen.ipc.errors import EngineClosedError, EngineDeadError, GraphgenError, InvalidRequestError
 from graphgen.ipc.messages import FinishReason
-from graphgen.requests.prompts import Prompt
-from graphgen.requests.sampling_params import SamplingParams
 from graphgen.requests.tokenizer import Tokenizer
 
 HELP = "/clear begins anew, /system TEXT does so with a system message, /exit or Ctrl-D ends; Ctrl-C stops a reply"

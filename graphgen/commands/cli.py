@@ -17,6 +17,7 @@ from rich.table import Table
 
 from graphgen.api.engine import Engine
 from graphgen.base.version import __version__
+from graphgen.calls.sampling_params import SamplingParams
 from graphgen.commands import probe
 from graphgen.commands.chat import HELP, Conversation, Reply, chat_prompt, check_chat, converse, write_reply
 from graphgen.commands.demo_run import DemoFigures, percentile, run_demo
@@ -29,7 +30,6 @@ from graphgen.ipc.messages import Bucket, Phase
 from graphgen.launch.config import EngineConfig
 from graphgen.launch.step_times_store import StepTimesKey, stored_file
 from graphgen.mock_server.__main__ import mock_server
-from graphgen.requests.sampling_params import SamplingParams
 from graphgen.server.supervisor import ServeOptions
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)

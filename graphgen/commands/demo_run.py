@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from msgspec import Struct
 
 from graphgen.api.engine import Engine
+from graphgen.calls.outputs import RequestOutput
+from graphgen.calls.sampling_params import SamplingParams
 from graphgen.demo import play_file
 from graphgen.ipc.messages import EngineStats
-from graphgen.requests.outputs import RequestOutput
-from graphgen.requests.sampling_params import SamplingParams
 
 STREAMED_PROMPT = "ROMEO:\n"
 PROMPT_CHARACTERS = (40, 1500, 80, 1200, 160, 700, 24, 1500, 320, 1500, 60, 480)

@@ -15,9 +15,9 @@ import typer
 from msgspec import Struct
 from rich.markup import escape
 
+from graphgen.calls.sampling_params import SamplingParams
 from graphgen.commands.fields import Option, options_of
 from graphgen.launch.config import EngineConfig, EngineSettings, make_config
-from graphgen.requests.sampling_params import SamplingParams
 from graphgen.server.supervisor import ServeOptions
 
 Command = Callable[..., None]

@@ -1,9 +1,9 @@
-"""The client of an asyncio program: an AsyncEngine that is elsewhere. How a task waits is `graphgen.api.calls`."""
+"""The client of an asyncio program: an AsyncEngine that is elsewhere. How a task waits is `graphgen.calls.calls`."""
 
 import asyncio
 from typing import Self, Unpack
 
-from graphgen.api.calls import AsyncCalls
+from graphgen.calls.calls import AsyncCalls
 from graphgen.ipc.ggp.messages import Health, Stats, Welcome
 from graphgen.remote.address import ClientSettings
 from graphgen.remote.core import RemoteCore

@@ -1,8 +1,8 @@
-"""The client of a Python program: an Engine that is elsewhere. How a thread waits is `graphgen.api.calls`."""
+"""The client of a Python program: an Engine that is elsewhere. How a thread waits is `graphgen.calls.calls`."""
 
 from typing import Unpack
 
-from graphgen.api.calls import Calls
+from graphgen.calls.calls import Calls
 from graphgen.ipc.ggp.messages import Health, Stats, Welcome
 from graphgen.remote.address import ClientSettings
 from graphgen.remote.core import RemoteCore

@@ -19,6 +19,7 @@ import zmq
 from graphgen.base.inbox import Inbox
 from graphgen.base.owner import Owner
 from graphgen.base.version import __version__
+from graphgen.calls.outputs import Delivery, Sink
 from graphgen.ipc.errors import ConnectionLostError, EngineClosedError, GraphgenError
 from graphgen.ipc.ggp.framing import FrameError, client_framing
 from graphgen.ipc.ggp.messages import (
@@ -43,7 +44,6 @@ from graphgen.ipc.ggp.messages import (
 )
 from graphgen.remote.address import ServerAddress
 from graphgen.remote.requests import RemoteRequest, exception_of
-from graphgen.requests.outputs import Delivery, Sink
 
 logger = logging.getLogger("graphgen")
 

@@ -3,13 +3,13 @@
 import itertools
 from collections.abc import Sequence
 
+from graphgen.calls.outputs import Sink
+from graphgen.calls.prompts import OnePrompt
+from graphgen.calls.sampling_params import SamplingParams, one_each
 from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS, Health, Stats, Welcome
 from graphgen.remote.address import ClientSettings, ServerAddress
 from graphgen.remote.connection import Connection
 from graphgen.remote.requests import RemoteRequest, make_generate
-from graphgen.requests.outputs import Sink
-from graphgen.requests.prompts import OnePrompt
-from graphgen.requests.sampling_params import SamplingParams, one_each
 
 
 class RemoteCore:

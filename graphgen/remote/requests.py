@@ -10,6 +10,9 @@ from typing import cast
 import msgspec
 from msgspec import UNSET
 
+from graphgen.calls.outputs import Delivery, RequestOutput, Sink, StreamPiece, Timing
+from graphgen.calls.prompts import Chat, Message, OnePrompt
+from graphgen.calls.sampling_params import SamplingParams
 from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.errors import (
     DeadlineError,
@@ -25,9 +28,6 @@ from graphgen.ipc.errors import (
 from graphgen.ipc.ggp.limits import MAX_INT
 from graphgen.ipc.ggp.messages import ChatMessage, Delta, Done, Error, Generate, Sampling, SamplingDefaults
 from graphgen.ipc.messages import FinishReason
-from graphgen.requests.outputs import Delivery, RequestOutput, Sink, StreamPiece, Timing
-from graphgen.requests.prompts import Chat, Message, OnePrompt
-from graphgen.requests.sampling_params import SamplingParams
 
 
 class RemoteRequest:

@@ -13,6 +13,9 @@ from collections.abc import Sequence
 
 from graphgen import demo
 from graphgen.base.progress import StartProgress
+from graphgen.calls.outputs import Sink
+from graphgen.calls.prompts import Chat, OnePrompt
+from graphgen.calls.sampling_params import SamplingParams, one_each
 from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.errors import ConfigError, InvalidRequestError, PromptTooLongError
 from graphgen.ipc.ggp.messages import SamplingDefaults
@@ -21,9 +24,6 @@ from graphgen.launch.config import EngineConfig, LaunchConfig, check_device, res
 from graphgen.launch.processes import EngineProcesses
 from graphgen.requests.link import Link
 from graphgen.requests.open_request import OpenRequest
-from graphgen.requests.outputs import Sink
-from graphgen.requests.prompts import Chat, OnePrompt
-from graphgen.requests.sampling_params import SamplingParams, one_each
 from graphgen.requests.tokenizer import Tokenizer
 from graphgen.requests.tokenizer_files import load_tokenizer
 

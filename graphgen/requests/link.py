@@ -21,6 +21,7 @@ from typing import Protocol
 import zmq
 
 from graphgen.base.owner import Owner
+from graphgen.calls.outputs import Delivery, Sink
 from graphgen.ipc import errors
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.errors import (
@@ -52,7 +53,6 @@ from graphgen.ipc.messages import (
 )
 from graphgen.launch.processes import Exit
 from graphgen.requests.open_request import OpenRequest
-from graphgen.requests.outputs import Delivery, Sink
 
 logger = logging.getLogger("graphgen")
 

@@ -6,9 +6,9 @@ scheduler sends and passes on what it returns.
 
 from collections.abc import Callable, Sequence
 
+from graphgen.calls.outputs import Delivery, RequestOutput, Sink, StreamPiece, Timing
+from graphgen.calls.sampling_params import SamplingParams
 from graphgen.ipc.messages import FinishReason, Submit, TokenOutput
-from graphgen.requests.outputs import Delivery, RequestOutput, Sink, StreamPiece, Timing
-from graphgen.requests.sampling_params import SamplingParams
 from graphgen.requests.text import Detokenizer, StopFinder
 from graphgen.requests.tokenizer import Tokenizer
 

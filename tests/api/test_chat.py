@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from graphgen import Chat, Engine, InvalidRequestError, OverloadedError, RequestOutput, SamplingParams
-from graphgen.api.calls import AsyncCalls, Calls
+from graphgen.calls.calls import AsyncCalls, Calls
+from graphgen.calls.outputs import Sink, StreamPiece, Timing
+from graphgen.calls.prompts import OnePrompt
 from graphgen.ipc.errors import CheckpointError
 from graphgen.launch.config import EngineConfig
 from graphgen.requests.core import launch_config, load_config_tokenizer
-from graphgen.requests.outputs import Sink, StreamPiece, Timing
-from graphgen.requests.prompts import OnePrompt
 
 TEMPLATE = "{% for m in messages %}{{ m.role|upper }}:\n{{ m.content }}\n\n{% endfor %}ROMEO:"
 HELLO = [{"role": "user", "content": "Good morrow"}]

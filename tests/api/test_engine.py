@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graphgen import Engine, EngineClosedError, InvalidRequestError, RequestOutput, SamplingParams, StreamPiece, demo
-from graphgen.requests.prompts import Prompt
+from graphgen.calls.prompts import Prompt
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0)
 PROMPTS = ["ROMEO:\n", "To be, or", "What, ho! My lord of Gloucester, come away", "A"]

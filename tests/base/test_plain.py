@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from graphgen import ConfigError, EngineConfig, InvalidRequestError, SamplingParams
-from graphgen.requests.prompts import batch_of, one_prompt
+from graphgen.calls.prompts import batch_of, one_prompt
 
 IDS = [5, 0, 311]
 INTEGERS = [np.int8, np.int16, np.int32, np.int64, np.uint16, np.uint64]

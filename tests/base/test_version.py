@@ -11,12 +11,15 @@ from graphgen.base import version
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+CLIENT = tomllib.loads((ROOT / "ipc" / "clients" / "python" / "pyproject.toml").read_text())
 FOLDERS = ("graphgen", "models", "capture", "ipc", "benchmarks")
 
 
 def test_the_version_is_said_in_one_place() -> None:
-    assert "version" in PROJECT["project"]["dynamic"]
-    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "graphgen.base.version.__version__"
+    for project in (PROJECT, CLIENT):
+        assert "version" in project["project"]["dynamic"]
+        assert project["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "graphgen.base.version.__version__"
+    assert f"{version.CLIENT_DISTRIBUTION}=={version.__version__}" in PROJECT["project"]["dependencies"]
     assert graphgen.__version__ == version.__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+", version.__version__)
 
@@ -31,6 +34,12 @@ def test_the_command_prints_the_version() -> None:
 def test_the_distribution_is_not_another_projects() -> None:
     """`graphgen` on the Python package registry is a tool for something else."""
     assert PROJECT["project"]["name"] == version.DISTRIBUTION != "graphgen"
+    assert CLIENT["project"]["name"] == version.CLIENT_DISTRIBUTION != "graphgen"
+
+
+def test_the_engines_recipe_knows_every_package_of_the_clients() -> None:
+    """An editable install of the engine maps the whole folder, and its source archive holds all of it."""
+    assert set(CLIENT["tool"]["setuptools"]["packages"]) < set(PROJECT["tool"]["setuptools"]["packages"])
 
 
 def test_nothing_tells_users_to_install_another_projects_package() -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from graphgen import Chat, InvalidRequestError, PromptTooLongError, SamplingParams
-from graphgen.api.calls import Calls
+from graphgen.calls.calls import Calls
+from graphgen.calls.outputs import Sink, StreamPiece
+from graphgen.calls.prompts import OnePrompt
 from graphgen.commands.chat import Conversation, check_chat, converse, write_reply
 from graphgen.ipc.errors import EngineDeadError
-from graphgen.requests.outputs import Sink, StreamPiece
-from graphgen.requests.prompts import OnePrompt
 from tests.commands.test_cli import SMALL, run
 from tests.frontend.harness import demo_tokenizer
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from graphgen.calls.outputs import StreamPiece
 from graphgen.ipc.ggp.framing import make_error
 from graphgen.ipc.ggp.messages import Accepted, Delta, Done, Error
-from graphgen.requests.outputs import StreamPiece
 from graphgen.server.frontend.prepare import Prepared
 from graphgen.server.frontend.requests import PublicRequest
 from graphgen.server.frontend.sessions import Session

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from msgspec import UNSET
 
 import graphgen.ipc
+from graphgen.calls.sampling_params import SamplingParams
 from graphgen.ipc.errors import InvalidRequestError
 from graphgen.ipc.ggp.codes import CODES
 from graphgen.ipc.ggp.framing import FrameError, client_framing, make_error, server_framing
@@ -27,7 +28,6 @@ from graphgen.ipc.ggp.messages import (
     SamplingDefaults,
 )
 from graphgen.ipc.ggp.reference import update
-from graphgen.requests.sampling_params import SamplingParams
 
 DOCUMENT = Path(graphgen.ipc.__file__).parent / "PROTOCOL.md"
 GENERATE = b"GG\x01G"

@@ -4,10 +4,10 @@ import msgspec
 from msgspec import convert
 
 from graphgen import Engine, EngineStats, SamplingParams
+from graphgen.calls.outputs import RequestOutput, StreamPiece, Timing
 from graphgen.ipc.ggp.messages import Health, Welcome
 from graphgen.ipc.short import MAX_ITEMS, short
 from graphgen.ipc.vectors.server_accepted import WELCOME_VALUE
-from graphgen.requests.outputs import RequestOutput, StreamPiece, Timing
 from tests.fakes import READY, STATS
 
 LONG = 4096

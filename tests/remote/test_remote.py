@@ -12,6 +12,7 @@ import pytest
 import zmq
 
 from graphgen import Client, ConnectionLostError, EngineClosedError, InvalidRequestError, SamplingParams, ServerError
+from graphgen.calls.outputs import Delivery, StreamPiece
 from graphgen.ipc.ggp.framing import make_error, server_framing
 from graphgen.ipc.ggp.messages import (
     Accepted,
@@ -35,7 +36,6 @@ from graphgen.ipc.ggp.messages import (
     Welcome,
 )
 from graphgen.remote import connection
-from graphgen.requests.outputs import Delivery, StreamPiece
 from tests.forks import outcome_in_a_fork
 
 WELCOME = Welcome(

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from graphgen import CheckpointError, EngineClosedError, EngineDeadError, InvalidRequestError, SamplingParams
+from graphgen.calls.outputs import Delivery, RequestOutput, StreamPiece
+from graphgen.calls.streams import Mailbox
 from graphgen.ipc.messages import (
     Cancel,
     Failed,
@@ -22,8 +24,6 @@ from graphgen.ipc.messages import (
 )
 from graphgen.launch.processes import Exit
 from graphgen.requests.link import Link
-from graphgen.requests.outputs import Delivery, RequestOutput, StreamPiece
-from graphgen.requests.streams import Mailbox
 from graphgen.requests.tokenizer import Tokenizer
 from tests.fakes import READY, STATS, FakeProcesses, FakeScheduler, open_request
 

@@ -11,12 +11,12 @@ from collections.abc import Callable
 import msgspec
 
 from graphgen.base.inbox import Inbox
+from graphgen.calls.outputs import Delivery, StreamPiece
 from graphgen.ipc.errors import DeadlineError, GraphgenError, InvalidRequestError, OverloadedError
 from graphgen.ipc.ggp.framing import make_error
 from graphgen.ipc.ggp.messages import Error
 from graphgen.ipc.messages import RequestEnded
 from graphgen.requests.link import Link
-from graphgen.requests.outputs import Delivery, StreamPiece
 from graphgen.server.frontend.errors import SERVERS_OWN, error_of
 from graphgen.server.frontend.outbox import Outbox
 from graphgen.server.frontend.prepare import Prepared, Preparer

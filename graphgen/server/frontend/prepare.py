@@ -15,15 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 from msgspec import UNSET
 
+from graphgen.calls.outputs import Delivery
+from graphgen.calls.prompts import Chat
+from graphgen.calls.sampling_params import SamplingParams
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.errors import InvalidRequestError, OverloadedError, PromptTooLongError
 from graphgen.ipc.ggp.framing import FrameError, Framing, make_error
 from graphgen.ipc.ggp.messages import ClientMessage, Generate, Sampling, SamplingDefaults, ServerMessage
 from graphgen.requests.core import AttachedCore
 from graphgen.requests.open_request import OpenRequest
-from graphgen.requests.outputs import Delivery
-from graphgen.requests.prompts import Chat
-from graphgen.requests.sampling_params import SamplingParams
 from graphgen.server.frontend.requests import PublicRequest
 from graphgen.server.frontend.settings import text_bytes_limit
 from graphgen.server.frontend.turns import FairQueue

@@ -6,9 +6,9 @@ sample join into one delta, so a reader that falls behind costs memory for its t
 
 from typing import TYPE_CHECKING
 
+from graphgen.calls.outputs import StreamPiece
 from graphgen.ipc.ggp.messages import Accepted, Delta, Done, Error, Timing, Usage
 from graphgen.ipc.messages import RequestEnded
-from graphgen.requests.outputs import StreamPiece
 
 if TYPE_CHECKING:
     from graphgen.server.frontend.prepare import Prepared

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Generic, Protocol, Self, TypeVar
 
+from graphgen.calls.outputs import Delivery, RequestOutput
+from graphgen.calls.prompts import Chats, Prompt, batch_of, chats_of, one_prompt
+from graphgen.calls.sampling_params import SamplingParams
+from graphgen.calls.streams import AsyncStream, Mailbox, RequestCore, Stream
 from graphgen.ipc.errors import InvalidRequestError
-from graphgen.requests.outputs import Delivery, RequestOutput
-from graphgen.requests.prompts import Chats, Prompt, batch_of, chats_of, one_prompt
-from graphgen.requests.sampling_params import SamplingParams
-from graphgen.requests.streams import AsyncStream, Mailbox, RequestCore, Stream
 
 
 class OwnCore(RequestCore, Protocol):

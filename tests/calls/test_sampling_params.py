@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from graphgen import InvalidRequestError, SamplingParams
+from graphgen.calls.sampling_params import MAX_STOP_STRING_LEN, MAX_STOP_STRINGS
 from graphgen.ipc.ggp.messages import SamplingDefaults
 from graphgen.ipc.messages import MAX_STOP_TOKEN_IDS, SamplerParams
-from graphgen.requests.sampling_params import MAX_STOP_STRING_LEN, MAX_STOP_STRINGS
 
 PLAIN = SamplingDefaults()
 BAD: list[tuple[str, Any]] = [  # Any: wrong types are the point

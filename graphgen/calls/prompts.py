@@ -1,6 +1,6 @@
 """What a prompt may be: text, token ids, or a chat. Owns the checks of their form, for engines and clients alike.
 
-Knows no tokenizer and no template. Used by `graphgen.api.calls`, which makes a list of prompts of whatever is given.
+Knows no tokenizer and no template. Used by `graphgen.calls.calls`, which makes a list of prompts of whatever is given.
 """
 
 import operator

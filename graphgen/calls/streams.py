@@ -11,9 +11,9 @@ from collections.abc import Generator, Sequence
 from types import TracebackType
 from typing import Any, NoReturn, Protocol, Self, TypeVar
 
+from graphgen.calls.outputs import Delivery, Sink, StreamPiece
+from graphgen.calls.sampling_params import SamplingParams
 from graphgen.ipc.errors import InvalidRequestError
-from graphgen.requests.outputs import Delivery, Sink, StreamPiece
-from graphgen.requests.sampling_params import SamplingParams
 
 Item = TypeVar("Item")
 
