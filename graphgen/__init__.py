@@ -13,8 +13,7 @@ from graphgen.base.version import ENGINE_IS_MISSING
 from graphgen.base.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from graphgen.api.async_engine import AsyncEngine
-    from graphgen.api.engine import Engine
+    from graphgen.api.engine import AsyncEngine, Engine
     from graphgen.calls.outputs import RequestOutput, StreamPiece, Timing
     from graphgen.calls.prompts import Chat
     from graphgen.calls.sampling_params import SamplingParams
@@ -36,8 +35,7 @@ if TYPE_CHECKING:
     )
     from graphgen.ipc.messages import EngineStats
     from graphgen.launch.config import EngineConfig
-    from graphgen.remote.async_client import AsyncClient
-    from graphgen.remote.client import Client
+    from graphgen.remote.client import AsyncClient, Client
 
     __all__ = [
         "AsyncClient",
@@ -69,8 +67,8 @@ if TYPE_CHECKING:
 
 
 _HOMES = {
-    "AsyncClient": "graphgen.remote.async_client",
-    "AsyncEngine": "graphgen.api.async_engine",
+    "AsyncClient": "graphgen.remote.client",
+    "AsyncEngine": "graphgen.api.engine",
     "Chat": "graphgen.calls.prompts",
     "CheckpointError": "graphgen.ipc.errors",
     "Client": "graphgen.remote.client",

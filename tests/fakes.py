@@ -5,7 +5,8 @@ from typing import TypeVar
 
 import zmq
 
-from graphgen.calls.outputs import Delivery
+from graphgen.calls.outputs import Delivery, Sink
+from graphgen.calls.prompts import OnePrompt
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.codec import pack_int32
@@ -69,6 +70,38 @@ def make_result(
         counters=counters or WorkerCounters(),
         failed_draws=failed_draws,
     )
+
+
+class FakeCore:
+    """What Calls and AsyncCalls ask of an engine or a client. A test's own says in `answer` what its sinks get."""
+
+    def __init__(self) -> None:
+        self.prompts: list[OnePrompt] = []
+        self.cancelled: list[int] = []
+
+    def open(
+        self,
+        prompts: Sequence[OnePrompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        streams: bool,
+        sinks: Sequence[Sink],
+    ) -> list[int]:
+        self.prompts += prompts
+        num_samples = sampling.n if isinstance(sampling, SamplingParams) else 1
+        self.answer(sinks, num_samples, streams)
+        return list(range(len(prompts) * num_samples))
+
+    def answer(self, sinks: Sequence[Sink], num_samples: int, streams: bool) -> None:
+        """Nothing comes."""
+
+    def cancel(self, request_ids: Sequence[int]) -> None:
+        self.cancelled += request_ids
+
+    def check_process(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class FakeProcesses(EngineProcesses):

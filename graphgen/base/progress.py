@@ -23,7 +23,8 @@ FIRST_PHASE = "processes"
 class StartProgress:
     """The phases of a start, one after another.
 
-    shows_bars: None decides by whether standard error is a terminal. Phases are logged where no bars are shown.
+    shows_bars: None decides by whether standard error is a terminal. Phases are logged where no bars are shown; bars
+    are gone when the start is over.
     """
 
     def __init__(self, shows_bars: bool | None) -> None:
@@ -31,7 +32,8 @@ class StartProgress:
         self._phase: str | None = None
         self._task: TaskID | None = None
         self._bars = None
-        if _is_terminal() if shows_bars is None else shows_bars:
+        self.shows_bars = _is_terminal() if shows_bars is None else shows_bars
+        if self.shows_bars:
             from rich.console import Console
             from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as Bars

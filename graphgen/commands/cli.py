@@ -13,20 +13,26 @@ from typing import Annotated
 import msgspec
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from graphgen.api.engine import Engine
 from graphgen.base.version import __version__
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.commands import probe
 from graphgen.commands.chat import HELP, Conversation, Reply, chat_prompt, check_chat, converse, write_reply
-from graphgen.commands.demo_run import DemoFigures, percentile, run_demo
-from graphgen.commands.describe import Decision, Info, decisions, installed_versions
+from graphgen.commands.demo_run import run_demo
+from graphgen.commands.describe import Info, decisions, installed_versions
 from graphgen.commands.options import takes_engine_options, takes_sampling_options, takes_serve_options
 from graphgen.commands.serve import keys_app, serve_until_signal
-from graphgen.commands.tune import TuneFigures, describe_figures, tune_figures
+from graphgen.commands.tables import (
+    buckets_table,
+    decisions_table,
+    figures_table,
+    phases_table,
+    tune_table,
+    versions_table,
+)
+from graphgen.commands.tune import describe_figures, tune_figures
 from graphgen.ipc.errors import GraphgenError
-from graphgen.ipc.messages import Bucket, Phase
 from graphgen.launch.config import EngineConfig
 from graphgen.launch.step_times_store import StepTimesKey, stored_file
 from graphgen.mock_server.__main__ import mock_server
@@ -113,10 +119,10 @@ def info(
             told = Info(installed_versions(), rows, found.worker.buckets, found.worker.phases, engine.start_s)
             _write(msgspec.json.format(msgspec.json.encode(told.as_objects()), indent=1).decode() + "\n")
             return
-        stdout.print(_versions_table())
-        stdout.print(_decisions_table(rows))
-        stdout.print(_buckets_table(found.worker.buckets))
-        stdout.print(_phases_table(found.worker.phases, engine.start_s))
+        stdout.print(versions_table())
+        stdout.print(decisions_table(rows))
+        stdout.print(buckets_table(found.worker.buckets))
+        stdout.print(phases_table(found.worker.phases, engine.start_s))
 
 
 @app.command()
@@ -128,8 +134,8 @@ def demo(
     with Engine(config) as engine:
         figures = run_demo(engine, max_tokens, _write)
         _write("\n\n")
-        stdout.print(_figures_table(figures, engine))
-        stdout.print(_phases_table(engine.info.worker.phases, engine.start_s))
+        stdout.print(figures_table(figures, engine))
+        stdout.print(phases_table(engine.info.worker.phases, engine.start_s))
 
 
 @app.command()
@@ -152,7 +158,7 @@ def tune(
     assert worker.step_times is not None, "the worker measured: it was asked to"
     stored = stored_file(os.environ, key, worker.step_times)
     figures = tune_figures(worker.step_times, worker.device, worker.attention, stored)
-    stdout.print(_tune_table(figures))
+    stdout.print(tune_table(figures))
     stdout.print("\n".join(describe_figures(figures)), soft_wrap=True, markup=False, highlight=False)
     if json is not None:
         json.write_bytes(msgspec.json.format(msgspec.json.encode(figures), indent=1) + b"\n")
@@ -257,65 +263,3 @@ def _show_figures(engine: Engine, reply: Reply) -> None:
         f"{reply.num_tokens} tokens, finished by {reply.reason or 'Ctrl-C'}; {stats.steps} steps,"
         f" {stats.step_ms_p50:.2f} ms p50; started in {engine.start_s:.1f} s"
     )
-
-
-def _versions_table() -> Table:
-    table = Table("package", "version", title="Versions", title_justify="left")
-    for package, version in installed_versions().items():
-        table.add_row(package, version or "not installed")
-    return table
-
-
-def _decisions_table(rows: list[Decision]) -> Table:
-    table = Table("what", "value", "why", title="Decisions", title_justify="left")
-    for row in rows:
-        table.add_row(row.what, row.value, row.why)
-    return table
-
-
-def _buckets_table(buckets: tuple[Bucket, ...]) -> Table:
-    """One line for each number of decode rows, with the prefill rows that go with it."""
-    table = Table("decode rows", "prefill rows", title=f"{len(buckets)} buckets", title_justify="left")
-    for decode_rows in sorted({bucket.decode_rows for bucket in buckets}):
-        with_it = sorted(bucket.prefill_rows for bucket in buckets if bucket.decode_rows == decode_rows)
-        table.add_row(str(decode_rows), " ".join(str(prefill_rows) for prefill_rows in with_it))
-    return table
-
-
-def _phases_table(phases: tuple[Phase, ...], start_s: float) -> Table:
-    table = Table("phase of the start", "seconds", "beside earlier phases", title="Start", title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for phase in phases:
-        table.add_row(phase.name, f"{phase.seconds:.2f}", f"{phase.hidden_s:.2f}" if phase.hidden_s else "")
-    table.add_row("all, processes and imports included", f"{start_s:.2f}")
-    return table
-
-
-def _tune_table(figures: TuneFigures) -> Table:
-    """Padding is of the steps whose smallest bucket it is: the share of their rows that hold no token."""
-    title = f"Steps on {figures.device}, decodes at {figures.decode_context} positions, all rows live"
-    table = Table("bucket", "rows", "ms", "rows/s", "padding, mean", "worst", "", title=title, title_justify="left")
-    for column in table.columns[:6]:
-        column.justify = "right"
-    for line in figures.buckets:
-        padding = ("-", "-") if line.padding is None else (f"{line.padding.mean:.0%}", f"{line.padding.worst:.0%}")
-        rate, mark = f"{line.rows_per_s:.0f}", "saturation point" if line.saturated else ""
-        table.add_row(line.bucket, str(line.rows), f"{line.milliseconds:.2f}", rate, *padding, mark)
-    return table
-
-
-def _figures_table(figures: DemoFigures, engine: Engine) -> Table:
-    stats = figures.stats
-    table = Table("figure", "value", title=f"Demo on {engine.info.worker.device}", title_justify="left")
-    table.columns[1].justify = "right"
-    table.add_row("requests at once", str(figures.num_requests))
-    table.add_row("prompt tokens / output tokens", f"{figures.prompt_tokens} / {figures.output_tokens}")
-    table.add_row("output tokens/s", f"{figures.output_tokens / figures.seconds:.0f}")
-    for name, values, percents in (("TTFT", figures.ttft_s, (50, 95)), ("ITL", figures.itl_s, (50, 95, 99))):
-        for percent in percents:
-            table.add_row(f"{name} p{percent}", f"{percentile(values, percent) * 1000:.1f} ms")
-    table.add_row("steps", str(stats.steps))
-    table.add_row("padding share of the rows", f"{stats.padding_share:.1%}")
-    table.add_row("graph replays / eager steps", f"{stats.graph_replays} / {stats.eager_steps}")
-    return table

@@ -1,5 +1,5 @@
-"""The options of every command that starts an engine, made from EngineConfig; those of a server from ServeOptions, and
-those of a prompt from SamplingParams.
+"""The options of every command that starts an engine, made from EngineConfig; those of a server from ServeOptions,
+those of a prompt from SamplingParams, and others from a Struct of their command's own.
 
 Owns how a field becomes an option of typer, and where the help shows it. A field that EngineConfig gains is an option
 of every command, with no line here. Starts nothing; used by the commands and, for argparse, by `benchmarks.options`.
@@ -72,12 +72,6 @@ def takes_engine_options(
     return functools.partial(_replace_parameter, "config", chosen, arguments, declared, make)
 
 
-def takes_serve_options(command: Command) -> Command:
-    """A decorator: the command's parameter `options: ServeOptions` is made from options on the command line."""
-    declared = [_declared(option, panel="Server") for option in SERVE_OPTIONS]
-    return _replace_parameter("options", SERVE_OPTIONS, [], declared, lambda given: ServeOptions(**given), command)
-
-
 def takes_sampling_options(**defaults: Any) -> Callable[[Command], Command]:
     """A decorator: the command's parameter `sampling: SamplingParams` is made from options on the command line.
 
@@ -93,6 +87,12 @@ def takes_sampling_options(**defaults: Any) -> Callable[[Command], Command]:
         return SamplingParams(**{**defaults, **given})
 
     return functools.partial(_replace_parameter, "sampling", options, [], declared, make)
+
+
+def takes_fields(name: str, kind: type[Struct], options: Sequence[Option], panel: str) -> Callable[[Command], Command]:
+    """A decorator: the command's parameter `name`, a `kind`, is made from options on the command line."""
+    declared = [_declared(option, panel) for option in options]
+    return functools.partial(_replace_parameter, name, options, [], declared, lambda given: kind(**given))
 
 
 def _replace_parameter(
@@ -152,3 +152,7 @@ def _keyword(name: str, default: Any, annotation: Any) -> inspect.Parameter:
 
 def _is_argument(parameter: inspect.Parameter) -> bool:
     return any(isinstance(part, typer.models.ArgumentInfo) for part in get_args(parameter.annotation))
+
+
+takes_serve_options = takes_fields("options", ServeOptions, SERVE_OPTIONS, panel="Server")
+"""A decorator: the command's parameter `options: ServeOptions` is made from options on the command line."""

@@ -11,8 +11,11 @@ from typing import Annotated, TypeVar
 import msgspec
 import typer
 import zmq
+from msgspec import Struct
 
 from graphgen.base.addresses import check_address, control_address
+from graphgen.commands.fields import options_of
+from graphgen.commands.options import takes_fields
 from graphgen.ipc.errors import ConnectionLostError, ServerError
 from graphgen.ipc.ggp.framing import client_framing
 from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS, Error, Health, HealthRequest, Stats, StatsRequest
@@ -21,68 +24,63 @@ from graphgen.remote.address import ServerAddress
 NOT_SERVING_EXIT = 1
 
 Answer = TypeVar("Answer", Health, Stats)
-Address = Annotated[
-    str, typer.Option(metavar="ADDRESS", help="Address of the data socket, as `graphgen serve --bind` was given it.")
-]
-Control = Annotated[
-    str | None,
-    typer.Option(metavar="ADDRESS", help="Address of the control socket.", show_default="beside the data socket's"),
-]
-ServerKey = Annotated[str | None, typer.Option(metavar="KEY", help="The server's public key, if it asks for keys.")]
-KeyFile = Annotated[str | None, typer.Option(metavar="FILE", help="The secret key file of a key that is let in.")]
-Timeout = Annotated[float, typer.Option(metavar="X", help="Seconds to wait for the answer.")]
 Json = Annotated[bool, typer.Option("--json", metavar="", help="Print the answer as JSON.")]
 
 
-def health(
-    address: Address = DEFAULT_ADDRESS,
-    control: Control = None,
-    server_key: ServerKey = None,
-    key_file: KeyFile = None,
-    timeout_s: Timeout = 7.0,
-    json: Json = False,
-) -> None:
+class AskedServer(Struct, frozen=True, kw_only=True):
+    """The server that is asked."""
+
+    address: str = DEFAULT_ADDRESS
+    """Address of the data socket, as `graphgen serve --bind` was given it."""
+    control: str | None = None
+    """Address of the control socket. None: beside the data socket's."""
+    server_key: str | None = None
+    """The server's public key. None: it asks for no keys."""
+    key_file: str | None = None
+    """The secret key file of a key that is let in. None: it asks for no keys."""
+    timeout_s: float = 7.0
+    """Seconds to wait for the answer."""
+
+    @property
+    def control_socket(self) -> ServerAddress:
+        """Raises ConfigError for what is no address."""
+        check_address(self.address)
+        return ServerAddress(
+            address=self.control or control_address(self.address),
+            server_key=self.server_key,
+            key_file=self.key_file,
+            connect_timeout_s=self.timeout_s,
+        )
+
+
+_takes_server = takes_fields("server", AskedServer, options_of(AskedServer), panel="Server")
+
+
+@_takes_server
+def health(server: AskedServer, json: Json = False) -> None:
     """Ask a server whether it takes requests and its worker answers.
 
     Exit code 0: it does. 1: it does not, or there is no server. 2: the command is wrong.
     """
-    found = _ask(_server(address, control, server_key, key_file, timeout_s), HealthRequest(), Health)
+    found = _ask(server.control_socket, HealthRequest(), Health)
     _show(found, json, f"{found.status}: the worker answered in {found.worker_ms:.1f} ms")
     if not found.ready:
         raise typer.Exit(NOT_SERVING_EXIT)
 
 
-def stats(
-    address: Address = DEFAULT_ADDRESS,
-    control: Control = None,
-    server_key: ServerKey = None,
-    key_file: KeyFile = None,
-    timeout_s: Timeout = 7.0,
-    json: Json = False,
-) -> None:
+@_takes_server
+def stats(server: AskedServer, json: Json = False) -> None:
     """Print the statistics of a server: sessions, requests, pages, steps.
 
     Exit code 0: they are printed. 1: there is no server, or its engine does not answer. 2: the command is wrong.
     """
-    found = _ask(_server(address, control, server_key, key_file, timeout_s), StatsRequest(), Stats)
+    found = _ask(server.control_socket, StatsRequest(), Stats)
     values = msgspec.structs.asdict(found)
     width = max(map(len, values))
     written = {
         name: f"{value:.6g}" if isinstance(value, float) else str(value) or "-" for name, value in values.items()
     }
     _show(found, json, "\n".join(f"{name:<{width}}  {value}" for name, value in written.items()))
-
-
-def _server(
-    address: str, control: str | None, server_key: str | None, key_file: str | None, timeout_s: float
-) -> ServerAddress:
-    check_address(address)
-    return ServerAddress(
-        address=control or control_address(address),
-        server_key=server_key,
-        key_file=key_file,
-        connect_timeout_s=timeout_s,
-    )
 
 
 def _ask(server: ServerAddress, question: HealthRequest | StatsRequest, kind: type[Answer]) -> Answer:

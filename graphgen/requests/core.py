@@ -234,7 +234,7 @@ class EngineCore(AttachedCore):
         self.folder = processes.folder
         # Runs when the last reference goes, and at the interpreter's exit.
         self._finalizer = weakref.finalize(self, link.close)
-        logger.info("%s", describe_start(self.ready, self.start_s))
+        logger.info("%s", describe_start(self.ready, self.start_s, with_phases=progress.shows_bars))
 
     @property
     def pids(self) -> dict[str, int]:
@@ -255,11 +255,12 @@ class EngineCore(AttachedCore):
         self._finalizer.detach()
 
 
-def describe_start(ready: Ready, start_s: float) -> str:
-    """The phase table of the start, in lines."""
+def describe_start(ready: Ready, start_s: float, with_phases: bool) -> str:
+    """What serves, and in how long; below it a line for each phase of the start, unless these were logged already."""
     worker = ready.worker
     lines = [f"graphgen serves on {worker.device} with {worker.attention} attention after {start_s:.2f} s"]
-    lines += [f"  {phase.name:<24}{phase.seconds:8.2f} s" for phase in worker.phases]
+    if with_phases:
+        lines += [f"  {phase.name:<24}{phase.seconds:8.2f} s" for phase in worker.phases]
     return "\n".join(lines)
 
 

@@ -123,6 +123,7 @@ class Supervisor:
         self._engine_starts = StartLimit()
         self._engine_is_lost = False  # and is being started again
         self._ready: Ready | None = None
+        self._progress = StartProgress(config.progress)
         self._num_lost: int | None = None
         self._listening = False
         self._data, self._control = options.data, options.control_address
@@ -140,7 +141,7 @@ class Supervisor:
         )
         try:
             self._start(processes)
-            with StartProgress(self._config.progress) as progress:
+            with self._progress as progress:
                 while not self._listening and self._num_lost is None:
                     self._turn(processes, channel, progress.show)
             while self._num_lost is None:
@@ -226,7 +227,9 @@ class Supervisor:
             self._say("the frontend serves again")
             return
         assert self._ready is not None, "the frontend serves after the engine"
-        self._say(describe_start(self._ready, time.monotonic() - self._started_s))
+        self._say(
+            describe_start(self._ready, time.monotonic() - self._started_s, with_phases=self._progress.shows_bars)
+        )
         self._say(f"listening on {where.data} (data)\nlistening on {where.control} (control)")
         self._say(
             "no keys: who can connect may" if self._keys is None else f"only CURVE keys of {self._keys} may connect"

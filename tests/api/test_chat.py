@@ -1,204 +1,18 @@
-"""Chats in every form that a user may give them, and calls that wait for whole outputs, of engines and clients."""
+"""Chats on the embedded model: what is rendered, and engines without a template or a tokenizer."""
 
-import asyncio
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from graphgen import Chat, Engine, InvalidRequestError, OverloadedError, RequestOutput, SamplingParams
-from graphgen.calls.calls import AsyncCalls, Calls
-from graphgen.calls.outputs import Sink, StreamPiece, Timing
-from graphgen.calls.prompts import OnePrompt
+from graphgen import Engine, InvalidRequestError, SamplingParams
 from graphgen.ipc.errors import CheckpointError
 from graphgen.launch.config import EngineConfig
 from graphgen.requests.core import launch_config, load_config_tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m.role|upper }}:\n{{ m.content }}\n\n{% endfor %}ROMEO:"
 HELLO = [{"role": "user", "content": "Good morrow"}]
-LONGER = [{"role": "system", "content": "Speak."}, *HELLO]
-PARTS = [{"role": "user", "content": [{"type": "text", "text": "Good"}, {"type": "text", "text": "morrow"}]}]
 GREEDY = SamplingParams(max_tokens=8, temperature=0)
-
-
-class EchoCore:
-    """Answers each prompt with its number, the last first, from another thread; keeps what it was given."""
-
-    def __init__(self) -> None:
-        self.prompts: list[OnePrompt] = []
-        self.cancelled: list[int] = []
-        self.failure: Exception | None = None
-
-    def open(
-        self,
-        prompts: Sequence[OnePrompt],
-        sampling: SamplingParams | Sequence[SamplingParams] | None,
-        streams: bool,
-        sinks: Sequence[Sink],
-    ) -> list[int]:
-        self.prompts += prompts
-        num_samples = sampling.n if isinstance(sampling, SamplingParams) else 1
-        threading.Thread(target=self._answer, args=(list(sinks), num_samples, streams)).start()
-        return list(range(len(prompts) * num_samples))
-
-    def _answer(self, sinks: list[Sink], num_samples: int, streams: bool) -> None:
-        for number, sink in reversed(list(enumerate(sinks))):
-            for sample in reversed(range(num_samples)):
-                if self.failure is not None and number == 0:
-                    sink(self.failure)
-                elif streams:
-                    sink(StreamPiece(f"{number}", (number,), "stop", sample_index=sample))
-                else:
-                    timing = Timing(0.0, 0.0, 0.0, ())
-                    sink(RequestOutput(0, (), (number,), f"{number}", "stop", timing, sample_index=sample))
-
-    def cancel(self, request_ids: Sequence[int]) -> None:
-        self.cancelled += request_ids
-
-    def check_process(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-class Caller:
-    """The same calls on a thread and in a loop."""
-
-    def __init__(self, is_async: bool) -> None:
-        self.core = EchoCore()
-        self._sync, self._async = Calls(self.core), AsyncCalls(self.core)
-        self._is_async = is_async
-
-    def generate(self, *arguments: Any) -> list[RequestOutput]:
-        return self._call(self._sync.generate, self._async.complete, *arguments)
-
-    def chat(self, *arguments: Any) -> list[RequestOutput]:
-        return self._call(self._sync.chat, self._async.chat, *arguments)
-
-    def stream(self, *arguments: Any) -> list[StreamPiece]:
-        async def read() -> list[StreamPiece]:
-            return [piece async for piece in self._async.generate(*arguments)]
-
-        return asyncio.run(read()) if self._is_async else list(self._sync.stream(*arguments))
-
-    def _call(self, call: Callable[..., Any], async_call: Callable[..., Any], *arguments: Any) -> list[RequestOutput]:
-        result: list[RequestOutput] = asyncio.run(async_call(*arguments)) if self._is_async else call(*arguments)
-        return result
-
-
-@pytest.fixture(params=["thread", "loop"])
-def caller(request: pytest.FixtureRequest) -> Caller:
-    return Caller(request.param == "loop")
-
-
-@pytest.mark.parametrize(
-    ("given", "chats"),
-    [
-        (HELLO, [HELLO]),
-        (LONGER, [LONGER]),
-        (tuple(LONGER), [LONGER]),
-        (Chat(HELLO), [HELLO]),
-        ([HELLO, LONGER], [HELLO, LONGER]),
-        ([Chat(HELLO), LONGER], [HELLO, LONGER]),
-        (PARTS, [[{"role": "user", "content": "Good\nmorrow"}]]),
-        ([{"role": "user", "content": "x", "name": None}], [[{"role": "user", "content": "x"}]]),
-    ],
-)
-def test_a_chat_may_be_given_in_every_form(caller: Caller, given: Any, chats: list[Any]) -> None:
-    outputs = caller.chat(given)
-    assert [output.text for output in outputs] == [str(number) for number in range(len(chats))]
-    assert caller.core.prompts == [Chat(chat) for chat in chats]
-    caller.generate(given)
-    assert caller.core.prompts == [Chat(chat) for chat in chats * 2]
-
-
-def test_a_stream_takes_chats_too(caller: Caller) -> None:
-    for prompt in (HELLO, Chat(HELLO), PARTS):
-        assert [piece.text for piece in caller.stream(prompt)] == ["0"]
-    assert caller.core.prompts[:2] == [Chat(HELLO), Chat(HELLO)]
-
-
-def test_whole_outputs_come_in_the_order_of_prompts_and_samples(caller: Caller) -> None:
-    outputs = caller.generate(["a", [1, 2], HELLO], SamplingParams(n=2))
-    assert [(output.text, output.sample_index) for output in outputs] == [(f"{i}", j) for i in range(3) for j in (0, 1)]
-    assert caller.core.prompts == ["a", [1, 2], Chat(HELLO)]
-    assert not caller.core.cancelled
-
-
-def test_a_failed_prompt_ends_the_others_of_its_call(caller: Caller) -> None:
-    caller.core.failure = OverloadedError("full", 1.0)
-    with pytest.raises(OverloadedError):
-        caller.generate(["a", "b", "c"])
-    assert caller.core.cancelled == [0, 1, 2]
-
-
-def test_a_cancelled_task_ends_the_requests_of_its_call() -> None:
-    core = EchoCore()
-    core._answer = lambda *_: None  # type: ignore[method-assign]  # never
-
-    async def scenario() -> None:
-        task = asyncio.create_task(AsyncCalls(core).complete(["a", "b"]))
-        await asyncio.sleep(0.05)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    asyncio.run(scenario())
-    assert core.cancelled == [0, 1]
-
-
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        ([], "give a list of messages"),
-        ("hello", "give a list of messages"),
-        (3, "of type int"),
-        ([1, 2, 3], "give a list of messages"),
-        (["hello"], "give a list of messages"),
-        ([[]], "give a list of messages"),
-        (Chat([]), "no messages"),
-        ([{"content": "x"}], "role of a chat message is None: give system, user, assistant"),
-        ([{"role": 3, "content": "x"}], "role of a chat message is 3"),
-        ([{"role": "user"}], "content of a chat message is None"),
-        ([{"role": "user", "content": 3}], "content of a chat message is 3"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "image_url.*other parts are not"),
-        ([{"role": "assistant", "content": "", "tool_calls": [1]}], "'tool_calls', which is not served"),
-        ([{"role": "user", "content": "x"}, "y"], "a chat message is 'y'"),
-    ],
-)
-def test_what_is_no_chat_is_refused_with_what_a_chat_is(caller: Caller, wrong: Any, says: str) -> None:
-    with pytest.raises(InvalidRequestError, match=says):
-        caller.chat(wrong)
-    assert not caller.core.prompts
-
-
-@pytest.mark.parametrize("wrong", [3, None, {"role": "user"}, b"x", [1.5], [True], ["a", 3], [[1], ["a"]]])
-def test_what_is_no_prompt_is_refused(caller: Caller, wrong: Any) -> None:
-    with pytest.raises(InvalidRequestError, match="prompt"):
-        caller.generate(wrong)
-    assert not caller.core.prompts
-
-
-def test_outside_a_loop_the_call_says_where_it_belongs() -> None:
-    calls = AsyncCalls(EchoCore())
-    with pytest.raises(
-        InvalidRequestError, match=r"AsyncCalls.generate was called outside a running event loop.*asyncio"
-    ):
-        calls.generate("a")
-
-
-def test_a_stream_that_is_awaited_says_how_it_is_read() -> None:
-    async def scenario() -> None:
-        with pytest.raises(InvalidRequestError, match="async for"):
-            await AsyncCalls(EchoCore()).generate("a")
-
-    asyncio.run(scenario())
-
-
-# --- on the embedded model -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -241,9 +55,3 @@ def test_token_ids_are_served_without_a_tokenizer(engine: Engine) -> None:
                 refused()
         with pytest.raises(InvalidRequestError, match="stop strings need a tokenizer"):
             bare.generate([1], SamplingParams(stop="x"))
-
-
-@pytest.mark.parametrize("several", [["a", "b"], [[1], [2]], [Chat(HELLO)], [HELLO, HELLO]])
-def test_a_stream_of_several_prompts_says_which_calls_take_them(caller: Caller, several: Any) -> None:
-    with pytest.raises(InvalidRequestError, match=r"list of \d prompts.*generate\(\).*complete\(\)"):
-        caller.stream(several)

@@ -3,14 +3,18 @@
 import logging
 import os
 import pty
+import re
 import subprocess
 import sys
 
+import msgspec
 import pytest
 
 from graphgen import Engine
 from graphgen.base.progress import FIRST_PHASE, StartProgress
-from graphgen.ipc.messages import Progress
+from graphgen.ipc.messages import Phase, Progress
+from graphgen.requests.core import describe_start
+from tests.fakes import READY
 
 START = """
 import logging, sys
@@ -70,3 +74,14 @@ def test_an_engine_says_what_its_start_is_at(caplog: pytest.LogCaptureFixture) -
     assert names[:2] == ["processes", "attention"]
     assert {"load", "kernels", "profile", "capture"} <= set(names) <= {*phases, "processes"}
     assert len(names) == len(set(names))
+    lines = [line for record in caplog.records for line in record.getMessage().splitlines()]
+    for phase in phases:
+        assert sum(bool(re.match(rf"(starting: | +){re.escape(phase)}\b", line)) for line in lines) <= 1, lines
+
+
+@pytest.mark.parametrize("with_phases", [True, False])
+def test_a_start_whose_phases_were_logged_is_told_in_one_line(with_phases: bool) -> None:
+    ready = msgspec.structs.replace(READY, worker=msgspec.structs.replace(READY.worker, phases=(Phase("load", 1.5),)))
+    first, *others = describe_start(ready, 2.0, with_phases).splitlines()
+    assert first == "graphgen serves on fake with none attention after 2.00 s"
+    assert [line.split() for line in others] == ([["load", "1.50", "s"]] if with_phases else [])

@@ -8,27 +8,18 @@ import pytest
 from graphgen import Chat, InvalidRequestError, PromptTooLongError, SamplingParams
 from graphgen.calls.calls import Calls
 from graphgen.calls.outputs import Sink, StreamPiece
-from graphgen.calls.prompts import OnePrompt
 from graphgen.commands.chat import Conversation, check_chat, converse, write_reply
 from graphgen.ipc.errors import EngineDeadError
 from tests.commands.test_cli import SMALL, run
+from tests.fakes import FakeCore
 from tests.frontend.harness import demo_tokenizer
 
 
-class Parrot:
+class Parrot(FakeCore):
     """Answers with the last message and its place in the chat. "fail" is refused, "die" ends the engine."""
 
-    def __init__(self) -> None:
-        self.cancelled: list[int] = []
-
-    def open(
-        self,
-        prompts: Sequence[OnePrompt],
-        sampling: SamplingParams | Sequence[SamplingParams] | None,
-        streams: bool,
-        sinks: Sequence[Sink],
-    ) -> list[int]:
-        (prompt,) = prompts
+    def answer(self, sinks: Sequence[Sink], num_samples: int, streams: bool) -> None:
+        prompt = self.prompts[-1]
         assert isinstance(prompt, Chat)
         text = prompt.messages[-1]["content"]
         if text == "fail":
@@ -38,16 +29,6 @@ class Parrot:
         roles = "".join(message["role"][0] for message in prompt.messages)
         for piece in (StreamPiece(f"{text} ", (1, 2), None), StreamPiece(roles, (3,), "stop")):
             sinks[0](piece)
-        return [7]
-
-    def cancel(self, request_ids: Sequence[int]) -> None:
-        self.cancelled += request_ids
-
-    def check_process(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def talk(lines: Sequence[str], system: str | None = None) -> tuple[list[str], list[str]]:
@@ -99,7 +80,7 @@ def test_ctrl_c_ends_the_reply_alone_and_frees_its_request() -> None:
 
     reply = write_reply(Calls(core), Chat([{"role": "user", "content": "one"}]), SamplingParams(), write)
     assert (reply.text, reply.num_tokens, reply.reason) == ("one ", 2, None)
-    assert core.cancelled == [7]
+    assert core.cancelled == [0]
 
 
 @pytest.mark.parametrize(("template", "says"), [(None, "--chat-template"), ("{% nonsense %}", "cannot be read")])

@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -190,8 +192,20 @@ def restart(address: str) -> None:
         client.receive(Accepted)
 
 
-def test_no_server_is_an_error_in_the_time_that_was_given(language: Language, tmp_path: Path) -> None:
-    (results,) = play(language, tmp_path, "tcp://127.0.0.1:9", [streams({"text": "x"})], connect_timeout_ms=200)
+@pytest.mark.parametrize("timeout_ms", [200, 10_000])
+def test_an_address_where_nothing_listens_is_told_at_once(language: Language, tmp_path: Path, timeout_ms: int) -> None:
+    prepare(language)
+    begun_s = time.monotonic()
+    address = "tcp://127.0.0.1:9"
+    (results,) = play(language, tmp_path, address, [streams({"text": "x"})], connect_timeout_ms=timeout_ms)
+    assert time.monotonic() - begun_s < 5
+    assert codes(results) == ["refused"]
+
+
+def test_a_server_that_says_nothing_is_an_error_in_the_time_that_was_given(language: Language, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        (results,) = play(language, tmp_path, address, [streams({"text": "x"})], connect_timeout_ms=200)
     assert codes(results) == ["timeout"]
 
 

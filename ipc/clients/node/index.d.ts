@@ -193,7 +193,7 @@ export class GraphgenError extends Error {
 }
 /** The server refused or ended the request; `code` is one of PROTOCOL.md's. */
 export class RequestError extends GraphgenError {}
-/** `code` is "timeout", "lost", "no_session" or "closed". */
+/** `code` is "refused" (nothing listens at the address), "timeout", "lost", "no_session" or "closed". */
 export class ConnectionError extends GraphgenError {}
 /** The server sent what no server may send. */
 export class ProtocolError extends GraphgenError {}

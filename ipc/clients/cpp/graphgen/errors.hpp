@@ -40,7 +40,7 @@ class RequestError : public Error {
   using Error::Error;
 };
 
-/// code() is `timeout`, `lost`, `no_session` or `closed`.
+/// code() is `refused` (nothing listens at the address), `timeout`, `lost`, `no_session` or `closed`.
 class ConnectionError : public Error {
  public:
   using Error::Error;

@@ -1,6 +1,7 @@
 /// The public classes. Owns the connection of the moment, and when a request is asked again. See graphgen/client.hpp.
 #include "graphgen/client.hpp"
 
+#include <atomic>
 #include <mutex>
 #include <utility>
 
@@ -21,10 +22,11 @@ class ConnectionSource {
     {
       const std::lock_guard lock(mutex_);
       if (closed_) throw ConnectionError("closed", "the client was closed: make a new one");
-      if (!connection_ || connection_->ended()) connection_ = std::make_shared<Connection>(address_, options_);
+      if (!connection_ || connection_->ended()) connection_ = std::make_shared<Connection>(address_, options_, was_there_);
       connection = connection_;
     }
     connection->welcome();
+    was_there_ = true;
     return connection;
   }
 
@@ -44,6 +46,7 @@ class ConnectionSource {
   std::mutex mutex_;
   std::shared_ptr<Connection> connection_;
   bool closed_ = false;
+  std::atomic<bool> was_there_ = false;  // the server, once
 };
 
 namespace {

@@ -2,6 +2,7 @@
 #include "connection.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 #include <zmq_addon.hpp>
 
@@ -12,6 +13,9 @@ using std::chrono::milliseconds;
 
 constexpr const char* client_name = "graphgen-cpp/0.1";
 constexpr const char* wake_address = "inproc://wake";
+constexpr const char* monitor_address = "inproc://monitor";
+/// How long a server may refuse connections before there is none: one that is about to listen does so by then.
+constexpr milliseconds refused_limit(500);
 /// Silent for so many heartbeats, a server is asked whether it lives.
 constexpr int patience_heartbeats = 3;
 /// What was sent last may still go out for so long after close().
@@ -24,12 +28,14 @@ std::exception_ptr retryable(const char* code, const std::string& message) {
 
 }  // namespace
 
-Connection::Connection(const std::string& address, ClientOptions options)
+Connection::Connection(const std::string& address, ClientOptions options, bool was_there)
     : address_(address),
       options_(std::move(options)),
       socket_(context_, zmq::socket_type::dealer),
       wake_sender_(context_, zmq::socket_type::pair),
-      wake_receiver_(context_, zmq::socket_type::pair) {
+      wake_receiver_(context_, zmq::socket_type::pair),
+      monitor_(context_, zmq::socket_type::pair),
+      was_there_(was_there) {
   wake_receiver_.bind(wake_address);
   wake_sender_.connect(wake_address);
   connect();
@@ -116,6 +122,10 @@ void Connection::connect() {
     socket_.set(zmq::sockopt::curve_publickey, curve->public_key);
     socket_.set(zmq::sockopt::curve_secretkey, curve->secret_key);
   }
+  if (zmq_socket_monitor(socket_.handle(), monitor_address, ZMQ_EVENT_CONNECTED | ZMQ_EVENT_CONNECT_RETRIED) != 0) {
+    throw zmq::error_t();
+  }
+  monitor_.connect(monitor_address);
   socket_.connect(address_);
   outbox_.push_back(wire::encode(wire::Hello{{1, 1}, client_name, static_cast<bool>(options_.on_notice)}));
 }
@@ -255,10 +265,30 @@ milliseconds Connection::until_tick() {
   return milliseconds(welcome_.get().heartbeat_ms);
 }
 
+/// libzmq tries again for ever where nobody listens, which is most often a server that was not started.
+void Connection::watch_refusals() {
+  std::vector<zmq::message_t> event;
+  while (zmq::recv_multipart(monitor_, std::back_inserter(event), zmq::recv_flags::dontwait)) {
+    std::uint16_t number = 0;
+    std::memcpy(&number, event.at(0).data(), sizeof number);
+    if (number == ZMQ_EVENT_CONNECTED) refused_.reset();
+    if (number == ZMQ_EVENT_CONNECT_RETRIED && !refused_) refused_ = Clock::now();
+    event.clear();
+  }
+}
+
 void Connection::tick() {
   const auto now = Clock::now();
   if (!welcomed_) {
-    if (now - began_ < options_.connect_timeout) return;
+    watch_refusals();
+    const bool is_late = now - began_ >= options_.connect_timeout;
+    if (refused_ && !was_there_ && (is_late || now - *refused_ > refused_limit)) {
+      throw ConnectionError("refused",
+                            "nothing listens at " + address_ +
+                                ": start a server there with `graphgen serve`, or give the address of one that runs",
+                            true);
+    }
+    if (!is_late) return;
     throw ConnectionError("timeout",
                           "no welcome from " + address_ + " within " +
                               std::to_string(options_.connect_timeout.count()) +

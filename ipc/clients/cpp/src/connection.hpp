@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <zmq.hpp>
@@ -24,7 +25,8 @@ namespace graphgen {
 
 class Connection : public std::enable_shared_from_this<Connection> {
  public:
-  Connection(const std::string& address, ClientOptions options);
+  /// was_there: a server answered there before, and may be starting again.
+  Connection(const std::string& address, ClientOptions options, bool was_there);
   ~Connection();
   Connection(const Connection&) = delete;
   Connection& operator=(const Connection&) = delete;
@@ -46,6 +48,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
 
   void run();
   void connect();
+  void watch_refusals();
   void loop();
   void put(wire::Frames frames);
   void send_outbox();
@@ -67,6 +70,9 @@ class Connection : public std::enable_shared_from_this<Connection> {
   zmq::socket_t socket_;       // the thread's
   zmq::socket_t wake_sender_;  // under mutex_
   zmq::socket_t wake_receiver_;
+  zmq::socket_t monitor_;  // the thread's
+  const bool was_there_;
+  std::optional<Clock::time_point> refused_;  // since when nobody listens
   Clock::time_point began_ = Clock::now();
   Clock::time_point last_heard_ = began_;
   Clock::time_point last_tick_ = began_;

@@ -12,6 +12,7 @@ export class Client {
   #address;
   #options;
   #connection = null;
+  #wasThere = false; // the server, once
   #closed = false;
 
   /**
@@ -59,8 +60,10 @@ export class Client {
   async #connected() {
     if (this.#closed) throw new ConnectionError("closed", "the client was closed: make a new one");
     if (this.#connection === null || this.#connection.ended) {
-      this.#connection = new Connection(this.#address, this.#options);
+      this.#connection = new Connection(this.#address, this.#options, this.#wasThere);
     }
-    return this.#connection.ready;
+    const connection = await this.#connection.ready;
+    this.#wasThere = true;
+    return connection;
   }
 }

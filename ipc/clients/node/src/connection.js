@@ -14,6 +14,8 @@ const NAME = "graphgen-node/0.1";
 const MAJOR = 1;
 /** Silent for so many heartbeats, a server is asked whether it lives. */
 const PATIENCE_HEARTBEATS = 3;
+/** How long a server may refuse connections before there is none: one that is about to listen does so by then. */
+const REFUSED_MS = 500;
 /** What was sent last may still go out for so long after close(). */
 const LINGER_MS = 200;
 
@@ -25,6 +27,7 @@ export class Connection {
   #open = new Map(); // id -> handler: {accepted, delta, done, failed}
   #asked = { stats: [], health: [] }; // who waits for which answer, in order
   #timer = null;
+  #refused = null; // runs since nobody listened at the address
   #lastHeardMs = 0;
   #lastTickMs = 0;
   #lostAfterMs;
@@ -40,8 +43,9 @@ export class Connection {
   /**
    * @param {string} address
    * @param {import("../index.js").ClientOptions} options
+   * @param {boolean} wasThere a server answered there before: it may be starting again
    */
-  constructor(address, options) {
+  constructor(address, options, wasThere) {
     const { curve, connectTimeoutMs = 10_000, lostAfterMs = 10_000, onDraining, onNotice } = options;
     this.#lostAfterMs = lostAfterMs;
     this.#onDraining = onDraining;
@@ -56,9 +60,11 @@ export class Connection {
         curveSecretKey: curve.secretKey,
       }),
     });
+    if (!wasThere) this.#watchRefusals(address);
     this.#socket.connect(address);
     const giveUp = setTimeout(
-      () => this.#end(new ConnectionError("timeout", `no welcome from ${address} within ${connectTimeoutMs} ms: ` +
+      () => this.#end(this.#refused ? refusal(address) : new ConnectionError("timeout",
+          `no welcome from ${address} within ${connectTimeoutMs} ms: ` +
           "is the server running, and is this client's key let in?", { retryable: true })),
       connectTimeoutMs,
     );
@@ -109,6 +115,19 @@ export class Connection {
   #send(kind, fields) {
     this.#outbox.push(encodeMessage(kind, fields));
     this.#sending ??= this.#drainOutbox(); // a socket takes one message at a time
+  }
+
+  /** libzmq tries again for ever where nobody listens, which is most often a server that was not started. */
+  #watchRefusals(address) {
+    this.#socket.events.on("connect:retry", () => {
+      if (this.welcome === null && !this.ended) {
+        this.#refused ??= setTimeout(() => this.#end(refusal(address)), REFUSED_MS);
+      }
+    });
+    this.#socket.events.on("connect", () => {
+      clearTimeout(this.#refused);
+      this.#refused = null;
+    });
   }
 
   async #drainOutbox() {
@@ -226,6 +245,7 @@ export class Connection {
     if (this.ended) return;
     this.ended = error;
     clearInterval(this.#timer);
+    clearTimeout(this.#refused);
     this.#outbox.length = 0;
     this.#welcomed.reject(error);
     this.#socket.close();
@@ -235,6 +255,11 @@ export class Connection {
     for (const handler of handlers) handler.failed(error);
     for (const { reject } of asked) reject(error);
   }
+}
+
+function refusal(address) {
+  const advice = "start a server there with `graphgen serve`, or give the address of one that runs";
+  return new ConnectionError("refused", `nothing listens at ${address}: ${advice}`, { retryable: true });
 }
 
 /** Promise.withResolvers, which Node has from version 22 on. */
