@@ -28,6 +28,7 @@ from graphgen.ipc.ggp.messages import (
     Cancel,
     ClientMessage,
     Delta,
+    Deltas,
     Done,
     Draining,
     Error,
@@ -49,6 +50,7 @@ logger = logging.getLogger("graphgen")
 
 Answer = TypeVar("Answer", Stats, Health)
 
+HELLO = Hello(client=f"graphgen-python/{__version__}", notices=True, batches=True)
 TICK_S = 0.5
 SILENT_HEARTBEATS = 3
 """A server that has said nothing for so many heartbeats is asked whether it lives."""
@@ -87,7 +89,7 @@ class Connection:
         self._heard_s = time.monotonic()
         self._first_welcome: Future[Welcome] = Future()
         self._welcome: Welcome | None = None
-        self._send(Hello(client=f"graphgen-python/{__version__}", notices=True))
+        self._send(HELLO)
         self._thread = threading.Thread(target=self._run, name="graphgen-connection", daemon=True)
         self._thread.start()
         try:
@@ -219,6 +221,9 @@ class Connection:
         match message:
             case Delta():
                 self._take_delta(message)
+            case Deltas():
+                for delta in message.items:
+                    self._take_delta(delta)
             case Accepted():
                 if (request := self._requests.get(message.id)) is not None:
                     request.accept(message.prompt_ids)
@@ -282,7 +287,7 @@ class Connection:
         """The server does not know us: it is another, or the connection broke. What it had accepted is lost; what had
         not got so far is sent again, behind the new hello. Until the welcome, its refusals are of the old session."""
         self._helloing = True
-        self._send(Hello(client=f"graphgen-python/{__version__}", notices=True))
+        self._send(HELLO)
         for request in list(self._requests.values()):
             if request.accepted:
                 del self._requests[request.message.id]

@@ -177,7 +177,7 @@ def _type_text(described: inspect.Type) -> str:
         case inspect.TupleType():
             return f"array, {len(described.item_types)} items of {_type_text(described.item_types[0])}"
         case inspect.StructType():
-            return f"map: {_MAPS[described.cls]}"
+            return f"map: {_MAPS.get(described.cls) or NAMES[described.cls]}"
         case inspect.BoolType():
             return "bool"
         case inspect.NoneType():

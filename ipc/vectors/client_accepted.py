@@ -67,6 +67,7 @@ HELLO = [
     taken("hello-versions", "H", mapping(("versions", array(integer(1), integer(3)))), "1 to 3", versions=[1, 3]),
     taken("hello-client-256", "H", mapping(("client", str16(b"c" * 256))), "the longest name", client="c" * 256),
     taken("hello-notices", "H", mapping(("notices", TRUE)), "a client that wants to be told", notices=True),
+    taken("hello-batches", "H", mapping(("batches", TRUE)), "a client that takes many deltas at once", batches=True),
     taken("hello-map16", "H", map16(("client", text("c"))), "a map with a 2-byte length", client="c"),
     taken("hello-map32", "H", map32(("client", text("c"))), "a map with a 4-byte length", client="c"),
 ]

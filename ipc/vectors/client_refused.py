@@ -164,6 +164,7 @@ KEYS_AND_IDS = [
     refused("hello-versions-negative", "below 0", "H", ("versions", array(negative_fixint(-1), integer(2)))),
     refused("hello-client-257", "a name of 257 characters", "H", ("client", text("c" * 257))),
     refused("hello-notices-int", "1 is not true", "H", ("notices", integer(1))),
+    refused("hello-batches-nil", "nil is no bool", "H", ("batches", NIL)),
     refused("hello-client-nil", "nil where the table has no nil", "H", ("client", NIL)),
 ]
 

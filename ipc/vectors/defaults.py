@@ -22,6 +22,7 @@ KINDS = {
     "E": "error",
     "N": "draining",
     "I": "notice",
+    "U": "deltas",
     "T": "stats",
     "M": "health",
 }
@@ -51,7 +52,7 @@ SAMPLING: dict[str, Value] = {
 }
 
 DEFAULTS: dict[str, dict[str, Value]] = {
-    "hello": {"versions": [1, 1], "client": "", "notices": False},
+    "hello": {"versions": [1, 1], "client": "", "notices": False, "batches": False},
     "generate": {
         "text": None,
         "messages": None,

@@ -324,6 +324,25 @@ SERVER_ACCEPTED = [
         message="x",
         id=8,
     ),
+    sent(
+        "deltas",
+        "U",
+        "of two requests, and two samples of the second",
+        (
+            "items",
+            array(
+                mapping(("id", integer(7)), ("seq", integer(2)), ("ids", array(integer(5))), ("text", text("a"))),
+                mapping(("id", integer(8)), ("ids", array(u16(300), integer(1))), ("text", text("é"))),
+                mapping(("id", integer(8)), ("sample", integer(1)), ("finish", text("stop")), ("x", integer(1))),
+            ),
+        ),
+        items=[
+            {"id": 7, "seq": 2, "ids": [5], "text": "a"},
+            {"id": 8, "ids": [300, 1], "text": "é"},
+            {"id": 8, "sample": 1, "finish": "stop"},
+        ],
+    ),
+    sent("deltas-none", "U", "an empty list, with a 4-byte length", ("items", array32()), items=[]),
     sent("draining", "N", "10 s for open requests", ("grace_ms", u16(10000)), grace_ms=10000),
     sent("notice", "I", "a line for people", ("text", text("a new worker serves")), text="a new worker serves"),
     Vector("stats", (header("T"), mapping(*STATS)), "a snapshot", "ok", STATS_VALUE),

@@ -130,6 +130,11 @@ SERVER_REFUSED = [
     wrong_delta("delta-text-nil", "nil where the table has no nil", ("text", NIL)),
     wrong_delta("delta-finish-int", "an int is no str", ("finish", integer(1))),
     Vector("delta-key-int", (header("D"), b"\x82\xa2id\x07\x01\x02"), "a key that is an int", BAD_REQUEST),
+    wrong("deltas-empty", "U", "a required field is missing"),
+    wrong("deltas-one", "U", "a map is no array", ("items", mapping(("id", integer(7))))),
+    wrong(
+        "deltas-without-id", "U", "whose tokens?", ("items", array(mapping(("id", integer(7))), mapping(("seq", NIL))))
+    ),
     wrong("accepted-without-length", "A", "a required field is missing", ("id", integer(7))),
     wrong("done-without-usage", "F", "a required field is missing", *without(DONE, "usage")),
     wrong(

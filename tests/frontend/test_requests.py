@@ -34,6 +34,17 @@ def read(request: PublicRequest, most: int = 1000) -> list[Accepted | Delta | Do
     return messages
 
 
+def read_batch(request: PublicRequest) -> list[Accepted | Delta | Done | Error]:
+    """All that it has, its deltas as one message."""
+    accepted = [message] if isinstance(message := request.peek(), Accepted) else []
+    for message in accepted:
+        request.sent(message)
+    deltas = list(request.deltas())
+    for delta in deltas:
+        request.sent(delta)
+    return [*accepted, *deltas, *read(request)]
+
+
 @dataclasses.dataclass
 class Reading:
     """A client that checks what it is told."""
@@ -58,8 +69,10 @@ steps = st.lists(
 )
 
 
-@given(steps, st.booleans(), st.sampled_from(["finish", "cancel", "error"]))
-def test_readings_of_any_size_add_up(steps: list[tuple[int, int, str, int]], stream: bool, end: str) -> None:
+@given(steps, st.booleans(), st.booleans(), st.sampled_from(["finish", "cancel", "error"]))
+def test_readings_of_any_size_add_up(
+    steps: list[tuple[int, int, str, int]], stream: bool, batches: bool, end: str
+) -> None:
     request = make_request(3, stream)
     given_ids: dict[int, list[int]] = {0: [], 1: [], 2: []}
     given_texts = {0: "", 1: "", 2: ""}
@@ -70,7 +83,7 @@ def test_readings_of_any_size_add_up(steps: list[tuple[int, int, str, int]], str
         request.take(StreamPiece(text, ids, None, sample_index=sample), float(number))
         given_ids[sample] += ids
         given_texts[sample] += text
-        messages += read(request, most)
+        messages += read_batch(request) if batches else read(request, most)
     if end == "finish":
         for sample in range(3):
             request.take(StreamPiece("", (), "length", sample_index=sample), 99.0)

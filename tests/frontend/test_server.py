@@ -14,6 +14,7 @@ from graphgen.ipc.ggp.messages import (
     Cancel,
     ChatMessage,
     Delta,
+    Deltas,
     Done,
     Error,
     Generate,
@@ -31,17 +32,20 @@ from graphgen.ipc.ggp.messages import (
 from graphgen.ipc.messages import (
     Attach,
     EngineLost,
+    FinishReason,
     Outputs,
     Probe,
     Ready,
     Rejected,
     Submit,
+    TokenOutput,
 )
 from graphgen.ipc.messages import Cancel as SchedulerCancel
 from graphgen.ipc.messages import Notice as EngineNotice
 from graphgen.ipc.messages import StatsRequest as SchedulerStatsRequest
 from graphgen.remote.requests import exception_of
 from graphgen.requests.tokenizer import Tokenizer
+from graphgen.server.frontend import outbox
 from graphgen.server.frontend.monitor import FRESH_S
 from graphgen.server.frontend.server import SMALL_BYTES
 from tests.fakes import READY, STATS
@@ -210,6 +214,46 @@ def test_who_asks_for_notices_gets_them_and_nobody_else(frontend: Frontend) -> N
     assert other.expect(Pong).t == 1, "the first that it hears"
     frontend.supervisor.send(EngineLost("the engine ended once more"))
     assert asks.expect(Notice).text == "the engine ended once more; the server ends"
+
+
+def send_step(frontend: Frontend, tokens: dict[int, list[int]], finish: FinishReason | None = None) -> None:
+    """The tokens of these requests, of one step."""
+    frontend.scheduler.send(Outputs(tuple(TokenOutput(one, tuple(ids), finish) for one, ids in tokens.items())))
+
+
+def test_what_a_step_gives_comes_in_one_message_to_who_asked_for_that(frontend: Frontend, tokenizer: Tokenizer) -> None:
+    asks, other = frontend.connect(), frontend.welcome()
+    asks.send(Hello(batches=True))
+    assert "batches" in asks.expect(Welcome).features
+    asks.send(Generate(id=1, prompt_ids=[5], sampling=Sampling(n=2)))
+    first, second = (frontend.scheduler.expect(Submit).request_id for _ in range(2))
+    asks.expect(Accepted)
+    third, alone = open_request(frontend, asks, Generate(id=2, prompt_ids=[5])), open_request(frontend, other)
+    send_step(frontend, {first: [7], third: [9, 10], alone: [3], second: [8]})
+    assert asks.expect(Deltas).items == [
+        Delta(id=1, ids=[7], text=tokenizer.decode([7])),
+        Delta(id=1, sample=1, ids=[8], text=tokenizer.decode([8])),
+        Delta(id=2, ids=[9, 10], text=tokenizer.decode([9, 10])),
+    ]
+    assert other.expect(Delta).ids == [3]
+    frontend.scheduler.send_tokens(third, [11])
+    assert asks.expect(Delta).seq == 2, "one alone is a delta"
+    send_step(frontend, {first: [12], second: [13], third: [14]}, finish="length")
+    ends = asks.expect(Deltas).items
+    assert [(item.id, item.sample, item.seq) for item in ends] == [(1, 0, 1), (1, 1, 1), (2, 0, 3)]
+    assert {item.finish for item in ends} == {"length"}
+    assert {asks.expect(Done).id for _ in range(2)} == {1, 2}
+
+
+def test_a_batch_of_a_reader_that_was_behind_has_an_end(frontend: Frontend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox, "BATCH_TOKENS", 4)
+    client = frontend.connect()
+    client.send(Hello(batches=True))
+    client.expect(Welcome)
+    requests = [open_request(frontend, client, Generate(id=number, prompt_ids=[5])) for number in range(4)]
+    send_step(frontend, {request: [7, 8] for request in requests})
+    for _ in range(2):
+        assert [len(item.ids) for item in client.expect(Deltas).items] == [2, 2]
 
 
 def test_a_ping_is_answered_on_both_sockets(frontend: Frontend) -> None:

@@ -17,8 +17,8 @@ import zmq.auth
 
 from graphgen import Engine, SamplingParams
 from graphgen.ipc.ggp.framing import server_framing
-from graphgen.ipc.ggp.messages import Accepted, Generate, Notice
-from graphgen.mock_server.script import Raw, Reply, Restart, Say, Script, Silence, built_in_script
+from graphgen.ipc.ggp.messages import Accepted, Delta, Deltas, Generate, Notice
+from graphgen.mock_server.script import Gap, Raw, Reply, Restart, Say, Script, Silence, Wait, built_in_script
 from tests.ipc.foreign_clients import LANGUAGES, NODE, TIMEOUT_S, Language, lines_of, play, prepare, start
 from tests.ipc.raw_client import RawClient, running_command, running_mock
 from tests.ipc.vectors import given, read_vectors, refuses_wrong_vectors, same, with_defaults
@@ -264,6 +264,21 @@ def test_notices_reach_a_program_that_asked_for_them(language: Language, tmp_pat
         results, said = play(language, tmp_path, server.address, steps)
     assert texts(results) == ["done"]
     assert said == {"notices": ["a new worker serves: é"]}
+
+
+def test_deltas_of_several_requests_come_in_one_message(language: Language, tmp_path: Path) -> None:
+    """Ids are the client's, which count from 1, and are given in whatever order."""
+    items = [Delta(id=2, ids=[97], text="a"), Delta(id=1, ids=[97], text="a")]
+    header, body = server_framing().encode(Deltas(items=items))
+    script = Script(
+        replies=(
+            Reply("waits", (Wait(800), Gap(1), Say(("nd",)))),
+            Reply("tells", (Wait(400), Raw((header.hex(), body.hex())), Wait(400), Gap(1), Say(("long",)))),
+        )
+    )
+    with running_mock(script) as server:
+        (results,) = play(language, tmp_path, server.address, [streams({"text": "waits"}, {"text": "tells"})])
+    assert texts(results) == ["and", "along"]
 
 
 def test_what_is_particular_to_node() -> None:

@@ -45,6 +45,8 @@ def with_defaults(kind: str, value: dict[str, Any]) -> dict[str, Any]:
     for field in ("sampling", "limits", "sampling_defaults", "usage"):
         if isinstance(whole.get(field), dict):
             whole[field] = {**defaults[field], **whole[field]}
+    if "items" in whole:
+        whole["items"] = [{**defaults["delta"], **item} for item in whole["items"]]
     packed = whole.get("prompt_u32")
     if isinstance(packed, dict):
         whole["prompt_u32"] = bytes.fromhex(packed["bin"])

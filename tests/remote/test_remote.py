@@ -21,6 +21,7 @@ from graphgen.ipc.ggp.messages import (
     ChatMessage,
     ClientMessage,
     Delta,
+    Deltas,
     Done,
     Generate,
     Health,
@@ -128,6 +129,7 @@ def test_a_client_asks_for_notices_and_logs_them(server: FakeServer, caplog: pyt
         hello = server.expect(Hello)
         assert isinstance(hello, Hello)
         assert hello.notices
+        assert hello.batches
         server.send(WELCOME)
         with made.result(5) as client:
             server.send(Notice(text="the engine serves again"))
@@ -245,6 +247,19 @@ def test_a_client_that_was_stopped_reads_before_it_judges(
     client._core._connection._call(lambda: time.sleep(1.5))
     server.finish(request_id)
     assert next(stream).text == "x"
+
+
+def test_deltas_of_several_requests_come_in_one_message(server: FakeServer, client: Client) -> None:
+    first, second = client.stream([1]), client.stream([2], SamplingParams(n=2))
+    ids = [server.expect_generate().id for _ in range(2)]
+    items = [Delta(id=ids[1], sample=1, ids=[7], finish="stop"), Delta(id=ids[0], ids=[5]), Delta(id=ids[1], ids=[6])]
+    server.send(Deltas(items=[*items, Delta(id=99, ids=[1])]))  # the last one's request is not open
+    assert next(first).token_ids == (5,)
+    assert [(piece.sample_index, piece.token_ids) for piece in (next(second), next(second))] == [(1, (7,)), (0, (6,))]
+    server.send(Deltas(items=[Delta(id=ids[0], seq=3, ids=[6]), Delta(id=ids[1], seq=1, ids=[8])]))
+    with pytest.raises(ServerError, match="token 3 of sample 0 after 1"):
+        next(first)
+    assert next(second).token_ids == (8,), "a gap ends its own request alone"
 
 
 def test_a_gap_in_the_tokens_is_no_output(server: FakeServer, client: Client) -> None:

@@ -5,13 +5,15 @@ session, where a request's tokens join, until the reader takes messages again. U
 """
 
 from graphgen.ipc.ggp.framing import Framing
-from graphgen.ipc.ggp.messages import ClientMessage, Delta, ServerMessage
+from graphgen.ipc.ggp.messages import Accepted, ClientMessage, Delta, Deltas, ServerMessage
 from graphgen.server.frontend.requests import PublicRequest
 from graphgen.server.frontend.sessions import Session
 from graphgen.server.frontend.sockets import PublicSocket, Sent
 
 RETRY_S = 0.02
 """How often a reader that takes nothing is tried again."""
+BATCH_TOKENS = 4096
+"""A batch ends with the delta that makes it so many: a reader that falls behind gets no message without end."""
 
 
 class Outbox:
@@ -56,6 +58,8 @@ class Outbox:
             if not self._send(session, session.backlog[0], now_s):
                 return
             session.backlog.popleft()
+        if session.takes_batches and not self._send_batches(session, now_s):
+            return
         for request in list(session.news):
             while (message := request.peek()) is not None:
                 if not self._send(session, message, now_s):
@@ -67,6 +71,34 @@ class Outbox:
                 self.deltas_merged += request.num_merged
                 del session.requests[request.id]
         del self._waiting[session]
+
+    def _send_batches(self, session: Session, now_s: float) -> bool:
+        """All that its requests have but their ends, in few messages; False when its reader takes no more."""
+        batch: list[tuple[PublicRequest, Delta]] = []
+        num_tokens = 0
+        for request in session.news:
+            if isinstance(accepted := request.peek(), Accepted):
+                if not self._send(session, accepted, now_s):
+                    return False
+                request.sent(accepted)
+            for delta in request.deltas():
+                batch.append((request, delta))
+                num_tokens += len(delta.ids)
+            if num_tokens >= BATCH_TOKENS:
+                if not self._send_batch(session, batch, now_s):
+                    return False
+                batch, num_tokens = [], 0
+        return self._send_batch(session, batch, now_s)
+
+    def _send_batch(self, session: Session, batch: list[tuple[PublicRequest, Delta]], now_s: float) -> bool:
+        if len(batch) < 2:  # is sent as what it is
+            return True
+        if not self._send(session, Deltas(items=[delta for _, delta in batch]), now_s):
+            return False
+        for request, delta in batch:
+            request.sent(delta)
+        self.deltas_sent += len(batch)
+        return True
 
     def _send(self, session: Session, message: ServerMessage, now_s: float) -> bool:
         match self._data.send(session.routing_id, *self._framing.encode(message), session.connection):

@@ -219,6 +219,7 @@ def _welcome(settings: FrontendSettings, core: AttachedCore, sockets: PublicSock
         "prefix_cache": launch.prefix_cache,
         "model_defaults": True,
         "notices": True,
+        "batches": True,
     }
     return Welcome(
         version=MAJOR,

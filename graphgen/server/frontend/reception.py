@@ -111,7 +111,7 @@ class Reception:
         if (why := self._sessions.refusal(received.key, address)) is not None:
             return make_error("overloaded", why, about="hello", retry_after_ms=RETRY_AFTER_MS)
         name = secrets.token_hex(16)
-        session = Session(received.routing_id, name, received.key, now_s, connection, hello.notices)
+        session = Session(received.routing_id, name, received.key, now_s, connection, hello)
         self._sessions.add(session)
         logger.info("session with %r; there are %d", hello.client, len(self._sessions))
         welcome = msgspec.structs.replace(self._welcome, session=session.name, draining=grace_ms is not None)

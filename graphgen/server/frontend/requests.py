@@ -4,6 +4,7 @@ Pure: no clock, no socket, no thread. The server's loop feeds it and asks it for
 sample join into one delta, so a reader that falls behind costs memory for its tokens and not for messages.
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from graphgen.calls.outputs import StreamPiece
@@ -151,11 +152,14 @@ class PublicRequest:
         if self.prepared is not None and not self._accepted_sent:
             ids = self.prepared.prompt_ids if self.prepared.echo_ids else None
             return Accepted(id=self.id, prompt_tokens=self.prepared.num_prompt_tokens, prompt_ids=ids)
-        if self.prepared is not None and (self.prepared.stream or self.ended):
+        return next(self.deltas(), None) or (None if self._end_sent else self._end)
+
+    def deltas(self) -> Iterator[Delta]:
+        """Those that may be sent next, one of a sample, once it is accepted."""
+        if self.prepared is not None and self._accepted_sent and (self.prepared.stream or self.ended):
             for index, sample in enumerate(self._samples):
                 if sample.has_news:
-                    return self._delta(index, sample)
-        return None if self._end_sent else self._end
+                    yield self._delta(index, sample)
 
     def sent(self, message: Accepted | Delta | Done | Error) -> None:
         """The message that `peek` gave has left."""

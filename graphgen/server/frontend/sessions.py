@@ -6,10 +6,11 @@ Owns what is known of a connection: who it is, when it was heard, what waits to 
 from collections import Counter, deque
 from typing import NamedTuple
 
-from graphgen.ipc.ggp.messages import ServerMessage
+from graphgen.ipc.ggp.messages import Hello, ServerMessage
 from graphgen.server.frontend.gate import Connection
 from graphgen.server.frontend.requests import PublicRequest
 
+HELLO = Hello()
 MAX_BACKLOG = 256
 """Messages about no request that wait for a reader; of a reader that is so far behind, more are dropped."""
 
@@ -24,10 +25,11 @@ class Session:
         key: str,
         now_s: float,
         connection: Connection | None = None,
-        wants_notices: bool = False,
+        hello: Hello = HELLO,
     ) -> None:
         """key: the CURVE key that its connection authenticated with; "" without keys."""
-        self.wants_notices = wants_notices
+        self.wants_notices = hello.notices
+        self.takes_batches = hello.batches
         self.routing_id = routing_id
         self.connection = connection
         self.name = name  # secret: who knows it may cancel its requests

@@ -127,7 +127,7 @@ void Connection::connect() {
   }
   monitor_.connect(monitor_address);
   socket_.connect(address_);
-  outbox_.push_back(wire::encode(wire::Hello{{1, 1}, client_name, static_cast<bool>(options_.on_notice)}));
+  outbox_.push_back(wire::encode(wire::Hello{{1, 1}, client_name, static_cast<bool>(options_.on_notice), true}));
 }
 
 void Connection::loop() {
@@ -183,8 +183,9 @@ void Connection::take(wire::ServerMessage message) {
         } else if constexpr (std::is_same_v<Message, wire::Accepted>) {
           if (const auto request = find(each.id, false)) request->take(std::move(each));
         } else if constexpr (std::is_same_v<Message, wire::Delta>) {
-          const auto id = each.id;
-          if (const auto request = find(id, false); request && !request->take(std::move(each))) cancel(id);
+          take_delta(std::move(each));
+        } else if constexpr (std::is_same_v<Message, wire::Deltas>) {
+          for (wire::Delta& delta : each.items) take_delta(std::move(delta));
         } else if constexpr (std::is_same_v<Message, wire::Done>) {
           if (const auto request = find(each.id, true)) request->take(std::move(each));
         } else if constexpr (std::is_same_v<Message, wire::ErrorMessage>) {
@@ -214,6 +215,11 @@ void Connection::take(wire::ServerMessage message) {
         }
       },
       std::move(message));
+}
+
+void Connection::take_delta(wire::Delta delta) {
+  const auto id = delta.id;
+  if (const auto request = find(id, false); request && !request->take(std::move(delta))) cancel(id);
 }
 
 void Connection::take_error(const wire::ErrorMessage& message) {

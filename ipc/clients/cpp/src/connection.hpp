@@ -54,6 +54,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void send_outbox();
   void receive();
   void take(wire::ServerMessage message);
+  void take_delta(wire::Delta delta);
   void take_error(const wire::ErrorMessage& message);
   void check_instance(const std::string& instance);
   std::shared_ptr<OpenRequest> find(std::uint64_t id, bool ends);

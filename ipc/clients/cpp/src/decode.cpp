@@ -42,6 +42,17 @@ void read(const msgpack::object& value, SamplingDefaults& into) {
   map.optional("repetition_penalty", into.repetition_penalty);
 }
 
+void read(const Map& map, Delta& into) {
+  map.required("id", into.id);
+  map.optional("seq", into.seq);
+  map.optional("sample", into.sample);
+  map.optional("ids", into.ids);
+  map.optional("text", into.text);
+  map.optional("finish", into.finish);
+}
+
+void read(const msgpack::object& value, Delta& into) { read(Map(value), into); }
+
 namespace {
 
 constexpr char major = 1;
@@ -79,12 +90,13 @@ Accepted read_accepted(const Map& map) {
 
 Delta read_delta(const Map& map) {
   Delta message;
-  map.required("id", message.id);
-  map.optional("seq", message.seq);
-  map.optional("sample", message.sample);
-  map.optional("ids", message.ids);
-  map.optional("text", message.text);
-  map.optional("finish", message.finish);
+  read(map, message);
+  return message;
+}
+
+Deltas read_deltas(const Map& map) {
+  Deltas message;
+  map.required("items", message.items);
   return message;
 }
 
@@ -167,6 +179,7 @@ Reader reader_of(char kind) {
     case 'W': return as_message<Welcome, read_welcome>;
     case 'A': return as_message<Accepted, read_accepted>;
     case 'D': return as_message<Delta, read_delta>;
+    case 'U': return as_message<Deltas, read_deltas>;
     case 'F': return as_message<Done, read_done>;
     case 'E': return as_message<ErrorMessage, read_error>;
     case 'N': return as_message<Draining, read_draining>;

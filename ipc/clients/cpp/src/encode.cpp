@@ -136,7 +136,7 @@ Frames encode(const Hello& message) {
   MapWriter map;
   map.field("versions", std::vector<std::uint64_t>(message.versions.begin(), message.versions.end()));
   map.unless_default("client", message.client, std::string());
-  map.unless_default("notices", message.notices, false);
+  map.unless_default("notices", message.notices, false).unless_default("batches", message.batches, false);
   return frames('H', map);
 }
 

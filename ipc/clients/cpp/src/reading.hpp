@@ -13,6 +13,7 @@
 
 #include "graphgen/messages.hpp"
 #include "utf8.hpp"
+#include "wire.hpp"
 
 namespace graphgen::wire {
 
@@ -77,6 +78,7 @@ void read(const msgpack::object& value, std::optional<Value>& into) {
 }
 
 // Maps within messages; decode.cpp has them.
+void read(const msgpack::object& value, Delta& into);
 void read(const msgpack::object& value, Usage& into);
 void read(const msgpack::object& value, Timing& into);
 void read(const msgpack::object& value, Limits& into);

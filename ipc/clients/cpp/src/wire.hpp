@@ -20,6 +20,7 @@ struct Hello {
   std::array<std::uint64_t, 2> versions = {1, 1};
   std::string client;
   bool notices = false;
+  bool batches = false;
 };
 struct Cancel {
   std::uint64_t id = 0;
@@ -51,6 +52,9 @@ struct Delta {
   std::string text;
   std::optional<std::string> finish;
 };
+struct Deltas {
+  std::vector<Delta> items;
+};
 struct Done {
   std::uint64_t id = 0;
   std::vector<std::string> finish;
@@ -74,7 +78,7 @@ struct Notice {
 };
 
 using ServerMessage =
-    std::variant<Welcome, Accepted, Delta, Done, ErrorMessage, Draining, Notice, Stats, Health, Ping, Pong>;
+    std::variant<Welcome, Accepted, Delta, Deltas, Done, ErrorMessage, Draining, Notice, Stats, Health, Ping, Pong>;
 
 /// Header and map.
 using Frames = std::array<std::string, 2>;

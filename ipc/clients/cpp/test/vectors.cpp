@@ -39,6 +39,9 @@ json with_defaults(const json& defaults, const std::string& kind, const json& va
     inner.update(whole.at(field));
     whole[field] = inner;
   }
+  if (whole.contains("items")) {
+    for (json& item : whole["items"]) item = with_defaults(defaults, "delta", item);
+  }
   return whole;
 }
 
@@ -72,6 +75,11 @@ struct ToJson {
   json operator()(const wire::Delta& m) const {
     return {{"id", m.id},   {"seq", m.seq},   {"sample", m.sample},
             {"ids", m.ids}, {"text", m.text}, {"finish", or_null(m.finish)}};
+  }
+  json operator()(const wire::Deltas& m) const {
+    json items = json::array();
+    for (const wire::Delta& item : m.items) items.push_back((*this)(item));
+    return {{"items", items}};
   }
   json operator()(const wire::Done& m) const {
     return {{"id", m.id},
@@ -142,7 +150,8 @@ wire::Frames encoded(const std::string& kind, const json& value) {
   if (kind == "hello") {
     wire::Hello hello;
     if (value.contains("versions")) hello.versions = value["versions"];
-    return wire::encode(wire::Hello{hello.versions, value.value("client", ""), value.value("notices", false)});
+    return wire::encode(wire::Hello{hello.versions, value.value("client", ""), value.value("notices", false),
+                                    value.value("batches", false)});
   }
   if (kind == "generate") return wire::encode(value.at("id"), request_of(value));
   if (kind == "cancel") return wire::encode(wire::Cancel{value.at("id"), value.value("session", "")});

@@ -71,7 +71,12 @@ export class Connection {
     this.ready = this.#welcomed.promise.finally(() => clearTimeout(giveUp));
     this.ready.catch(() => {}); // whoever awaits it is told
     this.#receive();
-    this.#send("hello", { versions: [MAJOR, MAJOR], client: NAME, notices: onNotice ? true : undefined });
+    this.#send("hello", {
+      versions: [MAJOR, MAJOR],
+      client: NAME,
+      notices: onNotice ? true : undefined,
+      batches: true,
+    });
   }
 
   /**
@@ -162,6 +167,9 @@ export class Connection {
       case "accepted":
       case "delta":
         this.#open.get(fields.id)?.[kind](fields);
+        break;
+      case "deltas":
+        for (const delta of fields.items) this.#open.get(delta.id)?.delta(delta);
         break;
       case "done":
         this.#finish(fields.id)?.done(fields);

@@ -105,6 +105,14 @@ const SAMPLING_DEFAULTS = {
 };
 const USAGE = { prompt_tokens: int, output_tokens: int, cached_tokens: optional(int, 0) };
 const TIMING = { queued_ms: float, first_token_ms: float, total_ms: float };
+const DELTA = {
+  id: int,
+  seq: optional(int, 0),
+  sample: optional(int, 0),
+  ids: optional(list(tokenId), []),
+  text: optional(str, ""),
+  finish: optional(orNil(str), null),
+};
 const PING = { t: optional(int, 0), instance: optional(str, "") };
 
 const SERVER_KINDS = {
@@ -128,17 +136,8 @@ const SERVER_KINDS = {
     },
   ],
   A: ["accepted", { id: int, prompt_tokens: int, prompt_ids: optional(orNil(list(tokenId)), null) }],
-  D: [
-    "delta",
-    {
-      id: int,
-      seq: optional(int, 0),
-      sample: optional(int, 0),
-      ids: optional(list(tokenId), []),
-      text: optional(str, ""),
-      finish: optional(orNil(str), null),
-    },
-  ],
+  D: ["delta", DELTA],
+  U: ["deltas", { items: list(map(DELTA)) }],
   F: ["done", { id: int, finish: list(str), usage: map(USAGE), timing: map(TIMING) }],
   E: [
     "error",
