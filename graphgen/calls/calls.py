@@ -8,12 +8,12 @@ each with a core of its own.
 import asyncio
 import functools
 import queue
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Generic, Protocol, Self, TypeVar
 
 from graphgen.calls.outputs import Delivery, RequestOutput
-from graphgen.calls.prompts import Chats, Prompt, batch_of, chats_of, one_prompt
+from graphgen.calls.prompts import Chats, Described, Prompt, batch_of, chats_of, one_prompt
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.calls.streams import AsyncStream, Mailbox, RequestCore, Stream
 from graphgen.ipc.errors import InvalidRequestError
@@ -69,13 +69,18 @@ class Calls(Generic[Core]):
         self,
         chats: Chats,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Described] | None = None,
+        documents: Sequence[Described] | None = None,
+        chat_template_kwargs: Mapping[str, str | bool | int | float | None] | None = None,
     ) -> list[RequestOutput]:
         """The model's answer to a chat, or to each of several: `generate` of what must be a chat.
 
         chats: a list of messages, each a dict with `role` and `content` (text, or a list of text parts); a Chat of
-        these; or a list of chats. Rendered with the model's own chat template.
+        these; or a list of chats. Rendered with the model's own chat template, which is given the other arguments;
+        see Chat, which may have them too.
         """
-        return self.generate(chats_of(chats), sampling)
+        return self.generate(chats_of(chats, tools, documents, chat_template_kwargs), sampling)
 
     def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Stream:
         """An iterator over the output of one prompt or chat as it is made. The request is sent by this call.
@@ -145,10 +150,14 @@ class AsyncCalls(Generic[Core]):
         self,
         chats: Chats,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Described] | None = None,
+        documents: Sequence[Described] | None = None,
+        chat_template_kwargs: Mapping[str, str | bool | int | float | None] | None = None,
     ) -> list[RequestOutput]:
         """`await engine.chat(...)`: the model's whole answer to a chat, or to each of several, as Engine.chat returns
         it. To stream one give it to `generate`."""
-        return await self.complete(chats_of(chats), sampling)
+        return await self.complete(chats_of(chats, tools, documents, chat_template_kwargs), sampling)
 
     async def close(self) -> None:
         """Ends it, as Engine.close and Client.close do, without holding up the loop. Idempotent."""

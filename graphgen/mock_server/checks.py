@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.ggp.framing import make_error
-from graphgen.ipc.ggp.messages import Error, Generate, Welcome
+from graphgen.ipc.ggp.messages import OF_CHATS, Error, Generate, Welcome
 
 EOS_ID = 256
 """Tokens are the 256 bytes, and the end of a sequence behind them."""
@@ -31,6 +31,9 @@ def prompt_ids(request: Generate, welcome: Welcome) -> list[int]:
     ]
     if len(given) != 1:
         raise _refusal(request, f"prompts given: {', '.join(given) or 'none'}: give exactly one")
+    further = [name for name in OF_CHATS if getattr(request, name) is not None]
+    if further and request.messages is None:
+        raise _refusal(request, f"{' and '.join(further)} belong to a chat: give messages, or leave them out")
     _check_sampling(request)
     ids = _ids(request, welcome)
     context = welcome.limits.prompt_tokens

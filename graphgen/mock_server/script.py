@@ -99,7 +99,15 @@ class Script(Struct, frozen=True, forbid_unknown_fields=True):
     otherwise: tuple[Step, ...] = (Echo(),)
     """The answer to every other prompt."""
     model: str = "mock"
-    features: tuple[str, ...] = ("text", "chat", "samples", "classes", "prefix_cache", "model_defaults")
+    features: tuple[str, ...] = (
+        "text",
+        "chat",
+        "samples",
+        "classes",
+        "prefix_cache",
+        "model_defaults",
+        "template_arguments",
+    )
     heartbeat_ms: Annotated[int, Meta(ge=1)] = 1000
     prompt_tokens: Annotated[int, Meta(ge=2)] = 8192
     text_bytes: Annotated[int, Meta(ge=1)] = 1 << 20

@@ -4,8 +4,9 @@ import itertools
 from collections.abc import Sequence
 
 from graphgen.calls.outputs import Sink
-from graphgen.calls.prompts import OnePrompt
+from graphgen.calls.prompts import Chat, OnePrompt
 from graphgen.calls.sampling_params import SamplingParams, one_each
+from graphgen.ipc.errors import InvalidRequestError
 from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS, Health, Stats, Welcome
 from graphgen.remote.address import ClientSettings, ServerAddress
 from graphgen.remote.connection import Connection
@@ -37,12 +38,22 @@ class RemoteCore:
         Returns the id of a prompt's request once for each of its outputs, which is what its sink will get.
         """
         parameters = one_each(sampling, len(prompts))
+        self._check_features(prompts)
         requests = [
             RemoteRequest(make_generate(next(self._request_ids), prompt, own, streams), prompt, streams, sink)
             for prompt, own, sink in zip(prompts, parameters, sinks, strict=True)
         ]
         self._connection.submit(requests)
         return [request.message.id for request in requests for _ in range(request.message.sampling.n)]
+
+    def _check_features(self, prompts: Sequence[OnePrompt]) -> None:
+        """An older server would read over what it does not know."""
+        for prompt in prompts:
+            if isinstance(prompt, Chat) and prompt.has_arguments and "template_arguments" not in self.welcome.features:
+                raise InvalidRequestError(
+                    f"{self.welcome.server} gives chat templates messages of role and content alone: leave tools,"
+                    " documents, switches and the further keys of messages out, or ask a later server"
+                )
 
     def check_process(self) -> None:
         """Raises EngineDeadError in a fork of the program."""

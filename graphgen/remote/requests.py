@@ -11,7 +11,7 @@ import msgspec
 from msgspec import UNSET
 
 from graphgen.calls.outputs import Delivery, RequestOutput, Sink, StreamPiece, Timing
-from graphgen.calls.prompts import Chat, Message, OnePrompt
+from graphgen.calls.prompts import Chat, OnePrompt
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.errors import (
@@ -26,7 +26,7 @@ from graphgen.ipc.errors import (
     ServerError,
 )
 from graphgen.ipc.ggp.limits import MAX_INT
-from graphgen.ipc.ggp.messages import ChatMessage, Delta, Done, Error, Generate, Sampling, SamplingDefaults
+from graphgen.ipc.ggp.messages import Delta, Done, Error, Generate, Sampling, SamplingDefaults
 from graphgen.ipc.messages import FinishReason
 
 
@@ -104,14 +104,29 @@ def make_generate(request_id: int, prompt: OnePrompt, sampling: SamplingParams, 
     if isinstance(prompt, str):
         return Generate(id=request_id, text=_valid_text(prompt), sampling=wire, echo_ids=not streams)
     if isinstance(prompt, Chat):
-        messages = [_chat_message(message) for message in prompt.messages]
-        return Generate(id=request_id, messages=messages, sampling=wire, echo_ids=not streams)
+        return _generate_chat(request_id, prompt, wire, echo_ids=not streams)
     if not prompt:
         raise InvalidRequestError("the prompt is empty: give at least one token")
     try:
         return Generate(id=request_id, prompt_u32=pack_int32(prompt), sampling=wire)
     except (OverflowError, TypeError) as error:
         raise InvalidRequestError(f"a prompt holds what is no token id ({error}): give plain ints") from None
+
+
+def _generate_chat(request_id: int, chat: Chat, sampling: Sampling, echo_ids: bool) -> Generate:
+    values = {
+        "id": request_id,
+        "messages": [dict(message) for message in chat.messages],
+        "tools": chat.tools,
+        "documents": chat.documents,
+        "chat_template_kwargs": chat.chat_template_kwargs,
+    }
+    try:
+        msgspec.msgpack.encode(values)
+        message = msgspec.convert(values, Generate)
+    except (msgspec.ValidationError, UnicodeEncodeError, OverflowError) as error:
+        raise InvalidRequestError(f"a chat cannot be sent ({error}): shorten it, or mend its text") from None
+    return msgspec.structs.replace(message, sampling=sampling, echo_ids=echo_ids)
 
 
 def wire_sampling(sampling: SamplingParams) -> Sampling:
@@ -148,14 +163,6 @@ def exception_of(error: Error) -> GraphgenError:
             return EngineDeadError(error.message)
         case code:
             return ServerError(error.message, code, error.retryable)
-
-
-def _chat_message(message: Message) -> ChatMessage:
-    _valid_text(message["content"])
-    try:
-        return msgspec.convert(message, ChatMessage)
-    except msgspec.ValidationError as error:
-        raise InvalidRequestError(f"a chat message is {message!r}: {error}; shorten it") from None
 
 
 def _valid_text(text: str) -> str:

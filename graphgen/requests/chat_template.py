@@ -16,6 +16,7 @@ from graphgen.ipc.errors import InvalidRequestError
 if TYPE_CHECKING:
     from jinja2 import Template
 
+_ARGUMENTS = ("messages", "tools", "documents")
 _OTHER_TEMPLATE = "give the prompt as text or token ids, mend the template, or name another with chat_template="
 
 
@@ -38,22 +39,38 @@ class ChatTemplate:
         """special_tokens: as templates name them, `bos_token` and so on."""
         self._origin = source.origin
         self._special_tokens = dict(special_tokens)
-        self._template, self.fault = _compile(source)
+        self._template, self._variables, self.fault = _compile(source)
+        self._reserved = {*_ARGUMENTS, "add_generation_prompt", *special_tokens}
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
         """The text of the chat, ready for the model's turn.
 
-        Raises InvalidRequestError when the template refuses the chat, fails on it, or does not parse.
+        chat_template_kwargs: switches of the template; those that it does not read are left out.
+        Raises InvalidRequestError when the template refuses the chat, fails on it, or does not parse, and for tools or
+        documents that it would not read.
         """
         if self._template is None:
             raise InvalidRequestError(self.fault)
+        for name, given in (("tools", tools), ("documents", documents)):
+            if given and name not in self._variables:
+                raise InvalidRequestError(
+                    f"the chat template ({self._origin}) does not read {name}: leave them out, or name another template"
+                    " with chat_template="
+                )
         try:
             return self._template.render(
                 messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
+                tools=tools or None,
+                documents=documents or None,
                 add_generation_prompt=True,
                 **self._special_tokens,
+                **self._switches(chat_template_kwargs or {}),
             )
         except _RefusalError as error:
             raise InvalidRequestError(
@@ -64,20 +81,31 @@ class ChatTemplate:
                 f"the chat template ({self._origin}) fails with {type(error).__name__}: {error}; {_OTHER_TEMPLATE}"
             ) from None
 
+    def _switches(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        taken = sorted(self._reserved & set(given))
+        if taken:
+            raise InvalidRequestError(
+                f"chat_template_kwargs has {', '.join(taken)}: these are not for a request to set"
+            )
+        return {name: value for name, value in given.items() if name in self._variables}
 
-def _compile(source: ChatSource) -> "tuple[Template | None, str]":
-    """(the template, what is wrong with it): one of them is there."""
+
+def _compile(source: ChatSource) -> "tuple[Template | None, frozenset[str], str]":
+    """(the template, the variables that it reads, ""), or what is wrong with it."""
     from jinja2 import TemplateError, TemplateSyntaxError
+    from jinja2.meta import find_undeclared_variables
 
     reason = source.fault
     try:
         if not reason:
-            return _environment().from_string(source.text), ""
+            environment = _environment()
+            variables = find_undeclared_variables(environment.parse(source.text)) - set(environment.globals)
+            return environment.from_string(source.text), frozenset(variables), ""
     except TemplateSyntaxError as error:
         reason = f"line {error.lineno}: {error.message}"
     except (TemplateError, RecursionError, SyntaxError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
-    return None, f"the chat template ({source.origin}) cannot be read ({reason}): {_OTHER_TEMPLATE}"
+    return None, frozenset(), f"the chat template ({source.origin}) cannot be read ({reason}): {_OTHER_TEMPLATE}"
 
 
 def _environment() -> Any:  # of jinja2, whose import waits until a template is there

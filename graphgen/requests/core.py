@@ -113,7 +113,9 @@ class AttachedCore:
         return [
             next(encoded)
             if isinstance(prompt, str)
-            else self.tokenizer.encode_chat(prompt.messages)
+            else self.tokenizer.encode_chat(
+                prompt.messages, prompt.tools, prompt.documents, prompt.chat_template_kwargs
+            )
             if isinstance(prompt, Chat)
             else prompt
             for prompt in prompts

@@ -81,20 +81,34 @@ class Tokenizer:
         """The text of the ids, spaces as the model wrote them (no clean-up of spaces before punctuation)."""
         return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
         """The text of a chat by the model's template, ready for the model's turn. Each message has role and content.
 
-        Raises InvalidRequestError where there is no template, or it does not take the messages.
+        The other arguments are those of `graphgen.Chat`. Raises InvalidRequestError where there is no template, or it
+        does not take the messages.
         """
         if self.chat_template is None:
             raise InvalidRequestError(
                 "the model has no chat template: give the prompt as text, or name a template with chat_template="
             )
-        return self.chat_template.render(messages)
+        return self.chat_template.render(messages, tools, documents, chat_template_kwargs)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Ids of `render_chat`: the template writes the special tokens itself."""
-        return self._encode([self.render_chat(messages)], special=False)[0]
+        text = self.render_chat(messages, tools, documents, chat_template_kwargs)
+        return self._encode([text], special=False)[0]
 
     def special_token_id(self, text: str) -> int | None:
         """The id of the special token that is exactly this text; None where there is none."""

@@ -11,6 +11,12 @@ MAX_PROMPT_TOKENS = 1 << 20
 MAX_MESSAGES = 1024
 """Messages of one chat prompt."""
 MAX_ROLE_LEN = 64
+MAX_TOOLS = 128
+"""Tools, documents, and tool calls of a message, each."""
+MAX_SWITCHES = 32
+"""Of `chat_template_kwargs`."""
+MAX_SWITCH_LEN = 1024
+"""Characters of the text of one."""
 MAX_CLIENT_LEN = 256
 MAX_SESSION_LEN = 64
 MAX_STOP_STRINGS = 16

@@ -9,7 +9,7 @@ absent key means the default, and a key never changes its meaning.
 """
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
@@ -123,13 +123,28 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ] = False
 
 
-class ChatMessage(Struct, frozen=True, kw_only=True):
-    """One message of a chat prompt."""
+Described = dict[str, Any]
+"""A tool, a document or a call, in whatever words: the model's chat template reads it."""
+Switch = Annotated[str, Meta(max_length=limits.MAX_SWITCH_LEN)] | bool | int | float | None
+
+
+class ChatMessage(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One message of a chat prompt. What the model sees of its keys is its template's business."""
 
     role: Annotated[
         str, Meta(min_length=1, max_length=limits.MAX_ROLE_LEN, description="As the model's template knows it: `user`.")
     ]
     content: Annotated[str, Meta(description="Text.")]
+    name: Annotated[str | None, Meta(description="Who speaks.")] = None
+    tool_calls: Annotated[
+        Annotated[list[Described], Meta(max_length=limits.MAX_TOOLS)] | None,
+        Meta(
+            description="Of the assistant: what it called, each `{id, type, function: {name, arguments}}`, where"
+            " arguments are a map, or its JSON."
+        ),
+    ] = None
+    tool_call_id: Annotated[str | None, Meta(description="Of a tool: whose result this is.")] = None
+    reasoning_content: Annotated[str | None, Meta(description="Of the assistant: what it thought.")] = None
 
 
 # --- client -> server ------------------------------------------------------------------------------------------
@@ -175,11 +190,27 @@ class Generate(Struct, frozen=True, kw_only=True, omit_defaults=True):
         Annotated[bytes, Meta(min_length=4, max_length=4 * limits.MAX_PROMPT_TOKENS)] | None,
         Meta(description="The prompt as token ids, little-endian, 4 bytes each; cheaper than `prompt_ids`."),
     ] = None
+    tools: Annotated[
+        Annotated[list[Described], Meta(max_length=limits.MAX_TOOLS)] | None,
+        Meta(description="With `messages`: functions that the model may call, for its template."),
+    ] = None
+    documents: Annotated[
+        Annotated[list[Described], Meta(max_length=limits.MAX_TOOLS)] | None,
+        Meta(description="With `messages`: what the model is to answer from, for its template."),
+    ] = None
+    chat_template_kwargs: Annotated[
+        Annotated[dict[str, Switch], Meta(max_length=limits.MAX_SWITCHES)] | None,
+        Meta(description="With `messages`: switches of the template; one that it does not know changes nothing."),
+    ] = None
     sampling: Annotated[Sampling, Meta(description="Absent: all defaults.")] = Sampling()
     stream: Annotated[
         bool, Meta(description="false: each sample comes in one `delta`, when all samples have ended.")
     ] = True
     echo_ids: Annotated[bool, Meta(description="true: `accepted` carries the prompt's token ids.")] = False
+
+
+OF_CHATS = ("tools", "documents", "chat_template_kwargs")
+"""Keys of a `generate` that belong to `messages`."""
 
 
 class Cancel(Struct, frozen=True, kw_only=True, omit_defaults=True):

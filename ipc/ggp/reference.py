@@ -178,6 +178,11 @@ def _type_text(described: inspect.Type) -> str:
             return f"array, {len(described.item_types)} items of {_type_text(described.item_types[0])}"
         case inspect.StructType():
             return f"map: {_MAPS.get(described.cls) or NAMES[described.cls]}"
+        case inspect.DictType():
+            length = _length_text(described.min_length, described.max_length, "keys")
+            return f"map{length} of {_type_text(described.value_type)}"
+        case inspect.AnyType():
+            return "anything"
         case inspect.BoolType():
             return "bool"
         case inspect.NoneType():

@@ -126,13 +126,81 @@ PROMPTS = [
                 "messages",
                 array(
                     mapping(("role", text("system")), ("content", text(""))),
-                    mapping(("content", text("Hi!")), ("role", text("user")), ("name", text("Ann"))),
+                    mapping(("content", text("Hi!")), ("role", text("user")), ("mood", text("gay"))),
                 ),
             ),
         ),
         "two chat messages: an empty content, an unknown key",
         id=1,
         messages=[{"role": "system", "content": ""}, {"role": "user", "content": "Hi!"}],
+    ),
+    taken(
+        "generate-chat-of-tools",
+        "G",
+        mapping(
+            ("id", integer(1)),
+            (
+                "messages",
+                array(
+                    mapping(("role", text("user")), ("content", text("2+2?")), ("name", text("Ann"))),
+                    mapping(
+                        ("role", text("assistant")),
+                        ("content", text("")),
+                        ("reasoning_content", text("Hm.")),
+                        (
+                            "tool_calls",
+                            array(
+                                mapping(
+                                    ("id", text("c1")),
+                                    (
+                                        "function",
+                                        mapping(("name", text("add")), ("arguments", mapping(("a", integer(2))))),
+                                    ),
+                                )
+                            ),
+                        ),
+                    ),
+                    mapping(("role", text("tool")), ("content", text("4")), ("tool_call_id", text("c1"))),
+                ),
+            ),
+            (
+                "tools",
+                array(
+                    mapping(("type", text("function")), ("strict", FALSE), ("depth", array(NIL, integer(-1), f64(0.5))))
+                ),
+            ),
+        ),
+        "a chat with a tool, its call and its result; values of every kind",
+        id=1,
+        messages=[
+            {"role": "user", "content": "2+2?", "name": "Ann"},
+            {
+                "role": "assistant",
+                "content": "",
+                "reasoning_content": "Hm.",
+                "tool_calls": [{"id": "c1", "function": {"name": "add", "arguments": {"a": 2}}}],
+            },
+            {"role": "tool", "content": "4", "tool_call_id": "c1"},
+        ],
+        tools=[{"type": "function", "strict": False, "depth": [None, -1, 0.5]}],
+    ),
+    taken(
+        "generate-chat-of-documents",
+        "G",
+        mapping(
+            ("id", integer(1)),
+            ("messages", array(mapping(("role", text("user")), ("content", text("Who?"))))),
+            ("documents", array(mapping(("title", text("é"))))),
+            (
+                "chat_template_kwargs",
+                mapping(("enable_thinking", FALSE), ("effort", text("low")), ("budget", integer(-1)), ("none", NIL)),
+            ),
+        ),
+        "a chat with a document and switches of every type",
+        id=1,
+        messages=[{"role": "user", "content": "Who?"}],
+        documents=[{"title": "é"}],
+        chat_template_kwargs={"enable_thinking": False, "effort": "low", "budget": -1, "none": None},
     ),
     taken(
         "generate-ids",
@@ -277,6 +345,15 @@ IMPOSSIBLE = [
         id=1,
         text="Hi",
         prompt_ids=[1],
+    ),
+    impossible(
+        "tools-of-a-text",
+        mapping(("id", integer(1)), PROMPT, ("tools", array(mapping()))),
+        "bad_request",
+        "tools belong to messages",
+        id=1,
+        text="Hi",
+        tools=[{}],
     ),
     impossible(
         "id-beyond-vocabulary",

@@ -36,6 +36,7 @@ BEYOND_INT = 2**53
 BEYOND_TOKEN = 2**31
 PROMPT = ("text", text("Hi"))
 GENERATE = header("G")
+CHAT = array(mapping(("role", text("user")), ("content", text("a"))))
 GOOD = mapping(("id", integer(1)), PROMPT)
 HEAD = b"\x82\xa2id\x01"
 """A map of two pairs, the first of them id 1."""
@@ -209,6 +210,23 @@ PROMPTS = [
         "chat-content-parts",
         "content is one str, not a list of parts",
         ("messages", array(mapping(("role", text("user")), ("content", array(text("a")))))),
+    ),
+    refused_request("tools-of-strs", "a tool is a map", ("messages", CHAT), ("tools", array(text("add")))),
+    refused_request("tools-129", "one too many", ("messages", CHAT), ("tools", array16(*[mapping()] * 129))),
+    refused_request("tools-key-int", "a key is a str", ("messages", CHAT), ("tools", array(b"\x81\x01\x02"))),
+    refused_request(
+        "switch-array", "switches are no arrays", ("messages", CHAT), ("chat_template_kwargs", mapping(("a", array())))
+    ),
+    refused_request(
+        "switch-1025",
+        "a text of 1025 characters",
+        ("messages", CHAT),
+        ("chat_template_kwargs", mapping(("a", str16(b"x" * 1025)))),
+    ),
+    refused_request(
+        "chat-name-int",
+        "a number is no name",
+        ("messages", array(mapping(("role", text("user")), ("content", text("a")), ("name", integer(1))))),
     ),
     refused_request("chat-of-strs", "a message is a map", ("messages", array(text("Hi")))),
     Vector(

@@ -58,10 +58,14 @@ DEFAULTS: dict[str, dict[str, Value]] = {
         "messages": None,
         "prompt_ids": None,
         "prompt_u32": None,
+        "tools": None,
+        "documents": None,
+        "chat_template_kwargs": None,
         "sampling": {},
         "stream": True,
         "echo_ids": False,
     },
+    "chat_message": {"name": None, "tool_calls": None, "tool_call_id": None, "reasoning_content": None},
     "sampling": SAMPLING,
     "cancel": {"session": ""},
     "ping": {"t": 0, "instance": ""},
@@ -82,5 +86,5 @@ DEFAULTS: dict[str, dict[str, Value]] = {
     "usage": {"cached_tokens": 0},
     "error": {"retryable": False, "retry_after_ms": None, "id": None, "about": "", "versions": None},
 }
-"""Name of a kind, or of a map within one -> its defaults; `sampling`, `limits`, `sampling_defaults` and `usage` have
-their own."""
+"""Name of a kind, or of a map within one -> its defaults; `sampling`, `limits`, `sampling_defaults`, `usage` and each
+of `messages` (`chat_message`) have their own."""

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from graphgen import Engine, InvalidRequestError, SamplingParams
+from graphgen import Chat, Engine, InvalidRequestError, SamplingParams
 from graphgen.ipc.errors import CheckpointError
 from graphgen.launch.config import EngineConfig
 from graphgen.requests.core import launch_config, load_config_tokenizer
 
-TEMPLATE = "{% for m in messages %}{{ m.role|upper }}:\n{{ m.content }}\n\n{% endfor %}ROMEO:"
+TEMPLATE = "{% for tool in tools or [] %}{{ tool.function.name }}\n{% endfor %}{% if aside %}(Aside)\n{% endif %}" + (
+    "{% for m in messages %}{{ m.role|upper }}:\n{{ m.content }}\n\n{% endfor %}ROMEO:"
+)
 HELLO = [{"role": "user", "content": "Good morrow"}]
 GREEDY = SamplingParams(max_tokens=8, temperature=0)
 
@@ -32,6 +34,17 @@ def test_a_chat_is_the_output_of_its_rendered_text(engine: Engine) -> None:
     assert (got.token_ids, got.text) == (want.token_ids, want.text)
     assert "".join(piece.text for piece in engine.stream(HELLO, GREEDY)) == want.text
     assert engine.tokenizer.decode(got.token_ids) == got.text
+
+
+def test_arguments_of_a_chat_reach_its_template(engine: Engine) -> None:
+    tools, switches = [{"type": "function", "function": {"name": "sing"}}], {"aside": True}
+    rendered = engine.tokenizer.render_chat(HELLO, tools, None, switches)
+    assert rendered == "sing\n(Aside)\nUSER:\nGood morrow\n\nROMEO:"
+    (want,) = engine.generate(rendered, GREEDY)
+    (got,) = engine.chat(HELLO, GREEDY, tools=tools, chat_template_kwargs=switches)
+    assert (got.prompt_token_ids, got.text) == (want.prompt_token_ids, want.text)
+    chat = Chat(HELLO, tools, chat_template_kwargs=switches)
+    assert "".join(piece.text for piece in engine.stream(chat, GREEDY)) == want.text
 
 
 def test_a_model_without_a_template_refuses_chats_and_names_the_remedy(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 clients alike, on a thread and in a loop."""
 
 import asyncio
+import functools
+import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -15,6 +17,9 @@ from tests.fakes import FakeCore
 
 HELLO = [{"role": "user", "content": "Good morrow"}]
 LONGER = [{"role": "system", "content": "Speak."}, *HELLO]
+NESTED: dict[str, Any] = {}
+for _ in range(25):
+    NESTED = {"a": NESTED}
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "Good"}, {"type": "text", "text": "morrow"}]}]
 
 
@@ -51,8 +56,9 @@ class Caller:
     def generate(self, *arguments: Any) -> list[RequestOutput]:
         return self._call(self._sync.generate, self._async.complete, *arguments)
 
-    def chat(self, *arguments: Any) -> list[RequestOutput]:
-        return self._call(self._sync.chat, self._async.chat, *arguments)
+    def chat(self, *arguments: Any, **further: Any) -> list[RequestOutput]:
+        calls = (functools.partial(chat, **further) for chat in (self._sync.chat, self._async.chat))
+        return self._call(*calls, *arguments)
 
     def stream(self, *arguments: Any) -> list[StreamPiece]:
         async def read() -> list[StreamPiece]:
@@ -89,6 +95,36 @@ def test_a_chat_may_be_given_in_every_form(caller: Caller, given: Any, chats: li
     assert caller.core.prompts == [Chat(chat) for chat in chats]
     caller.generate(given)
     assert caller.core.prompts == [Chat(chat) for chat in chats * 2]
+
+
+def _call(arguments: object) -> dict[str, Any]:
+    return {"id": "c1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+
+
+@pytest.mark.parametrize("arguments", ['{"a": [1, null, "é"]}', {"a": (1, None, "é")}])
+def test_the_arguments_of_a_tool_call_are_data_however_they_are_given(caller: Caller, arguments: Any) -> None:
+    chat = [
+        *HELLO,
+        {"role": "assistant", "content": None, "tool_calls": [_call(arguments)], "refusal": None},
+        {"role": "tool", "content": [{"type": "text", "text": "4"}], "tool_call_id": "c1", "name": "add"},
+    ]
+    caller.chat(chat)
+    (found,) = caller.core.prompts
+    assert isinstance(found, Chat)
+    assert found.messages[1:] == [
+        {"role": "assistant", "content": "", "tool_calls": [_call({"a": [1, None, "é"]})]},
+        {"role": "tool", "content": "4", "tool_call_id": "c1", "name": "add"},
+    ]
+
+
+def test_arguments_of_a_template_are_those_of_the_call_where_a_chat_has_none(caller: Caller) -> None:
+    tools: list[dict[str, Any]] = [{"type": "function"}]
+    own = Chat(HELLO, tools=[], chat_template_kwargs={"enable_thinking": True})
+    caller.chat([HELLO, own], tools=tools, documents=[{"a": 1}], chat_template_kwargs={"enable_thinking": False})
+    assert caller.core.prompts == [
+        Chat(HELLO, tools, [{"a": 1}], {"enable_thinking": False}),
+        Chat(HELLO, [], [{"a": 1}], {"enable_thinking": True}),
+    ]
 
 
 def test_a_stream_takes_chats_too(caller: Caller) -> None:
@@ -140,7 +176,19 @@ def test_a_cancelled_task_ends_the_requests_of_its_call() -> None:
         ([{"role": "user"}], "content of a chat message is None"),
         ([{"role": "user", "content": 3}], "content of a chat message is 3"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "image_url.*other parts are not"),
-        ([{"role": "assistant", "content": "", "tool_calls": [1]}], "'tool_calls', which is not served"),
+        ([{"role": "assistant", "content": "", "tool_calls": [1]}], "a tool call is 1: give"),
+        ([{"role": "assistant", "content": "", "tool_calls": {"id": 1}}], "tool_calls of a chat message is"),
+        ([{"role": "assistant", "content": "", "tool_calls": [_call("{")]}], "arguments of a tool call.*no JSON"),
+        ([{"role": "assistant", "content": "", "tool_calls": [_call({"a": b"x"})]}], "a tool call holds b'x'"),
+        ([{"role": "user", "content": "x", "name": 3}], "name of a chat message is 3: give text"),
+        ([{"role": "user", "content": "x", "weight": 1}], "'weight', which is not served: it may have role, content"),
+        (Chat(HELLO, tools=cast(Any, ["add"])), "tools is .*give a list of dicts"),
+        (Chat(HELLO, documents=cast(Any, {"a": 1})), "documents is .*give a list of dicts"),
+        (Chat(HELLO, tools=[{"a": {1: 2}}]), "tools holds {1: 2}"),
+        (Chat(HELLO, tools=[{"a": math.inf}]), "tools holds inf"),
+        (Chat(HELLO, tools=[NESTED]), "tools has values nested more than 24 deep"),
+        (Chat(HELLO, chat_template_kwargs=cast(Any, {"a": [1]})), r"chat_template_kwargs has 'a': \[1\]"),
+        (Chat(HELLO, chat_template_kwargs=cast(Any, [1])), "chat_template_kwargs is"),
         ([{"role": "user", "content": "x"}, "y"], "a chat message is 'y'"),
     ],
 )

@@ -1,5 +1,7 @@
 """Text and chats at a server: what a template or a tokenizer that cannot be used costs, and what ends an output."""
 
+from typing import Any
+
 import pytest
 
 from graphgen.ipc.ggp.messages import Accepted, ChatMessage, Error, Generate, Hello, Sampling, Welcome
@@ -32,6 +34,49 @@ def test_a_template_without_fault_is_a_feature(make_frontend: MakeFrontend) -> N
     client = make_frontend().connect()
     client.send(Hello(client="test"))
     assert {"text", "chat"} <= set(client.expect(Welcome).features)
+
+
+TOOL_TEMPLATE = (
+    "{{ tools|tojson }}{% for m in messages %}{{ m.role }}:{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "{{ call.function.arguments.a }}{% endfor %}{% endfor %}{{ documents }}{{ enable_thinking }}"
+)
+
+
+def test_what_a_client_gives_a_template_reaches_it(make_frontend: MakeFrontend) -> None:
+    tokenizer = demo_tokenizer(TOOL_TEMPLATE)
+    client = make_frontend(tokenizer=tokenizer).connect()
+    client.send(Hello(client="test"))
+    assert "template_arguments" in client.expect(Welcome).features
+    call = {"function": {"name": "add", "arguments": '{"a": 7}'}}
+    messages = [*CHAT, ChatMessage(role="assistant", content="", tool_calls=[call])]
+    arguments: dict[str, Any] = {
+        "tools": [{"type": "function", "n": 1}],
+        "documents": [{"title": "t"}],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    client.send(Generate(id=1, messages=messages, echo_ids=True, **arguments))
+    ids = client.expect(Accepted).prompt_ids
+    assert ids is not None
+    text = '[{"type": "function", "n": 1}]user:hiassistant:7[{\'title\': \'t\'}]False'
+    assert tokenizer.decode(ids) == text
+    assert ids == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [
+        ({"text": "hi", "tools": [{}]}, "bad_request"),
+        ({"prompt_ids": [1], "chat_template_kwargs": {}}, "bad_request"),
+        ({"messages": CHAT, "chat_template_kwargs": {"messages": "x"}}, "bad_request"),
+        ({"messages": [ChatMessage(role="a", content="", tool_calls=[{"function": 3}])]}, "bad_request"),
+        ({"messages": CHAT, "tools": [{"x": "y" * 70_000}]}, "too_large"),
+        ({"messages": CHAT, "tools": [{"x": "y " * 20_000}]}, "never_fits"),
+    ],
+)
+def test_what_no_template_may_get_is_refused(make_frontend: MakeFrontend, wrong: dict[str, Any], code: str) -> None:
+    client = make_frontend(tokenizer=demo_tokenizer(TOOL_TEMPLATE)).welcome()
+    client.send(Generate(id=1, **wrong))
+    assert client.expect(Error).code == code
 
 
 @pytest.mark.parametrize("prompt", [Generate(id=1, text="hi"), Generate(id=1, messages=CHAT)])

@@ -45,6 +45,8 @@ def with_defaults(kind: str, value: dict[str, Any]) -> dict[str, Any]:
     for field in ("sampling", "limits", "sampling_defaults", "usage"):
         if isinstance(whole.get(field), dict):
             whole[field] = {**defaults[field], **whole[field]}
+    if whole.get("messages"):
+        whole["messages"] = [{**defaults["chat_message"], **message} for message in whole["messages"]]
     if "items" in whole:
         whole["items"] = [{**defaults["delta"], **item} for item in whole["items"]]
     packed = whole.get("prompt_u32")
@@ -87,6 +89,8 @@ def refuses_wrong_vectors(client: RawClient) -> None:
 
 
 def _field(found: object, key: str) -> object:
+    if isinstance(found, dict):
+        return found[key]
     value = getattr(found, key)
     return getattr(SamplingDefaults(), key) if value is UNSET else value
 

@@ -7,11 +7,21 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
+import msgspec
 import pytest
 import zmq
 
-from graphgen import Client, ConnectionLostError, EngineClosedError, InvalidRequestError, SamplingParams, ServerError
+from graphgen import (
+    Chat,
+    Client,
+    ConnectionLostError,
+    EngineClosedError,
+    InvalidRequestError,
+    SamplingParams,
+    ServerError,
+)
 from graphgen.calls.outputs import Delivery, StreamPiece
 from graphgen.ipc.ggp.framing import make_error, server_framing
 from graphgen.ipc.ggp.messages import (
@@ -360,6 +370,25 @@ def test_a_chat_of_dicts_and_parts_is_sent_as_messages(server: FakeServer, clien
         assert request.messages == [ChatMessage(role="user", content="a\nb")]
         server.finish(request.id)
         assert call.result(5)[0].text == "x"
+
+
+def test_what_a_template_is_given_is_sent_to_a_server_that_knows_it(server: FakeServer, client: Client) -> None:
+    call = {"id": "c1", "function": {"name": "add", "arguments": {"a": 1}}}
+    chat = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    with pytest.raises(InvalidRequestError, match="fake gives chat templates messages of role and content alone"):
+        client.chat(chat)
+    with pytest.raises(InvalidRequestError, match="ask a later server"):
+        client.stream(Chat([{"role": "user", "content": "x"}], chat_template_kwargs={"enable_thinking": False}))
+    client._core._connection.welcome = msgspec.structs.replace(WELCOME, features=["template_arguments"])
+    stream = client.stream(Chat(chat, tools=[{"n": -1}], documents=[{}], chat_template_kwargs={"a": None}))
+    request = server.expect_generate()
+    assert request.messages == [ChatMessage(role="assistant", content="", tool_calls=[call])]
+    assert (request.tools, request.documents, request.chat_template_kwargs) == ([{"n": -1}], [{}], {"a": None})
+    stream.close()
+    unsendable: list[list[dict[str, Any]]] = [[{"n": 2**64}], [{"n": "\ud800"}], [{}] * 129]
+    for wrong in unsendable:
+        with pytest.raises(InvalidRequestError, match="a chat cannot be sent"):
+            client.chat([{"role": "user", "content": "x"}], tools=wrong)
 
 
 @pytest.mark.parametrize("message", [{"role": "user", "content": "\ud800"}, {"role": "r" * 65, "content": "x"}])

@@ -71,6 +71,72 @@ def test_a_chat_is_rendered_as_transformers_renders_it(name: str) -> None:
     assert chat_template(TEMPLATES[name]).render(CHAT) == expected
 
 
+TOOLS = [
+    {"type": "function", "function": {"name": "add", "description": "Adds <é>", "parameters": {"type": "object"}}},
+    {"type": "function", "function": {"name": "now"}},
+]
+DOCUMENTS = [{"title": "Über", "text": "eins"}]
+CALLED: list[dict[str, Any]] = [
+    {"role": "user", "content": "2+2?", "name": "Ann"},
+    {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": "Hm.",
+        "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": "é"}}}],
+    },
+    {"role": "tool", "content": "4", "tool_call_id": "c1"},
+]
+WITH_ARGUMENTS = {
+    "chatml with tools": "{% if tools %}{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>"
+    "{% endif %}{{ m.content }}{% for call in m.tool_calls %}<tool_call>{{ call.function | tojson }}</tool_call>"
+    "{% endfor %}{{ m.tool_call_id }}\n{% endfor %}",
+    "arguments one by one": "{{ tools|length }}{% for m in messages %}{% for call in m.tool_calls or [] %}"
+    "{% for name, value in call.function.arguments.items() %}{{ name }}={{ value }},{% endfor %}{% endfor %}"
+    "{% endfor %}",
+    "documents": "{{ tools|length }}{% for one in documents %}{{ one.title }}: {{ one['text'] }}{% endfor %}",
+    "switches": "{{ tools|length }}{% if enable_thinking is defined and not enable_thinking %}<think></think>"
+    "{% endif %}{{ effort }}{{ nothing }}{{ documents|length }}",
+}
+
+
+@pytest.mark.parametrize("name", WITH_ARGUMENTS)
+def test_tools_documents_and_switches_reach_a_template_as_those_of_transformers_do(name: str) -> None:
+    reference: Any = render_jinja_template
+    switches: dict[str, Any] = {"enable_thinking": False, "effort": "low", "unknown": 3}
+    (expected,), _ = reference(
+        [CALLED],
+        tools=TOOLS,
+        documents=DOCUMENTS,
+        chat_template=WITH_ARGUMENTS[name],
+        add_generation_prompt=True,
+        **SPECIAL,
+        **switches,
+    )
+    documents = DOCUMENTS if "documents" in WITH_ARGUMENTS[name] else None
+    assert chat_template(WITH_ARGUMENTS[name]).render(CALLED, TOOLS, documents, switches) == expected
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "bos_token", "add_generation_prompt"])
+def test_a_switch_cannot_take_the_place_of_what_the_server_gives(name: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"chat_template_kwargs has {name}"):
+        chat_template(f"{{{{ {name} }}}}").render(CHAT, chat_template_kwargs={name: "x"})
+
+
+@pytest.mark.parametrize("name", ["raise_exception", "range", "self", "_x", "loop"])
+def test_a_switch_with_the_name_of_something_else_changes_nothing(name: str) -> None:
+    text = "{% for m in messages %}{{ loop.index }}{% endfor %}{{ range(2)|list }}{{ raise_exception is defined }}"
+    assert chat_template(text).render(CHAT, chat_template_kwargs={name: "x"}) == chat_template(text).render(CHAT)
+
+
+@pytest.mark.parametrize("name", ["tools", "documents"])
+def test_what_a_template_would_not_read_is_refused(name: str) -> None:
+    given: dict[str, Any] = {name: [{"type": "function"}]}
+    with pytest.raises(InvalidRequestError, match=f"does not read {name}.*chat_template="):
+        chat_template(CHATML).render(CHAT, **given)
+    assert chat_template(CHATML).render(CHAT, tools=[]) == chat_template(CHATML).render(CHAT)
+
+
 def test_the_cases_that_were_wrong() -> None:
     chat = [{"role": "user", "content": "hi"}]
     generation = "{% generation %}A:{% endgeneration %}{{ messages[0].content }}"

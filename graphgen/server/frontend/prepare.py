@@ -11,17 +11,26 @@ import threading
 from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import msgspec
 from msgspec import UNSET
 
 from graphgen.calls.outputs import Delivery
-from graphgen.calls.prompts import Chat
+from graphgen.calls.prompts import Chat, one_prompt
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.errors import InvalidRequestError, OverloadedError, PromptTooLongError
 from graphgen.ipc.ggp.framing import FrameError, Framing, make_error
-from graphgen.ipc.ggp.messages import ClientMessage, Generate, Sampling, SamplingDefaults, ServerMessage
+from graphgen.ipc.ggp.messages import (
+    OF_CHATS,
+    ChatMessage,
+    ClientMessage,
+    Generate,
+    Sampling,
+    SamplingDefaults,
+    ServerMessage,
+)
 from graphgen.requests.core import AttachedCore
 from graphgen.requests.open_request import OpenRequest
 from graphgen.server.frontend.requests import PublicRequest
@@ -151,6 +160,9 @@ class Preparer:
                 f"the prompt is given as {' and '.join(given) or 'nothing'}: give one of text, messages, prompt_ids and"
                 " prompt_u32"
             )
+        further = [name for name in OF_CHATS if getattr(message, name) is not None]
+        if further and message.messages is None:
+            raise InvalidRequestError(f"{' and '.join(further)} belong to a chat: give messages, or leave them out")
         if message.prompt_ids is not None:
             return message.prompt_ids
         if message.prompt_u32 is not None:
@@ -158,9 +170,11 @@ class Preparer:
         if message.text is not None:
             self._check_text([message.text])
             return list(self._core.token_ids([message.text])[0])
-        messages = message.messages or []
-        self._check_text([one.content for one in messages])
-        return list(self._core.token_ids([Chat([msgspec.structs.asdict(one) for one in messages])])[0])
+        messages = [_given_keys(one) for one in message.messages or []]
+        chat = one_prompt(Chat(messages, message.tools, message.documents, message.chat_template_kwargs))
+        assert isinstance(chat, Chat)
+        self._check_text(_texts_of(chat))
+        return list(self._core.token_ids([chat])[0])
 
     def _check_text(self, texts: Sequence[str]) -> None:
         """Before any work is put into it."""
@@ -198,6 +212,20 @@ class _Job:
     frames: tuple[bytes, bytes]
     sink: PieceSink
     done: Done
+
+
+def _given_keys(message: ChatMessage) -> dict[str, Any]:
+    return {name: value for name, value in msgspec.structs.asdict(message).items() if value is not None}
+
+
+def _texts_of(chat: Chat) -> list[str]:
+    """What a template may write: contents, and all else as JSON."""
+    texts = [message["content"] for message in chat.messages]
+    further = [{**message, "role": "", "content": ""} for message in chat.messages if len(message) > 2]
+    for values in (further, chat.tools, chat.documents, chat.chat_template_kwargs):
+        if values:
+            texts.append(msgspec.json.encode(values).decode())
+    return texts
 
 
 def sampling_params(sampling: Sampling, key: str) -> SamplingParams:

@@ -220,6 +220,7 @@ def _welcome(settings: FrontendSettings, core: AttachedCore, sockets: PublicSock
         "model_defaults": True,
         "notices": True,
         "batches": True,
+        "template_arguments": core.has_tokenizer and core.tokenizer.has_chat,
     }
     return Welcome(
         version=MAJOR,

@@ -17,9 +17,16 @@ export interface ClientOptions {
   onNotice?: (text: string) => void;
 }
 
+export type Json = null | boolean | number | string | readonly Json[] | { readonly [key: string]: Json };
+
+/** As OpenAI's API has it; what the model sees of a message is its template's business. */
 export interface ChatMessage {
   role: string;
   content: string;
+  name?: string;
+  toolCalls?: readonly Json[];
+  toolCallId?: string;
+  reasoningContent?: string;
 }
 
 /** Give `prompt` or `messages`. Ranges and meanings are those of PROTOCOL.md's `sampling`. */
@@ -27,6 +34,10 @@ export interface GenerateOptions {
   /** Text, or token ids; a Uint32Array is sent packed. */
   prompt?: string | readonly number[] | Uint32Array;
   messages?: readonly ChatMessage[];
+  /** With `messages`: what the model's chat template is given besides. */
+  tools?: readonly Json[];
+  documents?: readonly Json[];
+  chatTemplateKwargs?: Readonly<Record<string, string | number | boolean | null>>;
   /** Most tokens of output, 128 by default; null goes to the end of the context. */
   maxTokens?: number | null;
   minTokens?: number;

@@ -2,6 +2,7 @@
 /// ipc/PROTOCOL.md has the meaning and the range of every field.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <map>
 #include <optional>
@@ -36,9 +37,39 @@ struct Sampling {
   bool model_defaults = false;  ///< true: those five, where nothing is given, are Welcome::sampling_defaults.
 };
 
+/// What JSON can say, of a tool or a document: `Json::object({{"type", "function"}, {"strict", true}})`.
+struct Json {
+  using Array = std::vector<Json>;
+  using Object = std::map<std::string, Json>;
+
+  Json() = default;  ///< null
+  Json(std::nullptr_t) {}
+  Json(bool value) : value(value) {}
+  Json(int value) : value(std::int64_t{value}) {}
+  Json(std::int64_t value) : value(value) {}
+  Json(double value) : value(value) {}
+  Json(const char* value) : value(std::string(value)) {}
+  Json(std::string value) : value(std::move(value)) {}
+  static Json array(Array items) { return Json(std::move(items), 0); }
+  static Json object(Object items) { return Json(std::move(items), 0); }
+
+  bool operator==(const Json& other) const { return value == other.value; }
+
+  std::variant<std::nullptr_t, bool, std::int64_t, double, std::string, Array, Object> value = nullptr;
+
+ private:
+  template <typename Items>
+  Json(Items items, int) : value(std::move(items)) {}
+};
+
+/// What the model sees of a message is its template's business.
 struct ChatMessage {
   std::string role;
   std::string content;
+  std::optional<std::string> name = {};
+  std::vector<Json> tool_calls = {};
+  std::optional<std::string> tool_call_id = {};
+  std::optional<std::string> reasoning_content = {};
 };
 
 using TokenIds = std::vector<std::uint32_t>;
@@ -47,6 +78,9 @@ using Chat = std::vector<ChatMessage>;
 /// One prompt, in one of three forms, and what to do with it.
 struct Request {
   std::variant<std::string, TokenIds, Chat> prompt;
+  std::vector<Json> tools = {};  ///< This and the next two: of a Chat, for the model's template.
+  std::vector<Json> documents = {};
+  Json::Object chat_template_kwargs = {};
   Sampling sampling = {};
   bool stream = true;     ///< false: each sample comes in one piece.
   bool echo_ids = false;  ///< true: Stream::prompt_ids() has the prompt.

@@ -61,7 +61,23 @@ class MapWriter {
     }
   }
   void pack(const ChatMessage& message) {
-    pack(MapWriter().field("role", message.role).field("content", message.content));
+    MapWriter map;
+    map.field("role", message.role).field("content", message.content);
+    map.unless_default("name", message.name, {}).unless_default("tool_calls", message.tool_calls, {});
+    map.unless_default("tool_call_id", message.tool_call_id, {});
+    map.unless_default("reasoning_content", message.reasoning_content, {});
+    pack(map);
+  }
+  void pack(const Json::Object& items) {
+    packer().pack_map(static_cast<std::uint32_t>(items.size()));
+    for (const auto& [key, value] : items) {
+      pack(key);
+      pack(value);
+    }
+  }
+  void pack(std::nullptr_t) { packer().pack_nil(); }
+  void pack(const Json& json) {
+    std::visit([this](const auto& value) { pack(value); }, json.value);
   }
   /// Bytes, not text.
   void pack(const std::vector<char>& data) {
@@ -146,6 +162,8 @@ Frames encode(std::uint64_t id, const Request& request) {
   if (const auto* text = std::get_if<std::string>(&request.prompt)) map.field("text", *text);
   if (const auto* ids = std::get_if<TokenIds>(&request.prompt)) map.field("prompt_u32", little_endian(*ids));
   if (const auto* chat = std::get_if<Chat>(&request.prompt)) map.field("messages", *chat);
+  map.unless_default("tools", request.tools, {}).unless_default("documents", request.documents, {});
+  map.unless_default("chat_template_kwargs", request.chat_template_kwargs, {});
   map.field("sampling", sampling_map(request.sampling));
   map.unless_default("stream", request.stream, true).unless_default("echo_ids", request.echo_ids, false);
   return frames('G', map);

@@ -43,6 +43,39 @@ void take(const json& fields, const char* name, std::optional<Value>& into) {
   }
 }
 
+inline Json value_of(const json& value) {
+  if (value.is_boolean()) return value.get<bool>();
+  if (value.is_number_integer()) return value.get<std::int64_t>();
+  if (value.is_number()) return value.get<double>();
+  if (value.is_string()) return value.get<std::string>();
+  if (value.is_array()) {
+    Json::Array items;
+    for (const json& item : value) items.push_back(value_of(item));
+    return Json::array(items);
+  }
+  if (value.is_object()) {
+    Json::Object items;
+    for (const auto& [key, item] : value.items()) items[key] = value_of(item);
+    return Json::object(items);
+  }
+  return nullptr;
+}
+
+inline std::vector<Json> values_of(const json& fields, const char* name) {
+  std::vector<Json> values;
+  for (const json& value : fields.value(name, json::array())) values.push_back(value_of(value));
+  return values;
+}
+
+inline ChatMessage message_of(const json& fields) {
+  ChatMessage message{fields.at("role"), fields.at("content")};
+  take(fields, "name", message.name);
+  take(fields, "tool_call_id", message.tool_call_id);
+  take(fields, "reasoning_content", message.reasoning_content);
+  message.tool_calls = values_of(fields, "tool_calls");
+  return message;
+}
+
 inline Sampling sampling_of(const json& fields) {
   Sampling sampling;
   take(fields, "max_tokens", sampling.max_tokens);
@@ -85,8 +118,14 @@ inline Request request_of(const json& fields) {
     request.prompt = ids;
   } else {
     Chat chat;
-    for (const json& message : fields.at("messages")) chat.push_back({message.at("role"), message.at("content")});
+    for (const json& message : fields.at("messages")) chat.push_back(message_of(message));
     request.prompt = chat;
+  }
+  request.tools = values_of(fields, "tools");
+  request.documents = values_of(fields, "documents");
+  const json switches = fields.value("chat_template_kwargs", json::object());
+  for (const auto& [name, value] : switches.items()) {
+    request.chat_template_kwargs[name] = value_of(value);
   }
   request.sampling = sampling_of(fields.value("sampling", json::object()));
   take(fields, "stream", request.stream);

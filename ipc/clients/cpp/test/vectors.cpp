@@ -39,6 +39,9 @@ json with_defaults(const json& defaults, const std::string& kind, const json& va
     inner.update(whole.at(field));
     whole[field] = inner;
   }
+  if (whole.contains("messages") && whole["messages"].is_array()) {
+    for (json& message : whole["messages"]) message = with_defaults(defaults, "chat_message", message);
+  }
   if (whole.contains("items")) {
     for (json& item : whole["items"]) item = with_defaults(defaults, "delta", item);
   }

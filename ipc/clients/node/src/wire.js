@@ -251,7 +251,8 @@ const SAMPLING_OPTIONS = new Map(SAMPLING_FIELDS.map((field) => [camelCase(field
  * server checks all others.
  * @param {import("../index.js").GenerateOptions} options
  */
-export function generateFields({ prompt, messages, stream, echoIds, signal, ...rest }) {
+export function generateFields(options) {
+  const { prompt, messages, tools, documents, chatTemplateKwargs, stream, echoIds, signal, ...rest } = options;
   const sampling = {};
   for (const [option, value] of Object.entries(rest)) {
     const field = SAMPLING_OPTIONS.get(option);
@@ -261,10 +262,25 @@ export function generateFields({ prompt, messages, stream, echoIds, signal, ...r
   if (typeof sampling.stop === "string") sampling.stop = [sampling.stop];
   return {
     ...promptFields(prompt),
-    messages: messages && messages.map(({ role, content }) => sendable("messages", { role, content })),
+    messages: messages?.map((message) => sendable("messages", messageFields(message))),
+    tools: sendable("tools", tools),
+    documents: sendable("documents", documents),
+    chat_template_kwargs: sendable("chatTemplateKwargs", chatTemplateKwargs),
     sampling: Object.keys(sampling).length > 0 ? sampling : undefined,
     stream,
     echo_ids: echoIds,
+  };
+}
+
+/** What the protocol knows of a message: of a program's own object it may be a part. */
+function messageFields({ role, content, name, toolCalls, toolCallId, reasoningContent }) {
+  return {
+    role,
+    content,
+    name,
+    tool_calls: toolCalls,
+    tool_call_id: toolCallId,
+    reasoning_content: reasoningContent,
   };
 }
 

@@ -3,14 +3,21 @@
 import { camelCase } from "../src/wire.js";
 
 /** @param {Record<string, any>} fields of a `generate` */
-export function optionsOf({ text, prompt_ids, prompt_u32, messages, sampling = {}, stream, echo_ids }) {
+export function optionsOf({ text, prompt_ids, prompt_u32, messages, sampling = {}, stream, echo_ids, ...rest }) {
   return {
     prompt: text ?? prompt_ids ?? (prompt_u32 && unpack(prompt_u32.bin)),
-    messages,
+    messages: messages?.map(camelFields),
+    tools: rest.tools,
+    documents: rest.documents,
+    chatTemplateKwargs: rest.chat_template_kwargs,
     stream,
     echoIds: echo_ids,
-    ...Object.fromEntries(Object.entries(sampling).map(([field, value]) => [camelCase(field), value])),
+    ...camelFields(sampling),
   };
+}
+
+function camelFields(fields) {
+  return Object.fromEntries(Object.entries(fields).map(([field, value]) => [camelCase(field), value]));
 }
 
 function unpack(hex) {

@@ -30,6 +30,7 @@ function withDefaults(kind, value) {
   for (const field of ["sampling", "limits", "sampling_defaults", "usage"]) {
     if (whole[field] !== undefined) whole[field] = { ...DEFAULTS[field], ...whole[field] };
   }
+  if (whole.messages) whole.messages = whole.messages.map((message) => ({ ...DEFAULTS.chat_message, ...message }));
   if (whole.items) whole.items = whole.items.map((item) => ({ ...DEFAULTS.delta, ...item }));
   if (whole.prompt_u32?.bin) whole.prompt_u32 = new Uint8Array(Buffer.from(whole.prompt_u32.bin, "hex"));
   return whole;
