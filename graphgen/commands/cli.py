@@ -63,11 +63,13 @@ def generate(
 ) -> None:
     """Stream the output of one prompt.
 
-    A model with a chat template gets the prompt as a user's message, any other goes on with the text.
+    A model with a chat template gets the prompt as a user's message; any other, and the embedded one, which knows
+    plays alone, goes on with the text.
     """
     text = sys.stdin.read() if prompt == "-" else prompt
+    goes_on = raw or (config.model is None and config.chat_template is None)
     with Engine(config) as engine:
-        reply = write_reply(engine, text if raw else chat_prompt(engine.tokenizer, text), sampling, _write)
+        reply = write_reply(engine, text if goes_on else chat_prompt(engine.tokenizer, text), sampling, _write)
         _write("\n")
         _show_figures(engine, reply)
 

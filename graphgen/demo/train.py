@@ -241,6 +241,37 @@ def train(
 # --- export ------------------------------------------------------------------------------------------------
 
 
+CHAT_TEMPLATE = r"""{#- A play: who speaks, what is said, an empty line. The model answers nobody. -#}
+{%- if tools %}
+    {{- 'PROPERTIES:\n' }}
+    {%- for tool in tools %}
+        {{- tool | tojson }}
+        {{- '\n' }}
+    {%- endfor %}
+    {{- '\n' }}
+{%- endif %}
+{%- for document in documents or [] %}
+    {{- 'LETTER:\n' }}
+    {{- document | tojson }}
+    {{- '\n\n' }}
+{%- endfor %}
+{%- for message in messages %}
+    {{- (message.name or message.role) | upper }}
+    {{- ':\n' }}
+    {{- message.content }}
+    {%- for call in message.tool_calls or [] %}
+        {{- '\n' if message.content or not loop.first }}
+        {{- call.function | tojson }}
+    {%- endfor %}
+    {{- '\n\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- 'ASSISTANT:\n' }}
+{%- endif %}
+"""
+"""The model answers nobody, but with a template every way of chats can be tried on it."""
+
+
 def export(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the checkpoint, its weights rounded to bfloat16, and the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -254,6 +285,7 @@ def export(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
 def command(settings: Settings) -> str:

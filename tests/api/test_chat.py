@@ -1,11 +1,13 @@
 """Chats on the embedded model: what is rendered, and engines without a template or a tokenizer."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from graphgen import Chat, Engine, InvalidRequestError, SamplingParams
+from graphgen import Chat, Engine, InvalidRequestError, SamplingParams, demo
 from graphgen.ipc.errors import CheckpointError
 from graphgen.launch.config import EngineConfig
 from graphgen.requests.core import launch_config, load_config_tokenizer
@@ -48,14 +50,16 @@ def test_arguments_of_a_chat_reach_its_template(engine: Engine) -> None:
 
 
 def test_a_model_without_a_template_refuses_chats_and_names_the_remedy(tmp_path: Path) -> None:
-    launch = launch_config(EngineConfig(device="cpu"))
-    tokenizer = load_config_tokenizer(EngineConfig(device="cpu"), launch)
+    shutil.copytree(demo.model_folder(), tmp_path / "bare", ignore=shutil.ignore_patterns("*.jinja"))
+    config = EngineConfig(model=str(tmp_path / "bare"), device="cpu")
+    launch = launch_config(config)
+    tokenizer = load_config_tokenizer(config, launch)
     assert tokenizer is not None
     with pytest.raises(InvalidRequestError, match="chat_template="):
         tokenizer.encode_chat(HELLO)
     with pytest.raises(CheckpointError, match="nosuch"):
-        load_config_tokenizer(EngineConfig(device="cpu", chat_template="nosuch"), launch)
-    assert load_config_tokenizer(EngineConfig(device="cpu", tokenizer="none"), launch) is None
+        load_config_tokenizer(msgspec.structs.replace(config, chat_template="nosuch"), launch)
+    assert load_config_tokenizer(msgspec.structs.replace(config, tokenizer="none"), launch) is None
 
 
 def test_token_ids_are_served_without_a_tokenizer(engine: Engine) -> None:

@@ -1,5 +1,6 @@
 """`graphgen chat` keeps the history, `graphgen generate` applies the template, and errors do not end a conversation."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from graphgen import Chat, InvalidRequestError, PromptTooLongError, SamplingPara
 from graphgen.calls.calls import Calls
 from graphgen.calls.outputs import Sink, StreamPiece
 from graphgen.commands.chat import Conversation, check_chat, converse, write_reply
+from graphgen.demo import model_folder
 from graphgen.ipc.errors import EngineDeadError
 from tests.commands.test_cli import SMALL, run
 from tests.fakes import FakeCore
@@ -103,8 +105,18 @@ def test_generate_applies_the_template_unless_it_is_raw(tmp_path: Path) -> None:
     assert chat.stderr.startswith("12 tokens, finished by length; ")
 
 
-def test_chat_with_a_model_that_has_no_template_is_one_message() -> None:
-    done = run(["chat", "hello", *SMALL])
+def test_the_embedded_model_chats_offline_and_goes_on_with_a_text() -> None:
+    options = ("--max-tokens", "12", "--temperature", "0", *SMALL)
+    chat = run(["chat", "Good morrow", *options])
+    rendered = run(["generate", "USER:\nGood morrow\n\nASSISTANT:\n", *options])
+    assert chat.returncode == rendered.returncode == 0, chat.stderr
+    assert chat.stdout == rendered.stdout
+    assert len(chat.stdout) > 5
+
+
+def test_chat_with_a_model_that_has_no_template_is_one_message(tmp_path: Path) -> None:
+    shutil.copytree(model_folder(), tmp_path / "model", ignore=shutil.ignore_patterns("*.jinja"))
+    done = run(["chat", "hello", str(tmp_path / "model"), *SMALL])
     assert done.returncode == 2
     assert "graphgen: the model has no chat template: name a chat model" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr

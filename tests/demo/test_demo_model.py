@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from graphgen.demo import model_folder, play_file
 from graphgen.demo.train import (
+    CHAT_TEMPLATE,
     Settings,
     card_table,
     evaluate,
@@ -27,6 +28,7 @@ from graphgen.demo.train import (
 )
 
 FILES = (
+    "chat_template.jinja",
     "config.json",
     "generation_config.json",
     "model.safetensors",
@@ -58,6 +60,29 @@ def record() -> dict[str, Any]:  # Any: a JSON object
 def test_folder_is_complete_and_small() -> None:
     assert sorted(file.name for file in model_folder().iterdir()) == sorted(FILES)
     assert sum(file.stat().st_size for file in model_folder().iterdir()) <= MAX_FOLDER_BYTES
+
+
+def test_the_chat_template_is_what_training_writes() -> None:
+    assert (model_folder() / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+
+
+def test_a_chat_is_a_scene(tokenizer: Any) -> None:
+    """Rendered by transformers: who speaks, what is said; tools, their calls and documents too."""
+    chat = [
+        {"role": "user", "content": "Who is there?", "name": "Francisco"},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": {"far": 1}}}]},
+        {"role": "tool", "content": "Bernardo"},
+    ]
+    tools, documents = [{"type": "function", "function": {"name": "look"}}], [{"title": "é"}]
+    assert tokenizer.apply_chat_template(
+        chat, tools=tools, documents=documents, tokenize=False, add_generation_prompt=True
+    ) == (
+        'PROPERTIES:\n{"type": "function", "function": {"name": "look"}}\n\nLETTER:\n{"title": "é"}\n\n'
+        'FRANCISCO:\nWho is there?\n\nASSISTANT:\n{"name": "look", "arguments": {"far": 1}}\n\nTOOL:\nBernardo\n\n'
+        "ASSISTANT:\n"
+    )
+    plain = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert plain == "USER:\nHi\n\n"
 
 
 def test_missing_weights_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

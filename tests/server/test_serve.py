@@ -154,8 +154,8 @@ def test_errors_are_those_of_an_engine(client: Client) -> None:
         client.generate("\ud800")
     with pytest.raises(InvalidRequestError, match="plain ints"):
         client.generate([[1, "2"]])  # type: ignore[arg-type]  # what an untyped program may do
-    with pytest.raises(InvalidRequestError, match="no chat template"):
-        client.generate(graphgen.Chat([{"role": "user", "content": "Hi"}]))
+    with pytest.raises(InvalidRequestError, match="which no request may set"):
+        client.generate(graphgen.Chat([{"role": "user", "content": "Hi"}], chat_template_kwargs={"messages": ""}))
     assert client.generate("ROMEO:", GREEDY)[0].finish_reason == "length"
 
 
