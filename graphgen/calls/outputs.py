@@ -54,6 +54,8 @@ class StreamPiece(Struct, frozen=True):
     """As in RequestOutput; the same in every piece."""
     sample_index: int = 0
     """Which of the n outputs of the prompt it belongs to."""
+    prompt_tokens: int = 0
+    """Length of the prompt; the same in every piece."""
 
     def __repr__(self) -> str:
         return short_repr(self)

@@ -226,7 +226,7 @@ class Connection:
                     self._take_delta(delta)
             case Accepted():
                 if (request := self._requests.get(message.id)) is not None:
-                    request.accept(message.prompt_ids)
+                    request.accept(message)
             case Done():
                 if (request := self._requests.pop(message.id, None)) is not None:
                     _deliver_all(request.sink, request.take_done(message))

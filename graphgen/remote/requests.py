@@ -4,7 +4,6 @@ Does no I/O and knows no thread: the connection feeds it. Used by `graphgen.remo
 """
 
 import time
-from collections.abc import Sequence
 from typing import cast
 
 import msgspec
@@ -26,7 +25,7 @@ from graphgen.ipc.errors import (
     ServerError,
 )
 from graphgen.ipc.ggp.limits import MAX_INT
-from graphgen.ipc.ggp.messages import Delta, Done, Error, Generate, Sampling, SamplingDefaults
+from graphgen.ipc.ggp.messages import Accepted, Delta, Done, Error, Generate, Sampling, SamplingDefaults
 from graphgen.ipc.messages import FinishReason
 
 
@@ -44,11 +43,14 @@ class RemoteRequest:
         self._texts: list[list[str]] = [[] for _ in range(message.sampling.n)]
         self._times_s: list[list[float]] = [[] for _ in range(message.sampling.n)]
         self._num_open = message.sampling.n
+        self._num_prompt_tokens = 0
+        self._cached_tokens = [0] * message.sampling.n
 
-    def accept(self, prompt_ids: Sequence[int] | None) -> None:
+    def accept(self, accepted: Accepted) -> None:
         self.accepted = True
-        if prompt_ids is not None:
-            self._prompt_ids = tuple(prompt_ids)
+        self._num_prompt_tokens = accepted.prompt_tokens
+        if accepted.prompt_ids is not None:
+            self._prompt_ids = tuple(accepted.prompt_ids)
 
     def take_delta(self, delta: Delta) -> Delivery | None:
         """What its sink gets of a delta. Raises ServerError when tokens are missing, which no server may do."""
@@ -59,13 +61,21 @@ class RemoteRequest:
                 code="internal",
             )
         now_s = time.monotonic() - self._sent_s
+        self._cached_tokens[delta.sample] += delta.cached_tokens
         token_ids.extend(delta.ids)
         self._texts[delta.sample].append(delta.text)
         self._times_s[delta.sample].extend([now_s] * len(delta.ids))
         self._num_open -= delta.finish is not None
         if not self._streams:
             return None
-        return StreamPiece(delta.text, tuple(delta.ids), _finish_reason(delta.finish), sample_index=delta.sample)
+        return StreamPiece(
+            text=delta.text,
+            token_ids=tuple(delta.ids),
+            finish_reason=_finish_reason(delta.finish),
+            cached_tokens=self._cached_tokens[delta.sample],
+            sample_index=delta.sample,
+            prompt_tokens=self._num_prompt_tokens,
+        )
 
     def take_done(self, done: Done) -> list[Delivery]:
         """What its sink gets at the end: for a stream nothing, since its last piece said so."""

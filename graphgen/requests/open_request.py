@@ -75,7 +75,8 @@ class OpenRequest:
             self._text.extend(pieces)
         if self._streams:
             text = "".join(pieces)
-            return StreamPiece(text, tuple(token_ids), reason, self._cached_tokens, self._sample_index), reason
+            prompt = self._cached_tokens, self._sample_index, len(self._prompt_token_ids)
+            return StreamPiece(text, tuple(token_ids), reason, *prompt), reason
         return (None if reason is None else self._output(reason, now_s)), reason
 
     def _add_token(self, token_id: int) -> tuple[str, bool]:

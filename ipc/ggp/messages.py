@@ -331,6 +331,9 @@ class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     finish: Annotated[
         str | None, Meta(description="In the sample's last delta: `stop`, `length`, `aborted` or `error`.")
     ] = None
+    cached_tokens: Annotated[
+        Count, Meta(description="In the sample's first delta: prompt tokens found in the prefix cache.")
+    ] = 0
 
 
 class Deltas(Struct, frozen=True, kw_only=True):

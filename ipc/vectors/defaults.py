@@ -81,7 +81,7 @@ DEFAULTS: dict[str, dict[str, Value]] = {
     "welcome": {"sampling_defaults": {}, "draining": False},
     "sampling_defaults": {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0},
     "accepted": {"prompt_ids": None},
-    "delta": {"seq": 0, "sample": 0, "ids": [], "text": "", "finish": None},
+    "delta": {"seq": 0, "sample": 0, "ids": [], "text": "", "finish": None, "cached_tokens": 0},
     "stats": {"worker_restarts": 0, "worker_loss": "", "poisoned": 0, "numerical_errors": 0},
     "usage": {"cached_tokens": 0},
     "error": {"retryable": False, "retry_after_ms": None, "id": None, "about": "", "versions": None},

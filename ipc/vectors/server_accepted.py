@@ -206,6 +206,7 @@ SERVER_ACCEPTED = [
         ids=[2],
         finish="stop",
     ),
+    delta("delta-cached", "a prompt that was computed before", ("cached_tokens", u16(300)), cached_tokens=300),
     delta("delta-sample-15", "the last of 16 samples", ("sample", integer(15)), sample=15),
     delta("delta-int64-seq", "a signed integer that is not negative", ("seq", i16(300)), seq=300),
     delta("delta-finish-nil", "nil where the table has nil", ("finish", NIL), finish=None),

@@ -128,6 +128,7 @@ SERVER_REFUSED = [
     wrong_delta("delta-ids-nil", "nil where the table has no nil", ("ids", NIL)),
     wrong_delta("delta-text-bin", "bin is not str", ("text", bin8(b"ab"))),
     wrong_delta("delta-text-nil", "nil where the table has no nil", ("text", NIL)),
+    wrong_delta("delta-cached-float", "a float where an int is expected", ("cached_tokens", f32(1.0))),
     wrong_delta("delta-finish-int", "an int is no str", ("finish", integer(1))),
     Vector("delta-key-int", (header("D"), b"\x82\xa2id\x07\x01\x02"), "a key that is an int", BAD_REQUEST),
     wrong("deltas-empty", "U", "a required field is missing"),

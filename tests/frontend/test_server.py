@@ -218,7 +218,7 @@ def test_who_asks_for_notices_gets_them_and_nobody_else(frontend: Frontend) -> N
 
 def send_step(frontend: Frontend, tokens: dict[int, list[int]], finish: FinishReason | None = None) -> None:
     """The tokens of these requests, of one step."""
-    frontend.scheduler.send(Outputs(tuple(TokenOutput(one, tuple(ids), finish) for one, ids in tokens.items())))
+    frontend.scheduler.send(Outputs(tuple(TokenOutput(one, tuple(ids), finish, 0.0) for one, ids in tokens.items())))
 
 
 def test_what_a_step_gives_comes_in_one_message_to_who_asked_for_that(frontend: Frontend, tokenizer: Tokenizer) -> None:
@@ -243,6 +243,14 @@ def test_what_a_step_gives_comes_in_one_message_to_who_asked_for_that(frontend: 
     assert [(item.id, item.sample, item.seq) for item in ends] == [(1, 0, 1), (1, 1, 1), (2, 0, 3)]
     assert {item.finish for item in ends} == {"length"}
     assert {asks.expect(Done).id for _ in range(2)} == {1, 2}
+
+
+def test_a_samples_first_delta_says_what_of_its_prompt_was_cached(frontend: Frontend) -> None:
+    client = frontend.welcome()
+    request = open_request(frontend, client)
+    for token_id in (7, 8):
+        frontend.scheduler.send(Outputs((TokenOutput(request, (token_id,), None, 0.0, cached_tokens=2),)))
+        assert client.expect(Delta).cached_tokens == (2 if token_id == 7 else 0)
 
 
 def test_a_batch_of_a_reader_that_was_behind_has_an_end(frontend: Frontend, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,6 +272,18 @@ def test_deltas_of_several_requests_come_in_one_message(server: FakeServer, clie
     assert next(second).token_ids == (8,), "a gap ends its own request alone"
 
 
+def test_the_pieces_of_a_stream_know_their_prompt(server: FakeServer, client: Client) -> None:
+    stream = client.stream([1, 2, 3], SamplingParams(n=2))
+    request_id = server.expect_generate().id
+    server.send(
+        Accepted(id=request_id, prompt_tokens=3),
+        Delta(id=request_id, ids=[5], cached_tokens=2),
+        Delta(id=request_id, seq=1, ids=[6], finish="stop"),
+        Delta(id=request_id, sample=1, ids=[7], finish="stop"),
+    )
+    assert [(piece.prompt_tokens, piece.cached_tokens) for piece in stream] == [(3, 2), (3, 2), (3, 0)]
+
+
 def test_a_gap_in_the_tokens_is_no_output(server: FakeServer, client: Client) -> None:
     stream = client.stream([1])
     request_id = server.expect_generate().id

@@ -1,6 +1,7 @@
 """The receiving thread: every request hears exactly what is its own, and whatever breaks, nobody waits for ever."""
 
 import asyncio
+import functools
 import queue
 import threading
 import time
@@ -27,6 +28,8 @@ from graphgen.requests.link import Link
 from graphgen.requests.tokenizer import Tokenizer
 from tests.fakes import READY, STATS, FakeProcesses, FakeScheduler, open_request
 
+piece_of = functools.partial(StreamPiece, prompt_tokens=3)
+"""Of the prompts here."""
 DEATH = Exit("worker", -9, "out of memory")
 
 
@@ -87,12 +90,12 @@ def test_each_request_gets_its_own_tokens_in_order(rig: Rig) -> None:
     rig.scheduler.send_tokens(1, [2], "length")
     rig.scheduler.send_tokens(2, [6], "stop")
     assert [first.get(timeout=5), first.get(timeout=5)] == [
-        StreamPiece("a", (1,), None),
-        StreamPiece("b", (2,), "length"),
+        piece_of("a", (1,), None),
+        piece_of("b", (2,), "length"),
     ]
     assert [second.get(timeout=5), second.get(timeout=5)] == [
-        StreamPiece("e", (5,), None),
-        StreamPiece("f", (6,), "stop"),
+        piece_of("e", (5,), None),
+        piece_of("f", (6,), "stop"),
     ]
 
 
@@ -137,7 +140,7 @@ def test_a_stop_string_ends_the_request_at_the_scheduler(rig: Rig, streams: bool
     received = [deliveries.get_nowait() for _ in range(deliveries.qsize())]
     assert not any(isinstance(one, Exception) for one in received)
     if streams:
-        assert received == [StreamPiece("a", (1,), None), StreamPiece("", (2,), None), StreamPiece("", (3,), "stop")]
+        assert received == [piece_of("a", (1,), None), piece_of("", (2,), None), piece_of("", (3,), "stop")]
     else:
         (output,) = received
         assert isinstance(output, RequestOutput)
@@ -169,9 +172,9 @@ def test_held_back_text_comes_with_the_last_token(rig: Rig) -> None:
     rig.scheduler.send_tokens(1, [2])
     rig.scheduler.send_tokens(1, [3], "length")
     assert [deliveries.get(timeout=5) for _ in range(3)] == [
-        StreamPiece("a", (1,), None),
-        StreamPiece("", (2,), None),
-        StreamPiece("bc", (3,), "length"),
+        piece_of("a", (1,), None),
+        piece_of("", (2,), None),
+        piece_of("bc", (3,), "length"),
     ]
 
 
@@ -192,7 +195,7 @@ def test_a_rejected_request_is_told_why_and_others_go_on(rig: Rig) -> None:
     error = refused.get(timeout=5)
     assert isinstance(error, InvalidRequestError)
     assert "9 pages" in str(error)
-    assert other.get(timeout=5) == StreamPiece("a", (1,), "length")
+    assert other.get(timeout=5) == piece_of("a", (1,), "length")
 
 
 def test_a_failure_of_one_requests_text_ends_that_request_alone(rig: Rig) -> None:
@@ -203,7 +206,7 @@ def test_a_failure_of_one_requests_text_ends_that_request_alone(rig: Rig) -> Non
     assert isinstance(error, Exception)
     assert "KeyError" in str(error)
     assert rig.scheduler.expect(Cancel).request_id == 1
-    assert good.get(timeout=5) == StreamPiece("a", (1,), "length")
+    assert good.get(timeout=5) == piece_of("a", (1,), "length")
 
 
 @pytest.mark.alone
@@ -304,7 +307,7 @@ def test_a_reader_whose_event_loop_is_gone_is_cancelled(rig: Rig) -> None:
     rig.scheduler.send_tokens(1, [1])
     assert rig.scheduler.expect(Cancel).request_id == 1
     rig.scheduler.send_tokens(2, [1], "length")
-    assert other.get(timeout=5) == StreamPiece("a", (1,), "length")
+    assert other.get(timeout=5) == piece_of("a", (1,), "length")
 
 
 def test_many_deliveries_wake_a_loop_once_and_keep_their_order() -> None:
@@ -320,7 +323,7 @@ def test_many_deliveries_wake_a_loop_once_and_keep_their_order() -> None:
             return schedule(*call)  # type: ignore[arg-type]  # passed on as it came
 
         loop.call_soon_threadsafe = count  # type: ignore[assignment,method-assign]  # counting what is called
-        sent = [StreamPiece(str(number), (number,), None) for number in range(50)]
+        sent = [piece_of(str(number), (number,), None) for number in range(50)]
         for piece in sent:
             mailbox.put(pieces, piece)
         received = [await pieces.get() for _ in sent]

@@ -21,10 +21,11 @@ ABORTED = "aborted"
 class _Sample:
     """Unsent output of one sample."""
 
-    __slots__ = ("ended", "finish", "finish_sent", "ids", "num_tokens", "started", "texts")
+    __slots__ = ("cached_tokens", "ended", "finish", "finish_sent", "ids", "num_tokens", "started", "texts")
 
     def __init__(self) -> None:
         self.started = False  # it has a token
+        self.cached_tokens = 0
         self.num_tokens = 0  # sent in deltas
         self.ids: list[int] = []
         self.texts: list[str] = []
@@ -55,7 +56,6 @@ class PublicRequest:
         self._queued_ms = 0.0
         self._first_token_ms = 0.0
         self._last_token_ms = 0.0
-        self._cached_tokens = 0
         self._accepted_sent = False
         self._end: Done | Error | None = None
         self._end_sent = False
@@ -101,8 +101,7 @@ class PublicRequest:
             self._first_token_ms = self._last_token_ms
             started_s = self.prepared.opened[piece.sample_index].started_s
             self._queued_ms = max(0.0, started_s - self.arrived_s) * 1000
-        if piece.sample_index == 0:
-            self._cached_tokens = piece.cached_tokens
+        sample.cached_tokens = piece.cached_tokens
         if piece.finish_reason is not None:
             sample.ended, sample.finish = True, piece.finish_reason
             if all(one.ended for one in self._samples):
@@ -182,6 +181,7 @@ class PublicRequest:
             ids=sample.ids,
             text="".join(sample.texts),
             finish=sample.finish if sample.ended and not sample.finish_sent else None,
+            cached_tokens=0 if sample.num_tokens else sample.cached_tokens,
         )
 
     def _done(self) -> Done:
@@ -192,7 +192,7 @@ class PublicRequest:
             usage=Usage(
                 prompt_tokens=num_prompt_tokens,
                 output_tokens=sum(sample.num_tokens + len(sample.ids) for sample in self._samples),
-                cached_tokens=self._cached_tokens,
+                cached_tokens=self._samples[0].cached_tokens if self._samples else 0,
             ),
             timing=Timing(
                 queued_ms=round(self._queued_ms, 3),

@@ -49,6 +49,7 @@ void read(const Map& map, Delta& into) {
   map.optional("ids", into.ids);
   map.optional("text", into.text);
   map.optional("finish", into.finish);
+  map.optional("cached_tokens", into.cached_tokens);
 }
 
 void read(const msgpack::object& value, Delta& into) { read(Map(value), into); }

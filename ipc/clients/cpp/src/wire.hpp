@@ -51,6 +51,7 @@ struct Delta {
   TokenIds ids;
   std::string text;
   std::optional<std::string> finish;
+  std::uint64_t cached_tokens = 0;
 };
 struct Deltas {
   std::vector<Delta> items;

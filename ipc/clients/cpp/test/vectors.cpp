@@ -77,7 +77,7 @@ struct ToJson {
   }
   json operator()(const wire::Delta& m) const {
     return {{"id", m.id},   {"seq", m.seq},   {"sample", m.sample},
-            {"ids", m.ids}, {"text", m.text}, {"finish", or_null(m.finish)}};
+            {"ids", m.ids}, {"text", m.text}, {"finish", or_null(m.finish)}, {"cached_tokens", m.cached_tokens}};
   }
   json operator()(const wire::Deltas& m) const {
     json items = json::array();

@@ -112,6 +112,7 @@ const DELTA = {
   ids: optional(list(tokenId), []),
   text: optional(str, ""),
   finish: optional(orNil(str), null),
+  cached_tokens: optional(int, 0),
 };
 const PING = { t: optional(int, 0), instance: optional(str, "") };
 
