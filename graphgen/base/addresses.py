@@ -77,6 +77,7 @@ def bind(listener: "zmq.Socket[bytes]", address: str) -> SocketFile | None:
             # libzmq closes it in the end. The path of a socket that it is given it neither makes nor removes.
             listener.set(zmq.USE_FD, own.detach())
             listener.bind(address)
+            listener.set(zmq.USE_FD, -1)  # for another address of the same listener
     except OSError as error:
         raise ConfigError(f"{address} cannot be bound ({error.strerror}): choose another path") from None
     return file

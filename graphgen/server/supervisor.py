@@ -168,6 +168,7 @@ class Supervisor:
             data=self._data,
             control=self._control,
             keys=None if self._keys is None else str(self._keys),
+            private=f"ipc://{processes.folder / 'private'}",
             memory_limit_bytes=self._options.memory_limit_mib << 20,
             slow_consumer_s=self._options.slow_consumer_s,
             open_requests=self._options.open_requests,

@@ -22,6 +22,7 @@ from graphgen.ipc.ggp.messages import (
     NumSamples,
     RequestId,
     ServerMessage,
+    Tenant,
 )
 
 MAGIC = b"GG"
@@ -101,11 +102,11 @@ class Framing(Generic[Send, Receive]):
         Raises FrameError, bad_frame, for what is no map."""
         try:
             found = self._brief_decoder.decode(body)
-            return Brief(found.id, found.sampling.n)
+            return Brief(found.id, found.sampling.n, found.tenant)
         except msgspec.ValidationError as error:
             if _is_no_map(error):
                 raise _no_map(error, NAMES[Generate]) from None
-            return Brief(self._find_id(body), 1)
+            return Brief(self._find_id(body), 1, "")
         except _UNREADABLE as error:
             raise _no_map(error, NAMES[Generate]) from None
 
@@ -118,11 +119,12 @@ class Framing(Generic[Send, Receive]):
 
 
 class Brief(NamedTuple):
-    """Of a `generate`: its id, None if it has none that can be taken, and how many samples it wants, 1 if that cannot
-    be told."""
+    """Of a `generate`: its id, None if it has none that can be taken; how many samples it wants, 1 if that cannot be
+    told; on whose behalf."""
 
     id: int | None
     num_samples: int
+    tenant: str
 
 
 class _IdOnly(Struct):
@@ -135,6 +137,7 @@ class _SamplesOnly(Struct, frozen=True):
 
 class _BriefWithSamples(Struct):
     id: RequestId | None = None
+    tenant: Tenant = ""
     sampling: _SamplesOnly = _SamplesOnly()
 
 

@@ -25,6 +25,7 @@ DEFAULT_CONTROL_ADDRESS = "tcp://127.0.0.1:5756"
 RequestId = Annotated[int, Meta(ge=0, le=limits.MAX_INT)]
 NumSamples = Annotated[int, Meta(ge=1, le=limits.MAX_SAMPLES)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Tenant = Annotated[str, Meta(max_length=limits.MAX_TENANT_LEN)]
 Count = Annotated[int, Meta(ge=0, le=limits.MAX_INT)]
 Measured = Annotated[float, Meta(ge=0, le=limits.MAX_INT)]
 """What a server has measured. It has an upper end so that infinity does not decode either."""
@@ -203,6 +204,12 @@ class Generate(Struct, frozen=True, kw_only=True, omit_defaults=True):
         Meta(description="With `messages`: switches of the template; one that it does not know changes nothing."),
     ] = None
     sampling: Annotated[Sampling, Meta(description="Absent: all defaults.")] = Sampling()
+    tenant: Annotated[
+        Tenant,
+        Meta(
+            description="On whose behalf: who the request counts to. Only where `welcome.features` has `tenants`.",
+        ),
+    ] = ""
     stream: Annotated[
         bool, Meta(description="false: each sample comes in one `delta`, when all samples have ended.")
     ] = True

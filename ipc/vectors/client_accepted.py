@@ -243,6 +243,7 @@ PROMPTS = [
     ),
     prompted("generate-not-streamed", "one delta for each sample", ("stream", FALSE), stream=False),
     prompted("generate-echo-ids", "accepted carries the prompt", ("echo_ids", TRUE), echo_ids=True),
+    prompted("generate-tenant-256", "on behalf of another", ("tenant", str16("é".encode() * 256)), tenant="é" * 256),
     prompted("generate-empty-sampling", "an empty map is all defaults", ("sampling", mapping()), sampling={}),
     prompted("unknown-key", "an unknown key is ignored", ("tomorrow", integer(1))),
     prompted(

@@ -211,6 +211,7 @@ PROMPTS = [
         "content is one str, not a list of parts",
         ("messages", array(mapping(("role", text("user")), ("content", array(text("a")))))),
     ),
+    refused_request("tenant-257", "one character too many", PROMPT, ("tenant", str16(b"t" * 257))),
     refused_request("tools-of-strs", "a tool is a map", ("messages", CHAT), ("tools", array(text("add")))),
     refused_request("tools-129", "one too many", ("messages", CHAT), ("tools", array16(*[mapping()] * 129))),
     refused_request("tools-key-int", "a key is a str", ("messages", CHAT), ("tools", array(b"\x81\x01\x02"))),

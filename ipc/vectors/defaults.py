@@ -61,6 +61,7 @@ DEFAULTS: dict[str, dict[str, Value]] = {
         "tools": None,
         "documents": None,
         "chat_template_kwargs": None,
+        "tenant": "",
         "sampling": {},
         "stream": True,
         "echo_ids": False,

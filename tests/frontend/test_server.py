@@ -2,6 +2,7 @@
 
 import struct
 import time
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -46,6 +47,7 @@ from graphgen.ipc.messages import StatsRequest as SchedulerStatsRequest
 from graphgen.remote.requests import exception_of
 from graphgen.requests.tokenizer import Tokenizer
 from graphgen.server.frontend import outbox
+from graphgen.server.frontend.keys import Keys
 from graphgen.server.frontend.monitor import FRESH_S
 from graphgen.server.frontend.server import SMALL_BYTES
 from tests.fakes import READY, STATS
@@ -494,6 +496,40 @@ def test_samples_count_and_not_requests(make_frontend: MakeFrontend) -> None:
     open_request(frontend, modest, Generate(id=0, prompt_ids=[200]))
     frontend.scheduler.send_tokens(submits[1].request_id, [1])
     assert [unpack_int32(frontend.scheduler.expect(Submit).prompt_token_ids)[0] for _ in range(3)] == [101] * 3
+
+
+@pytest.mark.parametrize("has_keys", [True, False])
+def test_who_comes_by_the_private_address_acts_for_tenants(
+    make_frontend: MakeFrontend, tmp_path: Path, has_keys: bool
+) -> None:
+    """Each has the share and the turns of a client. Elsewhere nobody may, and without a key nobody is let in."""
+    private = f"ipc://{tmp_path / 'private'}"
+    if has_keys:
+        Keys(tmp_path / "keys").make(None)
+    frontend = make_frontend(
+        open_requests=1, max_unstarted=1, private=private, keys=str(tmp_path / "keys") if has_keys else None
+    )
+    gateway = frontend.connect(address=private)
+    gateway.send(Hello())
+    welcome = gateway.expect(Welcome)
+    assert "tenants" in welcome.features
+    assert welcome.limits.open_requests > 1000
+    for number, tenant in enumerate(("ann", "bob", "ann")):
+        gateway.send(Generate(id=number, prompt_ids=[5], tenant=tenant, sampling=Sampling(cache_salt="s")))
+    answers = [gateway.receive() for _ in range(3)]
+    (error,) = (answer for answer in answers if isinstance(answer, Error))
+    assert (error.id, error.code) == (2, "overloaded"), "of Ann's one request one is open"
+    submits = [frontend.scheduler.expect(Submit) for _ in range(2)]
+    assert [submit.tenant for submit in submits] == ["tenant ann", "tenant bob"]
+    assert submits[0].cache_salt == submits[1].cache_salt, "tenants are kept apart by salts of the gateway's own"
+    if has_keys:
+        assert frontend.connect().receive(0.1) is None
+        return
+    other = frontend.connect()
+    other.send(Hello())
+    assert "tenants" not in other.expect(Welcome).features
+    other.send(Generate(id=1, prompt_ids=[5], tenant="ann"))
+    assert other.expect(Error).code == "forbidden"
 
 
 def test_a_held_request_ends_at_its_deadline(make_frontend: MakeFrontend) -> None:

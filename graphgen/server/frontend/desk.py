@@ -13,7 +13,7 @@ import msgspec
 from graphgen.base.inbox import Inbox
 from graphgen.calls.outputs import Delivery, StreamPiece
 from graphgen.ipc.errors import DeadlineError, GraphgenError, InvalidRequestError, OverloadedError
-from graphgen.ipc.ggp.framing import make_error
+from graphgen.ipc.ggp.framing import Brief, make_error
 from graphgen.ipc.ggp.messages import Error
 from graphgen.ipc.messages import RequestEnded
 from graphgen.requests.link import Link
@@ -64,21 +64,21 @@ class Desk:
     def num_held(self) -> int:
         return len(self._held)
 
-    def open(
-        self, session: Session, request_id: int, num_samples: int, frames: tuple[bytes, bytes], now_s: float
-    ) -> Error | None:
-        """Takes a `generate`; an error when it is refused at once."""
+    def open(self, session: Session, brief: Brief, frames: tuple[bytes, bytes], now_s: float) -> Error | None:
+        """Takes a `generate` that has an id; an error when it is refused at once."""
+        request_id, client = brief.id, tenant_of(brief.tenant) if brief.tenant else session.client
+        assert request_id is not None
         if request_id in session.requests:
             message = f"request {request_id} of this session is open: choose another id"
             return make_error("duplicate_id", message, about="generate")
-        if len(session.requests) >= UNREAD_FACTOR * self._open_requests:
+        if len(session.requests) >= UNREAD_FACTOR * self._open_requests and not session.is_trusted:
             message = f"{len(session.requests)} requests of this session are open or have ended unread: read their ends"
             return make_error("overloaded", message, request_id, "generate", 1000)
         try:
-            self._shares.open_request(session.client, num_samples)
+            self._shares.open_request(client, brief.num_samples)
         except (OverloadedError, InvalidRequestError) as refusal:
             return error_of(refusal, request_id)
-        request = PublicRequest(session, request_id, session.client, num_samples, now_s)
+        request = PublicRequest(session, request_id, client, brief.num_samples, now_s)
         session.requests[request_id] = request
         self._open[request] = None
         try:
@@ -218,3 +218,8 @@ class Desk:
         if self._on_end is not None:
             self._on_end(request.report(time.monotonic()))
         self._outbox.add_news(request)
+
+
+def tenant_of(name: str) -> str:
+    """The client that a trusted session acts for. No key and no session is called so."""
+    return f"tenant {name}"

@@ -128,10 +128,10 @@ class Preparer:
         message = self._framing.decode(frames)
         assert isinstance(message, Generate), "only generate is prepared"
         token_ids = self._prompt_ids(message)
-        sampling = self._capped(message.sampling, request.session.key)
+        sampling = message.sampling if request.session.is_trusted else self._capped(message, request.session.key)
         opened = self._core.prepare(
             token_ids,
-            sampling_params(sampling, request.session.key),
+            sampling_params(sampling, request.session.cache_key),
             functools.partial(sink, request),
             request.arrived_s,
             request.client,
@@ -147,9 +147,10 @@ class Preparer:
             echo_ids=message.echo_ids,
         )
 
-    def _capped(self, sampling: Sampling, key: str) -> Sampling:
+    def _capped(self, message: Generate, key: str) -> Sampling:
         """Asking for more than the operator grants is no error: a client need not know its cap."""
-        return msgspec.structs.replace(sampling, priority=min(sampling.priority, self._max_priority(key)))
+        priority = min(message.sampling.priority, self._max_priority(key))
+        return msgspec.structs.replace(message.sampling, priority=priority)
 
     def _prompt_ids(self, message: Generate) -> list[int]:
         given = [

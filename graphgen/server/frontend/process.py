@@ -192,13 +192,14 @@ def bind(
     """Both sockets; from here on clients may connect, and wait."""
     server_key = None if keys is None else keys.server_secret_key()
     sockets = (
-        ("data", settings.data, frame_bytes_limit(launch.max_model_len)),
-        ("control", settings.control, CONTROL_FRAME_BYTES),
+        ("data", settings.data, frame_bytes_limit(launch.max_model_len), settings.private),
+        ("control", settings.control, CONTROL_FRAME_BYTES, None),
     )
     bound: list[PublicSocket] = []
     try:
-        for name, address, frame_bytes in sockets:
-            bound.append(PublicSocket(context, gate, name, address, frame_bytes, settings.slow_consumer_s, server_key))
+        for name, address, frame_bytes, private in sockets:
+            dead_peer_s = settings.slow_consumer_s
+            bound.append(PublicSocket(context, gate, name, address, frame_bytes, dead_peer_s, server_key, private))
     except (ConfigError, zmq.ZMQError) as error:
         for socket in bound:
             socket.close(0.0)

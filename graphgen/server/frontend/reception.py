@@ -29,7 +29,7 @@ from graphgen.server.frontend.desk import Desk
 from graphgen.server.frontend.outbox import Outbox
 from graphgen.server.frontend.sessions import Session, Sessions
 from graphgen.server.frontend.settings import FrontendSettings
-from graphgen.server.frontend.sockets import PublicSocket, Received, Sent
+from graphgen.server.frontend.sockets import TRUSTED, PublicSocket, Received, Sent
 
 logger = logging.getLogger("graphgen.server.frontend")
 
@@ -38,6 +38,8 @@ AWAY_S = 1.0
 SWEEP_S = 0.2
 """Between two looks for dead sessions when all are taken."""
 RETRY_AFTER_MS = 1000
+MAX_TRUSTED_REQUESTS = 1 << 16
+"""Of a session that acts on behalf of tenants, whose own limits hold beside it."""
 KEY_GONE = "this connection's key is not let in any more: ask the operator of the server"
 
 
@@ -73,7 +75,7 @@ class Reception:
         code: Code
         if not is_made_by_socket(received.routing_id):
             code, why = "bad_request", CHOSEN_ID
-        elif not self._admits(received.key):
+        elif not self._lets_in(received.key):
             code, why = "forbidden", KEY_GONE
         else:
             return None
@@ -111,10 +113,13 @@ class Reception:
         if (why := self._sessions.refusal(received.key, address)) is not None:
             return make_error("overloaded", why, about="hello", retry_after_ms=RETRY_AFTER_MS)
         name = secrets.token_hex(16)
-        session = Session(received.routing_id, name, received.key, now_s, connection, hello)
+        is_trusted = self._data.is_trusted(received)
+        session = Session(received.routing_id, name, received.key, now_s, connection, hello, is_trusted)
         self._sessions.add(session)
         logger.info("session with %r; there are %d", hello.client, len(self._sessions))
         welcome = msgspec.structs.replace(self._welcome, session=session.name, draining=grace_ms is not None)
+        if is_trusted:
+            welcome = _for_trusted(welcome)
         self._outbox.post(session, welcome)
         if grace_ms is not None:
             self._outbox.post(session, Draining(grace_ms=grace_ms))
@@ -131,7 +136,7 @@ class Reception:
         for session in self._sessions.all():
             if session.is_gone:
                 self.end(session)
-            elif not self._admits(session.key):
+            elif not self._lets_in(session.key):
                 self._cut_off(session, make_error("forbidden", KEY_GONE))
             elif session.requests:
                 self._look_after(session, now_s)
@@ -155,6 +160,9 @@ class Reception:
         elif session.blocked_s is None and now_s - session.pinged_s >= self._settings.heartbeat_s:
             session.pinged_s = now_s
             self._outbox.post(session, Ping(instance=self._welcome.instance))
+
+    def _lets_in(self, key: str) -> bool:
+        return key == TRUSTED or self._admits(key)
 
     def _make_room(self, now_s: float) -> None:
         """Before a session is refused, those are ended whose connections are gone: first those that are known to be,
@@ -180,3 +188,9 @@ class Reception:
         for request_id in request_ids:
             ended = self._framing.encode(msgspec.structs.replace(error, id=request_id))
             self._data.send(session.routing_id, *ended)
+
+
+def _for_trusted(welcome: Welcome) -> Welcome:
+    """Each tenant has the share of a client, and there may be many."""
+    limits = msgspec.structs.replace(welcome.limits, open_requests=MAX_TRUSTED_REQUESTS)
+    return msgspec.structs.replace(welcome, limits=limits, features=[*welcome.features, "tenants"])

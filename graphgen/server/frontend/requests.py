@@ -137,7 +137,7 @@ class PublicRequest:
         return RequestEnded(
             request_id=self.id,
             key=self.session.key,
-            address=self.session.address,
+            address=self.client if self.session.is_trusted else self.session.address,
             prompt_tokens=done.usage.prompt_tokens,
             cached_tokens=done.usage.cached_tokens,
             output_tokens=done.usage.output_tokens,

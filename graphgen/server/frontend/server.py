@@ -273,12 +273,15 @@ class Server:
             if len(body) <= SMALL_BYTES:
                 self._framing.decode(received.frames)  # says what is wrong
             return make_error("bad_request", "id is missing or no int of 0 to 2^53-1: give one", about="generate")
+        if brief.tenant and not session.is_trusted:
+            text = "this connection acts for itself alone: leave tenant out"
+            return make_error("forbidden", text, request_id, "generate")
         if self._ending is not None:
             return make_error("draining", "the server is about to end: ask another", request_id, "generate")
         if self._monitor.engine_is_lost:
             text = "the engine ended and is being started again: try again soon"
             return make_error("engine_lost", text, request_id, "generate", RESTART_MS)
-        return self._desk.open(session, request_id, brief.num_samples, (header, body), now_s)
+        return self._desk.open(session, brief, (header, body), now_s)
 
     def _take_stranger(self, received: Received, message: ClientMessage, now_s: float) -> Error | None:
         """A message of a connection without a session, or one that wants a new one."""

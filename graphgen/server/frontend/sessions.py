@@ -26,10 +26,13 @@ class Session:
         now_s: float,
         connection: Connection | None = None,
         hello: Hello = HELLO,
+        is_trusted: bool = False,
     ) -> None:
-        """key: the CURVE key that its connection authenticated with; "" without keys."""
+        """key: the CURVE key that its connection authenticated with; "" without keys. is_trusted: it may act on behalf
+        of tenants that it names."""
         self.wants_notices = hello.notices
         self.takes_batches = hello.batches
+        self.is_trusted = is_trusted
         self.routing_id = routing_id
         self.connection = connection
         self.name = name  # secret: who knows it may cancel its requests
@@ -43,6 +46,11 @@ class Session:
         self.requests: dict[int, PublicRequest] = {}
         self.backlog: deque[ServerMessage] = deque(maxlen=MAX_BACKLOG)
         self.news: dict[PublicRequest, None] = {}  # requests that may have something to say, in this order
+
+    @property
+    def cache_key(self) -> str:
+        """What its prompts share cached pages within. Who is trusted keeps its tenants apart by salts of its own."""
+        return "" if self.is_trusted else self.key
 
     @property
     def is_gone(self) -> bool:

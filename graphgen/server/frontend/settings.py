@@ -27,6 +27,8 @@ class FrontendSettings(Struct, frozen=True, kw_only=True):
     control: str
     keys: str | None
     """Folder with the server's CURVE keys and the clients' public ones; None: no authentication."""
+    private: str | None = None
+    """A second address of the data socket, which only processes of this server can reach."""
     memory_limit_bytes: int
     """What the process may use beyond what it uses when it begins to serve."""
     max_sessions: int = 1024

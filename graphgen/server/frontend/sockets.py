@@ -3,9 +3,12 @@
 Owns the socket's options and its three answers to a send. Used on the server's thread alone.
 """
 
+import contextlib
 import ctypes
 import enum
+import os
 import secrets
+import socket as sockets
 from typing import NamedTuple
 
 import zmq
@@ -25,6 +28,9 @@ HANDSHAKE_MS = 5000
 ZAP_DOMAIN = "graphgen"
 """What sockets with keys are called where ZeroMQ asks whether a key may connect."""
 
+TRUSTED = "trusted"
+"""In the place of a key, of connections to the private address of a socket with keys."""
+
 Context = zmq.Context[zmq.Socket[bytes]]
 
 
@@ -41,7 +47,7 @@ class Received(NamedTuple):
 
     routing_id: bytes
     frames: list[bytes]
-    key: str  # the peer's CURVE key, "" without keys
+    key: str  # the peer's CURVE key, "" without keys, TRUSTED
     descriptor: int  # of its connection; another may have it later
 
 
@@ -65,8 +71,11 @@ class PublicSocket:
         frame_bytes: int,
         dead_peer_s: float,
         server_key: bytes | None,
+        private_address: str | None = None,
     ) -> None:
-        """dead_peer_s: how long a peer may not answer ZeroMQ's own heartbeats. Raises ConfigError, zmq.ZMQError."""
+        """dead_peer_s: how long a peer may not answer ZeroMQ's own heartbeats. private_address: another one, in a
+        folder that nobody else may enter: who comes by it is trusted, and needs no key. Raises ConfigError,
+        zmq.ZMQError."""
         self._secure = server_key is not None
         _make_ids_unguessable()
         self._gate = gate
@@ -85,13 +94,15 @@ class PublicSocket:
         socket.set(zmq.HEARTBEAT_IVL, int(dead_peer_s * 1000 / 4))
         socket.set(zmq.HEARTBEAT_TIMEOUT, int(dead_peer_s * 1000))
         socket.set(zmq.IPV6, "[" in address)
-        if server_key is not None:
-            socket.set(zmq.CURVE_SERVER, 1)
-            socket.set(zmq.CURVE_SECRETKEY, server_key)
-            socket.set(zmq.ZAP_DOMAIN, ZAP_DOMAIN.encode())
         gate.watch(socket, name)
+        self._private_path = None if private_address is None else private_address.removeprefix("ipc://")
         try:
-            self._file = bind(socket, address)
+            self._files = [] if private_address is None else [bind(socket, private_address)]
+            if server_key is not None:  # an option holds for the addresses that are bound after it
+                socket.set(zmq.CURVE_SERVER, 1)
+                socket.set(zmq.CURVE_SECRETKEY, server_key)
+                socket.set(zmq.ZAP_DOMAIN, ZAP_DOMAIN.encode())
+            self._files.append(bind(socket, address))
         except BaseException:
             socket.close()
             raise
@@ -123,7 +134,15 @@ class PublicSocket:
                 self._cut(frame)
                 raise
         self._count(frame, num_bytes)
-        return Received(routing_id, frames, str(frame.get("User-Id")) if self._secure else "", descriptor_of(frame))
+        return Received(routing_id, frames, self._key_of(frame), descriptor_of(frame))
+
+    def _key_of(self, frame: zmq.Frame) -> str:
+        if not self._secure:
+            return ""
+        try:
+            return str(frame.get("User-Id"))
+        except zmq.ZMQError:  # a connection without CURVE: it has come by the private address
+            return TRUSTED
 
     def _skip(self) -> None:
         num_bytes = 0
@@ -144,6 +163,14 @@ class PublicSocket:
         connection = self._gate.find(descriptor_of(frame))
         if connection is not None:
             connection.cut()
+
+    def is_trusted(self, received: Received) -> bool:
+        """Whether the connection of a message that has just come is one to the private address."""
+        if self._private_path is None or received.descriptor < 0:
+            return False
+        with contextlib.suppress(OSError), sockets.socket(fileno=os.dup(received.descriptor)) as own:
+            return own.family == sockets.AF_UNIX and own.getsockname() == self._private_path
+        return False
 
     @property
     def most_connections(self) -> int:
@@ -176,8 +203,9 @@ class PublicSocket:
         return Sent.SENT
 
     def close(self, linger_s: float) -> None:
-        if self._file is not None:
-            self._file.remove()
+        for file in self._files:
+            if file is not None:
+                file.remove()
         self.socket.close(linger=int(linger_s * 1000))
 
     def _wire_bytes(self, num_bytes: int) -> int:

@@ -63,6 +63,8 @@ export interface GenerateOptions {
   cacheSalt?: string;
   /** true: temperature, topK, topP, minP and repetitionPenalty, where not given, are `Welcome.samplingDefaults`. */
   modelDefaults?: boolean;
+  /** On whose behalf; where the server trusts this connection (`features` has "tenants"). */
+  tenant?: string;
   /** false: each sample comes in one piece. */
   stream?: boolean;
   /** true: `Stream.promptIds` is set. */

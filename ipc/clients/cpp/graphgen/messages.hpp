@@ -81,6 +81,7 @@ struct Request {
   std::vector<Json> tools = {};  ///< This and the next two: of a Chat, for the model's template.
   std::vector<Json> documents = {};
   Json::Object chat_template_kwargs = {};
+  std::string tenant = {};  ///< On whose behalf; where the server trusts this connection (a feature: tenants).
   Sampling sampling = {};
   bool stream = true;     ///< false: each sample comes in one piece.
   bool echo_ids = false;  ///< true: Stream::prompt_ids() has the prompt.

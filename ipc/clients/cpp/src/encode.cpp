@@ -164,6 +164,7 @@ Frames encode(std::uint64_t id, const Request& request) {
   if (const auto* chat = std::get_if<Chat>(&request.prompt)) map.field("messages", *chat);
   map.unless_default("tools", request.tools, {}).unless_default("documents", request.documents, {});
   map.unless_default("chat_template_kwargs", request.chat_template_kwargs, {});
+  map.unless_default("tenant", request.tenant, {});
   map.field("sampling", sampling_map(request.sampling));
   map.unless_default("stream", request.stream, true).unless_default("echo_ids", request.echo_ids, false);
   return frames('G', map);

@@ -121,6 +121,7 @@ inline Request request_of(const json& fields) {
     for (const json& message : fields.at("messages")) chat.push_back(message_of(message));
     request.prompt = chat;
   }
+  take(fields, "tenant", request.tenant);
   request.tools = values_of(fields, "tools");
   request.documents = values_of(fields, "documents");
   const json switches = fields.value("chat_template_kwargs", json::object());

@@ -253,7 +253,7 @@ const SAMPLING_OPTIONS = new Map(SAMPLING_FIELDS.map((field) => [camelCase(field
  * @param {import("../index.js").GenerateOptions} options
  */
 export function generateFields(options) {
-  const { prompt, messages, tools, documents, chatTemplateKwargs, stream, echoIds, signal, ...rest } = options;
+  const { prompt, messages, tools, documents, chatTemplateKwargs, tenant, stream, echoIds, signal, ...rest } = options;
   const sampling = {};
   for (const [option, value] of Object.entries(rest)) {
     const field = SAMPLING_OPTIONS.get(option);
@@ -267,6 +267,7 @@ export function generateFields(options) {
     tools: sendable("tools", tools),
     documents: sendable("documents", documents),
     chat_template_kwargs: sendable("chatTemplateKwargs", chatTemplateKwargs),
+    tenant: sendable("tenant", tenant),
     sampling: Object.keys(sampling).length > 0 ? sampling : undefined,
     stream,
     echo_ids: echoIds,

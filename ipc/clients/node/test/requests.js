@@ -10,6 +10,7 @@ export function optionsOf({ text, prompt_ids, prompt_u32, messages, sampling = {
     tools: rest.tools,
     documents: rest.documents,
     chatTemplateKwargs: rest.chat_template_kwargs,
+    tenant: rest.tenant,
     stream,
     echoIds: echo_ids,
     ...camelFields(sampling),
