@@ -16,7 +16,7 @@ def sections() -> list[list[str]]:
     """The numbered lists, line by line."""
     found: list[list[str]] = []
     for line in TEXT.splitlines():
-        if re.match(r"1\. `", line):
+        if re.match(r"1\. ", line):
             found.append([])
         if found and re.match(r"\d+\. ", line) and line.startswith(f"{len(found[-1]) + 1}. "):
             found[-1].append(line)
