@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphgen.ipc.errors import UnsupportedModelError
 from graphgen.models.attention.backend import FULL_ATTENTION, StepTensors
 from graphgen.models.families.family import TensorNames
 from graphgen.models.norms import AnyNorm, head_norm_targets, make_head_norm, make_norm, norm_targets
@@ -57,11 +56,13 @@ class Attention(nn.Module):
 
     def __init__(self, spec: GQA, rope: RopeSpec, hidden_size: int, dtype: torch.dtype, shard: Shard) -> None:
         super().__init__()
-        if spec.scale is not None:
-            raise UnsupportedModelError(f"scores are scaled by {spec.scale}: the attention kernels scale by their own")
         self.heads, self.kv_heads = spec.heads_of(shard)
         self.num_heads, self.num_kv_heads, self.head_dim = len(self.heads), len(self.kv_heads), spec.width
         self.window = FULL_ATTENTION if spec.window is None else spec.window
+        # The kernels scale the scores by 1 / sqrt(width).
+        self.q_factor = (
+            1.0 if spec.scale is None and spec.width == spec.head_dim else spec.score_scale * spec.width**0.5
+        )
         self.clip = spec.clip
         num_rows = (self.num_heads + 2 * self.num_kv_heads) * spec.width
         self.qkv = Linear(hidden_size, num_rows, spec.qkv_bias, dtype)
@@ -78,6 +79,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.clip is not None:
             q, k, v = (part.clamp(-self.clip, self.clip) for part in (q, k, v))
+        if self.q_factor != 1.0:
+            q = q * self.q_factor
         gathered = step.attention.attend(q, k, v, step.cos, step.sin, k_pages, v_pages, self.window)
         return gathered.flatten(1)
 

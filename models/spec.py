@@ -146,6 +146,11 @@ class GQA(Struct, frozen=True, tag="gqa", kw_only=True):
         return self.padded_head_dim or self.head_dim
 
     @property
+    def score_scale(self) -> float:
+        """Of the scores."""
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    @property
     def q_size(self) -> int:
         """Width of all query heads."""
         return self.num_heads * self.width

@@ -115,4 +115,4 @@ SMOLLM3 = replace(
     only={"use_sliding_window": (None, False)},
 )
 
-FAMILIES = (SEED_OSS, ARCEE, ERNIE, SMOLLM3)
+FAMILIES = (SEED_OSS, ARCEE, ERNIE, GRANITE, SMOLLM3)

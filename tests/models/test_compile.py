@@ -93,3 +93,18 @@ def test_generated_code_never_allocates_or_copies_pages(tmp_path: Path) -> None:
     allocations = re.findall(r"empty_strided\w*\(.*", code)
     assert allocations
     assert not [line for line in allocations if num_pages & set(re.findall(r"\w+", line))]
+
+
+@pytest.mark.parametrize("case", ["smollm3", "gpt2", "stablelm_parallel", "opt_350m", "cohere"])
+def test_layers_of_one_kind_share_their_graphs(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What differs by layer, here the rotation, compiles nothing anew."""
+    eager = torch._dynamo.lookup_backend("eager")
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: eager)
+    decoder = load(case, tmp_path)
+    decoder.compile_layers()
+    driver = Driver(decoder, num_pages=NUM_PAGES)
+    request, other = driver.request(PROMPT), driver.request(PROMPT[:9])
+    driver.step([(request, 60)])
+    driver.step([(other, 9)], [request])
+    driver.step(decodes=[request])
+    assert decoder.num_compiled_graphs() == 2

@@ -99,3 +99,37 @@ def test_rows_nobody_reads_are_left_out_and_leave_their_keys_and_values(compiled
         logits.append(torch.cat([*chosen, *driver.step([(request, 10)])]))
     assert torch.equal(logits[0].argmax(-1), logits[1].argmax(-1))
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "llama_biases_wide_heads",
+        "gpt2",
+        "neox",
+        "gptj",
+        "phi",
+        "qwen3",
+        "olmo2",
+        "glm4",
+        "bigcode_fused_by_head",
+        "opt",
+    ],
+)
+def test_padded_heads_change_nothing(case: str, tmp_path: Path) -> None:
+    """As on CUDA, whose kernels have heads of 64 at least."""
+    tiny.save(case, tmp_path)
+    spec = load_spec(tmp_path)
+    padded = spec.padded()
+    assert (spec.attention.width, padded.attention.width) == (spec.attention.head_dim, 64)
+    logits = []
+    for built in (spec, padded):
+        driver = Driver(load_decoder(tmp_path, built, torch.float32, CPU))
+        request = driver.request(tokens(30))
+        logits.append(torch.cat([*driver.step([(request, 20)]), *driver.step([(request, 10)])]))
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_heads_that_a_mean_is_taken_of_are_not_padded() -> None:
+    spec = tiny.spec_of(tiny.build("stablelm_parallel"))
+    assert spec.padded() == spec

@@ -49,7 +49,6 @@ SERVED = {
     "gelu": with_ff(activation="gelu"),
     "gelu_tanh": with_ff(activation="gelu_tanh"),
     "head_dim_32": with_mixer(num_heads=8, head_dim=32),
-    "padded_heads": with_mixer(head_dim=40, padded_head_dim=64),
     "wide_heads": with_mixer(num_heads=2, num_kv_heads=1, head_dim=256),
 }
 
@@ -87,7 +86,7 @@ TRAITS = {
     "a residual's factor": replace(LAYER, residual_scale=0.22),
     "norms of each head's own": with_mixer(qk_norm=QKNorm(NORM, "own_head")),
     "a norm of all heads": with_mixer(qk_norm=QKNorm(NORM, "all_heads")),
-    "head norms of padded heads": with_mixer(head_dim=40, padded_head_dim=64, qk_norm=QKNorm(NORM)),
+    "padded heads": with_mixer(head_dim=40, padded_head_dim=64),
     "clipped qkv": with_mixer(clip=8.0),
     "a scale of the scores": with_mixer(scale=0.1),
     "a second rope": with_mixer(rope=1),
