@@ -37,11 +37,10 @@ from graphgen.ipc.messages import (
 )
 from graphgen.launch.config import EngineConfig, check_device
 from graphgen.launch.processes import EngineProcesses
-from graphgen.launch.starts import StartLimit
+from graphgen.launch.starts import Backoff, StartLimit
 from graphgen.requests.core import describe_start, launch_config, load_config_tokenizer
 from graphgen.requests.link import error_of
 from graphgen.requests.tokenizer import write_tokenizer
-from graphgen.server.backoff import Backoff
 from graphgen.server.frontend.keys import Keys, default_folder
 from graphgen.server.frontend.settings import FrontendSettings
 from graphgen.server.request_log import RequestLog

@@ -1,6 +1,6 @@
-"""A server never gives a frontend up, and never starts it in a loop without a pause."""
+"""What dies again and again is started again, and never in a loop without a pause."""
 
-from graphgen.server.backoff import HEALTHY_S, LONGEST_WAIT_S, Backoff
+from graphgen.launch.starts import HEALTHY_S, LONGEST_WAIT_S, Backoff
 
 
 def test_waits_double_up_to_the_longest_and_there_is_no_last_start() -> None:
@@ -22,3 +22,8 @@ def test_a_frontend_that_lived_for_a_while_is_started_again_at_once() -> None:
         assert backoff.ended(HEALTHY_S / 2) <= LONGEST_WAIT_S
     backoff.started(0.0)
     assert backoff.ended(HEALTHY_S) == 0.0
+
+
+def test_the_longest_wait_is_the_caller_s() -> None:
+    backoff = Backoff(longest_wait_s=2.0)
+    assert [backoff.ended(0.0) for _ in range(8)][-2:] == [2.0, 2.0]
