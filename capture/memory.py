@@ -35,6 +35,9 @@ FREED_S = 30.0
 def wait_until_free(needed_bytes: int, read_free: Callable[[], int], timeout_s: float = FREED_S) -> int:
     """Free bytes, once there are as many as needed: the driver may still be freeing what a process before this one had.
 
+    needed_bytes: what the process before this one held itself (`held_bytes`). The difference of what was free before
+    and after its start would count what other processes of the device took meanwhile, which this one need not wait for.
+
     Raises ConfigError when there are not within the time: another program has taken it.
     """
     deadline_s = time.monotonic() + timeout_s
@@ -50,8 +53,15 @@ def wait_until_free(needed_bytes: int, read_free: Callable[[], int], timeout_s: 
 
 
 def device_free_bytes(device: torch.device) -> int:
-    """Of a CUDA device, whoever uses the rest; 0 for the CPU, whose memory no worker reserves."""
+    """Of a CUDA device, or the part of one (MIG) that this process sees, whoever uses the rest; 0 for the CPU, whose
+    memory no worker reserves. This process's context is there by then, or is made now, and is not counted as free."""
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0
+
+
+def held_bytes(device: torch.device) -> int:
+    """Of a CUDA device, what this process has taken for tensors and graphs, blocks that are kept for reuse included; 0
+    for the CPU. Its context and the code of its kernels come on top of it, some hundred MB."""
+    return int(torch.cuda.memory_reserved(device)) if device.type == "cuda" else 0
 
 
 def free_bytes(device: torch.device, memory_fraction: float) -> int:

@@ -248,7 +248,7 @@ class WorkerReady(Struct, frozen=True, array_like=True, tag="worker_ready", gc=F
     page_size: int
     phases: tuple[Phase, ...]
     step_times: StepTimeTable | None = None  # None: nobody has measured this device
-    device_bytes: int = 0  # of a CUDA device, used by this worker when it was ready
+    device_bytes: int = 0  # of a CUDA device, held by this worker when it was ready
 
     def __repr__(self) -> str:
         return short_repr(self)

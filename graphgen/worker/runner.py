@@ -21,6 +21,7 @@ from graphgen.capture.graphs import GraphPool
 from graphgen.capture.memory import (
     device_free_bytes,
     free_bytes,
+    held_bytes,
     pages_that_fit,
     peak_bytes_of,
     wait_until_free,
@@ -80,7 +81,7 @@ class ModelRunner:
         self._device = torch.device(config.device)
         self._stream = open_stream(self._device)
         # A worker that takes the place of one that died finds its memory free, or waits until it is.
-        self._free_at_start = wait_until_free(config.needed_bytes, lambda: device_free_bytes(self._device))
+        wait_until_free(config.needed_bytes, lambda: device_free_bytes(self._device))
         self._report = report
         self._phases.append(Phase("device", time.monotonic() - begun_s))
         if config.cpu_threads is not None:
@@ -149,7 +150,7 @@ class ModelRunner:
             num_pages=self._kv_cache.num_pages,
             page_size=self._config.page_size,
             phases=tuple(self._phases),
-            device_bytes=max(0, self._free_at_start - device_free_bytes(self._device)),
+            device_bytes=held_bytes(self._device),
         )
 
     @property
