@@ -106,6 +106,8 @@ def _collect(runner: ModelRunner, launched: Launched, channel: WorkerChannel) ->
                 channel.send(step.probe)
             else:
                 channel.send(_result(step, runner))
+    except zmq.ZMQError:
+        pass  # the main thread has failed, has said so, and has closed the channel
     except BaseException as error:
         traceback.print_exc()
         channel.send(Failed("worker", type(error).__name__, f"a step failed: {error or repr(error)}"))

@@ -286,6 +286,23 @@ def test_a_plan_that_cannot_be_launched_ends_the_process_with_its_reason(loop: L
     assert loop.ends_with() == 1
 
 
+def test_a_step_that_ends_after_the_process_has_failed_adds_no_words(
+    loop: Loop, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An operator reads the last lines, which are to be those of the failure."""
+    loop.plan(1)
+    step = loop.launched()
+    loop.plan(-1)
+    assert loop.expect(Failed).message == "step -1 cannot be launched"
+    assert loop.ends_with() == 1
+    said = capfd.readouterr().err
+    assert "step -1 cannot be launched" in said
+    reach(step)
+    for thread in [one for one in threading.enumerate() if one.name == "collector"]:
+        thread.join(1.0)
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("error", [RuntimeError("an illegal address"), ValueError()])
 def test_a_step_that_fails_is_told_once_and_no_result_follows(loop: Loop, error: Exception) -> None:
     loop.plan(1)
