@@ -27,7 +27,7 @@ PANELS = {
     "Device and memory": ("device", "memory_fraction", "num_pages", "page_size", "attention", "cpu_threads"),
     "Scheduling": ("token_budget", "max_num_seqs", "itl_target_ms", "ttft_target_ms", "step_times", "max_long_prompts"),
     "Queue": ("max_waiting", "max_waiting_tokens"),
-    "Start and logs": ("start_timeout_s", "step_log"),
+    "Start and logs": ("start_timeout_s", "step_log", "standby"),
 }
 """Where the help of a command shows which option of the engine."""
 OTHER_PANEL = "Engine"

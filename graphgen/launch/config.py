@@ -101,7 +101,10 @@ class EngineConfig(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords):
     max_long_prompts: int = 1
     """Prompts of more than eight full steps that are computed at the same time; the others of them wait."""
     start_timeout_s: float = 600.0
-    """How long the start may take before it is given up."""
+    """How long the start may take before it is given up, and that of a worker which replaces another."""
+    standby: bool | None = None
+    """Keep a second worker process that has imported everything and takes over when the worker dies: a pause without
+    the imports for 150 to 300 MB of the host's memory. None: where layers are compiled."""
 
     def __post_init__(self) -> None:
         """The checks that need neither the model nor the device."""
@@ -168,6 +171,7 @@ class EngineSettings(TypedDict, total=False):
     max_waiting_tokens: int
     max_long_prompts: int
     start_timeout_s: float
+    standby: bool | None
 
 
 def make_config(model: str | EngineConfig | None, settings: EngineSettings) -> EngineConfig:
@@ -211,6 +215,8 @@ class LaunchConfig(Struct, frozen=True, kw_only=True):
     max_waiting: int  # requests
     max_waiting_tokens: int  # prompt tokens
     max_long_prompts: int
+    start_timeout_s: float
+    standby: bool
     needed_bytes: int = 0  # of the device, which the worker before this one used; 0: nobody knows
 
     def write(self, folder: Path) -> None:
@@ -241,6 +247,7 @@ def resolve(
     token_budget = config.token_budget or (1024 if on_cuda else 256)
     page_size = config.page_size or (64 if on_cuda else 16)
     max_model_len = _resolve_max_model_len(config, spec)
+    compiles = on_cuda if config.compile is None else config.compile
     _check_num_pages(config.num_pages, page_size, min(token_budget, max_model_len))
     return LaunchConfig(
         model_folder=str(model_folder),
@@ -250,7 +257,7 @@ def resolve(
         device=device,
         dtype=_resolve_dtype(config, spec, on_cuda),
         attention=config.attention,
-        compile=on_cuda if config.compile is None else config.compile,
+        compile=compiles,
         load_format=config.load_format,
         seed=config.seed,
         max_model_len=max_model_len,
@@ -270,6 +277,9 @@ def resolve(
         max_waiting=config.max_waiting,
         max_waiting_tokens=config.max_waiting_tokens,
         max_long_prompts=config.max_long_prompts,
+        start_timeout_s=config.start_timeout_s,
+        # The compiler is most of what a worker imports.
+        standby=compiles if config.standby is None else config.standby,
     )
 
 

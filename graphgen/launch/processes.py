@@ -96,7 +96,7 @@ class EngineProcesses:
 
     @property
     def pids(self) -> dict[str, int]:
-        """By name, the workers' included."""
+        """By name, the workers' and standbys' included."""
         return {name: child.pid for name, child in self._children.items()} | _worker_pids(self.folder)
 
     def find_exit(self, names: Collection[str] | None = None) -> Exit | None:
@@ -130,15 +130,22 @@ class EngineProcesses:
 
 
 def start_child(
-    module: str, arguments: Sequence[str], log_file: Path, environment: Mapping[str, str] | None = None
+    module: str,
+    arguments: Sequence[str],
+    log_file: Path,
+    environment: Mapping[str, str] | None = None,
+    reads: bool = False,
 ) -> "subprocess.Popen[bytes]":
-    """`python -m module arguments`, in a session and process group of its own, its output in a file."""
+    """`python -m module arguments`, in a session and process group of its own, its output in a file.
+
+    reads: its standard input is a pipe from here, and not empty.
+    """
     log_file.unlink(missing_ok=True)
     with log_file.open("ab") as log:  # appended to, so that the child may cut it
         return subprocess.Popen(
             # -P: a file of the user's named like a library must not be imported in its place.
             [sys.executable, "-P", "-m", module, *arguments],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if reads else subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -168,13 +175,14 @@ def pid_file(folder: Path, name: str) -> Path:
 
 
 def _worker_pids(folder: Path) -> dict[str, int]:
-    """Of the workers that there are. None where the folder is gone, which another thread may remove at any moment."""
+    """Of the workers that there are, and those that stand by. None where the folder is gone, which another thread may
+    remove at any moment."""
     names: list[str] = []
     with contextlib.suppress(FileNotFoundError):
         names = sorted(os.listdir(folder))
     found = {}
     for name in names:
-        if re.fullmatch(r"worker-\d+\.pid", name):
+        if re.fullmatch(r"(worker|standby)-\d+\.pid", name):
             with contextlib.suppress(OSError, ValueError):  # it is being replaced
                 found[name.removesuffix(".pid")] = int((folder / name).read_text())
     return found

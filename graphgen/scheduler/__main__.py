@@ -15,6 +15,7 @@ NUM_RANKS = 1
 def start(folder: Path, parent_pid: int) -> None:
     end_with_parent(parent_pid, folder)
     workers = WorkerProcesses(folder, parent_pid, 0, NUM_RANKS)
+    workers.begin()
     from graphgen.scheduler.process import main
 
     main(folder, parent_pid, workers)

@@ -49,8 +49,8 @@ from graphgen.scheduler.workers import LAST_RESULTS_S, Loss, State, Workers
 
 logger = logging.getLogger("graphgen.scheduler")
 
-ENDING_LOOK_S = 0.05
-"""How often to look whether a killed worker is gone; its end is also a reason to wake."""
+TOLD_S = 0.05
+"""Phases of a new worker's start that are told."""
 
 EngineChannel = Channel[SchedulerToEngine, EngineToScheduler]
 
@@ -108,7 +108,7 @@ class SchedulerLoop:
             for answer in (*answers, *expired):
                 self._engine.send(answer)
             self._policy.prepare()
-            if self._workers.state is not State.SERVING and self._follow_workers():
+            if self._workers.look_s is not None and self._follow_workers():
                 poller = self._make_poller()
 
     def _make_poller(self) -> zmq.Poller:
@@ -120,11 +120,11 @@ class SchedulerLoop:
 
     def _patience_ms(self) -> int | None:
         """How long nothing may arrive before there is something to look at; None: for ever."""
-        times_s = [] if self._policy.next_deadline_s is None else [self._policy.next_deadline_s - time.monotonic()]
+        now_s = time.monotonic()
+        at_s = (self._policy.next_deadline_s, self._workers.look_s)
+        times_s = [when_s - now_s for when_s in at_s if when_s is not None]
         if len(self._watch):
             times_s.append(LOOK_S)
-        if self._workers.state is State.ENDING:
-            times_s.append(ENDING_LOOK_S)
         return max(0, math.ceil(min(times_s) * 1000.0)) if times_s else None
 
     def _send_plans(self) -> None:
@@ -198,7 +198,11 @@ class SchedulerLoop:
         self._policy.renew(ready.step_times)
         assert self._lost_s is not None, "a group that replaces another"
         self._last_pause_s = time.monotonic() - self._lost_s
-        notice = f"a new worker serves after {self._last_pause_s:.1f} s; {self._policy.waiting} requests go on"
+        start = ", ".join(f"{phase.name} {phase.seconds:.1f}" for phase in ready.phases if phase.seconds >= TOLD_S)
+        notice = (
+            f"a new worker serves after {self._last_pause_s:.1f} s ({start or 'no phase of its start took long'});"
+            f" {self._policy.waiting} requests go on"
+        )
         logger.warning("%s", notice)
         self._engine.send(Notice(notice))
         for probe in self._probes:

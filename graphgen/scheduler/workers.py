@@ -1,11 +1,13 @@
 """The worker group of an engine, and the ones that replace it.
 
 Owns the channels to the ranks, one folder of sockets for each epoch, and the way from a dead group to the next one:
-kill what is left, wait until it is gone, start again. Knows no request: `graphgen.scheduler.loop` is told what
-arrives and that a group is lost, and tells the policy.
+kill what is left, wait until it is gone, let the group that stands by begin or start another. Knows no request:
+`graphgen.scheduler.loop` is told what arrives and that a group is lost, and tells the policy.
 """
 
 import enum
+import logging
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +26,7 @@ from graphgen.ipc.messages import (
 )
 from graphgen.launch.config import LaunchConfig
 from graphgen.launch.starts import MAX_STARTS, WITHIN_S, StartLimit
+from graphgen.scheduler.standby import Standby
 from graphgen.scheduler.worker_processes import WorkerProcesses
 
 END_S = 30.0
@@ -31,6 +34,16 @@ END_S = 30.0
 longer than this will not end."""
 LAST_RESULTS_S = 0.005
 """Results that a dead worker had sent arrive within this."""
+ENDING_LOOK_S = 0.05
+"""How often to look whether a killed group is gone; its end is also a reason to wake."""
+STANDBY_AFTER_S = 1.0
+"""What waits for a group to serve comes before the one that stands by is started, which takes milliseconds."""
+FIRST_WORD_S = 10.0
+"""A group that stood by and says nothing for so long after its turn has come hangs: another one is started."""
+IMPORTS_S = 30.0
+"""One that is younger than this may still be importing."""
+
+logger = logging.getLogger("graphgen.scheduler")
 
 WorkerChannel = Channel[SchedulerToWorker, WorkerToScheduler]
 
@@ -65,13 +78,14 @@ class Workers:
     def __init__(
         self, engine_folder: Path, owner_pid: int, context: "zmq.Context[zmq.Socket[bytes]]", first: WorkerProcesses
     ) -> None:
-        """first: the group's processes, which were started before."""
+        """first: the group's processes, which have begun before."""
         self._engine_folder = engine_folder
         self._owner_pid = owner_pid
         self._context = context
         self._starts = StartLimit()
         self._config: LaunchConfig | None = None
         self._ended_s = 0.0
+        self._standby = Standby(self._start_next)
         self.num_restarts = 0
         self._attach(first)
 
@@ -83,6 +97,9 @@ class Workers:
         ]
         self.state = State.STARTING
         self._ready: dict[int, WorkerReady] = {}
+        self._silent = set(range(len(self.channels)))
+        """Ranks that have not said anything yet."""
+        self._first_word_by_s = self._serves_by_s = math.inf
 
     @property
     def epoch(self) -> int:
@@ -115,6 +132,7 @@ class Workers:
                 message = channel.receive(patience_s)
                 if message is None:
                     break
+                self._silent.discard(rank)
                 if isinstance(message, WorkerReady):
                     self._ready[rank] = message
                 elif rank == 0 or isinstance(message, Failed):
@@ -125,12 +143,21 @@ class Workers:
         if self.state is not State.STARTING or len(self._ready) < len(self.channels):
             return None
         self.state = State.SERVING
+        if self._config is not None and self._config.standby:
+            self._standby.want(time.monotonic() + STANDBY_AFTER_S)
         return self._ready[0]
 
     def find_loss(self) -> Loss | None:
-        """Whether a rank has ended that should not have."""
-        found = None if self.state is State.ENDING else self.processes.find_exit()
-        return None if found is None else Loss(str(found).partition(";")[0], found.tail)
+        """Whether a rank has ended that should not have, or does not come to serve."""
+        if self.state is State.ENDING:
+            return None
+        if (found := self.processes.find_exit()) is not None:
+            return Loss(str(found).partition(";")[0], found.tail)
+        if self.state is State.STARTING and time.monotonic() >= self._serves_by_s:
+            limit_s = 0.0 if self._config is None else self._config.start_timeout_s
+            reason = f"the worker that replaced another did not serve within {limit_s:g} s (start_timeout_s)"
+            return Loss(reason, self.processes.log_tail(self.processes.names[0]))
+        return None
 
     def step_succeeded(self) -> None:
         """The group computes: earlier deaths say nothing about its successors' chances."""
@@ -151,15 +178,34 @@ class Workers:
             raise WorkerFailedError(loss.failed or Failed("scheduler", "EngineDeadError", message))
         self._config = msgspec.structs.replace(self._config, num_pages=first.num_pages, needed_bytes=first.device_bytes)
         self.num_restarts += 1
+        self._end_group()
+
+    def _end_group(self) -> None:
         self.state = State.ENDING
         self._ended_s = time.monotonic()
         self.processes.kill()
+
+    @property
+    def look_s(self) -> float | None:
+        """When to call `find_loss` and `advance` though nothing has arrived, as time.monotonic(); None: no need."""
+        match self.state:
+            case State.SERVING:
+                return self._standby.due_s
+            case State.STARTING:
+                return min(self._serves_by_s, self._first_word_by_s if self._silent else self._serves_by_s)
+            case State.ENDING:
+                return time.monotonic() + ENDING_LOOK_S
 
     def advance(self) -> bool:
         """Starts the next group when the last one is gone; whether there is a new one, to be registered.
 
         Raises WorkerFailedError when a process cannot be ended, which only a reset of its device cures.
         """
+        if self.state is State.SERVING:
+            self._standby.tend(time.monotonic())
+        if self.state is State.STARTING and self._silent and time.monotonic() >= self._first_word_by_s:
+            logger.warning("the process that stood by says nothing since its turn came: another one is started")
+            self._end_group()
         if self.state is not State.ENDING:
             return False
         if not self.processes.have_ended:
@@ -171,21 +217,30 @@ class Workers:
                 raise WorkerFailedError(Failed("scheduler", "EngineDeadError", message))
             return False
         self._close()
-        self._attach(WorkerProcesses(self._engine_folder, self._owner_pid, self.epoch + 1, len(self.channels)))
+        stood_by = self._standby.take()
+        self._attach(stood_by or self._start_next())
         assert self._config is not None, "a group is replaced after its launch"
         self.launch(self._config)
+        self.processes.begin()
+        self._serves_by_s = time.monotonic() + self._config.start_timeout_s
+        if stood_by is not None:
+            self._first_word_by_s = max(time.monotonic() + FIRST_WORD_S, stood_by.started_s + IMPORTS_S)
         return True
 
+    def _start_next(self) -> WorkerProcesses:
+        """The processes of the epoch after this one, which have their configuration and stand by."""
+        processes = WorkerProcesses(self._engine_folder, self._owner_pid, self.epoch + 1, len(self.channels))
+        assert self._config is not None, "a group is replaced after its launch"
+        self._config.write(processes.folder)
+        return processes
+
     def end(self, grace_s: float) -> None:
-        """Asks the group to end, kills what does not, and waits for it."""
+        """Asks the group to end, kills what does not and what stands by, and waits for them."""
         self.send(Shutdown())
-        deadline_s = time.monotonic() + grace_s
-        while not self.processes.have_ended and time.monotonic() < deadline_s:
-            time.sleep(0.005)
+        self._standby.end()
+        self.processes.wait(grace_s)
         self.processes.kill()
-        deadline_s = time.monotonic() + END_S
-        while not self.processes.have_ended and time.monotonic() < deadline_s:
-            time.sleep(0.005)
+        self.processes.wait(END_S)
         self._close()
 
     def _close(self) -> None:

@@ -1,6 +1,7 @@
 """`python -m graphgen.worker FOLDER PARENT_PID NAME OWNER_PID`, started by the scheduler.
 
-Owns the order of the first second: what needs no interpreter begins before torch is imported.
+Owns the order of the first second: what needs no interpreter begins before torch is imported. A standby comes here
+too, and waits for its turn when it has imported what there is to import.
 """
 
 import faulthandler
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from graphgen.launch.processes import end_with_parent
 from graphgen.worker.background import Background, open_context, share_interpreter_fairly
+from graphgen.worker.turn import Turn, stand_by
 
 
 def main(folder: Path, parent_pid: int, name: str, owner_pid: int) -> None:
@@ -21,10 +23,12 @@ def main(folder: Path, parent_pid: int, name: str, owner_pid: int) -> None:
     # Imports and tracing make millions of objects that stay. To collect among them takes a quarter of their time.
     gc.disable()
     share_interpreter_fairly()
-    context = Background("context", functools.partial(open_context, folder))
+    turn = Turn(sys.stdin.fileno())
+    context = Background("context", functools.partial(open_context, folder, turn.wait))
     from graphgen.worker.process import run  # imports torch
 
-    run(folder, name, context)
+    imports = stand_by(folder, name, turn)
+    run(folder, name, imports, context)
 
 
 if __name__ == "__main__":

@@ -96,11 +96,13 @@ class CudaDriver(Protocol):
     def cuDevicePrimaryCtxRetain(self, context: object, device: object) -> int: ...
 
 
-def open_context(folder: Path) -> float:
-    """Makes the CUDA context that torch will use, on the device that the launch file in `folder` names.
+def open_context(folder: Path, wait_for_turn: Callable[[], object]) -> float:
+    """Makes the CUDA context that torch will use, on the device that the launch file in `folder` names, once it is
+    this worker's turn to use that device.
 
     That is the device's primary context: the runtime takes the one that is there. Returns the seconds it took.
     """
+    wait_for_turn()
     device = LaunchConfig.read(folder).device
     if device == "cpu":
         return 0.0

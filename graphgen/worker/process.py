@@ -24,6 +24,7 @@ from graphgen.ipc.messages import (
     Failed,
     Phase,
     Probe,
+    Progress,
     SchedulerToWorker,
     Shutdown,
     StepPlan,
@@ -31,7 +32,6 @@ from graphgen.ipc.messages import (
     WorkerToScheduler,
 )
 from graphgen.launch.config import LaunchConfig
-from graphgen.launch.processes import process_age_s
 from graphgen.worker.background import Background
 from graphgen.worker.runner import LaunchedStep, ModelRunner
 from graphgen.worker.step_timing import with_step_times
@@ -41,15 +41,15 @@ WorkerChannel = Channel[WorkerToScheduler, SchedulerToWorker]
 logger = logging.getLogger("graphgen.worker")
 
 
-def run(folder: Path, name: str, device_context: Background) -> None:
+def run(folder: Path, name: str, imports: Phase, device_context: Background) -> None:
     """Runs until Shutdown, a failure, or the end of the parent. device_context: the CUDA context in the making.
 
-    name: of this rank, and of its channel in `folder`.
+    name: of this rank, and of its channel in `folder`. imports: what of this start is over.
     """
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     channel: WorkerChannel = Channel(context, folder, name, "lower", SchedulerToWorker)
     try:
-        imports = Phase("imports", process_age_s())
+        channel.send(Progress("device", 0, 0))  # the first word: this process is not one that hangs
         begun_s = time.monotonic()
         config = LaunchConfig.read(folder)
         config_wait = Phase("config", time.monotonic() - begun_s)

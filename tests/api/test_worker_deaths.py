@@ -159,6 +159,28 @@ def test_nothing_of_a_dead_worker_stays(engine: Engine) -> None:
     assert len(list(folder.glob("*.pid"))) == 1
 
 
+def test_the_process_that_stands_by_takes_over_and_ends_with_the_engine() -> None:
+    with Engine(device="cpu", cpu_threads=1, num_pages=100, standby=True) as engine:
+        expected = engine.generate(PROMPTS[0], SAMPLING)[0].token_ids
+        wait_for(lambda: "standby-0" in engine.pids, "one stands by")
+        standby = engine.pids["standby-0"]
+        stream = engine.stream(PROMPTS[0], SAMPLING)
+        token_ids = list(next(stream).token_ids)
+        crash(engine)
+        for piece in stream:
+            token_ids += piece.token_ids
+        assert token_ids == list(expected)
+        assert engine.pids["worker-0"] == standby
+        wait_for(lambda: engine.pids.get("standby-0") not in (standby, None), "the next one stands by")
+        os.kill(engine.pids["standby-0"], signal.SIGKILL)
+        assert engine.generate(PROMPTS[0], SAMPLING)[0].token_ids == expected
+        assert engine.stats().worker_restarts == 1, "what only stood by is nobody's loss"
+        folder, pids = engine._core.folder, engine.pids
+        os.kill(pids["scheduler"], signal.SIGKILL)
+        wait_for(lambda: not any(map(is_alive, pids.values())), "nothing outlives it")
+    assert not leftovers(folder)
+
+
 def test_a_worker_that_never_computes_a_step_ends_the_engine_and_leaves_nothing() -> None:
     files_before = num_files(os.getpid())
     with Engine(device="cpu", cpu_threads=1, num_pages=100) as engine:

@@ -29,6 +29,7 @@ SCRIPTS = (
     "linear",
     "prefix",
     "protocol",
+    "restart",
     "scheduler",
     "simulate",
     "serving",

@@ -155,3 +155,19 @@ def test_settings_make_the_same_config_as_the_struct() -> None:
         make_config(config, {"seed": 3})
     with pytest.raises(ConfigError, match="given twice"):
         make_config("one", {"model": "two"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "stands_by"),
+    [
+        ({"device": "cpu"}, False),
+        ({"device": "cpu", "standby": True}, True),
+        ({"device": "cpu", "compile": True}, True),
+        ({"device": "cuda"}, True),
+        ({"device": "cuda", "standby": False}, False),
+    ],
+)
+def test_a_process_stands_by_where_its_imports_are_what_a_pause_would_wait_for(
+    spec: ModelSpec, settings: dict[str, Any], stands_by: bool
+) -> None:
+    assert resolve(EngineConfig(**settings), spec, FOLDER).standby == stands_by

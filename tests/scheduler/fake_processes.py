@@ -1,5 +1,7 @@
 """Worker processes without processes: for tests of what the scheduler does with a group's messages and its end."""
 
+import shutil
+import time
 from pathlib import Path
 
 from graphgen.launch.processes import Exit
@@ -11,6 +13,7 @@ class FakeProcesses(WorkerProcesses):
 
     def __init__(self, engine_folder: Path, epoch: int = 0) -> None:
         self.epoch = epoch
+        self.started_s = time.monotonic()
         self.folder = engine_folder / f"epoch-{epoch}"
         self.folder.mkdir()
         self.names = ("worker-0",)
@@ -18,6 +21,11 @@ class FakeProcesses(WorkerProcesses):
         self.exit: Exit | None = None
         self.num_stacks_shown = 0
         self.is_killed = False
+        self.has_begun = False
+        self.is_forgotten = False
+
+    def begin(self) -> None:
+        self.has_begun = True
 
     def find_exit(self) -> Exit | None:
         return self.exit
@@ -36,4 +44,5 @@ class FakeProcesses(WorkerProcesses):
         return self.is_killed or self.exit is not None
 
     def forget(self) -> None:
-        pass
+        self.is_forgotten = True
+        shutil.rmtree(self.folder)

@@ -60,6 +60,7 @@ class FakeWorkers:
 
     state = State.SERVING
     num_restarts = 0
+    look_s = None
 
     def __init__(self, log: list[Sent], answers: Callable[[int], bool]) -> None:
         self._log = log

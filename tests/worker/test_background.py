@@ -4,6 +4,8 @@ import ctypes
 import subprocess
 import sys
 import threading
+import time
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -72,15 +74,31 @@ def test_the_context_is_made_on_the_device_of_the_launch_file(tmp_path: Path, mo
 
     monkeypatch.setattr(ctypes, "CDLL", load)
     monkeypatch.delenv("CUDA_MODULE_LOADING", raising=False)
+    came = threading.Event()
+    came.set()
     config = launch_config(demo.model_folder(), device="cpu")
     config.write(tmp_path)
-    assert open_context(tmp_path) == 0.0
+    assert open_context(tmp_path, came.wait) == 0.0
     assert not drivers, "an engine on the CPU leaves the GPU alone"
     for device, ordinal in (("cuda", 0), ("cuda:3", 3)):
         msgspec.structs.replace(config, device=device).write(tmp_path)
-        assert open_context(tmp_path) > 0.0
+        assert open_context(tmp_path, came.wait) > 0.0
         assert drivers[-1].ordinal == ordinal
         assert drivers[-1].calls == ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"]
+
+
+def test_no_context_is_made_before_the_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a standby: the worker that serves has the device, and its pages were counted without another context."""
+    driver, turn = FakeDriver(), threading.Event()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    msgspec.structs.replace(launch_config(demo.model_folder(), device="cpu"), device="cuda:2").write(tmp_path)
+    piece = Background("context", partial(open_context, tmp_path, turn.wait))
+    time.sleep(0.05)
+    assert driver.calls == []
+    turn.set()
+    phase = piece.wait()
+    assert 0.0 < phase.seconds + phase.hidden_s < 0.05, "the wait for the turn is no part of it"
+    assert driver.calls == ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"]
 
 
 @pytest.mark.parametrize("failing", ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"])

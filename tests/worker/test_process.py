@@ -41,8 +41,9 @@ from graphgen.worker.runner import LaunchedStep
 Message = TypeVar("Message")
 
 SILENCE_S = 0.15
-NAME = "worker-0"
 """Long enough for a message that should not come."""
+NAME = "worker-0"
+IMPORTS = Phase("imports", 1.5)
 
 
 class Point:
@@ -132,7 +133,7 @@ class Loop:
 
     def _run(self) -> None:
         try:
-            process.run(self.processes.folder, NAME, Background("context", lambda: 0.0))
+            process.run(self.processes.folder, NAME, IMPORTS, Background("context", lambda: 0.0))
             self.exit_code = 0
         except SystemExit as end:
             self.exit_code = end.code
@@ -144,6 +145,11 @@ class Loop:
         message = self.channel.receive(5.0)
         assert isinstance(message, kind), f"expected {kind.__name__}, got {message}"
         return message
+
+    def becomes_ready(self) -> WorkerReady:
+        """After its first word and what the runner reports."""
+        assert [self.expect(Progress).phase for _ in range(2)] == ["device", "load"]
+        return self.expect(WorkerReady)
 
     def is_silent(self) -> bool:
         return self.channel.receive(SILENCE_S) is None
@@ -167,8 +173,7 @@ class Loop:
 @pytest.fixture
 def loop(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loop]:
     loop = start(monkeypatch, FakeRunner)
-    loop.expect(Progress)
-    loop.expect(WorkerReady)
+    loop.becomes_ready()
     yield loop
     loop.close()
 
@@ -272,8 +277,7 @@ def test_the_device_is_closed_behind_its_last_step(monkeypatch: pytest.MonkeyPat
             closed.append(True)
 
     loop = start(monkeypatch, Closing)
-    loop.expect(Progress)
-    loop.expect(WorkerReady)
+    loop.becomes_ready()
     loop.channel.send(Shutdown())
     assert loop.ends_with() == 0
     assert closed == [True]
@@ -322,6 +326,7 @@ def test_a_start_that_fails_says_why_by_the_class_of_its_error(monkeypatch: pyte
             raise CheckpointError("no weights")
 
     loop = start(monkeypatch, Broken)
+    assert loop.expect(Progress) == Progress("device", 0, 0), "the first word, before anything that may hang"
     assert loop.expect(Failed) == Failed("worker", "CheckpointError", "no weights")
     assert loop.ends_with() == 1
     loop.close()
@@ -329,9 +334,9 @@ def test_a_start_that_fails_says_why_by_the_class_of_its_error(monkeypatch: pyte
 
 def test_the_start_tells_its_progress_and_then_its_phases_from_the_imports_on(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = start(monkeypatch, FakeRunner)
-    assert loop.expect(Progress) == Progress("load", 1, 1)
-    ready = loop.expect(WorkerReady)
+    ready = loop.becomes_ready()
     assert [phase.name for phase in ready.phases] == ["imports", "config", "context"]
+    assert ready.phases[0] == IMPORTS
     assert ready.step_times is None
     loop.close()
 
@@ -348,8 +353,7 @@ def test_steps_run_in_inference_mode_and_with_a_collector(monkeypatch: pytest.Mo
                 return super().launch(plan, received_s)
 
         loop = start(monkeypatch, Watching)
-        loop.expect(Progress)
-        loop.expect(WorkerReady)
+        loop.becomes_ready()
         loop.plan(1)
         reach(loop.launched())
         loop.expect(StepResult)
