@@ -15,10 +15,13 @@ HOP = re.compile(r"`([\w/]+\.py)` `([\w.]+)`")
 def sections() -> list[list[str]]:
     """The numbered lists, line by line."""
     found: list[list[str]] = []
+    goes_on = False
     for line in TEXT.splitlines():
         if re.match(r"1\. ", line):
             found.append([])
-        if found and re.match(r"\d+\. ", line) and line.startswith(f"{len(found[-1]) + 1}. "):
+            goes_on = True
+        goes_on = goes_on and re.match(r"\d+\. ", line) is not None
+        if goes_on:
             found[-1].append(line)
     return found
 
