@@ -17,9 +17,9 @@ from torch import Tensor
 
 from benchmarks.report import machine, show, write_json
 from benchmarks.timing import median_s, read_bytes_per_s
-from graphgen.models.attention.backend import FULL_ATTENTION
 from graphgen.models.attention.kernels import AttentionShape, Kernel
 from graphgen.models.attention.tables import RowTables
+from graphgen.models.attention.variant import AttentionVariant, Numbers
 
 DEVICE = torch.device("cuda")
 PAGE_SIZE = 64
@@ -85,11 +85,12 @@ class Case:
             for tensor in (tables.chunk_starts, tables.chunk_kv_lens, tables.decode_kv_lens)
         )
         self._backend.plan(num_rows - len(decode_lens), starts, chunk_lens, decode_lens)
+        self._variant = AttentionVariant(Numbers(shape.head_dim**-0.5).packed())
         self._attention = self._backend.prepare(tables)
 
     def run(self) -> None:
         for k_pages, v_pages in self._layers:
-            self._attention.attend(*self._rows, *self._angles, k_pages, v_pages, FULL_ATTENTION)
+            self._attention.attend(*self._rows, *self._angles, k_pages, v_pages, self._variant)
 
     def microseconds_per_layer(self, repeats: int) -> float:
         return median_s(self.run, DEVICE, repeats) * 1e6 / NUM_LAYERS

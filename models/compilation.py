@@ -30,7 +30,7 @@ FeedForward = Callable[[DecoderLayer, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class CompiledHalves:
-    """Compiles each half at its first call, and the one with attention once more for each distinct window.
+    """Compiles each half at its first call.
 
     Compiled are the functions of the class, to which a layer is an argument, not the methods of any one layer.
     """

@@ -150,15 +150,12 @@ class Decoder(nn.Module):
 
     def compile_layers(self) -> None:
         """From now on layers run compiled: a graph for each half, made at the first call, for all layers and all
-        shapes, but for steps of a few decode rows where those have kernels of their own.
-
-        Each distinct attention window makes one more.
-        """
+        shapes, but for steps of a few decode rows where those have kernels of their own."""
         self._compiled = CompiledHalves()
         self._attend, self._feed_forward = self._compiled.attend, self._compiled.feed_forward
 
     def num_compiled_graphs(self) -> int:
-        """Graphs made of halves of layers so far: 2 for a model of one window, when every bucket has run."""
+        """Graphs made of halves of layers so far: 2, when every bucket has run."""
         return 0 if self._compiled is None else self._compiled.num_graphs
 
 

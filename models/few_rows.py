@@ -232,7 +232,7 @@ def next_logits(
             norm_heads(q, _plain(attention.q_norm), chained)
             norm_heads(k, _plain(attention.k_norm), chained)
         k_pages, v_pages = kv_cache.k_pages[number], kv_cache.v_pages[number]
-        gathered = step.attention.attend(q, k, v, step.cos, step.sin, k_pages, v_pages, attention.window).flatten(1)
+        gathered = step.attention.attend(q, k, v, step.cos, step.sin, k_pages, v_pages, attention.variant).flatten(1)
         sums, normed = adding_linear(gathered, attention.o.weight, attention.o.bias, sums, norm, chained)
         gated = gated_linear(normed, norm.eps, mlp.gate_up.weight, mlp.gate_up.bias, mlp.activation, chained)
         sums, normed = adding_linear(gated, mlp.down.weight, mlp.down.bias, sums, norms[number + 1], chained)

@@ -43,6 +43,8 @@ def serves(layer: Layer, hidden_size: int) -> bool:
             num_heads=mixer.num_heads,
             num_kv_heads=mixer.num_kv_heads,
             head_dim=mixer.head_dim,
+            padded_head_dim=mixer.padded_head_dim,
+            scale=mixer.scale,
             qkv_bias=mixer.qkv_bias,
             o_bias=mixer.o_bias,
             qk_norm=mixer.qk_norm,
@@ -69,4 +71,4 @@ def _is_plain(norm: Norm | None) -> bool:
 
 def _norms_heads_plainly(mixer: GQA) -> bool:
     norm = mixer.qk_norm
-    return norm is None or (norm == QKNorm(norm.norm) and _is_plain(norm.norm))
+    return norm is None or (norm == QKNorm(norm.norm) and _is_plain(norm.norm) and mixer.padded_head_dim is None)

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphgen.models.attention.backend import FULL_ATTENTION, StepTensors
+from graphgen.models.attention.backend import StepTensors
+from graphgen.models.attention.variant import FULL_ATTENTION, AttentionVariant, Numbers
 from graphgen.models.families.family import TensorNames
 from graphgen.models.norms import AnyNorm, head_norm_targets, make_head_norm, make_norm, norm_targets
 from graphgen.models.spec import GQA, WHOLE, Dense, Layer, RopeSpec, Shard
@@ -58,11 +59,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads = spec.heads_of(shard)
         self.num_heads, self.num_kv_heads, self.head_dim = len(self.heads), len(self.kv_heads), spec.width
-        self.window = FULL_ATTENTION if spec.window is None else spec.window
-        # The kernels scale the scores by 1 / sqrt(width).
-        self.q_factor = (
-            1.0 if spec.scale is None and spec.width == spec.head_dim else spec.score_scale * spec.width**0.5
-        )
+        numbers = Numbers(spec.score_scale, FULL_ATTENTION if spec.window is None else spec.window)
+        self.variant = AttentionVariant(numbers.packed())
         self.clip = spec.clip
         num_rows = (self.num_heads + 2 * self.num_kv_heads) * spec.width
         self.qkv = Linear(hidden_size, num_rows, spec.qkv_bias, dtype)
@@ -79,9 +77,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.clip is not None:
             q, k, v = (part.clamp(-self.clip, self.clip) for part in (q, k, v))
-        if self.q_factor != 1.0:
-            q = q * self.q_factor
-        gathered = step.attention.attend(q, k, v, step.cos, step.sin, k_pages, v_pages, self.window)
+        gathered = step.attention.attend(q, k, v, step.cos, step.sin, k_pages, v_pages, self.variant)
         return gathered.flatten(1)
 
     def weights(self, prefix: str, names: TensorNames) -> Targets:

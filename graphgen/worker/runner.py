@@ -160,7 +160,7 @@ class ModelRunner:
 
     @property
     def num_compiled_graphs(self) -> int:
-        """Graphs that torch.compile made of the decoder's layers: one for each distinct sliding window."""
+        """Graphs that torch.compile made of the decoder's layers."""
         return self._decoder.num_compiled_graphs()
 
     def restart_counters(self) -> None:

@@ -15,11 +15,9 @@ import numpy as np
 from torch import Tensor
 
 from graphgen.models.attention.tables import RowTables
+from graphgen.models.attention.variant import AttentionVariant
 
 Words = np.ndarray[tuple[int], np.dtype[np.int32]]
-
-FULL_ATTENTION = 0
-"""The window that stands for «every earlier position»."""
 
 
 class StepAttention(Protocol):
@@ -29,13 +27,22 @@ class StepAttention(Protocol):
     def tables(self) -> RowTables: ...
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor, window: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        variant: AttentionVariant,
+        temperatures: Tensor | None = None,
     ) -> Tensor:
         """Attention of every row over its own positions, [T, Hq, D]; padded prefill rows are zero.
 
         q: [T, Hq, D]. k, v: [T, Hkv, D]. cos, sin: [T, D], by which q and k are rotated first; k and v are then
-        written to the pages. k_pages, v_pages: [pages, page_size, Hkv, D]. window: positions a row sees, its own
-        included, or FULL_ATTENTION. Softmax in float32.
+        written to the pages. k_pages, v_pages: [pages, page_size, Hkv, D]. variant: the layer's. temperatures: [T]
+        float32, by which the rotated q is multiplied. Softmax in float32.
         """
         ...
 

@@ -13,16 +13,16 @@ from typing import Any
 
 from msgspec import Struct
 
-from graphgen.models.attention.kernels import PlannedLibrary
+from graphgen.models.attention.kernels import PlannedLibrary, Scores
+from graphgen.models.attention.variant import Scoring
 
 Function = Callable[..., Any]  # a TVM FFI function checks its arguments itself
 
 NUM_SHARED = 16
 """Leading arguments that `plan` takes in every library, and as many that `paged_run` takes."""
 
-_NO_SOFT_CAP = 0.0
 _ROPE_SCALE, _ROPE_BASE = 1.0, 1e4  # the kernels are built without rope, which the model applies
-_TYPE_NAMES = {type(None): "Optional", bool: "bool", int: "int", float: "float"}
+_TYPE_NAMES = {bool: "bool", int: "int"}
 
 
 class PlannedFunctions(Struct, frozen=True):
@@ -31,7 +31,7 @@ class PlannedFunctions(Struct, frozen=True):
     plan: Function
     plan_tail: tuple[object, ...]
     paged_run: Function
-    run_tail: tuple[object, ...]
+    run_tail: Callable[[Scoring], tuple[object, ...]]
 
 
 def open_planned(library: PlannedLibrary, path: Path) -> PlannedFunctions:
@@ -42,28 +42,45 @@ def open_planned(library: PlannedLibrary, path: Path) -> PlannedFunctions:
     """
     import tvm_ffi
 
-    module = tvm_ffi.load_module(str(path))
-    plan_tail = _taken("plan", module.plan, _plan_tails(library))
-    run_tail = _taken("paged_run", module.paged_run, (_run_tail(library),))
-    return PlannedFunctions(module.plan, plan_tail, module.paged_run, run_tail)
+    return _of_module(library, tvm_ffi.load_module(str(path)))
 
 
-def wrapped_functions(library: PlannedLibrary, module: Any) -> PlannedFunctions:
-    """The same of what FlashInfer's own loader returns. Its `paged_run` takes one list of arguments for all libraries.
+def wrapped_functions(library: PlannedLibrary, loaded: Any) -> PlannedFunctions:
+    """The same of what `library.load` returns: FlashInfer's Python around most libraries, whose `paged_run` takes
+    one list of arguments for all of them.
 
     Raises ValueError when its `plan` takes what no known version takes.
     """
-    run_tail = (
-        *(None,) * 6,  # mask, mask starts, alibi slopes, prefix lengths, item positions, longest item
-        _NO_SOFT_CAP,
-        _softmax_scale(library),
+    if library.scores is Scores.SINKS:
+        return _of_module(library, loaded)
+    return PlannedFunctions(loaded.plan, _taken_plan_tail(library, loaded.plan), loaded.paged_run, _wrapped_run_tail)
+
+
+def _of_module(library: PlannedLibrary, module: Any) -> PlannedFunctions:
+    plan_tail = _taken_plan_tail(library, module.plan)
+    types, run_tail = _run_tail(library)
+    _taken("paged_run", module.paged_run, (types,))
+    return PlannedFunctions(module.plan, plan_tail, module.paged_run, run_tail)
+
+
+def _wrapped_run_tail(scoring: Scoring) -> tuple[object, ...]:
+    return (
+        *(None,) * 2,  # mask, mask starts
+        scoring.alibi_slopes,
+        *(None,) * 3,  # prefix lengths, item positions, longest item
+        scoring.numbers.softcap,
+        scoring.numbers.scale,
         *(None,) * 3,  # scales of an fp8 Q, K and V
         _ROPE_SCALE,
         _ROPE_BASE,
         0,  # length of the item positions
         0,  # workspace size, for another backend
     )
-    return PlannedFunctions(module.plan, _taken("plan", module.plan, _plan_tails(library)), module.paged_run, run_tail)
+
+
+def _taken_plan_tail(library: PlannedLibrary, plan: Function) -> tuple[object, ...]:
+    tails = _plan_tails(library)
+    return tails[_taken("plan", plan, [[_TYPE_NAMES[type(value)] for value in tail] for tail in tails])]
 
 
 def _plan_tails(library: PlannedLibrary) -> tuple[tuple[object, ...], ...]:
@@ -76,33 +93,45 @@ def _plan_tails(library: PlannedLibrary) -> tuple[tuple[object, ...], ...]:
     return tail, of_0_7, of_0_7_4
 
 
-def _run_tail(library: PlannedLibrary) -> tuple[object, ...]:
+_RunTail = tuple[Sequence[str], Callable[[Scoring], tuple[object, ...]]]
+"""The types that `paged_run` takes behind the shared arguments, and their values."""
+
+
+def _run_tail(library: PlannedLibrary) -> _RunTail:
     """In the order in which FlashInfer 0.6.13 passes them to the module: `paged_run` in its prefill.py."""
-    if library.backend == "fa3":
-        return (
-            *(None,) * 4,  # prefix lengths, item positions, longest item, scales of V per head
-            _NO_SOFT_CAP,
-            _softmax_scale(library),
-            1.0,  # scale of V
-            0,  # length of the item positions
-        )
-    return (
-        *(None,) * 6,  # mask, mask starts, alibi slopes, prefix lengths, item positions, longest item
+    if library.scores is Scores.SINKS:
+        return ("ffi", "float"), lambda scoring: (scoring.sinks, scoring.numbers.scale)
+    return _FA3_RUN_TAIL if library.backend == "fa3" else _FA2_RUN_TAIL
+
+
+_FA3_RUN_TAIL: _RunTail = (
+    (*("Optional",) * 4, *("float",) * 3, "int"),
+    lambda scoring: (
+        *(None,) * 4,  # prefix lengths, item positions, longest item, scales of V per head
+        scoring.numbers.softcap,
+        scoring.numbers.scale,
+        1.0,  # scale of V
+        0,  # length of the item positions
+    ),
+)
+_FA2_RUN_TAIL: _RunTail = (
+    (*("Optional",) * 8, *("float",) * 4, "int"),
+    lambda scoring: (
+        *(None,) * 2,  # mask, mask starts
+        scoring.alibi_slopes,
+        *(None,) * 3,  # prefix lengths, item positions, longest item
         *(None,) * 2,  # scale factors of a quantized K and V
-        _NO_SOFT_CAP,
-        _softmax_scale(library),
+        scoring.numbers.softcap,
+        scoring.numbers.scale,
         1.0 / _ROPE_SCALE,
         1.0 / _ROPE_BASE,
         0,  # length of the item positions
-    )
+    ),
+)
 
 
-def _softmax_scale(library: PlannedLibrary) -> float:
-    return float(library.head_dim**-0.5)
-
-
-def _taken(name: str, function: Function, tails: Sequence[tuple[object, ...]]) -> tuple[object, ...]:
-    """The one of `tails` that the function says it takes behind the shared arguments. Raises ValueError if none is.
+def _taken(name: str, function: Function, tails: Sequence[Sequence[str]]) -> int:
+    """Which of `tails` the function says it takes behind the shared arguments. Raises ValueError if none is.
 
     A TVM FFI function that is called with too few arguments names the types of all, as in
     "`plan(0: DLTensor*, 1: int) -> Array<int>`. Expected 2 but got 0 arguments".
@@ -113,8 +142,8 @@ def _taken(name: str, function: Function, tails: Sequence[tuple[object, ...]]) -
         takes = re.findall(r"\b\d+: (\w+)", str(error))
     else:
         raise ValueError(f"its {name} takes no arguments")
-    passed = [[_TYPE_NAMES[type(value)] for value in tail] for tail in tails]
-    if len(takes) < NUM_SHARED or takes[NUM_SHARED:] not in passed:
-        known = " or ".join(str(types) for types in passed)
-        raise ValueError(f"its {name} takes {takes}, not {NUM_SHARED} arguments and {known}")
-    return tails[passed.index(takes[NUM_SHARED:])]
+    known = [list(tail) for tail in tails]
+    if len(takes) < NUM_SHARED or takes[NUM_SHARED:] not in known:
+        expected = " or ".join(str(types) for types in known)
+        raise ValueError(f"its {name} takes {takes}, not {NUM_SHARED} arguments and {expected}")
+    return known.index(takes[NUM_SHARED:])

@@ -24,6 +24,7 @@ from graphgen.models.attention.backend import Words
 from graphgen.models.attention.kernels import (
     AttentionShape,
     Kernel,
+    Scores,
     arch_of,
     best_kernels,
     check_supported,
@@ -39,6 +40,7 @@ from graphgen.models.attention.planned import PlannedRegion, PlannedTensors, run
 from graphgen.models.attention.split_kv import FreshRows, SplitKvTensors, open_workspace, split_kv_attention
 from graphgen.models.attention.store import rotate_and_store
 from graphgen.models.attention.tables import RowTables
+from graphgen.models.attention.variant import AttentionVariant, Numbers, Scoring
 from graphgen.models.chaining import can_chain
 
 _XQA_SEMAPHORE_BYTES = 8 << 20
@@ -64,7 +66,7 @@ class FlashInferAttention:
         check_supported(shape)
         device = torch.device("cuda", torch.cuda.current_device())
         capability = torch.cuda.get_device_capability(device)
-        prefill, decode = kernels or best_kernels(capability)
+        prefill, decode = kernels or best_kernels(capability, shape.scores)
         if decode in _DECODE_PAGE_SIZES and shape.page_size not in _DECODE_PAGE_SIZES[decode]:
             sizes = _DECODE_PAGE_SIZES[decode]
             raise ConfigError(f"page_size is {shape.page_size}, the decode kernel has {sizes}: choose one")
@@ -157,13 +159,20 @@ class FlashInferStep(NamedTuple):
     decode: DecodeTensors
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor, window: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        variant: AttentionVariant,
+        temperatures: Tensor | None = None,
     ) -> Tensor:
         """See StepAttention."""
-        prefill, decode = [*self.prefill], [*self.decode]
-        result: Tensor = _operator(
-            q, k, v, cos, sin, k_pages, v_pages, *self.tables, self.kernels, prefill, decode, window
-        )
+        planned = self.kernels, [*self.prefill], [*self.decode]
+        result: Tensor = _operator(q, k, v, cos, sin, k_pages, v_pages, *self.tables, *planned, *variant, temperatures)
         return result
 
 
@@ -184,27 +193,31 @@ def _paged_attention(
     kernels: Tensor,
     prefill: list[Tensor],
     decode: list[Tensor],
-    window: int,
+    numbers: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    temperatures: Tensor | None,
 ) -> Tensor:
     prefill_kernel, decode_kernel = (Kernel(number) for number in kernels.tolist())
+    scoring = Scoring(Numbers.unpacked(numbers), sinks, alibi_slopes)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     split = q.shape[0] - decode_kv_lens.shape[0]
     chunks = PlannedTensors(*prefill)
     decodes = DecodeRows(decode_kv_lens, decode_pages, decode_kernel, _DECODE_TENSORS[decode_kernel](*decode))
     if not split and decode_kernel is Kernel.SPLIT_KV:
-        _run_decode(q, out, k_pages, v_pages, decodes, window, FreshRows(k, v, cos, sin))
+        _run_decode(q, out, k_pages, v_pages, decodes, scoring, FreshRows(k, v, cos, sin, temperatures))
         return out
-    q = rotate_and_store(q, k, v, cos, sin, k_pages, v_pages, kv_locations, out, chained=can_chain())
+    q = rotate_and_store(q, k, v, cos, sin, k_pages, v_pages, kv_locations, out, temperatures, can_chain())
     if not split:
-        _run_decode(q, out, k_pages, v_pages, decodes, window)
+        _run_decode(q, out, k_pages, v_pages, decodes, scoring)
         return out
     # The chunks' kernel computes and the decodes' reads memory, so they share the device well.
     main, side = torch.cuda.current_stream(), _side_stream()
     side.wait_stream(main)
     with torch.cuda.stream(side):
         if split < q.shape[0]:
-            _run_decode(q[split:], out[split:], k_pages, v_pages, decodes, window)
-    run_planned(prefill_kernel, q[:split], out[:split], k_pages, v_pages, chunks, window)
+            _run_decode(q[split:], out[split:], k_pages, v_pages, decodes, scoring)
+    run_planned(prefill_kernel, q[:split], out[:split], k_pages, v_pages, chunks, scoring)
     main.wait_stream(side)
     return out
 
@@ -230,26 +243,28 @@ def _run_decode(
     k_pages: Tensor,
     v_pages: Tensor,
     rows: DecodeRows,
-    window: int,
+    scoring: Scoring,
     fresh: FreshRows | None = None,
 ) -> None:
     """fresh: see split_kv_attention; the other kernels find keys and values in their pages."""
     match rows.tensors:
         case SplitKvTensors() as workspace:
             split_kv_attention(
-                q, out, k_pages, v_pages, rows.pages, rows.kv_lens, workspace, window, fresh, chained=can_chain()
+                q, out, k_pages, v_pages, rows.pages, rows.kv_lens, workspace, scoring, fresh, chained=can_chain()
             )
         case XqaTensors() as workspace:
-            _run_xqa(q, out, k_pages, v_pages, rows, workspace, window)
+            _run_xqa(q, out, k_pages, v_pages, rows, workspace, scoring)
         case PlannedTensors() as planned:
-            run_planned(rows.kernel, q, out, k_pages, v_pages, planned, window)
+            run_planned(rows.kernel, q, out, k_pages, v_pages, planned, scoring)
 
 
 def _run_xqa(
-    q: Tensor, out: Tensor, k_pages: Tensor, v_pages: Tensor, rows: DecodeRows, workspace: XqaTensors, window: int
+    q: Tensor, out: Tensor, k_pages: Tensor, v_pages: Tensor, rows: DecodeRows, workspace: XqaTensors, scoring: Scoring
 ) -> None:
     from flashinfer.xqa import xqa
 
+    if Scores.of(scoring) is not Scores.PLAIN:
+        raise ConfigError(f"XQA, which is here for comparison, has no {Scores.of(scoring)}: use SPLIT_KV")
     xqa(
         q.unsqueeze(1),
         k_pages,
@@ -261,8 +276,8 @@ def _run_xqa(
         workspace.semaphores,
         k_pages.shape[2],
         k_pages.shape[1],
-        q_scale=1.0,  # the kernel divides by the square root of the head size itself
-        sliding_win_size=window,
+        q_scale=scoring.numbers.scale * q.shape[2] ** 0.5,  # the kernel divides by the square root of the head size
+        sliding_win_size=scoring.numbers.window,
         enable_pdl=True,
     )
 
@@ -277,7 +292,7 @@ _library.define(
     "paged_attention_flashinfer(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor k_pages, "
     "Tensor v_pages, Tensor kv_locations, Tensor chunk_starts, Tensor chunk_kv_lens, Tensor chunk_pages, "
     "Tensor decode_kv_lens, Tensor decode_pages, Tensor kernels, Tensor[] prefill, Tensor[] decode, "
-    "int window) -> Tensor"
+    "Tensor numbers, Tensor? sinks, Tensor? alibi_slopes, Tensor? temperatures) -> Tensor"
 )
 _library.impl("paged_attention_flashinfer", _paged_attention, "CUDA")
 torch.library.register_fake("graphgen::paged_attention_flashinfer", _result_like, lib=_library)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from graphgen.models.attention.backend import Words
 from graphgen.models.attention.direct import PlannedFunctions
-from graphgen.models.attention.kernels import AttentionShape, Kernel, arch_of, planned_library
+from graphgen.models.attention.kernels import AttentionShape, Kernel, Scores, arch_of, planned_library
 from graphgen.models.attention.libraries import KernelFolder, planned_functions
 from graphgen.models.attention.ragged import flatten_pages
+from graphgen.models.attention.variant import Scoring
 
 _INT_WORKSPACE_BYTES = 8 << 20
 _PLAN_RING = 4  # pinned blocks: two steps in flight, one being planned, one to spare
@@ -75,10 +76,12 @@ class PlannedRegion:
 
     def absent(self) -> PlannedTensors:
         """Stands in for `prepare` in a bucket without this region, so that every bucket runs one compiled layer."""
-        indices = torch.empty(0, dtype=torch.int32, device=self._float_workspace.device)
+        # Four tensors and not one: the compiler would start anew for arguments that are the same.
+        device = self._float_workspace.device
+        starts, page_starts, pages, last_lens = (torch.empty(0, dtype=torch.int32, device=device) for _ in range(4))
         # One column, not none: the strides of an empty tensor would make the compiler start anew.
         constants = torch.zeros(len(self._shape.windows), 1, dtype=torch.int64)
-        return self._tensors(indices, indices, indices, indices, constants)
+        return self._tensors(starts, page_starts, pages, last_lens, constants)
 
     def _tensors(
         self, starts: Tensor, page_starts: Tensor, flat_pages: Tensor, last_lens: Tensor, constants: Tensor
@@ -115,7 +118,7 @@ class PlannedRegion:
         if copied is not None:
             copied.synchronize()
         shape = self._shape
-        functions = _functions(self.kernel, shape.dtype, shape.head_dim, window > 0)
+        functions = _functions(self.kernel, shape.dtype, shape.head_dim, window > 0, shape.scores)
         planned = functions.plan(
             self._float_workspace,
             work_list,
@@ -163,17 +166,18 @@ def _float_workspace_bytes(
 
 
 @functools.cache  # a loaded library is immutable, and one process drives one device
-def _functions(kernel: Kernel, dtype: torch.dtype, head_dim: int, windowed: bool) -> PlannedFunctions:
+def _functions(kernel: Kernel, dtype: torch.dtype, head_dim: int, windowed: bool, scores: Scores) -> PlannedFunctions:
     folder = KernelFolder.of(arch_of(torch.cuda.get_device_capability()))
-    return planned_functions(planned_library(kernel, dtype, head_dim, windowed), folder)
+    return planned_functions(planned_library(kernel, dtype, head_dim, windowed, scores), folder)
 
 
 def run_planned(
-    kernel: Kernel, q: Tensor, out: Tensor, k_pages: Tensor, v_pages: Tensor, tensors: PlannedTensors, window: int
+    kernel: Kernel, q: Tensor, out: Tensor, k_pages: Tensor, v_pages: Tensor, tensors: PlannedTensors, scoring: Scoring
 ) -> None:
     """Writes out, the attention of the rows q over the pages of their requests."""
+    window = scoring.numbers.window
     index = tensors.windows.tolist().index(window)
-    functions = _functions(kernel, q.dtype, q.shape[2], window > 0)
+    functions = _functions(kernel, q.dtype, q.shape[2], window > 0, Scores.of(scoring))
     functions.paged_run(
         tensors.float_workspace,
         tensors.work_lists[index],
@@ -191,5 +195,5 @@ def run_planned(
         _NHD,
         window - 1,
         kernel is Kernel.FA3,  # programmatic dependent launch
-        *functions.run_tail,
+        *functions.run_tail(scoring),
     )

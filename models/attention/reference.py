@@ -24,12 +24,13 @@ from torch import Tensor
 
 from graphgen.models.attention.backend import Words
 from graphgen.models.attention.tables import RowTables
+from graphgen.models.attention.variant import AttentionVariant, Numbers, Scoring
 from graphgen.models.rope import rotate
 
 _SCHEMA = (
     "paged_attention_torch(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor k_pages, Tensor v_pages,"
     " Tensor kv_locations, Tensor chunk_starts, Tensor chunk_kv_lens, Tensor chunk_pages, Tensor decode_kv_lens,"
-    " Tensor decode_pages, int window) -> Tensor"
+    " Tensor decode_pages, Tensor numbers, Tensor? sinks, Tensor? alibi_slopes, Tensor? temperatures) -> Tensor"
 )
 _BATCH_POSITIONS = 2048
 """Positions whose K and V the CPU gathers at once: small enough for the cache and for memory the process has."""
@@ -51,13 +52,20 @@ def paged_attention(
     chunk_pages: Tensor,
     decode_kv_lens: Tensor,
     decode_pages: Tensor,
-    window: int,
+    numbers: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    temperatures: Tensor | None,
 ) -> Tensor:
-    """See StepAttention.attend; the tables: see RowTables."""
+    """See StepAttention.attend, RowTables and AttentionVariant."""
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    if temperatures is not None:
+        q = (q * temperatures[:, None, None]).to(q.dtype)
     write_kv(k_pages, v_pages, k, v, kv_locations)
+    tables = RowTables(kv_locations, chunk_starts, chunk_kv_lens, chunk_pages, decode_kv_lens, decode_pages)
+    scoring = Scoring(Numbers.unpacked(numbers), sinks, alibi_slopes)
     run = _live_rows if q.device.type == "cpu" else all_rows
-    return run(q, k_pages, v_pages, chunk_starts, chunk_kv_lens, chunk_pages, decode_kv_lens, decode_pages, window)
+    return run(q, k_pages, v_pages, tables, scoring)
 
 
 def write_kv(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, kv_locations: Tensor) -> None:
@@ -69,57 +77,50 @@ def write_kv(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, kv_location
 # --- the CPU: only what is live ---
 
 
-def _live_rows(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    chunk_starts: Tensor,
-    chunk_kv_lens: Tensor,
-    chunk_pages: Tensor,
-    decode_kv_lens: Tensor,
-    decode_pages: Tensor,
-    window: int,
-) -> Tensor:
+def _live_rows(q: Tensor, k_pages: Tensor, v_pages: Tensor, tables: RowTables, scoring: Scoring) -> Tensor:
     out = torch.zeros(q.shape, dtype=q.dtype)
-    starts: list[int] = chunk_starts.tolist()
-    for chunk, kv_len in enumerate(chunk_kv_lens.tolist()):
+    starts: list[int] = tables.chunk_starts.tolist()
+    for chunk, kv_len in enumerate(tables.chunk_kv_lens.tolist()):
         first, last = starts[chunk], starts[chunk + 1]
         if first < last:
-            _one_chunk(out[first:last], q[first:last], k_pages, v_pages, chunk_pages[chunk], kv_len, window)
-    num_prefill_rows = q.shape[0] - decode_kv_lens.shape[0]
-    _decode_rows(out[num_prefill_rows:], q[num_prefill_rows:], k_pages, v_pages, decode_kv_lens, decode_pages, window)
+            pages = tables.chunk_pages[chunk]
+            _one_chunk(out[first:last], q[first:last], k_pages, v_pages, pages, kv_len, scoring)
+    split = q.shape[0] - tables.decode_kv_lens.shape[0]
+    _decode_rows(out[split:], q[split:], k_pages, v_pages, tables.decode_kv_lens, tables.decode_pages, scoring)
     return out
 
 
 def _one_chunk(
-    out: Tensor, q: Tensor, k_pages: Tensor, v_pages: Tensor, pages: Tensor, kv_len: int, window: int
+    out: Tensor, q: Tensor, k_pages: Tensor, v_pages: Tensor, pages: Tensor, kv_len: int, scoring: Scoring
 ) -> None:
     """out, q: [rows, Hq, D], the last `rows` positions of the kv_len that `pages` hold."""
     num_rows, page_size = q.shape[0], k_pages.shape[1]
-    oldest = max(0, kv_len - num_rows - window + 1) if window else 0
-    first_page = oldest // page_size
+    first_page = scoring.numbers.first_seen(kv_len - num_rows) // page_size
     begin = first_page * page_size
     pages = pages[first_page : -(-kv_len // page_size)]
     keys = k_pages.index_select(0, pages).flatten(0, 1)[: kv_len - begin]
     values = v_pages.index_select(0, pages).flatten(0, 1)[: kv_len - begin]
-    whole = num_rows == kv_len - begin and (not window or window >= num_rows)
-    mask = None
-    if not whole:
-        own = torch.arange(kv_len - num_rows, kv_len)[:, None]
-        mask = _visible(own, torch.arange(begin, kv_len), window)
+    own, positions = torch.arange(kv_len - num_rows, kv_len), torch.arange(begin, kv_len)
+    if not scoring.only_masks:
+        for block in range(0, num_rows, _BLOCK_ROWS):
+            part = slice(block, block + _BLOCK_ROWS)
+            out[part] = _attend(q[None, part], keys[None], values[None], own[None, part], positions, scoring)[0]
+        return
+    whole = kv_len - num_rows == begin and scoring.numbers.first_seen(kv_len - 1) <= begin
     mixed = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         keys.transpose(0, 1)[None],
         values.transpose(0, 1)[None],
-        attn_mask=mask,
+        attn_mask=None if whole else _visible(own[:, None], positions, scoring.numbers),
         is_causal=whole,
+        scale=scoring.numbers.scale,
         enable_gqa=True,
     )
     out.copy_(mixed[0].transpose(0, 1))
 
 
 def _decode_rows(
-    out: Tensor, q: Tensor, k_pages: Tensor, v_pages: Tensor, kv_lens: Tensor, pages: Tensor, window: int
+    out: Tensor, q: Tensor, k_pages: Tensor, v_pages: Tensor, kv_lens: Tensor, pages: Tensor, scoring: Scoring
 ) -> None:
     """out, q: [R, Hq, D]. Rows of similar length share a batch, at most half of which is padding."""
     page_size, num_kv_heads, head_dim = k_pages.shape[1:]
@@ -127,7 +128,6 @@ def _decode_rows(
         index = torch.tensor(rows)
         lens = kv_lens[index][:, None]
         positions = torch.arange(num_pages * page_size)
-        seen = _visible(lens - 1, positions, window)
         taken = pages[index, :num_pages].flatten()
         keys, values = k_pages.index_select(0, taken), v_pages.index_select(0, taken)
         # Past a row's length lies whatever the page held before; a weight of zero does not silence a NaN.
@@ -135,9 +135,15 @@ def _decode_rows(
         keys.flatten(0, 1).index_fill_(0, past_end, 0)
         values.flatten(0, 1).index_fill_(0, past_end, 0)
         shape = (len(rows), -1, num_kv_heads, head_dim)
-        keys, values = keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2)
-        grouped = q[index].view(len(rows), num_kv_heads, -1, head_dim)  # heads of a group read the same keys
-        mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen[:, None, None])
+        keys, values = keys.view(shape), values.view(shape)
+        if scoring.only_masks:
+            grouped = q[index].view(len(rows), num_kv_heads, -1, head_dim)  # heads of a group read the same keys
+            seen = _visible(lens - 1, positions, scoring.numbers)[:, None, None]
+            mixed = F.scaled_dot_product_attention(
+                grouped, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=seen, scale=scoring.numbers.scale
+            )
+        else:
+            mixed = _attend(q[index][:, None], keys, values, lens - 1, positions, scoring)
         out[index] = mixed.reshape(len(rows), -1, head_dim)
 
 
@@ -157,62 +163,68 @@ def _rows_of_similar_length(kv_lens: Tensor, page_size: int) -> Iterator[tuple[l
 # --- devices with graphs: static shapes, no wait ---
 
 
-def all_rows(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    chunk_starts: Tensor,
-    chunk_kv_lens: Tensor,
-    chunk_pages: Tensor,
-    decode_kv_lens: Tensor,
-    decode_pages: Tensor,
-    window: int,
-) -> Tensor:
+def all_rows(q: Tensor, k_pages: Tensor, v_pages: Tensor, tables: RowTables, scoring: Scoring) -> Tensor:
     """Like `_live_rows` with shapes that follow from the arguments' shapes alone. Every chunk meets every
     row."""
-    num_decode_rows = decode_kv_lens.shape[0]
+    num_decode_rows = tables.decode_kv_lens.shape[0]
     num_prefill_rows = q.shape[0] - num_decode_rows
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     rows = torch.arange(num_prefill_rows, device=q.device)
-    for chunk in range(chunk_kv_lens.shape[0]):
-        first, last, kv_len = chunk_starts[chunk], chunk_starts[chunk + 1], chunk_kv_lens[chunk]
-        member = (rows >= first) & (rows < last)
+    for chunk, kv_len in enumerate(tables.chunk_kv_lens):
+        first, last = tables.chunk_starts[chunk], tables.chunk_starts[chunk + 1]
+        member = ((rows >= first) & (rows < last))[:, None, None]
         own = kv_len - last + rows
-        keys, values = _gather(k_pages, v_pages, chunk_pages[chunk], kv_len)
+        keys, values, positions = _gather(k_pages, v_pages, tables.chunk_pages[chunk], kv_len)
         for block in range(0, num_prefill_rows, _BLOCK_ROWS):
             part = slice(block, min(block + _BLOCK_ROWS, num_prefill_rows))
-            seen = _visible(own[part, None], torch.arange(keys.shape[0], device=q.device), window)
-            mixed = _attend(q[part], keys, values, seen & (own[part, None] < kv_len))
-            out[part] = torch.where(member[part, None, None], mixed, out[part])
-    for row in range(num_decode_rows):
-        kv_len = decode_kv_lens[row]
-        keys, values = _gather(k_pages, v_pages, decode_pages[row], kv_len)
-        seen = _visible(kv_len - 1, torch.arange(keys.shape[0], device=q.device), window)
-        here = slice(num_prefill_rows + row, num_prefill_rows + row + 1)
-        out[here] = _attend(q[here], keys, values, seen[None])
+            mixed = _attend(q[None, part], keys, values, own[None, part], positions, scoring)[0]
+            out[part] = torch.where(member[part], mixed, out[part])
+    for row, kv_len in enumerate(tables.decode_kv_lens, start=num_prefill_rows):
+        pages = tables.decode_pages[row - num_prefill_rows]
+        keys, values, positions = _gather(k_pages, v_pages, pages, kv_len)
+        here = slice(row, row + 1)
+        out[here] = _attend(q[None, here], keys, values, kv_len.view(1, 1) - 1, positions, scoring)[0]
     return out
 
 
-def _gather(k_pages: Tensor, v_pages: Tensor, pages: Tensor, kv_len: Tensor) -> tuple[Tensor, Tensor]:
-    """All positions of a block table as [M * page_size, Hkv, D] float32, zero from kv_len on."""
-    keys, values = k_pages[pages].flatten(0, 1).float(), v_pages[pages].flatten(0, 1).float()
-    past_end = (torch.arange(keys.shape[0], device=keys.device) >= kv_len)[:, None, None]
-    return keys.masked_fill(past_end, 0), values.masked_fill(past_end, 0)
+def _gather(k_pages: Tensor, v_pages: Tensor, pages: Tensor, kv_len: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All positions of a block table as [1, M * page_size, Hkv, D] float32, zero from kv_len on, and their numbers."""
+    keys, values = (pool[pages].flatten(0, 1).float() for pool in (k_pages, v_pages))
+    positions = torch.arange(keys.shape[0], device=keys.device)
+    past_end = (positions >= kv_len)[:, None, None]
+    return keys.masked_fill(past_end, 0)[None], values.masked_fill(past_end, 0)[None], positions
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-    """q [rows, Hq, D] over keys, values [positions, Hkv, D], seen [rows, positions]; a row that sees nothing
-    is zero."""
-    grouped = q.float().view(q.shape[0], keys.shape[1], -1, q.shape[2])
-    scores = torch.einsum("rhgd,lhd->hgrl", grouped, keys) * q.shape[-1] ** -0.5
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1).nan_to_num(0.0)
-    return torch.einsum("hgrl,lhd->rhgd", weights, values).flatten(1, 2).to(q.dtype)
+# --- the formula ---
 
 
-def _visible(own: Tensor, positions: Tensor, window: int) -> Tensor:
+def _attend(q: Tensor, keys: Tensor, values: Tensor, own: Tensor, positions: Tensor, scoring: Scoring) -> Tensor:
+    """q [B, rows, Hq, D] over keys, values [B, L, Hkv, D]; own [B, rows]: the position of each row; positions [L].
+    Softmax in float32; a row that sees nothing is zero."""
+    numbers = scoring.numbers
+    grouped = q.float().unflatten(2, (keys.shape[2], -1))
+    scores = torch.einsum("brhgd,blhd->bhgrl", grouped, keys.float()) * numbers.scale
+    if numbers.softcap:
+        scores = numbers.softcap * torch.tanh(scores / numbers.softcap)
+    by_head = (1, keys.shape[2], -1, 1, 1)
+    if scoring.alibi_slopes is not None:
+        scores = scores + scoring.alibi_slopes.view(by_head) * (positions - own[..., None])[:, None, None]
+    seen = _visible(own[..., None], positions, numbers)[:, None, None]
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if scoring.sinks is not None:
+        scores = torch.cat((scores, scoring.sinks.view(by_head).expand(*scores.shape[:-1], 1)), dim=-1)
+    weights = scores.softmax(dim=-1).nan_to_num(0.0)[..., : len(positions)]
+    return torch.einsum("bhgrl,blhd->brhgd", weights, values.float()).flatten(2, 3).to(q.dtype)
+
+
+def _visible(own: Tensor, positions: Tensor, numbers: Numbers) -> Tensor:
     """Which positions a row at position `own` sees; the shapes broadcast."""
     seen = positions <= own
-    return seen & (positions > own - window) if window else seen
+    if numbers.window:
+        seen = seen & (positions > own - numbers.window)
+    if numbers.segment:
+        seen = seen & (positions >= own // numbers.segment * numbers.segment)
+    return seen
 
 
 # --- the operator ---
@@ -241,10 +253,19 @@ class TorchStep(NamedTuple):
     tables: RowTables
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor, window: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        variant: AttentionVariant,
+        temperatures: Tensor | None = None,
     ) -> Tensor:
         """See StepAttention."""
-        result: Tensor = _operator(q, k, v, cos, sin, k_pages, v_pages, *self.tables, window)
+        result: Tensor = _operator(q, k, v, cos, sin, k_pages, v_pages, *self.tables, *variant, temperatures)
         return result
 
 

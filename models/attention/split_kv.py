@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from graphgen.models.attention.variant import Scoring
 from graphgen.models.chaining import launch_options
 
 _LEAST_PROGRAMS = 512
@@ -33,6 +34,8 @@ _MOST_SPLITS = 32
 _LEAST_SPLITS = 8  # also beside many rows: one long context among short ones must not be read by one program alone
 _WHOLE_BLOCKS = 16  # blocks that are not worth a split beside _EVEN_PROGRAMS others
 _BLOCK = 64
+
+_LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
@@ -48,6 +51,22 @@ def _rotated(
     own = tl.load(heads + dims, mask, other=0.0).to(tl.float32)
     other = tl.load(heads + (dims ^ HALF), mask, other=0.0).to(tl.float32)
     return own * cos + other * tl.where(dims < HALF, -sin, sin)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _bent(
+    scores: "tl.tensor",
+    softcap: "float | None",
+    slopes: "tl.tensor | None",
+    positions: "tl.tensor",
+    kv_len: "tl.tensor",
+) -> "tl.tensor":
+    """What variant.py does to scaled scores. With a softcap they come as 2 log2(e) times the argument of tanh."""
+    if softcap is not None:
+        scores = softcap - 2.0 * softcap / (tl.exp2(scores) + 1.0)
+    if slopes is not None:
+        scores += slopes[:, None] * (positions - (kv_len - 1))[None, :]
+    return scores
 
 
 @triton.jit(do_not_specialize=["least_blocks"])  # type: ignore[untyped-decorator]  # triton has no types
@@ -78,6 +97,11 @@ def _split_kv_kernel(
     position_stride: int,
     head_stride: int,
     least_blocks: int,
+    softcap: "float | None",
+    segment: "int | None",
+    sinks: "tl.tensor | None",
+    alibi_slopes: "tl.tensor | None",
+    temperatures: "tl.tensor | None",
     GROUP: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
     D: tl.constexpr,
@@ -87,11 +111,16 @@ def _split_kv_kernel(
     FRESH: tl.constexpr,
     CHAINED: tl.constexpr,
 ) -> None:
-    """k, v, cos, sin: of the rows themselves; read if FRESH, where q comes as the model made it."""
+    """k, v, cos, sin: of the rows themselves; read if FRESH, where q comes as the model made it.
+
+    From softcap on: what this layer has not is None, and no code is made for it. Scores are logarithms to base 2.
+    """
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_kv_heads = tl.num_programs(1)
     kv_len = tl.load(kv_lens + row)
     first_position = tl.where(window > 0, tl.maximum(kv_len - window, 0), 0)
+    if segment is not None:
+        first_position = tl.maximum(first_position, (kv_len - 1) // segment * segment)
     first_block = first_position // BLOCK
     num_blocks = (kv_len + BLOCK - 1) // BLOCK - first_block
     most_parts = tl.minimum((num_blocks + least_blocks - 1) // least_blocks, SPLITS)
@@ -105,7 +134,9 @@ def _split_kv_kernel(
     end = tl.minimum(begin + blocks_each, first_block + num_blocks)
 
     dims = tl.arange(0, D)
-    group = tl.arange(0, 16)  # the least a tensor core multiplies; rows past the group are masked
+    # At least what a tensor core multiplies; rows past the group are masked.
+    ROWS: tl.constexpr = 16 if GROUP_BLOCK < 16 else GROUP_BLOCK
+    group = tl.arange(0, ROWS)
     in_group = (group < GROUP)[:, None]
     offsets = tl.arange(0, BLOCK)
     heads = (row * num_kv_heads + head).to(tl.int64) * GROUP
@@ -114,6 +145,8 @@ def _split_kv_kernel(
         row_cos = tl.load(cos + row.to(tl.int64) * D + dims).to(tl.float32)
         row_sin = tl.load(sin + row.to(tl.int64) * D + dims).to(tl.float32)
         queries = _rotated(q_heads, dims[None, :], row_cos[None, :], row_sin[None, :], in_group, D // 2)
+        if temperatures is not None:
+            queries *= tl.load(temperatures + row)
         queries = queries.to(k_pages.dtype.element_ty)
         if split == num_parts - 1:
             newest = kv_len - 1
@@ -127,9 +160,13 @@ def _split_kv_kernel(
             tl.debug_barrier()  # stored before any thread of the program reads that page
     else:
         queries = tl.load(q_heads + dims[None, :], in_group, other=0.0)
-    peak = tl.full([16], -1e30, tl.float32)
-    total = tl.zeros([16], tl.float32)
-    mixed = tl.zeros([16, D], tl.float32)
+    if alibi_slopes is not None:
+        slopes = tl.load(alibi_slopes + head * GROUP + group, group < GROUP, other=0.0) * _LOG2_E
+    else:
+        slopes = None
+    peak = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    mixed = tl.zeros([ROWS, D], tl.float32)
     for block in range(begin, end):
         positions = block * BLOCK + offsets
         page = tl.load(block_tables + row.to(tl.int64) * table_stride + block * BLOCK // PAGE).to(tl.int64)
@@ -137,7 +174,9 @@ def _split_kv_kernel(
         places = (positions % PAGE).to(tl.int64) * position_stride
         visible = (positions < kv_len) & (positions >= first_position)
         keys = tl.load(k_pages + base + places[None, :] + dims[:, None])
-        scores = tl.where(visible[None, :], tl.dot(queries, keys) * scale, -1e30)
+        scores = tl.where(
+            visible[None, :], _bent(tl.dot(queries, keys) * scale, softcap, slopes, positions, kv_len), -1e30
+        )
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         weights = tl.exp2(scores - new_peak[:, None])
         shrink = tl.exp2(peak - new_peak)
@@ -149,6 +188,8 @@ def _split_kv_kernel(
     if CHAINED:
         gdc_launch_dependents()
     if num_parts == 1:
+        if sinks is not None:
+            total += tl.exp2(tl.load(sinks + head * GROUP + group, group < GROUP, other=0.0) * _LOG2_E - peak)
         result = (mixed / total[:, None]).to(out.dtype.element_ty)
         tl.store(out + (heads + group)[:, None] * D + dims[None, :], result, in_group)
         return
@@ -178,6 +219,8 @@ def _split_kv_kernel(
         share = tl.exp2(tl.load(peaks_and_sums + heads_of_part * 2, live, other=-1e30) - best)
         sums += share * tl.load(peaks_and_sums + heads_of_part * 2 + 1, live, other=0.0)
         whole += share * tl.load(parts + (first_part + part) * GROUP * D + cells, live, other=0.0)
+    if sinks is not None:
+        sums += tl.exp2(tl.load(sinks + head * GROUP + cells // D, in_cells, other=0.0) * _LOG2_E - best)
     tl.store(out + heads * D + cells, (whole / sums).to(out.dtype.element_ty), in_cells)
 
 
@@ -192,6 +235,8 @@ class FreshRows(NamedTuple):
     """[R, D] contiguous, of the row's position."""
     sin: Tensor
     """[R, D] contiguous."""
+    temperatures: Tensor | None
+    """[R] float32, by which the rotated queries are multiplied."""
 
 
 class SplitKvTensors(NamedTuple):
@@ -236,7 +281,7 @@ def split_kv_attention(
     block_tables: Tensor,
     kv_lens: Tensor,
     workspace: SplitKvTensors,
-    window: int,
+    scoring: Scoring,
     fresh: FreshRows | None,
     chained: bool,
 ) -> None:
@@ -245,14 +290,18 @@ def split_kv_attention(
     q: [R, Hq, D], any strides but 1 in the last dimension. fresh: the newest position of every row is not in its page
     yet; rotates q and k and writes k and v there. None: q is rotated and all is in the pages. out: contiguous.
     k_pages, v_pages: [P, page_size, Hkv, D] of one layout, page_size a power of two from 16. block_tables: [R, M]
-    int32. kv_lens: [R] int32, at least 1. window: the last positions a row sees, 0 for all. workspace: for at least R
-    rows. chained: launch before the kernel ahead is done, and wait inside (programmatic dependent launch; SM90 on).
+    int32. kv_lens: [R] int32, at least 1. workspace: for at least R rows. chained: launch before the kernel ahead is
+    done, and wait inside (programmatic dependent launch; SM90 on).
     """
     num_rows, num_heads, head_dim = q.shape
     page_size, num_kv_heads = k_pages.shape[1:3]
     splits, least_blocks = num_splits(num_rows, num_kv_heads)
     group = num_heads // num_kv_heads
-    k, v, cos, sin = fresh or (q, q, q, q)  # without fresh rows nothing reads them
+    k, v, cos, sin, temperatures = fresh or (q, q, q, q, None)  # without fresh rows nothing reads them
+    numbers = scoring.numbers
+    scale, softcap = math.log2(math.e) * numbers.scale, None
+    if numbers.softcap:
+        scale, softcap = 2.0 * scale / numbers.softcap, math.log2(math.e) * numbers.softcap
     _split_kv_kernel[(splits, num_kv_heads, num_rows)](
         q,
         k_pages,
@@ -265,8 +314,8 @@ def split_kv_attention(
         v,
         cos,
         sin,
-        math.log2(math.e) * head_dim**-0.5,
-        window,
+        scale,
+        numbers.window,
         q.stride(0),
         q.stride(1),
         k.stride(0),
@@ -278,6 +327,11 @@ def split_kv_attention(
         k_pages.stride(1),
         k_pages.stride(2),
         least_blocks,
+        softcap,
+        numbers.segment or None,
+        scoring.sinks,
+        scoring.alibi_slopes,
+        temperatures,
         group,
         triton.next_power_of_2(group),
         head_dim,

@@ -43,6 +43,7 @@ def _rotate_and_store_kernel(
     v_pages: "tl.tensor",
     locations: "tl.tensor",
     attended: "tl.tensor",
+    temperatures: "tl.tensor | None",
     trash_start: int,
     q_stride: int,
     q_head_stride: int,
@@ -68,6 +69,9 @@ def _rotate_and_store_kernel(
     heads = tl.arange(0, HQ_BLOCK)[:, None]
     mask = (heads < HQ) & (half < HALF)
     first, second = _rotate(q + row * q_stride, heads, half, row_cos, row_sin, mask, q_head_stride, HALF)
+    if temperatures is not None:
+        temperature = tl.load(temperatures + row)
+        first, second = first * temperature, second * temperature
     places = q_out + (row * HQ + heads) * 2 * HALF + half
     tl.store(places, first.to(q_out.dtype.element_ty), mask)
     tl.store(places + HALF, second.to(q_out.dtype.element_ty), mask)
@@ -102,12 +106,13 @@ def rotate_and_store(
     v_pages: Tensor,
     locations: Tensor,
     attended: Tensor,
+    temperatures: Tensor | None,
     chained: bool,
 ) -> Tensor:
     """The rotated q, [T, Hq, D] contiguous; rotated k and plain v are in the pages.
 
     attended, [T, Hq, D], becomes zero in the rows that write to the trash page, the last one: no attention kernel
-    writes the padded rows behind the last chunk.
+    writes the padded rows behind the last chunk. temperatures: [T] float32, by which the rotated q is multiplied.
 
     q: [T, Hq, D]; k, v: [T, Hkv, D], any strides but 1 in the last dimension, D a power of two. cos, sin: [T, D]
     contiguous. k_pages, v_pages: [P, page_size, Hkv, D]. locations: [T] int64. chained: launch before the kernel ahead
@@ -127,6 +132,7 @@ def rotate_and_store(
         v_pages,
         locations,
         attended,
+        temperatures,
         (k_pages.shape[0] - 1) * k_pages.shape[1],
         q.stride(0),
         q.stride(1),

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from graphgen.capture.buckets import build_ladder
 from graphgen.ipc.messages import Bucket
-from graphgen.models.attention.backend import FULL_ATTENTION, StepAttention
+from graphgen.models.attention.backend import StepAttention
 from graphgen.models.attention.reference import TorchStep
 from graphgen.models.attention.tables import RowTables
+from tests.models.attention_cases import Rules
 
 if TYPE_CHECKING:
     from graphgen.models.attention.flashinfer import FlashInferAttention
@@ -142,10 +143,19 @@ def make_backend(heads: tuple[int, int, int], kernels: str, window: int = 0) -> 
     return FlashInferAttention(shape, MAX_CHUNKS, 2048, 256, kernels=pair)
 
 
-def attend(step: StepAttention, rows: tuple[Tensor, ...], cache: tuple[Tensor, ...]) -> Tensor:
+PLAIN = Rules()
+
+
+def attend(
+    step: StepAttention,
+    rows: tuple[Tensor, ...],
+    cache: tuple[Tensor, ...],
+    rule: Rules = PLAIN,
+    temperatures: Tensor | None = None,
+) -> Tensor:
     q, k, v = rows
     k_pages, v_pages = cache
-    return step.attend(q, k, v, *angles(q), k_pages, v_pages, FULL_ATTENTION)
+    return step.attend(q, k, v, *angles(q), k_pages, v_pages, rule.variant(q.shape[2]), temperatures)
 
 
 def angles(q: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ SHARED_RUN_TYPES = (
 SHARED_PLAN_TYPES = ["DLTensor*"] * 6 + ["int"] * 5 + ["bool", "int", "int", "bool", "int"]
 FA3_RUN_TYPES = ["Optional<ffi.Tensor>"] * 4 + ["float"] * 3 + ["int"]
 FA2_RUN_TYPES = ["Optional<ffi.Tensor>"] * 8 + ["float"] * 4 + ["int"]
+SINKS_RUN_TYPES = ["ffi.Tensor", "float"]
 FA2_PLAN_TYPES = ["int", "bool", "int"]
 """What the libraries of version 0.6.13 answer to a call without arguments."""
 
@@ -56,8 +57,11 @@ class FakeFunction:
 class FakeLibrary:
     """A loaded file."""
 
-    def __init__(self, is_fa3: bool, extra_run_types: Sequence[str], extra_plan_types: Sequence[str]) -> None:
+    def __init__(self, name: str, extra_run_types: Sequence[str], extra_plan_types: Sequence[str]) -> None:
+        is_fa3 = "_sm90" in name
         run_types = [*(FA3_RUN_TYPES if is_fa3 else FA2_RUN_TYPES), *extra_run_types]
+        if "attention_sink" in name:
+            run_types = SINKS_RUN_TYPES
         self.plan = FakeFunction("plan", [*SHARED_PLAN_TYPES, *([] if is_fa3 else FA2_PLAN_TYPES), *extra_plan_types])
         self.paged_run = FakeFunction("paged_run", SHARED_RUN_TYPES + run_types)
 
@@ -139,7 +143,7 @@ class FakeFlashInfer:
         return self._library(Path(path))
 
     def _library(self, path: Path) -> FakeLibrary:
-        return FakeLibrary("_sm90" in path.name, self.extra_run_types, self.extra_plan_types)
+        return FakeLibrary(path.name, self.extra_run_types, self.extra_plan_types)
 
     def forget(self) -> None:
         """A new process: nothing is loaded."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from graphgen.models.attention.reference import TorchStep, all_rows, write_kv
 from graphgen.models.attention.tables import RowTables
+from tests.models.attention_cases import Rules, by_hand, rules
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, NUM_PAGES = 6, 2, 8, 4, 64
 
@@ -66,21 +67,19 @@ def make_step(
     return Step(torch.randn(num_rows, HEADS, HEAD_DIM), kv[0], kv[1], pages[0], pages[1], tables, histories)
 
 
-def attend(step: Step, window: int) -> Tensor:
+def attend(step: Step, rule: Rules, path: str = "live rows", temperatures: Tensor | None = None) -> Tensor:
     """With angles of zero: the rotation is tested through whole models."""
+    if path == "static shapes":
+        write_kv(step.k_pages, step.v_pages, step.k, step.v, step.tables.kv_locations)
+        return all_rows(step.q, step.k_pages, step.v_pages, step.tables, rule.scoring(HEAD_DIM))
     ones, zeros = (make(len(step.q), HEAD_DIM, device=step.q.device) for make in (torch.ones, torch.zeros))
-    return TorchStep(step.tables).attend(step.q, step.k, step.v, ones, zeros, step.k_pages, step.v_pages, window)
+    pages, variant = (step.k_pages, step.v_pages), rule.variant(HEAD_DIM)
+    return TorchStep(step.tables).attend(step.q, step.k, step.v, ones, zeros, *pages, variant, temperatures)
 
 
-def by_hand(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """q [Hq, D] over k, v [positions, Hkv, D], head by head."""
-    k, v = (k[-window:], v[-window:]) if window else (k, v)
-    group = HEADS // KV_HEADS
-    heads = []
-    for head in range(HEADS):
-        scores = k[:, head // group].double() @ q[head].double() / HEAD_DIM**0.5
-        heads.append(scores.softmax(0) @ v[:, head // group].double())
-    return torch.stack(heads).float()
+def check(out: Tensor, step: Step, rule: Rules) -> None:
+    for row, (k, v) in step.histories.items():
+        torch.testing.assert_close(out[row], by_hand(step.q[row], k, v, rule), rtol=1e-5, atol=1e-5)
 
 
 STEPS = {
@@ -91,18 +90,16 @@ STEPS = {
 }
 
 
+PATHS = pytest.mark.parametrize("path", ["live rows", "static shapes"])
+
+
 @pytest.mark.parametrize("window", [0, 1, 3, 8, 100])
 @pytest.mark.parametrize("name", STEPS)
-@pytest.mark.parametrize("path", ["live rows", "static shapes"])
+@PATHS
 def test_every_row_sees_its_own_positions_only(path: str, name: str, window: int) -> None:
-    step = make_step(*STEPS[name])
-    if path == "live rows":
-        out = attend(step, window)
-    else:
-        write_kv(step.k_pages, step.v_pages, step.k, step.v, step.tables.kv_locations)
-        out = all_rows(step.q, step.k_pages, step.v_pages, *step.tables[1:], window)
-    for row, (k, v) in step.histories.items():
-        torch.testing.assert_close(out[row], by_hand(step.q[row], k, v, window), rtol=1e-5, atol=1e-5)
+    step, rule = make_step(*STEPS[name]), Rules(window=window)
+    out = attend(step, rule, path)
+    check(out, step, rule)
     num_prefill = len(out) - len(step.tables.decode_kv_lens)
     padding = [row for row in range(num_prefill) if row not in step.histories]
     assert padding
@@ -110,28 +107,48 @@ def test_every_row_sees_its_own_positions_only(path: str, name: str, window: int
     assert out.isfinite().all()
 
 
-def test_static_path_works_in_blocks_of_rows() -> None:
+RULES = rules(HEADS, window=5, segment=6)  # within a page of four, across its edge, and beyond
+
+
+@pytest.mark.parametrize("name", RULES)
+@PATHS
+def test_rows_at_every_distance_from_an_edge_score_by_the_formula(path: str, name: str) -> None:
+    step = make_step([(0, 14), (9, 5), (17, 1), (4, 4)], [0, 3, 4, 5, 6, 11, 12, 13, 40])
+    out = attend(step, RULES[name], path)
+    check(out, step, RULES[name])
+    assert out.isfinite().all()
+
+
+def test_temperatures_multiply_the_query_of_their_row() -> None:
+    step = make_step(*STEPS["chunks_and_decodes"])
+    factors = torch.linspace(0.5, 3.0, len(step.q))
+    out = attend(step, Rules(), temperatures=factors)
+    check(out, step._replace(q=step.q * factors[:, None, None]), Rules())
+
+
+@PATHS
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_long_chunks_are_worked_through_in_blocks_of_rows(path: str, name: str) -> None:
     step = make_step([(3, 150), (0, 20)], [5])
-    write_kv(step.k_pages, step.v_pages, step.k, step.v, step.tables.kv_locations)
-    out = all_rows(step.q, step.k_pages, step.v_pages, *step.tables[1:], 0)
+    out = attend(step, RULES[name], path)
     for row in (0, 63, 64, 127, 128, 149, 150, 169):
-        torch.testing.assert_close(out[row], by_hand(step.q[row], *step.histories[row], 0), rtol=1e-5, atol=1e-5)
+        wanted = by_hand(step.q[row], *step.histories[row], RULES[name])
+        torch.testing.assert_close(out[row], wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("prefill", "decodes"), [(0, 2), (5, 0)])
 def test_a_region_may_be_empty(prefill: int, decodes: int) -> None:
     step = make_step([(2, prefill)] if prefill else [], [9] * decodes, padded_prefill=0, padded_decodes=0)
-    for window in (0, 4):
-        out = attend(step, window)
+    for rule in (Rules(), Rules(window=4), RULES["all"]):
+        out = attend(step, rule)
         assert len(out) == prefill + decodes == len(step.histories)
-        for row, (k, v) in step.histories.items():
-            torch.testing.assert_close(out[row], by_hand(step.q[row], k, v, window), rtol=1e-5, atol=1e-5)
+        check(out, step, rule)
 
 
 def test_writes_only_the_positions_of_its_rows() -> None:
     step = make_step([(0, 5)], [6])
     before = step.k_pages.clone()
-    attend(step, 0)
+    attend(step, Rules())
     live = step.tables.kv_locations
     torch.testing.assert_close(step.k_pages.flatten(0, 1)[live[:5]], step.k[:5])
     untouched = torch.ones(before.shape[:2].numel(), dtype=torch.bool)
@@ -144,5 +161,5 @@ def test_tracing_knows_the_shape_and_dtype_of_the_result() -> None:
     step = make_step([(0, 5)], [6])
     q, k, v, k_pages, v_pages = (tensor.to("meta") for tensor in step[:5])
     tables = RowTables(*(tensor.to("meta") for tensor in step.tables))
-    out = attend(Step(q.to(torch.bfloat16), k, v, k_pages, v_pages, tables, {}), 0)
+    out = attend(Step(q.to(torch.bfloat16), k, v, k_pages, v_pages, tables, {}), Rules())
     assert (out.device.type, out.shape, out.dtype) == ("meta", step.q.shape, torch.bfloat16)

@@ -16,7 +16,7 @@ import torch
 
 from graphgen.ipc.errors import ConfigError
 from graphgen.models.attention.direct import NUM_SHARED, PlannedFunctions, _plan_tails, _run_tail
-from graphgen.models.attention.kernels import Kernel, Library, PlannedLibrary, needed_libraries
+from graphgen.models.attention.kernels import Kernel, Library, PlannedLibrary, Scores, needed_libraries
 from graphgen.models.attention.libraries import (
     KernelFolder,
     Source,
@@ -27,9 +27,11 @@ from graphgen.models.attention.libraries import (
     package_to_load,
     planned_functions,
 )
+from graphgen.models.attention.variant import Numbers, Scoring
 from tests.models.fake_flashinfer import FA3_NAME, SOME_LIBRARY, VERSION, FakeFlashInfer
 from tests.models.test_kernels import shape
 
+PLAIN = Scoring(Numbers(128**-0.5))
 FA2 = PlannedLibrary("fa2", torch.bfloat16, 128, windowed=False)
 FA3 = PlannedLibrary("fa3", torch.bfloat16, 128, windowed=False)
 
@@ -176,11 +178,12 @@ def install(folder: KernelFolder, library: PlannedLibrary) -> Path:
     return folder.library_path(library.name)
 
 
-def call(functions: PlannedFunctions) -> tuple[object, ...]:
+def call(functions: PlannedFunctions, scoring: Scoring = PLAIN) -> tuple[object, ...]:
     """Calls both functions as a step does. Returns what `paged_run` was given behind the shared arguments."""
     functions.plan(*range(NUM_SHARED), *functions.plan_tail)
-    functions.paged_run(*range(NUM_SHARED), *functions.run_tail)
-    return functions.run_tail
+    tail = functions.run_tail(scoring)
+    functions.paged_run(*range(NUM_SHARED), *tail)
+    return tail
 
 
 def test_the_name_formed_here_is_the_one_flashinfer_forms() -> None:
@@ -199,6 +202,30 @@ def test_a_start_with_all_kernels_ready_does_without_flashinfers_package(
     assert flashinfer.opened == paths
     assert call(planned_functions(FA3, folder)) == (None,) * 4 + (0.0, 128**-0.5, 1.0, 0)
     assert call(planned_functions(FA2, folder)) == (None,) * 8 + (0.0, 128**-0.5, 1.0, 1e-4, 0)
+
+
+@pytest.mark.parametrize("backend", ["fa2", "fa3"])
+def test_each_way_to_score_is_a_library_of_its_own_that_gets_what_it_needs(
+    backend: Literal["fa2", "fa3"], flashinfer: FakeFlashInfer, folder: KernelFolder
+) -> None:
+    numbers, heads = Numbers(0.3, softcap=50.0), torch.arange(4.0)
+    scorings = {
+        Scores.SOFTCAP: (Scoring(numbers), (50.0, 0.3)),
+        Scores.SINKS: (Scoring(numbers._replace(softcap=0.0), sinks=heads), (heads, 0.3)),
+        Scores.ALIBI: (Scoring(numbers._replace(softcap=0.0), alibi_slopes=heads), (heads, 0.0, 0.3)),
+    }
+    names = set()
+    for scores, (scoring, passed) in scorings.items():
+        if (backend, scores) == ("fa3", Scores.ALIBI):
+            continue
+        assert Scores.of(scoring) is scores
+        library = PlannedLibrary(backend, torch.bfloat16, 128, windowed=True, scores=scores)
+        install(folder, library)
+        names.add(library.name)
+        tail = call(planned_functions(library, folder), scoring)
+        assert [value for value in tail if value is not None][: len(passed)] == list(passed)
+    flashinfer.uninstall()
+    assert len(names) == (3 if backend == "fa2" else 2)
 
 
 def test_kernels_of_the_package_are_found_without_importing_it(
@@ -280,7 +307,7 @@ def test_a_library_that_is_built_at_the_start_is_called_directly_too(
     flashinfer: FakeFlashInfer, folder: KernelFolder
 ) -> None:
     assert load_libraries([FA3], folder) == [Source.BUILT]
-    assert len(planned_functions(FA3, folder).run_tail) == 8
+    assert len(call(planned_functions(FA3, folder))) == 8
     assert flashinfer.opened == [folder.library_path(FA3.name)]
 
 
@@ -333,17 +360,23 @@ def test_flashinfer_itself_finds_a_library_in_our_folder_and_only_while_asked(
         assert spec.jit_library_path.name == f"{spec.name}.so"
 
 
+LIBRARIES = [
+    *(("fa2", scores) for scores in Scores),
+    *(("fa3", scores) for scores in Scores if scores is not Scores.ALIBI),
+]
+
+
 @pytest.mark.usefixtures("real_flashinfer")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", ["fa2", "fa3"])
+@pytest.mark.parametrize(("backend", "scores"), LIBRARIES)
 def test_flashinfer_itself_forms_the_names_that_are_formed_here(
-    backend: Literal["fa2", "fa3"], dtype: torch.dtype
+    backend: Literal["fa2", "fa3"], scores: Scores, dtype: torch.dtype
 ) -> None:
     import flashinfer
 
     for head_dim in (64, 128, 256):
         for windowed in (False, True):
-            library = PlannedLibrary(backend, dtype, head_dim, windowed)
+            library = PlannedLibrary(backend, dtype, head_dim, windowed, scores)
             assert library.name == library.spec().name
     assert importlib.metadata.version("flashinfer-python") == flashinfer.__version__
 
@@ -369,10 +402,15 @@ RUN_TAIL = {
         *("maybe_prefix_len_ptr", "maybe_token_pos_in_items_ptr", "maybe_max_item_len_ptr", "maybe_scale_v"),
         *("logits_soft_cap", "sm_scale", "scale_v_scalar", "token_pos_in_items_len"),
     ),
+    "sinks": ("sink", "sm_scale"),
 }
 """What direct.py passes, in FlashInfer's own words. A type alone would not tell two numbers that change places."""
 
-TYPES = {"int64_t": int, "bool": bool, "double": float, "Optional<ffi::Tensor>": type(None)}
+TYPES = {"int64_t": "int", "bool": "bool", "double": "float", "Optional<ffi::Tensor>": "Optional", "ffi::Tensor": "ffi"}
+
+SAMPLE = Scoring(Numbers(0.125, softcap=30.0), torch.ones(1), torch.zeros(1))
+PASSED = {"logits_soft_cap": 30.0, "sm_scale": 0.125, "sink": SAMPLE.sinks, "maybe_alibi_slopes": SAMPLE.alibi_slopes}
+"""What must arrive under each name when a layer scores as SAMPLE does."""
 
 
 def declared(text: str) -> list[tuple[str, str]]:
@@ -382,10 +420,12 @@ def declared(text: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.usefixtures("real_flashinfer")
-@pytest.mark.parametrize("backend", ["fa2", "fa3"])
-def test_flashinfer_itself_declares_the_arguments_that_are_passed_here(backend: Literal["fa2", "fa3"]) -> None:
+@pytest.mark.parametrize(("backend", "scores"), LIBRARIES)
+def test_flashinfer_itself_declares_the_arguments_that_are_passed_here(
+    backend: Literal["fa2", "fa3"], scores: Scores
+) -> None:
     """In the sources that a build of the installed version would compile."""
-    library = PlannedLibrary(backend, torch.bfloat16, 128, windowed=False)
+    library = PlannedLibrary(backend, torch.bfloat16, 128, windowed=False, scores=scores)
     folder = next(Path(source).parent for source in library.spec().sources)
     (binding,), (config,) = folder.glob("*jit_binding.cu"), folder.glob("*config.inc")
     functions = dict(re.findall(r"(Plan|PagedKVCache\w*Run)\((.*?)\)", binding.read_text(), re.DOTALL))
@@ -396,8 +436,13 @@ def test_flashinfer_itself_declares_the_arguments_that_are_passed_here(backend: 
     tail = declared(found[1])
     assert tuple(name for _, name in plan[:NUM_SHARED]) == PLAN
     assert tuple(name for _, name in run) == RUN
-    assert tuple(name for _, name in tail) == RUN_TAIL[backend]
-    assert [TYPES[kind] for kind, _ in tail] == [type(value) for value in _run_tail(library)]
+    assert tuple(name for _, name in tail) == RUN_TAIL["sinks" if scores is Scores.SINKS else backend]
+    types, values = _run_tail(library)
+    assert [TYPES[kind] for kind, _ in tail] == list(types)
+    passed = dict(zip((name for _, name in tail), values(SAMPLE), strict=True))
+    assert all(passed[name] is value or passed[name] == value for name, value in PASSED.items() if name in passed)
     rest = plan[NUM_SHARED:]
     assert tuple(name for _, name in rest) == PLAN_TAIL[: len(rest)]
-    assert [TYPES[kind] for kind, _ in rest] in [[type(value) for value in each] for each in _plan_tails(library)]
+    assert [TYPES[kind] for kind, _ in rest] in [
+        [type(value).__name__ for value in each] for each in _plan_tails(library)
+    ]

@@ -1,0 +1,153 @@
+"""The split-KV kernel in Triton's interpreter against the formula written out, in float64, for each way to score.
+
+Needs Triton, not a GPU (CONTRIBUTING says how to run it where torch came without). Where a CUDA device is,
+tests/gpu/test_split_kv_gpu.py runs the compiled kernel: Triton decides when it is imported whether it interprets, so
+both cannot be had in one process. tests/conftest.py tells it to.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from graphgen.models.rope import rotate
+from tests.models.attention_cases import Rules, by_hand, rules
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed; comes with torch for CUDA", allow_module_level=True)
+if torch.cuda.is_available():
+    pytest.skip("tests/gpu/test_split_kv_gpu.py runs the compiled kernel", allow_module_level=True)
+
+from triton.runtime import interpreter  # Triton exists where it is installed
+
+from graphgen.models.attention import split_kv
+from graphgen.models.attention.store import rotate_and_store
+
+HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, NUM_PAGES = 6, 2, 16, 16, 40
+WINDOW, SEGMENT = 21, 24  # over a page's edge, as a kernel's block is a page
+# Around an edge of a page, of the window and of a segment; the shortest; one of many blocks.
+KV_LENS = (1, 16, 17, WINDOW - 1, WINDOW, WINDOW + 1, SEGMENT, SEGMENT + 1, 2 * SEGMENT, 2 * SEGMENT + 1, 130)
+
+
+class Rows(NamedTuple):
+    """Decode rows; K and V of all positions but their own lie in pages of NaN."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cos: Tensor
+    sin: Tensor
+    k_pages: Tensor
+    v_pages: Tensor
+    block_tables: Tensor
+    kv_lens: Tensor
+    histories: list[tuple[Tensor, Tensor]]  # of each row: [positions, Hkv, D], the rotated last one included
+
+
+def make_rows(kv_lens: Sequence[int], heads: int = HEADS, kv_heads: int = KV_HEADS) -> Rows:
+    torch.manual_seed(0)
+    num_rows, width = len(kv_lens), -(-max(kv_lens) // PAGE_SIZE) + 1
+    q, k, v = (torch.randn(num_rows, count, HEAD_DIM) for count in (heads, kv_heads, kv_heads))
+    angles = torch.rand(num_rows, HEAD_DIM // 2).repeat(1, 2) * 6
+    cos, sin = angles.cos(), angles.sin()
+    pages = torch.full((2, NUM_PAGES + 1, PAGE_SIZE, kv_heads, HEAD_DIM), float("nan"))
+    free = torch.randperm(NUM_PAGES).tolist()
+    tables, histories = torch.full((num_rows, width), NUM_PAGES, dtype=torch.int32), []
+    for row, kv_len in enumerate(kv_lens):
+        table = [free.pop() for _ in range(-(-kv_len // PAGE_SIZE))]
+        tables[row, : len(table)] = torch.tensor(table)
+        past = torch.randn(2, kv_len - 1, kv_heads, HEAD_DIM)
+        places = [table[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE for at in range(kv_len - 1)]
+        pages.flatten(1, 2)[:, places] = past
+        key = rotate(k[row : row + 1], cos[row : row + 1], sin[row : row + 1])
+        histories.append((torch.cat((past[0], key)), torch.cat((past[1], v[row : row + 1]))))
+    lens = torch.tensor(kv_lens, dtype=torch.int32)
+    return Rows(q, k, v, cos, sin, pages[0], pages[1], tables, lens, histories)
+
+
+def run(rows: Rows, rule: Rules, fresh: bool, temperatures: Tensor | None = None) -> Tensor:
+    """fresh: the kernel rotates and stores, as in a step without chunks; else rotate_and_store does."""
+    num_rows, heads, head_dim = rows.q.shape
+    kv_heads = rows.k.shape[1]
+    workspace = split_kv.open_workspace(num_rows, heads, kv_heads, head_dim, rows.q.device)
+    out = torch.full_like(rows.q, float("nan"))
+    q, fresh_rows = rows.q, None
+    if fresh:
+        fresh_rows = split_kv.FreshRows(rows.k, rows.v, rows.cos, rows.sin, temperatures)
+    else:
+        newest = rows.kv_lens.long() - 1
+        pages = rows.block_tables.long().gather(1, newest[:, None] // PAGE_SIZE)[:, 0]
+        locations = pages * PAGE_SIZE + newest % PAGE_SIZE
+        inputs = rows.q, rows.k, rows.v, rows.cos, rows.sin, rows.k_pages, rows.v_pages, locations
+        q = rotate_and_store(*inputs, torch.zeros_like(out), temperatures, chained=False)
+    scoring = rule.scoring(head_dim)
+    tables = rows.block_tables, rows.kv_lens
+    split_kv.split_kv_attention(
+        q, out, rows.k_pages, rows.v_pages, *tables, workspace, scoring, fresh_rows, chained=False
+    )
+    assert not workspace.finished.any(), "the next layer starts from zero"
+    return out
+
+
+def check(out: Tensor, rows: Rows, rule: Rules, temperatures: Tensor | None = None) -> None:
+    q = rotate(rows.q, rows.cos, rows.sin)
+    if temperatures is not None:
+        q = q * temperatures[:, None, None]
+    for row, (k, v) in enumerate(rows.histories):
+        torch.testing.assert_close(out[row], by_hand(q[row], k, v, rule), rtol=2e-5, atol=2e-5)
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes the interpreter a millisecond or more. Long rows are still read in several parts."""
+    monkeypatch.setattr(split_kv, "num_splits", lambda num_rows, num_kv_heads: (4, 1))
+
+
+@pytest.fixture(autouse=True)
+def _splat_truth_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter of Triton 3.9 makes integers of a truth value that it repeats, and refuses them as a mask."""
+
+    def splat(_: object, block: Any, value: Any) -> interpreter.TensorHandle:
+        return interpreter.TensorHandle(np.full(block.shape, value.data.flat[0]), value.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_splat", splat)
+
+
+RULES = rules(HEADS, WINDOW, SEGMENT)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_fresh_rows_score_by_the_formula(name: str) -> None:
+    rows = make_rows(KV_LENS)
+    check(run(rows, RULES[name], fresh=True), rows, RULES[name])
+
+
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_rows_beside_chunks_score_by_the_formula(name: str) -> None:
+    rows = make_rows(KV_LENS)
+    check(run(rows, RULES[name], fresh=False), rows, RULES[name])
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_temperatures_multiply_the_query_of_their_row(fresh: bool) -> None:
+    rows = make_rows((1, 17, 40))
+    factors = torch.tensor([0.5, 1.0, 2.5])
+    check(run(rows, Rules(), fresh, factors), rows, Rules(), factors)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(16, 1), (17, 1), (40, 2)])
+def test_any_number_of_heads_may_share_keys(heads: int, kv_heads: int) -> None:
+    rows, rule = make_rows((3, 70), heads, kv_heads), rules(heads, WINDOW, SEGMENT)["all"]
+    check(run(rows, rule, fresh=True), rows, rule)
+
+
+@pytest.mark.parametrize("sink", [float("-inf"), -200.0, 200.0])
+def test_sinks_far_from_all_scores_take_nothing_or_all(sink: float) -> None:
+    rows, rule = make_rows((5, 70)), Rules(sinks=torch.full((HEADS,), sink))
+    out = run(rows, rule, fresh=True)
+    check(out, rows, Rules() if sink < 0 else Rules(sinks=torch.full((HEADS,), 200.0)))
+    assert out.isfinite().all()
