@@ -63,6 +63,7 @@ class ChatTemplate:
                     f"the chat template ({self._origin}) does not read {name}: leave them out, or name another template"
                     " with chat_template="
                 )
+        switches = self._switches(chat_template_kwargs or {})
         try:
             return self._template.render(
                 messages=[dict(message) for message in messages],
@@ -70,7 +71,7 @@ class ChatTemplate:
                 documents=documents or None,
                 add_generation_prompt=True,
                 **self._special_tokens,
-                **self._switches(chat_template_kwargs or {}),
+                **switches,
             )
         except _RefusalError as error:
             raise InvalidRequestError(
@@ -84,9 +85,7 @@ class ChatTemplate:
     def _switches(self, given: Mapping[str, Any]) -> dict[str, Any]:
         taken = sorted(self._reserved & set(given))
         if taken:
-            raise InvalidRequestError(
-                f"chat_template_kwargs has {', '.join(taken)}: these are not for a request to set"
-            )
+            raise InvalidRequestError(f"chat_template_kwargs has {', '.join(taken)}, which no request may set")
         return {name: value for name, value in given.items() if name in self._variables}
 
 
