@@ -16,7 +16,7 @@ TEST_PROCESSES ?= 2
 test: export OMP_NUM_THREADS ?= 1
 comma := ,
 # With an NVIDIA driver the CUDA kernels come along.
-EXTRAS := test$(comma)bench$(if $(wildcard /dev/nvidia0),$(comma)cuda)
+EXTRAS := test$(comma)bench$(comma)http$(if $(wildcard /dev/nvidia0),$(comma)cuda)
 
 .PHONY: demo test test-real clients check format gpu-test clean
 

@@ -78,6 +78,8 @@ class FakeCore:
     def __init__(self) -> None:
         self.prompts: list[OnePrompt] = []
         self.cancelled: list[int] = []
+        self.sampling: SamplingParams | Sequence[SamplingParams] | None = None
+        self.tenants: list[str] = []
 
     def open(
         self,
@@ -85,8 +87,11 @@ class FakeCore:
         sampling: SamplingParams | Sequence[SamplingParams] | None,
         streams: bool,
         sinks: Sequence[Sink],
+        tenant: str = "",
     ) -> list[int]:
         self.prompts += prompts
+        self.sampling = sampling
+        self.tenants.append(tenant)
         num_samples = sampling.n if isinstance(sampling, SamplingParams) else 1
         self.answer(sinks, num_samples, streams)
         return list(range(len(prompts) * num_samples))

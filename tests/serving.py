@@ -56,6 +56,11 @@ class ServerProcess:
     def control(self) -> str:
         return next(line.split()[2] for line in self.output.splitlines() if line.endswith("(control)"))
 
+    @property
+    def url(self) -> str:
+        """Of the HTTP gateway."""
+        return next(line.split()[2] for line in self.output.splitlines() if line.endswith("(OpenAI's API)"))
+
     def pid_of(self, module: str) -> int:
         """The process below this one that runs `python -m module`."""
         below = [self.process.pid]

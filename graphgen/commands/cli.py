@@ -36,7 +36,7 @@ from graphgen.ipc.errors import GraphgenError
 from graphgen.launch.config import EngineConfig
 from graphgen.launch.step_times_store import StepTimesKey, stored_file
 from graphgen.mock_server.__main__ import mock_server
-from graphgen.server.supervisor import ServeOptions
+from graphgen.server.options import ServeOptions
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.add_typer(keys_app, name="keys")

@@ -18,7 +18,7 @@ from rich.markup import escape
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.commands.fields import Option, options_of
 from graphgen.launch.config import EngineConfig, EngineSettings, make_config
-from graphgen.server.supervisor import ServeOptions
+from graphgen.server.options import ServeOptions
 
 Command = Callable[..., None]
 

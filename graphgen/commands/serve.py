@@ -11,7 +11,8 @@ import typer
 from graphgen.ipc.ggp.limits import MAX_PRIORITY
 from graphgen.launch.config import EngineConfig
 from graphgen.server.frontend.keys import Keys, default_folder
-from graphgen.server.supervisor import ServeOptions, Supervisor
+from graphgen.server.options import ServeOptions
+from graphgen.server.supervisor import Supervisor
 
 keys_app = typer.Typer(no_args_is_help=True, help="CURVE keys of the server and of those who may connect.")
 

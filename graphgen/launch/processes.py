@@ -73,11 +73,20 @@ class EngineProcesses:
             self.stop(grace_s=0.0)
             raise
 
-    def start(self, module: str) -> None:
-        """Starts another child, or one anew that has ended."""
+    def start(self, module: str, descriptors: Sequence[int] = ()) -> None:
+        """Starts another child, or one anew that has ended. descriptors: of open files that it inherits."""
         name = module.rpartition(".")[2]
         arguments = (str(self.folder), str(self._owner_pid))
-        self._children[name] = start_child(module, arguments, self.folder / f"{name}.log", self._environment)
+        log_file = self.folder / f"{name}.log"
+        self._children[name] = start_child(module, arguments, log_file, self._environment, descriptors=descriptors)
+
+    def finish(self, name: str, number: int, grace_s: float) -> None:
+        """Tells a child by a signal to end, and waits so long for it."""
+        child = self._children.get(name)
+        if child is not None:
+            child.send_signal(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(grace_s)
 
     def restart_scheduler(self) -> None:
         """Starts a scheduler in the place of one that has ended, in the same folder: whoever talks to it by name goes
@@ -135,10 +144,11 @@ def start_child(
     log_file: Path,
     environment: Mapping[str, str] | None = None,
     reads: bool = False,
+    descriptors: Sequence[int] = (),
 ) -> "subprocess.Popen[bytes]":
     """`python -m module arguments`, in a session and process group of its own, its output in a file.
 
-    reads: its standard input is a pipe from here, and not empty.
+    reads: its standard input is a pipe from here, and not empty. descriptors: of the open files that it inherits.
     """
     log_file.unlink(missing_ok=True)
     with log_file.open("ab") as log:  # appended to, so that the child may cut it
@@ -150,6 +160,7 @@ def start_child(
             stderr=log,
             start_new_session=True,
             env=environment,
+            pass_fds=descriptors,
         )
 
 

@@ -31,16 +31,19 @@ class RemoteCore:
         sampling: SamplingParams | Sequence[SamplingParams] | None,
         streams: bool,
         sinks: Sequence[Sink],
+        tenant: str = "",
     ) -> list[int]:
         """Sends a request for each prompt. Raises InvalidRequestError with none sent; what only the server can check
         reaches the sinks as an exception.
+
+        tenant: on whose behalf, where the server trusts this connection.
 
         Returns the id of a prompt's request once for each of its outputs, which is what its sink will get.
         """
         parameters = one_each(sampling, len(prompts))
         self._check_features(prompts)
         requests = [
-            RemoteRequest(make_generate(next(self._request_ids), prompt, own, streams), prompt, streams, sink)
+            RemoteRequest(make_generate(next(self._request_ids), prompt, own, streams, tenant), prompt, streams, sink)
             for prompt, own, sink in zip(prompts, parameters, sinks, strict=True)
         ]
         self._connection.submit(requests)

@@ -108,22 +108,25 @@ class RemoteRequest:
         )
 
 
-def make_generate(request_id: int, prompt: OnePrompt, sampling: SamplingParams, streams: bool) -> Generate:
-    """Raises InvalidRequestError for what cannot be written down in the protocol."""
+def make_generate(
+    request_id: int, prompt: OnePrompt, sampling: SamplingParams, streams: bool, tenant: str = ""
+) -> Generate:
+    """tenant: see `generate.tenant`. Raises InvalidRequestError for what cannot be written down in the protocol."""
     wire = wire_sampling(sampling)
     if isinstance(prompt, str):
-        return Generate(id=request_id, text=_valid_text(prompt), sampling=wire, echo_ids=not streams)
+        return Generate(id=request_id, text=_valid_text(prompt), sampling=wire, tenant=tenant, echo_ids=not streams)
     if isinstance(prompt, Chat):
-        return _generate_chat(request_id, prompt, wire, echo_ids=not streams)
+        message = _generate_chat(request_id, prompt)
+        return msgspec.structs.replace(message, sampling=wire, tenant=tenant, echo_ids=not streams)
     if not prompt:
         raise InvalidRequestError("the prompt is empty: give at least one token")
     try:
-        return Generate(id=request_id, prompt_u32=pack_int32(prompt), sampling=wire)
+        return Generate(id=request_id, prompt_u32=pack_int32(prompt), sampling=wire, tenant=tenant)
     except (OverflowError, TypeError) as error:
         raise InvalidRequestError(f"a prompt holds what is no token id ({error}): give plain ints") from None
 
 
-def _generate_chat(request_id: int, chat: Chat, sampling: Sampling, echo_ids: bool) -> Generate:
+def _generate_chat(request_id: int, chat: Chat) -> Generate:
     values = {
         "id": request_id,
         "messages": [dict(message) for message in chat.messages],
@@ -133,10 +136,9 @@ def _generate_chat(request_id: int, chat: Chat, sampling: Sampling, echo_ids: bo
     }
     try:
         msgspec.msgpack.encode(values)
-        message = msgspec.convert(values, Generate)
+        return msgspec.convert(values, Generate)
     except (msgspec.ValidationError, UnicodeEncodeError, OverflowError) as error:
         raise InvalidRequestError(f"a chat cannot be sent ({error}): shorten it, or mend its text") from None
-    return msgspec.structs.replace(message, sampling=sampling, echo_ids=echo_ids)
 
 
 def wire_sampling(sampling: SamplingParams) -> Sampling:

@@ -6,22 +6,20 @@ frontend that dies is started anew as often as it takes, with growing waits, whi
 nothing itself. Called by the command line, in a process of its own whose SIGTERM, SIGINT and SIGHUP it takes.
 """
 
-import ipaddress
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import zmq
-from msgspec import Struct
 
-from graphgen.base.addresses import check_address, control_address, remove_dead
+from graphgen.base.addresses import remove_dead
 from graphgen.base.descriptors import raise_descriptor_limit
 from graphgen.base.progress import StartProgress
 from graphgen.base.signals import EndSignals
+from graphgen.gateway.settings import END_SIGNAL, GatewaySettings
 from graphgen.ipc.channel import Channel
-from graphgen.ipc.errors import ConfigError, EngineDeadError
-from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS
+from graphgen.ipc.errors import EngineDeadError
 from graphgen.ipc.messages import (
     Drain,
     Drained,
@@ -37,74 +35,25 @@ from graphgen.ipc.messages import (
 )
 from graphgen.launch.config import EngineConfig, check_device
 from graphgen.launch.processes import EngineProcesses
-from graphgen.launch.starts import Backoff, StartLimit
+from graphgen.launch.starts import StartLimit
 from graphgen.requests.core import describe_start, launch_config, load_config_tokenizer
 from graphgen.requests.link import error_of
 from graphgen.requests.tokenizer import write_tokenizer
-from graphgen.server.frontend.keys import Keys, default_folder
 from graphgen.server.frontend.settings import FrontendSettings
+from graphgen.server.http_address import listen, url_of
+from graphgen.server.kept import Kept
+from graphgen.server.options import ServeOptions
 from graphgen.server.request_log import RequestLog
 
 logger = logging.getLogger("graphgen.server.supervisor")
 
 FRONTEND_MODULE = "graphgen.server.frontend"
+GATEWAY_MODULE = "graphgen.gateway"
+GATEWAY_END_S = 2.0
+"""For the gateway to send the last of its answers, whose tokens it has."""
 WATCH_S = 0.1
 LOST_GRACE_S = 5.0
 """For the frontend to tell clients that the engine is gone."""
-
-
-class ServeOptions(Struct, frozen=True, kw_only=True):
-    """How a server is reached and when it gives up. Raises ConfigError for what would be open to strangers."""
-
-    data: str = DEFAULT_ADDRESS
-    """Address of the data socket: tcp://HOST:PORT or ipc://PATH."""
-    control: str | None = None
-    """Address of the control socket. None: beside the data socket's, the next port."""
-    keys: str | None = None
-    """Folder of CURVE keys, see `graphgen keys`: who has none of them is not let in. None: no keys; on a public address
-    those of $GRAPHGEN_KEYS or ~/.config/graphgen/keys."""
-    insecure_public: bool = False
-    """Let everyone in who can reach a public address."""
-    grace_s: float = 30.0
-    """Seconds that open requests have to finish after SIGTERM."""
-    memory_limit_mib: int = 1024
-    """Memory of the frontend beyond what it needs when idle, in MiB."""
-    slow_consumer_s: float = 60.0
-    """Seconds after which a client that reads nothing is cut off."""
-    open_requests: int = 256
-    """Most open requests of one client."""
-    log_requests: bool = True
-    """Write a line for each request that ends, to standard error: who asked, tokens, times; never what was said."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("grace_s", 0), ("memory_limit_mib", 64), ("slow_consumer_s", 1), ("open_requests", 1)):
-            if not getattr(self, name) >= least:
-                raise ConfigError(f"{name} is {getattr(self, name)}, the least is {least}: raise it")
-        for address in (self.data, self.control_address):
-            check_address(address)
-        folder = self.key_folder
-        if folder is not None:
-            Keys(folder).server_secret_key()
-            return
-        for address in (self.data, self.control_address):
-            if is_public(address) and not self.insecure_public:
-                raise ConfigError(
-                    f"{address} can be reached by other machines and there are no keys: make some with `graphgen keys"
-                    " new` and name their folder with --keys, or say --insecure-public to let everyone in"
-                )
-
-    @property
-    def control_address(self) -> str:
-        """Where the control socket is bound."""
-        return self.control or control_address(self.data)
-
-    @property
-    def key_folder(self) -> Path | None:
-        """The folder of the keys that are asked for, absolute; None: no keys are."""
-        if self.keys is not None:
-            return Path(self.keys).expanduser().absolute()
-        is_reached = is_public(self.data) or is_public(self.control_address)
-        return default_folder() if is_reached and Keys(default_folder()).has_server_key else None
 
 
 class Supervisor:
@@ -117,8 +66,6 @@ class Supervisor:
         self._started_s = time.monotonic()
         self._signals = EndSignals()
         self._asked_to_end = 0
-        self._backoff = Backoff()
-        self._restart_s: float | None = None  # when the frontend, which has ended, is started again
         self._engine_starts = StartLimit()
         self._engine_is_lost = False  # and is being started again
         self._ready: Ready | None = None
@@ -128,6 +75,9 @@ class Supervisor:
         self._data, self._control = options.data, options.control_address
         self._keys = options.key_folder
         self._request_log = RequestLog(self._keys)
+        self._frontend = Kept("frontend", "its clients have lost their sessions", say)
+        self._gateway = Kept("gateway", "HTTP answers that were open have ended", say)
+        self._http = None if options.http is None else listen(options.http)
 
     def run(self) -> int:
         """Serves until a signal: the exit code. Raises GraphgenError when the engine does not start, or dies."""
@@ -145,9 +95,13 @@ class Supervisor:
                     self._turn(processes, channel, progress.show)
             while self._num_lost is None:
                 self._turn(processes, channel, lambda _: None)
+            if self._http is not None:
+                processes.finish("gateway", END_SIGNAL, GATEWAY_END_S)
             return 0 if self._num_lost == 0 else 1
         finally:
             self._signals.ignore()
+            if self._http is not None:
+                self._http.close()
             processes.stop(grace_s=0.0)
             channel.close()
             context.term()
@@ -158,23 +112,37 @@ class Supervisor:
         """The engine's processes import torch meanwhile."""
         launch = launch_config(self._config)
         launch.write(processes.folder)
-        self._start_frontend(processes)  # binds its sockets at once, so that an address in use is found soon
+        # It binds its sockets at once, so that an address in use is found soon.
+        self._frontend.start(partial(self._start_frontend, processes))
         write_tokenizer(load_config_tokenizer(self._config, launch), processes.folder)
 
     def _start_frontend(self, processes: EngineProcesses) -> None:
         FrontendSettings(
-            model=self._config.model or "demo",
+            model=self._model_name,
             data=self._data,
             control=self._control,
             keys=None if self._keys is None else str(self._keys),
-            private=f"ipc://{processes.folder / 'private'}",
+            private=_private_address(processes),
             memory_limit_bytes=self._options.memory_limit_mib << 20,
             slow_consumer_s=self._options.slow_consumer_s,
             open_requests=self._options.open_requests,
             log_requests=self._options.log_requests,
         ).write(processes.folder)
-        self._backoff.started(time.monotonic())
         processes.start(FRONTEND_MODULE)
+
+    def _start_gateway(self, processes: EngineProcesses) -> None:
+        assert self._http is not None, "it was asked for"
+        GatewaySettings(
+            descriptor=self._http.fileno(),
+            frontend=_private_address(processes),
+            model_names=(self._options.served_model_name or self._model_name,),
+            memory_limit_bytes=self._options.memory_limit_mib << 20,
+        ).write(processes.folder)
+        processes.start(GATEWAY_MODULE, descriptors=(self._http.fileno(),))
+
+    @property
+    def _model_name(self) -> str:
+        return self._config.model or "demo"
 
     def _turn(
         self,
@@ -185,12 +153,14 @@ class Supervisor:
         """One look at messages, signals and processes."""
         message = channel.receive(WATCH_S)
         if message is not None:
-            self._take(message, on_progress)
+            self._take(message, processes, on_progress)
         self._pass_signals_on(processes, channel)
         if self._num_lost is not None:
             return
         self._watch_engine(processes, channel)
         self._watch_frontend(processes)
+        if self._http is not None and (found := processes.find_exit(("gateway",))) is not None:
+            self._gateway.restore(found, partial(self._start_gateway, processes))
         if not self._listening and time.monotonic() - self._started_s > self._config.start_timeout_s:
             tails = "\n".join(f"[{name}]\n{processes.log_tail(name)}" for name in processes.pids)
             raise EngineDeadError(
@@ -198,7 +168,9 @@ class Supervisor:
                 f" its processes wrote:\n{tails}"
             )
 
-    def _take(self, message: FrontendToSupervisor, on_progress: Callable[[Progress], None]) -> None:
+    def _take(
+        self, message: FrontendToSupervisor, processes: EngineProcesses, on_progress: Callable[[Progress], None]
+    ) -> None:
         match message:
             case Progress():
                 on_progress(message)
@@ -210,7 +182,7 @@ class Supervisor:
             case Notice():
                 self._say(message.text)
             case Listening():
-                self._tell_ready(message)
+                self._tell_ready(message, processes)
             case Drained():
                 self._num_lost = message.num_lost
             case RequestEnded():
@@ -220,7 +192,7 @@ class Supervisor:
                     raise error_of(message)
                 logger.error("the frontend failed with %s: %s", message.error, message.message)
 
-    def _tell_ready(self, where: Listening) -> None:
+    def _tell_ready(self, where: Listening, processes: EngineProcesses) -> None:
         again, self._listening = self._listening, True
         self._data, self._control = where.data, where.control  # a frontend that is started anew has the same ports
         if again:
@@ -234,6 +206,9 @@ class Supervisor:
         self._say(
             "no keys: who can connect may" if self._keys is None else f"only CURVE keys of {self._keys} may connect"
         )
+        if self._http is not None:
+            self._gateway.start(partial(self._start_gateway, processes))
+            self._say(f"listening on {url_of(self._http)} (OpenAI's API)")
         self._say("ready")
 
     def _pass_signals_on(
@@ -282,45 +257,18 @@ class Supervisor:
                 raise error_of(message)
 
     def _watch_frontend(self, processes: EngineProcesses) -> None:
-        """Starts a frontend that has ended again: at once the first time, later after a wait."""
+        """One that ends before it has ever served ends the server."""
         found = processes.find_exit(("frontend",))
         if found is None:
             return
         if self._asked_to_end:
             self._num_lost = 1
             return
-        if self._restart_s is not None:
-            if time.monotonic() >= self._restart_s:
-                self._restart_frontend(processes)
-            return
-        logger.error("%s", found)
         if not self._listening:
+            logger.error("%s", found)
             raise EngineDeadError(str(found))
-        wait_s = self._backoff.ended(time.monotonic())
-        when = f"in {wait_s:g} s" if wait_s else "now"
-        self._say(f"the frontend ended and is started again {when}; its clients have lost their sessions")
-        self._restart_s = time.monotonic() + wait_s
-
-    def _restart_frontend(self, processes: EngineProcesses) -> None:
-        """A start that the system refuses, for want of memory or descriptors, is tried again like one that failed."""
-        self._restart_s = None
-        try:
-            self._start_frontend(processes)
-        except OSError as error:
-            wait_s = self._backoff.ended(time.monotonic())
-            logger.error("the frontend could not be started (%s): tried again in %g s", error, wait_s)
-            self._restart_s = time.monotonic() + wait_s
+        self._frontend.restore(found, partial(self._start_frontend, processes))
 
 
-def is_public(address: str) -> bool:
-    """Whether other machines can reach a socket bound to it."""
-    scheme, _, rest = address.partition("://")
-    if scheme != "tcp":
-        return scheme != "ipc"
-    host = rest.rpartition(":")[0].strip("[]")
-    if host == "localhost":
-        return False
-    try:
-        return not ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a wildcard, or the name of an interface
-        return True
+def _private_address(processes: EngineProcesses) -> str:
+    return f"ipc://{processes.folder / 'private'}"

@@ -16,7 +16,7 @@ import zmq
 from graphgen.base.addresses import MAX_PATH_BYTES, bind, check_address, control_address, remove_dead
 from graphgen.ipc.errors import ConfigError
 from graphgen.remote.address import ServerAddress
-from graphgen.server.supervisor import ServeOptions
+from graphgen.server.options import ServeOptions
 from tests.serving import ROOT
 
 Context = zmq.Context[zmq.Socket[bytes]]

@@ -13,7 +13,7 @@ from graphgen import EngineConfig
 from graphgen.commands import cli, options
 from graphgen.commands.fields import Option, options_of
 from graphgen.commands.options import ENGINE_OPTIONS, PANELS, SERVE_OPTIONS, takes_engine_options
-from graphgen.server.supervisor import ServeOptions
+from graphgen.server.options import ServeOptions
 
 FIELDS = {field.name: field for field in msgspec.structs.fields(EngineConfig)}
 VALUES: dict[str, Any] = {
@@ -83,6 +83,7 @@ def test_every_field_of_a_server_is_an_option_of_serve(started: list[Any]) -> No
         "keys": None,
         "data": "ipc:///run/g",
         "control": "ipc:///run/c",
+        "http": "127.0.0.1:0",
     }
     words = [
         word for option in SERVE_OPTIONS if option.name != "keys" for word in words_of(option, expected[option.name])

@@ -17,7 +17,7 @@ from graphgen.ipc.messages import Submit
 from graphgen.server.frontend.authentication import KeyRing
 from graphgen.server.frontend.keys import Keys, read_max_priority
 from graphgen.server.frontend.prepare import cache_salt
-from graphgen.server.supervisor import ServeOptions, is_public
+from graphgen.server.options import ServeOptions, is_public
 from tests.frontend.conftest import MakeFrontend
 from tests.frontend.harness import Frontend, RawClient, wait_until
 

@@ -34,9 +34,9 @@ from graphgen import (
     SamplingParams,
     ServerError,
 )
+from graphgen.base.memory import data_bytes
 from graphgen.base.signals import SAME_S
 from graphgen.ipc.ggp.messages import Accepted, Delta, Error, Generate, Ping, Sampling
-from graphgen.server.frontend.memory import data_bytes
 from graphgen.server.frontend.monitor import FRESH_S
 from tests.frontend.raw_peers import send_without_end
 from tests.ipc.raw_client import RawClient
@@ -416,7 +416,7 @@ def test_nothing_is_unpickled_in_scheduler_or_frontend(trap: Path, client: Clien
 
 def test_the_frontends_memory_is_limited(tmp_path: Path) -> None:
     code = """
-        from graphgen.server.frontend.memory import limit_memory
+        from graphgen.base.memory import limit_memory
         limit_memory(64 << 20)
         kept = [bytes(1 << 20) for _ in range(32)]
         try:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import pytest
 import zmq
@@ -23,7 +23,8 @@ from graphgen.launch.processes import Exit
 from graphgen.launch.starts import MAX_STARTS
 from graphgen.server import supervisor
 from graphgen.server.frontend.settings import FrontendSettings
-from graphgen.server.supervisor import ServeOptions, Supervisor
+from graphgen.server.options import ServeOptions
+from graphgen.server.supervisor import Supervisor
 from tests.fakes import READY, FakeProcesses
 
 WHERE = Listening("tcp://127.0.0.1:41001", "tcp://127.0.0.1:41002")
@@ -51,7 +52,7 @@ class Processes(FakeProcesses):
         self.found = threading.Event()  # that something is dead
         super().__init__()
 
-    def start(self, module: str) -> None:
+    def start(self, module: str, descriptors: Sequence[int] = ()) -> None:
         if self.num_refused:
             self.num_refused -= 1
             raise OSError("no descriptors")

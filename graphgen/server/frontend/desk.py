@@ -78,7 +78,7 @@ class Desk:
             self._shares.open_request(client, brief.num_samples)
         except (OverloadedError, InvalidRequestError) as refusal:
             return error_of(refusal, request_id)
-        request = PublicRequest(session, request_id, client, brief.num_samples, now_s)
+        request = PublicRequest(session, request_id, client, brief.num_samples, now_s, brief.tenant)
         session.requests[request_id] = request
         self._open[request] = None
         try:

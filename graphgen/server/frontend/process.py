@@ -19,6 +19,7 @@ import zmq
 from graphgen.base.descriptors import raise_descriptor_limit
 from graphgen.base.inbox import Inbox
 from graphgen.base.logs import log_to_stderr
+from graphgen.base.memory import limit_memory
 from graphgen.base.version import __version__
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.errors import ConfigError
@@ -34,7 +35,7 @@ from graphgen.server.frontend.authentication import Access, Authenticator, Every
 from graphgen.server.frontend.desk import Desk
 from graphgen.server.frontend.gate import Gate
 from graphgen.server.frontend.keys import Keys
-from graphgen.server.frontend.memory import connection_limits, keep_heap_small, limit_memory
+from graphgen.server.frontend.memory import connection_limits, keep_heap_small
 from graphgen.server.frontend.monitor import Monitor
 from graphgen.server.frontend.outbox import Outbox
 from graphgen.server.frontend.prepare import Preparer

@@ -41,10 +41,20 @@ class _Sample:
 class PublicRequest:
     """From `generate` to its end. It is preparing until `accept` gives it its samples."""
 
-    def __init__(self, session: "Session", request_id: int, client: str, num_samples: int, arrived_s: float) -> None:
+    def __init__(
+        self,
+        session: "Session",
+        request_id: int,
+        client: str,
+        num_samples: int,
+        arrived_s: float,
+        tenant: str = "",
+    ) -> None:
+        """client: whose share it counts to; tenant: on whose behalf it came, if it did."""
         self.session = session
         self.id = request_id
         self.client = client
+        self.tenant = tenant
         self.arrived_s = arrived_s
         self.num_samples = num_samples  # as it says; its samples are made when it is prepared
         self.prepared: Prepared | None = None
@@ -137,7 +147,7 @@ class PublicRequest:
         return RequestEnded(
             request_id=self.id,
             key=self.session.key,
-            address=self.client if self.session.is_trusted else self.session.address,
+            address=self.tenant or self.session.address,
             prompt_tokens=done.usage.prompt_tokens,
             cached_tokens=done.usage.cached_tokens,
             output_tokens=done.usage.output_tokens,

@@ -1,0 +1,69 @@
+"""The application: which path is which endpoint, and what is answered when one fails.
+
+Owns the routes, and that every failure has an answer in OpenAI's form. Made once by `graphgen.gateway.process`.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from graphgen.gateway.endpoints import Endpoints
+from graphgen.gateway.errors import ApiError, error_of
+from graphgen.gateway.http import GoneError, Message, Receive, Scope, Send, send_error
+
+logger = logging.getLogger("graphgen.gateway")
+
+
+class _Endpoint:
+    """An endpoint as an application of its own, whose failures are answered."""
+
+    def __init__(self, serve: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+        self._serve = serve
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def send_on(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._serve(scope, receive, send_on)
+        except GoneError:
+            pass
+        except Exception as error:
+            answer = error_of(error)
+            if answer.status == 500:
+                logger.exception("%s failed", scope["path"])
+            if not begun:
+                await send_error(send, answer)
+
+
+def make_app(endpoints: Endpoints) -> Starlette:
+    routes = [
+        ("POST", "/v1/chat/completions", endpoints.chat_completions),
+        ("POST", "/v1/completions", endpoints.completions),
+        ("GET", "/v1/models", endpoints.models),
+        ("GET", "/v1/models/{name:path}", endpoints.model),
+        ("GET", "/health", endpoints.health),
+        ("GET", "/ready", endpoints.ready),
+    ]
+    return Starlette(
+        routes=[Route(path, _Endpoint(serve), methods=[method]) for method, path, serve in routes],
+        exception_handlers={HTTPException: _no_endpoint},
+    )
+
+
+async def _no_endpoint(request: Request, error: Exception) -> Response:
+    """Of a path or a method that is none."""
+    assert isinstance(error, HTTPException)
+    text = f"{request.method} {request.scope['path']} is not served: {error.detail}"
+    answer = ApiError(error.status_code, text, "not_found" if error.status_code == 404 else None)
+    headers = {"content-type": "application/json", **(error.headers or {})}
+    return Response(answer.encode(), error.status_code, headers)

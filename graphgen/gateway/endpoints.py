@@ -1,0 +1,254 @@
+"""The endpoints of OpenAI's API: chats, completions, models, and whether the server serves.
+
+Owns the ids of answers and how pieces become events and whole answers. How requests are read is
+`graphgen.gateway.generation`, how bytes move is `graphgen.gateway.http`.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+
+from msgspec import UNSET, Struct, UnsetType
+
+from graphgen.calls.outputs import StreamPiece
+from graphgen.calls.prompts import OnePrompt
+from graphgen.calls.sampling_params import SamplingParams
+from graphgen.calls.streams import Mailbox
+from graphgen.gateway import schema
+from graphgen.gateway.errors import ApiError, error_of
+from graphgen.gateway.generation import (
+    COMPLETION_MAX_TOKENS,
+    Pieces,
+    Tally,
+    chat_prompt,
+    completion_prompts,
+    sampling_of,
+)
+from graphgen.gateway.http import (
+    DONE,
+    KEEP_ALIVE,
+    GoneError,
+    Receive,
+    Scope,
+    Send,
+    error_event,
+    event,
+    read_json,
+    send_events,
+    send_json,
+)
+from graphgen.remote.core import RemoteCore
+
+JSON_BYTES_PER_TEXT_BYTE = 6
+"""Of JSON that escapes every character."""
+OTHER_BYTES = 1 << 20
+"""Of a body, beside its text: names of fields, ids as numbers."""
+ChunkUsage = schema.Usage | UnsetType | None
+"""Absent; null where the client asked for one at the end; counts so far where it asked for them always."""
+
+
+class Endpoints:
+    """What they share: the connection to the frontend, and what the model is called."""
+
+    def __init__(self, core: RemoteCore, model_names: Sequence[str]) -> None:
+        self._core = core
+        self._names = model_names
+        self._created = int(time.time())
+        self._mailbox: Mailbox | None = None
+        self._body_bytes = JSON_BYTES_PER_TEXT_BYTE * core.welcome.limits.text_bytes + OTHER_BYTES
+
+    async def chat_completions(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = await read_json(scope, receive, schema.ChatRequest, self._body_bytes)
+        prompt = chat_prompt(request)
+        limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+        sampling = sampling_of(request, limit)
+        answer = _Chat(self._new_id("chatcmpl"), self._model_of(request), sampling.n, request)
+        await self._answer(answer, [prompt], sampling, scope, receive, send)
+
+    async def completions(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = await read_json(scope, receive, schema.CompletionRequest, self._body_bytes)
+        prompts = completion_prompts(request)
+        sampling = sampling_of(request, COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens)
+        answer = _Completion(self._new_id("cmpl"), self._model_of(request), sampling.n, request)
+        await self._answer(answer, prompts, sampling, scope, receive, send)
+
+    async def models(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_json(send, schema.ModelList(data=[self._described(name) for name in self._names]))
+
+    async def model(self, scope: Scope, receive: Receive, send: Send) -> None:
+        name = scope["path_params"]["name"]
+        await send_json(send, self._described(self._known(name)))
+
+    async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Whether frontend, scheduler and worker live; also while the server drains."""
+        health = await asyncio.to_thread(self._core.health)
+        await send_json(send, {"status": health.status}, 200 if health.ready or health.status == "draining" else 503)
+
+    async def ready(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Whether new requests are taken."""
+        health = await asyncio.to_thread(self._core.health)
+        await send_json(send, {"status": health.status}, 200 if health.ready else 503)
+
+    async def _answer(
+        self,
+        answer: "_Answer",
+        prompts: Sequence[OnePrompt],
+        sampling: SamplingParams,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        pieces = Pieces(self._core, self._mailbox_of_loop(), prompts, sampling, _tenant_of(scope), receive)
+        tally = Tally(len(prompts))
+        async with pieces:
+            if answer.request.stream:
+                await send_events(send, answer.events(pieces, tally))
+            else:
+                await send_json(send, await answer.whole(pieces, tally, len(prompts)))
+
+    def _mailbox_of_loop(self) -> Mailbox:
+        if self._mailbox is None:
+            self._mailbox = Mailbox(asyncio.get_running_loop())
+        return self._mailbox
+
+    def _new_id(self, kind: str) -> str:
+        return f"{kind}-{secrets.token_hex(12)}"
+
+    def _model_of(self, request: schema.Generation) -> str:
+        return self._names[0] if request.model is None else self._known(request.model)
+
+    def _known(self, name: str) -> str:
+        if name not in self._names:
+            text = f"the model {name!r} does not exist: this server has {', '.join(self._names)}"
+            raise ApiError(404, text, "model_not_found", "model")
+        return name
+
+    def _described(self, name: str) -> schema.Model:
+        return schema.Model(id=name, created=self._created, max_model_len=self._core.welcome.limits.prompt_tokens)
+
+
+def _tenant_of(scope: Scope) -> str:
+    """Without keys, who comes from one address is one."""
+    client = scope.get("client")
+    return client[0] if client else "-"
+
+
+class _Answer:
+    """One answer: its id, its model, and how outputs are written down."""
+
+    def __init__(self, answer_id: str, model: str, n: int, request: schema.Generation) -> None:
+        self.request = request
+        self._id = answer_id
+        self._created = int(time.time())
+        self._model = model
+        self._n = n
+        options = request.stream_options or schema.StreamOptions()
+        self._has_usage = bool(options.include_usage)
+        self._has_usage_always = bool(options.include_usage and options.continuous_usage_stats)
+
+    def first_chunk(self, index: int, usage: ChunkUsage) -> Struct | None:
+        """What precedes the text of an output."""
+        return None
+
+    def chunk(self, index: int, text: str, finish: str | None, usage: ChunkUsage) -> Struct:
+        """New text of an output."""
+        raise NotImplementedError
+
+    def last_chunk(self, usage: schema.Usage) -> Struct:
+        """What follows all outputs, where the client asks for it."""
+        raise NotImplementedError
+
+    def completion(self, texts: Sequence[str], finishes: Sequence[str], usage: schema.Usage) -> Struct:
+        """The whole answer."""
+        raise NotImplementedError
+
+    async def events(self, pieces: Pieces, tally: Tally) -> AsyncIterator[bytes]:
+        """The answer as server-sent events. What ends the request before the first of them is raised; later it is one
+        of them."""
+        begun: set[int] = set()
+        said = False
+        try:
+            async for batch in pieces.batches():
+                said = True
+                yield self._events_of(batch, begun, tally) or KEEP_ALIVE
+        except Exception as error:
+            if isinstance(error, GoneError) or not said:
+                raise
+            yield error_event(error_of(error))
+            return
+        yield (event(self.last_chunk(tally.usage)) if self._has_usage else b"") + DONE
+
+    async def whole(self, pieces: Pieces, tally: Tally, num_prompts: int) -> Struct:
+        """The answer to who does not stream."""
+        texts: list[list[str]] = [[] for _ in range(num_prompts * self._n)]
+        finishes = [""] * len(texts)
+        async for batch in pieces.batches():
+            for number, piece in batch:
+                tally.add(number, piece)
+                index = number * self._n + piece.sample_index
+                texts[index].append(piece.text)
+                finishes[index] = piece.finish_reason or ""
+        return self.completion(["".join(parts) for parts in texts], finishes, tally.usage)
+
+    def _events_of(self, batch: Sequence[tuple[int, StreamPiece]], begun: set[int], tally: Tally) -> bytes:
+        """One event for each output that has news: pieces that came together are joined."""
+        news: dict[int, tuple[str, str | None]] = {}
+        for number, piece in batch:
+            tally.add(number, piece)
+            index = number * self._n + piece.sample_index
+            news[index] = (news[index][0] if index in news else "") + piece.text, piece.finish_reason
+        usage = (tally.usage if self._has_usage_always else None) if self._has_usage else UNSET
+        events = []
+        for index, (text, finish) in news.items():
+            if index not in begun:
+                begun.add(index)
+                first = self.first_chunk(index, usage)
+                events += [] if first is None else [event(first)]
+            if text or finish:
+                events.append(event(self.chunk(index, text, finish, usage)))
+        return b"".join(events)
+
+
+class _Chat(_Answer):
+    def first_chunk(self, index: int, usage: ChunkUsage) -> Struct:
+        return self._chunk(usage, schema.ChatChunkChoice(index=index, delta=schema.ChatDelta("assistant", "")))
+
+    def chunk(self, index: int, text: str, finish: str | None, usage: ChunkUsage) -> Struct:
+        delta = schema.ChatDelta(content=text or UNSET)
+        return self._chunk(usage, schema.ChatChunkChoice(index=index, delta=delta, finish_reason=finish))
+
+    def last_chunk(self, usage: schema.Usage) -> Struct:
+        return self._chunk(usage)
+
+    def _chunk(self, usage: ChunkUsage, *choices: schema.ChatChunkChoice) -> Struct:
+        return schema.ChatChunk(
+            id=self._id, created=self._created, model=self._model, choices=list(choices), usage=usage
+        )
+
+    def completion(self, texts: Sequence[str], finishes: Sequence[str], usage: schema.Usage) -> Struct:
+        choices = [
+            schema.ChatChoice(index=index, message=schema.ChatMessage(content=text), finish_reason=finish)
+            for index, (text, finish) in enumerate(zip(texts, finishes, strict=True))
+        ]
+        return schema.ChatCompletion(
+            id=self._id, created=self._created, model=self._model, choices=choices, usage=usage
+        )
+
+
+class _Completion(_Answer):
+    def chunk(self, index: int, text: str, finish: str | None, usage: ChunkUsage) -> Struct:
+        return self._made(usage, [schema.TextChoice(index=index, text=text, finish_reason=finish)])
+
+    def last_chunk(self, usage: schema.Usage) -> Struct:
+        return self._made(usage, [])
+
+    def completion(self, texts: Sequence[str], finishes: Sequence[str], usage: schema.Usage) -> Struct:
+        outputs = enumerate(zip(texts, finishes, strict=True))
+        choices = [schema.TextChoice(index=index, text=text, finish_reason=finish) for index, (text, finish) in outputs]
+        return self._made(usage, choices)
+
+    def _made(self, usage: ChunkUsage, choices: list[schema.TextChoice]) -> Struct:
+        return schema.TextCompletion(
+            id=self._id, created=self._created, model=self._model, choices=choices, usage=usage
+        )

@@ -1,0 +1,206 @@
+"""From what a client asks to prompts and sampling parameters, and the pieces of all its outputs as they come.
+
+Owns which fields of a request become which of SamplingParams, what is refused because it is not served, and the queue
+in which pieces, ticks and the client's leaving meet. Used by the endpoints, on the event loop.
+"""
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from graphgen.calls.outputs import Delivery, StreamPiece
+from graphgen.calls.prompts import Chat, OnePrompt, batch_of, one_prompt
+from graphgen.calls.sampling_params import SamplingParams
+from graphgen.calls.streams import Mailbox
+from graphgen.gateway.errors import ApiError
+from graphgen.gateway.http import GoneError, Receive, until_gone
+from graphgen.gateway.schema import ChatRequest, CompletionRequest, Generation, PromptTokensDetails, Usage
+from graphgen.ipc.errors import InvalidRequestError
+from graphgen.remote.core import RemoteCore
+
+TICK_S = 10.0
+"""A stream that has had nothing to say for so long sends a comment: proxies cut silent ones."""
+COMPLETION_MAX_TOKENS = 16
+"""Of /v1/completions, where a request says nothing."""
+
+_SAMPLING_FIELDS = (
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "min_tokens",
+    "ignore_eos",
+    "skip_special_tokens",
+    "priority",
+    "cache_salt",
+    "deadline_ms",
+    "itl_target_ms",
+    "ttft_target_ms",
+)
+_MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+
+
+def sampling_of(request: Generation, max_tokens: int | None) -> SamplingParams:
+    """Raises ApiError with the field that is wrong."""
+    values = {name: value for name in _SAMPLING_FIELDS if (value := getattr(request, name)) is not None}
+    try:
+        return SamplingParams(max_tokens=max_tokens, **values)
+    except InvalidRequestError as error:
+        param = str(error).partition(" ")[0]
+        raise ApiError(400, str(error), "invalid_request", param if param in _SAMPLING_FIELDS else None) from None
+
+
+def chat_prompt(request: ChatRequest) -> Chat:
+    """Raises ApiError."""
+    if request.logprobs or request.top_logprobs:
+        raise _not_served("logprobs", "log-probabilities")
+    if request.response_format is not None and request.response_format.get("type") != "text":
+        raise _not_served("response_format", "structured output")
+    if request.tools and request.tool_choice != "none":
+        raise _not_served("tools", "tool calls", 'say "tool_choice": "none"')
+    _check_common(request)
+    switches = dict(request.chat_template_kwargs or {})
+    if request.reasoning_effort is not None:
+        switches.setdefault("reasoning_effort", request.reasoning_effort)
+    messages = [_known_fields(message) for message in request.messages]
+    return _checked(Chat(messages, None, request.documents, switches or None), "messages")
+
+
+def _known_fields(message: Mapping[str, Any]) -> dict[str, Any]:
+    """What programs send back of an answer has fields that no template reads."""
+    found = {name: value for name in _MESSAGE_FIELDS if (value := message.get(name)) not in (None, [])}
+    if "reasoning_content" not in found and isinstance(message.get("reasoning"), str):
+        found["reasoning_content"] = message["reasoning"]
+    return found
+
+
+def _checked(chat: Chat, param: str) -> Chat:
+    try:
+        checked = one_prompt(chat)
+    except InvalidRequestError as error:
+        raise ApiError(400, str(error), "invalid_request", param) from None
+    assert isinstance(checked, Chat)
+    return checked
+
+
+def completion_prompts(request: CompletionRequest) -> list[OnePrompt]:
+    """Raises ApiError."""
+    if request.echo:
+        raise _not_served("echo", "the prompt before the output")
+    if request.logprobs is not None:
+        raise _not_served("logprobs", "log-probabilities")
+    if request.suffix:
+        raise _not_served("suffix", "text behind the output")
+    if request.best_of is not None and request.best_of != (request.n or 1):
+        raise _not_served("best_of", "a choice among outputs")
+    _check_common(request)
+    try:
+        return batch_of(request.prompt)
+    except InvalidRequestError as error:
+        raise ApiError(400, str(error), "invalid_request", "prompt") from None
+
+
+def _check_common(request: Generation) -> None:
+    if request.logit_bias:
+        raise _not_served("logit_bias", "biases of tokens")
+
+
+def _not_served(param: str, what: str, remedy: str = "leave it out") -> ApiError:
+    return ApiError(400, f"{param}: {what} cannot be served by this server: {remedy}", "unsupported_parameter", param)
+
+
+class Tally:
+    """Counts the tokens of a request."""
+
+    def __init__(self, num_prompts: int) -> None:
+        self._prompt_tokens = [0] * num_prompts
+        self._cached_tokens = [0] * num_prompts
+        self._output_tokens = 0
+
+    def add(self, number: int, piece: StreamPiece) -> None:
+        """A piece of prompt `number`."""
+        self._prompt_tokens[number] = piece.prompt_tokens
+        if piece.sample_index == 0:
+            self._cached_tokens[number] = piece.cached_tokens
+        self._output_tokens += len(piece.token_ids)
+
+    @property
+    def usage(self) -> Usage:
+        prompt = sum(self._prompt_tokens)
+        details = PromptTokensDetails(sum(self._cached_tokens))
+        return Usage(prompt, self._output_tokens, prompt + self._output_tokens, details)
+
+
+class Pieces:
+    """The pieces of all outputs of a request. Left early, for whatever reason, it ends the request."""
+
+    def __init__(
+        self,
+        core: RemoteCore,
+        mailbox: Mailbox,
+        prompts: Sequence[OnePrompt],
+        sampling: SamplingParams,
+        tenant: str,
+        receive: Receive,
+    ) -> None:
+        """receive: of the request, read to its end. Raises GraphgenError with nothing sent."""
+        self._core = core
+        self._receive = receive
+        self._arrived: asyncio.Queue[tuple[int, Delivery | None]] = asyncio.Queue()  # None: a tick
+        sinks = [functools.partial(self._put, mailbox, number) for number in range(len(prompts))]
+        self._request_ids = core.open(prompts, sampling, streams=True, sinks=sinks, tenant=tenant)
+        self._num_open = len(self._request_ids)
+        self._beside: list[asyncio.Task[None]] = []
+
+    def _put(self, mailbox: Mailbox, number: int, delivery: Delivery) -> None:
+        """The sink of prompt `number`, on the connection's thread."""
+        mailbox.put(self._arrived, (number, delivery))
+
+    async def __aenter__(self) -> Self:
+        self._beside = [asyncio.create_task(work()) for work in (self._watch, self._tick)]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in self._beside:
+            task.cancel()
+        if self._num_open:
+            self._num_open = 0
+            self._core.cancel(self._request_ids)
+
+    async def batches(self) -> AsyncIterator[list[tuple[int, StreamPiece]]]:
+        """What has come, as (number of the prompt, piece), until all outputs have ended; empty after a silence.
+
+        Raises what ended the request, GoneError when its client left.
+        """
+        while self._num_open:
+            arrived = [await self._arrived.get()]
+            while not self._arrived.empty():
+                arrived.append(self._arrived.get_nowait())
+            pieces = [(number, piece) for number, piece in arrived if isinstance(piece, StreamPiece)]
+            self._num_open -= sum(piece.finish_reason is not None for _, piece in pieces)
+            failure = next((one for _, one in arrived if isinstance(one, Exception)), None)
+            if pieces or failure is None:
+                yield pieces
+            if failure is not None:
+                raise failure
+
+    async def _watch(self) -> None:
+        await until_gone(self._receive)
+        self._arrived.put_nowait((0, GoneError()))
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            if self._arrived.empty():
+                self._arrived.put_nowait((0, None))

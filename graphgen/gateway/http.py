@@ -1,0 +1,133 @@
+"""HTTP below the endpoints: bodies in, answers and events out, and readers that leave.
+
+Owns the limits of a body, the form of server-sent events, and that a client which disconnects is noticed. Plain ASGI:
+wrappers that hide `http.disconnect` would let requests of gone clients run on.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from graphgen.gateway.errors import ApiError, Headers
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
+Result = TypeVar("Result")
+Body = TypeVar("Body")
+
+BODY_S = 30.0
+"""A body that has not come after so long is not waited for."""
+JSON_HEADERS: Headers = [(b"content-type", b"application/json")]
+EVENT_HEADERS: Headers = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+KEEP_ALIVE = b": keep-alive\n\n"
+DONE = b"data: [DONE]\n\n"
+_LINE_ENDS = ((b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"), (b"\xc2\x85", b"\\u0085"))
+"""Characters that end a line to some clients, which would cut an event in two; JSON has them within strings alone."""
+
+
+class GoneError(Exception):
+    """The client has closed its connection."""
+
+
+async def read_json(scope: Scope, receive: Receive, kind: type[Body], limit_bytes: int) -> Body:
+    """The body of a request. Raises ApiError for what is none, GoneError."""
+    try:
+        async with asyncio.timeout(BODY_S):
+            body = await _read_body(receive, limit_bytes)
+    except TimeoutError:
+        raise ApiError(408, f"the body had not come after {BODY_S:g} s: send it at once", "timeout") from None
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        what, _, path = str(error).partition(" - at ")
+        param = path.strip("`").removeprefix("$").removeprefix(".") or None
+        raise ApiError(400, f"{param or 'the body'}: {what}", "invalid_request", param) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ApiError(400, f"the body is no JSON: {error}", "invalid_json") from None
+
+
+async def _read_body(receive: Receive, limit_bytes: int) -> bytes:
+    parts: list[bytes] = []
+    num_bytes = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise GoneError
+        part = message.get("body", b"")
+        num_bytes += len(part)
+        if num_bytes > limit_bytes:
+            raise ApiError(413, f"the body has more than {limit_bytes} bytes: shorten it", "too_large")
+        parts.append(part)
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+async def send_bytes(send: Send, status: int, body: bytes, headers: Headers = JSON_HEADERS) -> None:
+    length = (b"content-length", str(len(body)).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_json(send: Send, value: object, status: int = 200) -> None:
+    await send_bytes(send, status, msgspec.json.encode(value))
+
+
+async def send_error(send: Send, error: ApiError) -> None:
+    await send_bytes(send, error.status, error.encode(), [*JSON_HEADERS, *error.headers])
+
+
+def event(value: object) -> bytes:
+    """A server-sent event."""
+    return b"data: " + _one_line(msgspec.json.encode(value)) + b"\n\n"
+
+
+def error_event(error: ApiError) -> bytes:
+    """What ends a stream that has begun."""
+    return b"data: " + _one_line(error.encode()) + b"\n\n"
+
+
+def _one_line(text: bytes) -> bytes:
+    for end, escaped in _LINE_ENDS:
+        if end in text:
+            text = text.replace(end, escaped)
+    return text
+
+
+async def watched(receive: Receive, work: Awaitable[Result]) -> Result:
+    """The result of the work, which is cancelled when the client leaves. Raises GoneError then."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(until_gone(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise GoneError
+        return task.result()
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def send_events(send: Send, events: AsyncIterator[bytes]) -> None:
+    """An answer of events. It begins with the first of them: what fails before that may still have a status."""
+    begun = False
+    async for data in events:
+        if not begun:
+            begun = True
+            await send({"type": "http.response.start", "status": 200, "headers": EVENT_HEADERS})
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})

@@ -1,0 +1,65 @@
+"""The gateway process: connects to the frontend, and serves HTTP on the socket that the supervisor listens on.
+
+It may die at any time: the supervisor starts another, and clients that connect meanwhile wait in the socket's queue.
+"""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+
+from graphgen.base.descriptors import raise_descriptor_limit
+from graphgen.base.logs import log_to_stderr
+from graphgen.base.memory import limit_memory
+from graphgen.gateway.app import make_app
+from graphgen.gateway.endpoints import Endpoints
+from graphgen.gateway.settings import END_SIGNAL, GatewaySettings
+from graphgen.launch.processes import end_with_parent
+from graphgen.remote.core import RemoteCore
+
+KEEP_ALIVE_S = 65
+"""For which an idle connection stays open: longer than proxies keep theirs, which would else use one that is closed."""
+
+
+def main(folder: Path, parent_pid: int) -> None:
+    """Runs until its signal; then until open answers have ended."""
+    end_with_parent(parent_pid, folder)
+    raise_descriptor_limit()
+    log_to_stderr()
+    settings = GatewaySettings.read(folder)
+    core = RemoteCore(settings.frontend, {})
+    try:
+        limit_memory(settings.memory_limit_bytes)
+        asyncio.run(_serve(core, settings))
+    finally:
+        core.close()
+
+
+async def _serve(core: RemoteCore, settings: GatewaySettings) -> None:
+    config = uvicorn.Config(
+        make_app(Endpoints(core, settings.model_names)),
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+    )
+    server = _Server(config)
+    asyncio.get_running_loop().add_signal_handler(END_SIGNAL, server.end)
+    await server.serve(sockets=[socket.socket(fileno=settings.descriptor)])
+
+
+class _Server(uvicorn.Server):
+    """Ends when the supervisor says so. What service managers send to all processes is not for it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def end(self) -> None:
+        self.should_exit = True

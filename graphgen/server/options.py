@@ -1,0 +1,91 @@
+"""How a server is reached and when it gives up: the options of `graphgen serve` beside those of the engine."""
+
+import ipaddress
+from pathlib import Path
+
+from msgspec import Struct
+
+from graphgen.base.addresses import check_address, control_address
+from graphgen.ipc.errors import ConfigError
+from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS
+from graphgen.server.frontend.keys import Keys, default_folder
+from graphgen.server.http_address import check_http
+
+
+class ServeOptions(Struct, frozen=True, kw_only=True):
+    """How a server is reached and when it gives up. Raises ConfigError for what would be open to strangers."""
+
+    data: str = DEFAULT_ADDRESS
+    """Address of the data socket: tcp://HOST:PORT or ipc://PATH."""
+    control: str | None = None
+    """Address of the control socket. None: beside the data socket's, the next port."""
+    keys: str | None = None
+    """Folder of CURVE keys, see `graphgen keys`: who has none of them is not let in. None: no keys; on a public address
+    those of $GRAPHGEN_KEYS or ~/.config/graphgen/keys."""
+    http: str | None = None
+    """Address of OpenAI's API over HTTP, HOST:PORT. None: no HTTP."""
+    served_model_name: str | None = None
+    """What HTTP clients call the model. None: as it is called here."""
+    insecure_public: bool = False
+    """Let everyone in who can reach a public address."""
+    grace_s: float = 30.0
+    """Seconds that open requests have to finish after SIGTERM."""
+    memory_limit_mib: int = 1024
+    """Memory of the frontend beyond what it needs when idle, in MiB."""
+    slow_consumer_s: float = 60.0
+    """Seconds after which a client that reads nothing is cut off."""
+    open_requests: int = 256
+    """Most open requests of one client."""
+    log_requests: bool = True
+    """Write a line for each request that ends, to standard error: who asked, tokens, times; never what was said."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("grace_s", 0), ("memory_limit_mib", 64), ("slow_consumer_s", 1), ("open_requests", 1)):
+            if not getattr(self, name) >= least:
+                raise ConfigError(f"{name} is {getattr(self, name)}, the least is {least}: raise it")
+        for address in (self.data, self.control_address):
+            check_address(address)
+        if self.http is not None:
+            check_http(self.http)
+            if is_public(f"tcp://{self.http}") and not self.insecure_public:
+                raise ConfigError(
+                    f"http://{self.http} can be reached by other machines, and HTTP asks for no keys: bind 127.0.0.1"
+                    " and put a proxy in front that does, or say --insecure-public to let everyone in"
+                )
+        folder = self.key_folder
+        if folder is not None:
+            Keys(folder).server_secret_key()
+            return
+        for address in (self.data, self.control_address):
+            if is_public(address) and not self.insecure_public:
+                raise ConfigError(
+                    f"{address} can be reached by other machines and there are no keys: make some with `graphgen keys"
+                    " new` and name their folder with --keys, or say --insecure-public to let everyone in"
+                )
+
+    @property
+    def control_address(self) -> str:
+        """Where the control socket is bound."""
+        return self.control or control_address(self.data)
+
+    @property
+    def key_folder(self) -> Path | None:
+        """The folder of the keys that are asked for, absolute; None: no keys are."""
+        if self.keys is not None:
+            return Path(self.keys).expanduser().absolute()
+        is_reached = is_public(self.data) or is_public(self.control_address)
+        return default_folder() if is_reached and Keys(default_folder()).has_server_key else None
+
+
+def is_public(address: str) -> bool:
+    """Whether other machines can reach a socket bound to it."""
+    scheme, _, rest = address.partition("://")
+    if scheme != "tcp":
+        return scheme != "ipc"
+    host = rest.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return False
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a wildcard, or the name of an interface
+        return True

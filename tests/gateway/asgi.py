@@ -1,0 +1,142 @@
+"""The gateway's application without HTTP and without a server: what a test sends, and what the application says."""
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from graphgen.calls.outputs import Sink, StreamPiece
+from graphgen.gateway.app import make_app
+from graphgen.gateway.endpoints import Endpoints
+from graphgen.ipc.ggp.messages import Health, ServerLimits, Welcome
+from tests.fakes import FakeCore
+
+Answer = Callable[[Sequence[Sink], int], None]
+"""What the sinks of a request get, given the number of its samples."""
+
+
+def piece(text: str, finish: Any = None, sample: int = 0, token_ids: tuple[int, ...] = (1,)) -> StreamPiece:
+    return StreamPiece(text, token_ids, finish, cached_tokens=2, sample_index=sample, prompt_tokens=5)
+
+
+def says(*texts: str) -> Answer:
+    """Each sample of each prompt says these, the last one at its end."""
+
+    def answer(sinks: Sequence[Sink], num_samples: int) -> None:
+        for text in texts[:-1]:
+            for sink in sinks:
+                for sample in range(num_samples):
+                    sink(piece(text, None, sample))
+        for sink in sinks:
+            for sample in range(num_samples):
+                sink(piece(texts[-1], "length", sample))
+
+    return answer
+
+
+class GatewayCore(FakeCore):
+    """The connection to a frontend, of which a test says what it answers."""
+
+    welcome = Welcome(
+        version=1,
+        session="s",
+        instance="i",
+        server="fake",
+        model="fake",
+        vocab_size=10,
+        eos_token_ids=[],
+        features=[],
+        limits=ServerLimits(
+            frame_bytes=1 << 20, prompt_tokens=100, text_bytes=100, open_requests=2, open_prompt_tokens=1000
+        ),
+        heartbeat_ms=100,
+        slow_consumer_ms=1000,
+        control="tcp://127.0.0.1:1",
+    )
+
+    def __init__(self, answers: Answer) -> None:
+        super().__init__()
+        self._answers = answers
+        self.status = Health(status="ok", ready=True, worker_ms=1.0)
+
+    def answer(self, sinks: Sequence[Sink], num_samples: int, streams: bool) -> None:
+        self._answers(sinks, num_samples)
+
+    def health(self) -> Health:
+        return self.status
+
+
+class Reply(NamedTuple):
+    """What the application said."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        error: dict[str, Any] = self.json["error"]
+        return error
+
+    @property
+    def events(self) -> list[Any]:
+        """The data of each event, as OpenAI's clients read them: comments are left out."""
+        lines = self.body.decode().splitlines()
+        data = [line.removeprefix("data: ") for line in lines if line and not line.startswith(":")]
+        return [one if one == "[DONE]" else json.loads(one) for one in data]
+
+
+def call(
+    core: GatewayCore,
+    path: str,
+    body: object = None,
+    method: str = "POST",
+    leaves: asyncio.Event | None = None,
+    names: Sequence[str] = ("fake",),
+) -> Reply:
+    """leaves: when it is set the client disconnects."""
+    return asyncio.run(acall(core, path, body, method, leaves, names))
+
+
+async def acall(
+    core: GatewayCore,
+    path: str,
+    body: object = None,
+    method: str = "POST",
+    leaves: asyncio.Event | None = None,
+    names: Sequence[str] = ("fake",),
+) -> Reply:
+    data = body if isinstance(body, bytes) else msgspec.json.encode(body)
+    incoming = [{"type": "http.request", "body": data, "more_body": False}]
+    said: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        if incoming:
+            return incoming.pop()
+        await (leaves or asyncio.Event()).wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        said.append(dict(message))
+
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [],
+        "client": ("192.0.2.7", 1234),
+    }
+    await make_app(Endpoints(core, names))(scope, receive, send)  # type: ignore[arg-type]  # a stand-in for RemoteCore
+    if not said:
+        return Reply(0, {}, b"")
+    headers = {name.decode(): value.decode() for name, value in said[0]["headers"]}
+    return Reply(said[0]["status"], headers, b"".join(one.get("body", b"") for one in said[1:]))

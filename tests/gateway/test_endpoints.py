@@ -1,0 +1,332 @@
+"""What the endpoints say to a client of OpenAI's API, over a connection that a test answers."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from graphgen import (
+    Chat,
+    ConnectionLostError,
+    DeadlineError,
+    EngineDeadError,
+    InvalidRequestError,
+    NumericalError,
+    OverloadedError,
+    PoisonedRequestError,
+    PromptTooLongError,
+    SamplingParams,
+    ServerError,
+)
+from graphgen.calls.outputs import Sink
+from graphgen.gateway import generation
+from graphgen.ipc.ggp.messages import Health
+from tests.gateway.asgi import GatewayCore, acall, call, piece, says
+
+CHATS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+HELLO: dict[str, Any] = {"model": "fake", "messages": [{"role": "user", "content": "Hi"}]}
+ROMEO: dict[str, Any] = {"model": "fake", "prompt": "ROMEO:"}
+USAGE = {
+    "prompt_tokens": 5,
+    "completion_tokens": 2,
+    "total_tokens": 7,
+    "prompt_tokens_details": {"cached_tokens": 2},
+}
+
+
+def fails(error: Exception, after: Sequence[str] = ()) -> Any:
+    def answer(sinks: Sequence[Sink], num_samples: int) -> None:
+        for text in after:
+            sinks[0](piece(text))
+        sinks[0](error)
+
+    return answer
+
+
+def test_a_chat_has_a_message_its_end_and_its_counts() -> None:
+    core = GatewayCore(says("Good ", "morrow"))
+    reply = call(core, CHATS, HELLO)
+    assert reply.status == 200
+    assert reply.json["object"] == "chat.completion"
+    assert reply.json["id"].startswith("chatcmpl-")
+    assert reply.json["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "Good morrow", "refusal": None},
+            "logprobs": None,
+            "finish_reason": "length",
+        }
+    ]
+    assert reply.json["usage"] == USAGE
+    assert core.prompts == [Chat([{"role": "user", "content": "Hi"}])]
+    assert core.tenants == ["192.0.2.7"]
+    assert not core.cancelled
+
+
+def test_a_stream_of_a_chat_begins_with_the_role_and_has_one_end() -> None:
+    reply = call(GatewayCore(says("Good ", "morrow")), CHATS, {**HELLO, "stream": True})
+    assert (reply.headers["content-type"], reply.headers["cache-control"]) == (
+        "text/event-stream; charset=utf-8",
+        "no-cache",
+    )
+    *chunks, done = reply.events
+    assert done == "[DONE]"
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    assert choices[0]["delta"] == {"role": "assistant", "content": ""}
+    assert "".join(choice["delta"].get("content", "") for choice in choices) == "Good morrow"
+    assert [choice["finish_reason"] for choice in choices if choice["finish_reason"]] == ["length"]
+    assert not any("usage" in chunk for chunk in chunks)
+
+
+@pytest.mark.parametrize(("path", "body"), [(CHATS, HELLO), (COMPLETIONS, ROMEO)])
+@pytest.mark.parametrize("always", [False, True])
+def test_counts_of_a_stream_come_at_its_end_where_they_are_asked_for(path: str, body: Any, always: bool) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": always}
+    reply = call(GatewayCore(says("a", "b")), path, {**body, "stream": True, "stream_options": options})
+    *chunks, last, done = reply.events
+    assert (last["choices"], last["usage"], done) == ([], USAGE, "[DONE]")
+    counts = [None if chunk["usage"] is None else chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert all((count is not None) == always for count in counts)
+
+
+def test_outputs_of_several_prompts_are_numbered_by_prompt_and_sample() -> None:
+    body = {**ROMEO, "prompt": ["a", "b"], "n": 2, "max_tokens": 3}
+    reply = call(GatewayCore(says("x", "y")), COMPLETIONS, body)
+    assert [(choice["index"], choice["text"]) for choice in reply.json["choices"]] == [(i, "xy") for i in range(4)]
+    assert reply.json["usage"]["prompt_tokens"] == 10
+    streamed = call(GatewayCore(says("x", "y")), COMPLETIONS, {**body, "stream": True})
+    texts = {index: "" for index in range(4)}
+    for chunk in streamed.events[:-1]:
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert texts == {index: "xy" for index in range(4)}
+
+
+@pytest.mark.parametrize("prompt", ["text", [1, 2, 3], ["a", "b"], [[1], [2]]])
+def test_prompts_of_completions_have_four_forms(prompt: Any) -> None:
+    core = GatewayCore(says("x"))
+    assert call(core, COMPLETIONS, {**ROMEO, "prompt": prompt}).status == 200
+    assert core.prompts == (prompt if isinstance(prompt[0], (list, str)) and prompt != "text" else [prompt])
+
+
+def test_fields_reach_the_sampling_and_null_is_absent() -> None:
+    core = GatewayCore(says("x"))
+    given: dict[str, Any] = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 4,
+        "min_p": 0.1,
+        "seed": 7,
+        "n": 2,
+        "stop": ["\n", "X"],
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "repetition_penalty": 1.1,
+        "min_tokens": 2,
+        "ignore_eos": True,
+        "stop_token_ids": [9],
+        "skip_special_tokens": False,
+        "priority": 3,
+        "cache_salt": "s",
+        "deadline_ms": 1000.0,
+    }
+    ignored = {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "verbosity": "low", "new": 1}
+    assert call(core, CHATS, {**HELLO, **given, **ignored, "max_completion_tokens": 11, "max_tokens": 5}).status == 200
+    assert core.sampling == SamplingParams(max_tokens=11, **given)
+    nothing = dict.fromkeys([*given, "max_tokens", "stream", "stream_options", "tools", "logprobs"])
+    assert call(core, CHATS, {**HELLO, **nothing}).status == 200
+    assert core.sampling == SamplingParams(max_tokens=None)
+    assert call(core, COMPLETIONS, ROMEO).status == 200
+    assert core.sampling == SamplingParams(max_tokens=16)
+
+
+def test_messages_that_a_program_sends_back_are_taken_as_they_came() -> None:
+    core = GatewayCore(says("x"))
+    answer = {
+        "role": "assistant",
+        "content": None,
+        "reasoning": "Hm.",
+        "refusal": None,
+        "annotations": [],
+        "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}],
+    }
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    body = {
+        **HELLO,
+        "messages": [{"role": "user", "content": parts}, answer],
+        "chat_template_kwargs": {"enable_thinking": False},
+        "reasoning_effort": "low",
+        "documents": [{"title": "t"}],
+    }
+    assert call(core, CHATS, body).status == 200
+    (chat,) = core.prompts
+    assert isinstance(chat, Chat)
+    assert chat.messages[0] == {"role": "user", "content": "a\nb"}
+    assert chat.messages[1]["reasoning_content"] == "Hm."
+    assert chat.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
+    assert chat.chat_template_kwargs == {"enable_thinking": False, "reasoning_effort": "low"}
+    assert chat.documents == [{"title": "t"}]
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong", "param"),
+    [
+        (CHATS, {"temperature": -1}, "temperature"),
+        (CHATS, {"temperature": "hot"}, "temperature"),
+        (CHATS, {"n": 17}, "n"),
+        (CHATS, {"stop": [""]}, None),
+        (CHATS, {"messages": []}, "messages"),
+        (CHATS, {"messages": "Hi"}, "messages"),
+        (CHATS, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "messages"),
+        (CHATS, {"messages": [{"content": "x"}]}, "messages"),
+        (CHATS, {"logprobs": True}, "logprobs"),
+        (CHATS, {"response_format": {"type": "json_object"}}, "response_format"),
+        (CHATS, {"tools": [{"type": "function"}]}, "tools"),
+        (CHATS, {"logit_bias": {"5": 1}}, "logit_bias"),
+        (COMPLETIONS, {"prompt": {"a": 1}}, "prompt"),
+        (COMPLETIONS, {"prompt": [1.5]}, "prompt"),
+        (COMPLETIONS, {"echo": True}, "echo"),
+        (COMPLETIONS, {"logprobs": 0}, "logprobs"),
+        (COMPLETIONS, {"best_of": 2}, "best_of"),
+        (COMPLETIONS, {"suffix": "x"}, "suffix"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_with_its_field(path: str, wrong: dict[str, Any], param: str | None) -> None:
+    core = GatewayCore(says("x"))
+    reply = call(core, path, {**(HELLO if path == CHATS else ROMEO), **wrong})
+    assert (reply.status, reply.error["type"], reply.error["param"]) == (400, "invalid_request_error", param)
+    assert "x-should-retry" not in reply.headers
+    assert not core.prompts
+
+
+def test_tools_that_no_model_may_call_are_left_out() -> None:
+    assert call(GatewayCore(says("x")), CHATS, {**HELLO, "tools": [{"a": 1}], "tool_choice": "none"}).status == 200
+    assert (
+        call(GatewayCore(says("x")), CHATS, {**HELLO, "response_format": {"type": "text"}, "tools": []}).status == 200
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"{", 400, "invalid_json"),
+        (b"", 400, "invalid_json"),
+        (b"[]", 400, "invalid_request"),
+        (b'{"messages": [{"a": "\xff"}]}', 400, "invalid_json"),
+        (b'{"messages": [{"a": ' + b"[" * 100_000, 400, "invalid_json"),
+        (b" " * (2 << 20), 413, "too_large"),
+    ],
+)
+def test_a_body_that_is_none_is_refused(body: bytes, status: int, code: str) -> None:
+    reply = call(GatewayCore(says("x")), CHATS, body)
+    assert (reply.status, reply.error["code"]) == (status, code)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code", "headers"),
+    [
+        (InvalidRequestError("no"), 400, "invalid_request", {}),
+        (PromptTooLongError("9 tokens"), 400, "context_length_exceeded", {}),
+        (OverloadedError("full", 1.5), 429, "overloaded", {"retry-after": "2", "retry-after-ms": "1500"}),
+        (DeadlineError("late"), 408, "deadline", {"x-should-retry": "false"}),
+        (PoisonedRequestError("x"), 500, "poisoned", {"x-should-retry": "false"}),
+        (NumericalError("x"), 500, "numerical", {"x-should-retry": "false"}),
+        (EngineDeadError("x"), 503, "engine_lost", {"retry-after": "1"}),
+        (ConnectionLostError("x"), 503, "engine_lost", {"retry-after": "1"}),
+        (ServerError("x", "draining", True), 503, "draining", {"retry-after": "1"}),
+        (ServerError("x", "duplicate_id", False), 409, "duplicate_id", {"x-should-retry": "false"}),
+        (ServerError("x", "of the future", False), 500, "internal", {"x-should-retry": "false"}),
+        (RuntimeError("secret"), 500, "internal", {"x-should-retry": "false"}),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refusal_has_the_status_that_clients_know(
+    error: Exception, status: int, code: str, headers: dict[str, str], stream: bool
+) -> None:
+    """Also of a stream, as long as nothing of it was sent."""
+    reply = call(GatewayCore(fails(error)), CHATS, {**HELLO, "stream": stream})
+    assert (reply.status, reply.error["code"]) == (status, code)
+    assert headers.items() <= reply.headers.items()
+    if code == "context_length_exceeded":
+        assert "maximum context length is" in reply.error["message"]
+    assert "secret" not in reply.error["message"]
+
+
+def test_an_error_in_a_stream_is_its_last_event() -> None:
+    core = GatewayCore(fails(OverloadedError("full", 1.0), after=["a"]))
+    reply = call(core, CHATS, {**HELLO, "stream": True})
+    assert reply.status == 200
+    *_, text, error = reply.events
+    assert text["choices"][0]["delta"]["content"] == "a"
+    assert (error["error"]["code"], error["error"]["type"]) == ("overloaded", "rate_limit_error")
+
+
+def test_characters_that_end_a_line_to_some_clients_are_escaped() -> None:
+    text = "a\u2028b\u2029c\x85d\ne"
+    reply = call(GatewayCore(says(text)), CHATS, {**HELLO, "stream": True})
+    texts = [one["choices"][0]["delta"].get("content") for one in reply.events[:-1]]  # by str.splitlines
+    assert "".join(one or "" for one in texts) == text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_its_request(stream: bool) -> None:
+    async def scenario() -> GatewayCore:
+        core = GatewayCore(lambda sinks, _: sinks[0](piece("a")))  # and no end
+        leaves = asyncio.Event()
+        asyncio.get_running_loop().call_later(0.05, leaves.set)
+        async with asyncio.timeout(5):
+            await acall(core, CHATS, {**HELLO, "stream": stream}, leaves=leaves)
+        return core
+
+    assert asyncio.run(scenario()).cancelled == [0]
+
+
+def test_a_silent_stream_sends_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "TICK_S", 0.02)
+
+    def slowly(sinks: Sequence[Sink], _: int) -> None:
+        asyncio.get_running_loop().call_later(0.1, sinks[0], piece("a", "stop"))
+
+    reply = call(GatewayCore(slowly), CHATS, {**HELLO, "stream": True})
+    assert reply.body.count(b": keep-alive\n\n") >= 2
+    assert reply.events[-2]["choices"][0]["finish_reason"] == "stop"
+    whole = call(GatewayCore(slowly), CHATS, HELLO)
+    assert whole.json["choices"][0]["message"]["content"] == "a"
+
+
+def test_models_are_listed_by_the_names_they_are_asked_for() -> None:
+    core, names = GatewayCore(says("x")), ("small", "org/small")
+    listed = call(core, "/v1/models", method="GET", names=names).json
+    assert [model["id"] for model in listed["data"]] == list(names)
+    assert listed["data"][0]["max_model_len"] == 100
+    assert call(core, "/v1/models/org/small", method="GET", names=names).json["id"] == "org/small"
+    assert call(core, CHATS, {**HELLO, "model": "org/small"}, names=names).json["model"] == "org/small"
+    assert call(core, CHATS, {"messages": HELLO["messages"]}, names=names).json["model"] == "small"
+    for path, body in ((CHATS, HELLO), ("/v1/models/other", None)):
+        reply = call(core, path, body, "GET" if body is None else "POST", names=names)
+        assert (reply.status, reply.error["code"]) == (404, "model_not_found")
+
+
+@pytest.mark.parametrize(
+    ("status", "is_ready", "health", "ready"),
+    [("ok", True, 200, 200), ("draining", False, 200, 503), ("stalled", False, 503, 503)],
+)
+def test_health_is_that_something_lives_and_ready_that_it_takes_requests(
+    status: str, is_ready: bool, health: int, ready: int
+) -> None:
+    core = GatewayCore(says("x"))
+    core.status = Health(status=status, ready=is_ready, worker_ms=1.0)
+    assert call(core, "/health", method="GET").status == health
+    reply = call(core, "/ready", method="GET")
+    assert (reply.status, reply.json) == (ready, {"status": status})
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"), [("GET", CHATS, 405), ("POST", "/v1/chat", 404), ("GET", "/v1//models", 404)]
+)
+def test_what_is_no_endpoint_is_told_in_the_same_form(method: str, path: str, status: int) -> None:
+    reply = call(GatewayCore(says("x")), path, method=method)
+    assert reply.status == status
+    assert path in reply.error["message"]
