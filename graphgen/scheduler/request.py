@@ -55,6 +55,7 @@ class Request:
         "min_tokens",
         "num_admissions",
         "num_deaths",
+        "num_fruitless_deaths",
         "num_preemptions",
         "output",
         "priority",
@@ -104,18 +105,15 @@ class Request:
         self.cached_tokens = 0  # of the prompt, found in the prefix cache by its first admission
         self.num_admissions = 0
         self.num_preemptions = 0
-        self.num_deaths = 0  # of worker groups that computed it, since it got its newest token
-        self.death_len = 0  # tokens of output at the last of them
+        # Of worker groups that computed it, see `graphgen.scheduler.trials`: those in a row, of these the last ones
+        # without a new token in between, and the tokens of output at the last one.
+        self.num_deaths = 0
+        self.num_fruitless_deaths = 0
+        self.death_len = 0
         self.times_passed = 0  # plans in which a younger request was admitted while this one did not fit
         self.started_s = submit.arrived_s  # when its first chunk was planned; its arrival until then
         self.ended = False  # finished or cancelled: tokens that still arrive are dropped
         self.running: RunningRequest | None = None  # None while it holds no slot and no pages
-
-    def count_death(self) -> None:
-        """A worker group died while a step with rows of this request was in flight."""
-        num_tokens = len(self.output)
-        self.num_deaths = self.num_deaths + 1 if self.death_len == num_tokens else 1
-        self.death_len = num_tokens
 
     @property
     def finish_reason(self) -> FinishReason | None:

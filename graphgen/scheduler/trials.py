@@ -1,21 +1,36 @@
 """Which request ends worker groups, when it is one of them: suspects are tried one by one.
 
-Owns the list of suspects and whose turn it is; never starts or ends a request. Called by `graphgen.scheduler.policy`.
+Owns the deaths that are held against requests, the list of suspects and whose turn it is; never starts or ends a
+request. Called by `graphgen.scheduler.policy`.
 
-A request that was in flight when a worker group died is a suspect, and so are its neighbours. After one death all go on
-together: most deaths are no request's doing. After MAX_SHARED_DEATHS deaths without a new token in between, a suspect
-runs alone until it gets a token, while all others wait. So the request that does it is found: it fails at its
-MAX_DEATHS-th death, and nobody fails with it.
+A death is held against every request that had rows in the steps that died with the group. CLEARING_TOKENS new tokens
+clear it: the first may come of tokens that are computed again, the second comes of a decode row, so rows of both kinds
+have done no harm. The deaths of which it is not cleared are its deaths in a row.
+
+    deaths in a row                           runs alone after    fails at
+    without a new token in between                    2               3
+    with at most one new token each time              3               5
+
+Most deaths are no request's doing, so at first all go on together. A request that has to run alone does so, while all
+others wait, until it is cleared or has ended. So it fails only when workers died of it alone, and nobody fails with it.
+Where there were tokens in between, two of these deaths are asked for: whatever kills workers at short intervals may
+well strike a request right after its first token, but not four times in a row.
+
+A request that gets more tokens than that in each life is not found: each death costs a restart until it has its last.
 """
 
 from collections.abc import Sequence
 
 from graphgen.scheduler.request import Request
 
-MAX_SHARED_DEATHS = 2
-"""Deaths since its newest token after which a request runs alone."""
-MAX_DEATHS = 3
-"""Deaths since its newest token after which a request fails."""
+CLEARING_TOKENS = 2
+"""New tokens that clear a request."""
+
+MAX_SHARED_DEATHS, MAX_DEATHS = 3, 5
+"""Deaths in a row after which a request runs alone, and after which it fails."""
+
+MAX_SHARED_FRUITLESS, MAX_FRUITLESS = 2, 3
+"""The same of deaths without a new token in between."""
 
 
 class Trials:
@@ -23,42 +38,53 @@ class Trials:
 
     def __init__(self) -> None:
         self._suspects: list[Request] = []
-        self._tried: Request | None = None
-        self._tried_len = 0
+        self.tried: Request | None = None
+        """Who runs alone."""
         self.are_held = False
         """From the death that makes suspects until `next` has said that all are tried."""
 
-    @property
-    def tried(self) -> Request | None:
-        """Who runs alone."""
-        return self._tried
-
     def blame(self, requests: Sequence[Request]) -> list[Request]:
-        """After a death: these were in the steps that died. Those that have to run alone for it are suspects from here
-        on; a trial that was interrupted is held again. Returns those that fail of it."""
+        """A worker group died with steps in flight in which these had rows. Suspects are tried from here on, the one
+        whose trial was interrupted too. Returns those that fail of it."""
         for request in requests:
-            request.count_death()
-        self._tried = None
-        found = {request.arrival: request for request in self._suspects if not request.ended}
-        found |= {one.arrival: one for one in requests if one.num_deaths >= MAX_SHARED_DEATHS}
+            _hold_against(request)
+        interrupted = [] if self.tried is None else [self.tried]
+        self.tried = None
+        found = {one.arrival: one for one in (*self._suspects, *interrupted) if not one.ended}
+        found |= {one.arrival: one for one in requests if _is_suspect(one)}
         self._suspects = sorted(found.values(), key=lambda request: request.rank, reverse=True)
         self.are_held = bool(self._suspects)
-        return [request for request in requests if request.num_deaths >= MAX_DEATHS]
+        return [one for one in requests if one.num_deaths >= MAX_DEATHS or one.num_fruitless_deaths >= MAX_FRUITLESS]
 
     def next(self) -> Request | None:
         """Whose turn it is; None when all are tried. Only when nobody runs and nothing is in flight."""
         while self._suspects:
             request = self._suspects.pop()
             if not request.ended:
-                self._tried, self._tried_len = request, len(request.output)
+                self.tried = request
                 return request
         self.are_held = False
         return None
 
     def take_passed(self) -> Request | None:
-        """The one that ran alone, once it has a new token or has ended; its trial is over then."""
-        tried = self._tried
-        if tried is None or not (tried.ended or len(tried.output) > self._tried_len):
+        """The one that ran alone, once it is cleared or has ended; its trial is over then."""
+        tried = self.tried
+        if tried is None or not (tried.ended or _is_cleared(tried)):
             return None
-        self._tried = None
+        self.tried = None
         return tried
+
+
+def _hold_against(request: Request) -> None:
+    num_tokens = len(request.output)
+    request.num_deaths = 1 if _is_cleared(request) else request.num_deaths + 1
+    request.num_fruitless_deaths = 1 if num_tokens > request.death_len else request.num_fruitless_deaths + 1
+    request.death_len = num_tokens
+
+
+def _is_cleared(request: Request) -> bool:
+    return len(request.output) >= request.death_len + CLEARING_TOKENS
+
+
+def _is_suspect(request: Request) -> bool:
+    return request.num_deaths >= MAX_SHARED_DEATHS or request.num_fruitless_deaths >= MAX_SHARED_FRUITLESS

@@ -269,7 +269,11 @@ class Harness:
             self.deliver()
         order = self._order_of_service()
         self.is_dead = True
+        computed = self._ids_in_flight()
         failed = self.scheduler.worker_lost()
+        assert not failed or computed == {request.request_id for request in failed}, (
+            "a request failed of another's rows"
+        )
         self.results.clear()
         self.worker = FakeWorker(self.limits.num_pages, self.limits.page_size)
         self.pages.forget()
@@ -288,6 +292,13 @@ class Harness:
         assert self._order_of_service() == [request_id for request_id in order if request_id not in lost]
         assert self.schedule() is None, "a plan was made while no worker serves"
         return sorted(lost)
+
+    def _ids_in_flight(self) -> set[int]:
+        """Of the requests that live: those that have rows in steps whose results were not delivered."""
+        steps = self.descriptions[len(self.descriptions) - len(self.results) :]
+        ids = {entry[0] for step in steps for entry in step.chunks}
+        ids |= {request_id for step in steps for request_id in step.decode_request_ids}
+        return {request_id for request_id in ids if self.clients[request_id].is_live}
 
     def renew(self) -> None:
         """Another group serves."""

@@ -1,48 +1,96 @@
 """A worker group dies: what its requests keep, who is suspected, and who fails."""
 
+import random
+from collections import deque
+from typing import Literal
+
 import pytest
 
 from graphgen.ipc.errors import OverloadedError
-from graphgen.scheduler.trials import MAX_DEATHS
+from graphgen.launch.starts import MAX_STARTS
+from graphgen.scheduler.trials import CLEARING_TOKENS, MAX_DEATHS, MAX_FRUITLESS
 from tests.scheduler.harness import Harness, make_limits, make_submit
 
 MANY_PAGES = 400
 
 
-def crowd(num_requests: int, steps_in_flight: int = 2) -> Harness:
+def crowd(num_requests: int, steps_in_flight: int = 2, least_tokens: int = 4) -> Harness:
     harness = Harness(make_limits(num_pages=MANY_PAGES, steps_in_flight=steps_in_flight))
     for request_id in range(num_requests):
         prompt = [(7 * request_id + 3 * position) % 50 for position in range(3 + 5 * (request_id % 4))]
-        harness.add(make_submit(request_id, prompt, max_tokens=4 + request_id % 5))
+        harness.add(make_submit(request_id, prompt, max_tokens=least_tokens + request_id % 5))
     return harness
 
 
-def run_with_poison(harness: Harness, poison: int) -> tuple[int, list[int]]:
-    """Runs until all have ended; every plan with rows of `poison` kills the group. (deaths, who failed)"""
+Rows = Literal["any", "chunks", "decodes"]
+
+
+def run_with_poison(harness: Harness, poison: int, rows: Rows, loses_results: bool) -> tuple[int, list[int]]:
+    """Runs until all have ended; a step with such rows of `poison` kills the group when it runs. loses_results: then
+    those of the steps before it do not arrive. (deaths, who failed)"""
     deaths, failed = 0, list[int]()
+    fatal: deque[bool] = deque()  # of the steps in flight
     for _ in range(5000):
-        plan = harness.schedule()
-        if plan is not None:
-            ids = [entry[0] for entry in harness.descriptions[-1].chunks]
-            if poison in (*ids, *harness.descriptions[-1].decode_request_ids):
-                deaths += 1
-                failed += harness.die(num_delivered=0)
-                harness.renew()
-            continue
-        if not harness.results:
+        if harness.schedule() is not None:
+            step = harness.descriptions[-1]
+            in_chunks = rows != "decodes" and any(entry[0] == poison for entry in step.chunks)
+            fatal.append(in_chunks or (rows != "chunks" and poison in step.decode_request_ids))
+        elif not fatal:
             break
-        harness.deliver()
+        elif fatal[0] or (loses_results and any(fatal)):
+            fatal.clear()
+            deaths += 1
+            failed += harness.die()
+            harness.renew()
+        else:
+            fatal.popleft()
+            harness.deliver()
     return deaths, failed
 
 
+@pytest.mark.parametrize("rows", ["any", "chunks", "decodes"])
 @pytest.mark.parametrize("poison", [0, 5, 32])
-@pytest.mark.parametrize("steps_in_flight", [1, 2])
-def test_one_request_that_kills_fails_alone_at_its_third_death(poison: int, steps_in_flight: int) -> None:
-    harness = crowd(33, steps_in_flight=steps_in_flight)
-    deaths, failed = run_with_poison(harness, poison)
-    assert (deaths, failed) == (MAX_DEATHS, [poison])
+@pytest.mark.parametrize(("steps_in_flight", "loses_results"), [(1, False), (2, False), (2, True)])
+def test_one_request_that_kills_fails_alone_among_many(
+    rows: Rows, poison: int, steps_in_flight: int, loses_results: bool
+) -> None:
+    """One that kills in its decode rows alone gets a token in each life, of its prompt that is computed again."""
+    harness = crowd(33, steps_in_flight, least_tokens=MAX_DEATHS + 2)
+    deaths, failed = run_with_poison(harness, poison, rows, loses_results)
+    assert failed == [poison]
+    if rows == "decodes" and not loses_results:
+        assert deaths == MAX_DEATHS
+    else:
+        assert MAX_FRUITLESS <= deaths <= (MAX_DEATHS if rows == "decodes" else MAX_FRUITLESS)
+    assert deaths <= MAX_STARTS
     assert harness.scheduler.counters.poisoned == 1
     harness.check_all_ended()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_kills_at_random_moments_fail_nobody(seed: int) -> None:
+    """As `tests.worker_deaths` does: each kill waits until every request has a new token. Whoever is served last has
+    often had but that one."""
+    rng = random.Random(seed)
+    harness, left, num_kills = crowd(0), 0, 0
+    while num_kills < 60:
+        if not harness.scheduler.request_ids:
+            for number in range(len(harness.clients), len(harness.clients) + 6):
+                prompt = [number % 50 for _ in range(rng.choice([1, 9, 30]))]
+                assert harness.add(make_submit(number, prompt, max_tokens=rng.randint(10, 30)))
+        counts = {number: len(harness.clients[number].received) for number in harness.scheduler.request_ids}
+        left = rng.randrange(12)  # steps after that
+        while left and harness.scheduler.request_ids:
+            while harness.schedule() is not None:
+                pass
+            harness.deliver()
+            clients = [(harness.clients[number], count) for number, count in counts.items()]
+            left -= all(not client.is_live or len(client.received) > count for client, count in clients)
+        if harness.scheduler.request_ids:
+            num_kills += 1
+            assert harness.die(rng.randrange(3)) == []
+            harness.renew()
+    harness.run()
 
 
 def test_suspects_run_alone_and_the_others_go_on_when_all_are_tried() -> None:
@@ -82,17 +130,24 @@ def test_a_suspect_that_ends_holds_nobody_back(end: str) -> None:
     harness.run()
 
 
-def test_a_new_token_clears_a_request_of_suspicion() -> None:
+@pytest.mark.parametrize(("num_tokens", "most_deaths"), [(0, MAX_FRUITLESS), (1, MAX_DEATHS), (CLEARING_TOKENS, None)])
+def test_new_tokens_clear_a_request_of_suspicion(num_tokens: int, most_deaths: int | None) -> None:
+    """So many in each life."""
     harness = Harness(make_limits(num_pages=MANY_PAGES))
     harness.add(make_submit(0, [1, 2, 3], max_tokens=40))
     client = harness.clients[0]
-    for num_tokens in range(1, 11):  # far more deaths than a request without new tokens survives
-        while len(client.received) < num_tokens:
+    for num_deaths in range(1, 11):  # far more than a request without new tokens survives
+        had = len(client.received)
+        while len(client.received) < had + num_tokens:
             assert harness.schedule() is not None
             harness.deliver()
         assert harness.schedule() is not None
-        assert harness.die() == []
+        failed = harness.die()
         harness.renew()
+        assert failed == ([0] if num_deaths == most_deaths else [])
+        if failed:
+            break
+    assert client.cancelled == (most_deaths is not None)
     harness.run()
 
 

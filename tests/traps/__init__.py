@@ -16,6 +16,9 @@ HOOK = Path(__file__).resolve().parent / "hook"
 Harm = Literal["exit", "raise", "raise later", "kill", "hang"]
 """exit: exit code 3; raise: an exception in `launch`; raise later: one when its tokens are fetched; kill: a signal;
 hang: `launch` does not return."""
+Rows = Literal["chunks", "decodes"]
+"""When a trap is sprung: by a step that computes the token in a chunk, or by one with a decode row of a request that has
+the token in its prompt."""
 
 
 class Traps:
@@ -39,8 +42,8 @@ class Traps:
                 if value is not None:
                     os.environ[name] = value
 
-    def set(self, token_id: int, harm: Harm, once: bool = False) -> None:
+    def set(self, token_id: int, harm: Harm, once: bool = False, rows: Rows = "chunks") -> None:
         """once: the trap is gone when it has been sprung, so that the next worker computes the token."""
         partial = self._folder / "partial"
-        partial.write_text(f"{harm} once" if once else harm)
+        partial.write_text(f"{rows}\n{harm}\n{'once' if once else 'always'}")
         partial.rename(self._folder / str(token_id))

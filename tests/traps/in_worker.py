@@ -1,4 +1,4 @@
-"""What a trap does in the worker's process: it looks at the prompt tokens of each plan before the step is launched.
+"""What a trap does in the worker's process: it looks at the tokens of each plan before the step is launched.
 
 Never imports torch: it is loaded before the worker's own first lines, which want to be the first to do that.
 """
@@ -52,9 +52,21 @@ def wrap_launch(runner_module: Any) -> None:  # a module
 
     folder = Path(os.environ[FOLDER_VARIABLE])
     launch = runner_module.ModelRunner.launch
+    trapped: dict[int, int] = {}  # slots, and the token whose trap their decode rows spring
 
     def launch_or_not(self: Any, plan: Any, received_s: float) -> Any:  # as ModelRunner.launch
-        harms = [harm for token_id in unpack_int32(plan.chunk_token_ids) if (harm := _take(folder, token_id))]
+        harms = [_take(folder, trapped[slot]) for slot in unpack_int32(plan.decode_slots) if slot in trapped]
+        token_ids, end = unpack_int32(plan.chunk_token_ids), 0
+        for chunk in plan.chunks:
+            if chunk.init is not None:  # the slot has a new owner
+                trapped.pop(chunk.slot, None)
+            start, end = end, end + chunk.length
+            for token_id in token_ids[start:end]:
+                rows = _rows(folder, token_id)
+                if rows == "chunks":
+                    harms.append(_take(folder, token_id))
+                elif rows == "decodes":
+                    trapped[chunk.slot] = token_id
         for harm in harms:
             _do(harm)
         step = launch(self, plan, received_s)
@@ -63,16 +75,20 @@ def wrap_launch(runner_module: Any) -> None:  # a module
     runner_module.ModelRunner.launch = launch_or_not
 
 
-def _take(folder: Path, token_id: int) -> str | None:
-    """What the token does, if it is trapped."""
+def _rows(folder: Path, token_id: int) -> str | None:
+    """Which rows spring the trap of a token, if it has one."""
     path = folder / str(token_id)
-    if not path.exists():
-        return None
-    harm = path.read_text()
-    if harm.endswith(" once"):
+    return path.read_text().split("\n")[0] if path.exists() else None
+
+
+def _take(folder: Path, token_id: int) -> str:
+    """What the token does."""
+    path = folder / str(token_id)
+    _, harm, how_often = path.read_text().split("\n")
+    if how_often == "once":
         path.unlink()
     print(f"token {token_id} springs its trap: {harm}", file=sys.stderr, flush=True)
-    return harm.removesuffix(" once")
+    return harm
 
 
 def _do(harm: str) -> None:
