@@ -1,1 +1,1 @@
-"""What an engine is started with: its configuration, its child processes, stored step times."""
+"""How an engine is started: its configuration, its child processes, how often it may be started, stored step times."""

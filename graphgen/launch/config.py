@@ -1,8 +1,9 @@
 """What the user asks for (EngineConfig), and what the processes are told (LaunchConfig).
 
-Owns every default and every check of a number; never loads weights, never imports torch. `requests.core` resolves an
-EngineConfig once, in the user's process, and writes the LaunchConfig as a file into the engine's folder; the
-scheduler and the worker read it from there and are handed only the numbers they need.
+Owns the defaults of an engine and the checks that need neither the model nor the device. Never loads weights, never
+imports torch. `graphgen.requests.core` resolves an EngineConfig once, in the process that starts the engine, and the
+LaunchConfig is written as a file into the engine's folder. The scheduler, the workers and a server's frontend read it
+there.
 """
 
 import ctypes
@@ -188,7 +189,7 @@ def make_config(model: str | EngineConfig | None, settings: EngineSettings) -> E
 
 
 class LaunchConfig(Struct, frozen=True, kw_only=True):
-    """What scheduler and worker need, resolved: no value is left to choose but those that need the device's memory."""
+    """What the processes need, resolved: what is left to choose, the device's memory or its libraries decide."""
 
     model_folder: str
     spec: ModelSpec

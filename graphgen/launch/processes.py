@@ -2,7 +2,8 @@
 
 Owns the engine's folder (mode 0700: sockets, launch file, output of the children) and the Popen handles of the
 scheduler and the frontend; the scheduler starts its workers by the same functions. Never sends a message.
-`requests.core` uses EngineProcesses; every child calls `end_with_parent` first thing.
+EngineProcesses are made by `graphgen.requests.core` and, of a server, by `graphgen.server.supervisor`. Every child
+calls `end_with_parent` first thing.
 
 A user's program may end in ways that run no code of ours (kill -9), so each child watches its parent.
 """

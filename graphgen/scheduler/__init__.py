@@ -1,4 +1,5 @@
-"""The scheduler: pure policy (`policy`, and the parts it is made of) inside a thin process loop (`process`).
+"""The scheduler: a pure policy (`policy`, and the parts that it names) and the process around it (`process`, `loop`).
 
-It is the only owner of requests and pages. It imports `graphgen.ipc` and the standard library, never torch.
+It alone knows which requests there are and which pages they hold. It never imports torch, the models or the worker; the
+policy imports no sockets either, and reads no clock.
 """

@@ -1,6 +1,6 @@
 """`python -m graphgen.scheduler FOLDER PARENT_PID`, started by the Engine.
 
-Owns the order of the first second: the workers, which import torch, are started before anything else is imported.
+Owns the order of the first second: the workers, which import torch, are started before anything slow is imported here.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Whether a waiting request may start: slots, pages, and what it would share.
 
 Owns the pages that admission leaves free for the growth of those that run, and the promise that a request which was
-preempted too often ends. Takes no page itself. Called by `graphgen.scheduler.policy`.
+preempted too often ends. Takes no page itself. Called by `graphgen.scheduler.policy` and its parts.
 
 Reserved requests. A request that was preempted MAX_PREEMPTIONS times starts only with every page it can ever need and
 is not preempted again. One rule keeps the others from being locked out by it: any running request that is not reserved

@@ -1,7 +1,7 @@
 """How many rows a step gets: the dynamic token budget.
 
-Owns the choice of a mixed bucket, never of the prompts that fill it. Called by `graphgen.scheduler.policy` for every
-plan while prompts are to be computed.
+Owns the choice of a mixed bucket, never of the prompts that fill it. `graphgen.scheduler.prompts` asks it for every
+plan while prompts are to be computed; other parts of the policy ask it how long steps would take.
 
 The gap between two tokens of a request is the duration of the step that draws the second one. So a step may be as long
 as the tightest ITL target among the requests that decode in it, and the largest bucket that the cost model says is that

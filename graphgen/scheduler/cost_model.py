@@ -1,7 +1,7 @@
 """How long a step will take: the measured step-time table, corrected by the steps that ran.
 
-Owns numbers only, and never reads a clock: `graphgen.scheduler.policy` asks it before a step, the process tells it
-afterwards what the step took.
+Owns numbers only, and never reads a clock. `graphgen.scheduler.policy` and its parts ask it how long steps would take;
+the policy tells it what each step took.
 
     milliseconds = pace * factor[bucket] * (time[bucket] + a * (decode positions - those measured)
                                                          + b * (prompt pairs - those measured))
@@ -29,7 +29,7 @@ _TABLE_STEPS = 3
 """Measured steps that the table counts like in that mean."""
 
 _MOST_SURPRISE = 1.25
-"""Further from its prediction than by this factor no step is believed to be. When the host stalls, a step seems many
+"""Larger deviations of a step from its prediction are clipped to this factor. When the host stalls, a step seems many
 times as long; taken at its word, it would keep a bucket from being used, and so from being corrected, for seconds."""
 
 _LEAST_SHARE = 0.2

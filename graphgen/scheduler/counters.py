@@ -1,4 +1,5 @@
-"""What the policy counts since its start. Plain numbers: kept by `graphgen.scheduler.policy`, read for statistics."""
+"""What the policy counts since its start. Plain numbers: kept by `graphgen.scheduler.policy` and its parts, read
+for statistics."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,8 @@
 """The requests that decode and do not rest: one row of every plan for each of them.
 
 Owns what their rows need (slots, positions, page borders, last rows, the tightest target), kept so that a plan costs
-little however many decode. Never takes a page and never decides who decodes: called by `graphgen.scheduler.policy`.
+little however many decode. Never takes a page and never decides who decodes. Owned by `graphgen.scheduler.running`,
+read by the parts of the policy.
 
 Every plan advances every decode by one position. So a request's position is the number of plans made plus an offset
 that never changes, and the plan in which it crosses a page border or draws its last token is known when it joins.

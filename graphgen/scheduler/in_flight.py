@@ -1,7 +1,7 @@
 """The plans whose results have not arrived, oldest first.
 
-Owns their records, and the check that a result is the one that is due. Called by `graphgen.scheduler.policy` and
-`graphgen.scheduler.prompts`.
+Owns their records, and the check that a result is the one that is due. Called by `graphgen.scheduler.policy` and its
+parts.
 """
 
 from collections import deque
@@ -36,8 +36,8 @@ class StepsInFlight:
             )
         if num_tokens != len(self._records[0].drawing):
             raise ValueError(
-                f"step {step_id} returned {num_tokens} tokens, its plan draws {len(self._records[0].drawing)}:"
-                " one for each drawing row"
+                f"step {step_id} returned {num_tokens} tokens, its plan has {len(self._records[0].drawing)} drawing"
+                " rows: one for each chunk that draws and each decode"
             )
         return self._records.popleft()
 

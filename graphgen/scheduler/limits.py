@@ -1,7 +1,7 @@
 """What the worker can hold, how much may wait for it, and which requests can never be served within it.
 
-Owns numbers only. Made by `graphgen.scheduler.process` from what the worker reports; read by
-`graphgen.scheduler.policy`.
+Owns numbers only. Made by `graphgen.scheduler.process` from the configuration and what the worker reports; read by
+`graphgen.scheduler.policy` and its parts.
 """
 
 from msgspec import Struct

@@ -1,4 +1,4 @@
-"""What the steps of one tenant would take if no other tenant were there: what its share of the time is measured by.
+"""How long the steps of one tenant would take if no other tenant were there. Its share of the time is measured by that.
 
 Owns nothing but arithmetic. Called by `graphgen.scheduler.step_bounds` and `graphgen.scheduler.rests`.
 """

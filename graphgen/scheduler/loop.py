@@ -1,8 +1,8 @@
 """The scheduler's loop: it feeds the pure policy with messages, time and step results.
 
-Owns the clock and which steps are in flight; its worker group is `graphgen.scheduler.workers`'. A result is answered
-with the next plan before anything else is done with it, so that the worker always has a step to launch; the outputs go
-to the Engine after that, and what can wait is done last.
+Owns the clock, and what is measured of steps and losses; requests are the policy's, the worker group is
+`graphgen.scheduler.workers`'. A result is answered with the next plan before its outputs go to the Engine, so that the
+worker always has a step to launch, and what can wait is done last.
 
 A worker group that dies, hangs or sends what cannot be is replaced, and every request goes on where it was: the policy
 keeps them all. Made and run by `graphgen.scheduler.process`.

@@ -31,7 +31,7 @@ _WEIGHT = 1.0 / 32
 
 _LEAST_RETRY_S, _MOST_RETRY_S = 0.1, 60.0
 _DRAINED_SHARE = 0.25
-"""Of a full queue: who is turned away comes back when so much of it is served."""
+"""`retry_after_s` is the time that serving this share of a full queue takes."""
 
 
 class OverloadGuard:

@@ -1,7 +1,7 @@
 """Where prompts part within a page: what the pages of the prefix cache hold, by what comes before them.
 
 Owns the tokens of each page it is told of, full or not; never who holds a page, nor which page a digest stands for.
-Called by `graphgen.scheduler.prefix_cache`.
+Called by `graphgen.scheduler.prefix_cache`; `graphgen.scheduler.admission` compares prompts with the same function.
 
 Pages that come after the same tokens are branches of one tree. A prompt that shares those tokens, and then only a part
 of a page, finds here the branch that goes on with it the longest.

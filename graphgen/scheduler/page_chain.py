@@ -1,6 +1,7 @@
 """What a page of keys and values is known by: a digest of everything its rows attended to.
 
-Owns the digests of one request's tokens. Called by `graphgen.scheduler.request` and `graphgen.scheduler.prefix_cache`.
+Owns the digests of one request's tokens. Made by `graphgen.scheduler.request`; called by `graphgen.scheduler.policy`
+and its parts, `graphgen.scheduler.prefix_cache` above all.
 
 A page's digest is blake2b over the digest of the page before it and its own tokens; before the first page stands the
 digest of the request's salt. So equal digests mean equal keys and values, whichever request computed them, and

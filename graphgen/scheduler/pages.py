@@ -1,7 +1,8 @@
 """Which pages of the KV cache are held, by how many requests, and which free ones still hold something of use.
 
 Owns a count of holders per page, never a tensor, never who the holders are and never what a page holds: the policy
-keeps a request's pages with the request, `graphgen.scheduler.prefix_cache` knows contents. Called by both.
+keeps a request's pages with the request, `graphgen.scheduler.prefix_cache` knows contents. Called by both, and by
+parts of the policy.
 
     taken     one or more holders; never handed out
     idle      no holder, but its contents are kept for whoever may share them; handed out last, least recently used

@@ -1,7 +1,7 @@
 """A step plan under construction, and the record of it that is kept until its tokens arrive.
 
 Owns the layout of a plan (order of rows, packing), never the choice of what goes into it. Called by
-`graphgen.scheduler.policy`.
+`graphgen.scheduler.policy` and its parts.
 """
 
 from array import array

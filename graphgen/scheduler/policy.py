@@ -30,7 +30,7 @@ The parts:
     prompts, shares                             whose prompts get rows, and how many each
     budget, buckets, cost_model                 how many rows a step may have (and lone_steps, step_bounds)
     plan                                        the message, and the record of it
-    bookkeeping                                 what a plan changes, and when
+    bookkeeping, counters                       what a plan changes, and when; what is counted
     life, trials                                what dies with a worker group, and whom it died of
 """
 

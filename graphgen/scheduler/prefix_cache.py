@@ -1,7 +1,7 @@
 """Which pages hold the beginning of which prompts: the prefix cache.
 
 Owns the index from contents to pages. Never takes or frees a page: `graphgen.scheduler.pages` does, and tells when a
-page is used for something else. Called by `graphgen.scheduler.policy`.
+page is used for something else. Called by `graphgen.scheduler.policy` and its parts.
 
 A full page is known by its digest (`graphgen.scheduler.page_chain`), which stands for every token its rows attended to,
 and is shared. A page of which a prompt needs only a beginning, because the two part there or because the page is not

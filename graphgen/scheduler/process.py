@@ -2,7 +2,8 @@
 
 Owns the channels, and what happens before the first request: the first worker group starts, its sizes become the
 policy's limits, and a policy that is thrown away warms it up. What stops that start is told to the Engine, which then
-ends; worker groups that are lost later are the loop's (`graphgen.scheduler.loop`). Called by `__main__`.
+ends; worker groups that are lost later are the loop's (`graphgen.scheduler.loop`). Called by
+`graphgen.scheduler.__main__`.
 """
 
 import logging

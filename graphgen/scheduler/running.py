@@ -1,7 +1,7 @@
 """The requests that run: who holds a slot and pages, and what each of them does next.
 
-Owns slots and the three orders of running requests; never chooses who starts or who has to stop. Called by
-`graphgen.scheduler.policy` and its parts.
+Owns the slots, and which of the running requests begin, decode or rest; never chooses who starts or who has to stop.
+Called by `graphgen.scheduler.policy` and its parts.
 """
 
 from bisect import bisect_left, insort

@@ -1,4 +1,5 @@
-"""The step log: one JSON line a step, what it held and when it was where. Written by process.py when it is asked for.
+"""The step log: one JSON line a step, what it held and when it was where. Opened by `graphgen.scheduler.process` where
+the configuration names a file, written by `graphgen.scheduler.loop`.
 
     {"step": 17, "bucket": [112, 16], "chunks": [[request, start, length], ...], "decodes": [request, ...],
      "padding": 3, "planned_s": ..., "received_s": ..., "launched_s": ..., "started_s": ..., "finished_s": ...}

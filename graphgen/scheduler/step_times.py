@@ -1,4 +1,4 @@
-"""Times of the last steps on the device, for the engine's statistics. Called by process.py."""
+"""Times of the last steps on the device, for the engine's statistics. Called by `graphgen.scheduler.loop`."""
 
 from collections import deque
 

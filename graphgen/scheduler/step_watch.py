@@ -5,8 +5,8 @@ Called by `graphgen.scheduler.loop`.
 
 A step may take LATE_FACTOR times its prediction, and never less than LATE_S, before its stacks are asked for, and
 HUNG_S more before its group is ended. A step of a bucket that nobody has timed, as many are on a CPU, is predicted by
-its rows and the time that a row of the steps before it took; the first step of a group gets UNKNOWN_S, and so does
-every such step where it may be compiled when it runs. Time in which the scheduler itself did not run, for instance
+its rows and the time that a row of the steps before it took; the first of these in a group gets UNKNOWN_S, and so does
+every one where it may be compiled when it runs. Time in which the scheduler itself did not run, for instance
 because the machine was suspended, does not count: of each pause between two looks only MAX_PAUSE_S.
 """
 

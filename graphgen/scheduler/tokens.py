@@ -1,6 +1,7 @@
 """The tokens of one request: its prompt, then the output that has arrived, read as one sequence.
 
-Owns both. Called by `graphgen.scheduler.request`, and by `graphgen.scheduler.policy` for every token that arrives.
+Owns both. Made by `graphgen.scheduler.request`, read by `graphgen.scheduler.page_chain`; `graphgen.scheduler.policy`
+adds the tokens that arrive.
 """
 
 from array import array

@@ -218,7 +218,7 @@ def test_a_result_out_of_order_or_of_another_size_changes_nothing() -> None:
     scheduler.schedule(0.0)
     with pytest.raises(ValueError, match="result of step 1 arrived, step 0 is next"):
         scheduler.update(1, [5])
-    with pytest.raises(ValueError, match="step 0 returned 2 tokens, its plan draws 1"):
+    with pytest.raises(ValueError, match="step 0 returned 2 tokens, its plan has 1 drawing row"):
         scheduler.update(0, [5, 6])
     assert tokens_of(scheduler.update(0, [5])) == {0: (5, None)}
 

@@ -17,8 +17,8 @@ Harm = Literal["exit", "raise", "raise later", "kill", "hang"]
 """exit: exit code 3; raise: an exception in `launch`; raise later: one when its tokens are fetched; kill: a signal;
 hang: `launch` does not return."""
 Rows = Literal["chunks", "decodes"]
-"""When a trap is sprung: by a step that computes the token in a chunk, or by one with a decode row of a request that has
-the token in its prompt."""
+"""What springs a trap: a step that computes the token in a chunk, or one with a decode row of a request that has the
+token in its prompt."""
 
 
 class Traps:
