@@ -85,7 +85,7 @@ def make_submit(
 
 
 @dataclass
-class Client:
+class Sender:
     """What the sender of one request knows: what it asked for, what it must get, what it got."""
 
     submit: Submit
@@ -116,13 +116,13 @@ class Client:
         return self.submit.arrived_s + patience_s - AGEING_S * self.submit.priority, self.submit.request_id
 
 
-def make_client(submit: Submit) -> Client:
+def make_sender(submit: Submit) -> Sender:
     prompt = list(unpack_int32(submit.prompt_token_ids))
     drawn = generate(prompt, submit.max_tokens, submit.stop_token_ids, submit.min_tokens)
     stops = [i + 1 for i, token in enumerate(drawn) if token in submit.stop_token_ids and i >= submit.min_tokens]
     if stops:
-        return Client(submit, prompt, drawn, drawn[: stops[0]], "stop")
-    return Client(submit, prompt, drawn, drawn, "length")
+        return Sender(submit, prompt, drawn, drawn[: stops[0]], "stop")
+    return Sender(submit, prompt, drawn, drawn, "length")
 
 
 def tokens_of(outputs: Outputs) -> dict[int, tuple[int, FinishReason | None]]:
@@ -147,7 +147,7 @@ def step_ms(bucket: Bucket, row_ms: float = LIGHT_ROW_MS) -> float:
 
 
 class Harness:
-    """One Scheduler, one FakeWorker, the clients, and a clock that a test may move."""
+    """One Scheduler, one FakeWorker, the senders, and a clock that a test may move."""
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ class Harness:
         self.is_dead = False  # no worker group serves
         self._owners: dict[int, Submit] = {}  # by slot
         self._computed: dict[int, int] = {}  # by request: positions that the plans compute for the slot it has
-        self.clients: dict[int, Client] = {}
+        self.senders: dict[int, Sender] = {}
         self.results: deque[tuple[int, list[int]]] = deque()
         self.descriptions: list[StepDescription] = []
         self.plans: list[StepPlan] = []
@@ -185,24 +185,24 @@ class Harness:
         except (OverloadedError, DeadlineError):
             assert before == (self.scheduler.running, self.scheduler.waiting), "something of it was kept"
             return False
-        self.clients[submit.request_id] = make_client(submit)
+        self.senders[submit.request_id] = make_sender(submit)
         return True
 
     def cancel(self, request_id: int) -> None:
         self.scheduler.cancel(request_id)
-        client = self.clients.get(request_id)
-        if client is not None and client.is_live:
-            client.cancelled = True
+        sender = self.senders.get(request_id)
+        if sender is not None and sender.is_live:
+            sender.cancelled = True
 
     def expire(self) -> list[int]:
         """Moves the scheduler's clock to `now_s`; the ids of the requests whose deadline has passed."""
         rejected = self.scheduler.expire(self.now_s)
         for one in rejected:
-            client = self.clients[one.request_id]
+            sender = self.senders[one.request_id]
             assert one.error == "DeadlineError"
-            assert client.is_live, f"request {one.request_id} had ended"
-            client.cancelled = True
-        late = [client for client in self.clients.values() if client.is_live and client.deadline_s <= self.now_s]
+            assert sender.is_live, f"request {one.request_id} had ended"
+            sender.cancelled = True
+        late = [sender for sender in self.senders.values() if sender.is_live and sender.deadline_s <= self.now_s]
         assert not late, "a request outlived its deadline"
         return [one.request_id for one in rejected]
 
@@ -227,36 +227,36 @@ class Harness:
         tokens, rows = self.worker.execute(plan)
         self._check_rows(rows, description)
         for chunk, (request_id, _, _) in zip(plan.chunks, description.chunks, strict=True):
-            self._owners[chunk.slot] = self.clients[request_id].submit
+            self._owners[chunk.slot] = self.senders[request_id].submit
         self.pages.take_plan(plan, self.worker, rows, self._owners)
         self._count_draws(plan, description)
         for request_id, _, _ in description.chunks:
-            client = self.clients[request_id]
-            client.started_s = plan.planned_s if client.started_s is None else client.started_s
+            sender = self.senders[request_id]
+            sender.started_s = plan.planned_s if sender.started_s is None else sender.started_s
         self.results.append((plan.step_id, tokens))
         self.plans.append(plan)
         self.descriptions.append(description)
         return plan
 
     def deliver(self) -> Outputs:
-        """Gives the scheduler the oldest result, and its outputs to the clients."""
+        """Gives the scheduler the oldest result, and its outputs to the senders."""
         step_id, token_ids = self.results.popleft()
         self.scheduler.step_took(step_id, step_ms(self.scheduler.describe_step(step_id).bucket, self._row_ms))
         outputs = self.scheduler.update(step_id, token_ids)
         self.check_computed()
         tokens = tokens_of(outputs)
         for request_id, (token_id, reason) in tokens.items():
-            client = self.clients[request_id]
-            assert client.is_live, f"request {request_id} had ended"
-            client.received.append(token_id)
-            client.reason = reason
-            assert client.received == client.expected[: len(client.received)]
-            assert (client.reason is not None) == (client.received == client.expected)
+            sender = self.senders[request_id]
+            assert sender.is_live, f"request {request_id} had ended"
+            sender.received.append(token_id)
+            sender.reason = reason
+            assert sender.received == sender.expected[: len(sender.received)]
+            assert (sender.reason is not None) == (sender.received == sender.expected)
         for output in outputs.outputs:
-            client = self.clients[output.request_id]
-            assert output.started_s == client.started_s, "the time of the first chunk, also after a preemption"
+            sender = self.senders[output.request_id]
+            assert output.started_s == sender.started_s, "the time of the first chunk, also after a preemption"
         with_news = {output.request_id for output in outputs.outputs}
-        firsts = {request_id for request_id in tokens if len(self.clients[request_id].received) == 1}
+        firsts = {request_id for request_id in tokens if len(self.senders[request_id].received) == 1}
         assert firsts <= with_news, "a first token came without what is to be said of its request"
         return outputs
 
@@ -278,13 +278,13 @@ class Harness:
         self.worker = FakeWorker(self.limits.num_pages, self.limits.page_size)
         self.pages.forget()
         self._owners.clear()
-        for client in self.clients.values():
-            client.draws_planned = len(client.received)
+        for sender in self.senders.values():
+            sender.draws_planned = len(sender.received)
         for request in failed:
             rejected = self.scheduler.fail_poisoned(request, "a last word")
             assert rejected.error == "PoisonedRequestError"
             assert "a last word" in rejected.message
-            self.clients[rejected.request_id].cancelled = True
+            self.senders[rejected.request_id].cancelled = True
         scheduler = self.scheduler
         assert (scheduler.running, scheduler.steps_in_flight) == (0, 0)
         assert scheduler.pages_free == scheduler.pages_total
@@ -298,7 +298,7 @@ class Harness:
         steps = self.descriptions[len(self.descriptions) - len(self.results) :]
         ids = {entry[0] for step in steps for entry in step.chunks}
         ids |= {request_id for step in steps for request_id in step.decode_request_ids}
-        return {request_id for request_id in ids if self.clients[request_id].is_live}
+        return {request_id for request_id in ids if self.senders[request_id].is_live}
 
     def renew(self) -> None:
         """Another group serves."""
@@ -306,8 +306,8 @@ class Harness:
         self.scheduler.renew(None)
 
     def _order_of_service(self) -> list[int]:
-        live = [client for client in self.clients.values() if client.is_live]
-        assert set(self.scheduler.request_ids) == {client.submit.request_id for client in live}
+        live = [sender for sender in self.senders.values() if sender.is_live]
+        assert set(self.scheduler.request_ids) == {sender.submit.request_id for sender in live}
         waiting = [one for tenant in self.scheduler._tenants for one in tenant.waiting.first(10**6, 10**6)]
         ids = {one.request_id: one.rank for one in waiting}
         ids |= {one.request.request_id: one.request.rank for one in self.scheduler._life.running}
@@ -316,8 +316,8 @@ class Harness:
 
     def run(self) -> None:
         """Until nothing is left to do; fails when that takes more steps than one request at a time would."""
-        live = [client for client in self.clients.values() if client.is_live]
-        bound = 20 + 4 * sum(len(client.prompt) + len(client.drawn) for client in live)
+        live = [sender for sender in self.senders.values() if sender.is_live]
+        bound = 20 + 4 * sum(len(sender.prompt) + len(sender.drawn) for sender in live)
         for _ in range(bound):
             while self.schedule() is not None:
                 pass
@@ -330,14 +330,14 @@ class Harness:
 
     def check_all_ended(self) -> None:
         scheduler = self.scheduler
-        for request_id, client in self.clients.items():
-            if client.cancelled:
+        for request_id, sender in self.senders.items():
+            if sender.cancelled:
                 continue
-            assert client.received == client.expected, f"request {request_id}"
-            assert client.reason == client.expected_reason, f"request {request_id}"
+            assert sender.received == sender.expected, f"request {request_id}"
+            assert sender.reason == sender.expected_reason, f"request {request_id}"
         assert (scheduler.running, scheduler.waiting, scheduler.steps_in_flight) == (0, 0, 0)
         assert scheduler.pages_free == scheduler.pages_total == self.limits.num_pages
-        assert scheduler.counters.finished == sum(client.reason is not None for client in self.clients.values())
+        assert scheduler.counters.finished == sum(sender.reason is not None for sender in self.senders.values())
 
     def check_page_owners(self) -> None:
         """Every page is free or has holders. The policy's own tables are read here: no plan shows them whole."""
@@ -359,7 +359,7 @@ class Harness:
     def check_tenants(self) -> None:
         """What is counted of each tenant is what there is of it. Read from the policy's own tables, as pages are."""
         scheduler, tenants = self.scheduler, list(self.scheduler._tenants)
-        live = Counter(client.submit.tenant for client in self.clients.values() if client.is_live)
+        live = Counter(sender.submit.tenant for sender in self.senders.values() if sender.is_live)
         assert {tenant.name: tenant.num_open for tenant in tenants} == live
         running = [one.request for one in scheduler._life.running]
         assert {tenant.name: tenant.num_running for tenant in tenants if tenant.num_running} == Counter(
@@ -399,7 +399,7 @@ class Harness:
         assert description.padding_rows == bucket.num_rows - num_chunk_tokens - num_decodes
         ids = [chunk[0] for chunk in description.chunks] + list(description.decode_request_ids)
         assert len(set(ids)) == len(ids), "a request has two entries in one step"
-        assert all(self.clients[request_id].is_live for request_id in ids), "an ended request was planned"
+        assert all(self.senders[request_id].is_live for request_id in ids), "an ended request was planned"
 
     def _check_decodes(self, must_decode: list[int], description: StepDescription, preempted: int) -> None:
         """All decode, except those that this plan preempted: requests that are served after those who stay; and those
@@ -417,23 +417,23 @@ class Harness:
 
     def _check_rests(self, resting: set[int], planned: set[int]) -> None:
         """Only decodes of tenants that have as many others as any tenant rest, and never all of a tenant's."""
-        open_tenants = {self.clients[request_id].submit.tenant for request_id in self.scheduler.request_ids}
+        open_tenants = {self.senders[request_id].submit.tenant for request_id in self.scheduler.request_ids}
         assert len(open_tenants) > 1, "a lone tenant's decode rests"
-        num_rows = Counter(self.clients[request_id].submit.tenant for request_id in planned)
+        num_rows = Counter(self.senders[request_id].submit.tenant for request_id in planned)
         for request_id in resting:
-            own = num_rows[self.clients[request_id].submit.tenant]
+            own = num_rows[self.senders[request_id].submit.tenant]
             assert own >= 1, "all decodes of a tenant rest"
             assert own >= max(num_rows.values()) - 1, "a decode rests although its tenant has less than another"
 
     def _check_first_advances(self, running: list[int], description: StepDescription) -> None:
         """The first in the order of service has rows in every plan, unless one that is served before it takes over. Of
         several tenants each has its turn."""
-        if len({self.clients[request_id].submit.tenant for request_id in self.scheduler.request_ids}) > 1:
+        if len({self.senders[request_id].submit.tenant for request_id in self.scheduler.request_ids}) > 1:
             return
         planned = {chunk[0] for chunk in description.chunks} | set(description.decode_request_ids)
         if running and running[0] not in planned:
-            first = min(self.clients[request_id].rank for request_id in planned)
-            assert first < self.clients[running[0]].rank, "the first in the order of service did not advance"
+            first = min(self.senders[request_id].rank for request_id in planned)
+            assert first < self.senders[running[0]].rank, "the first in the order of service did not advance"
 
     def _check_rows(self, rows: list[Row], description: StepDescription) -> None:
         """Every row read exactly the tokens of its request, also where the request has ended meanwhile."""
@@ -446,8 +446,8 @@ class Harness:
             assert row.position == position, f"request {request_id}"
         owners = [request_id for request_id, _ in places] + list(description.decode_request_ids)
         for row, request_id in zip(rows, owners, strict=True):
-            client = self.clients[request_id]
-            right = (client.prompt + client.drawn)[: row.position + 1]
+            sender = self.senders[request_id]
+            right = (sender.prompt + sender.drawn)[: row.position + 1]
             assert row.context == right, f"request {request_id} at position {row.position}"
 
     def _count_computed(self, plan: StepPlan, description: StepDescription) -> None:
@@ -461,6 +461,6 @@ class Harness:
         """No request draws more than max_tokens, not even by a step made before its last token was known."""
         drawing = [entry[0] for entry, chunk in zip(description.chunks, plan.chunks, strict=True) if chunk.draws]
         for request_id in (*drawing, *description.decode_request_ids):
-            client = self.clients[request_id]
-            client.draws_planned += 1
-            assert client.draws_planned <= client.submit.max_tokens, f"request {request_id}"
+            sender = self.senders[request_id]
+            sender.draws_planned += 1
+            assert sender.draws_planned <= sender.submit.max_tokens, f"request {request_id}"

@@ -10,7 +10,7 @@ import pytest
 from graphgen.scheduler.plan import StepRecord
 from graphgen.scheduler.policy import Scheduler
 from graphgen.scheduler.request import Request, RunningRequest
-from tests.scheduler.harness import Harness, make_client, make_limits, make_submit
+from tests.scheduler.harness import Harness, make_limits, make_sender, make_submit
 
 NUM_REQUESTS = 24
 LONG_OUTPUT = 40
@@ -36,7 +36,7 @@ def prompt(request_id: int) -> list[int]:
 
 
 def stop_early(harness: Harness, request_id: int) -> None:
-    second = make_client(make_submit(request_id, prompt(request_id), 2)).drawn[1]
+    second = make_sender(make_submit(request_id, prompt(request_id), 2)).drawn[1]
     harness.add(make_submit(request_id, prompt(request_id), LONG_OUTPUT, stop=[second], deadline_ms=FAR_MS))
     harness.run()
 
@@ -65,7 +65,7 @@ def miss_its_deadline(harness: Harness, request_id: int) -> None:
 
 def preempt_each_other(harness: Harness, request_id: int) -> None:
     """The larger ones stop early: they are computed again and still end long before their last possible step."""
-    last = make_client(make_submit(request_id, prompt(request_id), 20)).drawn[19]
+    last = make_sender(make_submit(request_id, prompt(request_id), 20)).drawn[19]
     harness.add(make_submit(request_id, prompt(request_id), LONG_OUTPUT, stop=[last]))
     if request_id % 4 == 3:
         harness.run()

@@ -33,7 +33,7 @@ def serve(harness: Harness, *prompts: list[int], max_tokens: int = 2, **fields: 
     """Serves the prompts one after another; their request ids."""
     ids = []
     for prompt in prompts:
-        ids.append(len(harness.clients))
+        ids.append(len(harness.senders))
         harness.add(make_submit(ids[-1], prompt, max_tokens, **fields))  # type: ignore[arg-type]  # named by the test
         harness.run()
     return ids
@@ -64,7 +64,7 @@ def test_cached_tokens_come_with_the_first_and_the_last_token() -> None:
     serve(harness, SYSTEM)
     harness.add(make_submit(1, [*SYSTEM, 7], 3))
     got = []
-    while not harness.clients[1].reason:
+    while not harness.senders[1].reason:
         harness.schedule()
         got += [(output.request_id, output.cached_tokens) for output in harness.deliver().outputs]
     assert got == [(1, len(SYSTEM))] * 2
@@ -73,7 +73,7 @@ def test_cached_tokens_come_with_the_first_and_the_last_token() -> None:
 def test_the_next_turn_of_a_conversation_shares_prompt_and_answer() -> None:
     harness = open_harness()
     serve(harness, SYSTEM, max_tokens=12)
-    history = SYSTEM + harness.clients[0].received
+    history = SYSTEM + harness.senders[0].received
     (second,) = serve(harness, [*history, 1, 2, 3])
     # 12 + 12 tokens, of which the last one was never computed, and the one before it not known yet when the request
     # gave its pages back: five full pages, and two tokens of the sixth.
@@ -120,7 +120,7 @@ def test_a_copy_worth_less_than_an_eighth_of_a_page_is_not_made() -> None:
 def test_a_page_is_copied_while_its_owner_writes_on() -> None:
     harness = open_harness()
     harness.add(make_submit(0, [*SYSTEM, 1, 2], 8))
-    while not harness.clients[0].received:
+    while not harness.senders[0].received:
         harness.schedule()
         harness.deliver()
     harness.schedule()  # a token behind the prompt is being written to that page

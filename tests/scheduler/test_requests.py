@@ -5,7 +5,7 @@ import pytest
 from graphgen.ipc.errors import ConfigError, InvalidRequestError
 from graphgen.ipc.messages import Bucket, FinishReason, SamplerParams
 from graphgen.scheduler.policy import Scheduler
-from tests.scheduler.harness import Harness, make_client, make_limits, make_submit, tokens_of
+from tests.scheduler.harness import Harness, make_limits, make_sender, make_submit, tokens_of
 
 STOP = 7
 
@@ -79,7 +79,7 @@ def stopping_early(request_id: int) -> Harness:
     """One slot, and a request whose first token is a stop token, which a second step is planned behind."""
     harness = Harness(make_limits(num_slots=1))
     prompt = [request_id, 2, 3]
-    first = make_client(make_submit(request_id, prompt, 1)).drawn[0]
+    first = make_sender(make_submit(request_id, prompt, 1)).drawn[0]
     harness.add(make_submit(request_id, prompt, 6, stop=[first]))
     harness.schedule()
     harness.schedule()
@@ -134,7 +134,7 @@ def test_cancelling_is_the_end_wherever_the_request_is() -> None:
     assert (harness.scheduler.running, harness.scheduler.waiting) == (0, 1)
     assert harness.scheduler.pages_free == harness.scheduler.pages_total
     harness.run()
-    assert harness.clients[2].reason == "length"
+    assert harness.senders[2].reason == "length"
 
 
 def test_unknown_ids_and_second_cancels_are_ignored() -> None:
@@ -244,7 +244,7 @@ def test_a_preempted_request_keeps_its_output_and_its_prompt_length() -> None:
         harness.add(make_submit(request_id, [request_id + 1] * 6, 12))
     harness.run()
     assert harness.scheduler.counters.preemptions > 0
-    assert [len(client.received) for client in harness.clients.values()] == [12, 12]
+    assert [len(sender.received) for sender in harness.senders.values()] == [12, 12]
     inits = [chunk.init for plan in harness.plans for chunk in plan.chunks if chunk.init is not None]
     assert len(inits) == 2 + harness.scheduler.counters.preemptions
     assert {init.prompt_len for init in inits} == {6}

@@ -177,7 +177,7 @@ def test_a_token_that_cannot_be_drawn_ends_a_request_that_rests_by_then() -> Non
     place = draws(harness).index(found[0])
     (rejected,) = harness.scheduler.fail_draws(harness.results[0][0], [place])
     assert rejected.request_id == found[0]
-    harness.clients[found[0]].cancelled = True
+    harness.senders[found[0]].cancelled = True
     assert tenant.num_all_decodes == 2
     harness.check_page_owners()
     harness.check_tenants()
@@ -216,7 +216,7 @@ def test_a_request_that_rested_computes_and_shares_what_it_would_have_without() 
     harness = with_rests()
     harness.run()
     for number in range(3):
-        client = harness.clients[number]
-        harness.add(make_submit(10 + number, [*client.prompt, *client.received, 1], 2, tenant="greedy"))
+        sender = harness.senders[number]
+        harness.add(make_submit(10 + number, [*sender.prompt, *sender.received, 1], 2, tenant="greedy"))
     harness.run()
     assert harness.pages.num_hits >= 3

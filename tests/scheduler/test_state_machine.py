@@ -104,7 +104,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         sampler: SamplerParams,
     ) -> None:
         prompt_len, max_tokens = fitting(self.harness, prompt_len, max_tokens)
-        request_id = len(self.harness.clients)
+        request_id = len(self.harness.senders)
         self.harness.add(
             make_submit(
                 request_id,
@@ -121,10 +121,10 @@ class AnyInterleaving(RuleBasedStateMachine):
             )
         )
 
-    @precondition(lambda self: self.harness.clients)
+    @precondition(lambda self: self.harness.senders)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        self.harness.cancel(data.draw(st.integers(0, len(self.harness.clients)), label="request_id"))
+        self.harness.cancel(data.draw(st.integers(0, len(self.harness.senders)), label="request_id"))
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 20.0]))
     def wait(self, seconds: float) -> None:
@@ -188,7 +188,7 @@ TestAnyInterleaving.settings = settings(
 
 def any_submit(rng: random.Random, harness: Harness, tenants: Sequence[str]) -> Submit:
     prompt_len, max_tokens = fitting(harness, rng.randint(1, 40), rng.randint(1, 12))
-    request_id = len(harness.clients)
+    request_id = len(harness.senders)
     return make_submit(
         request_id,
         make_prompt(rng.randrange(3), rng.randrange(30), request_id, prompt_len),
@@ -230,8 +230,8 @@ def test_a_hundred_thousand_operations_lose_nothing(seed: int, tenants: tuple[st
             match rng.choice(["add", "cancel", "schedule", "schedule", "schedule", "deliver", "deliver", "deliver"]):
                 case "add" if harness.scheduler.waiting < 12:
                     harness.add(any_submit(rng, harness, tenants))
-                case "cancel" if rng.random() < 0.2 and harness.clients:
-                    harness.cancel(rng.randrange(len(harness.clients)))
+                case "cancel" if rng.random() < 0.2 and harness.senders:
+                    harness.cancel(rng.randrange(len(harness.senders)))
                 case "deliver" if harness.results:
                     harness.deliver()
                 case "schedule" if rng.random() < 0.01:

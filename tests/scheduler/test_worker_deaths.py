@@ -75,17 +75,17 @@ def test_kills_at_random_moments_fail_nobody(seed: int) -> None:
     harness, left, num_kills = crowd(0), 0, 0
     while num_kills < 60:
         if not harness.scheduler.request_ids:
-            for number in range(len(harness.clients), len(harness.clients) + 6):
+            for number in range(len(harness.senders), len(harness.senders) + 6):
                 prompt = [number % 50 for _ in range(rng.choice([1, 9, 30]))]
                 assert harness.add(make_submit(number, prompt, max_tokens=rng.randint(10, 30)))
-        counts = {number: len(harness.clients[number].received) for number in harness.scheduler.request_ids}
+        counts = {number: len(harness.senders[number].received) for number in harness.scheduler.request_ids}
         left = rng.randrange(12)  # steps after that
         while left and harness.scheduler.request_ids:
             while harness.schedule() is not None:
                 pass
             harness.deliver()
-            clients = [(harness.clients[number], count) for number, count in counts.items()]
-            left -= all(not client.is_live or len(client.received) > count for client, count in clients)
+            senders = [(harness.senders[number], count) for number, count in counts.items()]
+            left -= all(not sender.is_live or len(sender.received) > count for sender, count in senders)
         if harness.scheduler.request_ids:
             num_kills += 1
             assert harness.die(rng.randrange(3)) == []
@@ -135,10 +135,10 @@ def test_new_tokens_clear_a_request_of_suspicion(num_tokens: int, most_deaths: i
     """So many in each life."""
     harness = Harness(make_limits(num_pages=MANY_PAGES))
     harness.add(make_submit(0, [1, 2, 3], max_tokens=40))
-    client = harness.clients[0]
+    sender = harness.senders[0]
     for num_deaths in range(1, 11):  # far more than a request without new tokens survives
-        had = len(client.received)
-        while len(client.received) < had + num_tokens:
+        had = len(sender.received)
+        while len(sender.received) < had + num_tokens:
             assert harness.schedule() is not None
             harness.deliver()
         assert harness.schedule() is not None
@@ -147,7 +147,7 @@ def test_new_tokens_clear_a_request_of_suspicion(num_tokens: int, most_deaths: i
         assert failed == ([0] if num_deaths == most_deaths else [])
         if failed:
             break
-    assert client.cancelled == (most_deaths is not None)
+    assert sender.cancelled == (most_deaths is not None)
     harness.run()
 
 
@@ -157,7 +157,7 @@ def test_a_death_is_no_preemption_and_keeps_what_was_emitted() -> None:
         while harness.schedule() is not None:
             pass
         harness.deliver()
-    received = {request_id: list(client.received) for request_id, client in harness.clients.items()}
+    received = {request_id: list(sender.received) for request_id, sender in harness.senders.items()}
     assert any(received.values())
     preemptions = harness.scheduler.counters.preemptions
     harness.die()
@@ -165,8 +165,8 @@ def test_a_death_is_no_preemption_and_keeps_what_was_emitted() -> None:
     assert harness.scheduler.counters.preemptions == preemptions
     assert all(one.num_preemptions == 0 for one in harness.scheduler._requests.values())
     harness.run()
-    for request_id, client in harness.clients.items():
-        assert client.received[: len(received[request_id])] == received[request_id]
+    for request_id, sender in harness.senders.items():
+        assert sender.received[: len(received[request_id])] == received[request_id]
 
 
 def test_the_queue_limit_does_not_refuse_those_who_return() -> None:
