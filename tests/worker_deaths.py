@@ -1,27 +1,43 @@
-"""Kills the worker of an engine again and again while many streams run, and counts what its users lose.
+"""Ends the worker of an engine again and again while many streams run, and counts what its users lose.
 
     python -m tests.worker_deaths --times 200
+    python -m tests.worker_deaths --times 40 --kinds exit failed garbage starting
+    python -m tests.worker_deaths --times 20 --kinds stop hang
+    python -m tests.worker_deaths --times 50 --kinds quick
 
-One engine of the embedded model on the CPU in float32, STREAMS requests at a time. Each death waits until every open
-stream has a new token, and strikes at a random moment: while the engine decodes, computes prompts, preempts, or while
-the worker before has only just begun to serve. Afterwards every output must be that of an undisturbed run, token for
-token. Prints how long it took to see a death, to serve again, and to the next token of every stream. Nothing may be
-left when the engine is closed, and its processes may keep nothing of the dead workers.
+One engine of the embedded model on the CPU in float32, STREAMS requests at a time. KINDS has the ways in which a worker
+ends. Each death strikes at a random moment, while the engine decodes, computes prompts or preempts, or while the worker
+before has only just begun to serve, and waits until every open stream has a new token since the death before. Those in
+quick succession wait for a token of any stream: then a request may fail as one that ends workers, as none could tell.
+
+Afterwards every output must be that of an undisturbed run, token for token. Prints how long it took to see a death, to
+serve again, and to the next token of every stream; what a hang takes is printed for itself. Nothing may be left of a
+dead worker, nor of the engine when it is closed.
 """
 
 import argparse
+import itertools
 import logging
 import os
 import random
 import signal
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from graphgen import Engine, SamplingParams
-from graphgen.ipc.messages import EngineStats
+import zmq
+
+from graphgen import Engine, PoisonedRequestError, SamplingParams
+from graphgen.ipc.codec import Codec
+from graphgen.ipc.messages import EngineStats, StepResult
+from tests.fakes import make_result
+from tests.serving import is_alive
+from tests.soak import anonymous_mib
+from tests.traps import Harm, Traps
 
 STREAMS = 64
 SETTINGS = {"device": "cpu", "dtype": "float32", "cpu_threads": 1, "num_pages": 400, "max_num_seqs": 48}
@@ -49,18 +65,22 @@ class Reader:
 
 
 class LossNotices(logging.Handler):
-    """When the engine said that its worker is lost, as time.time(): what an operator's log would show.
+    """When the engine said that its worker is lost, as time.time(), and why: what an operator's log would show.
 
     Listens without asking the engine anything, since every question would make it look at its worker.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.times_s: list[float] = []
+        self._heard: list[tuple[float, str]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         if "wait for the worker that replaces it" in record.getMessage():
-            self.times_s.append(record.created)
+            self._heard.append((record.created, record.getMessage()))
+
+    def first_after(self, moment_s: float) -> tuple[float, str] | None:
+        """The first loss that was told after that: when, and in which words."""
+        return next((one for one in self._heard if one[0] >= moment_s), None)
 
     def __enter__(self) -> "LossNotices":
         logging.getLogger("graphgen").addHandler(self)
@@ -68,6 +88,118 @@ class LossNotices(logging.Handler):
 
     def __exit__(self, *_: object) -> None:
         logging.getLogger("graphgen").removeHandler(self)
+
+
+# --- the ways in which a worker ends -----------------------------------------------------------------------------
+
+
+class Victim(NamedTuple):
+    """An engine whose worker is to end, and what helps with it."""
+
+    engine: Engine
+    traps: Traps
+    notices: LossNotices
+    chance: random.Random
+    helpers: list[Reader]
+    """Requests that were sent so that there is a step."""
+
+    @property
+    def pid(self) -> int:
+        return self.engine.pids["worker-0"]
+
+    @property
+    def folder(self) -> Path:
+        return self.engine._core.folder
+
+
+class Struck(NamedTuple):
+    """A worker that was harmed."""
+
+    pid: int
+    at_s: float  # as time.time()
+
+
+class Kind(NamedTuple):
+    """A way to end."""
+
+    strike: Callable[[Victim], Struck]
+    loss: str
+    """What the engine says of it, among other words."""
+    words: str = ""
+    """What an operator finds in the scheduler's output besides: the worker's last words."""
+    is_hang: bool = False
+    is_quick: bool = False
+    """It waits for a new token of any stream, not of all."""
+
+
+def by_signal(number: signal.Signals) -> Callable[[Victim], Struck]:
+    def strike(victim: Victim) -> Struck:
+        struck = Struck(victim.pid, time.time())
+        os.kill(struck.pid, number)
+        return struck
+
+    return strike
+
+
+def by_trap(harm: Harm) -> Callable[[Victim], Struck]:
+    """In the next step that is launched; there is one, since a request is sent for it."""
+
+    def strike(victim: Victim) -> Struck:
+        pid = victim.pid
+        victim.traps.set_for_next_step(harm)
+        victim.helpers.append(Reader(victim.engine, [1], SamplingParams(max_tokens=1)))
+        wait_for(lambda: victim.traps.sprung_s is not None, "a step that springs the trap")
+        sprung_s = victim.traps.sprung_s
+        assert sprung_s is not None
+        return Struck(pid, sprung_s)
+
+    return strike
+
+
+def by_message(content: bytes) -> Callable[[Victim], Struck]:
+    """As a worker that has gone mad would send it."""
+
+    def strike(victim: Victim) -> Struck:
+        (folder,) = victim.folder.glob("epoch-*")
+        with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+            socket.connect(f"ipc://{folder}/worker-0.up")
+            struck = Struck(victim.pid, time.time())
+            socket.send(content)
+            wait_for(lambda: victim.notices.first_after(struck.at_s) is not None, "a word of the loss")
+        return struck
+
+    return strike
+
+
+def while_starting(victim: Victim) -> Struck:
+    """The successor of a worker that was killed, before it serves."""
+    first = by_signal(signal.SIGKILL)(victim)
+    wait_for(lambda: victim.notices.first_after(first.at_s) is not None, "a word of the first loss")
+    wait_for(lambda: has_another_worker(victim.engine, first.pid), "another worker process")
+    time.sleep(victim.chance.random() * victim.engine.start_s / 2)
+    return by_signal(signal.SIGKILL)(victim)
+
+
+def _foreign_result() -> bytes:
+    codec: Codec[StepResult, StepResult] = Codec(StepResult)
+    return codec.encode(make_result(10**6, []))
+
+
+KINDS = {
+    "kill": Kind(by_signal(signal.SIGKILL), "killed by SIGKILL"),
+    "exit": Kind(by_trap("exit"), "ended with exit code 3", "springs its trap"),
+    "failed": Kind(by_trap("raise"), "failed with RuntimeError", "springs its trap"),
+    "failed-later": Kind(by_trap("raise later"), "failed with RuntimeError", "springs its trap"),
+    "garbage": Kind(by_message(b"no message at all"), "sent what cannot be"),
+    "foreign": Kind(by_message(_foreign_result()), "sent what cannot be"),
+    "starting": Kind(while_starting, "killed by SIGKILL"),
+    "stop": Kind(by_signal(signal.SIGSTOP), "hung: a step did not end", is_hang=True),
+    "hang": Kind(by_trap("hang"), "hung: a step did not end", "in _do", is_hang=True),  # the words are its stacks
+    "quick": Kind(by_signal(signal.SIGKILL), "killed by SIGKILL", is_quick=True),
+}
+
+
+# --- the run -----------------------------------------------------------------------------------------------------
 
 
 def make_requests(chance: random.Random, count: int) -> list[tuple[list[int], SamplingParams]]:
@@ -97,61 +229,128 @@ def wait_for(condition: Callable[[], bool], what: str) -> float:
     return time.monotonic() - begun_s
 
 
-def run(times: int, seed: int, how: int = signal.SIGKILL) -> dict[str, float]:
-    """Raises AssertionError when a token is lost, doubled or another, or when something is left. The figures
-    otherwise."""
+class Figures:
+    """What was measured, of every death."""
+
+    def __init__(self) -> None:
+        self.seen_s: list[float] = []
+        self.hangs_seen_s: list[float] = []
+        self.resumed_s: list[float] = []
+        self.num_deaths = 0
+        self.num_poisoned = 0
+
+    def table(self, start_s: float, stats: EngineStats, grown_mib: float) -> dict[str, float]:
+        figures = {"deaths": self.num_deaths, "start_s": start_s}
+        if self.seen_s:
+            figures["seen_p50_ms"] = 1000.0 * statistics.median(self.seen_s)
+            figures["seen_p99_ms"] = 1000.0 * sorted(self.seen_s)[int(0.99 * len(self.seen_s))]
+        if self.hangs_seen_s:
+            figures["hang_seen_max_s"] = max(self.hangs_seen_s)
+        if self.resumed_s:
+            figures["resumed_p50_s"] = statistics.median(self.resumed_s)
+            figures["resumed_max_s"] = max(self.resumed_s)
+        return figures | {
+            "pause_s": stats.worker_pause_s,
+            "failed_as_poisoned": self.num_poisoned,
+            "scheduler_grown_mib": grown_mib,
+        }
+
+
+def run(
+    times: int, seed: int, kinds: Sequence[str] = ("kill",), streams: int = STREAMS, hung_s: float | None = None
+) -> dict[str, float]:
+    """Deaths of these kinds in turn. Raises AssertionError when a token is lost, doubled or another, or when something
+    is left. The figures otherwise. hung_s: see Traps."""
     chance = random.Random(seed)
-    seen_s: list[float] = []
-    resumed_s: list[float] = []
-    files_before = num_files(os.getpid())
-    with LossNotices() as notices, Engine(**SETTINGS) as engine:  # type: ignore[arg-type]  # a plain dict of settings
-        start_s, folder, scheduler = engine.start_s, engine._core.folder, engine.pids["scheduler"]
-        files_of_scheduler = num_files(scheduler)
-        while len(resumed_s) < times:
-            requests = make_requests(chance, STREAMS)
-            expected = [output.token_ids for output in engine.generate(*map(list, zip(*requests, strict=True)))]
-            readers = [Reader(engine, *request) for request in requests]
-            while len(resumed_s) < times and any(not reader.ended for reader in readers):
-                counts = [len(reader.token_ids) for reader in readers]
-                time.sleep(chance.random() * 0.1)
-                seen_s.append(kill(engine, how, notices))
-                resumed_s.append(
-                    wait_for(lambda: all(has_more(*pair) for pair in zip(readers, counts, strict=True)), "new tokens")  # noqa: B023  # called before the next turn
-                )
-            for reader, token_ids in zip(readers, expected, strict=True):
-                reader.thread.join(WAIT_S)
-                assert reader.error is None, f"a stream ended with {reader.error!r}"
-                assert reader.token_ids == list(token_ids), "tokens were lost, doubled or changed"
-        stats = engine.stats()
-        check_idle(stats)
-        assert stats.worker_restarts == len(resumed_s), f"{len(resumed_s)} deaths, {stats.worker_restarts} restarts"
-        assert num_files(scheduler) == files_of_scheduler, "the scheduler keeps files or sockets of dead workers"
+    deaths = list(itertools.islice(itertools.cycle([KINDS[name] for name in kinds]), times))
+    figures, files_before = Figures(), num_files(os.getpid())
+    with tempfile.TemporaryDirectory() as traps_folder:
+        traps = Traps(Path(traps_folder))
+        with LossNotices() as notices, traps.in_environment(hung_s), Engine(**SETTINGS) as engine:  # type: ignore[arg-type]  # a plain dict of settings
+            victim = Victim(engine, traps, notices, chance, [])
+            start_s, folder, scheduler = engine.start_s, victim.folder, engine.pids["scheduler"]
+            held_before, mib_before = num_held(victim), 0.0
+            while deaths:
+                _one_round(victim, deaths, streams, figures)
+                mib_before = mib_before or anonymous_mib(scheduler)
+            stats = engine.stats()
+            check_idle(stats)
+            assert stats.poisoned == figures.num_poisoned
+            assert num_held(victim) == held_before, "the scheduler keeps files, sockets or folders of dead workers"
+            grown_mib = anonymous_mib(scheduler) - mib_before
     assert not leftovers(folder), leftovers(folder)
     assert num_files(os.getpid()) == files_before, "the engine leaves files or sockets in its program"
-    return {
-        "deaths": len(resumed_s),
-        "start_s": start_s,
-        "seen_p50_ms": 1000.0 * statistics.median(seen_s),
-        "seen_p99_ms": 1000.0 * sorted(seen_s)[int(0.99 * len(seen_s))],
-        "resumed_p50_s": statistics.median(resumed_s),
-        "resumed_max_s": max(resumed_s),
-        "pause_s": stats.worker_pause_s,
-    }
+    return figures.table(start_s, stats, grown_mib)
 
 
-def kill(engine: Engine, how: int, notices: LossNotices) -> float:
+def _one_round(victim: Victim, deaths: list[Kind], streams: int, figures: Figures) -> None:
+    """Requests from their first token to their last, and as many of the deaths as strike meanwhile."""
+    engine, chance = victim.engine, victim.chance
+    requests = make_requests(chance, streams)
+    expected = [output.token_ids for output in engine.generate(*map(list, zip(*requests, strict=True)))]
+    restarts = engine.stats().worker_restarts
+    readers = [Reader(engine, *request) for request in requests]
+    num_kills, is_quick = 0, False
+    while deaths and any(not reader.ended for reader in readers):
+        kind = deaths.pop(0)
+        is_quick |= kind.is_quick
+        counts = [len(reader.token_ids) for reader in readers]
+        time.sleep(chance.random() * 0.1)
+        (figures.hangs_seen_s if kind.is_hang else figures.seen_s).append(die(victim, kind))
+        num_kills += 2 if kind.strike is while_starting else 1
+        figures.num_deaths += 1
+        if deaths and deaths[0].is_quick:
+            wait_for(lambda: any(map(has_more, readers, counts)), "a new token")  # noqa: B023  # called before the next turn
+        else:
+            seconds = wait_for(lambda: all(map(has_more, readers, counts)), "new tokens")  # noqa: B023  # as above
+            figures.resumed_s.append(seconds)
+    for reader, token_ids in zip(readers, expected, strict=True):
+        reader.thread.join(WAIT_S)
+        if is_quick and isinstance(reader.error, PoisonedRequestError):
+            figures.num_poisoned += 1
+            token_ids = token_ids[: len(reader.token_ids)]
+        else:
+            assert reader.error is None, f"a stream ended with {reader.error!r}"
+        assert reader.token_ids == list(token_ids), "tokens were lost, doubled or changed"
+    for helper in victim.helpers:
+        helper.thread.join(WAIT_S)
+    victim.helpers.clear()
+    restarts = engine.stats().worker_restarts - restarts
+    assert restarts == num_kills, f"{num_kills} deaths, {restarts} restarts"
+
+
+def die(victim: Victim, kind: Kind) -> float:
     """Returns when another worker is there, so that each death is a death of its own: seconds until it was seen."""
-    pid, num_seen = engine.pids["worker-0"], len(notices.times_s)
-    killed_s = time.time()
-    os.kill(pid, how)
-    wait_for(lambda: len(notices.times_s) > num_seen, "a word of the loss")
-    wait_for(lambda: engine.pids.get("worker-0") not in (pid, None), "another worker process")
-    return notices.times_s[num_seen] - killed_s
+    struck = kind.strike(victim)
+    wait_for(lambda: victim.notices.first_after(struck.at_s) is not None, "a word of the loss")
+    notice = victim.notices.first_after(struck.at_s)
+    assert notice is not None
+    seen_s, said = notice
+    assert kind.loss in said, said
+    wait_for(lambda: has_another_worker(victim.engine, struck.pid), "another worker process")
+    assert not is_alive(struck.pid)
+    logged = (victim.folder / "scheduler.log").read_text()
+    assert kind.words in logged.rpartition(kind.loss)[2], "an operator reads the worker's last words"
+    return seen_s - struck.at_s
+
+
+def has_another_worker(engine: Engine, pid: int) -> bool:
+    return engine.pids.get("worker-0") not in (pid, None)
+
+
+# --- what may be left --------------------------------------------------------------------------------------------
 
 
 def num_files(pid: int) -> int:
     """Open files, sockets and pidfds of a process."""
     return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def num_held(victim: Victim) -> tuple[int, int, int]:
+    """What the scheduler holds for its worker: open files, folders of sockets, files with process ids."""
+    folder = victim.folder
+    pid = victim.engine.pids["scheduler"]
+    return num_files(pid), len(list(folder.glob("epoch-*"))), len(list(folder.glob("*.pid")))
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -182,9 +381,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--times", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--signal", choices=["KILL", "STOP"], default="KILL", help="STOP: a worker that hangs")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=["kill"], help="these, in turn")
     arguments = parser.parse_args()
-    figures = run(arguments.times, arguments.seed, getattr(signal, f"SIG{arguments.signal}"))
+    figures = run(arguments.times, arguments.seed, arguments.kinds)
     print(", ".join(f"{name} {value:.3g}" for name, value in figures.items()), "- no token lost or doubled")
 
 

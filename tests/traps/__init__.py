@@ -1,8 +1,9 @@
-"""Token ids that harm the worker which computes them: for tests of what an engine does then.
+"""Steps and token ids that harm the worker which computes them: for tests of what an engine does then.
 
 Nothing of this is in the shipped code. `hook/sitecustomize.py` is imported by every Python process that has its folder
-on the import path; in a worker it wraps `ModelRunner.launch`, see `tests.traps.in_worker`. In the processes of a server
-it lets a test count objects, see `tests.traps.counting`.
+on the import path. In a worker it wraps `ModelRunner.launch`, see `tests.traps.in_worker`; in a scheduler it may
+shorten what counts as a hang, see `tests.traps.in_scheduler`. In the processes of a server it lets a test count
+objects, see `tests.traps.counting`.
 """
 
 import contextlib
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Literal
 
 FOLDER_VARIABLE = "GRAPHGEN_TEST_TRAPS"
+HUNG_VARIABLE = "GRAPHGEN_TEST_HUNG_S"
+NEXT_STEP, SPRUNG = "next-step", "sprung"
+"""Files in the folder, beside those that are named like token ids."""
 HOOK = Path(__file__).resolve().parent / "hook"
 Harm = Literal["exit", "raise", "raise later", "kill", "hang"]
 """exit: exit code 3; raise: an exception in `launch`; raise later: one when its tokens are fetched; kill: a signal;
@@ -22,18 +26,23 @@ token in its prompt."""
 
 
 class Traps:
-    """Which token ids do what. They may be set while the engine runs."""
+    """Which token ids do what, or the next step. They may be set while the engine runs."""
 
     def __init__(self, folder: Path) -> None:
         """folder: an empty one of this test's own."""
         self._folder = folder
 
     @contextlib.contextmanager
-    def in_environment(self) -> Iterator[None]:
-        """Engines and servers that are started meanwhile have workers with these traps."""
-        before = {name: os.environ.get(name) for name in ("PYTHONPATH", FOLDER_VARIABLE)}
+    def in_environment(self, hung_s: float | None = None) -> Iterator[None]:
+        """Engines and servers that are started meanwhile have workers with these traps.
+
+        hung_s: seconds after which a worker that answers nothing counts as hung; None: as many as always.
+        """
+        before = {name: os.environ.get(name) for name in ("PYTHONPATH", FOLDER_VARIABLE, HUNG_VARIABLE)}
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HOOK), before["PYTHONPATH"])))
         os.environ[FOLDER_VARIABLE] = str(self._folder)
+        if hung_s is not None:
+            os.environ[HUNG_VARIABLE] = str(hung_s)
         try:
             yield
         finally:
@@ -44,6 +53,25 @@ class Traps:
 
     def set(self, token_id: int, harm: Harm, once: bool = False, rows: Rows = "chunks") -> None:
         """once: the trap is gone when it has been sprung, so that the next worker computes the token."""
-        partial = self._folder / "partial"
-        partial.write_text(f"{rows}\n{harm}\n{'once' if once else 'always'}")
-        partial.rename(self._folder / str(token_id))
+        self._write(str(token_id), f"{rows}\n{harm}\n{'once' if once else 'always'}")
+
+    def set_for_next_step(self, harm: Harm) -> None:
+        """The next step that a worker launches springs it, whatever it computes; `sprung_s` tells when."""
+        (self._folder / SPRUNG).unlink(missing_ok=True)
+        self._write(NEXT_STEP, harm)
+
+    @property
+    def sprung_s(self) -> float | None:
+        """When a step sprang the trap that was set for it, as time.time(); None: none has yet."""
+        path = self._folder / SPRUNG
+        return float(path.read_text()) if path.exists() else None
+
+    def _write(self, name: str, content: str) -> None:
+        write_at_once(self._folder / name, content)
+
+
+def write_at_once(path: Path, content: str) -> None:
+    """A reader sees all of it or nothing."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(content)
+    partial.rename(path)

@@ -3,47 +3,20 @@
 Never imports torch: it is loaded before the worker's own first lines, which want to be the first to do that.
 """
 
-import importlib.machinery
-import importlib.util
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from tests.traps import FOLDER_VARIABLE
-
-RUNNER = "graphgen.worker.runner"
+from tests.traps import FOLDER_VARIABLE, NEXT_STEP, SPRUNG, write_at_once
+from tests.traps.imports import when_imported
 
 
 def install() -> None:
     """Called in the first moment of a worker's process."""
-    sys.meta_path.insert(0, _RunnerFinder())
-
-
-class _RunnerFinder:
-    """Finds the runner's module alone, and changes it once it is imported."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name != RUNNER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        assert spec is not None
-        loader: Any = spec.loader  # typeshed does not say that it has exec_module
-        execute = loader.exec_module
-
-        def execute_and_wrap(module: ModuleType) -> None:
-            execute(module)
-            wrap_launch(module)
-
-        loader.exec_module = execute_and_wrap
-        return spec
+    when_imported("graphgen.worker.runner", wrap_launch)
 
 
 def wrap_launch(runner_module: Any) -> None:  # a module
@@ -55,7 +28,8 @@ def wrap_launch(runner_module: Any) -> None:  # a module
     trapped: dict[int, int] = {}  # slots, and the token whose trap their decode rows spring
 
     def launch_or_not(self: Any, plan: Any, received_s: float) -> Any:  # as ModelRunner.launch
-        harms = [_take(folder, trapped[slot]) for slot in unpack_int32(plan.decode_slots) if slot in trapped]
+        harms = _take_for_step(folder)
+        harms += [_take(folder, trapped[slot]) for slot in unpack_int32(plan.decode_slots) if slot in trapped]
         token_ids, end = unpack_int32(plan.chunk_token_ids), 0
         for chunk in plan.chunks:
             if chunk.init is not None:  # the slot has a new owner
@@ -73,6 +47,18 @@ def wrap_launch(runner_module: Any) -> None:  # a module
         return _broken(step) if "raise later" in harms else step
 
     runner_module.ModelRunner.launch = launch_or_not
+
+
+def _take_for_step(folder: Path) -> list[str]:
+    """What a step does that is launched now, if a trap is set for it."""
+    path = folder / NEXT_STEP
+    if not path.exists():
+        return []
+    harm = path.read_text()
+    path.unlink()
+    print(f"a step springs its trap: {harm}", file=sys.stderr, flush=True)
+    write_at_once(folder / SPRUNG, repr(time.time()))
+    return [harm]
 
 
 def _rows(folder: Path, token_id: int) -> str | None:
