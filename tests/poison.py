@@ -33,7 +33,6 @@ def run(num_others: int, seed: int = 0, harm: Harm = "exit", rows: Rows = "chunk
             expected = [output.token_ids for output in engine.generate(*map(list, zip(*requests, strict=True)))]
             token_id = unused_token([*(prompt for prompt, _ in requests), *map(list, expected)])
             poison = ([5, 6, token_id, 7], requests[0][1])
-            of_culprit = engine.generate([poison[0]], poison[1])[0].token_ids
             traps.set(token_id, harm, rows=rows)
             begun_s = time.monotonic()
             half = num_others // 2
@@ -48,11 +47,13 @@ def run(num_others: int, seed: int = 0, harm: Harm = "exit", rows: Rows = "chunk
             check_idle(stats)
             assert 3 <= stats.worker_restarts <= DEATHS[rows], stats
             assert stats.poisoned == 1, stats
-            assert culprit[0].token_ids == list(of_culprit[: len(culprit[0].token_ids)])
-            assert len(culprit[0].token_ids) <= (0 if rows == "chunks" else stats.worker_restarts)
+            had = tuple(culprit[0].token_ids)
+            assert len(had) <= (0 if rows == "chunks" else stats.worker_restarts)
             check_error(culprit[0].error, stats.worker_restarts)
             check_others(others, expected)
             assert engine.generate([requests[0][0]], requests[0][1])[0].token_ids == expected[0]
+            traps.remove(token_id)
+            assert engine.generate([poison[0]], poison[1])[0].token_ids[: len(had)] == had
     return {"others": num_others, "deaths": stats.worker_restarts, "seconds": seconds, "start_s": engine.start_s}
 
 

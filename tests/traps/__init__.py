@@ -55,6 +55,9 @@ class Traps:
         """once: the trap is gone when it has been sprung, so that the next worker computes the token."""
         self._write(str(token_id), f"{rows}\n{harm}\n{'once' if once else 'always'}")
 
+    def remove(self, token_id: int) -> None:
+        (self._folder / str(token_id)).unlink()
+
     def set_for_next_step(self, harm: Harm) -> None:
         """The next step that a worker launches springs it, whatever it computes; `sprung_s` tells when."""
         (self._folder / SPRUNG).unlink(missing_ok=True)

@@ -13,6 +13,9 @@ from typing import Any
 from tests.traps import FOLDER_VARIABLE, NEXT_STEP, SPRUNG, write_at_once
 from tests.traps.imports import when_imported
 
+RESULT_S = 0.1
+"""Within this the result of a step is at the scheduler."""
+
 
 def install() -> None:
     """Called in the first moment of a worker's process."""
@@ -29,7 +32,10 @@ def wrap_launch(runner_module: Any) -> None:  # a module
 
     def launch_or_not(self: Any, plan: Any, received_s: float) -> Any:  # as ModelRunner.launch
         harms = _take_for_step(folder)
-        harms += [_take(folder, trapped[slot]) for slot in unpack_int32(plan.decode_slots) if slot in trapped]
+        in_decodes = [trapped[slot] for slot in unpack_int32(plan.decode_slots) if slot in trapped]
+        if in_decodes:
+            time.sleep(RESULT_S)  # so that the token which the decode row computes has reached its request
+        harms += [_take(folder, token_id) for token_id in in_decodes]
         token_ids, end = unpack_int32(plan.chunk_token_ids), 0
         for chunk in plan.chunks:
             if chunk.init is not None:  # the slot has a new owner
