@@ -5,9 +5,10 @@ Called by `graphgen.scheduler.loop`.
 
 A step may take LATE_FACTOR times its prediction, and never less than LATE_S, before its stacks are asked for, and
 HUNG_S more before its group is ended. A step of a bucket that nobody has timed, as many are on a CPU, is predicted by
-its rows and the time that a row of the steps before it took; the first of these in a group gets UNKNOWN_S, and so does
-every one where it may be compiled when it runs. Time in which the scheduler itself did not run, for instance
-because the machine was suspended, does not count: of each pause between two looks only MAX_PAUSE_S.
+the largest of the steps before it: so many times its rows take at most so many times as long. The first of these in a
+group gets UNKNOWN_S, and so does every one where it may be compiled when it runs. Time in which the scheduler itself
+did not run, for instance because the machine was suspended, does not count: of each pause between two looks only
+MAX_PAUSE_S.
 """
 
 import enum
@@ -21,7 +22,7 @@ MAX_PAUSE_S = 0.5
 LOOK_S = 0.25
 """How often to look while a step is in flight."""
 STEPS_KEPT = 16
-"""How many of the newest steps say what a row takes. In a small step a row takes more time than in a large one."""
+"""Of how many of the newest steps the largest counts. A small one says little: there a row takes far more time."""
 
 
 class Verdict(enum.Enum):
@@ -38,7 +39,7 @@ class StepWatch:
     def __init__(self, now_s: float, steps_compile: bool) -> None:
         """steps_compile: a step of a new shape may be compiled before it runs."""
         self._steps_compile = steps_compile
-        self._row_ms: deque[float] = deque(maxlen=STEPS_KEPT)  # of each of the newest steps
+        self._newest: deque[tuple[int, float]] = deque(maxlen=STEPS_KEPT)  # rows of each, and its milliseconds
         self._looked_s = now_s
         self._ran_s = 0.0
         self._limits: deque[float] = deque()
@@ -58,21 +59,23 @@ class StepWatch:
     def _limit_s(self, predicted_ms: float | None, num_rows: int) -> float:
         if predicted_ms is not None:
             return max(LATE_S, LATE_FACTOR * predicted_ms / 1000.0)
-        if self._steps_compile or not self._row_ms:
+        if self._steps_compile or not self._newest:
             return UNKNOWN_S
-        return min(UNKNOWN_S, max(LATE_S, LATE_FACTOR * max(self._row_ms) * num_rows / 1000.0))
+        largest, milliseconds = max(self._newest)
+        likely_s = milliseconds / 1000.0 * max(1.0, num_rows / largest)
+        return min(UNKNOWN_S, max(LATE_S, LATE_FACTOR * likely_s))
 
     def answered(self, milliseconds: float) -> None:
         """The result of the oldest step has come. milliseconds: what it took on the device."""
         self._limits.popleft()
-        self._row_ms.append(milliseconds / max(1, self._num_rows.popleft()))
+        self._newest.append((max(1, self._num_rows.popleft()), milliseconds))
         self._oldest_since_s = self._ran_s
 
     def forget(self) -> None:
         """The worker group is gone, and its steps with it."""
         self._limits.clear()
         self._num_rows.clear()
-        self._row_ms.clear()
+        self._newest.clear()
 
     def look(self, now_s: float) -> Verdict:
         """To be called at least every LOOK_S while a step is in flight."""

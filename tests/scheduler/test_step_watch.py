@@ -3,7 +3,16 @@
 import pytest
 
 from graphgen.launch.starts import MAX_STARTS, WITHIN_S, StartLimit
-from graphgen.scheduler.step_watch import HUNG_S, LATE_FACTOR, LATE_S, MAX_PAUSE_S, UNKNOWN_S, StepWatch, Verdict
+from graphgen.scheduler.step_watch import (
+    HUNG_S,
+    LATE_FACTOR,
+    LATE_S,
+    MAX_PAUSE_S,
+    STEPS_KEPT,
+    UNKNOWN_S,
+    StepWatch,
+    Verdict,
+)
 
 LOOK_S = 0.25  # how often these tests look
 
@@ -36,23 +45,38 @@ def test_a_step_is_late_by_its_prediction_and_hung_a_while_after(predicted_ms: f
     assert clock.run(0.2) is Verdict.HUNG
 
 
+Steps = list[tuple[int, float]]
+
+
 @pytest.mark.parametrize(
-    ("row_ms", "num_rows", "steps_compile", "late_s"),
+    ("steps", "num_rows", "late_s"),
     [
-        (1.0, 10, False, LATE_S),
-        (50.0, 10, False, LATE_FACTOR * 0.5),
-        (1000.0, 512, False, UNKNOWN_S),
-        (1.0, 10, True, UNKNOWN_S),
+        ([(4, 4.0)], 10, LATE_S),
+        ([(4, 200.0)], 10, LATE_FACTOR * 0.5),
+        ([(4, 4000.0)], 512, UNKNOWN_S),
+        ([(100, 300.0)], 10, LATE_FACTOR * 0.3),  # a smaller step takes no longer
+        ([(1, 150.0), (50, 200.0), (1, 150.0)], 200, LATE_FACTOR * 0.8),  # small ones say nothing of a large one
+        ([(50, 400.0)] + [(1, 150.0)] * STEPS_KEPT, 2, LATE_FACTOR * 0.3),
     ],
 )
-def test_a_step_that_nobody_has_timed_is_predicted_by_its_rows(
-    row_ms: float, num_rows: int, steps_compile: bool, late_s: float
+def test_a_step_that_nobody_has_timed_is_predicted_by_the_largest_of_the_newest(
+    steps: Steps, num_rows: int, late_s: float
 ) -> None:
-    clock = Clock(steps_compile)
-    clock.watch.sent(None, 4)
-    clock.watch.answered(4 * row_ms)
+    clock = Clock()
+    for rows, milliseconds in steps:
+        clock.watch.sent(None, rows)
+        clock.watch.answered(milliseconds)
     clock.watch.sent(None, num_rows)
     assert clock.run(late_s - 0.1) is Verdict.FINE
+    assert clock.run(0.2) is Verdict.LATE
+
+
+def test_a_step_that_may_be_compiled_gets_minutes() -> None:
+    clock = Clock(steps_compile=True)
+    clock.watch.sent(None, 4)
+    clock.watch.answered(4.0)
+    clock.watch.sent(None, 10)
+    assert clock.run(UNKNOWN_S - 0.1) is Verdict.FINE
     assert clock.run(0.2) is Verdict.LATE
 
 
