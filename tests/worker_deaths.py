@@ -294,13 +294,13 @@ def _one_round(victim: Victim, deaths: list[Kind], streams: int, figures: Figure
     while deaths and any(not reader.ended for reader in readers):
         kind = deaths.pop(0)
         is_quick |= kind.is_quick
-        counts = [len(reader.token_ids) for reader in readers]
         time.sleep(chance.random() * 0.1)
         (figures.hangs_seen_s if kind.is_hang else figures.seen_s).append(die(victim, kind))
+        counts = [len(reader.token_ids) for reader in readers]  # what the dead one computed has come by now
         num_kills += 2 if kind.strike is while_starting else 1
         figures.num_deaths += 1
         if deaths and deaths[0].is_quick:
-            wait_for(lambda: any(map(has_more, readers, counts)), "a new token")  # noqa: B023  # called before the next turn
+            wait_for(lambda: any_has_more(readers, counts), "a new token")  # noqa: B023  # called before the next turn
         else:
             seconds = wait_for(lambda: all(map(has_more, readers, counts)), "new tokens")  # noqa: B023  # as above
             figures.resumed_s.append(seconds)
@@ -369,6 +369,12 @@ def leftovers(folder: Path) -> list[str]:
 
 def has_more(reader: Reader, count: int) -> bool:
     return reader.ended or len(reader.token_ids) > count
+
+
+def any_has_more(readers: Sequence[Reader], counts: Sequence[int]) -> bool:
+    """So that a step was computed. Or all have ended."""
+    has_token = any(len(reader.token_ids) > count for reader, count in zip(readers, counts, strict=True))
+    return has_token or all(reader.ended for reader in readers)
 
 
 def check_idle(stats: EngineStats) -> None:
