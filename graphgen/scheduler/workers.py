@@ -192,7 +192,8 @@ class Workers:
             case State.SERVING:
                 return self._standby.due_s
             case State.STARTING:
-                return min(self._serves_by_s, self._first_word_by_s if self._silent else self._serves_by_s)
+                due_s = min(self._serves_by_s, self._first_word_by_s) if self._silent else self._serves_by_s
+                return None if math.isinf(due_s) else due_s
             case State.ENDING:
                 return time.monotonic() + ENDING_LOOK_S
 
