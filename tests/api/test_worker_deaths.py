@@ -10,6 +10,7 @@ import pytest
 from graphgen import Engine, EngineDeadError, SamplingParams
 from graphgen.launch.starts import MAX_STARTS
 from tests import poison, worker_deaths
+from tests.serving import is_alive
 from tests.traps import Traps
 from tests.worker_deaths import (
     KINDS,
@@ -23,6 +24,7 @@ from tests.worker_deaths import (
     wait_for,
 )
 
+PROMPT = [5, 6, 7]
 SAMPLING = SamplingParams(max_tokens=120, temperature=0.0, ignore_eos=True)
 SEEN_S = 0.1
 """A death is seen within this even on a busy machine, and so by its end and not by a look at the clock (LOOK_S). How
@@ -76,19 +78,19 @@ def test_cancelling_in_the_gap_ends_a_request(victim: Victim) -> None:
 
 def test_the_process_that_stands_by_takes_over_and_ends_with_the_engine() -> None:
     with Engine(device="cpu", cpu_threads=1, num_pages=100, standby=True) as engine:
-        expected = engine.generate(PROMPTS[0], SAMPLING)[0].token_ids
+        expected = engine.generate(PROMPT, SAMPLING)[0].token_ids
         wait_for(lambda: "standby-0" in engine.pids, "one stands by")
         standby = engine.pids["standby-0"]
-        stream = engine.stream(PROMPTS[0], SAMPLING)
+        stream = engine.stream(PROMPT, SAMPLING)
         token_ids = list(next(stream).token_ids)
-        crash(engine)
+        os.kill(engine.pids["worker-0"], signal.SIGKILL)
         for piece in stream:
             token_ids += piece.token_ids
         assert token_ids == list(expected)
         assert engine.pids["worker-0"] == standby
         wait_for(lambda: engine.pids.get("standby-0") not in (standby, None), "the next one stands by")
         os.kill(engine.pids["standby-0"], signal.SIGKILL)
-        assert engine.generate(PROMPTS[0], SAMPLING)[0].token_ids == expected
+        assert engine.generate(PROMPT, SAMPLING)[0].token_ids == expected
         assert engine.stats().worker_restarts == 1, "what only stood by is nobody's loss"
         folder, pids = engine._core.folder, engine.pids
         os.kill(pids["scheduler"], signal.SIGKILL)
