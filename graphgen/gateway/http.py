@@ -16,8 +16,6 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
-Result = TypeVar("Result")
 Body = TypeVar("Body")
 
 BODY_S = 30.0
@@ -100,21 +98,6 @@ def _one_line(text: bytes) -> bytes:
         if end in text:
             text = text.replace(end, escaped)
     return text
-
-
-async def watched(receive: Receive, work: Awaitable[Result]) -> Result:
-    """The result of the work, which is cancelled when the client leaves. Raises GoneError then."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(until_gone(receive))
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise GoneError
-        return task.result()
-    finally:
-        for one in (task, gone):
-            one.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
 
 
 async def until_gone(receive: Receive) -> None:

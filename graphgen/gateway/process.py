@@ -5,6 +5,7 @@ It may die at any time: the supervisor starts another, and clients that connect 
 
 import asyncio
 import contextlib
+import resource
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +17,14 @@ from graphgen.base.logs import log_to_stderr
 from graphgen.base.memory import limit_memory
 from graphgen.gateway.app import make_app
 from graphgen.gateway.endpoints import Endpoints
+from graphgen.gateway.protocol import LimitedProtocol
 from graphgen.gateway.settings import END_SIGNAL, GatewaySettings
 from graphgen.launch.processes import end_with_parent
 from graphgen.remote.core import RemoteCore
 
+MOST_CONNECTIONS = 4096
+SPARE_DESCRIPTORS = 64
+"""For all else than connections."""
 KEEP_ALIVE_S = 65
 """For which an idle connection stays open: longer than proxies keep theirs, which would else use one that is closed."""
 
@@ -41,7 +46,8 @@ def main(folder: Path, parent_pid: int) -> None:
 async def _serve(core: RemoteCore, settings: GatewaySettings) -> None:
     config = uvicorn.Config(
         make_app(Endpoints(core, settings.model_names)),
-        http="httptools",
+        http=LimitedProtocol,
+        limit_concurrency=_most_connections(),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -52,6 +58,12 @@ async def _serve(core: RemoteCore, settings: GatewaySettings) -> None:
     server = _Server(config)
     asyncio.get_running_loop().add_signal_handler(END_SIGNAL, server.end)
     await server.serve(sockets=[socket.socket(fileno=settings.descriptor)])
+
+
+def _most_connections() -> int:
+    """A request beyond them is answered with 503."""
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return max(1, min(MOST_CONNECTIONS, descriptors - SPARE_DESCRIPTORS))
 
 
 class _Server(uvicorn.Server):
