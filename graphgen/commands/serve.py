@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from graphgen.gateway.keys import FOLDER as HTTP_KEYS
+from graphgen.gateway.keys import make_key
 from graphgen.ipc.ggp.limits import MAX_PRIORITY
 from graphgen.launch.config import EngineConfig
 from graphgen.server.frontend.keys import Keys, default_folder
@@ -70,6 +72,17 @@ def allow(
     """Let a client in by its public key; a running server needs no restart. Remove the file to shut it out: its
     sessions end as well, within two seconds."""
     _say(str(_open(keys).allow(name, public_key, max_priority)))
+
+
+@keys_app.command()
+def http(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose it is.")],
+    max_priority: MaxPriority = MAX_PRIORITY,
+    keys: KeysFolder = None,
+) -> None:
+    """Make an API key for HTTP, and print it: it is kept nowhere. A running server needs no restart. Remove
+    http/NAME.key in the folder to shut it out."""
+    _say(make_key(_open(keys).folder / HTTP_KEYS, name, max_priority))
 
 
 def _open(folder: Path | None) -> Keys:

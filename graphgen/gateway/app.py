@@ -12,18 +12,23 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from graphgen.gateway.endpoints import Endpoints
+from graphgen.gateway.endpoints import HOLDER, Endpoints
 from graphgen.gateway.errors import ApiError, error_of
 from graphgen.gateway.http import GoneError, Message, Receive, Scope, Send, send_error
+from graphgen.gateway.keys import ApiKeys, Holder
 
 logger = logging.getLogger("graphgen.gateway")
 
 
 class _Endpoint:
-    """An endpoint as an application of its own, whose failures are answered."""
+    """An endpoint as an application of its own, whose failures are answered.
 
-    def __init__(self, serve: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+    keys: who may call it; None: everyone. Whose key it was is in the scope.
+    """
+
+    def __init__(self, serve: Callable[[Scope, Receive, Send], Awaitable[None]], keys: ApiKeys | None) -> None:
         self._serve = serve
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun = False
@@ -34,6 +39,8 @@ class _Endpoint:
             await send(message)
 
         try:
+            if self._keys is not None:
+                scope[HOLDER] = _holder_of(scope, self._keys)
             await self._serve(scope, receive, send_on)
         except GoneError:
             pass
@@ -45,7 +52,8 @@ class _Endpoint:
                 await send_error(send, answer)
 
 
-def make_app(endpoints: Endpoints) -> Starlette:
+def make_app(endpoints: Endpoints, keys: ApiKeys | None = None) -> Starlette:
+    """keys: which are asked for below /v1; probes need none."""
     routes = [
         ("POST", "/v1/chat/completions", endpoints.chat_completions),
         ("POST", "/v1/completions", endpoints.completions),
@@ -55,9 +63,25 @@ def make_app(endpoints: Endpoints) -> Starlette:
         ("GET", "/ready", endpoints.ready),
     ]
     return Starlette(
-        routes=[Route(path, _Endpoint(serve), methods=[method]) for method, path, serve in routes],
+        routes=[
+            Route(path, _Endpoint(serve, keys if path.startswith("/v1/") else None), methods=[method])
+            for method, path, serve in routes
+        ],
         exception_handlers={HTTPException: _no_endpoint},
     )
+
+
+def _holder_of(scope: Scope, keys: ApiKeys) -> Holder:
+    """Raises ApiError for a request without a key that is let in."""
+    headers = dict(scope["headers"])
+    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() != b"bearer":
+        key = headers.get(b"x-api-key", b"")
+    holder = keys.find(key.decode("latin-1").strip())
+    if holder is None:
+        text = "no API key of this server: send it as `authorization: Bearer KEY`"
+        raise ApiError(401, text, "invalid_api_key", headers=[(b"www-authenticate", b"Bearer")])
+    return holder
 
 
 async def _no_endpoint(request: Request, error: Exception) -> Response:

@@ -9,8 +9,9 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Struct, UnsetType, structs
 
+from graphgen.base.salt import cache_salt
 from graphgen.calls.outputs import StreamPiece
 from graphgen.calls.prompts import OnePrompt
 from graphgen.calls.sampling_params import SamplingParams
@@ -38,12 +39,15 @@ from graphgen.gateway.http import (
     send_events,
     send_json,
 )
+from graphgen.gateway.keys import Holder
 from graphgen.remote.core import RemoteCore
 
 JSON_BYTES_PER_TEXT_BYTE = 6
 """Of JSON that escapes every character."""
 OTHER_BYTES = 1 << 20
 """Of a body, beside its text: names of fields, ids as numbers."""
+HOLDER = "graphgen.holder"
+"""In a scope: whose key the request has, where keys are asked for."""
 ChunkUsage = schema.Usage | UnsetType | None
 """Absent; null where the client asked for one at the end; counts so far where it asked for them always."""
 
@@ -99,6 +103,7 @@ class Endpoints:
         receive: Receive,
         send: Send,
     ) -> None:
+        sampling = _within_key(sampling, scope)
         pieces = Pieces(self._core, self._mailbox_of_loop(), prompts, sampling, _tenant_of(scope), receive)
         tally = Tally(len(prompts))
         async with pieces:
@@ -128,8 +133,20 @@ class Endpoints:
         return schema.Model(id=name, created=self._created, max_model_len=self._core.welcome.limits.prompt_tokens)
 
 
+def _within_key(sampling: SamplingParams, scope: Scope) -> SamplingParams:
+    """At most the priority that the key's requests get, and pages shared with that key alone."""
+    holder: Holder | None = scope.get(HOLDER)
+    if holder is None:
+        return sampling
+    priority = min(sampling.priority, holder.max_priority)
+    return structs.replace(sampling, priority=priority, cache_salt=cache_salt(holder.name, sampling.cache_salt))
+
+
 def _tenant_of(scope: Scope) -> str:
     """Without keys, who comes from one address is one."""
+    if HOLDER in scope:
+        holder: Holder = scope[HOLDER]
+        return holder.name
     client = scope.get("client")
     return client[0] if client else "-"
 

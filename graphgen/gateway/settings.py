@@ -20,6 +20,8 @@ class GatewaySettings(Struct, frozen=True, kw_only=True):
     """The frontend's private address."""
     model_names: tuple[str, ...]
     """What requests may call the model; the first is what answers call it."""
+    keys: str | None
+    """Folder of API keys; None: none are asked for."""
     memory_limit_bytes: int
     """What the process may use beyond what it uses when it begins to serve."""
 

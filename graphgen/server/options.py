@@ -6,6 +6,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from graphgen.base.addresses import check_address, control_address
+from graphgen.gateway import keys as http_keys
 from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS
 from graphgen.server.frontend.keys import Keys, default_folder
@@ -20,8 +21,8 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
     control: str | None = None
     """Address of the control socket. None: beside the data socket's, the next port."""
     keys: str | None = None
-    """Folder of CURVE keys, see `graphgen keys`: who has none of them is not let in. None: no keys; on a public address
-    those of $GRAPHGEN_KEYS or ~/.config/graphgen/keys."""
+    """Folder of keys, see `graphgen keys`: who has none of them is not let in. None: no keys; on a public address those
+    of $GRAPHGEN_KEYS or ~/.config/graphgen/keys."""
     http: str | None = None
     """Address of OpenAI's API over HTTP, HOST:PORT. None: no HTTP."""
     served_model_name: str | None = None
@@ -47,10 +48,11 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
             check_address(address)
         if self.http is not None:
             check_http(self.http)
-            if is_public(f"tcp://{self.http}") and not self.insecure_public:
+            if is_public(f"tcp://{self.http}") and self.http_key_folder is None and not self.insecure_public:
                 raise ConfigError(
-                    f"http://{self.http} can be reached by other machines, and HTTP asks for no keys: bind 127.0.0.1"
-                    " and put a proxy in front that does, or say --insecure-public to let everyone in"
+                    f"http://{self.http} can be reached by other machines and there are no API keys: make some with"
+                    " `graphgen keys http NAME` and name their folder with --keys, or say --insecure-public to let"
+                    " everyone in"
                 )
         folder = self.key_folder
         if folder is not None:
@@ -67,6 +69,14 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
     def control_address(self) -> str:
         """Where the control socket is bound."""
         return self.control or control_address(self.data)
+
+    @property
+    def http_key_folder(self) -> Path | None:
+        """The folder of the API keys that HTTP asks for, absolute; None: it asks for none."""
+        if self.http is None or (self.keys is None and not is_public(f"tcp://{self.http}")):
+            return None
+        folder = (default_folder() if self.keys is None else Path(self.keys).expanduser().absolute()) / http_keys.FOLDER
+        return folder if http_keys.has_keys(folder) else None
 
     @property
     def key_folder(self) -> Path | None:

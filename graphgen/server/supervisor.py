@@ -73,7 +73,7 @@ class Supervisor:
         self._num_lost: int | None = None
         self._listening = False
         self._data, self._control = options.data, options.control_address
-        self._keys = options.key_folder
+        self._keys, self._http_keys = options.key_folder, options.http_key_folder
         self._request_log = RequestLog(self._keys)
         self._frontend = Kept("frontend", "its clients have lost their sessions", say)
         self._gateway = Kept("gateway", "HTTP answers that were open have ended", say)
@@ -136,6 +136,7 @@ class Supervisor:
             descriptor=self._http.fileno(),
             frontend=_private_address(processes),
             model_names=(self._options.served_model_name or self._model_name,),
+            keys=None if self._http_keys is None else str(self._http_keys),
             memory_limit_bytes=self._options.memory_limit_mib << 20,
         ).write(processes.folder)
         processes.start(GATEWAY_MODULE, descriptors=(self._http.fileno(),))
@@ -209,6 +210,9 @@ class Supervisor:
         if self._http is not None:
             self._gateway.start(partial(self._start_gateway, processes))
             self._say(f"listening on {url_of(self._http)} (OpenAI's API)")
+            self._say(
+                "no API keys: who can connect may" if self._http_keys is None else f"only keys of {self._http_keys} may"
+            )
         self._say("ready")
 
     def _pass_signals_on(

@@ -11,12 +11,12 @@ import zmq.auth
 from typer.testing import CliRunner
 
 from graphgen import Client, ConfigError, ConnectionLostError, SamplingParams
+from graphgen.base.salt import cache_salt
 from graphgen.commands.serve import keys_app
 from graphgen.ipc.ggp.messages import Accepted, Cancel, Delta, Done, Error, Generate, Hello, Sampling, Welcome
 from graphgen.ipc.messages import Submit
 from graphgen.server.frontend.authentication import KeyRing
 from graphgen.server.frontend.keys import Keys, read_max_priority
-from graphgen.server.frontend.prepare import cache_salt
 from graphgen.server.options import ServeOptions, is_public
 from tests.frontend.conftest import MakeFrontend
 from tests.frontend.harness import Frontend, RawClient, wait_until

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -10,6 +10,7 @@ import msgspec
 from graphgen.calls.outputs import Sink, StreamPiece
 from graphgen.gateway.app import make_app
 from graphgen.gateway.endpoints import Endpoints
+from graphgen.gateway.keys import ApiKeys
 from graphgen.ipc.ggp.messages import Health, ServerLimits, Welcome
 from tests.fakes import FakeCore
 
@@ -92,16 +93,9 @@ class Reply(NamedTuple):
         return [one if one == "[DONE]" else json.loads(one) for one in data]
 
 
-def call(
-    core: GatewayCore,
-    path: str,
-    body: object = None,
-    method: str = "POST",
-    leaves: asyncio.Event | None = None,
-    names: Sequence[str] = ("fake",),
-) -> Reply:
-    """leaves: when it is set the client disconnects."""
-    return asyncio.run(acall(core, path, body, method, leaves, names))
+def call(core: GatewayCore, path: str, body: object = None, method: str = "POST", **further: Any) -> Reply:
+    """further: as of `acall`."""
+    return asyncio.run(acall(core, path, body, method, **further))
 
 
 async def acall(
@@ -109,9 +103,13 @@ async def acall(
     path: str,
     body: object = None,
     method: str = "POST",
+    *,
     leaves: asyncio.Event | None = None,
     names: Sequence[str] = ("fake",),
+    keys: ApiKeys | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> Reply:
+    """leaves: when it is set the client disconnects. names: of the model. keys: which are asked for."""
     data = body if isinstance(body, bytes) else msgspec.json.encode(body)
     incoming = [{"type": "http.request", "body": data, "more_body": False}]
     said: list[dict[str, Any]] = []
@@ -132,11 +130,11 @@ async def acall(
         "raw_path": path.encode(),
         "query_string": b"",
         "root_path": "",
-        "headers": [],
+        "headers": [(name.encode(), value.encode()) for name, value in (headers or {}).items()],
         "client": ("192.0.2.7", 1234),
     }
-    await make_app(Endpoints(core, names))(scope, receive, send)  # type: ignore[arg-type]  # a stand-in for RemoteCore
+    await make_app(Endpoints(core, names), keys)(scope, receive, send)  # type: ignore[arg-type]  # a stand-in for RemoteCore
     if not said:
         return Reply(0, {}, b"")
-    headers = {name.decode(): value.decode() for name, value in said[0]["headers"]}
-    return Reply(said[0]["status"], headers, b"".join(one.get("body", b"") for one in said[1:]))
+    answered = {name.decode(): value.decode() for name, value in said[0]["headers"]}
+    return Reply(said[0]["status"], answered, b"".join(one.get("body", b"") for one in said[1:]))

@@ -16,7 +16,7 @@ import pytest
 
 import graphgen
 from graphgen import Client, SamplingParams
-from graphgen.server.options import ServeOptions
+from graphgen.server.options import ServeOptions, is_public
 from tests.serving import ServerProcess, serving
 
 HELLO: Any = [{"role": "user", "content": "Good morrow"}]
@@ -175,10 +175,8 @@ def test_the_program_of_the_docs_runs(server: ServerProcess, capsys: pytest.Capt
         assert json.load(answer)["choices"][0]["message"]["content"]
 
 
-def test_http_is_for_this_machine_unless_told_otherwise() -> None:
-    with pytest.raises(graphgen.ConfigError, match="--insecure-public"):
-        ServeOptions(http="0.0.0.0:8000")
-    assert ServeOptions(http="0.0.0.0:8000", insecure_public=True).http
+def test_an_address_of_http_has_a_host_and_a_port() -> None:
     for wrong in ("8000", "localhost", "localhost:http", ":8000", "127.0.0.1:70000"):
         with pytest.raises(graphgen.ConfigError, match="HOST:PORT"):
             ServeOptions(http=wrong)
+    assert [is_public(f"tcp://{one}") for one in ("[::1]:80", "localhost:80", "[::]:80")] == [False, False, True]

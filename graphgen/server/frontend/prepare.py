@@ -6,7 +6,6 @@ Each client has one prompt in work at a time, and the clients take turns.
 
 import dataclasses
 import functools
-import hashlib
 import threading
 from array import array
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
+from graphgen.base.salt import cache_salt
 from graphgen.calls.outputs import Delivery
 from graphgen.calls.prompts import Chat, one_prompt
 from graphgen.calls.sampling_params import SamplingParams
@@ -238,12 +238,6 @@ def sampling_params(sampling: Sampling, key: str) -> SamplingParams:
             values[name] = defaults.get(name)  # None: the model's
     values["cache_salt"] = cache_salt(key, sampling.cache_salt)
     return SamplingParams(**values)
-
-
-def cache_salt(key: str, salt: str) -> str:
-    """What prompts share cached pages under: the client's salt within its CURVE key. Made here, never by a client: a
-    salt that it could choose freely would let it ask whether another's prompt is cached. Without keys all are one."""
-    return hashlib.blake2b(salt.encode(), key=hashlib.blake2b(key.encode()).digest(), digest_size=16).hexdigest()
 
 
 def unpack_prompt(packed: bytes) -> list[int]:
