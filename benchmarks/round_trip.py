@@ -45,7 +45,7 @@ def make_plan(num_rows: int) -> StepPlan:
         bucket=Bucket(0, num_rows),
         decode_slots=slots,
         decode_positions=positions,
-        new_pages=pack_int32([0, 16, 4711]),
+        new_pages=pack_int32([0, 0, 16, 4711]),
         planned_s=time.monotonic(),
     )
 

@@ -142,7 +142,7 @@ class StepPlan(Struct, frozen=True, array_like=True, tag="plan", gc=False, kw_on
     chunk_token_ids: bytes = b""  # the chunks' tokens one after another
     decode_slots: bytes = b""  # the row's token is the slot's last token, fed back on the device
     decode_positions: bytes = b""  # the row's position
-    new_pages: bytes = b""  # triples (slot, index in its block table, page)
+    new_pages: bytes = b""  # (page group, slot, index in its block table, page) each
     page_copies: bytes = b""  # pairs (source, destination) of whole pages, copied before anything is written; no
     # destination is the source of another pair
     planned_s: float
@@ -235,6 +235,13 @@ class StepTimeTable(Struct, frozen=True, array_like=True, gc=False):
         return short_repr(self)
 
 
+class PageGroup(Struct, frozen=True, array_like=True, gc=False):
+    """Layers that keep the same positions of a request, and have block tables of their own. Pages of all groups are of
+    one size and come from one pool."""
+
+    window: int | None = None  # positions that a row sees, its own included; None: all before it
+
+
 class WorkerReady(Struct, frozen=True, array_like=True, tag="worker_ready", gc=False):
     """The worker serves. What it decided from the device it found."""
 
@@ -249,6 +256,8 @@ class WorkerReady(Struct, frozen=True, array_like=True, tag="worker_ready", gc=F
     phases: tuple[Phase, ...]
     step_times: StepTimeTable | None = None  # None: nobody has measured this device
     device_bytes: int = 0  # of a CUDA device, held by this worker when it was ready
+    page_groups: tuple[PageGroup, ...] = (PageGroup(),)
+    page_bytes: int = 0  # of one page, in all layers of its group
 
     def __repr__(self) -> str:
         return short_repr(self)

@@ -21,7 +21,7 @@ from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.messages import Bucket, DrawnRows, StepPlan
 
 WORD_BYTES = 4
-NEW_PAGE_WORDS = 3  # slot, index in its block table, page
+NEW_PAGE_WORDS = 4  # page group, slot, index in its block table, page
 PAGE_COPY_WORDS = 2  # source, destination
 
 

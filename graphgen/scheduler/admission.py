@@ -13,12 +13,13 @@ that hold more than theirs; never the other way round. A tenant gives what it wo
 all others. Only its first in the order of service keeps what it has once it is reserved: so every request ends.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import NamedTuple
 
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.page_branches import common_len
-from graphgen.scheduler.prefix_cache import PrefixCache
+from graphgen.scheduler.page_groups import PageGroups
+from graphgen.scheduler.prefix_cache import Found, PrefixCache
 from graphgen.scheduler.request import MAX_PREEMPTIONS, Request, RunningRequest
 from graphgen.scheduler.running import RunningSet
 from graphgen.scheduler.tenants import Tenant, Tenants
@@ -39,10 +40,12 @@ _HEADROOM_KEPT = 1.0 - 1.0 / 256
 class Offer(NamedTuple):
     """What a request would start with."""
 
-    shared: list[int]
-    """Pages of its prompt that are in the prefix cache."""
+    shared: Found
+    """What the prefix cache has of its prompt."""
+    ends: tuple[int, ...]
+    """Where its block table of each page group ends."""
     num_new: int
-    """Further pages it needs at once."""
+    """Pages it needs at once beside the shared ones."""
     num_taken: int
     """Free pages that it would use up: the new ones, and the shared ones that nobody else holds."""
     num_spare: int
@@ -53,8 +56,8 @@ class Offer(NamedTuple):
     """It would get every page it can ever need."""
     is_long: bool
     """Its prompt would be a long one."""
-    copy_from: int | None = None
-    """The page whose beginning it copies into the one after the shared ones."""
+    copy_from: tuple[int, ...] = ()
+    """Of each page group, the page whose beginning it copies into the one after the shared ones; or none."""
 
 
 class Admission:
@@ -64,6 +67,7 @@ class Admission:
         self,
         limits: SchedulerLimits,
         cache: PrefixCache,
+        groups: PageGroups,
         running: RunningSet,
         tenants: Tenants,
         long_prompt_len: int,
@@ -72,6 +76,7 @@ class Admission:
         self._long_prompt_len = long_prompt_len
         self._limits = limits
         self._cache = cache
+        self._groups = groups
         self._running = running
         self._tenants = tenants
         self._watermark_limit = -(-limits.num_pages // WATERMARK_DIVISOR)
@@ -84,23 +89,24 @@ class Admission:
         size, num_tokens = self._limits.page_size, len(request.tokens)
         shared = self._cache.find(request.chain, _most_cached(request) // size)
         reserve = request.num_preemptions >= MAX_PREEMPTIONS
-        num_pages = self._most_pages(request) if reserve else self._limits.pages_for(num_tokens)
-        num_new = num_pages - len(shared)
-        num_idle = sum(not self._cache.pool.num_holders(page) for page in shared)
+        ends = self._groups.start_ends(shared.num_pages, num_tokens, request.end_position if reserve else None)
+        num_new = sum(ends) - len(ends) * shared.num_pages
+        num_idle = sum(not self._cache.pool.num_holders(page) for table in shared.tables for page in table)
         # A reserved one does not grow, and with nothing running there is nothing to spare a page for: so a request
         # that fits into the pool always starts in the end.
         num_spare = 0 if reserve or not len(self._running) else self._num_spare()
-        num_cached = len(shared) * size
+        num_cached = shared.num_pages * size
         is_long = num_tokens - num_cached >= self._long_prompt_len
-        return Offer(shared, num_new, num_new + num_idle, num_spare, num_cached, reserve, is_long)
+        return Offer(shared, ends, num_new, num_new + num_idle, num_spare, num_cached, reserve, is_long)
 
     def with_copy(self, request: Request, offer: Offer) -> Offer:
         """The offer, and the beginning of the page after the shared ones if some page has it. For one who starts now:
         see `PrefixCache.find_copy`."""
-        found = self._cache.find_copy(request.chain, len(offer.shared), _most_cached(request) - offer.num_cached)
+        most = _most_cached(request) - offer.num_cached
+        found = self._cache.find_copy(request.chain, offer.shared.num_pages, most)
         if found is None:
             return offer
-        return offer._replace(num_cached=offer.num_cached + found.num_tokens, copy_from=found.source)
+        return offer._replace(num_cached=offer.num_cached + found.num_tokens, copy_from=found.sources)
 
     def has_pages(self, request: Request, offer: Offer, num_more: int = 0, fewer_reserved: int = 0) -> bool:
         """Whether the free pages, and `num_more` besides, suffice; with so many pages fewer that are reserved."""
@@ -126,7 +132,7 @@ class Admission:
         None at all if it has what it needs, or if it would not get it that way either.
         """
         victims: list[RunningRequest] = []
-        shared = set(offer.shared)
+        shared = offer.shared.all_pages()
         candidates = (one for one in self._running.victims() if one.request.tenant is request.tenant)
         num_freed = 0
         while not (victims or self._running.num_free_slots) or not self.has_pages(request, offer, num_freed):
@@ -136,7 +142,7 @@ class Admission:
             if victim.request.priority < request.priority:
                 victims.append(victim)
                 # What it shares with the victim is not to be had twice.
-                num_freed += sum(self._cache.pool.num_holders(page) == 1 for page in {*victim.pages} - shared)
+                num_freed += self._num_freed(victim, shared)
         return victims
 
     # --- several tenants -----------------------------------------------------------------------------------------
@@ -171,7 +177,7 @@ class Admission:
         if own is not None and own.num_pages + offer.num_new > self.share_pages:
             return []
         victims: list[RunningRequest] = []
-        shared = set(offer.shared)
+        shared = offer.shared.all_pages()
         num_freed = reserved = 0
         while True:
             lacks_slot = not (victims or self._running.num_free_slots)
@@ -181,7 +187,7 @@ class Admission:
             if victim is None:
                 return []
             victims.append(victim)
-            num_freed += sum(self._cache.pool.num_holders(page) == 1 for page in {*victim.pages} - shared)
+            num_freed += self._num_freed(victim, shared)
             reserved += self._most_pages(victim.request) if victim.is_reserved else 0
 
     def victim_of_growth(self) -> RunningRequest:
@@ -226,7 +232,7 @@ class Admission:
         """
         if not self._cache.enabled or not self._running.begun:
             return False
-        index, start, size = len(offer.shared), offer.num_cached, self._limits.page_size
+        index, start, size = offer.shared.num_pages, offer.num_cached, self._limits.page_size
         end = min(start + size, _most_cached(request))
         least = max(1, size // AWAITED_DIVISOR)
         if end - start < least:
@@ -258,13 +264,18 @@ class Admission:
         Without this the next plan would admit what the one after it preempts, and an overload would be spent on
         computing the same tokens again and again.
         """
-        self._headroom = min(self._headroom + len(running.pages), self._headroom_limit)
+        self._headroom = min(self._headroom + running.num_pages, self._headroom_limit)
 
     def _num_spare(self) -> int:
-        return min(len(self._running), self._watermark_limit) + int(self._headroom)
+        num_growing = len(self._running) * len(self._groups)
+        return min(num_growing, self._watermark_limit) + int(self._headroom)
 
     def _most_pages(self, request: Request) -> int:
-        return self._limits.pages_for(request.end_position)
+        return self._groups.most_pages(request.end_position)
+
+    def _num_freed(self, victim: RunningRequest, shared: Set[int]) -> int:
+        """Pages that its preemption would free, without those that are to be shared."""
+        return sum(self._cache.pool.num_holders(page) == 1 for page in {*victim.all_pages()} - shared)
 
 
 class _Holding:
@@ -277,7 +288,7 @@ class _Holding:
 
     def add(self, running: RunningRequest) -> None:
         self.running.append(running)
-        self.num_pages += len(running.pages)
+        self.num_pages += running.num_pages
         self.num_victims += not running.is_reserved
 
     @property
@@ -288,7 +299,7 @@ class _Holding:
         """The one to preempt first, which it then does not hold any more."""
         found = next((one for one in reversed(self.running) if not one.is_reserved), self.running[-1])
         self.running.remove(found)
-        self.num_pages -= len(found.pages)
+        self.num_pages -= found.num_pages
         self.num_victims -= not found.is_reserved
         return found
 

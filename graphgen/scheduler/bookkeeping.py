@@ -22,6 +22,7 @@ from graphgen.scheduler.budget import StepBudget
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.counters import Counters
 from graphgen.scheduler.in_flight import StepsInFlight
+from graphgen.scheduler.page_groups import PageGroups
 from graphgen.scheduler.plan import PlanDraft, StepRecord
 from graphgen.scheduler.prefix_cache import PrefixCache
 from graphgen.scheduler.request import RunningRequest
@@ -46,6 +47,7 @@ class Bookkeeping:
         model: CostModel,
         budget: StepBudget,
         cache: PrefixCache,
+        groups: PageGroups,
         tenants: Tenants,
         running: RunningSet,
         admission: Admission,
@@ -55,6 +57,7 @@ class Bookkeeping:
         self._model = model
         self._budget = budget
         self._cache = cache
+        self._groups = groups
         self._tenants = tenants
         self._running = running
         self._admission = admission
@@ -89,6 +92,8 @@ class Bookkeeping:
                 self.release(running)
             else:
                 self._running.finish_prompt(running)
+                if self._groups.has_windows:
+                    self.leave_behind(running, running.prefill_end)
 
     def prepare(self) -> None:
         """The device is busy: what the next plans would have to wait for."""
@@ -101,7 +106,7 @@ class Bookkeeping:
             self._tenants.charge_decodes(self._running.decodes)
         for running in self._grown:
             # Its newest page is empty; of the one before, with two steps in flight, all tokens have just arrived.
-            running.request.chain.prepare(len(running.pages) - 1)
+            running.request.chain.prepare(running.tables[0].end - 1)
         self._grown = []
 
     def release(self, running: RunningRequest) -> None:
@@ -109,5 +114,15 @@ class Bookkeeping:
         num_computed = self._running.remove(running)
         self._admission.stopped(running)
         self._cache.enter(running, min(num_computed, len(running.request.tokens)))
-        # The last pages first: a page is of no use without the ones before it, so it goes before them.
-        self._cache.pool.give_back(running.pages[::-1])
+        for table in running.tables:
+            # The last pages first: a page is of no use without the ones before it, so it goes before them.
+            self._cache.pool.give_back(table.pages[::-1])
+
+    def leave_behind(self, running: RunningRequest, position: int) -> None:
+        """Frees the pages that no row of the request at this position or later reads. What is known stays in the prefix
+        cache: a prompt that ends there may share it as long as nobody else takes the page."""
+        for group, table in enumerate(running.tables):
+            first = self._groups.first_page(group, position)
+            if first > table.first:
+                self._cache.enter_table(running, group, first)
+                self._cache.pool.give_back(table.drop_before(first))

@@ -101,11 +101,9 @@ class DecodeSet:
                 self._itl_target_ms = min(self._num_with_target, default=None)
         return left + self._clock
 
-    def need_page(self) -> list[RunningRequest]:
-        """Those whose row of the next plan is the first of a page they do not hold."""
-        # The others hold the pages up to their last row, a reserved request all pages it can ever need.
-        rows = self._border_rows[self._clock % self._page_size]
-        return [running for running in rows if not running.is_reserved]
+    def at_border(self) -> list[RunningRequest]:
+        """Those whose row of the next plan is the first of a page. The others hold the page of theirs."""
+        return list(self._border_rows[self._clock % self._page_size])
 
     def rows(self) -> tuple[bytes, bytes, list[Request]]:
         """Slots and positions (packed int32) and the requests of the next plan's rows."""

@@ -16,6 +16,7 @@ from graphgen.scheduler.counters import Counters
 from graphgen.scheduler.in_flight import StepsInFlight
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.overload import OverloadGuard
+from graphgen.scheduler.page_groups import PageGroups
 from graphgen.scheduler.preemption import Preemption
 from graphgen.scheduler.prefix_cache import PrefixCache
 from graphgen.scheduler.prompts import PromptPlanner
@@ -41,21 +42,22 @@ class WorkerLife:
         self.epoch = epoch
         self._lasting = (limits, buckets, model, tenants, counters)
         self._model = model
-        self.cache = PrefixCache(limits.num_pages, limits.page_size, limits.prefix_cache)
+        self.groups = groups = PageGroups(limits.windows, limits.page_size, buckets.chunk_room(0))
+        self.cache = PrefixCache(limits.num_pages, limits.page_size, groups, limits.prefix_cache)
         self.running = RunningSet(limits.num_slots, limits.page_size)
         self.in_flight = StepsInFlight()
         self.budget = StepBudget(buckets, model, limits.steps_in_flight)
-        self.admission = Admission(limits, self.cache, self.running, tenants, buckets.long_prompt_len)
+        self.admission = Admission(limits, self.cache, groups, self.running, tenants, buckets.long_prompt_len)
         self.rests = Rests(self.budget, self.running, tenants, self.admission)
         self.guard = OverloadGuard(limits, buckets, self.budget, model, self.running, tenants)
         self.prompts = PromptPlanner(
             limits, self.budget, self.cache, tenants, self.running, self.admission, self.in_flight, counters
         )
         self.books = Bookkeeping(
-            model, self.budget, self.cache, tenants, self.running, self.admission, self.in_flight, counters
+            model, self.budget, self.cache, groups, tenants, self.running, self.admission, self.in_flight, counters
         )
         self.preemption = Preemption(
-            self.cache.pool, tenants, self.running, self.admission, self.in_flight, counters, self.books
+            self.cache.pool, groups, tenants, self.running, self.admission, self.in_flight, counters, self.books
         )
 
     def successor(self) -> "WorkerLife":

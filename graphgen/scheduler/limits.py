@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from graphgen.ipc.errors import ConfigError, InvalidRequestError
 from graphgen.ipc.messages import Bucket
+from graphgen.scheduler.page_groups import PageGroups
 
 
 class SchedulerLimits(Struct, frozen=True):
@@ -20,6 +21,7 @@ class SchedulerLimits(Struct, frozen=True):
     max_chunks: int  # of one step
     token_budget: int  # rows of one step
     max_model_len: int  # prompt and output together
+    windows: tuple[int | None, ...] = (None,)  # of each page group: positions that a row sees; None sees all
     steps_in_flight: int = 2
     prefix_cache: bool = True  # pages of equal prompts are shared
     max_waiting: int = 2**16  # requests
@@ -33,11 +35,7 @@ class SchedulerLimits(Struct, frozen=True):
             if type(value) is int and value < 1:
                 raise ConfigError(f"{name} is {value}, the least is 1: raise {name}")
 
-    def pages_for(self, num_positions: int) -> int:
-        """Pages that hold this many positions of one request."""
-        return -(-num_positions // self.page_size)
-
-    def check_servable(self, prompt_len: int, max_tokens: int) -> None:
+    def check_servable(self, prompt_len: int, max_tokens: int, groups: PageGroups) -> None:
         """Raises InvalidRequestError for a request that does not fit even with nothing else running."""
         if prompt_len < 1:
             raise InvalidRequestError("the prompt has 0 tokens, the least is 1: send at least one token")
@@ -49,7 +47,7 @@ class SchedulerLimits(Struct, frozen=True):
                 f" {self.max_model_len}: shorten the prompt, lower max_tokens or raise max_model_len"
             )
         # The last token of the output is never computed, so it needs no position.
-        num_pages = self.pages_for(prompt_len + max_tokens - 1)
+        num_pages = groups.most_pages(prompt_len + max_tokens - 1)
         if num_pages > self.num_pages:
             raise InvalidRequestError(
                 f"prompt has {prompt_len} tokens and max_tokens is {max_tokens}: together they take"

@@ -109,14 +109,15 @@ class PlanDraft:
     def num_decodes(self) -> int:
         return len(self._decodes)
 
-    def add_pages(self, slot: int, first_index: int, pages: list[int]) -> None:
-        """`pages` become entries `first_index` and following of the slot's block table."""
-        for index, page in enumerate(pages, first_index):
-            self._new_pages += (slot, index, page)
-
-    def add_page(self, slot: int, index: int, page: int) -> None:
-        """`page` becomes entry `index` of the slot's block table."""
-        self._new_pages += (slot, index, page)
+    def send_pages(self, running: RunningRequest) -> None:
+        """Tells the worker those entries of the request's block tables that it does not know."""
+        slot, new_pages = running.slot, self._new_pages
+        for group, table in enumerate(running.tables):
+            sent, end = table.num_sent, table.end
+            if sent < end:
+                for index, page in enumerate(table.part(sent, end), sent):
+                    new_pages += (group, slot, index, page)
+                table.num_sent = end
 
     def copy_page(self, source: int, destination: int) -> None:
         """`destination` gets what `source` holds, before the step writes anything."""
@@ -134,6 +135,7 @@ class PlanDraft:
         draws = end == running.prefill_end
         init = None if running.is_announced else request.slot_init
         running.is_announced = True
+        self.send_pages(running)
         self.prompts.append(running)
         self._chunks.append(Chunk(slot=running.slot, start=start, length=length, draws=draws, init=init))
         self._chunk_records.append(ChunkRecord(request, start, length))

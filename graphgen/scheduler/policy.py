@@ -25,7 +25,7 @@ The parts:
     tenants, waiting, deadlines                 whose turn it is, who waits, who has to be complete when
     overload, limits                            who is refused
     running, decodes, rests, in_flight          who holds a slot, decodes, rests, or has tokens on their way
-    pages, prefix_cache, page_chain             what the KV cache holds (and page_branches)
+    pages, prefix_cache, page_chain             what the KV cache holds (and page_groups, page_branches)
     admission, preemption                       who may start, and who gives up slot and pages for others
     prompts, shares                             whose prompts get rows, and how many each
     budget, buckets, cost_model                 how many rows a step may have (and lone_steps, step_bounds)
@@ -96,8 +96,8 @@ class Scheduler:
         arrived_s = max(submit.arrived_s, self._newest_arrival_s)
         tenant = self._tenants.of(submit.tenant)
         request = Request(submit, self._num_added, arrived_s, self._limits.page_size, tenant)
-        self._limits.check_servable(request.prompt_len, submit.max_tokens)
         life = self._life
+        self._limits.check_servable(request.prompt_len, submit.max_tokens, life.groups)
         try:
             life.guard.check_room(request)
             if submit.deadline_ms is not None:
@@ -273,6 +273,7 @@ class Scheduler:
 
     def _end_trial(self) -> None:
         """One that has shown that it harms nobody waits until the others are tried too."""
+        self._life.books.settle()  # one whose last row is planned holds nothing any more
         passed = self._trials.take_passed()
         if passed is not None and passed.running is not None:
             self._life.preemption.set_aside(passed.running)

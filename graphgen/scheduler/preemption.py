@@ -1,4 +1,4 @@
-"""Who gives up slot and pages, and for whom: decodes that need a page, waiting requests that come first.
+"""Who gives up slot and pages, and for whom: requests that need a page to go on, waiting requests that come first.
 
 Owns nothing. Who may be taken from is `graphgen.scheduler.admission`'s to say. Called by `graphgen.scheduler.policy`
 for every plan, before its prompts.
@@ -12,6 +12,7 @@ from graphgen.scheduler.admission import Admission, Offer
 from graphgen.scheduler.bookkeeping import Bookkeeping
 from graphgen.scheduler.counters import Counters
 from graphgen.scheduler.in_flight import StepsInFlight
+from graphgen.scheduler.page_groups import PageGroups
 from graphgen.scheduler.pages import PagePool
 from graphgen.scheduler.plan import PlanDraft
 from graphgen.scheduler.prompts import MAX_PASSED
@@ -29,6 +30,7 @@ class Preemption:
     def __init__(
         self,
         pages: PagePool,
+        groups: PageGroups,
         tenants: Tenants,
         running: RunningSet,
         admission: Admission,
@@ -37,6 +39,7 @@ class Preemption:
         books: Bookkeeping,
     ) -> None:
         self._pages = pages
+        self._groups = groups
         self._tenants = tenants
         self._running = running
         self._admission = admission
@@ -83,30 +86,46 @@ class Preemption:
                 return request, offer
         return None
 
-    # --- for decodes that grow -----------------------------------------------------------------------------------
+    # --- for requests that grow ----------------------------------------------------------------------------------
 
     def grow(self, draft: PlanDraft) -> None:
-        """A page for every decode whose next row is the first of one. Where too few are free, others are preempted for
-        them, or they are themselves."""
-        growing = self._running.decodes.need_page()
-        if len(growing) > self._pages.num_free:
-            self._make_room(growing)
-        for running, page in zip(growing, self._pages.take(len(growing)), strict=True):
-            draft.add_page(running.slot, len(running.pages), page)
-            running.pages.append(page)
-        draft.grown = growing
+        """Pages for every decode whose next row is the first of one, and for prompts whose windows move on. Where too
+        few are free, others are preempted for them, or they are themselves."""
+        decodes = self._running.decodes
+        ends = {one: self._groups.pages_for(decodes.position(one) + 1) for one in decodes.at_border()}
+        draft.grown += ends
+        if self._groups.has_windows:
+            self._move_windows(ends)
+        num_missing = _num_missing(ends)
+        if num_missing > self._pages.num_free:
+            num_missing = self._make_room(ends)
+        new = self._pages.take(num_missing)
+        for running, end in ends.items():
+            for table in running.tables:
+                while table.end < end:
+                    table.append(new.pop())
+            if running.decode_row is not None:  # a prompt's chunk sends them
+                draft.send_pages(running)
 
-    def _make_room(self, growing: list[RunningRequest]) -> None:
-        """Preempts until there is a page for each that is left of `growing`.
+    def _move_windows(self, ends: dict[RunningRequest, int]) -> None:
+        """Frees what lies behind the windows of decodes at a page border and of prompts, and adds the prompts."""
+        for one in ends:
+            self._books.leave_behind(one, self._running.decodes.position(one))
+        for one in self._running.begun:
+            self._books.leave_behind(one, one.num_prefilled)
+            ends[one] = self._groups.chunk_end(one.num_prefilled, one.prefill_end)
 
-        The first in the order of service always gets its page: see `graphgen.scheduler.admission`.
+    def _make_room(self, ends: dict[RunningRequest, int]) -> int:
+        """Preempts until there are pages for those that are left of `ends`; returns how many these are.
+
+        The first in the order of service always gets its pages: see `graphgen.scheduler.admission`.
         """
-        while len(growing) > self._pages.num_free:
+        while (num_missing := _num_missing(ends)) > self._pages.num_free:
             victim = self._admission.victim_of_growth()
             self._admission.preempted(victim)
             self.preempt(victim)
-            if victim in growing:
-                growing.remove(victim)
+            ends.pop(victim, None)
+        return num_missing
 
     # --- how -----------------------------------------------------------------------------------------------------
 
@@ -128,3 +147,13 @@ class Preemption:
             request.last_step = self._counters.steps - 1
         self._books.release(running)
         self._tenants.add(request)
+
+
+def _num_missing(ends: dict[RunningRequest, int]) -> int:
+    """Pages that are needed for all tables of each request to reach its end."""
+    num_missing = 0
+    for running, end in ends.items():
+        for table in running.tables:
+            if table.end < end:
+                num_missing += end - table.end
+    return num_missing

@@ -81,6 +81,7 @@ def _limits(config: LaunchConfig, ready: WorkerReady) -> SchedulerLimits:
         buckets=ready.buckets,
         num_pages=ready.num_pages,
         page_size=ready.page_size,
+        windows=tuple(group.window for group in ready.page_groups),
         num_slots=config.num_slots,
         max_chunks=ready.max_chunks,
         token_budget=config.token_budget,

@@ -14,6 +14,7 @@ from graphgen.scheduler.budget import StepBudget, StepLoad
 from graphgen.scheduler.counters import Counters
 from graphgen.scheduler.in_flight import StepsInFlight
 from graphgen.scheduler.limits import SchedulerLimits
+from graphgen.scheduler.page_groups import BlockTable
 from graphgen.scheduler.plan import PlanDraft
 from graphgen.scheduler.prefix_cache import PrefixCache
 from graphgen.scheduler.request import Request, RunningRequest
@@ -228,19 +229,10 @@ class PromptPlanner:
         return unfit
 
     def _start(self, request: Request, offer: Offer, draft: PlanDraft, now_s: float) -> RunningRequest:
-        """Admits a request: slot, all pages of its known tokens, shared ones first."""
+        """Admits a request: slot, and the pages it starts with, shared ones first."""
         self._tenants.remove(request)
-        pool = self._cache.pool
-        pool.share(offer.shared)  # first, so that none of them is handed out as a new one
-        new = pool.take(offer.num_new)
-        pages = offer.shared + new
-        if offer.copy_from is not None:
-            draft.copy_page(offer.copy_from, new[0])
-            # As one of its own new pages the source is still what it was when the step copies, before it writes.
-            if offer.copy_from not in new:
-                pool.share((offer.copy_from,))
-                draft.held.append(offer.copy_from)
-        running = self._running.start(request, pages, len(offer.shared), offer.num_cached, offer.reserve, offer.is_long)
+        tables = self._take_pages(offer, draft)
+        running = self._running.start(request, tables, offer.num_cached, offer.reserve, offer.is_long)
         self._admission.started(running)
         request.times_passed = 0
         if request.num_admissions == 0:
@@ -249,8 +241,37 @@ class PromptPlanner:
             self._counters.prefix_queries += request.prompt_len
             self._counters.prefix_hits += offer.num_cached
         request.num_admissions += 1
-        draft.add_pages(running.slot, 0, pages)
         return running
+
+    def _take_pages(self, offer: Offer, draft: PlanDraft) -> list[BlockTable]:
+        """The block tables it starts with, and what is copied into them."""
+        pool, shared = self._cache.pool, offer.shared
+        for pages in shared.tables:
+            pool.share(pages)  # first, so that none of them is handed out as a new one
+        new = pool.take(offer.num_new)
+        # What is copied from one of its own new pages stays there: it is still what it was when the step copies.
+        heads = self._copy(offer.copy_from, new, draft) if offer.copy_from else []
+        tables, start = [], 0
+        for group, (pages, end) in enumerate(zip(shared.tables, offer.ends, strict=True)):
+            own = heads[group : group + 1]
+            count = end - shared.num_pages - len(own)
+            own += new[start : start + count]
+            start += count
+            tables.append(BlockTable(shared.num_pages - len(pages), pages, own))
+        return tables
+
+    def _copy(self, sources: Sequence[int], new: list[int], draft: PlanDraft) -> list[int]:
+        """Of each page group the page that its source is copied to, taken out of the new ones."""
+        kept = {source for source in sources if source in new}
+        for source in kept:
+            new.remove(source)
+        targets = [source if source in kept else new.pop() for source in sources]
+        for source, target in zip(sources, targets, strict=True):
+            draft.copy_page(source, target)
+        others = [source for source in sources if source not in kept]
+        self._cache.pool.share(others)
+        draft.held += others
+        return targets
 
 
 def _outranked(begun: list[RunningRequest], waiting: WaitingQueue) -> list[RunningRequest]:

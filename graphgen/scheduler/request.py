@@ -16,12 +16,14 @@ AGEING_S * (MAX_PRIORITY - priority) + patience seconds after a request is ever 
 starvation. Whose turn it is among tenants: see `graphgen.scheduler.tenants`.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.errors import InvalidRequestError
 from graphgen.ipc.messages import MAX_PRIORITY, MAX_TARGET_MS, FinishReason, SamplerParams, SlotInit, Submit
 from graphgen.scheduler.page_chain import PageChain
+from graphgen.scheduler.page_groups import BlockTable
 from graphgen.scheduler.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -135,38 +137,43 @@ class RunningRequest:
         "is_announced",
         "is_long",
         "is_reserved",
-        "num_entered",
         "num_prefilled",
-        "pages",
         "prefill_end",
         "request",
         "slot",
+        "tables",
     )
 
     def __init__(
         self,
         request: Request,
         slot: int,
-        pages: list[int],
-        num_shared: int,
+        tables: Sequence[BlockTable],
         num_cached: int,
         is_reserved: bool,
         is_long: bool,
     ) -> None:
-        """pages: its block table, position p in pages[p // page_size]; the first `num_shared` are shared. num_cached:
-        its first tokens that need not be computed, those in the shared pages and those that are copied."""
+        """tables: of each page group. num_cached: its first tokens that need not be computed, those in shared pages and
+        those that are copied."""
         self.request = request
         self.slot = slot
-        self.pages = pages
+        self.tables = tables
         self.is_announced = False  # the worker knows that the slot has a new owner
-        self.is_reserved = is_reserved  # it holds every page it can ever need and is never preempted
-        self.num_entered = num_shared  # pages that the prefix cache knows
+        self.is_reserved = is_reserved  # it holds every page it can ever need at once and is never preempted
         self.is_long = is_long  # its prompt leaves room to others, to its last chunk
         # Everything known at admission is computed as chunks: after a preemption that is prompt and output.
         # From there on every position is a decode row, whose token the device feeds back.
         self.prefill_end = len(request.tokens)
         self.num_prefilled = num_cached  # of these tokens: those that plans compute or that were cached
         self.decode_row: int | None = None  # its place in the decode set; None while it has none
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that it holds, of all groups."""
+        return sum(len(table.pages) for table in self.tables)
+
+    def all_pages(self) -> list[int]:
+        return [page for table in self.tables for page in table.pages]
 
     @property
     def num_missing(self) -> int:

@@ -5,10 +5,11 @@ Called by `graphgen.scheduler.policy` and its parts.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 
 from graphgen.scheduler.decodes import DecodeSet
+from graphgen.scheduler.page_groups import BlockTable
 from graphgen.scheduler.request import Request, RunningRequest
 
 _rank = attrgetter("request.rank")  # of a running request
@@ -55,11 +56,16 @@ class RunningSet:
         return (running for running in reversed(self._by_rank) if not running.is_reserved)
 
     def start(
-        self, request: Request, pages: list[int], num_shared: int, num_cached: int, reserve: bool, is_long: bool
+        self,
+        request: Request,
+        tables: Sequence[BlockTable],
+        num_cached: int,
+        reserve: bool,
+        is_long: bool,
     ) -> RunningRequest:
         """Gives a request a slot; it has begun. See RunningRequest."""
         slot = self._free_slots.pop()
-        running = RunningRequest(request, slot, pages, num_shared, num_cached, reserve, is_long)
+        running = RunningRequest(request, slot, tables, num_cached, reserve, is_long)
         request.running = running
         tenant = request.tenant
         tenant.num_running += 1

@@ -36,7 +36,8 @@ def warm_up(
     """
     policy = Scheduler(limits)
     counters = WorkerCounters()
-    prompt_len = min(PROMPT_LEN, limits.max_model_len - MAX_TOKENS, limits.num_pages * limits.page_size - MAX_TOKENS)
+    most_positions = limits.num_pages // len(limits.windows) * limits.page_size
+    prompt_len = min(PROMPT_LEN, limits.max_model_len - MAX_TOKENS, most_positions - MAX_TOKENS)
     if prompt_len < 1:
         return counters
     for number, sampler in enumerate(SAMPLERS):

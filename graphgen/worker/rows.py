@@ -104,7 +104,7 @@ class TorchRows:
 
     def append_pages(self) -> None:
         """Entries past the live ones go to the trash slot."""
-        slot, index, page = self._fields["new_pages"].view(-1, NEW_PAGE_WORDS).unbind(1)
+        _, slot, index, page = self._fields["new_pages"].view(-1, NEW_PAGE_WORDS).unbind(1)
         live = self._page_numbers < self._fields["counts"][Counts.NEW_PAGES]
         places = (torch.where(live, slot, self._slots.trash_slot).long(), torch.where(live, index, 0).long())
         self._slots.block_table.index_put_(places, torch.where(live, page, self._trash_page))

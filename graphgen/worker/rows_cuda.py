@@ -34,9 +34,9 @@ def _append_pages_kernel(
 ) -> None:
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = number < tl.load(counts + _NEW_PAGES)
-    slot = tl.load(new_pages + number * _ENTRY, live, other=0).to(tl.int64)
-    index = tl.load(new_pages + number * _ENTRY + 1, live, other=0)
-    page = tl.load(new_pages + number * _ENTRY + 2, live, other=0)
+    slot = tl.load(new_pages + number * _ENTRY + 1, live, other=0).to(tl.int64)
+    index = tl.load(new_pages + number * _ENTRY + 2, live, other=0)
+    page = tl.load(new_pages + number * _ENTRY + 3, live, other=0)
     tl.store(block_table + slot * table_stride + index, page, live)
 
 

@@ -171,8 +171,8 @@ def open_timer(runner: ModelRunner, config: LaunchConfig, reach: Places) -> Iter
     """
     ready = runner.describe()
     timer = StepTimer(runner, config, ready.buckets)
-    triples = _deal_pages(config, ready.num_pages, reach, timer.widest_chunk)
-    num_used = min(ready.num_pages, len(triples) // NEW_PAGE_WORDS)
+    entries = _deal_pages(config, ready, reach, timer.widest_chunk)
+    num_used = min(ready.num_pages, len(entries) // NEW_PAGE_WORDS)
     tensors = (*runner.kv_cache.k_pages, *runner.kv_cache.v_pages)
 
     def fill() -> None:
@@ -187,7 +187,7 @@ def open_timer(runner: ModelRunner, config: LaunchConfig, reach: Places) -> Iter
             pages[runner.kv_cache.trash_page].zero_()
 
     runner.run_between_steps(fill)
-    _enter_pages(runner, config, ready, triples)
+    _enter_pages(runner, config, ready, entries)
     try:
         yield timer
     finally:
@@ -297,24 +297,25 @@ def _prompt_slope(timer: StepTimer, bucket: Bucket, far: Places) -> float:
 # --- pages -----------------------------------------------------------------------------------------------------
 
 
-def _deal_pages(config: LaunchConfig, num_pages: int, reach: Places, widest_chunk: int) -> list[int]:
-    """(slot, index, page) triples that cover what the rows of every slot attend to."""
-    triples: list[int] = []
+def _deal_pages(config: LaunchConfig, ready: WorkerReady, reach: Places, widest_chunk: int) -> list[int]:
+    """Block table entries, as in a plan, that cover what the rows of every slot attend to in every page group."""
+    entries: list[int] = []
     chunk_end = min(reach.prompt_start + widest_chunk, config.max_model_len)
     for slot in range(config.num_slots):
         positions = reach.decode_context if slot else max(reach.decode_context, chunk_end)
         for index in range(-(-positions // config.page_size)):
-            triples += (slot, index, len(triples) // NEW_PAGE_WORDS % num_pages)
-    return triples
+            for group in range(len(ready.page_groups)):
+                entries += (group, slot, index, len(entries) // NEW_PAGE_WORDS % ready.num_pages)
+    return entries
 
 
-def _enter_pages(runner: ModelRunner, config: LaunchConfig, ready: WorkerReady, triples: Sequence[int]) -> None:
+def _enter_pages(runner: ModelRunner, config: LaunchConfig, ready: WorkerReady, entries: Sequence[int]) -> None:
     """Steps without a live row that put the pages into the block tables."""
     bucket = max(ready.buckets, key=lambda bucket: (bucket.prefill_rows, -bucket.decode_rows))
     # A step may bring whole block tables for each chunk it may hold.
     words = NEW_PAGE_WORDS * ready.max_chunks * -(-config.max_model_len // config.page_size)
-    for start in range(0, len(triples), words):
-        new_pages = pack_int32(triples[start : start + words])
+    for start in range(0, len(entries), words):
+        new_pages = pack_int32(entries[start : start + words])
         plan = StepPlan(step_id=0, bucket=bucket, new_pages=new_pages, planned_s=0.0)
         runner.launch(plan, received_s=0.0).fetched.wait()
 

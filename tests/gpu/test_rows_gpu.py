@@ -44,8 +44,9 @@ def random_fields(bucket: Bucket, seed: int) -> dict[str, Tensor]:
     fields["decode_slots"][:decodes] = slots[chunks : chunks + decodes]
     fields["decode_positions"][:decodes] = rng.integers(0, PAGES * PAGE_SIZE, decodes)
     places = rng.permutation(NUM_SLOTS * PAGES)[: int(rng.integers(0, BOUNDS.any_plan(bucket).num_new_pages + 1))]
-    triples = np.stack((places // PAGES, places % PAGES, rng.integers(0, TRASH_PAGE, len(places))), axis=1)
-    fields["new_pages"][: triples.size] = triples.reshape(-1)
+    groups, pages = np.zeros(len(places), np.int64), rng.integers(0, TRASH_PAGE, len(places))
+    entries = np.stack((groups, places // PAGES, places % PAGES, pages), axis=1)
+    fields["new_pages"][: entries.size] = entries.reshape(-1)
     fields["counts"][:] = (live, len(places), rng.integers(0, 4))
     return {name: view.cuda() for name, view in layout.views(block).items()}
 

@@ -60,7 +60,7 @@ def test_a_plan_comes_back_whole() -> None:
         chunk_token_ids=pack_int32(range(6)),
         decode_slots=pack_int32([2]),
         decode_positions=pack_int32([8]),
-        new_pages=pack_int32([0, 0, 5]),
+        new_pages=pack_int32([0, 0, 0, 5]),
         page_copies=pack_int32([4, 5]),
         planned_s=2.0,
     )

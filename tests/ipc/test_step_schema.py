@@ -11,7 +11,7 @@ PLAN = StepPlan(
     chunk_token_ids=pack_int32([7, 8, 9]),
     decode_slots=pack_int32([0]),
     decode_positions=pack_int32([5]),
-    new_pages=pack_int32([3, 1, 40, 1, 0, 41]),
+    new_pages=pack_int32([0, 3, 1, 40, 1, 1, 0, 41]),
     page_copies=pack_int32([30, 40]),
     planned_s=0.0,
 )
@@ -20,7 +20,7 @@ PLAN = StepPlan(
 def test_live_entries_are_those_of_the_plan() -> None:
     assert live_entries(PLAN, "chunk_slots") == [(3,), (1,)]
     assert live_entries(PLAN, "chunk_draws") == [(True,), (False,)]
-    assert live_entries(PLAN, "new_pages") == [(3, 1, 40), (1, 0, 41)]
+    assert live_entries(PLAN, "new_pages") == [(0, 3, 1, 40), (1, 1, 0, 41)]
     assert live_entries(PLAN, "page_copies") == [(30, 40)]
     assert (PLAN.num_tokens, PLAN.num_decodes, PLAN.num_drawing_rows) == (4, 1, 2)
 

@@ -16,43 +16,56 @@ VOCABULARY = 50
 NEVER_WRITTEN = -1
 
 
-def next_token(context: Sequence[int], stop_token_ids: Collection[int], min_length: int) -> int:
-    """The token after `context`; no stop token while the context is shorter than `min_length`."""
-    token = zlib.crc32(array("i", context).tobytes()) % VOCABULARY
-    while len(context) < min_length and token in stop_token_ids:
+Windows = tuple[int | None, ...]
+"""Of each page group, the positions that a row sees, its own included; None is all."""
+
+
+def visible(tokens: Sequence[int], window: int | None) -> list[int]:
+    """What the row of the last of the tokens sees of them."""
+    return list(tokens if window is None else tokens[-window:])
+
+
+def next_token(contexts: Sequence[Sequence[int]], length: int, stop_token_ids: Collection[int], min_length: int) -> int:
+    """The token after what a row saw in each page group; no stop token in a request shorter than `min_length`."""
+    token = zlib.crc32(b"|".join(array("i", context).tobytes() for context in contexts)) % VOCABULARY
+    while length < min_length and token in stop_token_ids:
         token = (token + 1) % VOCABULARY
     return token
 
 
-def generate(prompt: Sequence[int], count: int, stop_token_ids: Collection[int], min_tokens: int) -> list[int]:
+def generate(
+    prompt: Sequence[int], count: int, stop_token_ids: Collection[int], min_tokens: int, windows: Windows = (None,)
+) -> list[int]:
     """The reference: `count` tokens after the prompt, drawn past any stop token."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(next_token(tokens, stop_token_ids, len(prompt) + min_tokens))
+        contexts = [visible(tokens, window) for window in windows]
+        tokens.append(next_token(contexts, len(tokens), stop_token_ids, len(prompt) + min_tokens))
     return tokens[len(prompt) :]
 
 
 @dataclass
 class Row:
-    """One token row of a step: where it is and what it read, itself last."""
+    """One token row of a step: where it is, and what it read in each page group, itself last."""
 
     slot: int
     position: int
-    context: list[int]
+    contexts: list[list[int]]
 
 
 @dataclass
 class Slot:
     init: SlotInit
-    block_table: dict[int, int] = field(default_factory=dict)
+    block_table: dict[tuple[int, int], int] = field(default_factory=dict)  # by page group and index
     last_token: int = NEVER_WRITTEN
 
 
 class FakeWorker:
     """Executes plans in the order they are given, as one compute stream does."""
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(self, num_pages: int, page_size: int, windows: Windows = (None,)) -> None:
         self.page_size = page_size
+        self.windows = windows
         self._pages = [[NEVER_WRITTEN] * page_size for _ in range(num_pages)]
         self._slots: dict[int, Slot] = {}
 
@@ -70,12 +83,8 @@ class FakeWorker:
                 drawing.append(rows[end - 1])
         return [self._draw(row) for row in drawing + rows[num_chunk_rows:]], rows
 
-    def page_of(self, slot: int, position: int) -> int:
-        return self._slots[slot].block_table[position // self.page_size]
-
-    def tokens_of(self, slot: int, num_tokens: int) -> list[int]:
-        """What its pages hold at the first positions."""
-        return self._read(slot, num_tokens - 1)
+    def page_of(self, group: int, slot: int, position: int) -> int:
+        return self._slots[slot].block_table[group, position // self.page_size]
 
     def _apply_tables(self, plan: StepPlan) -> None:
         copied = self._copied_pages(plan)
@@ -84,9 +93,10 @@ class FakeWorker:
             if chunk.init is not None:
                 self._slots[chunk.slot] = Slot(chunk.init)
                 starts[chunk.slot] = chunk.start
-        for slot, index, page in live_entries(plan, "new_pages"):
-            assert index not in self._slots[slot].block_table, f"page {index} of slot {slot} was replaced"
-            self._slots[slot].block_table[index] = page
+        for group, slot, index, page in live_entries(plan, "new_pages"):
+            table = self._slots[slot].block_table
+            assert (group, index) not in table, f"page {index} of slot {slot} in group {group} was replaced"
+            table[group, index] = page
             # A request that starts at a later position than 0 shares the pages before it, and of the page that this
             # position lies in it reads what was copied.
             num_kept = starts.get(slot, 0) - index * self.page_size
@@ -128,15 +138,21 @@ class FakeWorker:
 
     def _write(self, slot: int, position: int, token: int) -> None:
         index, offset = divmod(position, self.page_size)
-        page = self._pages[self._slots[slot].block_table[index]]
-        assert page[offset] == NEVER_WRITTEN, f"position {position} of slot {slot} lies in a page that was written"
-        page[offset] = token
+        for group in range(len(self.windows)):
+            page = self._pages[self._slots[slot].block_table[group, index]]
+            assert page[offset] == NEVER_WRITTEN, f"position {position} of slot {slot} lies in a page that was written"
+            page[offset] = token
 
-    def _read(self, slot: int, position: int) -> list[int]:
-        table = self._slots[slot].block_table
-        return [self._pages[table[p // self.page_size]][p % self.page_size] for p in range(position + 1)]
+    def _read(self, slot: int, position: int) -> list[list[int]]:
+        """In each page group, what a row at this position may read."""
+        table, size = self._slots[slot].block_table, self.page_size
+        firsts = [0 if window is None else max(0, position - window + 1) for window in self.windows]
+        return [
+            [self._pages[table[group, p // size]][p % size] for p in range(first, position + 1)]
+            for group, first in enumerate(firsts)
+        ]
 
     def _draw(self, row: Row) -> int:
         slot = self._slots[row.slot]
-        slot.last_token = next_token(row.context, slot.init.stop_token_ids, slot.init.min_length)
+        slot.last_token = next_token(row.contexts, row.position + 1, slot.init.stop_token_ids, slot.init.min_length)
         return slot.last_token

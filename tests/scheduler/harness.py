@@ -11,8 +11,8 @@ from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.plan import StepDescription
 from graphgen.scheduler.policy import Scheduler
-from graphgen.scheduler.request import AGEING_S
-from tests.scheduler.fake_worker import FakeWorker, Row, generate
+from graphgen.scheduler.request import AGEING_S, RunningRequest
+from tests.scheduler.fake_worker import FakeWorker, Row, Windows, generate, visible
 from tests.scheduler.page_model import PageModel
 
 BUCKETS = (Bucket(0, 1), Bucket(0, 2), Bucket(0, 4), Bucket(4, 2), Bucket(8, 2), Bucket(4, 4), Bucket(8, 4))
@@ -23,6 +23,7 @@ def make_limits(
     buckets: tuple[Bucket, ...] = BUCKETS,
     num_pages: int = 12,
     page_size: int = 4,
+    windows: Windows = (None,),
     num_slots: int = 4,
     max_chunks: int = 3,
     token_budget: int = 12,
@@ -38,6 +39,7 @@ def make_limits(
         buckets=buckets,
         num_pages=num_pages,
         page_size=page_size,
+        windows=windows,
         num_slots=num_slots,
         max_chunks=max_chunks,
         token_budget=token_budget,
@@ -84,6 +86,24 @@ def make_submit(
     )
 
 
+def most_windowed(limits: SchedulerLimits, window: int) -> int:
+    """Pages that the window before a position and the longest chunk behind it can touch, and one more for a copy."""
+    longest = max(bucket.prefill_rows for bucket in limits.buckets if bucket.num_rows <= limits.token_budget)
+    return -(-(window - 1) // limits.page_size) + -(-longest // limits.page_size) + 1
+
+
+def most_positions(limits: SchedulerLimits) -> int:
+    """Positions of the longest request that fits into the pages."""
+    positions = 0
+    while positions + 1 < limits.max_model_len:
+        num_pages = positions // limits.page_size + 1
+        most = [num_pages if one is None else min(num_pages, most_windowed(limits, one)) for one in limits.windows]
+        if sum(most) > limits.num_pages:
+            break
+        positions += 1
+    return positions
+
+
 @dataclass
 class Sender:
     """What the sender of one request knows: what it asked for, what it must get, what it got."""
@@ -116,9 +136,9 @@ class Sender:
         return self.submit.arrived_s + patience_s - AGEING_S * self.submit.priority, self.submit.request_id
 
 
-def make_sender(submit: Submit) -> Sender:
+def make_sender(submit: Submit, windows: Windows = (None,)) -> Sender:
     prompt = list(unpack_int32(submit.prompt_token_ids))
-    drawn = generate(prompt, submit.max_tokens, submit.stop_token_ids, submit.min_tokens)
+    drawn = generate(prompt, submit.max_tokens, submit.stop_token_ids, submit.min_tokens, windows)
     stops = [i + 1 for i, token in enumerate(drawn) if token in submit.stop_token_ids and i >= submit.min_tokens]
     if stops:
         return Sender(submit, prompt, drawn, drawn[: stops[0]], "stop")
@@ -164,8 +184,8 @@ class Harness:
         self.num_rests = 0  # decodes that had no row in a plan, of all plans
         self._prepares_at_once = prepares_at_once
         self.scheduler = Scheduler(limits, model)
-        self.worker = FakeWorker(limits.num_pages, limits.page_size)
-        self.pages = PageModel(limits.page_size, limits.prefix_cache)
+        self.worker = FakeWorker(limits.num_pages, limits.page_size, limits.windows)
+        self.pages = PageModel(limits.page_size, limits.windows, limits.prefix_cache)
         self.now_s = 0.0
         self.is_dead = False  # no worker group serves
         self._owners: dict[int, Submit] = {}  # by slot
@@ -185,7 +205,7 @@ class Harness:
         except (OverloadedError, DeadlineError):
             assert before == (self.scheduler.running, self.scheduler.waiting), "something of it was kept"
             return False
-        self.senders[submit.request_id] = make_sender(submit)
+        self.senders[submit.request_id] = make_sender(submit, self.limits.windows)
         return True
 
     def cancel(self, request_id: int) -> None:
@@ -228,7 +248,10 @@ class Harness:
         self._check_rows(rows, description)
         for chunk, (request_id, _, _) in zip(plan.chunks, description.chunks, strict=True):
             self._owners[chunk.slot] = self.senders[request_id].submit
-        self.pages.take_plan(plan, self.worker, rows, self._owners)
+        self.pages.lose(self._unsent_pages())
+        senders = {slot: self.senders[owner.request_id] for slot, owner in self._owners.items()}
+        contents = {slot: sender.prompt + sender.drawn for slot, sender in senders.items()}
+        self.pages.take_plan(plan, self.worker, rows, self._owners, contents)
         self._count_draws(plan, description)
         for request_id, _, _ in description.chunks:
             sender = self.senders[request_id]
@@ -275,7 +298,7 @@ class Harness:
             "a request failed of another's rows"
         )
         self.results.clear()
-        self.worker = FakeWorker(self.limits.num_pages, self.limits.page_size)
+        self.worker = FakeWorker(self.limits.num_pages, self.limits.page_size, self.limits.windows)
         self.pages.forget()
         self._owners.clear()
         for sender in self.senders.values():
@@ -342,13 +365,23 @@ class Harness:
     def check_page_owners(self) -> None:
         """Every page is free or has holders. The policy's own tables are read here: no plan shows them whole."""
         pool = self.scheduler._life.cache.pool
-        held = Counter(page for running in self.scheduler._life.running for page in running.pages)
+        held = Counter(page for running in self.scheduler._life.running for page in running.all_pages())
         assert {page: pool.num_holders(page) for page in range(pool.num_pages) if pool.num_holders(page)} == held
         assert len(held) + self.scheduler.pages_free == self.limits.num_pages
         assert not set(held) & {*pool._empty, *pool._idle}
+        for running in self.scheduler._life.running:
+            self._check_windows(running)
         slots = [running.slot for running in self.scheduler._life.running]
         assert len(set(slots)) == len(slots)
         assert len(slots) + self.scheduler._life.running.num_free_slots == self.limits.num_slots
+
+    def _check_windows(self, running: RunningRequest) -> None:
+        """It holds what its next row reads, and behind a window no more than the longest chunk may need."""
+        size, position = self.limits.page_size, self.scheduler._life.running.num_computed(running)
+        for table, window in zip(running.tables, self.limits.windows, strict=True):
+            assert table.first * size <= max(0, position - (position if window is None else window - 1))
+            assert table.end * size >= min(position, running.request.end_position)
+            assert window is None or len(table.pages) <= most_windowed(self.limits, window)
 
     def check_computed(self) -> None:
         """How far the policy says that a request is computed, the plans say too: at every moment."""
@@ -375,6 +408,11 @@ class Harness:
         turns = scheduler._tenants._turns
         assert {*turns} == {tenant for tenant in tenants if tenant.waiting}
         assert [tenant.turn for tenant in turns] == sorted(tenant.turn for tenant in turns)
+
+    def _unsent_pages(self) -> set[int]:
+        """Those of prompts that have no chunk in the newest plan: the next one's entries of their block tables."""
+        tables = [table for running in self.scheduler._life.running for table in running.tables]
+        return {page for table in tables for page in table.part(table.num_sent, table.end)}
 
     def _running_ids(self) -> list[int]:
         """Requests that hold a slot and still need rows, in the order of service."""
@@ -448,7 +486,8 @@ class Harness:
         for row, request_id in zip(rows, owners, strict=True):
             sender = self.senders[request_id]
             right = (sender.prompt + sender.drawn)[: row.position + 1]
-            assert row.context == right, f"request {request_id} at position {row.position}"
+            for context, window in zip(row.contexts, self.limits.windows, strict=True):
+                assert context == visible(right, window), f"request {request_id} at position {row.position}"
 
     def _count_computed(self, plan: StepPlan, description: StepDescription) -> None:
         for request_id, start, length in description.chunks:

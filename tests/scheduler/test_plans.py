@@ -47,7 +47,7 @@ def steady(harness: Harness, count: int) -> list[str]:
 def new_pages(plan: StepPlan | None) -> list[tuple[int, int]]:
     """(slot, index in its block table) of the pages a plan gives."""
     assert plan is not None
-    return [(slot, index) for slot, index, _ in live_entries(plan, "new_pages")]
+    return [(slot, index) for _, slot, index, _ in live_entries(plan, "new_pages")]
 
 
 def served(*prompt_lens: int, max_tokens: int = 4, prefix_cache: bool = True, **limits: int) -> Harness:

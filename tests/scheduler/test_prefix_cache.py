@@ -177,7 +177,7 @@ def test_running_prompts_are_shared_as_soon_as_their_steps_are_planned() -> None
     harness.deliver()
     harness.schedule()
     assert chunks(harness, 1) == [(12, 1)]
-    pages = [list(one.pages) for one in harness.scheduler._life.running]
+    pages = [one.all_pages() for one in harness.scheduler._life.running]
     assert pages[0][:3] == pages[1][:3]
     harness.check_page_owners()
     harness.run()
@@ -274,7 +274,7 @@ def test_shared_pages_are_in_the_block_table_before_the_new_ones() -> None:
     harness.add(make_submit(1, [*SYSTEM, 7], 1))
     plan = harness.schedule()
     assert plan is not None
-    assert [index for _, index, _ in live_entries(plan, "new_pages")] == [0, 1, 2, 3]
+    assert [index for _, _, index, _ in live_entries(plan, "new_pages")] == [0, 1, 2, 3]
     harness.run()
 
 

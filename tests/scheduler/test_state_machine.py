@@ -13,9 +13,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from graphgen.ipc.messages import SamplerParams, Submit
 from tests.scheduler.fake_worker import VOCABULARY
-from tests.scheduler.harness import HEAVY_ROW_MS, LIGHT_ROW_MS, Harness, make_limits, make_submit
+from tests.scheduler.harness import HEAVY_ROW_MS, LIGHT_ROW_MS, Harness, make_limits, make_submit, most_positions
 
 NUM_OPERATIONS = 100_000
+
+WINDOWS = ((None,), (None,), (5,), (None, 1), (None, 6), (None, 3, 3), (9, 2), (None, None))
+"""Of page groups: a model without windows, one with nothing else, and layers of several kinds."""
+
+MOST_PAGES = 63
+"""Of larger pools some idle pages are made empty ahead of need, which the model of the cache cannot know."""
 
 SAMPLERS = (SamplerParams(), SamplerParams(repetition_penalty=1.1), SamplerParams(presence_penalty=0.5))
 
@@ -30,8 +36,7 @@ def make_prompt(family: int, shared_len: int, own: int, prompt_len: int) -> list
 
 def fitting(harness: Harness, prompt_len: int, max_tokens: int) -> tuple[int, int]:
     """Prompt length and max_tokens, cut to what the pool can ever hold."""
-    limits = harness.limits
-    positions = min(limits.num_pages * limits.page_size, limits.max_model_len - 1)
+    positions = most_positions(harness.limits)
     max_tokens = min(max_tokens, positions)
     return min(prompt_len, positions - max_tokens + 1), max_tokens
 
@@ -42,6 +47,7 @@ class AnyInterleaving(RuleBasedStateMachine):
     @initialize(
         num_pages=st.integers(6, 20),
         page_size=st.sampled_from([1, 2, 4]),
+        windows=st.sampled_from(WINDOWS),
         num_slots=st.integers(1, 4),
         max_chunks=st.integers(1, 3),
         token_budget=st.sampled_from([8, 10, 12]),
@@ -54,6 +60,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         self,
         num_pages: int,
         page_size: int,
+        windows: tuple[int | None, ...],
         num_slots: int,
         max_chunks: int,
         token_budget: int,
@@ -64,8 +71,9 @@ class AnyInterleaving(RuleBasedStateMachine):
     ) -> None:
         self.harness = Harness(
             make_limits(
-                num_pages=num_pages,
+                num_pages=num_pages if len(windows) == 1 else min(3 * num_pages, MOST_PAGES),
                 page_size=page_size,
+                windows=windows,
                 num_slots=num_slots,
                 max_chunks=max_chunks,
                 token_budget=token_budget,
@@ -206,8 +214,18 @@ def any_submit(rng: random.Random, harness: Harness, tenants: Sequence[str]) -> 
     )
 
 
-@pytest.mark.parametrize(("seed", "tenants"), [(0, ("",)), (1, ("",)), (2, ("one", "other")), (3, tuple("abcde"))])
-def test_a_hundred_thousand_operations_lose_nothing(seed: int, tenants: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("seed", "tenants", "windows"),
+    [
+        (0, ("",), (None,)),
+        (1, ("",), (None, 6)),
+        (2, ("one", "other"), (None,)),
+        (3, tuple("abcde"), (None, 3, 3)),
+    ],
+)
+def test_a_hundred_thousand_operations_lose_nothing(
+    seed: int, tenants: tuple[str, ...], windows: tuple[int | None, ...]
+) -> None:
     """Crowded pools of few pages, most of them shared, for as long as CI can spare."""
     rng = random.Random(seed)
     shared = copied = preempted = expired = refused = died = poisoned = rested = 0
@@ -215,8 +233,9 @@ def test_a_hundred_thousand_operations_lose_nothing(seed: int, tenants: tuple[st
     while left > 0:
         harness = Harness(
             make_limits(
-                num_pages=rng.randint(8, 40),
+                num_pages=rng.randint(8, 40) if len(windows) == 1 else rng.randint(24, MOST_PAGES),
                 page_size=rng.choice([2, 4]),
+                windows=windows,
                 num_slots=4,
                 steps_in_flight=rng.choice([1, 2, 2, 3]),
                 prefix_cache=rng.random() < 0.9,

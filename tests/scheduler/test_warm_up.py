@@ -37,7 +37,7 @@ class Worker:
 
     def __init__(self, limits: SchedulerLimits, fails: bool = False) -> None:
         self.plans: list[StepPlan] = []
-        self._worker = FakeWorker(limits.num_pages, limits.page_size)
+        self._worker = FakeWorker(limits.num_pages, limits.page_size, limits.windows)
         self._results: list[StepResult] = []
         self._fails = fails
 

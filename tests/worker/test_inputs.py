@@ -37,7 +37,7 @@ def test_nothing_of_an_earlier_step_is_left_where_the_device_reads(garbage: int)
         chunk_token_ids=pack_int32(range(10, 17)),
         decode_slots=pack_int32([0, 1]),
         decode_positions=pack_int32([30, 3]),
-        new_pages=pack_int32([2, 0, 55, 0, 1, 56]),
+        new_pages=pack_int32([0, 2, 0, 55, 0, 0, 1, 56]),
         page_copies=pack_int32([54, 55]),
         planned_s=0.0,
     )
@@ -57,42 +57,42 @@ def test_nothing_of_an_earlier_step_is_left_where_the_device_reads(garbage: int)
     assert fields["decode_slots"] == [0, 1, 9, 9]
     assert fields["decode_positions"] == [30, 3, 0, 0]
     assert fields["page_copies"][:2] == [54, 55]
-    assert fields["new_pages"][:6] == [2, 0, 55, 0, 1, 56]
-    assert num_words == sum(len(view) for name, view in fields.items() if name != "new_pages") + 6
+    assert fields["new_pages"][:8] == [0, 2, 0, 55, 0, 0, 1, 56]
+    assert num_words == sum(len(view) for name, view in fields.items() if name != "new_pages") + 8
     assert lengths.chunk_starts.tolist() == [0, 5, 7, 7]
     assert lengths.chunk_kv_lens.tolist() == [5, 18, 0]
     assert lengths.decode_kv_lens.tolist() == [31, 4, 1, 1]
 
 
 def test_a_decode_bucket_has_no_chunks_and_a_page_for_every_row() -> None:
-    triples = [number for slot in range(4) for number in (slot, slot + 1, 90 + slot)]
+    entries = [number for slot in range(4) for number in (0, slot, slot + 1, 90 + slot)]
     plan = StepPlan(
         step_id=1,
         bucket=Bucket(0, 4),
         decode_slots=pack_int32(range(4)),
         decode_positions=pack_int32([63, 127, 191, 255]),
-        new_pages=pack_int32(triples),
+        new_pages=pack_int32(entries),
         planned_s=0.0,
     )
     fields, _, lengths = pack(plan, garbage=-1)
     assert fields["chunk_starts"] == [0]
     assert fields["chunk_slots"] == fields["slot_params"] == fields["chunk_token_ids"] == []
-    assert fields["new_pages"] == triples
+    assert fields["new_pages"] == entries
     assert lengths.decode_kv_lens.tolist() == [64, 128, 192, 256]
 
 
 def test_every_chunk_may_bring_a_whole_block_table() -> None:
-    triples = [number for slot in range(3) for index in range(4) for number in (slot, index, 4 * slot + index)]
+    entries = [number for slot in range(3) for index in range(4) for number in (0, slot, index, 4 * slot + index)]
     plan = StepPlan(
         step_id=1,
         bucket=BUCKET,
         chunks=tuple(Chunk(slot=slot, start=0, length=2, draws=False, init=INIT) for slot in range(3)),
         chunk_token_ids=pack_int32([1] * 6),
-        new_pages=pack_int32(triples),
+        new_pages=pack_int32(entries),
         planned_s=0.0,
     )
     fields, _, _ = pack(plan, garbage=-1)
-    assert fields["new_pages"][: len(triples)] == triples
+    assert fields["new_pages"][: len(entries)] == entries
 
 
 class AdapterChunk(Chunk, frozen=True, array_like=True, gc=False, kw_only=True):
@@ -108,7 +108,7 @@ def test_a_new_field_is_one_line_of_the_schema() -> None:
         bucket=BUCKET,
         chunks=(AdapterChunk(slot=2, start=0, length=5, draws=True, init=INIT, adapter=6),),
         chunk_token_ids=pack_int32(range(5)),
-        new_pages=pack_int32([2, 0, 55]),
+        new_pages=pack_int32([0, 2, 0, 55]),
         planned_s=0.0,
     )
     before, num_words_before, _ = pack(plan, garbage=-1)

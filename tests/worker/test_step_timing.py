@@ -96,7 +96,7 @@ class FormulaRunner:
         entries = live_entries(plan, "new_pages")
         bound = self._ready.max_chunks * -(-self._config.max_model_len // self._config.page_size)
         assert len(entries) <= bound + plan.bucket.decode_rows, "more pages than a step's input holds"
-        for slot, index, page in entries:
+        for _, slot, index, page in entries:
             self.pages[slot, index] = page
         if plan.chunks or plan.decode_slots:
             self._check_rows(plan)
