@@ -22,9 +22,10 @@ from torch import Tensor
 from benchmarks.report import Row, machine, show, write_json
 from benchmarks.timing import matmul_flops_per_s, median_s, read_bytes_per_s
 from graphgen.demo import model_folder
+from graphgen.ipc.errors import ConfigError
 from graphgen.launch.config import find_device
 from graphgen.models.families import load_spec
-from graphgen.models.spec import DTYPE_BYTES, ModelSpec
+from graphgen.models.spec import DTYPE_BYTES, Experts, ModelSpec
 
 KERNELS = ("default", "few_rows", "cublaslt", "inductor")
 """default: F.linear as torch dispatches it; few_rows: the chained Triton kernel of steps of at most 64 rows, SM90 on;
@@ -62,6 +63,8 @@ class Limits(Struct, frozen=True):
 def shapes_of(spec: ModelSpec) -> list[Shape]:
     """The linear layers of the first decoder block, fused as graphgen runs them, and the LM head."""
     hidden_size, attention, ff = spec.hidden_size, spec.layers[0].mixer, spec.layers[0].feed_forward
+    if isinstance(ff, Experts):  # benchmarks/experts.py times those
+        raise ConfigError(f"{spec.architecture} is a mixture of experts: choose a dense model")
     return [
         Shape("qkv", attention.q_size + 2 * attention.kv_size, hidden_size, True),
         Shape("o", hidden_size, attention.q_size, True),

@@ -25,8 +25,8 @@ from graphgen.models.layers import DecoderLayer
 Attend = Callable[[DecoderLayer, Tensor, Tensor, Tensor, Tensor, StepTensors], tuple[Tensor, Tensor]]
 """(layer, residual, update, k_pages, v_pages, step): what DecoderLayer.attend returns of a layer."""
 
-FeedForward = Callable[[DecoderLayer, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(layer, residual, gathered): what DecoderLayer.feed_forward returns of a layer."""
+FeedForward = Callable[[DecoderLayer, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""(layer, residual, gathered, live): what DecoderLayer.feed_forward returns of a layer."""
 
 
 class CompiledHalves:
@@ -59,11 +59,13 @@ class CompiledHalves:
         with symbolic_shapes_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # made at import
             return self._attend(layer, residual, update, k_pages, v_pages, step)
 
-    def feed_forward(self, layer: DecoderLayer, residual: Tensor, gathered: Tensor) -> tuple[Tensor, Tensor]:
-        for tensor in (residual, gathered):
+    def feed_forward(
+        self, layer: DecoderLayer, residual: Tensor, gathered: Tensor, live: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        for tensor in (residual, gathered) if live is None else (residual, gathered, live):
             torch._dynamo.mark_dynamic(tensor, 0)
         with symbolic_shapes_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # made at import
-            return self._feed_forward(layer, residual, gathered)
+            return self._feed_forward(layer, residual, gathered, live)
 
     def _compiled(self, half: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
         return torch.compile(half, fullgraph=True, backend=self._compile)

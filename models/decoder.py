@@ -18,12 +18,13 @@ from graphgen.models.attention.backend import StepAttention, StepTensors
 from graphgen.models.chaining import can_chain
 from graphgen.models.compilation import Attend, CompiledHalves, FeedForward
 from graphgen.models.families.family import TensorNames
+from graphgen.models.feed_forward import Linear
 from graphgen.models.few_rows_layers import serves_model
 from graphgen.models.kv_cache import KVCache
-from graphgen.models.layers import DecoderLayer, Linear
+from graphgen.models.layers import DecoderLayer
 from graphgen.models.norms import make_norm, norm_targets
 from graphgen.models.rope import Rope
-from graphgen.models.spec import ModelSpec
+from graphgen.models.spec import Experts, ModelSpec
 from graphgen.models.targets import Target, Targets
 
 
@@ -57,6 +58,7 @@ class Decoder(nn.Module):
         self.ropes = [
             Rope(rope, mixer.head_dim, device, mixer.width) for rope, mixer in zip(spec.ropes, of_rope, strict=True)
         ]
+        self._has_experts = any(isinstance(layer.feed_forward, Experts) for layer in spec.layers)
         self._attend: Attend = DecoderLayer.attend
         self._feed_forward: FeedForward = DecoderLayer.feed_forward
         self._compiled: CompiledHalves | None = None
@@ -84,13 +86,21 @@ class Decoder(nn.Module):
             return self._run_few_rows(token_ids, kv_cache, steps[0])
         update = self._embed(token_ids, positions)
         residual = torch.zeros_like(update)
-        layers = self.decoder_layers
+        layers, live = self.decoder_layers, self._live_rows(kv_cache, attention)
         for layer, k_pages, v_pages in zip(layers, kv_cache.k_pages, kv_cache.v_pages, strict=True):
             residual, gathered = self._attend(layer, residual, update, k_pages, v_pages, steps[layer.rope])
             if layer is layers[-1] and drawing_rows is not None:
                 residual, gathered = residual[drawing_rows], gathered[drawing_rows]
-            residual, update = self._feed_forward(layer, residual, gathered)
+                live = None if live is None else live[drawing_rows]
+            residual, update = self._feed_forward(layer, residual, gathered, live)
         return self._logits(residual + update)
+
+    def _live_rows(self, kv_cache: KVCache, attention: StepAttention) -> Tensor | None:
+        """[T] bool: which rows hold a token, for the experts of layers that have some. Padded rows write to the trash
+        page, which is the last."""
+        if not self._has_experts:
+            return None
+        return attention.tables.kv_locations < kv_cache.trash_page * kv_cache.page_size
 
     def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """[T, hidden]"""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from graphgen.models.attention.backend import StepTensors
 from graphgen.models.chaining import launch_options
+from graphgen.models.feed_forward import MLP
 from graphgen.models.few_rows_kernels import (
     adding_linear_kernel,
     embed_kernel,
@@ -223,7 +224,7 @@ def next_logits(
     norms = [_plain(norm) for norm in (*(layer.input_norm for layer in layers), ends.norm)]
     sums, normed = embed(token_ids, ends.embedding, norms[0])
     for number, layer in enumerate(layers):
-        attention, mlp, norm = layer.attention, layer.mlp, _plain(layer.ff_norm)
+        attention, mlp, norm = layer.attention, _dense(layer.mlp), _plain(layer.ff_norm)
         qkv = normed_linear(normed, norms[number].eps, attention.qkv.weight, attention.qkv.bias, chained)
         num_heads, num_kv_heads = attention.num_heads, attention.num_kv_heads
         heads = qkv.view(-1, num_heads + 2 * num_kv_heads, attention.head_dim)
@@ -237,6 +238,11 @@ def next_logits(
         gated = gated_linear(normed, norm.eps, mlp.gate_up.weight, mlp.gate_up.bias, mlp.activation, chained)
         sums, normed = adding_linear(gated, mlp.down.weight, mlp.down.bias, sums, norms[number + 1], chained)
     return normed_linear(normed, norms[-1].eps, ends.head, None, chained)
+
+
+def _dense(feed_forward: nn.Module) -> MLP:
+    assert isinstance(feed_forward, MLP), "few_rows_layers.py serves no other"
+    return feed_forward
 
 
 def _plain(norm: nn.Module | None) -> RMSNorm:

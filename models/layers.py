@@ -7,19 +7,19 @@ and no bucket: every layer of one kind traces to the same graph. Built and calle
 Shapes: `T` token rows, `Hq`/`Hkv` heads, `D` head size.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphgen.models.attention.backend import StepTensors
 from graphgen.models.attention.variant import FULL_ATTENTION, AttentionVariant, Numbers
+from graphgen.models.experts.block import MixtureOfExperts
 from graphgen.models.families.family import TensorNames
+from graphgen.models.feed_forward import MLP, Linear
 from graphgen.models.norms import AnyNorm, head_norm_targets, make_head_norm, make_norm, norm_targets
-from graphgen.models.spec import GQA, WHOLE, Dense, Layer, RopeSpec, Shard
+from graphgen.models.spec import GQA, WHOLE, Dense, FeedForward, Layer, RopeSpec, Shard
 from graphgen.models.targets import (
     Targets,
     heads_order,
@@ -30,25 +30,6 @@ from graphgen.models.targets import (
     rotated_order,
     row_parallel_targets,
 )
-
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "relu_squared": lambda x: F.relu(x).square(),
-}
-
-
-class Linear(nn.Linear):
-    """A linear layer whose weights are uninitialised memory: the loader fills them."""
-
-    def __init__(self, in_size: int, out_size: int, bias: bool, dtype: torch.dtype) -> None:
-        super().__init__(in_size, out_size, bias=bias, dtype=dtype)
-        self.requires_grad_(False)
-
-    def reset_parameters(self) -> None:
-        """Called by nn.Linear to initialise."""
 
 
 class Attention(nn.Module):
@@ -104,40 +85,6 @@ class Attention(nn.Module):
             yield from head_norm_targets(prefix + name, norm, spec, heads, count, turned)
 
 
-class MLP(nn.Module):
-    """down(activation(gate(x)) * up(x)) (arXiv 2002.05202), or down(activation(up(x))). A rank of several holds some of
-    the inner columns, and the ranks' results are added up."""
-
-    def __init__(self, spec: Dense, hidden_size: int, dtype: torch.dtype, shard: Shard) -> None:
-        super().__init__()
-        self.activation, self.gated = spec.activation, spec.gated
-        self.part = shard.part(spec.size, "inner columns of a feed-forward")
-        size = len(self.part)
-        self.gate_up = Linear(hidden_size, 2 * size if spec.gated else size, spec.bias, dtype)
-        self.down = Linear(size, hidden_size, spec.bias and shard.rank == 0, dtype)
-        self.spec = spec
-
-    def forward(self, x: Tensor) -> Tensor:
-        activate, inner = ACTIVATIONS[self.activation], self.gate_up(x)
-        if self.gated:
-            gate, up = inner.chunk(2, dim=-1)
-            inner = activate(gate) * up
-        else:
-            inner = activate(inner)
-        out: Tensor = self.down(inner)
-        return out
-
-    def weights(self, prefix: str, names: TensorNames) -> Targets:
-        """Every tensor of a checkpoint that it takes."""
-        size, num_parts = self.spec.size, 1 + self.gated
-        part = np.array(self.part)
-        rows = np.concatenate([number * size + part for number in range(num_parts)])
-        held = [len(self.part)] * num_parts
-        pieces = pieces_of([prefix + name for name in names.gate_up], rows, [size] * num_parts, held)
-        yield from linear_targets(self.gate_up, pieces, transposed=names.transposed)
-        yield from row_parallel_targets(prefix + names.down, self.down, part, size, self.spec.bias, names.transposed)
-
-
 class DecoderLayer(nn.Module):
     """One layer, in two halves with nothing between them that a compiler could fuse.
 
@@ -156,7 +103,7 @@ class DecoderLayer(nn.Module):
         self.attention = Attention(spec.mixer, ropes[spec.mixer.rope], hidden_size, dtype, shard)
         self.mixer_output_norm = make_norm(spec.mixer_output_norm, hidden_size, dtype)
         self.ff_norm = make_norm(spec.ff_norm, hidden_size, dtype)
-        self.mlp = MLP(spec.feed_forward, hidden_size, dtype, shard)
+        self.mlp = _make_feed_forward(spec.feed_forward, hidden_size, dtype, shard)
         self.ff_output_norm = make_norm(spec.ff_output_norm, hidden_size, dtype)
         self.output_norm = make_norm(spec.output_norm, hidden_size, dtype)
         self.rope = spec.mixer.rope
@@ -173,12 +120,13 @@ class DecoderLayer(nn.Module):
         gathered = self.attention(normed, k_pages, v_pages, step)
         return normed if self.residual_from_norm else residual, gathered
 
-    def feed_forward(self, residual: Tensor, gathered: Tensor) -> tuple[Tensor, Tensor]:
-        """The rest, over any rows of attend's result: the new (residual, update)."""
+    def feed_forward(self, residual: Tensor, gathered: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The rest, over any rows of attend's result: the new (residual, update). live: [rows] bool, those that hold a
+        token; only experts ask."""
         attended = self._scaled(self.attention.o(gathered), self.mixer_output_norm)
         if self.parallel:
             norm = self.input_norm if self.shared_norm else self.ff_norm
-            update = self._scaled(self.mlp(residual if norm is None else norm(residual)), self.ff_output_norm)
+            update = self._scaled(self.mlp(residual if norm is None else norm(residual), live), self.ff_output_norm)
             return residual, attended + update
         # In float32 the sum rounds as it would in bfloat16, and the compiler leaves it to the norm that reads it;
         # an addition in the matrices' own dtype it would move into the product, at the price of a copy kernel.
@@ -186,7 +134,7 @@ class DecoderLayer(nn.Module):
         normed = residual if self.ff_norm is None else self.ff_norm(residual)
         if self.residual_from_norm:
             residual = normed
-        update = self._scaled(self.mlp(normed), self.ff_output_norm)
+        update = self._scaled(self.mlp(normed, live), self.ff_output_norm)
         if self.output_norm is None:
             return residual, update
         return self.output_norm(residual + update), torch.zeros_like(update)
@@ -206,3 +154,9 @@ class DecoderLayer(nn.Module):
         yield from norm_targets(prefix + names.ff_norm, self.ff_norm, spec.ff_norm)
         yield from norm_targets(prefix + names.ff_output_norm, self.ff_output_norm, spec.ff_output_norm)
         yield from norm_targets(prefix + names.output_norm, self.output_norm, spec.output_norm)
+
+
+def _make_feed_forward(spec: FeedForward, hidden_size: int, dtype: torch.dtype, shard: Shard) -> MLP | MixtureOfExperts:
+    if isinstance(spec, Dense):
+        return MLP(spec, hidden_size, dtype, shard)
+    return MixtureOfExperts(spec, hidden_size, dtype, shard)

@@ -142,7 +142,7 @@ def _fill_randomly(decoder: Decoder, spec: ModelSpec, seed: int, report: Progres
     done = 0
     report(done, total)
     for of_norm, name, weight in weights:
-        if weight.ndim == 2 and not of_norm:
+        if weight.ndim > 1 and not of_norm and not name.endswith("bias"):
             weight.normal_(0.0, spec.initializer_std, generator=generator)
         else:
             weight.fill_(1.0 if name == "weight" else 0.0)

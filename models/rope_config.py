@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from graphgen.ipc.errors import UnsupportedModelError
 from graphgen.models.families.family import Rotary
-from graphgen.models.families.words import Config
+from graphgen.models.families.words import Config, filled
 from graphgen.models.spec import RopeKind, RopeSpec
 
 logger = logging.getLogger("graphgen.models")
@@ -61,6 +61,8 @@ def read_rope(config: Config, rotary: Rotary, head_dim: int, where: str) -> Rope
     """
     parameters = _parameters(config, rotary, where)
     kind = _kind(parameters, rotary, where)
+    if rotary.mscales and kind == "longrope":
+        parameters["attention_factor"] = _mscale(parameters, where)
     _check_keys(parameters, kind, where)
     max_len = config.need("max_position_embeddings")
     original_max_len = _original_max_len(config, parameters, max_len) if kind in _SCALED_FROM_A_LENGTH else max_len
@@ -82,6 +84,16 @@ def read_rope(config: Config, rotary: Rotary, head_dim: int, where: str) -> Rope
         rotary_dim=rotary_dim,
         interleaved=rotary.interleaved,
     )
+
+
+def _mscale(parameters: dict[str, Any], where: str) -> Any:
+    """Takes both keys out of the dictionary. They are unchecked, hence Any."""
+    short, long = parameters.pop("short_mscale", None), parameters.pop("long_mscale", None)
+    if short is None or short != long:
+        raise UnsupportedModelError(
+            f"{where} has short_mscale {short!r} and long_mscale {long!r}: supported are equal numbers"
+        )
+    return short
 
 
 def _rotary_dim(config: Config, parameters: Mapping[str, Any], rotary: Rotary, head_dim: int, where: str) -> int | None:
@@ -119,7 +131,8 @@ def _parameters(config: Config, rotary: Rotary, where: str) -> dict[str, Any]:
         for name, key in (("rope_theta", rotary.theta), ("partial_rotary_factor", rotary.share))
         if (value := config.get(key)) is not None
     }
-    defaults = {"rope_theta": rotary.default_theta, "partial_rotary_factor": rotary.default_share}
+    share = filled(rotary.default_share, config)
+    defaults = {"rope_theta": rotary.default_theta, "partial_rotary_factor": share}
     parameters = {**defaults, **beside, **parameters}
     for name, source in (("rope_parameters", newer), ("config.json", beside)):
         if (theta := source.get("rope_theta", parameters["rope_theta"])) != parameters["rope_theta"]:

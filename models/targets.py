@@ -105,6 +105,32 @@ def linear_targets(
             yield f"{name}.bias", Target(linear.bias.data[rows], (num_stored,), arranged(order, num_stored))
 
 
+def stacked_targets(
+    weight: Tensor,
+    pieces: Sequence[Piece],
+    columns: tuple[int, Order] | None = None,
+    transposed: bool = False,
+) -> Targets:
+    """Matrices [E, rows, columns] or biases [E, rows] of experts. A piece whose name has `{expert}` is a stored tensor
+    of each, another one is stored stacked like the weight. columns, transposed: see linear_targets."""
+    num_experts, is_matrix = weight.shape[0], weight.ndim == 3
+    num_columns, column_order = columns or (weight.shape[-1], np.arange(weight.shape[-1]))
+    for name, first, num_stored, order in pieces:
+        rows = slice(first, first + len(order))
+        matrix = (num_columns, num_stored) if transposed else (num_stored, num_columns)
+        shape: tuple[int, ...] = matrix if is_matrix else (num_stored,)
+        arrange = arranged(order, num_stored, column_order if is_matrix else None, num_columns, transposed)
+        if "{expert}" in name:
+            for expert in range(num_experts):
+                yield name.format(expert=expert), Target(weight[expert, rows], shape, arrange)
+        else:
+            yield name, Target(weight[:, rows], (num_experts, *shape), _for_each(arrange))
+
+
+def _for_each(arrange: Arrange | None) -> Arrange | None:
+    return None if arrange is None else lambda stored: torch.stack([arrange(part) for part in stored])
+
+
 def in_turn(*steps: Arrange | None) -> Arrange | None:
     """One after the other; None does nothing."""
     present = [step for step in steps if step is not None]

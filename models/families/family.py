@@ -18,6 +18,26 @@ from graphgen.models.spec import GQA, Dense, Embedding, FeedForward, Head, Layer
 # --- where a checkpoint keeps its tensors ----------------------------------------------------------------------
 
 
+class ExpertNames(Struct, frozen=True):
+    """The same of a mixture of experts, relative to the layer. `{expert}` is the expert's number, where each has a
+    tensor of its own; else all are stacked in one."""
+
+    router: str = "mlp.gate.weight"
+    router_bias: str = "mlp.router.bias"
+    correction: str = "mlp.gate.e_score_correction_bias"
+    gate_up: tuple[str, ...] = ("mlp.experts.{expert}.gate_proj.weight", "mlp.experts.{expert}.up_proj.weight")
+    gate_up_bias: str = "mlp.experts.gate_up_proj_bias"
+    down: str = "mlp.experts.{expert}.down_proj.weight"
+    down_bias: str = "mlp.experts.down_proj_bias"
+    # Those from here on lack their ".weight" or ".bias".
+    shared_gate_up: tuple[str, ...] = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
+    shared_down: str = "mlp.shared_expert.down_proj"
+    shared_gate: str = "mlp.shared_expert_gate"
+    # How they lie.
+    transposed: bool = False  # matrices of experts are [in, out]
+    alternating: bool = False  # rows of gate and up alternate
+
+
 class TensorNames(Struct, frozen=True):
     """Where a family's checkpoints keep their tensors, and how those lie. `{layer}` is the layer's number."""
 
@@ -43,6 +63,7 @@ class TensorNames(Struct, frozen=True):
     o: str = "self_attn.o_proj"
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")  # or one tensor of both; of a plain one its only
     down: str = "mlp.down_proj"
+    experts: ExpertNames = ExpertNames()
     # How they lie.
     qkv_order: Literal["blocks", "groups", "mesh"] = "blocks"
     """Rows of a fused tensor. blocks: all q, all k, all v. groups: of each KV head in turn its q, k and v.
@@ -56,11 +77,12 @@ class Rotary(Struct, frozen=True, kw_only=True):
     interleaved: bool = False
     partial: bool = False  # a share of each head may turn
     default_theta: float = 10_000.0
-    default_share: float = 1.0
+    default_share: Any = 1.0  # a number or a word
     theta: str = "rope_theta"  # key of the base, where it stands beside the dictionary
     share: str = "partial_rotary_factor"  # key of the share, where it stands beside the dictionary
     dim: str | None = None  # key of the number of dimensions that turn, where that is said instead
     layer_type: str | None = None  # whose entry to take, where the dictionary has one for each type of layer
+    mscales: bool = False  # of longrope: the keys short_mscale and long_mscale say what scales cos and sin
     scaled: bool = True  # False: rope_scaling is of the other layers
     kinds: Mapping[str, str] = MappingProxyType({})  # names of kinds that mean another here
 

@@ -2,10 +2,24 @@
 
 from collections.abc import Mapping
 
-from graphgen.models.families import falcon, glm, gpt2, kin, layer_norm, llama, neox, olmo, opt, phi3, qwen
+from graphgen.models.families import (
+    falcon,
+    glm,
+    gpt2,
+    kin,
+    layer_norm,
+    llama,
+    mixtral,
+    neox,
+    olmo,
+    opt,
+    phi3,
+    qwen,
+    qwen_moe,
+)
 from graphgen.models.families.family import Family
 
-_MODULES = (llama, qwen, phi3, kin, olmo, glm, layer_norm, neox, falcon, gpt2, opt)
+_MODULES = (llama, qwen, phi3, kin, olmo, glm, layer_norm, neox, falcon, gpt2, opt, mixtral, qwen_moe)
 FAMILIES: Mapping[str, Family] = {family.name: family for module in _MODULES for family in module.FAMILIES}
 """In the order of docs/models.md."""
 

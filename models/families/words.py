@@ -6,6 +6,7 @@ families' own modules; reader.py fills the templates in.
 A word is typed Any: what stands there once a config was read has the type of the field, and load_spec checks it.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -132,6 +133,11 @@ def inverse(value: float) -> float:
     return 1.0 / value
 
 
+def product(*names: str) -> Any:
+    """Of several keys."""
+    return Computed(lambda config: math.prod(config.need(name) for name in names))
+
+
 def four_times(name: str) -> Any:
     """Of a feed-forward whose size the config leaves out."""
     return Computed(lambda config: 4 * config.need(name))
@@ -149,10 +155,11 @@ ACTIVATIONS: Mapping[str, str] = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_python_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
     "relu": "relu",
     "relu2": "relu_squared",
 }
-"""Hugging Face's name of an activation -> ours, a key of layers.ACTIVATIONS."""
+"""Hugging Face's name of an activation -> ours, a key of feed_forward.ACTIVATIONS."""
 
 
 def activation(name: str = "hidden_act") -> Any:
@@ -239,6 +246,17 @@ def from_layer(first: str, kind: str, others: str, switch: str | None = None) ->
     def kinds(config: Config, num_layers: int) -> list[str]:
         begin = num_layers if switch is not None and not config.get(switch) else config.need(first)
         return [kind if number >= begin else others for number in range(num_layers)]
+
+    return kinds
+
+
+def except_listed(name: str, kind: str, others: Kinds) -> Kinds:
+    """Layers whose numbers the config lists are of `kind`, the rest as `others` says."""
+
+    def kinds(config: Config, num_layers: int) -> list[str]:
+        numbers: Sequence[int] = config.get(name) or ()
+        rest = others(config, num_layers)
+        return [kind if number in numbers else rest[number] for number in range(num_layers)]
 
     return kinds
 

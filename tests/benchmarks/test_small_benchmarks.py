@@ -25,6 +25,7 @@ from tests.models import tiny
 SCRIPTS = (
     "attention",
     "beside_transformers",
+    "experts",
     "latency",
     "linear",
     "prefix",
@@ -116,6 +117,18 @@ def test_steps_and_latency_run_on_the_cpu(name: str, monkeypatch: pytest.MonkeyP
     assert len(document["rows"]) >= 2
     assert all(row[figure] > 0.0 for row in document["rows"])
     assert document["about"]["command"].startswith(f"python -m benchmarks.{name} --device cpu")
+
+
+def test_experts_times_every_product_at_every_number_of_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arguments = ("--device", "cpu", "--rows", "1", "40", "--repeats", "1", "--rotate-mb", "1")
+    rows = run_script(monkeypatch, tmp_path, "experts", *arguments)["rows"]
+    small = [row for row in rows if row["shape"] == "64 experts"]
+    assert [(row["rows"], row["product"]) for row in small] == [
+        *((1, name) for name in ("operator", "grouped_mm", "batched")),
+        *((40, name) for name in ("operator", "grouped_mm")),
+    ]
+    assert all(row["us"] > 0.0 for row in rows)
+    assert small[0]["floor us"] < small[-1]["floor us"], "more rows choose more experts"
 
 
 # --- scheduler -----------------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from torch import Tensor
 from graphgen.models.attention.backend import StepTensors
 from graphgen.models.attention.tables import RowTables
 from graphgen.models.decoder import Decoder
+from graphgen.models.feed_forward import ACTIVATIONS
 from graphgen.models.kv_cache import KVCache
-from graphgen.models.layers import ACTIVATIONS, DecoderLayer
+from graphgen.models.layers import DecoderLayer
 from graphgen.models.norms import RMSNorm
 from graphgen.models.rope import rotate
 from graphgen.models.spec import GQA, Dense, Embedding, Head, Layer, ModelSpec, Norm, QKNorm, RopeSpec

@@ -69,6 +69,14 @@ def test_layers_of_different_windows_share_their_graphs(tmp_path: Path) -> None:
     assert decoder.num_compiled_graphs() == 2
 
 
+def test_each_kind_of_feed_forward_is_one_graph_more(tmp_path: Path) -> None:
+    decoder = load("qwen2_moe", tmp_path)
+    eager = run_every_shape(decoder)
+    decoder.compile_layers()
+    torch.testing.assert_close(run_every_shape(decoder), eager, rtol=1e-4, atol=1e-4)
+    assert decoder.num_compiled_graphs() == 3
+
+
 def test_generated_code_never_allocates_or_copies_pages(tmp_path: Path) -> None:
     decoder = load("llama", tmp_path)
     decoder.compile_layers()

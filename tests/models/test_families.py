@@ -28,7 +28,7 @@ def write_config(folder: Path, **changes: Any) -> None:
 def test_sizes_equal_those_of_the_reference(case: str) -> None:
     model = tiny.build(case)
     spec = tiny.spec_of(model)
-    assert spec.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert spec.num_parameters == tiny.num_parameters(model)
     assert spec.weight_bytes("bfloat16") == 2 * spec.num_parameters
     assert spec.kv_bytes_per_token("float32") == 4 * 2 * spec.num_layers * spec.attention.kv_size
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(spec), type=ModelSpec) == spec
@@ -116,6 +116,14 @@ def test_the_config_of_transformers_4_means_the_same(tmp_path: Path) -> None:
             "3 values in short_factor, its rotation needs 4",
         ),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised \\(gptq\\)"),
+        (
+            {
+                "architectures": ["MiniMaxM2ForCausalLM"],
+                "model_type": "minimax_m2",
+                "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+            },
+            "quantised \\(fp8\\)",
+        ),
         ({"num_attention_heads": 6, "num_key_value_heads": 4}, "6 heads, 4 KV heads"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"dtype": "float64"}, "dtype float64"),
@@ -189,7 +197,7 @@ def test_a_window_of_no_position_is_refused(window: int, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("model_type", "architecture", "nearest"),
     [
-        ("mixtral", "MixtralForCausalLM", "MistralForCausalLM (mistral)"),
+        ("mixtral2", "Mixtral2ForCausalLM", "MixtralForCausalLM (mixtral)"),
         ("qwen3_next", "Qwen3NextForCausalLM", "Qwen3ForCausalLM (qwen3)"),
         ("biogpt", "BioGptForCausalLM", "GPT2LMHeadModel (gpt2)"),
         ("nobody", "OtherForCausalLM", "ForCausalLM"),

@@ -8,7 +8,20 @@ import torch
 from msgspec.structs import replace
 
 from graphgen.models.few_rows_layers import serves, serves_model
-from graphgen.models.spec import GQA, NO_ROPE, Dense, Embedding, Head, Layer, ModelSpec, Norm, QKNorm, RopeSpec
+from graphgen.models.spec import (
+    GQA,
+    NO_ROPE,
+    Dense,
+    Embedding,
+    Experts,
+    Head,
+    Layer,
+    ModelSpec,
+    Norm,
+    QKNorm,
+    RopeSpec,
+    Router,
+)
 
 HIDDEN = 256
 NORM = Norm(eps=1e-5)
@@ -103,6 +116,11 @@ TRAITS = {
 def test_a_layer_with_another_trait_is_refused(trait: str) -> None:
     assert not serves(TRAITS[trait], HIDDEN)
     assert not serves_model(replace(SPEC, layers=(LAYER, TRAITS[trait])), torch.bfloat16), "one layer is enough"
+
+
+def test_experts_are_refused() -> None:
+    experts = Experts(num_experts=4, top_k=1, size=384, activation="silu", router=Router())
+    assert not serves(replace(LAYER, feed_forward=experts), HIDDEN)
 
 
 def test_every_field_of_a_layer_is_among_the_cases() -> None:

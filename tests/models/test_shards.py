@@ -4,14 +4,17 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
 
 from graphgen.ipc.errors import ConfigError, UnsupportedModelError
 from graphgen.models.attention.backend import StepTensors
-from graphgen.models.families.family import TensorNames
-from graphgen.models.layers import MLP, Attention
+from graphgen.models.experts.block import MixtureOfExperts
+from graphgen.models.families.family import ExpertNames, TensorNames
+from graphgen.models.feed_forward import MLP
+from graphgen.models.layers import Attention
 from graphgen.models.rope import Rope, rotate
-from graphgen.models.spec import GQA, WHOLE, Dense, Norm, QKNorm, RopeSpec, Shard
+from graphgen.models.spec import GQA, WHOLE, Dense, Experts, Norm, QKNorm, RopeSpec, Router, Shard
 from graphgen.models.targets import Targets
 
 HIDDEN, ROWS = 24, 5
@@ -109,11 +112,61 @@ def test_the_parts_of_a_feed_forward_add_up(case: str) -> None:
     torch.testing.assert_close(parts[0] + parts[1], whole, rtol=1e-4, atol=1e-4)
 
 
+def mixed(spec: Experts, names: ExpertNames, shard: Shard, stored: dict[str, Tensor]) -> Tensor:
+    block = MixtureOfExperts(spec, HIDDEN, torch.float32, shard)
+    fill(block, block.weights("layer.", TensorNames(experts=names)), stored)
+    result: Tensor = block(torch.linspace(-1, 1, ROWS * HIDDEN).view(ROWS, HIDDEN), None)
+    return result
+
+
+EXPERTS = Experts(num_experts=4, top_k=2, size=10, activation="silu", router=Router())
+BIASED_EXPERTS = replace(EXPERTS, bias=True, limit=1.0, up_plus_one=True, router=Router(bias=True, correction=True))
+STACKED = ExpertNames(gate_up=("gate_up",), down="down")
+MIXTURES = {
+    "a tensor for each expert": (EXPERTS, ExpertNames()),
+    "gate and up stacked": (BIASED_EXPERTS, ExpertNames(gate_up=("gate", "up"), down="down")),
+    "stacked": (replace(BIASED_EXPERTS, input_scaled=True), STACKED),
+    "transposed, alternating": (BIASED_EXPERTS, replace(STACKED, transposed=True, alternating=True)),
+    "shared": (replace(EXPERTS, shared=Dense(size=6, activation="gelu"), shared_gate=True), ExpertNames()),
+}
+
+
+@pytest.mark.parametrize("case", MIXTURES)
+def test_the_parts_of_a_mixture_of_experts_add_up(case: str) -> None:
+    torch.manual_seed(0)
+    spec, names = MIXTURES[case]
+    stored: dict[str, Tensor] = {}
+    whole = mixed(spec, names, WHOLE, stored)
+    parts = [mixed(spec, names, Shard(rank, 2), stored) for rank in range(2)]
+    torch.testing.assert_close(parts[0] + parts[1], whole, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_are_the_same_however_they_are_stored() -> None:
+    torch.manual_seed(0)
+    stored: dict[str, Tensor] = {}
+    whole = mixed(EXPERTS, ExpertNames(), WHOLE, stored)
+    gate, up, down = (
+        torch.stack([stored[f"layer.mlp.experts.{expert}.{name}_proj.weight"] for expert in range(4)])
+        for name in ("gate", "up", "down")
+    )
+    both = torch.cat((gate, up), dim=1)
+    alternating = torch.stack((gate, up), dim=2).flatten(1, 2)
+    for names, own in (
+        (STACKED, (both, down)),
+        (replace(STACKED, transposed=True), (both.mT, down.mT)),
+        (replace(STACKED, transposed=True, alternating=True), (alternating.mT, down.mT)),
+    ):
+        stored.update(zip(("layer.gate_up", "layer.down"), own, strict=True))
+        assert torch.equal(mixed(EXPERTS, names, WHOLE, stored), whole)
+
+
 def test_what_cannot_be_shared_is_refused() -> None:
     with pytest.raises(ConfigError, match="3 attention heads cannot be shared by 2 ranks"):
         Attention(GQA(num_heads=3, num_kv_heads=3, head_dim=4), RopeSpec(), HIDDEN, torch.float32, Shard(0, 2))
     with pytest.raises(ConfigError, match="9 inner columns of a feed-forward cannot be shared by 2 ranks"):
         MLP(Dense(size=9, activation="silu"), HIDDEN, torch.float32, Shard(1, 2))
+    with pytest.raises(ConfigError, match="10 inner columns of an expert cannot be shared by 4 ranks"):
+        MixtureOfExperts(EXPERTS, HIDDEN, torch.float32, Shard(0, 4))
     normed = GQA(num_heads=4, num_kv_heads=2, head_dim=4, qk_norm=QKNorm(Norm(), "all_heads"))
     with pytest.raises(UnsupportedModelError, match="2 ranks would share heads that are normed together"):
         Attention(normed, RopeSpec(), HIDDEN, torch.float32, Shard(0, 2))

@@ -138,6 +138,77 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "falcon_40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 3, "bias": True}),
     "falcon_11b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}),
     "falcon_7b": ("falcon", {"ffn_hidden_size": 72}),
+    "mixtral": ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 3}),
+    "mixtral_window": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1, "sliding_window": 9}),
+    "phimoe": (
+        "phimoe",
+        {"num_local_experts": 5, "attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.2},
+    ),
+    "phimoe_longrope": (
+        "phimoe",
+        {
+            "num_local_experts": 4,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10_000.0,
+                "short_factor": [1.0, 1.3, 2.0, 3.0],
+                "long_factor": [1.0, 2.0, 4.0, 8.0],
+                "short_mscale": 1.2,
+                "long_mscale": 1.2,
+                "original_max_position_embeddings": 512,
+            },
+        },
+    ),
+    "minimax_m2": ("minimax_m2", {"head_dim": 12, "rotary_dim": 6, "num_local_experts": 6, "num_experts_per_tok": 2}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "decoder_sparse_step": 2,
+            "num_hidden_layers": 4,
+        },
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            "head_dim": 16,
+            "num_experts": 9,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "clip_qkv": 0.9}),
+    "olmoe_renormalised": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 3, "norm_topk_prob": True}),
+    "glm4_moe": (
+        "glm4_moe",
+        {
+            "head_dim": 12,
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 1.7,
+            "attention_bias": True,
+            "use_qk_norm": True,
+        },
+    ),
+    "glm4_moe_one_group": (
+        "glm4_moe",
+        {
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": False,
+            "first_k_dense_replace": 2,
+        },
+    ),
     "exaone4_full": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
 }
 """Name of a case -> model type and what differs from SMALL; a string as rope_parameters names one of
@@ -158,7 +229,18 @@ def build(case: str, seed: int = 0, **overrides: Any) -> HuggingFaceModel:
             # Norms start as ones or zeros and biases as zeros, which would hide a mixed-up one.
             if parameter.ndim == 1 or "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
+        for buffer in _corrections(model):
+            buffer.add_(torch.randn_like(buffer) * 0.3)
     return model
+
+
+def num_parameters(model: HuggingFaceModel) -> int:
+    """With the biases of routers, which are buffers there."""
+    return sum(tensor.numel() for tensor in (*model.parameters(), *_corrections(model)))
+
+
+def _corrections(model: HuggingFaceModel) -> list[torch.Tensor]:
+    return [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
 
 
 def spec_of(model: HuggingFaceModel) -> ModelSpec:
