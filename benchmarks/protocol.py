@@ -23,6 +23,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import msgspec
 import zmq
@@ -97,7 +99,9 @@ class Setup:
         self.launch.write(self.folder)
         write_tokenizer(load_config_tokenizer(config, self.launch), self.folder)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._processes = {"engine": self._start("benchmarks.paced_engine", str(step_ms))}
+        self.private_address = f"ipc://{self.folder}/private"
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._processes["engine"] = self.start("benchmarks.paced_engine", str(step_ms))
 
     @contextlib.contextmanager
     def in_process(self) -> Iterator[AttachedCore]:
@@ -125,10 +129,11 @@ class Setup:
             data=wildcard,
             control=wildcard,
             keys=None,
+            private=self.private_address,
             memory_limit_bytes=1 << 30,
             max_unstarted=256,
         ).write(self.folder)
-        self._processes["frontend"] = self._start("graphgen.server.frontend")
+        self._processes["frontend"] = self.start("graphgen.server.frontend")
         while not isinstance(message := channel.receive(TIMEOUT_S), Listening):
             pass
         channel.close()
@@ -149,6 +154,14 @@ class Setup:
         sent: list[list[float]] = json.loads((self.folder / SENT_FILE).read_text())
         return sent
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     def close(self) -> None:
         for process in self._processes.values():
             process.kill()
@@ -156,18 +169,10 @@ class Setup:
         self._context.destroy(linger=0)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _start(self, module: str, *options: str) -> subprocess.Popen[bytes]:
+    def start(self, module: str, *options: str, descriptors: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+        """descriptors: of open files that the process inherits."""
         command = [sys.executable, "-m", module, str(self.folder), str(os.getpid()), *options]
-        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-
-
-@contextlib.contextmanager
-def set_up(step_ms: float) -> Iterator[Setup]:
-    setup = Setup(step_ms)
-    try:
-        yield setup
-    finally:
-        setup.close()
+        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, pass_fds=descriptors)
 
 
 def latency_rows(streams: Sequence[int], num_tokens: int, step_ms: float) -> list[Row]:
@@ -176,7 +181,7 @@ def latency_rows(streams: Sequence[int], num_tokens: int, step_ms: float) -> lis
     for num_streams in streams:
         ways_us: dict[str, list[float]] = {}
         for way in ("in process", "frontend"):
-            with set_up(step_ms) as setup:
+            with Setup(step_ms) as setup:
                 opened = setup.in_process() if way == "in process" else setup.through_frontend()
                 with opened as core:
                     reader = read_streams(core, num_streams, num_tokens)
@@ -201,7 +206,7 @@ def throughput_rows(streams: Sequence[int], num_tokens: int) -> list[Row]:
     """Tokens as fast as the engine hands them out."""
     rows: list[Row] = []
     for num_streams in streams:
-        with set_up(step_ms=0.0) as setup, setup.through_frontend() as core:
+        with Setup(step_ms=0.0) as setup, setup.through_frontend() as core:
             before_s = setup.cpu_s("frontend")
             begun_s = time.monotonic()
             reader = read_streams(core, num_streams, num_tokens)
@@ -223,7 +228,7 @@ def paced_cpu_rows(streams: Sequence[int], num_tokens: int, step_ms: float) -> l
     """Processor time when every token is a message of its own, as at a GPU's pace."""
     rows: list[Row] = []
     for num_streams in streams:
-        with set_up(step_ms) as setup, setup.through_frontend() as core:
+        with Setup(step_ms) as setup, setup.through_frontend() as core:
             before_s = setup.cpu_s("frontend")
             reader = read_streams(core, num_streams, num_tokens)
             tokens = num_streams * num_tokens
@@ -243,7 +248,7 @@ def neighbour_rows(num_streams: int, num_tokens: int, step_ms: float) -> list[Ro
     """ITL of one client's streams, beside a client that does no good."""
     rows: list[Row] = []
     for disturbance in DISTURBANCES:
-        with set_up(step_ms) as setup, setup.through_frontend() as core:
+        with Setup(step_ms) as setup, setup.through_frontend() as core:
             with disturbed(setup, disturbance):
                 reader = read_streams(core, num_streams, num_tokens)
             gaps_ms = [

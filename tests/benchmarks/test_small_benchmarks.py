@@ -195,6 +195,14 @@ def test_the_protocol_benchmark_measures_both_ways(monkeypatch: pytest.MonkeyPat
     assert [row["neighbour"] for row in rows if "neighbour" in row] == ["none", "flood", "stopped reader"]
 
 
+def test_the_gateway_benchmark_measures_both_ways(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arguments = ("--streams", "2", "--tokens", "10", "--step-ms", "5", "--idle", "0")
+    ways, paced, fast = run_script(monkeypatch, tmp_path, "gateway", *arguments)["rows"]
+    assert ways["HTTP p50 us"] - ways["GGP/1 p50 us"] == pytest.approx(ways["added p50 us"])
+    assert ways["GGP/1 p50 us"] > 0
+    assert all(row["tokens an event"] >= 1 and row["gateway CPU us a token"] >= 0 for row in (paced, fast))
+
+
 # --- linear --------------------------------------------------------------------------------------------------------
 
 
