@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from graphgen.ipc.errors import CheckpointError
+from graphgen.models.gguf.header import SUFFIX, is_gguf
 
 logger = logging.getLogger("graphgen")
 
@@ -25,28 +26,22 @@ _NOT_DOWNLOADED = ("*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt", "conso
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:
-    """The local folder of a model: `model` itself, or where the hub's snapshot of that id lies after a
-    download.
+    """The local folder or GGUF file of a model: `model` itself, or where the hub's snapshot of that id, or of that file
+    of one (owner/name/file.gguf), lies after a download.
 
-    Raises CheckpointError when it is neither.
+    Raises CheckpointError when it is none of these.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise CheckpointError(f"model {model!r} is a file: name the folder that holds config.json and the weights")
-    from huggingface_hub import snapshot_download
+    local = Path(model).expanduser()
+    if local.is_dir() or (local.is_file() and is_gguf(local)):
+        return local
+    if local.exists():
+        raise CheckpointError(
+            f"model {model!r} is a file and no GGUF file: name the folder that holds config.json and the weights"
+        )
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(
-                model,
-                revision=revision,
-                allow_patterns=list(_DOWNLOADED),
-                ignore_patterns=list(_NOT_DOWNLOADED),
-            )
-        )
+        return _download(model, revision)
     except HFValidationError as error:
         raise CheckpointError(
             f"model {model!r} is neither a local folder nor a hub id (owner/name): check the path"
@@ -59,14 +54,25 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
         ) from error
 
 
+def _download(model: str, revision: str | None) -> Path:
+    """Raises what the hub's package raises."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    if is_gguf(model):
+        owner, _, file = model.partition("/")
+        name, _, file = file.partition("/")
+        return Path(hf_hub_download(f"{owner}/{name}", file, revision=revision))
+    wanted, other = list(_DOWNLOADED), list(_NOT_DOWNLOADED)
+    return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=other))
+
+
 def read_config(location: str, revision: str | None) -> dict[str, Any]:
     """config.json of a folder or hub id, as it stands there. Raises CheckpointError when there is no readable file."""
     try:
         return _read_json(location, CONFIG_FILE, revision)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"no config.json was read from {location!r} ({error}): name a folder with a Hugging Face"
-            " checkpoint or a hub id"
+            f"no config.json was read from {location!r} ({error}): {_remedy(Path(location))}"
         ) from error
 
 
@@ -86,6 +92,18 @@ def read_generation_eos(location: str, revision: str | None) -> int | list[int] 
         "%s: %s: end-of-sequence tokens are those of config.json; %s", _name_of(location, GENERATION_FILE), what, remedy
     )
     return None
+
+
+def _remedy(folder: Path) -> str:
+    """What a folder without a config is for."""
+    if files := sorted(folder.glob(f"*{SUFFIX}")):
+        return f"name the GGUF file, {files[0]}"
+    if (folder / "params.json").exists():
+        return (
+            "it holds a model in a format of its publisher (params.json), take Hugging Face's files of the same model,"
+            " which have config.json and model.safetensors"
+        )
+    return "name a folder with a Hugging Face checkpoint, a GGUF file or a hub id"
 
 
 def _read_json(location: str, name: str, revision: str | None) -> dict[str, Any]:

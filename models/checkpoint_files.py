@@ -19,6 +19,12 @@ INDEX_FILE = "model.safetensors.index.json"
 WHOLE_FILE = "model.safetensors"
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _ADAPTER_PREFIX = "adapter_"
+_CONSOLIDATED_PREFIX = "consolidated"
+_CONVERT = (
+    'python -c "from transformers import AutoModelForCausalLM as Model;'
+    " Model.from_pretrained({folder!r}, dtype='auto').save_pretrained({folder!r})\""
+)
+"""Writes safetensors beside pickled weights, which transformers reads without running code."""
 _COMPARED_BYTES = 2**24
 """Read at once while two tensors are compared."""
 
@@ -43,7 +49,8 @@ def weight_files(folder: Path) -> list[Path]:
         return [whole]
     if index.exists():
         return _indexed_files(index)
-    files = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith(_ADAPTER_PREFIX))
+    others = (_ADAPTER_PREFIX, _CONSOLIDATED_PREFIX)
+    files = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith(others))
     if len(files) == 1:
         return files
     raise CheckpointError(_missing_files(folder, len(files)))
@@ -96,10 +103,19 @@ def _missing_files(folder: Path, num_files: int) -> str:
     pickled = sorted(file.name for pattern in _PICKLE_PATTERNS for file in folder.glob(pattern))
     if pickled:
         return (
-            f"{folder} has only pickled weights ({pickled[0]}), which can run code when they are read;"
-            " graphgen reads safetensors only: convert it with `save_pretrained` of transformers"
+            f"{folder} has only pickled weights ({pickled[0]}), which can run code when they are read; graphgen reads"
+            f" safetensors and GGUF files: convert it with `{_CONVERT.format(folder=str(folder))}`"
         )
-    return f"{folder} has no safetensors file: name a folder with {WHOLE_FILE} or its shards"
+    if consolidated := sorted(folder.glob(f"{_CONSOLIDATED_PREFIX}*")):
+        return (
+            f"{folder} has only {consolidated[0].name}, whose tensors have other names and another order of rows: take"
+            f" {WHOLE_FILE} of the same model on the hub, or convert it with convert_mistral_weights_to_hf.py of"
+            " transformers"
+        )
+    return (
+        f"{folder} has no safetensors file: name a folder with {WHOLE_FILE} or its shards, or a GGUF file (pickled"
+        " weights, *.bin, are not downloaded)"
+    )
 
 
 def _indexed_files(index: Path) -> list[Path]:

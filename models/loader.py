@@ -1,19 +1,18 @@
 """From a checkpoint to a Decoder with its weights in place.
 
-Owns the way of every stored tensor to the target that the decoder's blocks name for it. Reads safetensors only: other
-formats can run code when they are read. Never holds a second copy of the weights. Called by the worker at its start.
+Owns the way of every stored tensor to the target that the decoder's blocks name for it; which kind of file it comes
+from, checkpoint.py knows. Never holds a second copy of the weights. Called by the worker at its start.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from graphgen.ipc.errors import CheckpointError
-from graphgen.models.checkpoint_files import stored_tensors, weight_files
+from graphgen.models.checkpoint import open_checkpoint
 from graphgen.models.decoder import Decoder
 from graphgen.models.families import FAMILIES
 from graphgen.models.families.family import Family
@@ -27,7 +26,7 @@ ProgressCallback = Callable[[int, int], None]
 
 
 def load_decoder(
-    folder: Path,
+    location: Path,
     spec: ModelSpec,
     dtype: torch.dtype,
     device: torch.device,
@@ -36,34 +35,35 @@ def load_decoder(
     progress: ProgressCallback | None = None,
     fused: bool = False,
 ) -> Decoder:
-    """A decoder on `device` with the weights of `folder`, shard by shard, or random ones.
+    """A decoder on `device` with the weights of a folder or a GGUF file, tensor by tensor, or random ones.
 
-    spec: load_spec's of the same folder, which knows whether a stored head is the embedding again.
-    load_format: "auto" and "safetensors" read the folder; "dummy" reads nothing and draws weights of the real
-    shapes on the device itself from `seed`. fused: see Decoder. Raises CheckpointError for a checkpoint that is not
-    safetensors, lacks a tensor, has one too many, or one of another shape.
+    spec: load_spec's of the same location, which knows whether a stored head is the embedding again.
+    load_format: "auto" and "safetensors" read the checkpoint; "dummy" reads nothing and draws weights of the real
+    shapes on the device itself from `seed`. fused: see Decoder. Raises CheckpointError for a checkpoint that cannot be
+    read, lacks a tensor, has one too many, or one of another shape.
     """
     decoder = Decoder(spec, dtype, device, fused)
     report = progress or (lambda done, total: None)
     if load_format == "dummy":
         _fill_randomly(decoder, spec, seed, report)
     else:
-        _fill_from_folder(decoder, spec, folder, report)
+        _fill_from_checkpoint(decoder, spec, location, report)
     return decoder
 
 
 @torch.no_grad()
-def _fill_from_folder(decoder: Decoder, spec: ModelSpec, folder: Path, report: ProgressCallback) -> None:
-    files, family = weight_files(folder), FAMILIES[spec.family]
+def _fill_from_checkpoint(decoder: Decoder, spec: ModelSpec, location: Path, report: ProgressCallback) -> None:
+    checkpoint, family = open_checkpoint(location), FAMILIES[spec.family]
     targets, names = dict(decoder.weights(family.names)), family.names
-    stored = {family.stored_name(name) for name in stored_tensors(files)}
+    stored = {family.stored_name(name) for name in checkpoint.stored_tensors(names)}
     if spec.head.tied and names.head in stored and names.embedding not in stored:
         targets[names.head] = targets.pop(names.embedding)  # one weight, stored under its other name
     missing = set(targets)
     total = sum(target.num_bytes for target in targets.values())
     done = 0
     report(done, total)
-    for stored_name, shard, tensor in _tensors(files, decoder.embedding.weight.device):
+    weight = decoder.embedding.weight
+    for stored_name, shard, tensor in checkpoint.tensors(names, weight.device, weight.dtype):
         name = family.stored_name(stored_name)
         if name not in targets:
             _refuse_unknown(name, spec, family, shard)
@@ -80,20 +80,9 @@ def _fill_from_folder(decoder: Decoder, spec: ModelSpec, folder: Path, report: P
     if missing:
         first = min(missing)
         raise CheckpointError(
-            f"tensor {first!r} of shape {list(targets[first].shape)} is missing in {folder} ({len(missing)}"
+            f"tensor {first!r} of shape {list(targets[first].shape)} is missing in {location} ({len(missing)}"
             f" of {len(targets)} tensors are): the checkpoint is incomplete or no {spec.architecture}"
         )
-
-
-def _tensors(shards: list[Path], device: torch.device) -> Iterator[tuple[str, Path, Tensor]]:
-    """Every tensor of every shard, one at a time, read straight onto the device."""
-    for shard in shards:
-        try:
-            with safe_open(shard, framework="pt", device=str(device)) as tensors:
-                for name in tensors.keys():  # noqa: SIM118  # safe_open is no mapping
-                    yield name, shard, tensors.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{shard} is not a readable safetensors file ({error}): download it again") from error
 
 
 def _check_tensor(name: str, tensor: Tensor, target: Target, shard: Path) -> None:

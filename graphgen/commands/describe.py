@@ -56,7 +56,7 @@ def decisions(config: EngineConfig, launch: LaunchConfig, ready: Ready) -> list[
     worker, spec = ready.worker, launch.spec
     page_bytes = spec.kv_bytes_per_token(launch.dtype) * worker.page_size
     return [
-        Decision("model", launch.model_folder, _model_reason(config, launch)),
+        Decision("model", launch.model_path, _model_reason(config, launch)),
         _sampling_decision(config, launch),
         Decision("device", worker.device, _asked(config.device != "auto") or _device_reason(launch)),
         Decision(

@@ -191,7 +191,7 @@ def make_config(model: str | EngineConfig | None, settings: EngineSettings) -> E
 class LaunchConfig(Struct, frozen=True, kw_only=True):
     """What the processes need, resolved: what is left to choose, the device's memory or its libraries decide."""
 
-    model_folder: str
+    model_path: str  # a folder or a GGUF file
     spec: ModelSpec
     eos_token_ids: tuple[int, ...]
     sampling_defaults: SamplingDefaults  # of requests that state no values
@@ -239,7 +239,7 @@ class LaunchConfig(Struct, frozen=True, kw_only=True):
 def resolve(
     config: EngineConfig,
     spec: ModelSpec,
-    model_folder: Path,
+    model_path: Path,
     sampling_defaults: SamplingDefaults = SamplingDefaults(),  # noqa: B008  # frozen: a model that states none
 ) -> LaunchConfig:
     """Every choice that EngineConfig left open, made once. Raises ConfigError."""
@@ -251,7 +251,7 @@ def resolve(
     compiles = on_cuda if config.compile is None else config.compile
     _check_num_pages(config.num_pages, page_size, min(token_budget, max_model_len))
     return LaunchConfig(
-        model_folder=str(model_folder),
+        model_path=str(model_path),
         spec=spec.padded() if on_cuda and config.attention != "torch" else spec,
         eos_token_ids=tuple(spec.eos_token_ids),
         sampling_defaults=sampling_defaults,

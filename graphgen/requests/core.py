@@ -279,7 +279,7 @@ def launch_config(config: EngineConfig) -> LaunchConfig:
 def load_config_tokenizer(config: EngineConfig, launch: LaunchConfig) -> Tokenizer | None:
     if config.tokenizer == NO_TOKENIZER:
         return None
-    tokenizer = load_tokenizer(config.tokenizer or launch.model_folder, None, config.chat_template)
+    tokenizer = load_tokenizer(config.tokenizer or launch.model_path, None, config.chat_template)
     if tokenizer is None and config.tokenizer is not None:
         raise ConfigError(f"tokenizer {config.tokenizer!r} is a folder without a tokenizer: name another")
     if tokenizer is not None and tokenizer.chat_template is not None and tokenizer.chat_template.fault:

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from graphgen.ipc.errors import CheckpointError
+from graphgen.models.gguf.header import is_gguf
 from graphgen.requests.chat_template import ChatSource
 from graphgen.requests.tokenizer import Tokenizer
+from graphgen.requests.tokenizer_gguf import read_gguf_tokenizer
 
 logger = logging.getLogger("graphgen")
 
@@ -38,12 +40,15 @@ Settings = Mapping[str, Any]
 def load_tokenizer(
     location: str | Path, revision: str | None = None, chat_template: str | None = None
 ) -> Tokenizer | None:
-    """The tokenizer of a local folder or hub id; None for a folder that holds none, whose model is served by ids alone.
+    """The tokenizer of a local folder, a GGUF file or a hub id; None for a folder that holds none, whose model is
+    served by ids alone.
 
     chat_template: a file with a template, or the name of one of the model's own; None takes the model's default.
     Raises CheckpointError for a tokenizer or a template that cannot be read.
     """
     folder = Path(location).expanduser()
+    if is_gguf(folder):
+        return _of_gguf(folder, chat_template)
     if not folder.is_dir():
         folder = _download(str(location), revision)
     if not any((folder / name).exists() for name in _FILES):
@@ -61,6 +66,13 @@ def load_tokenizer(
             f"the tokenizer in {folder} ({_found(folder)}) cannot be read: {error}; {_remedy(folder)}, name another"
             ' with tokenizer=, or serve token ids alone with tokenizer="none"'
         ) from error
+
+
+def _of_gguf(file: Path, chosen: str | None) -> Tokenizer:
+    """A template in a file goes before those of the model."""
+    if chosen is None or not (path := Path(chosen).expanduser()).is_file():
+        return read_gguf_tokenizer(file, None if chosen == _DEFAULT else chosen)
+    return read_gguf_tokenizer(file, ChatSource(_read_text(path), chosen))
 
 
 def _found(folder: Path) -> str:

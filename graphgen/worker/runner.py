@@ -99,7 +99,7 @@ class ModelRunner:
         preparations = prepare_first_use(config.compile, self._device.type == "cuda", self._backend.late_import)
         with self._phase("load"):
             self._decoder = load_decoder(
-                folder=Path(config.model_folder),
+                location=Path(config.model_path),
                 spec=config.spec,
                 dtype=dtype,
                 device=self._device,

@@ -6,18 +6,19 @@ configuration.
 
 import difflib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 
 from graphgen.ipc.errors import CheckpointError, UnsupportedModelError
 from graphgen.ipc.messages import MAX_STOP_TOKEN_IDS
-from graphgen.models.checkpoint_config import read_config, read_generation_eos
-from graphgen.models.checkpoint_files import StoredTensor, are_equal, stored_tensors, weight_files
-from graphgen.models.families.family import Family, Rotary
+from graphgen.models.checkpoint import Checkpoint, open_checkpoint
+from graphgen.models.checkpoint_files import StoredTensor, are_equal
+from graphgen.models.families.family import Family, Rotary, TensorNames
 from graphgen.models.families.table import FAMILIES, families_of_type
 from graphgen.models.families.words import FULL, SLIDING, Config, Kinds, filled
 from graphgen.models.foreign_keys import refuse_foreign_keys
@@ -33,21 +34,22 @@ _COMMON_DEFAULTS: Mapping[str, Any] = {"architectures": None, "bos_token_id": No
 
 
 def load_spec(model: str | Path, revision: str | None = None) -> ModelSpec:
-    """The spec of a local folder or a hub id; of a hub id only the two small config files are downloaded.
+    """The spec of a local folder, a GGUF file or a hub id; of a hub id only the two small config files are downloaded.
 
-    End-of-sequence ids come from generation_config.json where it has them: chat models often end on several. Of a
-    folder with weights, the weights say whether the head is the embedding, and their dtype where the config does not.
+    End-of-sequence ids come from generation_config.json where it has them: chat models often end on several. Where
+    there are weights, they say whether the head is the embedding, and their dtype where the config does not.
     Raises CheckpointError when there is no readable config.json, UnsupportedModelError when graphgen cannot
     run it.
     """
     location = str(model)
     try:
-        config = with_defaults(read_config(location, revision), location)
-        generation_eos = read_generation_eos(location, revision)
-        spec = spec_from_hf(config, generation_eos, _stored_weights(Path(location)))
+        checkpoint = open_checkpoint(location, revision)
+        config = with_defaults(checkpoint.config(), location)
+        stored = partial(_stored_weights, checkpoint, Path(location))
+        spec = spec_from_hf(config, checkpoint.generation_eos(), stored)
         return msgspec.convert(msgspec.to_builtins(spec), ModelSpec)  # checks the types of what the file says
     except (AttributeError, TypeError, KeyError, msgspec.ValidationError) as error:
-        raise UnsupportedModelError(f"the config.json of {location!r} is not understood: {error}") from error
+        raise UnsupportedModelError(f"the config of {location!r} is not understood: {error}") from error
 
 
 def with_defaults(raw: Mapping[str, Any], location: str) -> SimpleNamespace:
@@ -65,19 +67,19 @@ def with_defaults(raw: Mapping[str, Any], location: str) -> SimpleNamespace:
 def spec_from_hf(
     config: Any,
     generation_eos: int | list[int] | None = None,
-    stored: Mapping[str, StoredTensor] = MappingProxyType({}),
+    stored_by: Callable[[TensorNames], Mapping[str, StoredTensor]] = lambda names: {},
 ) -> ModelSpec:
     """The spec of a transformers config object (untyped there, hence Any).
 
-    `generation_eos`: the ids of generation_config.json, which win over the config's own. `stored`: the checkpoint's
-    tensors, where it has any.
+    `generation_eos`: the ids of generation_config.json, which win over the config's own. `stored_by`: the
+    checkpoint's tensors, where it has any.
     """
     where = getattr(config, "_name_or_path", None) or config.model_type
     family = _family_of(config, where)
     view = Config(config, family.aliases)
     view.read.update(family.when)
     _refuse_quantized(view.get("quantization_config"), where)
-    layers = _layers(view, family)
+    layers, stored = _layers(view, family), stored_by(family.names)
     spec = ModelSpec(
         family=family.name,
         architecture=family.architecture,
@@ -237,12 +239,12 @@ def _head(head: Head, family: Family, stored: Mapping[str, StoredTensor], where:
     return head
 
 
-def _stored_weights(folder: Path) -> Mapping[str, StoredTensor]:
+def _stored_weights(checkpoint: Checkpoint, location: Path, names: TensorNames) -> Mapping[str, StoredTensor]:
     """Nothing where there are no weights or no whole ones: the loader says what is wrong, if it reads them at all."""
-    if (adapter := folder / "adapter_config.json").exists():
+    if (adapter := location / "adapter_config.json").exists():
         logger.warning("%s is not applied: merge the adapter into the weights and save them", adapter)
     try:
-        return stored_tensors(weight_files(folder)) if folder.is_dir() else {}
+        return checkpoint.stored_tensors(names) if location.exists() else {}
     except CheckpointError:
         return {}
 

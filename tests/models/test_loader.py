@@ -1,6 +1,7 @@
 """Checkpoints: every way they are laid out, every way they are broken, and random weights in their place."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -232,6 +233,30 @@ def test_pickled_weights_are_refused_unread(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"never read")
     with pytest.raises(CheckpointError, match=rf"only pickled weights \({name}\)"):
         load(tmp_path)
+
+
+def test_the_command_in_the_refusal_of_pickled_weights_converts_them(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path)
+    expected = logits(load(tmp_path))
+    (tmp_path / WEIGHTS).unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError) as refused:
+        load(tmp_path)
+    found = re.search(r'`python -c "(.*)"`', str(refused.value))
+    assert found is not None
+    exec(found[1], {})
+    torch.testing.assert_close(logits(load(tmp_path)), expected, rtol=0, atol=0)
+
+
+def test_files_in_a_publishers_own_format_are_refused_with_what_to_take(tmp_path: Path) -> None:
+    tiny.save("llama", tmp_path)
+    (tmp_path / WEIGHTS).rename(tmp_path / "consolidated.safetensors")
+    with pytest.raises(CheckpointError, match=r"only consolidated\.safetensors.*convert_mistral_weights_to_hf\.py"):
+        load(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "params.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"params\.json.*take Hugging Face's files"):
+        load_spec(tmp_path)
 
 
 def test_broken_layouts_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,83 @@
+"""One way to read a checkpoint, whichever kind of file it lies in.
+
+Owns the choice of the reader. What comes of any: a config in the keys of Hugging Face, and tensors by the names and in
+the order of rows that Hugging Face's checkpoints have. Called by families/reader.py and loader.py, which do not know
+which kind of file they read.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from graphgen.ipc.errors import CheckpointError
+from graphgen.models.checkpoint_config import read_config, read_generation_eos
+from graphgen.models.checkpoint_files import StoredTensor, stored_tensors, weight_files
+from graphgen.models.gguf.checkpoint import GGUFCheckpoint
+from graphgen.models.gguf.header import is_gguf
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from graphgen.models.families.family import TensorNames
+
+
+class Checkpoint(Protocol):
+    """Reads when it is asked, and raises CheckpointError where it cannot. `names`: the family's, for files that have
+    names of their own."""
+
+    def config(self) -> dict[str, Any]:
+        """What config.json says or would say."""
+
+    def generation_eos(self) -> int | list[int] | None:
+        """End-of-sequence ids that go before the config's; None where there are none."""
+
+    def stored_tensors(self, names: "TensorNames") -> Mapping[str, StoredTensor]:
+        """Every tensor by its name, without reading any. Needs no torch."""
+
+    def tensors(
+        self, names: "TensorNames", device: "torch.device", dtype: "torch.dtype"
+    ) -> Iterator[tuple[str, Path, "Tensor"]]:
+        """(name, file, tensor), one at a time, on the device. dtype: of those that torch has no dtype for."""
+
+
+def open_checkpoint(location: str | Path, revision: str | None = None) -> Checkpoint:
+    """Of a GGUF file, of a folder, or of a hub id, of which the config alone can be read. Reads nothing yet."""
+    return GGUFCheckpoint(Path(location)) if is_gguf(location) else FolderCheckpoint(str(location), revision)
+
+
+class FolderCheckpoint:
+    """config.json, generation_config.json and safetensors files, in a folder."""
+
+    def __init__(self, location: str, revision: str | None = None) -> None:
+        self._location = location
+        self._revision = revision
+
+    def config(self) -> dict[str, Any]:
+        return read_config(self._location, self._revision)
+
+    def generation_eos(self) -> int | list[int] | None:
+        return read_generation_eos(self._location, self._revision)
+
+    def stored_tensors(self, names: "TensorNames") -> Mapping[str, StoredTensor]:
+        return stored_tensors(self._files)
+
+    def tensors(
+        self, names: "TensorNames", device: "torch.device", dtype: "torch.dtype"
+    ) -> Iterator[tuple[str, Path, "Tensor"]]:
+        from safetensors import SafetensorError, safe_open
+
+        for file in self._files:
+            try:
+                with safe_open(file, framework="pt", device=str(device)) as tensors:
+                    for name in tensors.keys():  # noqa: SIM118  # safe_open is no mapping
+                        yield name, file, tensors.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{file} is not a readable safetensors file ({error}): download it again"
+                ) from error
+
+    @cached_property
+    def _files(self) -> list[Path]:
+        return weight_files(Path(self._location))

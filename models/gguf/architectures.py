@@ -1,0 +1,77 @@
+"""The architectures of GGUF files that graphgen reads: a table of data.
+
+Owns what each name of general.architecture is called by Hugging Face, and how llama.cpp's converters changed its
+tensors. Called by gguf/config.py and gguf/checkpoint.py.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from msgspec import Struct
+
+
+class Architecture(Struct, frozen=True, kw_only=True):
+    """A value of general.architecture."""
+
+    model_type: str  # of config.json, as the next
+    architecture: str
+    pairs: bool = False  # rows of q and k lie in the pairs that turn together: back to halves
+    norms_plus_one: bool = False  # norms have the weight that is multiplied by, config.json's class that less one
+    keys: Mapping[str, str] = MappingProxyType({})  # metadata key, without the architecture's name -> config.json's
+    implied: Mapping[str, Any] = MappingProxyType({})  # keys of config.json that the file leaves out
+
+
+KEYS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+}
+"""Of every architecture here."""
+
+_WINDOW = {"attention.sliding_window": "sliding_window"}
+_SOFTCAPS = {
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+_GELU = {"hidden_activation": "gelu_pytorch_tanh"}
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture(model_type="llama", architecture="LlamaForCausalLM", pairs=True),
+    "qwen2": Architecture(model_type="qwen2", architecture="Qwen2ForCausalLM"),
+    "qwen3": Architecture(model_type="qwen3", architecture="Qwen3ForCausalLM"),
+    "smollm3": Architecture(model_type="smollm3", architecture="SmolLM3ForCausalLM", pairs=True),
+    "olmo2": Architecture(model_type="olmo2", architecture="Olmo2ForCausalLM"),
+    "granite": Architecture(
+        model_type="granite",
+        architecture="GraniteForCausalLM",
+        pairs=True,
+        keys={
+            "attention.scale": "attention_multiplier",
+            "embedding_scale": "embedding_multiplier",
+            "residual_scale": "residual_multiplier",
+            "logit_scale": "logits_scaling",
+        },
+    ),
+    "gemma": Architecture(model_type="gemma", architecture="GemmaForCausalLM", norms_plus_one=True, implied={**_GELU}),
+    "gemma2": Architecture(
+        model_type="gemma2",
+        architecture="Gemma2ForCausalLM",
+        norms_plus_one=True,
+        keys={**_WINDOW, **_SOFTCAPS},
+        implied=_GELU,
+    ),
+    "gemma3": Architecture(
+        model_type="gemma3_text",
+        architecture="Gemma3ForCausalLM",
+        norms_plus_one=True,
+        keys={**_WINDOW, **_SOFTCAPS, "rope.freq_base_swa": "rope_local_base_freq"},
+        implied=_GELU,
+    ),
+}
