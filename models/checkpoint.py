@@ -15,6 +15,7 @@ from graphgen.models.checkpoint_config import read_config, read_generation_eos
 from graphgen.models.checkpoint_files import StoredTensor, stored_tensors, weight_files
 from graphgen.models.gguf.checkpoint import GGUFCheckpoint
 from graphgen.models.gguf.header import is_gguf
+from graphgen.models.vocabulary import count_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,9 @@ class Checkpoint(Protocol):
 
     def generation_eos(self) -> int | list[int] | None:
         """End-of-sequence ids that go before the config's; None where there are none."""
+
+    def num_tokens(self) -> int | None:
+        """Ids that the tokenizer has; None where that is not known. Rows of the head beyond them mean nothing."""
 
     def stored_tensors(self, names: "TensorNames") -> Mapping[str, StoredTensor]:
         """Every tensor by its name, without reading any. Needs no torch."""
@@ -59,6 +63,9 @@ class FolderCheckpoint:
 
     def generation_eos(self) -> int | list[int] | None:
         return read_generation_eos(self._location, self._revision)
+
+    def num_tokens(self) -> int | None:
+        return count_tokens(Path(self._location))
 
     def stored_tensors(self, names: "TensorNames") -> Mapping[str, StoredTensor]:
         return stored_tensors(self._files)

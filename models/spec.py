@@ -311,7 +311,8 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
 
     family: str  # a key of families.FAMILIES
     architecture: str  # the Hugging Face class name
-    vocab_size: int
+    vocab_size: int  # rows of the embedding and of the head
+    num_tokens: int | None = None  # ids that the tokenizer has; rows from here on mean nothing. None: every row has one
     hidden_size: int
     layers: tuple[Layer, ...]
     ropes: tuple[RopeSpec, ...]
@@ -324,6 +325,11 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     dtype: str  # of the checkpoint, a key of DTYPE_BYTES
     float16: bool = True  # False: its activations leave float16's range
     initializer_std: float
+
+    @property
+    def num_drawable(self) -> int:
+        """Tokens that may be drawn."""
+        return min(self.vocab_size, self.num_tokens or self.vocab_size)
 
     @property
     def num_layers(self) -> int:

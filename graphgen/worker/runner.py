@@ -110,7 +110,7 @@ class ModelRunner:
             )
         self._phases += [preparation.wait() for preparation in preparations]
         gc.freeze()  # what was imported stays: no collection need look at it again
-        self._sampler = make_sampler(config.num_slots, config.spec.vocab_size, self._device)
+        self._sampler = make_sampler(config.num_slots, config.spec.num_drawable, self._device)
         self._layout_of = lru_cache(LAYOUTS_KEPT)(lambda step: input_layout(step, self._bounds))
         widest = self._bounds.any_plan(_widest(self._buckets))
         most_words = self._layout_of(widest).num_words
@@ -232,7 +232,7 @@ class ModelRunner:
         self._kv_cache.copy_pages(copies[: len(plan.page_copies) // WORD_BYTES].view(-1, PAGE_COPY_WORDS))
 
     def _pack_slot(self, init: SlotInit) -> Words:
-        return pack_slot(init, self._config.spec.vocab_size)
+        return pack_slot(init, self._config.spec.num_drawable)
 
     def _fill_idle_step(self, shape: StepShape) -> None:
         """Input of a full step of the trash slot alone: it computes everything and touches no request."""

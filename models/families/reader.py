@@ -46,10 +46,16 @@ def load_spec(model: str | Path, revision: str | None = None) -> ModelSpec:
         checkpoint = open_checkpoint(location, revision)
         config = with_defaults(checkpoint.config(), location)
         stored = partial(_stored_weights, checkpoint, Path(location))
-        spec = spec_from_hf(config, checkpoint.generation_eos(), stored)
+        spec = with_tokens(spec_from_hf(config, checkpoint.generation_eos(), stored), checkpoint.num_tokens())
         return msgspec.convert(msgspec.to_builtins(spec), ModelSpec)  # checks the types of what the file says
     except (AttributeError, TypeError, KeyError, msgspec.ValidationError) as error:
         raise UnsupportedModelError(f"the config of {location!r} is not understood: {error}") from error
+
+
+def with_tokens(spec: ModelSpec, num_tokens: int | None) -> ModelSpec:
+    """num_tokens: of a tokenizer. Ids that end an output have a meaning whatever it says."""
+    known = num_tokens and max(num_tokens, *(token_id + 1 for token_id in spec.eos_token_ids), 0)
+    return msgspec.structs.replace(spec, num_tokens=known)
 
 
 def with_defaults(raw: Mapping[str, Any], location: str) -> SimpleNamespace:

@@ -29,6 +29,8 @@ logger = logging.getLogger("graphgen.models")
 
 _SLAB_BYTES = 2**26
 """Of dequantised rows at a time."""
+_UNUSED = 5
+"""Type of a token."""
 _READ_BY_CONFIG = (ROPE_FACTORS,)
 _PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Types that are no quantised ones -> torch's names."""
@@ -45,6 +47,13 @@ class GGUFCheckpoint:
 
     def generation_eos(self) -> None:
         """The config has all of them."""
+
+    def num_tokens(self) -> int | None:
+        """Without the unused ones at the end, with which converters fill the vocabulary up."""
+        types = list(self._header.metadata.get("tokenizer.ggml.token_type", ()))
+        while types and types[-1] == _UNUSED:
+            types.pop()
+        return len(types) or None
 
     def stored_tensors(self, names: "TensorNames") -> Mapping[str, StoredTensor]:
         return {

@@ -48,13 +48,14 @@ class Sampler:
     def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         """The next tokens, [N] int32: in [0, V), or NO_TOKEN where every logit is NaN or -inf.
 
-        logits: [N, V], any float type, left as they are. slots: [N]. positions: [N], of the tokens being drawn.
+        logits: [N, V], or more columns, of which those from V on are never drawn; any float type, left as they are.
+        slots: [N]. positions: [N], of the tokens being drawn.
         """
-        return self._sample(self.tables, logits, slots, positions)
+        return self._sample(self.tables, logits[:, : self.tables.vocab_size], slots, positions)
 
 
 def make_sampler(num_slots: int, vocab_size: int, device: torch.device) -> Sampler:
-    """A Sampler with fresh tables on `device`."""
+    """A Sampler with fresh tables on `device`. vocab_size: of the tokens that may be drawn."""
     tables = allocate(num_slots, vocab_size, device)
     if device.type != "cuda":
         return Sampler(tables, reference.write_slots, reference.count_inputs, reference.sample)

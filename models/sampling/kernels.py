@@ -54,8 +54,8 @@ def _count_kernel(
 ):
     rows = tl.program_id(0) * TILE + tl.arange(0, TILE)
     slot = tl.load(slots + rows, mask=rows < num_rows, other=trash_slot).to(tl.int64)
-    live = slot != trash_slot
-    token_id = tl.load(token_ids + rows, mask=live, other=0)
+    token_id = tl.load(token_ids + rows, mask=slot != trash_slot, other=0)
+    live = (slot != trash_slot) & (token_id < vocab_size)
     position = tl.load(positions + rows, mask=live, other=0)
     in_prompt = position < tl.load(settings + slot * ROW_WIDTH + PROMPT_LEN, mask=live, other=0)
     entry = occurrences + slot * vocab_size + token_id

@@ -39,8 +39,9 @@ def write_slots(tables: SamplerTables, rows: Tensor, slots: Tensor, inits: Tenso
 
 
 def count_inputs(tables: SamplerTables, token_ids: Tensor, slots: Tensor, positions: Tensor) -> None:
-    """Enters the step's input tokens, [T] each, into `occurrences`; rows of the trash slot are ignored."""
-    live = slots != tables.trash_slot
+    """Enters the step's input tokens, [T] each, into `occurrences`; rows of the trash slot are ignored, and tokens that
+    are never drawn."""
+    live = (slots != tables.trash_slot) & (token_ids < tables.vocab_size)
     slots, token_ids = slots[live].long(), token_ids[live].long()
     in_prompt = positions[live] < tables.prompt_len[slots]
     prompt_places = (slots[in_prompt], token_ids[in_prompt])

@@ -281,6 +281,20 @@ def test_padded_rows_leave_no_trace() -> None:
     assert not sampler.tables.occurrences.any()
 
 
+def test_columns_past_the_vocabulary_are_never_drawn_and_change_no_draw() -> None:
+    """Tables of embeddings are longer than the tokenizer's vocabulary."""
+    vocab_size = 100
+    logits = troubled_logits(len(MIXED), vocab_size, seed=6)
+    padded = torch.cat((logits, torch.full((len(MIXED), 28), 1e9)), dim=1)
+    sampler = make_owned(list(MIXED), vocab_size)
+    slots, positions = torch.arange(len(MIXED)), torch.arange(len(MIXED)) + 4
+    expected = sampler.sample(logits, slots, positions)
+    before = sampler.tables.occurrences.clone()
+    sampler.count_inputs(torch.tensor([100, 127]), torch.tensor([0, 1]), torch.tensor([0, 30]))
+    assert torch.equal(sampler.tables.occurrences, before)
+    assert torch.equal(sampler.sample(padded, slots, positions), expected)
+
+
 def test_logits_are_left_as_they_are_and_bfloat16_is_computed_in_float32() -> None:
     sampler = make_owned(list(MIXED), 257)
     logits = troubled_logits(len(MIXED), 257, seed=6).bfloat16()
