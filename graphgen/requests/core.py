@@ -267,17 +267,14 @@ def describe_start(ready: Ready, start_s: float, with_phases: bool) -> str:
 
 
 def launch_config(config: EngineConfig) -> LaunchConfig:
-    from graphgen.models.checkpoint import open_checkpoint
     from graphgen.models.checkpoint_config import resolve_model
-    from graphgen.models.families import load_spec, with_tokens
+    from graphgen.models.families import load_spec
     from graphgen.models.generation_config import read_sampling_defaults
 
     folder = demo.model_folder() if config.model is None else resolve_model(config.model, config.revision)
     defaults = read_sampling_defaults(folder) if config.generation_config == "auto" else SamplingDefaults()
-    spec = load_spec(folder)
-    if config.tokenizer is not None and config.tokenizer != NO_TOKENIZER:
-        spec = with_tokens(spec, open_checkpoint(config.tokenizer).num_tokens())
-    return resolve(config, spec, folder, defaults)
+    tokenizer = None if config.tokenizer == NO_TOKENIZER else config.tokenizer
+    return resolve(config, load_spec(folder, tokenizer=tokenizer), folder, defaults)
 
 
 def load_config_tokenizer(config: EngineConfig, launch: LaunchConfig) -> Tokenizer | None:

@@ -33,11 +33,12 @@ _STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _COMMON_DEFAULTS: Mapping[str, Any] = {"architectures": None, "bos_token_id": None, "eos_token_id": None}
 
 
-def load_spec(model: str | Path, revision: str | None = None) -> ModelSpec:
+def load_spec(model: str | Path, revision: str | None = None, tokenizer: str | Path | None = None) -> ModelSpec:
     """The spec of a local folder, a GGUF file or a hub id; of a hub id only the two small config files are downloaded.
 
     End-of-sequence ids come from generation_config.json where it has them: chat models often end on several. Where
     there are weights, they say whether the head is the embedding, and their dtype where the config does not.
+    tokenizer: folder or GGUF file of one that is used instead of the model's; its tokens are those that may be drawn.
     Raises CheckpointError when there is no readable config.json, UnsupportedModelError when graphgen cannot
     run it.
     """
@@ -46,13 +47,14 @@ def load_spec(model: str | Path, revision: str | None = None) -> ModelSpec:
         checkpoint = open_checkpoint(location, revision)
         config = with_defaults(checkpoint.config(), location)
         stored = partial(_stored_weights, checkpoint, Path(location))
-        spec = with_tokens(spec_from_hf(config, checkpoint.generation_eos(), stored), checkpoint.num_tokens())
+        spec = spec_from_hf(config, checkpoint.generation_eos(), stored)
+        spec = _with_tokens(spec, (checkpoint if tokenizer is None else open_checkpoint(tokenizer)).num_tokens())
         return msgspec.convert(msgspec.to_builtins(spec), ModelSpec)  # checks the types of what the file says
     except (AttributeError, TypeError, KeyError, msgspec.ValidationError) as error:
         raise UnsupportedModelError(f"the config of {location!r} is not understood: {error}") from error
 
 
-def with_tokens(spec: ModelSpec, num_tokens: int | None) -> ModelSpec:
+def _with_tokens(spec: ModelSpec, num_tokens: int | None) -> ModelSpec:
     """num_tokens: of a tokenizer. Ids that end an output have a meaning whatever it says."""
     known = num_tokens and max(num_tokens, *(token_id + 1 for token_id in spec.eos_token_ids), 0)
     return msgspec.structs.replace(spec, num_tokens=known)

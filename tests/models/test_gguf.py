@@ -30,7 +30,7 @@ from graphgen.models.spec import ModelSpec
 from tests.models import gguf_files, tiny
 
 CPU = torch.device("cpu")
-TOKENS = {"tokens": ["<s>", "</s>", "a", "<|eot_id|>"], "token_type": [3, 3, 1, 3], "eos_token_id": 1}
+TOKENS: dict[str, Any] = {"tokens": ["<s>", "</s>", "a", "<|eot_id|>"], "token_type": [3, 3, 1, 3], "eos_token_id": 1}
 CASES = (
     *("llama", "llama_tied_one_kv_head", "llama_biases_wide_heads", "llama_no_groups", "llama_linear", "llama_yarn"),
     *("qwen2", "qwen3", "smollm3", "olmo2", "granite", "gemma", "gemma2", "gemma3"),
@@ -51,7 +51,7 @@ def load(location: Path) -> Decoder:
 
 def comparable(spec: ModelSpec) -> ModelSpec:
     """Without what a GGUF file does not say, or says apart."""
-    return msgspec.structs.replace(spec, bos_token_id=None, eos_token_ids=(), initializer_std=0.0)
+    return msgspec.structs.replace(spec, num_tokens=None, bos_token_id=None, eos_token_ids=(), initializer_std=0.0)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case in tiny.CASES])
@@ -138,6 +138,13 @@ def test_factors_of_a_rotation_become_llama_3s_scaling(
 
 def test_every_token_that_ends_a_turn_ends_an_answer(tmp_path: Path) -> None:
     assert load_spec(make("llama", tmp_path)).eos_token_ids == (1, 3)
+
+
+def test_unused_tokens_at_the_end_are_padding(tmp_path: Path) -> None:
+    file, model = tmp_path / "one.gguf", tiny.build("llama")
+    tokens = [*TOKENS["tokens"], "[PAD4]", "b", "[PAD6]", "[PAD7]"]
+    gguf_files.write(model, file, {"tokens": tokens, "token_type": [3, 3, 1, 3, 5, 1, 5, 5]})
+    assert load_spec(file).num_drawable == 6
 
 
 def test_sampling_values_are_read(tmp_path: Path) -> None:
