@@ -21,7 +21,9 @@ from graphgen.models.feed_forward import MLP, Linear
 from graphgen.models.norms import AnyNorm, head_norm_targets, make_head_norm, make_norm, norm_targets
 from graphgen.models.spec import GQA, WHOLE, Dense, FeedForward, Layer, RopeSpec, Shard
 from graphgen.models.targets import (
+    Target,
     Targets,
+    arranged,
     heads_order,
     linear_targets,
     pieces_of,
@@ -41,7 +43,9 @@ class Attention(nn.Module):
         self.heads, self.kv_heads = spec.heads_of(shard)
         self.num_heads, self.num_kv_heads, self.head_dim = len(self.heads), len(self.kv_heads), spec.width
         numbers = Numbers(spec.score_scale, FULL_ATTENTION if spec.window is None else spec.window)
-        self.variant = AttentionVariant(numbers.packed())
+        sinks = torch.empty(self.num_heads, dtype=torch.float32) if spec.sinks else None
+        self.sinks = None if sinks is None else nn.Parameter(sinks, requires_grad=False)
+        self.variant = AttentionVariant(numbers.packed(), sinks=self.sinks)
         self.clip = spec.clip
         num_rows = (self.num_heads + 2 * self.num_kv_heads) * spec.width
         self.qkv = Linear(hidden_size, num_rows, spec.qkv_bias, dtype)
@@ -78,6 +82,8 @@ class Attention(nn.Module):
         yield from row_parallel_targets(
             prefix + names.o, self.o, columns, spec.num_heads * dim, spec.o_bias, names.transposed
         )
+        if self.sinks is not None:
+            yield prefix + names.sinks, Target(self.sinks.data, (spec.num_heads,), arranged(own, spec.num_heads))
         for name, norm, heads, count in (
             (names.q_norm, self.q_norm, self.heads, spec.num_heads),
             (names.k_norm, self.k_norm, self.kv_heads, spec.num_kv_heads),

@@ -139,6 +139,7 @@ class GQA(Struct, frozen=True, tag="gqa", kw_only=True):
     clip: float | None = None  # bound of the values of q, k and v
     rope: int = 0  # which of ModelSpec.ropes
     window: int | None = None  # positions a row sees, its own included; None sees all
+    sinks: bool = False  # exp(a number of each head) is added to the sum that weights are divided by
 
     @property
     def width(self) -> int:
@@ -167,6 +168,7 @@ class GQA(Struct, frozen=True, tag="gqa", kw_only=True):
     def num_parameters(self, hidden_size: int) -> int:
         qkv_size = self.q_size + 2 * self.kv_size
         count = hidden_size * (qkv_size + self.q_size) + self.qkv_bias * qkv_size + self.o_bias * hidden_size
+        count += self.sinks * self.num_heads
         if self.qk_norm is not None:
             count += sum(
                 self.qk_norm.num_parameters(heads, self.width) for heads in (self.num_heads, self.num_kv_heads)

@@ -10,7 +10,7 @@ from graphgen.ipc.messages import Bucket
 from graphgen.ipc.step_schema import StepBounds
 from graphgen.launch.config import LaunchConfig
 from graphgen.models.attention.backend import AttentionBackend
-from graphgen.models.attention.kernels import AttentionShape
+from graphgen.models.attention.kernels import AttentionShape, Scores
 from graphgen.models.attention.reference import TorchAttention
 
 
@@ -48,6 +48,7 @@ def attention_shape(config: LaunchConfig, dtype: torch.dtype) -> AttentionShape:
         page_size=config.page_size,
         dtype=dtype,
         windows=tuple(sorted({window or 0 for window in spec.windows})),
+        scores=Scores.SINKS if spec.attention.sinks else Scores.PLAIN,
     )
 
 

@@ -61,6 +61,7 @@ class TensorNames(Struct, frozen=True):
     k_norm: str = "self_attn.k_norm"
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # or one tensor of all three
     o: str = "self_attn.o_proj"
+    sinks: str = "self_attn.sinks"  # whole
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")  # or one tensor of both; of a plain one its only
     down: str = "mlp.down_proj"
     experts: ExpertNames = ExpertNames()

@@ -6,6 +6,8 @@ from graphgen.models.families import (
     falcon,
     glm,
     gpt2,
+    gpt_oss,
+    granite_moe,
     kin,
     layer_norm,
     llama,
@@ -19,7 +21,23 @@ from graphgen.models.families import (
 )
 from graphgen.models.families.family import Family
 
-_MODULES = (llama, qwen, phi3, kin, olmo, glm, layer_norm, neox, falcon, gpt2, opt, mixtral, qwen_moe)
+_MODULES = (
+    llama,
+    qwen,
+    phi3,
+    kin,
+    olmo,
+    glm,
+    layer_norm,
+    neox,
+    falcon,
+    gpt2,
+    opt,
+    mixtral,
+    qwen_moe,
+    granite_moe,
+    gpt_oss,
+)
 FAMILIES: Mapping[str, Family] = {family.name: family for module in _MODULES for family in module.FAMILIES}
 """In the order of docs/models.md."""
 

@@ -16,7 +16,7 @@ from graphgen.models.experts.operator import run_experts
 from graphgen.models.experts.routing import route
 from graphgen.models.families import load_spec
 from graphgen.models.loader import load_decoder
-from graphgen.models.spec import WHOLE, Dense, Experts, ModelSpec, Router
+from graphgen.models.spec import WHOLE, Dense, Experts, Layer, ModelSpec, Router
 from tests.models import tiny
 from tests.models.driver import Driver
 from tests.models.expert_cases import CASES, by_hand
@@ -101,20 +101,35 @@ def test_dummy_weights_of_experts_are_those_of_an_untrained_model(tmp_path: Path
 # --- leaving out any trait shows ---
 
 
-def with_experts(spec: ModelSpec, change: Callable[[Experts], Experts]) -> ModelSpec:
-    layers = [
-        replace(layer, feed_forward=change(layer.feed_forward)) if isinstance(layer.feed_forward, Experts) else layer
-        for layer in spec.layers
-    ]
-    return replace(spec, layers=tuple(layers))
+def with_layers(spec: ModelSpec, change: Callable[[Layer], Layer]) -> ModelSpec:
+    return replace(spec, layers=tuple(map(change, spec.layers)))
 
 
-def routed(**changes: Any) -> Callable[[Experts], Experts]:
-    return lambda experts: replace(experts, router=replace(experts.router, **changes))
+def changed(**changes: Any) -> Callable[[Layer], Layer]:
+    """Experts with other values."""
+
+    def change(layer: Layer) -> Layer:
+        experts = layer.feed_forward
+        return replace(layer, feed_forward=replace(experts, **changes)) if isinstance(experts, Experts) else layer
+
+    return change
 
 
-def changed(**changes: Any) -> Callable[[Experts], Experts]:
-    return lambda experts: replace(experts, **changes)
+def routed(**changes: Any) -> Callable[[Layer], Layer]:
+    """Routers with other values."""
+
+    def change(layer: Layer) -> Layer:
+        experts = layer.feed_forward
+        if not isinstance(experts, Experts):
+            return layer
+        return replace(layer, feed_forward=replace(experts, router=replace(experts.router, **changes)))
+
+    return change
+
+
+def attending(**changes: Any) -> Callable[[Layer], Layer]:
+    """Attention with other values."""
+    return lambda layer: replace(layer, mixer=replace(layer.mixer, **changes))
 
 
 LEFT_OUT = {
@@ -128,6 +143,15 @@ LEFT_OUT = {
     "qwen2_moe: shared gate": ("qwen2_moe", changed(shared_gate=False)),
     "qwen3_moe: renormalised": ("qwen3_moe", routed(renormalise=False)),
     "olmoe: not renormalised": ("olmoe", routed(renormalise=True)),
+    "granite_moe: renormalised": ("granite_moe", routed(renormalise=False)),
+    "granite_moe_shared: shared": ("granite_moe_shared", changed(shared=None)),
+    "gpt_oss: bias of the router": ("gpt_oss", routed(bias=False)),
+    "gpt_oss: biases": ("gpt_oss", changed(bias=False)),
+    "gpt_oss: sinks": ("gpt_oss", attending(sinks=False)),
+    "gpt_oss: window": ("gpt_oss", attending(window=None)),
+    "gpt_oss: limit": ("gpt_oss", changed(limit=None)),
+    "gpt_oss: one more than up": ("gpt_oss", changed(up_plus_one=False)),
+    "gpt_oss: activation": ("gpt_oss", changed(activation="silu")),
     "glm4_moe: groups": ("glm4_moe", routed(num_groups=1, kept_groups=1)),
     "glm4_moe: score of a group": ("glm4_moe", routed(group_score="max")),
     "glm4_moe: scale": ("glm4_moe", routed(scale=1.0)),
@@ -149,4 +173,4 @@ def test_leaving_out_a_trait_changes_logits_or_is_refused(trait: str, tmp_path: 
     spec, wanted = load_spec(tmp_path), reference_logits(model, prompt)
     torch.testing.assert_close(logits(spec), wanted, rtol=1e-4, atol=1e-4)
     with suppress(CheckpointError):  # its tensor has no place
-        assert (logits(with_experts(spec, change)) - wanted).abs().max() > 1e-2
+        assert (logits(with_layers(spec, change)) - wanted).abs().max() > 1e-2

@@ -103,6 +103,7 @@ TRAITS = {
     "a norm of all heads": with_mixer(qk_norm=QKNorm(NORM, "all_heads")),
     "head norms of padded heads": with_mixer(head_dim=40, padded_head_dim=64, qk_norm=QKNorm(NORM)),
     "clipped qkv": with_mixer(clip=8.0),
+    "sinks": with_mixer(sinks=True),
     "a second rope": with_mixer(rope=1),
     "an activation of its own": with_ff(activation="relu"),
     "no gate": with_ff(gated=False),

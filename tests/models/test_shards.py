@@ -1,6 +1,6 @@
 """What two ranks hold of a block adds up to the whole, however the checkpoint lies."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -24,13 +24,15 @@ FUSED = ("qkv",)
 
 
 class RotatedPlusValues(NamedTuple):
-    """Stands in for attention: lets every KV head through to its group of query heads, so that no pages are needed."""
+    """Stands in for attention: lets every KV head through to its group of query heads, so that no pages are needed.
+    Sinks are factors."""
 
     tables: None = None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *_: object) -> Tensor:
-        group = q.shape[1] // k.shape[1]
-        return rotate(q, cos, sin) * (rotate(k, cos, sin) + v).repeat_interleave(group, dim=1)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Tensor:
+        group, sinks = q.shape[1] // k.shape[1], rest[-1].sinks
+        passed = rotate(q, cos, sin) * (rotate(k, cos, sin) + v).repeat_interleave(group, dim=1)
+        return passed if sinks is None else passed * sinks[:, None]
 
 
 def fill(block: nn.Module, targets: Targets, stored: dict[str, Tensor]) -> None:
@@ -68,6 +70,7 @@ ATTENTION = {
         GQA(num_heads=4, num_kv_heads=2, head_dim=6, qk_norm=QKNorm(Norm("layer"), "own_head")),
         TensorNames(q_norm="q.{head}", k_norm="k.{head}"),
     ),
+    "sinks": (GQA(num_heads=4, num_kv_heads=2, head_dim=6, sinks=True), TensorNames()),
     "padded heads": (GQA(num_heads=4, num_kv_heads=2, head_dim=6, padded_head_dim=16, qkv_bias=True), TensorNames()),
 }
 ROPES = {"half": RopeSpec(), "interleaved": RopeSpec(rotary_dim=4, interleaved=True)}

@@ -209,6 +209,33 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "first_k_dense_replace": 2,
         },
     ),
+    "granite_moe": (
+        "granitemoe",
+        {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 1.5,
+        },
+    ),
+    "granite_moe_shared": (
+        "granitemoeshared",
+        {"num_local_experts": 4, "shared_intermediate_size": 40, "attention_multiplier": 0.3},
+    ),
+    "granite_moe_without_shared": ("granitemoeshared", {"num_local_experts": 4, "attention_multiplier": 0.3}),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "head_dim": 12,
+            "intermediate_size": 24,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 3,
+            "sliding_window": 9,
+            "swiglu_limit": 1.5,
+        },
+    ),
     "exaone4_full": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
 }
 """Name of a case -> model type and what differs from SMALL; a string as rope_parameters names one of
@@ -227,7 +254,7 @@ def build(case: str, seed: int = 0, **overrides: Any) -> HuggingFaceModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Norms start as ones or zeros and biases as zeros, which would hide a mixed-up one.
-            if parameter.ndim == 1 or "norm" in name:
+            if parameter.ndim == 1 or "norm" in name or name.endswith("_bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.3)
         for buffer in _corrections(model):
             buffer.add_(torch.randn_like(buffer) * 0.3)
