@@ -3,6 +3,7 @@
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from graphgen.ipc.codec import pack_int32, unpack_int32
 from graphgen.ipc.errors import DeadlineError, OverloadedError
@@ -104,6 +105,10 @@ def most_positions(limits: SchedulerLimits) -> int:
     return positions
 
 
+Rows = Literal["any", "chunks", "decodes"]
+"""Of a request."""
+
+
 @dataclass
 class Sender:
     """What the sender of one request knows: what it asked for, what it must get, what it got."""
@@ -116,6 +121,7 @@ class Sender:
     received: list[int] = field(default_factory=list)
     reason: FinishReason | None = None
     cancelled: bool = False
+    kills_in: Rows | None = None  # rows with which it ends the worker that computes them
     draws_planned: int = 0
     started_s: float | None = None
 
@@ -316,12 +322,24 @@ class Harness:
         assert self.schedule() is None, "a plan was made while no worker serves"
         return sorted(lost)
 
+    @property
+    def _steps_in_flight(self) -> list[StepDescription]:
+        return self.descriptions[len(self.descriptions) - len(self.results) :]
+
     def _ids_in_flight(self) -> set[int]:
         """Of the requests that live: those that have rows in steps whose results were not delivered."""
-        steps = self.descriptions[len(self.descriptions) - len(self.results) :]
-        ids = {entry[0] for step in steps for entry in step.chunks}
-        ids |= {request_id for step in steps for request_id in step.decode_request_ids}
+        ids = {entry[0] for step in self._steps_in_flight for entry in step.chunks}
+        ids |= {request_id for step in self._steps_in_flight for request_id in step.decode_request_ids}
         return {request_id for request_id in ids if self.senders[request_id].is_live}
+
+    def fatal_steps(self) -> list[bool]:
+        """Of each step in flight, the oldest first: whether the worker ends of it, because of some `kills_in`."""
+        fatal = []
+        for step in self._steps_in_flight:
+            in_chunks = (self.senders[entry[0]].kills_in in ("any", "chunks") for entry in step.chunks)
+            in_decodes = (self.senders[one].kills_in in ("any", "decodes") for one in step.decode_request_ids)
+            fatal.append(any(in_chunks) or any(in_decodes))
+        return fatal
 
     def renew(self) -> None:
         """Another group serves."""

@@ -330,7 +330,7 @@ def test_no_request_is_preempted_more_than_three_times() -> None:
 
     engine.scheduler._life.preemption.preempt = count  # type: ignore[method-assign]  # a test looks on
     rng = random.Random(5)
-    for number in range(120):
+    for number in range(60):
         engine.run(until_s=0.05 * number)
         engine.send(rng.randint(100, 1500), rng.randint(200, 2500), priority=rng.choice([0, 0, 1, 2]))
     engine.run()

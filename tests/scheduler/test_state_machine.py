@@ -13,9 +13,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from graphgen.ipc.messages import SamplerParams, Submit
 from tests.scheduler.fake_worker import VOCABULARY
-from tests.scheduler.harness import HEAVY_ROW_MS, LIGHT_ROW_MS, Harness, make_limits, make_submit, most_positions
+from tests.scheduler.harness import HEAVY_ROW_MS, LIGHT_ROW_MS, Harness, Rows, make_limits, make_submit, most_positions
 
-NUM_OPERATIONS = 100_000
+NUM_OPERATIONS = 60_000
+
+MANY_STEPS = 3000
+"""In which everything ends that a test has begun."""
 
 WINDOWS = ((None,), (None,), (5,), (None, 1), (None, 6), (None, 3, 3), (9, 2), (None, None))
 """Of page groups: a model without windows, one with nothing else, and layers of several kinds."""
@@ -96,6 +99,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         tenant=st.sampled_from(["", "", "one", "other"]),
         deadline_ms=st.sampled_from([None, None, 1000.0, 5000.0]),
         sampler=st.sampled_from(SAMPLERS),
+        kills_in=st.sampled_from([None] * 9 + ["any", "chunks", "decodes"]),
     )
     def add(
         self,
@@ -110,6 +114,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         tenant: str,
         deadline_ms: float | None,
         sampler: SamplerParams,
+        kills_in: Rows | None,
     ) -> None:
         prompt_len, max_tokens = fitting(self.harness, prompt_len, max_tokens)
         request_id = len(self.harness.senders)
@@ -128,6 +133,8 @@ class AnyInterleaving(RuleBasedStateMachine):
                 deadline_ms=deadline_ms,
             )
         )
+        if request_id in self.harness.senders:
+            self.harness.senders[request_id].kills_in = kills_in
 
     @precondition(lambda self: self.harness.senders)
     @rule(data=st.data())
@@ -162,7 +169,11 @@ class AnyInterleaving(RuleBasedStateMachine):
     @precondition(lambda self: self.harness.results)
     @rule()
     def deliver(self) -> None:
-        self.harness.deliver()
+        """The oldest step in flight ends, or the worker ends of it."""
+        if self.harness.fatal_steps()[0]:
+            self.harness.die()
+        else:
+            self.harness.deliver()
 
     @rule(times=st.integers(1, 6))
     def serve(self, times: int) -> None:
@@ -171,7 +182,7 @@ class AnyInterleaving(RuleBasedStateMachine):
             while self.harness.schedule() is not None:
                 pass
             if self.harness.results:
-                self.harness.deliver()
+                self.deliver()
 
     @invariant()
     def every_page_has_the_holders_it_should(self) -> None:
@@ -182,10 +193,21 @@ class AnyInterleaving(RuleBasedStateMachine):
         self.harness.check_tenants()
 
     def teardown(self) -> None:
-        if hasattr(self, "harness"):
+        if not hasattr(self, "harness"):
+            return
+        for _ in range(MANY_STEPS):
             if self.harness.is_dead:
                 self.harness.renew()
-            self.harness.run()
+            while self.harness.schedule() is not None:
+                pass
+            if not self.harness.results:
+                break
+            self.deliver()
+        self.harness.check_all_ended()
+        for sender in self.harness.senders.values():
+            assert sender.reason is None or sender.kills_in not in ("any", "chunks"), (
+                "it ends every worker, and ended well"
+            )
 
 
 TestAnyInterleaving = AnyInterleaving.TestCase
@@ -223,7 +245,7 @@ def any_submit(rng: random.Random, harness: Harness, tenants: Sequence[str]) -> 
         (3, tuple("abcde"), (None, 3, 3)),
     ],
 )
-def test_a_hundred_thousand_operations_lose_nothing(
+def test_tens_of_thousands_of_operations_lose_nothing(
     seed: int, tenants: tuple[str, ...], windows: tuple[int | None, ...]
 ) -> None:
     """Crowded pools of few pages, most of them shared, for as long as CI can spare."""

@@ -1,15 +1,13 @@
 """A worker group dies: what its requests keep, who is suspected, and who fails."""
 
 import random
-from collections import deque
-from typing import Literal
 
 import pytest
 
 from graphgen.ipc.errors import OverloadedError
 from graphgen.launch.starts import MAX_STARTS
 from graphgen.scheduler.trials import CLEARING_TOKENS, MAX_DEATHS, MAX_FRUITLESS
-from tests.scheduler.harness import Harness, make_limits, make_submit
+from tests.scheduler.harness import Harness, Rows, make_limits, make_submit
 
 MANY_PAGES = 400
 
@@ -22,28 +20,21 @@ def crowd(num_requests: int, steps_in_flight: int = 2, least_tokens: int = 4) ->
     return harness
 
 
-Rows = Literal["any", "chunks", "decodes"]
-
-
-def run_with_poison(harness: Harness, poison: int, rows: Rows, loses_results: bool) -> tuple[int, list[int]]:
-    """Runs until all have ended; a step with such rows of `poison` kills the group when it runs. loses_results: then
-    those of the steps before it do not arrive. (deaths, who failed)"""
+def run_with_poison(harness: Harness, loses_results: bool) -> tuple[int, list[int]]:
+    """Runs until all have ended. loses_results: those of the steps before one that ends the worker do not arrive.
+    (deaths, who failed)"""
     deaths, failed = 0, list[int]()
-    fatal: deque[bool] = deque()  # of the steps in flight
     for _ in range(5000):
         if harness.schedule() is not None:
-            step = harness.descriptions[-1]
-            in_chunks = rows != "decodes" and any(entry[0] == poison for entry in step.chunks)
-            fatal.append(in_chunks or (rows != "chunks" and poison in step.decode_request_ids))
-        elif not fatal:
+            continue
+        fatal = harness.fatal_steps()
+        if not fatal:
             break
-        elif fatal[0] or (loses_results and any(fatal)):
-            fatal.clear()
+        if fatal[0] or (loses_results and any(fatal)):
             deaths += 1
             failed += harness.die()
             harness.renew()
         else:
-            fatal.popleft()
             harness.deliver()
     return deaths, failed
 
@@ -56,7 +47,8 @@ def test_one_request_that_kills_fails_alone_among_many(
 ) -> None:
     """One that kills in its decode rows alone gets a token in each life, of its prompt that is computed again."""
     harness = crowd(33, steps_in_flight, least_tokens=MAX_DEATHS + 2)
-    deaths, failed = run_with_poison(harness, poison, rows, loses_results)
+    harness.senders[poison].kills_in = rows
+    deaths, failed = run_with_poison(harness, loses_results)
     assert failed == [poison]
     if rows == "decodes" and not loses_results:
         assert deaths == MAX_DEATHS
