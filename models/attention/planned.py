@@ -76,12 +76,7 @@ class PlannedRegion:
 
     def absent(self) -> PlannedTensors:
         """Stands in for `prepare` in a bucket without this region, so that every bucket runs one compiled layer."""
-        # Four tensors and not one: the compiler would start anew for arguments that are the same.
-        device = self._float_workspace.device
-        starts, page_starts, pages, last_lens = (torch.empty(0, dtype=torch.int32, device=device) for _ in range(4))
-        # One column, not none: the strides of an empty tensor would make the compiler start anew.
-        constants = torch.zeros(len(self._shape.windows), 1, dtype=torch.int64)
-        return self._tensors(starts, page_starts, pages, last_lens, constants)
+        return self._tensors(*no_requests(len(self._shape.windows), self._float_workspace.device))
 
     def _tensors(
         self, starts: Tensor, page_starts: Tensor, flat_pages: Tensor, last_lens: Tensor, constants: Tensor
@@ -144,6 +139,15 @@ class PlannedRegion:
         self._copied[self._next] = event
         self._next = (self._next + 1) % _PLAN_RING
         return constants
+
+
+def no_requests(num_windows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What differs by step of a region's tensors, of a step without any rows: see PlannedTensors.
+
+    The compiler would start anew for one tensor in four places, and for the strides of one without a column.
+    """
+    starts, page_starts, pages, last_lens = (torch.empty(0, dtype=torch.int32, device=device) for _ in range(4))
+    return starts, page_starts, pages, last_lens, torch.zeros(num_windows, 1, dtype=torch.int64)
 
 
 def _float_workspace_bytes(
