@@ -5,7 +5,12 @@
 A server of the embedded model on the CPU and PROGRAMS programs at it: whole outputs and streams, long and short
 prompts, n > 1, streams that are left, deadlines that are missed, and requests that are refused. Its worker is killed
 twice. At every PAUSES-th of the time the load stops: all pages must be free, and the server's processes must hold as
-many objects of requests as there are open requests. Prints a table of the memory of every process.
+many objects of requests as there are open requests. Prints a table of the memory of every process, and fails when one
+that had BOUND_FROM_S to settle and be watched grows by more than BOUND_MIB_PER_H.
+
+All processes run with an allocator that gives back what is freed. As it comes, glibc's keeps a part for each thread
+and size, up to some MiB in an hour of such load until it is full, and the worker's free memory goes up and down by
+5 MiB with the sizes of its steps: that hides what a program holds.
 """
 
 import argparse
@@ -15,6 +20,7 @@ import os
 import random
 import signal
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -41,6 +47,19 @@ SETTINGS = ("--cpu-threads", "1", "--num-pages", "400")
 """So few pages that all have been written to, and all are in the prefix cache, when a process has settled."""
 OBJECTS_S = 5.0
 """For steps in flight, and whoever held an object for a moment, to end."""
+ALLOCATOR = {
+    "GLIBC_TUNABLES": ":".join(
+        (
+            "glibc.malloc.tcache_count=0",
+            "glibc.malloc.arena_max=1",
+            "glibc.malloc.trim_threshold=131072",
+            "glibc.malloc.mmap_threshold=131072",
+        )
+    )
+}
+BOUND_MIB_PER_H = 1.0
+BOUND_FROM_S = 900.0
+"""Growth is judged over this time at least, the time to settle included: what a process holds moves by some 0.1 MiB."""
 HELD = 4
 """Streams that are open while objects are counted."""
 MODULES = {
@@ -72,13 +91,27 @@ class Memory:
         """One line a process: its memory, and by how much it grew in an hour, once it had settled."""
         lines = [f"{'process':<12}{'pid':>9}{'from s':>9}{'to s':>8}{'MiB':>9}{'at end':>9}{'MiB/h':>9}"]
         for (name, pid), samples in self.samples.items():
-            settled_s = samples[0].seconds + min(SETTLE_S, total_s / 2)
-            settled = [sample for sample in samples if sample.seconds >= settled_s]
+            settled = settled_of(samples, total_s)
             first = (settled or samples)[0]
             grown = f"{slope(settled):>9.2f}" if len(settled) > 2 else f"{'-':>9}"
             times = f"{first.seconds:>9.0f}{samples[-1].seconds:>8.0f}"
             lines.append(f"{name:<12}{pid:>9}{times}{first.mib:>9.1f}{samples[-1].mib:>9.1f}{grown}")
         return lines
+
+    def growing(self, total_s: float) -> list[str]:
+        """The processes that were watched for long enough and grow beyond the bound."""
+        return [
+            f"{name} {pid}: {grown:.2f} MiB/h"
+            for (name, pid), samples in self.samples.items()
+            if samples[-1].seconds - samples[0].seconds >= BOUND_FROM_S
+            and (grown := slope(settled_of(samples, total_s))) > BOUND_MIB_PER_H
+        ]
+
+
+def settled_of(samples: list[Sample], total_s: float) -> list[Sample]:
+    """Those after a process has filled its caches."""
+    settled_s = samples[0].seconds + min(SETTLE_S, total_s / 2)
+    return [sample for sample in samples if sample.seconds >= settled_s]
 
 
 def slope(samples: list[Sample]) -> float:
@@ -257,8 +290,8 @@ def num_replaced(server: ServerProcess) -> int:
     return server.output.count("a new worker serves")
 
 
-def run(total_s: float, seed: int = 0, num_pauses: int = PAUSES) -> list[str]:
-    """The table. Raises AssertionError when something of a request stays, or when one is served wrongly."""
+def run(total_s: float, seed: int = 0, num_pauses: int = PAUSES) -> tuple[list[str], list[str]]:
+    """The table, and what grows. Raises AssertionError when something of a request stays, or one is served wrongly."""
     with tempfile.TemporaryDirectory() as folder_name:
         folder = Path(folder_name)
         traps_folder = folder / "traps"
@@ -282,7 +315,8 @@ def run(total_s: float, seed: int = 0, num_pauses: int = PAUSES) -> list[str]:
                     check_pause(server, client, traps_folder)
                 load.end()
             assert num_replaced(server) == len(DEATHS_AT), server.output
-            return [*memory.table(total_s), f"{sum(load.counts.values())} calls: {dict(load.counts)}"]
+            calls = f"{sum(load.counts.values())} calls: {dict(load.counts)}"
+            return [*memory.table(total_s), calls], memory.growing(total_s)
 
 
 def main() -> None:
@@ -290,7 +324,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    print("\n".join(run(arguments.minutes * 60.0, arguments.seed)))
+    if not ALLOCATOR.items() <= os.environ.items():  # read by the allocator before a program's first line
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATOR})
+    table, growing = run(arguments.minutes * 60.0, arguments.seed)
+    print("\n".join(table))
+    if growing:
+        sys.exit(f"more than {BOUND_MIB_PER_H:g} MiB/h: {', '.join(growing)}")
 
 
 if __name__ == "__main__":
