@@ -118,6 +118,7 @@ class SlotInit(Struct, frozen=True, array_like=True, gc=False):
     min_length: int  # stop tokens are not drawn while prompt and output together are shorter than this
     stop_token_ids: tuple[int, ...]
     sampler: SamplerParams
+    max_len: int = 0  # of prompt and output together; some rotations follow from it
 
 
 class Chunk(Struct, frozen=True, array_like=True, gc=False, kw_only=True):

@@ -50,8 +50,9 @@ class CompiledHalves:
         v_pages: Tensor,
         step: StepTensors,
     ) -> tuple[Tensor, Tensor]:
-        for tensor in (residual, update, step.cos, step.sin):
-            torch._dynamo.mark_dynamic(tensor, 0)
+        for tensor in (residual, update, step.cos, step.sin, step.temperatures):
+            if tensor is not None:
+                torch._dynamo.mark_dynamic(tensor, 0)
         for tensor in (k_pages, v_pages):
             torch._dynamo.decorators.mark_unbacked(tensor, 0)
         for tensor in tree_leaves(step.attention):

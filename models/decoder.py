@@ -76,11 +76,14 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Next-token logits, [N, V] in the weights' dtype; K and V of every row are in the cache afterwards.
 
-        token_ids, positions: [T] int64. sequence_lens: [T] int64, max(prompt length of the row's request,
-        position + 1). drawing_rows: [N] int64, whose logits are computed; all rows if None.
+        token_ids, positions: [T] int64. sequence_lens: [T] int64, from which rotations may follow, see Rope.
+        drawing_rows: [N] int64, whose logits are computed; all rows if None.
         """
         dtype = self.embedding.weight.dtype
-        steps = [StepTensors(*rope(positions, sequence_lens, dtype), attention) for rope in self.ropes]
+        steps = [
+            StepTensors(*rope(positions, sequence_lens, dtype), attention, rope.temperatures(positions))
+            for rope in self.ropes
+        ]
         num_rows, num_decode_rows = token_ids.shape[0], attention.tables.decode_kv_lens.shape[0]
         if drawing_rows is None and num_rows == num_decode_rows <= self._most_few_rows:
             return self._run_few_rows(token_ids, kv_cache, steps[0])

@@ -4,26 +4,14 @@ Owns their arithmetic, and which tensors of a checkpoint they take. Built from a
 experts/ for experts that see every row.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
-
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graphgen.models.activations import ACTIVATIONS, XIELU
 from graphgen.models.families.family import TensorNames
 from graphgen.models.spec import Dense, Shard
 from graphgen.models.targets import Targets, linear_targets, pieces_of, row_parallel_targets
-
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "quick_gelu": lambda x: x * F.sigmoid(1.702 * x),
-    "relu": F.relu,
-    "relu_squared": lambda x: F.relu(x).square(),
-}
 
 
 class Linear(nn.Linear):
@@ -48,11 +36,13 @@ class MLP(nn.Module):
         size = len(self.part)
         self.gate_up = Linear(hidden_size, 2 * size if spec.gated else size, spec.bias, dtype)
         self.down = Linear(size, hidden_size, spec.bias and shard.rank == 0, dtype)
+        self.learned = XIELU(dtype) if spec.activation == "xielu" else None
         self.spec = spec
 
     def forward(self, x: Tensor, live: Tensor | None = None) -> Tensor:
         """x: [T, hidden]. live: which rows hold a token, for experts; here each row is treated alike."""
-        activate, inner = ACTIVATIONS[self.activation], self.gate_up(x)
+        inner = self.gate_up(x)
+        activate = ACTIVATIONS[self.activation] if self.learned is None else self.learned
         if self.gated:
             gate, up = inner.chunk(2, dim=-1)
             inner = activate(gate) * up
@@ -70,3 +60,5 @@ class MLP(nn.Module):
         pieces = pieces_of([prefix + name for name in names.gate_up], rows, [size] * num_parts, held)
         yield from linear_targets(self.gate_up, pieces, transposed=names.transposed)
         yield from row_parallel_targets(prefix + names.down, self.down, part, size, self.spec.bias, names.transposed)
+        if self.learned is not None:
+            yield from self.learned.weights(prefix + names.activation)

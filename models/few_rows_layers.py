@@ -28,6 +28,7 @@ def serves_model(spec: ModelSpec, dtype: torch.dtype) -> bool:
         and spec.head == Head(tied=spec.head.tied)
         and _is_plain(spec.final_norm)
         and len(spec.ropes) == 1
+        and spec.ropes[0].temperature is None
         and spec.vocab_size % LEAST_COLUMNS == 0
         and all(serves(layer, spec.hidden_size) for layer in spec.layers)
     )

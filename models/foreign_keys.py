@@ -10,6 +10,7 @@ from typing import Any
 from graphgen.ipc.errors import UnsupportedModelError
 from graphgen.models.families.family import Family
 from graphgen.models.families.words import OFF as _OFF
+from graphgen.models.families.words import value_at
 
 _ONE: tuple[Any, ...] = (None, 1)
 
@@ -62,7 +63,7 @@ def refuse_foreign_keys(config: Any, family: Family, read: Set[str], qk_norm: bo
     neutral = {**_NEUTRAL, **dict.fromkeys(_QK_NORM_KEYS, (*_OFF, True) if qk_norm else _OFF)}
     neutral = {name: values for name, values in neutral.items() if name not in read}
     for name, values in {**neutral, **family.only}.items():
-        if (value := getattr(config, name, None)) is not None and value not in values:
+        if (value := value_at(config, name)) is not None and value not in values:
             _refuse(name, value, family.architecture)
     # transformers' layers of unequal shapes: a dictionary in the file, and always some object in a config of its own.
     if isinstance(layers := getattr(config, "per_layer_config", None), dict) and layers:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from graphgen.models.attention.backend import StepTensors
-from graphgen.models.attention.variant import FULL_ATTENTION, AttentionVariant, Numbers
+from graphgen.models.attention.variant import FULL_ATTENTION, AttentionVariant, Numbers, alibi_slopes
 from graphgen.models.experts.block import MixtureOfExperts
 from graphgen.models.families.family import TensorNames
 from graphgen.models.feed_forward import MLP, Linear
 from graphgen.models.norms import AnyNorm, head_norm_targets, make_head_norm, make_norm, norm_targets
+from graphgen.models.rope import rotate
 from graphgen.models.spec import GQA, WHOLE, Dense, FeedForward, Layer, RopeSpec, Shard
 from graphgen.models.targets import (
     Target,
@@ -42,11 +43,11 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads = spec.heads_of(shard)
         self.num_heads, self.num_kv_heads, self.head_dim = len(self.heads), len(self.kv_heads), spec.width
-        numbers = Numbers(spec.score_scale, FULL_ATTENTION if spec.window is None else spec.window)
         sinks = torch.empty(self.num_heads, dtype=torch.float32) if spec.sinks else None
         self.sinks = None if sinks is None else nn.Parameter(sinks, requires_grad=False)
-        self.variant = AttentionVariant(numbers.packed(), sinks=self.sinks)
+        self.variant = variant_of(spec, self.heads, self.sinks)
         self.clip = spec.clip
+        self.norms_rotated = spec.qk_norm is not None and spec.qk_norm.rotated
         num_rows = (self.num_heads + 2 * self.num_kv_heads) * spec.width
         self.qkv = Linear(hidden_size, num_rows, spec.qkv_bias, dtype)
         self.q_norm = make_head_norm(spec, self.num_heads, shard, dtype)
@@ -58,11 +59,15 @@ class Attention(nn.Module):
         """What each head of each row gathered, [T, Hq * D]: the input of the output projection `o`."""
         qkv = self.qkv(x).unflatten(-1, (self.num_heads + 2 * self.num_kv_heads, self.head_dim))
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        cos, sin = step.cos, step.sin
+        if self.norms_rotated:  # here instead of in the backend, which turns by nothing
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.clip is not None:
             q, k, v = (part.clamp(-self.clip, self.clip) for part in (q, k, v))
-        gathered = step.attention.attend(q, k, v, step.cos, step.sin, k_pages, v_pages, self.variant)
+        gathered = step.attention.attend(q, k, v, cos, sin, k_pages, v_pages, self.variant, step.temperatures)
         return gathered.flatten(1)
 
     def weights(self, prefix: str, names: TensorNames) -> Targets:
@@ -89,6 +94,16 @@ class Attention(nn.Module):
             (names.k_norm, self.k_norm, self.kv_heads, spec.num_kv_heads),
         ):
             yield from head_norm_targets(prefix + name, norm, spec, heads, count, turned)
+
+
+def variant_of(spec: GQA, heads: range, sinks: Tensor | None) -> AttentionVariant:
+    """How a layer scores. heads: a rank's. sinks: of these."""
+    numbers = Numbers(spec.score_scale, spec.window or FULL_ATTENTION, spec.segment or 0, spec.softcap or 0.0)
+    slopes = None
+    if (alibi := spec.alibi) is not None:
+        slopes = alibi_slopes(spec.num_heads)[heads.start : heads.stop]
+        slopes = slopes * spec.score_scale if alibi.scaled else slopes
+    return AttentionVariant(numbers.packed(), sinks, slopes)
 
 
 class DecoderLayer(nn.Module):

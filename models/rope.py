@@ -28,6 +28,7 @@ import math
 import torch
 from torch import Tensor
 
+from graphgen.models.attention.variant import temperatures
 from graphgen.models.spec import RopeSpec
 
 
@@ -108,8 +109,8 @@ class Rope:
         """cos and sin, each [T, W] in `dtype`, computed in float32.
 
         positions: [T] int64. sequence_lens: [T] int64, only read by `dynamic` and `longrope`: the length that decides a
-        row's frequencies, max(prompt length of its request, position + 1). Keys stay rotated as they were
-        written.
+        row's frequencies. `dynamic` takes max(prompt length of the request, position + 1): keys stay rotated as they
+        were written. `longrope` takes the most tokens that the request may have, so that all its keys rotate alike.
         """
         frequencies = self._frequencies
         if self._rope.kind == "dynamic":
@@ -125,6 +126,12 @@ class Rope:
         angles = positions[:, None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self._scale).to(dtype), (angles.sin() * self._scale).to(dtype)
+
+    def temperatures(self, positions: Tensor) -> Tensor | None:
+        """[T] float32, by which queries are multiplied; None where they are not."""
+        if (of := self._rope.temperature) is None:
+            return None
+        return temperatures(positions, of.beta, of.length, of.offset)
 
     def _over_a_head(self, frequencies: Tensor) -> Tensor:
         """[W / 2] or [T, W / 2]: 0 for what does not turn."""

@@ -13,7 +13,7 @@ from typing import Any, cast
 from graphgen.ipc.errors import UnsupportedModelError
 from graphgen.models.families.family import Rotary
 from graphgen.models.families.words import Config, filled
-from graphgen.models.spec import RopeKind, RopeSpec
+from graphgen.models.spec import RopeKind, RopeSpec, Temperature
 
 logger = logging.getLogger("graphgen.models")
 
@@ -49,6 +49,8 @@ _REQUIRED: Mapping[RopeKind, tuple[str, ...]] = {
     "yarn": (),  # without a factor it is the ratio of the two lengths
     "longrope": ("short_factor", "long_factor"),
 }
+_READ_BY_ALPHA = frozenset({"alpha", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"})
+"""Where `alpha` stretches the base: of these it alone counts, as in transformers. The files have all."""
 _SCALED_FROM_A_LENGTH: tuple[RopeKind, ...] = ("llama3", "yarn", "longrope")
 _KINDS = tuple(_READ)
 _NOT_NUMBERS = ("rope_type", "type", "truncate", "short_factor", "long_factor")
@@ -63,6 +65,9 @@ def read_rope(config: Config, rotary: Rotary, head_dim: int, where: str) -> Rope
     kind = _kind(parameters, rotary, where)
     if rotary.mscales and kind == "longrope":
         parameters["attention_factor"] = _mscale(parameters, where)
+    if kind == "dynamic" and rotary.alpha and (alpha := parameters.get("alpha")):
+        kind, parameters = "default", _stretched(parameters, alpha ** (head_dim / (head_dim - 2)))
+    beta = _beta(parameters, rotary)
     _check_keys(parameters, kind, where)
     max_len = config.need("max_position_embeddings")
     original_max_len = _original_max_len(config, parameters, max_len) if kind in _SCALED_FROM_A_LENGTH else max_len
@@ -83,7 +88,22 @@ def read_rope(config: Config, rotary: Rotary, head_dim: int, where: str) -> Rope
         long_factors=_divisors(parameters, "long_factor", rotary_dim or head_dim, where),
         rotary_dim=rotary_dim,
         interleaved=rotary.interleaved,
+        temperature=None if beta is None else Temperature(float(beta), int(original_max_len)),
     )
+
+
+def _stretched(parameters: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """Of HunYuan: its base times `factor`, and no word more of how it is scaled."""
+    others = {name: value for name, value in parameters.items() if name not in _READ_BY_ALPHA}
+    return {**others, "rope_theta": others["rope_theta"] * factor}
+
+
+def _beta(parameters: dict[str, Any], rotary: Rotary) -> Any:
+    """Takes what a Temperature follows from out of the dictionary. It is unchecked, hence Any."""
+    if rotary.beta is None:
+        return None
+    parameters.pop("max_position_embeddings", None)  # the config's own, said again
+    return parameters.pop(rotary.beta, None)
 
 
 def _mscale(parameters: dict[str, Any], where: str) -> Any:

@@ -10,6 +10,7 @@ families/reader.py from a Hugging Face config; read by the decoder, the loader, 
 Every field has one meaning in arithmetic. A trait without a field is refused when the config is read.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
@@ -73,16 +74,25 @@ class Norm(Struct, frozen=True):
 
 
 class QKNorm(Struct, frozen=True):
-    """A norm of queries and keys before their rotation."""
+    """A norm of queries and keys."""
 
     norm: Norm
     over: Literal["head", "own_head", "all_heads"] = "head"
     """head: over each head, one weight for all. own_head: over each head, a weight for each. all_heads: over the whole
     width at once."""
+    rotated: bool = False  # it stands behind their rotation, not before it
 
     def num_parameters(self, num_heads: int, head_dim: int) -> int:
         """Of the queries or of the keys."""
         return self.norm.num_parameters(head_dim if self.over == "head" else num_heads * head_dim)
+
+
+class Temperature(Struct, frozen=True):
+    """Of attention: a query at position p counts 1 + beta * ln(1 + (p + offset) // length) times."""
+
+    beta: float
+    length: int
+    offset: int = 0
 
 
 RopeKind = Literal["none", "default", "linear", "dynamic", "llama3", "yarn", "longrope"]
@@ -106,6 +116,7 @@ class RopeSpec(Struct, frozen=True):
     long_factors: tuple[float, ...] = ()  # longrope: divisors beyond it
     rotary_dim: int | None = None  # the first dimensions of a head, which turn; None: all
     interleaved: bool = False  # a pair that turns together lies side by side in the checkpoint, not half a head apart
+    temperature: Temperature | None = None  # of the queries that turn by this
 
     @property
     def depends_on_length(self) -> bool:
@@ -124,6 +135,13 @@ class Pages(Struct, frozen=True):
     bytes: int  # of one position
 
 
+class Alibi(Struct, frozen=True):
+    """Scores fall with distance, each head's by its own slope (arXiv 2108.12409): alibi_slopes in
+    attention/variant.py."""
+
+    scaled: bool = False  # the slopes are times 1 / sqrt(head_dim) too
+
+
 class GQA(Struct, frozen=True, tag="gqa", kw_only=True):
     """Grouped-query attention (arXiv 2305.13245) over paged keys and values; one head a group is multi-head attention,
     one group multi-query attention."""
@@ -139,6 +157,9 @@ class GQA(Struct, frozen=True, tag="gqa", kw_only=True):
     clip: float | None = None  # bound of the values of q, k and v
     rope: int = 0  # which of ModelSpec.ropes
     window: int | None = None  # positions a row sees, its own included; None sees all
+    segment: int | None = None  # a row sees its own segment alone, which begins at a multiple of this
+    softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
+    alibi: Alibi | None = None
     sinks: bool = False  # exp(a number of each head) is added to the sum that weights are divided by
 
     @property
@@ -193,17 +214,22 @@ class GQA(Struct, frozen=True, tag="gqa", kw_only=True):
         return msgspec.structs.replace(self, padded_head_dim=fitting)
 
 
+ACTIVATION_WEIGHTS: Mapping[str, tuple[str, ...]] = {"xielu": ("alpha_p", "alpha_n")}
+"""Activation -> the numbers that each layer has learned for it."""
+
+
 class Dense(Struct, frozen=True, tag="dense", kw_only=True):
     """down(activation(gate(x)) * up(x)) if gated (arXiv 2002.05202), else down(activation(up(x)))."""
 
     size: int
-    activation: str  # a key of feed_forward.ACTIVATIONS
+    activation: str  # a key of activations.ACTIVATIONS
     gated: bool = True
     bias: bool = False
 
     def num_parameters(self, hidden_size: int) -> int:
         inner = (1 + self.gated) * self.size
-        return hidden_size * (inner + self.size) + self.bias * (inner + hidden_size)
+        of_activation = len(ACTIVATION_WEIGHTS.get(self.activation, ()))
+        return hidden_size * (inner + self.size) + self.bias * (inner + hidden_size) + of_activation
 
 
 class Router(Struct, frozen=True, kw_only=True):
@@ -233,7 +259,7 @@ class Experts(Struct, frozen=True, tag="experts", kw_only=True):
     num_experts: int
     top_k: int
     size: int  # inner, of each expert
-    activation: str  # a key of feed_forward.ACTIVATIONS
+    activation: str  # a key of activations.ACTIVATIONS
     router: Router
     bias: bool = False
     limit: float | None = None  # of gate's values from above, of up's from both sides
@@ -359,6 +385,12 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     def depends_on_length(self) -> bool:
         """Whether the keys of equal tokens differ with the length of their prompts."""
         return any(rope.depends_on_length for rope in self.ropes)
+
+    @property
+    def rotates_by_limit(self) -> bool:
+        """Whether the length from which a rotation follows is the most that a request may have: all its positions then
+        rotate alike. Else it is that of its prompt, and beyond it its own."""
+        return any(rope.kind == "longrope" for rope in self.ropes)
 
     @property
     def num_parameters(self) -> int:

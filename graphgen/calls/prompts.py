@@ -267,5 +267,6 @@ def _part_text(part: object) -> str:
     if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     raise InvalidRequestError(
-        f'a part of a chat message is {part!r:.100}: give {{"type": "text", "text": ...}}, other parts are not served'
+        f'a part of a chat message is {part!r:.100}: give {{"type": "text", "text": ...}}, other parts are not served,'
+        " images among them"
     )

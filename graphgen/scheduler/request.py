@@ -98,6 +98,7 @@ class Request:
             min_length=self.prompt_len + self.min_tokens,
             stop_token_ids=submit.stop_token_ids,
             sampler=submit.sampler,
+            max_len=self.prompt_len + self.max_tokens,
         )
         self.max_cached_len = _max_cached_len(submit.sampler, self.prompt_len, self.max_tokens)
         self.itl_target_ms = submit.itl_target_ms

@@ -5,13 +5,16 @@ Owns the choice; the backends are in graphgen.models.attention.
 
 import torch
 
-from graphgen.ipc.errors import GraphgenError
+from graphgen.ipc.errors import GraphgenError, UnsupportedModelError
 from graphgen.ipc.messages import Bucket
 from graphgen.ipc.step_schema import StepBounds
 from graphgen.launch.config import LaunchConfig
 from graphgen.models.attention.backend import AttentionBackend
 from graphgen.models.attention.kernels import AttentionShape, Scores
 from graphgen.models.attention.reference import TorchAttention
+from graphgen.models.attention.variant import AttentionVariant, Numbers, Scoring
+from graphgen.models.layers import variant_of
+from graphgen.models.spec import GQA, ModelSpec
 
 
 def open_backend(
@@ -48,8 +51,25 @@ def attention_shape(config: LaunchConfig, dtype: torch.dtype) -> AttentionShape:
         page_size=config.page_size,
         dtype=dtype,
         windows=tuple(sorted({window or 0 for window in spec.windows})),
-        scores=Scores.SINKS if spec.attention.sinks else Scores.PLAIN,
+        scores=_scores(spec),
     )
+
+
+def _scores(spec: ModelSpec) -> Scores:
+    """What FlashInfer has for the layers. Raises UnsupportedModelError where it has nothing, or layers differ."""
+    found = {
+        Scores.of(Scoring(Numbers.unpacked(variant.numbers), variant.sinks, variant.alibi_slopes))
+        for variant in map(_variant, dict.fromkeys(layer.mixer for layer in spec.layers))
+    }
+    if len(found) > 1:
+        raise UnsupportedModelError(f"layers with {' and '.join(found)} in one model: use attention='torch'")
+    return found.pop()
+
+
+def _variant(mixer: GQA) -> AttentionVariant:
+    """With any numbers for learned ones."""
+    heads = range(mixer.num_heads)
+    return variant_of(mixer, heads, torch.zeros(mixer.num_heads) if mixer.sinks else None)
 
 
 def _open_flashinfer(

@@ -38,7 +38,7 @@ class Rows(NamedTuple):
     positions: Tensor
     token_ids: Tensor
     sequence_lens: Tensor
-    """max(prompt length of the row's request, position + 1)."""
+    """Of the row's request: max(its length, position + 1), see TorchRows."""
 
 
 class DrawingRows(NamedTuple):
@@ -65,7 +65,7 @@ class RowExpander(Protocol):
         """Enters the plan's new pages into the block tables."""
 
     def expand(self) -> ExpandedStep:
-        """Reads the plan and the slot tables; the new owners' parameters must be in `prompt_len` by now."""
+        """Reads the plan and the slot tables; the new owners' parameters must be in the slots' tables by now."""
 
     def feed_back(self, tokens: Tensor, drawing_rows: DrawingRows) -> None:
         """Makes the drawn tokens, [N], the last tokens of their slots, and writes them into the step's outputs.
@@ -83,21 +83,22 @@ class TorchRows:
         bucket: Bucket,
         fields: Mapping[str, Tensor],
         slots: SlotTables,
-        prompt_len: Tensor,
+        request_lens: Tensor,
         outputs: Mapping[str, Tensor],
         page_size: int,
         trash_page: int,
     ) -> None:
-        """fields: of the bucket's input block. prompt_len: [S + 1] int32, of each slot's owner. outputs: of the ring,
-        see `OutputRing.views`."""
+        """fields: of the bucket's input block. request_lens: [S + 1] int32, of each slot's owner the prompt's
+        length or the most tokens it may have: the one from which a rotation follows. outputs: of the ring, see
+        `OutputRing.views`."""
         self._bucket = bucket
         self._fields = fields
         self._slots = slots
-        self._prompt_len = prompt_len
+        self._request_lens = request_lens
         self._outputs = outputs
         self._page_size = page_size
         self._trash_page = trash_page
-        device = prompt_len.device
+        device = request_lens.device
         self._prefill_rows = torch.arange(bucket.prefill_rows, device=device)
         self._decode_rows = torch.arange(bucket.prefill_rows, bucket.num_rows, device=device)
         self._page_numbers = torch.arange(fields["new_pages"].shape[0] // NEW_PAGE_WORDS, device=device)
@@ -134,7 +135,7 @@ class TorchRows:
             slots = torch.cat((chunk_slots, slots))
             positions = torch.cat((torch.where(live, self._fields["chunk_positions"][chunk] + offset, 0), positions))
             token_ids = torch.cat((self._fields["chunk_token_ids"].long(), token_ids))
-        return Rows(slots, positions, token_ids, torch.maximum(self._prompt_len[slots].long(), positions + 1))
+        return Rows(slots, positions, token_ids, torch.maximum(self._request_lens[slots].long(), positions + 1))
 
     def _row_tables(self, rows: Rows) -> RowTables:
         """Where the rows write their K and V, and what they see."""

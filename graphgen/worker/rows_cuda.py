@@ -43,8 +43,8 @@ def _append_pages_kernel(
 @triton.jit(  # type: ignore[untyped-decorator]  # triton has no types
     do_not_specialize=[
         *("counts", "chunk_slots", "chunk_positions", "chunk_starts", "chunk_draws", "chunk_token_ids"),
-        *("decode_slots", "decode_positions", "prompt_len", "kv_locations", "kv_lens", "drawing_rows"),
-        *("num_prefill", "num_decode", "num_chunks", "table_stride", "prompt_len_stride", "trash_slot"),
+        *("decode_slots", "decode_positions", "request_lens", "kv_locations", "kv_lens", "drawing_rows"),
+        *("num_prefill", "num_decode", "num_chunks", "table_stride", "request_lens_stride", "trash_slot"),
     ]
 )
 def _expand_kernel(
@@ -58,7 +58,7 @@ def _expand_kernel(
     decode_positions: "tl.tensor",
     last_token: "tl.tensor",
     block_table: "tl.tensor",
-    prompt_len: "tl.tensor",
+    request_lens: "tl.tensor",
     row_outputs: "tl.tensor",
     kv_locations: "tl.tensor",
     kv_lens: "tl.tensor",
@@ -67,7 +67,7 @@ def _expand_kernel(
     num_decode: int,
     num_chunks: int,
     table_stride: int,
-    prompt_len_stride: int,
+    request_lens_stride: int,
     trash_slot: int,
     PAGE: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -100,7 +100,7 @@ def _expand_kernel(
     position = tl.where(live, position, tl.load(decode_positions + decode, in_decode, other=0)).to(tl.int64)
     token_id = tl.load(chunk_token_ids + row, in_prefill, other=0).to(tl.int64)
     token_id = tl.where(in_decode, tl.load(last_token + slot, in_decode, other=0), token_id)
-    length = tl.load(prompt_len + slot * prompt_len_stride, inside, other=0).to(tl.int64)
+    length = tl.load(request_lens + slot * request_lens_stride, inside, other=0).to(tl.int64)
     page = tl.load(block_table + slot * table_stride + position // PAGE, inside, other=0).to(tl.int64)
 
     tl.store(row_outputs + row, slot, inside)
@@ -153,7 +153,7 @@ class TritonRows:
         bucket: Bucket,
         fields: Mapping[str, Tensor],
         slots: SlotTables,
-        prompt_len: Tensor,
+        request_lens: Tensor,
         outputs: Mapping[str, Tensor],
         page_size: int,
         trash_page: int,
@@ -163,7 +163,7 @@ class TritonRows:
         self._bucket = bucket
         self._fields = fields
         self._slots = slots
-        self._prompt_len = prompt_len
+        self._request_lens = request_lens
         self._outputs = outputs
         self._page_size = page_size
         self._num_chunks = fields["chunk_slots"].shape[0]
@@ -196,7 +196,7 @@ class TritonRows:
             fields["decode_positions"],
             self._slots.last_token,
             block_table,
-            self._prompt_len,
+            self._request_lens,
             row_outputs,
             kv_locations,
             kv_lens,
@@ -205,7 +205,7 @@ class TritonRows:
             bucket.decode_rows,
             self._num_chunks,
             block_table.stride(0),
-            self._prompt_len.stride(0),
+            self._request_lens.stride(0),
             self._slots.trash_slot,
             self._page_size,
             _CHUNK_BLOCK,

@@ -34,7 +34,7 @@ class Step:
     ) -> None:
         """block: the device's input words. outputs: see `OutputRing.views`."""
         self._fields = layout.views(block)
-        self._rows = _open_rows(bucket, self._fields, slots, outputs, kv_cache, sampler)
+        self._rows = _open_rows(bucket, self._fields, slots, outputs, kv_cache, sampler, decoder.spec.rotates_by_limit)
         self._has_prefill_rows = bucket.prefill_rows > 0
         self._decoder = decoder
         self._kv_cache = kv_cache
@@ -65,12 +65,14 @@ def _open_rows(
     outputs: Mapping[str, Tensor],
     kv_cache: KVCache,
     sampler: Sampler,
+    by_limit: bool,
 ) -> RowExpander:
+    """by_limit: see ModelSpec.rotates_by_limit."""
     arguments = (
         bucket,
         fields,
         slots,
-        sampler.tables.prompt_len,
+        sampler.tables.max_len if by_limit else sampler.tables.prompt_len,
         outputs,
         kv_cache.page_size,
         kv_cache.trash_page,

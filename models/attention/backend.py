@@ -77,3 +77,5 @@ class StepTensors(NamedTuple):
     sin: Tensor
     """[T, D]"""
     attention: StepAttention
+    temperatures: Tensor | None = None
+    """[T] float32: of the queries of a rope that has them."""

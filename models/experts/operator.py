@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphgen.models.feed_forward import ACTIVATIONS
+from graphgen.models.activations import ACTIVATIONS
 
 _SCHEMA = (
     "experts(Tensor x, Tensor experts, Tensor gate_up, Tensor? gate_up_bias, Tensor down, Tensor? down_bias,"

@@ -2,14 +2,19 @@
 
 from msgspec.structs import replace
 
-from graphgen.models.families.family import ATTENTION, PLAIN, Family, TensorNames
+from graphgen.models.families.family import ATTENTION, PLAIN, Family, Rotary, TensorNames
 from graphgen.models.families.gpt2 import NORM
-from graphgen.models.families.words import OFF, activation, flag, four_times, key
-from graphgen.models.spec import Layer
+from graphgen.models.families.words import activation, choose, flag, four_times, key, none_if, only_if
+from graphgen.models.spec import NO_ROPE, Alibi, Layer
 
 _BIAS = flag("bias")
 _ATTENTION = replace(
-    ATTENTION, num_kv_heads=key("num_kv_heads", key("num_attention_heads")), qkv_bias=_BIAS, o_bias=_BIAS
+    ATTENTION,
+    num_kv_heads=key("num_kv_heads", key("num_attention_heads")),
+    qkv_bias=_BIAS,
+    o_bias=_BIAS,
+    rope=choose("alibi", 1, 0),
+    alibi=only_if("alibi", Alibi(scaled=True)),
 )
 _FEED_FORWARD = replace(
     PLAIN, size=key("ffn_hidden_size", four_times("hidden_size")), activation=activation("activation"), bias=_BIAS
@@ -28,6 +33,8 @@ _NAMES = TensorNames(
 _SHARED = Layer(
     mixer=_ATTENTION, feed_forward=_FEED_FORWARD, input_norm=NORM, ff_norm=None, parallel=True, shared_norm=True
 )
+_PARALLEL = flag("parallel_attn", True)
+_EITHER = replace(_SHARED, parallel=_PARALLEL, shared_norm=_PARALLEL, ff_norm=none_if("parallel_attn", NORM))
 
 FALCON = Family(
     model_type="falcon",
@@ -51,8 +58,9 @@ FALCON = Family(
         "bos_token_id": 11,
         "eos_token_id": 11,
     },
-    only={"alibi": OFF, "parallel_attn": (True,)},
+    only={"parallel_attn": (True,)},
     layer=replace(_SHARED, ff_norm=NORM, shared_norm=False),
+    rotaries=(Rotary(), NO_ROPE),
     final_norm=NORM,
     names=replace(_NAMES, input_norm="ln_attn", ff_norm="ln_mlp"),
 )
@@ -69,8 +77,17 @@ FALCON_7B = replace(
     variant="multi-query",
     when={"new_decoder_architecture": (False, None), "multi_query": (True,)},
     checkpoints={"Falcon 7B": 7.22},
-    layer=replace(_SHARED, mixer=replace(_ATTENTION, num_kv_heads=1)),
+    only={},
+    layer=replace(_EITHER, mixer=replace(_ATTENTION, num_kv_heads=1)),
     names=replace(_NAMES, qkv_order="blocks"),
 )
+FALCON_RW = replace(
+    FALCON_7B,
+    variant="multi-head",
+    when={"new_decoder_architecture": (False, None), "multi_query": (False,)},
+    checkpoints={"Falcon-RW 1B": 1.31, "Falcon-RW 7B": 7.54},
+    layer=replace(_EITHER, mixer=replace(_ATTENTION, num_kv_heads=key("num_attention_heads"))),
+    names=_NAMES,
+)
 
-FAMILIES = (FALCON, FALCON_ONE_NORM, FALCON_7B)
+FAMILIES = (FALCON, FALCON_ONE_NORM, FALCON_7B, FALCON_RW)

@@ -64,6 +64,7 @@ class TensorNames(Struct, frozen=True):
     sinks: str = "self_attn.sinks"  # whole
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")  # or one tensor of both; of a plain one its only
     down: str = "mlp.down_proj"
+    activation: str = "mlp.act_fn"
     experts: ExpertNames = ExpertNames()
     # How they lie.
     qkv_order: Literal["blocks", "groups", "mesh"] = "blocks"
@@ -84,6 +85,8 @@ class Rotary(Struct, frozen=True, kw_only=True):
     dim: str | None = None  # key of the number of dimensions that turn, where that is said instead
     layer_type: str | None = None  # whose entry to take, where the dictionary has one for each type of layer
     mscales: bool = False  # of longrope: the keys short_mscale and long_mscale say what scales cos and sin
+    beta: str | None = None  # key in the dictionary of the queries' Temperature, whose length is the original one
+    alpha: bool = False  # `alpha` of the kind "dynamic" stretches the base once for all lengths
     scaled: bool = True  # False: rope_scaling is of the other layers
     kinds: Mapping[str, str] = MappingProxyType({})  # names of kinds that mean another here
 
@@ -100,7 +103,7 @@ class Family(Struct, frozen=True, kw_only=True):
     model_type: str
     architecture: str
     variant: str = ""  # tells the rows of one architecture apart
-    when: Mapping[str, tuple[Any, ...]] = MappingProxyType({})  # key -> values for which this row is the one
+    when: Mapping[str, tuple[Any, ...]] = MappingProxyType({})  # path -> values for which it is the one
     checkpoints: Mapping[str, float]  # for people: some that are meant, and their weights in billions
     notes: str = ""  # for people: what else is meant, what is not supported
     defaults: Mapping[str, Any]  # what transformers takes for a key that a file leaves out
@@ -122,6 +125,8 @@ class Family(Struct, frozen=True, kw_only=True):
     initializer_std: Any = key("initializer_range")
     float16: bool = True
 
+    nested: str | None = None  # key of the text model's config, where a checkpoint has more than that
+    beside: Mapping[str, Any] = MappingProxyType({})  # defaults of keys that stand beside it and hold for it
     names: TensorNames = TensorNames()
     renames: tuple[tuple[str, str], ...] = ()  # (beginning of a stored name, what stands for it), the first that fits
     ignored: tuple[str, ...] = ()  # patterns of stored names that follow from the config

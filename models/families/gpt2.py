@@ -3,7 +3,7 @@
 from msgspec.structs import replace
 
 from graphgen.models.families.family import ATTENTION, LAYER_NORM, PLAIN, Family, TensorNames
-from graphgen.models.families.words import OFF, activation, four_times, key, unless
+from graphgen.models.families.words import OFF, activation, four_times, key, repeated, unless
 from graphgen.models.spec import NO_ROPE, Embedding, Layer
 
 NORM = replace(LAYER_NORM, eps=key("layer_norm_epsilon"))
@@ -99,4 +99,37 @@ BIGCODE = (
     ),
 )
 
-FAMILIES = (GPT2, *BIGCODE)
+_NEO_ATTENTION = replace(ATTENTION, num_kv_heads=key("num_attention_heads"), o_bias=True, scale=1.0)
+GPT_NEO = Family(
+    model_type="gpt_neo",
+    architecture="GPTNeoForCausalLM",
+    checkpoints={"GPT-Neo 125M": 0.125, "GPT-Neo 1.3B": 1.32, "GPT-Neo 2.7B": 2.65},
+    defaults={
+        **DEFAULTS,
+        "max_position_embeddings": 2048,
+        "hidden_size": 2048,
+        "num_layers": 24,
+        "num_heads": 16,
+        "window_size": 256,
+    },
+    aliases={"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"},
+    layer=replace(
+        LAYER,
+        mixer=_NEO_ATTENTION,
+        feed_forward=replace(LAYER.feed_forward, size=key("intermediate_size", four_times("hidden_size"))),
+    ),
+    mixers={"global": _NEO_ATTENTION, "local": replace(_NEO_ATTENTION, window=key("window_size"))},
+    mixer_kinds=repeated("attention_types", otherwise=((("global", "local"), 12),)),
+    rotaries=(NO_ROPE,),
+    embedding=Embedding(num_positions=key("max_position_embeddings")),
+    final_norm=NORM,
+    names=replace(
+        NAMES,
+        qkv=("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
+        o="attn.attention.out_proj",
+    ),
+    renames=WITHOUT_PREFIX,
+    ignored=("*.attn.attention.bias", "*.attn.attention.masked_bias"),
+)
+
+FAMILIES = (GPT2, *BIGCODE, GPT_NEO)

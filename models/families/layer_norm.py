@@ -4,8 +4,20 @@ from msgspec.structs import replace
 
 from graphgen.models.families import llama
 from graphgen.models.families.family import ATTENTION, GATED, LAYER_NORM, PLAIN, Family, Rotary, TensorNames
-from graphgen.models.families.words import flag, key, none_if, only_if, uniform, window
-from graphgen.models.spec import Head, Layer, Norm, QKNorm
+from graphgen.models.families.words import (
+    FULL,
+    SLIDING,
+    choose,
+    every,
+    flag,
+    key,
+    listed,
+    none_if,
+    only_if,
+    uniform,
+    window,
+)
+from graphgen.models.spec import NO_ROPE, Head, Layer, Norm, QKNorm
 
 _BIAS = flag("use_bias", True)
 _NORM = replace(LAYER_NORM, eps=key("norm_epsilon"))
@@ -135,4 +147,21 @@ COHERE = Family(
     head=Head(tied=flag("tie_word_embeddings"), scale=key("logit_scale", 1.0, float)),
 )
 
-FAMILIES = (STARCODER2, STABLELM, NEMOTRON, COHERE)
+_ATTENTION = replace(ATTENTION, qkv_bias=flag("attention_bias"), o_bias=flag("attention_bias"))
+COHERE2 = replace(
+    COHERE,
+    model_type="cohere2",
+    architecture="Cohere2ForCausalLM",
+    checkpoints={"Command R7B": 8.03, "Command-A 111B": 111.0},
+    notes="rotates in the layers with a window alone",
+    defaults={**COHERE.defaults, "sliding_window": 4096, "sliding_window_pattern": 4},
+    layer=replace(COHERE.layer, mixer=_ATTENTION),
+    mixers={
+        FULL: replace(_ATTENTION, rope=1),
+        SLIDING: replace(_ATTENTION, window=window(), rope=choose("sliding_window", 0, 1)),
+    },
+    mixer_kinds=listed(otherwise=every("sliding_window_pattern", FULL, SLIDING)),
+    rotaries=(Rotary(interleaved=True), NO_ROPE),
+)
+
+FAMILIES = (STARCODER2, STABLELM, NEMOTRON, COHERE, COHERE2)

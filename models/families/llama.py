@@ -2,7 +2,7 @@
 
 from msgspec.structs import replace
 
-from graphgen.models.families.family import ATTENTION, GATED, RMS, Family
+from graphgen.models.families.family import ATTENTION, GATED, RMS, Family, Rotary
 from graphgen.models.families.words import flag, uniform, window
 from graphgen.models.spec import Layer
 
@@ -59,4 +59,33 @@ MISTRAL = Family(
     final_norm=RMS,
 )
 
-FAMILIES = (LLAMA, MISTRAL)
+MINISTRAL3 = replace(
+    MISTRAL,
+    model_type="ministral3",
+    architecture="Ministral3ForCausalLM",
+    checkpoints={"Ministral 3 3B": 3.43, "Ministral 3 8B": 8.49, "Ministral 3 14B": 13.5},
+    notes="files in bfloat16",
+    defaults={
+        **MISTRAL.defaults,
+        "vocab_size": 131072,
+        "num_hidden_layers": 34,
+        "head_dim": 128,
+        "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
+        "rope_parameters": {
+            "type": "yarn",
+            "rope_theta": 1_000_000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16384,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale_all_dim": 1.0,
+            "mscale": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+    rotaries=(Rotary(beta="llama_4_scaling_beta"),),
+)
+
+FAMILIES = (LLAMA, MISTRAL, MINISTRAL3)

@@ -11,7 +11,8 @@ PHI3 = Family(
     model_type="phi3",
     architecture="Phi3ForCausalLM",
     checkpoints={"Phi-3 mini": 3.82, "Phi-4-mini": 3.84, "Phi-3 medium, Phi-4": 14.0},
-    notes="a prompt beyond the original length (4096) has another rotation: no prompts are shared where it may come",
+    notes="a request that may become longer than the original length (4096), prompt and max_tokens together, has the"
+    " rotation of long ones from its first token on; no prompts are shared where that may be",
     defaults={
         **llama.DEFAULTS,
         "vocab_size": 32064,

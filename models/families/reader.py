@@ -20,7 +20,7 @@ from graphgen.models.checkpoint import Checkpoint, open_checkpoint
 from graphgen.models.checkpoint_files import StoredTensor, are_equal
 from graphgen.models.families.family import Family, Rotary, TensorNames
 from graphgen.models.families.table import FAMILIES, families_of_type
-from graphgen.models.families.words import FULL, SLIDING, Config, Kinds, filled
+from graphgen.models.families.words import FULL, SLIDING, Config, Kinds, filled, value_at
 from graphgen.models.foreign_keys import refuse_foreign_keys
 from graphgen.models.rope_config import read_rope
 from graphgen.models.spec import DTYPE_BYTES, GQA, NO_ROPE, Head, Layer, ModelSpec, RopeSpec
@@ -29,6 +29,12 @@ logger = logging.getLogger("graphgen.models")
 
 _STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Safetensors' name of a dtype -> ours."""
+
+_OF_WHOLE = (
+    *("architectures", "model_type", "_name_or_path", "dtype", "torch_dtype", "quantization_config"),
+    *("tie_word_embeddings", "bos_token_id", "eos_token_id"),
+)
+"""Keys beside the text model's config that hold for it too, before its own."""
 
 _COMMON_DEFAULTS: Mapping[str, Any] = {"architectures": None, "bos_token_id": None, "eos_token_id": None}
 
@@ -64,12 +70,20 @@ def with_defaults(raw: Mapping[str, Any], location: str) -> SimpleNamespace:
     """An object with the attributes of a transformers config. Keys a file leaves out get the values transformers would
     give them, and a common name of a key counts as the family's own; a test holds both to be equal."""
     model_type = raw.get("model_type") or _model_type_of(raw.get("architectures") or ())
+    values = {**raw, "model_type": model_type, "_name_or_path": location}
     rows = families_of_type(str(model_type))
-    aliases: Mapping[str, str] = rows[0].aliases if rows else {}
-    defaults: Mapping[str, Any] = rows[0].defaults if rows else {}
-    renamed = {own: raw[common] for common, own in aliases.items() if common in raw}
-    values = {**_COMMON_DEFAULTS, **defaults, **renamed, **raw}
-    return SimpleNamespace(**{**values, "model_type": model_type, "_name_or_path": location})
+    row = next((row for row in rows if row.nested is None or _fits(row, raw)), None)
+    if row is not None and row.nested is not None:
+        values = {**row.beside, **values}
+        values[row.nested] = SimpleNamespace(**_filled_up(raw.get(row.nested) or {}, row))
+    elif row is not None:
+        values = _filled_up(values, row)
+    return SimpleNamespace(**{**_COMMON_DEFAULTS, **values})
+
+
+def _filled_up(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    renamed = {own: values[common] for common, own in family.aliases.items() if common in values}
+    return {**family.defaults, **renamed, **values}
 
 
 def spec_from_hf(
@@ -84,6 +98,8 @@ def spec_from_hf(
     """
     where = getattr(config, "_name_or_path", None) or config.model_type
     family = _family_of(config, where)
+    if family.nested is not None:
+        config = _text_config(config, family.nested, where)
     view = Config(config, family.aliases)
     view.read.update(family.when)
     _refuse_quantized(view.get("quantization_config"), where)
@@ -138,12 +154,24 @@ def _family_of(config: Any, where: str) -> Family:
             f" {', '.join(sorted({family.model_type for family in FAMILIES.values()}))}): correct the one that is wrong"
         )
     for family in rows:
-        if all(getattr(config, name, None) in values for name, values in family.when.items()):
+        if _fits(family, config):
             return family
     conditions = "; ".join(
         f"{family.name}: " + ", ".join(f"{name} in {values}" for name, values in family.when.items()) for family in rows
     )
     raise UnsupportedModelError(f"{where!r} is a {architecture} that graphgen does not run, it runs {conditions}")
+
+
+def _fits(family: Family, config: Any) -> bool:
+    """Whether a row's conditions hold. config: an object, or a dictionary."""
+    return all(value_at(config, path) in values for path, values in family.when.items())
+
+
+def _text_config(config: Any, nested: str, where: str) -> SimpleNamespace:
+    """The config of the text model in one of a model that reads images too, with what that says of the whole."""
+    logger.warning("%s: only text is served, the weights for images are not loaded", where)
+    of_whole = {name: value for name in _OF_WHOLE if (value := vars(config).get(name)) is not None}
+    return SimpleNamespace(**{**vars(getattr(config, nested)), **of_whole})
 
 
 def _nearest(model_type: str, architectures: Sequence[str]) -> str:
@@ -220,7 +248,7 @@ def _ropes(config: Config, family: Family, layers: Sequence[Layer]) -> tuple[Rop
     return tuple(
         read_rope(config, rotary, head_dims[number], family.architecture)
         if isinstance(rotary, Rotary) and number in head_dims
-        else NO_ROPE
+        else filled(NO_ROPE if isinstance(rotary, Rotary) else rotary, config)
         for number, rotary in enumerate(family.rotaries)
     )
 

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 
 from graphgen.models.families import (
+    bloom,
     falcon,
+    gemma,
     glm,
     gpt2,
     gpt_oss,
@@ -11,32 +13,22 @@ from graphgen.models.families import (
     kin,
     layer_norm,
     llama,
+    llama4,
     mixtral,
     neox,
+    norms_of_heads,
     olmo,
     opt,
     phi3,
     qwen,
     qwen_moe,
+    towers,
 )
 from graphgen.models.families.family import Family
 
 _MODULES = (
-    llama,
-    qwen,
-    phi3,
-    kin,
-    olmo,
-    glm,
-    layer_norm,
-    neox,
-    falcon,
-    gpt2,
-    opt,
-    mixtral,
-    qwen_moe,
-    granite_moe,
-    gpt_oss,
+    *(llama, qwen, phi3, gemma, kin, norms_of_heads, olmo, glm, layer_norm, neox, falcon, gpt2, opt, bloom),
+    *(mixtral, qwen_moe, granite_moe, gpt_oss, llama4, towers),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for module in _MODULES for family in module.FAMILIES}
 """In the order of docs/models.md."""

@@ -8,7 +8,7 @@ A word is typed Any: what stands there once a config was read has the type of th
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from msgspec import Struct
@@ -34,11 +34,23 @@ class Config:
         self.read.add(name)
         return getattr(self._values, name, None)
 
+    def within(self, name: str) -> "Config":
+        """What stands in the dictionary, or config object, of that name; nothing where there is none."""
+        inner = self.get(name) or {}
+        return Config(SimpleNamespace(**inner) if isinstance(inner, Mapping) else inner)
+
     def need(self, name: str) -> Any:
         """Raises AttributeError where the config has no such key, or null."""
         if (value := self.get(name)) is None:
             raise AttributeError(f"{self._aliases.get(name, name)} is missing")
         return value
+
+
+def value_at(values: Any, path: str) -> Any:
+    """Of a key, or with dots of one in the dictionary, or config object, of another; None where there is none."""
+    for name in path.split("."):
+        values = values.get(name) if isinstance(values, Mapping) else getattr(values, name, None)
+    return values
 
 
 # --- words of a template ---------------------------------------------------------------------------------------
@@ -98,7 +110,7 @@ def flag(name: str, fallback: bool = False) -> Any:
 
 def filled(word: Any, config: Config) -> Any:
     """A template with the config's values in place of its words."""
-    if isinstance(word, (Key, Computed)):
+    if isinstance(word, (Key, Computed, Within)):
         return word.value_in(config)
     if isinstance(word, Struct):
         values = {name: filled(getattr(word, name), config) for name in word.__struct_fields__}
@@ -158,19 +170,41 @@ ACTIVATIONS: Mapping[str, str] = {
     "quick_gelu": "quick_gelu",
     "relu": "relu",
     "relu2": "relu_squared",
+    "xielu": "xielu",
 }
-"""Hugging Face's name of an activation -> ours, a key of feed_forward.ACTIVATIONS."""
+"""Hugging Face's name of an activation -> ours, a key of activations.ACTIVATIONS."""
 
 
-def activation(name: str = "hidden_act") -> Any:
-    """The activation that the config names."""
+def activation(name: str = "hidden_act", meant: Mapping[str, str] = MappingProxyType({})) -> Any:
+    """The activation that the config names. meant: names that mean another here."""
 
     def read(value: Any) -> str:
+        value = meant.get(value, value)
         if value not in ACTIVATIONS:
             raise UnsupportedModelError(f"config.json has {name} {value!r}, supported are {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[value]
 
     return key(name, read=read)
+
+
+def to_power(name: str, exponent: float) -> Any:
+    """The key's number to a power."""
+    return Computed(lambda config: float(config.need(name) ** exponent))
+
+
+class Within(Struct, frozen=True):
+    """A word about the dictionary, or config object, that a key has."""
+
+    name: str
+    word: Any
+
+    def value_in(self, config: Config) -> Any:
+        return filled(self.word, config.within(self.name))
+
+
+def within(name: str, word: Any) -> Any:
+    """See Within."""
+    return Within(name, word)
 
 
 def head_dim() -> Any:
@@ -236,6 +270,16 @@ def every(period: str | int, kind: str, others: str) -> Kinds:
         count = config.get(period) if isinstance(period, str) else period
         count = len(count) if isinstance(count, str) else count or 1  # "LLLG" is one of four, 0 all
         return [kind if (number + 1) % count == 0 else others for number in range(num_layers)]
+
+    return kinds
+
+
+def repeated(name: str, otherwise: Sequence[Any]) -> Kinds:
+    """The config lists pairs: the kinds of some layers, and how often these come."""
+
+    def kinds(config: Config, num_layers: int) -> list[str]:
+        del num_layers  # the reader compares it
+        return [kind for part, count in config.get(name) or otherwise for kind in list(part) * count]
 
     return kinds
 

@@ -29,6 +29,7 @@ FREQUENCY = 6
 PROMPT_LEN = 7
 SEED = 8  # two words, the low one first; even, so that a view as int64 reads it whole
 MIN_LENGTH = 10
+MAX_LEN = 11
 STOP_TOKEN_IDS = 12
 ROW_WIDTH = STOP_TOKEN_IDS + MAX_STOP_TOKEN_IDS
 """int32 words of a slot's packed row."""
@@ -115,6 +116,11 @@ class SamplerTables:
         return self.settings[:, MIN_LENGTH]
 
     @property
+    def max_len(self) -> Tensor:
+        """[S + 1] int32: the most tokens that the owner may have."""
+        return self.settings[:, MAX_LEN]
+
+    @property
     def stop_token_ids(self) -> Tensor:
         """[S + 1, MAX_STOP_TOKEN_IDS] int32; the vocabulary's size, which is no token, fills unused entries."""
         return self.settings[:, STOP_TOKEN_IDS:]
@@ -159,6 +165,6 @@ def pack_slot(init: SlotInit, vocab_size: int) -> npt.NDArray[np.int32]:
     row[SEED : SEED + 2].view(np.int64)[0] = sampler.seed
     row[PROMPT_LEN] = init.prompt_len
     row[MIN_LENGTH] = min(init.min_length, _MAX_INT32)
-    row[MIN_LENGTH + 1] = 0
+    row[MAX_LEN] = min(init.max_len, _MAX_INT32)
     row[STOP_TOKEN_IDS : STOP_TOKEN_IDS + len(stop_token_ids)] = stop_token_ids
     return row

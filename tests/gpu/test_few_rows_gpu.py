@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphgen.models.activations import ACTIVATIONS
 from graphgen.models.attention.backend import StepTensors
 from graphgen.models.attention.tables import RowTables
 from graphgen.models.decoder import Decoder
-from graphgen.models.feed_forward import ACTIVATIONS
 from graphgen.models.kv_cache import KVCache
 from graphgen.models.layers import DecoderLayer
 from graphgen.models.norms import RMSNorm

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 from huggingface_hub.utils._paths import filter_repo_objects
 from transformers import AutoConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from graphgen.demo import model_folder
 from graphgen.ipc.errors import CheckpointError, UnsupportedModelError
@@ -20,6 +23,7 @@ from tests.models import tiny
 
 ROTATES_AN_ODD_NUMBER = "glm4_moe"
 """By the defaults of its class, a share of a head: refused. Its checkpoints have a head_dim."""
+CLASSES = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
 ARCHITECTURES = {family.model_type: family.architecture for family in FAMILIES.values()}
 
 OLD_FILES: dict[str, dict[str, Any]] = {
@@ -47,6 +51,17 @@ OLD_FILES: dict[str, dict[str, Any]] = {
 }
 
 
+TEXT_TYPES = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+LEAST: dict[str, dict[str, Any]] = {
+    model_type: {
+        "model_type": model_type,
+        **({"text_config": {"model_type": TEXT_TYPES[model_type]}} if model_type in tiny.TOWERS else {}),
+    }
+    for model_type in ARCHITECTURES
+}
+"""Of each type the least that a config says."""
+
+
 def write(folder: Path, config: dict[str, Any]) -> Path:
     whole = {"architectures": [ARCHITECTURES[config["model_type"]]], **config}
     (folder / "config.json").write_text(json.dumps(whole))
@@ -61,7 +76,7 @@ def test_files_of_todays_transformers_are_read_as_it_reads_them(case: str, tmp_p
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES.keys() - {ROTATES_AN_ODD_NUMBER}))
 def test_keys_left_out_get_the_values_transformers_gives_them(model_type: str, tmp_path: Path) -> None:
-    write(tmp_path, {"model_type": model_type})
+    write(tmp_path, LEAST[model_type])
     assert load_spec(tmp_path) == spec_from_hf(AutoConfig.from_pretrained(tmp_path))
 
 
@@ -97,12 +112,14 @@ def test_a_generation_config_that_is_not_understood_costs_a_warning_with_its_nam
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES.keys() - {ROTATES_AN_ODD_NUMBER}))
 def test_a_config_without_architectures_is_known_by_its_type(model_type: str, tmp_path: Path) -> None:
     """Files made by hand and by converters name one of the two only; transformers goes by the type."""
-    write(tmp_path, {"model_type": model_type, "architectures": None})
+    write(tmp_path, {**LEAST[model_type], "architectures": None})
     spec = load_spec(tmp_path)
-    assert spec.architecture == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] == ARCHITECTURES[model_type]
-    write(tmp_path, {"model_type": model_type})
+    assert spec.architecture == CLASSES[model_type] == ARCHITECTURES[model_type]
+    write(tmp_path, LEAST[model_type])
     assert load_spec(tmp_path) == spec
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": [ARCHITECTURES[model_type]]}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**LEAST[model_type], "model_type": None, "architectures": [ARCHITECTURES[model_type]]})
+    )
     assert load_spec(tmp_path) == spec
 
 

@@ -104,9 +104,16 @@ def test_generated_code_never_allocates_or_copies_pages(tmp_path: Path) -> None:
     assert not [line for line in allocations if num_pages & set(re.findall(r"\w+", line))]
 
 
-@pytest.mark.parametrize("case", ["smollm3", "gpt2", "stablelm_parallel", "opt_350m", "cohere"])
+NUM_GRAPHS = {
+    **dict.fromkeys(("smollm3", "gpt2", "stablelm_parallel", "opt_350m", "cohere", "hunyuan"), 2),
+    **dict.fromkeys(("gemma3", "bloom", "ministral3"), 2),
+    "llama4": 3,  # layers that rotate norm their heads, the others have a temperature
+}
+
+
+@pytest.mark.parametrize("case", NUM_GRAPHS)
 def test_layers_of_one_kind_share_their_graphs(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What differs by layer, here the rotation, compiles nothing anew."""
+    """What differs by layer in number, as rotation, window and scale, compiles nothing anew."""
     eager = torch._dynamo.lookup_backend("eager")
     monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: eager)
     decoder = load(case, tmp_path)
@@ -116,4 +123,4 @@ def test_layers_of_one_kind_share_their_graphs(case: str, tmp_path: Path, monkey
     driver.step([(request, 60)])
     driver.step([(other, 9)], [request])
     driver.step(decodes=[request])
-    assert decoder.num_compiled_graphs() == 2
+    assert decoder.num_compiled_graphs() == NUM_GRAPHS[case]

@@ -11,6 +11,7 @@ from graphgen.models.few_rows_layers import serves, serves_model
 from graphgen.models.spec import (
     GQA,
     NO_ROPE,
+    Alibi,
     Dense,
     Embedding,
     Experts,
@@ -21,6 +22,7 @@ from graphgen.models.spec import (
     QKNorm,
     RopeSpec,
     Router,
+    Temperature,
 )
 
 HIDDEN = 256
@@ -102,7 +104,11 @@ TRAITS = {
     "norms of each head's own": with_mixer(qk_norm=QKNorm(NORM, "own_head")),
     "a norm of all heads": with_mixer(qk_norm=QKNorm(NORM, "all_heads")),
     "head norms of padded heads": with_mixer(head_dim=40, padded_head_dim=64, qk_norm=QKNorm(NORM)),
+    "norms behind the rotation": with_mixer(qk_norm=QKNorm(NORM, rotated=True)),
     "clipped qkv": with_mixer(clip=8.0),
+    "segments": with_mixer(segment=8192),
+    "a soft cap": with_mixer(softcap=50.0),
+    "slopes": with_mixer(alibi=Alibi()),
     "sinks": with_mixer(sinks=True),
     "a second rope": with_mixer(rope=1),
     "an activation of its own": with_ff(activation="relu"),
@@ -158,6 +164,7 @@ ENDS: dict[str, dict[str, Any]] = {
     "learned positions": {"embedding": Embedding(num_positions=8)},
     "a scaled embedding": {"embedding": Embedding(scale=16.0)},
     "a narrow embedding": {"embedding": Embedding(size=32)},
+    "a temperature": {"ropes": (RopeSpec(temperature=Temperature(0.1, 8192)),)},
     "two ropes": {"ropes": (RopeSpec(), NO_ROPE)},
     "a hidden size off the blocks": {"hidden_size": 192},
     "a vocabulary off the blocks": {"vocab_size": 97},

@@ -30,7 +30,7 @@ class RotatedPlusValues(NamedTuple):
     tables: None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Tensor:
-        group, sinks = q.shape[1] // k.shape[1], rest[-1].sinks
+        group, sinks = q.shape[1] // k.shape[1], rest[2].sinks
         passed = rotate(q, cos, sin) * (rotate(k, cos, sin) + v).repeat_interleave(group, dim=1)
         return passed if sinks is None else passed * sinks[:, None]
 
@@ -62,6 +62,10 @@ ATTENTION = {
     "mesh": (GQA(num_heads=8, num_kv_heads=8, head_dim=6), TensorNames(qkv=FUSED, qkv_order="mesh")),
     "one KV head for both ranks": (GQA(num_heads=4, num_kv_heads=1, head_dim=6), TensorNames(qkv=FUSED)),
     "a norm for all heads": (GQA(num_heads=4, num_kv_heads=2, head_dim=6, qk_norm=QKNorm(Norm())), TensorNames()),
+    "a norm behind the rotation": (
+        GQA(num_heads=4, num_kv_heads=2, head_dim=6, qk_norm=QKNorm(Norm(), rotated=True)),
+        TensorNames(),
+    ),
     "norms of each head's own": (
         GQA(num_heads=4, num_kv_heads=2, head_dim=6, qk_norm=QKNorm(Norm("layer", bias=True), "own_head")),
         TensorNames(),
@@ -102,6 +106,7 @@ FEED_FORWARD = {
         Dense(size=10, activation="relu_squared", gated=False, bias=True),
         TensorNames(gate_up=("up",), transposed=True),
     ),
+    "a learned activation": (Dense(size=10, activation="xielu", gated=False), TensorNames(gate_up=("up",))),
 }
 
 

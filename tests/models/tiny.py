@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from graphgen.models.families import spec_from_hf
 from graphgen.models.spec import ModelSpec
@@ -111,6 +111,18 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "exaone4": ("exaone4", {"sliding_window": 12, "num_hidden_layers": 5}),
     "phi3": ("phi3", {}),
     "phi3_window_partial": ("phi3", {"sliding_window": 14, "partial_rotary_factor": 0.5}),
+    "phi3_longrope": (
+        "phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10_000.0,
+                "short_factor": [1.0, 1.1, 1.4, 2.0],
+                "long_factor": [1.2, 2.0, 5.0, 9.0],
+            },
+            "original_max_position_embeddings": 64,
+        },
+    ),
     "seed_oss": ("seed_oss", {"head_dim": 12, "attention_out_bias": True}),
     "arcee": ("arcee", {"hidden_act": "relu2", "mlp_bias": True}),
     "ernie": ("ernie4_5", {"head_dim": 12, "use_bias": True}),
@@ -236,10 +248,108 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "swiglu_limit": 1.5,
         },
     ),
+    "apertus": ("apertus", {"attention_bias": True}),
+    "hunyuan": (
+        "hunyuan_v1_dense",
+        {"head_dim": 12, "rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "rope_theta": 1e4, "factor": 1.0}},
+    ),
+    "falcon_rw": (
+        "falcon",
+        {"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True, "max_position_embeddings": 2048},
+    ),
+    "gemma": ("gemma", {"head_dim": 16, "hidden_act": "gelu", "attention_bias": True}),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 12,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 17,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "head_dim": 12,
+            "query_pre_attn_scalar": 5,
+            "sliding_window": 16,
+            "num_hidden_layers": 4,
+            "sliding_window_pattern": 3,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "final_logit_softcapping": 4.0,
+        },
+    ),
+    "gpt_neo": ("gpt_neo", {"attention_types": [[["global", "local"], 1], [["local"], 1]], "window_size": 15}),
+    "bloom": ("bloom", {}),
+    "bloom_residual_from_norm": (
+        "bloom",
+        {"apply_residual_connection_post_layernorm": True, "num_attention_heads": 4},
+    ),
+    "mpt": (
+        "mpt",
+        {"attn_config": {"clip_qkv": 0.8, "softmax_scale": 0.4}, "tie_word_embeddings": True},
+    ),
+    "cohere2": ("cohere2", {"sliding_window": 18, "num_hidden_layers": 4, "attention_bias": True}),
+    "ministral3": (
+        "ministral3",
+        {
+            "head_dim": 12,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "llama_4_scaling_beta": 0.6,
+            },
+        },
+    ),
+    "llama4": (
+        "llama4_text",
+        {
+            "head_dim": 12,
+            "intermediate_size_mlp": 80,
+            "moe_layers": [],
+            "num_hidden_layers": 4,
+            "attention_chunk_size": 24,
+            "floor_scale": 20,
+            "attn_scale": 0.5,
+        },
+    ),
+    "gemma3_tower": (
+        "gemma3",
+        {"head_dim": 12, "query_pre_attn_scalar": 5, "sliding_window": 16, "sliding_window_pattern": 2},
+    ),
+    "mistral3_tower": ("mistral3", {"model_type": "mistral", "sliding_window": 19}),
+    "ministral3_tower": (
+        "mistral3",
+        {
+            "model_type": "ministral3",
+            "head_dim": 12,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "llama_4_scaling_beta": 0.6,
+            },
+        },
+    ),
     "exaone4_full": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
 }
 """Name of a case -> model type and what differs from SMALL; a string as rope_parameters names one of
 ROPE_KINDS."""
+
+
+_ENCODER = {
+    **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+    **{"image_size": 28, "patch_size": 14, "head_dim": 8},
+}
+TOWERS: Mapping[str, Mapping[str, Any]] = {
+    "gemma3": {"vision_config": _ENCODER, "mm_tokens_per_image": 4, "tie_word_embeddings": True},
+    "mistral3": {"vision_config": _ENCODER, "tie_word_embeddings": False},
+}
+"""Model type -> what stands beside the text model's config."""
 
 
 def build(case: str, seed: int = 0, **overrides: Any) -> HuggingFaceModel:
@@ -249,8 +359,11 @@ def build(case: str, seed: int = 0, **overrides: Any) -> HuggingFaceModel:
     if isinstance(values.get("rope_parameters"), str):
         values["rope_parameters"] = rope(values["rope_parameters"])
     torch.manual_seed(seed)
+    if model_type in TOWERS:
+        values = {**copy.deepcopy(TOWERS[model_type]), "text_config": values}
     config = AutoConfig.for_model(model_type, **values)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    kind = AutoModelForImageTextToText if model_type in TOWERS else AutoModelForCausalLM
+    model = kind.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Norms start as ones or zeros and biases as zeros, which would hide a mixed-up one.
@@ -262,8 +375,9 @@ def build(case: str, seed: int = 0, **overrides: Any) -> HuggingFaceModel:
 
 
 def num_parameters(model: HuggingFaceModel) -> int:
-    """With the biases of routers, which are buffers there."""
-    return sum(tensor.numel() for tensor in (*model.parameters(), *_corrections(model)))
+    """Of the text model, with the biases of routers, which are buffers there."""
+    of_text = [tensor for name, tensor in model.named_parameters() if "vision" not in name and "modal" not in name]
+    return sum(tensor.numel() for tensor in (*of_text, *_corrections(model)))
 
 
 def _corrections(model: HuggingFaceModel) -> list[torch.Tensor]:

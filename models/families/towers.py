@@ -1,0 +1,47 @@
+"""The text models of checkpoints that read images too. Images are refused where a request has one."""
+
+from collections.abc import Mapping
+
+from msgspec.structs import replace
+
+from graphgen.models.families.family import Family
+from graphgen.models.families.gemma import GEMMA3
+from graphgen.models.families.llama import MINISTRAL3, MISTRAL
+
+
+def tower(text: Family, model_type: str, architecture: str, checkpoints: Mapping[str, float]) -> Family:
+    """A row of the same layers, whose config and tensors lie deeper."""
+    return replace(
+        text,
+        model_type=model_type,
+        architecture=architecture,
+        checkpoints=checkpoints,
+        notes="text; images are refused, their encoder is not loaded",
+        nested="text_config",
+        beside={"tie_word_embeddings": True},
+        renames=(
+            *(("language_model.model.", "model."), ("model.language_model.", "model.")),
+            ("language_model.lm_head.", "lm_head."),
+        ),
+        ignored=("*vision_tower.*", "*multi_modal_projector.*"),
+    )
+
+
+GEMMA3_TOWER = tower(
+    GEMMA3,
+    "gemma3",
+    "Gemma3ForConditionalGeneration",
+    {"Gemma 3 4B": 3.88, "Gemma 3 12B": 11.8, "Gemma 3 27B": 27.0},
+)
+MISTRAL3 = replace(
+    tower(MISTRAL, "mistral3", "Mistral3ForConditionalGeneration", {"Mistral Small 3.1 24B": 23.6}),
+    variant="of Mistral",
+    when={"text_config.model_type": (None, "mistral")},
+)
+MISTRAL3_OF_MINISTRAL = replace(
+    tower(MINISTRAL3, "mistral3", "Mistral3ForConditionalGeneration", MINISTRAL3.checkpoints),
+    variant="of Ministral",
+    when={"text_config.model_type": ("ministral3",)},
+)
+
+FAMILIES = (GEMMA3_TOWER, MISTRAL3, MISTRAL3_OF_MINISTRAL)
