@@ -6,6 +6,7 @@ which kind of file they read.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,6 +16,7 @@ from graphgen.models.checkpoint_config import read_config, read_generation_eos
 from graphgen.models.checkpoint_files import StoredTensor, stored_tensors, weight_files
 from graphgen.models.gguf.checkpoint import GGUFCheckpoint
 from graphgen.models.gguf.header import is_gguf
+from graphgen.models.mxfp4 import BLOCKS, SCALES, unpack, unpacked_name, with_unpacked
 from graphgen.models.vocabulary import count_tokens
 
 if TYPE_CHECKING:
@@ -68,23 +70,41 @@ class FolderCheckpoint:
         return count_tokens(Path(self._location))
 
     def stored_tensors(self, names: "TensorNames") -> Mapping[str, StoredTensor]:
-        return stored_tensors(self._files)
+        return with_unpacked(self._stored)
 
     def tensors(
         self, names: "TensorNames", device: "torch.device", dtype: "torch.dtype"
     ) -> Iterator[tuple[str, Path, "Tensor"]]:
-        from safetensors import SafetensorError, safe_open
-
         for file in self._files:
-            try:
-                with safe_open(file, framework="pt", device=str(device)) as tensors:
-                    for name in tensors.keys():  # noqa: SIM118  # safe_open is no mapping
+            with _opened(file, device) as tensors:
+                for name in tensors.keys():  # noqa: SIM118  # safe_open is no mapping
+                    base = unpacked_name(name, self._stored)
+                    if base is None:
                         yield name, file, tensors.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{file} is not a readable safetensors file ({error}): download it again"
-                ) from error
+                    elif name.endswith(BLOCKS):
+                        yield base, file, unpack(tensors.get_tensor(name), self._get(base + SCALES, device), dtype)
+
+    def _get(self, name: str, device: "torch.device") -> "Tensor":
+        with _opened(self._stored[name].file, device) as tensors:
+            tensor: Tensor = tensors.get_tensor(name)
+            return tensor
+
+    @cached_property
+    def _stored(self) -> Mapping[str, StoredTensor]:
+        return stored_tensors(self._files)
 
     @cached_property
     def _files(self) -> list[Path]:
         return weight_files(Path(self._location))
+
+
+@contextmanager
+def _opened(file: Path, device: "torch.device") -> Iterator[Any]:
+    """safe_open's, whose methods have no types, hence Any."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is not a readable safetensors file ({error}): download it again") from error

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from msgspec.structs import replace
 from torch import Tensor, nn
 
+from graphgen.ipc.errors import UnsupportedModelError
+from graphgen.models.activations import ACTIVATIONS
 from graphgen.models.experts.operator import run_experts
 from graphgen.models.experts.routing import route
 from graphgen.models.families.family import TensorNames
@@ -26,6 +28,8 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, spec: Experts, hidden_size: int, dtype: torch.dtype, shard: Shard) -> None:
         super().__init__()
+        if spec.activation not in ACTIVATIONS:
+            raise UnsupportedModelError(f"experts have the activation {spec.activation}, which has weights of its own")
         self.spec = spec
         self.part = shard.part(spec.size, "inner columns of an expert")
         count, size, router = spec.num_experts, len(self.part), spec.router

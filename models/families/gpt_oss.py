@@ -14,7 +14,7 @@ GPT_OSS = Family(
     model_type="gpt_oss",
     architecture="GptOssForCausalLM",
     checkpoints={"gpt-oss 20B": 20.9, "gpt-oss 120B": 116.8},
-    notes="checkpoints in bfloat16; the published ones are in MXFP4, which is refused",
+    notes="the published files' MXFP4 becomes bfloat16 when it is loaded",
     defaults={
         **llama.DEFAULTS,
         "vocab_size": 201088,
@@ -63,6 +63,7 @@ GPT_OSS = Family(
     mixer_kinds=listed(otherwise=every(2, FULL, SLIDING)),
     rotaries=(Rotary(default_theta=150_000.0),),
     final_norm=RMS_WIDE,
+    dequantised=("mxfp4",),
     names=TensorNames(
         experts=ExpertNames(
             router="mlp.router.weight",

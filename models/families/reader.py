@@ -102,7 +102,7 @@ def spec_from_hf(
         config = _text_config(config, family.nested, where)
     view = Config(config, family.aliases)
     view.read.update(family.when)
-    _refuse_quantized(view.get("quantization_config"), where)
+    _refuse_quantized(view.get("quantization_config"), family, where)
     layers, stored = _layers(view, family), stored_by(family.names)
     spec = ModelSpec(
         family=family.name,
@@ -185,10 +185,12 @@ def _nearest(model_type: str, architectures: Sequence[str]) -> str:
     return ", ".join(f"{by_type[name]} ({name})" for name in chosen)
 
 
-def _refuse_quantized(quantization: Any, where: str) -> None:
+def _refuse_quantized(quantization: Any, family: Family, where: str) -> None:
     """`quantization`: the config's quantization_config, a dict or one of many transformers classes."""
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
+        if method in family.dequantised:
+            return
         raise UnsupportedModelError(
             f"the weights of {where!r} are quantised ({method}), supported are {', '.join(DTYPE_BYTES)}:"
             " use the unquantised checkpoint"
