@@ -20,7 +20,9 @@ def route(logits: Tensor, correction: Tensor | None, router: Router, top_k: int)
         weights, experts = _sparsemixer(logits, router.jitter, top_k)
     else:
         scores = logits.softmax(-1) if router.score == "softmax" else logits.sigmoid()
-        choice = scores if correction is None else scores + correction
+        # Scores of large products are equal where the products are not, but both have one order.
+        by_logits = correction is None and router.group_score == "max"
+        choice = logits if by_logits else scores if correction is None else scores + correction
         if router.kept_groups < router.num_groups:
             choice = _of_best_groups(choice, router)
         experts = choice.topk(top_k, dim=-1).indices

@@ -7,6 +7,7 @@ from msgspec.structs import replace
 from graphgen.models.families.family import Family
 from graphgen.models.families.gemma import GEMMA3
 from graphgen.models.families.llama import MINISTRAL3, MISTRAL
+from graphgen.models.families.llama4 import LLAMA4
 
 
 def tower(text: Family, model_type: str, architecture: str, checkpoints: Mapping[str, float]) -> Family:
@@ -23,7 +24,7 @@ def tower(text: Family, model_type: str, architecture: str, checkpoints: Mapping
             *(("language_model.model.", "model."), ("model.language_model.", "model.")),
             ("language_model.lm_head.", "lm_head."),
         ),
-        ignored=("*vision_tower.*", "*multi_modal_projector.*"),
+        ignored=("*vision_tower.*", "*vision_model.*", "*multi_modal_projector.*"),
     )
 
 
@@ -43,5 +44,14 @@ MISTRAL3_OF_MINISTRAL = replace(
     variant="of Ministral",
     when={"text_config.model_type": ("ministral3",)},
 )
+LLAMA4_TOWER = replace(
+    tower(
+        LLAMA4,
+        "llama4",
+        "Llama4ForConditionalGeneration",
+        {"Llama 4 Scout 17B-16E": 107.0, "Llama 4 Maverick 17B-128E": 398.0},
+    ),
+    beside={"tie_word_embeddings": False},
+)
 
-FAMILIES = (GEMMA3_TOWER, MISTRAL3, MISTRAL3_OF_MINISTRAL)
+FAMILIES = (GEMMA3_TOWER, MISTRAL3, MISTRAL3_OF_MINISTRAL, LLAMA4_TOWER)

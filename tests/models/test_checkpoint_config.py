@@ -23,7 +23,7 @@ from tests.models import tiny
 
 ROTATES_AN_ODD_NUMBER = "glm4_moe"
 """By the defaults of its class, a share of a head: refused. Its checkpoints have a head_dim."""
-CLASSES = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+CLASSES = {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
 ARCHITECTURES = {family.model_type: family.architecture for family in FAMILIES.values()}
 
 OLD_FILES: dict[str, dict[str, Any]] = {
@@ -51,7 +51,7 @@ OLD_FILES: dict[str, dict[str, Any]] = {
 }
 
 
-TEXT_TYPES = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+TEXT_TYPES = {"gemma3": "gemma3_text", "mistral3": "mistral", "llama4": "llama4_text"}
 LEAST: dict[str, dict[str, Any]] = {
     model_type: {
         "model_type": model_type,

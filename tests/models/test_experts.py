@@ -84,6 +84,12 @@ def test_the_router_of_a_bfloat16_model_computes_in_float32() -> None:
     assert torch.equal(block(x, None), made), "the last expert was chosen"
 
 
+def test_of_scores_that_are_equal_for_their_size_the_larger_logit_is_chosen() -> None:
+    logits = torch.tensor([[20.0, 30.0, 25.0]])
+    assert len(logits.sigmoid().unique()) == 1
+    assert route(logits, None, Router(score="sigmoid"), 2)[1].tolist() == [[1, 2]]
+
+
 def test_equal_scores_choose_different_experts() -> None:
     for router in (Router(), Router(score="sigmoid", num_groups=2, kept_groups=1), Router(score="sparsemixer")):
         _, experts = route(torch.zeros(3, 4), None, router, 2)
@@ -152,6 +158,9 @@ LEFT_OUT = {
     "gpt_oss: limit": ("gpt_oss", changed(limit=None)),
     "gpt_oss: one more than up": ("gpt_oss", changed(up_plus_one=False)),
     "gpt_oss: activation": ("gpt_oss", changed(activation="silu")),
+    "llama4: scaled input": ("llama4_experts", changed(input_scaled=False)),
+    "llama4: sigmoid": ("llama4_experts", routed(score="softmax")),
+    "llama4: shared": ("llama4_experts", changed(shared=None)),
     "glm4_moe: groups": ("glm4_moe", routed(num_groups=1, kept_groups=1)),
     "glm4_moe: score of a group": ("glm4_moe", routed(group_score="max")),
     "glm4_moe: scale": ("glm4_moe", routed(scale=1.0)),
