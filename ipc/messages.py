@@ -16,6 +16,7 @@ The frontend stands in the Engine's place when a server runs; the supervisor is 
 All `_s` times are `time.monotonic()` of the machine, which its processes share.
 """
 
+from bisect import bisect_right
 from typing import Literal
 
 from msgspec import Struct
@@ -242,6 +243,14 @@ class PageGroup(Struct, frozen=True, array_like=True, gc=False):
 
     window: int | None = None  # positions that a row sees, its own included; None: all before it
 
+    def most_pages(self, num_positions: int, page_size: int, longest_chunk: int) -> int:
+        """Pages that a request of so many positions holds at once: all, or those that the window and a chunk touch, and
+        one whose beginning is copied."""
+        num_pages = -(-num_positions // page_size)
+        if self.window is None:
+            return num_pages
+        return min(num_pages, -(-(self.window - 1) // page_size) + -(-longest_chunk // page_size) + 1)
+
 
 class WorkerReady(Struct, frozen=True, array_like=True, tag="worker_ready", gc=False):
     """The worker serves. What it decided from the device it found."""
@@ -259,6 +268,15 @@ class WorkerReady(Struct, frozen=True, array_like=True, tag="worker_ready", gc=F
     device_bytes: int = 0  # of a CUDA device, held by this worker when it was ready
     page_groups: tuple[PageGroup, ...] = (PageGroup(),)
     page_bytes: int = 0  # of one page, in all layers of its group
+
+    def most_positions(self, limit: int) -> int:
+        """Of a request that has all pages to itself, at most `limit`."""
+        longest_chunk = max(bucket.prefill_rows for bucket in self.buckets)
+
+        def num_pages(num_positions: int) -> int:
+            return sum(one.most_pages(num_positions, self.page_size, longest_chunk) for one in self.page_groups)
+
+        return bisect_right(range(limit + 1), self.num_pages, key=num_pages) - 1
 
     def __repr__(self) -> str:
         return short_repr(self)

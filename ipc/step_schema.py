@@ -62,13 +62,15 @@ class StepBounds(Struct, frozen=True):
 
     max_chunks: int
     trash_slot: int
-    pages_per_slot: int
+    num_groups: int  # page groups
+    most_pages: int  # that a request holds at once, in all of them
     params_width: int  # words of a slot's parameters
 
     def any_plan(self, bucket: Bucket) -> StepShape:
-        """Room for every plan of this bucket: admissions bring whole block tables, a decode row one page."""
+        """Room for every plan of this bucket: a chunk may bring all pages of its request, a decode row one of each
+        group."""
         num_chunks = min(self.max_chunks, bucket.prefill_rows)
-        return StepShape(bucket, num_chunks, num_chunks * self.pages_per_slot + bucket.decode_rows)
+        return StepShape(bucket, num_chunks, num_chunks * self.most_pages + bucket.decode_rows * self.num_groups)
 
     def this_plan(self, plan: StepPlan) -> StepShape:
         """No more room than this plan needs; prefill rows belong to one chunk at least."""
@@ -132,7 +134,7 @@ INPUT_FIELDS: tuple[InputField, ...] = (
     InputField("decode_positions", _each_decode_row, Padding.ZERO, lambda plan: plan.decode_positions),
     InputField(
         "page_copies",
-        lambda step, bounds: step.num_chunks * PAGE_COPY_WORDS,
+        lambda step, bounds: step.num_chunks * bounds.num_groups * PAGE_COPY_WORDS,
         Padding.UNREAD,
         lambda plan: plan.page_copies,
         PAGE_COPY_WORDS,

@@ -71,27 +71,29 @@ class Decoder(nn.Module):
         positions: Tensor,
         sequence_lens: Tensor,
         kv_cache: KVCache,
-        attention: StepAttention,
+        attention: Sequence[StepAttention],
         drawing_rows: Tensor | None = None,
     ) -> Tensor:
         """Next-token logits, [N, V] in the weights' dtype; K and V of every row are in the cache afterwards.
 
         token_ids, positions: [T] int64. sequence_lens: [T] int64, from which rotations may follow, see Rope.
-        drawing_rows: [N] int64, whose logits are computed; all rows if None.
+        attention: of each page group. drawing_rows: [N] int64, whose logits are computed; all rows if None.
         """
         dtype = self.embedding.weight.dtype
         steps = [
-            StepTensors(*rope(positions, sequence_lens, dtype), attention, rope.temperatures(positions))
+            _steps(rope(positions, sequence_lens, dtype), rope.temperatures(positions), attention)
             for rope in self.ropes
         ]
-        num_rows, num_decode_rows = token_ids.shape[0], attention.tables.decode_kv_lens.shape[0]
+        num_rows, num_decode_rows = token_ids.shape[0], attention[0].tables.decode_kv_lens.shape[0]
         if drawing_rows is None and num_rows == num_decode_rows <= self._most_few_rows:
             return self._run_few_rows(token_ids, kv_cache, steps[0])
         update = self._embed(token_ids, positions)
         residual = torch.zeros_like(update)
-        layers, live = self.decoder_layers, self._live_rows(kv_cache, attention)
-        for layer, k_pages, v_pages in zip(layers, kv_cache.k_pages, kv_cache.v_pages, strict=True):
-            residual, gathered = self._attend(layer, residual, update, k_pages, v_pages, steps[layer.rope])
+        layers, live = self.decoder_layers, self._live_rows(kv_cache, attention[0])
+        for layer, group, k_pages, v_pages in zip(
+            layers, kv_cache.groups, kv_cache.k_pages, kv_cache.v_pages, strict=True
+        ):
+            residual, gathered = self._attend(layer, residual, update, k_pages, v_pages, steps[layer.rope][group])
             if layer is layers[-1] and drawing_rows is not None:
                 residual, gathered = residual[drawing_rows], gathered[drawing_rows]
                 live = None if live is None else live[drawing_rows]
@@ -128,11 +130,11 @@ class Decoder(nn.Module):
             logits = logits * scale
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
-    def _run_few_rows(self, token_ids: Tensor, kv_cache: KVCache, step: StepTensors) -> Tensor:
+    def _run_few_rows(self, token_ids: Tensor, kv_cache: KVCache, steps: Sequence[StepTensors]) -> Tensor:
         from graphgen.models import few_rows
 
         ends = few_rows.Ends(self.embedding.weight, self.final_norm, self._head_weight)
-        return few_rows.next_logits(ends, self.decoder_layers, token_ids, kv_cache, step, chained=True)
+        return few_rows.next_logits(ends, self.decoder_layers, token_ids, kv_cache, steps, chained=True)
 
     @property
     def decoder_layers(self) -> Sequence[DecoderLayer]:
@@ -170,6 +172,13 @@ class Decoder(nn.Module):
     def num_compiled_graphs(self) -> int:
         """Graphs made of halves of layers so far: 2, when every bucket has run."""
         return 0 if self._compiled is None else self._compiled.num_graphs
+
+
+def _steps(
+    angles: tuple[Tensor, Tensor], temperatures: Tensor | None, attention: Sequence[StepAttention]
+) -> list[StepTensors]:
+    """What layers of one rotation read, in each page group."""
+    return [StepTensors(*angles, of_group, temperatures) for of_group in attention]
 
 
 def _table(num_rows: int, width: int, dtype: torch.dtype) -> nn.Embedding:

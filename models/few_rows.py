@@ -214,10 +214,10 @@ def next_logits(
     layers: Sequence[DecoderLayer],
     token_ids: Tensor,
     kv_cache: KVCache,
-    step: StepTensors,
+    steps: Sequence[StepTensors],
     chained: bool,
 ) -> Tensor:
-    """Logits, [T, V], of at most MOST_ROWS decode rows. token_ids: [T] int64.
+    """Logits, [T, V], of at most MOST_ROWS decode rows. token_ids: [T] int64. steps: of each page group.
 
     chained=False launches every kernel after the one ahead.
     """
@@ -232,7 +232,7 @@ def next_logits(
         if attention.q_norm is not None and attention.k_norm is not None:
             norm_heads(q, _plain(attention.q_norm), chained)
             norm_heads(k, _plain(attention.k_norm), chained)
-        k_pages, v_pages = kv_cache.k_pages[number], kv_cache.v_pages[number]
+        k_pages, v_pages, step = kv_cache.k_pages[number], kv_cache.v_pages[number], steps[kv_cache.groups[number]]
         gathered = step.attention.attend(q, k, v, step.cos, step.sin, k_pages, v_pages, attention.variant).flatten(1)
         sums, normed = adding_linear(gathered, attention.o.weight, attention.o.bias, sums, norm, chained)
         gated = gated_linear(normed, norm.eps, mlp.gate_up.weight, mlp.gate_up.bias, mlp.activation, chained)

@@ -1,4 +1,4 @@
-"""The blocked KV cache: one K and one V tensor per layer, cut into pages.
+"""The blocked KV cache: one K and one V tensor per layer of a page group, cut into pages.
 
 Owns the memory and the place of the trash page. Never decides who gets a page: the scheduler owns pages, the
 attention backends write them. Called by the worker when it sizes memory and copies pages, and by the decoder for each
@@ -13,32 +13,50 @@ import torch
 from torch import Tensor
 
 from graphgen.ipc.errors import ConfigError
+from graphgen.models.page_layout import PageLayout, one_group
 from graphgen.models.spec import ModelSpec
 
 
-def bytes_per_page(spec: ModelSpec, page_size: int, dtype: torch.dtype) -> int:
-    """Memory of one page over all layers, K and V together."""
-    return page_size * spec.kv_bytes_per_token(str(dtype).removeprefix("torch."))
+def bytes_per_page(spec: ModelSpec, layout: PageLayout, page_size: int, dtype: torch.dtype) -> int:
+    """Memory of one page over all layers of a page group, K and V together."""
+    name = str(dtype).removeprefix("torch.")
+    of_tensor = dict(zip(layout.places, (layer.mixer.keeps(name).bytes for layer in spec.layers), strict=True))
+    return page_size * sum(of_tensor.values())
 
 
 class KVCache:
     """`num_pages` pages to give out and, behind them, the trash page where padded rows write.
 
-    `k_pages[layer]`, `v_pages[layer]`: [num_pages + 1, page_size, Hkv, D] of that layer. Zero-filled: memory left over
-    by others can hold NaN, and a kernel that reads a whole page multiplies what lies past a sequence by a weight of
-    zero."""
+    `k_pages[layer]`, `v_pages[layer]`: [num_pages + 1, page_size, Hkv, D] of that layer, shared with the layers at the
+    same place of other page groups. Zero-filled: memory left over by others can hold NaN, and a kernel that reads a
+    whole page multiplies what lies past a sequence by a weight of zero."""
 
     def __init__(
-        self, spec: ModelSpec, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        spec: ModelSpec,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        layout: PageLayout | None = None,
     ) -> None:
+        """layout: None keeps all positions of all layers."""
         if num_pages < 1 or page_size < 1:
             raise ConfigError(f"num_pages is {num_pages} and page_size {page_size}: both must be at least 1")
         self.num_pages = num_pages
         self.page_size = page_size
-        mixers = [layer.mixer for layer in spec.layers]
-        shapes = [(num_pages + 1, page_size, mixer.num_kv_heads, mixer.width) for mixer in mixers]
-        self.k_pages = [_zeros(shape, dtype, device) for shape in shapes]
-        self.v_pages = [_zeros(shape, dtype, device) for shape in shapes]
+        layout = layout or one_group(spec.num_layers)
+        self.groups = layout.groups
+        """Of each layer: its page group, which says which block tables are its own."""
+        mixers = dict(zip(layout.places, (layer.mixer for layer in spec.layers), strict=True))
+        shapes = [
+            (num_pages + 1, page_size, mixers[place].num_kv_heads, mixers[place].width)
+            for place in range(layout.num_tensors)
+        ]
+        k_tensors, v_tensors = ([_zeros(shape, dtype, device) for shape in shapes] for _ in range(2))
+        self.k_pages = [k_tensors[place] for place in layout.places]
+        self.v_pages = [v_tensors[place] for place in layout.places]
+        self._tensors = [*k_tensors, *v_tensors]
         self._copy = (_copy_on_cuda if device.type == "cuda" else _copy_in_torch)(self._tensors)
 
     @property
@@ -55,10 +73,6 @@ class KVCache:
         """copies: [N, 2] int32 on the cache's device, (source, destination) of whole pages in every layer, all at once:
         no destination may be the source of another pair."""
         self._copy(copies)
-
-    @property
-    def _tensors(self) -> list[Tensor]:
-        return [*self.k_pages, *self.v_pages]
 
 
 def _copy_in_torch(tensors: list[Tensor]) -> Callable[[Tensor], None]:

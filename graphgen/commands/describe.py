@@ -54,7 +54,6 @@ def installed_versions() -> dict[str, str | None]:
 def decisions(config: EngineConfig, launch: LaunchConfig, ready: Ready) -> list[Decision]:
     """In the order in which one depends on the other."""
     worker, spec = ready.worker, launch.spec
-    page_bytes = spec.kv_bytes_per_token(launch.dtype) * worker.page_size
     return [
         Decision("model", launch.model_path, _model_reason(config, launch)),
         _sampling_decision(config, launch),
@@ -94,11 +93,20 @@ def decisions(config: EngineConfig, launch: LaunchConfig, ready: Ready) -> list[
         ),
         Decision(
             "KV cache",
-            f"{worker.num_pages} pages, {page_bytes * worker.num_pages / 2**20:.0f} MiB",
+            f"{worker.num_pages} pages, {worker.page_bytes * worker.num_pages / 2**20:.0f} MiB",
             (_asked(config.num_pages is not None) or "what the memory left after weights and buffers")
-            + f"; holds {worker.num_pages * worker.page_size:,} positions, {worker.page_size} a page",
+            + _page_reason(worker),
         ),
     ]
+
+
+def _page_reason(worker: WorkerReady) -> str:
+    """What the pages hold."""
+    windows = [group.window for group in worker.page_groups]
+    if windows == [None]:
+        return f"; holds {worker.num_pages * worker.page_size:,} positions, {worker.page_size} a page"
+    kept = ", ".join(f"{windows.count(one)} {one or 'all'}" for one in dict.fromkeys(windows))
+    return f"; {worker.page_size} positions a page; page groups, and how many positions of a request they keep: {kept}"
 
 
 def _sampling_decision(config: EngineConfig, launch: LaunchConfig) -> Decision:

@@ -182,12 +182,13 @@ class AttachedCore:
                 f" max_model_len is {context_len}: shorten it, lower min_tokens or raise max_model_len"
             )
         # The last token of the output is never computed, so it needs no position.
-        page_room = worker.num_pages * worker.page_size - prompt_len + 1
+        most_positions = worker.most_positions(context_len)
+        page_room = most_positions - prompt_len + 1
         max_tokens = min(room, page_room) if sampling.max_tokens is None else min(sampling.max_tokens, room)
         if page_room < max(1, max_tokens, sampling.min_tokens):
             raise PromptTooLongError(
                 f"{name} has {prompt_len} tokens and max_tokens is {max(1, max_tokens)}, the KV cache holds"
-                f" {worker.num_pages * worker.page_size} positions ({worker.num_pages} pages of {worker.page_size}):"
+                f" {most_positions} positions of a request ({worker.num_pages} pages of {worker.page_size}):"
                 " shorten it, lower max_tokens, or raise num_pages or memory_fraction"
             )
         return max_tokens

@@ -13,6 +13,8 @@ parts.
 
 from collections.abc import Sequence
 
+from graphgen.ipc.messages import PageGroup
+
 
 class BlockTable:
     """A request's pages in one group: entries `first` to `end` - 1. Position p lies in entry p // page_size."""
@@ -55,10 +57,7 @@ class PageGroups:
         self._longest_chunk = longest_chunk
         self.windows = tuple(windows)
         self.has_windows = any(window is not None for window in windows)
-        self._chunk_pages = self.pages_for(longest_chunk)
-        self._most = [
-            None if window is None else self.pages_for(window - 1) + self._chunk_pages + 1 for window in windows
-        ]
+        self._groups = [PageGroup(window) for window in windows]
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -69,10 +68,9 @@ class PageGroups:
 
     def most_pages(self, num_positions: int) -> int:
         """Pages that a request of so many positions holds at once, of all groups."""
-        num_pages = self.pages_for(num_positions)
         if not self.has_windows:
-            return num_pages * len(self.windows)
-        return sum(num_pages if most is None else min(num_pages, most) for most in self._most)
+            return self.pages_for(num_positions) * len(self.windows)
+        return sum(one.most_pages(num_positions, self._page_size, self._longest_chunk) for one in self._groups)
 
     def first_page(self, group: int, position: int) -> int:
         """The first page that a row at this position, or any later one, reads."""
@@ -89,7 +87,7 @@ class PageGroups:
         if not self.has_windows:
             return (full,) * len(self.windows)
         # One page more than a chunk has, since it may also copy the beginning of one.
-        windowed = min(self.pages_for(num_tokens), num_shared + self._chunk_pages + 1)
+        windowed = min(self.pages_for(num_tokens), num_shared + self.pages_for(self._longest_chunk) + 1)
         return tuple(full if window is None else windowed for window in self.windows)
 
     def chunk_end(self, num_prefilled: int, num_tokens: int) -> int:

@@ -5,7 +5,7 @@ fields hold. Runs at the start of every captured step, before any layer. This is
 kernels; in rows_cuda.py they are four, since each costs a microsecond or two however little it does.
 
 Shapes: `T` = `P` prefill rows + `R` decode rows; `C` chunks; `N` = C + R rows that may draw; `S` slots, the trash slot
-being number S; `M` pages of a block table.
+being number S; `M` pages of a block table; `G` page groups.
 """
 
 from collections.abc import Mapping
@@ -22,8 +22,19 @@ from graphgen.models.attention.tables import RowTables
 class SlotTables:
     """What the device keeps between steps, one row per slot and a last one for padding."""
 
-    def __init__(self, num_slots: int, pages_per_slot: int, trash_page: int, device: torch.device) -> None:
-        self.block_table = torch.full((num_slots + 1, pages_per_slot), trash_page, dtype=torch.int32, device=device)
+    def __init__(
+        self,
+        num_slots: int,
+        pages_per_slot: int,
+        trash_page: int,
+        device: torch.device,
+        windows: tuple[int | None, ...] = (None,),
+    ) -> None:
+        """windows: of each page group, the positions that a row sees; None sees all."""
+        shape = (len(windows), num_slots + 1, pages_per_slot)
+        self.windows = windows
+        self.block_tables = torch.full(shape, trash_page, dtype=torch.int32, device=device)
+        """[G, S + 1, M]. Entries that lie behind a window name pages that may be others' by now."""
         self.last_token = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
 
     @property
@@ -54,7 +65,8 @@ class ExpandedStep(NamedTuple):
     """All that the rest of a step reads of its plan."""
 
     rows: Rows
-    tables: RowTables
+    tables: tuple[RowTables, ...]
+    """Of each page group."""
     drawing_rows: DrawingRows
 
 
@@ -105,14 +117,18 @@ class TorchRows:
 
     def append_pages(self) -> None:
         """Entries past the live ones go to the trash slot."""
-        _, slot, index, page = self._fields["new_pages"].view(-1, NEW_PAGE_WORDS).unbind(1)
+        group, slot, index, page = self._fields["new_pages"].view(-1, NEW_PAGE_WORDS).unbind(1)
         live = self._page_numbers < self._fields["counts"][Counts.NEW_PAGES]
-        places = (torch.where(live, slot, self._slots.trash_slot).long(), torch.where(live, index, 0).long())
-        self._slots.block_table.index_put_(places, torch.where(live, page, self._trash_page))
+        slot = torch.where(live, slot, self._slots.trash_slot)
+        group, index = torch.where(live, group, 0), torch.where(live, index, 0)
+        places = group.long(), slot.long(), index.long()
+        self._slots.block_tables.index_put_(places, torch.where(live, page, self._trash_page))
 
     def expand(self) -> ExpandedStep:
         rows = self._rows()
-        return ExpandedStep(rows, self._row_tables(rows), self._drawing_rows(rows))
+        groups = range(len(self._slots.windows))
+        tables = tuple(self._row_tables(rows, group) for group in groups)
+        return ExpandedStep(rows, tables, self._drawing_rows(rows))
 
     def feed_back(self, tokens: Tensor, drawing_rows: DrawingRows) -> None:
         self._slots.last_token.index_copy_(0, drawing_rows.slots, tokens.clamp(min=0).long())
@@ -137,10 +153,9 @@ class TorchRows:
             token_ids = torch.cat((self._fields["chunk_token_ids"].long(), token_ids))
         return Rows(slots, positions, token_ids, torch.maximum(self._request_lens[slots].long(), positions + 1))
 
-    def _row_tables(self, rows: Rows) -> RowTables:
-        """Where the rows write their K and V, and what they see."""
-        block_table = self._slots.block_table
-        pages = block_table[rows.slots, rows.positions // self._page_size].long()
+    def _row_tables(self, rows: Rows, group: int) -> RowTables:
+        """Where the rows write their K and V in the layers of a page group, and what they see there."""
+        pages = self._slots.block_tables[group, rows.slots, rows.positions // self._page_size].long()
         split = self._bucket.prefill_rows
         starts = self._fields["chunk_starts"]
         lengths = starts[1:] - starts[:-1]
@@ -148,10 +163,23 @@ class TorchRows:
             kv_locations=pages * self._page_size + rows.positions % self._page_size,
             chunk_starts=starts,
             chunk_kv_lens=torch.where(lengths > 0, self._fields["chunk_positions"] + lengths, 0),
-            chunk_pages=block_table[self._fields["chunk_slots"].long()],
+            chunk_pages=self._pages(group, self._fields["chunk_slots"], self._fields["chunk_positions"]),
             decode_kv_lens=(rows.positions[split:] + 1).int(),
-            decode_pages=block_table[rows.slots[split:]],
+            decode_pages=self._pages(group, rows.slots[split:], rows.positions[split:]),
         )
+
+    def _pages(self, group: int, slots: Tensor, positions: Tensor) -> Tensor:
+        """The block tables of slots whose first row is at this position, [N, M] int32.
+
+        In place of pages behind a window comes the first that is not. No row sees any of it, but a kernel may read it,
+        and what others write there is no business of this request, least of all a NaN.
+        """
+        tables, window = self._slots.block_tables[group][slots.long()], self._slots.windows[group]
+        if window is None:
+            return tables
+        first = (positions.long() - window + 1).clamp(min=0) // self._page_size
+        index = torch.arange(tables.shape[1], device=tables.device)
+        return tables.gather(1, torch.maximum(index, first.unsqueeze(1)))
 
     def _drawing_rows(self, rows: Rows) -> DrawingRows:
         last_rows = (self._fields["chunk_starts"][1:] - 1).clamp(min=0).long()

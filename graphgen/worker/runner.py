@@ -30,6 +30,7 @@ from graphgen.capture.stream import Mark, open_stream
 from graphgen.ipc.messages import (
     Bucket,
     Chunk,
+    PageGroup,
     Phase,
     Progress,
     SlotInit,
@@ -41,6 +42,7 @@ from graphgen.ipc.step_schema import PAGE_COPY_WORDS, WORD_BYTES, StepBounds, St
 from graphgen.launch.config import LaunchConfig
 from graphgen.models.kv_cache import KVCache, bytes_per_page
 from graphgen.models.loader import load_decoder
+from graphgen.models.page_layout import page_layout
 from graphgen.models.sampling import ROW_WIDTH, make_sampler, pack_slot
 from graphgen.worker.backend import open_backend
 from graphgen.worker.background import prepare_first_use
@@ -87,10 +89,16 @@ class ModelRunner:
         if config.cpu_threads is not None:
             torch.set_num_threads(config.cpu_threads)
         self._buckets = build_ladder(config.token_budget, config.num_slots)
+        self._page_layout = page_layout(config.spec.layers, config.max_model_len)
+        self._page_groups = tuple(PageGroup(window) for window in self._page_layout.windows)
+        longest_chunk = max(bucket.prefill_rows for bucket in self._buckets)
         self._bounds = StepBounds(
-            max_chunks=min(MAX_CHUNKS, max(bucket.prefill_rows for bucket in self._buckets)),
+            max_chunks=min(MAX_CHUNKS, longest_chunk),
             trash_slot=config.num_slots,
-            pages_per_slot=-(-config.max_model_len // config.page_size),
+            num_groups=len(self._page_groups),
+            most_pages=sum(
+                group.most_pages(config.max_model_len, config.page_size, longest_chunk) for group in self._page_groups
+            ),
             params_width=ROW_WIDTH,
         )
         dtype = getattr(torch, config.dtype)
@@ -149,6 +157,8 @@ class ModelRunner:
             max_chunks=self._bounds.max_chunks,
             num_pages=self._kv_cache.num_pages,
             page_size=self._config.page_size,
+            page_groups=self._page_groups,
+            page_bytes=self._page_bytes,
             phases=tuple(self._phases),
             device_bytes=held_bytes(self._device),
         )
@@ -256,11 +266,17 @@ class ModelRunner:
         self._phases.append(Phase(name, time.monotonic() - begun_s))
 
     def _open_kv_cache(self, num_pages: int, dtype: torch.dtype) -> KVCache:
-        return KVCache(self._config.spec, num_pages, self._config.page_size, dtype, self._device)
+        return KVCache(self._config.spec, num_pages, self._config.page_size, dtype, self._device, self._page_layout)
 
     def _step_maker(self, kv_cache: KVCache) -> Callable[[StepShape], Step]:
         """What makes the step of any shape over this cache; all of them share their slots."""
-        slots = SlotTables(self._config.num_slots, self._bounds.pages_per_slot, kv_cache.trash_page, self._device)
+        slots = SlotTables(
+            self._config.num_slots,
+            self._pages_per_slot,
+            kv_cache.trash_page,
+            self._device,
+            self._page_layout.windows,
+        )
         return lambda shape: Step(
             bucket=shape.bucket,
             layout=self._layout_of(shape),
@@ -290,16 +306,26 @@ class ModelRunner:
         config = self._config
         if config.num_pages is not None:
             return config.num_pages
-        page_bytes = bytes_per_page(config.spec, config.page_size, dtype)
-        step_bytes = 0
+        page_bytes, step_bytes = self._page_bytes, 0
         if self._device.type == "cuda":
             step_bytes = peak_bytes_of(self._device, lambda: self._run_once(self._buckets[-1]))
         return pages_that_fit(
             budget_bytes=free_bytes(self._device, config.memory_fraction) - 2 * step_bytes - page_bytes,
             bytes_per_page=page_bytes,
-            wanted_pages=config.num_slots * self._bounds.pages_per_slot,
-            least_pages=self._bounds.pages_per_slot,
+            # Where windows hold less, the prefix cache has the rest.
+            wanted_pages=config.num_slots * self._pages_per_slot * len(self._page_groups),
+            least_pages=self._bounds.most_pages,
         )
+
+    @property
+    def _pages_per_slot(self) -> int:
+        """Entries of a block table."""
+        return -(-self._config.max_model_len // self._config.page_size)
+
+    @property
+    def _page_bytes(self) -> int:
+        config = self._config
+        return bytes_per_page(config.spec, self._page_layout, config.page_size, getattr(torch, config.dtype))
 
 
 def _widest(buckets: Sequence[Bucket]) -> Bucket:

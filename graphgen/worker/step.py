@@ -51,7 +51,7 @@ class Step:
             rows.positions,
             rows.sequence_lens,
             self._kv_cache,
-            self._attention.prepare(tables),
+            [self._attention.prepare(of_group) for of_group in tables],
             drawing_rows=drawing_rows.rows if self._has_prefill_rows else None,  # decode rows draw one and all
         )
         tokens = self._sampler.sample(logits, drawing_rows.slots, drawing_rows.positions)

@@ -312,8 +312,10 @@ def _deal_pages(config: LaunchConfig, ready: WorkerReady, reach: Places, widest_
 def _enter_pages(runner: ModelRunner, config: LaunchConfig, ready: WorkerReady, entries: Sequence[int]) -> None:
     """Steps without a live row that put the pages into the block tables."""
     bucket = max(ready.buckets, key=lambda bucket: (bucket.prefill_rows, -bucket.decode_rows))
-    # A step may bring whole block tables for each chunk it may hold.
-    words = NEW_PAGE_WORDS * ready.max_chunks * -(-config.max_model_len // config.page_size)
+    # As many as a step of this bucket may bring.
+    longest_chunk = max(bucket.prefill_rows for bucket in ready.buckets)
+    of_chunk = sum(one.most_pages(config.max_model_len, config.page_size, longest_chunk) for one in ready.page_groups)
+    words = NEW_PAGE_WORDS * ready.max_chunks * of_chunk
     for start in range(0, len(entries), words):
         new_pages = pack_int32(entries[start : start + words])
         plan = StepPlan(step_id=0, bucket=bucket, new_pages=new_pages, planned_s=0.0)

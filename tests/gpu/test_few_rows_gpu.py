@@ -144,15 +144,15 @@ def test_all_layers_give_the_logits_of_the_plain_ones(num_rows: int, qk_norm: bo
     token_ids = torch.randint(spec.vocab_size, (num_rows,), device="cuda")
     positions = torch.arange(num_rows, device="cuda")
     attention = RotatedPlusValues(tables)
-    want = decoder(token_ids, positions, positions + 1, cache, attention)
+    want = decoder(token_ids, positions, positions + 1, cache, [attention])
     cos, sin = decoder.ropes[0](positions, positions + 1, torch.bfloat16)
     layers = [layer for layer in decoder.layers if isinstance(layer, DecoderLayer)]
     head = decoder.head
     assert head is not None
     ends = few_rows.Ends(decoder.embedding.weight, decoder.final_norm, head.weight)
     for chained in (False, True):
-        step = StepTensors(cos, sin, attention)
-        got = few_rows.next_logits(ends, layers, token_ids, cache, step, chained=chained)
+        steps = [StepTensors(cos, sin, attention)]
+        got = few_rows.next_logits(ends, layers, token_ids, cache, steps, chained=chained)
         assert relative_error(got, want) < 0.03  # four layers of bfloat16
 
 

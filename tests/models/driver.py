@@ -76,7 +76,7 @@ class Driver:
             self._int64([row[1] if row else 0 for row in rows]),
             self._int64([max(row[0].prompt_len, row[1] + 1) if row else 1 for row in rows]),
             self.kv_cache,
-            TorchStep(self._tables(chunks, prefill, decode)),
+            [TorchStep(self._tables(chunks, prefill, decode))],
             None if drawing_rows is None else self._int64(drawing_rows),
         )
         self.last_logits = logits

@@ -41,6 +41,7 @@ class LocalEngine:
                 buckets=worker.buckets,
                 num_pages=worker.num_pages,
                 page_size=worker.page_size,
+                windows=tuple(group.window for group in worker.page_groups),
                 num_slots=config.num_slots,
                 max_chunks=worker.max_chunks,
                 token_budget=config.token_budget,
@@ -57,8 +58,12 @@ class LocalEngine:
         max_tokens: int,
         samplers: Sequence[SamplerParams] | None = None,
         stop_token_ids: tuple[int, ...] = (),
+        preempt_after: int | None = None,
     ) -> list[list[int]]:
-        """Tokens of all prompts, submitted at once, in their order."""
+        """Tokens of all prompts, submitted at once, in their order.
+
+        preempt_after: steps whose results have arrived when one request is preempted, the one to be served last.
+        """
         first_id = self._next_id
         self._next_id += len(prompts)
         for number, prompt in enumerate(prompts):
@@ -68,7 +73,12 @@ class LocalEngine:
         tokens: list[list[int]] = [[] for _ in prompts]
         in_flight: deque[LaunchedStep] = deque()
         unfinished = len(prompts)
+        num_steps = 0
         while unfinished:
+            if num_steps == preempt_after:
+                life = self.scheduler._life
+                life.preemption.preempt(next(life.running.victims()))
+            num_steps += 1
             while (plan := self.scheduler.schedule(0.0)) is not None:
                 in_flight.append(self.runner.launch(plan, received_s=0.0))
             step = in_flight.popleft()

@@ -9,7 +9,7 @@ from graphgen.ipc.messages import Bucket, Chunk, SamplerParams, SlotInit, StepPl
 from graphgen.ipc.step_schema import INPUT_FIELDS, InputField, Padding, StepBounds, of_chunks
 from graphgen.worker.inputs import InputPacker, RegionLengths, input_layout
 
-BOUNDS = StepBounds(max_chunks=3, trash_slot=9, pages_per_slot=4, params_width=2)
+BOUNDS = StepBounds(max_chunks=3, trash_slot=9, num_groups=1, most_pages=4, params_width=2)
 BUCKET = Bucket(8, 4)
 INIT = SlotInit(5, 0, (), SamplerParams())
 
