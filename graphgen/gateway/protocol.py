@@ -1,7 +1,7 @@
-"""HTTP on a connection, within limits: the head of a request has an end, in bytes and in time.
+"""HTTP on a connection, within limits: what is no body has an end, in bytes and in time.
 
-uvicorn's own protocol on httptools waits for ever for a head, and takes one of any length. How long a body may be and
-may take is `graphgen.gateway.http`'s.
+uvicorn's own protocol on httptools waits for ever for a head, and takes one of any length, and trailers behind a body
+too. How long a body may be and may take is `graphgen.gateway.http`'s.
 """
 
 import asyncio
@@ -9,15 +9,24 @@ import asyncio
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 64 << 10
+"""Of a head, of the trailers of a body, and of anything else that brings neither a request nor a part of its body."""
 HEAD_S = 15.0
 """From the connection, or the first byte of a later request, to the end of the request's head."""
+MOST_PIPELINED = 32
+"""Requests that wait on one connection for the answer to an earlier one. A packet can hold ten thousand, and all other
+clients wait while it is read."""
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """Closes connections whose head is too long or too slow."""
+    """Closes connections whose head is too long or too slow, or that send ever more requests without
+    waiting for an answer. Trailers are left out: nothing here reads them, and they
+    are no headers."""
 
-    _head_bytes = 0
+    _other_bytes = 0
+    """That came since the last head ended or the last of a body came."""
+    _has_come = False
+    """Whether the newest data had any of that."""
     _is_in_head = True
     _timer: asyncio.TimerHandle | None = None
 
@@ -26,21 +35,32 @@ class LimitedProtocol(HttpToolsProtocol):
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
+        self._has_come = False
         super().data_received(data)
-        self._head_bytes += len(data) if self._is_in_head else 0
-        if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+        self._other_bytes = 0 if self._has_come else self._other_bytes + len(data)
+        if self._other_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self.transport.write(TOO_LARGE)
             self.transport.close()
 
     def on_message_begin(self) -> None:
         if not self._is_in_head:
             self._await_head()
+        if len(self.pipeline) >= MOST_PIPELINED:
+            raise ValueError(f"more than {MOST_PIPELINED} pipelined requests")  # uvicorn answers 400 and closes
         super().on_message_begin()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_in_head:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
-        self._is_in_head, self._head_bytes = False, 0
+        self._is_in_head, self._has_come = False, True
         self._stop_timer()
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._has_come = True
+        super().on_body(body)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http import client
+from typing import Any
 
 import pytest
 import uvicorn
@@ -17,6 +18,10 @@ from graphgen.gateway.protocol import LimitedProtocol
 from tests.gateway.asgi import GatewayCore, says
 
 BODY = b'{"messages": [{"role": "user", "content": "Hi"}]}'
+CHUNKED = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n" % (
+    len(BODY),
+    BODY,
+)
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
 
 
@@ -75,6 +80,44 @@ def test_a_head_without_end_is_cut_off(port: int, endless: bytes) -> None:
             said += connection.recv(1 << 16)
         connection.sendall(POST + endless)
         assert read_all(connection).startswith(b"HTTP/1.1 431")
+
+
+@pytest.mark.parametrize("endless", [b"x: " + b"y" * 65_536, b"x: y\r\n" * 20_000], ids=["line", "lines"])
+def test_trailers_without_end_are_cut_off(port: int, endless: bytes) -> None:
+    with connect(port) as connection:
+        connection.sendall(CHUNKED + b"0\r\n")
+        time.sleep(0.1)  # bytes of the packet that ends the body are not counted
+        connection.sendall(endless)
+        assert b"HTTP/1.1 431" in read_all(connection)
+
+
+def test_a_trailer_is_no_header(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+    """A proxy that takes a header away from a request does not look for it behind the body."""
+    seen: list[dict[bytes, bytes]] = []
+
+    async def read(scope: http.Scope, *args: Any) -> Any:
+        seen.append(dict(scope["headers"]))
+        return await read_json(scope, *args)
+
+    read_json = http.read_json
+    monkeypatch.setattr("graphgen.gateway.endpoints.read_json", read)
+    with connect(port) as connection:
+        connection.sendall(CHUNKED + b"0\r\nx-api-key: stolen\r\n\r\n")
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+    assert [b"x-api-key" in headers for headers in seen] == [False]
+    assert seen[0][b"host"] == b"x"
+
+
+def test_pipelined_requests_are_answered_in_turn_and_not_without_end(port: int) -> None:
+    get = b"GET /v1/models HTTP/1.1\r\nhost: x\r\n"
+    with connect(port) as connection:
+        connection.sendall((get + b"\r\n") * protocol.MOST_PIPELINED + get + b"connection: close\r\n\r\n")
+        assert read_all(connection).count(b"HTTP/1.1 200") == protocol.MOST_PIPELINED + 1
+    with connect(port) as connection:
+        connection.sendall((get + b"\r\n") * 1000)
+        answers = read_all(connection)
+        assert b"HTTP/1.1 400" in answers
+        assert answers.count(b"HTTP/1.1 200") <= protocol.MOST_PIPELINED
 
 
 @pytest.mark.parametrize("begun", [b"", b"P", POST])
