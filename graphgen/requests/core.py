@@ -286,6 +286,12 @@ def load_config_tokenizer(config: EngineConfig, launch: LaunchConfig) -> Tokeniz
         raise ConfigError(f"tokenizer {config.tokenizer!r} is a folder without a tokenizer: name another")
     if tokenizer is not None and tokenizer.chat_template is not None and tokenizer.chat_template.fault:
         logger.warning("chats are refused: %s", tokenizer.chat_template.fault)
+    if tokenizer is not None and launch.spec.needs_bos and tokenizer.leading_id is None:
+        logger.warning(
+            "the tokenizer begins no text with a beginning-of-sequence token, without which a %s says nothing of use:"
+            " give token ids that begin with %s, or name another tokenizer with tokenizer=",
+            *(launch.spec.architecture, launch.spec.bos_token_id),
+        )
     return tokenizer
 
 

@@ -42,7 +42,8 @@ class Tokenizer:
         self.eos_token_id = self._named_id("eos_token")
         self.byte_token_ids = self._find_byte_tokens()
         """Ids of the tokens `<0x00>` to `<0xFF>`, where they stand for bytes."""
-        self._leading_id = self._find_leading_token()
+        self.leading_id = self._find_leading_token()
+        """The special token that is put before every text; None where there is none."""
 
     @classmethod
     def of(cls, data: TokenizerData) -> Self:
@@ -72,7 +73,7 @@ class Tokenizer:
         Raises InvalidRequestError for what is no text.
         """
         batch = self._encode(texts, special=True)
-        leading = self._leading_id
+        leading = self.leading_id
         if leading is None:
             return batch
         return [ids[1:] if ids[:2] == [leading, leading] else ids for ids in batch]
@@ -134,7 +135,6 @@ class Tokenizer:
         return None if token is None else self._backend.token_to_id(token)
 
     def _find_leading_token(self) -> int | None:
-        """The special token that is put before every text, if one is."""
         bare, whole = (self._encode(["a"], special)[0] for special in (False, True))
         return whole[0] if len(whole) > len(bare) and whole[:1] != bare[:1] else None
 

@@ -82,6 +82,11 @@ def _found(folder: Path) -> str:
 def _remedy(folder: Path) -> str:
     if (folder / "tokenizer.json").exists():
         return "mend the files or update the package tokenizers"
+    if (tekken := folder / "tekken.json").exists():
+        return (
+            'write its tokenizer.json with `python -c "from transformers.integrations.mistral import'
+            f' convert_tekken_tokenizer as convert; convert({str(tekken)!r}).save_pretrained({str(folder)!r})"`'
+        )
     missing = [name for name in ("sentencepiece", "google.protobuf", "tiktoken") if not _is_installed(name)]
     if missing and any((folder / name).exists() for name in (*_SENTENCEPIECE_FILES, "tiktoken.model")):
         packages = " ".join(name.replace("google.", "") for name in missing)

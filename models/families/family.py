@@ -124,6 +124,7 @@ class Family(Struct, frozen=True, kw_only=True):
     max_positions: Any = key("max_position_embeddings")
     initializer_std: Any = key("initializer_range")
     float16: bool = True
+    needs_bos: bool = False  # what it says of a text without a beginning-of-sequence token is of no use
     dequantised: tuple[str, ...] = ()  # methods of a quantization_config that checkpoint.py undoes
 
     nested: str | None = None  # key of the text model's config, where a checkpoint has more than that

@@ -41,6 +41,7 @@ GEMMA = Family(
     embedding=Embedding(scale=to_power("hidden_size", 0.5), round_scale=True),
     final_norm=_NORM,
     float16=False,
+    needs_bos=True,
 )
 
 _DEFAULTS_2 = {

@@ -119,6 +119,7 @@ def spec_from_hf(
         eos_token_ids=_eos_token_ids(view, generation_eos, where),
         dtype=_dtype(view, family.architecture, stored),
         float16=family.float16,
+        needs_bos=family.needs_bos,
         initializer_std=float(filled(family.initializer_std, view)),
     )
     refuse_foreign_keys(config, family, view.read, any(layer.mixer.qk_norm is not None for layer in layers))

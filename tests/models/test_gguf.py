@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,19 @@ CASES = (
 )
 
 
+CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "llama_no_groups": {"hidden_act": "silu"},
+    "gemma": {"hidden_act": "gelu_pytorch_tanh", "attention_bias": False},
+    "gemma2": {"query_pre_attn_scalar": 12, "head_dim": 12},
+    "gemma3": {"query_pre_attn_scalar": 20, "head_dim": 20, "num_hidden_layers": 7, "sliding_window_pattern": 6},
+}
+"""Traits that no such file has."""
+
+
 def make(case: str, folder: Path, change: Callable[[gguf.GGUFWriter], object] = lambda writer: None) -> Path:
     """A GGUF file beside the same model's folder."""
     file = folder / f"{case}.gguf"
-    overrides: dict[str, Any] = {"hidden_act": "silu"} if case == "llama_no_groups" else {}
-    gguf_files.write(tiny.save(case, folder / case, **overrides), file, TOKENS, change)
+    gguf_files.write(tiny.save(case, folder / case, **CHANGES.get(case, {})), file, TOKENS, change)
     return file
 
 

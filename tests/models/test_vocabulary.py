@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from graphgen import Engine, SamplingParams, demo
+from graphgen.launch.config import EngineConfig
 from graphgen.models.families import load_spec
 from graphgen.models.vocabulary import count_tokens
+from graphgen.requests.core import launch_config, load_config_tokenizer
 from tests.models import tiny
 
 PROMPTS = ([5, 9, 3], [1, 95, 96, 2], [44, 12, 12, 7, 8])
@@ -86,3 +88,25 @@ def greedy(model: Any, prompt: list[int], sampling: SamplingParams) -> list[int]
     )
     ids: list[int] = done[0, len(prompt) :].tolist()
     return ids
+
+
+@pytest.mark.parametrize(("case", "adds"), [("gemma", False), ("gemma", True), ("llama", False)])
+def test_a_model_that_needs_bos_and_a_tokenizer_that_adds_none_cost_a_warning(
+    case: str, adds: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Chats are rendered with it, and get no second one, whichever the tokenizer does."""
+    tiny.save(case, tmp_path)
+    tokenizer = word_tokenizer(NUM_TOKENS)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken("w1", special=True)])
+    if adds:
+        tokenizer.post_processor = processors.TemplateProcessing(single="w1 $A", special_tokens=[("w1", 1)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "w1"}')
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }} {{ messages[0]['content'] }}")
+    config = EngineConfig(model=str(tmp_path), device="cpu", max_model_len=64)
+    found = load_config_tokenizer(config, launch_config(config))
+    assert found is not None
+    assert ("begins no text with" in caplog.text) == (case == "gemma" and not adds)
+    assert found.encode("w5 w6") == [*([1] if adds else []), 5, 6]
+    assert found.encode_chat([{"role": "user", "content": "w5"}]) == [1, 5]

@@ -1,7 +1,7 @@
 """Greedy chats of a real model are transformers': by Engine.chat, by Client and by `graphgen chat`.
 
-Compared on the same ids, in float32 on the CPU: equal, or first different where the two best logits of the reference
-are closer than 1e-4, which the order of additions decides.
+The model is served from the GGUF file that its package holds. Compared on the same ids, in float32 on the CPU: equal,
+or first different where two logits of the reference are closer than 1e-4, which the order of additions decides.
 """
 
 import subprocess
@@ -11,79 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tokenizers import pre_tokenizers
 
 from graphgen import Client, Engine, RequestOutput, SamplingParams
+from graphgen.models.families import load_spec
+from graphgen.models.loader import load_decoder
+from tests.models.driver import Driver
+from tests.real.chats import CHATS, Message
+from tests.real.reference import Reference, mean_divergence
 from tests.serving import serving
 
 NUM_TOKENS = 40
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0)
-CLOSE = 1e-4
-"""Between two logits."""
-
-Message = dict[str, Any]
-CHATS: list[list[Message]] = [
-    [{"role": "user", "content": "What is the capital of France?"}],
-    [
-        {"role": "system", "content": "You answer in one sentence."},
-        {"role": "user", "content": "Why is the sky blue?"},
-    ],
-    [
-        {"role": "user", "content": "My name is Ada."},
-        {"role": "assistant", "content": "Nice to meet you, Ada!"},
-        {"role": "user", "content": "What is my name?"},
-    ],
-    [{"role": "user", "content": "  Translate into English: «Guten Morgen, Zürich!» 你好 12345 😀\n"}],
-    [
-        {
-            "role": "user",
-            "content": [{"type": "text", "text": "Write a Python function"}, {"type": "text", "text": "f."}],
-        }
-    ],
-]
-
-
-class Reference:
-    """transformers on the same folder."""
-
-    def __init__(self, folder: Path) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        self._torch: Any = torch
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))  # transformers publishes no types
-        self._model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
-
-    def ids(self, chat: Sequence[Message]) -> list[int]:
-        """Of a chat, whose parts of text are lines."""
-        flat = [{**m, "content": _text(m["content"])} for m in chat]
-        ids: list[int] = self.tokenizer.apply_chat_template(flat, add_generation_prompt=True, return_dict=False)
-        return ids
-
-    def greedy(self, ids: Sequence[int]) -> tuple[list[int], list[float]]:
-        """(the tokens, how far the two best logits of each step are from each other)."""
-        done = self._model.generate(
-            self._torch.tensor([ids]),
-            max_new_tokens=NUM_TOKENS,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        best = [logits[0].topk(2).values for logits in done.logits]
-        return done.sequences[0, len(ids) :].tolist(), [float(two[0] - two[1]) for two in best]
-
-
-def _text(content: Any) -> str:
-    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
-
-
-@pytest.fixture(scope="module")
-def reference(smollm2: Path) -> Reference:
-    return Reference(smollm2)
-
-
-@pytest.fixture(scope="module")
-def expected(reference: Reference) -> list[tuple[list[int], list[float]]]:
-    return [reference.greedy(reference.ids(chat)) for chat in CHATS]
+SHORT = CHATS[:5]
+MOST_DIVERGENCE = 0.01
+"""In nats, of bfloat16 on the CPU from float32."""
 
 
 @pytest.fixture(scope="module")
@@ -92,33 +35,57 @@ def engine(smollm2: Path) -> Iterator[Engine]:
         yield engine
 
 
-def check(
-    reference: Reference, expected: list[tuple[list[int], list[float]]], outputs: Sequence[RequestOutput]
-) -> None:
-    for chat, (want, gaps), output in zip(CHATS, expected, outputs, strict=True):
-        assert list(output.prompt_token_ids) == reference.ids(chat)
-        got = list(output.token_ids)
-        places = [place for place, (mine, theirs) in enumerate(zip(got, want, strict=False)) if mine != theirs]
-        if places:
-            assert gaps[places[0]] < CLOSE, (places[0], got, want)
-        else:
-            assert got == want
-            assert output.text == reference.tokenizer.decode(want, skip_special_tokens=True)
+@pytest.fixture(scope="module")
+def outputs(engine: Engine) -> list[RequestOutput]:
+    return engine.chat(CHATS, GREEDY)
 
 
-def test_an_engines_chats_are_those_of_transformers(
-    engine: Engine, reference: Reference, expected: list[tuple[list[int], list[float]]]
-) -> None:
-    check(reference, expected, engine.chat(CHATS, GREEDY))
+@pytest.fixture(scope="module")
+def tokenizer(smollm2: Path) -> Any:
+    """transformers' of the same file. It knows no way to split text by the name of this model's, whose digits stand
+    alone."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(smollm2.parent), gguf_file=smollm2.name)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), tokenizer.backend_tokenizer.pre_tokenizer]
+    )
+    return tokenizer
 
 
-def test_a_clients_chats_are_those_of_transformers(
-    smollm2: Path, reference: Reference, expected: list[tuple[list[int], list[float]]], tmp_path: Path
-) -> None:
+def test_greedy_chats_are_those_of_transformers(outputs: Sequence[RequestOutput], smollm2_reference: Reference) -> None:
+    lengths = [len(output.prompt_token_ids) for output in outputs]
+    assert min(lengths) >= 20
+    assert 300 < max(lengths) <= 420
+    same = [smollm2_reference.check_greedy(output.prompt_token_ids, output.token_ids) for output in outputs]
+    assert sum(same) > len(same) * 0.8, "steps that close are rare"
+
+
+def test_ids_and_texts_are_those_of_transformers(outputs: Sequence[RequestOutput], tokenizer: Any) -> None:
+    for chat, output in zip(CHATS, outputs, strict=True):
+        flat = [{**message, "content": _text(message["content"])} for message in chat]
+        expected = tokenizer.apply_chat_template(flat, add_generation_prompt=True, return_dict=False)
+        assert list(output.prompt_token_ids) == expected
+        assert output.text == tokenizer.decode(output.token_ids, skip_special_tokens=True)
+
+
+def test_bfloat16_is_close(smollm2: Path, outputs: Sequence[RequestOutput], smollm2_reference: Reference) -> None:
+    decoder = load_decoder(smollm2, load_spec(smollm2), torch.bfloat16, torch.device("cpu"))
+    for output in outputs[:5]:
+        driver = Driver(decoder, page_size=16, num_pages=64)
+        ids = [*output.prompt_token_ids, *output.token_ids[:-1]]
+        found = driver.step([(driver.request(ids), len(ids))])[0][-len(output.token_ids) :]
+        expected = smollm2_reference.logits(output.prompt_token_ids, output.token_ids)
+        assert mean_divergence(expected, found) < MOST_DIVERGENCE
+
+
+def test_a_clients_chats_are_an_engines(smollm2: Path, outputs: Sequence[RequestOutput], tmp_path: Path) -> None:
     options = ("--model", str(smollm2), "--dtype", "float32", "--max-model-len", "1024")
     with serving(tmp_path, *options) as server, Client(server.address) as client:
         assert "chat" in client.info.features
-        check(reference, expected, client.chat(CHATS, GREEDY))
+        found = client.chat(SHORT, GREEDY)
+    for mine, theirs in zip(found, outputs, strict=False):
+        assert (mine.prompt_token_ids, mine.text) == (theirs.prompt_token_ids, theirs.text)
 
 
 def test_the_command_line_says_what_the_engine_says_with_its_history(engine: Engine, smollm2: Path) -> None:
@@ -132,26 +99,28 @@ def test_the_command_line_says_what_the_engine_says_with_its_history(engine: Eng
         *(CHATS[0][0]["content"], "And of Italy?", f"/system {CHATS[1][0]['content']}", CHATS[1][1]["content"]),
         *("/system", odd[0]["content"]),
     ]
-    options = ("--max-tokens", str(NUM_TOKENS), "--temperature", "0", "--device", "cpu", "--dtype", "float32")
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "graphgen", "chat", "--model", str(smollm2), "--max-model-len", "1024", *options],
-        input="\n".join(lines),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "".join(f"{output.text}\n" for output in outputs)
+    assert say("--model", str(smollm2), said="\n".join(lines)) == "".join(f"{output.text}\n" for output in outputs)
 
 
 def test_one_message_is_answered(smollm2: Path, engine: Engine) -> None:
     (want,) = engine.chat(CHATS[1], GREEDY)
     message, system = CHATS[1][1]["content"], CHATS[1][0]["content"]
-    options = ("--max-tokens", str(NUM_TOKENS), "--temperature", "0", "--device", "cpu", "--max-model-len", "1024")
+    assert say(message, str(smollm2), "--system", system) == f"{want.text}\n"
+
+
+def say(*arguments: str, said: str = "") -> str:
+    """What `graphgen chat` prints."""
+    options = ("--max-tokens", str(NUM_TOKENS), "--temperature", "0", "--device", "cpu", "--dtype", "float32")
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "graphgen", "chat", message, str(smollm2), "--system", system, *options],
+        [sys.executable, "-P", "-m", "graphgen", "chat", *arguments, "--max-model-len", "1024", *options],
+        input=said,
         capture_output=True,
         text=True,
         timeout=200,
     )
-    assert done.stdout == f"{want.text}\n", done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _text(content: Any) -> str:
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
