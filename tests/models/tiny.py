@@ -48,8 +48,8 @@ ROPE_KINDS: Mapping[str, Mapping[str, Any]] = {
         "factor": 4.0,
         "original_max_position_embeddings": 64,
         "attention_factor": 0.8,
-        "beta_fast": 16.0,
-        "beta_slow": 2.0,
+        "beta_fast": 9.0,
+        "beta_slow": 0.6,
         "truncate": False,
     },
 }
@@ -72,7 +72,7 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama_dynamic": ("llama", {"rope_parameters": "dynamic", "max_position_embeddings": 40}),
     "llama_llama3": ("llama", {"rope_parameters": "llama3"}),
     "llama_yarn": ("llama", {"rope_parameters": "yarn"}),
-    "llama_yarn_attention_factor": ("llama", {"rope_parameters": "yarn_attention_factor"}),
+    "llama_yarn_attention_factor": ("llama", {"rope_parameters": "yarn_attention_factor", "head_dim": 20}),
     "mistral_window": ("mistral", {"sliding_window": 11}),
     "mistral_full": ("mistral", {"sliding_window": None, "head_dim": 10}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
@@ -340,6 +340,8 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "no_rope_layers": [1, 0, 1],
             "attention_chunk_size": 40,
             "use_qk_norm": False,
+            "floor_scale": 20,
+            "attn_scale": 0.5,
         },
     ),
     "gemma3_tower": (
@@ -381,6 +383,9 @@ TOWERS: Mapping[str, Mapping[str, Any]] = {
 """Model type -> what stands beside the text model's config."""
 
 
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
+
+
 def build(case: str, seed: int = 0, **overrides: Any) -> HuggingFaceModel:
     """The Hugging Face model of a case, float32, in eval mode, with every tensor random."""
     model_type, changes = CASES[case]
@@ -391,6 +396,10 @@ def build(case: str, seed: int = 0, **overrides: Any) -> HuggingFaceModel:
     if model_type in TOWERS:
         values = {**copy.deepcopy(TOWERS[model_type]), "text_config": values}
     config = AutoConfig.for_model(model_type, **values)
+    for part in (config, getattr(config, "text_config", config)):
+        for name in _EPSILONS:
+            if hasattr(part, name):
+                setattr(part, name, 0.02)  # large enough to show
     kind = AutoModelForImageTextToText if model_type in TOWERS else AutoModelForCausalLM
     model = kind.from_config(config, dtype=torch.float32).eval()
     if model_type == "llama4":  # transformers 5.24 fails behind its text model where there is no image
