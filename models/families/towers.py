@@ -49,7 +49,7 @@ LLAMA4_TOWER = replace(
         LLAMA4,
         "llama4",
         "Llama4ForConditionalGeneration",
-        {"Llama 4 Scout 17B-16E": 107.0, "Llama 4 Maverick 17B-128E": 398.0},
+        {"Llama 4 Scout 17B-16E": 107.8, "Llama 4 Maverick 17B-128E": 400.7},
     ),
     beside={"tie_word_embeddings": False},
 )
