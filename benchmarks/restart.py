@@ -16,6 +16,7 @@ import signal
 import time
 from pathlib import Path
 
+from benchmarks.cpu_time import cpu_seconds
 from benchmarks.options import add_engine_options, engine_settings, make_parser
 from benchmarks.report import Row, machine, percentile, show, write_json
 from graphgen import Engine, EngineConfig, SamplingParams
@@ -37,19 +38,14 @@ class Notices(logging.Handler):
             self.lines.append(record.getMessage())
 
 
-def cpu_s(pid: int) -> float:
-    ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
-
-
 def wait_for_standby(engine: Engine) -> int:
     """The process that stands by, once it has imported everything. Raises TimeoutError."""
     deadline_s = time.monotonic() + STANDBY_S
     while time.monotonic() < deadline_s:
         pid = engine.pids.get("standby-0")
-        before_s = 0.0 if pid is None else cpu_s(pid)
+        before_s = 0.0 if pid is None else cpu_seconds(pid)
         time.sleep(IDLE_S)
-        if pid is not None and before_s > 0.2 and cpu_s(pid) - before_s < 0.02:
+        if pid is not None and before_s > 0.2 and cpu_seconds(pid) - before_s < 0.02:
             return pid
     raise TimeoutError(f"no process stood by within {STANDBY_S:g} s")
 

@@ -1,12 +1,14 @@
 """The benchmarks of single questions: they run on a machine without a GPU, and their figures are what they say."""
 
 import importlib
+import io
 import json
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -324,7 +326,7 @@ def test_a_start_that_fails_says_why(tmp_path: Path, capfd: pytest.CaptureFixtur
 
 def test_a_program_is_compared_with_transformers_in_the_same_round() -> None:
     def run(cpu_ms: float) -> beside_transformers.Run:
-        return beside_transformers.Run(ready_s=1.0, first_ms=2.0, wall_ms=3.0, cpu_ms=cpu_ms)
+        return beside_transformers.Run(ready_s=1.0, first_ms=2.0, wall_ms=3.0, cpu_ms=cpu_ms, faults=4.0)
 
     runs = {"graphgen": [run(10.0), run(30.0), run(22.0)], "transformers": [run(10.0), run(20.0), run(20.0)]}
     rows = {row["program"]: row for row in beside_transformers.rows_of(runs)}
@@ -332,10 +334,24 @@ def test_a_program_is_compared_with_transformers_in_the_same_round() -> None:
     assert rows["graphgen"]["CPU ms a prompt"] == 22.0
 
 
-def test_both_programs_answer_the_same_prompts(tmp_path: Path) -> None:
+def test_both_programs_answer_the_same_prompts_in_turns(tmp_path: Path) -> None:
     tiny.save("llama", tmp_path)
-    case = beside_transformers.Case(str(tmp_path), "auto", prompt_tokens=12, prompts=2)
-    for run in beside_transformers.RUNS.values():
-        measured = run(case)
-        assert min(measured.ready_s, measured.first_ms, measured.wall_ms) > 0
-        assert measured.cpu_ms >= 0
+    case = beside_transformers.Case(str(tmp_path), "auto", prompt_tokens=12, prompts=3)
+    for name in beside_transformers.CONTENDERS:
+        replies = io.BytesIO()
+        beside_transformers.take_turns(name, case, io.BytesIO(b"\n\n"), replies)
+        ready, *turns = replies.getvalue().splitlines()
+        assert min(msgspec.structs.astuple(msgspec.json.decode(ready, type=beside_transformers.Ready))) > 0
+        assert len(turns) == 2, "one for each line"
+        for turn in turns:
+            measured = msgspec.json.decode(turn, type=beside_transformers.Turn)
+            assert measured.wall_ms > 0
+            assert measured.cpu_ms >= 0
+
+
+def test_prompts_that_come_before_those_that_count_use_every_page() -> None:
+    for prompt_tokens in (1, 15, 16, 40, 1000):
+        case = beside_transformers.Case("", "auto", prompt_tokens, prompts=1)
+        full_pages = max(1, prompt_tokens // beside_transformers.PAGE_SIZE)
+        assert case.num_warm_up * full_pages > case.num_pages
+        assert case.num_pages * beside_transformers.PAGE_SIZE > prompt_tokens
