@@ -64,10 +64,14 @@ def stored_tensors(files: Sequence[Path]) -> dict[str, StoredTensor]:
             with file.open("rb") as opened:
                 header_len = int.from_bytes(opened.read(8), "little")
                 data_begin, file_len = 8 + header_len, file.stat().st_size
-                header: dict[str, Any] = json.loads(opened.read(header_len)) if data_begin <= file_len else {}
+                if data_begin > file_len:
+                    raise ValueError(f"its header ends at byte {data_begin}, it has {file_len}")
+                header: dict[str, Any] = json.loads(opened.read(header_len))
             for name, entry in header.items():
                 if name != "__metadata__":
                     begin, end = (data_begin + offset for offset in entry["data_offsets"])
+                    if end > file_len:
+                        raise ValueError(f"tensor {name!r} ends at byte {end}, it has {file_len}")
                     tensors[name] = StoredTensor(file, entry["dtype"], tuple(entry["shape"]), begin, end)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{file} is not a readable safetensors file ({error}): download it again") from error

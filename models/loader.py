@@ -4,7 +4,7 @@ Owns the way of every stored tensor to the target that the decoder's blocks name
 from, checkpoint.py knows. Never holds a second copy of the weights. Called by the worker at its start.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from graphgen.ipc.errors import CheckpointError
 from graphgen.models.checkpoint import open_checkpoint
+from graphgen.models.checkpoint_files import StoredTensor
 from graphgen.models.decoder import Decoder
 from graphgen.models.families import FAMILIES
 from graphgen.models.families.family import Family
@@ -55,29 +56,43 @@ def load_decoder(
 def _fill_from_checkpoint(decoder: Decoder, spec: ModelSpec, location: Path, report: ProgressCallback) -> None:
     checkpoint, family = open_checkpoint(location), FAMILIES[spec.family]
     targets, names = dict(decoder.weights(family.names)), family.names
-    stored = {family.stored_name(name) for name in checkpoint.stored_tensors(names)}
+    stored = {family.stored_name(name): tensor for name, tensor in checkpoint.stored_tensors(names).items()}
     if spec.head.tied and names.head in stored and names.embedding not in stored:
         targets[names.head] = targets.pop(names.embedding)  # one weight, stored under its other name
-    missing = set(targets)
+    _check_stored(stored, targets, spec, family, location)
+    placed: set[str] = set()
     total = sum(target.num_bytes for target in targets.values())
     done = 0
     report(done, total)
     weight = decoder.embedding.weight
     for stored_name, shard, tensor in checkpoint.tensors(names, weight.device, weight.dtype):
         name = family.stored_name(stored_name)
-        if name not in targets:
-            _refuse_unknown(name, spec, family, shard)
+        if (target := targets.get(name)) is None:
             continue
-        target = targets[name]
         _check_tensor(name, tensor, target, shard)
-        if name not in missing:
+        if name in placed:
             _refuse_second(name, tensor, target, shard)
             continue
         target.fill(tensor)
-        missing.remove(name)
+        placed.add(name)
         done += target.num_bytes
         report(done, total)
-    if missing:
+
+
+def _check_stored(
+    stored: Mapping[str, StoredTensor],
+    targets: Mapping[str, Target],
+    spec: ModelSpec,
+    family: Family,
+    location: Path,
+) -> None:
+    """What can be refused before a weight is read, which may take minutes."""
+    for name, tensor in stored.items():
+        if (target := targets.get(name)) is None:
+            _refuse_unknown(name, spec, family, tensor.file)
+        else:
+            _check_shape(name, tensor.shape, target, tensor.file)
+    if missing := set(targets) - set(stored):
         first = min(missing)
         raise CheckpointError(
             f"tensor {first!r} of shape {list(targets[first].shape)} is missing in {location} ({len(missing)}"
@@ -85,12 +100,16 @@ def _fill_from_checkpoint(decoder: Decoder, spec: ModelSpec, location: Path, rep
         )
 
 
-def _check_tensor(name: str, tensor: Tensor, target: Target, shard: Path) -> None:
-    if tensor.shape != target.shape:
+def _check_shape(name: str, shape: tuple[int, ...], target: Target, shard: Path) -> None:
+    if shape != target.shape:
         raise CheckpointError(
-            f"tensor {name!r} in {shard} has shape {list(tensor.shape)}, the config asks for"
-            f" {list(target.shape)}: config.json and the weights are of different models"
+            f"tensor {name!r} in {shard} has shape {list(shape)}, the config asks for {list(target.shape)}: config.json"
+            " and the weights are of different models"
         )
+
+
+def _check_tensor(name: str, tensor: Tensor, target: Target, shard: Path) -> None:
+    _check_shape(name, tuple(tensor.shape), target, shard)
     if not tensor.is_floating_point() or tensor.itemsize < 2:
         raise CheckpointError(
             f"tensor {name!r} in {shard} has dtype {tensor.dtype}, supported are float32, bfloat16 and"

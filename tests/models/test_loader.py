@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from graphgen.ipc.errors import CheckpointError
+from graphgen.models.checkpoint import FolderCheckpoint
 from graphgen.models.checkpoint_config import resolve_model
 from graphgen.models.decoder import Decoder
 from graphgen.models.families import load_spec
@@ -209,6 +210,25 @@ def test_a_tensor_without_a_place_is_named(tmp_path: Path) -> None:
     edit(tmp_path, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(48)}))
     with pytest.raises(CheckpointError, match=r"q_proj.bias' .* has no place in a LlamaForCausalLM"):
         load(tmp_path)
+
+
+def test_what_does_not_fit_is_refused_before_any_weight_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading them may take minutes."""
+    monkeypatch.setattr(FolderCheckpoint, "tensors", None)
+    for number, change in enumerate(
+        (
+            lambda tensors: tensors.pop("model.norm.weight"),
+            lambda tensors: tensors.update({"model.norm.weight": torch.zeros(47)}),
+            lambda tensors: tensors.update({"model.norm.bias": torch.zeros(48)}),
+        )
+    ):
+        folder = tmp_path / str(number)
+        tiny.save("llama", folder)
+        edit(folder, change)
+        with pytest.raises(CheckpointError, match=r"model\.norm\."):
+            load(folder)
 
 
 def test_rotary_frequencies_of_old_checkpoints_are_ignored(tmp_path: Path) -> None:

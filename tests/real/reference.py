@@ -101,7 +101,7 @@ def _dequantised(data: Any, kind: gguf.GGMLQuantizationType) -> Tensor:
     if kind in dequant.GGML_BLOCK:
         values: Tensor = dequant.dequantize(torch.from_numpy(data.copy()), int(kind))
         return values
-    return torch.from_numpy(gguf.dequantize(data, kind))
+    return torch.from_numpy(gguf.dequantize(data, kind).copy())
 
 
 def _halves(stem: str, weight: Tensor) -> Tensor:
