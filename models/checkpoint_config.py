@@ -111,7 +111,10 @@ def _read_json(location: str, name: str, revision: str | None) -> dict[str, Any]
 
     Raises OSError where there is no file, ValueError where it is something else.
     """
-    value = json.loads(_find(location, name, revision).read_bytes())
+    try:
+        value = json.loads(_find(location, name, revision).read_bytes())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(value, dict):
         raise ValueError(f"expected an object, got {type(value).__name__}")
     return value

@@ -11,10 +11,10 @@ Every field has one meaning in arithmetic. A trait without a field is refused wh
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from graphgen.ipc.errors import ConfigError, UnsupportedModelError
 
@@ -23,6 +23,9 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 KERNEL_HEAD_DIMS = (64, 128, 256)
 """Head sizes that the attention kernels for CUDA are written for; others are padded to the next."""
+
+Size = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+"""Of a dimension, or a number of things. A config's is checked when it is read."""
 
 
 def dtype_bytes(dtype: str) -> int:
@@ -63,7 +66,7 @@ class Norm(Struct, frozen=True):
     subtracts the mean first (arXiv 1607.06450)."""
 
     kind: Literal["rms", "layer"] = "rms"
-    eps: float = 1e-6
+    eps: Annotated[float, Meta(ge=0.0)] = 1e-6
     weight: bool = True
     bias: bool = False
     plus_one: bool = False  # checkpoints store the weight less one
@@ -146,9 +149,9 @@ class GQA(Struct, frozen=True, tag="gqa", kw_only=True):
     """Grouped-query attention (arXiv 2305.13245) over paged keys and values; one head a group is multi-head attention,
     one group multi-query attention."""
 
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    num_heads: Size
+    num_kv_heads: Size
+    head_dim: Size
     padded_head_dim: int | None = None  # how wide a head lies in memory; None: as it is
     scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
     qkv_bias: bool = False
@@ -221,7 +224,7 @@ ACTIVATION_WEIGHTS: Mapping[str, tuple[str, ...]] = {"xielu": ("alpha_p", "alpha
 class Dense(Struct, frozen=True, tag="dense", kw_only=True):
     """down(activation(gate(x)) * up(x)) if gated (arXiv 2002.05202), else down(activation(up(x)))."""
 
-    size: int
+    size: Size
     activation: str  # a key of activations.ACTIVATIONS
     gated: bool = True
     bias: bool = False
@@ -256,9 +259,9 @@ class Experts(Struct, frozen=True, tag="experts", kw_only=True):
     """A mixture of experts (arXiv 1701.06538): sum of weight * expert(x) over the experts that the router chose, each
     down(activation(gate(x)) * up(x)), and of a shared one that sees every row."""
 
-    num_experts: int
-    top_k: int
-    size: int  # inner, of each expert
+    num_experts: Size
+    top_k: Size
+    size: Size  # inner, of each expert
     activation: str  # a key of activations.ACTIVATIONS
     router: Router
     bias: bool = False
@@ -339,15 +342,15 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
 
     family: str  # a key of families.FAMILIES
     architecture: str  # the Hugging Face class name
-    vocab_size: int  # rows of the embedding and of the head
+    vocab_size: Size  # rows of the embedding and of the head
     num_tokens: int | None = None  # ids that the tokenizer has; rows from here on mean nothing. None: every row has one
-    hidden_size: int
+    hidden_size: Size
     layers: tuple[Layer, ...]
     ropes: tuple[RopeSpec, ...]
     embedding: Embedding
     final_norm: Norm | None
     head: Head
-    max_position_embeddings: int
+    max_position_embeddings: Size
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     dtype: str  # of the checkpoint, a key of DTYPE_BYTES

@@ -6,6 +6,7 @@ configuration.
 
 import difflib
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from graphgen.ipc.errors import CheckpointError, UnsupportedModelError
+from graphgen.ipc.errors import CheckpointError, GraphgenError, UnsupportedModelError
 from graphgen.ipc.messages import MAX_STOP_TOKEN_IDS
 from graphgen.models.checkpoint import Checkpoint, open_checkpoint
 from graphgen.models.checkpoint_files import StoredTensor, are_equal
@@ -23,12 +24,14 @@ from graphgen.models.families.table import FAMILIES, families_of_type
 from graphgen.models.families.words import FULL, SLIDING, Config, Kinds, filled, value_at
 from graphgen.models.foreign_keys import refuse_foreign_keys
 from graphgen.models.rope_config import read_rope
-from graphgen.models.spec import DTYPE_BYTES, GQA, NO_ROPE, Head, Layer, ModelSpec, RopeSpec
+from graphgen.models.spec import DTYPE_BYTES, GQA, NO_ROPE, Experts, Head, Layer, ModelSpec, RopeSpec
 
 logger = logging.getLogger("graphgen.models")
 
 _STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Safetensors' name of a dtype -> ours."""
+
+_MOST_LAYERS = 10_000
 
 _OF_WHOLE = (
     *("architectures", "model_type", "_name_or_path", "dtype", "torch_dtype", "quantization_config"),
@@ -55,9 +58,23 @@ def load_spec(model: str | Path, revision: str | None = None, tokenizer: str | P
         stored = partial(_stored_weights, checkpoint, Path(location))
         spec = spec_from_hf(config, checkpoint.generation_eos(), stored)
         spec = _with_tokens(spec, (checkpoint if tokenizer is None else open_checkpoint(tokenizer)).num_tokens())
-        return msgspec.convert(msgspec.to_builtins(spec), ModelSpec)  # checks the types of what the file says
-    except (AttributeError, TypeError, KeyError, msgspec.ValidationError) as error:
+        values = msgspec.to_builtins(spec)
+        _check_finite(values, "$")
+        return msgspec.convert(values, ModelSpec)  # checks the types and sizes of what the file says
+    except GraphgenError:
+        raise
+    except (AttributeError, TypeError, ValueError, LookupError, ArithmeticError, msgspec.ValidationError) as error:
         raise UnsupportedModelError(f"the config of {location!r} is not understood: {error}") from error
+
+
+def _check_finite(value: Any, path: str) -> None:
+    """Raises ValueError for an infinite number or none: config.json may hold Infinity and NaN. value: of a spec."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no finite number - at `{path}`")
+    for name, inner in (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    ):
+        _check_finite(inner, f"{path}.{name}")
 
 
 def _with_tokens(spec: ModelSpec, num_tokens: int | None) -> ModelSpec:
@@ -203,12 +220,19 @@ def _refuse_quantized(quantization: Any, family: Family, where: str) -> None:
 
 def _layers(config: Config, family: Family) -> tuple[Layer, ...]:
     num_layers: int = config.need("num_hidden_layers")
+    if not 1 <= num_layers <= _MOST_LAYERS:  # each of them is a part of the spec
+        raise UnsupportedModelError(
+            f"{family.architecture} has {num_layers} layers, graphgen takes 1 to {_MOST_LAYERS}: correct config.json"
+        )
     layer = filled(family.layer, config)
     mixers = {kind: filled(mixer, config) for kind, mixer in family.mixers.items()}
     mixers = mixers or dict.fromkeys((FULL, SLIDING), layer.mixer)
     feed_forwards = {kind: filled(word, config) for kind, word in family.feed_forwards.items()}
     for mixer in mixers.values():
         _check_heads(mixer, family.architecture)
+    for feed_forward in (layer.feed_forward, *feed_forwards.values()):
+        if isinstance(feed_forward, Experts):
+            _check_experts(feed_forward, family.architecture)
     mixer_kinds = _kinds(family.mixer_kinds, mixers, num_layers, config, family)
     layers = [msgspec.structs.replace(layer, mixer=mixers[kind]) for kind in mixer_kinds]
     if family.feed_forward_kinds is not None:
@@ -234,7 +258,8 @@ def _kinds(kinds_of: Kinds, known: Mapping[str, Any], num_layers: int, config: C
 
 
 def _check_heads(mixer: GQA, architecture: str) -> None:
-    if mixer.num_heads % mixer.num_kv_heads or mixer.head_dim % 2:
+    sizes = mixer.num_heads, mixer.num_kv_heads, mixer.head_dim
+    if min(sizes) < 1 or mixer.num_heads % mixer.num_kv_heads or mixer.head_dim % 2:
         raise UnsupportedModelError(
             f"{architecture} has {mixer.num_heads} heads, {mixer.num_kv_heads} KV heads and head_dim"
             f" {mixer.head_dim}: graphgen needs a whole number of heads per KV head and an even head_dim"
@@ -242,6 +267,20 @@ def _check_heads(mixer: GQA, architecture: str) -> None:
     if mixer.window is not None and mixer.window < 1:
         raise UnsupportedModelError(
             f"{architecture} has sliding_window {mixer.window}, the least is 1: null is no window"
+        )
+
+
+def _check_experts(experts: Experts, architecture: str) -> None:
+    router = experts.router
+    if not 1 <= experts.top_k <= experts.num_experts:
+        raise UnsupportedModelError(
+            f"{architecture} chooses {experts.top_k} of {experts.num_experts} experts for each token: correct"
+            " config.json"
+        )
+    if not 1 <= router.kept_groups <= router.num_groups or experts.num_experts % router.num_groups:
+        raise UnsupportedModelError(
+            f"{architecture} keeps {router.kept_groups} of {router.num_groups} groups of {experts.num_experts} experts:"
+            " graphgen needs groups of equal size, and no more kept than there are"
         )
 
 

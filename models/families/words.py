@@ -278,8 +278,8 @@ def repeated(name: str, otherwise: Sequence[Any]) -> Kinds:
     """The config lists pairs: the kinds of some layers, and how often these come."""
 
     def kinds(config: Config, num_layers: int) -> list[str]:
-        del num_layers  # the reader compares it
-        return [kind for part, count in config.get(name) or otherwise for kind in list(part) * count]
+        pairs = config.get(name) or otherwise  # of too many layers, enough for the reader to see it
+        return [kind for part, count in pairs for kind in list(part) * min(count, num_layers + 1)]
 
     return kinds
 

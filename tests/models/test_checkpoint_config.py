@@ -144,7 +144,41 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(key: str, value: Any, mode
         load_spec(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '"x"'])
+NAN, HUGE = float("nan"), 2**40
+WRONG: list[tuple[str, str, Any, str]] = [
+    ("llama", "num_attention_heads", 0, "not understood: integer division"),
+    ("llama", "num_attention_heads", -4, "-4 heads"),
+    ("llama", "num_key_value_heads", 0, "0 KV heads"),
+    ("llama", "num_key_value_heads", -1, "-1 KV heads"),
+    ("llama", "num_hidden_layers", HUGE, f"{HUGE} layers, graphgen takes 1 to 10000"),
+    ("llama", "num_hidden_layers", 0, "0 layers"),
+    ("llama", "hidden_size", -64, "head_dim -"),
+    ("llama", "intermediate_size", -1, r"`int` >= 1 - at `\$\.layers"),
+    ("llama", "vocab_size", 0, r"`int` >= 1 - at `\$\.vocab_size"),
+    ("llama", "vocab_size", HUGE, r"`int` <= 2147483647 - at `\$\.vocab_size"),
+    ("llama", "max_position_embeddings", "long", "not understood: .*'long'"),
+    ("llama", "rms_norm_eps", NAN, r"nan is no finite number - at `\$\.final_norm\.eps"),
+    ("llama", "rms_norm_eps", -1.0, r">= 0.0 - at `\$\.layers"),
+    ("gpt_neo", "attention_types", [[["global"], HUGE]], "layers and"),
+    ("mixtral", "num_experts_per_tok", 9, "chooses 9 of 8 experts"),
+    ("mixtral", "num_experts_per_tok", 0, "chooses 0 of 8 experts"),
+    ("mixtral", "num_local_experts", -8, "of -8 experts"),
+    ("qwen3_moe", "moe_intermediate_size", 0, r"`int` >= 1 - at `\$\.layers"),
+    ("gemma2", "final_logit_softcapping", NAN, "no finite number"),
+    ("mpt", "n_heads", 0, "not understood: integer division"),
+    ("falcon", "num_attention_heads", 0, "not understood: integer division"),
+    ("gpt2", "n_head", 0, "not understood: integer division"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "key", "value", "said"), WRONG)
+def test_a_size_that_cannot_be_is_refused(model_type: str, key: str, value: Any, said: str, tmp_path: Path) -> None:
+    write(tmp_path, {"model_type": model_type, key: value})
+    with pytest.raises(UnsupportedModelError, match=said):
+        load_spec(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '"x"', '{"a":' * 100_000], ids=lambda text: text[:8])
 def test_a_file_that_is_no_json_object_is_a_checkpoint_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json"):
