@@ -5,12 +5,11 @@ device: a step's shape alone says how many tiles are launched, and one that stay
 captured, and a pair of no expert costs nothing. Called by operator.py; needs Triton, and Triton's interpreter will do.
 
 Few rows: each pair is a tile of its own. Its expert's weights are read once, which is what such a step costs, and
-nothing is sorted. More rows: pairs are sorted by expert, and each expert's are cut into tiles.
+nothing is sorted. More rows: two kernels count the pairs of each expert and write them into its tiles.
 """
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,11 +28,17 @@ MANY_BLOCKS = (64, 64, 32)
 """The same where an expert has many rows on average."""
 
 
+PAIRS_BLOCK = 1024
+"""Pairs that a program which sorts them reads at a time."""
+
+
 class Tiles(NamedTuple):
     """Pairs of a row and an expert, cut into tiles of `blocks[0]` places."""
 
     experts: Tensor  # [tiles] of each tile, E for a tile of none
-    pairs: Tensor  # [tiles, places] numbers of pairs, P for an empty place
+    pairs: (
+        Tensor | None
+    )  # [tiles, places] numbers of pairs, P for an empty place; None: a tile's own number and no more
     blocks: tuple[int, int, int]
 
 
@@ -41,26 +46,26 @@ def make_tiles(experts: Tensor, num_experts: int) -> Tiles:
     """experts: [P] int64, of each pair; E = num_experts for none."""
     num_pairs = experts.shape[0]
     if num_pairs <= MOST_PAIRS_UNSORTED:
-        places = torch.full((num_pairs, PAIR_BLOCKS[0]), num_pairs, dtype=torch.int64, device=experts.device)
-        places[:, 0] = torch.arange(num_pairs, device=experts.device)
-        return Tiles(experts, places, PAIR_BLOCKS)
+        return Tiles(experts, None, PAIR_BLOCKS)
     blocks = FEW_BLOCKS if num_pairs <= 16 * num_experts else MANY_BLOCKS
-    size = blocks[0]
     # At most so many tiles are begun: full ones, and one of each expert that is not full.
-    num_tiles = num_pairs // size + min(num_experts, num_pairs)
-    ordered, order = experts.sort(stable=True)
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=experts.device)
-    counts.scatter_add_(0, experts, torch.ones_like(experts))
-    tiles_of_each = (counts[:num_experts] + size - 1) // size
-    last_tiles, last_pairs = tiles_of_each.cumsum(0), counts.cumsum(0)
-    first_places = torch.zeros_like(counts)
-    first_places[1:] = last_tiles * size
-    within = torch.arange(num_pairs, device=experts.device) - (last_pairs - counts)[ordered]
-    places = torch.where(ordered < num_experts, first_places[ordered] + within, num_tiles * size)
-    pairs = torch.full((num_tiles * size + 1,), num_pairs, dtype=torch.int64, device=experts.device)
-    pairs.scatter_(0, places, order)  # those of no expert all into the last place, which is cut off
-    of_tiles = torch.searchsorted(last_tiles, torch.arange(num_tiles, device=experts.device), right=True)
-    return Tiles(of_tiles, pairs[:-1].view(num_tiles, size), blocks)
+    num_tiles = num_pairs // blocks[0] + min(num_experts, num_pairs)
+    counts = experts.new_empty(num_experts)
+    of_tiles, pairs = experts.new_empty(num_tiles), experts.new_empty(num_tiles, blocks[0])
+    count_kernel[(num_experts,)](experts, counts, num_pairs, PAIRS_BLOCK)
+    place_kernel[(num_experts + 1,)](
+        experts,
+        counts,
+        of_tiles,
+        pairs,
+        num_pairs,
+        num_tiles,
+        num_experts,
+        blocks[0],
+        PAIRS_BLOCK,
+        triton.next_power_of_2(num_experts),
+    )
+    return Tiles(of_tiles, pairs, blocks)
 
 
 def run_in_tiles(
@@ -107,7 +112,7 @@ def _product(
         bias,
         out,
         tiles.experts,
-        tiles.pairs,
+        tiles.experts if tiles.pairs is None else tiles.pairs,
         out.shape[0],
         pairs_per_row,
         num_experts,
@@ -118,12 +123,65 @@ def _product(
         ACTIVATIONS[activation],
         limit is not None,
         up_plus_one,
+        tiles.pairs is not None,
         rows,
         columns,
         depth_block,
         num_warps=4,
         num_stages=3,
     )
+
+
+# --- which pairs form a tile ---
+
+
+@triton.jit(do_not_specialize=["num_pairs"])  # type: ignore[untyped-decorator]  # triton has no types
+def count_kernel(experts: "tl.tensor", counts: "tl.tensor", num_pairs: int, BLOCK: tl.constexpr) -> None:
+    """One program an expert: how many pairs it has."""
+    found = tl.zeros((BLOCK,), dtype=tl.int32)
+    for begin in range(0, num_pairs, BLOCK):
+        pairs = begin + tl.arange(0, BLOCK)
+        found += (tl.load(experts + pairs, pairs < num_pairs, other=-1) == tl.program_id(0)).to(tl.int32)
+    tl.store(counts + tl.program_id(0), tl.sum(found, 0).to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_tiles"])  # type: ignore[untyped-decorator]  # triton has no types
+def place_kernel(
+    experts: "tl.tensor",
+    counts: "tl.tensor",
+    tile_experts: "tl.tensor",
+    tile_pairs: "tl.tensor",
+    num_pairs: int,
+    num_tiles: int,
+    num_experts: int,
+    BM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EXPERTS_BLOCK: tl.constexpr,
+) -> None:
+    """One program an expert, which writes its pairs in their order into its tiles, and one for the tiles of none."""
+    expert = tl.program_id(0)
+    numbers = tl.arange(0, EXPERTS_BLOCK)
+    all_counts = tl.load(counts + numbers, numbers < num_experts, other=0).to(tl.int32)
+    first_tile = tl.sum(tl.where(numbers < expert, (all_counts + BM - 1) // BM, 0), 0)
+    count = tl.sum(tl.where(numbers == expert, all_counts, 0), 0)
+    end_tile = tl.where(expert == num_experts, num_tiles, first_tile + (count + BM - 1) // BM)
+    for begin in range(first_tile, end_tile, BLOCK):
+        tiles = begin + tl.arange(0, BLOCK)
+        tl.store(tile_experts + tiles, tl.zeros((BLOCK,), dtype=tl.int64) + expert, tiles < end_tile)
+    if expert < num_experts:
+        begin_place = first_tile * BM
+        num_placed = 0
+        for begin in range(0, num_pairs, BLOCK):
+            pairs = begin + tl.arange(0, BLOCK)
+            own = tl.load(experts + pairs, pairs < num_pairs, other=-1) == expert
+            places = begin_place + num_placed + tl.cumsum(own.to(tl.int32), 0) - 1
+            tl.store(tile_pairs + places, pairs.to(tl.int64), own)
+            num_placed += tl.sum(own.to(tl.int32), 0)
+        places = begin_place + count + tl.arange(0, BM)  # what the last tile has left
+        tl.store(tile_pairs + places, tl.zeros((BM,), dtype=tl.int64) + num_pairs, places < end_tile * BM)
+
+
+# --- a product ---
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
@@ -162,6 +220,7 @@ def tiles_kernel(
     ACTIVATION: tl.constexpr,
     HAS_LIMIT: tl.constexpr,
     UP_PLUS_ONE: tl.constexpr,
+    SORTED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -170,7 +229,10 @@ def tiles_kernel(
     up."""
     expert = tl.load(tile_experts + tl.program_id(0))
     if expert < num_experts:
-        pairs = tl.load(tile_pairs + tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM))
+        if SORTED:
+            pairs = tl.load(tile_pairs + tl.program_id(0) * BM + tl.arange(0, BM))
+        else:
+            pairs = tl.where(tl.arange(0, BM) == 0, tl.program_id(0), num_pairs).to(tl.int64)
         filled = pairs < num_pairs
         columns = tl.program_id(1) * BN + tl.arange(0, BN)
         inside = columns < N

@@ -16,7 +16,12 @@ if importlib.util.find_spec("triton") is None:
 if torch.cuda.is_available():
     pytest.skip("tests/gpu/test_experts_gpu.py runs the compiled kernel", allow_module_level=True)
 
-from graphgen.models.experts.tiles import MANY_BLOCKS, make_tiles, run_in_tiles  # Triton exists where it is installed
+from graphgen.models.experts.tiles import (
+    MANY_BLOCKS,
+    MOST_PAIRS_UNSORTED,
+    make_tiles,
+    run_in_tiles,
+)  # Triton exists where it is installed
 
 # The interpreter computes in numpy, which warns where a kernel means it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -28,16 +33,24 @@ def test_the_kernel_computes_the_formula(case: str) -> None:
     torch.testing.assert_close(made.of_experts(run_in_tiles(*made.arguments)), by_hand(made), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("num_pairs", [1, 64, 65, 200, 1000])
+@pytest.mark.parametrize("num_pairs", [1, 64, 65, 200, 1500])
 @pytest.mark.parametrize("num_experts", [1, 3, 30])
 def test_every_pair_of_an_expert_is_in_one_tile_of_its_expert(num_pairs: int, num_experts: int) -> None:
     experts = torch.randint(0, num_experts + 1, (num_pairs,), generator=torch.Generator().manual_seed(num_pairs))
     tiles = make_tiles(experts, num_experts)
+    if num_pairs <= MOST_PAIRS_UNSORTED:
+        assert tiles.pairs is None
+        assert torch.equal(tiles.experts, experts), "each pair is a tile"
+        return
+    assert tiles.pairs is not None
     placed = []
     for expert, pairs in zip(tiles.experts.tolist(), tiles.pairs.tolist(), strict=True):
-        own = [pair for pair in pairs if pair < num_pairs]
-        assert all(experts[pair] == expert for pair in own)
-        placed += own if expert < num_experts else []
+        if expert < num_experts:
+            own = [pair for pair in pairs if pair < num_pairs]
+            assert own, "no tile of an expert is empty"
+            assert all(experts[pair] == expert for pair in own)
+            assert pairs[len(own) :] == [num_pairs] * (len(pairs) - len(own))
+            placed += own
     assert sorted(placed) == (experts < num_experts).nonzero().flatten().tolist()
 
 
