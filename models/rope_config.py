@@ -70,7 +70,8 @@ def read_rope(config: Config, rotary: Rotary, head_dim: int, where: str) -> Rope
     beta = _beta(parameters, rotary)
     _check_keys(parameters, kind, where)
     max_len = config.need("max_position_embeddings")
-    original_max_len = _original_max_len(config, parameters, max_len) if kind in _SCALED_FROM_A_LENGTH else max_len
+    original_max_len = _original_max_len(config, parameters, max_len)
+    original_max_len = original_max_len if kind in _SCALED_FROM_A_LENGTH else max_len
     factor = parameters.get("factor", max_len / original_max_len if kind in ("yarn", "longrope") else 1.0)
     rotary_dim = _rotary_dim(config, parameters, rotary, head_dim, where)
     return RopeSpec(

@@ -26,6 +26,17 @@ BLOOM = Family(
         "eos_token_id": 2,
     },
     aliases={"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "n_embed": "hidden_size"},
+    unread=(
+        "slow_but_exact",
+        "masked_softmax_fusion",
+        "bias_dropout_fusion",
+        "attention_softmax_in_fp32",
+        "skip_bias_add",
+        "skip_bias_add_qkv",
+        "offset_alibi",
+        "n_inner",
+        "max_position_embeddings",
+    ),
     layer=Layer(
         mixer=replace(ATTENTION, num_kv_heads=_HEADS, qkv_bias=True, o_bias=True, alibi=Alibi()),
         feed_forward=replace(PLAIN, size=four_times("hidden_size"), activation="gelu_tanh"),
@@ -81,6 +92,14 @@ MPT = Family(
         "attn_config.attn_uses_sequence_id": OFF,
         "attn_config.attn_type": ("multihead_attention",),
     },
+    unread=(
+        "learned_pos_emb",
+        "embedding_fraction",
+        "init_device",
+        "init_config",
+        "verbose",
+        "max_position_embeddings",
+    ),
     layer=Layer(
         mixer=replace(
             ATTENTION,

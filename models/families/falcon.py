@@ -78,6 +78,7 @@ FALCON_7B = replace(
     when={"new_decoder_architecture": (False, None), "multi_query": (True,)},
     checkpoints={"Falcon 7B": 7.22},
     only={},
+    unread=("num_kv_heads",),
     layer=replace(_EITHER, mixer=replace(_ATTENTION, num_kv_heads=1)),
     names=replace(_NAMES, qkv_order="blocks"),
 )

@@ -112,6 +112,8 @@ class Family(Struct, frozen=True, kw_only=True):
         {}
     )  # key -> the values graphgen computes; others are refused
 
+    unread: tuple[str, ...] = ()  # keys from which no arithmetic of this family follows
+
     layer: Layer  # the mixer and the feed-forward of most layers among it
     mixers: Mapping[str, Mixer] = MappingProxyType({})  # by kind, where layers differ
     mixer_kinds: Kinds = uniform()

@@ -32,6 +32,7 @@ GEMMA = Family(
     checkpoints={"Gemma 2B": 2.51, "Gemma 7B": 8.54},
     notes="also CodeGemma",
     defaults=_DEFAULTS,
+    unread=("hidden_activation",),
     layer=Layer(
         mixer=_ATTENTION,
         feed_forward=replace(GATED, activation=activation(meant={"gelu": "gelu_pytorch_tanh"})),
@@ -66,6 +67,7 @@ GEMMA2 = replace(
     checkpoints={"Gemma 2 2B": 2.61, "Gemma 2 9B": 9.24, "Gemma 2 27B": 27.2},
     notes="",
     defaults=_DEFAULTS_2,
+    unread=("hidden_act", "cache_implementation"),
     layer=Layer(
         mixer=_CAPPED,
         feed_forward=replace(GATED, activation=activation("hidden_activation")),

@@ -106,6 +106,7 @@ GLM4_MOE = Family(
         "eos_token_id": None,
     },
     aliases={"num_local_experts": "n_routed_experts"},
+    unread=("num_nextn_predict_layers",),
     layer=replace(
         LLAMA_LAYER,
         mixer=replace(ATTENTION, qkv_bias=flag("attention_bias"), qk_norm=only_if("use_qk_norm", HEAD_NORM)),

@@ -64,6 +64,7 @@ GPT2 = Family(
     defaults=DEFAULTS,
     aliases=ALIASES,
     only={"scale_attn_by_inverse_layer_idx": OFF, "add_cross_attention": OFF},
+    unread=("reorder_and_upcast_attn", "n_ctx"),
     layer=LAYER,
     rotaries=(NO_ROPE,),
     embedding=Embedding(num_positions=key("max_position_embeddings")),
@@ -80,6 +81,11 @@ _BIGCODE = replace(
     checkpoints={"SantaCoder": 1.1, "StarCoder": 15.5, "Granite Code 20B": 20.1},
     notes="",
     defaults={**DEFAULTS, "activation_function": "gelu_pytorch_tanh", "multi_query": True},
+    unread=(
+        *("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "num_key_value_heads", "n_ctx"),
+        *("inference_runner", "max_batch_size", "max_sequence_length", "pad_key_length", "pre_allocate_kv_cache"),
+        "validate_runner_input",
+    ),
     only={"add_cross_attention": OFF},
     names=NAMES,
 )
@@ -113,6 +119,7 @@ GPT_NEO = Family(
         "window_size": 256,
     },
     aliases={"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"},
+    unread=("attention_layers",),
     layer=replace(
         LAYER,
         mixer=_NEO_ATTENTION,

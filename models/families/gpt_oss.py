@@ -44,6 +44,7 @@ GPT_OSS = Family(
     },
     aliases={"num_experts": "num_local_experts"},
     only={"swiglu_alpha": (None, 1.702)},  # that of quick_gelu
+    unread=("hidden_act", "experts_per_token", "initial_context_length"),
     layer=Layer(
         mixer=_ATTENTION,
         feed_forward=Experts(

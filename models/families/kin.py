@@ -113,6 +113,7 @@ SMOLLM3 = replace(
     mixer_kinds=from_flags("no_rope_layers", "rope", "none", otherwise=every("no_rope_layer_interval", "none", "rope")),
     rotaries=(Rotary(default_theta=2_000_000.0), NO_ROPE),
     only={"use_sliding_window": (None, False)},
+    unread=("sliding_window", "layer_types", "max_window_layers"),
 )
 
 FAMILIES = (SEED_OSS, ARCEE, ERNIE, GRANITE, SMOLLM3)

@@ -78,6 +78,7 @@ GPTJ = Family(
         "eos_token_id": 50256,
     },
     aliases=gpt2.ALIASES,
+    unread=("n_ctx", "rotary"),
     layer=Layer(
         mixer=replace(ATTENTION, num_kv_heads=key("num_attention_heads")),
         feed_forward=gpt2.LAYER.feed_forward,

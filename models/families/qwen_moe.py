@@ -45,6 +45,7 @@ QWEN2_MOE = Family(
         "num_experts": 60,
     },
     only={"use_sliding_window": (None, False)},
+    unread=("sliding_window", "max_window_layers"),
     layer=replace(LLAMA_LAYER, mixer=replace(ATTENTION, qkv_bias=flag("qkv_bias", True)), feed_forward=_EXPERTS_2),
     feed_forwards={"dense": GATED, "experts": _EXPERTS_2},
     feed_forward_kinds=_KINDS,

@@ -22,7 +22,7 @@ from graphgen.models.checkpoint_files import StoredTensor, are_equal
 from graphgen.models.families.family import Family, Rotary, TensorNames
 from graphgen.models.families.table import FAMILIES, families_of_type
 from graphgen.models.families.words import FULL, SLIDING, Config, Kinds, filled, value_at
-from graphgen.models.foreign_keys import refuse_foreign_keys
+from graphgen.models.foreign_keys import check_unread_keys
 from graphgen.models.rope_config import read_rope
 from graphgen.models.spec import DTYPE_BYTES, GQA, NO_ROPE, Experts, Head, Layer, ModelSpec, RopeSpec
 
@@ -118,7 +118,7 @@ def spec_from_hf(
     if family.nested is not None:
         config = _text_config(config, family.nested, where)
     view = Config(config, family.aliases)
-    view.read.update(family.when)
+    view.read.update(path.split(".")[0] for row in families_of_type(family.model_type) for path in row.when)
     _refuse_quantized(view.get("quantization_config"), family, where)
     layers, stored = _layers(view, family), stored_by(family.names)
     spec = ModelSpec(
@@ -139,7 +139,7 @@ def spec_from_hf(
         needs_bos=family.needs_bos,
         initializer_std=float(filled(family.initializer_std, view)),
     )
-    refuse_foreign_keys(config, family, view.read, any(layer.mixer.qk_norm is not None for layer in layers))
+    check_unread_keys(config, family, view.read, any(layer.mixer.qk_norm is not None for layer in layers), where)
     return spec
 
 
@@ -189,7 +189,8 @@ def _text_config(config: Any, nested: str, where: str) -> SimpleNamespace:
     """The config of the text model in one of a model that reads images too, with what that says of the whole."""
     logger.warning("%s: only text is served, the weights for images are not loaded", where)
     of_whole = {name: value for name in _OF_WHOLE if (value := vars(config).get(name)) is not None}
-    return SimpleNamespace(**{**vars(getattr(config, nested)), **of_whole})
+    beside = {name: value for name, value in vars(config).items() if name != nested}
+    return SimpleNamespace(**{**beside, **vars(getattr(config, nested)), **of_whole})
 
 
 def _nearest(model_type: str, architectures: Sequence[str]) -> str:

@@ -9,6 +9,13 @@ from graphgen.models.families.gemma import GEMMA3
 from graphgen.models.families.llama import MINISTRAL3, MISTRAL
 from graphgen.models.families.llama4 import LLAMA4
 
+_OF_IMAGES = (
+    *("vision_config", "image_token_id", "image_token_index", "image_seq_length", "mm_tokens_per_image"),
+    *("boi_token_id", "boi_token_index", "eoi_token_id", "eoi_token_index", "vision_feature_layer"),
+    *("vision_feature_select_strategy", "projector_hidden_act", "multimodal_projector_bias", "spatial_merge_size"),
+)
+"""Keys beside the text model's config."""
+
 
 def tower(text: Family, model_type: str, architecture: str, checkpoints: Mapping[str, float]) -> Family:
     """A row of the same layers, whose config and tensors lie deeper."""
@@ -19,6 +26,7 @@ def tower(text: Family, model_type: str, architecture: str, checkpoints: Mapping
         checkpoints=checkpoints,
         notes="text; images are refused, their encoder is not loaded",
         nested="text_config",
+        unread=(*text.unread, *_OF_IMAGES),
         beside={"tie_word_embeddings": True},
         renames=(
             *(("language_model.model.", "model."), ("model.language_model.", "model.")),

@@ -288,6 +288,7 @@ def from_layer(first: str, kind: str, others: str, switch: str | None = None) ->
     """Layers from the number that the key `first` has are of `kind`; none where the key `switch` is off."""
 
     def kinds(config: Config, num_layers: int) -> list[str]:
+        config.get(first)  # is read, though it may not count
         begin = num_layers if switch is not None and not config.get(switch) else config.need(first)
         return [kind if number >= begin else others for number in range(num_layers)]
 

@@ -1,6 +1,7 @@
 """A ModelSpec says what the Hugging Face config says, and what cannot be run is refused by name."""
 
 import json
+import logging
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,12 +10,13 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from transformers import Qwen2Config
+from transformers import AutoConfig, Qwen2Config
 
 from graphgen.ipc.errors import CheckpointError, ConfigError, UnsupportedModelError
 from graphgen.launch.config import EngineConfig, resolve
-from graphgen.models.families import load_spec, spec_from_hf
+from graphgen.models.families import FAMILIES, load_spec, spec_from_hf
 from graphgen.models.families.document import written
+from graphgen.models.families.table import families_of_type
 from graphgen.models.spec import ModelSpec, RopeSpec
 from tests.models import tiny
 
@@ -140,6 +142,7 @@ def test_the_config_of_transformers_4_means_the_same(tmp_path: Path) -> None:
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
         ({"no_rope_layers": [1, 1, 0]}, r"no_rope_layers = \[1, 1, 0\]"),
         ({"use_mrope": True}, "use_mrope = True"),
+        ({"sliding_window": 64}, "sliding_window = 64"),
         ({"use_qk_norm": True}, "use_qk_norm = True"),
         ({"is_causal": False}, "is_causal = False"),
         ({"per_layer_config": {"0": {"intermediate_size": 40}}}, "per_layer_config = "),
@@ -152,9 +155,46 @@ def test_what_cannot_run_is_refused_by_name(changes: dict[str, Any], message: st
 
 
 def test_foreign_keys_at_their_neutral_values_are_no_hindrance(tmp_path: Path) -> None:
-    neutral = {"embedding_multiplier": 1.0, "logit_scale": None, "use_mrope": False, "is_causal": True}
+    neutral = {
+        "sliding_window": 64,
+        "use_sliding_window": False,
+        "embedding_multiplier": 1.0,
+        "logit_scale": None,
+        "use_mrope": False,
+        "is_causal": True,
+    }
     write_config(tmp_path, **neutral, no_rope_layers=[1, 1, 1], qk_layernorm=False, per_layer_config={})
     load_spec(tmp_path)
+
+
+def test_a_key_that_is_unknown_and_says_something_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_config(tmp_path, use_cache=True, summary_type="cls_index", off=False, nothing=None, empty={})
+    load_spec(tmp_path)
+    assert not caplog.records
+    write_config(tmp_path, gate_every=2, off=False)
+    load_spec(tmp_path)
+    (record,) = caplog.records
+    assert f"{tmp_path}: config.json has keys that graphgen does not know in a LlamaForCausalLM: gate_every = 2." in (
+        record.getMessage()
+    )
+
+
+@pytest.mark.parametrize("model_type", dict.fromkeys(family.model_type for family in FAMILIES.values()))
+def test_every_key_of_a_class_is_read_or_known_to_change_nothing(
+    model_type: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """So that a trait that transformers' class learns cannot slip in unseen."""
+    # GLM-4.5's defaults rotate an odd number of dimensions.
+    config = AutoConfig.for_model(model_type, **({"head_dim": 128} if model_type == "glm4_moe" else {}))
+    config.architectures = [families_of_type(model_type)[0].architecture]
+    with caplog.at_level(logging.WARNING, logger="graphgen"):
+        spec_from_hf(config)
+    assert "does not know" not in caplog.text
+    (config if model_type not in tiny.TOWERS else config.text_config).new_trait = 0.5
+    with caplog.at_level(logging.WARNING, logger="graphgen"):
+        spec_from_hf(config)
+    assert "does not know in a" in caplog.text
+    assert "new_trait = 0.5" in caplog.text
 
 
 def test_end_of_sequence_ids_beyond_the_vocabulary_are_ignored(
