@@ -149,7 +149,7 @@ class Workers:
 
     def find_loss(self) -> Loss | None:
         """Whether a rank has ended that should not have, or does not come to serve."""
-        if self.state is State.ENDING:
+        if self.state is State.ENDING or self._has_only_stood_by:
             return None
         if (found := self.processes.find_exit()) is not None:
             return Loss(str(found).partition(";")[0], found.tail)
@@ -186,6 +186,11 @@ class Workers:
         self.processes.kill()
 
     @property
+    def _has_only_stood_by(self) -> bool:
+        """Whether the group stood by and has said nothing since its turn came: its end is no worker's yet."""
+        return self.state is State.STARTING and bool(self._silent) and self._first_word_by_s < math.inf
+
+    @property
     def look_s(self) -> float | None:
         """When to call `find_loss` and `advance` though nothing has arrived, as time.monotonic(); None: no need."""
         match self.state:
@@ -204,8 +209,8 @@ class Workers:
         """
         if self.state is State.SERVING:
             self._standby.tend(time.monotonic())
-        if self.state is State.STARTING and self._silent and time.monotonic() >= self._first_word_by_s:
-            logger.warning("the process that stood by says nothing since its turn came: another one is started")
+        if self._has_only_stood_by and (self.processes.find_exit() or time.monotonic() >= self._first_word_by_s):
+            logger.warning("the process that stood by did not say a word when its turn came: another one is started")
             self._end_group()
         if self.state is not State.ENDING:
             return False

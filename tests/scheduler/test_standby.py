@@ -144,6 +144,23 @@ def test_one_that_died_unseen_does_not_begin(group: Workers, machine: Machine) -
     assert (group.num_restarts, group.find_loss()) == (1, None)
 
 
+def test_one_that_dies_as_its_turn_comes_is_no_worker_s_death(group: Workers, machine: Machine) -> None:
+    """Whatever ended the worker may have ended it too, and is seen a moment later."""
+    for number in range(MAX_STARTS):
+        standby = stands_by(group, machine)
+        group.replace(LOSS, FIRST)
+        assert group.advance()
+        standby.exit = DIED
+        assert group.find_loss() is None
+        assert group.advance()
+        assert group.processes is not standby
+        assert (group.num_restarts, group.state) == (number + 1, State.STARTING)
+        group.processes.exit = DIED  # type: ignore[attr-defined]  # a fake
+        assert group.find_loss() is not None, "a new one that dies is a worker"
+        group.processes.exit = None  # type: ignore[attr-defined]
+        group.step_succeeded()
+
+
 def test_ones_that_die_at_once_are_started_ever_more_seldom(group: Workers, machine: Machine) -> None:
     stands_by(group, machine)
     for _ in range(720):
