@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "quick_gelu": 4, "relu": 5, "relu_squared": 6}
-"""Numbers of the keys of feed_forward.ACTIVATIONS in the kernel; a product without one has "none"."""
+"""Numbers of the keys of activations.ACTIVATIONS in the kernel; a product without one has "none"."""
 
 MOST_PAIRS_UNSORTED = 64
 """Pairs up to which each is a tile. Beyond, some of 128 experts are likely to have several rows."""
@@ -27,7 +27,6 @@ FEW_BLOCKS = (16, 32, 64)
 MANY_BLOCKS = (64, 64, 32)
 """The same where an expert has many rows on average."""
 
-
 PAIRS_BLOCK = 1024
 """Pairs that a program which sorts them reads at a time."""
 
@@ -35,10 +34,10 @@ PAIRS_BLOCK = 1024
 class Tiles(NamedTuple):
     """Pairs of a row and an expert, cut into tiles of `blocks[0]` places."""
 
-    experts: Tensor  # [tiles] of each tile, E for a tile of none
-    pairs: (
-        Tensor | None
-    )  # [tiles, places] numbers of pairs, P for an empty place; None: a tile's own number and no more
+    experts: Tensor
+    """[tiles] of each tile; E for a tile of none."""
+    pairs: Tensor | None
+    """[tiles, places] numbers of pairs, P for an empty place; None: each tile has the pair of its own number."""
     blocks: tuple[int, int, int]
 
 
