@@ -211,9 +211,10 @@ def test_a_start_that_fails_leaves_neither_children_nor_a_folder(
 
 def test_workers_are_those_whose_files_are_whole_in_a_folder_that_is_there() -> None:
     processes = EngineProcesses(modules=())
-    for name, text in (("worker-0", "123"), ("worker-1.partial", "124"), ("worker-2", ""), ("frontend", "125")):
+    files = {"worker-0": "123", "worker-1.partial": "124", "worker-2": "", "frontend": "125", "standby-0": "126"}
+    for name, text in files.items():
         (processes.folder / f"{name}.pid").write_text(text)
-    assert processes.pids == {"worker-0": 123}
+    assert processes.pids == {"worker-0": 123, "standby-0": 126}, "what stands by is ended with the workers"
     shutil.rmtree(processes.folder)  # as whoever ends last does
     assert processes.pids == {}
     processes.stop(grace_s=0.0)
