@@ -8,7 +8,9 @@ language and no model. Called by `graphgen.requests.tokenizer_files`.
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from graphgen.ipc.errors import CheckpointError
 from graphgen.models.gguf.header import read_header
@@ -68,14 +70,18 @@ def read_gguf_tokenizer(file: Path, template: ChatSource | str | None) -> Tokeni
     template that the file lacks.
     """
     metadata = read_header(file).metadata
+    _check_types(metadata, file)
     tokens, types = _vocabulary(metadata, file)
     kind = metadata.get("tokenizer.ggml.model")
-    if kind == "gpt2":
-        backend = _byte_level(metadata, tokens, file)
-    elif kind == "llama":
-        backend = _sentencepiece(metadata, tokens, file)
-    else:
+    makers = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if kind not in makers:
         raise CheckpointError(f"{file} has a tokenizer of the kind {kind!r}, supported are gpt2 and llama: {_REMEDY}")
+    try:
+        backend = makers[kind](metadata, tokens, file)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the package's own have no other type
+        raise CheckpointError(f"{file} has a tokenizer that cannot be built ({error}): {_REMEDY}") from error
     _add_tokens(backend, tokens, types)
     named = _named_tokens(metadata, tokens)
     _surround(backend, metadata, named, kind)
@@ -83,7 +89,30 @@ def read_gguf_tokenizer(file: Path, template: ChatSource | str | None) -> Tokeni
     return Tokenizer(backend, named, source)
 
 
+_TokenId = Annotated[int, msgspec.Meta(ge=0)]
+_TYPES: Mapping[str, Any] = {
+    "tokenizer.chat_template": str,
+    "tokenizer.ggml.tokens": list[str],
+    "tokenizer.ggml.merges": list[str],
+    "tokenizer.ggml.token_type": list[int],
+    "tokenizer.ggml.scores": list[float],
+    "tokenizer.ggml.pre": str,
+    "tokenizer.ggml.model": str,
+    **{f"tokenizer.ggml.{name}_token_id": _TokenId for name in _NAMED},
+    **{f"tokenizer.ggml.{name}": bool for name in ("add_bos_token", "add_eos_token", "add_space_prefix")},
+}
+"""Of what is read here; kinds of Python's type system, which share no type of their own."""
+
 _REMEDY = 'name another tokenizer with tokenizer=, or serve token ids alone with tokenizer="none"'
+
+
+def _check_types(metadata: Metadata, file: Path) -> None:
+    """Raises CheckpointError for an entry of the tokenizer that is not of its kind."""
+    for key, kind in _TYPES.items():
+        try:
+            msgspec.convert(metadata.get(key), kind | None)
+        except msgspec.ValidationError as error:
+            raise CheckpointError(f"{file} has a {key} that is not understood ({error}): {_REMEDY}") from error
 
 
 def _vocabulary(metadata: Metadata, file: Path) -> tuple[list[str], list[int]]:
@@ -141,7 +170,7 @@ def _sentencepiece(metadata: Metadata, tokens: Sequence[str], file: Path) -> Any
         models.BPE(
             {token: number for number, token in enumerate(tokens)},
             _merges(metadata, tokens, file),
-            unk_token=None if unknown is None else tokens[unknown],
+            unk_token=None if unknown is None or unknown >= len(tokens) else tokens[unknown],
             fuse_unk=True,
             byte_fallback=True,
         )

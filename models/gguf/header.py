@@ -10,10 +10,11 @@ graphgen.requests.tokenizer_gguf: each process reads the header once, which take
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import itertools
 import mmap
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,9 @@ class _Reader:
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"general.alignment is {alignment!r}")
         start = -(-self._at // alignment) * alignment
-        return GGUFHeader(metadata, {entry[0]: self._placed(start, *entry) for entry in entries})
+        tensors = [self._placed(start, *entry) for entry in entries]
+        _check_apart(tensors)
+        return GGUFHeader(metadata, {tensor.name: tensor for tensor in tensors})
 
     def _placed(self, start: int, name: str, shape: tuple[int, ...], number: int, offset: int) -> GGUFTensor:
         if number not in TENSOR_TYPES:
@@ -154,6 +157,8 @@ class _Reader:
         elements = 1
         for size in shape:
             elements *= size
+        if not elements:
+            raise ValueError(f"tensor {name!r} has the shape {list(shape)}, the least size is 1")
         if not shape or shape[-1] % block:
             raise ValueError(f"tensor {name!r} has the shape {list(shape)}, {kind} has rows of a multiple of {block}")
         begin = start + offset
@@ -223,6 +228,20 @@ class _Reader:
             raise ValueError(f"a text ends at byte {at}, the file has {len(data)}")
         self._at = at
         return texts
+
+
+def _check_apart(tensors: Sequence[GGUFTensor]) -> None:
+    """Raises ValueError where two tensors have one name or share bytes."""
+    names: set[str] = set()
+    for tensor in tensors:
+        if tensor.name in names:
+            raise ValueError(f"two tensors are called {tensor.name!r}")
+        names.add(tensor.name)
+    for one, next_one in itertools.pairwise(sorted(tensors, key=lambda tensor: tensor.begin)):
+        if next_one.begin < one.end:
+            raise ValueError(
+                f"tensor {next_one.name!r} begins at byte {next_one.begin}, tensor {one.name!r} ends at {one.end}"
+            )
 
 
 def _type_name(number: int) -> str:

@@ -1,6 +1,7 @@
 """GGUF files: they are the checkpoints that they were made from, and what cannot be read is refused by name."""
 
 import math
+import struct
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -247,6 +248,47 @@ def test_a_broken_file_is_refused_wherever_it_breaks(tmp_path: Path) -> None:
             read_header(file)
         except CheckpointError:
             continue
+
+
+def _header(*tensors: tuple[bytes, tuple[int, ...], int]) -> bytes:
+    """A file of float32 tensors: name, dimensions, offset. 1024 bytes of data."""
+    entries = b"".join(
+        struct.pack("<Q", len(name)) + name + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, offset)
+        for name, shape, offset in tensors
+    )
+    return b"GGUF" + struct.pack("<IQQ", 3, len(tensors), 0) + entries + bytes(1024)
+
+
+_ARRAY_OF_ARRAYS = struct.pack("<IQ", 9, 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (_header((b"a", (8,), 0), (b"a", (8,), 32)), "two tensors are called 'a'"),
+        (_header((b"a", (8, 4), 0), (b"b", (8,), 96)), "'b' begins at byte .*, tensor 'a' ends at"),
+        (_header((b"a", (8,), 2**40)), "ends at byte"),
+        (_header((b"a", (0, 8), 0)), "the least size is 1"),
+        (_header((b"a", (2**62, 2**62), 0)), "ends at byte"),
+        (_header((b"a\xff", (8,), 0)), "utf-8"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0), "things follow"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**60), "things follow"),
+        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**50), "things follow"),
+        (b"GGUF" + struct.pack("<IQQQcI", 3, 0, 1, 1, b"k", 9) + _ARRAY_OF_ARRAYS * 20_000, "recursion"),
+        (b"GGUF" + struct.pack("<IQQQcIIQ", 3, 0, 1, 1, b"k", 9, 12, 500) + bytes(800), "4000 bytes"),
+    ],
+)
+def test_a_hostile_header_is_refused_with_what_is_wrong(data: bytes, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "hostile.gguf"
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"{said}.*: download it again"):
+        read_header(file)
+
+
+def test_tensors_that_lie_apart_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "good.gguf"
+    file.write_bytes(_header((b"b", (8,), 128), (b"a", (8, 4), 0)))
+    assert {name: tensor.shape for name, tensor in read_header(file).tensors.items()} == {"a": (4, 8), "b": (8,)}
 
 
 def test_the_package_that_dequantises_is_asked_for_with_the_way_to_install_it(

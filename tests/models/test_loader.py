@@ -205,6 +205,33 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+EXPERT = "model.layers.0.mlp.experts.3.down_proj.weight"
+ROUTER = "model.layers.0.mlp.gate.weight"
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "change", "said"),
+    [
+        ("qwen3_moe", EXPERT, None, "is missing"),
+        ("qwen3_moe", EXPERT.replace(".3.", ".99."), torch.zeros(2, 2), "has no place"),
+        ("qwen3_moe", EXPERT, torch.zeros(3, 5), r"has shape \[3, 5\], the config asks for"),
+        ("qwen3_moe", ROUTER, None, "is missing"),
+        ("qwen3_moe", ROUTER, torch.zeros(3, 48), r"has shape \[3, 48\], the config asks for"),
+        ("phi3", "model.layers.0.self_attn.qkv_proj.weight", None, "is missing"),
+        ("phi3", "model.layers.0.self_attn.qkv_proj.weight", torch.zeros(9, 48), r"has shape \[9, 48\]"),
+        ("phi3", "model.layers.0.self_attn.qkv_proj.bias", torch.zeros(9), "has no place"),
+        ("phi3", "model.layers.0.mlp.gate_up_proj.weight", torch.zeros(48, 160), r"has shape \[48, 160\]"),
+    ],
+)
+def test_tensors_of_experts_and_fused_ones_are_named(
+    case: str, name: str, change: Tensor | None, said: str, tmp_path: Path
+) -> None:
+    tiny.save(case, tmp_path)
+    edit(tmp_path, lambda tensors: tensors.pop(name) if change is None else tensors.update({name: change}))
+    with pytest.raises(CheckpointError, match=f"{re.escape(repr(name))} .*{said}"):
+        load(tmp_path)
+
+
 def test_a_tensor_without_a_place_is_named(tmp_path: Path) -> None:
     tiny.save("llama", tmp_path)
     edit(tmp_path, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(48)}))

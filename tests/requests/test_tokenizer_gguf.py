@@ -206,3 +206,38 @@ def test_a_file_that_does_not_say_how_it_splits_text_costs_a_warning(
 ) -> None:
     load(write(tmp_path / "one.gguf", **byte_level_entries()))
     assert "tokenizer.ggml.pre" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("tokens", [1, 2]),
+        ("token_type", 7),
+        ("token_type", ["a"]),
+        ("merges", 7),
+        ("merges", [1]),
+        ("pre", ["a"]),
+        ("unknown_token_id", -1),
+        ("bos_token_id", "x"),
+        ("eos_token_id", 1.5),
+        ("add_bos_token", "yes"),
+        ("tokenizer__chat_template", 7),
+    ],
+)
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_an_entry_of_another_type_is_refused_by_name(kind: str, entry: str, value: Any, tmp_path: Path) -> None:
+    whole = {"model": kind, "tokens": ["a", "b", "ab"], "token_type": [1, 1, 1], "merges": ["a b"]}
+    name = entry.replace("tokenizer__", "tokenizer.") if "__" in entry else f"tokenizer.ggml.{entry}"
+    with pytest.raises(CheckpointError, match=f"has a {name} that is not understood"):
+        load(write(tmp_path / "one.gguf", **{**whole, entry: value}))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_merges_of_no_tokens_are_refused(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot be built .*`x` out of vocabulary"):
+        load(write(tmp_path / "one.gguf", model=kind, tokens=["a", "b", "ab"], merges=["x b"]))
+
+
+def test_an_unknown_token_beyond_the_vocabulary_is_none(tmp_path: Path) -> None:
+    entries: dict[str, Any] = {"model": "llama", "tokens": ["a", "b", "ab"], "merges": ["a b"], "unknown_token_id": 9}
+    assert load(write(tmp_path / "one.gguf", add_space_prefix=False, **entries)).encode("ab") == [2]
