@@ -62,7 +62,7 @@ class Limits(Struct, frozen=True):
 
 def shapes_of(spec: ModelSpec) -> list[Shape]:
     """The linear layers of the first decoder block, fused as graphgen runs them, and the LM head."""
-    hidden_size, attention, ff = spec.hidden_size, spec.layers[0].mixer, spec.layers[0].feed_forward
+    hidden_size, attention, ff = spec.hidden_size, spec.attention, spec.layers[0].feed_forward
     if isinstance(ff, Experts):  # benchmarks/experts.py times those
         raise ConfigError(f"{spec.architecture} is a mixture of experts: choose a dense model")
     return [

@@ -56,7 +56,8 @@ class Decoder(nn.Module):
         mixers = {layer.mixer.rope: layer.mixer for layer in reversed(spec.layers)}
         of_rope = [mixers.get(number, spec.layers[0].mixer) for number in range(len(spec.ropes))]
         self.ropes = [
-            Rope(rope, mixer.head_dim, device, mixer.width) for rope, mixer in zip(spec.ropes, of_rope, strict=True)
+            Rope(rope, head_dim, device, width)
+            for rope, (head_dim, width) in zip(spec.ropes, (mixer.rotated for mixer in of_rope), strict=True)
         ]
         self._has_experts = any(isinstance(layer.feed_forward, Experts) for layer in spec.layers)
         self._attend: Attend = DecoderLayer.attend

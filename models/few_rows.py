@@ -29,7 +29,7 @@ from graphgen.models.few_rows_kernels import (
 )
 from graphgen.models.few_rows_layers import ACTIVATIONS, K_BLOCK, LEAST_COLUMNS
 from graphgen.models.kv_cache import KVCache
-from graphgen.models.layers import DecoderLayer
+from graphgen.models.layers import Attention, DecoderLayer
 from graphgen.models.norms import RMSNorm
 
 MOST_ROWS = 64
@@ -224,7 +224,7 @@ def next_logits(
     norms = [_plain(norm) for norm in (*(layer.input_norm for layer in layers), ends.norm)]
     sums, normed = embed(token_ids, ends.embedding, norms[0])
     for number, layer in enumerate(layers):
-        attention, mlp, norm = layer.attention, _dense(layer.mlp), _plain(layer.ff_norm)
+        attention, mlp, norm = _grouped(layer.attention), _dense(layer.mlp), _plain(layer.ff_norm)
         qkv = normed_linear(normed, norms[number].eps, attention.qkv.weight, attention.qkv.bias, chained)
         num_heads, num_kv_heads = attention.num_heads, attention.num_kv_heads
         heads = qkv.view(-1, num_heads + 2 * num_kv_heads, attention.head_dim)
@@ -238,6 +238,11 @@ def next_logits(
         gated = gated_linear(normed, norm.eps, mlp.gate_up.weight, mlp.gate_up.bias, mlp.activation, chained)
         sums, normed = adding_linear(gated, mlp.down.weight, mlp.down.bias, sums, norms[number + 1], chained)
     return normed_linear(normed, norms[-1].eps, ends.head, None, chained)
+
+
+def _grouped(block: nn.Module) -> Attention:
+    assert isinstance(block, Attention), "few_rows_layers.py serves no other"
+    return block
 
 
 def _dense(feed_forward: nn.Module) -> MLP:

@@ -1,4 +1,4 @@
-"""The blocked KV cache: one K and one V tensor per layer of a page group, cut into pages.
+"""The blocked KV cache: one K and one V tensor per layer of a page group, or one that is both, cut into pages.
 
 Owns the memory and the place of the trash page. Never decides who gets a page: the scheduler owns pages, the
 attention backends write them. Called by the worker when it sizes memory and copies pages, and by the decoder for each
@@ -28,8 +28,9 @@ class KVCache:
     """`num_pages` pages to give out and, behind them, the trash page where padded rows write.
 
     `k_pages[layer]`, `v_pages[layer]`: [num_pages + 1, page_size, Hkv, D] of that layer, shared with the layers at the
-    same place of other page groups. Zero-filled: memory left over by others can hold NaN, and a kernel that reads a
-    whole page multiplies what lies past a sequence by a weight of zero."""
+    same place of other page groups; both are one tensor where values are parts of keys (latent attention). Zero-filled:
+    memory left over by others can hold NaN, and a kernel that reads a whole page multiplies what lies past a sequence
+    by a weight of zero."""
 
     def __init__(
         self,
@@ -49,14 +50,13 @@ class KVCache:
         self.groups = layout.groups
         """Of each layer: its page group, which says which block tables are its own."""
         mixers = dict(zip(layout.places, (layer.mixer for layer in spec.layers), strict=True))
-        shapes = [
-            (num_pages + 1, page_size, mixers[place].num_kv_heads, mixers[place].width)
+        kept = [
+            [_zeros((num_pages + 1, page_size, *shape), dtype, device) for shape in mixers[place].kept]
             for place in range(layout.num_tensors)
         ]
-        k_tensors, v_tensors = ([_zeros(shape, dtype, device) for shape in shapes] for _ in range(2))
-        self.k_pages = [k_tensors[place] for place in layout.places]
-        self.v_pages = [v_tensors[place] for place in layout.places]
-        self._tensors = [*k_tensors, *v_tensors]
+        self.k_pages = [kept[place][0] for place in layout.places]
+        self.v_pages = [kept[place][-1] for place in layout.places]
+        self._tensors = [*(tensors[0] for tensors in kept), *(tensors[1] for tensors in kept if len(tensors) > 1)]
         self._copy = (_copy_on_cuda if device.type == "cuda" else _copy_in_torch)(self._tensors)
 
     @property

@@ -18,9 +18,10 @@ from graphgen.models.attention.variant import FULL_ATTENTION, AttentionVariant, 
 from graphgen.models.experts.block import MixtureOfExperts
 from graphgen.models.families.family import TensorNames
 from graphgen.models.feed_forward import MLP, Linear
+from graphgen.models.latent import LatentAttention
 from graphgen.models.norms import AnyNorm, head_norm_targets, make_head_norm, make_norm, norm_targets
 from graphgen.models.rope import rotate
-from graphgen.models.spec import GQA, WHOLE, Dense, FeedForward, Layer, RopeSpec, Shard
+from graphgen.models.spec import GQA, WHOLE, Dense, FeedForward, Layer, Mixer, RopeSpec, Shard
 from graphgen.models.targets import (
     Target,
     Targets,
@@ -73,7 +74,7 @@ class Attention(nn.Module):
     def weights(self, prefix: str, names: TensorNames) -> Targets:
         """Every tensor of a checkpoint that it takes."""
         spec, dim = self.spec, self.spec.head_dim
-        turned, plain = rotated_order(spec, self.rope), plain_order(spec)
+        turned, plain = rotated_order(self.rope, *spec.rotated), plain_order(spec)
         q, k, v = qkv_starts(spec, names.qkv_order)
         own, own_kv = np.array(self.heads), np.array(self.kv_heads)
         rows = np.concatenate(
@@ -121,7 +122,7 @@ class DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.input_norm = make_norm(spec.input_norm, hidden_size, dtype)
-        self.attention = Attention(spec.mixer, ropes[spec.mixer.rope], hidden_size, dtype, shard)
+        self.attention = _make_mixer(spec.mixer, ropes[spec.mixer.rope], hidden_size, dtype, shard)
         self.mixer_output_norm = make_norm(spec.mixer_output_norm, hidden_size, dtype)
         self.ff_norm = make_norm(spec.ff_norm, hidden_size, dtype)
         self.mlp = _make_feed_forward(spec.feed_forward, hidden_size, dtype, shard)
@@ -175,6 +176,14 @@ class DecoderLayer(nn.Module):
         yield from norm_targets(prefix + names.ff_norm, self.ff_norm, spec.ff_norm)
         yield from norm_targets(prefix + names.ff_output_norm, self.ff_output_norm, spec.ff_output_norm)
         yield from norm_targets(prefix + names.output_norm, self.output_norm, spec.output_norm)
+
+
+def _make_mixer(
+    spec: Mixer, rope: RopeSpec, hidden_size: int, dtype: torch.dtype, shard: Shard
+) -> Attention | LatentAttention:
+    if isinstance(spec, GQA):
+        return Attention(spec, rope, hidden_size, dtype, shard)
+    return LatentAttention(spec, rope, hidden_size, dtype, shard)
 
 
 def _make_feed_forward(spec: FeedForward, hidden_size: int, dtype: torch.dtype, shard: Shard) -> MLP | MixtureOfExperts:

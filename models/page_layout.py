@@ -47,7 +47,7 @@ def page_layout(layers: Sequence[Layer], max_model_len: int) -> PageLayout:
     """The groups of a model whose requests have at most `max_model_len` positions: a window that reaches so far is
     none. Layers whose keys differ in shape keep all positions together."""
     windows = [_within(layer.mixer.window, max_model_len) for layer in layers]
-    shapes = {(layer.mixer.num_kv_heads, layer.mixer.width) for layer in layers}
+    shapes = {layer.mixer.kept for layer in layers}
     if len(shapes) > 1:
         return one_group(len(layers))
     kinds = sorted(set(windows), key=lambda window: (window is not None, -(window or 0)))

@@ -88,8 +88,9 @@ def read_rope(config: Config, rotary: Rotary, head_dim: int, where: str) -> Rope
         short_factors=_divisors(parameters, "short_factor", rotary_dim or head_dim, where),
         long_factors=_divisors(parameters, "long_factor", rotary_dim or head_dim, where),
         rotary_dim=rotary_dim,
-        interleaved=rotary.interleaved,
+        interleaved=filled(rotary.interleaved, config),
         temperature=None if beta is None else Temperature(float(beta), int(original_max_len)),
+        score_factor=_score_factor(parameters, factor) if rotary.scales_scores else 1.0,
     )
 
 
@@ -217,9 +218,6 @@ def _attention_factor(parameters: Mapping[str, Any], kind: RopeKind, factor: flo
     """yarn: 0.1 ln(s) + 1 (YaRN, arXiv 2309.00071, section 3.4), or the ratio of two such with the DeepSeek keys.
     longrope: sqrt(1 + ln(s) / ln(original length)) (arXiv 2402.13753, section 4.3)."""
 
-    def mscale(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
     if kind not in ("yarn", "longrope"):
         return 1.0
     if "attention_factor" in parameters:
@@ -227,5 +225,14 @@ def _attention_factor(parameters: Mapping[str, Any], kind: RopeKind, factor: flo
     if kind == "longrope":
         return math.sqrt(1 + math.log(factor) / math.log(original_max_len)) if factor > 1 else 1.0
     if parameters.get("mscale") and parameters.get("mscale_all_dim"):
-        return mscale(parameters["mscale"]) / mscale(parameters["mscale_all_dim"])
-    return mscale(1.0)
+        return _yarn_scale(factor, parameters["mscale"]) / _yarn_scale(factor, parameters["mscale_all_dim"])
+    return _yarn_scale(factor)
+
+
+def _score_factor(parameters: Mapping[str, Any], factor: float) -> float:
+    """Of DeepSeek's models: what would scale queries and keys scales the part of them that does not turn, too."""
+    return _yarn_scale(factor, parameters.get("mscale_all_dim") or 0.0) ** 2
+
+
+def _yarn_scale(factor: float, weight: float = 1.0) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0

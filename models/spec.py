@@ -120,6 +120,7 @@ class RopeSpec(Struct, frozen=True):
     rotary_dim: int | None = None  # the first dimensions of a head, which turn; None: all
     interleaved: bool = False  # a pair that turns together lies side by side in the checkpoint, not half a head apart
     temperature: Temperature | None = None  # of the queries that turn by this
+    score_factor: float = 1.0  # of the scores of attention that turns by this
 
     @property
     def depends_on_length(self) -> bool:
@@ -171,6 +172,16 @@ class GQA(Struct, frozen=True, tag="gqa", kw_only=True):
         return self.padded_head_dim or self.head_dim
 
     @property
+    def rotated(self) -> tuple[int, int]:
+        """Elements of a head among which some turn, and their width in memory."""
+        return self.head_dim, self.width
+
+    @property
+    def kept(self) -> tuple[tuple[int, int], ...]:
+        """(heads, width) of each tensor of a position's values in the pages."""
+        return ((self.num_kv_heads, self.width),) * 2
+
+    @property
     def score_scale(self) -> float:
         """Of the scores."""
         return self.head_dim**-0.5 if self.scale is None else self.scale
@@ -215,6 +226,70 @@ class GQA(Struct, frozen=True, tag="gqa", kw_only=True):
         if fitting == self.head_dim or has_mean:
             return self
         return msgspec.structs.replace(self, padded_head_dim=fitting)
+
+
+class Latent(Struct, frozen=True, tag="latent", kw_only=True):
+    """Multi-head latent attention (arXiv 2405.04434, section 2.1). A position keeps one latent vector, from which each
+    head has a key and a value of its own, and one key that turns and that all heads share.
+
+        c = norm(latent part of kv_down(x));   k_r = rotated(the rest of kv_down(x))
+        q = q_up(q_norm(q_down(x))), without a q_rank q_up(x);   of each head plain_dim that stay and rope_dim that turn
+        score = scale * (q_plain . (up_k c) + q_rotated . k_r);   value = up_v c
+
+    It is computed absorbed (section 2.1.3 there): q_plain up_k meets c itself, and up_v stands behind the sum of
+    weighted c. So it is multi-query attention whose one key is [c, k_r] and whose value is c.
+    """
+
+    num_heads: Size
+    latent_size: Size
+    plain_dim: Size
+    rope_dim: Size
+    value_dim: Size
+    q_rank: Size | None = None
+    bias: bool = False  # of q_down, kv_down and the output
+    norm: Norm = Norm()  # of both latents
+    rope: int = 0  # which of ModelSpec.ropes
+    window: None = None
+
+    @property
+    def query_dim(self) -> int:
+        """Of a head of the queries."""
+        return self.plain_dim + self.rope_dim
+
+    @property
+    def score_scale(self) -> float:
+        """Of the scores, but for the rope's score_factor."""
+        return float(self.query_dim**-0.5)
+
+    @property
+    def row_size(self) -> int:
+        """Values that a position keeps."""
+        return self.latent_size + self.rope_dim
+
+    @property
+    def rotated(self) -> tuple[int, int]:
+        """See GQA."""
+        return self.rope_dim, self.rope_dim
+
+    @property
+    def kept(self) -> tuple[tuple[int, int], ...]:
+        """See GQA."""
+        return ((1, self.row_size),)
+
+    def keeps(self, dtype: str) -> Pages:
+        """One row for all heads."""
+        return Pages(0, self.row_size * dtype_bytes(dtype))
+
+    def num_parameters(self, hidden_size: int) -> int:
+        q_in, rank = self.q_rank or hidden_size, self.q_rank or 0
+        count = hidden_size * (rank + self.row_size) + self.bias * (rank + self.row_size + hidden_size)
+        count += self.norm.num_parameters(self.latent_size) + self.norm.num_parameters(rank)
+        of_head = q_in * self.query_dim + self.latent_size * (self.plain_dim + self.value_dim)
+        return count + self.num_heads * (of_head + self.value_dim * hidden_size)
+
+    def padded(self) -> "Latent":
+        """The same: no kernel for CUDA asks for another width."""
+        return self
 
 
 ACTIVATION_WEIGHTS: Mapping[str, tuple[str, ...]] = {"xielu": ("alpha_p", "alpha_n")}
@@ -279,7 +354,7 @@ class Experts(Struct, frozen=True, tag="experts", kw_only=True):
         return count + shared + self.shared_gate * hidden_size
 
 
-Mixer = GQA
+Mixer = GQA | Latent
 """What makes a row see others. One Struct with a tag of its own for each kind."""
 
 FeedForward = Dense | Experts
@@ -370,8 +445,13 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     @property
     def attention(self) -> GQA:
         """Of every layer, but for what an attention kernel takes as an argument. Raises UnsupportedModelError where
-        layers have heads of unequal number or size."""
-        mixers = [layer.mixer for layer in self.layers]
+        layers have heads of unequal number or size, or latent attention."""
+        mixers = [layer.mixer for layer in self.layers if isinstance(layer.mixer, GQA)]
+        if len(mixers) < self.num_layers:
+            raise UnsupportedModelError(
+                f"this {self.architecture} has latent attention, which graphgen has no FlashInfer kernel for yet: use"
+                " attention='torch'"
+            )
         shapes = {(mixer.num_heads, mixer.num_kv_heads, mixer.width) for mixer in mixers}
         if len(shapes) > 1:
             raise UnsupportedModelError(

@@ -174,16 +174,16 @@ def _taken(stored: Tensor, order: Order, dim: int) -> Tensor:
 # --- heads -----------------------------------------------------------------------------------------------------
 
 
-def rotated_order(attention: GQA, rope: RopeSpec) -> Order:
+def rotated_order(rope: RopeSpec, head_dim: int, width: int) -> Order:
     """Of the elements of a query's or key's head in memory.
 
     The kernels turn element i with i + width / 2. So the first half has the first of each pair that turns and then half
     of what does not turn, the second half their partners and the other half.
     """
-    turning = 0 if rope.kind == "none" else rope.rotary_dim or attention.head_dim
+    turning = 0 if rope.kind == "none" else rope.rotary_dim or head_dim
     pairs = np.arange(turning).reshape((-1, 2) if rope.interleaved else (2, -1))
     firsts, seconds = pairs.T if rope.interleaved else pairs
-    rest, half = np.arange(turning, attention.head_dim), attention.width // 2
+    rest, half = np.arange(turning, head_dim), width // 2
     room = half - len(firsts)
     order = np.full((2, half), EMPTY)
     for row, part in enumerate((np.append(firsts, rest[:room]), np.append(seconds, rest[room:]))):

@@ -59,7 +59,9 @@ def _scores(spec: ModelSpec) -> Scores:
     """What FlashInfer has for the layers. Raises UnsupportedModelError where it has nothing, or layers differ."""
     found = {
         Scores.of(Scoring(Numbers.unpacked(variant.numbers), variant.sinks, variant.alibi_slopes))
-        for variant in map(_variant, dict.fromkeys(layer.mixer for layer in spec.layers))
+        for variant in map(
+            _variant, dict.fromkeys(layer.mixer for layer in spec.layers if isinstance(layer.mixer, GQA))
+        )
     }
     if len(found) > 1:
         raise UnsupportedModelError(f"layers with {' and '.join(found)} in one model: use attention='torch'")

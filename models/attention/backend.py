@@ -46,6 +46,17 @@ class StepAttention(Protocol):
         """
         ...
 
+    def attend_latent(
+        self, q: Tensor, row: Tensor, pages: Tensor, value_size: int, variant: AttentionVariant
+    ) -> Tensor:
+        """Attention of every row over its own positions, whose one key is what they keep, and whose value its
+        beginning: [T, Hq, value_size]; padded prefill rows are zero.
+
+        q: [T, Hq, D], rotated. row: [T, D], rotated, which is written to the pages first. pages: [pages, page_size, 1,
+        D]. variant: the layer's, whose numbers alone count.
+        """
+        ...
+
 
 class AttentionBackend(Protocol):
     """The kernels of both regions of a step's rows."""

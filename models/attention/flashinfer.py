@@ -175,6 +175,12 @@ class FlashInferStep(NamedTuple):
         result: Tensor = _operator(q, k, v, cos, sin, k_pages, v_pages, *self.tables, *planned, *variant, temperatures)
         return result
 
+    def attend_latent(
+        self, q: Tensor, row: Tensor, pages: Tensor, value_size: int, variant: AttentionVariant
+    ) -> Tensor:
+        """See StepAttention. ModelSpec.attention has refused such a model."""
+        raise NotImplementedError
+
 
 def _paged_attention(
     q: Tensor,

@@ -1,14 +1,14 @@
 """The `torch` attention backend: paged attention in plain PyTorch, for any device, and what other backends
 are held to.
 
-Owns the operator `graphgen::paged_attention_torch` and the backend around it. Never allocates KV pages. The decoder's
-layers call it through TorchStep, inside or outside a compiled graph.
+Owns the operators `paged_attention_torch` and `latent_attention_torch` and the backend around them. Never allocates
+KV pages. The decoder's layers call it through TorchStep, inside or outside a compiled graph.
 
 On the CPU it reads the step's lengths and does only the live work. On a device with graphs it neither waits
 for the device nor depends on the lengths for a shape, so a graph can capture it; then it computes every
 padded position too.
 
-The operator writes k and v into the pages but its schema does not say so. A declared mutation hands the pages
+The operators write into the pages but their schemas do not say so. A declared mutation hands the pages
 to the compiler's functionalisation, which copies what is mutated wherever it cannot prove the original dead,
 and here that is the KV cache. Leaving it out is safe because nothing else in a layer's graph reads or writes
 the pages, and the result, which is used, keeps the call alive and in order.
@@ -16,7 +16,7 @@ the pages, and the result, which is used, keeps the call alive and in order.
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,11 @@ _SCHEMA = (
     "paged_attention_torch(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor k_pages, Tensor v_pages,"
     " Tensor kv_locations, Tensor chunk_starts, Tensor chunk_kv_lens, Tensor chunk_pages, Tensor decode_kv_lens,"
     " Tensor decode_pages, Tensor numbers, Tensor? sinks, Tensor? alibi_slopes, Tensor? temperatures) -> Tensor"
+)
+_LATENT_SCHEMA = (
+    "latent_attention_torch(Tensor q, Tensor row, Tensor pages, Tensor kv_locations, Tensor chunk_starts,"
+    " Tensor chunk_kv_lens, Tensor chunk_pages, Tensor decode_kv_lens, Tensor decode_pages, Tensor numbers,"
+    " int value_size) -> Tensor"
 )
 _BATCH_POSITIONS = 2048
 """Positions whose K and V the CPU gathers at once: small enough for the cache and for memory the process has."""
@@ -66,6 +71,27 @@ def paged_attention(
     scoring = Scoring(Numbers.unpacked(numbers), sinks, alibi_slopes)
     run = _live_rows if q.device.type == "cpu" else all_rows
     return run(q, k_pages, v_pages, tables, scoring)
+
+
+def latent_attention(
+    q: Tensor,
+    row: Tensor,
+    pages: Tensor,
+    kv_locations: Tensor,
+    chunk_starts: Tensor,
+    chunk_kv_lens: Tensor,
+    chunk_pages: Tensor,
+    decode_kv_lens: Tensor,
+    decode_pages: Tensor,
+    numbers: Tensor,
+    value_size: int,
+) -> Tensor:
+    """See StepAttention.attend_latent and RowTables. It is attention whose values are its keys, of which the end is
+    dropped: kernels for equal sizes serve it."""
+    pages.flatten(0, 1).index_copy_(0, kv_locations, row[:, None].to(pages.dtype))
+    tables = RowTables(kv_locations, chunk_starts, chunk_kv_lens, chunk_pages, decode_kv_lens, decode_pages)
+    run = _live_rows if q.device.type == "cpu" else all_rows
+    return run(q, pages, pages, tables, Scoring(Numbers.unpacked(numbers)))[..., :value_size].contiguous()
 
 
 def write_kv(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, kv_locations: Tensor) -> None:
@@ -235,13 +261,22 @@ def _result_like(q: Tensor, *_arguments: object) -> Tensor:
     return q.new_empty(q.shape)
 
 
+def _first_values(q: Tensor, *arguments: Any) -> Tensor:
+    """The same of latent attention; its last argument is their number."""
+    return q.new_empty((*q.shape[:2], arguments[-1]))
+
+
 # A Library ends with its last reference. define + impl cost a third of torch.library.custom_op at every call.
 _library = torch.library.Library("graphgen", "FRAGMENT")
 _library.define(_SCHEMA)
+_library.define(_LATENT_SCHEMA)
 for _device in ("CPU", "CUDA"):
     _library.impl("paged_attention_torch", paged_attention, _device)
+    _library.impl("latent_attention_torch", latent_attention, _device)
 torch.library.register_fake("graphgen::paged_attention_torch", _result_like, lib=_library)
+torch.library.register_fake("graphgen::latent_attention_torch", _first_values, lib=_library)
 _operator = torch.ops.graphgen.paged_attention_torch.default
+_latent_operator = torch.ops.graphgen.latent_attention_torch.default
 
 
 # --- the backend ---
@@ -266,6 +301,13 @@ class TorchStep(NamedTuple):
     ) -> Tensor:
         """See StepAttention."""
         result: Tensor = _operator(q, k, v, cos, sin, k_pages, v_pages, *self.tables, *variant, temperatures)
+        return result
+
+    def attend_latent(
+        self, q: Tensor, row: Tensor, pages: Tensor, value_size: int, variant: AttentionVariant
+    ) -> Tensor:
+        """See StepAttention."""
+        result: Tensor = _latent_operator(q, row, pages, *self.tables, variant.numbers, value_size)
         return result
 
 

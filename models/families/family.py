@@ -38,6 +38,18 @@ class ExpertNames(Struct, frozen=True):
     alternating: bool = False  # rows of gate and up alternate
 
 
+class LatentNames(Struct, frozen=True):
+    """The same of latent attention, without ".weight" or ".bias"."""
+
+    q: str = "self_attn.q_proj"  # where there is no q_down
+    q_down: str = "self_attn.q_a_proj"
+    q_norm: str = "self_attn.q_a_layernorm"
+    q_up: str = "self_attn.q_b_proj"
+    kv_down: str = "self_attn.kv_a_proj_with_mqa"
+    kv_norm: str = "self_attn.kv_a_layernorm"
+    kv_up: str = "self_attn.kv_b_proj"  # rows of each head in turn: of its key, of its value
+
+
 class TensorNames(Struct, frozen=True):
     """Where a family's checkpoints keep their tensors, and how those lie. `{layer}` is the layer's number."""
 
@@ -65,6 +77,7 @@ class TensorNames(Struct, frozen=True):
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")  # or one tensor of both; of a plain one its only
     down: str = "mlp.down_proj"
     activation: str = "mlp.act_fn"
+    latent: LatentNames = LatentNames()
     experts: ExpertNames = ExpertNames()
     # How they lie.
     qkv_order: Literal["blocks", "groups", "mesh"] = "blocks"
@@ -76,7 +89,7 @@ class TensorNames(Struct, frozen=True):
 class Rotary(Struct, frozen=True, kw_only=True):
     """Where a family's configs say how positions rotate, and what they mean where they do not say it."""
 
-    interleaved: bool = False
+    interleaved: Any = False  # or a word
     partial: bool = False  # a share of each head may turn
     default_theta: float = 10_000.0
     default_share: Any = 1.0  # a number or a word
@@ -87,6 +100,7 @@ class Rotary(Struct, frozen=True, kw_only=True):
     mscales: bool = False  # of longrope: the keys short_mscale and long_mscale say what scales cos and sin
     beta: str | None = None  # key in the dictionary of the queries' Temperature, whose length is the original one
     alpha: bool = False  # `alpha` of the kind "dynamic" stretches the base once for all lengths
+    scales_scores: bool = False  # `mscale_all_dim` of yarn scales scores: RopeSpec.score_factor
     scaled: bool = True  # False: rope_scaling is of the other layers
     kinds: Mapping[str, str] = MappingProxyType({})  # names of kinds that mean another here
 

@@ -24,7 +24,7 @@ from graphgen.models.families.table import FAMILIES, families_of_type
 from graphgen.models.families.words import FULL, SLIDING, Config, Kinds, filled, value_at
 from graphgen.models.foreign_keys import check_unread_keys
 from graphgen.models.rope_config import read_rope
-from graphgen.models.spec import DTYPE_BYTES, GQA, NO_ROPE, Experts, Head, Layer, ModelSpec, RopeSpec
+from graphgen.models.spec import DTYPE_BYTES, GQA, NO_ROPE, Experts, Head, Latent, Layer, Mixer, ModelSpec, RopeSpec
 
 logger = logging.getLogger("graphgen.models")
 
@@ -139,7 +139,7 @@ def spec_from_hf(
         needs_bos=family.needs_bos,
         initializer_std=float(filled(family.initializer_std, view)),
     )
-    check_unread_keys(config, family, view.read, any(layer.mixer.qk_norm is not None for layer in layers), where)
+    check_unread_keys(config, family, view.read, any(map(_norms_heads, layers)), where)
     return spec
 
 
@@ -258,7 +258,15 @@ def _kinds(kinds_of: Kinds, known: Mapping[str, Any], num_layers: int, config: C
     return kinds
 
 
-def _check_heads(mixer: GQA, architecture: str) -> None:
+def _check_heads(mixer: Mixer, architecture: str) -> None:
+    if isinstance(mixer, Latent):
+        widths = mixer.latent_size, mixer.plain_dim, mixer.rope_dim, mixer.value_dim
+        if min(mixer.num_heads, *widths) < 1 or mixer.rope_dim % 2:
+            raise UnsupportedModelError(
+                f"{architecture} has {mixer.num_heads} heads and kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim and"
+                f" v_head_dim {widths}: graphgen needs all above 0 and an even qk_rope_head_dim"
+            )
+        return
     sizes = mixer.num_heads, mixer.num_kv_heads, mixer.head_dim
     if min(sizes) < 1 or mixer.num_heads % mixer.num_kv_heads or mixer.head_dim % 2:
         raise UnsupportedModelError(
@@ -287,13 +295,18 @@ def _check_experts(experts: Experts, architecture: str) -> None:
 
 def _ropes(config: Config, family: Family, layers: Sequence[Layer]) -> tuple[RopeSpec, ...]:
     """Those that no layer has stay in their place, so that GQA.rope counts right."""
-    head_dims = {layer.mixer.rope: layer.mixer.head_dim for layer in layers}
+    head_dims = {layer.mixer.rope: layer.mixer.rotated[0] for layer in layers}
     return tuple(
         read_rope(config, rotary, head_dims[number], family.architecture)
         if isinstance(rotary, Rotary) and number in head_dims
         else filled(NO_ROPE if isinstance(rotary, Rotary) else rotary, config)
         for number, rotary in enumerate(family.rotaries)
     )
+
+
+def _norms_heads(layer: Layer) -> bool:
+    """Whether a key that says so is told the truth."""
+    return isinstance(layer.mixer, GQA) and layer.mixer.qk_norm is not None
 
 
 def _head(head: Head, family: Family, stored: Mapping[str, StoredTensor], where: str) -> Head:

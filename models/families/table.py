@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from graphgen.models.families import (
     bloom,
+    deepseek,
     falcon,
     gemma,
     glm,
@@ -28,7 +29,7 @@ from graphgen.models.families.family import Family
 
 _MODULES = (
     *(llama, qwen, phi3, gemma, kin, norms_of_heads, olmo, glm, layer_norm, neox, falcon, gpt2, opt, bloom),
-    *(mixtral, qwen_moe, granite_moe, gpt_oss, llama4, towers),
+    *(mixtral, qwen_moe, granite_moe, gpt_oss, llama4, deepseek, towers),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for module in _MODULES for family in module.FAMILIES}
 """In the order of docs/models.md."""

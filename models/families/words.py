@@ -284,13 +284,17 @@ def repeated(name: str, otherwise: Sequence[Any]) -> Kinds:
     return kinds
 
 
-def from_layer(first: str, kind: str, others: str, switch: str | None = None) -> Kinds:
-    """Layers from the number that the key `first` has are of `kind`; none where the key `switch` is off."""
+def from_layer(first: str | int, kind: str, others: str, switch: str | None = None) -> Kinds:
+    """Layers from number `first`, or the number that the key of that name has, are of `kind`; none where the key
+    `switch` is off."""
 
     def kinds(config: Config, num_layers: int) -> list[str]:
-        config.get(first)  # is read, though it may not count
-        begin = num_layers if switch is not None and not config.get(switch) else config.need(first)
-        return [kind if number >= begin else others for number in range(num_layers)]
+        count = config.get(first) if isinstance(first, str) else first  # is read, though it may not count
+        if switch is not None and not config.get(switch):
+            count = num_layers
+        elif isinstance(first, str):
+            count = config.need(first)
+        return [kind if number >= count else others for number in range(num_layers)]
 
     return kinds
 

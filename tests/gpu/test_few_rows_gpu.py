@@ -151,7 +151,7 @@ def test_all_layers_give_the_logits_of_the_plain_ones(num_rows: int, qk_norm: bo
     assert head is not None
     ends = few_rows.Ends(decoder.embedding.weight, decoder.final_norm, head.weight)
     for chained in (False, True):
-        steps = [StepTensors(cos, sin, attention)]
+        steps = [StepTensors(cos, sin, attention)]  # type: ignore[arg-type]  # without latents
         got = few_rows.next_logits(ends, layers, token_ids, cache, steps, chained=chained)
         assert relative_error(got, want) < 0.03  # four layers of bfloat16
 

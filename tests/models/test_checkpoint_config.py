@@ -56,6 +56,7 @@ LEAST: dict[str, dict[str, Any]] = {
     model_type: {
         "model_type": model_type,
         **({"text_config": {"model_type": TEXT_TYPES[model_type]}} if model_type in tiny.TOWERS else {}),
+        **({"num_experts_per_tok": 6} if model_type == "deepseek_v2" else {}),  # which has no default
     }
     for model_type in ARCHITECTURES
 }

@@ -32,7 +32,12 @@ def test_sizes_equal_those_of_the_reference(case: str) -> None:
     spec = tiny.spec_of(model)
     assert spec.num_parameters == tiny.num_parameters(model)
     assert spec.weight_bytes("bfloat16") == 2 * spec.num_parameters
-    assert spec.kv_bytes_per_token("float32") == 4 * 2 * spec.num_layers * spec.attention.kv_size
+    text = model.config.get_text_config()
+    if (rank := getattr(text, "kv_lora_rank", None)) is not None:
+        of_layer = rank + text.qk_rope_head_dim
+    else:
+        of_layer = 2 * spec.attention.kv_size
+    assert spec.kv_bytes_per_token("float32") == 4 * spec.num_layers * of_layer
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(spec), type=ModelSpec) == spec
 
 
@@ -184,8 +189,9 @@ def test_every_key_of_a_class_is_read_or_known_to_change_nothing(
     model_type: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """So that a trait that transformers' class learns cannot slip in unseen."""
-    # GLM-4.5's defaults rotate an odd number of dimensions.
-    config = AutoConfig.for_model(model_type, **({"head_dim": 128} if model_type == "glm4_moe" else {}))
+    # GLM-4.5's defaults rotate an odd number of dimensions, DeepSeek V2's choose no number of experts.
+    needed = {"glm4_moe": {"head_dim": 128}, "deepseek_v2": {"num_experts_per_tok": 6}}
+    config = AutoConfig.for_model(model_type, **needed.get(model_type, {}))
     config.architectures = [families_of_type(model_type)[0].architecture]
     with caplog.at_level(logging.WARNING, logger="graphgen"):
         spec_from_hf(config)

@@ -12,9 +12,10 @@ from graphgen.models.attention.backend import StepTensors
 from graphgen.models.experts.block import MixtureOfExperts
 from graphgen.models.families.family import ExpertNames, TensorNames
 from graphgen.models.feed_forward import MLP
+from graphgen.models.latent import LatentAttention
 from graphgen.models.layers import Attention
 from graphgen.models.rope import Rope, rotate
-from graphgen.models.spec import GQA, WHOLE, Dense, Experts, Norm, QKNorm, RopeSpec, Router, Shard
+from graphgen.models.spec import GQA, WHOLE, Dense, Experts, Latent, Norm, QKNorm, RopeSpec, Router, Shard
 from graphgen.models.targets import Targets
 
 HIDDEN, ROWS = 24, 5
@@ -33,6 +34,9 @@ class RotatedPlusValues(NamedTuple):
         group, sinks = q.shape[1] // k.shape[1], rest[2].sinks
         passed = rotate(q, cos, sin) * (rotate(k, cos, sin) + v).repeat_interleave(group, dim=1)
         return passed if sinks is None else passed * sinks[:, None]
+
+    def attend_latent(self, q: Tensor, row: Tensor, pages: Tensor, value_size: int, variant: Any) -> Tensor:
+        return (q * row[:, None])[..., :value_size] + q[..., value_size:].sum(-1, keepdim=True)
 
 
 def fill(block: nn.Module, targets: Targets, stored: dict[str, Tensor]) -> None:
@@ -88,6 +92,32 @@ def test_the_parts_of_attention_add_up(case: str, rope: str) -> None:
     stored: dict[str, Tensor] = {}
     whole = attended(spec, names, ROPES[rope], WHOLE, stored)
     parts = [attended(spec, names, ROPES[rope], Shard(rank, 2), stored) for rank in range(2)]
+    assert not torch.allclose(parts[0], parts[1])
+    torch.testing.assert_close(parts[0] + parts[1], whole, rtol=1e-4, atol=1e-4)
+
+
+LATENT = Latent(num_heads=4, latent_size=10, plain_dim=5, rope_dim=6, value_dim=7, bias=True)
+
+
+def latently_attended(spec: Latent, rope: RopeSpec, shard: Shard, stored: dict[str, Tensor]) -> Tensor:
+    attention = LatentAttention(spec, rope, HIDDEN, torch.float32, shard)
+    fill(attention, attention.weights("layer.", TensorNames()), stored)
+    cos, sin = Rope(rope, spec.rope_dim, CPU)(torch.arange(ROWS), torch.arange(ROWS) + 1, torch.float32)
+    nothing = torch.empty(0)
+    step = StepTensors(cos, sin, RotatedPlusValues())  # type: ignore[arg-type]  # reads no tables
+    x = torch.linspace(-1, 1, ROWS * HIDDEN).view(ROWS, HIDDEN)
+    result: Tensor = attention.o(attention(x, nothing, nothing, step))
+    return result
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("q_rank", [None, 8])
+def test_the_parts_of_latent_attention_add_up(q_rank: int | None, interleaved: bool) -> None:
+    torch.manual_seed(0)
+    spec, rope = replace(LATENT, q_rank=q_rank), RopeSpec(interleaved=interleaved)
+    stored: dict[str, Tensor] = {}
+    whole = latently_attended(spec, rope, WHOLE, stored)
+    parts = [latently_attended(spec, rope, Shard(rank, 2), stored) for rank in range(2)]
     assert not torch.allclose(parts[0], parts[1])
     torch.testing.assert_close(parts[0] + parts[1], whole, rtol=1e-4, atol=1e-4)
 

@@ -60,6 +60,16 @@ def rope(kind: str, theta: float = 10_000.0) -> dict[str, Any]:
     return {"rope_theta": theta, **ROPE_KINDS[kind]}
 
 
+_LATENT = {
+    **{"num_key_value_heads": 6, "q_lora_rank": 20, "kv_lora_rank": 22, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6},
+    **{"v_head_dim": 14, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
+    **{"n_shared_experts": 2, "first_k_dense_replace": 1, "num_hidden_layers": 2},
+}
+_YARN_OF_SCORES = {
+    **{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    **{"mscale": 0.7, "mscale_all_dim": 0.7},
+}
+
 CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_tied_one_kv_head": (
@@ -362,6 +372,38 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
                 "llama_4_scaling_beta": 0.6,
             },
         },
+    ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {**_LATENT, "q_lora_rank": None, "rope_scaling": _YARN_OF_SCORES, "attention_bias": True, "mlp_bias": True},
+    ),
+    "deepseek_v2_groups": (
+        "deepseek_v2",
+        {
+            **_LATENT,
+            **{"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.3},
+            "rope_scaling": {**_YARN_OF_SCORES, "mscale": 0.5},
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **_LATENT,
+            **{"n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.7, "attention_bias": True},
+            "rope_scaling": {**_YARN_OF_SCORES, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+    "moonlight": (
+        "deepseek_v3",
+        {
+            **_LATENT,
+            **{"q_lora_rank": None, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 2},
+            **{"norm_topk_prob": False, "rope_interleave": False, "num_hidden_layers": 3},
+        },
+    ),
+    "glm4_moe_lite": (
+        "glm4_moe_lite",
+        {**_LATENT, "n_group": 4, "topk_group": 2, "rms_norm_eps": 1e-3, "rope_parameters": {"rope_theta": 500.0}},
     ),
     "exaone4_full": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
 }

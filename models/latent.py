@@ -1,0 +1,98 @@
+"""Multi-head latent attention, absorbed: what a position keeps is one row for all heads.
+
+Owns its arithmetic and which tensors of a checkpoint it takes; spec.Latent has the formula. Built and called by the
+decoder layer like Attention of layers.py.
+
+Shapes: `T` token rows, `H` heads, `N` plain, `R` turning and `V` value elements of a head, `L` of a latent.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from graphgen.models.attention.backend import StepTensors
+from graphgen.models.attention.variant import AttentionVariant, Numbers
+from graphgen.models.families.family import TensorNames
+from graphgen.models.feed_forward import Linear
+from graphgen.models.norms import make_norm, norm_targets
+from graphgen.models.rope import rotate
+from graphgen.models.spec import Latent, RopeSpec, Shard
+from graphgen.models.targets import (
+    Order,
+    Piece,
+    Target,
+    Targets,
+    arranged,
+    heads_order,
+    linear_targets,
+    rotated_order,
+    row_parallel_targets,
+)
+
+
+class LatentAttention(nn.Module):
+    """A rank of several holds some of the heads and all that makes the latents, and the ranks' results are added up.
+    Each keeps the latents of all positions."""
+
+    def __init__(self, spec: Latent, rope: RopeSpec, hidden_size: int, dtype: torch.dtype, shard: Shard) -> None:
+        super().__init__()
+        self.heads = shard.part(spec.num_heads, "attention heads")
+        num_heads = len(self.heads)
+        self.variant = AttentionVariant(Numbers(spec.score_scale * rope.score_factor).packed())
+        self.q_down = None if spec.q_rank is None else Linear(hidden_size, spec.q_rank, spec.bias, dtype)
+        self.q_norm = None if spec.q_rank is None else make_norm(spec.norm, spec.q_rank, dtype)
+        self.q_up = Linear(spec.q_rank or hidden_size, num_heads * spec.query_dim, False, dtype)
+        self.kv_down = Linear(hidden_size, spec.row_size, spec.bias, dtype)
+        self.kv_norm = make_norm(spec.norm, spec.latent_size, dtype)
+        up = torch.empty(num_heads, spec.plain_dim + spec.value_dim, spec.latent_size, dtype=dtype)
+        self.kv_up = nn.Parameter(up, requires_grad=False)
+        self.o = Linear(num_heads * spec.value_dim, hidden_size, spec.bias and shard.rank == 0, dtype)
+        self.spec, self.rope = spec, rope
+
+    def forward(self, x: Tensor, k_pages: Tensor, v_pages: Tensor, step: StepTensors) -> Tensor:
+        """What each head of each row gathered, [T, H * V]: the input of the output projection `o`. k_pages: of both
+        keys and values."""
+        spec = self.spec
+        up_k, up_v = self.kv_up.split((spec.plain_dim, spec.value_dim), dim=1)
+        plain, turning = self._queries(x).split((spec.plain_dim, spec.rope_dim), dim=-1)
+        q = torch.cat((torch.einsum("thn,hnl->thl", plain, up_k), rotate(turning, step.cos, step.sin)), dim=-1)
+        latent, shared = self.kv_down(x).split((spec.latent_size, spec.rope_dim), dim=-1)
+        latent = latent if self.kv_norm is None else self.kv_norm(latent)
+        row = torch.cat((latent, rotate(shared[:, None], step.cos, step.sin)[:, 0]), dim=-1)
+        gathered = step.attention.attend_latent(q, row, k_pages, spec.latent_size, self.variant)
+        return torch.einsum("thl,hvl->thv", gathered, up_v).flatten(1)
+
+    def _queries(self, x: Tensor) -> Tensor:
+        """[T, H, N + R], before their rotation."""
+        if self.q_down is not None and self.q_norm is not None:
+            x = self.q_norm(self.q_down(x))
+        queries: Tensor = self.q_up(x)
+        return queries.view(-1, len(self.heads), self.spec.query_dim)
+
+    def weights(self, prefix: str, names: TensorNames) -> Targets:
+        """Every tensor of a checkpoint that it takes."""
+        spec, own, heads = self.spec, names.latent, np.array(self.heads)
+        if self.q_down is not None:
+            whole = np.arange(self.q_down.out_features)
+            yield from linear_targets(self.q_down, [Piece(prefix + own.q_down, 0, len(whole), whole)])
+        yield from norm_targets(prefix + own.q_norm, self.q_norm, spec.norm)
+        rows = heads_order(heads * spec.query_dim, self._turned(spec.plain_dim))
+        q_name = prefix + (own.q if self.q_down is None else own.q_up)
+        yield from linear_targets(self.q_up, [Piece(q_name, 0, spec.num_heads * spec.query_dim, rows)])
+        kept = self._turned(spec.latent_size)
+        yield from linear_targets(self.kv_down, [Piece(prefix + own.kv_down, 0, spec.row_size, kept)])
+        yield from norm_targets(prefix + own.kv_norm, self.kv_norm, spec.norm)
+        both = spec.plain_dim + spec.value_dim
+        rows, num_stored = heads_order(heads * both, np.arange(both)), spec.num_heads * both
+        up = self.kv_up.data.view(-1, spec.latent_size)
+        yield f"{prefix}{own.kv_up}.weight", Target(up, (num_stored, spec.latent_size), arranged(rows, num_stored))
+        columns, num_columns = (
+            heads_order(heads * spec.value_dim, np.arange(spec.value_dim)),
+            spec.num_heads * spec.value_dim,
+        )
+        yield from row_parallel_targets(prefix + names.o, self.o, columns, num_columns, spec.bias, names.transposed)
+
+    def _turned(self, num_before: int) -> Order:
+        """Of what has `num_before` elements that stay and then those that turn."""
+        turned = rotated_order(self.rope, *self.spec.rotated)
+        return np.concatenate((np.arange(num_before), num_before + turned))
