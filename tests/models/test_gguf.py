@@ -306,3 +306,20 @@ def test_a_folder_of_gguf_files_is_refused_with_one_of_their_names(tmp_path: Pat
     assert resolve_model(str(file)) == file
     with pytest.raises(CheckpointError, match=r"name the GGUF file, .*llama\.gguf"):
         load_spec(tmp_path)
+
+
+def test_a_file_of_the_hub_is_named_with_its_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(repository: str, file: str, revision: str | None) -> str:
+        asked.append((repository, file, revision))
+        return str(tmp_path / "file")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert resolve_model("owner/name/sub/model.Q4_K_M.gguf", "v1") == tmp_path / "file"
+    assert asked == [("owner/name", "sub/model.Q4_K_M.gguf", "v1")]
+    monkeypatch.undo()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for absent in ("nobody/nothing/one.gguf", "absent.gguf", str(tmp_path / "absent.gguf")):
+        with pytest.raises(CheckpointError, match="check the"):
+            resolve_model(absent)
