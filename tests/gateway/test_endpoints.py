@@ -19,7 +19,7 @@ from graphgen import (
     SamplingParams,
     ServerError,
 )
-from graphgen.calls.outputs import Sink
+from graphgen.calls.outputs import Sink, StreamPiece
 from graphgen.gateway import generation
 from graphgen.ipc.ggp.messages import Health
 from tests.gateway.asgi import GatewayCore, acall, call, piece, says
@@ -104,6 +104,30 @@ def test_outputs_of_several_prompts_are_numbered_by_prompt_and_sample() -> None:
     assert texts == {index: "xy" for index in range(4)}
 
 
+def test_cached_tokens_are_those_of_the_sample_that_computed_the_prompt() -> None:
+    """The other samples of a prompt find all of it in the cache: that is no saving."""
+
+    def answer(sinks: Sequence[Sink], _: int) -> None:
+        for sink, cached in zip(sinks, (2, 0), strict=True):
+            sink(StreamPiece("a", (1,), "stop", cached_tokens=cached, sample_index=0, prompt_tokens=5))
+            sink(StreamPiece("b", (1,), "stop", cached_tokens=4, sample_index=1, prompt_tokens=5))
+
+    reply = call(GatewayCore(answer), COMPLETIONS, {**ROMEO, "prompt": ["a", "b"], "n": 2})
+    assert reply.json["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
+
+
+def test_a_piece_without_text_is_no_event() -> None:
+    """Some tokens have text only with the next one."""
+
+    def slowly(sinks: Sequence[Sink], _: int) -> None:
+        for number, (text, finish) in enumerate((("", None), ("a", None), ("", None), ("b", "stop"))):
+            asyncio.get_running_loop().call_later(0.02 * number, sinks[0], piece(text, finish))
+
+    reply = call(GatewayCore(slowly), COMPLETIONS, {**ROMEO, "stream": True})
+    texts = [chunk["choices"][0]["text"] for chunk in reply.events[:-1]]
+    assert ("" in texts, "".join(texts)) == (False, "ab")
+
+
 @pytest.mark.parametrize("prompt", ["text", [1, 2, 3], ["a", "b"], [[1], [2]]])
 def test_prompts_of_completions_have_four_forms(prompt: Any) -> None:
     core = GatewayCore(says("x"))
@@ -155,7 +179,7 @@ def test_messages_that_a_program_sends_back_are_taken_as_they_came() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     body = {
         **HELLO,
-        "messages": [{"role": "user", "content": parts}, answer],
+        "messages": [{"role": "user", "content": parts}, answer, {"role": "user", "content": "x", "tool_calls": []}],
         "chat_template_kwargs": {"enable_thinking": False},
         "reasoning_effort": "low",
         "documents": [{"title": "t"}],
@@ -166,6 +190,7 @@ def test_messages_that_a_program_sends_back_are_taken_as_they_came() -> None:
     assert chat.messages[0] == {"role": "user", "content": "a\nb"}
     assert chat.messages[1]["reasoning_content"] == "Hm."
     assert chat.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
+    assert chat.messages[2] == {"role": "user", "content": "x"}
     assert chat.chat_template_kwargs == {"enable_thinking": False, "reasoning_effort": "low"}
     assert chat.documents == [{"title": "t"}]
 
