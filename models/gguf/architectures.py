@@ -17,6 +17,7 @@ class Architecture(Struct, frozen=True, kw_only=True):
     model_type: str  # of config.json, as the next
     architecture: str
     pairs: bool = False  # rows of q and k lie in the pairs that turn together: back to halves
+    always_biased: bool = False  # q, k and v are, which config.json has no key for
     norms_plus_one: bool = False  # norms have the weight that is multiplied by, config.json's class that less one
     keys: Mapping[str, str] = MappingProxyType({})  # metadata key, without the architecture's name -> config.json's
     implied: Mapping[str, Any] = MappingProxyType({})  # keys of config.json that the file leaves out
@@ -44,7 +45,7 @@ _GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture(model_type="llama", architecture="LlamaForCausalLM", pairs=True),
-    "qwen2": Architecture(model_type="qwen2", architecture="Qwen2ForCausalLM"),
+    "qwen2": Architecture(model_type="qwen2", architecture="Qwen2ForCausalLM", always_biased=True),
     "qwen3": Architecture(model_type="qwen3", architecture="Qwen3ForCausalLM"),
     "smollm3": Architecture(model_type="smollm3", architecture="SmolLM3ForCausalLM", pairs=True),
     "olmo2": Architecture(model_type="olmo2", architecture="Olmo2ForCausalLM"),

@@ -75,7 +75,7 @@ def config_of(header: GGUFHeader, where: str) -> dict[str, Any]:
         "model_type": architecture.model_type,
         "architectures": [architecture.architecture],
         "tie_word_embeddings": HEAD not in header.tensors,
-        "attention_bias": "blk.0.attn_q.bias" in header.tensors,
+        "attention_bias": not architecture.always_biased and "blk.0.attn_q.bias" in header.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in header.tensors,
         "dtype": _dtype(header.tensors),
         "bos_token_id": header.metadata.get("tokenizer.ggml.bos_token_id"),

@@ -64,8 +64,12 @@ def comparable(spec: ModelSpec) -> ModelSpec:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case in tiny.CASES])
-def test_a_file_is_the_checkpoint_that_it_was_made_from(case: str, tmp_path: Path) -> None:
+def test_a_file_is_the_checkpoint_that_it_was_made_from(
+    case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = make(case, tmp_path)
+    load_spec(file)
+    assert not [record for record in caplog.records if record.name.startswith("graphgen")], "a key that is not known"
     found, expected = load(file), load(tmp_path / case)
     assert comparable(found.spec) == comparable(expected.spec)
     weights = dict(expected.named_parameters())
