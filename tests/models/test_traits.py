@@ -43,7 +43,7 @@ NEUTRAL: dict[tuple[type[Struct], str], Any] = {
 }
 """Of fields that have no default, or one that is a family's."""
 
-NO_ARITHMETIC = {(ModelSpec, "float16"), (ModelSpec, "num_drawable")}
+NO_ARITHMETIC = {(ModelSpec, "float16"), (ModelSpec, "num_drawable"), (ModelSpec, "needs_bos")}
 IN_BFLOAT16 = {(Norm, "round_first"), (Embedding, "round_scale")}
 """In float32 they round nothing."""
 
