@@ -1,9 +1,12 @@
 """Layers with windows: what a request holds and shares of each page group, and that the rest is free for others."""
 
+import itertools
+
 import pytest
 
 from graphgen.ipc.errors import InvalidRequestError
 from graphgen.ipc.messages import Bucket
+from graphgen.scheduler.page_groups import PageGroups
 from graphgen.scheduler.policy import Scheduler
 from graphgen.scheduler.request import RunningRequest
 from tests.scheduler.harness import Harness, make_limits, make_submit
@@ -147,3 +150,15 @@ def test_a_request_that_was_preempted_goes_on_at_its_last_window() -> None:
     start = harness.descriptions[-1].chunks[0][1]
     assert num_tokens - start <= PAGE, "its pages are still there"
     harness.run()
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 4])
+def test_tables_end_where_the_next_chunk_ends_and_no_later(page_size: int) -> None:
+    for longest_chunk, num_tokens in itertools.product((1, 4, 8), range(1, 30)):
+        groups = PageGroups((5, None), page_size, longest_chunk)
+        for start in range(num_tokens):
+            ends_by_length = {position // page_size + 1 for position in range(start, num_tokens)[:longest_chunk]}
+            assert groups.chunk_end(start, num_tokens) == max(ends_by_length)
+            # A request that starts in the middle of a page has copied the beginning of it.
+            windowed, whole = groups.start_ends(start // page_size, num_tokens, None)
+            assert max(ends_by_length) <= windowed <= whole == (num_tokens - 1) // page_size + 1
