@@ -46,7 +46,7 @@ def one_group(num_layers: int) -> PageLayout:
 def page_layout(layers: Sequence[Layer], max_model_len: int) -> PageLayout:
     """The groups of a model whose requests have at most `max_model_len` positions: a window that reaches so far is
     none. Layers whose keys differ in shape keep all positions together."""
-    windows = [_within(layer.mixer.window, max_model_len) for layer in layers]
+    windows = [_within(layer.mixer.reach, max_model_len) for layer in layers]
     shapes = {layer.mixer.kept for layer in layers}
     if len(shapes) > 1:
         return one_group(len(layers))

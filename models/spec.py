@@ -196,9 +196,15 @@ class GQA(Struct, frozen=True, tag="gqa", kw_only=True):
         """Width of all key heads, and of all value heads."""
         return self.num_kv_heads * self.width
 
+    @property
+    def reach(self) -> int | None:
+        """Of how many positions, its own included, a row sees none that is further behind; None sees all."""
+        limits = [limit for limit in (self.window, self.segment) if limit is not None]
+        return min(limits, default=None)
+
     def keeps(self, dtype: str) -> Pages:
         """A key and a value for each KV head."""
-        return Pages(self.window or 0, 2 * self.kv_size * dtype_bytes(dtype))
+        return Pages(self.reach or 0, 2 * self.kv_size * dtype_bytes(dtype))
 
     def num_parameters(self, hidden_size: int) -> int:
         qkv_size = self.q_size + 2 * self.kv_size
@@ -270,6 +276,11 @@ class Latent(Struct, frozen=True, tag="latent", kw_only=True):
     def rotated(self) -> tuple[int, int]:
         """See GQA."""
         return self.rope_dim, self.rope_dim
+
+    @property
+    def reach(self) -> None:
+        """See GQA: all."""
+        return None
 
     @property
     def kept(self) -> tuple[tuple[int, int], ...]:

@@ -59,6 +59,7 @@ FALCON = Family(
         "eos_token_id": 11,
     },
     only={"parallel_attn": (True,)},
+    unread=("rope_parameters", "rope_scaling", "rope_theta"),  # where the scores know distances instead
     layer=replace(_SHARED, ff_norm=NORM, shared_norm=False),
     rotaries=(Rotary(), NO_ROPE),
     final_norm=NORM,
@@ -78,7 +79,7 @@ FALCON_7B = replace(
     when={"new_decoder_architecture": (False, None), "multi_query": (True,)},
     checkpoints={"Falcon 7B": 7.22},
     only={},
-    unread=("num_kv_heads",),
+    unread=("num_kv_heads", *FALCON.unread),
     layer=replace(_EITHER, mixer=replace(_ATTENTION, num_kv_heads=1)),
     names=replace(_NAMES, qkv_order="blocks"),
 )

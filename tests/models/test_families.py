@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import torch
 from transformers import AutoConfig, Qwen2Config
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from graphgen.ipc.errors import CheckpointError, ConfigError, UnsupportedModelError
 from graphgen.launch.config import EngineConfig, resolve
@@ -255,6 +256,18 @@ def test_the_refusal_of_an_architecture_names_the_nearest_that_run(
     write_config(tmp_path, architectures=[architecture], model_type=model_type)
     with pytest.raises(UnsupportedModelError, match=f"{architecture} .*nearest.*{re.escape(nearest)}.*docs/models.md"):
         load_spec(tmp_path)
+
+
+def test_every_other_causal_model_of_transformers_is_refused_with_the_nearest_that_run(tmp_path: Path) -> None:
+    own = {family.model_type for family in FAMILIES.values()}
+    others = {name: kind for name, kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if name not in own}
+    assert len(others) > 100
+    classes = {family.architecture for family in FAMILIES.values()}
+    for model_type, architecture in others.items():
+        write_config(tmp_path, architectures=[architecture], model_type=model_type)
+        known = "do not belong together" if architecture in classes else "the nearest that it runs are .*For"
+        with pytest.raises(UnsupportedModelError, match=f"{architecture} .*'{model_type}'.*{known}"):
+            load_spec(tmp_path)
 
 
 def test_unknown_layer_types_are_refused() -> None:

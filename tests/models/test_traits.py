@@ -43,7 +43,6 @@ NEUTRAL: dict[tuple[type[Struct], str], Any] = {
 }
 """Of fields that have no default, or one that is a family's."""
 
-NO_ARITHMETIC = {(ModelSpec, "float16"), (ModelSpec, "num_drawable"), (ModelSpec, "needs_bos")}
 IN_BFLOAT16 = {(Norm, "round_first"), (Embedding, "round_scale")}
 """In float32 they round nothing."""
 
@@ -73,9 +72,10 @@ def traits_of(spec: ModelSpec) -> dict[Trait, None]:
             place, value = (type(struct), field.name), getattr(struct, field.name)
             neutral = NEUTRAL.get(place, field.default)
             unread = isinstance(struct, RopeSpec) and field.name in UNREAD.get(struct.kind, ())
+            unread |= type(struct) is ModelSpec and place not in NEUTRAL  # the rest is about tokens and memory
             unread |= place == (GQA, "rope") and len(set(spec.ropes)) == 1
             unread |= place == (Norm, "eps") and value <= 1e-5  # a constant of the class, too small to show
-            if neutral is not msgspec.NODEFAULT and value != neutral and place not in NO_ARITHMETIC and not unread:
+            if neutral is not msgspec.NODEFAULT and value != neutral and not unread:
                 found[Trait(*place, neutral)] = None
     return found
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from transformers.models.bloom import modeling_bloom
+from transformers.models.falcon import modeling_falcon
 
 from graphgen.ipc.messages import PageGroup
 from graphgen.models.families import FAMILIES, load_spec
@@ -91,15 +93,23 @@ def generated_tokens(model: tiny.HuggingFaceModel) -> list[list[int]]:
     return tokens
 
 
+@pytest.fixture(autouse=True)
+def _exact_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Falcon's are rounded to bfloat16 in transformers, whatever the model's dtype is, so that positions beyond 256
+    share one. BLOOM's are the same without that."""
+    monkeypatch.setattr(modeling_falcon, "build_alibi_tensor", modeling_bloom.build_alibi_tensor)
+
+
 @pytest.mark.parametrize("case", tiny.CASES)
 def test_logits_and_greedy_tokens_equal_hugging_face(case: str, tmp_path: Path) -> None:
     model = tiny.save(case, tmp_path)
     spec = load_spec(tmp_path)
     driver = Driver(load_decoder(tmp_path, spec, torch.float32, torch.device("cpu")))
     assert_equal_at_every_split(model, driver)
-    is_first = model.config.model_type not in tiny.TOWERS and case == next(
-        name for name, (kind, _) in tiny.CASES.items() if kind == model.config.model_type
-    )
+    model_type = model.config.model_type
+    if model_type in tiny.TOWERS:
+        return  # the engine runs the text model in a case of its own
+    is_first = case == next(name for name, (kind, _) in tiny.CASES.items() if kind == model_type)
     preemptions = prefix_hits = 0
     tokens: list[list[list[int]]] = []
     # More cases of a family differ in what a layer computes, which one budget shows.
