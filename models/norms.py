@@ -129,9 +129,9 @@ def head_norm_targets(
             whole = arranged(rows, num_stored * dim)
             yield f"{name}.{kind}", Target(weight.data, (num_stored * dim,), in_turn(whole, complete))
         elif "{head}" in name:
-            for row, head in enumerate(heads):
-                target = Target(weight.data[row], (dim,), in_turn(in_order, complete))
-                yield f"{name.format(head=head)}.{kind}", target
+            for head in range(num_stored):
+                own = weight.data[head - heads.start] if head in heads else None
+                yield f"{name.format(head=head)}.{kind}", Target(own, (dim,), in_turn(in_order, complete))
         else:
             table = arranged(np.array(heads), num_stored, order, dim)
             yield f"{name}.{kind}", Target(weight.data, (num_stored, dim), in_turn(table, complete))

@@ -15,7 +15,7 @@ from graphgen.models.feed_forward import MLP
 from graphgen.models.latent import LatentAttention
 from graphgen.models.layers import Attention
 from graphgen.models.rope import Rope, rotate
-from graphgen.models.spec import GQA, WHOLE, Dense, Experts, Latent, Norm, QKNorm, RopeSpec, Router, Shard
+from graphgen.models.spec import GQA, WHOLE, Alibi, Dense, Experts, Latent, Norm, QKNorm, RopeSpec, Router, Shard
 from graphgen.models.targets import Targets
 
 HIDDEN, ROWS = 24, 5
@@ -26,13 +26,14 @@ FUSED = ("qkv",)
 
 class RotatedPlusValues(NamedTuple):
     """Stands in for attention: lets every KV head through to its group of query heads, so that no pages are needed.
-    Sinks are factors."""
+    Sinks and slopes are factors."""
 
     tables: None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Tensor:
-        group, sinks = q.shape[1] // k.shape[1], rest[2].sinks
+        group, sinks, slopes = q.shape[1] // k.shape[1], rest[2].sinks, rest[2].alibi_slopes
         passed = rotate(q, cos, sin) * (rotate(k, cos, sin) + v).repeat_interleave(group, dim=1)
+        passed = passed if slopes is None else passed * slopes[:, None]
         return passed if sinks is None else passed * sinks[:, None]
 
     def attend_latent(self, q: Tensor, row: Tensor, pages: Tensor, value_size: int, variant: Any) -> Tensor:
@@ -51,6 +52,7 @@ def fill(block: nn.Module, targets: Targets, stored: dict[str, Tensor]) -> None:
 def attended(spec: GQA, names: TensorNames, rope: RopeSpec, shard: Shard, stored: dict[str, Tensor]) -> Tensor:
     attention = Attention(spec, rope, HIDDEN, torch.float32, shard)
     fill(attention, attention.weights("layer.", names), stored)
+    assert {name for name, _ in attention.weights("layer.", names)} == set(stored), "each rank knows every tensor"
     cos, sin = Rope(rope, spec.head_dim, CPU, spec.width)(torch.arange(ROWS), torch.arange(ROWS) + 1, torch.float32)
     nothing = torch.empty(0)
     step = StepTensors(cos, sin, RotatedPlusValues())  # type: ignore[arg-type]  # reads no tables
@@ -79,6 +81,7 @@ ATTENTION = {
         TensorNames(q_norm="q.{head}", k_norm="k.{head}"),
     ),
     "sinks": (GQA(num_heads=4, num_kv_heads=2, head_dim=6, sinks=True), TensorNames()),
+    "slopes": (GQA(num_heads=4, num_kv_heads=2, head_dim=6, alibi=Alibi()), TensorNames()),
     "padded heads": (GQA(num_heads=4, num_kv_heads=2, head_dim=6, padded_head_dim=16, qkv_bias=True), TensorNames()),
 }
 ROPES = {"half": RopeSpec(), "interleaved": RopeSpec(rotary_dim=4, interleaved=True)}
@@ -125,6 +128,7 @@ def test_the_parts_of_latent_attention_add_up(q_rank: int | None, interleaved: b
 def fed_forward(spec: Dense, names: TensorNames, shard: Shard, stored: dict[str, Tensor]) -> Tensor:
     mlp = MLP(spec, HIDDEN, torch.float32, shard)
     fill(mlp, mlp.weights("layer.", names), stored)
+    assert {name for name, _ in mlp.weights("layer.", names)} == set(stored), "each rank knows every tensor"
     result: Tensor = mlp(torch.linspace(-1, 1, ROWS * HIDDEN).view(ROWS, HIDDEN))
     return result
 
