@@ -11,7 +11,8 @@ RUN = $(VENV)/bin/python -P
 PIP_INSTALL = $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-compile
 PYTEST_ARGS ?=
 AGAIN = $(RUN) -m pytest -q -m "not gpu" --last-failed --last-failed-no-failures none $(PYTEST_ARGS)
-TEST_PROCESSES ?= 2
+# More than there are cores: many tests wait for processes that they start.
+TEST_PROCESSES ?= 3
 # The tests' models are so small that a second thread for one operation costs more than it does.
 test: export OMP_NUM_THREADS ?= 1
 comma := ,

@@ -71,7 +71,7 @@ def test_an_engine_says_what_its_start_is_at(caplog: pytest.LogCaptureFixture) -
         phases = [phase.name for phase in engine.info.worker.phases]
     told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("starting: ")]
     names = [line.removeprefix("starting: ").split(",")[0] for line in told]
-    assert names[:2] == ["processes", "attention"]
+    assert names[:3] == ["processes", "device", "attention"]
     assert {"load", "kernels", "profile", "capture"} <= set(names) <= {*phases, "processes"}
     assert len(names) == len(set(names))
     lines = [line for record in caplog.records for line in record.getMessage().splitlines()]
