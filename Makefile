@@ -12,7 +12,7 @@ PIP_INSTALL = $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-c
 PYTEST_ARGS ?=
 AGAIN = $(RUN) -m pytest -q -m "not gpu" --last-failed --last-failed-no-failures none $(PYTEST_ARGS)
 # More than there are cores: many tests wait for processes that they start.
-TEST_PROCESSES ?= 3
+TEST_PROCESSES ?= 4
 # The tests' models are so small that a second thread for one operation costs more than it does.
 test: export OMP_NUM_THREADS ?= 1
 comma := ,
