@@ -45,7 +45,7 @@ NUM_SAMPLES = 100
 """Of each process at most: more would be a growth of this program itself."""
 SETTINGS = ("--cpu-threads", "1", "--num-pages", "400")
 """So few pages that all have been written to, and all are in the prefix cache, when a process has settled."""
-OBJECTS_S = 5.0
+OBJECTS_S = 20.0
 """For steps in flight, and whoever held an object for a moment, to end."""
 ALLOCATOR = {
     "GLIBC_TUNABLES": ":".join(
