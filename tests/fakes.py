@@ -10,6 +10,7 @@ from graphgen.calls.prompts import OnePrompt
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.codec import pack_int32
+from graphgen.ipc.ggp.messages import ServerLimits, Welcome
 from graphgen.ipc.messages import (
     Bucket,
     DrawnRows,
@@ -49,6 +50,23 @@ READY = Ready(
 )
 
 STATS = EngineStats(1, 2, 3, 4, 5, 6, 0, 0, 0.5, 0, 0, 1.0, 2.0, 3.0, 4.0)
+
+WELCOME = Welcome(
+    version=1,
+    session="s",
+    instance="i",
+    server="fake",
+    model="fake",
+    vocab_size=10,
+    eos_token_ids=[],
+    features=[],
+    limits=ServerLimits(
+        frame_bytes=1 << 20, prompt_tokens=100, text_bytes=1000, open_requests=2, open_prompt_tokens=1000
+    ),
+    heartbeat_ms=100,
+    slow_consumer_ms=1000,
+    control="tcp://127.0.0.1:1",
+)
 
 
 def make_result(

@@ -7,6 +7,7 @@ Owns the ids of answers and how pieces become events and whole answers. How requ
 import asyncio
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 
 from msgspec import UNSET, Struct, UnsetType, structs
@@ -151,7 +152,7 @@ def _tenant_of(scope: Scope) -> str:
     return client[0] if client else "-"
 
 
-class _Answer:
+class _Answer(ABC):
     """One answer: its id, its model, and how outputs are written down."""
 
     def __init__(self, answer_id: str, model: str, n: int, request: schema.Generation) -> None:
@@ -168,17 +169,17 @@ class _Answer:
         """What precedes the text of an output."""
         return None
 
+    @abstractmethod
     def chunk(self, index: int, text: str, finish: str | None, usage: ChunkUsage) -> Struct:
         """New text of an output."""
-        raise NotImplementedError
 
+    @abstractmethod
     def last_chunk(self, usage: schema.Usage) -> Struct:
         """What follows all outputs, where the client asks for it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def completion(self, texts: Sequence[str], finishes: Sequence[str], usage: schema.Usage) -> Struct:
         """The whole answer."""
-        raise NotImplementedError
 
     async def events(self, pieces: Pieces, tally: Tally) -> AsyncIterator[bytes]:
         """The answer as server-sent events. What ends the request before the first of them is raised; later it is one

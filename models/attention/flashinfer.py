@@ -178,8 +178,8 @@ class FlashInferStep(NamedTuple):
     def attend_latent(
         self, q: Tensor, row: Tensor, pages: Tensor, value_size: int, variant: AttentionVariant
     ) -> Tensor:
-        """See StepAttention. ModelSpec.attention has refused such a model."""
-        raise NotImplementedError
+        """See StepAttention. Never called: ModelSpec.attention has refused such a model."""
+        raise NotImplementedError("FlashInfer's operator has no latent attention: use attention='torch'")
 
 
 def _paged_attention(

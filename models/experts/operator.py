@@ -7,6 +7,8 @@ block.py.
 Shapes: `T` token rows, `K` experts a row, `P` = T * K pairs of the two, `E` experts, `I` inner columns, `H` hidden.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,21 +76,11 @@ def _one_by_one(
     return out.view(*experts.shape, x.shape[1])
 
 
-def _in_tiles(
-    x: Tensor,
-    experts: Tensor,
-    gate_up: Tensor,
-    gate_up_bias: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-    activation: str,
-    limit: float | None,
-    up_plus_one: bool,
-) -> Tensor:
+def _in_tiles(*arguments: Any) -> Tensor:
     # Triton exists where CUDA does; elsewhere it must not be needed.
     from graphgen.models.experts.tiles import run_in_tiles
 
-    return run_in_tiles(x, experts, gate_up, gate_up_bias, down, down_bias, activation, limit, up_plus_one)
+    return run_in_tiles(*arguments)
 
 
 def _result_like(x: Tensor, experts: Tensor, *_: object) -> Tensor:

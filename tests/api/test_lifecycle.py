@@ -12,13 +12,11 @@ from pathlib import Path
 
 import pytest
 
-import graphgen
 from graphgen import Engine, EngineDeadError, SamplingParams
 from tests.forks import outcome_in_a_fork
-from tests.serving import is_alive
+from tests.serving import ROOT, is_alive
 
 GONE_WITHIN_S = 5.0
-ROOT = str(Path(graphgen.__file__).resolve().parent.parent)
 
 SETTINGS = {"device": "cpu", "token_budget": 8, "num_pages": 160, "cpu_threads": 1}
 PREAMBLE = f"""

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 from graphgen.calls.outputs import Sink, StreamPiece
 from graphgen.gateway.app import make_app
 from graphgen.gateway.endpoints import Endpoints
 from graphgen.gateway.keys import ApiKeys
-from graphgen.ipc.ggp.messages import Health, ServerLimits, Welcome
-from tests.fakes import FakeCore
+from graphgen.ipc.ggp.messages import Health
+from tests.fakes import WELCOME, FakeCore
 
 Answer = Callable[[Sequence[Sink], int], None]
 """What the sinks of a request get, given the number of its samples."""
@@ -40,22 +41,7 @@ def says(*texts: str) -> Answer:
 class GatewayCore(FakeCore):
     """The connection to a frontend, of which a test says what it answers."""
 
-    welcome = Welcome(
-        version=1,
-        session="s",
-        instance="i",
-        server="fake",
-        model="fake",
-        vocab_size=10,
-        eos_token_ids=[],
-        features=[],
-        limits=ServerLimits(
-            frame_bytes=1 << 20, prompt_tokens=100, text_bytes=100, open_requests=2, open_prompt_tokens=1000
-        ),
-        heartbeat_ms=100,
-        slow_consumer_ms=1000,
-        control="tcp://127.0.0.1:1",
-    )
+    welcome = replace(WELCOME, limits=replace(WELCOME.limits, text_bytes=100))
 
     def __init__(self, answers: Answer) -> None:
         super().__init__()

@@ -40,31 +40,13 @@ from graphgen.ipc.ggp.messages import (
     Notice,
     Ping,
     Pong,
-    ServerLimits,
     ServerMessage,
     Timing,
     Usage,
-    Welcome,
 )
 from graphgen.remote import connection
+from tests.fakes import WELCOME
 from tests.forks import outcome_in_a_fork
-
-WELCOME = Welcome(
-    version=1,
-    session="s",
-    instance="i",
-    server="fake",
-    model="fake",
-    vocab_size=10,
-    eos_token_ids=[],
-    features=[],
-    limits=ServerLimits(
-        frame_bytes=1 << 20, prompt_tokens=100, text_bytes=1000, open_requests=2, open_prompt_tokens=1000
-    ),
-    heartbeat_ms=100,
-    slow_consumer_ms=1000,
-    control="tcp://127.0.0.1:1",
-)
 
 
 class FakeServer:
