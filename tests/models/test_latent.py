@@ -25,18 +25,10 @@ from tests.models.driver import Driver
 from tests.models.splits import assert_equal_at_every_split
 
 CPU = torch.device("cpu")
+_SHAPES = Path(__file__).parents[2] / "benchmarks" / "shapes"
 
 _YARN = {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096}
-V2_LITE: dict[str, Any] = {
-    **{"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "vocab_size": 102400},
-    **{"hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408, "num_hidden_layers": 27},
-    **{"num_attention_heads": 16, "num_key_value_heads": 16, "kv_lora_rank": 512, "q_lora_rank": None},
-    **{"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 64},
-    **{"n_shared_experts": 2, "num_experts_per_tok": 6, "moe_layer_freq": 1, "first_k_dense_replace": 1},
-    **{"topk_method": "greedy", "n_group": 1, "topk_group": 1, "scoring_func": "softmax", "norm_topk_prob": False},
-    **{"routed_scaling_factor": 1.0, "seq_aux": True, "aux_loss_alpha": 0.001, "max_position_embeddings": 163840},
-    **{"rope_theta": 10000, "rope_scaling": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707}, "ep_size": 1},
-}
+V2_LITE: dict[str, Any] = json.loads((_SHAPES / "deepseek-v2-lite" / "config.json").read_text())
 V3: dict[str, Any] = {
     **{"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "vocab_size": 129280},
     **{"hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 61},

@@ -67,8 +67,19 @@ _GPT_OSS = {
     **{"num_hidden_layers": 36, "num_local_experts": 128, "experts_per_token": 4, "initial_context_length": 4096},
     "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
 }
+
+
+def _shape(name: str) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((_SHAPES / name / "config.json").read_text())
+    return config
+
+
 BILLIONS: dict[str, tuple[dict[str, Any], float]] = {
-    "Qwen3 30B-A3B": (json.loads((_SHAPES / "qwen3-30b-a3b" / "config.json").read_text()), 30.5),
+    "Qwen3 30B-A3B": (_shape("qwen3-30b-a3b"), 30.5),
+    "DeepSeek-V2-Lite": (_shape("deepseek-v2-lite"), 15.7),
+    "Gemma 3 12B, text": (_shape("gemma-3-12b"), 11.8),
+    "Phi-4-mini": (_shape("phi-4-mini"), 3.84),
+    "OPT 6.7B": (_shape("opt-6.7b"), 6.66),
     "gpt-oss 120B": (_GPT_OSS, 116.8),
     "Phi-3.5-MoE": (_PHI, 41.9),
     "MiniMax-M2": (_MINIMAX, 228.7),
