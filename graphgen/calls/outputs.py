@@ -61,6 +61,17 @@ class StreamPiece(Struct, frozen=True):
         return short_repr(self)
 
 
-Delivery = StreamPiece | RequestOutput | Exception
+class PromptTokens(Struct, frozen=True):
+    """What a prompt is to the model: the answer to who asks for nothing else."""
+
+    token_ids: tuple[int, ...]
+    text: str | None
+    """The text of all tokens, special ones included, where it was asked for."""
+
+    def __repr__(self) -> str:
+        return short_repr(self)
+
+
+Delivery = StreamPiece | RequestOutput | PromptTokens | Exception
 Sink = Callable[[Delivery], None]
 """Where a request's pieces, its output or its error go. Called on the receiving thread; must not block."""

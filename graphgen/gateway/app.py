@@ -12,10 +12,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from graphgen.gateway.endpoints import HOLDER, Endpoints
+from graphgen.gateway.endpoints import Endpoints
 from graphgen.gateway.errors import ApiError, error_of
 from graphgen.gateway.http import GoneError, Message, Receive, Scope, Send, send_error
 from graphgen.gateway.keys import ApiKeys, Holder
+from graphgen.gateway.service import HOLDER, Service
+from graphgen.gateway.tokens import TokenEndpoints
+
+PROBES = ("/health", "/ready")
 
 logger = logging.getLogger("graphgen.gateway")
 
@@ -52,19 +56,22 @@ class _Endpoint:
                 await send_error(send, answer)
 
 
-def make_app(endpoints: Endpoints, keys: ApiKeys | None = None) -> Starlette:
-    """keys: which are asked for below /v1; probes need none."""
+def make_app(service: Service, keys: ApiKeys | None = None) -> Starlette:
+    """keys: which are asked for; probes need none."""
+    endpoints, tokens = Endpoints(service), TokenEndpoints(service)
     routes = [
         ("POST", "/v1/chat/completions", endpoints.chat_completions),
         ("POST", "/v1/completions", endpoints.completions),
         ("GET", "/v1/models", endpoints.models),
         ("GET", "/v1/models/{name:path}", endpoints.model),
+        ("POST", "/tokenize", tokens.tokenize),
+        ("POST", "/detokenize", tokens.detokenize),
         ("GET", "/health", endpoints.health),
         ("GET", "/ready", endpoints.ready),
     ]
     return Starlette(
         routes=[
-            Route(path, _Endpoint(serve, keys if path.startswith("/v1/") else None), methods=[method])
+            Route(path, _Endpoint(serve, None if path in PROBES else keys), methods=[method])
             for method, path, serve in routes
         ],
         exception_handlers={HTTPException: _no_endpoint},

@@ -10,15 +10,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 
-from msgspec import UNSET, Struct, UnsetType, structs
+from msgspec import UNSET, Struct, UnsetType
 
-from graphgen.base.salt import cache_salt
 from graphgen.calls.outputs import StreamPiece
 from graphgen.calls.prompts import OnePrompt
 from graphgen.calls.sampling_params import SamplingParams
-from graphgen.calls.streams import Mailbox
 from graphgen.gateway import schema
-from graphgen.gateway.errors import ApiError, error_of
+from graphgen.gateway.errors import error_of
 from graphgen.gateway.generation import (
     COMPLETION_MAX_TOKENS,
     Pieces,
@@ -36,63 +34,52 @@ from graphgen.gateway.http import (
     Send,
     error_event,
     event,
-    read_json,
     send_events,
     send_json,
 )
-from graphgen.gateway.keys import Holder
-from graphgen.remote.core import RemoteCore
+from graphgen.gateway.service import Service
 
-JSON_BYTES_PER_TEXT_BYTE = 6
-"""Of JSON that escapes every character."""
-OTHER_BYTES = 1 << 20
-"""Of a body, beside its text: names of fields, ids as numbers."""
-HOLDER = "graphgen.holder"
-"""In a scope: whose key the request has, where keys are asked for."""
 ChunkUsage = schema.Usage | UnsetType | None
 """Absent; null where the client asked for one at the end; counts so far where it asked for them always."""
 
 
 class Endpoints:
-    """What they share: the connection to the frontend, and what the model is called."""
+    """Chats, completions, models and probes."""
 
-    def __init__(self, core: RemoteCore, model_names: Sequence[str]) -> None:
-        self._core = core
-        self._names = model_names
-        self._created = int(time.time())
-        self._mailbox: Mailbox | None = None
-        self._body_bytes = JSON_BYTES_PER_TEXT_BYTE * core.welcome.limits.text_bytes + OTHER_BYTES
+    def __init__(self, service: Service) -> None:
+        self._service = service
 
     async def chat_completions(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = await read_json(scope, receive, schema.ChatRequest, self._body_bytes)
+        request = await self._service.read(scope, receive, schema.ChatRequest)
         prompt = chat_prompt(request)
         limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
         sampling = sampling_of(request, limit)
-        answer = _Chat(self._new_id("chatcmpl"), self._model_of(request), sampling.n, request)
+        answer = _Chat(new_id("chatcmpl"), self._service.known(request.model), sampling.n, request)
         await self._answer(answer, [prompt], sampling, scope, receive, send)
 
     async def completions(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = await read_json(scope, receive, schema.CompletionRequest, self._body_bytes)
+        request = await self._service.read(scope, receive, schema.CompletionRequest)
         prompts = completion_prompts(request)
         sampling = sampling_of(request, COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens)
-        answer = _Completion(self._new_id("cmpl"), self._model_of(request), sampling.n, request)
+        echoed = [await self._text_of(prompt, scope) for prompt in prompts] if request.echo else [""] * len(prompts)
+        answer = _Completion(new_id("cmpl"), self._service.known(request.model), sampling.n, request, echoed)
         await self._answer(answer, prompts, sampling, scope, receive, send)
 
     async def models(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_json(send, schema.ModelList(data=[self._described(name) for name in self._names]))
+        names = self._service.model_names
+        await send_json(send, schema.ModelList(data=[self._described(name) for name in names]))
 
     async def model(self, scope: Scope, receive: Receive, send: Send) -> None:
-        name = scope["path_params"]["name"]
-        await send_json(send, self._described(self._known(name)))
+        await send_json(send, self._described(self._service.known(scope["path_params"]["name"])))
 
     async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Whether frontend, scheduler and worker live; also while the server drains."""
-        health = await asyncio.to_thread(self._core.health)
+        health = await asyncio.to_thread(self._service.core.health)
         await send_json(send, {"status": health.status}, 200 if health.ready or health.status == "draining" else 503)
 
     async def ready(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Whether new requests are taken."""
-        health = await asyncio.to_thread(self._core.health)
+        health = await asyncio.to_thread(self._service.core.health)
         await send_json(send, {"status": health.status}, 200 if health.ready else 503)
 
     async def _answer(
@@ -104,8 +91,7 @@ class Endpoints:
         receive: Receive,
         send: Send,
     ) -> None:
-        sampling = _within_key(sampling, scope)
-        pieces = Pieces(self._core, self._mailbox_of_loop(), prompts, sampling, _tenant_of(scope), receive)
+        pieces = self._service.pieces(prompts, sampling, scope, receive)
         tally = Tally(len(prompts))
         async with pieces:
             if answer.request.stream:
@@ -113,43 +99,19 @@ class Endpoints:
             else:
                 await send_json(send, await answer.whole(pieces, tally, len(prompts)))
 
-    def _mailbox_of_loop(self) -> Mailbox:
-        if self._mailbox is None:
-            self._mailbox = Mailbox(asyncio.get_running_loop())
-        return self._mailbox
-
-    def _new_id(self, kind: str) -> str:
-        return f"{kind}-{secrets.token_hex(12)}"
-
-    def _model_of(self, request: schema.Generation) -> str:
-        return self._names[0] if request.model is None else self._known(request.model)
-
-    def _known(self, name: str) -> str:
-        if name not in self._names:
-            text = f"the model {name!r} does not exist: this server has {', '.join(self._names)}"
-            raise ApiError(404, text, "model_not_found", "model")
-        return name
+    async def _text_of(self, prompt: OnePrompt, scope: Scope) -> str:
+        """What `echo` puts before an output."""
+        if isinstance(prompt, str):
+            return prompt
+        return (await self._service.read_prompt(prompt, scope, with_text=True)).text or ""
 
     def _described(self, name: str) -> schema.Model:
-        return schema.Model(id=name, created=self._created, max_model_len=self._core.welcome.limits.prompt_tokens)
+        return schema.Model(id=name, created=self._service.created, max_model_len=self._service.max_model_len)
 
 
-def _within_key(sampling: SamplingParams, scope: Scope) -> SamplingParams:
-    """At most the priority that the key's requests get, and pages shared with that key alone."""
-    holder: Holder | None = scope.get(HOLDER)
-    if holder is None:
-        return sampling
-    priority = min(sampling.priority, holder.max_priority)
-    return structs.replace(sampling, priority=priority, cache_salt=cache_salt(holder.name, sampling.cache_salt))
-
-
-def _tenant_of(scope: Scope) -> str:
-    """Without keys, who comes from one address is one."""
-    if HOLDER in scope:
-        holder: Holder = scope[HOLDER]
-        return holder.name
-    client = scope.get("client")
-    return client[0] if client else "-"
+def new_id(kind: str) -> str:
+    """Of an answer."""
+    return f"{kind}-{secrets.token_hex(12)}"
 
 
 class _Answer(ABC):
@@ -255,6 +217,16 @@ class _Chat(_Answer):
 
 
 class _Completion(_Answer):
+    """echoed: what precedes the outputs of each prompt; empty where the request wants no echo."""
+
+    def __init__(self, answer_id: str, model: str, n: int, request: schema.Generation, echoed: Sequence[str]) -> None:
+        super().__init__(answer_id, model, n, request)
+        self._echoed = echoed
+
+    def first_chunk(self, index: int, usage: ChunkUsage) -> Struct | None:
+        echoed = self._echoed[index // self._n]
+        return self._made(usage, [schema.TextChoice(index=index, text=echoed)]) if echoed else None
+
     def chunk(self, index: int, text: str, finish: str | None, usage: ChunkUsage) -> Struct:
         return self._made(usage, [schema.TextChoice(index=index, text=text, finish_reason=finish)])
 
@@ -262,8 +234,10 @@ class _Completion(_Answer):
         return self._made(usage, [])
 
     def completion(self, texts: Sequence[str], finishes: Sequence[str], usage: schema.Usage) -> Struct:
-        outputs = enumerate(zip(texts, finishes, strict=True))
-        choices = [schema.TextChoice(index=index, text=text, finish_reason=finish) for index, (text, finish) in outputs]
+        choices = [
+            schema.TextChoice(index=index, text=self._echoed[index // self._n] + text, finish_reason=finish)
+            for index, (text, finish) in enumerate(zip(texts, finishes, strict=True))
+        ]
         return self._made(usage, choices)
 
     def _made(self, usage: ChunkUsage, choices: list[schema.TextChoice]) -> Struct:

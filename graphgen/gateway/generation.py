@@ -16,7 +16,14 @@ from graphgen.calls.sampling_params import SamplingParams
 from graphgen.calls.streams import Mailbox
 from graphgen.gateway.errors import ApiError
 from graphgen.gateway.http import GoneError, Receive, until_gone
-from graphgen.gateway.schema import ChatRequest, CompletionRequest, Generation, PromptTokensDetails, Usage
+from graphgen.gateway.schema import (
+    ChatRequest,
+    CompletionRequest,
+    Generation,
+    PromptTokensDetails,
+    TokenizeRequest,
+    Usage,
+)
 from graphgen.ipc.errors import InvalidRequestError
 from graphgen.remote.core import RemoteCore
 
@@ -62,16 +69,21 @@ def sampling_of(request: Generation, max_tokens: int | None) -> SamplingParams:
 def chat_prompt(request: ChatRequest) -> Chat:
     """Raises ApiError."""
     if request.logprobs or request.top_logprobs:
-        raise _not_served("logprobs", "log-probabilities")
+        raise not_served("logprobs", "log-probabilities")
     if request.response_format is not None and request.response_format.get("type") != "text":
-        raise _not_served("response_format", "structured output")
+        raise not_served("response_format", "structured output")
     if request.tools and request.tool_choice != "none":
-        raise _not_served("tools", "tool calls", 'say "tool_choice": "none"')
+        raise not_served("tools", "tool calls", 'say "tool_choice": "none"')
     _check_common(request)
+    return chat_of(request)
+
+
+def chat_of(request: ChatRequest | TokenizeRequest) -> Chat:
+    """What the model's template is given. Raises ApiError."""
     switches = dict(request.chat_template_kwargs or {})
     if request.reasoning_effort is not None:
         switches.setdefault("reasoning_effort", request.reasoning_effort)
-    messages = [_known_fields(message) for message in request.messages]
+    messages = [_known_fields(message) for message in request.messages or []]
     return _checked(Chat(messages, None, request.documents, switches or None), "messages")
 
 
@@ -94,14 +106,12 @@ def _checked(chat: Chat, param: str) -> Chat:
 
 def completion_prompts(request: CompletionRequest) -> list[OnePrompt]:
     """Raises ApiError."""
-    if request.echo:
-        raise _not_served("echo", "the prompt before the output")
     if request.logprobs is not None:
-        raise _not_served("logprobs", "log-probabilities")
+        raise not_served("logprobs", "log-probabilities")
     if request.suffix:
-        raise _not_served("suffix", "text behind the output")
+        raise not_served("suffix", "text behind the output")
     if request.best_of is not None and request.best_of != (request.n or 1):
-        raise _not_served("best_of", "a choice among outputs")
+        raise not_served("best_of", "a choice among outputs")
     _check_common(request)
     try:
         return batch_of(request.prompt)
@@ -111,10 +121,11 @@ def completion_prompts(request: CompletionRequest) -> list[OnePrompt]:
 
 def _check_common(request: Generation) -> None:
     if request.logit_bias:
-        raise _not_served("logit_bias", "biases of tokens")
+        raise not_served("logit_bias", "biases of tokens")
 
 
-def _not_served(param: str, what: str, remedy: str = "leave it out") -> ApiError:
+def not_served(param: str, what: str, remedy: str = "leave it out") -> ApiError:
+    """Of a field that is known and cannot be obeyed."""
     return ApiError(400, f"{param}: {what} cannot be served by this server: {remedy}", "unsupported_parameter", param)
 
 

@@ -16,9 +16,9 @@ from graphgen.base.descriptors import raise_descriptor_limit
 from graphgen.base.logs import log_to_stderr
 from graphgen.base.memory import limit_memory
 from graphgen.gateway.app import make_app
-from graphgen.gateway.endpoints import Endpoints
 from graphgen.gateway.keys import ApiKeys
 from graphgen.gateway.protocol import LimitedProtocol
+from graphgen.gateway.service import Service
 from graphgen.gateway.settings import END_SIGNAL, GatewaySettings
 from graphgen.launch.processes import end_with_parent
 from graphgen.remote.core import RemoteCore
@@ -47,7 +47,7 @@ def main(folder: Path, parent_pid: int) -> None:
 async def _serve(core: RemoteCore, settings: GatewaySettings) -> None:
     keys = None if settings.keys is None else ApiKeys(Path(settings.keys))
     config = uvicorn.Config(
-        make_app(Endpoints(core, settings.model_names), keys),
+        make_app(Service(core, settings.model_names), keys),
         http=LimitedProtocol,
         limit_concurrency=_most_connections(),
         ws="none",

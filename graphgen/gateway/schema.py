@@ -3,6 +3,7 @@
 Owns types and names alone. Fields that are not here are accepted and ignored, as OpenAI's own are.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -152,3 +153,42 @@ class Model(Struct, frozen=True, kw_only=True):
 class ModelList(Struct, frozen=True, kw_only=True):
     object: str = "list"
     data: list[Model]
+
+
+class TokenizeRequest(Struct, frozen=True, kw_only=True):
+    """The body of POST /tokenize: a text, or a chat as it would be answered."""
+
+    model: str | None = None
+    prompt: str | None = None
+    add_special_tokens: bool | None = None
+    """Of a text, true by default: those that the tokenizer puts around a prompt."""
+    messages: Annotated[list[dict[str, Any]], Meta(min_length=1)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    documents: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class Tokens(Struct, frozen=True):
+    """The answer to POST /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: Sequence[int]
+    token_strs: None = None
+
+
+class DetokenizeRequest(Struct, frozen=True, kw_only=True):
+    """The body of POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[Any]
+
+
+class Detokenized(Struct, frozen=True):
+    """The answer to POST /detokenize: the text with its special tokens."""
+
+    prompt: str

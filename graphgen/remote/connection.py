@@ -44,11 +44,12 @@ from graphgen.ipc.ggp.messages import (
     Welcome,
 )
 from graphgen.remote.address import ServerAddress
-from graphgen.remote.requests import RemoteRequest, exception_of
+from graphgen.remote.requests import PromptRequest, RemoteRequest, exception_of
 
 logger = logging.getLogger("graphgen")
 
 Answer = TypeVar("Answer", Stats, Health)
+AnyRequest = RemoteRequest | PromptRequest
 
 HELLO = Hello(client=f"graphgen-python/{__version__}", notices=True, batches=True)
 TICK_S = 0.5
@@ -80,8 +81,8 @@ class Connection:
         self._lock = threading.Lock()  # guards `_closed` against calls that come while it closes
         self._closed = False
         # What follows belongs to the thread.
-        self._requests: dict[int, RemoteRequest] = {}
-        self._unsent: deque[RemoteRequest] = deque()  # beyond the server's limit of open requests
+        self._requests: dict[int, AnyRequest] = {}
+        self._unsent: deque[AnyRequest] = deque()  # beyond the server's limit of open requests
         self._stats: list[Future[Stats]] = []
         self._health: list[Future[Health]] = []
         self._outgoing: deque[ClientMessage] = deque()  # while there is no connection that could take them
@@ -109,7 +110,7 @@ class Connection:
         """Raises EngineDeadError in a fork of the program: the connection's thread is the parent's."""
         self._owner.check()
 
-    def submit(self, requests: Sequence[RemoteRequest]) -> None:
+    def submit(self, requests: Sequence[AnyRequest]) -> None:
         """Sends the requests, as many at a time as the server allows."""
         self._call(lambda: self._submit(requests))
 
@@ -306,7 +307,7 @@ class Connection:
         self._helloing = False
         self._fail_all(ConnectionLostError(f"{self._server.address} sent what is no message ({error}): report this"))
 
-    def _submit(self, requests: Sequence[RemoteRequest]) -> None:
+    def _submit(self, requests: Sequence[AnyRequest]) -> None:
         if not self._requests:
             self._heard_s = time.monotonic()  # nobody had a reason to speak
         self._unsent.extend(requests)

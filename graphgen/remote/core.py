@@ -3,6 +3,8 @@
 import itertools
 from collections.abc import Sequence
 
+import msgspec
+
 from graphgen.calls.outputs import Sink
 from graphgen.calls.prompts import Chat, OnePrompt
 from graphgen.calls.sampling_params import SamplingParams, one_each
@@ -10,7 +12,7 @@ from graphgen.ipc.errors import InvalidRequestError
 from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS, Health, Stats, Welcome
 from graphgen.remote.address import ClientSettings, ServerAddress
 from graphgen.remote.connection import Connection
-from graphgen.remote.requests import RemoteRequest, make_generate
+from graphgen.remote.requests import PromptRequest, RemoteRequest, make_generate
 
 
 class RemoteCore:
@@ -48,6 +50,26 @@ class RemoteCore:
         ]
         self._connection.submit(requests)
         return [request.message.id for request in requests for _ in range(request.message.sampling.n)]
+
+    def read_prompt(
+        self, prompt: OnePrompt, sink: Sink, *, special_tokens: bool = True, with_text: bool = False, tenant: str = ""
+    ) -> None:
+        """Asks what a prompt is to the model; the sink gets its PromptTokens, or an exception. Nothing is computed.
+
+        special_tokens: of a text, those that the tokenizer puts around a prompt. with_text: its tokens as text as well.
+        Raises InvalidRequestError.
+        """
+        if "prompt_only" not in self.welcome.features:
+            raise InvalidRequestError(f"{self.welcome.server} tells no tokens of a prompt: it has no tokenizer")
+        self._check_features([prompt])
+        message = msgspec.structs.replace(
+            make_generate(next(self._request_ids), prompt, SamplingParams(), True, tenant),
+            echo_ids=True,
+            echo_text=with_text,
+            special_tokens=special_tokens,
+            prompt_only=True,
+        )
+        self._connection.submit([PromptRequest(message, sink)])
 
     def _check_features(self, prompts: Sequence[OnePrompt]) -> None:
         """An older server would read over what it does not know."""

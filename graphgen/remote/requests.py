@@ -4,12 +4,12 @@ Does no I/O and knows no thread: the connection feeds it. Used by `graphgen.remo
 """
 
 import time
-from typing import cast
+from typing import NoReturn, cast
 
 import msgspec
 from msgspec import UNSET
 
-from graphgen.calls.outputs import Delivery, RequestOutput, Sink, StreamPiece, Timing
+from graphgen.calls.outputs import Delivery, PromptTokens, RequestOutput, Sink, StreamPiece, Timing
 from graphgen.calls.prompts import Chat, OnePrompt
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.ipc.codec import pack_int32
@@ -106,6 +106,29 @@ class RemoteRequest:
             cached_tokens=done.usage.cached_tokens,
             sample_index=sample,
         )
+
+
+class PromptRequest:
+    """A request whose prompt is all that is wanted. Its sink gets a PromptTokens."""
+
+    def __init__(self, message: Generate, sink: Sink) -> None:
+        self.message = message
+        self.sink = sink
+        self.accepted = False
+        self._prompt = PromptTokens((), None)
+
+    def accept(self, accepted: Accepted) -> None:
+        self.accepted = True
+        self._prompt = PromptTokens(tuple(accepted.prompt_ids or ()), accepted.prompt_text)
+
+    def take_delta(self, delta: Delta) -> NoReturn:
+        raise ServerError("the server sent tokens of a request that wants none: report this", code="internal")
+
+    def take_done(self, done: Done) -> list[Delivery]:
+        return [self._prompt]
+
+    def take_failure(self, error: GraphgenError) -> list[Delivery]:
+        return [error]
 
 
 def make_generate(

@@ -95,6 +95,17 @@ class AttachedCore:
         """
         return self._make_requests("the prompt", token_ids, sampling, sink, True, arrived_s, tenant)
 
+    def check_prompt(self, token_ids: Sequence[int]) -> None:
+        """Of a prompt that is to be looked at and not served: it may be empty, and may fill the context.
+
+        Raises InvalidRequestError.
+        """
+        if len(token_ids) > self.launch.max_model_len:
+            raise PromptTooLongError(
+                f"the prompt has {len(token_ids)} tokens, max_model_len is {self.launch.max_model_len}: shorten it"
+            )
+        self._check_ids("the prompt", token_ids)
+
     def check_process(self) -> None:
         """Raises EngineDeadError in a fork of the program."""
         self._link.check_process()
@@ -161,16 +172,19 @@ class AttachedCore:
         ]
 
     def _check_prompt(self, name: str, token_ids: Sequence[int], sampling: SamplingParams) -> None:
-        vocab_size = self.launch.spec.vocab_size
         if not token_ids:
             raise InvalidRequestError(f"{name} is empty: give at least one token")
-        if (low := min(token_ids)) < 0 or (high := max(token_ids)) >= vocab_size:
+        self._check_ids(name, token_ids)
+        if sampling.stop_strings and self._tokenizer is None:
+            raise InvalidRequestError("stop strings need a tokenizer, and this engine has none: use stop_token_ids")
+
+    def _check_ids(self, name: str, token_ids: Sequence[int]) -> None:
+        vocab_size = self.launch.spec.vocab_size
+        if token_ids and ((low := min(token_ids)) < 0 or (high := max(token_ids)) >= vocab_size):
             raise InvalidRequestError(
                 f"{name} has token id {low if low < 0 else high}, the vocabulary is 0 to {vocab_size - 1}:"
                 " use ids of this model's tokenizer"
             )
-        if sampling.stop_strings and self._tokenizer is None:
-            raise InvalidRequestError("stop strings need a tokenizer, and this engine has none: use stop_token_ids")
 
     def _max_tokens(self, name: str, prompt_len: int, sampling: SamplingParams) -> int:
         """max_tokens, cut to what the model's context leaves. Raises when nothing fits, or not all of min_tokens."""

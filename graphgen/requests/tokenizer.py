@@ -78,6 +78,10 @@ class Tokenizer:
             return batch
         return [ids[1:] if ids[:2] == [leading, leading] else ids for ids in batch]
 
+    def encode_bare(self, text: str) -> list[int]:
+        """Ids of a text alone, without the special tokens around a prompt. Raises as `encode_batch`."""
+        return self._encode([text], special=False)[0]
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of the ids, spaces as the model wrote them (no clean-up of spaces before punctuation)."""
         return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
@@ -109,7 +113,7 @@ class Tokenizer:
     ) -> list[int]:
         """Ids of `render_chat`: the template writes the special tokens itself."""
         text = self.render_chat(messages, tools, documents, chat_template_kwargs)
-        return self._encode([text], special=False)[0]
+        return self.encode_bare(text)
 
     def special_token_id(self, text: str) -> int | None:
         """The id of the special token that is exactly this text; None where there is none."""

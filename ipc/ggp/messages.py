@@ -214,6 +214,20 @@ class Generate(Struct, frozen=True, kw_only=True, omit_defaults=True):
         bool, Meta(description="false: each sample comes in one `delta`, when all samples have ended.")
     ] = True
     echo_ids: Annotated[bool, Meta(description="true: `accepted` carries the prompt's token ids.")] = False
+    echo_text: Annotated[
+        bool, Meta(description="true: `accepted` carries the text of the prompt's tokens, special ones included.")
+    ] = False
+    special_tokens: Annotated[
+        bool,
+        Meta(description="With `text`; false: without the special tokens that the tokenizer puts around a prompt."),
+    ] = True
+    prompt_only: Annotated[
+        bool,
+        Meta(
+            description="true: nothing is computed. The request ends after `accepted`, whatever its prompt's length,"
+            " with an empty `done.finish`."
+        ),
+    ] = False
 
 
 OF_CHATS = ("tools", "documents", "chat_template_kwargs")
@@ -323,6 +337,7 @@ class Accepted(Struct, frozen=True, kw_only=True, omit_defaults=True):
     id: RequestId
     prompt_tokens: Annotated[Count, Meta(description="Length of the prompt.")]
     prompt_ids: Annotated[list[TokenId] | None, Meta(description="With `generate.echo_ids`: the prompt.")] = None
+    prompt_text: Annotated[str | None, Meta(description="With `generate.echo_text`: the prompt.")] = None
 
 
 class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):

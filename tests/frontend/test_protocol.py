@@ -130,6 +130,29 @@ def test_where_special_tokens_come_from(make_frontend: MakeFrontend, prompt: dic
     assert unpack_int32(frontend.scheduler.expect(Submit).prompt_token_ids).tolist() == ids
 
 
+def test_a_prompt_can_be_asked_for_alone(make_frontend: MakeFrontend) -> None:
+    """Nothing reaches the scheduler, and the client's share is free again."""
+    frontend = make_frontend(tokenizer=with_beginning(), open_requests=1)
+    client = frontend.welcome()
+    for number, (special, ids, text) in enumerate(((True, [0, 1, 2], "<s> a b"), (False, [1, 2], "a b"))):
+        client.send(
+            Generate(id=number, text="a b", echo_ids=True, echo_text=True, special_tokens=special, prompt_only=True)
+        )
+        accepted = client.expect(Accepted)
+        assert (accepted.prompt_tokens, accepted.prompt_ids, accepted.prompt_text) == (len(ids), ids, text)
+        done = client.expect(Done)
+        assert (done.finish, done.usage.prompt_tokens) == ([], len(ids))
+    client.send(Generate(id=5, prompt_ids=[1] * 1025, prompt_only=True))
+    assert client.expect(Error).code == "never_fits"
+    client.send(Generate(id=6, prompt_ids=[1] * 1024, prompt_only=True))
+    assert client.expect(Accepted).prompt_ids is None, "it was not asked for"
+    client.expect(Done)
+    client.send(Generate(id=7, prompt_ids=[1], special_tokens=False))
+    assert client.expect(Error).code == "bad_request"
+    client.send(Generate(id=8, prompt_ids=[9]))
+    assert unpack_int32(frontend.scheduler.expect(Submit).prompt_token_ids).tolist() == [9]
+
+
 @pytest.mark.parametrize(
     ("body", "code"),
     [

@@ -21,7 +21,7 @@ def make_request(num_samples: int, stream: bool = True) -> PublicRequest:
         SimpleNamespace(started_s=0.5, submit=SimpleNamespace(request_id=number)) for number in range(num_samples)
     ]
     request = PublicRequest(Session(b"id", "name", "", 0.0), 9, "client", num_samples, arrived_s=0.0)
-    request.accept(Prepared(cast(Any, opened), 4, [], 0, None, stream, False))
+    request.accept(Prepared(cast(Any, opened), 4, None, None, 0, None, stream))
     return request
 
 

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec.structs import replace
 
-from graphgen.calls.outputs import Sink, StreamPiece
+from graphgen.calls.outputs import PromptTokens, Sink, StreamPiece
+from graphgen.calls.prompts import Chat, OnePrompt
 from graphgen.gateway.app import make_app
-from graphgen.gateway.endpoints import Endpoints
 from graphgen.gateway.keys import ApiKeys
+from graphgen.gateway.service import Service
 from graphgen.ipc.ggp.messages import Health
 from tests.fakes import WELCOME, FakeCore
 
@@ -50,6 +51,17 @@ class GatewayCore(FakeCore):
 
     def answer(self, sinks: Sequence[Sink], num_samples: int, streams: bool) -> None:
         self._answers(sinks, num_samples)
+
+    def read_prompt(
+        self, prompt: OnePrompt, sink: Sink, *, special_tokens: bool = True, with_text: bool = False, tenant: str = ""
+    ) -> None:
+        """A text has a token for each character, after one of its own where special tokens are wanted."""
+        if isinstance(prompt, Chat):
+            prompt = "".join(message["content"] for message in prompt.messages)
+        ids = tuple(map(ord, prompt)) if isinstance(prompt, str) else tuple(prompt)
+        ids = (1, *ids) if isinstance(prompt, str) and special_tokens else ids
+        self.tenants.append(tenant)
+        sink(PromptTokens(ids, "".join(map(chr, ids)) if with_text else None))
 
     def health(self) -> Health:
         return self.status
@@ -119,7 +131,7 @@ async def acall(
         "headers": [(name.encode(), value.encode()) for name, value in (headers or {}).items()],
         "client": ("192.0.2.7", 1234),
     }
-    await make_app(Endpoints(core, names), keys)(scope, receive, send)  # type: ignore[arg-type]  # a stand-in for RemoteCore
+    await make_app(Service(core, names), keys)(scope, receive, send)  # type: ignore[arg-type]  # a stand-in for RemoteCore
     if not said:
         return Reply(0, {}, b"")
     answered = {name.decode(): value.decode() for name, value in said[0]["headers"]}

@@ -116,6 +116,19 @@ def test_cached_tokens_are_those_of_the_sample_that_computed_the_prompt() -> Non
     assert reply.json["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_puts_the_prompt_before_each_output(stream: bool) -> None:
+    body = {**ROMEO, "prompt": [[72, 105], [33]], "n": 2, "echo": True, "stream": stream}
+    reply = call(GatewayCore(says("x", "y")), COMPLETIONS, body)
+    texts = [""] * 4
+    for chunk in reply.events[:-1] if stream else [reply.json]:
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert texts == ["Hixy", "Hixy", "!xy", "!xy"]
+    reply = call(GatewayCore(says("x", "y")), COMPLETIONS, {**ROMEO, "echo": True})
+    assert reply.json["choices"][0]["text"] == "ROMEO:xy"
+
+
 def test_a_piece_without_text_is_no_event() -> None:
     """Some tokens have text only with the next one."""
 
@@ -212,7 +225,6 @@ def test_messages_that_a_program_sends_back_are_taken_as_they_came() -> None:
         (CHATS, {"logit_bias": {"5": 1}}, "logit_bias"),
         (COMPLETIONS, {"prompt": {"a": 1}}, "prompt"),
         (COMPLETIONS, {"prompt": [1.5]}, "prompt"),
-        (COMPLETIONS, {"echo": True}, "echo"),
         (COMPLETIONS, {"logprobs": 0}, "logprobs"),
         (COMPLETIONS, {"best_of": 2}, "best_of"),
         (COMPLETIONS, {"suffix": "x"}, "suffix"),

@@ -79,6 +79,22 @@ def test_completions_of_texts_and_ids_are_what_our_own_client_gets(client: opena
     assert (stopped.choices[0].text, stopped.choices[0].finish_reason) == (want[0].text.split(" ")[0], "stop")
 
 
+def test_prompts_become_tokens_and_tokens_text_at_the_server(client: openai.OpenAI, ours: Client) -> None:
+    def ask(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        return client.post(f"../{path}", body=body, cast_to=dict[str, Any])
+
+    (output,) = ours.generate("ROMEO:", greedy(4))
+    tokens = ask("tokenize", {"prompt": "ROMEO:"})
+    assert tokens["tokens"] == list(output.prompt_token_ids)
+    assert ask("detokenize", {"tokens": tokens["tokens"]})["prompt"].endswith("ROMEO:")
+    (chat,) = ours.chat(HELLO, greedy(4))
+    assert ask("tokenize", {"messages": HELLO})["tokens"] == list(chat.prompt_token_ids)
+    echoed = client.completions.create(model="play", prompt=tokens["tokens"], echo=True, max_tokens=4, temperature=0)
+    assert echoed.choices[0].text.endswith("ROMEO:" + output.text)
+    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+        ask("detokenize", {"tokens": [1] * 2000})
+
+
 def test_many_streams_at_once_are_each_their_own(client: openai.OpenAI, ours: Client) -> None:
     prompts = [f"{name}:\n{letter}" for name in ("ROMEO", "JULIET") for letter in "abcdefgh"]
     want = [output.text for output in ours.generate(prompts, greedy(16))]

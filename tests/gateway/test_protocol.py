@@ -13,8 +13,8 @@ import uvicorn
 
 from graphgen.gateway import http, protocol
 from graphgen.gateway.app import make_app
-from graphgen.gateway.endpoints import Endpoints
 from graphgen.gateway.protocol import LimitedProtocol
+from graphgen.gateway.service import Service
 from tests.gateway.asgi import GatewayCore, says
 
 BODY = b'{"messages": [{"role": "user", "content": "Hi"}]}'
@@ -30,8 +30,8 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Of a server in a thread, which is impatient."""
     monkeypatch.setattr(protocol, "HEAD_S", 0.3)
     monkeypatch.setattr(http, "BODY_S", 0.3)
-    endpoints = Endpoints(GatewayCore(says("a", "b")), ["fake"])  # type: ignore[arg-type]  # a stand-in for RemoteCore
-    config = uvicorn.Config(make_app(endpoints), http=LimitedProtocol, ws="none", lifespan="off", log_config=None)
+    service = Service(GatewayCore(says("a", "b")), ["fake"])  # type: ignore[arg-type]  # a stand-in for RemoteCore
+    config = uvicorn.Config(make_app(service), http=LimitedProtocol, ws="none", lifespan="off", log_config=None)
     server = uvicorn.Server(config)
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
@@ -100,7 +100,7 @@ def test_a_trailer_is_no_header(monkeypatch: pytest.MonkeyPatch, port: int) -> N
         return await read_json(scope, *args)
 
     read_json = http.read_json
-    monkeypatch.setattr("graphgen.gateway.endpoints.read_json", read)
+    monkeypatch.setattr("graphgen.gateway.service.read_json", read)
     with connect(port) as connection:
         connection.sendall(CHUNKED + b"0\r\nx-api-key: stolen\r\n\r\n")
         assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")

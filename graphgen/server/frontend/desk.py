@@ -179,8 +179,12 @@ class Desk:
         except OverloadedError as refusal:
             self._fail(request, error_of(refusal, request.id))
             return
+        num_samples = len(result.opened)
         request.accept(result)
-        self._held.push(request.client, request, result.priority, len(result.opened))
+        if request.ended:
+            self._close(request)
+            return
+        self._held.push(request.client, request, result.priority, num_samples)
         self._outbox.add_news(request)
 
     def _may_submit(self, client: str, request: PublicRequest) -> bool:

@@ -54,13 +54,13 @@ PieceSink = Callable[[PublicRequest, Delivery], None]
 class Prepared:
     """A request that was checked."""
 
-    opened: list[OpenRequest]  # one for each sample
+    opened: list[OpenRequest]  # one for each sample; none: its prompt was all that was wanted
     num_prompt_tokens: int
-    prompt_ids: list[int]
+    prompt_ids: list[int] | None  # where the client asks for them
+    prompt_text: str | None  # the same
     priority: int
     deadline_s: float | None  # as time.monotonic()
     stream: bool
-    echo_ids: bool
 
 
 class Preparer:
@@ -129,22 +129,26 @@ class Preparer:
         assert isinstance(message, Generate), "only generate is prepared"
         token_ids = self._prompt_ids(message)
         sampling = message.sampling if request.session.is_trusted else self._capped(message, request.session.key)
-        opened = self._core.prepare(
-            token_ids,
-            sampling_params(sampling, request.session.cache_key),
-            functools.partial(sink, request),
-            request.arrived_s,
-            request.client,
-        )
+        if message.prompt_only:
+            self._core.check_prompt(token_ids)
+            opened = []
+        else:
+            opened = self._core.prepare(
+                token_ids,
+                sampling_params(sampling, request.session.cache_key),
+                functools.partial(sink, request),
+                request.arrived_s,
+                request.client,
+            )
         deadline_ms = sampling.deadline_ms
         return Prepared(
             opened=opened,
             num_prompt_tokens=len(token_ids),
-            prompt_ids=token_ids if message.echo_ids else [],
+            prompt_ids=token_ids if message.echo_ids else None,
+            prompt_text=self._core.tokenizer.decode(token_ids, False) if message.echo_text else None,
             priority=sampling.priority,
             deadline_s=None if deadline_ms is None else request.arrived_s + deadline_ms / 1000,
             stream=message.stream,
-            echo_ids=message.echo_ids,
         )
 
     def _capped(self, message: Generate, key: str) -> Sampling:
@@ -161,6 +165,8 @@ class Preparer:
                 f"the prompt is given as {' and '.join(given) or 'nothing'}: give one of text, messages, prompt_ids and"
                 " prompt_u32"
             )
+        if not message.special_tokens and message.text is None:
+            raise InvalidRequestError("special_tokens is false: give the prompt as text, or leave special_tokens out")
         further = [name for name in OF_CHATS if getattr(message, name) is not None]
         if further and message.messages is None:
             raise InvalidRequestError(f"{' and '.join(further)} belong to a chat: give messages, or leave them out")
@@ -170,6 +176,8 @@ class Preparer:
             return unpack_prompt(message.prompt_u32)
         if message.text is not None:
             self._check_text([message.text])
+            if not message.special_tokens:
+                return self._core.tokenizer.encode_bare(message.text)
             return list(self._core.token_ids([message.text])[0])
         messages = [_given_keys(one) for one in message.messages or []]
         chat = one_prompt(Chat(messages, message.tools, message.documents, message.chat_template_kwargs))

@@ -222,6 +222,7 @@ def _welcome(settings: FrontendSettings, core: AttachedCore, sockets: PublicSock
         "model_defaults": True,
         "notices": True,
         "batches": True,
+        "prompt_only": core.has_tokenizer,
         "template_arguments": core.has_tokenizer and core.tokenizer.has_chat,
     }
     return Welcome(

@@ -89,9 +89,12 @@ class PublicRequest:
         return 0 if self.prepared is None else self.prepared.num_prompt_tokens * len(self._samples)
 
     def accept(self, prepared: "Prepared") -> None:
+        """One whose prompt was all that was wanted ends with it."""
         self.prepared = prepared
         self._samples = [_Sample() for _ in prepared.opened]
         self.num_unstarted = len(self._samples)
+        if not self._samples:
+            self._finish(self._done())
 
     def take(self, piece: StreamPiece, now_s: float) -> None:
         """What a step gave to one of the samples."""
@@ -159,8 +162,12 @@ class PublicRequest:
     def peek(self) -> Accepted | Delta | Done | Error | None:
         """The message to send next, or None while there is nothing to say."""
         if self.prepared is not None and not self._accepted_sent:
-            ids = self.prepared.prompt_ids if self.prepared.echo_ids else None
-            return Accepted(id=self.id, prompt_tokens=self.prepared.num_prompt_tokens, prompt_ids=ids)
+            return Accepted(
+                id=self.id,
+                prompt_tokens=self.prepared.num_prompt_tokens,
+                prompt_ids=self.prepared.prompt_ids,
+                prompt_text=self.prepared.prompt_text,
+            )
         return next(self.deltas(), None) or (None if self._end_sent else self._end)
 
     def deltas(self) -> Iterator[Delta]:
@@ -198,7 +205,7 @@ class PublicRequest:
         num_prompt_tokens = 0 if self.prepared is None else self.prepared.num_prompt_tokens
         return Done(
             id=self.id,
-            finish=[sample.finish for sample in self._samples] or [ABORTED] * self.num_samples,
+            finish=[ABORTED] * self.num_samples if self.prepared is None else [one.finish for one in self._samples],
             usage=Usage(
                 prompt_tokens=num_prompt_tokens,
                 output_tokens=sum(sample.num_tokens + len(sample.ids) for sample in self._samples),

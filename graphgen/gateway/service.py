@@ -1,0 +1,109 @@
+"""What all endpoints share: the connection to the frontend, what the model is called, and who asks.
+
+Owns how a request becomes requests of the frontend: in whose name, with which priority and with whose cached pages.
+Knows no endpoint.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import TypeVar
+
+from msgspec import structs
+
+from graphgen.base.salt import cache_salt
+from graphgen.calls.outputs import Delivery, PromptTokens
+from graphgen.calls.prompts import OnePrompt
+from graphgen.calls.sampling_params import SamplingParams
+from graphgen.calls.streams import Mailbox
+from graphgen.gateway.errors import ApiError
+from graphgen.gateway.generation import Pieces
+from graphgen.gateway.http import Receive, Scope, read_json
+from graphgen.gateway.keys import Holder
+from graphgen.remote.core import RemoteCore
+
+Body = TypeVar("Body")
+
+JSON_BYTES_PER_TEXT_BYTE = 6
+"""Of JSON that escapes every character."""
+OTHER_BYTES = 1 << 20
+"""Of a body, beside its text: names of fields, ids as numbers."""
+HOLDER = "graphgen.holder"
+"""In a scope: whose key the request has, where keys are asked for."""
+
+
+class Service:
+    """The server behind the gateway, as its endpoints use it."""
+
+    def __init__(self, core: RemoteCore, model_names: Sequence[str]) -> None:
+        self.core = core
+        self.model_names = model_names
+        self.created = int(time.time())
+        """When this gateway began, in seconds since 1970."""
+        self._mailbox: Mailbox | None = None
+        self._body_bytes = JSON_BYTES_PER_TEXT_BYTE * core.welcome.limits.text_bytes + OTHER_BYTES
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and output together."""
+        return self.core.welcome.limits.prompt_tokens
+
+    async def read(self, scope: Scope, receive: Receive, kind: type[Body]) -> Body:
+        """The body of a request. Raises ApiError, GoneError."""
+        return await read_json(scope, receive, kind, self._body_bytes)
+
+    def known(self, name: str | None) -> str:
+        """What answers call the model that a request names; one that names none gets the first. Raises ApiError."""
+        if name is None:
+            return self.model_names[0]
+        if name not in self.model_names:
+            text = f"the model {name!r} does not exist: this server has {', '.join(self.model_names)}"
+            raise ApiError(404, text, "model_not_found", "model")
+        return name
+
+    def pieces(self, prompts: Sequence[OnePrompt], sampling: SamplingParams, scope: Scope, receive: Receive) -> Pieces:
+        """Sends the prompts. Raises GraphgenError with nothing sent."""
+        sampling = _within_key(sampling, scope)
+        return Pieces(self.core, self._mailbox_of_loop(), prompts, sampling, tenant_of(scope), receive)
+
+    async def read_prompt(
+        self, prompt: OnePrompt, scope: Scope, *, special_tokens: bool = True, with_text: bool = False
+    ) -> PromptTokens:
+        """What a prompt is to the model, see `RemoteCore.read_prompt`. Raises GraphgenError."""
+        found: asyncio.Queue[Delivery] = asyncio.Queue()
+        mailbox = self._mailbox_of_loop()
+        self.core.read_prompt(
+            prompt,
+            lambda delivery: mailbox.put(found, delivery),
+            special_tokens=special_tokens,
+            with_text=with_text,
+            tenant=tenant_of(scope),
+        )
+        delivery = await found.get()
+        if isinstance(delivery, Exception):
+            raise delivery
+        assert isinstance(delivery, PromptTokens), "it was all that was asked for"
+        return delivery
+
+    def _mailbox_of_loop(self) -> Mailbox:
+        if self._mailbox is None:
+            self._mailbox = Mailbox(asyncio.get_running_loop())
+        return self._mailbox
+
+
+def _within_key(sampling: SamplingParams, scope: Scope) -> SamplingParams:
+    """At most the priority that the key's requests get, and pages shared with that key alone."""
+    holder: Holder | None = scope.get(HOLDER)
+    if holder is None:
+        return sampling
+    priority = min(sampling.priority, holder.max_priority)
+    return structs.replace(sampling, priority=priority, cache_salt=cache_salt(holder.name, sampling.cache_salt))
+
+
+def tenant_of(scope: Scope) -> str:
+    """Without keys, who comes from one address is one."""
+    if HOLDER in scope:
+        holder: Holder = scope[HOLDER]
+        return holder.name
+    client = scope.get("client")
+    return client[0] if client else "-"

@@ -1,0 +1,58 @@
+"""What prompts are to the model, and what tokens are as text: `/tokenize` and `/detokenize`, as vLLM has them.
+
+The tokenizer is the frontend's: this process has none. Nothing is computed for these endpoints.
+"""
+
+from graphgen.calls.prompts import Chat, OnePrompt, one_prompt
+from graphgen.gateway import schema
+from graphgen.gateway.errors import ApiError
+from graphgen.gateway.generation import chat_of, not_served
+from graphgen.gateway.http import Receive, Scope, Send, send_json
+from graphgen.gateway.service import Service
+from graphgen.ipc.errors import InvalidRequestError
+
+
+class TokenEndpoints:
+    """See this module."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = await self._service.read(scope, receive, schema.TokenizeRequest)
+        self._service.known(request.model)
+        prompt = _prompt_of(request)
+        special_tokens = isinstance(prompt, Chat) or request.add_special_tokens is not False
+        found = await self._service.read_prompt(prompt, scope, special_tokens=special_tokens)
+        tokens = schema.Tokens(len(found.token_ids), self._service.max_model_len, found.token_ids)
+        await send_json(send, tokens)
+
+    async def detokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = await self._service.read(scope, receive, schema.DetokenizeRequest)
+        self._service.known(request.model)
+        if not request.tokens:
+            await send_json(send, schema.Detokenized(""))
+            return
+        try:
+            prompt = one_prompt(request.tokens)
+        except InvalidRequestError as error:
+            raise ApiError(400, str(error), "invalid_request", "tokens") from None
+        found = await self._service.read_prompt(prompt, scope, with_text=True)
+        await send_json(send, schema.Detokenized(found.text or ""))
+
+
+def _prompt_of(request: schema.TokenizeRequest) -> OnePrompt:
+    """Raises ApiError."""
+    if request.return_token_strs:
+        raise not_served("return_token_strs", "texts of single tokens")
+    if request.messages is None:
+        if request.prompt is None:
+            raise ApiError(400, "there is no prompt: give prompt or messages", "invalid_request", "prompt")
+        return request.prompt
+    if request.prompt is not None:
+        raise ApiError(400, "prompt and messages are both given: leave one out", "invalid_request", "prompt")
+    if request.add_generation_prompt is False or request.continue_final_message:
+        raise not_served("add_generation_prompt", "a chat that is not the model's turn")
+    if request.add_special_tokens:
+        raise not_served("add_special_tokens", "tokens around what the chat template writes")
+    return chat_of(request)
