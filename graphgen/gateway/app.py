@@ -16,6 +16,7 @@ from graphgen.gateway.endpoints import Endpoints
 from graphgen.gateway.errors import ApiError, error_of
 from graphgen.gateway.http import GoneError, Message, Receive, Scope, Send, send_error
 from graphgen.gateway.keys import ApiKeys, Holder
+from graphgen.gateway.responses import Responses
 from graphgen.gateway.service import HOLDER, Service
 from graphgen.gateway.tokens import TokenEndpoints
 
@@ -62,6 +63,7 @@ def make_app(service: Service, keys: ApiKeys | None = None) -> Starlette:
     routes = [
         ("POST", "/v1/chat/completions", endpoints.chat_completions),
         ("POST", "/v1/completions", endpoints.completions),
+        ("POST", "/v1/responses", Responses(service).create),
         ("GET", "/v1/models", endpoints.models),
         ("GET", "/v1/models/{name:path}", endpoints.model),
         ("POST", "/tokenize", tokens.tokenize),

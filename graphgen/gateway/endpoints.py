@@ -5,7 +5,6 @@ Owns the ids of answers and how pieces become events and whole answers. How requ
 """
 
 import asyncio
-import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
@@ -37,6 +36,7 @@ from graphgen.gateway.http import (
     send_events,
     send_json,
 )
+from graphgen.gateway.ids import new_id
 from graphgen.gateway.service import Service
 
 ChunkUsage = schema.Usage | UnsetType | None
@@ -107,11 +107,6 @@ class Endpoints:
 
     def _described(self, name: str) -> schema.Model:
         return schema.Model(id=name, created=self._service.created, max_model_len=self._service.max_model_len)
-
-
-def new_id(kind: str) -> str:
-    """Of an answer."""
-    return f"{kind}-{secrets.token_hex(12)}"
 
 
 class _Answer(ABC):

@@ -90,6 +90,8 @@ def chat_of(request: ChatRequest | TokenizeRequest) -> Chat:
 def _known_fields(message: Mapping[str, Any]) -> dict[str, Any]:
     """What programs send back of an answer has fields that no template reads."""
     found = {name: value for name in _MESSAGE_FIELDS if (value := message.get(name)) not in (None, [])}
+    if found.get("role") == "developer":  # OpenAI's newer word, which few templates know
+        found["role"] = "system"
     if "reasoning_content" not in found and isinstance(message.get("reasoning"), str):
         found["reasoning_content"] = message["reasoning"]
     return found

@@ -88,6 +88,11 @@ def event(value: object) -> bytes:
     return b"data: " + _one_line(msgspec.json.encode(value)) + b"\n\n"
 
 
+def named_event(name: str, value: object) -> bytes:
+    """A server-sent event that says its name twice, as those of Responses and of Anthropic's API do."""
+    return b"event: %b\n" % name.encode() + event(value)
+
+
 def error_event(error: ApiError) -> bytes:
     """What ends a stream that has begun."""
     return b"data: " + _one_line(error.encode()) + b"\n\n"

@@ -24,7 +24,7 @@ def piece(text: str, finish: Any = None, sample: int = 0, token_ids: tuple[int, 
     return StreamPiece(text, token_ids, finish, cached_tokens=2, sample_index=sample, prompt_tokens=5)
 
 
-def says(*texts: str) -> Answer:
+def says(*texts: str, finish: str = "length") -> Answer:
     """Each sample of each prompt says these, the last one at its end."""
 
     def answer(sinks: Sequence[Sink], num_samples: int) -> None:
@@ -34,7 +34,18 @@ def says(*texts: str) -> Answer:
                     sink(piece(text, None, sample))
         for sink in sinks:
             for sample in range(num_samples):
-                sink(piece(texts[-1], "length", sample))
+                sink(piece(texts[-1], finish, sample))
+
+    return answer
+
+
+def fails(error: Exception, after: Sequence[str] = ()) -> Answer:
+    """The first prompt says the texts, and is lost."""
+
+    def answer(sinks: Sequence[Sink], num_samples: int) -> None:
+        for text in after:
+            sinks[0](piece(text))
+        sinks[0](error)
 
     return answer
 
@@ -86,7 +97,7 @@ class Reply(NamedTuple):
     @property
     def events(self) -> list[Any]:
         """The data of each event, as OpenAI's clients read them: comments are left out."""
-        lines = self.body.decode().splitlines()
+        lines = [line for line in self.body.decode().splitlines() if not line.startswith("event: ")]
         data = [line.removeprefix("data: ") for line in lines if line and not line.startswith(":")]
         return [one if one == "[DONE]" else json.loads(one) for one in data]
 

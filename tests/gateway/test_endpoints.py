@@ -22,7 +22,7 @@ from graphgen import (
 from graphgen.calls.outputs import Sink, StreamPiece
 from graphgen.gateway import generation
 from graphgen.ipc.ggp.messages import Health
-from tests.gateway.asgi import GatewayCore, acall, call, piece, says
+from tests.gateway.asgi import GatewayCore, acall, call, fails, piece, says
 
 CHATS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO: dict[str, Any] = {"model": "fake", "messages": [{"role": "user", "content": "Hi"}]}
@@ -33,15 +33,6 @@ USAGE = {
     "total_tokens": 7,
     "prompt_tokens_details": {"cached_tokens": 2},
 }
-
-
-def fails(error: Exception, after: Sequence[str] = ()) -> Any:
-    def answer(sinks: Sequence[Sink], num_samples: int) -> None:
-        for text in after:
-            sinks[0](piece(text))
-        sinks[0](error)
-
-    return answer
 
 
 def test_a_chat_has_a_message_its_end_and_its_counts() -> None:

@@ -79,6 +79,21 @@ def test_completions_of_texts_and_ids_are_what_our_own_client_gets(client: opena
     assert (stopped.choices[0].text, stopped.choices[0].finish_reason) == (want[0].text.split(" ")[0], "stop")
 
 
+def test_a_response_is_that_of_a_chat_streamed_or_not(client: openai.OpenAI, ours: Client) -> None:
+    (want,) = ours.chat(HELLO, greedy(24))
+    asked: Any = {"model": "play", "input": HELLO, "max_output_tokens": 24, "temperature": 0}
+    got = client.responses.create(**asked)
+    assert (got.output_text, got.status) == (want.text, "incomplete")
+    with client.responses.stream(**asked) as stream:
+        events = list(stream)
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    last = events[-1]
+    assert last.type == "response.incomplete"
+    assert "".join(deltas) == last.response.output_text == want.text
+    assert last.response.usage is not None
+    assert last.response.usage.input_tokens == len(want.prompt_token_ids)
+
+
 def test_prompts_become_tokens_and_tokens_text_at_the_server(client: openai.OpenAI, ours: Client) -> None:
     def ask(path: str, body: dict[str, Any]) -> dict[str, Any]:
         return client.post(f"../{path}", body=body, cast_to=dict[str, Any])

@@ -1,0 +1,165 @@
+"""What clients of OpenAI's Responses API send and get, as far as a server that keeps nothing can serve it.
+
+Owns types and names alone. Fields that are not here are accepted and ignored.
+"""
+
+from typing import Any
+
+from msgspec import Struct
+
+from graphgen.gateway.schema import Generation
+
+
+class Reasoning(Struct, frozen=True, kw_only=True):
+    effort: str | None = None
+    summary: str | None = None
+
+
+class TextFormat(Struct, frozen=True, kw_only=True):
+    format: dict[str, Any] | None = None
+    verbosity: str | None = None
+
+
+class ResponsesRequest(Generation, frozen=True, kw_only=True):
+    """The body of POST /v1/responses. What other endpoints take of sampling is taken here as well."""
+
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    reasoning: Reasoning | None = None
+    text: TextFormat | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    top_logprobs: int | None = None
+    metadata: dict[str, Any] | None = None
+    user: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    # What a server that keeps nothing cannot do.
+    previous_response_id: str | None = None
+    conversation: Any = None
+    background: bool | None = None
+    prompt: Any = None
+    """A template that OpenAI keeps."""
+
+
+class OutputText(Struct, frozen=True, kw_only=True):
+    """A part of a message."""
+
+    type: str = "output_text"
+    text: str
+    annotations: list[None] = []
+    logprobs: list[None] = []
+
+
+class Message(Struct, frozen=True, kw_only=True):
+    id: str
+    type: str = "message"
+    status: str
+    role: str = "assistant"
+    content: list[OutputText]
+
+
+class InputTokensDetails(Struct, frozen=True, kw_only=True):
+    cached_tokens: int
+    cache_write_tokens: int = 0
+
+
+class OutputTokensDetails(Struct, frozen=True, kw_only=True):
+    reasoning_tokens: int = 0
+
+
+class ResponsesUsage(Struct, frozen=True, kw_only=True):
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails = OutputTokensDetails()
+    total_tokens: int
+
+
+class ResponseError(Struct, frozen=True, kw_only=True):
+    code: str
+    message: str
+
+
+class IncompleteDetails(Struct, frozen=True, kw_only=True):
+    reason: str
+
+
+class Response(Struct, frozen=True, kw_only=True):
+    """The answer, and what events say of it while it grows. Repeats what was asked for, as OpenAI's does."""
+
+    id: str
+    object: str = "response"
+    created_at: int
+    status: str
+    error: ResponseError | None = None
+    incomplete_details: IncompleteDetails | None = None
+    model: str
+    output: list[Message] = []
+    usage: ResponsesUsage | None = None
+    instructions: str | None
+    max_output_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    reasoning: Reasoning
+    text: TextFormat
+    tools: list[dict[str, Any]]
+    tool_choice: str | dict[str, Any]
+    parallel_tool_calls: bool
+    metadata: dict[str, Any]
+    user: str | None
+    top_logprobs: int = 0
+    previous_response_id: None = None
+    background: bool = False
+    store: bool = False
+    truncation: str = "disabled"
+    service_tier: str = "default"
+
+
+class ResponseChanged(Struct, frozen=True, kw_only=True):
+    """The response begins (`response.created`, `.in_progress`) or ends (`.completed`, `.incomplete`, `.failed`)."""
+
+    type: str
+    sequence_number: int
+    response: Response
+
+
+class ItemChanged(Struct, frozen=True, kw_only=True):
+    """An item begins or ends: `response.output_item.added`, `.done`."""
+
+    type: str
+    sequence_number: int
+    output_index: int
+    item: Message
+
+
+class PartChanged(Struct, frozen=True, kw_only=True):
+    """A part of a message begins or ends: `response.content_part.added`, `.done`."""
+
+    type: str
+    sequence_number: int
+    item_id: str
+    output_index: int
+    content_index: int = 0
+    part: OutputText
+
+
+class TextDelta(Struct, frozen=True, kw_only=True):
+    type: str = "response.output_text.delta"
+    sequence_number: int
+    item_id: str
+    output_index: int
+    content_index: int = 0
+    delta: str
+    logprobs: list[None] = []
+
+
+class TextDone(Struct, frozen=True, kw_only=True):
+    type: str = "response.output_text.done"
+    sequence_number: int
+    item_id: str
+    output_index: int
+    content_index: int = 0
+    text: str
+    logprobs: list[None] = []
