@@ -6,6 +6,7 @@ Owns the routes, and that every failure has an answer in OpenAI's form. Made onc
 import logging
 from collections.abc import Awaitable, Callable
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -13,14 +14,17 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from graphgen.gateway.endpoints import Endpoints
-from graphgen.gateway.errors import ApiError, error_of
+from graphgen.gateway.errors import ApiError, anthropic_body, error_of, openai_body
 from graphgen.gateway.http import GoneError, Message, Receive, Scope, Send, send_error
 from graphgen.gateway.keys import ApiKeys, Holder
+from graphgen.gateway.messages import Messages
 from graphgen.gateway.responses import Responses
 from graphgen.gateway.service import HOLDER, Service
 from graphgen.gateway.tokens import TokenEndpoints
 
 PROBES = ("/health", "/ready")
+MESSAGES = "/v1/messages"
+"""Of Anthropic's API."""
 
 logger = logging.getLogger("graphgen.gateway")
 
@@ -28,12 +32,18 @@ logger = logging.getLogger("graphgen.gateway")
 class _Endpoint:
     """An endpoint as an application of its own, whose failures are answered.
 
-    keys: who may call it; None: everyone. Whose key it was is in the scope.
+    keys: who may call it; None: everyone. Whose key it was is in the scope. body_of: the form of its errors.
     """
 
-    def __init__(self, serve: Callable[[Scope, Receive, Send], Awaitable[None]], keys: ApiKeys | None) -> None:
+    def __init__(
+        self,
+        serve: Callable[[Scope, Receive, Send], Awaitable[None]],
+        keys: ApiKeys | None,
+        body_of: Callable[[ApiError], object],
+    ) -> None:
         self._serve = serve
         self._keys = keys
+        self._body_of = body_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun = False
@@ -54,18 +64,20 @@ class _Endpoint:
             if answer.status == 500:
                 logger.exception("%s failed", scope["path"])
             if not begun:
-                await send_error(send, answer)
+                await send_error(send, answer, self._body_of(answer))
 
 
 def make_app(service: Service, keys: ApiKeys | None = None) -> Starlette:
     """keys: which are asked for; probes need none."""
-    endpoints, tokens = Endpoints(service), TokenEndpoints(service)
+    endpoints, tokens, messages = Endpoints(service), TokenEndpoints(service), Messages(service)
     routes = [
         ("POST", "/v1/chat/completions", endpoints.chat_completions),
         ("POST", "/v1/completions", endpoints.completions),
         ("POST", "/v1/responses", Responses(service).create),
         ("GET", "/v1/models", endpoints.models),
         ("GET", "/v1/models/{name:path}", endpoints.model),
+        ("POST", MESSAGES, messages.create),
+        ("POST", f"{MESSAGES}/count_tokens", messages.count_tokens),
         ("POST", "/tokenize", tokens.tokenize),
         ("POST", "/detokenize", tokens.detokenize),
         ("GET", "/health", endpoints.health),
@@ -73,7 +85,15 @@ def make_app(service: Service, keys: ApiKeys | None = None) -> Starlette:
     ]
     return Starlette(
         routes=[
-            Route(path, _Endpoint(serve, None if path in PROBES else keys), methods=[method])
+            Route(
+                path,
+                _Endpoint(
+                    serve,
+                    None if path in PROBES else keys,
+                    anthropic_body if path.startswith(MESSAGES) else openai_body,
+                ),
+                methods=[method],
+            )
             for method, path, serve in routes
         ],
         exception_handlers={HTTPException: _no_endpoint},
@@ -99,4 +119,4 @@ async def _no_endpoint(request: Request, error: Exception) -> Response:
     text = f"{request.method} {request.scope['path']} is not served: {error.detail}"
     answer = ApiError(error.status_code, text, "not_found" if error.status_code == 404 else None)
     headers = {"content-type": "application/json", **(error.headers or {})}
-    return Response(answer.encode(), error.status_code, headers)
+    return Response(msgspec.json.encode(openai_body(answer)), error.status_code, headers)

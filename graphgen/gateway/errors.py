@@ -6,7 +6,6 @@ Owns the mapping of graphgen's errors. Clients of OpenAI's API repeat a request 
 
 import math
 
-import msgspec
 from msgspec import Struct
 
 from graphgen.ipc.errors import (
@@ -56,8 +55,23 @@ class ApiError(Exception):
         self.body = ErrorBody(message, _type_of(status), param, code)
         self.headers = [*(headers or []), *_retry_headers(status, retry_after_s)]
 
-    def encode(self) -> bytes:
-        return msgspec.json.encode({"error": self.body})
+
+def openai_body(error: ApiError) -> object:
+    return {"error": error.body}
+
+
+def anthropic_body(error: ApiError) -> object:
+    """As clients of Anthropic's API expect it."""
+    match error.status:
+        case 413:
+            kind = "request_too_large"
+        case 503:
+            kind = "overloaded_error"
+        case status if status >= 500:
+            kind = "api_error"
+        case _:
+            kind = error.body.type
+    return {"type": "error", "error": {"type": kind, "message": error.body.message}}
 
 
 def _type_of(status: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from graphgen.gateway.errors import ApiError, Headers
+from graphgen.gateway.errors import ApiError, Headers, openai_body
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -79,8 +79,9 @@ async def send_json(send: Send, value: object, status: int = 200) -> None:
     await send_bytes(send, status, msgspec.json.encode(value))
 
 
-async def send_error(send: Send, error: ApiError) -> None:
-    await send_bytes(send, error.status, error.encode(), [*JSON_HEADERS, *error.headers])
+async def send_error(send: Send, error: ApiError, body: object) -> None:
+    """body: the form that the endpoint's clients expect."""
+    await send_bytes(send, error.status, msgspec.json.encode(body), [*JSON_HEADERS, *error.headers])
 
 
 def event(value: object) -> bytes:
@@ -95,7 +96,7 @@ def named_event(name: str, value: object) -> bytes:
 
 def error_event(error: ApiError) -> bytes:
     """What ends a stream that has begun."""
-    return b"data: " + _one_line(error.encode()) + b"\n\n"
+    return event(openai_body(error))
 
 
 def _one_line(text: bytes) -> bytes:

@@ -6,7 +6,6 @@ import re
 import signal
 import time
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,11 @@ import pytest
 import graphgen
 from graphgen import Client, SamplingParams
 from graphgen.server.options import ServeOptions, is_public
+from tests.gateway.conftest import HTTP
 from tests.serving import ServerProcess, serving
 
 HELLO: Any = [{"role": "user", "content": "Good morrow"}]
-HTTP = ("--http", "127.0.0.1:0", "--served-model-name", "play")
 LONG = 600
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with serving(tmp_path_factory.mktemp("server"), *HTTP) as server:
-        yield server
 
 
 def connect(server: ServerProcess, **options: Any) -> openai.OpenAI:
@@ -37,13 +30,6 @@ def connect(server: ServerProcess, **options: Any) -> openai.OpenAI:
 @pytest.fixture(scope="module")
 def client(server: ServerProcess) -> openai.OpenAI:
     return connect(server)
-
-
-@pytest.fixture(scope="module")
-def ours(server: ServerProcess) -> Iterator[Client]:
-    """The same server over its own protocol."""
-    with Client(server.address) as ours:
-        yield ours
 
 
 def greedy(max_tokens: int) -> SamplingParams:
