@@ -87,8 +87,8 @@ class SamplingParams(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords)
 
     def __post_init__(self) -> None:
         plain_fields(self)
-        for field in msgspec.structs.fields(SamplingParams):
-            _check_type(field.name, getattr(self, field.name), field.type)
+        for name, kind in _FIELD_TYPES.items():
+            _check_type(name, getattr(self, name), kind)
         _check_range("max_tokens", self.max_tokens, 1, _MAX_INT32)
         _check_range("min_tokens", self.min_tokens, 0, _MAX_INT32)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -168,6 +168,10 @@ class SamplingParams(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords)
                 f" the limit is {MAX_STOP_TOKEN_IDS}: give fewer"
             )
         return token_ids
+
+
+_FIELD_TYPES = {field.name: field.type for field in msgspec.structs.fields(SamplingParams)}
+"""Looked up once: msgspec evaluates the annotations anew at each call."""
 
 
 def one_each(sampling: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> Sequence[SamplingParams]:

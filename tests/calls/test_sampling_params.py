@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import msgspec
 import pytest
 
 from graphgen import InvalidRequestError, SamplingParams
@@ -125,3 +126,9 @@ def test_stop_ids_that_fit_alone_may_be_too_many_with_the_models() -> None:
 
 def test_one_stop_string_and_a_list_of_one_are_the_same() -> None:
     assert SamplingParams(stop="END").stop_strings == SamplingParams(stop=["END"]).stop_strings == ("END",)
+
+
+def test_making_one_evaluates_no_annotations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That took two thirds of the time, and each time made a name that Python's table of names grew by."""
+    monkeypatch.setattr(msgspec.structs, "fields", lambda _: pytest.fail("the fields were looked up"))
+    assert SamplingParams(max_tokens=3).max_tokens == 3
