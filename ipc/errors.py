@@ -69,7 +69,7 @@ class NumericalError(GraphgenError, RuntimeError):
 
 
 class PoisonedRequestError(GraphgenError, RuntimeError):
-    """The worker ended each time it computed this request, the last time alone. The message has its last words."""
+    """The worker ended each time it computed this request, the last two times alone. The message has its last words."""
 
 
 class EngineClosedError(GraphgenError, RuntimeError):

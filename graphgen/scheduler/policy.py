@@ -252,8 +252,8 @@ class Scheduler:
         self._end(request)
         self.counters.poisoned += 1
         message = (
-            f"the worker ended {request.num_deaths} times while it computed this request, the last time alone, so the"
-            f" request is not tried again. The worker's last words: {last_words or 'none'}"
+            f"the worker ended {request.num_deaths} times while it computed this request, the last two times alone, so"
+            f" the request is not tried again. The worker's last words: {last_words or 'none'}"
         )
         return Rejected(request.request_id, "PoisonedRequestError", message)
 

@@ -8,13 +8,16 @@ clear it: the first may come of tokens that are computed again, the second comes
 have done no harm. The deaths of which it is not cleared are its deaths in a row.
 
     deaths in a row                           runs alone after    fails at
-    without a new token in between                    2               3
+    without a new token in between                    2               4
     with at most one new token each time              3               5
 
 Most deaths are no request's doing, so at first all go on together. A request that has to run alone does so, while all
-others wait, until it is cleared or has ended. So it fails only when workers died of it alone, and nobody fails with it.
-Where there were tokens in between, two of these deaths are asked for: whatever kills workers at short intervals may
-well strike a request right after its first token, but not four times in a row.
+others wait, until it is cleared or has ended. It fails only when two workers in a row died of it alone, and nobody
+fails with it. One such death is no proof: whatever kills workers at short intervals strikes one that is tried, since
+nobody else runs then, and often before its first token. The next group tries the same request first.
+
+A death before the first step of a group is held against requests too. It cannot count against nobody: a request whose
+prompt is fatal and that is served first ends every group in its first step.
 
 A request that gets more tokens than that in each life is not found: each death costs a restart until it has its last.
 """
@@ -29,7 +32,7 @@ CLEARING_TOKENS = 2
 MAX_SHARED_DEATHS, MAX_DEATHS = 3, 5
 """Deaths in a row after which a request runs alone, and after which it fails."""
 
-MAX_SHARED_FRUITLESS, MAX_FRUITLESS = 2, 3
+MAX_SHARED_FRUITLESS, MAX_FRUITLESS = 2, 4
 """The same of deaths without a new token in between."""
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from graphgen.ipc.errors import OverloadedError
 from graphgen.launch.starts import MAX_STARTS
-from graphgen.scheduler.trials import CLEARING_TOKENS, MAX_DEATHS, MAX_FRUITLESS
+from graphgen.scheduler.trials import CLEARING_TOKENS, MAX_DEATHS, MAX_FRUITLESS, MAX_SHARED_FRUITLESS
 from tests.scheduler.harness import Harness, Rows, make_limits, make_submit
 
 MANY_PAGES = 400
@@ -102,6 +102,31 @@ def test_suspects_run_alone_and_the_others_go_on_when_all_are_tried() -> None:
     alone = [ids for ids in order if len(ids) == 1]
     assert {request_id for ids in alone for request_id in ids} >= suspects
     assert order[: len(suspects)] == alone[: len(suspects)], "somebody ran beside a suspect"
+
+
+def test_one_death_while_it_runs_alone_fails_nobody() -> None:
+    """Whatever ends workers strikes those that are tried, since nobody else runs then."""
+    harness = crowd(4)
+    for _ in range(MAX_SHARED_FRUITLESS):
+        while harness.schedule() is not None:
+            pass
+        assert harness.die() == []
+        harness.renew()
+    struck = list[int]()
+    while harness.schedule() is not None and (tried := harness.scheduler._trials.tried) is not None:
+        struck.append(tried.request_id)
+        sender = harness.senders[tried.request_id]
+        had = len(sender.received)
+        assert harness.die() == []
+        harness.renew()
+        while len(sender.received) < had + CLEARING_TOKENS:
+            assert harness.schedule() is not None
+            assert harness.scheduler._trials.tried is tried, "the one that was interrupted is tried first"
+            harness.deliver()
+        while harness.results:
+            harness.deliver()
+    assert len(struck) > 1
+    harness.run()
 
 
 @pytest.mark.parametrize("end", ["cancel", "expire"])
