@@ -4,7 +4,8 @@
 
 B requests of --context random tokens are sent at once to an Engine; gaps count from the moment all of them decode
 until the first one ends. The floor of a step is the time to read all weights and the keys and values of its rows once,
-at the bandwidth that is measured first. CPU time is that of the engine's processes, of all steps of a batch.
+at the bandwidth that is measured first. CPU time is that of the engine's processes, of all steps of a batch, but for
+a standby, which imports meanwhile.
 """
 
 import itertools
@@ -20,7 +21,7 @@ from benchmarks.timing import read_bytes_per_s
 from graphgen import Engine, EngineConfig, SamplingParams
 from graphgen.calls.outputs import RequestOutput
 from graphgen.launch.config import LaunchConfig, find_device
-from graphgen.models.spec import DTYPE_BYTES
+from graphgen.models.spec import DTYPE_BYTES, Experts, FeedForward
 
 
 def gaps_ms(outputs: list[RequestOutput]) -> list[float]:
@@ -40,11 +41,23 @@ def sampling_of(num_tokens: int) -> SamplingParams:
 
 
 def floor_ms(config: LaunchConfig, batch: int, context: int, bytes_per_s: float) -> float:
-    """Time to read what one token of every request needs: the weights once, and each request's keys and values."""
+    """Time to read what one token of every request needs: the weights once, and each request's keys and values.
+
+    Of a mixture of experts, the weights of as many experts as `batch` rows choose on average when all are alike.
+    """
     spec, item_bytes = config.spec, DTYPE_BYTES[config.dtype]
     weights = spec.num_parameters - (0 if spec.head.tied else spec.vocab_size * spec.hidden_size)
+    idle = sum(idle_parameters(layer.feed_forward, spec.hidden_size, batch) for layer in spec.layers)
     kv_bytes = spec.kv_bytes_per_token(config.dtype) * batch * context
-    return (weights * item_bytes + kv_bytes) / bytes_per_s * 1000.0
+    return ((weights - idle) * item_bytes + kv_bytes) / bytes_per_s * 1000.0
+
+
+def idle_parameters(feed_forward: FeedForward, hidden_size: int, rows: int) -> float:
+    """Weights of the experts that none of `rows` chooses, if each row chooses `top_k` with equal probability."""
+    if not isinstance(feed_forward, Experts):
+        return 0.0
+    unchosen = (1.0 - feed_forward.top_k / feed_forward.num_experts) ** rows
+    return feed_forward.num_experts * unchosen * 3 * hidden_size * feed_forward.size
 
 
 def measure(engine: Engine, prompts: list[list[int]], num_tokens: int, bytes_per_s: float) -> Row:
@@ -55,7 +68,7 @@ def measure(engine: Engine, prompts: list[list[int]], num_tokens: int, bytes_per
     # beside ever more decodes.
     most_tokens = num_tokens + 5 * batch * context // config.token_budget
     steps_before = engine.stats().steps
-    meter = CpuMeter(engine.pids)
+    meter = CpuMeter({name: pid for name, pid in engine.pids.items() if not name.startswith("standby")})
     outputs = engine.generate(prompts, sampling_of(min(most_tokens, config.max_model_len - context)))
     steps = engine.stats().steps - steps_before
     spent = meter.read()

@@ -47,15 +47,17 @@ def machine(device: str) -> dict[str, str]:
 
 
 def show(title: str, rows: Sequence[Row], about: Mapping[str, str]) -> None:
-    """Prints rows as a table; floats with three significant decimals."""
+    """Prints rows as a table; floats with three significant decimals. A row may lack columns that others have."""
     console = Console(width=140)
     console.print(" ".join(f"{key}={value}" for key, value in about.items() if key != "command"), style="dim")
     console.print(about["command"], style="dim")
     table = Table(title=title, title_justify="left")
-    for column in rows[0] if rows else ():
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+        values = (row.get(column, "") for column in columns)
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in values))
     console.print(table)
 
 

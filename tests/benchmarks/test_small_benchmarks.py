@@ -16,12 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import beside_transformers, linear, round_trip, scheduler, startup
-from benchmarks.report import percentile
+from benchmarks.latency import idle_parameters
+from benchmarks.report import percentile, show
 from graphgen import EngineConfig
 from graphgen.demo import model_folder
 from graphgen.ipc.messages import Phase
 from graphgen.models.decoder import Decoder
 from graphgen.models.families import load_spec
+from graphgen.models.spec import Dense, Experts, Router
 from tests.models import tiny
 
 SCRIPTS = (
@@ -68,6 +70,20 @@ def test_percentiles_are_those_of_the_standard_library(values: list[float]) -> N
 
 def test_there_is_no_percentile_of_nothing() -> None:
     assert np.isnan(percentile([], 50))
+
+
+def test_a_table_keeps_values_under_their_columns_where_rows_differ(capsys: pytest.CaptureFixture[str]) -> None:
+    show("t", [{"first": 1, "last": 2}, {"first": 3, "new": 4, "last": 5}], {"command": "c"})
+    lines = [[cell.strip() for cell in line.split(line[0])] for line in capsys.readouterr().out.splitlines() if line]
+    assert ["", "first", "last", "new", ""] in lines
+    assert ["", "3", "5", "4", ""] in lines
+
+
+def test_the_floor_of_a_mixture_counts_the_experts_that_rows_choose() -> None:
+    one, size = Experts(num_experts=8, top_k=2, size=16, activation="silu", router=Router()), 3 * 32 * 16
+    assert idle_parameters(one, 32, rows=1) == pytest.approx(6 * size)
+    assert idle_parameters(one, 32, rows=2) == pytest.approx(6 * 6 / 8 * size)
+    assert idle_parameters(Dense(size=16, activation="silu"), 32, rows=1) == 0
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
