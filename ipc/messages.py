@@ -31,6 +31,9 @@ MAX_PRIORITY = 9
 MAX_TARGET_MS = 1e9
 """The largest deadline or latency target of a request: eleven days."""
 
+STEP_BOUNDS_MS = (0.5, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 40, 50, 75, 100, 150, 200, 300, 500, 1000, 2000, 5000)
+"""Upper ends of the ranges in which steps are counted by their time."""
+
 MAX_STOP_TOKEN_IDS = 16
 """Stop token ids of one request, end-of-sequence ids included: the width of a device table."""
 
@@ -83,6 +86,7 @@ class Submit(Struct, frozen=True, array_like=True, tag="submit", gc=False):
     ttft_target_ms: float | None = None  # from arrived_s to the first token
     cache_salt: str = ""  # prompts share cached pages only under an equal salt
     tenant: str = ""  # who it is accounted to; among tenants service is fair, whatever their requests ask for
+    log_id: str = ""  # what logs call it
 
 
 class Cancel(Struct, frozen=True, array_like=True, tag="cancel", gc=False):
@@ -93,6 +97,8 @@ class Cancel(Struct, frozen=True, array_like=True, tag="cancel", gc=False):
 
 class StatsRequest(Struct, frozen=True, array_like=True, tag="stats?", gc=False):
     """Asks for one EngineStats."""
+
+    steps: bool = False  # with the steps since the last such question; they are kept while somebody asks
 
 
 class Probe(Struct, frozen=True, array_like=True, tag="probe", gc=False):
@@ -350,6 +356,25 @@ class Rejected(Struct, frozen=True, array_like=True, tag="rejected", gc=False):
     retry_after_s: float | None = None  # of an OverloadedError: the same request may fit then
 
 
+class BucketSteps(Struct, frozen=True, array_like=True, gc=False):
+    """The steps of one bucket that have ended."""
+
+    bucket: Bucket
+    steps: int
+    milliseconds: float  # on the device, of all of them
+
+
+class StepSummary(Struct, frozen=True, array_like=True, gc=False):
+    """One step that has ended, for who watches the engine."""
+
+    step_id: int
+    chunk_rows: int
+    decode_rows: int
+    padding_rows: int
+    milliseconds: float  # on the device
+    finished_s: float
+
+
 class EngineStats(Struct, frozen=True, array_like=True, tag="stats", gc=False):
     """A snapshot of the engine. Step times in milliseconds over the last 1000 steps, 0 before the first."""
 
@@ -378,6 +403,13 @@ class EngineStats(Struct, frozen=True, array_like=True, tag="stats", gc=False):
     worker_pause_s: float = 0.0  # from there until its successor served
     poisoned: int = 0  # requests that were given up because the worker ended each time it computed them
     numerical_errors: int = 0  # requests that a NumericalError ended: their logits were all NaN or -inf
+    total_rows: int = 0  # rows of all steps
+    padding_rows: int = 0  # of these: rows that held no token
+    decode_rows: int = 0  # of these: rows of decodes; the others are of chunks
+    waiting_by_class: tuple[int, ...] = ()  # requests that wait, by service class
+    buckets: tuple[BucketSteps, ...] = ()  # those that a step has run in
+    steps_within_ms: tuple[int, ...] = ()  # steps by their time on the device, see STEP_BOUNDS_MS; above them the last
+    recent_steps: tuple[StepSummary, ...] = ()  # the oldest first, where they were asked for
 
     def __repr__(self) -> str:
         return short_repr(self)
@@ -419,6 +451,7 @@ class RequestEnded(Struct, frozen=True, array_like=True, tag="request_ended", gc
     finish: tuple[str, ...]  # of each sample, or the code of the error that ended it
     first_token_ms: float  # from its arrival; 0 without a token
     total_ms: float
+    log_id: str = ""  # what its client called it
 
 
 class Drained(Struct, frozen=True, array_like=True, tag="drained", gc=False):

@@ -38,6 +38,7 @@ from graphgen.ipc.ggp.messages import (
     Notice,
     Ping,
     Pong,
+    Report,
     ServerMessage,
     Stats,
     StatsRequest,
@@ -83,7 +84,7 @@ class Connection:
         # What follows belongs to the thread.
         self._requests: dict[int, AnyRequest] = {}
         self._unsent: deque[AnyRequest] = deque()  # beyond the server's limit of open requests
-        self._stats: list[Future[Stats]] = []
+        self._stats: list[tuple[StatsRequest, Future[Stats]]] = []
         self._health: list[Future[Health]] = []
         self._outgoing: deque[ClientMessage] = deque()  # while there is no connection that could take them
         self._helloing = True
@@ -122,11 +123,15 @@ class Connection:
         with contextlib.suppress(EngineClosedError):
             self._call(lambda: self._cancel(request_ids))
 
-    def stats(self) -> Stats:
-        return self._ask(StatsRequest(), self._stats)
+    def stats(self, question: StatsRequest) -> Stats:
+        return self._ask(question, lambda answer: self._stats.append((question, answer)))
 
     def health(self) -> Health:
-        return self._ask(HealthRequest(), self._health)
+        return self._ask(HealthRequest(), self._health.append)
+
+    def report(self, report: Report) -> None:
+        """What a gateway has answered: where the server trusts this connection."""
+        self._call(lambda: self._send(report))
 
     def close(self) -> None:
         """Says bye; open requests get EngineClosedError. Idempotent; a fork leaves its parent's connection alone."""
@@ -149,11 +154,12 @@ class Connection:
             self._inbox.put(work)
             self._inbox.wake()
 
-    def _ask(self, question: ClientMessage, waiting: list[Future[Answer]]) -> Answer:
+    def _ask(self, question: ClientMessage, wait: Callable[[Future[Answer]], None]) -> Answer:
+        """wait: keeps what is to be answered, on the thread."""
         answer: Future[Answer] = Future()
 
         def send() -> None:
-            waiting.append(answer)
+            wait(answer)
             self._send(question)
 
         self._call(send)
@@ -237,7 +243,7 @@ class Connection:
             case Ping():
                 self._send(Pong(t=message.t))
             case Stats():
-                _answer_all(self._stats, message)
+                self._take_stats(message)
             case Health():
                 _answer_all(self._health, message)
             case Welcome():
@@ -248,6 +254,16 @@ class Connection:
                 logger.info("%s: %s", self._server.address, message.text)
             case Pong():
                 pass
+
+    def _take_stats(self, stats: Stats) -> None:
+        """Answers those who asked for no more than it has."""
+        waiting, self._stats = self._stats, []
+        for question, answer in waiting:
+            lacks_metrics = question.metrics and stats.metrics is None
+            if lacks_metrics or (question.live_after is not None and stats.live is None):
+                self._stats.append((question, answer))
+            else:
+                answer.set_result(stats)
 
     def _take_delta(self, delta: Delta) -> None:
         request = self._requests.get(delta.id)
@@ -296,9 +312,10 @@ class Connection:
                 _deliver_all(request.sink, request.take_failure(lost))
             else:
                 self._send(request.message)
-        for question, waiting in ((StatsRequest(), self._stats), (HealthRequest(), self._health)):
-            if waiting:
-                self._send(question)
+        for question, _ in self._stats:
+            self._send(question)
+        if self._health:
+            self._send(HealthRequest())
 
     def _leave_session(self, error: FrameError) -> None:
         """A message that cannot be read may have held tokens of any request. The next one finds no session, and says
@@ -346,7 +363,7 @@ class Connection:
             _deliver_all(request.sink, request.take_failure(type(error)(*error.args)))
         futures: tuple[Future[Welcome] | Future[Stats] | Future[Health], ...] = (
             self._first_welcome,
-            *self._stats,
+            *(answer for _, answer in self._stats),
             *self._health,
         )
         for future in futures:

@@ -9,10 +9,12 @@ from graphgen.calls.outputs import Sink
 from graphgen.calls.prompts import Chat, OnePrompt
 from graphgen.calls.sampling_params import SamplingParams, one_each
 from graphgen.ipc.errors import InvalidRequestError
-from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS, Health, Stats, Welcome
+from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS, Health, Report, Stats, StatsRequest, Welcome
 from graphgen.remote.address import ClientSettings, ServerAddress
 from graphgen.remote.connection import Connection
 from graphgen.remote.requests import PromptRequest, RemoteRequest, make_generate
+
+STATS = StatsRequest()
 
 
 class RemoteCore:
@@ -88,8 +90,12 @@ class RemoteCore:
         """Ends requests and frees their pages; their sinks hear no more."""
         self._connection.cancel(request_ids)
 
-    def stats(self) -> Stats:
-        return self._connection.stats()
+    def stats(self, question: StatsRequest = STATS) -> Stats:
+        return self._connection.stats(question)
+
+    def report(self, http_answers: dict[str, int]) -> None:
+        """What a gateway has answered since its last report, by path and status."""
+        self._connection.report(Report(http_answers=http_answers))
 
     def health(self) -> Health:
         return self._connection.health()

@@ -169,14 +169,14 @@ class Link:
         except FutureTimeoutError:
             raise EngineDeadError(f"the scheduler did not answer for {timeout_s:g} s: close the engine") from None
 
-    def ask_stats(self) -> "Future[EngineStats]":
-        """Asks for a snapshot and does not wait for it."""
+    def ask_stats(self, steps: bool = False) -> "Future[EngineStats]":
+        """Asks for a snapshot and does not wait for it. steps: with those since the last such question."""
         self.check_process()
         answer: Future[EngineStats] = Future()
         with self._lock:
             self._raise_fault()
             self._stats.append(answer)
-            self._channel.send(StatsRequest())
+            self._channel.send(StatsRequest(steps))
         return answer
 
     def ask_probe(self) -> "Future[None]":

@@ -35,6 +35,7 @@ from graphgen.ipc.messages import (
     Shutdown,
     StatsRequest,
     StepResult,
+    StepSummary,
     Submit,
     WorkerCounters,
     WorkerReady,
@@ -42,6 +43,7 @@ from graphgen.ipc.messages import (
 )
 from graphgen.ipc.step_schema import unpack_columns
 from graphgen.scheduler.policy import Scheduler
+from graphgen.scheduler.recent_steps import RecentSteps
 from graphgen.scheduler.step_log import StepLog
 from graphgen.scheduler.step_times import StepTimes
 from graphgen.scheduler.step_watch import LOOK_S, StepWatch, Verdict
@@ -81,6 +83,7 @@ class SchedulerLoop:
         self._workers = workers
         self._step_log = step_log
         self._step_times = StepTimes()
+        self._recent_steps = RecentSteps()
         self._watch = StepWatch(time.monotonic(), steps_compile=ready.worker.compiled and not ready.worker.graphs)
         self._shows_stacks = False  # the worker was asked for them
         self._counters = before_requests
@@ -227,6 +230,8 @@ class SchedulerLoop:
             self._step_log.write(self._policy.describe_step(result.step_id), result)
         self._step_times.add(result.started_s, result.finished_s)
         milliseconds = (result.finished_s - result.started_s) * 1000.0
+        if self._recent_steps.are_kept:
+            self._recent_steps.add(self._policy.find_step(result.step_id), milliseconds, result.finished_s)
         self._policy.step_took(result.step_id, milliseconds)
         self._counters = result.counters
         self._watch.answered(milliseconds)
@@ -250,9 +255,10 @@ class SchedulerLoop:
                     self._engine.send(Rejected(submit.request_id, "InvalidRequestError", str(error)))
             case Cancel() as cancel:
                 self._policy.cancel(cancel.request_id)
-            case StatsRequest():
+            case StatsRequest() as question:
                 self._step_log.flush()
-                self._engine.send(self._stats())
+                steps = self._recent_steps.take(time.monotonic()) if question.steps else ()
+                self._engine.send(self._stats(steps))
             case Probe() as probe:
                 self._probes.append(probe)
                 if self._workers.state is State.SERVING:
@@ -264,7 +270,7 @@ class SchedulerLoop:
             case Shutdown():
                 self._running = False
 
-    def _stats(self) -> EngineStats:
+    def _stats(self, recent_steps: tuple[StepSummary, ...]) -> EngineStats:
         policy, counters, before = self._policy, self._policy.counters, self._before_requests
         p50, p95, p99, most = self._step_times.summary_ms()
         return EngineStats(
@@ -293,4 +299,11 @@ class SchedulerLoop:
             worker_loss=self._last_loss,
             worker_pause_s=self._last_pause_s,
             poisoned=counters.poisoned,
+            total_rows=counters.total_rows,
+            padding_rows=counters.padding_rows,
+            decode_rows=counters.decode_rows,
+            waiting_by_class=policy.waiting_by_class,
+            buckets=counters.buckets,
+            steps_within_ms=tuple(counters.steps_within),
+            recent_steps=recent_steps,
         )

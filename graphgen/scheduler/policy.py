@@ -45,7 +45,7 @@ from graphgen.scheduler.deadlines import Deadlines
 from graphgen.scheduler.life import WorkerLife
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.page_chain import PAGES_AHEAD
-from graphgen.scheduler.plan import PlanDraft, StepDescription
+from graphgen.scheduler.plan import PlanDraft, StepDescription, StepRecord
 from graphgen.scheduler.request import Request
 from graphgen.scheduler.tenants import Tenants
 from graphgen.scheduler.trials import Trials
@@ -217,6 +217,7 @@ class Scheduler:
         if record.rows.num_rows >= FULL_SHARE * record.bucket.num_rows:
             self._model.correct(record.bucket, record.decode_positions, record.prompt_pairs, milliseconds)
         self._life.guard.step_measured(milliseconds)
+        self.counters.step_took(record.bucket, milliseconds)
 
     def predict_ms(self, step_id: int) -> float | None:
         """How long a step in flight should take; None where nobody can know. Raises KeyError for any other step."""
@@ -225,7 +226,11 @@ class Scheduler:
 
     def describe_step(self, step_id: int) -> StepDescription:
         """A plan in flight in terms of requests. `update` forgets it. Raises KeyError for any other step."""
-        return StepDescription.of(self._life.in_flight.find(step_id))
+        return StepDescription.of(self.find_step(step_id))
+
+    def find_step(self, step_id: int) -> StepRecord:
+        """The record of a plan in flight. Raises KeyError for any other step."""
+        return self._life.in_flight.find(step_id)
 
     # --- the life of a worker group --------------------------------------------------------------------------
 
@@ -294,6 +299,11 @@ class Scheduler:
     def waiting(self) -> int:
         """Requests that wait for a slot and pages, preempted ones included."""
         return self._tenants.num_waiting
+
+    @property
+    def waiting_by_class(self) -> tuple[int, ...]:
+        """The same, by service class."""
+        return self._tenants.num_waiting_by_class()
 
     @property
     def pages_free(self) -> int:

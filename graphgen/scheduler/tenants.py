@@ -111,6 +111,13 @@ class Tenants:
         """Tenants with open requests, this one among them."""
         return len(self._open) + (not tenant.num_open)
 
+    def num_waiting_by_class(self) -> tuple[int, ...]:
+        """Requests that wait, by service class."""
+        counts = [0] * (MAX_PRIORITY + 1)
+        for tenant in self._turns:
+            tenant.waiting.count_classes(counts)
+        return tuple(counts)
+
     @property
     def is_counting(self) -> bool:
         """Whether turns mean anything: there are several tenants, or one that was ahead may come back."""

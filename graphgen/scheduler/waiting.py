@@ -69,6 +69,11 @@ class WaitingQueue:
         """How many wait in this class or a higher one."""
         return sum(len(lane) for (of_class, _), lane in self._lanes.items() if of_class >= priority)
 
+    def count_classes(self, counts: list[int]) -> None:
+        """Adds how many wait in each class."""
+        for (priority, _), lane in self._lanes.items():
+            counts[priority] += len(lane)
+
     def add(self, request: Request) -> None:
         """A new request, or one that was preempted: it takes its place in the order of service."""
         num_tokens = len(request.tokens)

@@ -27,3 +27,7 @@ MAX_PRIORITY = 9
 MAX_DURATION_MS = 3_600_000
 MAX_CACHE_SALT_LEN = 256
 MAX_TENANT_LEN = 256
+MAX_ENDPOINTS = 64
+"""Of a gateway's report: pairs of path and status."""
+MAX_ENDPOINT_LEN = 64
+MAX_LOG_ID_LEN = 128

@@ -4,7 +4,7 @@ Owns the types, their defaults and their ranges: a value outside them does not d
 made from these Structs (`graphgen.ipc.ggp.reference`). On the wire a message is a map; unknown keys are ignored, an
 absent key means the default, and a key never changes its meaning.
 
-    client -> server   Hello Generate Cancel StatsRequest HealthRequest Bye      both ways   Ping Pong
+    client -> server   Hello Generate Cancel StatsRequest Report HealthRequest Bye      both ways   Ping Pong
     server -> client   Welcome Accepted Delta Deltas Done Error Draining Notice Stats Health
 """
 
@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from graphgen.ipc.ggp import limits
+from graphgen.ipc.ggp.statistics import Count, Live, Measured, Metrics
 from graphgen.ipc.short import short_repr
 
 MAJOR = 1
@@ -26,9 +27,6 @@ RequestId = Annotated[int, Meta(ge=0, le=limits.MAX_INT)]
 NumSamples = Annotated[int, Meta(ge=1, le=limits.MAX_SAMPLES)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Tenant = Annotated[str, Meta(max_length=limits.MAX_TENANT_LEN)]
-Count = Annotated[int, Meta(ge=0, le=limits.MAX_INT)]
-Measured = Annotated[float, Meta(ge=0, le=limits.MAX_INT)]
-"""What a server has measured. It has an upper end so that infinity does not decode either."""
 Milliseconds = Annotated[float, Meta(gt=0, le=limits.MAX_DURATION_MS)]
 SessionKey = Annotated[str, Meta(max_length=limits.MAX_SESSION_LEN)]
 
@@ -246,6 +244,26 @@ class Cancel(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class StatsRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Asks for one `stats`."""
 
+    metrics: Annotated[
+        bool, Meta(description="true: with `stats.metrics`, where `welcome.features` has `statistics`.")
+    ] = False
+    live_after: Annotated[
+        Count | None,
+        Meta(
+            description="With `stats.live`, and in it the steps after this one; 0: all that are kept. Where"
+            " `welcome.features` has `statistics`."
+        ),
+    ] = None
+
+
+class Report(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """From a gateway: what it answered since its last report. Only where `welcome.features` has `statistics`."""
+
+    http_answers: Annotated[
+        dict[Annotated[str, Meta(max_length=limits.MAX_ENDPOINT_LEN)], Count],
+        Meta(max_length=limits.MAX_ENDPOINTS, description="How many, by path and status: `/v1/models 200`."),
+    ]
+
 
 class HealthRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Asks for one `health`. The server asks scheduler and worker before it answers."""
@@ -452,6 +470,8 @@ class Stats(Struct, frozen=True, kw_only=True):
     worker_loss: Annotated[str, Meta(description="Why the last one was lost; empty: none was.")] = ""
     poisoned: Annotated[Count, Meta(description="Samples given up with `error` poisoned.")] = 0
     numerical_errors: Annotated[Count, Meta(description="Samples that ended with `error` numerical.")] = 0
+    metrics: Annotated[Metrics | None, Meta(description="Where they were asked for.")] = None
+    live: Annotated[Live | None, Meta(description="Where it was asked for.")] = None
 
     def __repr__(self) -> str:
         return short_repr(self)
@@ -475,6 +495,7 @@ CLIENT_KINDS: Mapping[bytes, type[Struct]] = {
     b"G": Generate,
     b"X": Cancel,
     b"S": StatsRequest,
+    b"R": Report,
     b"L": HealthRequest,
     b"B": Bye,
     b"P": Ping,
@@ -503,6 +524,7 @@ NAMES: Mapping[type[Struct], str] = {
     Generate: "generate",
     Cancel: "cancel",
     StatsRequest: "stats_request",
+    Report: "report",
     HealthRequest: "health_request",
     Bye: "bye",
     Ping: "ping",
@@ -520,5 +542,5 @@ NAMES: Mapping[type[Struct], str] = {
 }
 """The names of the kinds in the specification, and in `error.about`."""
 
-ClientMessage = Hello | Generate | Cancel | StatsRequest | HealthRequest | Bye | Ping | Pong
+ClientMessage = Hello | Generate | Cancel | StatsRequest | Report | HealthRequest | Bye | Ping | Pong
 ServerMessage = Welcome | Accepted | Delta | Deltas | Done | Error | Draining | Notice | Stats | Health | Ping | Pong

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 from msgspec import NODEFAULT, UNSET, Struct, inspect
 
+from graphgen.ipc.ggp import statistics
 from graphgen.ipc.ggp.codes import CODES
 from graphgen.ipc.ggp.framing import client_framing, server_framing
 from graphgen.ipc.ggp.messages import (
@@ -41,6 +42,12 @@ _MAPS: dict[type[Struct], str] = {
     SamplingDefaults: "sampling_defaults",
     Usage: "usage",
     Timing: "timing",
+    statistics.Metrics: "metrics",
+    statistics.Histogram: "histogram",
+    statistics.BucketCount: "bucket",
+    statistics.Live: "live",
+    statistics.Steps: "steps",
+    statistics.OpenRequest: "open request",
 }
 """Maps that lie inside messages."""
 

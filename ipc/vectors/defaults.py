@@ -11,6 +11,7 @@ KINDS = {
     "G": "generate",
     "X": "cancel",
     "S": "stats_request",
+    "R": "report",
     "L": "health_request",
     "B": "bye",
     "P": "ping",
@@ -72,6 +73,7 @@ DEFAULTS: dict[str, dict[str, Value]] = {
     "chat_message": {"name": None, "tool_calls": None, "tool_call_id": None, "reasoning_content": None},
     "sampling": SAMPLING,
     "cancel": {"session": ""},
+    "stats_request": {"metrics": False, "live_after": None},
     "ping": {"t": 0, "instance": ""},
     "pong": {"t": 0, "instance": ""},
     "limits": {
@@ -86,7 +88,14 @@ DEFAULTS: dict[str, dict[str, Value]] = {
     "sampling_defaults": {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0},
     "accepted": {"prompt_ids": None, "prompt_text": None},
     "delta": {"seq": 0, "sample": 0, "ids": [], "text": "", "finish": None, "cached_tokens": 0},
-    "stats": {"worker_restarts": 0, "worker_loss": "", "poisoned": 0, "numerical_errors": 0},
+    "stats": {
+        "worker_restarts": 0,
+        "worker_loss": "",
+        "poisoned": 0,
+        "numerical_errors": 0,
+        "metrics": None,
+        "live": None,
+    },
     "usage": {"cached_tokens": 0},
     "error": {"retryable": False, "retry_after_ms": None, "id": None, "about": "", "versions": None},
 }

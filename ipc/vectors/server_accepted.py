@@ -100,6 +100,14 @@ STATS = (
     *((name, integer(place)) for place, name in enumerate(STATS_INTS)),
     *((name, f64(place + 0.5)) for place, name in enumerate(STATS_FLOATS)),
 )
+COLUMNS = [
+    *((name, array(integer(1), u16(300))) for name in ("ids", "chunk_rows", "decode_rows", "padding_rows")),
+    *((name, array(f64(4.5), f64(9.25))) for name in ("ms", "ended_ms")),
+]
+COLUMN_VALUES: dict[str, Value] = {
+    **{name: [1, 300] for name in ("ids", "chunk_rows", "decode_rows", "padding_rows")},
+    **{name: [4.5, 9.25] for name in ("ms", "ended_ms")},
+}
 STATS_VALUE: dict[str, Value] = {
     **{name: place for place, name in enumerate(STATS_INTS)},
     **{name: place + 0.5 for place, name in enumerate(STATS_FLOATS)},
@@ -347,6 +355,25 @@ SERVER_ACCEPTED = [
     sent("draining", "N", "10 s for open requests", ("grace_ms", u16(10000)), grace_ms=10000),
     sent("notice", "I", "a line for people", ("text", text("a new worker serves")), text="a new worker serves"),
     Vector("stats", (header("T"), mapping(*STATS)), "a snapshot", "ok", STATS_VALUE),
+    Vector(
+        "stats-live",
+        (
+            header("T"),
+            mapping(
+                *STATS,
+                (
+                    "live",
+                    mapping(
+                        ("requests", array()),
+                        ("steps", mapping(*COLUMNS)),
+                    ),
+                ),
+            ),
+        ),
+        "of a server that somebody watches: two steps",
+        "ok",
+        {**STATS_VALUE, "live": {"requests": [], "steps": COLUMN_VALUES}},
+    ),
     Vector(
         "stats-faults",
         (

@@ -5,6 +5,7 @@ thread and the preparing threads leave their results in the inbox.
 """
 
 import functools
+import itertools
 import time
 from collections.abc import Callable
 
@@ -14,7 +15,9 @@ from graphgen.base.inbox import Inbox
 from graphgen.calls.outputs import Delivery, StreamPiece
 from graphgen.ipc.errors import DeadlineError, GraphgenError, InvalidRequestError, OverloadedError
 from graphgen.ipc.ggp.framing import Brief, make_error
+from graphgen.ipc.ggp.limits import MAX_PRIORITY
 from graphgen.ipc.ggp.messages import Error
+from graphgen.ipc.ggp.statistics import OpenRequest
 from graphgen.ipc.messages import RequestEnded
 from graphgen.requests.link import Link
 from graphgen.server.frontend.errors import SERVERS_OWN, error_of
@@ -23,6 +26,7 @@ from graphgen.server.frontend.prepare import Prepared, Preparer
 from graphgen.server.frontend.requests import PublicRequest
 from graphgen.server.frontend.sessions import Session
 from graphgen.server.frontend.settings import FrontendSettings
+from graphgen.server.frontend.tallies import Tallies
 from graphgen.server.frontend.turns import FairQueue, Shares
 
 UNREAD_FACTOR = 2
@@ -42,6 +46,7 @@ class Desk:
         on_end: Callable[[RequestEnded], None],
     ) -> None:
         """on_end: hears of each request that ends, where requests are logged."""
+        self.tallies = Tallies()
         self._link = link
         self._preparer = preparer
         self._inbox = inbox
@@ -63,6 +68,18 @@ class Desk:
     @property
     def num_held(self) -> int:
         return len(self._held)
+
+    def describe_open(self, most: int, now_s: float) -> list[OpenRequest]:
+        """The oldest open requests."""
+        return [request.describe(now_s) for request in itertools.islice(self._open, most)]
+
+    def held_by_class(self) -> list[int]:
+        """Requests that wait for their client's turn, by service class."""
+        counts = [0] * (MAX_PRIORITY + 1)
+        for request in self._held:
+            assert request.prepared is not None, "only prepared requests are held"
+            counts[request.prepared.priority] += 1
+        return counts
 
     def open(self, session: Session, brief: Brief, frames: tuple[bytes, bytes], now_s: float) -> Error | None:
         """Takes a `generate` that has an id; an error when it is refused at once."""
@@ -156,8 +173,11 @@ class Desk:
             assert isinstance(delivery, Exception), "samples stream"
             self._fail(request, error_of(delivery, request.id))
             return
-        num_unstarted = request.num_unstarted
-        request.take(delivery, time.monotonic())
+        num_unstarted, now_s = request.num_unstarted, time.monotonic()
+        if request.prepared is not None:
+            started_s = request.prepared.opened[delivery.sample_index].started_s
+            self.tallies.took(request.clock, delivery, now_s, started_s)
+        request.take(delivery, now_s)
         self._count_started(request, num_unstarted - request.num_unstarted)
         if request.ended:
             self._close(request)
@@ -219,8 +239,10 @@ class Desk:
         """After its end: gives its share back."""
         del self._open[request]
         self._shares.close_request(request.client, request.num_samples, request.prompt_tokens)
+        report = request.report(time.monotonic())
+        self.tallies.ended(request.clock, report.finish, request.has_failed)
         if self._on_end is not None:
-            self._on_end(request.report(time.monotonic()))
+            self._on_end(report)
         self._outbox.add_news(request)
 
 

@@ -40,6 +40,10 @@ class SharedQuestion(Generic[Answer]):
         self._last = (now_s, answer)
         self._reply(answer)
 
+    def lost(self) -> None:
+        """The question gets no answer: the next one is sent. Who waits gets that one's answer."""
+        self._asked_s = None
+
     def waited_s(self, now_s: float) -> float:
         """How long the question has been on its way; 0 if none is."""
         return 0.0 if self._asked_s is None else now_s - self._asked_s

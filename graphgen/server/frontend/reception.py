@@ -193,4 +193,4 @@ class Reception:
 def _for_trusted(welcome: Welcome) -> Welcome:
     """Each tenant has the share of a client, and there may be many."""
     limits = msgspec.structs.replace(welcome.limits, open_requests=MAX_TRUSTED_REQUESTS)
-    return msgspec.structs.replace(welcome, limits=limits, features=[*welcome.features, "tenants"])
+    return msgspec.structs.replace(welcome, limits=limits, features=[*welcome.features, "tenants", "statistics"])

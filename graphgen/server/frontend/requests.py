@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from graphgen.calls.outputs import StreamPiece
 from graphgen.ipc.ggp.messages import Accepted, Delta, Done, Error, Timing, Usage
+from graphgen.ipc.ggp.statistics import OpenRequest
 from graphgen.ipc.messages import RequestEnded
+from graphgen.server.frontend.tallies import RequestClock
 
 if TYPE_CHECKING:
     from graphgen.server.frontend.prepare import Prepared
@@ -62,6 +64,7 @@ class PublicRequest:
         self.started = False  # the scheduler gave it a first token
         self.num_unstarted = 0  # samples without a token, once it is accepted
         self.num_merged = 0  # pieces that joined others because the reader was behind
+        self.clock = RequestClock(arrived_s, 0)  # without samples until it is prepared
         self._samples: list[_Sample] = []
         self._queued_ms = 0.0
         self._first_token_ms = 0.0
@@ -88,9 +91,16 @@ class PublicRequest:
         """Counted against the client's share."""
         return 0 if self.prepared is None else self.prepared.num_prompt_tokens * len(self._samples)
 
+    @property
+    def has_failed(self) -> bool:
+        return isinstance(self._end, Error)
+
     def accept(self, prepared: "Prepared") -> None:
         """One whose prompt was all that was wanted ends with it."""
         self.prepared = prepared
+        if prepared.opened:
+            submit = prepared.opened[0].submit
+            self.clock = RequestClock(self.arrived_s, len(prepared.opened), submit.ttft_target_ms, submit.itl_target_ms)
         self._samples = [_Sample() for _ in prepared.opened]
         self.num_unstarted = len(self._samples)
         if not self._samples:
@@ -143,6 +153,21 @@ class PublicRequest:
         self._end = end
         if self.prepared is not None:
             self.prepared.opened.clear()
+
+    def describe(self, now_s: float) -> OpenRequest:
+        """What who watches the engine may know of it while it is open."""
+        prepared = self.prepared
+        samples = [] if prepared is None else prepared.opened
+        state = "held" if not self.submitted else "running" if self.started else "waiting"
+        return OpenRequest(
+            age_ms=round((now_s - self.arrived_s) * 1000, 1),
+            priority=0 if prepared is None else prepared.priority,
+            prompt_tokens=0 if prepared is None else prepared.num_prompt_tokens,
+            cached_tokens=self._samples[0].cached_tokens if self._samples else 0,
+            output_tokens=sum(self.clock.num_tokens),
+            max_tokens=sum(one.submit.max_tokens for one in samples),
+            state=state,
+        )
 
     def report(self, now_s: float) -> RequestEnded:
         """What an operator is told of it, now that it has ended."""

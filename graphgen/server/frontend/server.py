@@ -9,6 +9,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import zmq
@@ -34,6 +35,7 @@ from graphgen.ipc.ggp.messages import (
     Notice,
     Ping,
     Pong,
+    Report,
     ServerMessage,
     StatsRequest,
 )
@@ -300,7 +302,11 @@ class Server:
             case Ping():
                 self._outbox.post(session, self._pong(message))
             case StatsRequest():
-                self._monitor.stats(lambda stats: self._reply(session, stats), now_s)
+                question = message if session.is_trusted else StatsRequest()
+                self._monitor.stats(question, lambda stats: self._reply(session, stats), now_s)
+            case Report():
+                if session.is_trusted:
+                    self._desk.tallies.answered(message.http_answers)
             case HealthRequest():
                 self._monitor.health(lambda health: self._reply(session, health), now_s)
             case Bye():
@@ -322,7 +328,8 @@ class Server:
             case Ping():
                 self._answer(self._sockets.control, peer, self._pong(message))
             case StatsRequest():
-                self._monitor.stats(lambda stats: self._answer(self._sockets.control, peer, stats), now_s)
+                answer = partial(self._answer, self._sockets.control, peer)
+                self._monitor.stats(StatsRequest(), answer, now_s)
             case HealthRequest():
                 self._monitor.health(lambda health: self._answer(self._sockets.control, peer, health), now_s)
             case Pong() | Bye():

@@ -7,7 +7,7 @@ where there are no keys.
 import bisect
 import heapq
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from graphgen.ipc.errors import InvalidRequestError, OverloadedError
@@ -40,6 +40,10 @@ class FairQueue(Generic[Item]):
 
     def __len__(self) -> int:
         return self._len
+
+    def __iter__(self) -> Iterator[Item]:
+        """In no order."""
+        return (item for line in self._lines.values() for _, _, _, item in line.heap)
 
     def push(self, client: str, item: Item, priority: int = 0, size: int = 1) -> None:
         line = self._lines.get(client)
