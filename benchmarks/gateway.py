@@ -44,6 +44,7 @@ class HttpSetup(Setup):
                 frontend=self.private_address,
                 model_names=("none",),
                 keys=None,
+                metrics_names="graphgen",
                 memory_limit_bytes=1 << 30,
             ).write(self.folder)
             self._processes["gateway"] = self.start(MODULE, descriptors=(listener.fileno(),))

@@ -13,11 +13,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from graphgen.gateway.answers import OTHER_PATH, Counted
 from graphgen.gateway.endpoints import Endpoints
 from graphgen.gateway.errors import ApiError, anthropic_body, error_of, openai_body
 from graphgen.gateway.http import GoneError, Message, Receive, Scope, Send, send_error
 from graphgen.gateway.keys import ApiKeys, Holder
 from graphgen.gateway.messages import Messages
+from graphgen.gateway.metric_table import Names
+from graphgen.gateway.monitoring import Monitoring
 from graphgen.gateway.responses import Responses
 from graphgen.gateway.service import HOLDER, Service
 from graphgen.gateway.tokens import TokenEndpoints
@@ -67,7 +70,7 @@ class _Endpoint:
                 await send_error(send, answer, self._body_of(answer))
 
 
-def make_app(service: Service, keys: ApiKeys | None = None) -> Starlette:
+def make_app(service: Service, keys: ApiKeys | None = None, metrics_names: Names = "graphgen") -> Starlette:
     """keys: which are asked for; probes need none."""
     endpoints, tokens, messages = Endpoints(service), TokenEndpoints(service), Messages(service)
     routes = [
@@ -82,22 +85,15 @@ def make_app(service: Service, keys: ApiKeys | None = None) -> Starlette:
         ("POST", "/detokenize", tokens.detokenize),
         ("GET", "/health", endpoints.health),
         ("GET", "/ready", endpoints.ready),
+        ("GET", "/metrics", Monitoring(service, metrics_names).metrics),
     ]
-    return Starlette(
-        routes=[
-            Route(
-                path,
-                _Endpoint(
-                    serve,
-                    None if path in PROBES else keys,
-                    anthropic_body if path.startswith(MESSAGES) else openai_body,
-                ),
-                methods=[method],
-            )
-            for method, path, serve in routes
-        ],
-        exception_handlers={HTTPException: _no_endpoint},
-    )
+    app = Starlette(exception_handlers={HTTPException: _no_endpoint})
+    app.state.answers = service.answers
+    for method, path, serve in routes:
+        body_of = anthropic_body if path.startswith(MESSAGES) else openai_body
+        endpoint = _Endpoint(serve, None if path in PROBES else keys, body_of)
+        app.router.routes.append(Route(path, Counted(endpoint, path, service.answers), methods=[method]))
+    return app
 
 
 def _holder_of(scope: Scope, keys: ApiKeys) -> Holder:
@@ -119,4 +115,5 @@ async def _no_endpoint(request: Request, error: Exception) -> Response:
     text = f"{request.method} {request.scope['path']} is not served: {error.detail}"
     answer = ApiError(error.status_code, text, "not_found" if error.status_code == 404 else None)
     headers = {"content-type": "application/json", **(error.headers or {})}
+    request.app.state.answers.count(OTHER_PATH, error.status_code)
     return Response(msgspec.json.encode(openai_body(answer)), error.status_code, headers)

@@ -46,8 +46,9 @@ def main(folder: Path, parent_pid: int) -> None:
 
 async def _serve(core: RemoteCore, settings: GatewaySettings) -> None:
     keys = None if settings.keys is None else ApiKeys(Path(settings.keys))
+    service = Service(core, settings.model_names)
     config = uvicorn.Config(
-        make_app(Service(core, settings.model_names), keys),
+        make_app(service, keys, settings.metrics_names),
         http=LimitedProtocol,
         limit_concurrency=_most_connections(),
         ws="none",
@@ -59,7 +60,11 @@ async def _serve(core: RemoteCore, settings: GatewaySettings) -> None:
     )
     server = _Server(config)
     asyncio.get_running_loop().add_signal_handler(END_SIGNAL, server.end)
+    reports = asyncio.create_task(service.answers.report_always())
     await server.serve(sockets=[socket.socket(fileno=settings.descriptor)])
+    reports.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await reports
 
 
 def _most_connections() -> int:

@@ -16,6 +16,7 @@ from graphgen.calls.outputs import Delivery, PromptTokens
 from graphgen.calls.prompts import OnePrompt
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.calls.streams import Mailbox
+from graphgen.gateway.answers import Answers
 from graphgen.gateway.errors import ApiError
 from graphgen.gateway.generation import Pieces
 from graphgen.gateway.http import Receive, Scope, read_json
@@ -38,6 +39,7 @@ class Service:
     def __init__(self, core: RemoteCore, model_names: Sequence[str]) -> None:
         self.core = core
         self.model_names = model_names
+        self.answers = Answers(core)
         self.created = int(time.time())
         """When this gateway began, in seconds since 1970."""
         self._mailbox: Mailbox | None = None

@@ -2,6 +2,7 @@
 
 import signal
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 from msgspec import Struct
@@ -22,6 +23,8 @@ class GatewaySettings(Struct, frozen=True, kw_only=True):
     """What requests may call the model; the first is what answers call it."""
     keys: str | None
     """Folder of API keys; None: none are asked for."""
+    metrics_names: Literal["graphgen", "vllm"]
+    """What `/metrics` calls its metrics."""
     memory_limit_bytes: int
     """What the process may use beyond what it uses when it begins to serve."""
 

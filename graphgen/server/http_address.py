@@ -11,7 +11,7 @@ from graphgen.base.version import how_to_install
 from graphgen.ipc.errors import ConfigError
 
 BACKLOG = 2048
-PACKAGES = ("starlette", "uvicorn", "httptools")
+PACKAGES = ("starlette", "uvicorn", "httptools", "prometheus_client")
 
 
 def check_http(address: str) -> None:

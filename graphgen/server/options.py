@@ -2,6 +2,7 @@
 
 import ipaddress
 from pathlib import Path
+from typing import Literal
 
 from msgspec import Struct
 
@@ -27,6 +28,8 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
     """Address of OpenAI's API over HTTP, HOST:PORT. None: no HTTP."""
     served_model_name: str | None = None
     """What HTTP clients call the model. None: as it is called here."""
+    metrics_names: Literal["graphgen", "vllm"] = "graphgen"
+    """What `/metrics` calls its metrics: graphgen_*, or vLLM's names, for routers and dashboards that read those."""
     insecure_public: bool = False
     """Let everyone in who can reach a public address."""
     grace_s: float = 30.0

@@ -137,6 +137,7 @@ class Supervisor:
             frontend=_private_address(processes),
             model_names=(self._options.served_model_name or self._model_name,),
             keys=None if self._http_keys is None else str(self._http_keys),
+            metrics_names=self._options.metrics_names,
             memory_limit_bytes=self._options.memory_limit_mib << 20,
         ).write(processes.folder)
         processes.start(GATEWAY_MODULE, descriptors=(self._http.fileno(),))

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,8 @@ from graphgen.calls.prompts import Chat, OnePrompt
 from graphgen.gateway.app import make_app
 from graphgen.gateway.keys import ApiKeys
 from graphgen.gateway.service import Service
-from graphgen.ipc.ggp.messages import Health
+from graphgen.ipc.ggp.messages import Health, Stats, StatsRequest
+from graphgen.ipc.ggp.statistics import BucketCount, Histogram, Metrics
 from tests.fakes import WELCOME, FakeCore
 
 Answer = Callable[[Sequence[Sink], int], None]
@@ -50,6 +52,62 @@ def fails(error: Exception, after: Sequence[str] = ()) -> Answer:
     return answer
 
 
+HISTOGRAM = Histogram(bounds=[0.001, 0.5], counts=[2, 3, 1], sum=4.5)
+METRICS = Metrics(
+    engine_serves=True,
+    prompt_tokens=500,
+    cached_tokens=100,
+    output_tokens=70,
+    requests={"stop": 3, "aborted": 1, "overloaded": 2},
+    with_target={"ttft": 4, "itl": 60, "tpot": 3},
+    target_misses={"ttft": 1, "itl": 2, "tpot": 0},
+    histograms=dict.fromkeys(
+        (
+            *("ttft_s", "itl_s", "tpot_s", "queue_s", "prefill_s", "decode_s", "inference_s", "e2e_s", "step_s"),
+            *("prompt_tokens", "output_tokens"),
+        ),
+        HISTOGRAM,
+    ),
+    http_answers={"/v1/models 200": 3},
+    held_by_class=[1, 0, 2],
+    waiting_by_class=[4, 0, 0, 5],
+    pages_cached=20,
+    chunk_rows=400,
+    decode_rows=70,
+    padding_rows=42,
+    buckets=[BucketCount(prefill_rows=112, decode_rows=16, steps=6, ms=30.0)],
+    prefix_queries=500,
+    prefix_hits=100,
+    refused=2,
+    deadline_misses=1,
+    graph_replays=40,
+    eager_steps=0,
+    recompilations=0,
+)
+STATS = Stats(
+    sessions=3,
+    open_requests=14,
+    held_requests=3,
+    running=2,
+    waiting=9,
+    pages_free=75,
+    pages_total=100,
+    steps=40,
+    finished=4,
+    preemptions=6,
+    step_ms_p50=4.0,
+    step_ms_p95=5.0,
+    step_ms_p99=6.0,
+    step_ms_max=7.0,
+    deltas_sent=70,
+    deltas_merged=0,
+    messages_refused=2,
+    frontend_cpu_s=1.5,
+    frontend_rss_bytes=1 << 20,
+    worker_restarts=1,
+)
+
+
 class GatewayCore(FakeCore):
     """The connection to a frontend, of which a test says what it answers."""
 
@@ -59,6 +117,8 @@ class GatewayCore(FakeCore):
         super().__init__()
         self._answers = answers
         self.status = Health(status="ok", ready=True, worker_ms=1.0)
+        self.asked: list[StatsRequest] = []
+        self.http_answers: Counter[str] = Counter()
 
     def answer(self, sinks: Sequence[Sink], num_samples: int, streams: bool) -> None:
         self._answers(sinks, num_samples)
@@ -76,6 +136,15 @@ class GatewayCore(FakeCore):
 
     def health(self) -> Health:
         return self.status
+
+    def stats(self, question: StatsRequest) -> Stats:
+        """What was reported comes back as the frontend adds it up."""
+        self.asked.append(question)
+        metrics = replace(METRICS, http_answers={**METRICS.http_answers, **self.http_answers})
+        return replace(STATS, metrics=metrics if question.metrics else None)
+
+    def report(self, http_answers: dict[str, int]) -> None:
+        self.http_answers.update(http_answers)
 
 
 class Reply(NamedTuple):
@@ -117,8 +186,10 @@ async def acall(
     names: Sequence[str] = ("fake",),
     keys: ApiKeys | None = None,
     headers: Mapping[str, str] | None = None,
+    reports: bool = False,
 ) -> Reply:
-    """leaves: when it is set the client disconnects. names: of the model. keys: which are asked for."""
+    """leaves: when it is set the client disconnects. names: of the model. keys: which are asked for. reports: what was
+    answered is reported to the core at once."""
     data = body if isinstance(body, bytes) else msgspec.json.encode(body)
     incoming = [{"type": "http.request", "body": data, "more_body": False}]
     said: list[dict[str, Any]] = []
@@ -142,7 +213,10 @@ async def acall(
         "headers": [(name.encode(), value.encode()) for name, value in (headers or {}).items()],
         "client": ("192.0.2.7", 1234),
     }
-    await make_app(Service(core, names), keys)(scope, receive, send)  # type: ignore[arg-type]  # a stand-in for RemoteCore
+    service = Service(core, names)  # type: ignore[arg-type]  # a stand-in for RemoteCore
+    await make_app(service, keys)(scope, receive, send)
+    if reports:
+        service.answers.report()
     if not said:
         return Reply(0, {}, b"")
     answered = {name.decode(): value.decode() for name, value in said[0]["headers"]}

@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 
 from graphgen.ipc.messages import (
+    STEP_BOUNDS_MS,
     Attach,
     Cancel,
     EngineStats,
@@ -239,3 +240,32 @@ def test_no_plan_leaves_after_the_order_to_end() -> None:
     assert not sent(turns_of(log)[-1], StepPlan)
     assert isinstance(log[0][1], Ready), "the first thing that is said"
     assert all(not isinstance(message, Submit) for _, message in log)
+
+
+def test_steps_are_kept_only_while_somebody_asks_for_them() -> None:
+    """And each is told once: rows by kind, in order."""
+    watch = StatsRequest(steps=True)
+    log = run_loop([[make_submit(0, [1, 2, 3], 6), StatsRequest()], *NOTHING[:2], [watch], *NOTHING[:3], [watch], []])
+    first, before, after = sent(log, EngineStats)
+    assert not first.recent_steps
+    assert not before.recent_steps, "nobody had asked"
+    steps = after.recent_steps
+    assert [step.step_id for step in steps] == list(range(steps[0].step_id, steps[-1].step_id + 1))
+    assert steps[0].step_id > 0
+    assert {(step.chunk_rows, step.decode_rows, step.padding_rows) for step in steps} == {(0, 1, 0)}
+
+
+def test_statistics_count_rows_by_kind_and_steps_by_bucket() -> None:
+    log = run_loop([[make_submit(0, [1, 2, 3], 2)], *NOTHING, [StatsRequest()], []])
+    (stats,) = sent(log, EngineStats)
+    # 4+2 with 3 tokens of the prompt, then 0+1 with a decode; a step of the fake takes 10 ms.
+    assert (stats.total_rows, stats.padding_rows, stats.decode_rows) == (7, 3, 1)
+    assert [(str(one.bucket), one.steps, one.milliseconds) for one in stats.buckets] == [("0+1", 1, 10), ("4+2", 1, 10)]
+    (within,) = [bound for bound, count in zip(STEP_BOUNDS_MS, stats.steps_within_ms, strict=False) if count]
+    assert (within, sum(stats.steps_within_ms)) == (10, 2)
+
+
+def test_statistics_say_how_many_wait_in_each_class() -> None:
+    submits = [make_submit(number, [1], 30, priority=priority) for number, priority in enumerate((0, 0, 0, 3, 9, 3))]
+    (stats,) = sent(run_loop([[*submits, StatsRequest()], []]), EngineStats)
+    assert stats.waiting_by_class == (3, 0, 0, 2, 0, 0, 0, 0, 0, 1)
