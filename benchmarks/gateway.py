@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from benchmarks.protocol import Setup, read_streams
 from benchmarks.report import Row, machine, percentile, show, write_json
-from graphgen.gateway.settings import GatewaySettings
+from graphgen.gateway.settings import GatewaySettings, settings_file
 
 MODULE = "graphgen.gateway"
 EVENT = b"data: {"
@@ -45,9 +45,10 @@ class HttpSetup(Setup):
                 model_names=("none",),
                 keys=None,
                 metrics_names="graphgen",
+                rates=str(self.folder / "rates"),
                 memory_limit_bytes=1 << 30,
-            ).write(self.folder)
-            self._processes["gateway"] = self.start(MODULE, descriptors=(listener.fileno(),))
+            ).write(settings_file(self.folder, 0))
+            self._processes["gateway"] = self.start(MODULE, "0", descriptors=(listener.fileno(),))
             yield int(listener.getsockname()[1])
 
 

@@ -63,13 +63,19 @@ class ServerProcess:
 
     def pid_of(self, module: str) -> int:
         """The process below this one that runs `python -m module`."""
-        below = [self.process.pid]
+        return self.pids_of(module)[0]
+
+    def pids_of(self, module: str) -> list[int]:
+        """All of them. Raises LookupError where there is none."""
+        below, found = [self.process.pid], []
         while below:
-            pid = below.pop()
+            pid = below.pop(0)
             if module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
-                return pid
+                found.append(pid)
             below += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-        raise LookupError(f"no process of the server runs {module}")
+        if not found:
+            raise LookupError(f"no process of the server runs {module}")
+        return found
 
     def end(self, number: int = signal.SIGTERM, timeout_s: float = 30.0) -> int:
         """Sends the signal; the exit code."""

@@ -78,11 +78,14 @@ def allow(
 def http(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Whose it is.")],
     max_priority: MaxPriority = MAX_PRIORITY,
+    requests_per_minute: Annotated[
+        int | None, typer.Option("--per-minute", metavar="N", min=1, help="Most requests.", show_default="no limit")
+    ] = None,
     keys: KeysFolder = None,
 ) -> None:
     """Make an API key for HTTP, and print it: it is kept nowhere. A running server needs no restart. Remove
     http/NAME.key in the folder to shut it out."""
-    _say(make_key(_open(keys).folder / HTTP_KEYS, name, max_priority))
+    _say(make_key(_open(keys).folder / HTTP_KEYS, name, max_priority, requests_per_minute))
 
 
 def _open(folder: Path | None) -> Keys:

@@ -4,20 +4,22 @@ Owns the routes, and that every failure has an answer in OpenAI's form. Made onc
 """
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from graphgen.gateway.admission import Admission
 from graphgen.gateway.answers import OTHER_PATH, Counted
 from graphgen.gateway.endpoints import Endpoints
 from graphgen.gateway.errors import ApiError, anthropic_body, error_of, openai_body
 from graphgen.gateway.http import GoneError, Message, Receive, Scope, Send, send_error
-from graphgen.gateway.keys import ApiKeys, Holder
 from graphgen.gateway.messages import Messages
 from graphgen.gateway.metric_table import Names
 from graphgen.gateway.monitoring import Monitoring
@@ -35,17 +37,17 @@ logger = logging.getLogger("graphgen.gateway")
 class _Endpoint:
     """An endpoint as an application of its own, whose failures are answered.
 
-    keys: who may call it; None: everyone. Whose key it was is in the scope. body_of: the form of its errors.
+    admission: who may call it; None: everyone. Whose key it was is in the scope. body_of: the form of its errors.
     """
 
     def __init__(
         self,
         serve: Callable[[Scope, Receive, Send], Awaitable[None]],
-        keys: ApiKeys | None,
+        admission: Admission | None,
         body_of: Callable[[ApiError], object],
     ) -> None:
         self._serve = serve
-        self._keys = keys
+        self._admission = admission
         self._body_of = body_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,8 +59,8 @@ class _Endpoint:
             await send(message)
 
         try:
-            if self._keys is not None:
-                scope[HOLDER] = _holder_of(scope, self._keys)
+            if self._admission is not None:
+                scope[HOLDER] = self._admission.admit(scope)
             await self._serve(scope, receive, send_on)
         except GoneError:
             pass
@@ -70,8 +72,13 @@ class _Endpoint:
                 await send_error(send, answer, self._body_of(answer))
 
 
-def make_app(service: Service, keys: ApiKeys | None = None, metrics_names: Names = "graphgen") -> Starlette:
-    """keys: which are asked for; probes need none."""
+def make_app(
+    service: Service,
+    admission: Admission | None = None,
+    metrics_names: Names = "graphgen",
+    origins: Sequence[str] = (),
+) -> Starlette:
+    """admission: who is let in; probes need none. origins: whose pages browsers let call this server."""
     endpoints, tokens, messages = Endpoints(service), TokenEndpoints(service), Messages(service)
     routes = [
         ("POST", "/v1/chat/completions", endpoints.chat_completions),
@@ -87,26 +94,24 @@ def make_app(service: Service, keys: ApiKeys | None = None, metrics_names: Names
         ("GET", "/ready", endpoints.ready),
         ("GET", "/metrics", Monitoring(service, metrics_names).metrics),
     ]
-    app = Starlette(exception_handlers={HTTPException: _no_endpoint})
+    middleware = [_cross_origin(origins)] if origins else []
+    app = Starlette(middleware=middleware, exception_handlers={HTTPException: _no_endpoint})
     app.state.answers = service.answers
     for method, path, serve in routes:
         body_of = anthropic_body if path.startswith(MESSAGES) else openai_body
-        endpoint = _Endpoint(serve, None if path in PROBES else keys, body_of)
+        endpoint = _Endpoint(serve, None if path in PROBES else admission, body_of)
         app.router.routes.append(Route(path, Counted(endpoint, path, service.answers), methods=[method]))
     return app
 
 
-def _holder_of(scope: Scope, keys: ApiKeys) -> Holder:
-    """Raises ApiError for a request without a key that is let in."""
-    headers = dict(scope["headers"])
-    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-    if scheme.lower() != b"bearer":
-        key = headers.get(b"x-api-key", b"")
-    holder = keys.find(key.decode("latin-1").strip())
-    if holder is None:
-        text = "no API key of this server: send it as `authorization: Bearer KEY`"
-        raise ApiError(401, text, "invalid_api_key", headers=[(b"www-authenticate", b"Bearer")])
-    return holder
+def _cross_origin(origins: Sequence[str]) -> Middleware:
+    return Middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        expose_headers=("retry-after", "retry-after-ms", "x-should-retry"),
+    )
 
 
 async def _no_endpoint(request: Request, error: Exception) -> Response:

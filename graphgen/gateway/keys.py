@@ -1,6 +1,7 @@
 """API keys of HTTP clients: files that hold a digest of each, so that who reads them cannot use them.
 
-Owns the folder `http` beside the CURVE keys: NAME.key has `sha256 = "..."` and perhaps `max-priority = "3"`. A running
+Owns the folder `http` beside the CURVE keys: NAME.key has `sha256 = "..."` and perhaps `max-priority = "3"`,
+`requests-per-minute = "60"`. A running
 gateway looks for changes in it: a key that is made or removed needs no restart.
 """
 
@@ -29,9 +30,11 @@ class Holder(NamedTuple):
 
     name: str
     max_priority: int
+    requests_per_minute: int | None = None
+    """None: no limit."""
 
 
-def make_key(folder: Path, name: str, max_priority: int = MAX_PRIORITY) -> str:
+def make_key(folder: Path, name: str, max_priority: int = MAX_PRIORITY, requests_per_minute: int | None = None) -> str:
     """A new key, which is kept nowhere: its file has its digest. Raises ConfigError when there is one of that name."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ConfigError(f"{name!r} is no name for a key: use letters, digits, - and _")
@@ -42,6 +45,8 @@ def make_key(folder: Path, name: str, max_priority: int = MAX_PRIORITY) -> str:
         with path.open("x") as file:
             path.chmod(0o600)
             file.write(f'sha256 = "{_digest(key)}"\nmax-priority = "{max_priority}"\n')
+            if requests_per_minute is not None:
+                file.write(f'requests-per-minute = "{requests_per_minute}"\n')
     except FileExistsError:
         raise ConfigError(f"{path} is there already: remove it to make another, and tell who uses it") from None
     return key
@@ -76,11 +81,11 @@ class ApiKeys:
         holders = {}
         for path in self._folder.glob("*.key"):
             try:
-                digest, max_priority = _read(path)
+                digest, holder = _read(path)
             except (OSError, ValueError) as error:
                 logger.warning("%s lets nobody in: %s", path, error)
             else:
-                holders[digest] = Holder(path.stem, max_priority)
+                holders[digest] = holder
         self._holders = holders
 
 
@@ -88,10 +93,18 @@ def _digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def _read(path: Path) -> tuple[str, int]:
-    """Digest and cap. Raises ValueError for a file without a digest; what is no priority counts as 0."""
+def _read(path: Path) -> tuple[str, Holder]:
+    """Digest and whose it is. Raises ValueError for a file without a digest; what is no priority counts as 0,
+    what is no rate as one request a minute."""
     values = dict(_LINE.findall(path.read_text()))
     digest, priority = values.get("sha256", ""), values.get("max-priority", str(MAX_PRIORITY))
     if not re.fullmatch("[0-9a-f]{64}", digest):
         raise ValueError("it has no line sha256")
-    return digest, int(priority) if re.fullmatch(f"[0-{MAX_PRIORITY}]", priority) else 0
+    rate = values.get("requests-per-minute")
+    if rate is not None:
+        rate = rate if re.fullmatch("[1-9][0-9]*", rate) else "1"
+    return digest, Holder(
+        path.stem,
+        int(priority) if re.fullmatch(f"[0-{MAX_PRIORITY}]", priority) else 0,
+        None if rate is None else int(rate),
+    )

@@ -15,11 +15,13 @@ import uvicorn
 from graphgen.base.descriptors import raise_descriptor_limit
 from graphgen.base.logs import log_to_stderr
 from graphgen.base.memory import limit_memory
+from graphgen.gateway.admission import Admission
 from graphgen.gateway.app import make_app
 from graphgen.gateway.keys import ApiKeys
 from graphgen.gateway.protocol import LimitedProtocol
+from graphgen.gateway.rates import RateLimits
 from graphgen.gateway.service import Service
-from graphgen.gateway.settings import END_SIGNAL, GatewaySettings
+from graphgen.gateway.settings import END_SIGNAL, GatewaySettings, settings_file
 from graphgen.launch.processes import end_with_parent
 from graphgen.remote.core import RemoteCore
 
@@ -30,12 +32,12 @@ KEEP_ALIVE_S = 65
 """For which an idle connection stays open: longer than proxies keep theirs, which would else use one that is closed."""
 
 
-def main(folder: Path, parent_pid: int) -> None:
+def main(folder: Path, parent_pid: int, number: int) -> None:
     """Runs until its signal; then until open answers have ended."""
     end_with_parent(parent_pid, folder)
     raise_descriptor_limit()
     log_to_stderr()
-    settings = GatewaySettings.read(folder)
+    settings = GatewaySettings.read(settings_file(folder, number))
     core = RemoteCore(settings.frontend, {})
     try:
         limit_memory(settings.memory_limit_bytes)
@@ -45,10 +47,12 @@ def main(folder: Path, parent_pid: int) -> None:
 
 
 async def _serve(core: RemoteCore, settings: GatewaySettings) -> None:
-    keys = None if settings.keys is None else ApiKeys(Path(settings.keys))
+    admission = None
+    if settings.keys is not None:
+        admission = Admission(ApiKeys(Path(settings.keys)), RateLimits(Path(settings.rates)))
     service = Service(core, settings.model_names)
     config = uvicorn.Config(
-        make_app(service, keys, settings.metrics_names),
+        make_app(service, admission, settings.metrics_names, settings.origins),
         http=LimitedProtocol,
         limit_concurrency=_most_connections(),
         ws="none",
@@ -57,6 +61,8 @@ async def _serve(core: RemoteCore, settings: GatewaySettings) -> None:
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
+        ssl_certfile=settings.certificate,
+        ssl_keyfile=settings.private_key,
     )
     server = _Server(config)
     asyncio.get_running_loop().add_signal_handler(END_SIGNAL, server.end)

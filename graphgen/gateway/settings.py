@@ -7,7 +7,6 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-FILE = "gateway.msgpack"
 END_SIGNAL = signal.SIGUSR1
 """By which the supervisor ends it. Those of service managers come to every process of a server."""
 
@@ -25,12 +24,26 @@ class GatewaySettings(Struct, frozen=True, kw_only=True):
     """Folder of API keys; None: none are asked for."""
     metrics_names: Literal["graphgen", "vllm"]
     """What `/metrics` calls its metrics."""
+    rates: str
+    """Folder in which gateways count requests of keys together."""
     memory_limit_bytes: int
     """What the process may use beyond what it uses when it begins to serve."""
 
-    def write(self, folder: Path) -> None:
-        (folder / FILE).write_bytes(msgspec.msgpack.encode(self))
+    origins: tuple[str, ...] = ()
+    """Whose pages browsers let call this server; `*`: all."""
+    certificate: str | None = None
+    """PEM file; None: no TLS."""
+    private_key: str | None = None
+    """PEM file."""
+
+    def write(self, path: Path) -> None:
+        path.write_bytes(msgspec.msgpack.encode(self))
 
     @classmethod
-    def read(cls, folder: Path) -> "GatewaySettings":
-        return msgspec.msgpack.decode((folder / FILE).read_bytes(), type=cls)
+    def read(cls, path: Path) -> "GatewaySettings":
+        return msgspec.msgpack.decode(path.read_bytes(), type=cls)
+
+
+def settings_file(folder: Path, number: int) -> Path:
+    """number: of the gateway among those of its server."""
+    return folder / f"gateway-{number}.msgpack"

@@ -74,20 +74,26 @@ class EngineProcesses:
             self.stop(grace_s=0.0)
             raise
 
-    def start(self, module: str, descriptors: Sequence[int] = ()) -> None:
-        """Starts another child, or one anew that has ended. descriptors: of open files that it inherits."""
+    def start(self, module: str, descriptors: Sequence[int] = (), number: int | None = None) -> None:
+        """Starts another child, or one anew that has ended. descriptors: of open files that it inherits. number: which
+        of several with this module it is; the child is told, and its name ends in it."""
         name = module.rpartition(".")[2]
-        arguments = (str(self.folder), str(self._owner_pid))
+        arguments = [str(self.folder), str(self._owner_pid)]
+        if number is not None:
+            name = f"{name}-{number}"
+            arguments.append(str(number))
         log_file = self.folder / f"{name}.log"
         self._children[name] = start_child(module, arguments, log_file, self._environment, descriptors=descriptors)
 
-    def finish(self, name: str, number: int, grace_s: float) -> None:
-        """Tells a child by a signal to end, and waits so long for it."""
-        child = self._children.get(name)
-        if child is not None:
+    def finish(self, names: Sequence[str], number: int, grace_s: float) -> None:
+        """Tells children by a signal to end, and waits so long for all of them together."""
+        children = [self._children[name] for name in names if name in self._children]
+        for child in children:
             child.send_signal(number)
+        deadline_s = time.monotonic() + grace_s
+        for child in children:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(grace_s)
+                child.wait(max(0.0, deadline_s - time.monotonic()))
 
     def restart_scheduler(self) -> None:
         """Starts a scheduler in the place of one that has ended, in the same folder: whoever talks to it by name goes

@@ -6,6 +6,7 @@ starts, and clients that connect while a gateway is started again wait.
 
 import importlib.util
 import socket
+import ssl
 
 from graphgen.base.version import how_to_install
 from graphgen.ipc.errors import ConfigError
@@ -22,19 +23,45 @@ def check_http(address: str) -> None:
         raise ConfigError(f"HTTP needs {', '.join(missing)}: {how_to_install('http')}")
 
 
-def listen(address: str) -> socket.socket:
-    """A socket that listens there. Raises ConfigError where that cannot be."""
+def listen(address: str, num_sockets: int = 1) -> list[socket.socket]:
+    """Sockets that listen there, among which the kernel divides the connections. Raises ConfigError where that cannot
+    be, also where another server listens that would share the address."""
     host, port = _split(address)
+    sockets: list[socket.socket] = []
     try:
         family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(where[:2], family=family, backlog=BACKLOG)
+        host = str(where[0])
+        if num_sockets > 1:
+            with socket.create_server((host, port), family=family) as alone:
+                port = alone.getsockname()[1]
+        for _ in range(num_sockets):
+            shared = num_sockets > 1
+            sockets.append(socket.create_server((host, port), family=family, backlog=BACKLOG, reuse_port=shared))
     except OSError as error:
+        for one in sockets:
+            one.close()
         raise ConfigError(f"http://{address} cannot be bound ({error.strerror}): choose another with --http") from None
+    return sockets
 
 
-def url_of(listener: socket.socket) -> str:
+def url_of(listener: socket.socket, has_tls: bool = False) -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"http{'s' if has_tls else ''}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def check_tls(certificate: str | None, private_key: str | None) -> None:
+    """Raises ConfigError for files by which no TLS can be spoken."""
+    if certificate is None and private_key is None:
+        return
+    if certificate is None or private_key is None:
+        raise ConfigError("TLS needs a certificate and its key: give both --http-cert and --http-key")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, private_key)
+    except OSError as error:  # an SSLError is one
+        raise ConfigError(
+            f"{certificate} and {private_key} are no certificate and its key ({error}): give PEM files without a"
+            " password"
+        ) from None
 
 
 def _split(address: str) -> tuple[str, int]:

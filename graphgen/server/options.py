@@ -13,6 +13,8 @@ from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS
 from graphgen.server.frontend.keys import Keys, default_folder
 from graphgen.server.http_address import check_http
 
+MAX_HTTP_WORKERS = 64
+
 
 class ServeOptions(Struct, frozen=True, kw_only=True):
     """How a server is reached and when it gives up. Raises ConfigError for what would be open to strangers."""
@@ -26,6 +28,14 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
     of $GRAPHGEN_KEYS or ~/.config/graphgen/keys."""
     http: str | None = None
     """Address of OpenAI's API over HTTP, HOST:PORT. None: no HTTP."""
+    http_workers: int = 1
+    """Processes that serve HTTP, all on its address; each has memory_limit_mib."""
+    http_origins: str | None = None
+    """Origins whose web pages may call HTTP, with commas between; `*` is all. None: no other page may."""
+    http_cert: str | None = None
+    """Certificate of HTTP over TLS, a PEM file with its chain. None: no TLS."""
+    http_key: str | None = None
+    """Private key of the certificate, a PEM file. None: no TLS."""
     served_model_name: str | None = None
     """What HTTP clients call the model. None: as it is called here."""
     metrics_names: Literal["graphgen", "vllm"] = "graphgen"
@@ -44,13 +54,21 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
     """Write a line for each request that ends, to standard error: who asked, tokens, times; never what was said."""
 
     def __post_init__(self) -> None:
-        for name, least in (("grace_s", 0), ("memory_limit_mib", 64), ("slow_consumer_s", 1), ("open_requests", 1)):
+        for name, least in (
+            ("grace_s", 0),
+            ("memory_limit_mib", 64),
+            ("slow_consumer_s", 1),
+            ("open_requests", 1),
+            ("http_workers", 1),
+        ):
             if not getattr(self, name) >= least:
                 raise ConfigError(f"{name} is {getattr(self, name)}, the least is {least}: raise it")
         for address in (self.data, self.control_address):
             check_address(address)
         if self.http is not None:
             check_http(self.http)
+            if self.http_workers > MAX_HTTP_WORKERS:
+                raise ConfigError(f"http_workers is {self.http_workers}, the limit is {MAX_HTTP_WORKERS}: lower it")
             if is_public(f"tcp://{self.http}") and self.http_key_folder is None and not self.insecure_public:
                 raise ConfigError(
                     f"http://{self.http} can be reached by other machines and there are no API keys: make some with"
@@ -72,6 +90,16 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
     def control_address(self) -> str:
         """Where the control socket is bound."""
         return self.control or control_address(self.data)
+
+    @property
+    def has_tls(self) -> bool:
+        """Whether HTTP is spoken over TLS."""
+        return self.http_cert is not None
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """Those of `http_origins`."""
+        return tuple(origin.strip() for origin in (self.http_origins or "").split(",") if origin.strip())
 
     @property
     def http_key_folder(self) -> Path | None:

@@ -17,7 +17,6 @@ from graphgen.base.addresses import remove_dead
 from graphgen.base.descriptors import raise_descriptor_limit
 from graphgen.base.progress import StartProgress
 from graphgen.base.signals import EndSignals
-from graphgen.gateway.settings import END_SIGNAL, GatewaySettings
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.errors import EngineDeadError
 from graphgen.ipc.messages import (
@@ -40,7 +39,7 @@ from graphgen.requests.core import describe_start, launch_config, load_config_to
 from graphgen.requests.link import error_of
 from graphgen.requests.tokenizer import write_tokenizer
 from graphgen.server.frontend.settings import FrontendSettings
-from graphgen.server.http_address import listen, url_of
+from graphgen.server.gateways import Gateways, private_address
 from graphgen.server.kept import Kept
 from graphgen.server.options import ServeOptions
 from graphgen.server.request_log import RequestLog
@@ -48,9 +47,6 @@ from graphgen.server.request_log import RequestLog
 logger = logging.getLogger("graphgen.server.supervisor")
 
 FRONTEND_MODULE = "graphgen.server.frontend"
-GATEWAY_MODULE = "graphgen.gateway"
-GATEWAY_END_S = 2.0
-"""For the gateway to send the last of its answers, whose tokens it has."""
 WATCH_S = 0.1
 LOST_GRACE_S = 5.0
 """For the frontend to tell clients that the engine is gone."""
@@ -73,11 +69,10 @@ class Supervisor:
         self._num_lost: int | None = None
         self._listening = False
         self._data, self._control = options.data, options.control_address
-        self._keys, self._http_keys = options.key_folder, options.http_key_folder
+        self._keys = options.key_folder
         self._request_log = RequestLog(self._keys)
         self._frontend = Kept("frontend", "its clients have lost their sessions", say)
-        self._gateway = Kept("gateway", "HTTP answers that were open have ended", say)
-        self._http = None if options.http is None else listen(options.http)
+        self._gateways = Gateways(options, self._model_name, say)
 
     def run(self) -> int:
         """Serves until a signal: the exit code. Raises GraphgenError when the engine does not start, or dies."""
@@ -95,13 +90,11 @@ class Supervisor:
                     self._turn(processes, channel, progress.show)
             while self._num_lost is None:
                 self._turn(processes, channel, lambda _: None)
-            if self._http is not None:
-                processes.finish("gateway", END_SIGNAL, GATEWAY_END_S)
+            self._gateways.finish(processes)
             return 0 if self._num_lost == 0 else 1
         finally:
             self._signals.ignore()
-            if self._http is not None:
-                self._http.close()
+            self._gateways.close()
             processes.stop(grace_s=0.0)
             channel.close()
             context.term()
@@ -122,25 +115,13 @@ class Supervisor:
             data=self._data,
             control=self._control,
             keys=None if self._keys is None else str(self._keys),
-            private=_private_address(processes),
+            private=private_address(processes.folder),
             memory_limit_bytes=self._options.memory_limit_mib << 20,
             slow_consumer_s=self._options.slow_consumer_s,
             open_requests=self._options.open_requests,
             log_requests=self._options.log_requests,
         ).write(processes.folder)
         processes.start(FRONTEND_MODULE)
-
-    def _start_gateway(self, processes: EngineProcesses) -> None:
-        assert self._http is not None, "it was asked for"
-        GatewaySettings(
-            descriptor=self._http.fileno(),
-            frontend=_private_address(processes),
-            model_names=(self._options.served_model_name or self._model_name,),
-            keys=None if self._http_keys is None else str(self._http_keys),
-            metrics_names=self._options.metrics_names,
-            memory_limit_bytes=self._options.memory_limit_mib << 20,
-        ).write(processes.folder)
-        processes.start(GATEWAY_MODULE, descriptors=(self._http.fileno(),))
 
     @property
     def _model_name(self) -> str:
@@ -161,8 +142,7 @@ class Supervisor:
             return
         self._watch_engine(processes, channel)
         self._watch_frontend(processes)
-        if self._http is not None and (found := processes.find_exit(("gateway",))) is not None:
-            self._gateway.restore(found, partial(self._start_gateway, processes))
+        self._gateways.restore(processes)
         if not self._listening and time.monotonic() - self._started_s > self._config.start_timeout_s:
             tails = "\n".join(f"[{name}]\n{processes.log_tail(name)}" for name in processes.pids)
             raise EngineDeadError(
@@ -208,12 +188,7 @@ class Supervisor:
         self._say(
             "no keys: who can connect may" if self._keys is None else f"only CURVE keys of {self._keys} may connect"
         )
-        if self._http is not None:
-            self._gateway.start(partial(self._start_gateway, processes))
-            self._say(f"listening on {url_of(self._http)} (OpenAI's API)")
-            self._say(
-                "no API keys: who can connect may" if self._http_keys is None else f"only keys of {self._http_keys} may"
-            )
+        self._gateways.start(processes)
         self._say("ready")
 
     def _pass_signals_on(
@@ -273,7 +248,3 @@ class Supervisor:
             logger.error("%s", found)
             raise EngineDeadError(str(found))
         self._frontend.restore(found, partial(self._start_frontend, processes))
-
-
-def _private_address(processes: EngineProcesses) -> str:
-    return f"ipc://{processes.folder / 'private'}"

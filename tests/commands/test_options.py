@@ -84,6 +84,7 @@ def test_every_field_of_a_server_is_an_option_of_serve(started: list[Any]) -> No
         "data": "ipc:///run/g",
         "control": "ipc:///run/c",
         "http": "127.0.0.1:0",
+        "http_workers": 7,
     }
     words = [
         word for option in SERVE_OPTIONS if option.name != "keys" for word in words_of(option, expected[option.name])

@@ -11,8 +11,8 @@ from msgspec.structs import replace
 
 from graphgen.calls.outputs import PromptTokens, Sink, StreamPiece
 from graphgen.calls.prompts import Chat, OnePrompt
+from graphgen.gateway.admission import Admission
 from graphgen.gateway.app import make_app
-from graphgen.gateway.keys import ApiKeys
 from graphgen.gateway.service import Service
 from graphgen.ipc.ggp.messages import Health, Stats, StatsRequest
 from graphgen.ipc.ggp.statistics import BucketCount, Histogram, Metrics
@@ -184,12 +184,13 @@ async def acall(
     *,
     leaves: asyncio.Event | None = None,
     names: Sequence[str] = ("fake",),
-    keys: ApiKeys | None = None,
+    admission: Admission | None = None,
+    origins: Sequence[str] = (),
     headers: Mapping[str, str] | None = None,
     reports: bool = False,
 ) -> Reply:
-    """leaves: when it is set the client disconnects. names: of the model. keys: which are asked for. reports: what was
-    answered is reported to the core at once."""
+    """leaves: when it is set the client disconnects. names: of the model. admission: who is let in. origins: whose
+    pages are. reports: what was answered is reported to the core at once."""
     data = body if isinstance(body, bytes) else msgspec.json.encode(body)
     incoming = [{"type": "http.request", "body": data, "more_body": False}]
     said: list[dict[str, Any]] = []
@@ -214,7 +215,7 @@ async def acall(
         "client": ("192.0.2.7", 1234),
     }
     service = Service(core, names)  # type: ignore[arg-type]  # a stand-in for RemoteCore
-    await make_app(service, keys)(scope, receive, send)
+    await make_app(service, admission, origins=origins)(scope, receive, send)
     if reports:
         service.answers.report()
     if not said:

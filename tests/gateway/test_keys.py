@@ -8,9 +8,11 @@ import pytest
 from graphgen import ConfigError, SamplingParams
 from graphgen.base.salt import cache_salt
 from graphgen.gateway import keys
+from graphgen.gateway.admission import Admission
 from graphgen.gateway.keys import ApiKeys, Holder, make_key
+from graphgen.gateway.rates import RateLimits
 from graphgen.server.options import ServeOptions
-from tests.gateway.asgi import GatewayCore, call, says
+from tests.gateway.asgi import GatewayCore, Reply, call, says
 
 CHATS = "/v1/chat/completions"
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -19,6 +21,10 @@ HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 @pytest.fixture(autouse=True)
 def always_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys, "LOOK_S", 0.0)
+
+
+def asks_for_keys(folder: Path) -> Admission:
+    return Admission(ApiKeys(folder), RateLimits(folder / "rates"))
 
 
 def test_a_key_is_known_by_its_digest_alone(tmp_path: Path) -> None:
@@ -75,7 +81,7 @@ def test_who_has_a_key_is_accounted_to_it(tmp_path: Path, header: str) -> None:
     key, core = make_key(tmp_path, "ann", max_priority=2), GatewayCore(says("a"))
     headers = {header: key if header == "x-api-key" else f"Bearer {key}"}
     body = {**HELLO, "priority": 5, "cache_salt": "s"}
-    assert call(core, CHATS, body, keys=ApiKeys(tmp_path), headers=headers).status == 200
+    assert call(core, CHATS, body, admission=asks_for_keys(tmp_path), headers=headers).status == 200
     assert core.tenants == ["ann"]
     assert isinstance(core.sampling, SamplingParams)
     assert (core.sampling.priority, core.sampling.cache_salt) == (2, cache_salt("ann", "s"))
@@ -89,12 +95,41 @@ def test_who_has_none_is_told_before_anything_is_read(tmp_path: Path, headers: d
     make_key(tmp_path, "ann")
     core = GatewayCore(says("a"))
     for path, method in ((CHATS, "POST"), ("/v1/models", "GET"), ("/v1/models/fake", "GET")):
-        reply = call(core, path, b"{", method, keys=ApiKeys(tmp_path), headers=headers)
+        reply = call(core, path, b"{", method, admission=asks_for_keys(tmp_path), headers=headers)
         assert (reply.status, reply.error["code"]) == (401, "invalid_api_key")
         assert reply.headers["www-authenticate"] == "Bearer"
     for path in ("/health", "/ready"):
-        assert call(core, path, method="GET", keys=ApiKeys(tmp_path), headers=headers).status == 200
+        assert call(core, path, method="GET", admission=asks_for_keys(tmp_path), headers=headers).status == 200
     assert not core.prompts
+
+
+def test_a_key_makes_so_many_requests_a_minute_at_all_gateways_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = [1000.0]
+    monkeypatch.setattr("graphgen.gateway.rates.time.monotonic", lambda: now_s[0])
+    slow, free = make_key(tmp_path, "slow", requests_per_minute=6), make_key(tmp_path, "free")
+    gateways = [asks_for_keys(tmp_path), asks_for_keys(tmp_path)]
+
+    def ask(key: str, number: int) -> Reply:
+        headers = {"authorization": f"Bearer {key}"}
+        return call(GatewayCore(says("a")), CHATS, HELLO, admission=gateways[number % 2], headers=headers)
+
+    assert [ask(slow, number).status for number in range(7)] == [200] * 6 + [429]
+    refused = ask(slow, 1)
+    assert (refused.error["code"], refused.headers["retry-after"]) == ("rate_limit_exceeded", "10")
+    assert ask(free, 0).status == 200, "others have their own"
+    now_s[0] += 11
+    assert [ask(slow, number).status for number in range(2)] == [200, 429]
+    now_s[0] += 3600
+    assert [ask(slow, number).status for number in range(7)] == [200] * 6 + [429], "rest does not add up for ever"
+
+
+@pytest.mark.parametrize(("rate", "holder"), [("60", 60), ("0", 1), ("many", 1), (None, None)])
+def test_a_rate_that_is_none_is_the_lowest(tmp_path: Path, rate: str | None, holder: int | None) -> None:
+    line = "" if rate is None else f'requests-per-minute = "{rate}"\n'
+    (tmp_path / "ann.key").write_text(f'sha256 = "{keys._digest("gg-x")}"\n{line}')
+    assert ApiKeys(tmp_path).find("gg-x") == Holder("ann", 9, holder)
 
 
 def test_a_public_address_needs_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

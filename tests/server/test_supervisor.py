@@ -52,7 +52,7 @@ class Processes(FakeProcesses):
         self.found = threading.Event()  # that something is dead
         super().__init__()
 
-    def start(self, module: str, descriptors: Sequence[int] = ()) -> None:
+    def start(self, module: str, descriptors: Sequence[int] = (), number: int | None = None) -> None:
         if self.num_refused:
             self.num_refused -= 1
             raise OSError("no descriptors")
