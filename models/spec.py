@@ -460,7 +460,7 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
         mixers = [layer.mixer for layer in self.layers if isinstance(layer.mixer, GQA)]
         if len(mixers) < self.num_layers:
             raise UnsupportedModelError(
-                f"this {self.architecture} has latent attention, which graphgen has no FlashInfer kernel for yet: use"
+                f"this {self.architecture} has latent attention, which FlashInfer has no kernel for here: use"
                 " attention='torch'"
             )
         shapes = {(mixer.num_heads, mixer.num_kv_heads, mixer.width) for mixer in mixers}
@@ -470,6 +470,13 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
                 f" ({', '.join(map(str, sorted(shapes)))}): use attention='torch'"
             )
         return mixers[0]
+
+    @property
+    def latent(self) -> Latent | None:
+        """Of every layer, where all have latent attention of the same sizes."""
+        first = self.layers[0].mixer
+        same = isinstance(first, Latent) and all(layer.mixer == first for layer in self.layers)
+        return first if isinstance(first, Latent) and same else None
 
     @property
     def windows(self) -> tuple[int | None, ...]:

@@ -54,7 +54,9 @@ def prebuild(config: EngineConfig, arch: str | None, jobs: int | None) -> Prebui
     shapes = _any_shapes(config) if config.model is None else [_shape_of(config, config.model)]
     for shape in shapes:
         check_supported(shape)
-    needed = [library for shape in shapes for library in needed_libraries(shape, best_kernels(capability))]
+    needed = [
+        library for shape in shapes for library in needed_libraries(shape, best_kernels(capability, shape.scores))
+    ]
     with tempfile.TemporaryDirectory() as spare:
         _prepare_environment(arch, jobs, Path(spare))
         try:
@@ -66,7 +68,10 @@ def prebuild(config: EngineConfig, arch: str | None, jobs: int | None) -> Prebui
 
 
 def _shape_of(config: EngineConfig, model: str) -> AttentionShape:
-    launch = resolve(config, load_spec(model, config.revision), Path(model))
+    spec = load_spec(model, config.revision)
+    if spec.latent is not None:
+        raise ConfigError(f"{model} has latent attention, whose kernels Triton compiles at its first start: start it")
+    launch = resolve(config, spec, Path(model))
     return attention_shape(launch, getattr(torch, launch.dtype))
 
 

@@ -3,6 +3,8 @@
 Owns the choice; the backends are in graphgen.models.attention.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from graphgen.ipc.errors import GraphgenError, UnsupportedModelError
@@ -14,7 +16,7 @@ from graphgen.models.attention.kernels import AttentionShape, Scores
 from graphgen.models.attention.reference import TorchAttention
 from graphgen.models.attention.variant import AttentionVariant, Numbers, Scoring
 from graphgen.models.layers import variant_of
-from graphgen.models.spec import GQA, ModelSpec
+from graphgen.models.spec import GQA, Latent, ModelSpec
 
 
 def open_backend(
@@ -24,7 +26,8 @@ def open_backend(
     buckets: tuple[Bucket, ...],
     bounds: StepBounds,
 ) -> AttentionBackend:
-    """The backend the config asks for; "auto" takes FlashInfer where it can run and says why where it cannot."""
+    """The backend the config asks for; "auto" takes the fast kernels, FlashInfer's and ours, and says why where they
+    cannot run."""
     if config.attention == "torch":
         return TorchAttention("as configured")
     if device.type != "cuda":
@@ -34,11 +37,18 @@ def open_backend(
             )
         return TorchAttention("the CPU has no other")
     try:
-        return _open_flashinfer(config, dtype, buckets, bounds)
+        most = _Most(
+            chunks=bounds.max_chunks,
+            prefill_rows=max(bucket.prefill_rows for bucket in buckets),
+            decode_rows=max(bucket.decode_rows for bucket in buckets),
+        )
+        if config.spec.latent is not None:
+            return _open_latent(config, config.spec.latent, device, dtype, most)
+        return _open_flashinfer(config, dtype, most)
     except (ImportError, GraphgenError) as error:
         if config.attention == "flashinfer":
             raise
-        return TorchAttention(f"FlashInfer cannot be used: {error}")
+        return TorchAttention(f"the fast kernels cannot be used: {error}")
 
 
 def attention_shape(config: LaunchConfig, dtype: torch.dtype) -> AttentionShape:
@@ -74,14 +84,25 @@ def _variant(mixer: GQA) -> AttentionVariant:
     return variant_of(mixer, heads, torch.zeros(mixer.num_heads) if mixer.sinks else None)
 
 
-def _open_flashinfer(
-    config: LaunchConfig, dtype: torch.dtype, buckets: tuple[Bucket, ...], bounds: StepBounds
-) -> AttentionBackend:
+class _Most(NamedTuple):
+    """What a step may hold."""
+
+    chunks: int
+    prefill_rows: int
+    decode_rows: int
+
+
+def _open_flashinfer(config: LaunchConfig, dtype: torch.dtype, most: _Most) -> AttentionBackend:
     from graphgen.models.attention.flashinfer import FlashInferAttention
 
-    return FlashInferAttention(
-        attention_shape(config, dtype),
-        most_chunks=bounds.max_chunks,
-        most_prefill_rows=max(bucket.prefill_rows for bucket in buckets),
-        most_decode_rows=max(bucket.decode_rows for bucket in buckets),
-    )
+    return FlashInferAttention(attention_shape(config, dtype), most.chunks, most.prefill_rows, most.decode_rows)
+
+
+def _open_latent(
+    config: LaunchConfig, latent: Latent, device: torch.device, dtype: torch.dtype, most: _Most
+) -> AttentionBackend:
+    from graphgen.models.attention.latent_tiles import LatentTiles
+    from graphgen.models.attention.row_tiles import TileShape
+
+    shape = TileShape(latent.num_heads, 1, latent.latent_size, latent.rope_dim)
+    return LatentTiles(shape, config.page_size, dtype, *most, device)

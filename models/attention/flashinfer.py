@@ -12,7 +12,6 @@ The launch constants that come back depend on the shape alone, never on the leng
 read when the operator runs, which is at capture.
 """
 
-import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from graphgen.ipc.errors import ConfigError
 from graphgen.models.attention.backend import Words
+from graphgen.models.attention.beside import run_beside
 from graphgen.models.attention.kernels import (
     AttentionShape,
     Kernel,
@@ -178,7 +178,7 @@ class FlashInferStep(NamedTuple):
     def attend_latent(
         self, q: Tensor, row: Tensor, pages: Tensor, value_size: int, variant: AttentionVariant
     ) -> Tensor:
-        """See StepAttention. Never called: ModelSpec.attention has refused such a model."""
+        """See StepAttention. Never called: latent_tiles.py serves such a model."""
         raise NotImplementedError("FlashInfer's operator has no latent attention: use attention='torch'")
 
 
@@ -217,21 +217,16 @@ def _paged_attention(
     if not split:
         _run_decode(q, out, k_pages, v_pages, decodes, scoring)
         return out
-    # The chunks' kernel computes and the decodes' reads memory, so they share the device well.
-    main, side = torch.cuda.current_stream(), _side_stream()
-    side.wait_stream(main)
-    with torch.cuda.stream(side):
+
+    def prefill_rows() -> None:
+        run_planned(prefill_kernel, q[:split], out[:split], k_pages, v_pages, chunks, scoring)
+
+    def decode_rows() -> None:
         if split < q.shape[0]:
             _run_decode(q[split:], out[split:], k_pages, v_pages, decodes, scoring)
-    run_planned(prefill_kernel, q[:split], out[:split], k_pages, v_pages, chunks, scoring)
-    main.wait_stream(side)
+
+    run_beside(prefill_rows, decode_rows)
     return out
-
-
-@functools.cache  # one process drives one device
-def _side_stream() -> torch.cuda.Stream:
-    """Runs the decode rows of a mixed step beside its chunks."""
-    return torch.cuda.Stream()
 
 
 class DecodeRows(NamedTuple):

@@ -54,18 +54,15 @@ def _rotated(
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _bent(
-    scores: "tl.tensor",
-    softcap: "float | None",
-    slopes: "tl.tensor | None",
-    positions: "tl.tensor",
-    kv_len: "tl.tensor",
+def bent(
+    scores: "tl.tensor", softcap: "float | None", slopes: "tl.tensor | None", distances: "tl.tensor"
 ) -> "tl.tensor":
-    """What variant.py does to scaled scores. With a softcap they come as 2 log2(e) times the argument of tanh."""
+    """What variant.py does to scaled scores. With a softcap they come as 2 log2(e) times the argument of tanh.
+    distances: of each position from the row's own, not above 0 where the row sees it."""
     if softcap is not None:
         scores = softcap - 2.0 * softcap / (tl.exp2(scores) + 1.0)
     if slopes is not None:
-        scores += slopes[:, None] * (positions - (kv_len - 1))[None, :]
+        scores += slopes[:, None] * distances
     return scores
 
 
@@ -174,9 +171,8 @@ def _split_kv_kernel(
         places = (positions % PAGE).to(tl.int64) * position_stride
         visible = (positions < kv_len) & (positions >= first_position)
         keys = tl.load(k_pages + base + places[None, :] + dims[:, None])
-        scores = tl.where(
-            visible[None, :], _bent(tl.dot(queries, keys) * scale, softcap, slopes, positions, kv_len), -1e30
-        )
+        distances = (positions - (kv_len - 1))[None, :]
+        scores = tl.where(visible[None, :], bent(tl.dot(queries, keys) * scale, softcap, slopes, distances), -1e30)
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         weights = tl.exp2(scores - new_peak[:, None])
         shrink = tl.exp2(peak - new_peak)

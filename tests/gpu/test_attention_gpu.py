@@ -222,7 +222,7 @@ def test_plans_three_deep_under_a_graph_never_mix(heads: tuple[int, int, int], k
     owned = torch.unique(torch.cat([case.owned for case in cases]))
     cache = poisoned_cache(cases[0]._replace(owned=owned), *heads[1:], 0)
     pages_each = max(case.tables.chunk_pages.shape[1] for case in cases)
-    static = _padded(cases[0].tables, pages_each)
+    static = static_copy(cases[0].tables, pages_each)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     wants = []
@@ -238,7 +238,7 @@ def test_plans_three_deep_under_a_graph_never_mix(heads: tuple[int, int, int], k
             out = attend(backend.prepare(static), rows, cache_again)
         gots = []
         for case in cases:
-            for target, source in zip(static, _padded(case.tables, pages_each), strict=True):
+            for target, source in zip(static, static_copy(case.tables, pages_each), strict=True):
                 target.copy_(source, non_blocking=True)
             backend.plan(bucket.prefill_rows, case.starts, case.chunk_kv_lens, case.decode_kv_lens)
             graph.replay()
@@ -251,7 +251,7 @@ def test_plans_three_deep_under_a_graph_never_mix(heads: tuple[int, int, int], k
     assert max(errors) < TOLERANCE, errors
 
 
-def _padded(tables: RowTables, pages_each: int) -> RowTables:
+def static_copy(tables: RowTables, pages_each: int) -> RowTables:
     """The same tables with block tables of one width."""
 
     def widen(pages: Tensor) -> Tensor:

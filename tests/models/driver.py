@@ -7,11 +7,12 @@ so a kernel that reads a padded position or another request's page shows in the 
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from graphgen.models.attention.backend import StepAttention
 from graphgen.models.attention.reference import TorchStep
 from graphgen.models.attention.tables import RowTables
 from graphgen.models.decoder import Decoder
@@ -36,14 +37,21 @@ class Driver:
     """A decoder, its pages, and the steps over them."""
 
     def __init__(
-        self, decoder: Decoder, page_size: int = 4, num_pages: int = 96, seed: int = 0, padded_rows: int = 3
+        self,
+        decoder: Decoder,
+        page_size: int = 4,
+        num_pages: int = 96,
+        seed: int = 0,
+        padded_rows: int = 3,
+        attention: Callable[[RowTables], StepAttention] = TorchStep,
     ) -> None:
-        """padded_rows: rows that hold no token, at the end of each region of each step."""
+        """padded_rows: rows that hold no token, at the end of each region of each step. attention: of a step's rows."""
         weight = decoder.embedding.weight
         self.decoder = decoder
         self.kv_cache = KVCache(decoder.spec, num_pages, page_size, weight.dtype, weight.device)
         for pages in (*self.kv_cache.k_pages, *self.kv_cache.v_pages):
             pages[: self.kv_cache.trash_page] = float("nan")
+        self._attention = attention
         self._padding: list[None] = [None] * padded_rows
         self.last_logits = torch.empty(0)  # of every row of the last step, padded ones too
         self._device = weight.device
@@ -76,7 +84,7 @@ class Driver:
             self._int64([row[1] if row else 0 for row in rows]),
             self._int64([max(row[0].prompt_len, row[1] + 1) if row else 1 for row in rows]),
             self.kv_cache,
-            [TorchStep(self._tables(chunks, prefill, decode))],
+            [self._attention(self._tables(chunks, prefill, decode))],
             None if drawing_rows is None else self._int64(drawing_rows),
         )
         self.last_logits = logits

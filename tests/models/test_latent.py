@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from graphgen.ipc.errors import CheckpointError, UnsupportedModelError
-from graphgen.launch.config import EngineConfig, resolve
+from graphgen.commands.prebuild import prebuild
+from graphgen.ipc.errors import CheckpointError, ConfigError, UnsupportedModelError
+from graphgen.launch.config import EngineConfig
 from graphgen.models.attention import reference
 from graphgen.models.families import load_spec
 from graphgen.models.kv_cache import KVCache, bytes_per_page
 from graphgen.models.loader import load_decoder
 from graphgen.models.page_layout import page_layout
-from graphgen.worker.backend import attention_shape
 from tests.models import tiny
 from tests.models.driver import Driver
 from tests.models.splits import assert_equal_at_every_split
@@ -123,7 +123,7 @@ def test_what_cannot_run_is_refused_by_name(
         load_spec(write(tmp_path, {**config, **changes}))
 
 
-def test_flashinfer_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    spec = load_spec(write(tmp_path, V2_LITE))
-    with pytest.raises(UnsupportedModelError, match=r"latent attention.*attention='torch'"):
-        attention_shape(resolve(EngineConfig(device="cpu"), spec, tmp_path), torch.bfloat16)
+def test_prebuild_has_nothing_to_build(tmp_path: Path) -> None:
+    folder = write(tmp_path, V2_LITE)
+    with pytest.raises(ConfigError, match=r"latent attention, whose kernels Triton compiles"):
+        prebuild(EngineConfig(model=str(folder)), "9.0a", None)
