@@ -14,6 +14,7 @@ from graphgen.base.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from graphgen.api.engine import AsyncEngine, Engine
+    from graphgen.calls.logprobs import Logprob, Logprobs, TokenLogprob
     from graphgen.calls.outputs import RequestOutput, StreamPiece, Timing
     from graphgen.calls.prompts import Chat
     from graphgen.calls.sampling_params import SamplingParams
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
         "EngineStats",
         "GraphgenError",
         "InvalidRequestError",
+        "Logprob",
+        "Logprobs",
         "NumericalError",
         "OverloadedError",
         "PoisonedRequestError",
@@ -62,6 +65,7 @@ if TYPE_CHECKING:
         "ServerError",
         "StreamPiece",
         "Timing",
+        "TokenLogprob",
         "UnsupportedModelError",
     ]
 
@@ -82,6 +86,8 @@ _HOMES = {
     "EngineStats": "graphgen.ipc.messages",
     "GraphgenError": "graphgen.ipc.errors",
     "InvalidRequestError": "graphgen.ipc.errors",
+    "Logprob": "graphgen.calls.logprobs",
+    "Logprobs": "graphgen.calls.logprobs",
     "NumericalError": "graphgen.ipc.errors",
     "OverloadedError": "graphgen.ipc.errors",
     "PoisonedRequestError": "graphgen.ipc.errors",
@@ -91,6 +97,7 @@ _HOMES = {
     "ServerError": "graphgen.ipc.errors",
     "StreamPiece": "graphgen.calls.outputs",
     "Timing": "graphgen.calls.outputs",
+    "TokenLogprob": "graphgen.calls.logprobs",
     "UnsupportedModelError": "graphgen.ipc.errors",
 }
 _ENGINE = {"AsyncEngine", "Engine", "EngineConfig"}

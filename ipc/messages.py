@@ -37,6 +37,9 @@ STEP_BOUNDS_MS = (0.5, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 40, 50, 75, 100,
 MAX_STOP_TOKEN_IDS = 16
 """Stop token ids of one request, end-of-sequence ids included: the width of a device table."""
 
+MAX_LOGPROBS = 20
+"""Likeliest tokens of a position whose log-probabilities a request may ask for."""
+
 
 class Bucket(Struct, frozen=True, array_like=True, gc=False):
     """Rows of a step: [0, prefill_rows) hold prompt chunks, the next `decode_rows` hold decodes. On a device with
@@ -87,6 +90,10 @@ class Submit(Struct, frozen=True, array_like=True, tag="submit", gc=False):
     cache_salt: str = ""  # prompts share cached pages only under an equal salt
     tenant: str = ""  # who it is accounted to; among tenants service is fair, whatever their requests ask for
     log_id: str = ""  # what logs call it
+    # Log-probabilities of each token of the output, or of each token of the prompt but the first, and of so many
+    # likeliest tokens in its place, 0 to MAX_LOGPROBS. None: not asked for.
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 class Cancel(Struct, frozen=True, array_like=True, tag="cancel", gc=False):
@@ -126,6 +133,7 @@ class SlotInit(Struct, frozen=True, array_like=True, gc=False):
     stop_token_ids: tuple[int, ...]
     sampler: SamplerParams
     max_len: int = 0  # of prompt and output together; some rotations follow from it
+    logprobs: int | None = None  # see Submit
 
 
 class Chunk(Struct, frozen=True, array_like=True, gc=False, kw_only=True):
@@ -153,6 +161,8 @@ class StepPlan(Struct, frozen=True, array_like=True, tag="plan", gc=False, kw_on
     new_pages: bytes = b""  # (page group, slot, index in its block table, page) each
     page_copies: bytes = b""  # pairs (source, destination) of whole pages, copied before anything is written; no
     # destination is the source of another pair
+    scored_rows: bytes = b""  # (prefill row, the prompt's next token, 1 + likeliest tokens) each: what the row says of
+    # that token. See `graphgen.ipc.step_schema`
     planned_s: float
 
     @property
@@ -191,6 +201,8 @@ class StepResult(Struct, frozen=True, array_like=True, tag="result", gc=False, k
     finished_s: float  # the device finished it
     counters: "WorkerCounters"
     failed_draws: tuple[int, ...] = ()  # places among the drawing rows: those whose logits are all NaN or -inf
+    logprobs: bytes = b""  # of the drawing rows whose requests ask for them, in order: `step_schema.logprob_words` each
+    prompt_logprobs: bytes = b""  # the same of the scored rows
 
 
 class WorkerCounters(Struct, frozen=True, array_like=True, gc=False):
@@ -322,13 +334,16 @@ class Notice(Struct, frozen=True, array_like=True, tag="notice", gc=False):
 
 
 class TokenOutput(Struct, frozen=True, array_like=True, gc=False):
-    """New tokens of one request, with what is to be said of it: the first and the last output of each come so."""
+    """New tokens of one request, with what is to be said of it. So come the first and the last output of each, and all
+    of those that ask for log-probabilities."""
 
     request_id: int
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     started_s: float  # its first chunk was planned
     cached_tokens: int = 0  # of its prompt: found in the prefix cache, not computed
+    logprobs: bytes = b""  # of its tokens, if it asks for them: `step_schema.logprob_words` each
+    prompt_logprobs: bytes = b""  # of the next tokens of its prompt: the second one is the first
 
 
 class Outputs(Struct, frozen=True, array_like=True, tag="outputs", gc=False):

@@ -6,6 +6,7 @@ the kernel that reads or writes it.
 
     INPUT_FIELDS   the words a plan becomes, in this order, in one block that is copied to the device at once
     OUTPUT_FIELDS  the words that come back for each drawing row, one column a field
+    LOGPROB_WORDS  the words of a row that was asked for log-probabilities, which come back from no other
 
 Read by the packing of plans (`graphgen.worker.inputs`), the row expanders (`graphgen.worker.rows`, `rows_cuda`), the
 ring of outputs (`graphgen.worker.outputs`), the scheduler, and the workers of tests.
@@ -18,11 +19,16 @@ from enum import Enum, IntEnum
 from msgspec import Struct
 
 from graphgen.ipc.codec import unpack_int32
-from graphgen.ipc.messages import Bucket, DrawnRows, StepPlan
+from graphgen.ipc.messages import MAX_LOGPROBS, Bucket, DrawnRows, StepPlan
 
 WORD_BYTES = 4
 NEW_PAGE_WORDS = 4  # page group, slot, index in its block table, page
 PAGE_COPY_WORDS = 2  # source, destination
+SCORED_ROW_WORDS = 3  # prefill row, the prompt's next token, 1 + likeliest tokens
+
+MAX_SCORED_ROWS = 256
+"""Rows of a step whose logits are computed for the prompt's next token. They cost every request that runs beside them,
+so a step has no more of them, however long its chunks could be."""
 
 
 class Counts(IntEnum):
@@ -50,6 +56,7 @@ class StepShape(Struct, frozen=True):
     bucket: Bucket  # its rows
     num_chunks: int
     num_new_pages: int
+    num_scored_rows: int = 0
 
     @property
     def num_drawing_rows(self) -> int:
@@ -70,17 +77,23 @@ class StepBounds(Struct, frozen=True):
         """Room for every plan of this bucket: a chunk may bring all pages of its request, a decode row one of each
         group."""
         num_chunks = min(self.max_chunks, bucket.prefill_rows)
-        return StepShape(bucket, num_chunks, num_chunks * self.most_pages + bucket.decode_rows * self.num_groups)
+        num_new_pages = num_chunks * self.most_pages + bucket.decode_rows * self.num_groups
+        return StepShape(bucket, num_chunks, num_new_pages, MAX_SCORED_ROWS if bucket.prefill_rows else 0)
 
     def this_plan(self, plan: StepPlan) -> StepShape:
         """No more room than this plan needs; prefill rows belong to one chunk at least."""
         num_chunks = max(len(plan.chunks), min(1, plan.bucket.prefill_rows))
-        return StepShape(plan.bucket, num_chunks, num_new_pages(plan))
+        return StepShape(plan.bucket, num_chunks, num_new_pages(plan), num_scored_rows(plan))
 
 
 def num_new_pages(plan: StepPlan) -> int:
     """Entries of its block tables that it writes."""
     return len(plan.new_pages) // (WORD_BYTES * NEW_PAGE_WORDS)
+
+
+def num_scored_rows(plan: StepPlan) -> int:
+    """Rows whose next token of the prompt is asked for."""
+    return len(plan.scored_rows) // (WORD_BYTES * SCORED_ROW_WORDS)
 
 
 # --- the input -----------------------------------------------------------------------------------------------------
@@ -119,6 +132,14 @@ def _each_decode_row(step: StepShape, bounds: StepBounds) -> int:
 INPUT_FIELDS: tuple[InputField, ...] = (
     # See `Counts`.
     InputField("counts", lambda step, bounds: len(Counts)),
+    # Here, so that they lie at one address in every step that has prompt rows. Padding asks for nothing.
+    InputField(
+        "scored_rows",
+        lambda step, bounds: step.num_scored_rows * SCORED_ROW_WORDS,
+        Padding.ZERO,
+        lambda plan: plan.scored_rows,
+        SCORED_ROW_WORDS,
+    ),
     InputField("chunk_slots", _each_chunk, Padding.TRASH_SLOT, of_chunks("slot")),
     # Of each chunk's first token.
     InputField("chunk_positions", _each_chunk, Padding.ZERO, of_chunks("start")),
@@ -183,3 +204,18 @@ def unpack_columns(drawn: DrawnRows, fields: Sequence[OutputField] = OUTPUT_FIEL
         lengths = ", ".join(f"{name} has {len(words)} words" for name, words in columns.items())
         raise ValueError(f"the columns of a step result are of different numbers of rows: {lengths}")
     return columns
+
+
+# --- log-probabilities -------------------------------------------------------------------------------------------
+
+LOGPROB_WORDS = 2 + 2 * MAX_LOGPROBS
+"""On the device, of one row: the token's log-probability (the bits of a float32), its rank from 1 on, the ids of the
+likeliest tokens, likeliest first, and their log-probabilities. Rows that nobody asks hold whatever was there."""
+
+LOGPROBS = OutputField("logprobs", LOGPROB_WORDS)
+"""Of each drawing row, behind OUTPUT_FIELDS: fetched from the device only where some row asks."""
+
+
+def logprob_words(num_top: int) -> int:
+    """The same in a message: with as many likeliest tokens as were asked for."""
+    return 2 + 2 * num_top

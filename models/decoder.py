@@ -8,7 +8,7 @@ Shapes: `T` token rows, `N` drawing rows, `V` vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,17 @@ from graphgen.models.norms import make_norm, norm_targets
 from graphgen.models.rope import Rope
 from graphgen.models.spec import Experts, ModelSpec
 from graphgen.models.targets import Target, Targets
+
+
+class KeptRows(NamedTuple):
+    """Rows that a step leaves behind the last layer's attention, whose logits `Decoder.logits_of` computes after it."""
+
+    rows: Tensor
+    """[S] int32, of the step's."""
+    residual: Tensor
+    """[S, hidden]: what `DecoderLayer.attend` returns of them is written here,"""
+    gathered: Tensor
+    """[S, Hq * D]: and here."""
 
 
 class Decoder(nn.Module):
@@ -74,11 +85,13 @@ class Decoder(nn.Module):
         kv_cache: KVCache,
         attention: Sequence[StepAttention],
         drawing_rows: Tensor | None = None,
+        kept: KeptRows | None = None,
     ) -> Tensor:
         """Next-token logits, [N, V] in the weights' dtype; K and V of every row are in the cache afterwards.
 
         token_ids, positions: [T] int64. sequence_lens: [T] int64, from which rotations may follow, see Rope.
-        attention: of each page group. drawing_rows: [N] int64, whose logits are computed; all rows if None.
+        attention: of each page group. drawing_rows: [N] int64, whose logits are computed; all rows if None. kept: rows
+        that are left for `logits_of`; given only with drawing_rows.
         """
         dtype = self.embedding.weight.dtype
         steps = [
@@ -95,10 +108,27 @@ class Decoder(nn.Module):
             layers, kv_cache.groups, kv_cache.k_pages, kv_cache.v_pages, strict=True
         ):
             residual, gathered = self._attend(layer, residual, update, k_pages, v_pages, steps[layer.rope][group])
+            if kept is not None and layer is layers[-1]:
+                torch.index_select(residual, 0, kept.rows, out=kept.residual)
+                torch.index_select(gathered, 0, kept.rows, out=kept.gathered)
             if layer is layers[-1] and drawing_rows is not None:
                 residual, gathered = residual[drawing_rows], gathered[drawing_rows]
                 live = None if live is None else live[drawing_rows]
             residual, update = self._feed_forward(layer, residual, gathered, live)
+        return self._logits(residual + update)
+
+    def allocate_kept(self, num_rows: int) -> tuple[Tensor, Tensor]:
+        """Room for the residual and the gathered part of so many KeptRows."""
+        like = self.embedding.weight
+        widths = self.spec.hidden_size, self.decoder_layers[-1].attention.o.weight.shape[1]
+        residual, gathered = (torch.zeros(num_rows, width, dtype=like.dtype, device=like.device) for width in widths)
+        return residual, gathered
+
+    @torch.no_grad()
+    def logits_of(self, residual: Tensor, gathered: Tensor) -> Tensor:
+        """Next-token logits, [S, V], of rows that a step kept."""
+        live = torch.ones(len(residual), dtype=torch.bool, device=residual.device) if self._has_experts else None
+        residual, update = self._feed_forward(self.decoder_layers[-1], residual, gathered, live)
         return self._logits(residual + update)
 
     def _live_rows(self, kv_cache: KVCache, attention: StepAttention) -> Tensor | None:

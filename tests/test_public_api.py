@@ -31,6 +31,8 @@ PUBLIC = {
     "EngineStats",
     "GraphgenError",
     "InvalidRequestError",
+    "Logprob",
+    "Logprobs",
     "NumericalError",
     "OverloadedError",
     "PoisonedRequestError",
@@ -40,6 +42,7 @@ PUBLIC = {
     "ServerError",
     "StreamPiece",
     "Timing",
+    "TokenLogprob",
     "UnsupportedModelError",
 }
 
@@ -75,10 +78,13 @@ LOADS = {
     "Client": CLIENT,
     "Engine": ENGINE,
     "EngineConfig": CONFIG,
+    "Logprob": CALLS,
+    "Logprobs": CALLS,
     "RequestOutput": CALLS,
     "SamplingParams": CALLS,
     "StreamPiece": CALLS,
     "Timing": CALLS,
+    "TokenLogprob": CALLS,
 }
 """Of which folders a public name may load modules; the others, all errors among them, of VALUES alone."""
 ENGINES_OWN = {"graphgen.api", "graphgen.requests"}

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from msgspec import Struct
 
+from graphgen.calls.logprobs import Logprobs
 from graphgen.ipc.messages import FinishReason
 from graphgen.ipc.short import short_repr
 
@@ -37,6 +38,11 @@ class RequestOutput(Struct, frozen=True):
     """Tokens of the prompt whose pages were found in the prefix cache: they were not computed again."""
     sample_index: int = 0
     """Which of the n outputs of its prompt this is."""
+    logprobs: Logprobs | None = None
+    """Of token_ids, one each; None unless SamplingParams.logprobs asks for them."""
+    prompt_logprobs: Logprobs | None = None
+    """Of prompt_token_ids but the first, which nothing predicts; None unless SamplingParams.prompt_logprobs asks for
+    them. The first of n outputs has them alone."""
 
     def __repr__(self) -> str:
         return short_repr(self)
@@ -56,6 +62,10 @@ class StreamPiece(Struct, frozen=True):
     """Which of the n outputs of the prompt it belongs to."""
     prompt_tokens: int = 0
     """Length of the prompt; the same in every piece."""
+    logprobs: Logprobs | None = None
+    """Of token_ids, as in RequestOutput."""
+    prompt_logprobs: Logprobs | None = None
+    """As in RequestOutput; in the first piece of sample 0 alone."""
 
     def __repr__(self) -> str:
         return short_repr(self)

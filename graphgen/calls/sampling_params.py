@@ -15,7 +15,7 @@ from graphgen.base.keywords import KnownKeywords
 from graphgen.base.plain import plain_fields
 from graphgen.ipc.errors import InvalidRequestError
 from graphgen.ipc.ggp.messages import SamplingDefaults
-from graphgen.ipc.messages import MAX_PRIORITY, MAX_STOP_TOKEN_IDS, MAX_TARGET_MS, SamplerParams
+from graphgen.ipc.messages import MAX_LOGPROBS, MAX_PRIORITY, MAX_STOP_TOKEN_IDS, MAX_TARGET_MS, SamplerParams
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_LEN = 1024
@@ -70,6 +70,12 @@ class SamplingParams(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords)
     """Do not end at the end-of-sequence tokens: those of the model's generation_config.json and the tokenizer's own."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text; token_ids has them either way."""
+    logprobs: int | None = None
+    """Log-probabilities of the tokens of the output: of each token, and of so many likeliest tokens in its place, 0 to
+    20. They are the model's own: before temperature, penalties and filters. None: none."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens. Such a prompt is computed at 256 tokens a step at most, and takes none of its
+    rows from the prefix cache."""
     priority: int = 0
     """Service class, 0 to 9: higher ones are served first and take slots and pages from lower ones when these lack. A
     class is worth ten seconds of waiting, so that no request waits for ever."""
@@ -105,6 +111,8 @@ class SamplingParams(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords)
         _check_range("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
         _check_range("seed", self.seed, 0, _MAX_SEED)
         _check_range("n", self.n, 1, MAX_SAMPLES)
+        _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _check_range("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         _check_range("priority", self.priority, 0, MAX_PRIORITY)
         for name in ("deadline_ms", "itl_target_ms", "ttft_target_ms"):
             _check_range(name, getattr(self, name), 0.0, MAX_TARGET_MS, above=True)

@@ -169,6 +169,9 @@ def wire_sampling(sampling: SamplingParams) -> Sampling:
     if sampling.seed is not None and sampling.seed > MAX_INT:
         raise InvalidRequestError(f"seed is {sampling.seed}, the protocol's limit is {MAX_INT}: use a smaller one")
     values = msgspec.structs.asdict(sampling)
+    for name in ("logprobs", "prompt_logprobs"):
+        if values.pop(name) is not None:
+            raise InvalidRequestError(f"{name} cannot be asked of a server yet: use an Engine, or leave it out")
     for name in SamplingDefaults.__struct_fields__:
         if values[name] is None:
             values[name] = UNSET  # the model's

@@ -163,6 +163,8 @@ class AttachedCore:
                 ttft_target_ms=launch.ttft_target_ms if sampling.ttft_target_ms is None else sampling.ttft_target_ms,
                 cache_salt=sampling.cache_salt,
                 tenant=tenant,
+                logprobs=sampling.logprobs,
+                prompt_logprobs=None if sample_index else sampling.prompt_logprobs,
             )
             for sample_index in range(sampling.n)
         ]
@@ -175,6 +177,10 @@ class AttachedCore:
         if not token_ids:
             raise InvalidRequestError(f"{name} is empty: give at least one token")
         self._check_ids(name, token_ids)
+        vocab_size = self.launch.spec.vocab_size
+        for asked, num_top in (("logprobs", sampling.logprobs), ("prompt_logprobs", sampling.prompt_logprobs)):
+            if num_top is not None and num_top > vocab_size:
+                raise InvalidRequestError(f"{asked} is {num_top}, the vocabulary has {vocab_size} tokens: ask for less")
         if sampling.stop_strings and self._tokenizer is None:
             raise InvalidRequestError("stop strings need a tokenizer, and this engine has none: use stop_token_ids")
 

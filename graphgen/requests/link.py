@@ -286,19 +286,25 @@ class Link:
             request = self._requests.get(output.request_id)
             if request is not None:  # else it was cancelled while its tokens were on their way
                 request.hear(output)
-                self._give(request, output.token_ids, output.finish_reason, now_s)
+                if output.token_ids:  # else it brings log-probabilities of the prompt, which go with the first token
+                    self._give(request, output.token_ids, output.finish_reason, now_s, output.logprobs)
         for request_id, token_id in zip(message.request_ids, message.token_ids, strict=True):
             request = self._requests.get(request_id)
             if request is not None:
                 self._give(request, (token_id,), None, now_s)
 
     def _give(
-        self, request: OpenRequest, token_ids: tuple[int, ...], reason: FinishReason | None, now_s: float
+        self,
+        request: OpenRequest,
+        token_ids: tuple[int, ...],
+        reason: FinishReason | None,
+        now_s: float,
+        logprobs: bytes = b"",
     ) -> None:
         """New tokens to the sink of a request; reason: why the scheduler ended it, if it has."""
         request_id = request.submit.request_id
         try:
-            delivery, ended = request.take(token_ids, reason, now_s)
+            delivery, ended = request.take(token_ids, reason, now_s, logprobs)
         except Exception as error:  # text of this request that cannot be made must not end the others
             logger.exception("request %d failed in decoding", request_id)
             self.cancel([request_id])

@@ -6,9 +6,11 @@ scheduler sends and passes on what it returns.
 
 from collections.abc import Callable, Sequence
 
+from graphgen.calls.logprobs import Logprobs, join, pack
 from graphgen.calls.outputs import Delivery, RequestOutput, Sink, StreamPiece, Timing
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.ipc.messages import FinishReason, Submit, TokenOutput
+from graphgen.ipc.step_schema import WORD_BYTES, logprob_words
 from graphgen.requests.text import Detokenizer, StopFinder
 from graphgen.requests.tokenizer import Tokenizer
 
@@ -34,6 +36,9 @@ class OpenRequest:
         self._sample_index = sample_index
         self._min_tokens = sampling.min_tokens
         self._streams = streams
+        self._token_bytes = _no_bytes if tokenizer is None else tokenizer.token_bytes
+        self._logprobs: list[Logprobs] = []
+        self._prompt_values = b""  # of its prompt, as they come
         self._decode = _decoder(tokenizer, sampling.skip_special_tokens)
         self._stops = StopFinder(sampling.stop_strings) if sampling.stop_strings else None
         # Without a reader on the way and without stop strings the text is decoded once, at the end.
@@ -49,13 +54,15 @@ class OpenRequest:
     def hear(self, output: TokenOutput) -> None:
         """What the scheduler says of the request besides its tokens, which `take` gets after that."""
         self.started_s, self._cached_tokens = output.started_s, output.cached_tokens
+        self._prompt_values += output.prompt_logprobs
 
     def take(
-        self, new_token_ids: Sequence[int], reason: FinishReason | None, now_s: float
+        self, new_token_ids: Sequence[int], reason: FinishReason | None, now_s: float, logprobs: bytes = b""
     ) -> tuple[Delivery | None, FinishReason | None]:
         """New tokens, and why the scheduler ended the request if it has: (what its sink gets now, how it ended).
 
-        A stop string may end it before the scheduler does; tokens after the one that completed it are dropped.
+        logprobs: of the tokens, if it asks for them, as the scheduler sends them. A stop string may end it before the
+        scheduler does; tokens after the one that completed it are dropped.
         """
         token_ids: list[int] = []
         pieces: list[str] = []
@@ -68,6 +75,8 @@ class OpenRequest:
                 break
         else:
             stopped = False
+        is_first = not self._token_times_s
+        found = None if self.submit.logprobs is None else self._logprobs_of(tuple(token_ids), logprobs)
         self._token_times_s.extend([now_s - self.submit.arrived_s] * len(token_ids))
         if reason is not None and not stopped:
             pieces.append(self._finish_text())
@@ -76,8 +85,24 @@ class OpenRequest:
         if self._streams:
             text = "".join(pieces)
             prompt = self._cached_tokens, self._sample_index, len(self._prompt_token_ids)
-            return StreamPiece(text, tuple(token_ids), reason, *prompt), reason
+            of_prompt = self._prompt_logprobs() if is_first else None
+            return StreamPiece(text, tuple(token_ids), reason, *prompt, found, of_prompt), reason
+        if found is not None:
+            self._logprobs.append(found)
         return (None if reason is None else self._output(reason, now_s)), reason
+
+    def _logprobs_of(self, token_ids: tuple[int, ...], values: bytes) -> Logprobs:
+        """values: of these tokens, and perhaps of later ones that a stop string took away."""
+        num_top = self.submit.logprobs or 0
+        num_bytes = len(token_ids) * WORD_BYTES * logprob_words(num_top)
+        return pack(num_top, token_ids, values[:num_bytes], self._token_bytes)
+
+    def _prompt_logprobs(self) -> Logprobs | None:
+        if self.submit.prompt_logprobs is None:
+            return None
+        first, *others = self._prompt_token_ids
+        values, self._prompt_values = self._prompt_values, b""
+        return pack(self.submit.prompt_logprobs, tuple(others), values, self._token_bytes, self._token_bytes(first))
 
     def _add_token(self, token_id: int) -> tuple[str, bool]:
         """(text that became certain, whether a stop string is complete)."""
@@ -116,7 +141,13 @@ class OpenRequest:
             ),
             cached_tokens=self._cached_tokens,
             sample_index=self._sample_index,
+            logprobs=join(self._logprobs),
+            prompt_logprobs=self._prompt_logprobs(),
         )
+
+
+def _no_bytes(token_id: int) -> bytes:
+    return b""
 
 
 def _decoder(tokenizer: Tokenizer | None, skip_special_tokens: bool) -> Callable[[Sequence[int]], str]:

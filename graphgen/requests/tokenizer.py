@@ -5,6 +5,7 @@ supervisor of a server reads the data (`graphgen.requests.tokenizer_files`), and
 them. Knows no model and never runs code of a checkpoint.
 """
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,9 @@ class Tokenizer:
         """Ids of the tokens `<0x00>` to `<0xFF>`, where they stand for bytes."""
         self.leading_id = self._find_leading_token()
         """The special token that is put before every text; None where there is none."""
+        self._added_ids = frozenset(backend.get_added_tokens_decoder())
+        self._is_byte_level = _has_decoder(json.loads(backend.to_str())["decoder"], "ByteLevel")
+        self._bytes_of: dict[int, bytes] = {}  # of the tokens that were asked for
 
     @classmethod
     def of(cls, data: TokenizerData) -> Self:
@@ -85,6 +89,15 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of the ids, spaces as the model wrote them (no clean-up of spaces before punctuation)."""
         return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a text has of the token: its UTF-8, or a part of a character's; a special token's name. Empty for an id
+        that the tokenizer does not have. In vocabularies of sentencepiece a first token's space is no part of the text.
+        """
+        found = self._bytes_of.get(token_id)
+        if found is None:
+            found = self._bytes_of[token_id] = self._make_bytes(token_id)
+        return found
 
     def render_chat(
         self,
@@ -134,6 +147,20 @@ class Tokenizer:
             ) from None
         return [encoding.ids for encoding in encodings]
 
+    def _make_bytes(self, token_id: int) -> bytes:
+        piece: str | None = self._backend.id_to_token(token_id)
+        if piece is None:
+            return b""
+        if token_id in self.byte_token_ids:
+            return bytes.fromhex(piece[3:5])
+        if token_id in self._added_ids:
+            return piece.encode()
+        if self._is_byte_level and all(character in BYTE_OF for character in piece):
+            return bytes(BYTE_OF[character] for character in piece)
+        if SPACE in piece:
+            return piece.replace(SPACE, " ").encode()
+        return self.decode([token_id], skip_special_tokens=False).encode()
+
     def _named_id(self, name: str) -> int | None:
         token = self._special_tokens.get(name)
         return None if token is None else self._backend.token_to_id(token)
@@ -149,6 +176,28 @@ class Tokenizer:
         if letter is None or self.decode([letter], skip_special_tokens=False) != "A":
             return frozenset()
         return frozenset(known.values())
+
+
+SPACE = "\u2581"
+"""How vocabularies of sentencepiece write a space."""
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Of byte-level vocabularies: which character stands for which byte. Printable ones of Latin-1 are their own, and
+    the others follow one another from U+0100 on."""
+    own = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = [byte for byte in range(256) if byte not in own]
+    return {chr(byte): byte for byte in own} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+BYTE_OF = _byte_alphabet()
+
+
+def _has_decoder(decoder: Any, kind: str) -> bool:
+    """decoder: of tokenizer.json, which may be a sequence of them."""
+    if decoder is None:
+        return False
+    return decoder["type"] == kind or any(_has_decoder(one, kind) for one in decoder.get("decoders", ()))
 
 
 def write_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> None:

@@ -305,5 +305,7 @@ class _Holding:
 
 
 def _most_cached(request: Request) -> int:
-    """Tokens it may skip. The last known one is always computed: its row draws the next one."""
-    return min(len(request.tokens) - 1, request.max_cached_len)
+    """Tokens it may skip. The last known one is always computed: its row draws the next one. And so is a row of its
+    prompt that is asked what it says of the next token."""
+    most = min(len(request.tokens) - 1, request.max_cached_len)
+    return min(most, request.num_scored) if request.is_scored else most

@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from graphgen.ipc.errors import ConfigError, InvalidRequestError
 from graphgen.ipc.messages import Bucket
+from graphgen.ipc.step_schema import MAX_SCORED_ROWS
 from graphgen.scheduler.page_groups import PageGroups
 
 
@@ -27,6 +28,7 @@ class SchedulerLimits(Struct, frozen=True):
     max_waiting: int = 2**16  # requests
     max_waiting_tokens: int = 2**26  # prompt tokens of all waiting requests
     max_long_prompts: int = 1  # that are computed at the same time
+    max_scored_rows: int = MAX_SCORED_ROWS  # of one step
     pads: bool = True  # a step has all rows of its bucket; else those that hold a token
 
     def __post_init__(self) -> None:

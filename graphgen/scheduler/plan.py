@@ -24,6 +24,14 @@ class ChunkRecord(NamedTuple):
     length: int
 
 
+class ScoredRecord(NamedTuple):
+    """Rows [start, start + length) of one request's prompt, each asked what it says of the next token."""
+
+    request: Request
+    start: int
+    length: int
+
+
 class StepRecord(NamedTuple):
     """What a plan in flight did. Its result finds its requests here: slots may have new owners by then."""
 
@@ -36,6 +44,8 @@ class StepRecord(NamedTuple):
     decodes: list[Request]
     drawing: list[Request]
     """The requests that get a token, in the order of the step result."""
+    scored: list[ScoredRecord]
+    """Likewise those that get log-probabilities of their prompts."""
     planned_s: float
     num_padding_rows: int
     """Rows of the step that hold no token."""
@@ -87,6 +97,8 @@ class PlanDraft:
         self._chunks: list[Chunk] = []
         self._chunk_records: list[ChunkRecord] = []
         self._chunk_token_ids = array("i")
+        self._scored_rows = array("i")
+        self._scored: list[ScoredRecord] = []
         self._prompt_pairs = 0
         self._decodes: list[Request] = []
         self._decode_slots = b""
@@ -139,12 +151,27 @@ class PlanDraft:
         self.prompts.append(running)
         self._chunks.append(Chunk(slot=running.slot, start=start, length=length, draws=draws, init=init))
         self._chunk_records.append(ChunkRecord(request, start, length))
+        if request.is_scored:
+            self._score(request, start, end)
         self._chunk_token_ids += request.tokens.part(start, end)
         self._prompt_pairs += prompt_pairs(start, length)
         self.num_chunk_tokens += length
         running.num_prefilled = end
         if draws:
             self.drawing.append(running)
+
+    def _score(self, request: Request, start: int, end: int) -> None:
+        """The rows of its next chunk whose log-probabilities have not arrived and that have a next token in the prompt.
+
+        Those in flight are asked again if the request was preempted meanwhile: what comes twice is told by its place.
+        """
+        first, last = max(start, request.num_scored), min(end, request.prompt_len - 1)
+        if first >= last or request.prompt_logprobs is None:
+            return
+        asked, first_row = 1 + request.prompt_logprobs, self.num_chunk_tokens + first - start
+        for row, token_id in enumerate(request.tokens.part(first + 1, last + 1), first_row):
+            self._scored_rows.extend((row, token_id, asked))
+        self._scored.append(ScoredRecord(request, first, last - first))
 
     def build(self, step_id: int, bucket: Bucket, pads: bool, now_s: float) -> tuple[StepPlan, StepRecord]:
         """The message to the worker, and the record that its result is matched with. pads: see SchedulerLimits."""
@@ -159,6 +186,7 @@ class PlanDraft:
             decode_positions=self._decode_positions,
             new_pages=pack_int32(self._new_pages),
             page_copies=pack_int32(self._page_copies),
+            scored_rows=pack_int32(self._scored_rows),
             planned_s=now_s,
         )
         return plan, StepRecord(
@@ -168,6 +196,7 @@ class PlanDraft:
             chunks=self._chunk_records,
             decodes=self._decodes,
             drawing=[running.request for running in self.drawing] + self._decodes,
+            scored=self._scored,
             planned_s=now_s,
             num_padding_rows=rows.num_rows - self.num_chunk_tokens - num_decodes,
             decode_positions=self._num_decode_positions,

@@ -31,6 +31,7 @@ The parts:
     budget, buckets, cost_model                 how many rows a step may have (and lone_steps, step_bounds)
     plan                                        the message, and the record of it
     bookkeeping, counters                       what a plan changes, and when; what is counted
+    logprobs                                    whose the log-probabilities of a step are
     life, trials                                what dies with a worker group, and whom it died of
 """
 
@@ -44,6 +45,7 @@ from graphgen.scheduler.counters import Counters
 from graphgen.scheduler.deadlines import Deadlines
 from graphgen.scheduler.life import WorkerLife
 from graphgen.scheduler.limits import SchedulerLimits
+from graphgen.scheduler.logprobs import of_prompts, of_tokens
 from graphgen.scheduler.page_chain import PAGES_AHEAD
 from graphgen.scheduler.plan import PlanDraft, StepDescription, StepRecord
 from graphgen.scheduler.request import Request
@@ -187,26 +189,49 @@ class Scheduler:
         """Called when plans and outputs are sent: does what later plans would have to wait for, see `bookkeeping`."""
         self._life.books.prepare()
 
-    def update(self, step_id: int, token_ids: Sequence[int]) -> Outputs:
+    def update(
+        self, step_id: int, token_ids: Sequence[int], logprobs: bytes = b"", prompt_logprobs: bytes = b""
+    ) -> Outputs:
         """Takes the tokens of the oldest unanswered plan; returns what its requests get.
 
-        Raises ValueError, and changes nothing, for another step or another number of tokens.
+        logprobs, prompt_logprobs: see StepResult. Raises ValueError, and changes nothing, for another step or another
+        number of tokens.
         """
         record = self._life.in_flight.pop(step_id, len(token_ids))
+        asked = of_tokens(record.drawing, logprobs) if logprobs else {}
+        scores = of_prompts(record.scored, prompt_logprobs) if prompt_logprobs else {}
         news, request_ids, others = [], [], []
         for request, token_id in zip(record.drawing, token_ids, strict=True):  # the hottest loop of a step
             if request.ended:
                 continue
             output = request.output
             output.append(token_id)
-            if 1 < len(output) < request.max_tokens and token_id not in request.stop_token_ids:
+            if (
+                1 < len(output) < request.max_tokens
+                and token_id not in request.stop_token_ids
+                and not (asked and request in asked)
+            ):
                 request_ids.append(request.request_id)
                 others.append(token_id)
                 continue
             reason = request.finish_reason
             if reason is not None:
                 self._finish(request)
-            news.append(TokenOutput(request.request_id, (token_id,), reason, request.started_s, request.cached_tokens))
+            news.append(
+                TokenOutput(
+                    request.request_id,
+                    (token_id,),
+                    reason,
+                    request.started_s,
+                    request.cached_tokens,
+                    asked.get(request, b""),
+                    scores.pop(request, b""),
+                )
+            )
+        for request, packed in scores.items():
+            if not request.ended:
+                times = request.started_s, request.cached_tokens
+                news.append(TokenOutput(request.request_id, (), None, *times, prompt_logprobs=packed))
         if self._trials.are_held:
             self._end_trial()
         return Outputs(tuple(news), tuple(request_ids), tuple(others))
@@ -214,7 +239,8 @@ class Scheduler:
     def step_took(self, step_id: int, milliseconds: float) -> None:
         """What a step took on the device; called before its `update`. Raises KeyError if it is not in flight."""
         record = self._life.in_flight.find(step_id)
-        if record.rows.num_rows >= FULL_SHARE * record.bucket.num_rows:
+        # What scored rows take comes on top, and says nothing of the bucket.
+        if not record.scored and record.rows.num_rows >= FULL_SHARE * record.bucket.num_rows:
             self._model.correct(record.bucket, record.decode_positions, record.prompt_pairs, milliseconds)
         self._life.guard.step_measured(milliseconds)
         self.counters.step_took(record.bucket, milliseconds)

@@ -85,7 +85,10 @@ class PromptPlanner:
         bucket = self._budget.choose(load)
         if bucket is None or (bounds.gap is not None and self._waits_for(bounds.gap, bucket, load)):
             return
-        shares = PromptShares(bucket.prefill_rows, self._limits.max_chunks, draft.num_decodes, self._budget)
+        limits = self._limits
+        shares = PromptShares(
+            bucket.prefill_rows, limits.max_chunks, limits.max_scored_rows, draft.num_decodes, self._budget
+        )
         if len(turns) == 1:
             self._serve(turns[0], draft, shares, now_s)
         else:
@@ -215,7 +218,7 @@ class PromptPlanner:
             if self._admission.has_pages(request, offer):
                 offer = self._admission.with_copy(request, offer)
                 is_last = turn.is_last and self._tenants.num_waiting == 1
-                length = shares.fit(len(request.tokens) - offer.num_cached, is_last)
+                length = shares.fit(len(request.tokens) - offer.num_cached, is_last, request.is_scored)
                 if length:
                     shares.give(self._start(request, offer, draft, now_s), length)
                     num_passed = len(passed)

@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING
 
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.errors import InvalidRequestError
-from graphgen.ipc.messages import MAX_PRIORITY, MAX_TARGET_MS, FinishReason, SamplerParams, SlotInit, Submit
+from graphgen.ipc.messages import (
+    MAX_LOGPROBS,
+    MAX_PRIORITY,
+    MAX_TARGET_MS,
+    FinishReason,
+    SamplerParams,
+    SlotInit,
+    Submit,
+)
 from graphgen.scheduler.page_chain import PageChain
 from graphgen.scheduler.page_groups import BlockTable
 from graphgen.scheduler.tokens import Tokens
@@ -52,6 +60,7 @@ class Request:
         "ended",
         "itl_target_ms",
         "last_step",
+        "logprobs",
         "max_cached_len",
         "max_tokens",
         "min_tokens",
@@ -59,9 +68,11 @@ class Request:
         "num_deaths",
         "num_fruitless_deaths",
         "num_preemptions",
+        "num_scored",
         "output",
         "priority",
         "prompt_len",
+        "prompt_logprobs",
         "rank",
         "request_id",
         "running",
@@ -99,7 +110,11 @@ class Request:
             stop_token_ids=submit.stop_token_ids,
             sampler=submit.sampler,
             max_len=self.prompt_len + self.max_tokens,
+            logprobs=submit.logprobs,
         )
+        self.logprobs = submit.logprobs
+        self.prompt_logprobs = submit.prompt_logprobs
+        self.num_scored = 0  # of the rows of its prompt: those whose log-probabilities have arrived
         self.max_cached_len = _max_cached_len(submit.sampler, self.prompt_len, self.max_tokens)
         self.itl_target_ms = submit.itl_target_ms
         self.ttft_by_s = None if submit.ttft_target_ms is None else submit.arrived_s + submit.ttft_target_ms / 1000.0
@@ -117,6 +132,11 @@ class Request:
         self.started_s = submit.arrived_s  # when its first chunk was planned; its arrival until then
         self.ended = False  # finished or cancelled: tokens that still arrive are dropped
         self.running: RunningRequest | None = None  # None while it holds no slot and no pages
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether rows of its prompt are still to be computed for what they say of the prompt's next token."""
+        return self.prompt_logprobs is not None and self.num_scored < self.prompt_len - 1
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -206,6 +226,10 @@ def _check(submit: Submit) -> None:
             raise InvalidRequestError(
                 f"{name} is {value}: use milliseconds above 0 and up to {MAX_TARGET_MS:g}, or none"
             )
+    for name in ("logprobs", "prompt_logprobs"):
+        value = getattr(submit, name)
+        if value is not None and not 0 <= value <= MAX_LOGPROBS:
+            raise InvalidRequestError(f"{name} is {value}: use an integer from 0 to {MAX_LOGPROBS}, or none")
 
 
 def _unpack_prompt(submit: Submit) -> Tokens:

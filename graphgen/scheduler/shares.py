@@ -4,6 +4,7 @@ Owns the division of a step's room, never a request. Called by `graphgen.schedul
 
 The first in the order of service gets all it can use, and the rest goes to the next. Long prompts are the exception:
 while anything else waits or is being computed, they leave it half of the room, and get back what it does not use.
+Prompts whose rows are scored share the rows that a step may score, in the same order.
 """
 
 from collections.abc import Sequence
@@ -15,13 +16,14 @@ from graphgen.scheduler.request import RunningRequest
 class PromptShares:
     """The rows of one step, as they are given away."""
 
-    def __init__(self, room: int, max_chunks: int, num_decodes: int, budget: StepBudget) -> None:
+    def __init__(self, room: int, max_chunks: int, max_scored_rows: int, num_decodes: int, budget: StepBudget) -> None:
         """room: prompt tokens the step may hold."""
         self.room = room
         self.left = room
         self._max_chunks = max_chunks
         self._num_decodes = num_decodes
         self._budget = budget
+        self._left_scored = max_scored_rows
         self._lengths: dict[RunningRequest, int] = {}
         self._held_back: list[tuple[RunningRequest, int]] = []  # long prompts, and what they could use besides
 
@@ -29,25 +31,30 @@ class PromptShares:
     def is_full(self) -> bool:
         return self.left == 0 or len(self._lengths) == self._max_chunks
 
-    def fit(self, missing: int, is_last: bool) -> int:
-        """What a prompt that misses so many tokens would get; `is_last`: no other prompt will want rows after it."""
+    def fit(self, missing: int, is_last: bool, is_scored: bool) -> int:
+        """What a prompt that misses so many tokens would get; `is_last`: no other prompt will want rows after it.
+        is_scored: see Request."""
         if self.is_full:
             return 0
+        length = min(missing, self.left)
         if is_last:
-            return self._budget.even_length(self._num_decodes, self.room, self.room - self.left, missing)
-        return min(missing, self.left)
+            length = self._budget.even_length(self._num_decodes, self.room, self.room - self.left, missing)
+        return min(length, self._left_scored) if is_scored else length
 
     def give(self, running: RunningRequest, length: int) -> None:
         if length:
             self._lengths[running] = self._lengths.get(running, 0) + length
             self.left -= length
+            if running.request.is_scored:
+                self._left_scored -= length
 
     def give_begun(self, begun: Sequence[RunningRequest], others_wait: bool) -> None:
         """Shares for prompts that have begun, in order of service."""
         restrained = others_wait or not all(running.is_long for running in begun)
         left_to_longs = self.room // 2 if restrained else self.room
         for running in begun:
-            length = self.fit(running.num_missing, is_last=not others_wait and running is begun[-1])
+            is_last = not others_wait and running is begun[-1]
+            length = self.fit(running.num_missing, is_last, running.request.is_scored)
             if running.is_long:
                 self._held_back.append((running, max(0, length - left_to_longs)))
                 length = min(length, left_to_longs)
@@ -58,7 +65,8 @@ class PromptShares:
         """Gives long prompts what nobody else took of the rows they had to leave."""
         for running, length in self._held_back:
             if running in self._lengths or not self.is_full:
-                self.give(running, min(length, self.left))
+                length = min(length, self.left)
+                self.give(running, min(length, self._left_scored) if running.request.is_scored else length)
 
     def items(self) -> list[tuple[RunningRequest, int]]:
         """(request, chunk length) in the order in which they were first given something."""

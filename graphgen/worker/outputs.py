@@ -16,8 +16,8 @@ from torch import Tensor
 
 from graphgen.capture.buffers import BlockLayout, Field, Words
 from graphgen.capture.stream import DeviceStream, Mark
-from graphgen.ipc.messages import DrawnRows, StepPlan
-from graphgen.ipc.step_schema import OUTPUT_FIELDS, OutputField, StepShape
+from graphgen.ipc.messages import MAX_LOGPROBS, DrawnRows, StepPlan
+from graphgen.ipc.step_schema import LOGPROBS, OUTPUT_FIELDS, OutputField, StepShape
 from graphgen.models.sampling import NO_TOKEN
 
 OUTPUT_RING = 4
@@ -28,8 +28,8 @@ LAYOUTS_KEPT = 256
 
 
 def output_layout(step: StepShape, fields: Sequence[OutputField] = OUTPUT_FIELDS) -> BlockLayout:
-    """The outputs of one shape: field after field, each the words of all drawing rows."""
-    return BlockLayout([Field(field.name, step.num_drawing_rows * field.words) for field in fields])
+    """The outputs of one shape: field after field, each the words of all drawing rows; log-probabilities last."""
+    return BlockLayout([Field(field.name, step.num_drawing_rows * field.words) for field in (*fields, LOGPROBS)])
 
 
 class StepOutputs(Struct, frozen=True):
@@ -37,6 +37,7 @@ class StepOutputs(Struct, frozen=True):
 
     columns: Mapping[str, npt.NDArray[np.int32]]  # by field, [all drawing rows of the step's shape, words of a row]
     live_rows: Words  # those of the plan, in the order of the step result
+    asked: Words | None = None  # of these what each is asked for, see `pack_logprobs`; None: none is asked
 
     def read(self, kind: type[DrawnRows] = DrawnRows) -> tuple[DrawnRows, tuple[int, ...]]:
         """What the plan's drawing rows got, and the places among them for which nothing could be drawn.
@@ -47,8 +48,13 @@ class StepOutputs(Struct, frozen=True):
         token_ids = columns["token_ids"]
         failed: list[int] = np.flatnonzero(token_ids == NO_TOKEN).tolist()
         columns["token_ids"] = np.maximum(token_ids, 0)
+        del columns[LOGPROBS.name]
         packed = {name: words.astype("<i4", copy=False).tobytes() for name, words in columns.items()}
         return kind(**packed), tuple(failed)
+
+    def logprobs(self) -> bytes:
+        """Those of the live rows that are asked for them."""
+        return b"" if self.asked is None else pack_logprobs(self.columns[LOGPROBS.name][self.live_rows], self.asked)
 
 
 class OutputRing:
@@ -72,14 +78,29 @@ class OutputRing:
         """Where a step of this shape writes each field: [OUTPUT_RING, drawing rows * words of a row] on the device."""
         return self._layout_of(step).views(self._on_device)
 
-    def fetch(self, row: int, step: StepShape, live_rows: Words, stream: DeviceStream) -> tuple[Mark, StepOutputs]:
-        """Copies a step's outputs to the host, beside what runs after it; they are there when the mark is reached."""
+    def fetch(
+        self, row: int, step: StepShape, live_rows: Words, stream: DeviceStream, asked: Words | None = None
+    ) -> tuple[Mark, StepOutputs]:
+        """Copies a step's outputs to the host, beside what runs after it; they are there when the mark is reached.
+
+        asked: see StepOutputs; None leaves log-probabilities on the device.
+        """
         layout = self._layout_of(step)
-        words = self._on_host[row, : layout.num_words]
-        fetched = stream.fetch(self._on_device[row, : layout.num_words], words)
-        views = layout.host_views(words.numpy())
-        columns = {field.name: views[field.name].reshape(-1, field.words) for field in self._fields}
-        return fetched, StepOutputs(columns, live_rows)
+        end = layout.offset(LOGPROBS.name) if asked is None else layout.num_words
+        fetched = stream.fetch(self._on_device[row, :end], self._on_host[row, :end])
+        views = layout.host_views(self._on_host[row].numpy())
+        columns = {field.name: views[field.name].reshape(-1, field.words) for field in (*self._fields, LOGPROBS)}
+        return fetched, StepOutputs(columns, live_rows, asked)
+
+
+_PLACES = np.concatenate(([-1, -1], np.arange(MAX_LOGPROBS), np.arange(MAX_LOGPROBS)))
+"""Of each word of a row, which of the likeliest tokens it is about."""
+
+
+def pack_logprobs(words: npt.NDArray[np.int32], asked: Words) -> bytes:
+    """`step_schema.logprob_words` of each row that is asked for some. words: [rows, LOGPROB_WORDS], as the device
+    writes them. asked: [rows], 1 + the likeliest tokens, 0 for nothing."""
+    return words[asked[:, None] - 1 > _PLACES].astype("<i4", copy=False).tobytes()
 
 
 def live_drawing_rows(plan: StepPlan, step: StepShape) -> Words:

@@ -125,4 +125,6 @@ def _result(step: LaunchedStep, runner: ModelRunner) -> StepResult:
         finished_s=step.finished.wait(),
         counters=runner.counters,
         failed_draws=failed_draws,
+        logprobs=step.outputs.logprobs(),
+        prompt_logprobs=b"" if step.prompt_logprobs is None else step.prompt_logprobs(),
     )

@@ -38,7 +38,7 @@ from graphgen.ipc.messages import (
     WorkerCounters,
     WorkerReady,
 )
-from graphgen.ipc.step_schema import PAGE_COPY_WORDS, WORD_BYTES, StepBounds, StepShape
+from graphgen.ipc.step_schema import MAX_SCORED_ROWS, PAGE_COPY_WORDS, WORD_BYTES, StepBounds, StepShape
 from graphgen.launch.config import LaunchConfig
 from graphgen.models.kv_cache import KVCache, bytes_per_page
 from graphgen.models.loader import load_decoder
@@ -49,6 +49,7 @@ from graphgen.worker.background import prepare_first_use
 from graphgen.worker.inputs import InputPacker, RegionLengths, input_layout
 from graphgen.worker.outputs import LAYOUTS_KEPT, OutputRing, StepOutputs, live_drawing_rows
 from graphgen.worker.rows import SlotTables
+from graphgen.worker.scoring import PromptScores, SlotAsks
 from graphgen.worker.step import Step
 
 MAX_CHUNKS = 32
@@ -70,6 +71,7 @@ class LaunchedStep(Struct, frozen=True):
     finished: Mark
     fetched: Mark
     outputs: StepOutputs  # to be read once `fetched` is reached
+    prompt_logprobs: Callable[[], bytes] | None = None  # those of the scored rows, likewise; None: there are none
 
 
 class ModelRunner:
@@ -126,6 +128,8 @@ class ModelRunner:
         self._staging = StagingRing(most_words, STAGING_BLOCKS, pinned=self._device.type == "cuda")
         self._packer = InputPacker(self._bounds, self._pack_slot)
         self._outputs = OutputRing(widest, self._device)
+        self._asks = SlotAsks(config.num_slots)
+        self._scores = PromptScores(self._decoder, self._sampler, self._block, self._layout_of(widest))
         with self._phase("kernels"):
             self._backend.load_kernels()
         if config.compile:
@@ -142,6 +146,7 @@ class ModelRunner:
                 before_warm_up=self._fill_idle_step,
                 progress=lambda done, total: report(Progress("capture", done, total)),
             )
+            self._score_graphs = GraphPool(self._stream, self._scores.step_of, [MAX_SCORED_ROWS])
             self._stream.submit(self._copy_once)
         self.restart_counters()
 
@@ -194,8 +199,14 @@ class ModelRunner:
         shape = self._bounds.any_plan(plan.bucket) if self._graphs.captures else self._bounds.this_plan(plan)
         started = self._stage(plan, shape, output_row)
         self._stream.submit(lambda: self._graphs.run(shape))
+        if plan.scored_rows:
+            self._stream.submit(lambda: self._score_graphs.run(shape.num_scored_rows))
         finished = self._stream.mark()
-        fetched, outputs = self._outputs.fetch(output_row, shape, live_drawing_rows(plan, shape), self._stream)
+        live_rows, asked = live_drawing_rows(plan, shape), self._asks.of(plan)
+        fetched, outputs = self._outputs.fetch(output_row, shape, live_rows, self._stream, asked)
+        prompt_logprobs = None
+        if plan.scored_rows:
+            fetched, prompt_logprobs = self._scores.fetch(output_row, plan, self._stream)
         return LaunchedStep(
             step_id=plan.step_id,
             received_s=received_s,
@@ -204,6 +215,7 @@ class ModelRunner:
             finished=finished,
             fetched=fetched,
             outputs=outputs,
+            prompt_logprobs=prompt_logprobs,
         )
 
     def run_between_steps(self, work: Callable[[], None]) -> None:
@@ -287,6 +299,7 @@ class ModelRunner:
             kv_cache=kv_cache,
             attention=self._backend,
             sampler=self._sampler,
+            scores=self._scores,
         )
 
     def _run_once(self, bucket: Bucket) -> None:
@@ -295,6 +308,7 @@ class ModelRunner:
         step = self._step_maker(self._open_kv_cache(1, getattr(torch, self._config.dtype)))(shape)
         self._stream.submit(lambda: self._fill_idle_step(shape))
         self._stream.submit(step)
+        self._stream.submit(self._scores.step_of(MAX_SCORED_ROWS))
         self._stream.synchronize()
 
     def _copy_once(self) -> None:

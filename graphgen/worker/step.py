@@ -10,11 +10,13 @@ from torch import Tensor
 
 from graphgen.capture.buffers import BlockLayout
 from graphgen.ipc.messages import Bucket
+from graphgen.ipc.step_schema import LOGPROBS, Counts
 from graphgen.models.attention.backend import AttentionBackend
 from graphgen.models.decoder import Decoder
 from graphgen.models.kv_cache import KVCache
 from graphgen.models.sampling import Sampler
 from graphgen.worker.rows import RowExpander, SlotTables, TorchRows
+from graphgen.worker.scoring import PromptScores
 
 
 class Step:
@@ -31,6 +33,7 @@ class Step:
         kv_cache: KVCache,
         attention: AttentionBackend,
         sampler: Sampler,
+        scores: PromptScores,
     ) -> None:
         """block: the device's input words. outputs: see `OutputRing.views`."""
         self._fields = layout.views(block)
@@ -40,6 +43,9 @@ class Step:
         self._kv_cache = kv_cache
         self._attention = attention
         self._sampler = sampler
+        self._kept = scores.kept_rows(self._fields["scored_rows"])
+        self._logprobs = outputs[LOGPROBS.name]
+        self._output_row = self._fields["counts"][Counts.OUTPUT_ROW : Counts.OUTPUT_ROW + 1]
 
     def __call__(self) -> None:
         self._rows.append_pages()
@@ -53,9 +59,11 @@ class Step:
             self._kv_cache,
             [self._attention.prepare(of_group) for of_group in tables],
             drawing_rows=drawing_rows.rows if self._has_prefill_rows else None,  # decode rows draw one and all
+            kept=self._kept,
         )
         tokens = self._sampler.sample(logits, drawing_rows.slots, drawing_rows.positions)
         self._rows.feed_back(tokens, drawing_rows)
+        self._sampler.write_logprobs(logits, tokens, drawing_rows.slots, self._logprobs, self._output_row)
 
 
 def _open_rows(

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graphgen.models.sampling import reference
-from graphgen.models.sampling.tables import NO_TOKEN, ROW_WIDTH, SamplerTables, allocate, pack_slot
+from graphgen.models.sampling import logprobs, reference
+from graphgen.models.sampling.tables import NO_TOKEN, ROW_WIDTH, SamplerTables, allocate, asked_for, pack_slot
 
-__all__ = ["NO_TOKEN", "ROW_WIDTH", "Sampler", "SamplerTables", "allocate", "make_sampler", "pack_slot"]
+__all__ = ["NO_TOKEN", "ROW_WIDTH", "Sampler", "SamplerTables", "allocate", "asked_for", "make_sampler", "pack_slot"]
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """The tables and the three operations on them that a step consists of, in this order.
+    """The tables and the operations on them that a step consists of, in this order.
 
     All have fixed shapes, never wait for the device and may be captured in a graph when the tables are on CUDA.
     Shapes: `C` chunks, `T` token rows, `N` drawing rows, `V` vocabulary.
@@ -28,6 +28,7 @@ class Sampler:
     _write_slots: Callable[[SamplerTables, Tensor, Tensor, Tensor], None]
     _count_inputs: Callable[[SamplerTables, Tensor, Tensor, Tensor], None]
     _sample: Callable[[SamplerTables, Tensor, Tensor, Tensor], Tensor]
+    _write_logprobs: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
     def write_slots(self, rows: Tensor, slots: Tensor, inits: Tensor) -> None:
         """Gives slots new owners and forgets what the old ones saw.
@@ -53,13 +54,27 @@ class Sampler:
         """
         return self._sample(self.tables, logits[:, : self.tables.vocab_size], slots, positions)
 
+    def write_logprobs(self, logits: Tensor, token_ids: Tensor, slots: Tensor, rings: Tensor, ring_row: Tensor) -> None:
+        """What the slots' owners ask to know of the tokens that were drawn, [N], into a row of a ring of outputs.
+
+        logits: [N, columns], all of them: the softmax is over all that the model has. The others: see
+        `logprobs.write_logprobs`.
+        """
+        self._write_logprobs(logits, token_ids, self.tables.logprobs, slots, rings, ring_row)
+
+    def write_scores(
+        self, logits: Tensor, token_ids: Tensor, asked: Tensor, places: Tensor, rings: Tensor, ring_row: Tensor
+    ) -> None:
+        """The same of tokens that are known. asked, places: see `logprobs.write_logprobs`."""
+        self._write_logprobs(logits, token_ids, asked, places, rings, ring_row)
+
 
 def make_sampler(num_slots: int, vocab_size: int, device: torch.device) -> Sampler:
     """A Sampler with fresh tables on `device`. vocab_size: of the tokens that may be drawn."""
     tables = allocate(num_slots, vocab_size, device)
     if device.type != "cuda":
-        return Sampler(tables, reference.write_slots, reference.count_inputs, reference.sample)
+        return Sampler(tables, reference.write_slots, reference.count_inputs, reference.sample, logprobs.write_logprobs)
     # Triton exists where CUDA does; elsewhere it must not be needed.
-    from graphgen.models.sampling import kernels
+    from graphgen.models.sampling import kernels, logprob_kernels
 
-    return Sampler(tables, kernels.write_slots, kernels.count_inputs, kernels.sample)
+    return Sampler(tables, kernels.write_slots, kernels.count_inputs, kernels.sample, logprob_kernels.write_logprobs)

@@ -30,7 +30,8 @@ PROMPT_LEN = 7
 SEED = 8  # two words, the low one first; even, so that a view as int64 reads it whole
 MIN_LENGTH = 10
 MAX_LEN = 11
-STOP_TOKEN_IDS = 12
+LOGPROBS = 12
+STOP_TOKEN_IDS = 14  # word 13 is unused: a row that is read as int64 has an even number of words
 ROW_WIDTH = STOP_TOKEN_IDS + MAX_STOP_TOKEN_IDS
 """int32 words of a slot's packed row."""
 
@@ -121,6 +122,11 @@ class SamplerTables:
         return self.settings[:, MAX_LEN]
 
     @property
+    def logprobs(self) -> Tensor:
+        """[S + 1] int32: 1 + the likeliest tokens whose log-probabilities the owner asks for; 0: it asks for none."""
+        return self.settings[:, LOGPROBS]
+
+    @property
     def stop_token_ids(self) -> Tensor:
         """[S + 1, MAX_STOP_TOKEN_IDS] int32; the vocabulary's size, which is no token, fills unused entries."""
         return self.settings[:, STOP_TOKEN_IDS:]
@@ -136,6 +142,11 @@ def allocate(num_slots: int, vocab_size: int, device: torch.device) -> SamplerTa
         settings=neutral.repeat(num_slots + 1, 1).to(device),
         occurrences=torch.zeros(num_slots + 1, vocab_size, dtype=torch.int32, device=device),
     )
+
+
+def asked_for(logprobs: int | None) -> int:
+    """What a kernel reads: 1 + the likeliest tokens that are asked for, 0 for nothing."""
+    return 0 if logprobs is None else 1 + logprobs
 
 
 def pack_slot(init: SlotInit, vocab_size: int) -> npt.NDArray[np.int32]:
@@ -166,5 +177,6 @@ def pack_slot(init: SlotInit, vocab_size: int) -> npt.NDArray[np.int32]:
     row[PROMPT_LEN] = init.prompt_len
     row[MIN_LENGTH] = min(init.min_length, _MAX_INT32)
     row[MAX_LEN] = min(init.max_len, _MAX_INT32)
+    row[LOGPROBS] = asked_for(init.logprobs)
     row[STOP_TOKEN_IDS : STOP_TOKEN_IDS + len(stop_token_ids)] = stop_token_ids
     return row

@@ -247,7 +247,9 @@ def test_no_two_prompts_share_a_prefix() -> None:
             prompts.append(submit.prompt_token_ids)
             super().add(submit)
 
-        def update(self, step_id: int, token_ids: Sequence[int]) -> Outputs:
+        def update(
+            self, step_id: int, token_ids: Sequence[int], logprobs: bytes = b"", prompt_logprobs: bytes = b""
+        ) -> Outputs:
             return super().update(step_id, token_ids)
 
     VirtualEngine(Reader(make_limits()), CostModel(FLAT), make_requests(*[(0, 5, 1)] * 4), 2).run()

@@ -56,6 +56,11 @@ BAD: list[tuple[str, Any]] = [  # Any: wrong types are the point
     ("stop_token_ids", tuple(range(MAX_STOP_TOKEN_IDS + 1))),
     ("ignore_eos", 1),
     ("skip_special_tokens", "no"),
+    ("logprobs", -1),
+    ("logprobs", 21),
+    ("logprobs", True),
+    ("prompt_logprobs", 21),
+    ("prompt_logprobs", 1.0),
 ]
 
 

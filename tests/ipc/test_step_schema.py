@@ -13,6 +13,7 @@ PLAN = StepPlan(
     decode_positions=pack_int32([5]),
     new_pages=pack_int32([0, 3, 1, 40, 1, 1, 0, 41]),
     page_copies=pack_int32([30, 40]),
+    scored_rows=pack_int32([2, 77, 4]),
     planned_s=0.0,
 )
 
@@ -22,6 +23,7 @@ def test_live_entries_are_those_of_the_plan() -> None:
     assert live_entries(PLAN, "chunk_draws") == [(True,), (False,)]
     assert live_entries(PLAN, "new_pages") == [(0, 3, 1, 40), (1, 1, 0, 41)]
     assert live_entries(PLAN, "page_copies") == [(30, 40)]
+    assert live_entries(PLAN, "scored_rows") == [(2, 77, 4)]
     assert (PLAN.num_tokens, PLAN.num_decodes, PLAN.num_drawing_rows) == (4, 1, 2)
 
 

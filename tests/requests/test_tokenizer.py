@@ -369,3 +369,31 @@ def test_a_special_token_is_found_by_its_whole_text_alone() -> None:
     tokenizer = Tokenizer.of(TokenizerData(backend.to_str(), {}, ChatSource("", "a test")))
     found = {text: tokenizer.special_token_id(text) for text in ("</s>", "<s>", " </s>", "</", "hi", "▁", "<tool>")}
     assert found == {"</s>": 2, "<s>": 1, " </s>": None, "</": None, "hi": None, "▁": None, "<tool>": None}
+
+
+@pytest.mark.parametrize(
+    ("style", "text"),
+    [
+        ("byte_level", "Hello the é 😀 語 a."),
+        ("byte_level", "\ufffd a"),
+        ("sentencepiece_style", "Hello the é 😀 語 a."),
+        ("sentencepiece_style", "\ufffd a"),
+        ("metaspace_style", "a é!."),
+    ],
+)
+def test_the_bytes_of_its_tokens_are_the_text(style: str, text: str) -> None:
+    """Also where a character lies in several tokens. A space that a vocabulary puts first is not the text's."""
+    tokenizer: Tokenizer = getattr(tokenizers_for_tests, style)()
+    if style != "byte_level":
+        text = text.replace(" ", "\u2581")
+    ids = tokenizer.encode_bare(text)
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == text.replace("\u2581", " ")
+
+
+def test_the_bytes_of_a_special_token_are_its_name_and_of_no_token_none() -> None:
+    tokenizer = tokenizers_for_tests.byte_level()
+    assert tokenizer.token_bytes(0) == b"<|endoftext|>"
+    assert tokenizer.token_bytes(10**6) == b""
+    emoji = [tokenizer.token_bytes(one) for one in tokenizer.encode_bare("😀")]
+    assert len(emoji) == 4
+    assert b"".join(emoji).decode() == "😀"

@@ -8,6 +8,7 @@ from typing import Literal
 from graphgen.ipc.codec import pack_int32, unpack_int32
 from graphgen.ipc.errors import DeadlineError, OverloadedError
 from graphgen.ipc.messages import Bucket, FinishReason, Outputs, SamplerParams, StepPlan, Submit
+from graphgen.ipc.step_schema import live_entries, logprob_words
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.plan import StepDescription
@@ -34,6 +35,7 @@ def make_limits(
     max_waiting: int = 100_000,
     max_waiting_tokens: int = 10**9,
     max_long_prompts: int = 1,
+    max_scored_rows: int = 5,
     pads: bool = True,
 ) -> SchedulerLimits:
     return SchedulerLimits(
@@ -50,6 +52,7 @@ def make_limits(
         max_waiting=max_waiting,
         max_waiting_tokens=max_waiting_tokens,
         max_long_prompts=max_long_prompts,
+        max_scored_rows=max_scored_rows,
         pads=pads,
     )
 
@@ -69,6 +72,8 @@ def make_submit(
     ttft_target_ms: float | None = None,
     cache_salt: str = "",
     tenant: str = "",
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
 ) -> Submit:
     return Submit(
         request_id=request_id,
@@ -84,6 +89,8 @@ def make_submit(
         ttft_target_ms=ttft_target_ms,
         cache_salt=cache_salt,
         tenant=tenant,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
 
 
@@ -119,6 +126,7 @@ class Sender:
     expected: list[int]
     expected_reason: FinishReason
     received: list[int] = field(default_factory=list)
+    scored: list[int] = field(default_factory=list)  # positions of its prompt whose log-probabilities have come
     reason: FinishReason | None = None
     cancelled: bool = False
     kills_in: Rows | None = None  # rows with which it ends the worker that computes them
@@ -155,12 +163,22 @@ def tokens_of(outputs: Outputs) -> dict[int, tuple[int, FinishReason | None]]:
     """By request: the token it gets from one step, and how it ended if it has."""
     tokens: dict[int, tuple[int, FinishReason | None]] = {}
     for output in outputs.outputs:
-        (token_id,) = output.token_ids
-        tokens[output.request_id] = token_id, output.finish_reason
+        if output.token_ids:
+            (token_id,) = output.token_ids
+            tokens[output.request_id] = token_id, output.finish_reason
+        else:
+            assert output.prompt_logprobs, "an output of nothing"
+            assert output.finish_reason is None
     for request_id, token_id in zip(outputs.request_ids, outputs.token_ids, strict=True):
         tokens[request_id] = token_id, None
-    assert len(tokens) == len(outputs), "two outputs of a request in one step"
+    ids = [output.request_id for output in outputs.outputs] + list(outputs.request_ids)
+    assert len(set(ids)) == len(outputs), "two outputs of a request in one step"
     return tokens
+
+
+def packed_logprobs(num_top: int, *words: int) -> bytes:
+    """A row as a worker packs it, with these words in the place of numbers."""
+    return pack_int32([*words, *[0] * (logprob_words(num_top) - len(words))])
 
 
 LIGHT_ROW_MS, HEAVY_ROW_MS = 0.5, 20.0
@@ -197,7 +215,7 @@ class Harness:
         self._owners: dict[int, Submit] = {}  # by slot
         self._computed: dict[int, int] = {}  # by request: positions that the plans compute for the slot it has
         self.senders: dict[int, Sender] = {}
-        self.results: deque[tuple[int, list[int]]] = deque()
+        self.results: deque[tuple[int, list[int], bytes, bytes]] = deque()
         self.descriptions: list[StepDescription] = []
         self.plans: list[StepPlan] = []
 
@@ -262,17 +280,19 @@ class Harness:
         for request_id, _, _ in description.chunks:
             sender = self.senders[request_id]
             sender.started_s = plan.planned_s if sender.started_s is None else sender.started_s
-        self.results.append((plan.step_id, tokens))
+        of_prompts = self._score(plan, rows, description)
+        self.results.append((plan.step_id, tokens, self._tell(plan, tokens, description), of_prompts))
         self.plans.append(plan)
         self.descriptions.append(description)
         return plan
 
     def deliver(self) -> Outputs:
         """Gives the scheduler the oldest result, and its outputs to the senders."""
-        step_id, token_ids = self.results.popleft()
+        step_id, token_ids, of_tokens, of_prompts = self.results.popleft()
         self.scheduler.step_took(step_id, step_ms(self.scheduler.describe_step(step_id).bucket, self._row_ms))
-        outputs = self.scheduler.update(step_id, token_ids)
+        outputs = self.scheduler.update(step_id, token_ids, of_tokens, of_prompts)
         self.check_computed()
+        self._check_logprobs(outputs)
         tokens = tokens_of(outputs)
         for request_id, (token_id, reason) in tokens.items():
             sender = self.senders[request_id]
@@ -366,6 +386,50 @@ class Harness:
                 break
             self.deliver()
         self.check_all_ended()
+
+    # --- log-probabilities -------------------------------------------------------------------------------------
+
+    def _score(self, plan: StepPlan, rows: list[Row], description: StepDescription) -> bytes:
+        """What a worker says of the scored rows: whose they are, and where they stand in their prompts."""
+        entries = live_entries(plan, "scored_rows")
+        assert len(entries) <= self.limits.max_scored_rows
+        ids = [request_id for request_id, _, length in description.chunks for _ in range(length)]
+        packed = b""
+        for row, token_id, asked in entries:
+            sender, position = self.senders[ids[row]], rows[row].position
+            assert sender.submit.prompt_logprobs == asked - 1
+            assert token_id == sender.prompt[position + 1], "a row is asked for another token than its prompt's next"
+            packed += packed_logprobs(asked - 1, position, sender.submit.request_id)
+        return packed
+
+    def _tell(self, plan: StepPlan, tokens: list[int], description: StepDescription) -> bytes:
+        """What a worker says of the drawn tokens: which they are, and whose."""
+        drawing = [entry[0] for entry, chunk in zip(description.chunks, plan.chunks, strict=True) if chunk.draws]
+        packed = b""
+        for request_id, token_id in zip((*drawing, *description.decode_request_ids), tokens, strict=True):
+            num_top = self.senders[request_id].submit.logprobs
+            packed += b"" if num_top is None else packed_logprobs(num_top, token_id, request_id)
+        return packed
+
+    def _check_logprobs(self, outputs: Outputs) -> None:
+        """Each token brings its own, and each prompt its own, once, in order, at the latest with the first token."""
+        for output in outputs.outputs:
+            sender, request_id = self.senders[output.request_id], output.request_id
+            num_top, of_prompt = sender.submit.logprobs, sender.submit.prompt_logprobs
+            assert sender.is_live, f"request {request_id} had ended"
+            expected = b"".join(packed_logprobs(num_top or 0, one, request_id) for one in output.token_ids)
+            assert output.logprobs == (b"" if num_top is None else expected)
+            if of_prompt is None:
+                assert not output.prompt_logprobs
+                continue
+            width = len(packed_logprobs(of_prompt))
+            for start in range(0, len(output.prompt_logprobs), width):
+                part = output.prompt_logprobs[start : start + width]
+                assert part == packed_logprobs(of_prompt, len(sender.scored), request_id)
+                sender.scored.append(len(sender.scored))
+            assert not output.token_ids or len(sender.scored) == len(sender.prompt) - 1
+        for request_id in outputs.request_ids:
+            assert self.senders[request_id].submit.logprobs is None, "a token came without its log-probability"
 
     # --- what must hold ------------------------------------------------------------------------------------
 

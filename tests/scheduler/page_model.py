@@ -63,7 +63,7 @@ class PageModel:
                 owner = owners[chunk.slot]
                 context = tuple(tokens[chunk.slot][: chunk.start + chunk.length])
                 self._check_start(chunk.slot, chunk.start, context, owner.cache_salt, shared)
-                if self._is_used and not _has_penalty(owner.sampler):
+                if self._is_used and not _has_penalty(owner.sampler) and owner.prompt_logprobs is None:
                     self._check_missed(chunk.slot, chunk.start, context, owner.cache_salt, known)
 
     def _read_behind(self, num_pages: int) -> Iterator[tuple[int, int]]:

@@ -100,6 +100,8 @@ class AnyInterleaving(RuleBasedStateMachine):
         deadline_ms=st.sampled_from([None, None, 1000.0, 5000.0]),
         sampler=st.sampled_from(SAMPLERS),
         kills_in=st.sampled_from([None] * 9 + ["any", "chunks", "decodes"]),
+        logprobs=st.sampled_from([None, None, 0, 2]),
+        prompt_logprobs=st.sampled_from([None, None, 0, 1]),
     )
     def add(
         self,
@@ -115,6 +117,8 @@ class AnyInterleaving(RuleBasedStateMachine):
         deadline_ms: float | None,
         sampler: SamplerParams,
         kills_in: Rows | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None,
     ) -> None:
         prompt_len, max_tokens = fitting(self.harness, prompt_len, max_tokens)
         request_id = len(self.harness.senders)
@@ -131,6 +135,8 @@ class AnyInterleaving(RuleBasedStateMachine):
                 cache_salt=salt,
                 tenant=tenant,
                 deadline_ms=deadline_ms,
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
             )
         )
         if request_id in self.harness.senders:

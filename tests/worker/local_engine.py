@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from graphgen.ipc.codec import pack_int32
-from graphgen.ipc.messages import SamplerParams, Submit
+from graphgen.ipc.messages import Outputs, SamplerParams, Submit, TokenOutput
 from graphgen.ipc.step_schema import unpack_columns
 from graphgen.launch.config import EngineConfig, LaunchConfig, resolve
 from graphgen.models.families import load_spec
@@ -17,6 +17,8 @@ from graphgen.worker.runner import LaunchedStep, ModelRunner
 from tests.scheduler.harness import tokens_of
 
 GREEDY = SamplerParams()
+Asks = tuple[int | None, int | None]
+"""`logprobs` and `prompt_logprobs` of a request."""
 
 
 def launch_config(folder: Path, max_model_len: int | None = None, **settings: object) -> LaunchConfig:
@@ -51,6 +53,7 @@ class LocalEngine:
             )
         )
         self._next_id = 0
+        self.outputs: list[TokenOutput] = []  # all that came with news
 
     def generate(
         self,
@@ -59,16 +62,20 @@ class LocalEngine:
         samplers: Sequence[SamplerParams] | None = None,
         stop_token_ids: tuple[int, ...] = (),
         preempt_after: int | None = None,
+        asks: Sequence[Asks] = (),
     ) -> list[list[int]]:
         """Tokens of all prompts, submitted at once, in their order.
 
         preempt_after: steps whose results have arrived when one request is preempted, the one to be served last.
+        asks: for log-probabilities, of each prompt; `outputs` has them afterwards.
         """
         first_id = self._next_id
         self._next_id += len(prompts)
         for number, prompt in enumerate(prompts):
             sampler = samplers[number] if samplers else GREEDY
             submit = Submit(first_id + number, pack_int32(prompt), max_tokens, 0, stop_token_ids, sampler, 0.0)
+            if asks:
+                submit = msgspec.structs.replace(submit, logprobs=asks[number][0], prompt_logprobs=asks[number][1])
             self.scheduler.add(submit)
         tokens: list[list[int]] = [[] for _ in prompts]
         in_flight: deque[LaunchedStep] = deque()
@@ -83,15 +90,21 @@ class LocalEngine:
                 in_flight.append(self.runner.launch(plan, received_s=0.0))
             step = in_flight.popleft()
             step.fetched.wait()
-            outputs = self.scheduler.update(step.step_id, token_ids_of(step))
+            outputs = self.update(step)
+            self.outputs += outputs.outputs
             for request_id, (token_id, reason) in tokens_of(outputs).items():
                 tokens[request_id - first_id].append(token_id)
                 unfinished -= reason is not None
         while in_flight:
             step = in_flight.popleft()
             step.fetched.wait()
-            self.scheduler.update(step.step_id, token_ids_of(step))
+            self.update(step)
         return tokens
+
+    def update(self, step: LaunchedStep) -> Outputs:
+        """What a fetched step gives to its requests."""
+        of_prompts = b"" if step.prompt_logprobs is None else step.prompt_logprobs()
+        return self.scheduler.update(step.step_id, token_ids_of(step), step.outputs.logprobs(), of_prompts)
 
     def close(self) -> None:
         self.runner.close()

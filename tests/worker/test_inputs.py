@@ -6,7 +6,15 @@ from hypothesis import strategies as st
 
 from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.messages import Bucket, Chunk, SamplerParams, SlotInit, StepPlan
-from graphgen.ipc.step_schema import INPUT_FIELDS, InputField, Padding, StepBounds, of_chunks
+from graphgen.ipc.step_schema import (
+    INPUT_FIELDS,
+    MAX_SCORED_ROWS,
+    SCORED_ROW_WORDS,
+    InputField,
+    Padding,
+    StepBounds,
+    of_chunks,
+)
 from graphgen.worker.inputs import InputPacker, RegionLengths, input_layout
 
 BOUNDS = StepBounds(max_chunks=3, trash_slot=9, num_groups=1, most_pages=4, params_width=2)
@@ -41,14 +49,16 @@ def test_nothing_of_an_earlier_step_is_left_where_the_device_reads(garbage: int)
         decode_positions=pack_int32([30, 3]),
         new_pages=pack_int32([0, 2, 0, 55, 0, 0, 1, 56]),
         page_copies=pack_int32([54, 55]),
+        scored_rows=pack_int32([5, 99, 1]),
         planned_s=0.0,
     )
     fields, num_words, lengths = pack(plan, garbage)
     assert list(fields) == [
-        *("counts", "chunk_slots", "chunk_positions", "chunk_starts", "chunk_draws", "chunk_inits", "slot_params"),
-        *("chunk_token_ids", "decode_slots", "decode_positions", "page_copies", "new_pages"),
+        *("counts", "scored_rows", "chunk_slots", "chunk_positions", "chunk_starts", "chunk_draws", "chunk_inits"),
+        *("slot_params", "chunk_token_ids", "decode_slots", "decode_positions", "page_copies", "new_pages"),
     ], "captured graphs and kernels read the fields in this order"
     assert fields["counts"] == [7, 2, 3]
+    assert fields["scored_rows"] == [5, 99, 1] + [0] * SCORED_ROW_WORDS * (MAX_SCORED_ROWS - 1)
     assert fields["chunk_slots"] == [2, 4, 9]
     assert fields["chunk_positions"] == [0, 16, 0]
     assert fields["chunk_starts"] == [0, 5, 7, 7]

@@ -67,7 +67,7 @@ def test_a_new_field_is_one_line_of_the_schema() -> None:
     """Two words a row, in a step with fewer drawing rows than the ring has room for."""
     fields = (*OUTPUT_FIELDS, OutputField("ranks", words=2))
     widest = StepShape(Bucket(8, 40), num_chunks=3, num_new_pages=0)
-    assert output_layout(SHAPE, fields).num_words == 3 * SHAPE.num_drawing_rows
+    assert output_layout(SHAPE, fields).offset("logprobs") == 3 * SHAPE.num_drawing_rows
     values = {"token_ids": torch.arange(10, 17), "ranks": torch.arange(14).view(7, 2)}
     drawn, _ = run(OutputRing(widest, CPU, fields), values).read(RankedRows)
     assert isinstance(drawn, RankedRows)
