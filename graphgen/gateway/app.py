@@ -23,6 +23,7 @@ from graphgen.gateway.http import GoneError, Message, Receive, Scope, Send, send
 from graphgen.gateway.messages import Messages
 from graphgen.gateway.metric_table import Names
 from graphgen.gateway.monitoring import Monitoring
+from graphgen.gateway.openapi import OpenApi
 from graphgen.gateway.responses import Responses
 from graphgen.gateway.service import HOLDER, Service
 from graphgen.gateway.tokens import TokenEndpoints
@@ -92,6 +93,7 @@ def make_app(
         ("POST", "/detokenize", tokens.detokenize),
         ("GET", "/health", endpoints.health),
         ("GET", "/ready", endpoints.ready),
+        ("GET", "/openapi.json", OpenApi().serve),
         ("GET", "/metrics", Monitoring(service, metrics_names).metrics),
     ]
     middleware = [_cross_origin(origins)] if origins else []

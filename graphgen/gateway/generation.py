@@ -56,6 +56,25 @@ _SAMPLING_FIELDS = (
 _MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 
 
+UNSERVED = {
+    "allowed_token_ids": "a choice of tokens",
+    "bad_words": "words that never come",
+    "logits_processors": "code of a client",
+    "use_beam_search": "beam search",
+    "truncate_prompt_tokens": "a prompt that is cut",
+    "include_stop_str_in_output": "a stop string in the text",
+    "return_token_ids": "token ids",
+    "prompt_embeds": "a prompt of vectors",
+    "chat_template": "a template of a client",
+    "continue_final_message": "a chat that is not the model's turn",
+    "add_special_tokens": "tokens around what the chat template writes",
+    "functions": "functions in their old form",
+    "function_call": "functions in their old form",
+}
+"""What would change an output, by its field, and is not what the field asks for: a client that got another answer in
+silence would look for the reason elsewhere."""
+
+
 def sampling_of(request: Generation, max_tokens: int | None) -> SamplingParams:
     """Raises ApiError with the field that is wrong."""
     values = {name: value for name in _SAMPLING_FIELDS if (value := getattr(request, name)) is not None}
@@ -75,6 +94,12 @@ def chat_prompt(request: ChatRequest) -> Chat:
     if request.tools and request.tool_choice != "none":
         raise not_served("tools", "tool calls", 'say "tool_choice": "none"')
     _check_common(request)
+    if request.echo:
+        raise not_served("echo", "a chat before its answer")
+    if request.add_generation_prompt is False:
+        raise not_served("add_generation_prompt", "a chat that is not the model's turn")
+    if set(request.modalities or ()) - {"text"}:
+        raise not_served("modalities", "sound")
     return chat_of(request)
 
 
@@ -122,6 +147,9 @@ def completion_prompts(request: CompletionRequest) -> list[OnePrompt]:
 
 
 def _check_common(request: Generation) -> None:
+    for name, what in UNSERVED.items():
+        if getattr(request, name, None) not in (None, False, "none") and getattr(request, name) != []:
+            raise not_served(name, what)
     if request.logit_bias:
         raise not_served("logit_bias", "biases of tokens")
 

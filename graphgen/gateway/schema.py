@@ -44,6 +44,16 @@ class Generation(Struct, frozen=True, kw_only=True):
     itl_target_ms: float | None = None
     ttft_target_ms: float | None = None
 
+    # What would change the output, and is not served: see `generation.UNSERVED`.
+    allowed_token_ids: Any = None
+    bad_words: Any = None
+    logits_processors: Any = None
+    use_beam_search: Any = None
+    truncate_prompt_tokens: Any = None
+    include_stop_str_in_output: Any = None
+    return_token_ids: Any = None
+    prompt_embeds: Any = None
+
 
 class ChatRequest(Generation, frozen=True, kw_only=True):
     """The body of POST /v1/chat/completions."""
@@ -58,6 +68,15 @@ class ChatRequest(Generation, frozen=True, kw_only=True):
     documents: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
+    # As above.
+    chat_template: Any = None
+    continue_final_message: Any = None
+    add_special_tokens: Any = None
+    echo: Any = None
+    functions: Any = None
+    function_call: Any = None
+    modalities: list[str] | None = None
+    add_generation_prompt: bool | None = None
 
 
 class CompletionRequest(Generation, frozen=True, kw_only=True):

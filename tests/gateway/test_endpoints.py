@@ -214,6 +214,15 @@ def test_messages_that_a_program_sends_back_are_taken_as_they_came() -> None:
         (CHATS, {"response_format": {"type": "json_object"}}, "response_format"),
         (CHATS, {"tools": [{"type": "function"}]}, "tools"),
         (CHATS, {"logit_bias": {"5": 1}}, "logit_bias"),
+        (CHATS, {"chat_template": "{{ x }}"}, "chat_template"),
+        (CHATS, {"echo": True}, "echo"),
+        (CHATS, {"functions": [{"name": "f"}]}, "functions"),
+        (CHATS, {"modalities": ["text", "audio"]}, "modalities"),
+        (CHATS, {"add_generation_prompt": False}, "add_generation_prompt"),
+        (CHATS, {"bad_words": ["x"]}, "bad_words"),
+        (COMPLETIONS, {"allowed_token_ids": [5]}, "allowed_token_ids"),
+        (COMPLETIONS, {"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
+        (COMPLETIONS, {"use_beam_search": True}, "use_beam_search"),
         (COMPLETIONS, {"prompt": {"a": 1}}, "prompt"),
         (COMPLETIONS, {"prompt": [1.5]}, "prompt"),
         (COMPLETIONS, {"logprobs": 0}, "logprobs"),
@@ -227,6 +236,18 @@ def test_what_cannot_be_served_is_refused_with_its_field(path: str, wrong: dict[
     assert (reply.status, reply.error["type"], reply.error["param"]) == (400, "invalid_request_error", param)
     assert "x-should-retry" not in reply.headers
     assert not core.prompts
+
+
+def test_what_asks_for_nothing_is_no_reason_to_refuse() -> None:
+    nothing = {
+        "bad_words": [],
+        "use_beam_search": False,
+        "function_call": "none",
+        "modalities": ["text"],
+        "echo": False,
+    }
+    assert call(GatewayCore(says("x")), CHATS, {**HELLO, **nothing, "add_generation_prompt": True}).status == 200
+    assert call(GatewayCore(says("x")), COMPLETIONS, {**ROMEO, **nothing}).status == 200
 
 
 def test_tools_that_no_model_may_call_are_left_out() -> None:
