@@ -175,6 +175,7 @@ def measure(core: EngineCore, run: Run, levels: Sequence[ServiceLevel], steps: S
         "seed": run.seed,
         "itl_target_ms": run.targets.itl_ms,
         "token_budget": core.ready.token_budget,
+        "objective": core.launch.objective,
         "requests_cut": at_limit,
         **summarize(served, levels),
         **summarize_steps(own_steps),

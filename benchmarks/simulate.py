@@ -34,7 +34,7 @@ from benchmarks.virtual_engine import HOST_DELAY_S, STEP_NOISE, StepSeries, Virt
 from benchmarks.workload import Workload
 from graphgen.base.version import how_to_install
 from graphgen.capture.buckets import slots_for
-from graphgen.ipc.messages import Bucket
+from graphgen.ipc.messages import Bucket, ObjectiveName
 from graphgen.launch.step_times_store import StepTimesFile
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.cost_model import CostModel
@@ -58,6 +58,7 @@ class Policy(Struct, frozen=True):
     """How a scheduler is set up. A policy of the table below differs from another by these settings alone."""
 
     token_budget: int | None = None  # None: --token-budget
+    objective: ObjectiveName = "balanced"
     itl_target_ms: float | None = None  # of every request
     ttft_prompt_rate: float | None = None  # every request wants its first token after prompt tokens / this seconds
     priorities: dict[str, int] = {}  # of each kind; 0 is that of any other
@@ -106,22 +107,25 @@ class Machine(Struct, frozen=True):
 
     def scheduler(self, policy: Policy) -> Scheduler:
         """A fresh one. Raises ConfigError for a budget that the table's buckets do not serve."""
+        return Scheduler(*self.scheduler_parts(policy))
+
+    def scheduler_parts(self, policy: Policy) -> tuple[SchedulerLimits, CostModel]:
+        """What a scheduler is made of."""
         token_budget = policy.token_budget or self.token_budget
         times = self.table.table.times
         buckets = tuple(time.bucket for time in times if time.bucket.num_rows <= token_budget)
         running = min(slots_for(self.max_num_seqs, token_budget), BucketTable(buckets, token_budget).most_slots)
-        return Scheduler(
-            SchedulerLimits(
-                buckets=buckets,
-                num_pages=self.num_pages,
-                page_size=self.table.key.page_size,
-                num_slots=running,
-                max_chunks=min(MAX_CHUNKS, max(bucket.prefill_rows for bucket in buckets)),
-                token_budget=token_budget,
-                max_model_len=self.max_model_len,
-            ),
-            CostModel(self.table.table),
+        limits = SchedulerLimits(
+            buckets=buckets,
+            num_pages=self.num_pages,
+            page_size=self.table.key.page_size,
+            num_slots=running,
+            max_chunks=min(MAX_CHUNKS, max(bucket.prefill_rows for bucket in buckets)),
+            token_budget=token_budget,
+            objective=policy.objective,
+            max_model_len=self.max_model_len,
         )
+        return limits, CostModel(self.table.table)
 
 
 class Run(Struct, frozen=True):
@@ -239,7 +243,12 @@ def compare(on: Machine, path: Path, levels: Sequence[ServiceLevel]) -> Iterator
         )
         target_ms = real.get("itl_target_ms")
         rate = levels[0].prompt_tokens_per_s if target_ms is not None else None  # a real run asks for both or neither
-        policy = Policy(token_budget=real["token_budget"], itl_target_ms=target_ms, ttft_prompt_rate=rate)
+        policy = Policy(
+            token_budget=real["token_budget"],
+            objective=real.get("objective", "latency"),  # which is what engines did before there were objectives
+            itl_target_ms=target_ms,
+            ttft_prompt_rate=rate,
+        )
         (simulated,) = simulate(on, "fcfs", load, real["seed"], levels, policy).rows
         for name in COMPARED:
             if real.get(name) is not None:

@@ -25,6 +25,9 @@ from graphgen.ipc.short import short_repr
 
 FinishReason = Literal["stop", "length", "aborted", "error"]
 
+ObjectiveName = Literal["latency", "balanced", "throughput"]
+"""What an engine is to be good at where requests state no target."""
+
 MAX_PRIORITY = 9
 """The highest service class of a request; 0 is the lowest and the default."""
 

@@ -101,7 +101,8 @@ class Bookkeeping:
         pool = self._cache.pool
         pool.make_empty(min(PAGES_READY, pool.num_pages // 64))
         if self._counters.steps % REVIEW_STEPS == 0:
-            self._budget.review()
+            decodes = self._running.decodes
+            self._budget.review(len(decodes), decodes.num_positions)
         if self._counters.steps % DECODE_REVIEW_STEPS == 0:
             self._tenants.charge_decodes(self._running.decodes)
         for running in self._grown:

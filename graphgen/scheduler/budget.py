@@ -12,7 +12,8 @@ fast computes prompts at the best rate the target allows:
 - Where every bucket breaks the target, the smallest of LEAST_ROWS is chosen: a prompt advances in every plan, and
   not by the crumbs that the buckets for short prompts hold.
 - Where no target binds, no more rows than the saturation point, from where on a larger step is longer and hardly
-  computes more rows a second; unless a TTFT target would be missed at that rate.
+  computes more rows a second; unless a TTFT target would be missed at that rate, or the objective grows the step
+  because many prompts wait (`objectives`, `large_steps`).
 - No more rows than hold all prompt tokens that wait.
 - Without decodes a target binds nothing: nobody waits for a next token.
 """
@@ -26,6 +27,8 @@ from msgspec import Struct
 from graphgen.ipc.messages import Bucket
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.cost_model import CostModel, prompt_pairs
+from graphgen.scheduler.large_steps import LargeSteps
+from graphgen.scheduler.objectives import Objective
 
 LEAST_ROWS = 128
 """Of a step with prompts that breaks its target anyway; or half of the token budget, if that is less."""
@@ -51,22 +54,29 @@ class StepLoad(Struct, frozen=True):
 class StepBudget:
     """Chooses for one worker; the cost model's corrections reach it from step to step."""
 
-    def __init__(self, buckets: BucketTable, model: CostModel, steps_in_flight: int) -> None:
+    def __init__(self, buckets: BucketTable, model: CostModel, steps_in_flight: int, objective: Objective) -> None:
+        self._objective = objective
         self._buckets = buckets
         self._steps_in_flight = steps_in_flight
         self._model = model
         self._least_rows = min(LEAST_ROWS, max(bucket.num_rows for bucket in buckets.all_mixed) // 2)
+        self._large = LargeSteps(buckets, model)
         self.renew()
 
     def renew(self) -> None:
         """Finds the saturation point of what the model knows now, whatever it was before."""
         self._most_rows = self._model.saturation_rows(self._buckets.all_mixed)  # None: not known
+        if self._objective.num_backlog_steps is not None:
+            self._large.judge_all(self._most_rows)
 
-    def review(self) -> None:
+    def review(self, num_decodes: int, decode_positions: int) -> None:
         """Finds the saturation point anew, from the times as the steps since have corrected them: what a start measures
-        of the largest steps, on a device that is not yet at its power limit, can be a tenth too short."""
+        of the largest steps, on a device that is not yet at its power limit, can be a tenth too short. Then judges the
+        steps beyond it, beside the decodes that run now."""
         if self._most_rows is not None:
             self._most_rows = self._model.saturation_rows(self._buckets.all_mixed, self._most_rows)
+            if self._objective.num_backlog_steps is not None:
+                self._large.judge(self._most_rows, num_decodes, decode_positions)
 
     def choose(self, load: StepLoad) -> Bucket | None:
         """The largest bucket the step may use; None where the decodes leave no room for prompts."""
@@ -74,17 +84,24 @@ class StepBudget:
             candidates = _that_hold(self._buckets.mixed(load.num_decodes), load.pending_tokens)
             chosen = self._within_target(candidates, load, load.itl_target_ms) if candidates else None
         else:
-            efficient = self._efficient(load.num_decodes)
-            candidates = self._buckets.mixed(load.num_decodes) if load.is_late else efficient
-            chosen = _that_hold(candidates, load.pending_tokens)[-1] if candidates else None
+            candidates = self._buckets.mixed(load.num_decodes)
+            wanted = candidates if load.is_late else self._efficient(load.num_decodes)
+            chosen = _that_hold(wanted, load.pending_tokens)[-1] if wanted else None
+            if not load.is_late:
+                grown = self._grown(load.num_decodes, load.decode_positions, load.prompts, load.pending_tokens)
+                chosen = grown or chosen
         if chosen is None or load.most_ms is None:
             return chosen
         return self._likely_within(candidates[: candidates.index(chosen) + 1], load, load.most_ms)
 
     def saturated(self, num_decodes: int) -> Bucket | None:
-        """The largest bucket that `choose` gives without any target."""
+        """The largest bucket up to the saturation point."""
         candidates = self._efficient(num_decodes)
         return candidates[-1] if candidates else None
+
+    def usual(self, num_decodes: int, decode_positions: int, pending_tokens: int) -> Bucket | None:
+        """The largest bucket that `choose` gives without any target while so many prompt tokens are left."""
+        return self._grown(num_decodes, decode_positions, (), pending_tokens) or self.saturated(num_decodes)
 
     def prompt_ms(self, num_decodes: int, decode_positions: int, num_tokens: int) -> float | None:
         """Milliseconds until so many prompt tokens are computed at the saturation point, the steps in flight included;
@@ -172,6 +189,21 @@ class StepBudget:
     def step_ms(self, bucket: Bucket, load: StepLoad) -> float | None:
         """Milliseconds of a step that fills this bucket; None where it was never timed."""
         return self._model.predict_ms(bucket, load.decode_positions, _pairs(load.prompts, bucket.prefill_rows))
+
+    def _grown(
+        self, num_decodes: int, decode_positions: int, prompts: Sequence[_Prompt], pending_tokens: int
+    ) -> Bucket | None:
+        """The bucket beyond the saturation point that the objective takes while so many prompt tokens are left."""
+        objective = self._objective
+        if objective.num_backlog_steps is None:
+            return None
+        for bucket in reversed(self._large.beside(num_decodes)):
+            if pending_tokens >= objective.num_backlog_steps * bucket.prefill_rows:
+                pairs = _pairs(prompts, bucket.prefill_rows)
+                step_ms = self._model.predict_ms(bucket, decode_positions, pairs)
+                if objective.most_ms is None or (step_ms is not None and step_ms <= objective.most_ms):
+                    return bucket
+        return None
 
     def _efficient(self, num_decodes: int) -> tuple[Bucket, ...]:
         """The mixed buckets up to the saturation point, at least the first; fewest rows first."""

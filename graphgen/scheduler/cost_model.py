@@ -15,7 +15,7 @@ factor makes up for what the table has wrong of one bucket, and is learned in th
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from graphgen.ipc.messages import Bucket, StepTimeTable
 
@@ -59,6 +59,18 @@ SATURATION_NOISE = 0.02
 def prompt_pairs(start: int, length: int) -> int:
     """(row, position) pairs of a chunk: row i attends to start + i + 1 positions."""
     return length * start + length * (length + 1) // 2
+
+
+def smallest_near_best(rates: Mapping[int, float], share: float, current: int | None = None) -> int:
+    """The fewest rows of which the rate is at least this share of the best. rates: by number of rows.
+
+    It stays the `current` number, that of an earlier call, until another is better by more than noise.
+    """
+    enough = share * max(rates.values())
+    if current is not None and rates.get(current, 0.0) >= enough * (1.0 - SATURATION_NOISE):
+        clearly = enough * (1.0 + SATURATION_NOISE)
+        return min((rows for rows, rate in rates.items() if rows < current and rate >= clearly), default=current)
+    return min(rows for rows, rate in rates.items() if rate >= enough)
 
 
 class CostModel:
@@ -127,11 +139,22 @@ class CostModel:
             factor = self._factors[bucket] if self._num_corrections[bucket] else of_size[bucket.num_rows]
             rate = bucket.num_rows / (self._times[bucket] * factor)
             rates[bucket.num_rows] = max(rate, rates.get(bucket.num_rows, 0.0))
-        enough = SATURATION_SHARE * max(rates.values())
-        if current is not None and rates.get(current, 0.0) >= enough * (1.0 - SATURATION_NOISE):
-            clearly = enough * (1.0 + SATURATION_NOISE)
-            return min((rows for rows, rate in rates.items() if rows < current and rate >= clearly), default=current)
-        return min(rows for rows, rate in rates.items() if rate >= enough)
+        return smallest_near_best(rates, SATURATION_SHARE, current)
+
+    def prompt_rates(self, buckets: Sequence[Bucket], num_decodes: int, num_positions: int | None) -> list[float]:
+        """Prompt rows a millisecond of mixed buckets that have a time, beside so many decodes that attend to so many
+        positions together, or to those of the table."""
+        of_size = self._factors_of_size(buckets)
+        if num_positions is None:
+            num_positions = num_decodes * (0 if self._table is None else self._table.decode_context)
+        start = 0 if self._table is None else self._table.prompt_start
+        rates = []
+        for bucket in buckets:
+            factor = self._factors[bucket] if self._num_corrections[bucket] else of_size[bucket.num_rows]
+            milliseconds = self._uncorrected_ms(bucket, num_positions, prompt_pairs(start, bucket.prefill_rows))
+            assert milliseconds is not None, "the saturation point is known only if every bucket has a time"
+            rates.append(bucket.prefill_rows / (milliseconds * factor))
+        return rates
 
     def _factors_of_size(self, buckets: Sequence[Bucket]) -> dict[int, float]:
         """By number of rows, what the steps that ran say of the table: the mean of their buckets' factors, 1 where none

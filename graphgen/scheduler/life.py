@@ -15,6 +15,7 @@ from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.counters import Counters
 from graphgen.scheduler.in_flight import StepsInFlight
 from graphgen.scheduler.limits import SchedulerLimits
+from graphgen.scheduler.objectives import OBJECTIVES
 from graphgen.scheduler.overload import OverloadGuard
 from graphgen.scheduler.page_groups import PageGroups
 from graphgen.scheduler.preemption import Preemption
@@ -46,7 +47,7 @@ class WorkerLife:
         self.cache = PrefixCache(limits.num_pages, limits.page_size, groups, limits.prefix_cache)
         self.running = RunningSet(limits.num_slots, limits.page_size)
         self.in_flight = StepsInFlight()
-        self.budget = StepBudget(buckets, model, limits.steps_in_flight)
+        self.budget = StepBudget(buckets, model, limits.steps_in_flight, OBJECTIVES[limits.objective])
         self.admission = Admission(limits, self.cache, groups, self.running, tenants, buckets.long_prompt_len)
         self.rests = Rests(self.budget, self.running, tenants, self.admission)
         self.guard = OverloadGuard(limits, buckets, self.budget, model, self.running, tenants)

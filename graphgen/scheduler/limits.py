@@ -7,7 +7,7 @@ Owns numbers only. Made by `graphgen.scheduler.process` from the configuration a
 from msgspec import Struct
 
 from graphgen.ipc.errors import ConfigError, InvalidRequestError
-from graphgen.ipc.messages import Bucket
+from graphgen.ipc.messages import Bucket, ObjectiveName
 from graphgen.ipc.step_schema import MAX_SCORED_ROWS
 from graphgen.scheduler.page_groups import PageGroups
 
@@ -23,6 +23,7 @@ class SchedulerLimits(Struct, frozen=True):
     token_budget: int  # rows of one step
     max_model_len: int  # prompt and output together
     windows: tuple[int | None, ...] = (None,)  # of each page group: positions that a row sees; None sees all
+    objective: ObjectiveName = "balanced"
     steps_in_flight: int = 2
     prefix_cache: bool = True  # pages of equal prompts are shared
     max_waiting: int = 2**16  # requests

@@ -7,7 +7,8 @@ The estimate for a request, in milliseconds:
 
     (steps of the prompts before it and of its own) * step with prompts  +  its output tokens * step while it decodes
 
-- A step with prompts is one at the saturation point, beside as many decodes as run by then.
+- A step with prompts is as long as the budget makes it without a target while so many prompts wait, beside as many
+  decodes as run by then.
 - Steps of the prompts: their tokens over the prompt rows of such a step; or, if the slots do not suffice for all,
   the output tokens before it over the slots, where that is more.
 - While it decodes, prompts that wait now are computed beside it, so a step is one with prompts for so long; after that
@@ -107,7 +108,7 @@ class OverloadGuard:
 
     def _alone_ms(self, request: Request, num_cached: int) -> float | None:
         """As if it were the only request."""
-        room, prompt_step_ms = self._prompt_step(0, request.prompt_len)
+        room, prompt_step_ms = self._prompt_step(0, request.prompt_len, request.prompt_len)
         decode_step_ms = self._decode_step_ms(0, request.prompt_len)
         if prompt_step_ms is None or decode_step_ms is None:
             return None
@@ -117,10 +118,11 @@ class OverloadGuard:
     def _needed_ms(self, request: Request, num_cached: int) -> float | None:
         num_others = len(self._running) + self._tenants.num_waiting
         num_decodes = min(num_others, self._limits.num_slots - 1)
-        room, prompt_step_ms = self._prompt_step(num_decodes, request.prompt_len)
+        begun_tokens = sum(begun.num_missing for begun in self._running.begun)
+        pending_tokens = self._tenants.num_waiting_tokens + begun_tokens + request.prompt_len
+        room, prompt_step_ms = self._prompt_step(num_decodes, request.prompt_len, pending_tokens)
         if prompt_step_ms is None:
             return None
-        begun_tokens = sum(begun.num_missing for begun in self._running.begun)
         steps_before = (self._tokens_before(request) + begun_tokens) / room
         num_tokens = request.max_tokens * self._output_share
         if num_others >= self._limits.num_slots and not self._has_slot(request):
@@ -164,11 +166,12 @@ class OverloadGuard:
         decodes = self._running.decodes
         return num_decodes * (decodes.num_positions // len(decodes) if len(decodes) else prompt_len)
 
-    def _prompt_step(self, num_decodes: int, prompt_len: int) -> tuple[int, float | None]:
-        """Prompt rows of a step at the saturation point beside so many decodes, and its milliseconds."""
-        bucket = self._budget.saturated(num_decodes) or self._buckets.all_mixed[0]
+    def _prompt_step(self, num_decodes: int, prompt_len: int, pending_tokens: int) -> tuple[int, float | None]:
+        """Prompt rows of a step beside so many decodes while so many prompt tokens are left, and its milliseconds."""
+        positions = self._positions(num_decodes, prompt_len)
+        bucket = self._budget.usual(num_decodes, positions, pending_tokens) or self._buckets.all_mixed[0]
         pairs = prompt_pairs(0, bucket.prefill_rows)
-        milliseconds = self._model.predict_ms(bucket, self._positions(num_decodes, prompt_len), pairs)
+        milliseconds = self._model.predict_ms(bucket, positions, pairs)
         return bucket.prefill_rows, milliseconds or self._step_ms
 
     def _decode_step_ms(self, num_decodes: int, prompt_len: int) -> float | None:
@@ -177,10 +180,12 @@ class OverloadGuard:
         return self._model.predict_ms(bucket, self._positions(num_decodes + 1, prompt_len), 0) or self._step_ms
 
     def _drain_s(self) -> float:
-        room, step_ms = self._prompt_step(min(len(self._running), self._limits.num_slots - 1), 0)
+        num_decodes = min(len(self._running), self._limits.num_slots - 1)
+        waiting_tokens = self._tenants.num_waiting_tokens
+        room, step_ms = self._prompt_step(num_decodes, 0, waiting_tokens)
         if step_ms is None:
             return 1.0
-        return _bounded(_DRAINED_SHARE * self._tenants.num_waiting_tokens / room * step_ms / 1000.0)
+        return _bounded(_DRAINED_SHARE * waiting_tokens / room * step_ms / 1000.0)
 
 
 def _bounded(seconds: float) -> float:

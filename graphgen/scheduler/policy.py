@@ -28,7 +28,8 @@ The parts:
     pages, prefix_cache, page_chain             what the KV cache holds (and page_groups, page_branches)
     admission, preemption                       who may start, and who gives up slot and pages for others
     prompts, shares                             whose prompts get rows, and how many each
-    budget, buckets, cost_model                 how many rows a step may have (and lone_steps, step_bounds)
+    budget, buckets, cost_model                 how many rows a step may have (and objectives, large_steps, lone_steps,
+                                                step_bounds)
     plan                                        the message, and the record of it
     bookkeeping, counters                       what a plan changes, and when; what is counted
     logprobs                                    whose the log-probabilities of a step are

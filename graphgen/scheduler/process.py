@@ -85,6 +85,7 @@ def _limits(config: LaunchConfig, ready: WorkerReady) -> SchedulerLimits:
         num_slots=config.num_slots,
         max_chunks=ready.max_chunks,
         token_budget=config.token_budget,
+        objective=config.objective,
         max_model_len=config.max_model_len,
         prefix_cache=config.prefix_cache,
         max_waiting=config.max_waiting,

@@ -14,6 +14,7 @@ from graphgen.scheduler.budget import StepBudget, StepLoad
 from graphgen.scheduler.counters import Counters
 from graphgen.scheduler.in_flight import StepsInFlight
 from graphgen.scheduler.limits import SchedulerLimits
+from graphgen.scheduler.objectives import OBJECTIVES
 from graphgen.scheduler.page_groups import BlockTable
 from graphgen.scheduler.plan import PlanDraft
 from graphgen.scheduler.prefix_cache import PrefixCache
@@ -67,6 +68,7 @@ class PromptPlanner:
         self._admission = admission
         self._in_flight = in_flight
         self._counters = counters
+        self._hurry_share = OBJECTIVES[limits.objective].hurry_share
         self._bounds = StepBounds(budget, running, tenants, admission)
 
     def plan(self, draft: PlanDraft, now_s: float, may_admit: bool, helped: Sequence[Tenant]) -> None:
@@ -177,22 +179,33 @@ class PromptPlanner:
         )
 
     def _is_late(self, turn: "_Turn", num_decodes: int, now_s: float) -> bool:
-        """Whether a begun prompt of the tenant, or its waiting one to serve next, would miss its TTFT target at the
-        present rate.
-
-        A target that was missed already asks for no hurry.
-        """
+        """Whether a begun prompt of the tenant, or its waiting one to serve next, would get its first token too late at
+        the present rate: see `_due_s`."""
         candidates = [(running.request, running.num_missing) for running in turn.begun]
         candidates += [(request, len(request.tokens)) for request in islice(turn.tenant.waiting.first(1, 1), 1)]
         num_tokens = 0
         for request, missing in candidates:
             num_tokens += missing
-            if request.ttft_by_s is None or now_s >= request.ttft_by_s:
+            due_s = self._due_s(request, now_s)
+            if due_s is None:
                 continue
             needed_ms = self._budget.prompt_ms(num_decodes, self._running.decodes.num_positions, num_tokens)
-            if needed_ms is not None and now_s + needed_ms / 1000.0 > request.ttft_by_s:
+            if needed_ms is not None and now_s + needed_ms / 1000.0 > due_s:
                 return True
         return False
+
+    def _due_s(self, request: Request, now_s: float) -> float | None:
+        """When the request should have its first token; None: there is no hurry.
+
+        One that asks nothing of its gaps should have it early, as far as the objective says so. For any other, a target
+        that was missed already asks for no hurry.
+        """
+        due_s, target_ms = request.ttft_by_s, request.ttft_target_ms
+        if due_s is None or target_ms is None:
+            return None
+        if self._hurry_share is None or request.asks_for_gaps:
+            return due_s if now_s < due_s else None
+        return None if request.output else due_s - (1.0 - self._hurry_share) * target_ms / 1000.0
 
     def _admit(
         self, turn: "_Turn", draft: PlanDraft, shares: PromptShares, now_s: float, before: Request | None

@@ -83,6 +83,7 @@ class Request:
         "times_passed",
         "tokens",
         "ttft_by_s",
+        "ttft_target_ms",
     )
 
     def __init__(self, submit: Submit, arrival: int, arrived_s: float, page_size: int, tenant: "Tenant") -> None:
@@ -117,6 +118,7 @@ class Request:
         self.num_scored = 0  # of the rows of its prompt: those whose log-probabilities have arrived
         self.max_cached_len = _max_cached_len(submit.sampler, self.prompt_len, self.max_tokens)
         self.itl_target_ms = submit.itl_target_ms
+        self.ttft_target_ms = submit.ttft_target_ms
         self.ttft_by_s = None if submit.ttft_target_ms is None else submit.arrived_s + submit.ttft_target_ms / 1000.0
         self.deadline_s = None if submit.deadline_ms is None else submit.arrived_s + submit.deadline_ms / 1000.0
         self.last_step = -1  # the newest step that draws a token for it, as of its last preemption
@@ -137,6 +139,11 @@ class Request:
     def is_scored(self) -> bool:
         """Whether rows of its prompt are still to be computed for what they say of the prompt's next token."""
         return self.prompt_logprobs is not None and self.num_scored < self.prompt_len - 1
+
+    @property
+    def asks_for_gaps(self) -> bool:
+        """Whether it has a target for the gaps between its tokens."""
+        return self.itl_target_ms is not None
 
     @property
     def finish_reason(self) -> FinishReason | None:

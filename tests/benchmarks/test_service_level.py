@@ -25,9 +25,15 @@ class Means:
     """What an engine with default settings serves, the mean of all seeds. pace: of the device."""
 
     def __init__(
-        self, load: str, policy: simulate.Policy, level: ServiceLevel = LEVEL, pace: float = 1.0, seeds: range = SEEDS
+        self,
+        load: str,
+        policy: simulate.Policy,
+        level: ServiceLevel = LEVEL,
+        pace: float = 1.0,
+        seeds: range = SEEDS,
+        on: simulate.Machine | None = None,
     ) -> None:
-        on, requests = msgspec.structs.replace(make_machine(1024), device_pace=pace), parse_load(load, None)
+        on, requests = msgspec.structs.replace(on or make_machine(1024), device_pace=pace), parse_load(load, None)
         runs = [simulate.simulate(on, "promised", requests, seed, [level], policy, time.monotonic_ns) for seed in seeds]
         self._rows = [run.rows[0] for run in runs]
 
@@ -67,9 +73,32 @@ def test_a_tight_target_bounds_the_tail() -> None:
 def test_without_targets_steps_are_large_enough_for_the_rate_and_small_enough_for_the_tail(
     load: str, tail_ms: float, name: str, promised: float
 ) -> None:
-    means = Means(load, simulate.Policy())
+    means = Means(load, simulate.Policy(objective="latency"))
     assert means["p95_itl_ms"] <= tail_ms
     assert means[name] >= promised
+
+
+@pytest.mark.parametrize(
+    ("load", "balanced_gain", "throughput_gain"),
+    [
+        ("2600/60:16", 0.995, 0.995),
+        ("2600/60:32", 1.02, 1.045),
+        ("2600/60:64", 1.03, 1.07),
+        ("1200/128:64", 1.005, 1.01),
+    ],
+)
+def test_the_longer_the_queue_the_more_balanced_and_throughput_serve(
+    load: str, balanced_gain: float, throughput_gain: float
+) -> None:
+    """Where few prompts wait, neither loses rate to latency."""
+    on = make_machine(2048)
+    latency = Means(load, simulate.Policy(token_budget=1024, objective="latency"), on=on)
+    balanced = Means(load, simulate.Policy(token_budget=1024, objective="balanced"), on=on)
+    throughput = Means(load, simulate.Policy(token_budget=2048, objective="throughput"), on=on)
+    assert balanced["request_throughput"] >= balanced_gain * latency["request_throughput"]
+    assert throughput["request_throughput"] >= throughput_gain * latency["request_throughput"]
+    assert latency["p99_itl_ms"] <= 17.0
+    assert balanced["p99_itl_ms"] <= 30.0
 
 
 class Misled(simulate.Machine, frozen=True):
@@ -89,7 +118,7 @@ def test_a_table_that_flatters_the_largest_steps_is_seen_through_in_seconds() ->
     scheduler = on.scheduler(simulate.Policy())
     assert scheduler._life.budget.saturated(16) == Bucket(960, 64), "the table was meant to mislead"
     (row, *_) = simulate.simulate(
-        on, "promised", parse_load("2600/60:16x300", None), 0, [LEVEL], simulate.Policy()
+        on, "promised", parse_load("2600/60:16x300", None), 0, [LEVEL], simulate.Policy(objective="latency")
     ).rows
     assert float(str(row["p95_itl_ms"])) <= 16.5
 

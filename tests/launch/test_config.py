@@ -74,6 +74,7 @@ def test_defaults_on_cuda(spec: ModelSpec) -> None:
     launch = resolve(EngineConfig(device="cuda:1"), spec, FOLDER)
     assert (launch.device, launch.dtype, launch.token_budget) == ("cuda:1", spec.dtype, 1024)
     assert (launch.page_size, launch.compile, launch.num_slots) == (64, True, 256)
+    assert resolve(EngineConfig(device="cuda", objective="throughput"), spec, FOLDER).token_budget == 2048
     stored_wide = msgspec.structs.replace(spec, dtype="float32")
     assert resolve(EngineConfig(device="cuda"), stored_wide, FOLDER).dtype == "bfloat16"
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from graphgen.capture.buckets import build_ladder
 from graphgen.ipc.codec import pack_int32, unpack_int32
 from graphgen.ipc.errors import DeadlineError, OverloadedError
-from graphgen.ipc.messages import Bucket, BucketTime, SamplerParams, StepPlan, StepTimeTable, Submit
+from graphgen.ipc.messages import Bucket, BucketTime, ObjectiveName, SamplerParams, StepPlan, StepTimeTable, Submit
 from graphgen.scheduler.cost_model import CostModel, prompt_pairs
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.policy import Scheduler
@@ -76,6 +76,7 @@ class VirtualEngine:
         max_waiting: int = 10**6,
         max_waiting_tokens: int = 10**9,
         prefix_cache: bool = True,
+        objective: ObjectiveName = "balanced",
         step_ms: Callable[[Bucket], float] = full_step_ms,
     ) -> None:
         """noise: relative standard deviation of the steps' durations. step_ms: what a full step of a bucket takes."""
@@ -91,6 +92,7 @@ class VirtualEngine:
             max_waiting=max_waiting,
             max_waiting_tokens=max_waiting_tokens,
             prefix_cache=prefix_cache,
+            objective=objective,
         )
         self.scheduler = Scheduler(self.limits, CostModel(table(self.buckets, step_ms)))
         self._device = CostModel(table(self.buckets, step_ms))
