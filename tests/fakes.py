@@ -28,6 +28,7 @@ from graphgen.ipc.messages import (
     WorkerReady,
 )
 from graphgen.launch.processes import EngineProcesses, Exit
+from graphgen.remote.requests import NO_PARSING, Parsing
 from graphgen.requests.open_request import OpenRequest
 from graphgen.requests.tokenizer import Tokenizer
 
@@ -98,6 +99,7 @@ class FakeCore:
         self.cancelled: list[int] = []
         self.sampling: SamplingParams | Sequence[SamplingParams] | None = None
         self.tenants: list[str] = []
+        self.parsing = NO_PARSING
 
     def open(
         self,
@@ -106,8 +108,10 @@ class FakeCore:
         streams: bool,
         sinks: Sequence[Sink],
         tenant: str = "",
+        parsing: Parsing = NO_PARSING,
     ) -> list[int]:
         self.prompts += prompts
+        self.parsing = parsing
         self.sampling = sampling
         self.tenants.append(tenant)
         num_samples = sampling.n if isinstance(sampling, SamplingParams) else 1
@@ -182,6 +186,7 @@ def open_request(
     sampling: SamplingParams | None = None,
     streams: bool = True,
     arrived_s: float = 0.0,
+    marked_ids: frozenset[int] = frozenset(),
 ) -> OpenRequest:
     """A request of the prompt (1, 2, 3)."""
     sampling = sampling or SamplingParams()
@@ -194,4 +199,4 @@ def open_request(
         sampler=SamplerParams(),
         arrived_s=arrived_s,
     )
-    return OpenRequest(submit, (1, 2, 3), sampling, tokenizer, streams, sink)
+    return OpenRequest(submit, (1, 2, 3), sampling, tokenizer, streams, sink, 0, marked_ids)

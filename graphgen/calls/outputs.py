@@ -48,6 +48,16 @@ class RequestOutput(Struct, frozen=True):
         return short_repr(self)
 
 
+class Mark(Struct, frozen=True):
+    """Where the text of a sample has a token."""
+
+    token_id: int
+    start: int
+    """In characters, from the beginning of the sample's text."""
+    end: int
+    """Equal to start where the text leaves the token out."""
+
+
 class StreamPiece(Struct, frozen=True):
     """What one token added to a stream. Joined, the texts of all pieces of a sample are its whole text."""
 
@@ -66,6 +76,10 @@ class StreamPiece(Struct, frozen=True):
     """Of token_ids, as in RequestOutput."""
     prompt_logprobs: Logprobs | None = None
     """As in RequestOutput; in the first piece of sample 0 alone."""
+    marks: tuple[Mark, ...] = ()
+    """Of the tokens of this piece whose places in the text were asked for. They may be ahead of the text."""
+    prompt_tail: str = ""
+    """The end of the rendered chat, as far as it was asked for; the same in every piece."""
 
     def __repr__(self) -> str:
         return short_repr(self)

@@ -15,6 +15,7 @@ from graphgen.calls.outputs import StreamPiece
 from graphgen.calls.prompts import OnePrompt
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.gateway import schema
+from graphgen.gateway.chat_output import TAIL_LEN, ChatOutput, PlainOutput, join_deltas
 from graphgen.gateway.errors import error_of
 from graphgen.gateway.generation import (
     COMPLETION_MAX_TOKENS,
@@ -38,6 +39,8 @@ from graphgen.gateway.http import (
 )
 from graphgen.gateway.ids import new_id
 from graphgen.gateway.service import Service
+from graphgen.gateway.tools import read_tools
+from graphgen.remote.requests import NO_PARSING, Parsing
 
 ChunkUsage = schema.Usage | UnsetType | None
 """Absent; null where the client asked for one at the end; counts so far where it asked for them always."""
@@ -51,11 +54,19 @@ class Endpoints:
 
     async def chat_completions(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = await self._service.read(scope, receive, schema.ChatRequest)
-        prompt = chat_prompt(request)
+        parsers = self._service.parsers
+        tools = read_tools(request, parsers.has_calls)
+        prompt = chat_prompt(request, tools.described)
         limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
         sampling = sampling_of(request, limit)
-        answer = _Chat(new_id("chatcmpl"), self._service.known(request.model), sampling.n, request)
-        await self._answer(answer, [prompt], sampling, scope, receive, send)
+        is_parsed = tools.schemas is not None or not parsers.is_plain
+        outputs = [
+            ChatOutput(parsers, tools.schemas, tools.one_call) if is_parsed else PlainOutput()
+            for _ in range(sampling.n)
+        ]
+        answer = _Chat(new_id("chatcmpl"), self._service.known(request.model), request, outputs)
+        parsing = Parsing(tuple(parsers.symbols), TAIL_LEN) if is_parsed else NO_PARSING
+        await self._answer(answer, [prompt], sampling, scope, receive, send, parsing)
 
     async def completions(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = await self._service.read(scope, receive, schema.CompletionRequest)
@@ -90,8 +101,9 @@ class Endpoints:
         scope: Scope,
         receive: Receive,
         send: Send,
+        parsing: Parsing = NO_PARSING,
     ) -> None:
-        pieces = self._service.pieces(prompts, sampling, scope, receive)
+        pieces = self._service.pieces(prompts, sampling, scope, receive, parsing)
         tally = Tally(len(prompts))
         async with pieces:
             if answer.request.stream:
@@ -127,16 +139,16 @@ class _Answer(ABC):
         return None
 
     @abstractmethod
-    def chunk(self, index: int, text: str, finish: str | None, usage: ChunkUsage) -> Struct:
-        """New text of an output."""
+    def chunks(self, index: int, pieces: Sequence[StreamPiece], usage: ChunkUsage) -> list[Struct]:
+        """New pieces of an output."""
 
     @abstractmethod
     def last_chunk(self, usage: schema.Usage) -> Struct:
         """What follows all outputs, where the client asks for it."""
 
     @abstractmethod
-    def completion(self, texts: Sequence[str], finishes: Sequence[str], usage: schema.Usage) -> Struct:
-        """The whole answer."""
+    def completion(self, outputs: Sequence[Sequence[StreamPiece]], usage: schema.Usage) -> Struct:
+        """The whole answer: all pieces of each output."""
 
     async def events(self, pieces: Pieces, tally: Tally) -> AsyncIterator[bytes]:
         """The answer as server-sent events. What ends the request before the first of them is raised; later it is one
@@ -156,42 +168,55 @@ class _Answer(ABC):
 
     async def whole(self, pieces: Pieces, tally: Tally, num_prompts: int) -> Struct:
         """The answer to who does not stream."""
-        texts: list[list[str]] = [[] for _ in range(num_prompts * self._n)]
-        finishes = [""] * len(texts)
+        outputs: list[list[StreamPiece]] = [[] for _ in range(num_prompts * self._n)]
         async for batch in pieces.batches():
             for number, piece in batch:
                 tally.add(number, piece)
-                index = number * self._n + piece.sample_index
-                texts[index].append(piece.text)
-                finishes[index] = piece.finish_reason or ""
-        return self.completion(["".join(parts) for parts in texts], finishes, tally.usage)
+                outputs[number * self._n + piece.sample_index].append(piece)
+        return self.completion(outputs, tally.usage)
 
     def _events_of(self, batch: Sequence[tuple[int, StreamPiece]], begun: set[int], tally: Tally) -> bytes:
-        """One event for each output that has news: pieces that came together are joined."""
-        news: dict[int, tuple[str, str | None]] = {}
+        """The news of each output: pieces that came together are joined."""
+        news: dict[int, list[StreamPiece]] = {}
         for number, piece in batch:
             tally.add(number, piece)
-            index = number * self._n + piece.sample_index
-            news[index] = (news[index][0] if index in news else "") + piece.text, piece.finish_reason
+            news.setdefault(number * self._n + piece.sample_index, []).append(piece)
         usage = (tally.usage if self._has_usage_always else None) if self._has_usage else UNSET
         events = []
-        for index, (text, finish) in news.items():
+        for index, pieces in news.items():
             if index not in begun:
                 begun.add(index)
                 first = self.first_chunk(index, usage)
                 events += [] if first is None else [event(first)]
-            if text or finish:
-                events.append(event(self.chunk(index, text, finish, usage)))
+            events += [event(chunk) for chunk in self.chunks(index, pieces, usage)]
         return b"".join(events)
 
 
 class _Chat(_Answer):
+    def __init__(
+        self,
+        answer_id: str,
+        model: str,
+        request: schema.ChatRequest,
+        outputs: Sequence[ChatOutput | PlainOutput],
+    ) -> None:
+        """outputs: one for each sample."""
+        super().__init__(answer_id, model, len(outputs), request)
+        self._outputs = outputs
+
     def first_chunk(self, index: int, usage: ChunkUsage) -> Struct:
         return self._chunk(usage, schema.ChatChunkChoice(index=index, delta=schema.ChatDelta("assistant", "")))
 
-    def chunk(self, index: int, text: str, finish: str | None, usage: ChunkUsage) -> Struct:
-        delta = schema.ChatDelta(content=text or UNSET)
-        return self._chunk(usage, schema.ChatChunkChoice(index=index, delta=delta, finish_reason=finish))
+    def chunks(self, index: int, pieces: Sequence[StreamPiece], usage: ChunkUsage) -> list[Struct]:
+        """How the output ended is said with its last content, or by itself."""
+        deltas, finish = self._outputs[index].take(pieces)
+        if finish and (not deltas or deltas[-1].content is UNSET):
+            deltas.append(schema.ChatDelta())
+        ends = [None] * (len(deltas) - 1) + [finish]
+        return [
+            self._chunk(usage, schema.ChatChunkChoice(index=index, delta=delta, finish_reason=end))
+            for delta, end in zip(deltas, ends, strict=False)
+        ]
 
     def last_chunk(self, usage: schema.Usage) -> Struct:
         return self._chunk(usage)
@@ -201,11 +226,11 @@ class _Chat(_Answer):
             id=self._id, created=self._created, model=self._model, choices=list(choices), usage=usage
         )
 
-    def completion(self, texts: Sequence[str], finishes: Sequence[str], usage: schema.Usage) -> Struct:
-        choices = [
-            schema.ChatChoice(index=index, message=schema.ChatMessage(content=text), finish_reason=finish)
-            for index, (text, finish) in enumerate(zip(texts, finishes, strict=True))
-        ]
+    def completion(self, outputs: Sequence[Sequence[StreamPiece]], usage: schema.Usage) -> Struct:
+        choices = []
+        for index, pieces in enumerate(outputs):
+            deltas, finish = self._outputs[index].take(pieces)
+            choices.append(schema.ChatChoice(index=index, message=join_deltas(deltas), finish_reason=finish or ""))
         return schema.ChatCompletion(
             id=self._id, created=self._created, model=self._model, choices=choices, usage=usage
         )
@@ -222,20 +247,23 @@ class _Completion(_Answer):
         echoed = self._echoed[index // self._n]
         return self._made(usage, [schema.TextChoice(index=index, text=echoed)]) if echoed else None
 
-    def chunk(self, index: int, text: str, finish: str | None, usage: ChunkUsage) -> Struct:
-        return self._made(usage, [schema.TextChoice(index=index, text=text, finish_reason=finish)])
+    def chunks(self, index: int, pieces: Sequence[StreamPiece], usage: ChunkUsage) -> list[Struct]:
+        choice = _text_choice(index, pieces)
+        return [self._made(usage, [choice])] if choice.text or choice.finish_reason else []
 
     def last_chunk(self, usage: schema.Usage) -> Struct:
         return self._made(usage, [])
 
-    def completion(self, texts: Sequence[str], finishes: Sequence[str], usage: schema.Usage) -> Struct:
-        choices = [
-            schema.TextChoice(index=index, text=self._echoed[index // self._n] + text, finish_reason=finish)
-            for index, (text, finish) in enumerate(zip(texts, finishes, strict=True))
-        ]
+    def completion(self, outputs: Sequence[Sequence[StreamPiece]], usage: schema.Usage) -> Struct:
+        choices = [_text_choice(index, pieces, self._echoed[index // self._n]) for index, pieces in enumerate(outputs)]
         return self._made(usage, choices)
 
     def _made(self, usage: ChunkUsage, choices: list[schema.TextChoice]) -> Struct:
         return schema.TextCompletion(
             id=self._id, created=self._created, model=self._model, choices=choices, usage=usage
         )
+
+
+def _text_choice(index: int, pieces: Sequence[StreamPiece], echoed: str = "") -> schema.TextChoice:
+    text = echoed + "".join(piece.text for piece in pieces)
+    return schema.TextChoice(index=index, text=text, finish_reason=pieces[-1].finish_reason)

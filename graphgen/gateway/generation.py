@@ -26,6 +26,7 @@ from graphgen.gateway.schema import (
 )
 from graphgen.ipc.errors import InvalidRequestError
 from graphgen.remote.core import RemoteCore
+from graphgen.remote.requests import Parsing
 
 TICK_S = 10.0
 """A stream that has had nothing to say for so long sends a comment: proxies cut silent ones."""
@@ -85,14 +86,12 @@ def sampling_of(request: Generation, max_tokens: int | None) -> SamplingParams:
         raise ApiError(400, str(error), "invalid_request", param if param in _SAMPLING_FIELDS else None) from None
 
 
-def chat_prompt(request: ChatRequest) -> Chat:
-    """Raises ApiError."""
+def chat_prompt(request: ChatRequest, tools: list[dict[str, Any]] | None) -> Chat:
+    """tools: what the template is told of. Raises ApiError."""
     if request.logprobs or request.top_logprobs:
         raise not_served("logprobs", "log-probabilities")
     if request.response_format is not None and request.response_format.get("type") != "text":
         raise not_served("response_format", "structured output")
-    if request.tools and request.tool_choice != "none":
-        raise not_served("tools", "tool calls", 'say "tool_choice": "none"')
     _check_common(request)
     if request.echo:
         raise not_served("echo", "a chat before its answer")
@@ -100,16 +99,23 @@ def chat_prompt(request: ChatRequest) -> Chat:
         raise not_served("add_generation_prompt", "a chat that is not the model's turn")
     if set(request.modalities or ()) - {"text"}:
         raise not_served("modalities", "sound")
-    return chat_of(request)
+    return chat_of(request, tools)
 
 
-def chat_of(request: ChatRequest | TokenizeRequest) -> Chat:
+def prompt_without_calls(request: ChatRequest) -> Chat:
+    """Of an endpoint whose answers have no calls. Raises ApiError."""
+    if request.tools and request.tool_choice != "none":
+        raise not_served("tools", "tool calls", 'say "tool_choice": "none"')
+    return chat_prompt(request, None)
+
+
+def chat_of(request: ChatRequest | TokenizeRequest, tools: list[dict[str, Any]] | None) -> Chat:
     """What the model's template is given. Raises ApiError."""
     switches = dict(request.chat_template_kwargs or {})
     if request.reasoning_effort is not None:
         switches.setdefault("reasoning_effort", request.reasoning_effort)
     messages = [_known_fields(message) for message in request.messages or []]
-    return _checked(Chat(messages, None, request.documents, switches or None), "messages")
+    return _checked(Chat(messages, tools, request.documents, switches or None), "messages")
 
 
 def _known_fields(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,13 +198,14 @@ class Pieces:
         sampling: SamplingParams,
         tenant: str,
         receive: Receive,
+        parsing: Parsing,
     ) -> None:
         """receive: of the request, read to its end. Raises GraphgenError with nothing sent."""
         self._core = core
         self._receive = receive
         self._arrived: asyncio.Queue[tuple[int, Delivery | None]] = asyncio.Queue()  # None: a tick
         sinks = [functools.partial(self._put, mailbox, number) for number in range(len(prompts))]
-        self._request_ids = core.open(prompts, sampling, streams=True, sinks=sinks, tenant=tenant)
+        self._request_ids = core.open(prompts, sampling, streams=True, sinks=sinks, tenant=tenant, parsing=parsing)
         self._num_open = len(self._request_ids)
         self._beside: list[asyncio.Task[None]] = []
 

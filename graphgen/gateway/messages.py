@@ -12,7 +12,7 @@ from msgspec import structs
 from graphgen.calls.outputs import StreamPiece
 from graphgen.gateway import schema
 from graphgen.gateway.errors import ApiError, anthropic_body, error_of
-from graphgen.gateway.generation import Pieces, Tally, chat_prompt, sampling_of
+from graphgen.gateway.generation import Pieces, Tally, prompt_without_calls, sampling_of
 from graphgen.gateway.http import GoneError, Receive, Scope, Send, named_event, send_events, send_json
 from graphgen.gateway.ids import new_id
 from graphgen.gateway.messages_schema import (
@@ -53,7 +53,7 @@ class Messages:
         request = await self._service.read(scope, receive, MessagesRequest)
         shared = {field: getattr(request, field) for field in (*_SHARED, *_SHARED_TIMES)}
         chat = structs.replace(_chat_of(request), stop=request.stop_sequences, max_tokens=request.max_tokens, **shared)
-        prompt, sampling = chat_prompt(chat), sampling_of(chat, request.max_tokens)
+        prompt, sampling = prompt_without_calls(chat), sampling_of(chat, request.max_tokens)
         writer = _Writer(self._service, scope, request, self._service.known(request.model))
         async with self._service.pieces([prompt], sampling, scope, receive) as pieces:
             if request.stream:
@@ -64,7 +64,7 @@ class Messages:
     async def count_tokens(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = await self._service.read(scope, receive, PromptOfMessages)
         self._service.known(request.model)
-        found = await self._service.read_prompt(chat_prompt(_chat_of(request)), scope)
+        found = await self._service.read_prompt(prompt_without_calls(_chat_of(request)), scope)
         await send_json(send, InputTokens(len(found.token_ids)))
 
 

@@ -50,7 +50,7 @@ async def _serve(core: RemoteCore, settings: GatewaySettings) -> None:
     admission = None
     if settings.keys is not None:
         admission = Admission(ApiKeys(Path(settings.keys)), RateLimits(Path(settings.rates)))
-    service = Service(core, settings.model_names)
+    service = Service(core, settings.model_names, settings.output_format)
     config = uvicorn.Config(
         make_app(service, admission, settings.metrics_names, settings.origins),
         http=LimitedProtocol,

@@ -14,7 +14,7 @@ from msgspec import Struct, structs
 from graphgen.calls.outputs import StreamPiece
 from graphgen.gateway import schema
 from graphgen.gateway.errors import ApiError, error_of
-from graphgen.gateway.generation import Pieces, Tally, chat_prompt, not_served, sampling_of
+from graphgen.gateway.generation import Pieces, Tally, not_served, prompt_without_calls, sampling_of
 from graphgen.gateway.http import KEEP_ALIVE, GoneError, Receive, Scope, Send, named_event, send_events, send_json
 from graphgen.gateway.ids import new_id
 from graphgen.gateway.responses_schema import (
@@ -49,7 +49,7 @@ class Responses:
     async def create(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = await self._service.read(scope, receive, ResponsesRequest)
         chat = chat_request_of(request)
-        prompt, sampling = chat_prompt(chat), sampling_of(chat, chat.max_tokens)
+        prompt, sampling = prompt_without_calls(chat), sampling_of(chat, chat.max_tokens)
         writer = _Writer(request, self._service.known(request.model))
         async with self._service.pieces([prompt], sampling, scope, receive) as pieces:
             if request.stream:

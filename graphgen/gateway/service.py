@@ -21,7 +21,9 @@ from graphgen.gateway.errors import ApiError
 from graphgen.gateway.generation import Pieces
 from graphgen.gateway.http import Receive, Scope, read_json
 from graphgen.gateway.keys import Holder
+from graphgen.gateway.output_parsers.formats import OutputFormat, ParserMaker
 from graphgen.remote.core import RemoteCore
+from graphgen.remote.requests import NO_PARSING, Parsing
 
 Body = TypeVar("Body")
 
@@ -36,10 +38,11 @@ HOLDER = "graphgen.holder"
 class Service:
     """The server behind the gateway, as its endpoints use it."""
 
-    def __init__(self, core: RemoteCore, model_names: Sequence[str]) -> None:
+    def __init__(self, core: RemoteCore, model_names: Sequence[str], output_format: OutputFormat) -> None:
         self.core = core
         self.model_names = model_names
         self.answers = Answers(core)
+        self.parsers = ParserMaker(output_format)
         self.created = int(time.time())
         """When this gateway began, in seconds since 1970."""
         self._mailbox: Mailbox | None = None
@@ -63,10 +66,17 @@ class Service:
             raise ApiError(404, text, "model_not_found", "model")
         return name
 
-    def pieces(self, prompts: Sequence[OnePrompt], sampling: SamplingParams, scope: Scope, receive: Receive) -> Pieces:
+    def pieces(
+        self,
+        prompts: Sequence[OnePrompt],
+        sampling: SamplingParams,
+        scope: Scope,
+        receive: Receive,
+        parsing: Parsing = NO_PARSING,
+    ) -> Pieces:
         """Sends the prompts. Raises GraphgenError with nothing sent."""
         sampling = _within_key(sampling, scope)
-        return Pieces(self.core, self._mailbox_of_loop(), prompts, sampling, tenant_of(scope), receive)
+        return Pieces(self.core, self._mailbox_of_loop(), prompts, sampling, tenant_of(scope), receive, parsing)
 
     async def read_prompt(
         self, prompt: OnePrompt, scope: Scope, *, special_tokens: bool = True, with_text: bool = False

@@ -7,6 +7,8 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
+from graphgen.gateway.output_parsers.formats import OutputFormat
+
 END_SIGNAL = signal.SIGUSR1
 """By which the supervisor ends it. Those of service managers come to every process of a server."""
 
@@ -20,6 +22,8 @@ class GatewaySettings(Struct, frozen=True, kw_only=True):
     """The frontend's private address."""
     model_names: tuple[str, ...]
     """What requests may call the model; the first is what answers call it."""
+    output_format: OutputFormat
+    """What the model writes."""
     keys: str | None
     """Folder of API keys; None: none are asked for."""
     metrics_names: Literal["graphgen", "vllm"]

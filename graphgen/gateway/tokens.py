@@ -55,4 +55,4 @@ def _prompt_of(request: schema.TokenizeRequest) -> OnePrompt:
         raise not_served("add_generation_prompt", "a chat that is not the model's turn")
     if request.add_special_tokens:
         raise not_served("add_special_tokens", "tokens around what the chat template writes")
-    return chat_of(request)
+    return chat_of(request, request.tools)

@@ -12,7 +12,7 @@ from graphgen.ipc.errors import InvalidRequestError
 from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS, Health, Report, Stats, StatsRequest, Welcome
 from graphgen.remote.address import ClientSettings, ServerAddress
 from graphgen.remote.connection import Connection
-from graphgen.remote.requests import PromptRequest, RemoteRequest, make_generate
+from graphgen.remote.requests import NO_PARSING, Parsing, PromptRequest, RemoteRequest, make_generate
 
 STATS = StatsRequest()
 
@@ -36,18 +36,21 @@ class RemoteCore:
         streams: bool,
         sinks: Sequence[Sink],
         tenant: str = "",
+        parsing: Parsing = NO_PARSING,
     ) -> list[int]:
         """Sends a request for each prompt. Raises InvalidRequestError with none sent; what only the server can check
         reaches the sinks as an exception.
 
-        tenant: on whose behalf, where the server trusts this connection.
+        tenant: on whose behalf, where the server trusts this connection. parsing: of chats' outputs.
 
         Returns the id of a prompt's request once for each of its outputs, which is what its sink will get.
         """
         parameters = one_each(sampling, len(prompts))
         self._check_features(prompts)
         requests = [
-            RemoteRequest(make_generate(next(self._request_ids), prompt, own, streams, tenant), prompt, streams, sink)
+            RemoteRequest(
+                make_generate(next(self._request_ids), prompt, own, streams, tenant, parsing), prompt, streams, sink
+            )
             for prompt, own, sink in zip(prompts, parameters, sinks, strict=True)
         ]
         self._connection.submit(requests)

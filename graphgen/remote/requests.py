@@ -7,9 +7,9 @@ import time
 from typing import NoReturn, cast
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, Struct
 
-from graphgen.calls.outputs import Delivery, PromptTokens, RequestOutput, Sink, StreamPiece, Timing
+from graphgen.calls.outputs import Delivery, Mark, PromptTokens, RequestOutput, Sink, StreamPiece, Timing
 from graphgen.calls.prompts import Chat, OnePrompt
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.ipc.codec import pack_int32
@@ -44,11 +44,13 @@ class RemoteRequest:
         self._times_s: list[list[float]] = [[] for _ in range(message.sampling.n)]
         self._num_open = message.sampling.n
         self._num_prompt_tokens = 0
+        self._prompt_tail = ""
         self._cached_tokens = [0] * message.sampling.n
 
     def accept(self, accepted: Accepted) -> None:
         self.accepted = True
         self._num_prompt_tokens = accepted.prompt_tokens
+        self._prompt_tail = accepted.tail
         if accepted.prompt_ids is not None:
             self._prompt_ids = tuple(accepted.prompt_ids)
 
@@ -75,6 +77,8 @@ class RemoteRequest:
             cached_tokens=self._cached_tokens[delta.sample],
             sample_index=delta.sample,
             prompt_tokens=self._num_prompt_tokens,
+            marks=tuple(Mark(mark.id, mark.start, mark.end) for mark in delta.marks),
+            prompt_tail=self._prompt_tail,
         )
 
     def take_done(self, done: Done) -> list[Delivery]:
@@ -131,8 +135,23 @@ class PromptRequest:
         return [error]
 
 
+class Parsing(Struct, frozen=True):
+    """What who parses outputs asks for beside their text: `generate.marked_ids` and `tail_len`."""
+
+    marked_ids: tuple[int, ...] = ()
+    tail_len: int = 0
+
+
+NO_PARSING = Parsing()
+
+
 def make_generate(
-    request_id: int, prompt: OnePrompt, sampling: SamplingParams, streams: bool, tenant: str = ""
+    request_id: int,
+    prompt: OnePrompt,
+    sampling: SamplingParams,
+    streams: bool,
+    tenant: str = "",
+    parsing: Parsing = NO_PARSING,
 ) -> Generate:
     """tenant: see `generate.tenant`. Raises InvalidRequestError for what cannot be written down in the protocol."""
     wire = wire_sampling(sampling)
@@ -140,7 +159,14 @@ def make_generate(
         return Generate(id=request_id, text=_valid_text(prompt), sampling=wire, tenant=tenant, echo_ids=not streams)
     if isinstance(prompt, Chat):
         message = _generate_chat(request_id, prompt)
-        return msgspec.structs.replace(message, sampling=wire, tenant=tenant, echo_ids=not streams)
+        return msgspec.structs.replace(
+            message,
+            sampling=wire,
+            tenant=tenant,
+            echo_ids=not streams,
+            marked_ids=list(parsing.marked_ids),
+            tail_len=parsing.tail_len,
+        )
     if not prompt:
         raise InvalidRequestError("the prompt is empty: give at least one token")
     try:

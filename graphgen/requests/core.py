@@ -86,14 +86,20 @@ class AttachedCore:
         return [request.submit.request_id for request in requests]
 
     def prepare(
-        self, token_ids: Sequence[int], sampling: SamplingParams, sink: Sink, arrived_s: float, tenant: str
+        self,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        sink: Sink,
+        arrived_s: float,
+        tenant: str,
+        marked_ids: frozenset[int] = frozenset(),
     ) -> list[OpenRequest]:
         """The n requests of a prompt that streams, checked and not sent. Raises InvalidRequestError.
 
         arrived_s: when the prompt came, as time.monotonic(): its deadline and its times count from there.
-        tenant: who they are accounted to.
+        tenant: who they are accounted to. marked_ids: tokens whose places in the text the pieces say.
         """
-        return self._make_requests("the prompt", token_ids, sampling, sink, True, arrived_s, tenant)
+        return self._make_requests("the prompt", token_ids, sampling, sink, True, arrived_s, tenant, marked_ids)
 
     def check_prompt(self, token_ids: Sequence[int]) -> None:
         """Of a prompt that is to be looked at and not served: it may be empty, and may fill the context.
@@ -141,6 +147,7 @@ class AttachedCore:
         streams: bool,
         arrived_s: float,
         tenant: str = "",
+        marked_ids: frozenset[int] = frozenset(),
     ) -> list[OpenRequest]:
         """The n requests of a prompt; `name` says in errors which prompt it is."""
         self._check_prompt(name, token_ids, sampling)
@@ -169,7 +176,7 @@ class AttachedCore:
             for sample_index in range(sampling.n)
         ]
         return [
-            OpenRequest(submit, token_ids, sampling, self._tokenizer, streams, sink, sample_index)
+            OpenRequest(submit, token_ids, sampling, self._tokenizer, streams, sink, sample_index, marked_ids)
             for sample_index, submit in enumerate(submits)
         ]
 

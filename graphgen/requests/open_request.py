@@ -7,7 +7,7 @@ scheduler sends and passes on what it returns.
 from collections.abc import Callable, Sequence
 
 from graphgen.calls.logprobs import Logprobs, join, pack
-from graphgen.calls.outputs import Delivery, RequestOutput, Sink, StreamPiece, Timing
+from graphgen.calls.outputs import Delivery, Mark, RequestOutput, Sink, StreamPiece, Timing
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.ipc.messages import FinishReason, Submit, TokenOutput
 from graphgen.ipc.step_schema import WORD_BYTES, logprob_words
@@ -27,7 +27,9 @@ class OpenRequest:
         streams: bool,
         sink: Sink,
         sample_index: int = 0,
+        marked_ids: frozenset[int] = frozenset(),
     ) -> None:
+        """marked_ids: tokens whose places in the text the pieces of a stream say."""
         self.submit = submit  # the message that opens the request
         self.sink = sink
         self.started_s = submit.arrived_s  # when its first chunk was planned, once its first token is here
@@ -50,6 +52,8 @@ class OpenRequest:
         self._token_ids: list[int] = []
         self._token_times_s: list[float] = []
         self._text: list[str] = []
+        self._marked_ids = marked_ids
+        self._decoded_len = 0  # of the text, what stop strings hold back or cut off included
 
     def hear(self, output: TokenOutput) -> None:
         """What the scheduler says of the request besides its tokens, which `take` gets after that."""
@@ -66,9 +70,10 @@ class OpenRequest:
         """
         token_ids: list[int] = []
         pieces: list[str] = []
+        marks: list[Mark] = []
         for token_id in new_token_ids:
             token_ids.append(token_id)
-            text, stopped = self._add_token(token_id)
+            text, stopped = self._add_token(token_id, marks)
             pieces.append(text)
             if stopped:
                 reason = "stop"
@@ -86,7 +91,7 @@ class OpenRequest:
             text = "".join(pieces)
             prompt = self._cached_tokens, self._sample_index, len(self._prompt_token_ids)
             of_prompt = self._prompt_logprobs() if is_first else None
-            return StreamPiece(text, tuple(token_ids), reason, *prompt, found, of_prompt), reason
+            return StreamPiece(text, tuple(token_ids), reason, *prompt, found, of_prompt, tuple(marks)), reason
         if found is not None:
             self._logprobs.append(found)
         return (None if reason is None else self._output(reason, now_s)), reason
@@ -104,12 +109,15 @@ class OpenRequest:
         values, self._prompt_values = self._prompt_values, b""
         return pack(self.submit.prompt_logprobs, tuple(others), values, self._token_bytes, self._token_bytes(first))
 
-    def _add_token(self, token_id: int) -> tuple[str, bool]:
-        """(text that became certain, whether a stop string is complete)."""
+    def _add_token(self, token_id: int, marks: list[Mark]) -> tuple[str, bool]:
+        """(text that became certain, whether a stop string is complete). The token's mark, if it has one, is added."""
         self._token_ids.append(token_id)
         if self._detokenizer is None:
             return "", False
         piece = self._detokenizer.push(token_id)
+        self._decoded_len += len(piece)
+        if token_id in self._marked_ids:
+            marks.append(self._mark(token_id, piece))
         if self._stops is None or len(self._token_ids) < self._min_tokens:
             return piece, False
         text, stopped = self._stops.push(piece)
@@ -117,6 +125,13 @@ class OpenRequest:
             more, stopped = self._stops.peek(self._detokenizer.pending)
             text += more if stopped else ""
         return text, stopped
+
+    def _mark(self, token_id: int, piece: str) -> Mark:
+        """Of the newest token, with which `piece` became certain: its own text is the end of it."""
+        assert self._detokenizer is not None, "marks are of streams"
+        own = self._decode([token_id])
+        end = self._decoded_len + len(self._detokenizer.pending)
+        return Mark(token_id, end - len(own) if piece.endswith(own) else end, end)
 
     def _finish_text(self) -> str:
         """The text still held back, when the last token has come and no stop string was found."""

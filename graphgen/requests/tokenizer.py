@@ -62,6 +62,16 @@ class Tokenizer:
         return TokenizerData(self._backend.to_str(), self._special_tokens, self._chat_source)
 
     @property
+    def chat_text(self) -> str:
+        """The chat template as it is written; empty where there is none."""
+        return "" if self._chat_source is None else self._chat_source.text
+
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """The ids of the tokens that are special or were added to the vocabulary, by their text."""
+        return {token.content: token_id for token_id, token in self._backend.get_added_tokens_decoder().items()}
+
+    @property
     def has_chat(self) -> bool:
         """Whether the model has a chat template that can be read."""
         return self.chat_template is not None and not self.chat_template.fault

@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from graphgen.base.addresses import check_address, control_address
 from graphgen.gateway import keys as http_keys
+from graphgen.gateway.output_parsers.formats import ReasoningParser, ToolParser
 from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS
 from graphgen.server.frontend.keys import Keys, default_folder
@@ -40,6 +41,10 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
     """What HTTP clients call the model. None: as it is called here."""
     metrics_names: Literal["graphgen", "vllm"] = "graphgen"
     """What `/metrics` calls its metrics: graphgen_*, or vLLM's names, for routers and dashboards that read those."""
+    tool_parser: ToolParser = "auto"
+    """How the model writes its tool calls, for HTTP clients; auto goes by its chat template."""
+    reasoning_parser: ReasoningParser = "auto"
+    """How the model writes what it thinks, for HTTP clients; auto goes by its chat template and its tokens."""
     insecure_public: bool = False
     """Let everyone in who can reach a public address."""
     grace_s: float = 30.0

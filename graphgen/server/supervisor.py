@@ -17,6 +17,7 @@ from graphgen.base.addresses import remove_dead
 from graphgen.base.descriptors import raise_descriptor_limit
 from graphgen.base.progress import StartProgress
 from graphgen.base.signals import EndSignals
+from graphgen.gateway.output_parsers.formats import PLAIN, choose_format
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.errors import EngineDeadError
 from graphgen.ipc.messages import (
@@ -65,6 +66,7 @@ class Supervisor:
         self._engine_starts = StartLimit()
         self._engine_is_lost = False  # and is being started again
         self._ready: Ready | None = None
+        self._output_format = PLAIN
         self._progress = StartProgress(config.progress)
         self._num_lost: int | None = None
         self._listening = False
@@ -107,7 +109,11 @@ class Supervisor:
         launch.write(processes.folder)
         # It binds its sockets at once, so that an address in use is found soon.
         self._frontend.start(partial(self._start_frontend, processes))
-        write_tokenizer(load_config_tokenizer(self._config, launch), processes.folder)
+        tokenizer = load_config_tokenizer(self._config, launch)
+        write_tokenizer(tokenizer, processes.folder)
+        if tokenizer is not None:
+            parsers = self._options.tool_parser, self._options.reasoning_parser
+            self._output_format = choose_format(*parsers, tokenizer.chat_text, tokenizer.added_tokens)
 
     def _start_frontend(self, processes: EngineProcesses) -> None:
         FrontendSettings(
@@ -142,7 +148,7 @@ class Supervisor:
             return
         self._watch_engine(processes, channel)
         self._watch_frontend(processes)
-        self._gateways.restore(processes)
+        self._gateways.restore(processes, self._output_format)
         if not self._listening and time.monotonic() - self._started_s > self._config.start_timeout_s:
             tails = "\n".join(f"[{name}]\n{processes.log_tail(name)}" for name in processes.pids)
             raise EngineDeadError(
@@ -188,7 +194,7 @@ class Supervisor:
         self._say(
             "no keys: who can connect may" if self._keys is None else f"only CURVE keys of {self._keys} may connect"
         )
-        self._gateways.start(processes)
+        self._gateways.start(processes, self._output_format)
         self._say("ready")
 
     def _pass_signals_on(

@@ -23,6 +23,10 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_LEN = 1024
 MAX_STOP_TOKEN_IDS = 16
 MAX_SAMPLES = 16
+MAX_MARKED_IDS = 256
+"""Token ids whose places in the text a request asks for."""
+MAX_TAIL_LEN = 4096
+"""Characters of the end of a rendered chat."""
 MAX_PRIORITY = 9
 MAX_DURATION_MS = 3_600_000
 MAX_CACHE_SALT_LEN = 256

@@ -226,6 +226,21 @@ class Generate(Struct, frozen=True, kw_only=True, omit_defaults=True):
             " with an empty `done.finish`."
         ),
     ] = False
+    marked_ids: Annotated[
+        list[TokenId],
+        Meta(
+            max_length=limits.MAX_MARKED_IDS,
+            description="Tokens whose places in the text the deltas say; for those who parse outputs.",
+        ),
+    ] = []
+    tail_len: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=limits.MAX_TAIL_LEN,
+            description="With `messages`: so many characters of the end of the rendered chat come back in `accepted`.",
+        ),
+    ] = 0
 
 
 OF_CHATS = ("tools", "documents", "chat_template_kwargs")
@@ -356,6 +371,17 @@ class Accepted(Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt_tokens: Annotated[Count, Meta(description="Length of the prompt.")]
     prompt_ids: Annotated[list[TokenId] | None, Meta(description="With `generate.echo_ids`: the prompt.")] = None
     prompt_text: Annotated[str | None, Meta(description="With `generate.echo_text`: the prompt.")] = None
+    tail: Annotated[
+        str, Meta(description="With `generate.tail_len`: the end of the rendered chat, where the output goes on.")
+    ] = ""
+
+
+class Mark(Struct, frozen=True, kw_only=True):
+    """A place in the text of a sample: an item of `delta.marks`."""
+
+    id: Annotated[TokenId, Meta(description="The token.")]
+    start: Annotated[Count, Meta(description="In characters (Unicode code points) of the sample's text.")]
+    end: Annotated[Count, Meta(description="Equal to `start` where the text leaves the token out.")]
 
 
 class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -374,6 +400,13 @@ class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     cached_tokens: Annotated[
         Count, Meta(description="In the sample's first delta: prompt tokens found in the prefix cache.")
     ] = 0
+    marks: Annotated[
+        list[Mark],
+        Meta(
+            description="Where the tokens of `generate.marked_ids` among `ids` are in the text. They may be ahead of"
+            " the text, or behind its end when a stop string has cut it."
+        ),
+    ] = []
 
 
 class Deltas(Struct, frozen=True, kw_only=True):

@@ -62,6 +62,15 @@ def test_what_a_client_gives_a_template_reaches_it(make_frontend: MakeFrontend) 
     assert ids == tokenizer.encode(text)
 
 
+def test_the_end_of_a_rendered_chat_comes_back_where_it_is_asked_for(make_frontend: MakeFrontend) -> None:
+    client = make_frontend(tokenizer=demo_tokenizer("{{ messages[0].content }}é<think>")).connect()
+    client.send(Hello(client="test"))
+    assert "marks" in client.expect(Welcome).features
+    for request_id, tail_len, tail in ((1, 0, ""), (2, 8, "é<think>"), (3, 4096, "hié<think>")):
+        client.send(Generate(id=request_id, messages=CHAT, tail_len=tail_len))
+        assert client.expect(Accepted).tail == tail
+
+
 @pytest.mark.parametrize(
     ("wrong", "code"),
     [

@@ -22,7 +22,7 @@ def make_request(num_samples: int, stream: bool = True) -> PublicRequest:
     ]
     opened = [SimpleNamespace(started_s=0.5, submit=submit) for submit in submits]
     request = PublicRequest(Session(b"id", "name", "", 0.0), 9, "client", num_samples, arrived_s=0.0)
-    request.accept(Prepared(cast(Any, opened), 4, None, None, 0, None, stream))
+    request.accept(Prepared(cast(Any, opened), 4, None, None, 0, None, stream, ""))
     return request
 
 

@@ -1,21 +1,18 @@
 """HTTP on real connections: what clients may not do to the gateway."""
 
-import asyncio
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from http import client
 from typing import Any
 
 import pytest
-import uvicorn
 
 from graphgen.gateway import http, protocol
-from graphgen.gateway.app import make_app
-from graphgen.gateway.protocol import LimitedProtocol
+from graphgen.gateway.output_parsers.formats import PLAIN
 from graphgen.gateway.service import Service
 from tests.gateway.asgi import GatewayCore, says
+from tests.gateway.over_http import serving_http
 
 BODY = b'{"messages": [{"role": "user", "content": "Hi"}]}'
 CHUNKED = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n" % (
@@ -30,15 +27,9 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Of a server in a thread, which is impatient."""
     monkeypatch.setattr(protocol, "HEAD_S", 0.3)
     monkeypatch.setattr(http, "BODY_S", 0.3)
-    service = Service(GatewayCore(says("a", "b")), ["fake"])  # type: ignore[arg-type]  # a stand-in for RemoteCore
-    config = uvicorn.Config(make_app(service), http=LimitedProtocol, ws="none", lifespan="off", log_config=None)
-    server = uvicorn.Server(config)
-    listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
-    thread.start()
-    yield listener.getsockname()[1]
-    server.should_exit = True
-    thread.join()
+    service = Service(GatewayCore(says("a", "b")), ["fake"], PLAIN)  # type: ignore[arg-type]  # a stand-in for RemoteCore
+    with serving_http(service) as port:
+        yield port
 
 
 def connect(port: int) -> socket.socket:

@@ -61,6 +61,7 @@ class Prepared:
     priority: int
     deadline_s: float | None  # as time.monotonic()
     stream: bool
+    tail: str  # of the rendered chat
 
 
 class Preparer:
@@ -127,7 +128,7 @@ class Preparer:
         """Raises FrameError or InvalidRequestError for what cannot be served."""
         message = self._framing.decode(frames)
         assert isinstance(message, Generate), "only generate is prepared"
-        token_ids = self._prompt_ids(message)
+        token_ids, tail = self._prompt_ids(message)
         sampling = message.sampling if request.session.is_trusted else self._capped(message, request.session.key)
         if message.prompt_only:
             self._core.check_prompt(token_ids)
@@ -139,6 +140,7 @@ class Preparer:
                 functools.partial(sink, request),
                 request.arrived_s,
                 request.client,
+                frozenset(message.marked_ids),
             )
         deadline_ms = sampling.deadline_ms
         return Prepared(
@@ -149,6 +151,7 @@ class Preparer:
             priority=sampling.priority,
             deadline_s=None if deadline_ms is None else request.arrived_s + deadline_ms / 1000,
             stream=message.stream,
+            tail=tail,
         )
 
     def _capped(self, message: Generate, key: str) -> Sampling:
@@ -156,7 +159,8 @@ class Preparer:
         priority = min(message.sampling.priority, self._max_priority(key))
         return msgspec.structs.replace(message.sampling, priority=priority)
 
-    def _prompt_ids(self, message: Generate) -> list[int]:
+    def _prompt_ids(self, message: Generate) -> tuple[list[int], str]:
+        """(the prompt, as much of the end of its text as is asked for)."""
         given = [
             name for name in ("text", "messages", "prompt_ids", "prompt_u32") if getattr(message, name) is not None
         ]
@@ -171,19 +175,21 @@ class Preparer:
         if further and message.messages is None:
             raise InvalidRequestError(f"{' and '.join(further)} belong to a chat: give messages, or leave them out")
         if message.prompt_ids is not None:
-            return message.prompt_ids
+            return message.prompt_ids, ""
         if message.prompt_u32 is not None:
-            return unpack_prompt(message.prompt_u32)
+            return unpack_prompt(message.prompt_u32), ""
         if message.text is not None:
             self._check_text([message.text])
             if not message.special_tokens:
-                return self._core.tokenizer.encode_bare(message.text)
-            return list(self._core.token_ids([message.text])[0])
+                return self._core.tokenizer.encode_bare(message.text), ""
+            return list(self._core.token_ids([message.text])[0]), ""
         messages = [_given_keys(one) for one in message.messages or []]
         chat = one_prompt(Chat(messages, message.tools, message.documents, message.chat_template_kwargs))
         assert isinstance(chat, Chat)
         self._check_text(_texts_of(chat))
-        return list(self._core.token_ids([chat])[0])
+        tokenizer = self._core.tokenizer
+        text = tokenizer.render_chat(chat.messages, chat.tools, chat.documents, chat.chat_template_kwargs)
+        return tokenizer.encode_bare(text), text[max(0, len(text) - message.tail_len) :]
 
     def _check_text(self, texts: Sequence[str]) -> None:
         """Before any work is put into it."""

@@ -223,6 +223,7 @@ def _welcome(settings: FrontendSettings, core: AttachedCore, sockets: PublicSock
         "notices": True,
         "batches": True,
         "prompt_only": core.has_tokenizer,
+        "marks": core.has_tokenizer,
         "template_arguments": core.has_tokenizer and core.tokenizer.has_chat,
     }
     return Welcome(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from graphgen.calls.outputs import StreamPiece
-from graphgen.ipc.ggp.messages import Accepted, Delta, Done, Error, Timing, Usage
+from graphgen.ipc.ggp.messages import Accepted, Delta, Done, Error, Mark, Timing, Usage
 from graphgen.ipc.ggp.statistics import OpenRequest
 from graphgen.ipc.messages import RequestEnded
 from graphgen.server.frontend.tallies import RequestClock
@@ -23,7 +23,7 @@ ABORTED = "aborted"
 class _Sample:
     """Unsent output of one sample."""
 
-    __slots__ = ("cached_tokens", "ended", "finish", "finish_sent", "ids", "num_tokens", "started", "texts")
+    __slots__ = ("cached_tokens", "ended", "finish", "finish_sent", "ids", "marks", "num_tokens", "started", "texts")
 
     def __init__(self) -> None:
         self.started = False  # it has a token
@@ -31,6 +31,7 @@ class _Sample:
         self.num_tokens = 0  # sent in deltas
         self.ids: list[int] = []
         self.texts: list[str] = []
+        self.marks: list[Mark] = []
         self.finish = ""  # how it ended
         self.ended = False
         self.finish_sent = False
@@ -118,6 +119,7 @@ class PublicRequest:
         sample.ids.extend(piece.token_ids)
         if piece.text:
             sample.texts.append(piece.text)
+        sample.marks += [Mark(id=mark.token_id, start=mark.start, end=mark.end) for mark in piece.marks]
         self._last_token_ms = (now_s - self.arrived_s) * 1000
         if not self.started:
             self.started = True
@@ -192,6 +194,7 @@ class PublicRequest:
                 prompt_tokens=self.prepared.num_prompt_tokens,
                 prompt_ids=self.prepared.prompt_ids,
                 prompt_text=self.prepared.prompt_text,
+                tail=self.prepared.tail,
             )
         return next(self.deltas(), None) or (None if self._end_sent else self._end)
 
@@ -210,7 +213,7 @@ class PublicRequest:
             case Delta():
                 sample = self._samples[message.sample]
                 sample.num_tokens += len(sample.ids)
-                sample.ids, sample.texts = [], []
+                sample.ids, sample.texts, sample.marks = [], [], []
                 sample.finish_sent = sample.finish_sent or message.finish is not None
             case Done() | Error():
                 self._end_sent = True
@@ -224,6 +227,7 @@ class PublicRequest:
             text="".join(sample.texts),
             finish=sample.finish if sample.ended and not sample.finish_sent else None,
             cached_tokens=0 if sample.num_tokens else sample.cached_tokens,
+            marks=sample.marks,
         )
 
     def _done(self) -> Done:

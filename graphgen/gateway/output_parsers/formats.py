@@ -1,0 +1,163 @@
+"""The formats that are known by name, which of them a model writes, and parsers of them.
+
+Owns the names of `--tool-parser` and `--reasoning-parser`. Used by the supervisor, which chooses when a server starts,
+and by the gateway, which makes a parser for each output.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+from msgspec import Struct
+
+from graphgen.gateway.output_parsers import deepseek, harmony
+from graphgen.gateway.output_parsers.events import Content, Event
+from graphgen.gateway.output_parsers.json_calls import (
+    Read,
+    Tools,
+    read_hermes,
+    read_llama3,
+    read_mistral,
+)
+from graphgen.gateway.output_parsers.reading import SPACE, Reader, Reading
+from graphgen.gateway.output_parsers.tagged_calls import read_qwen3_coder
+from graphgen.gateway.output_parsers.think import read_reasoning
+
+ToolParser = Literal["auto", "none", "hermes", "qwen3_coder", "llama3_json", "mistral", "deepseek", "harmony"]
+ReasoningParser = Literal["auto", "none", "think", "mistral", "harmony"]
+AUTO, NONE = "auto", "none"
+_FIRST_SYMBOL = 0xD800
+"""The symbols are lone surrogates, which no text of a tokenizer has."""
+
+
+class _Calls(NamedTuple):
+    read: Read
+    markers: tuple[str, ...]
+    signs: tuple[str, ...]
+    """What a chat template has, or the tokenizer as a token, of a model that writes this format."""
+
+
+_CALLS = {
+    "harmony": _Calls(harmony.read_harmony, harmony.MARKERS, (harmony.CHANNEL, harmony.MESSAGE)),
+    "deepseek": _Calls(
+        deepseek.read_deepseek,
+        (deepseek.CALLS, deepseek.END_CALLS, deepseek.CALL, deepseek.END_CALL, deepseek.SEPARATOR),
+        (deepseek.CALLS, deepseek.SEPARATOR),
+    ),
+    "mistral": _Calls(read_mistral, ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"), ("[TOOL_CALLS]",)),
+    "qwen3_coder": _Calls(read_qwen3_coder, ("<tool_call>", "</tool_call>"), ("<tool_call>", "<function=")),
+    "hermes": _Calls(read_hermes, ("<tool_call>", "</tool_call>"), ("<tool_call>", "arguments")),
+    "llama3_json": _Calls(read_llama3, ("<|python_tag|>",), ("<|start_header_id|>", '"parameters"')),
+}
+"""In the order in which they are tried; the signs of one may be among those of a later one."""
+_STRANGERS = ("<arg_key>", "<tool_calls_section_begin|>", "<\uff5cDSML\uff5c")
+"""Signs of formats that are like these and not among them."""
+_REASONING = {
+    "harmony": (harmony.CHANNEL, harmony.MESSAGE),
+    "think": ("<think>", "</think>"),
+    "mistral": ("[THINK]", "[/THINK]"),
+}
+
+
+class OutputFormat(Struct, frozen=True, kw_only=True):
+    """What a model writes, as it was found out when its server started."""
+
+    calls: str | None
+    """As `--tool-parser`; None: its calls are of no known format."""
+    reasoning: str | None
+    """As `--reasoning-parser`; None: it thinks in no known format, or not at all."""
+    token_ids: dict[str, int]
+    """Tokens that are markers of these, by their text."""
+
+
+def choose_format(
+    tool_parser: ToolParser, reasoning_parser: ReasoningParser, template: str, tokens: Mapping[str, int]
+) -> OutputFormat:
+    """template: the model's chat template. tokens: the ids of the
+    special and added tokens of its tokenizer, by their text."""
+    calls: str = tool_parser
+    reasoning: str = reasoning_parser
+    if calls == AUTO:
+        strange = any(sign in template for sign in _STRANGERS)
+        found = (name for name, one in _CALLS.items() if all(sign in template for sign in one.signs))
+        calls = NONE if strange else next(found, NONE)
+    if reasoning == AUTO:
+        known = (
+            name for name, markers in _REASONING.items() if all(one in template or one in tokens for one in markers)
+        )
+        reasoning = next(known, NONE)
+    markers = [*(_CALLS[calls].markers if calls in _CALLS else ()), *_REASONING.get(reasoning, ())]
+    return OutputFormat(
+        calls=None if calls == NONE else calls,
+        reasoning=None if reasoning == NONE else reasoning,
+        token_ids={marker: tokens[marker] for marker in markers if marker in tokens},
+    )
+
+
+PLAIN = OutputFormat(calls=None, reasoning=None, token_ids={})
+
+
+class OutputParser:
+    """Reads one output. `feed` and `finish` give the events that have become certain."""
+
+    def __init__(self, reader: Reader, reading: Reading[None]) -> None:
+        self._reader = reader
+        self._reading = reading
+
+    def feed(self, text: str) -> list[Event]:
+        """text: more of the output, with the symbols of its special tokens."""
+        self._reader.add(text)
+        next(self._reading, None)
+        return self._reader.take_events()
+
+    def finish(self) -> list[Event]:
+        """The output has ended."""
+        self._reader.end()
+        next(self._reading, None)
+        return self._reader.take_events()
+
+
+class ParserMaker:
+    """Makes the parsers of a request's outputs: which of the markers are tokens is the model's, not the request's."""
+
+    def __init__(self, output_format: OutputFormat) -> None:
+        self._format = output_format
+        tokens = output_format.token_ids
+        symbols = {text: chr(_FIRST_SYMBOL + number) for number, text in enumerate(sorted(tokens))}
+        self.symbols = {token_id: symbols[text] for text, token_id in tokens.items()}
+        """What a token is in the text that a parser is fed."""
+        self._markers = _Markers(symbols)
+
+    @property
+    def has_calls(self) -> bool:
+        return self._format.calls is not None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether outputs without calls are text as it is."""
+        return self._format.reasoning is None and self._format.calls != "harmony"
+
+    def make(self, tools: Tools | None, prompt_tail: str, texts: Mapping[int, str]) -> OutputParser:
+        """tools: None: calls are text. prompt_tail: the end of the prompt, which may have begun the output.
+        texts: of the symbols, see Reader."""
+        reader = Reader(texts)
+        return OutputParser(reader, self._read(reader, tools, prompt_tail))
+
+    def _read(self, reader: Reader, tools: Tools | None, prompt_tail: str) -> Reading[None]:
+        calls, reasoning = self._format.calls, self._format.reasoning
+        if "harmony" in (calls, reasoning):
+            yield from harmony.read_harmony(reader, self._markers, tools)
+            return
+        if reasoning is not None:
+            opening, closing = _REASONING[reasoning]
+            is_open = prompt_tail.rstrip(SPACE).endswith(opening)
+            yield from read_reasoning(reader, self._markers[opening], self._markers[closing], is_open)
+        if tools is not None and calls is not None:
+            yield from _CALLS[calls].read(reader, self._markers, tools)
+        yield from reader.copy_until(Content)
+
+
+class _Markers(dict[str, str]):
+    """What is not a token is looked for as text."""
+
+    def __missing__(self, marker: str) -> str:
+        return marker

@@ -1,0 +1,86 @@
+"""The functions that a chat may call: what the template is told of them and what the parser is to find.
+
+Owns the checks of `tools` and `tool_choice`. Used by the endpoint of chats.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from msgspec import Struct
+
+from graphgen.gateway.errors import ApiError
+from graphgen.gateway.output_parsers.json_calls import Tools
+from graphgen.gateway.schema import ChatRequest
+
+CHOICES = "none", "auto", "required"
+
+
+class ToolUse(Struct, frozen=True):
+    """What a request wants of its tools."""
+
+    described: list[dict[str, Any]] | None
+    """For the chat template."""
+    schemas: Tools | None
+    """For the parser; None: outputs have no calls."""
+    one_call: bool
+    """At most one."""
+
+
+def read_tools(request: ChatRequest, has_parser: bool) -> ToolUse:
+    """has_parser: of the calls of this model. Raises ApiError."""
+    choice = _choice(request.tool_choice)
+    one_call = request.parallel_tool_calls is False
+    if choice == "none":
+        return ToolUse(None, None, one_call)
+    schemas = dict(_described(number, tool) for number, tool in enumerate(request.tools or ()))
+    if choice not in CHOICES and choice not in schemas:
+        known = ", ".join(schemas) or "none"
+        raise _refused("tool_choice", f"{choice!r} is not among the tools: name one of them ({known})")
+    if choice == "required" and not schemas:
+        raise _refused("tool_choice", "a call is required and there are no tools: give tools")
+    if not schemas:
+        return ToolUse(None, None, one_call)
+    if choice != "auto":
+        text = 'a call cannot be forced by this server: say "tool_choice": "auto"'
+        raise ApiError(400, f"tool_choice: {text}", "unsupported_parameter", "tool_choice")
+    if not has_parser:
+        text = (
+            "the form in which this model writes its calls is not known: start the server with --tool-parser, or say"
+            ' "tool_choice": "none"'
+        )
+        raise ApiError(400, f"tools: {text}", "unsupported_parameter", "tools")
+    return ToolUse(request.tools, schemas, one_call)
+
+
+def _choice(given: str | Mapping[str, Any] | None) -> str:
+    """One of CHOICES, or the name of a function."""
+    if given is None:
+        return "auto"
+    if isinstance(given, str):
+        if given not in CHOICES:
+            raise _refused("tool_choice", f"{given!r} is no choice: give one of {', '.join(CHOICES)}, or a function")
+        return given
+    function = given.get("function")
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if given.get("type") != "function" or not isinstance(name, str):
+        form = '{"type": "function", "function": {"name": ...}}'
+        raise _refused("tool_choice", f"{given!r:.100} names no function: give {form}")
+    return name
+
+
+def _described(number: int, tool: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """(its name, the JSON schema of its parameters)."""
+    function = tool.get("function")
+    if tool.get("type", "function") != "function" or not isinstance(function, Mapping):
+        form = '{"type": "function", "function": {"name": ..., "parameters": ...}}'
+        raise _refused(f"tools[{number}]", f"{tool!r:.100} is no function: give {form}")
+    name, parameters = function.get("name"), function.get("parameters")
+    if not isinstance(name, str) or not name:
+        raise _refused(f"tools[{number}]", f"its name is {name!r:.100}: give text")
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise _refused(f"tools[{number}]", f"its parameters are {parameters!r:.100}: give a JSON schema, or nothing")
+    return name, parameters or {}
+
+
+def _refused(param: str, text: str) -> ApiError:
+    return ApiError(400, f"{param}: {text}", "invalid_request", param)
