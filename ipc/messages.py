@@ -97,6 +97,7 @@ class Submit(Struct, frozen=True, array_like=True, tag="submit", gc=False):
     # likeliest tokens in its place, 0 to MAX_LOGPROBS. None: not asked for.
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: str = ""  # what the output must follow, as llguidance writes grammars; "": nothing
 
 
 class Cancel(Struct, frozen=True, array_like=True, tag="cancel", gc=False):
@@ -137,6 +138,8 @@ class SlotInit(Struct, frozen=True, array_like=True, gc=False):
     sampler: SamplerParams
     max_len: int = 0  # of prompt and output together; some rotations follow from it
     logprobs: int | None = None  # see Submit
+    grammar: str = ""  # see Submit
+    output_token_ids: bytes = b""  # with a grammar: the output so far, packed int32
 
 
 class Chunk(Struct, frozen=True, array_like=True, gc=False, kw_only=True):
@@ -206,6 +209,8 @@ class StepResult(Struct, frozen=True, array_like=True, tag="result", gc=False, k
     failed_draws: tuple[int, ...] = ()  # places among the drawing rows: those whose logits are all NaN or -inf
     logprobs: bytes = b""  # of the drawing rows whose requests ask for them, in order: `step_schema.logprob_words` each
     prompt_logprobs: bytes = b""  # the same of the scored rows
+    refused_draws: tuple[int, ...] = ()  # those whose token their grammar does not allow: to be drawn again
+    failed_grammars: tuple[tuple[int, str], ...] = ()  # those whose grammar cannot go on, and why
 
 
 class WorkerCounters(Struct, frozen=True, array_like=True, gc=False):

@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from graphgen.base.keywords import KnownKeywords
 from graphgen.base.plain import plain_fields
+from graphgen.calls.structured import Structured
 from graphgen.ipc.errors import InvalidRequestError
 from graphgen.ipc.ggp.messages import SamplingDefaults
 from graphgen.ipc.messages import MAX_LOGPROBS, MAX_PRIORITY, MAX_STOP_TOKEN_IDS, MAX_TARGET_MS, SamplerParams
@@ -90,6 +91,9 @@ class SamplingParams(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords)
     cache_salt: str = ""
     """Prompts share cached pages only under an equal salt: give every tenant its own, and none can find out by timing
     what another has asked."""
+    structured: Structured | None = None
+    """What the output must follow: a JsonSchema, a Regex, a Choice or a Grammar. One that ends with "stop" follows it
+    to its end, unless a stop string or one of stop_token_ids ended it; one that ends with "length" is a beginning."""
 
     def __post_init__(self) -> None:
         plain_fields(self)
@@ -121,6 +125,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords)
                 f"cache_salt has {len(self.cache_salt)} characters, the limit is {MAX_CACHE_SALT_LEN}: give its digest"
             )
         self._check_stops()
+        self._check_structured()
 
     def _check_stops(self) -> None:
         if len(self.stop_strings) > MAX_STOP_STRINGS:
@@ -139,6 +144,23 @@ class SamplingParams(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords)
             )
         for token_id in self.stop_token_ids:
             _check_range("a stop token id", token_id, 0, _MAX_INT32)
+
+    def _check_structured(self) -> None:
+        if self.structured is None:
+            return
+        if not isinstance(self.structured, Structured):
+            raise InvalidRequestError(
+                f"structured is of type {type(self.structured).__name__}: give a JsonSchema, Regex, Choice or Grammar"
+            )
+        # Where a structure is complete only the end of sequence may follow.
+        if self.ignore_eos:
+            raise InvalidRequestError(
+                "ignore_eos is True with structured, whose end is the end of sequence: leave it out"
+            )
+        if self.min_tokens:
+            raise InvalidRequestError(
+                f"min_tokens is {self.min_tokens} with structured, which may be complete before: leave it out"
+            )
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -178,7 +200,9 @@ class SamplingParams(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords)
         return token_ids
 
 
-_FIELD_TYPES = {field.name: field.type for field in msgspec.structs.fields(SamplingParams)}
+_FIELD_TYPES = {
+    field.name: field.type for field in msgspec.structs.fields(SamplingParams) if field.name != "structured"
+}
 """Looked up once: msgspec evaluates the annotations anew at each call."""
 
 

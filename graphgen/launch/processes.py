@@ -292,11 +292,15 @@ def process_age_s() -> float:
 def _child_environment(folder: Path) -> dict[str, str]:
     """The user's environment, with the folder that graphgen was imported from in front of the import path, and with
     the compilers' caches in one place; what cannot be kept lies in the engine's folder."""
+    environment = {**os.environ, "PYTHONPATH": import_path(), "PYTHONUNBUFFERED": "1"}
+    return cache_environment(environment, spare=folder / "caches")
+
+
+def import_path() -> str:
+    """PYTHONPATH of a child that is to import the same graphgen: that of this process, behind its folder."""
     root = Path(__file__).resolve().parents[2]
     inherited = os.environ.get("PYTHONPATH")
-    paths = [str(root), *([inherited] if inherited else [])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
-    return cache_environment(environment, spare=folder / "caches")
+    return os.pathsep.join([str(root), *([inherited] if inherited else [])])
 
 
 def _signal_name(number: int) -> str:

@@ -198,6 +198,8 @@ def wire_sampling(sampling: SamplingParams) -> Sampling:
     for name in ("logprobs", "prompt_logprobs"):
         if values.pop(name) is not None:
             raise InvalidRequestError(f"{name} cannot be asked of a server yet: use an Engine, or leave it out")
+    if values.pop("structured") is not None:
+        raise InvalidRequestError("structured output cannot be asked for over the protocol yet: use an Engine")
     for name in SamplingDefaults.__struct_fields__:
         if values[name] is None:
             values[name] = UNSET  # the model's

@@ -16,6 +16,7 @@ from graphgen.base.progress import StartProgress
 from graphgen.calls.outputs import Sink
 from graphgen.calls.prompts import Chat, OnePrompt
 from graphgen.calls.sampling_params import SamplingParams, one_each
+from graphgen.calls.structured import Structured
 from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.errors import ConfigError, InvalidRequestError, PromptTooLongError
 from graphgen.ipc.ggp.messages import SamplingDefaults
@@ -24,7 +25,8 @@ from graphgen.launch.config import EngineConfig, LaunchConfig, check_device, res
 from graphgen.launch.processes import EngineProcesses
 from graphgen.requests.link import Link
 from graphgen.requests.open_request import OpenRequest
-from graphgen.requests.tokenizer import Tokenizer
+from graphgen.requests.structured import GrammarMaker
+from graphgen.requests.tokenizer import Tokenizer, write_tokenizer
 from graphgen.requests.tokenizer_files import load_tokenizer
 
 logger = logging.getLogger("graphgen")
@@ -47,6 +49,7 @@ class AttachedCore:
         self.eos_token_ids = _eos_token_ids(launch, tokenizer)
         """What ends an output: the model's end-of-sequence tokens and the tokenizer's own."""
         self._tokenizer = tokenizer
+        self._grammars = GrammarMaker()
         self._link = link
         self._request_ids = itertools.count(first_id)
 
@@ -155,6 +158,7 @@ class AttachedCore:
         self._check_stop_ids(stop_token_ids)
         max_tokens = self._max_tokens(name, len(token_ids), sampling)
         prompt_token_ids, seed, launch = pack_int32(token_ids), secrets.randbits(63), self.launch
+        grammar = "" if sampling.structured is None else self._grammar(sampling.structured)
         submits = [
             Submit(
                 request_id=next(self._request_ids),
@@ -172,6 +176,7 @@ class AttachedCore:
                 tenant=tenant,
                 logprobs=sampling.logprobs,
                 prompt_logprobs=None if sample_index else sampling.prompt_logprobs,
+                grammar=grammar,
             )
             for sample_index in range(sampling.n)
         ]
@@ -225,6 +230,13 @@ class AttachedCore:
         found = (self.tokenizer.special_token_id(text) for text in sampling.stop_strings)
         return tuple(token_id for token_id in found if token_id is not None and token_id < self.launch.spec.vocab_size)
 
+    def _grammar(self, structured: Structured) -> str:
+        tokenizer = self._tokenizer
+        if tokenizer is None or not any(one < self.launch.spec.num_drawable for one in self.eos_token_ids):
+            missing = "a tokenizer" if tokenizer is None else "an end-of-sequence token that can be drawn"
+            raise InvalidRequestError(f"structured output needs {missing}, and this engine has none: leave it out")
+        return self._grammars.make(structured, tokenizer.special_token_id)
+
     def _check_stop_ids(self, stop_token_ids: tuple[int, ...]) -> None:
         vocab_size = self.launch.spec.vocab_size
         if stop_token_ids and max(stop_token_ids) >= vocab_size:
@@ -253,6 +265,7 @@ class EngineCore(AttachedCore):
                 launch = launch_config(config)
                 launch.write(processes.folder)
                 tokenizer = load_config_tokenizer(config, launch)
+                write_tokenizer(tokenizer, processes.folder)
                 remaining_s = config.start_timeout_s - (time.monotonic() - started_s)
                 ready = link.wait_ready(max(0.0, remaining_s))
             except BaseException:
@@ -282,6 +295,7 @@ class EngineCore(AttachedCore):
     def close(self) -> None:
         """Ends the processes and removes their folder. Idempotent, from any thread."""
         self._link.close()
+        self._grammars.close()
         self._finalizer.detach()
 
 

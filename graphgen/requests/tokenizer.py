@@ -15,17 +15,17 @@ import msgspec
 from msgspec import Struct
 
 from graphgen.ipc.errors import InvalidRequestError
+from graphgen.launch.tokenizer_file import FILE
 from graphgen.requests.chat_template import ChatSource, ChatTemplate
-
-FILE = "tokenizer.msgpack"
 
 
 class TokenizerData(Struct, frozen=True):
-    """All that encoding, decoding and chats need."""
+    """All that encoding, decoding and chats need. `graphgen.launch.tokenizer_file.TokenizerPart` is a part of it."""
 
     backend: str  # as tokenizers writes it: tokenizer.json
     special_tokens: dict[str, str]  # as templates name them: bos_token, eos_token
     chat_source: ChatSource | None = None
+    eos_token_id: int | None = None  # follows from the others
 
 
 class Tokenizer:
@@ -59,7 +59,7 @@ class Tokenizer:
     @property
     def data(self) -> TokenizerData:
         """What makes the same tokenizer elsewhere."""
-        return TokenizerData(self._backend.to_str(), self._special_tokens, self._chat_source)
+        return TokenizerData(self._backend.to_str(), self._special_tokens, self._chat_source, self.eos_token_id)
 
     @property
     def chat_text(self) -> str:

@@ -8,7 +8,8 @@ There are four moments:
                         charged to their tenants; what it copies from may be handed out again.
     it is settled       `settle`, before anything else happens to a request: before the next plan, before one ends or is
                         preempted, at the latest in `prepare`. What its prompts computed may be shared; a request whose
-                        prompt is computed decodes; one whose last row is planned gives its slot and pages back.
+                        prompt is computed decodes; one whose last row is planned gives its slot and pages back; one
+                        that follows a grammar has no row until the token of this plan is known.
     it has left         `prepare`, called by the process when plans and outputs are sent. Settles, and does ahead of
                         time what later plans would have to wait for. Nothing goes wrong if it is never called.
     its result comes    `Scheduler.update`: its tokens are added to their requests, and those end that have all.
@@ -16,6 +17,8 @@ There are four moments:
 Owns the plan that is not settled, and how a request gives up what it holds (`release`). Chooses nothing. Called by
 `graphgen.scheduler.policy` and `graphgen.scheduler.preemption`; dies with its worker group.
 """
+
+from collections.abc import Collection
 
 from graphgen.scheduler.admission import Admission
 from graphgen.scheduler.budget import StepBudget
@@ -25,7 +28,7 @@ from graphgen.scheduler.in_flight import StepsInFlight
 from graphgen.scheduler.page_groups import PageGroups
 from graphgen.scheduler.plan import PlanDraft, StepRecord
 from graphgen.scheduler.prefix_cache import PrefixCache
-from graphgen.scheduler.request import RunningRequest
+from graphgen.scheduler.request import Request, RunningRequest
 from graphgen.scheduler.running import RunningSet
 from graphgen.scheduler.tenants import Tenants
 
@@ -85,10 +88,17 @@ class Bookkeeping:
             return
         for running in draft.prompts:
             self._cache.enter(running, running.num_prefilled)
+        newest_step = self._counters.steps - 1
         for running in draft.ending:
-            self.release(running)
+            # One that follows a grammar may have to draw its last token again.
+            if not running.request.is_constrained:
+                self.release(running)
+        for running in list(self._running.constrained):
+            self._running.await_token(running, newest_step)
         for running in draft.drawing:
-            if running.prefill_end == running.request.end_position:
+            if running.request.is_constrained:
+                self._running.await_token(running, newest_step)
+            elif running.prefill_end == running.request.end_position:
                 self.release(running)
             else:
                 self._running.finish_prompt(running)
@@ -109,6 +119,18 @@ class Bookkeeping:
             # Its newest page is empty; of the one before, with two steps in flight, all tokens have just arrived.
             running.request.chain.prepare(running.tables[0].end - 1)
         self._grown = []
+
+    def tokens_known(self, record: StepRecord, refused: Collection[Request]) -> None:
+        """The tokens of a step have arrived: those of its requests that follow a grammar go on, and those whose token
+        was refused draw it again. Nothing is done for one that was preempted or has ended meanwhile."""
+        self.settle()
+        for request in record.constrained:
+            running = request.running
+            if running in self._running.awaiting:
+                if request in refused:
+                    self._running.redraw(running)
+                else:
+                    self._running.take_token(running)
 
     def release(self, running: RunningRequest) -> None:
         """Frees slot and pages, for the next plan. What is computed of known tokens stays in the prefix cache."""

@@ -237,7 +237,11 @@ class SchedulerLoop:
         self._watch.answered(milliseconds)
         self._workers.step_succeeded()
         failed = self._policy.fail_draws(result.step_id, result.failed_draws) if result.failed_draws else []
-        outputs = self._policy.update(result.step_id, columns["token_ids"], result.logprobs, result.prompt_logprobs)
+        if result.failed_grammars:
+            failed += self._policy.fail_grammars(result.step_id, result.failed_grammars)
+        outputs = self._policy.update(
+            result.step_id, columns["token_ids"], result.logprobs, result.prompt_logprobs, result.refused_draws
+        )
         return [outputs, *failed] if outputs else failed
 
     def _take_from_engine(self, message: EngineToScheduler) -> None:

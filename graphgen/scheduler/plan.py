@@ -5,6 +5,7 @@ Owns the layout of a plan (order of rows, packing), never the choice of what goe
 """
 
 from array import array
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from msgspec import Struct
@@ -44,6 +45,8 @@ class StepRecord(NamedTuple):
     decodes: list[Request]
     drawing: list[Request]
     """The requests that get a token, in the order of the step result."""
+    constrained: list[Request]
+    """Of these, the ones that follow a grammar."""
     scored: list[ScoredRecord]
     """Likewise those that get log-probabilities of their prompts."""
     planned_s: float
@@ -101,6 +104,7 @@ class PlanDraft:
         self._scored: list[ScoredRecord] = []
         self._prompt_pairs = 0
         self._decodes: list[Request] = []
+        self._constrained_decodes: list[Request] = []
         self._decode_slots = b""
         self._decode_positions = b""
         self._num_decode_positions = 0
@@ -135,8 +139,9 @@ class PlanDraft:
         """`destination` gets what `source` holds, before the step writes anything."""
         self._page_copies += (source, destination)
 
-    def set_decodes(self, decodes: DecodeSet) -> None:
-        """One row for each: the slot's last token, at the next position."""
+    def set_decodes(self, decodes: DecodeSet, constrained: Iterable[RunningRequest]) -> None:
+        """One row for each: the slot's last token, at the next position. constrained: those that follow a grammar."""
+        self._constrained_decodes = [running.request for running in constrained]
         self._decode_slots, self._decode_positions, self._decodes = decodes.rows()
         self._num_decode_positions = decodes.num_positions
 
@@ -145,7 +150,7 @@ class PlanDraft:
         request, start = running.request, running.num_prefilled
         end = start + length
         draws = end == running.prefill_end
-        init = None if running.is_announced else request.slot_init
+        init = None if running.is_announced else request.init_slot()
         running.is_announced = True
         self.send_pages(running)
         self.prompts.append(running)
@@ -176,6 +181,7 @@ class PlanDraft:
     def build(self, step_id: int, bucket: Bucket, pads: bool, now_s: float) -> tuple[StepPlan, StepRecord]:
         """The message to the worker, and the record that its result is matched with. pads: see SchedulerLimits."""
         num_decodes = len(self._decodes)
+        drawing = [running.request for running in self.drawing]
         rows = bucket if pads else Bucket(self.num_chunk_tokens, num_decodes)
         plan = StepPlan(
             step_id=step_id,
@@ -195,8 +201,9 @@ class PlanDraft:
             rows=rows,
             chunks=self._chunk_records,
             decodes=self._decodes,
-            drawing=[running.request for running in self.drawing] + self._decodes,
+            drawing=drawing + self._decodes,
             scored=self._scored,
+            constrained=[request for request in drawing if request.is_constrained] + self._constrained_decodes,
             planned_s=now_s,
             num_padding_rows=rows.num_rows - self.num_chunk_tokens - num_decodes,
             decode_positions=self._num_decode_positions,

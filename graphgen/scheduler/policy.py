@@ -37,6 +37,7 @@ The parts:
 """
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from graphgen.ipc.errors import ConfigError, DeadlineError, InvalidRequestError, OverloadedError
 from graphgen.ipc.messages import Outputs, Rejected, StepPlan, StepTimeTable, Submit, TokenOutput
@@ -145,6 +146,21 @@ class Scheduler:
         drawing = self._life.in_flight.find(step_id).drawing
         return [self._fail(drawing[place]) for place in places if not drawing[place].ended]
 
+    def fail_grammars(self, step_id: int, failures: Sequence[tuple[int, str]]) -> list[Rejected]:
+        """Ends the requests whose grammars cannot go on; to be called before the step's `update`.
+
+        failures: the places of their rows in the step result, and why. Raises KeyError for a step that is not in
+        flight.
+        """
+        drawing = self._life.in_flight.find(step_id).drawing
+        rejected = []
+        for place, reason in failures:
+            if not (request := drawing[place]).ended:
+                self._end(request)
+                message = f"after {len(request.output)} tokens of output its grammar cannot go on: {reason}"
+                rejected.append(Rejected(request.request_id, "InvalidRequestError", message))
+        return rejected
+
     @property
     def next_deadline_s(self) -> float | None:
         """When `expire` is to be called at the latest; None: no request has a deadline."""
@@ -175,7 +191,7 @@ class Scheduler:
             life.rests.review(self.counters.steps - 1)
         preemptions_before = self.counters.preemptions
         life.preemption.grow(draft)
-        draft.set_decodes(life.running.decodes)
+        draft.set_decodes(life.running.decodes, life.running.constrained)
         # Pages that a preemption freed are for the growth of those that still run, not for new requests.
         may_admit = self.counters.preemptions == preemptions_before
         life.prompts.plan(draft, now_s, may_admit, helped)
@@ -191,18 +207,26 @@ class Scheduler:
         self._life.books.prepare()
 
     def update(
-        self, step_id: int, token_ids: Sequence[int], logprobs: bytes = b"", prompt_logprobs: bytes = b""
+        self,
+        step_id: int,
+        token_ids: Sequence[int],
+        logprobs: bytes = b"",
+        prompt_logprobs: bytes = b"",
+        refused: Sequence[int] = (),
     ) -> Outputs:
         """Takes the tokens of the oldest unanswered plan; returns what its requests get.
 
-        logprobs, prompt_logprobs: see StepResult. Raises ValueError, and changes nothing, for another step or another
-        number of tokens.
+        logprobs, prompt_logprobs: see StepResult. refused: places of tokens that their requests' grammars do not allow:
+        these are drawn again. Raises ValueError, and changes nothing, for another step or another number of tokens.
         """
         record = self._life.in_flight.pop(step_id, len(token_ids))
         asked = of_tokens(record.drawing, logprobs) if logprobs else {}
         scores = of_prompts(record.scored, prompt_logprobs) if prompt_logprobs else {}
+        drawing: Sequence[Request] = record.drawing
+        if refused:
+            drawing, token_ids = _without(refused, drawing), _without(refused, token_ids)
         news, request_ids, others = [], [], []
-        for request, token_id in zip(record.drawing, token_ids, strict=True):  # the hottest loop of a step
+        for request, token_id in zip(drawing, token_ids, strict=True):  # the hottest loop of a step
             if request.ended:
                 continue
             output = request.output
@@ -233,6 +257,8 @@ class Scheduler:
             if not request.ended:
                 times = request.started_s, request.cached_tokens
                 news.append(TokenOutput(request.request_id, (), None, *times, prompt_logprobs=packed))
+        if record.constrained:
+            self._life.books.tokens_known(record, [record.drawing[place] for place in refused])
         if self._trials.are_held:
             self._end_trial()
         return Outputs(tuple(news), tuple(request_ids), tuple(others))
@@ -380,3 +406,13 @@ class Scheduler:
             " NaN or -inf: look for NaN in the checkpoint's weights, or set dtype to 'float32' if its numbers overflow"
         )
         return Rejected(request.request_id, "NumericalError", message)
+
+
+_Entry = TypeVar("_Entry")
+
+
+def _without(places: Sequence[int], entries: Sequence[_Entry]) -> Sequence[_Entry]:
+    if not places:
+        return entries
+    left_out = set(places)
+    return [entry for place, entry in enumerate(entries) if place not in left_out]

@@ -19,7 +19,9 @@ starvation. Whose turn it is among tenants: see `graphgen.scheduler.tenants`.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from graphgen.ipc.codec import unpack_int32
+import msgspec
+
+from graphgen.ipc.codec import pack_int32, unpack_int32
 from graphgen.ipc.errors import InvalidRequestError
 from graphgen.ipc.messages import (
     MAX_LOGPROBS,
@@ -51,6 +53,7 @@ class Request:
     """One prompt with its sampling parameters, and every token it has got so far."""
 
     __slots__ = (
+        "_slot_init",
         "arrival",
         "cached_tokens",
         "chain",
@@ -58,6 +61,7 @@ class Request:
         "death_len",
         "end_position",
         "ended",
+        "is_constrained",
         "itl_target_ms",
         "last_step",
         "logprobs",
@@ -76,7 +80,6 @@ class Request:
         "rank",
         "request_id",
         "running",
-        "slot_init",
         "started_s",
         "stop_token_ids",
         "tenant",
@@ -105,13 +108,15 @@ class Request:
         self.stop_token_ids = frozenset(submit.stop_token_ids)
         # The last token of the output is never computed: nothing is drawn after it.
         self.end_position = self.prompt_len + self.max_tokens - 1
-        self.slot_init = SlotInit(
+        self.is_constrained = bool(submit.grammar)
+        self._slot_init = SlotInit(
             prompt_len=self.prompt_len,
             min_length=self.prompt_len + self.min_tokens,
             stop_token_ids=submit.stop_token_ids,
             sampler=submit.sampler,
             max_len=self.prompt_len + self.max_tokens,
             logprobs=submit.logprobs,
+            grammar=submit.grammar,
         )
         self.logprobs = submit.logprobs
         self.prompt_logprobs = submit.prompt_logprobs
@@ -121,7 +126,7 @@ class Request:
         self.ttft_target_ms = submit.ttft_target_ms
         self.ttft_by_s = None if submit.ttft_target_ms is None else submit.arrived_s + submit.ttft_target_ms / 1000.0
         self.deadline_s = None if submit.deadline_ms is None else submit.arrived_s + submit.deadline_ms / 1000.0
-        self.last_step = -1  # the newest step that draws a token for it, as of its last preemption
+        self.last_step = -1  # the newest step that draws a token for it, as of when it last had no row any more
         self.cached_tokens = 0  # of the prompt, found in the prefix cache by its first admission
         self.num_admissions = 0
         self.num_preemptions = 0
@@ -134,6 +139,12 @@ class Request:
         self.started_s = submit.arrived_s  # when its first chunk was planned; its arrival until then
         self.ended = False  # finished or cancelled: tokens that still arrive are dropped
         self.running: RunningRequest | None = None  # None while it holds no slot and no pages
+
+    def init_slot(self) -> SlotInit:
+        """What the worker must know of it when it gets a slot. Its grammar has to follow the tokens that it has."""
+        if not self.is_constrained:
+            return self._slot_init
+        return msgspec.structs.replace(self._slot_init, output_token_ids=pack_int32(self.output))
 
     @property
     def is_scored(self) -> bool:

@@ -1,7 +1,7 @@
 """The requests that run: who holds a slot and pages, and what each of them does next.
 
-Owns the slots, and which of the running requests begin, decode or rest; never chooses who starts or who has to stop.
-Called by `graphgen.scheduler.policy` and its parts.
+Owns the slots, and which of the running requests begin, decode, rest or await a token; never chooses who starts or who
+has to stop. Called by `graphgen.scheduler.policy` and its parts.
 """
 
 from bisect import bisect_left, insort
@@ -24,6 +24,11 @@ class RunningSet:
         self.resting: dict[RunningRequest, int] = {}
         """Those that would decode, but have no rows for now (see `graphgen.scheduler.rests`), and how far each is
         computed."""
+        self.constrained: dict[RunningRequest, None] = {}
+        """Of the decodes, those that follow a grammar."""
+        self.awaiting: dict[RunningRequest, int] = {}
+        """Those that follow a grammar and whose newest token is not known yet, and how far each is computed. What may
+        come next depends on that token, so they have no row meanwhile."""
         self.begun: list[RunningRequest] = []
         """The others, in order of service."""
         self._by_rank: list[RunningRequest] = []
@@ -49,6 +54,8 @@ class RunningSet:
         every moment, whatever the request does."""
         if running.decode_row is not None:
             return self.decodes.position(running)
+        if running in self.awaiting:
+            return self.awaiting[running]
         return self.resting.get(running, running.num_prefilled)
 
     def victims(self) -> Iterator[RunningRequest]:
@@ -76,38 +83,69 @@ class RunningSet:
 
     def finish_prompt(self, running: RunningRequest) -> None:
         """All it knew at its admission is computed: it decodes from the next plan on."""
-        del self.begun[bisect_left(self.begun, running.request.rank, key=_rank)]
-        self.decodes.join(running, running.prefill_end)
-        running.request.tenant.num_decodes += 1
+        self._leave_begun(running)
+        self._join_decodes(running, running.prefill_end)
+
+    def await_token(self, running: RunningRequest, newest_step: int) -> None:
+        """One that follows a grammar draws a token in the newest plan: it has no rows until `take_token`, or `redraw`.
+        newest_step: that plan."""
+        if running.decode_row is not None:
+            self.awaiting[running] = self._leave_decodes(running)
+        else:
+            self._leave_begun(running)
+            self.awaiting[running] = running.prefill_end
+        running.request.last_step = newest_step
+
+    def take_token(self, running: RunningRequest) -> None:
+        """The token of one that awaits it has arrived: it decodes from the next plan on."""
+        self._join_decodes(running, self.awaiting.pop(running))
+
+    def redraw(self, running: RunningRequest) -> None:
+        """One that awaits a token gets none of that step: its last known token is computed once more, as a chunk."""
+        del self.awaiting[running]
+        running.prefill_end = len(running.request.tokens)
+        running.num_prefilled = running.prefill_end - 1
+        insort(self.begun, running, key=_rank)
 
     def rest(self, running: RunningRequest, newest_step: int) -> None:
         """One that decodes has no rows from the next plan on. It keeps slot and pages, and its newest token stays on
         the device. newest_step: the newest that may draw a token for it."""
-        self.resting[running] = self.decodes.leave(running)
+        self.resting[running] = self._leave_decodes(running)
         running.request.last_step = newest_step
-        tenant = running.request.tenant
-        tenant.num_decodes -= 1
-        tenant.num_resting += 1
+        running.request.tenant.num_resting += 1
 
     def wake(self, running: RunningRequest) -> None:
         """One that rests decodes from the next plan on, where it left off."""
-        self.decodes.join(running, self.resting.pop(running))
-        tenant = running.request.tenant
-        tenant.num_decodes += 1
-        tenant.num_resting -= 1
+        self._join_decodes(running, self.resting.pop(running))
+        running.request.tenant.num_resting -= 1
+
+    def _join_decodes(self, running: RunningRequest, position: int) -> None:
+        self.decodes.join(running, position)
+        running.request.tenant.num_decodes += 1
+        if running.request.is_constrained:
+            self.constrained[running] = None
+
+    def _leave_decodes(self, running: RunningRequest) -> int:
+        running.request.tenant.num_decodes -= 1
+        self.constrained.pop(running, None)
+        return self.decodes.leave(running)
+
+    def _leave_begun(self, running: RunningRequest) -> None:
+        del self.begun[bisect_left(self.begun, running.request.rank, key=_rank)]
 
     def remove(self, running: RunningRequest) -> int:
         """Takes the slot away; the request's pages are the caller's to give back. Returns its `num_computed`."""
         tenant = running.request.tenant
         if running.decode_row is not None:
-            num_computed = self.decodes.leave(running)
-            tenant.num_decodes -= 1
+            num_computed = self._leave_decodes(running)
         elif running in self.resting:
             num_computed = self.resting.pop(running)
             tenant.num_resting -= 1
+        elif running in self.awaiting:
+            num_computed = self.awaiting.pop(running)
         else:
             num_computed = running.num_prefilled
-            del self.begun[bisect_left(self.begun, running.request.rank, key=_rank)]
+            self._leave_begun(running)
         del self._by_rank[bisect_left(self._by_rank, running.request.rank, key=_rank)]
         tenant.num_running -= 1
         tenant.num_of_class[running.request.priority] -= 1

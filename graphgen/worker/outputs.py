@@ -39,16 +39,21 @@ class StepOutputs(Struct, frozen=True):
     live_rows: Words  # those of the plan, in the order of the step result
     asked: Words | None = None  # of these what each is asked for, see `pack_logprobs`; None: none is asked
 
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """Of the plan's drawing rows; NO_TOKEN where nothing could be drawn."""
+        found: list[int] = self.columns["token_ids"][self.live_rows, 0].tolist()
+        return found
+
     def read(self, kind: type[DrawnRows] = DrawnRows) -> tuple[DrawnRows, tuple[int, ...]]:
         """What the plan's drawing rows got, and the places among them for which nothing could be drawn.
 
         kind: has an attribute for every field.
         """
-        columns = {name: words[self.live_rows] for name, words in self.columns.items()}
+        columns = {name: words[self.live_rows] for name, words in self.columns.items() if name != LOGPROBS.name}
         token_ids = columns["token_ids"]
         failed: list[int] = np.flatnonzero(token_ids == NO_TOKEN).tolist()
         columns["token_ids"] = np.maximum(token_ids, 0)
-        del columns[LOGPROBS.name]
         packed = {name: words.astype("<i4", copy=False).tobytes() for name, words in columns.items()}
         return kind(**packed), tuple(failed)
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -32,6 +33,7 @@ from graphgen.ipc.messages import (
     WorkerToScheduler,
 )
 from graphgen.launch.config import LaunchConfig
+from graphgen.launch.tokenizer_file import read_tokenizer_part
 from graphgen.worker.background import Background
 from graphgen.worker.runner import LaunchedStep, ModelRunner
 from graphgen.worker.step_timing import with_step_times
@@ -54,7 +56,8 @@ def run(folder: Path, name: str, imports: Phase, device_context: Background) -> 
         config = LaunchConfig.read(folder)
         config_wait = Phase("config", time.monotonic() - begun_s)
         with torch.inference_mode():
-            runner = ModelRunner(config, channel.send, [imports, config_wait, device_context.wait()])
+            phases = [imports, config_wait, device_context.wait()]
+            runner = ModelRunner(config, channel.send, phases, partial(read_tokenizer_part, folder.parent))
             gc.enable()
             channel.send(with_step_times(runner.describe(), runner, config, channel.send))
             _serve(runner, channel)
@@ -116,6 +119,7 @@ def _collect(runner: ModelRunner, launched: Launched, channel: WorkerChannel) ->
 def _result(step: LaunchedStep, runner: ModelRunner) -> StepResult:
     step.fetched.wait()
     drawn, failed_draws = step.outputs.read()
+    verdicts = runner.grammars.judge(step.draws, step.outputs.token_ids)
     return StepResult(
         step_id=step.step_id,
         drawn=drawn,
@@ -127,4 +131,6 @@ def _result(step: LaunchedStep, runner: ModelRunner) -> StepResult:
         failed_draws=failed_draws,
         logprobs=step.outputs.logprobs(),
         prompt_logprobs=b"" if step.prompt_logprobs is None else step.prompt_logprobs(),
+        refused_draws=verdicts.refused,
+        failed_grammars=verdicts.failed,
     )

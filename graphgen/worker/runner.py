@@ -40,13 +40,16 @@ from graphgen.ipc.messages import (
 )
 from graphgen.ipc.step_schema import MAX_SCORED_ROWS, PAGE_COPY_WORDS, WORD_BYTES, StepBounds, StepShape
 from graphgen.launch.config import LaunchConfig
+from graphgen.launch.tokenizer_file import TokenizerPart
 from graphgen.models.kv_cache import KVCache, bytes_per_page
 from graphgen.models.loader import load_decoder
 from graphgen.models.page_layout import page_layout
 from graphgen.models.sampling import ROW_WIDTH, make_sampler, pack_slot
 from graphgen.worker.backend import open_backend
 from graphgen.worker.background import prepare_first_use
+from graphgen.worker.grammars import Draw, GrammarCompiler, GrammarSlots
 from graphgen.worker.inputs import InputPacker, RegionLengths, input_layout
+from graphgen.worker.mask_copies import MaskCopies
 from graphgen.worker.outputs import LAYOUTS_KEPT, OutputRing, StepOutputs, live_drawing_rows
 from graphgen.worker.rows import SlotTables
 from graphgen.worker.scoring import PromptScores, SlotAsks
@@ -72,13 +75,24 @@ class LaunchedStep(Struct, frozen=True):
     fetched: Mark
     outputs: StepOutputs  # to be read once `fetched` is reached
     prompt_logprobs: Callable[[], bytes] | None = None  # those of the scored rows, likewise; None: there are none
+    draws: Sequence[Draw] = ()  # of its drawing rows, those that follow a grammar
+
+
+def _no_tokenizer() -> TokenizerPart:
+    raise ValueError("this worker was started without a tokenizer")
 
 
 class ModelRunner:
     """One device, ready to run plans."""
 
-    def __init__(self, config: LaunchConfig, report: Report, phases: Sequence[Phase] = ()) -> None:
-        """phases: what the process has done before this."""
+    def __init__(
+        self,
+        config: LaunchConfig,
+        report: Report,
+        phases: Sequence[Phase] = (),
+        read_tokenizer: Callable[[], TokenizerPart] = _no_tokenizer,
+    ) -> None:
+        """phases: what the process has done before this. read_tokenizer: for the first request with a grammar."""
         self._config = config
         self._phases = list(phases)
         begun_s = time.monotonic()
@@ -121,6 +135,9 @@ class ModelRunner:
         self._phases += [preparation.wait() for preparation in preparations]
         gc.freeze()  # what was imported stays: no collection need look at it again
         self._sampler = make_sampler(config.num_slots, config.spec.num_drawable, self._device)
+        self.grammars = GrammarSlots(GrammarCompiler(config.spec.num_drawable, config.eos_token_ids, read_tokenizer))
+        """Of its slots: whoever reads the outputs of a step lets it judge them."""
+        self._masks = MaskCopies(self._sampler, self._stream, STAGING_BLOCKS)
         self._layout_of = lru_cache(LAYOUTS_KEPT)(lambda step: input_layout(step, self._bounds))
         widest = self._bounds.any_plan(_widest(self._buckets))
         most_words = self._layout_of(widest).num_words
@@ -195,8 +212,10 @@ class ModelRunner:
 
     def launch(self, plan: StepPlan, received_s: float) -> LaunchedStep:
         """Packs the plan, hands it to the device and returns; steps run in the order of their launches."""
+        draws = self.grammars.open(plan)
         output_row = self._outputs.next_row()
         shape = self._bounds.any_plan(plan.bucket) if self._graphs.captures else self._bounds.this_plan(plan)
+        self._masks.send(plan, draws)
         started = self._stage(plan, shape, output_row)
         self._stream.submit(lambda: self._graphs.run(shape))
         if plan.scored_rows:
@@ -216,6 +235,7 @@ class ModelRunner:
             fetched=fetched,
             outputs=outputs,
             prompt_logprobs=prompt_logprobs,
+            draws=draws,
         )
 
     def run_between_steps(self, work: Callable[[], None]) -> None:
@@ -229,6 +249,7 @@ class ModelRunner:
 
     def close(self) -> None:
         """Waits for what was launched."""
+        self.grammars.close()
         self._stream.close()
 
     # --- the input of a step -----------------------------------------------------------------------------------

@@ -30,6 +30,11 @@ MAX_TAIL_LEN = 4096
 MAX_PRIORITY = 9
 MAX_DURATION_MS = 3_600_000
 MAX_CACHE_SALT_LEN = 256
+MAX_GRAMMAR_LEN = 1 << 17
+"""Characters of a schema, an expression or a grammar, or of all options of a choice."""
+MAX_CHOICES = 1000
+MAX_AFTER_LEN = 256
+"""Characters of the text behind which a structure begins."""
 MAX_TENANT_LEN = 256
 MAX_ENDPOINTS = 64
 """Of a gateway's report: pairs of path and status."""

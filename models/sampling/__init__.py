@@ -11,16 +11,36 @@ import torch
 from torch import Tensor
 
 from graphgen.models.sampling import logprobs, reference
-from graphgen.models.sampling.tables import NO_TOKEN, ROW_WIDTH, SamplerTables, allocate, asked_for, pack_slot
+from graphgen.models.sampling.tables import (
+    NO_TOKEN,
+    ROW_WIDTH,
+    SamplerTables,
+    allocate,
+    asked_for,
+    mask_words,
+    pack_slot,
+)
 
-__all__ = ["NO_TOKEN", "ROW_WIDTH", "Sampler", "SamplerTables", "allocate", "asked_for", "make_sampler", "pack_slot"]
+__all__ = [
+    "NO_TOKEN",
+    "ROW_WIDTH",
+    "Sampler",
+    "SamplerTables",
+    "allocate",
+    "asked_for",
+    "make_sampler",
+    "mask_words",
+    "pack_slot",
+]
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """The tables and the operations on them that a step consists of, in this order.
+    """The tables and the operations on them that a step consists of, in this order; the last two precede a step that
+    needs them.
 
-    All have fixed shapes, never wait for the device and may be captured in a graph when the tables are on CUDA.
+    All but those two have fixed shapes and may be captured in a graph when the tables are on CUDA. None waits for the
+    device.
     Shapes: `C` chunks, `T` token rows, `N` drawing rows, `V` vocabulary.
     """
 
@@ -67,6 +87,16 @@ class Sampler:
     ) -> None:
         """The same of tokens that are known. asked, places: see `logprobs.write_logprobs`."""
         self._write_logprobs(logits, token_ids, asked, places, rings, ring_row)
+
+    def write_masks(self, slots: Tensor, masked: Tensor, masks: Tensor) -> None:
+        """Before a step: which slots, [n], draw under a mask from now on, [n] (0 or 1), and the masks,
+        [n, mask_words(V)]; all int32. No part of a captured step: few steps need it."""
+        reference.write_masks(self.tables, slots, masked, masks)
+
+    def forget_inputs(self, slots: Tensor, token_ids: Tensor) -> None:
+        """Before a step that computes a token of the output of these slots once more, [n] int32 each: `count_inputs`
+        will enter it again."""
+        reference.forget_inputs(self.tables, slots, token_ids)
 
 
 def make_sampler(num_slots: int, vocab_size: int, device: torch.device) -> Sampler:

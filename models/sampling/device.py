@@ -190,6 +190,13 @@ def tile_scores(logits, occurrences, settings, position, token_ids, vocab_size):
 
 
 @triton.jit
+def allowed_tokens(masks, token_ids, vocab_size):
+    """Which tokens the row's mask allows. masks points at the row's own; past the vocabulary none is allowed."""
+    words = tl.load(masks + token_ids // 32, mask=token_ids < vocab_size, other=0)
+    return ((words >> (token_ids % 32)) & 1) != 0
+
+
+@triton.jit
 def lowest_best(scores, token_ids):
     """The largest score and the lowest token id that has it."""
     best = tl.max(scores, axis=0)

@@ -33,6 +33,7 @@ from graphgen.models.sampling.device import (
     TEMPERATURE,
     TOP_K,
     TOP_P,
+    allowed_tokens,
     exp_not_positive,
     float_setting,
     has_filter,
@@ -51,6 +52,8 @@ MOST_PARTS = tl.constexpr(128)
 LEVELS = tl.constexpr(16)
 PIVOTS = tl.constexpr(8)
 LEAST_STEP = tl.constexpr(1e-6)
+LOWEST_KEY = tl.constexpr(-(2**31))
+"""No key is lower, see `ordered_key`."""
 # Masses are summed as floats where they only outline: far more than those sums err, far less than matters.
 OUTLINE_ERROR = tl.constexpr(1e-5)
 
@@ -63,6 +66,8 @@ def best_kernel(
     occurrences,
     slots,
     positions,
+    masks,
+    masked,
     part_scores,
     part_ids,
     num_candidates,
@@ -79,6 +84,9 @@ def best_kernel(
     filtered = has_filter(settings, vocab_size)
     temperature = float_setting(settings, TEMPERATURE)
     noisy = (temperature > 0.0) & (not filtered)
+    # Filters come before the mask: the largest score of all tokens is what they start from.
+    obeys_mask = (tl.load(masked + slot) != 0) & (not filtered)
+    masks += slot * ((vocab_size + 31) // 32)
     seed = seed_setting(settings)
     first = part * num_tiles * TILE
     best_scores = tl.full([TILE], MINUS_INF, tl.float32)
@@ -92,6 +100,8 @@ def best_kernel(
         )
         if noisy:
             scores += temperature * tile_noise(seed, position, start, TILE)
+        if obeys_mask:
+            scores = tl.where(allowed_tokens(masks, token_ids, vocab_size), scores, MINUS_INF)
         better = scores > best_scores
         best_scores = tl.where(better, scores, best_scores)
         best_ids = tl.where(better, token_ids, best_ids)
@@ -303,6 +313,26 @@ def _threshold(low, high, limit, by_count, row_max, temperature, num_items, sour
     return high
 
 
+@triton.jit
+def _draw(num_items, source, threshold, seed, temperature, masks, obeys_mask, vocab_size, TILE: tl.constexpr):
+    """The best of the row's items whose key is the threshold or more and that its mask allows, and its token id."""
+    position = source[7]
+    best_scores = tl.full([TILE], MINUS_INF, tl.float32)
+    best_ids = tl.full([TILE], MAX_INT32, tl.int32)
+    start = tl.full([], 0, tl.int32)
+    while start < num_items:
+        scores, token_ids = _items(start, source, TILE)
+        kept = ordered_key(scores) >= threshold
+        if obeys_mask:
+            kept = kept & allowed_tokens(masks, token_ids, vocab_size)
+        scores = tl.where(kept, scores + temperature * token_noise(seed, position, token_ids), MINUS_INF)
+        better = (scores > best_scores) | ((scores == best_scores) & (token_ids < best_ids))
+        best_scores = tl.where(better, scores, best_scores)
+        best_ids = tl.where(better, token_ids, best_ids)
+        start += TILE
+    return lowest_best(best_scores, best_ids)
+
+
 @triton.jit(do_not_specialize=["num_parts"])
 def finish_kernel(
     logits,
@@ -311,6 +341,8 @@ def finish_kernel(
     occurrences,
     slots,
     positions,
+    masks,
+    masked,
     part_scores,
     part_ids,
     part_levels,
@@ -375,16 +407,12 @@ def finish_kernel(
         threshold = tl.maximum(threshold, ordered_key(row_max + temperature * log_positive(min_p)).to(tl.int64))
 
     seed = seed_setting(settings)
-    best_scores = tl.full([TILE], MINUS_INF, tl.float32)
-    best_ids = tl.full([TILE], MAX_INT32, tl.int32)
-    start = tl.full([], 0, tl.int32)
-    while start < num_items:
-        scores, token_ids = _items(start, source, TILE)
-        kept = ordered_key(scores) >= threshold
-        scores = tl.where(kept, scores + temperature * token_noise(seed, position, token_ids), MINUS_INF)
-        better = (scores > best_scores) | ((scores == best_scores) & (token_ids < best_ids))
-        best_scores = tl.where(better, scores, best_scores)
-        best_ids = tl.where(better, token_ids, best_ids)
-        start += TILE
-    best, best_id = lowest_best(best_scores, best_ids)
+    obeys_mask = tl.load(masked + slot) != 0
+    masks += slot * ((vocab_size + 31) // 32)
+    best, best_id = _draw(num_items, source, threshold, seed, temperature, masks, obeys_mask, vocab_size, TILE)
+    if obeys_mask & (best == MINUS_INF):
+        # The mask allows nothing that was kept: all that it allows are left.
+        everything = (vocab_size, count < 0, scores_of, ids_of, logits, occurrences, settings, position, vocab_size)
+        lowest = tl.full([], LOWEST_KEY, tl.int64)
+        best, best_id = _draw(vocab_size, everything, lowest, seed, temperature, masks, obeys_mask, vocab_size, TILE)
     tl.store(tokens + row, tl.where(best > MINUS_INF, best_id, NO_TOKEN))

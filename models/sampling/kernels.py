@@ -105,18 +105,20 @@ def sample(
     num_parts = triton.cdiv(num_tiles, num_tiles_each)
     scratch = _Scratch(num_rows, num_parts, candidates, logits.device)
     inputs = (logits, logits.stride(0), tables.settings, tables.occurrences, slots, positions)
+    masks = (tables.masks, tables.masked)
     best = (scratch.part_scores, scratch.part_ids)
     outline = (scratch.part_levels, scratch.part_masses)
     gathered = (scratch.candidate_scores, scratch.candidate_ids, scratch.num_candidates)
     sizes = (vocab_size, num_parts, num_tiles_each)
     tiles = {"TILE": _TILE, "enable_fp_fusion": False}
     grid = (num_rows, num_parts)
-    best_kernel[grid](*inputs, *best, scratch.num_candidates, *sizes, **tiles)
+    best_kernel[grid](*inputs, *masks, *best, scratch.num_candidates, *sizes, **tiles)
     outline_kernel[grid](*inputs, scratch.part_scores, *outline, *sizes, **tiles)
     collect_kernel[grid](*inputs, scratch.part_scores, *outline, *gathered, *sizes, CAPACITY=candidates, **tiles)
     tokens = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
     finish_kernel[(num_rows,)](
         *inputs,
+        *masks,
         *best,
         *outline,
         *gathered,

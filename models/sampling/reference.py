@@ -18,7 +18,10 @@ Rules, in this order, as Hugging Face's logits processors and the OpenAI API def
 7. top-p keeps, of those, a token when the tokens more probable than it hold less than top_p of their mass: the
    smallest set of likeliest tokens with mass >= top_p, and all that equal the last of them. The likeliest stay.
 8. min-p keeps tokens at least min_p times as probable as the likeliest.
-9. The draw: the largest of logit + T * Gumbel noise, the lowest token id among equals, which is a draw from softmax.
+9. A mask removes the tokens that it does not allow. Where rules 6 to 8 have kept none that it allows, all that it
+   allows are left. So the filters never see the mask, and a token that is drawn without a mask and that the mask
+   allows is the token that is drawn with it.
+10. The draw: the largest of logit + T * Gumbel noise, the lowest token id among equals, which is a draw from softmax.
    Where nothing but -inf is left there is nothing to draw: NO_TOKEN.
 """
 
@@ -36,6 +39,20 @@ def write_slots(tables: SamplerTables, rows: Tensor, slots: Tensor, inits: Tenso
     owned = slots[chosen].long()
     tables.settings.index_copy_(0, owned, rows[chosen])
     tables.occurrences.index_fill_(0, owned, 0)
+
+
+def write_masks(tables: SamplerTables, slots: Tensor, masked: Tensor, masks: Tensor) -> None:
+    """Whether the masks of slots [n] count, [n], and the words of those masks, [n, ceil(V / 32)]; all int32."""
+    places = slots.long()
+    tables.masked.index_copy_(0, places, masked)
+    tables.masks.index_copy_(0, places, masks)
+
+
+def forget_inputs(tables: SamplerTables, slots: Tensor, token_ids: Tensor) -> None:
+    """Takes one input of each slot, [n] int32 each, out of `occurrences`: a token of the output that is computed
+    again."""
+    minus_one = torch.full((), -1, dtype=torch.int32, device=slots.device)
+    tables.occurrences.index_put_((slots.long(), token_ids.long()), minus_one, accumulate=True)
 
 
 def count_inputs(tables: SamplerTables, token_ids: Tensor, slots: Tensor, positions: Tensor) -> None:
@@ -60,12 +77,20 @@ def sample(tables: SamplerTables, logits: Tensor, slots: Tensor, positions: Tens
     """
     slots = slots.long()
     scores = penalised_logits(tables, logits, slots, positions)
+    masked = tables.masked[slots].nonzero().squeeze(1)
+    allowed = allowed_logits(tables, scores[masked], slots[masked])
     drawn = tables.temperature[slots] > 0
-    if bool(drawn.any()):
+    draws = bool(drawn.any())
+    if draws:
+        scores[drawn] = kept_logits(tables, scores[drawn], slots[drawn])
+    if len(masked):
+        kept = scores[masked].masked_fill_(allowed == float("-inf"), float("-inf"))
+        keeps_any = (kept > float("-inf")).any(1, keepdim=True)
+        scores[masked] = torch.where(keeps_any, kept, allowed)
+    if draws:
         drawn_slots = slots[drawn]
-        kept = kept_logits(tables, scores[drawn], drawn_slots)
         bits = vocabulary_bits(tables.seed[drawn_slots], positions[drawn], tables.vocab_size)
-        scores[drawn] = kept + tables.temperature[drawn_slots].unsqueeze(1) * gumbel(bits)
+        scores[drawn] += tables.temperature[drawn_slots].unsqueeze(1) * gumbel(bits)
     best, token_ids = scores.max(dim=1)
     return torch.where(best > float("-inf"), token_ids, NO_TOKEN).int()
 
@@ -91,6 +116,13 @@ def penalised_logits(tables: SamplerTables, logits: Tensor, slots: Tensor, posit
         banned.scatter_(1, tables.stop_token_ids[slots[short]].long(), True)
         scores[short] = scores[short].masked_fill(banned[:, :-1], float("-inf"))
     return scores.nan_to_num_(nan=float("-inf"), posinf=LARGEST_FLOAT, neginf=float("-inf"))
+
+
+def allowed_logits(tables: SamplerTables, logits: Tensor, slots: Tensor) -> Tensor:
+    """[N, V] float32, -inf where the slot's mask does not allow a token."""
+    bits = torch.arange(32, dtype=torch.int32, device=logits.device)
+    allowed = (tables.masks[slots].unsqueeze(2) >> bits) & 1
+    return logits.masked_fill(allowed.flatten(1)[:, : tables.vocab_size] == 0, float("-inf"))
 
 
 def kept_logits(tables: SamplerTables, logits: Tensor, slots: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How every slot draws its tokens, and which tokens it has seen: two device tables.
+"""How every slot draws its tokens, which tokens it has seen and which it may draw: the device tables.
 
 Owns their layout and the packing of a new owner's row. Never computes anything: reference.py (torch) and
 kernels.py (Triton) read and write the tables. The worker allocates them once and packs a row per admission.
@@ -48,7 +48,7 @@ _NEUTRAL = SlotInit(prompt_len=0, min_length=0, stop_token_ids=(), sampler=Sampl
 
 @dataclass(frozen=True)
 class SamplerTables:
-    """The two tables and named views of their columns. Contents change every step, addresses never."""
+    """The tables and named views of their columns. Contents change every step, addresses never."""
 
     settings: Tensor
     """[S + 1, ROW_WIDTH] int32: the packed row of each slot's owner."""
@@ -57,6 +57,10 @@ class SamplerTables:
 
     The large one: 4 * (S + 1) * V bytes, 132 MB for 256 slots of a 128256-token vocabulary.
     """
+    masks: Tensor
+    """[S + 1, ceil(V / 32)] int32: bit `t % 32` of word `t // 32` says that token t may be drawn."""
+    masked: Tensor
+    """[S + 1] int32: 1 where the slot's mask counts; elsewhere every token may be drawn."""
 
     @property
     def vocab_size(self) -> int:
@@ -141,12 +145,19 @@ def allocate(num_slots: int, vocab_size: int, device: torch.device) -> SamplerTa
     return SamplerTables(
         settings=neutral.repeat(num_slots + 1, 1).to(device),
         occurrences=torch.zeros(num_slots + 1, vocab_size, dtype=torch.int32, device=device),
+        masks=torch.zeros(num_slots + 1, mask_words(vocab_size), dtype=torch.int32, device=device),
+        masked=torch.zeros(num_slots + 1, dtype=torch.int32, device=device),
     )
 
 
 def asked_for(logprobs: int | None) -> int:
     """What a kernel reads: 1 + the likeliest tokens that are asked for, 0 for nothing."""
     return 0 if logprobs is None else 1 + logprobs
+
+
+def mask_words(vocab_size: int) -> int:
+    """int32 words of a slot's mask."""
+    return -(-vocab_size // 32)
 
 
 def pack_slot(init: SlotInit, vocab_size: int) -> npt.NDArray[np.int32]:

@@ -248,7 +248,12 @@ def test_no_two_prompts_share_a_prefix() -> None:
             super().add(submit)
 
         def update(
-            self, step_id: int, token_ids: Sequence[int], logprobs: bytes = b"", prompt_logprobs: bytes = b""
+            self,
+            step_id: int,
+            token_ids: Sequence[int],
+            logprobs: bytes = b"",
+            prompt_logprobs: bytes = b"",
+            refused: Sequence[int] = (),
         ) -> Outputs:
             return super().update(step_id, token_ids)
 

@@ -45,6 +45,26 @@ def own(sampler: Sampler, params: list[SamplerParams], prompt_len: int = 3, min_
     sampler.write_slots(rows.to(device), slots, torch.ones(len(params), dtype=torch.int32, device=device))
 
 
+def give_masks(sampler: Sampler, allowed: Tensor, masked: Tensor) -> None:
+    """Slots 0, 1, ... draw only tokens of their row of `allowed`, [n, V] bool, where `masked`, [n], is 1."""
+    width = sampler.tables.masks.shape[1] * 32
+    padded = torch.nn.functional.pad(allowed.long(), (0, width - allowed.shape[1]))
+    words = (padded.view(len(allowed), -1, 32) << torch.arange(32)).sum(2)
+    signed = torch.where(words >= 2**31, words - 2**32, words).int()
+    device = sampler.tables.masks.device
+    slots = torch.arange(len(allowed), dtype=torch.int32, device=device)
+    sampler.write_masks(slots, masked.int().to(device), signed.to(device))
+
+
+def random_masks(num_rows: int, vocab_size: int, seed: int) -> Tensor:
+    """[num_rows, vocab_size] bool: of few tokens, of many, of one, of none, by row in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    shares = torch.tensor([0.02, 0.5, 0.0, 0.9])[torch.arange(num_rows) % 4].unsqueeze(1)
+    allowed = torch.rand(num_rows, vocab_size, generator=generator) < shares
+    allowed[2::8, vocab_size // 3] = True
+    return allowed
+
+
 def troubled_logits(num_rows: int, vocab_size: int, seed: int) -> Tensor:
     """Random logits; some rows flat, tied, peaked, with NaN or infinities, or nothing else. At least 12 rows."""
     logits = torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * 3

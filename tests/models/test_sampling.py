@@ -26,7 +26,7 @@ from graphgen.models.sampling.arithmetic import exp_not_positive, gumbel, log_po
 from graphgen.models.sampling.philox import philox4x32
 from graphgen.models.sampling.reference import kept_logits, penalised_logits
 from graphgen.models.sampling.tables import IN_PROMPT, OUTPUT_COUNT_MASK
-from tests.models.sampling_cases import MIXED, STOP_TOKENS, own, troubled_logits
+from tests.models.sampling_cases import MIXED, STOP_TOKENS, give_masks, own, random_masks, troubled_logits
 
 CPU = torch.device("cpu")
 
@@ -398,3 +398,67 @@ def test_what_the_tables_cannot_hold_is_refused() -> None:
         pack_slot(SlotInit(1, 0, tuple(range(17)), SamplerParams()), 100)
     with pytest.raises(InvalidRequestError, match="seed is -1"):
         pack_slot(SlotInit(1, 0, (), SamplerParams(seed=-1)), 100)
+
+
+# --- Masks -----------------------------------------------------------------------------------------------------
+
+
+def test_filters_come_before_the_mask_and_what_it_allows_of_the_kept_is_drawn() -> None:
+    """Where it allows none of the kept tokens, one of all that it allows; where it allows none at all, none."""
+    vocab_size = 203
+    logits = troubled_logits(2 * len(MIXED), vocab_size, seed=3)
+    slots = torch.cat([torch.arange(len(MIXED))] * 2)
+    positions = torch.arange(len(slots)) + 9
+    num_kept_drawn = num_others_drawn = 0
+    for seed in range(8):
+        sampler = make_owned(list(MIXED), vocab_size)
+        unmasked = sampler.sample(logits, slots, positions)
+        allowed = random_masks(len(MIXED), vocab_size, seed).roll(seed, 0)
+        masked = torch.rand(len(MIXED), generator=torch.Generator().manual_seed(seed)) < 0.8
+        give_masks(sampler, allowed, masked)
+        scores = penalised_logits(sampler.tables, logits, slots, positions)
+        tokens = sampler.sample(logits, slots, positions)
+        for row, slot in enumerate(slots.tolist()):
+            token, free = int(tokens[row]), int(unmasked[row])
+            if not masked[slot]:
+                assert token == free, "a row without a mask"
+                continue
+            possible = allowed[slot] & (scores[row] > float("-inf"))
+            if not possible.any():
+                assert token == NO_TOKEN
+                continue
+            assert possible[token]
+            if possible[free] and free >= 0:
+                assert token == free, "a token that the mask allows is drawn with it as without it"
+            if sampler.tables.temperature[slot] > 0:
+                kept = kept_logits(sampler.tables, scores[row : row + 1], slots[row : row + 1])[0] > float("-inf")
+                assert kept[token] or not (kept & possible).any()
+                num_kept_drawn += bool(kept[token])
+                num_others_drawn += not kept[token]
+            else:
+                best = scores[row].masked_fill(~possible, float("-inf")).max()
+                assert scores[row, token] == best
+    assert min(num_kept_drawn, num_others_drawn) > 10
+
+
+def test_draws_under_a_mask_have_the_probabilities_of_the_allowed_tokens() -> None:
+    vocab_size, num_draws = 40, 20_000
+    logits = torch.randn(1, vocab_size, generator=torch.Generator().manual_seed(2))
+    sampler = make_owned([SamplerParams(temperature=1.3, seed=4)], vocab_size)
+    allowed = torch.arange(vocab_size).unsqueeze(0) % 3 == 1
+    give_masks(sampler, allowed, torch.ones(1))
+    slots = torch.zeros(num_draws, dtype=torch.int64)
+    tokens = sampler.sample(logits.expand(num_draws, -1), slots, torch.arange(num_draws))
+    found = torch.bincount(tokens.long(), minlength=vocab_size) / num_draws
+    expected = (logits[0] / 1.3).masked_fill(~allowed[0], float("-inf")).softmax(0)
+    assert (found - expected).abs().max() < 0.012
+    assert not found[~allowed[0]].any()
+
+
+def test_an_input_that_is_forgotten_is_counted_once_when_it_comes_again() -> None:
+    sampler = make_owned([SamplerParams(frequency_penalty=1.0)], 50, prompt_len=2)
+    slot = torch.zeros(1, dtype=torch.int64)
+    for _ in range(2):
+        sampler.count_inputs(torch.tensor([7]), slot, torch.tensor([5]))
+    sampler.forget_inputs(torch.zeros(1, dtype=torch.int32), torch.tensor([7], dtype=torch.int32))
+    assert int(sampler.tables.occurrences[0, 7]) == 1

@@ -11,7 +11,7 @@ import torch
 
 from graphgen.ipc.messages import SamplerParams, SlotInit
 from graphgen.models.sampling import Sampler, make_sampler, pack_slot, reference
-from tests.models.sampling_cases import MIXED, own, troubled_logits
+from tests.models.sampling_cases import MIXED, give_masks, own, random_masks, troubled_logits
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed; comes with torch for CUDA", allow_module_level=True)
@@ -47,6 +47,21 @@ def test_kernels_draw_the_tokens_of_the_reference(vocab_size: int, candidates: i
     positions = torch.arange(len(slots)) + 4
     expected = reference.sample(sampler.tables, logits, slots, positions)
     assert torch.equal(kernels.sample(sampler.tables, logits, slots, positions, candidates), expected)
+
+
+@pytest.mark.parametrize(("vocab_size", "candidates"), [(257, 8192), (1100, 16)])
+def test_kernels_draw_the_tokens_of_the_reference_under_masks(vocab_size: int, candidates: int) -> None:
+    sampler = make_owned(vocab_size, min_length=8)
+    logits = troubled_logits(2 * len(MIXED), vocab_size, seed=vocab_size)
+    slots = torch.cat([torch.arange(len(MIXED)), torch.arange(len(MIXED)).roll(5)])
+    positions = torch.arange(len(slots)) + 4
+    without = reference.sample(sampler.tables, logits, slots, positions)
+    masked = torch.arange(len(MIXED)) % 5 != 4
+    for shift in range(2):
+        give_masks(sampler, random_masks(len(MIXED), vocab_size, seed=shift).roll(shift, 0), masked)
+        expected = reference.sample(sampler.tables, logits, slots, positions)
+        assert not torch.equal(expected, without)
+        assert torch.equal(kernels.sample(sampler.tables, logits, slots, positions, candidates), expected)
 
 
 def test_kernels_count_and_write_slots_as_the_reference_does() -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import msgspec
 
+from graphgen import demo
 from graphgen.ipc.codec import pack_int32
-from graphgen.ipc.messages import Outputs, SamplerParams, Submit, TokenOutput
+from graphgen.ipc.messages import Outputs, Rejected, SamplerParams, Submit, TokenOutput
 from graphgen.ipc.step_schema import unpack_columns
 from graphgen.launch.config import EngineConfig, LaunchConfig, resolve
+from graphgen.launch.tokenizer_file import TokenizerPart
 from graphgen.models.families import load_spec
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.policy import Scheduler
@@ -27,6 +29,10 @@ def launch_config(folder: Path, max_model_len: int | None = None, **settings: ob
     return config if max_model_len is None else msgspec.structs.replace(config, max_model_len=max_model_len)
 
 
+def demo_tokenizer() -> TokenizerPart:
+    return TokenizerPart((demo.model_folder() / "tokenizer.json").read_text())
+
+
 def token_ids_of(step: LaunchedStep) -> Sequence[int]:
     """Of its drawing rows, once it is fetched."""
     return unpack_columns(step.outputs.read()[0])["token_ids"]
@@ -36,7 +42,7 @@ class LocalEngine:
     """Runs requests with two steps in flight."""
 
     def __init__(self, config: LaunchConfig) -> None:
-        self.runner = ModelRunner(config, lambda progress: None)
+        self.runner = ModelRunner(config, lambda progress: None, read_tokenizer=demo_tokenizer)
         worker = self.runner.describe()
         self.scheduler = Scheduler(
             SchedulerLimits(
@@ -54,6 +60,10 @@ class LocalEngine:
         )
         self._next_id = 0
         self.outputs: list[TokenOutput] = []  # all that came with news
+        self.num_refused = 0
+        """Draws that a grammar refused."""
+        self.rejected: list[Rejected] = []
+        """Of requests whose grammar could not go on."""
 
     def generate(
         self,
@@ -63,11 +73,13 @@ class LocalEngine:
         stop_token_ids: tuple[int, ...] = (),
         preempt_after: int | None = None,
         asks: Sequence[Asks] = (),
+        grammars: Sequence[str] | None = None,
     ) -> list[list[int]]:
         """Tokens of all prompts, submitted at once, in their order.
 
         preempt_after: steps whose results have arrived when one request is preempted, the one to be served last.
         asks: for log-probabilities, of each prompt; `outputs` has them afterwards.
+        grammars: of each prompt; "" is none.
         """
         first_id = self._next_id
         self._next_id += len(prompts)
@@ -76,7 +88,8 @@ class LocalEngine:
             submit = Submit(first_id + number, pack_int32(prompt), max_tokens, 0, stop_token_ids, sampler, 0.0)
             if asks:
                 submit = msgspec.structs.replace(submit, logprobs=asks[number][0], prompt_logprobs=asks[number][1])
-            self.scheduler.add(submit)
+            grammar = grammars[number] if grammars else ""
+            self.scheduler.add(msgspec.structs.replace(submit, grammar=grammar))
         tokens: list[list[int]] = [[] for _ in prompts]
         in_flight: deque[LaunchedStep] = deque()
         unfinished = len(prompts)
@@ -88,23 +101,27 @@ class LocalEngine:
             num_steps += 1
             while (plan := self.scheduler.schedule(0.0)) is not None:
                 in_flight.append(self.runner.launch(plan, received_s=0.0))
-            step = in_flight.popleft()
-            step.fetched.wait()
-            outputs = self.update(step)
+            num_rejected = len(self.rejected)
+            outputs = self.update(in_flight.popleft())
             self.outputs += outputs.outputs
+            unfinished -= len(self.rejected) - num_rejected
             for request_id, (token_id, reason) in tokens_of(outputs).items():
                 tokens[request_id - first_id].append(token_id)
                 unfinished -= reason is not None
         while in_flight:
-            step = in_flight.popleft()
-            step.fetched.wait()
-            self.update(step)
+            self.update(in_flight.popleft())
         return tokens
 
     def update(self, step: LaunchedStep) -> Outputs:
-        """What a fetched step gives to its requests."""
+        """What a step gives to its requests, once it is fetched."""
+        step.fetched.wait()
         of_prompts = b"" if step.prompt_logprobs is None else step.prompt_logprobs()
-        return self.scheduler.update(step.step_id, token_ids_of(step), step.outputs.logprobs(), of_prompts)
+        verdicts = self.runner.grammars.judge(step.draws, step.outputs.token_ids)
+        self.rejected += self.scheduler.fail_grammars(step.step_id, verdicts.failed)
+        self.num_refused += len(verdicts.refused)
+        return self.scheduler.update(
+            step.step_id, token_ids_of(step), step.outputs.logprobs(), of_prompts, verdicts.refused
+        )
 
     def close(self) -> None:
         self.runner.close()

@@ -31,10 +31,12 @@ from graphgen.ipc.messages import (
 )
 from graphgen.launch.config import LaunchConfig
 from graphgen.launch.processes import EngineProcesses
+from graphgen.launch.tokenizer_file import TokenizerPart
 from graphgen.models.sampling import NO_TOKEN
 from graphgen.requests.core import launch_config
 from graphgen.worker import process
 from graphgen.worker.background import Background
+from graphgen.worker.grammars import Draw, Verdicts
 from graphgen.worker.outputs import StepOutputs
 from graphgen.worker.runner import LaunchedStep
 
@@ -64,11 +66,25 @@ class Point:
         return self.at_s
 
 
+class FakeGrammars:
+    """Refuses the second draw of step 50, and gives the first one's grammar up."""
+
+    def judge(self, draws: Sequence[Draw], token_ids: Sequence[int]) -> Verdicts:
+        return Verdicts((1,), ((0, "too many states"),)) if token_ids[0] == 50 else Verdicts((), ())
+
+
 class FakeRunner:
     """The device in a test's hands. A step draws its id and its id + 1, of four places in the host's tokens."""
 
-    def __init__(self, config: LaunchConfig, report: Callable[[Progress], None], phases: Sequence[Phase]) -> None:
+    def __init__(
+        self,
+        config: LaunchConfig,
+        report: Callable[[Progress], None],
+        phases: Sequence[Phase],
+        read_tokenizer: Callable[[], TokenizerPart],
+    ) -> None:
         self.phases = tuple(phases)
+        self.grammars = FakeGrammars()
         report(Progress("load", 1, 1))
 
     def describe(self) -> WorkerReady:
@@ -318,6 +334,19 @@ def test_a_step_that_fails_is_told_once_and_no_result_follows(loop: Loop, error:
     reach(first)
     assert loop.expect(Failed) == Failed("worker", type(error).__name__, f"a step failed: {error or repr(error)}")
     assert loop.is_silent(), "what a broken device says is not to be believed"
+
+
+def test_what_grammars_say_of_a_step_is_in_its_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = start(monkeypatch, FakeRunner)
+    loop.becomes_ready()
+    results = []
+    for step_id in (49, 50):
+        loop.plan(step_id)
+        reach(loop.launched())
+        results.append(loop.expect(StepResult))
+    assert [result.refused_draws for result in results] == [(), (1,)]
+    assert [result.failed_grammars for result in results] == [(), ((0, "too many states"),)]
+    loop.close()
 
 
 def test_a_start_that_fails_says_why_by_the_class_of_its_error(monkeypatch: pytest.MonkeyPatch) -> None:

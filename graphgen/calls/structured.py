@@ -1,0 +1,104 @@
+"""What an output must follow: a JSON schema, a regular expression, one of several texts, or a grammar.
+
+Owns the four public kinds and the checks of their form. Whether one can be followed, the package llguidance says where
+requests are made (`graphgen.requests.structured`); a client's distribution does without it.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from msgspec import Struct
+
+from graphgen.ipc.errors import InvalidRequestError
+from graphgen.ipc.ggp.limits import MAX_AFTER_LEN, MAX_CHOICES, MAX_GRAMMAR_LEN
+
+
+class JsonSchema(Struct, frozen=True, tag=True):
+    """JSON that the schema allows. `JsonSchema({"type": "object"})` is any JSON object.
+
+    Between two tokens of JSON there are at most eight characters of white space.
+    """
+
+    schema: Mapping[str, Any] | bool | str
+    """A JSON schema, or its text. What cannot be enforced is refused by its keyword."""
+    after: str = ""
+    """The structure begins behind this text, as `</think>`; before it the output is free. "": from the first token."""
+
+    def __post_init__(self) -> None:
+        _check(self.text, "a JSON schema", self.after)
+
+    @property
+    def text(self) -> str:
+        """The schema as JSON."""
+        if isinstance(self.schema, str):
+            return self.schema
+        try:
+            return json.dumps(self.schema, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidRequestError(
+                f"structured: a JSON schema is no JSON ({error}): give what JSON can say"
+            ) from None
+
+
+class Regex(Struct, frozen=True, tag=True):
+    """Text that the expression matches as a whole, in the syntax of Rust's package regex: without look-around and
+    references to groups."""
+
+    pattern: str
+    after: str = ""
+    """See JsonSchema."""
+
+    def __post_init__(self) -> None:
+        _check(self.pattern, "a regular expression", self.after)
+
+
+class Choice(Struct, frozen=True, tag=True):
+    """One of these texts."""
+
+    options: Sequence[str]
+    after: str = ""
+    """See JsonSchema."""
+
+    def __post_init__(self) -> None:
+        options = self.options
+        if isinstance(options, str) or not all(isinstance(one, str) for one in options):
+            raise InvalidRequestError(f"structured: options of a choice are {options!r}: give a list of texts")
+        if not 1 <= len(options) <= MAX_CHOICES or not all(options):
+            raise InvalidRequestError(
+                f"structured: a choice has {len(options)} options, of which {sum(not one for one in options)} are"
+                f" empty: give 1 to {MAX_CHOICES}, none of them empty"
+            )
+        _check("".join(options), "a choice", self.after)
+
+
+class Grammar(Struct, frozen=True, tag=True):
+    """Text of a context-free grammar: Lark, as llguidance extends it, or the GBNF of llama.cpp."""
+
+    text: str
+    after: str = ""
+    """See JsonSchema."""
+
+    def __post_init__(self) -> None:
+        _check(self.text, "a grammar", self.after)
+
+
+Structured = JsonSchema | Regex | Choice | Grammar
+
+
+def _check(text: object, what: str, after: object) -> None:
+    if not isinstance(text, str):
+        raise InvalidRequestError(f"structured: {what} is of type {type(text).__name__}: give text")
+    if not isinstance(after, str) or len(after) > MAX_AFTER_LEN:
+        raise InvalidRequestError(f"structured: after is {after!r}: give at most {MAX_AFTER_LEN} characters of text")
+    if not 1 <= len(text) <= MAX_GRAMMAR_LEN:
+        raise InvalidRequestError(
+            f"structured: {what} has {len(text)} characters: give 1 to {MAX_GRAMMAR_LEN} characters"
+        )
+    for one in (text, after):
+        try:
+            one.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                f"structured: {what} is no valid Unicode ({error}): remove its lone surrogates"
+            ) from None

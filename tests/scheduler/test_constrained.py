@@ -1,0 +1,157 @@
+"""Requests that follow a grammar: a row only when their last token is known, and draws that are repeated."""
+
+import msgspec
+import pytest
+
+from graphgen.ipc.codec import unpack_int32
+from graphgen.ipc.messages import StepPlan, Submit
+from graphgen.scheduler.policy import Scheduler
+from tests.scheduler.harness import make_limits, make_submit, tokens_of
+
+
+def constrained(request_id: int, prompt: list[int], max_tokens: int = 4, **more: object) -> Submit:
+    return msgspec.structs.replace(make_submit(request_id, prompt, max_tokens, **more), grammar="g")  # type: ignore[arg-type]  # of make_submit
+
+
+def planned(scheduler: Scheduler) -> StepPlan:
+    plan = scheduler.schedule(0.0)
+    assert plan is not None
+    scheduler.prepare()
+    return plan
+
+
+def requests_of(scheduler: Scheduler, plan: StepPlan) -> list[int]:
+    """Those that draw, in the order of the result."""
+    return [request.request_id for request in scheduler._life.in_flight.find(plan.step_id).drawing]
+
+
+def test_a_request_with_a_grammar_has_a_row_in_every_other_plan_and_its_neighbour_in_each() -> None:
+    scheduler = Scheduler(make_limits())
+    scheduler.add(constrained(1, [7, 8, 9]))
+    scheduler.add(make_submit(2, [4, 5], 8))
+    first = planned(scheduler)
+    assert requests_of(scheduler, first) == [1, 2]
+    assert [chunk.init.grammar for chunk in first.chunks if chunk.init] == ["g", ""]
+    second = planned(scheduler)
+    assert requests_of(scheduler, second) == [2], "the token of the first is not known"
+    assert tokens_of(scheduler.update(0, [21, 22])) == {1: (21, None), 2: (22, None)}
+    third = planned(scheduler)
+    assert set(requests_of(scheduler, third)) == {1, 2}
+    positions = dict(zip(unpack_int32(third.decode_slots), unpack_int32(third.decode_positions), strict=True))
+    assert sorted(positions.values()) == [3, 3], "the prompt of 3 and its token; the prompt of 2 and two tokens"
+    scheduler.update(1, [23])
+    assert requests_of(scheduler, planned(scheduler)) == [2]
+
+
+def test_a_lone_request_with_a_grammar_has_one_step_in_flight() -> None:
+    scheduler = Scheduler(make_limits())
+    scheduler.add(constrained(1, [7, 8, 9], 3))
+    for step, token in enumerate((21, 22, 23)):
+        planned(scheduler)
+        assert scheduler.schedule(0.0) is None
+        outputs = scheduler.update(step, [token])
+    assert tokens_of(outputs) == {1: (23, "length")}
+    assert scheduler.pages_free == scheduler.pages_total
+    assert scheduler.schedule(0.0) is None
+
+
+@pytest.mark.parametrize("num_known", [0, 1, 3], ids=["of the prompt", "in between", "the last one"])
+def test_a_refused_draw_is_planned_again_as_a_chunk_of_its_last_token_and_nobody_else_notices(num_known: int) -> None:
+    scheduler = Scheduler(make_limits())
+    prompt = [7, 8, 9]
+    scheduler.add(constrained(1, prompt, 4))
+    scheduler.add(make_submit(2, [4, 5], 12))
+    known = list(prompt)
+    step = 0
+    while len(known) < len(prompt) + num_known:
+        drawing = requests_of(scheduler, planned(scheduler))
+        scheduler.update(step, [30 + step if request == 1 else 50 for request in drawing])
+        known += [30 + step] * (1 in drawing)
+        step += 1
+    for _ in range(2):  # it may be refused again
+        drawing = requests_of(scheduler, planned(scheduler))
+        assert 1 in drawing
+        place = drawing.index(1)
+        outputs = scheduler.update(step, [49 if request == 1 else 50 for request in drawing], refused=[place])
+        assert set(tokens_of(outputs)) == {2}
+        step += 1
+        (chunk,) = (plan := planned(scheduler)).chunks
+        assert (chunk.start, chunk.length, chunk.draws, chunk.init) == (len(known) - 1, 1, True, None)
+        assert list(unpack_int32(plan.chunk_token_ids)) == known[-1:]
+        drawing = requests_of(scheduler, plan)
+        assert sorted(drawing) == [1, 2]
+        place = drawing.index(1)
+        scheduler.update(step, [49 if request == 1 else 50 for request in drawing], refused=[place])
+        step += 1
+    drawing = requests_of(scheduler, planned(scheduler))
+    outputs = scheduler.update(step, [33 if request == 1 else 50 for request in drawing])
+    assert tokens_of(outputs)[1] == (33, "length" if num_known == 3 else None)
+    assert tokens_of(outputs)[2] == (50, None)
+
+
+def test_one_that_starts_again_brings_the_tokens_that_it_has() -> None:
+    scheduler = Scheduler(make_limits())
+    scheduler.add(constrained(1, [7, 8, 9]))
+    planned(scheduler)
+    scheduler.update(0, [21])
+    planned(scheduler)
+    life = scheduler._life
+    life.preemption.preempt(next(life.running.victims()))
+    assert scheduler.schedule(0.0) is None, "its token is in flight, and kept"
+    scheduler.update(1, [22])
+    (chunk,) = planned(scheduler).chunks
+    assert chunk.init is not None
+    assert list(unpack_int32(chunk.init.output_token_ids)) == [21, 22]
+    scheduler.update(2, [23])
+    planned(scheduler)
+    scheduler.worker_lost()
+    scheduler.renew(None)
+    (chunk,) = planned(scheduler).chunks
+    assert chunk.init is not None
+    assert list(unpack_int32(chunk.init.output_token_ids)) == [21, 22, 23]
+
+
+def test_a_draw_that_is_refused_after_its_request_was_preempted_is_lost_alone() -> None:
+    scheduler = Scheduler(make_limits())
+    scheduler.add(constrained(1, [7, 8, 9]))
+    planned(scheduler)
+    scheduler.update(0, [21])
+    planned(scheduler)
+    life = scheduler._life
+    life.preemption.preempt(next(life.running.victims()))
+    assert not scheduler.update(1, [22], refused=[0])
+    (chunk,) = planned(scheduler).chunks
+    assert chunk.init is not None
+    assert list(unpack_int32(chunk.init.output_token_ids)) == [21]
+
+
+def test_a_grammar_that_cannot_go_on_ends_its_request_and_says_why() -> None:
+    scheduler = Scheduler(make_limits())
+    scheduler.add(constrained(1, [7, 8, 9]))
+    scheduler.add(make_submit(2, [4, 5], 8))
+    planned(scheduler)
+    (rejected,) = scheduler.fail_grammars(0, [(0, "too many states")])
+    assert (rejected.request_id, rejected.error) == (1, "InvalidRequestError")
+    assert rejected.message == "after 0 tokens of output its grammar cannot go on: too many states"
+    assert set(tokens_of(scheduler.update(0, [21, 22]))) == {2}
+    assert scheduler.request_ids == (2,)
+
+
+def test_one_of_several_tenants_rests_and_awaits_without_losing_its_place() -> None:
+    scheduler = Scheduler(make_limits(num_slots=4))
+    for request_id, tenant in enumerate("aabb"):
+        scheduler.add(constrained(request_id, [7, 8, request_id], 9, tenant=tenant))
+    received: dict[int, list[int]] = {request_id: [] for request_id in range(4)}
+    pending: list[StepPlan] = []
+    for _ in range(200):
+        while (plan := scheduler.schedule(0.0)) is not None:
+            pending.append(plan)
+        if not pending:
+            break
+        plan = pending.pop(0)
+        drawing = requests_of(scheduler, plan)
+        outputs = scheduler.update(plan.step_id, [len(received[one]) for one in drawing])
+        for request_id, (token, _) in tokens_of(outputs).items():
+            received[request_id].append(token)
+    assert all(tokens == list(range(9)) for tokens in received.values())
+    assert scheduler.pages_free == scheduler.pages_total

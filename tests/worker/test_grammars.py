@@ -1,0 +1,174 @@
+"""Grammars in the worker, with the policy and two steps in flight: the tokens are those of a reference that masks the
+logits of one request step by step, whatever is late, preempted or beside it."""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from graphgen.calls.structured import Choice, JsonSchema, Regex
+from graphgen.capture.buffers import Words
+from graphgen.demo import model_folder
+from graphgen.ipc.messages import SamplerParams, SlotInit
+from graphgen.models.families import load_spec
+from graphgen.models.loader import load_decoder
+from graphgen.models.sampling import make_sampler, pack_slot
+from graphgen.requests.grammar_builder import Job, build
+from graphgen.worker.grammars import GrammarCompiler
+from tests.models.driver import Driver
+from tests.worker.local_engine import LocalEngine, demo_tokenizer, launch_config
+
+EOS = 0
+MAX_TOKENS = 24
+RECORD = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "age": {"type": "integer", "minimum": 1, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["new", "old"]}, "maxItems": 2},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+GRAMMARS = [
+    build(Job(one)) for one in (JsonSchema(RECORD), Regex("[A-Z][a-z]{2,9}(, [a-z]+){1,3}[.]"), Choice(["yes", "no"]))
+]
+PROMPTS = [[10 + number, 300, 77, 5 * number + 1] * 3 for number in range(6)]
+SAMPLERS = [
+    SamplerParams(),
+    SamplerParams(temperature=0.9, seed=5),
+    SamplerParams(temperature=1.0, top_k=8, seed=6),
+    SamplerParams(temperature=0.8, top_p=0.9, min_p=0.01, seed=7),
+    SamplerParams(temperature=0.7, frequency_penalty=0.9, presence_penalty=0.2, seed=8),
+    SamplerParams(repetition_penalty=1.3, frequency_penalty=0.5),
+]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[LocalEngine]:
+    engine = LocalEngine(launch_config(model_folder(), 128, device="cpu", token_budget=64, num_pages=80))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def wanted() -> list[list[int]]:
+    """By request: prompt, sampler and grammar number i of each list, in turn."""
+    reference = Reference()
+    return [reference.tokens(prompt, SAMPLERS[number], grammar_of(number)) for number, prompt in enumerate(PROMPTS)]
+
+
+def grammar_of(number: int) -> str:
+    return GRAMMARS[number % len(GRAMMARS)]
+
+
+class Reference:
+    """One token after the other, each under a mask made by a new matcher that has followed all tokens."""
+
+    def __init__(self) -> None:
+        spec = load_spec(str(model_folder()))
+        self._decoder = load_decoder(model_folder(), spec, torch.float32, torch.device("cpu"))
+        self._vocab_size = spec.num_drawable
+        self._compiler = GrammarCompiler(spec.num_drawable, (EOS,), demo_tokenizer)
+
+    @torch.inference_mode()
+    def tokens(self, prompt: Sequence[int], params: SamplerParams, grammar: str) -> list[int]:
+        driver = Driver(self._decoder, page_size=128, num_pages=8)
+        sampler, slot = make_sampler(1, self._vocab_size, torch.device("cpu")), torch.zeros(1, dtype=torch.int32)
+        row = torch.from_numpy(pack_slot(SlotInit(len(prompt), 0, (), params), self._vocab_size))
+        sampler.write_slots(row, slot, torch.ones(1, dtype=torch.int32))
+        request, tokens = driver.request(prompt), list(prompt)
+        logits = driver.step([(request, len(prompt))])[0][-1:]
+        sampler.count_inputs(torch.tensor(prompt), slot.expand(len(prompt)), torch.arange(len(prompt)))
+        while True:
+            mask = self._compiler.mask_after(self._compiler.matcher(grammar), tokens[len(prompt) :])
+            sampler.write_masks(slot, torch.ones(1, dtype=torch.int32), torch.from_numpy(mask)[None])
+            token = int(sampler.sample(logits, slot, torch.tensor([len(tokens)])))
+            tokens.append(token)
+            request.token_ids.append(token)
+            if token == EOS or len(tokens) == len(prompt) + MAX_TOKENS:
+                return tokens[len(prompt) :]
+            sampler.count_inputs(torch.tensor([token]), slot, torch.tensor([len(tokens) - 1]))
+            logits = driver.step(decodes=[request])[0]
+
+
+def generate(engine: LocalEngine, **more: Any) -> list[list[int]]:
+    grammars = [grammar_of(number) for number in range(len(PROMPTS))]
+    return engine.generate(PROMPTS, MAX_TOKENS, SAMPLERS, (EOS,), grammars=grammars, **more)
+
+
+def test_tokens_are_those_of_the_reference_that_masks_step_by_step(
+    engine: LocalEngine, wanted: list[list[int]]
+) -> None:
+    assert generate(engine) == wanted
+    assert any(tokens[-1] == EOS for tokens in wanted)
+
+
+def test_a_preempted_request_goes_on_where_its_grammar_was(engine: LocalEngine, wanted: list[list[int]]) -> None:
+    for steps in (1, 12):
+        before = engine.scheduler.counters.preemptions
+        assert generate(engine, preempt_after=steps) == wanted
+        assert engine.scheduler.counters.preemptions > before
+
+
+def test_neighbours_without_a_grammar_get_the_tokens_that_they_get_alone(
+    engine: LocalEngine, wanted: list[list[int]]
+) -> None:
+    """In the slots of those that had one, too."""
+    free = engine.generate(PROMPTS, MAX_TOKENS, SAMPLERS, (EOS,))
+    for offset in (0, 1):
+        grammars = [grammar_of(number) if number % 2 == offset else "" for number in range(len(PROMPTS))]
+        mixed = engine.generate(PROMPTS, MAX_TOKENS, SAMPLERS, (EOS,), grammars=grammars)
+        assert mixed == [wanted[number] if grammar else free[number] for number, grammar in enumerate(grammars)]
+    assert engine.generate(PROMPTS, MAX_TOKENS, SAMPLERS, (EOS,)) == free
+
+
+def test_draws_whose_masks_come_too_late_are_repeated_and_nobody_waits(
+    engine: LocalEngine, wanted: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask_after, calls = GrammarCompiler.mask_after, []
+
+    def slow(self: GrammarCompiler, matcher: Any, token_ids: Sequence[int]) -> Words:
+        calls.append(threading.current_thread().name)
+        time.sleep(0.02 if len(calls) % 3 else 0.0)
+        return mask_after(self, matcher, token_ids)
+
+    monkeypatch.setattr(GrammarCompiler, "mask_after", slow)
+    (free,) = engine.generate(PROMPTS[:1], MAX_TOKENS, SAMPLERS[:1], (EOS,))
+    before = engine.num_refused
+    grammars = ["", *(grammar_of(number) for number in range(len(PROMPTS)))]
+    found = engine.generate([PROMPTS[0], *PROMPTS], MAX_TOKENS, [SAMPLERS[0], *SAMPLERS], (EOS,), grammars=grammars)
+    assert found == [free, *wanted]
+    assert engine.num_refused > before
+    assert not [name for name in calls if not name.startswith("grammar-")]
+
+
+def test_a_grammar_that_cannot_go_on_ends_its_request_alone(
+    engine: LocalEngine, wanted: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask_after = GrammarCompiler.mask_after
+    broken: list[object] = []  # the matcher of the second request
+
+    def failing(self: GrammarCompiler, matcher: Any, token_ids: Sequence[int]) -> Words:
+        if not token_ids:
+            broken.append(matcher) if len(broken) < 2 else None
+        if token_ids and matcher is broken[1]:
+            raise ValueError("too many states")
+        return mask_after(self, matcher, token_ids)
+
+    monkeypatch.setattr(GrammarCompiler, "mask_after", failing)
+    grammars = [grammar_of(number) for number in range(3)]
+    found = engine.generate(PROMPTS[:3], MAX_TOKENS, SAMPLERS[:3], (EOS,), grammars=grammars)
+    (rejected,) = engine.rejected
+    assert rejected.error == "InvalidRequestError"
+    assert rejected.message == "after 1 tokens of output its grammar cannot go on: too many states"
+    assert [found[0], found[2]] == [wanted[0], wanted[2]]
+    assert found[1] == wanted[1][:1]
+    monkeypatch.undo()
+    found = engine.generate(PROMPTS[:1], MAX_TOKENS, SAMPLERS[:1], (EOS,), grammars=["start: nothing"])
+    assert found == [[]]
+    assert "unknown name" in engine.rejected[1].message
+    assert engine.scheduler.pages_free == engine.scheduler.pages_total
