@@ -13,7 +13,7 @@ from msgspec import UNSET
 from graphgen.calls.outputs import StreamPiece
 from graphgen.gateway import schema
 from graphgen.gateway.output_parsers.events import Arguments, Call, Content, Event, Reasoning
-from graphgen.gateway.output_parsers.formats import OutputParser, ParserMaker
+from graphgen.gateway.output_parsers.formats import Parser, ParserMaker
 from graphgen.gateway.output_parsers.json_calls import Tools
 from graphgen.gateway.output_parsers.marks import MarkedText
 from graphgen.gateway.output_parsers.reading import SPACE
@@ -42,7 +42,7 @@ class ChatOutput:
         self._tools = tools
         self._one_call = one_call
         self._marked = MarkedText(maker.symbols)
-        self._parser: OutputParser | None = None  # made with the first piece, which knows the prompt
+        self._parser: Parser | None = None  # made with the first piece, which knows the prompt
         self._spaces = _Spaces()
         self._num_calls = 0
 

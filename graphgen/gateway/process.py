@@ -40,17 +40,17 @@ def main(folder: Path, parent_pid: int, number: int) -> None:
     settings = GatewaySettings.read(settings_file(folder, number))
     core = RemoteCore(settings.frontend, {})
     try:
+        service = Service(core, settings.model_names, settings.output_format)
         limit_memory(settings.memory_limit_bytes)
-        asyncio.run(_serve(core, settings))
+        asyncio.run(_serve(service, settings))
     finally:
         core.close()
 
 
-async def _serve(core: RemoteCore, settings: GatewaySettings) -> None:
+async def _serve(service: Service, settings: GatewaySettings) -> None:
     admission = None
     if settings.keys is not None:
         admission = Admission(ApiKeys(Path(settings.keys)), RateLimits(Path(settings.rates)))
-    service = Service(core, settings.model_names, settings.output_format)
     config = uvicorn.Config(
         make_app(service, admission, settings.metrics_names, settings.origins),
         http=LimitedProtocol,

@@ -31,8 +31,16 @@ class TokenizerData(Struct, frozen=True):
 class Tokenizer:
     """Safe to use from several threads, which it lets run meanwhile."""
 
-    def __init__(self, backend: Any, special_tokens: Mapping[str, str], chat_source: ChatSource | None = None) -> None:
-        """backend: of the package tokenizers, which publishes no types. The others: see TokenizerData."""
+    def __init__(
+        self,
+        backend: Any,
+        special_tokens: Mapping[str, str],
+        chat_source: ChatSource | None = None,
+        response_template: Mapping[str, Any] | None = None,
+    ) -> None:
+        """backend: of the package tokenizers, which publishes no types. response_template: how the model says its
+        outputs are to be read, which is not among its data. The others: see TokenizerData."""
+        self.response_template = response_template
         self._backend = backend
         self._backend.no_truncation()
         self._backend.no_padding()

@@ -58,7 +58,7 @@ def load_tokenizer(
         source = _find_template(folder, settings, chat_template)
         if (folder / "tokenizer.json").exists():
             return _read_own(folder, settings, source)
-        return _convert(folder, source)
+        return _convert(folder, settings, source)
     except CheckpointError:
         raise
     except Exception as error:  # tokenizers and the converters raise whatever they like, plain Exception too
@@ -146,7 +146,7 @@ def _read_own(folder: Path, settings: Settings, source: ChatSource | None) -> To
     if changed:
         # One that was read and then changed does not always take a token for special: it is read again.
         backend = Backend.from_str(backend.to_str())
-    return Tokenizer(backend, special_tokens, source)
+    return Tokenizer(backend, special_tokens, source, _response_template(settings))
 
 
 def _add_token(backend: Any, number: int, token: Mapping[str, Any], folder: Path) -> None:
@@ -233,6 +233,11 @@ def _template_in(path: Path, folder: Path) -> ChatSource:
         return ChatSource("", origin, str(error))
 
 
+def _response_template(settings: Settings) -> dict[str, Any] | None:
+    found = settings.get("response_template")
+    return found if isinstance(found, dict) else None
+
+
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
@@ -246,7 +251,7 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"{path.name} is no UTF-8 ({error})") from None
 
 
-def _convert(folder: Path, source: ChatSource | None) -> Tokenizer:
+def _convert(folder: Path, settings: Settings, source: ChatSource | None) -> Tokenizer:
     """Of other files, by transformers."""
     from transformers import AutoTokenizer
 
@@ -257,7 +262,7 @@ def _convert(folder: Path, source: ChatSource | None) -> Tokenizer:
             f"{type(hugging_face).__name__} is written in Python, only those of the package tokenizers run"
         )
     named = {name: token for name, token in hugging_face.special_tokens_map.items() if isinstance(token, str)}
-    return Tokenizer(backend, named, source)
+    return Tokenizer(backend, named, source, _response_template(settings))
 
 
 def _download(location: str, revision: str | None) -> Path:

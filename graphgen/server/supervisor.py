@@ -113,7 +113,9 @@ class Supervisor:
         write_tokenizer(tokenizer, processes.folder)
         if tokenizer is not None:
             parsers = self._options.tool_parser, self._options.reasoning_parser
-            self._output_format = choose_format(*parsers, tokenizer.chat_text, tokenizer.added_tokens)
+            self._output_format = choose_format(
+                *parsers, tokenizer.chat_text, tokenizer.added_tokens, tokenizer.response_template
+            )
 
     def _start_frontend(self, processes: EngineProcesses) -> None:
         FrontendSettings(

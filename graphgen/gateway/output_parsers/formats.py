@@ -4,8 +4,9 @@ Owns the names of `--tool-parser` and `--reasoning-parser`. Used by the supervis
 and by the gateway, which makes a parser for each output.
 """
 
+import logging
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from msgspec import Struct
 
@@ -19,8 +20,11 @@ from graphgen.gateway.output_parsers.json_calls import (
     read_mistral,
 )
 from graphgen.gateway.output_parsers.reading import SPACE, Reader, Reading
+from graphgen.gateway.output_parsers.response_template import ResponseTemplate, tokens_in
 from graphgen.gateway.output_parsers.tagged_calls import read_qwen3_coder
 from graphgen.gateway.output_parsers.think import read_reasoning
+
+logger = logging.getLogger("graphgen.gateway")
 
 ToolParser = Literal["auto", "none", "hermes", "qwen3_coder", "llama3_json", "mistral", "deepseek", "harmony"]
 ReasoningParser = Literal["auto", "none", "think", "mistral", "harmony"]
@@ -67,13 +71,19 @@ class OutputFormat(Struct, frozen=True, kw_only=True):
     """As `--reasoning-parser`; None: it thinks in no known format, or not at all."""
     token_ids: dict[str, int]
     """Tokens that are markers of these, by their text."""
+    template: dict[str, Any] | None = None
+    """The model's own response template, which goes before calls and reasoning where it can be executed."""
 
 
 def choose_format(
-    tool_parser: ToolParser, reasoning_parser: ReasoningParser, template: str, tokens: Mapping[str, int]
+    tool_parser: ToolParser,
+    reasoning_parser: ReasoningParser,
+    template: str,
+    tokens: Mapping[str, int],
+    response_template: Mapping[str, Any] | None = None,
 ) -> OutputFormat:
     """template: the model's chat template. tokens: the ids of the
-    special and added tokens of its tokenizer, by their text."""
+    special and added tokens of its tokenizer, by their text. response_template: of its tokenizer."""
     calls: str = tool_parser
     reasoning: str = reasoning_parser
     if calls == AUTO:
@@ -86,31 +96,44 @@ def choose_format(
         )
         reasoning = next(known, NONE)
     markers = [*(_CALLS[calls].markers if calls in _CALLS else ()), *_REASONING.get(reasoning, ())]
+    own = None if (tool_parser, reasoning_parser) != (AUTO, AUTO) or response_template is None else response_template
     return OutputFormat(
         calls=None if calls == NONE else calls,
         reasoning=None if reasoning == NONE else reasoning,
-        token_ids={marker: tokens[marker] for marker in markers if marker in tokens},
+        token_ids={
+            **{marker: tokens[marker] for marker in markers if marker in tokens},
+            **({} if own is None else tokens_in(own, tokens)),
+        },
+        template=None if own is None else dict(own),
     )
 
 
 PLAIN = OutputFormat(calls=None, reasoning=None, token_ids={})
 
 
-class OutputParser:
+class Parser(Protocol):
     """Reads one output. `feed` and `finish` give the events that have become certain."""
+
+    def feed(self, text: str) -> list[Event]:
+        """text: more of the output, with the symbols of its special tokens."""
+
+    def finish(self) -> list[Event]:
+        """The output has ended."""
+
+
+class OutputParser:
+    """Reads one output by a generator."""
 
     def __init__(self, reader: Reader, reading: Reading[None]) -> None:
         self._reader = reader
         self._reading = reading
 
     def feed(self, text: str) -> list[Event]:
-        """text: more of the output, with the symbols of its special tokens."""
         self._reader.add(text)
         next(self._reading, None)
         return self._reader.take_events()
 
     def finish(self) -> list[Event]:
-        """The output has ended."""
         self._reader.end()
         next(self._reading, None)
         return self._reader.take_events()
@@ -126,19 +149,23 @@ class ParserMaker:
         self.symbols = {token_id: symbols[text] for text, token_id in tokens.items()}
         """What a token is in the text that a parser is fed."""
         self._markers = _Markers(symbols)
+        self._template = None if output_format.template is None else _executable(output_format.template)
+        self._token_texts = {ord(symbol): text for text, symbol in symbols.items()}
 
     @property
     def has_calls(self) -> bool:
-        return self._format.calls is not None
+        return self._format.calls is not None if self._template is None else self._template.has_calls
 
     @property
     def is_plain(self) -> bool:
         """Whether outputs without calls are text as it is."""
-        return self._format.reasoning is None and self._format.calls != "harmony"
+        return self._template is None and self._format.reasoning is None and self._format.calls != "harmony"
 
-    def make(self, tools: Tools | None, prompt_tail: str, texts: Mapping[int, str]) -> OutputParser:
+    def make(self, tools: Tools | None, prompt_tail: str, texts: Mapping[int, str]) -> Parser:
         """tools: None: calls are text. prompt_tail: the end of the prompt, which may have begun the output.
         texts: of the symbols, see Reader."""
+        if self._template is not None:
+            return self._template.parser(tools, prompt_tail, self._token_texts)
         reader = Reader(texts)
         return OutputParser(reader, self._read(reader, tools, prompt_tail))
 
@@ -154,6 +181,15 @@ class ParserMaker:
         if tools is not None and calls is not None:
             yield from _CALLS[calls].read(reader, self._markers, tools)
         yield from reader.copy_until(Content)
+
+
+def _executable(template: Mapping[str, Any]) -> ResponseTemplate | None:
+    """None for one that transformers does not take: outputs are read as if there were none."""
+    try:
+        return ResponseTemplate(template)
+    except Exception as error:  # of transformers, on what a file holds
+        logger.warning("the response template of the model cannot be used: %s: %s", type(error).__name__, error)
+        return None
 
 
 class _Markers(dict[str, str]):

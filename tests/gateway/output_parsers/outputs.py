@@ -1,6 +1,7 @@
 """Outputs for tests of parsers: tokens as a model draws them, cut as a test likes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from graphgen.calls.outputs import Mark
 from graphgen.gateway.output_parsers.events import Event, joined
@@ -23,10 +24,13 @@ class Model:
         reasoning: ReasoningParser = "none",
         tokens: Sequence[str] = (),
         shown: bool = True,
+        template: Mapping[str, Any] | None = None,
+        chat_template: str = "",
     ) -> None:
+        """template: its own response template."""
         self._ids = {text: 100 + number for number, text in enumerate(tokens)}
         self._shown = shown
-        self.maker = ParserMaker(choose_format(calls, reasoning, "", self._ids))
+        self.maker = ParserMaker(choose_format(calls, reasoning, chat_template, self._ids, template))
 
     def parse(
         self,
@@ -46,7 +50,7 @@ class Model:
         text, marks, place = "", [], 0
         for number, token in enumerate(output if is_spelled else self.tokens_of(output)):
             shown = token if token not in self._ids or self._shown else ""
-            if token in self._ids:
+            if self._ids.get(token) in self.maker.symbols:
                 marks.append(Mark(self._ids[token], place, place + len(shown)))
             text += shown
             place += len(shown)
