@@ -55,12 +55,13 @@ class LatentAttention(nn.Module):
         spec = self.spec
         up_k, up_v = self.kv_up.split((spec.plain_dim, spec.value_dim), dim=1)
         plain, turning = self._queries(x).split((spec.plain_dim, spec.rope_dim), dim=-1)
-        q = torch.cat((torch.einsum("thn,hnl->thl", plain, up_k), rotate(turning, step.cos, step.sin)), dim=-1)
+        q = torch.cat((_by_head(plain, up_k), rotate(turning, step.cos, step.sin)), dim=-1)
         latent, shared = self.kv_down(x).split((spec.latent_size, spec.rope_dim), dim=-1)
         latent = latent if self.kv_norm is None else self.kv_norm(latent)
         row = torch.cat((latent, rotate(shared[:, None], step.cos, step.sin)[:, 0]), dim=-1)
         gathered = step.attention.attend_latent(q, row, k_pages, spec.latent_size, self.variant)
-        return torch.einsum("thl,hvl->thv", gathered, up_v).flatten(1)
+        values = _by_head(gathered, up_v.transpose(1, 2))
+        return values.clone(memory_format=torch.contiguous_format).flatten(1)
 
     def _queries(self, x: Tensor) -> Tensor:
         """[T, H, N + R], before their rotation."""
@@ -96,3 +97,9 @@ class LatentAttention(nn.Module):
         """Of what has `num_before` elements that stay and then those that turn."""
         turned = rotated_order(self.rope, *self.spec.rotated)
         return np.concatenate((np.arange(num_before), num_before + turned))
+
+
+def _by_head(x: Tensor, weights: Tensor) -> Tensor:
+    """[T, H, B]: of each head its own product of x [T, H, A] and weights [H, A, B]. Not einsum, which asks whether
+    there is one row and would be traced again for it, as `contiguous` of the result would."""
+    return torch.bmm(x.transpose(0, 1), weights).transpose(0, 1)

@@ -65,17 +65,15 @@ def attention_shape(config: LaunchConfig, dtype: torch.dtype) -> AttentionShape:
     )
 
 
-def _scores(spec: ModelSpec) -> Scores:
-    """What FlashInfer has for the layers. Raises UnsupportedModelError where it has nothing, or layers differ."""
-    found = {
-        Scores.of(Scoring(Numbers.unpacked(variant.numbers), variant.sinks, variant.alibi_slopes))
-        for variant in map(
-            _variant, dict.fromkeys(layer.mixer for layer in spec.layers if isinstance(layer.mixer, GQA))
-        )
-    }
-    if len(found) > 1:
-        raise UnsupportedModelError(f"layers with {' and '.join(found)} in one model: use attention='torch'")
-    return found.pop()
+def _scores(spec: ModelSpec) -> Scores | None:
+    """Which of FlashInfer's libraries the layers need; None where it has none for all of them."""
+    mixers = dict.fromkeys(layer.mixer for layer in spec.layers if isinstance(layer.mixer, GQA))
+    variants = [_variant(mixer) for mixer in mixers]
+    try:
+        found = {Scores.of(Scoring(Numbers.unpacked(numbers), *tensors)) for numbers, *tensors in variants}
+    except UnsupportedModelError:
+        return None
+    return found.pop() if len(found) == 1 else None
 
 
 def _variant(mixer: GQA) -> AttentionVariant:

@@ -2,6 +2,7 @@
 
     SM90    prefill FA3, decode split-KV (ours: no plan, block tables and lengths are read on the device)
     SM80+   prefill FA2, decode split-KV
+    scores that FlashInfer has no library for (segments, a soft cap with sinks, layers that differ): prefill row tiles
     for comparison: decode XQA on SM90, decode FA2 planned with one row per request
 
 A planned kernel (FA2, FA3) gets its work list from the host: `plan` computes it in pinned memory and queues its copy.
@@ -37,6 +38,8 @@ from graphgen.models.attention.libraries import (
     package_to_load,
 )
 from graphgen.models.attention.planned import PlannedRegion, PlannedTensors, run_planned
+from graphgen.models.attention.row_tiles import Rows, TileShape, TileTensors, attend_in_tiles
+from graphgen.models.attention.row_tiles import open_workspace as open_tiles
 from graphgen.models.attention.split_kv import FreshRows, SplitKvTensors, open_workspace, split_kv_attention
 from graphgen.models.attention.store import rotate_and_store
 from graphgen.models.attention.tables import RowTables
@@ -70,7 +73,7 @@ class FlashInferAttention:
         if decode in _DECODE_PAGE_SIZES and shape.page_size not in _DECODE_PAGE_SIZES[decode]:
             sizes = _DECODE_PAGE_SIZES[decode]
             raise ConfigError(f"page_size is {shape.page_size}, the decode kernel has {sizes}: choose one")
-        self._prefill = PlannedRegion(prefill, shape, most_chunks, most_prefill_rows)
+        self._prefill = _prefill_region(prefill, shape, most_chunks, most_prefill_rows, device)
         self._decode = _decode_region(decode, shape, most_decode_rows, device)
         self._kernels = torch.tensor([prefill, decode], dtype=torch.int64)
         self._libraries = needed_libraries(shape, (prefill, decode))
@@ -88,20 +91,23 @@ class FlashInferAttention:
         """See AttentionBackend."""
         num_decode_rows = tables.decode_kv_lens.shape[0]
         num_prefill_rows = tables.kv_locations.shape[0] - num_decode_rows
-        prefill = (
-            self._prefill.prepare(num_prefill_rows, tables.chunk_starts, tables.chunk_kv_lens, tables.chunk_pages)
-            if num_prefill_rows
-            else self._prefill.absent()
-        )
+        prefill = self._prepare_prefill(tables, num_prefill_rows)
         if isinstance(self._decode, PlannedRegion):
             starts = torch.arange(num_decode_rows + 1, dtype=torch.int32, device=tables.decode_kv_lens.device)
             decode = self._decode.prepare(num_decode_rows, starts, tables.decode_kv_lens, tables.decode_pages)
             return FlashInferStep(tables, self._kernels, prefill, decode)
         return FlashInferStep(tables, self._kernels, prefill, self._decode.workspace)
 
+    def _prepare_prefill(self, tables: RowTables, num_rows: int) -> "PrefillTensors":
+        if not isinstance(self._prefill, PlannedRegion):
+            return self._prefill.workspace
+        if not num_rows:
+            return self._prefill.absent()
+        return self._prefill.prepare(num_rows, tables.chunk_starts, tables.chunk_kv_lens, tables.chunk_pages)
+
     def plan(self, num_prefill_rows: int, chunk_starts: Words, chunk_kv_lens: Words, decode_kv_lens: Words) -> None:
         """See AttentionBackend."""
-        if num_prefill_rows:
+        if num_prefill_rows and isinstance(self._prefill, PlannedRegion):
             self._prefill.plan(num_prefill_rows, chunk_starts, chunk_kv_lens)
         if isinstance(self._decode, PlannedRegion):
             num_rows = len(decode_kv_lens)
@@ -126,11 +132,36 @@ _DECODE_TENSORS: dict[Kernel, type[DecodeTensors]] = {
 }
 
 
+PrefillTensors = PlannedTensors | TileTensors
+
+_PREFILL_TENSORS: dict[Kernel, type[PrefillTensors]] = {
+    Kernel.FA2: PlannedTensors,
+    Kernel.FA3: PlannedTensors,
+    Kernel.TILES: TileTensors,
+}
+
+
 class UnplannedRegion(NamedTuple):
     """One row per request, block tables and lengths read on the device."""
 
     kernel: Kernel
     workspace: XqaTensors | SplitKvTensors
+
+
+class UnplannedChunks(NamedTuple):
+    """The same of chunks."""
+
+    kernel: Kernel
+    workspace: TileTensors
+
+
+def _prefill_region(
+    kernel: Kernel, shape: AttentionShape, most_chunks: int, most_rows: int, device: torch.device
+) -> PlannedRegion | UnplannedChunks:
+    if kernel is not Kernel.TILES:
+        return PlannedRegion(kernel, shape, most_chunks, most_rows)
+    tile = TileShape(shape.num_heads, shape.num_kv_heads, shape.head_dim, 0)
+    return UnplannedChunks(kernel, open_tiles(tile, most_rows, most_chunks, False, device))
 
 
 def _decode_region(
@@ -155,7 +186,7 @@ class FlashInferStep(NamedTuple):
     tables: RowTables
     kernels: Tensor
     """[2] int64 on the host: the Kernel of the prefill and of the decode region."""
-    prefill: PlannedTensors
+    prefill: PrefillTensors
     decode: DecodeTensors
 
     def attend(
@@ -208,7 +239,9 @@ def _paged_attention(
     scoring = Scoring(Numbers.unpacked(numbers), sinks, alibi_slopes)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     split = q.shape[0] - decode_kv_lens.shape[0]
-    chunks = PlannedTensors(*prefill)
+    chunks = ChunkRows(
+        Rows(chunk_starts, chunk_kv_lens, chunk_pages), prefill_kernel, _PREFILL_TENSORS[prefill_kernel](*prefill)
+    )
     decodes = DecodeRows(decode_kv_lens, decode_pages, decode_kernel, _DECODE_TENSORS[decode_kernel](*decode))
     if not split and decode_kernel is Kernel.SPLIT_KV:
         _run_decode(q, out, k_pages, v_pages, decodes, scoring, FreshRows(k, v, cos, sin, temperatures))
@@ -219,7 +252,7 @@ def _paged_attention(
         return out
 
     def prefill_rows() -> None:
-        run_planned(prefill_kernel, q[:split], out[:split], k_pages, v_pages, chunks, scoring)
+        _run_prefill(q[:split], out[:split], k_pages, v_pages, chunks, scoring)
 
     def decode_rows() -> None:
         if split < q.shape[0]:
@@ -227,6 +260,23 @@ def _paged_attention(
 
     run_beside(prefill_rows, decode_rows)
     return out
+
+
+class ChunkRows(NamedTuple):
+    """The prefill region of a step, and what runs it."""
+
+    rows: Rows
+    kernel: Kernel
+    tensors: PrefillTensors
+
+
+def _run_prefill(q: Tensor, out: Tensor, k_pages: Tensor, v_pages: Tensor, chunks: ChunkRows, scoring: Scoring) -> None:
+    match chunks.tensors:
+        case TileTensors() as workspace:
+            shape = TileShape(q.shape[1], k_pages.shape[2], q.shape[2], 0)
+            attend_in_tiles(q, out, k_pages, v_pages, chunks.rows, shape, workspace, scoring)
+        case PlannedTensors() as planned:
+            run_planned(chunks.kernel, q, out, k_pages, v_pages, planned, scoring)
 
 
 class DecodeRows(NamedTuple):

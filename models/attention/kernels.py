@@ -30,6 +30,7 @@ class Kernel(IntEnum):
     FA3 = 1
     XQA = 2
     SPLIT_KV = 3  # ours, in Triton: see split_kv.py
+    TILES = 4  # ours, in Triton, for any scores: see row_tiles.py
 
 
 class Scores(StrEnum):
@@ -54,7 +55,7 @@ class Scores(StrEnum):
         ]
         if scoring.numbers.segment or len(present) > 1:
             what = "segments" if scoring.numbers.segment else " and ".join(present)
-            raise UnsupportedModelError(f"the layers have {what}, FlashInfer has no kernel for that: {_REMEDY}")
+            raise UnsupportedModelError(f"the layers have {what}, FlashInfer has no library for that: use TILES")
         return present[0] if present else cls.PLAIN
 
 
@@ -67,7 +68,7 @@ class AttentionShape(Struct, frozen=True):
     page_size: int
     dtype: torch.dtype
     windows: tuple[int, ...]  # the distinct sliding windows of the layers, 0 for full attention
-    scores: Scores = Scores.PLAIN  # of all layers
+    scores: Scores | None = Scores.PLAIN  # of all layers; None: of kinds that FlashInfer has no one library for
 
 
 def check_supported(shape: AttentionShape) -> None:
@@ -78,9 +79,12 @@ def check_supported(shape: AttentionShape) -> None:
         raise UnsupportedModelError(f"head_dim is {shape.head_dim}, FlashInfer has {HEAD_DIMS}: {_REMEDY}")
 
 
-def best_kernels(capability: tuple[int, int], scores: Scores = Scores.PLAIN) -> tuple[Kernel, Kernel]:
+def best_kernels(capability: tuple[int, int], scores: Scores | None = Scores.PLAIN) -> tuple[Kernel, Kernel]:
     """The fastest measured pair of a compute capability: FA3 reads a chunk twice as fast as FA2 on SM90, and the
-    split-KV kernel needs no plan, reads KV at the speed of memory and lets padded rows off with a page."""
+    split-KV kernel needs no plan, reads KV at the speed of memory and lets padded rows off with a page. Chunks whose
+    scores FlashInfer has no library for are left to our tiles."""
+    if scores is None:
+        return Kernel.TILES, Kernel.SPLIT_KV
     has_fa3 = capability[0] == 9 and scores is not Scores.ALIBI
     return (Kernel.FA3 if has_fa3 else Kernel.FA2), Kernel.SPLIT_KV
 
@@ -185,7 +189,7 @@ def needed_libraries(shape: AttentionShape, kernels: Sequence[Kernel]) -> list[L
         _library(shape, kernel, window > 0)
         for window in shape.windows
         for kernel in kernels
-        if kernel is not Kernel.SPLIT_KV  # Triton compiles it at its first launch
+        if kernel not in (Kernel.SPLIT_KV, Kernel.TILES)  # Triton compiles them at their first launch
     ]
     return list(dict.fromkeys(libraries))
 
@@ -198,9 +202,11 @@ def _library(shape: AttentionShape, kernel: Kernel, windowed: bool) -> Library:
 
 
 def planned_library(
-    kernel: Kernel, dtype: torch.dtype, head_dim: int, windowed: bool, scores: Scores = Scores.PLAIN
+    kernel: Kernel, dtype: torch.dtype, head_dim: int, windowed: bool, scores: Scores | None = Scores.PLAIN
 ) -> PlannedLibrary:
     """The library of a kernel that the host plans."""
+    if scores is None:
+        raise ConfigError(f"{kernel.name} has no library for these scores: use TILES")
     if kernel is Kernel.FA3 and scores is Scores.ALIBI:
         raise ConfigError(f"FA3 has no {scores}: use FA2")
     backends: dict[Kernel, Literal["fa2", "fa3"]] = {Kernel.FA2: "fa2", Kernel.FA3: "fa3"}

@@ -150,8 +150,10 @@ def planned_functions(library: PlannedLibrary, folder: KernelFolder) -> PlannedF
         ) from error
 
 
-def package_to_load(libraries: Sequence[Library], folder: KernelFolder) -> str:
+def package_to_load(libraries: Sequence[Library], folder: KernelFolder) -> str | None:
     """The Python package that loading them will import first, so that it can be imported ahead."""
+    if not libraries:
+        return None
     ready = (
         isinstance(library, PlannedLibrary) and any(_is_whole(path) for path, _ in _places(library.name, folder))
         for library in libraries
@@ -248,6 +250,8 @@ def build_libraries(libraries: Sequence[Library], folder: KernelFolder) -> dict[
 def describe_sources(sources: Sequence[Source]) -> str:
     """For people: "kernels prebuilt", or how many came from where."""
     counts = Counter(sources)
+    if not counts:
+        return "nothing to build"
     if len(counts) == 1:
         return f"kernels {sources[0]}"
     return "kernels: " + ", ".join(f"{counts[source]} {source}" for source in Source if counts[source])

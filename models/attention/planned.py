@@ -170,7 +170,9 @@ def _float_workspace_bytes(
 
 
 @functools.cache  # a loaded library is immutable, and one process drives one device
-def _functions(kernel: Kernel, dtype: torch.dtype, head_dim: int, windowed: bool, scores: Scores) -> PlannedFunctions:
+def _functions(
+    kernel: Kernel, dtype: torch.dtype, head_dim: int, windowed: bool, scores: Scores | None
+) -> PlannedFunctions:
     folder = KernelFolder.of(arch_of(torch.cuda.get_device_capability()))
     return planned_functions(planned_library(kernel, dtype, head_dim, windowed, scores), folder)
 

@@ -34,7 +34,7 @@ _NOTHING = tl.constexpr(-1e30)
 
 
 @triton.jit(  # type: ignore[untyped-decorator]  # triton has no types
-    do_not_specialize=["starts", "kv_lens", "num_requests", "num_rows_in_all", "least_blocks"]
+    do_not_specialize=["starts", "kv_lens", "num_requests", "num_rows_in_all", "most_splits", "least_blocks"]
 )
 def _tile_kernel(
     q: "tl.tensor",
@@ -50,6 +50,7 @@ def _tile_kernel(
     window: int,
     num_requests: int,
     num_rows_in_all: int,
+    most_splits: int,
     least_blocks: int,
     q_stride: int,
     q_head_stride: int,
@@ -68,11 +69,12 @@ def _tile_kernel(
     PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
     REQUESTS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     ONE_ROW: tl.constexpr,
 ) -> None:
     """ONE_ROW: each request has one row, and `starts` is not read. REST: elements of a key behind the D that are its
-    value too, which v_pages then are not read for; 0 where values lie in pages of their own."""
+    value too, which v_pages then are not read for; 0 where values lie in pages of their own. SPLIT: parts are stored
+    for _sum_kernel, also where there is one."""
     head, split = tl.program_id(1), tl.program_id(2)
     num_heads = tl.num_programs(1) * GROUP
     lanes = tl.arange(0, PAIRS)
@@ -115,7 +117,7 @@ def _tile_kernel(
         first_position = tl.maximum(first_position, oldest // segment * segment)
     first_block = first_position // BLOCK
     num_blocks = newest // BLOCK + 1 - first_block
-    most_parts = tl.minimum((num_blocks + least_blocks - 1) // least_blocks, SPLITS)
+    most_parts = tl.minimum((num_blocks + least_blocks - 1) // least_blocks, most_splits)
     blocks_each = (num_blocks + most_parts - 1) // most_parts
     begin = first_block + split * blocks_each
     end = tl.minimum(begin + blocks_each, first_block + num_blocks)
@@ -123,7 +125,7 @@ def _tile_kernel(
     heads = head * GROUP + pairs % GROUP
     of_pair = (first_row + rows).to(tl.int64) * num_heads + heads
     if begin >= end:  # never of the first part
-        tl.store(peaks_and_sums + (of_pair * SPLITS + split) * 2, tl.full([PAIRS], _NOTHING, tl.float32), live)
+        tl.store(peaks_and_sums + (of_pair * most_splits + split) * 2, tl.full([PAIRS], _NOTHING, tl.float32), live)
         return
     q_rows = (q + (first_row + rows).to(tl.int64) * q_stride + heads * q_head_stride)[:, None]
     queries = tl.load(q_rows + dims[None, :], live[:, None], other=0.0)
@@ -162,13 +164,13 @@ def _tile_kernel(
         total = total * shrink + tl.sum(weights, 1)
         mixed = tl.dot(weights.to(values.dtype), values, mixed * shrink[:, None])
         peak = new_peak
-    if SPLITS == 1:
+    if not SPLIT:
         if sinks is not None:
             total += tl.exp2(tl.load(sinks + heads, live, other=0.0) * _LOG2_E - peak)
         result = (mixed / total[:, None]).to(out.dtype.element_ty)
         tl.store(out + of_pair[:, None] * D + dims[None, :], result, live[:, None])
     else:
-        part = of_pair * SPLITS + split
+        part = of_pair * most_splits + split
         tl.store(parts + part[:, None] * D + dims[None, :], mixed, live[:, None])
         tl.store(peaks_and_sums + part * 2, peak, live)
         tl.store(peaks_and_sums + part * 2 + 1, total, live)
@@ -332,6 +334,7 @@ def attend_in_tiles(
         numbers.window,
         num_requests,
         num_rows,
+        splits,
         least_blocks,
         q.stride(0),
         q.stride(1),
@@ -349,8 +352,8 @@ def attend_in_tiles(
         page_size,
         tiling.pairs,
         tiling.block,
-        max(16, triton.next_power_of_2(num_requests)),
-        splits,
+        max(32, triton.next_power_of_2(num_requests)),
+        splits > 1,
         one_row,
         num_warps=tiling.num_warps,
         num_stages=3,

@@ -1,5 +1,7 @@
 """The compiled split-KV kernel and FlashInfer's variants against the torch backend, for each way to score."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -42,17 +44,19 @@ def scores_of(rule: Rules) -> Scores | None:
 @pytest.mark.parametrize("tempered", [False, True])
 @pytest.mark.parametrize("name", RULES)
 def test_rows_of_a_step_score_as_in_the_torch_backend(name: str, tempered: bool) -> None:
-    """Decode rows alone for every rule, beside chunks for those that FlashInfer has."""
+    """Decode rows alone, and beside chunks, which row tiles attend for where FlashInfer has no library."""
     from graphgen.models.attention.flashinfer import FlashInferAttention
 
     rule = on_gpu(RULES[name])
     scores = scores_of(rule)
-    is_hopper = torch.cuda.get_device_capability()[0] == 9
-    prefill = Kernel.FA3 if is_hopper and scores is not Scores.ALIBI else Kernel.FA2
-    shape = AttentionShape(*HEADS, PAGE_SIZE, torch.bfloat16, (rule.window,), scores or Scores.PLAIN)
-    backend = FlashInferAttention(shape, MAX_CHUNKS, 2048, 256, kernels=(prefill, Kernel.SPLIT_KV))
-    buckets = [(Bucket(0, 64), 0, 61)] + ([(Bucket(448, 64), 440, 60)] if scores is not None else [])
-    for seed, (bucket, live_prefill, live_decode) in enumerate(buckets):
+    shape = AttentionShape(*HEADS, PAGE_SIZE, torch.bfloat16, (rule.window,), scores)
+    backends = [FlashInferAttention(shape, MAX_CHUNKS, 2048, 256)]
+    if scores is not None:
+        kernels = Kernel.TILES, Kernel.SPLIT_KV
+        backends.append(FlashInferAttention(shape, MAX_CHUNKS, 2048, 256, kernels))
+    buckets = [(Bucket(0, 64), 0, 61), (Bucket(448, 64), 440, 60), (Bucket(32, 1), 20, 1)]
+    for backend, (bucket, live_prefill, live_decode) in itertools.product(backends, buckets):
+        seed = bucket.num_rows
         case = random_case(bucket, live_prefill, live_decode, seed)
         rows = random_rows(bucket, HEADS, seed)
         factors = torch.linspace(0.5, 2.0, bucket.num_rows, device="cuda") if tempered else None

@@ -1,8 +1,10 @@
-"""What is traced of a layer with FlashInfer's operator, which needs Triton to be imported but no GPU to be traced."""
+"""What is traced of a layer with the operators for CUDA, which need Triton to be imported but no GPU to be traced."""
 
 import importlib.util
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from graphgen.models.attention.tables import RowTables
 from graphgen.models.compilation import CompiledHalves
 from graphgen.models.layers import DecoderLayer
+from graphgen.models.spec import Latent
 from tests.models.test_few_rows_layers import HIDDEN, SPEC, with_mixer
 
 if importlib.util.find_spec("triton") is None:
@@ -18,7 +21,9 @@ if importlib.util.find_spec("triton") is None:
 from graphgen.models.attention.backend import StepTensors
 from graphgen.models.attention.flashinfer import FlashInferStep
 from graphgen.models.attention.kernels import Kernel
+from graphgen.models.attention.latent_tiles import LatentStep
 from graphgen.models.attention.planned import PlannedTensors, no_requests
+from graphgen.models.attention.row_tiles import TileTensors
 from graphgen.models.attention.split_kv import SplitKvTensors
 
 WINDOWS = (0, 8, 4096)
@@ -29,6 +34,23 @@ BUCKETS = ((30, 6), (0, 70), (30, 0), (0, 1))
 
 def int32(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.int32)
+
+
+def tables_of(prefill_rows: int, decode_rows: int) -> RowTables:
+    """Of a bucket, in the shapes that the worker gives them."""
+    return RowTables(
+        torch.zeros(prefill_rows + decode_rows, dtype=torch.int64),
+        int32(CHUNKS + 1),
+        int32(CHUNKS),
+        int32(CHUNKS, PAGES_EACH),
+        int32(decode_rows),
+        int32(decode_rows, PAGES_EACH),
+    )
+
+
+def angles_of(num_rows: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    cos, sin = (torch.zeros(num_rows, head_dim, dtype=torch.bfloat16) for _ in range(2))
+    return cos, sin
 
 
 class Steps:
@@ -42,15 +64,7 @@ class Steps:
         self._decode = SplitKvTensors(torch.zeros(300), torch.zeros(200), int32(100))
 
     def of(self, prefill_rows: int, decode_rows: int) -> StepTensors:
-        num_rows = prefill_rows + decode_rows
-        tables = RowTables(
-            torch.zeros(num_rows, dtype=torch.int64),
-            int32(CHUNKS + 1),
-            int32(CHUNKS),
-            int32(CHUNKS, PAGES_EACH),
-            int32(decode_rows),
-            int32(decode_rows, PAGES_EACH),
-        )
+        tables = tables_of(prefill_rows, decode_rows)
         starts, page_starts, pages, last_lens, constants = no_requests(len(WINDOWS), torch.device("cpu"))
         if prefill_rows:
             starts, page_starts, last_lens = int32(CHUNKS + 1), int32(CHUNKS + 1), int32(CHUNKS)
@@ -58,12 +72,40 @@ class Steps:
             constants = torch.zeros(len(WINDOWS), 9, dtype=torch.int64)
         of_all = self._workspace, self._work_lists, self._windows
         prefill = PlannedTensors(starts, page_starts, pages, last_lens, *of_all, constants)
-        cos, sin = (torch.zeros(num_rows, HEAD_DIM, dtype=torch.bfloat16) for _ in range(2))
-        return StepTensors(cos, sin, FlashInferStep(tables, self._kernels, prefill, self._decode))
+        step = FlashInferStep(tables, self._kernels, prefill, self._decode)
+        return StepTensors(*angles_of(prefill_rows + decode_rows, HEAD_DIM), step)
 
 
-def test_layers_of_any_window_and_scale_in_any_bucket_share_their_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The operator is not run: of each graph a result of the right shape is made."""
+class TileSteps:
+    """The same where chunks run in row tiles."""
+
+    def __init__(self) -> None:
+        self._kernels = torch.tensor([Kernel.TILES, Kernel.SPLIT_KV])
+        self._prefill = TileTensors(torch.zeros(300), torch.zeros(200))
+        self._decode = SplitKvTensors(torch.zeros(300), torch.zeros(200), int32(100))
+
+    def of(self, prefill_rows: int, decode_rows: int) -> StepTensors:
+        step = FlashInferStep(tables_of(prefill_rows, decode_rows), self._kernels, self._prefill, self._decode)
+        return StepTensors(*angles_of(prefill_rows + decode_rows, HEAD_DIM), step)
+
+
+class LatentSteps:
+    """The same of latent attention."""
+
+    def __init__(self) -> None:
+        self._workspaces = [TileTensors(torch.zeros(300), torch.zeros(200)) for _ in range(2)]
+
+    def of(self, prefill_rows: int, decode_rows: int) -> StepTensors:
+        step = LatentStep(tables_of(prefill_rows, decode_rows), *self._workspaces)
+        return StepTensors(*angles_of(prefill_rows + decode_rows, LATENT.rope_dim), step)
+
+
+LATENT = Latent(num_heads=4, latent_size=32, plain_dim=10, rope_dim=16, value_dim=14)
+
+
+def traced(layers: Sequence[DecoderLayer], steps: Any, kept: tuple[int, ...], patch: pytest.MonkeyPatch) -> list[str]:
+    """The attention operators in all graphs that are made of the layers in every bucket, of which there must be two:
+    one of each half. No operator is run: of each graph a result of the right shape is made."""
     graphs: list[torch.fx.GraphModule] = []
     num_rows = 0
 
@@ -73,12 +115,10 @@ def test_layers_of_any_window_and_scale_in_any_bucket_share_their_graphs(monkeyp
         widths = [result.meta["example_value"].shape[1] for result in results]
         return lambda *arguments: tuple(torch.zeros(num_rows, width, dtype=torch.bfloat16) for width in widths)
 
-    monkeypatch.setattr(CompiledHalves, "_compile", trace)
+    patch.setattr(CompiledHalves, "_compile", trace)
     torch._dynamo.reset()
-    halves, steps = CompiledHalves(), Steps()
-    mixers = [with_mixer(window=window or None, scale=0.1 * (index + 1)) for index, window in enumerate(WINDOWS)]
-    layers = [DecoderLayer(layer, SPEC.ropes, HIDDEN, torch.bfloat16) for layer in mixers]
-    pages = [torch.zeros(11, 16, 2, HEAD_DIM, dtype=torch.bfloat16) for _ in range(2 * len(layers))]
+    halves = CompiledHalves()
+    pages = [torch.zeros(11, 16, *kept, dtype=torch.bfloat16) for _ in range(2 * len(layers))]
     for bucket in BUCKETS:
         num_rows = sum(bucket)
         residual, update = (torch.zeros(num_rows, HIDDEN, dtype=torch.bfloat16) for _ in range(2))
@@ -88,5 +128,23 @@ def test_layers_of_any_window_and_scale_in_any_bucket_share_their_graphs(monkeyp
             residual, update = halves.feed_forward(layer, residual, gathered, None)
     torch._dynamo.reset()
     assert len(graphs) == 2
-    calls = [node for graph in graphs for node in graph.graph.nodes if "paged_attention" in str(node.target)]
-    assert len(calls) == 1
+    return [
+        str(node.target) for graph in graphs for node in graph.graph.nodes if str(node.target).startswith("graphgen.")
+    ]
+
+
+@pytest.mark.parametrize("steps", [Steps, TileSteps])
+def test_layers_of_any_window_and_scale_in_any_bucket_share_their_graphs(
+    steps: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixers = [with_mixer(window=window or None, scale=0.1 * (index + 1)) for index, window in enumerate(WINDOWS)]
+    layers = [DecoderLayer(layer, SPEC.ropes, HIDDEN, torch.bfloat16) for layer in mixers]
+    calls = traced(layers, steps(), (2, HEAD_DIM), monkeypatch)
+    assert calls == ["graphgen.paged_attention_flashinfer.default"]
+
+
+def test_layers_of_latent_attention_share_their_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    latent = msgspec.structs.replace(SPEC.layers[0], mixer=LATENT)
+    layers = [DecoderLayer(latent, SPEC.ropes, HIDDEN, torch.bfloat16) for _ in range(2)]
+    calls = traced(layers, LatentSteps(), (1, LATENT.row_size), monkeypatch)
+    assert calls == ["graphgen.latent_attention_tiles.default"]
