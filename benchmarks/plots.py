@@ -249,6 +249,72 @@ def _by_queue(costs: Sequence[Row]) -> list[Row]:
     return sorted(costs, key=lambda row: int(row["waiting"].partition("-")[0]))
 
 
+# --- objectives ------------------------------------------------------------------------------------------------
+
+OBJECTIVES = {
+    "latency": "always short steps",
+    "balanced": "steps of up to 30 ms while a long queue waits (the default)",
+    "throughput": "long steps from a shorter queue on",
+}
+
+
+def plot_objectives(rows: Sequence[Row], device: str, path: Path) -> None:
+    draw_objectives(rows, device).savefig(path)
+
+
+def draw_objectives(rows: Sequence[Row], device: str) -> Figure:
+    """A group for each load: how many requests a second, their gaps and their first tokens under each objective.
+
+    rows: those of `benchmarks.objectives`.
+    """
+    names = list(dict.fromkeys(row["policy"] for row in rows))
+    figure = Figure(figsize=(16, 2.4 + 1.2 * len(_groups(rows))), dpi=DOTS_PER_INCH, layout="constrained")
+    rates, gaps, first_tokens = figure.subplots(1, 3, sharey=True)
+    places = [(height, colour, row) for height, _, colour, row in _bars(rows, names)]
+    for height, thickness, colour, row in _bars(rows, names):
+        rates.barh(height, row["request_throughput"], 0.9 * thickness, color=colour)
+        rates.text(row["request_throughput"], height, f"  {row['request_throughput']:.1f}", va="center", fontsize=9)
+    rates.set_xlim(0, 1.12 * max(row["request_throughput"] for row in rows))
+    rates.set_title("How many requests a second?", fontsize=11)
+    rates.set_xlabel("requests served per second (more is better)")
+    draw_latencies(gaps, places, "itl")
+    gaps.set_xlim(left=0)
+    gaps.set_title("How long until the next token?", fontsize=11)
+    gaps.set_xlabel("gap between two tokens of a request, ms (less is better)")
+    draw_latencies(first_tokens, places, "ttft")
+    log_axis(first_tokens)
+    first_tokens.set_title("How long until the first token?", fontsize=11)
+    first_tokens.set_xlabel("from the request to its first token, ms (log scale; less is better)")
+    _label_groups(rates, rows)
+    rates.set_yticks(rates.get_yticks(), [_in_words(rows, workload) for workload, _ in _groups(rows)], fontsize=9)
+    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
+    handles = [Patch(color=colours[name], label=f"{name}: {OBJECTIVES[name]}") for name in names]
+    figure.legend(handles=[*handles, *mark_handles(longest=False)], fontsize=9, loc="outside lower center", ncols=3)
+    figure.suptitle(f"Simulated on the step times of an {device}: {_gain_message(rows)}", fontsize=13)
+    return figure
+
+
+def _in_words(rows: Sequence[Row], workload: str) -> str:
+    row = next(row for row in rows if row["workload"] == workload)
+    return f"{row['clients']} clients\nprompts of {row['prompt_mean']} tokens,\nanswers of {row['output_mean']}"
+
+
+def _gain_message(rows: Sequence[Row]) -> str:
+    """Where the rate of the last objective is furthest above that of the first."""
+    by_place = {(row["workload"], row["policy"]): row for row in rows}
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+
+    def gain(workload: str, policy: str) -> float:
+        rate = by_place[workload, policy]["request_throughput"]
+        return float(rate / by_place[workload, policies[0]]["request_throughput"] - 1.0)
+
+    workload = max((row["workload"] for row in rows), key=lambda workload: gain(workload, policies[-1]))
+    gaps = "/".join(f"{by_place[workload, policy]['p95_itl_ms']:.0f}" for policy in policies)
+    gains = " and ".join(f"{gain(workload, policy):+.0%} with {policy}" for policy in policies[1:])
+    clients = by_place[workload, policies[0]]["clients"]
+    return f"with {clients} clients {gains}, at gaps (95 %) of {gaps} ms"
+
+
 # --- timeline --------------------------------------------------------------------------------------------------
 
 

@@ -93,7 +93,7 @@ class Drive:
             self._expect(self.scheduler.schedule(0.0))
         step_id, tokens, step_ms = self._results.popleft()
         begun_ns = time.perf_counter_ns()
-        self.scheduler.step_took(step_id, step_ms)
+        self.scheduler.step_took(step_id, step_ms, 0.0)
         self.scheduler.update(step_id, tokens)
         updated_ns = time.perf_counter_ns()
         plan = self.scheduler.schedule(0.0)

@@ -46,6 +46,12 @@ DEFAULT_LOADS = ("2600/60:16", "bursts@20", "mix@8")
 COMPARED = ("request_throughput", "median_ttft_ms", "p95_ttft_ms", "median_itl_ms", "p95_itl_ms", "p99_itl_ms")
 """Figures of a real run that --against repeats."""
 
+COUNTED = ("preemptions", "ttft_targets_met", "ttft_targets_missed", "tpot_targets_met", "tpot_targets_missed")
+
+NUM_PAGES = 12_800
+"""What 8B weights leave on an H200."""
+MAX_MODEL_LEN = 40_960
+
 MAX_CHUNKS = 32
 """Of a step, as the worker has it; its module would import torch."""
 
@@ -60,6 +66,7 @@ class Policy(Struct, frozen=True):
     token_budget: int | None = None  # None: --token-budget
     objective: ObjectiveName = "balanced"
     itl_target_ms: float | None = None  # of every request
+    tpot_target_ms: float | None = None
     ttft_prompt_rate: float | None = None  # every request wants its first token after prompt tokens / this seconds
     priorities: dict[str, int] = {}  # of each kind; 0 is that of any other
     does: str = ""  # in words, for the picture
@@ -71,6 +78,7 @@ class Policy(Struct, frozen=True):
             request,
             priority=self.priorities.get(request.kind, 0),
             itl_target_ms=self.itl_target_ms,
+            tpot_target_ms=self.tpot_target_ms,
             ttft_target_ms=None if rate is None else request.shape.prompt_len / rate * 1000.0,
         )
 
@@ -170,7 +178,8 @@ def simulate(
         "token_budget": settings.token_budget or on.token_budget,
         **_parts_of(load),
         **engine.steps.figures(),
-        "preemptions": scheduler.counters.preemptions,
+        "objective": settings.objective,
+        **{name: getattr(scheduler.counters, name) for name in COUNTED},
     }
     kinds = list(dict.fromkeys(request.kind for request in requests))
     groups: dict[str, list[ServedRequest]] = {"all": served}
@@ -305,9 +314,9 @@ def make_parser() -> argparse.ArgumentParser:
     engine = parser.add_argument_group("engine")
     engine.add_argument("--step-times", type=Path, default=H200_STEP_TIMES, help="a table stored by graphgen tune")
     engine.add_argument("--token-budget", type=int, default=1024, help="the engine's default on CUDA")
-    engine.add_argument("--num-pages", type=int, default=12_800, help="what 8B weights leave on an H200")
+    engine.add_argument("--num-pages", type=int, default=NUM_PAGES, help="what 8B weights leave on an H200")
     engine.add_argument("--max-num-seqs", type=int, default=256)
-    engine.add_argument("--max-model-len", type=int, default=40_960)
+    engine.add_argument("--max-model-len", type=int, default=MAX_MODEL_LEN)
     engine.add_argument("--host-delay-ms", type=float, default=HOST_DELAY_S * 1000.0, help="result to planned step")
     engine.add_argument(
         "--step-noise", type=float, default=STEP_NOISE, help="spread of a step's time, as a share of it"

@@ -50,6 +50,7 @@ class VirtualRequest(Struct, frozen=True):
     priority: int = 0
     itl_target_ms: float | None = None
     ttft_target_ms: float | None = None
+    tpot_target_ms: float | None = None
 
 
 class VirtualStep(Struct, frozen=True):
@@ -159,7 +160,7 @@ class VirtualEngine:
         """The engine's order: the result, the next plan, and only then the clients."""
         now_s = step.finished_s
         begun_ns = self._clock_ns()
-        self._scheduler.step_took(step.step_id, (step.finished_s - step.started_s) * 1000.0)
+        self._scheduler.step_took(step.step_id, (step.finished_s - step.started_s) * 1000.0, now_s)
         outputs = self._scheduler.update(step.step_id, _TOKENS[: step.num_tokens])
         plans = self._schedule(now_s)
         ended_ns = self._clock_ns()
@@ -228,4 +229,5 @@ def submit_of(request: VirtualRequest, request_id: int, now_s: float) -> Submit:
         priority=request.priority,
         itl_target_ms=request.itl_target_ms,
         ttft_target_ms=request.ttft_target_ms,
+        tpot_target_ms=request.tpot_target_ms,
     )

@@ -90,6 +90,7 @@ class Submit(Struct, frozen=True, array_like=True, tag="submit", gc=False):
     deadline_ms: float | None = None  # from arrived_s to the last token; None: whenever it ends
     itl_target_ms: float | None = None  # what no gap between two of its tokens should exceed
     ttft_target_ms: float | None = None  # from arrived_s to the first token
+    tpot_target_ms: float | None = None  # what the mean of the gaps between its tokens should not exceed
     cache_salt: str = ""  # prompts share cached pages only under an equal salt
     tenant: str = ""  # who it is accounted to; among tenants service is fair, whatever their requests ask for
     log_id: str = ""  # what logs call it
@@ -421,6 +422,10 @@ class EngineStats(Struct, frozen=True, array_like=True, tag="stats", gc=False):
     prefix_hits: int = 0  # of these: tokens whose pages were found in the prefix cache
     refused: int = 0  # requests that an OverloadedError turned away
     deadline_misses: int = 0  # requests that a DeadlineError ended
+    ttft_targets_met: int = 0  # first tokens of requests with a ttft_target_ms that came in time
+    ttft_targets_missed: int = 0
+    tpot_targets_met: int = 0  # finished requests of at least two tokens that kept their tpot_target_ms
+    tpot_targets_missed: int = 0
     worker_restarts: int = 0  # worker groups that took the place of one that died or hung
     worker_loss: str = ""  # why the last one was lost
     worker_pause_s: float = 0.0  # from there until its successor served

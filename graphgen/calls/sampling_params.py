@@ -88,6 +88,9 @@ class SamplingParams(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords)
     target of those that decode, as far as measured step times tell."""
     ttft_target_ms: float | None = None
     """From the request's arrival to its first token; None takes the engine's. When it is near, steps grow."""
+    tpot_target_ms: float | None = None
+    """What the mean of the gaps between its tokens should not exceed; None takes the engine's. Time that the request is
+    ahead of it may be spent on a longer step."""
     cache_salt: str = ""
     """Prompts share cached pages only under an equal salt: give every tenant its own, and none can find out by timing
     what another has asked."""
@@ -118,7 +121,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords)
         _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         _check_range("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         _check_range("priority", self.priority, 0, MAX_PRIORITY)
-        for name in ("deadline_ms", "itl_target_ms", "ttft_target_ms"):
+        for name in ("deadline_ms", "itl_target_ms", "ttft_target_ms", "tpot_target_ms"):
             _check_range(name, getattr(self, name), 0.0, MAX_TARGET_MS, above=True)
         if len(self.cache_salt) > MAX_CACHE_SALT_LEN:
             raise InvalidRequestError(

@@ -26,7 +26,8 @@ PANELS = {
     "Model": ("model", "revision", "tokenizer", "chat_template", "load_format", "dtype", "max_model_len", "seed"),
     "Device and memory": ("device", "memory_fraction", "num_pages", "page_size", "attention", "cpu_threads"),
     "Scheduling": (
-        *("objective", "token_budget", "max_num_seqs", "itl_target_ms", "ttft_target_ms", "step_times"),
+        *("objective", "token_budget", "max_num_seqs", "itl_target_ms", "ttft_target_ms", "tpot_target_ms"),
+        "step_times",
         "max_long_prompts",
     ),
     "Queue": ("max_waiting", "max_waiting_tokens"),

@@ -24,7 +24,6 @@ from graphgen.gateway.messages import Messages
 from graphgen.gateway.metric_table import Names
 from graphgen.gateway.monitoring import Monitoring
 from graphgen.gateway.openapi import OpenApi
-from graphgen.gateway.request_ids import REQUEST_ID, RequestIds
 from graphgen.gateway.responses import Responses
 from graphgen.gateway.service import HOLDER, Service
 from graphgen.gateway.tokens import TokenEndpoints
@@ -69,7 +68,7 @@ class _Endpoint:
         except Exception as error:
             answer = error_of(error)
             if answer.status == 500:
-                logger.exception("request %s to %s failed", scope[REQUEST_ID], scope["path"])
+                logger.exception("%s failed", scope["path"])
             if not begun:
                 await send_error(send, answer, self._body_of(answer))
 
@@ -97,7 +96,7 @@ def make_app(
         ("GET", "/openapi.json", OpenApi().serve),
         ("GET", "/metrics", Monitoring(service, metrics_names).metrics),
     ]
-    middleware = [Middleware(RequestIds), *([_cross_origin(origins)] if origins else [])]
+    middleware = [_cross_origin(origins)] if origins else []
     app = Starlette(middleware=middleware, exception_handlers={HTTPException: _no_endpoint})
     app.state.answers = service.answers
     for method, path, serve in routes:
@@ -113,7 +112,7 @@ def _cross_origin(origins: Sequence[str]) -> Middleware:
         allow_origins=origins,
         allow_methods=("GET", "POST"),
         allow_headers=("*",),
-        expose_headers=("retry-after", "retry-after-ms", "x-request-id", "x-should-retry"),
+        expose_headers=("retry-after", "retry-after-ms", "x-should-retry"),
     )
 
 

@@ -53,6 +53,7 @@ _SAMPLING_FIELDS = (
     "deadline_ms",
     "itl_target_ms",
     "ttft_target_ms",
+    "tpot_target_ms",
 )
 _MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 
@@ -197,19 +198,15 @@ class Pieces:
         prompts: Sequence[OnePrompt],
         sampling: SamplingParams,
         tenant: str,
-        log_id: str,
         receive: Receive,
         parsing: Parsing,
     ) -> None:
-        """log_id: what logs call it. receive: of the request, read to its end. Raises GraphgenError with nothing
-        sent."""
+        """receive: of the request, read to its end. Raises GraphgenError with nothing sent."""
         self._core = core
         self._receive = receive
         self._arrived: asyncio.Queue[tuple[int, Delivery | None]] = asyncio.Queue()  # None: a tick
         sinks = [functools.partial(self._put, mailbox, number) for number in range(len(prompts))]
-        self._request_ids = core.open(
-            prompts, sampling, streams=True, sinks=sinks, tenant=tenant, parsing=parsing, log_id=log_id
-        )
+        self._request_ids = core.open(prompts, sampling, streams=True, sinks=sinks, tenant=tenant, parsing=parsing)
         self._num_open = len(self._request_ids)
         self._beside: list[asyncio.Task[None]] = []
 

@@ -39,7 +39,7 @@ BILLING_HEADER = "x-anthropic-billing-header:"
 find its pages in the prefix cache."""
 PING = named_event("ping", {"type": "ping"})
 _SHARED = ("stream", "temperature", "top_p", "top_k", "seed", "min_tokens", "ignore_eos", "priority", "cache_salt")
-_SHARED_TIMES = ("deadline_ms", "itl_target_ms", "ttft_target_ms")
+_SHARED_TIMES = ("deadline_ms", "itl_target_ms", "ttft_target_ms", "tpot_target_ms")
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 

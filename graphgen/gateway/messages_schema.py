@@ -47,6 +47,7 @@ class MessagesRequest(PromptOfMessages, frozen=True, kw_only=True):
     deadline_ms: float | None = None
     itl_target_ms: float | None = None
     ttft_target_ms: float | None = None
+    tpot_target_ms: float | None = None
 
 
 class TextBlock(Struct, frozen=True, kw_only=True):

@@ -43,6 +43,7 @@ class Generation(Struct, frozen=True, kw_only=True):
     deadline_ms: float | None = None
     itl_target_ms: float | None = None
     ttft_target_ms: float | None = None
+    tpot_target_ms: float | None = None
 
     # What would change the output, and is not served: see `generation.UNSERVED`.
     allowed_token_ids: Any = None

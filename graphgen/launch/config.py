@@ -97,6 +97,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords):
     ttft_target_ms: float | None = None
     """Milliseconds from a request's arrival to its first token, for requests that state no target of their own: when it
     is near, steps grow beyond the efficient size, up to the token budget and the ITL target. None: no target."""
+    tpot_target_ms: float | None = None
+    """Milliseconds that the mean of the gaps between a request's tokens should not exceed, for requests that state no
+    target of their own. Time that one is ahead of it may be spent on a longer step. None: no target."""
     prefix_cache: bool = True
     """Share the KV pages of equal beginnings of prompts. Always off for models whose rotation of a key depends on the
     length of the prompt (dynamic NTK)."""
@@ -130,7 +133,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}, the least is 1: raise it or leave it out")
-        for name in ("itl_target_ms", "ttft_target_ms"):
+        for name in ("itl_target_ms", "ttft_target_ms", "tpot_target_ms"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"{name} is {value}: use milliseconds above 0 or leave it out")
@@ -173,6 +176,7 @@ class EngineSettings(TypedDict, total=False):
     cpu_threads: int | None
     itl_target_ms: float | None
     ttft_target_ms: float | None
+    tpot_target_ms: float | None
     prefix_cache: bool
     max_waiting: int
     max_waiting_tokens: int
@@ -217,6 +221,7 @@ class LaunchConfig(Struct, frozen=True, kw_only=True):
     step_times: str  # "auto", "measure" or "off"
     itl_target_ms: float | None  # of requests that state none
     ttft_target_ms: float | None
+    tpot_target_ms: float | None
     step_log: str | None  # an absolute path
     cpu_threads: int | None
     prefix_cache: bool
@@ -279,6 +284,7 @@ def resolve(
         step_times=config.step_times,
         itl_target_ms=config.itl_target_ms,
         ttft_target_ms=config.ttft_target_ms,
+        tpot_target_ms=config.tpot_target_ms,
         step_log=None if config.step_log is None else str(Path(config.step_log).absolute()),
         cpu_threads=config.cpu_threads,
         # With a rotation that depends on the length of the prompt, the keys of equal tokens are not equal.

@@ -104,6 +104,7 @@ class Script(Struct, frozen=True, forbid_unknown_fields=True):
         "chat",
         "samples",
         "classes",
+        "mean_gaps",
         "prefix_cache",
         "model_defaults",
         "template_arguments",

@@ -14,6 +14,7 @@ fast computes prompts at the best rate the target allows:
 - Where no target binds, no more rows than the saturation point, from where on a larger step is longer and hardly
   computes more rows a second; unless a TTFT target would be missed at that rate, or the objective grows the step
   because many prompts wait (`objectives`, `large_steps`).
+- Where mean gaps have targets, no longer than the slack of those who are least ahead (`mean_gaps`).
 - No more rows than hold all prompt tokens that wait.
 - Without decodes a target binds nothing: nobody waits for a next token.
 """
@@ -45,6 +46,7 @@ class StepLoad(Struct, frozen=True):
     num_decodes: int
     decode_positions: int  # that the decode rows attend to, together
     itl_target_ms: float | None  # the tightest one of the decodes
+    slack_ms: float | None  # what the step may take for the sake of mean gaps; None: nobody has a target for them
     most_ms: float | None  # what the step should not exceed besides; None: whatever is efficient
     prompts: Sequence[_Prompt]  # those that have begun, in order of service
     pending_tokens: int  # prompt tokens to compute, of begun and of waiting requests
@@ -84,12 +86,15 @@ class StepBudget:
             candidates = _that_hold(self._buckets.mixed(load.num_decodes), load.pending_tokens)
             chosen = self._within_target(candidates, load, load.itl_target_ms) if candidates else None
         else:
-            candidates = self._buckets.mixed(load.num_decodes)
-            wanted = candidates if load.is_late else self._efficient(load.num_decodes)
-            chosen = _that_hold(wanted, load.pending_tokens)[-1] if wanted else None
+            efficient = self._efficient(load.num_decodes)
+            candidates = self._buckets.mixed(load.num_decodes) if load.is_late else efficient
+            chosen = _that_hold(candidates, load.pending_tokens)[-1] if candidates else None
             if not load.is_late:
                 grown = self._grown(load.num_decodes, load.decode_positions, load.prompts, load.pending_tokens)
-                chosen = grown or chosen
+                if grown is not None:
+                    candidates, chosen = (*efficient, *self._large.beside(load.num_decodes)), grown
+        if chosen is not None and load.slack_ms is not None:
+            chosen = self._within_target(candidates[: candidates.index(chosen) + 1], load, load.slack_ms)
         if chosen is None or load.most_ms is None:
             return chosen
         return self._likely_within(candidates[: candidates.index(chosen) + 1], load, load.most_ms)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from graphgen.ipc.messages import STEP_BOUNDS_MS, Bucket, BucketSteps
 from graphgen.scheduler.plan import StepRecord
+from graphgen.scheduler.request import Request
 
 
 @dataclass
@@ -31,6 +32,12 @@ class Counters:
     """Requests that were turned away because of overload."""
     deadline_misses: int = 0
     """Requests that were ended because their deadline had passed."""
+    ttft_targets_met: int = 0
+    """First tokens that came within their request's target."""
+    ttft_targets_missed: int = 0
+    tpot_targets_met: int = 0
+    """Finished requests of at least two tokens with a mean gap within their target."""
+    tpot_targets_missed: int = 0
     poisoned: int = 0
     """Requests that were ended because worker groups died of them."""
     numerical_errors: int = 0
@@ -39,6 +46,19 @@ class Counters:
     """Steps that have ended by their time on the device: up to each of STEP_BOUNDS_MS, and above the last."""
     _of_bucket: dict[Bucket, list[float]] = field(default_factory=dict)
     """By the bucket that was chosen: steps that have ended, and their milliseconds."""
+
+    def first_token_came(self, request: Request, ended_s: float) -> None:
+        if request.ttft_by_s is not None:
+            is_met = ended_s <= request.ttft_by_s
+            self.ttft_targets_met += is_met
+            self.ttft_targets_missed += not is_met
+
+    def last_token_came(self, request: Request, ended_s: float) -> None:
+        num_gaps, first_s = len(request.output) - 1, request.first_token_s
+        if request.tpot_target_ms is not None and first_s is not None and num_gaps:
+            is_met = (ended_s - first_s) * 1000.0 <= num_gaps * request.tpot_target_ms
+            self.tpot_targets_met += is_met
+            self.tpot_targets_missed += not is_met
 
     def plan_made(self, record: StepRecord) -> None:
         self.steps += 1

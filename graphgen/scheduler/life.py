@@ -52,7 +52,7 @@ class WorkerLife:
         self.rests = Rests(self.budget, self.running, tenants, self.admission)
         self.guard = OverloadGuard(limits, buckets, self.budget, model, self.running, tenants)
         self.prompts = PromptPlanner(
-            limits, self.budget, self.cache, tenants, self.running, self.admission, self.in_flight, counters
+            limits, self.budget, self.cache, tenants, self.running, self.admission, self.in_flight, counters, model
         )
         self.books = Bookkeeping(
             model, self.budget, self.cache, groups, tenants, self.running, self.admission, self.in_flight, counters

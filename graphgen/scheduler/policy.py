@@ -29,7 +29,7 @@ The parts:
     admission, preemption                       who may start, and who gives up slot and pages for others
     prompts, shares                             whose prompts get rows, and how many each
     budget, buckets, cost_model                 how many rows a step may have (and objectives, large_steps, lone_steps,
-                                                step_bounds)
+                                                step_bounds, mean_gaps)
     plan                                        the message, and the record of it
     bookkeeping, counters                       what a plan changes, and when; what is counted
     logprobs                                    whose the log-probabilities of a step are
@@ -80,6 +80,7 @@ class Scheduler:
         self._deadlines = Deadlines()
         self._trials = Trials()
         self._is_served = True  # a worker group serves
+        self._ended_s = 0.0  # when the newest step that was measured ended
         self._model = model or CostModel()
         self._life = WorkerLife(0, limits, self._buckets, self._model, self._tenants, self.counters)
         self._num_added = 0
@@ -239,6 +240,8 @@ class Scheduler:
                 request_ids.append(request.request_id)
                 others.append(token_id)
                 continue
+            if len(output) == 1:
+                self._begin_output(request)
             reason = request.finish_reason
             if reason is not None:
                 self._finish(request)
@@ -263,8 +266,10 @@ class Scheduler:
             self._end_trial()
         return Outputs(tuple(news), tuple(request_ids), tuple(others))
 
-    def step_took(self, step_id: int, milliseconds: float) -> None:
-        """What a step took on the device; called before its `update`. Raises KeyError if it is not in flight."""
+    def step_took(self, step_id: int, milliseconds: float, ended_s: float) -> None:
+        """What a step took on the device, and when it ended; called before its `update`. Raises KeyError if it is not
+        in flight."""
+        self._ended_s = ended_s
         record = self._life.in_flight.find(step_id)
         # What scored rows take comes on top, and says nothing of the bucket.
         if not record.scored and record.rows.num_rows >= FULL_SHARE * record.bucket.num_rows:
@@ -286,10 +291,6 @@ class Scheduler:
         return self._life.in_flight.find(step_id)
 
     # --- the life of a worker group --------------------------------------------------------------------------
-
-    def suspects(self) -> Sequence[Request]:
-        """The requests whose rows are in the steps in flight, without those that have ended."""
-        return self._life.suspects()
 
     def worker_lost(self) -> list[Request]:
         """The worker group has ended, and with it all pages and all steps in flight.
@@ -395,8 +396,16 @@ class Scheduler:
             self._tenants.remove(request)
         self._tenants.closed(request)
 
+    def _begin_output(self, request: Request) -> None:
+        """Its first token came with the newest step."""
+        request.first_token_s = self._ended_s
+        self.counters.first_token_came(request, self._ended_s)
+        if request.running is not None:
+            self._life.running.decodes.begin_output(request.running)
+
     def _finish(self, request: Request) -> None:
         self.counters.finished += 1
+        self.counters.last_token_came(request, self._ended_s)
         self._life.guard.request_finished(request)
         self._end(request)
 

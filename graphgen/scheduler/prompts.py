@@ -11,9 +11,11 @@ from typing import NamedTuple
 from graphgen.ipc.messages import Bucket
 from graphgen.scheduler.admission import Admission, Offer
 from graphgen.scheduler.budget import StepBudget, StepLoad
+from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.counters import Counters
 from graphgen.scheduler.in_flight import StepsInFlight
 from graphgen.scheduler.limits import SchedulerLimits
+from graphgen.scheduler.mean_gaps import MeanGaps
 from graphgen.scheduler.objectives import OBJECTIVES
 from graphgen.scheduler.page_groups import BlockTable
 from graphgen.scheduler.plan import PlanDraft
@@ -59,6 +61,7 @@ class PromptPlanner:
         admission: Admission,
         in_flight: StepsInFlight,
         counters: Counters,
+        model: CostModel,
     ) -> None:
         self._limits = limits
         self._budget = budget
@@ -70,6 +73,7 @@ class PromptPlanner:
         self._counters = counters
         self._hurry_share = OBJECTIVES[limits.objective].hurry_share
         self._bounds = StepBounds(budget, running, tenants, admission)
+        self._mean_gaps = MeanGaps(budget, model, running, tenants, in_flight)
 
     def plan(self, draft: PlanDraft, now_s: float, may_admit: bool, helped: Sequence[Tenant]) -> None:
         """Adds the chunks of one plan, whose decodes are in the draft already.
@@ -86,6 +90,9 @@ class PromptPlanner:
         load = self._load(turns[0], bounds, begun, draft.num_decodes, now_s)
         bucket = self._budget.choose(load)
         if bucket is None or (bounds.gap is not None and self._waits_for(bounds.gap, bucket, load)):
+            return
+        slack_ms = load.slack_ms
+        if slack_ms is not None and self._mean_gaps.skips_prompts(slack_ms, self._budget.step_ms(bucket, load)):
             return
         limits = self._limits
         shares = PromptShares(
@@ -172,6 +179,7 @@ class PromptPlanner:
             num_decodes=num_decodes,
             decode_positions=decodes.num_positions,
             itl_target_ms=bounds.target_ms,
+            slack_ms=self._mean_gaps.most_ms(now_s),
             most_ms=bounds.most_ms,
             prompts=[(running.num_prefilled, running.num_missing) for running in begun],
             pending_tokens=sum(running.num_missing for running in begun) + self._tenants.num_waiting_tokens,

@@ -61,10 +61,10 @@ class Request:
         "death_len",
         "end_position",
         "ended",
+        "first_token_s",
         "is_constrained",
         "itl_target_ms",
         "last_step",
-        "log_id",
         "logprobs",
         "max_cached_len",
         "max_tokens",
@@ -86,6 +86,7 @@ class Request:
         "tenant",
         "times_passed",
         "tokens",
+        "tpot_target_ms",
         "ttft_by_s",
         "ttft_target_ms",
     )
@@ -95,7 +96,6 @@ class Request:
         InvalidRequestError for fields that no request can have."""
         _check(submit)
         self.request_id = submit.request_id
-        self.log_id = submit.log_id or str(submit.request_id)
         self.tenant = tenant
         self.arrival = arrival  # the order of service within a class; unlike arrived_s it has no ties
         self.priority = submit.priority
@@ -125,6 +125,7 @@ class Request:
         self.num_scored = 0  # of the rows of its prompt: those whose log-probabilities have arrived
         self.max_cached_len = _max_cached_len(submit.sampler, self.prompt_len, self.max_tokens)
         self.itl_target_ms = submit.itl_target_ms
+        self.tpot_target_ms = submit.tpot_target_ms
         self.ttft_target_ms = submit.ttft_target_ms
         self.ttft_by_s = None if submit.ttft_target_ms is None else submit.arrived_s + submit.ttft_target_ms / 1000.0
         self.deadline_s = None if submit.deadline_ms is None else submit.arrived_s + submit.deadline_ms / 1000.0
@@ -139,6 +140,7 @@ class Request:
         self.death_len = 0
         self.times_passed = 0  # plans in which a younger request was admitted while this one did not fit
         self.started_s = submit.arrived_s  # when its first chunk was planned; its arrival until then
+        self.first_token_s: float | None = None  # when the step that drew it ended; None until then
         self.ended = False  # finished or cancelled: tokens that still arrive are dropped
         self.running: RunningRequest | None = None  # None while it holds no slot and no pages
 
@@ -156,7 +158,7 @@ class Request:
     @property
     def asks_for_gaps(self) -> bool:
         """Whether it has a target for the gaps between its tokens."""
-        return self.itl_target_ms is not None
+        return self.itl_target_ms is not None or self.tpot_target_ms is not None
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -240,7 +242,7 @@ def _max_cached_len(sampler: SamplerParams, prompt_len: int, max_tokens: int) ->
 def _check(submit: Submit) -> None:
     if not 0 <= submit.priority <= MAX_PRIORITY:
         raise InvalidRequestError(f"priority is {submit.priority}: use an integer from 0 to {MAX_PRIORITY}")
-    for name in ("deadline_ms", "itl_target_ms", "ttft_target_ms"):
+    for name in ("deadline_ms", "itl_target_ms", "ttft_target_ms", "tpot_target_ms"):
         value = getattr(submit, name)
         if value is not None and not 0 < value <= MAX_TARGET_MS:
             raise InvalidRequestError(

@@ -28,7 +28,6 @@ NumSamples = Annotated[int, Meta(ge=1, le=limits.MAX_SAMPLES)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Tenant = Annotated[str, Meta(max_length=limits.MAX_TENANT_LEN)]
 Milliseconds = Annotated[float, Meta(gt=0, le=limits.MAX_DURATION_MS)]
-LogId = Annotated[str, Meta(max_length=limits.MAX_LOG_ID_LEN, pattern=r"\A[!-~]*\Z")]
 SessionKey = Annotated[str, Meta(max_length=limits.MAX_SESSION_LEN)]
 
 Temperature = Annotated[float, Meta(ge=0, le=100, description="0 is greedy.")]
@@ -110,6 +109,9 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ] = None
     itl_target_ms: Annotated[Milliseconds | None, Meta(description="Wanted time between two tokens.")] = None
     ttft_target_ms: Annotated[Milliseconds | None, Meta(description="Wanted time to the first token.")] = None
+    tpot_target_ms: Annotated[Milliseconds | None, Meta(description="Wanted mean of the times between two tokens.")] = (
+        None
+    )
     cache_salt: Annotated[
         str,
         Meta(
@@ -208,9 +210,6 @@ class Generate(Struct, frozen=True, kw_only=True, omit_defaults=True):
         Meta(
             description="On whose behalf: who the request counts to. Only where `welcome.features` has `tenants`.",
         ),
-    ] = ""
-    log_id: Annotated[
-        LogId, Meta(description="What logs of the server call the request: printable ASCII without spaces.")
     ] = ""
     stream: Annotated[
         bool, Meta(description="false: each sample comes in one `delta`, when all samples have ended.")

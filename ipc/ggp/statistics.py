@@ -45,13 +45,15 @@ class Metrics(Struct, frozen=True, kw_only=True):
     with_target: Annotated[
         dict[str, Count],
         Meta(
-            description="What had a target: `ttft` first tokens, `itl` gaps between two tokens, `tpot` samples with at"
-            " least two tokens."
+            description="What had a target: `ttft` first tokens, `itl` gaps between two tokens, `tpot` mean gaps, of"
+            " samples with at least two tokens."
         ),
     ]
     target_misses: Annotated[
         dict[str, Count],
-        Meta(description="Of these, later than the target; `tpot`: the mean gap of a sample is above `itl_target_ms`."),
+        Meta(
+            description="Of these, later than the target; `tpot`: the mean gap of a sample is above `tpot_target_ms`."
+        ),
     ]
     histograms: Annotated[
         dict[str, Histogram],

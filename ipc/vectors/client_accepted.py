@@ -300,6 +300,7 @@ SAMPLING = [
     sampled("deadline-one-hour", "the longest, as an int", "deadline_ms", u32(3_600_000), 3_600_000.0),
     sampled("itl-target", "a fraction of a millisecond", "itl_target_ms", f64(0.5), 0.5),
     sampled("ttft-target-nil", "nil where the table has nil", "ttft_target_ms", NIL, None),
+    sampled("tpot-target", "a mean gap, as an int", "tpot_target_ms", integer(30), 30.0),
     sampled("cache-salt-256", "256 characters of 1024 bytes", "cache_salt", str16("😀".encode() * 256), "😀" * 256),
     sampled("model-defaults", "what is absent is the model's", "model_defaults", TRUE, True),
     prompted(

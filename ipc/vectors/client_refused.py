@@ -294,6 +294,7 @@ SAMPLING = [
         ("deadline-above-an-hour", "above the longest", "deadline_ms", f64(3_600_000.5)),
         ("itl-target-inf", "infinity is outside every range", "itl_target_ms", f64(float("inf"))),
         ("ttft-target-negative", "below 0", "ttft_target_ms", f64(-1.0)),
+        ("tpot-target-0", "above 0 is asked for", "tpot_target_ms", integer(0)),
         ("cache-salt-257", "257 characters", "cache_salt", str16("😀".encode() * 257)),
         ("cache-salt-nil", "nil where the table has no nil", "cache_salt", NIL),
         ("model-defaults-int", "1 is not true", "model_defaults", integer(1)),

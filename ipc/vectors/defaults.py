@@ -48,6 +48,7 @@ SAMPLING: dict[str, Value] = {
     "deadline_ms": None,
     "itl_target_ms": None,
     "ttft_target_ms": None,
+    "tpot_target_ms": None,
     "cache_salt": "",
     "model_defaults": False,
 }
@@ -63,7 +64,6 @@ DEFAULTS: dict[str, dict[str, Value]] = {
         "documents": None,
         "chat_template_kwargs": None,
         "tenant": "",
-        "log_id": "",
         "sampling": {},
         "stream": True,
         "echo_ids": False,

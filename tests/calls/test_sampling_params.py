@@ -96,6 +96,7 @@ def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
         ("deadline_ms", 1e9),
         ("itl_target_ms", 0.5),
         ("ttft_target_ms", None),
+        ("tpot_target_ms", None),
         ("cache_salt", "x" * 256),
     ],
 )

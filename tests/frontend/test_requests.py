@@ -18,7 +18,8 @@ from graphgen.server.frontend.sessions import Session
 
 def make_request(num_samples: int, stream: bool = True) -> PublicRequest:
     submits = [
-        SimpleNamespace(request_id=number, ttft_target_ms=None, itl_target_ms=None) for number in range(num_samples)
+        SimpleNamespace(request_id=number, ttft_target_ms=None, itl_target_ms=None, tpot_target_ms=None)
+        for number in range(num_samples)
     ]
     opened = [SimpleNamespace(started_s=0.5, submit=submit) for submit in submits]
     request = PublicRequest(Session(b"id", "name", "", 0.0), 9, "client", num_samples, arrived_s=0.0)

@@ -45,7 +45,7 @@ def ask(frontend: Frontend, client: RawClient, question: StatsRequest, *steps: S
 def test_counts_are_of_all_clients_and_the_same_at_every_gateway(frontend: Frontend) -> None:
     gateways = [gateway_of(frontend) for _ in range(2)]
     client = frontend.welcome()
-    sampling = Sampling(max_tokens=2, ttft_target_ms=60000.0, itl_target_ms=0.0001)
+    sampling = Sampling(max_tokens=2, ttft_target_ms=60000.0, itl_target_ms=0.0001, tpot_target_ms=0.0001)
     for number, one in enumerate((client, gateways[0])):
         one.send(Generate(id=number, prompt_ids=[5, 6, 7], sampling=sampling))
         one.expect(Accepted)

@@ -30,7 +30,7 @@ def test_a_range_has_its_upper_end(values: list[float]) -> None:
 @settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 2), st.floats(0.0001, 0.5)), min_size=1, max_size=40))
 def test_gaps_and_first_tokens_are_those_of_the_samples(steps: list[tuple[int, float]]) -> None:
-    tallies, clock = Tallies(), RequestClock(1.0, 3, ttft_target_ms=100.0, itl_target_ms=50.0)
+    tallies, clock = Tallies(), RequestClock(1.0, 3, ttft_target_ms=100.0, itl_target_ms=50.0, tpot_target_ms=60.0)
     now_s = 1.0
     times: dict[int, list[float]] = {0: [], 1: [], 2: []}
     for sample, wait_s in steps:
@@ -54,7 +54,7 @@ def test_gaps_and_first_tokens_are_those_of_the_samples(steps: list[tuple[int, f
         assert histogram.counts == counts
     assert tallies.with_target == {"ttft": 1, "itl": len(gaps), "tpot": len(means)}
     assert tallies.target_misses["itl"] == sum(gap > 0.05 for gap in gaps)
-    assert tallies.target_misses["tpot"] == sum(mean > 0.05 for mean in means)
+    assert tallies.target_misses["tpot"] == sum(mean > 0.06 for mean in means)
     assert (tallies.output_tokens, tallies.prompt_tokens, tallies.cached_tokens) == (len(steps), 5, 2)
     assert tallies.ends == {"stop": 2, "length": 1}
 

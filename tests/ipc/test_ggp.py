@@ -154,7 +154,7 @@ def test_no_absurd_sampling_value_decodes(sampling: dict[str, object]) -> None:
     assert error.id == 1
 
 
-WIDER_IN_THE_ENGINE = ("seed", "deadline_ms", "itl_target_ms", "ttft_target_ms")
+WIDER_IN_THE_ENGINE = ("seed", "deadline_ms", "itl_target_ms", "ttft_target_ms", "tpot_target_ms")
 """Not every language can write seeds above 2**53, and no client waits longer than an hour."""
 
 

@@ -39,6 +39,7 @@ def spec() -> ModelSpec:
         ("itl_target_ms", 0.0),
         ("itl_target_ms", float("nan")),
         ("ttft_target_ms", -1.0),
+        ("tpot_target_ms", 0.0),
         ("prefix_cache", None),
         ("max_num_seqs", None),
         ("token_budget", 7),

@@ -11,6 +11,7 @@ from graphgen.ipc.messages import Bucket, FinishReason, Outputs, SamplerParams, 
 from graphgen.ipc.step_schema import live_entries, logprob_words
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.limits import SchedulerLimits
+from graphgen.scheduler.mean_gaps import MOST_SKIPPED
 from graphgen.scheduler.plan import StepDescription
 from graphgen.scheduler.policy import Scheduler
 from graphgen.scheduler.request import AGEING_S, RunningRequest
@@ -70,6 +71,7 @@ def make_submit(
     deadline_ms: float | None = None,
     itl_target_ms: float | None = None,
     ttft_target_ms: float | None = None,
+    tpot_target_ms: float | None = None,
     cache_salt: str = "",
     tenant: str = "",
     logprobs: int | None = None,
@@ -87,6 +89,7 @@ def make_submit(
         deadline_ms=deadline_ms,
         itl_target_ms=itl_target_ms,
         ttft_target_ms=ttft_target_ms,
+        tpot_target_ms=tpot_target_ms,
         cache_salt=cache_salt,
         tenant=tenant,
         logprobs=logprobs,
@@ -211,6 +214,7 @@ class Harness:
         self.worker = FakeWorker(limits.num_pages, limits.page_size, limits.windows)
         self.pages = PageModel(limits.page_size, limits.windows, limits.prefix_cache)
         self.now_s = 0.0
+        self._num_skipped = 0  # plans in a row without rows of the first in the order of service
         self.is_dead = False  # no worker group serves
         self._owners: dict[int, Submit] = {}  # by slot
         self._computed: dict[int, int] = {}  # by request: positions that the plans compute for the slot it has
@@ -289,7 +293,9 @@ class Harness:
     def deliver(self) -> Outputs:
         """Gives the scheduler the oldest result, and its outputs to the senders."""
         step_id, token_ids, of_tokens, of_prompts = self.results.popleft()
-        self.scheduler.step_took(step_id, step_ms(self.scheduler.describe_step(step_id).bucket, self._row_ms))
+        self.scheduler.step_took(
+            step_id, step_ms(self.scheduler.describe_step(step_id).bucket, self._row_ms), self.now_s
+        )
         outputs = self.scheduler.update(step_id, token_ids, of_tokens, of_prompts)
         self.check_computed()
         self._check_logprobs(outputs)
@@ -546,12 +552,17 @@ class Harness:
             assert own >= max(num_rows.values()) - 1, "a decode rests although its tenant has less than another"
 
     def _check_first_advances(self, running: list[int], description: StepDescription) -> None:
-        """The first in the order of service has rows in every plan, unless one that is served before it takes over. Of
-        several tenants each has its turn."""
+        """The first in the order of service has rows in every plan, unless one that is served before it takes over;
+        where a decode has a target for its mean gap, in one of some plans. Of several tenants each has its turn."""
         if len({self.senders[request_id].submit.tenant for request_id in self.scheduler.request_ids}) > 1:
             return
         planned = {chunk[0] for chunk in description.chunks} | set(description.decode_request_ids)
-        if running and running[0] not in planned:
+        self._num_skipped += 1
+        if not running or running[0] in planned:
+            self._num_skipped = 0
+        elif self._num_skipped > MOST_SKIPPED or not any(
+            self.senders[request_id].submit.tpot_target_ms for request_id in description.decode_request_ids
+        ):
             first = min(self.senders[request_id].rank for request_id in planned)
             assert first < self.senders[running[0]].rank, "the first in the order of service did not advance"
 

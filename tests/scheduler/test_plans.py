@@ -358,5 +358,5 @@ def test_without_padding_only_a_step_that_fills_its_bucket_says_how_long_it_take
     scheduler.add(make_submit(1, range(prompt_len), 1))
     plan = scheduler.schedule(0.0)
     assert plan is not None
-    scheduler.step_took(plan.step_id, 5.0)
+    scheduler.step_took(plan.step_id, 5.0, 0.005)
     assert (model.predict_ms(Bucket(8, 2), 0, 0) is not None) == is_known

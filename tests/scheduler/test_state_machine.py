@@ -239,6 +239,7 @@ def any_submit(rng: random.Random, harness: Harness, tenants: Sequence[str]) -> 
         deadline_ms=rng.choice([None, None, 100.0, 200.0]),
         itl_target_ms=rng.choice([None, 7.0, 30.0]),
         ttft_target_ms=rng.choice([None, 20.0]),
+        tpot_target_ms=rng.choice([None, None, 3.0]),
     )
 
 

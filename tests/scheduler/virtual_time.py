@@ -154,7 +154,7 @@ class VirtualEngine:
 
     def _take_result(self, on_end: Callable[[Served], None] | None) -> None:
         self.now_s, milliseconds, step_id, num_tokens = self._results.popleft()
-        self.scheduler.step_took(step_id, milliseconds)
+        self.scheduler.step_took(step_id, milliseconds, self.now_s)
         outputs = self.scheduler.update(step_id, [TOKEN] * num_tokens)
         for request_id in tokens_of(outputs):
             self.served[request_id].times_s.append(self.now_s)

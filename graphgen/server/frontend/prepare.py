@@ -141,7 +141,6 @@ class Preparer:
                 request.arrived_s,
                 request.client,
                 frozenset(message.marked_ids),
-                request.log_id,
             )
         deadline_ms = sampling.deadline_ms
         return Prepared(

@@ -10,6 +10,7 @@ import secrets
 import sys
 import threading
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def main(folder: Path, parent_pid: int) -> None:
     end_with_parent(parent_pid, folder)
     raise_descriptor_limit()
     keep_heap_small()
-    log_to_stderr("frontend", drops_repeats=True)
+    log_to_stderr()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     inner: Context = zmq.Context()
     supervisor: SupervisorChannel = Channel(inner, folder, "frontend", "lower", SupervisorToFrontend)
@@ -88,7 +89,7 @@ def main(folder: Path, parent_pid: int) -> None:
         supervisor.send(Drained(_serve(folder, supervisor)))
         code = 0
     except BaseException as error:
-        logger.exception("the frontend failed")
+        traceback.print_exc()
         supervisor.send(Failed("frontend", type(error).__name__, str(error) or repr(error)))
         code = 1
     supervisor.close(linger_s=LINGER_S)
@@ -217,11 +218,11 @@ def _welcome(settings: FrontendSettings, core: AttachedCore, sockets: PublicSock
         "chat": core.has_tokenizer and core.tokenizer.has_chat,
         "samples": True,
         "classes": True,
+        "mean_gaps": True,
         "prefix_cache": launch.prefix_cache,
         "model_defaults": True,
         "notices": True,
         "batches": True,
-        "log_ids": True,
         "prompt_only": core.has_tokenizer,
         "marks": core.has_tokenizer,
         "template_arguments": core.has_tokenizer and core.tokenizer.has_chat,

@@ -49,7 +49,16 @@ class Range:
 class RequestClock:
     """Of one request: when its samples got their tokens, and when they should have."""
 
-    __slots__ = ("arrived_s", "first_s", "itl_target_s", "last_s", "num_tokens", "started_s", "ttft_target_s")
+    __slots__ = (
+        "arrived_s",
+        "first_s",
+        "itl_target_s",
+        "last_s",
+        "num_tokens",
+        "started_s",
+        "tpot_target_s",
+        "ttft_target_s",
+    )
 
     def __init__(
         self,
@@ -57,11 +66,13 @@ class RequestClock:
         num_samples: int,
         ttft_target_ms: float | None = None,
         itl_target_ms: float | None = None,
+        tpot_target_ms: float | None = None,
     ) -> None:
         self.arrived_s = arrived_s
         self.started_s = arrived_s  # when its first chunk was planned, once it has a token
         self.ttft_target_s = None if ttft_target_ms is None else ttft_target_ms / 1000
         self.itl_target_s = None if itl_target_ms is None else itl_target_ms / 1000
+        self.tpot_target_s = None if tpot_target_ms is None else tpot_target_ms / 1000
         self.first_s = [0.0] * num_samples
         self.last_s = [0.0] * num_samples
         self.num_tokens = [0] * num_samples
@@ -121,8 +132,8 @@ class Tallies:
             if num_tokens > 1:
                 tpot_s = (clock.last_s[index] - clock.first_s[index]) / (num_tokens - 1)
                 self.tpot_s.add(tpot_s)
-                if clock.itl_target_s is not None:
-                    self._judge("tpot", tpot_s, clock.itl_target_s)
+                if clock.tpot_target_s is not None:
+                    self._judge("tpot", tpot_s, clock.tpot_target_s)
         if has_failed or not any(clock.num_tokens):
             return
         last_s = max(clock.last_s)

@@ -33,6 +33,7 @@ struct Sampling {
   std::optional<double> deadline_ms;
   std::optional<double> itl_target_ms;
   std::optional<double> ttft_target_ms;
+  std::optional<double> tpot_target_ms;
   std::string cache_salt;
   bool model_defaults = false;  ///< true: those five, where nothing is given, are Welcome::sampling_defaults.
 };

@@ -133,6 +133,7 @@ MapWriter sampling_map(const Sampling& sampling) {
   FIELD(deadline_ms);
   FIELD(itl_target_ms);
   FIELD(ttft_target_ms);
+  FIELD(tpot_target_ms);
   FIELD(cache_salt);
   FIELD(model_defaults);
 #undef FIELD

@@ -97,6 +97,7 @@ inline Sampling sampling_of(const json& fields) {
   take(fields, "deadline_ms", sampling.deadline_ms);
   take(fields, "itl_target_ms", sampling.itl_target_ms);
   take(fields, "ttft_target_ms", sampling.ttft_target_ms);
+  take(fields, "tpot_target_ms", sampling.tpot_target_ms);
   take(fields, "cache_salt", sampling.cache_salt);
   take(fields, "model_defaults", sampling.model_defaults);
   return sampling;

@@ -242,6 +242,7 @@ const SAMPLING_FIELDS = [
   "deadline_ms",
   "itl_target_ms",
   "ttft_target_ms",
+  "tpot_target_ms",
   "cache_salt",
   "model_defaults",
 ];

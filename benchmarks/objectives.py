@@ -1,0 +1,98 @@
+"""What does each objective make of the same requests? The simulator's figures, the mean of a few seeds.
+
+    python -m benchmarks.objectives --json objectives.json --plot objectives.png
+
+Loads are those of `benchmarks.simulate`; nobody asks for anything. Every objective has the token budget that an engine
+gives it on CUDA. Step times are those of --step-times, by default of an H200 with the shape of Llama-3.1-8B. With some
+hundred requests the lengths that a seed draws move a rate by 5 %, so figures are means of --seeds runs, and every
+objective serves the same requests.
+"""
+
+import argparse
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import fmean
+from typing import get_args
+
+from benchmarks.metrics import Figures, ServiceLevel
+from benchmarks.report import machine, show, write_json
+from benchmarks.scenarios import Load, parse_load
+from benchmarks.simulate import H200_STEP_TIMES, MAX_MODEL_LEN, NUM_PAGES, Machine, Policy, simulate
+from benchmarks.virtual_engine import HOST_DELAY_S
+from graphgen.base.version import how_to_install
+from graphgen.ipc.messages import ObjectiveName
+from graphgen.launch.step_times_store import StepTimesFile
+
+DEFAULT_LOADS = ("2600/60:16", "2600/60:32", "2600/60:64", "1200/128:64")
+TOKEN_BUDGETS: dict[ObjectiveName, int] = {"latency": 1024, "balanced": 1024, "throughput": 2048}
+"""Those of `EngineConfig` on CUDA."""
+LEVEL = ServiceLevel(itl_s=0.020)
+MEANS = (
+    "request_throughput",
+    "output_throughput",
+    *(f"{statistic}_{name}_ms" for name in ("ttft", "itl", "tpot") for statistic in ("median", "p95", "p99")),
+)
+
+
+def measure(on: Machine, load: Load, objective: ObjectiveName, seeds: Sequence[int]) -> Figures:
+    """One row: the means of all seeds."""
+    policy = Policy(token_budget=TOKEN_BUDGETS[objective], objective=objective)
+    rows = [simulate(on, objective, load, seed, [LEVEL], policy).rows[0] for seed in seeds]
+    parts = ("workload", "kind", "policy", "objective", "token_budget", "clients", "prompt_mean", "output_mean")
+    return {
+        **{name: rows[0][name] for name in parts},
+        "num_requests": rows[0]["num_requests"],
+        "seeds": len(rows),
+        **{name: fmean(float(str(row[name])) for row in rows) for name in MEANS},
+    }
+
+
+def table_row(row: Figures) -> dict[str, str]:
+    """Latencies in ms."""
+
+    def number(name: str, digits: int) -> str:
+        return f"{float(str(row[name])):.{digits}f}"
+
+    return {
+        "workload": str(row["workload"]),
+        "objective": str(row["objective"]),
+        "req/s": number("request_throughput", 2),
+        "TTFT p50/p95": f"{number('median_ttft_ms', 0)}/{number('p95_ttft_ms', 0)}",
+        "ITL p50/p95/p99": "/".join(number(f"{name}_itl_ms", 1) for name in ("median", "p95", "p99")),
+        "TPOT p95": number("p95_tpot_ms", 1),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Figures]:
+    """The rows, also shown and written as asked. arguments: those of the command line by default."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--load", action="append", help="as above; may be repeated")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each row")
+    parser.add_argument("--step-times", type=Path, default=H200_STEP_TIMES, help="a table stored by graphgen tune")
+    parser.add_argument("--json", help="write the figures here")
+    parser.add_argument("--plot", help="draw them into this PNG; needs matplotlib")
+    options = parser.parse_args(arguments)
+    if options.plot is not None and find_spec("matplotlib") is None:
+        parser.error(f"--plot needs matplotlib: {how_to_install('bench')}")
+    try:
+        table = StepTimesFile.read(options.step_times)
+        loads = [parse_load(text, None) for text in options.load or DEFAULT_LOADS]
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    on = Machine(table, max(TOKEN_BUDGETS.values()), NUM_PAGES, 256, MAX_MODEL_LEN, HOST_DELAY_S)
+    about = machine(f"virtual {table.key.device}") | {"step_times": f"{table.source}, {table.date}"}
+    rows = [measure(on, load, name, range(options.seeds)) for load in loads for name in get_args(ObjectiveName)]
+    show(
+        "Simulated: what each objective makes of the same requests; latencies in ms", list(map(table_row, rows)), about
+    )
+    write_json(options.json, rows, about)
+    if options.plot is not None:
+        from benchmarks import plots  # matplotlib is an extra
+
+        plots.plot_objectives(rows, table.key.device, Path(options.plot))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""The comparison of objectives: the same requests for each, means of all seeds, and a picture of them."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import objectives, simulate
+from benchmarks.scenarios import parse_load
+from tests.benchmarks.test_simulate import make_machine
+
+
+def test_a_row_is_the_mean_of_its_seeds() -> None:
+    on, load = make_machine(2048), parse_load("600/8:4x12", None)
+    row = objectives.measure(on, load, "balanced", range(2))
+    policy = simulate.Policy(token_budget=1024, objective="balanced")
+    both = [simulate.simulate(on, "balanced", load, seed, [objectives.LEVEL], policy).rows[0] for seed in range(2)]
+    for name in objectives.MEANS:
+        assert row[name] == pytest.approx(sum(float(str(one[name])) for one in both) / 2)
+
+
+def test_every_objective_serves_every_load_and_all_are_drawn(tmp_path: Path) -> None:
+    plots = pytest.importorskip("benchmarks.plots", exc_type=ModuleNotFoundError)
+    from tests.benchmarks.test_plots import assert_all_is_seen  # needs matplotlib too
+
+    loads = ("600/8:4x12", "600/8:8x24")
+    told = [word for load in loads for word in ("--load", load)]
+    rows = objectives.main([*told, "--seeds", "1", "--json", str(tmp_path / "rows.json")])
+    assert [(row["workload"], row["objective"]) for row in rows] == list(
+        itertools.product(("600/8:4", "600/8:8"), ("latency", "balanced", "throughput"))
+    )
+    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 6
+    figure = plots.draw_objectives(rows, "cpu")
+    units = {"How long until the next": "ms", "How long until the first": "ms", "How many requests": "per second"}
+    assert_all_is_seen(figure, units)
+    first = [line for line in figure.axes[1].lines if len(set(line.get_ydata())) == 1 and len(line.get_xdata()) == 2]
+    assert len([line for line in first if line.get_transform() == figure.axes[1].transData]) == 6
