@@ -11,6 +11,7 @@ from typing import Any
 from msgspec import Struct
 
 from graphgen.ipc.errors import InvalidRequestError
+from graphgen.ipc.ggp import messages
 from graphgen.ipc.ggp.limits import MAX_AFTER_LEN, MAX_CHOICES, MAX_GRAMMAR_LEN
 
 
@@ -84,6 +85,36 @@ class Grammar(Struct, frozen=True, tag=True):
 
 
 Structured = JsonSchema | Regex | Choice | Grammar
+
+
+def to_wire(structured: Structured) -> messages.Structured:
+    """As the protocol writes it."""
+    after = structured.after
+    match structured:
+        case JsonSchema():
+            return messages.Structured(kind="json_schema", text=structured.text, after=after)
+        case Regex():
+            return messages.Structured(kind="regex", text=structured.pattern, after=after)
+        case Choice():
+            return messages.Structured(kind="choice", options=list(structured.options), after=after)
+        case Grammar():
+            return messages.Structured(kind="grammar", text=structured.text, after=after)
+
+
+def of_wire(wire: messages.Structured) -> Structured:
+    """Raises InvalidRequestError."""
+    if wire.text if wire.kind == "choice" else wire.options:
+        unused = "text" if wire.kind == "choice" else "options"
+        raise InvalidRequestError(f"structured: kind is {wire.kind}, which has no {unused}: leave it out")
+    match wire.kind:
+        case "json_schema":
+            return JsonSchema(wire.text, wire.after)
+        case "regex":
+            return Regex(wire.text, wire.after)
+        case "choice":
+            return Choice(tuple(wire.options), wire.after)
+        case "grammar":
+            return Grammar(wire.text, wire.after)
 
 
 def _check(text: object, what: str, after: object) -> None:

@@ -47,6 +47,11 @@ class RemoteCore:
         """
         parameters = one_each(sampling, len(prompts))
         self._check_features(prompts)
+        if any(own.structured is not None for own in parameters) and "structured" not in self.welcome.features:
+            raise InvalidRequestError(
+                f"structured: {self.welcome.server} serves no structured output: leave it out, or ask a server that has"
+                " the package llguidance, a tokenizer and an end-of-sequence token"
+            )
         requests = [
             RemoteRequest(
                 make_generate(next(self._request_ids), prompt, own, streams, tenant, parsing), prompt, streams, sink

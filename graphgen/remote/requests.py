@@ -12,6 +12,7 @@ from msgspec import UNSET, Struct
 from graphgen.calls.outputs import Delivery, Mark, PromptTokens, RequestOutput, Sink, StreamPiece, Timing
 from graphgen.calls.prompts import Chat, OnePrompt
 from graphgen.calls.sampling_params import SamplingParams
+from graphgen.calls.structured import to_wire
 from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.errors import (
     DeadlineError,
@@ -198,8 +199,7 @@ def wire_sampling(sampling: SamplingParams) -> Sampling:
     for name in ("logprobs", "prompt_logprobs"):
         if values.pop(name) is not None:
             raise InvalidRequestError(f"{name} cannot be asked of a server yet: use an Engine, or leave it out")
-    if values.pop("structured") is not None:
-        raise InvalidRequestError("structured output cannot be asked for over the protocol yet: use an Engine")
+    values["structured"] = None if sampling.structured is None else to_wire(sampling.structured)
     for name in SamplingDefaults.__struct_fields__:
         if values[name] is None:
             values[name] = UNSET  # the model's

@@ -231,9 +231,18 @@ class AttachedCore:
         found = (self.tokenizer.special_token_id(text) for text in sampling.stop_strings)
         return tuple(token_id for token_id in found if token_id is not None and token_id < self.launch.spec.vocab_size)
 
+    @property
+    def serves_structured(self) -> bool:
+        """Whether outputs can follow a structure."""
+        return GrammarMaker.is_installed() and self.has_tokenizer and self._can_end
+
+    @property
+    def _can_end(self) -> bool:
+        return any(one < self.launch.spec.num_drawable for one in self.eos_token_ids)
+
     def _grammar(self, structured: Structured) -> str:
         tokenizer = self._tokenizer
-        if tokenizer is None or not any(one < self.launch.spec.num_drawable for one in self.eos_token_ids):
+        if tokenizer is None or not self._can_end:
             missing = "a tokenizer" if tokenizer is None else "an end-of-sequence token that can be drawn"
             raise InvalidRequestError(f"structured output needs {missing}, and this engine has none: leave it out")
         return self._grammars.make(structured, tokenizer.special_token_id)

@@ -39,12 +39,17 @@ class GrammarMaker:
         self._finalizer = weakref.finalize(self, self._child.end)
         self._make = lru_cache(KEPT)(self._child.make)
 
+    @staticmethod
+    def is_installed() -> bool:
+        """Whether there is the package that grammars need."""
+        return importlib.util.find_spec("llguidance") is not None
+
     def make(self, structured: Structured, special_token_id: Callable[[str], int | None]) -> str:
         """The grammar. Raises InvalidRequestError for what cannot be followed.
 
         special_token_id: the id of the tokenizer's special token that is exactly a text, if there is one.
         """
-        if importlib.util.find_spec("llguidance") is None:
+        if not self.is_installed():
             raise InvalidRequestError(
                 "structured output needs the package llguidance, which is not installed: pip install llguidance"
             )

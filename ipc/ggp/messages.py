@@ -9,7 +9,7 @@ absent key means the default, and a key never changes its meaning.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
@@ -52,6 +52,33 @@ class SamplingDefaults(Struct, frozen=True, kw_only=True):
     top_p: TopP = 1.0
     min_p: MinP = 0.0
     repetition_penalty: RepetitionPenalty = 1.0
+
+
+class Structured(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What an output must follow: the value of `sampling.structured`."""
+
+    kind: Annotated[
+        Literal["json_schema", "regex", "choice", "grammar"],
+        Meta(description="`json_schema`, `regex`, `choice` or `grammar`."),
+    ]
+    text: Annotated[
+        str,
+        Meta(
+            max_length=limits.MAX_GRAMMAR_LEN,
+            description="The JSON of the schema, the expression (of Rust's regex) or the grammar (Lark or GBNF).",
+        ),
+    ] = ""
+    options: Annotated[
+        list[Annotated[str, Meta(min_length=1, max_length=limits.MAX_GRAMMAR_LEN)]],
+        Meta(max_length=limits.MAX_CHOICES, description="Of a choice: the texts, one of which is the output."),
+    ] = []
+    after: Annotated[
+        str,
+        Meta(
+            max_length=limits.MAX_AFTER_LEN,
+            description="The structure begins behind this text, as `</think>`; up to it the output is free.",
+        ),
+    ] = ""
 
 
 class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -119,6 +146,9 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
             description="Prompts share cached pages only under equal salts, and never across clients' keys.",
         ),
     ] = ""
+    structured: Annotated[
+        Structured | None, Meta(description="What the output must follow. Contradicts `ignore_eos` and `min_tokens`.")
+    ] = None
     model_defaults: Annotated[
         bool,
         Meta(description="true: keys of `welcome.sampling_defaults` that are absent here have the values given there."),

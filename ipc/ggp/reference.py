@@ -32,12 +32,14 @@ from graphgen.ipc.ggp.messages import (
     Sampling,
     SamplingDefaults,
     ServerLimits,
+    Structured,
     Timing,
     Usage,
 )
 
 _MAPS: dict[type[Struct], str] = {
     Sampling: "sampling",
+    Structured: "structured",
     ChatMessage: "chat message",
     ServerLimits: "limits",
     SamplingDefaults: "sampling_defaults",

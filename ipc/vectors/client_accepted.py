@@ -302,6 +302,28 @@ SAMPLING = [
     sampled("ttft-target-nil", "nil where the table has nil", "ttft_target_ms", NIL, None),
     sampled("tpot-target", "a mean gap, as an int", "tpot_target_ms", integer(30), 30.0),
     sampled("cache-salt-256", "256 characters of 1024 bytes", "cache_salt", str16("😀".encode() * 256), "😀" * 256),
+    sampled("structured-nil", "nil where the table has nil", "structured", NIL, None),
+    sampled(
+        "structured-schema",
+        "a JSON schema, as text, and free text before it",
+        "structured",
+        mapping(("kind", text("json_schema")), ("text", text('{"type":"object"}')), ("after", text("</think>"))),
+        {"kind": "json_schema", "text": '{"type":"object"}', "after": "</think>"},
+    ),
+    sampled(
+        "structured-choice",
+        "one of two texts",
+        "structured",
+        mapping(("options", array(text("yes"), text("no"))), ("kind", text("choice"))),
+        {"kind": "choice", "options": ["yes", "no"]},
+    ),
+    sampled(
+        "structured-after-256",
+        "256 characters of 1024 bytes",
+        "structured",
+        mapping(("kind", text("grammar")), ("text", text('root ::= "a"')), ("after", str16("😀".encode() * 256))),
+        {"kind": "grammar", "text": 'root ::= "a"', "after": "😀" * 256},
+    ),
     sampled("model-defaults", "what is absent is the model's", "model_defaults", TRUE, True),
     prompted(
         "model-defaults-and-a-default",

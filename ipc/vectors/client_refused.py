@@ -297,6 +297,27 @@ SAMPLING = [
         ("tpot-target-0", "above 0 is asked for", "tpot_target_ms", integer(0)),
         ("cache-salt-257", "257 characters", "cache_salt", str16("😀".encode() * 257)),
         ("cache-salt-nil", "nil where the table has no nil", "cache_salt", NIL),
+        ("structured-without-kind", "what the text means is not said", "structured", mapping(("text", text("a")))),
+        ("structured-kind", "a kind that there is not", "structured", mapping(("kind", text("xml")))),
+        ("structured-str", "a map is asked for", "structured", text("[a-z]+")),
+        (
+            "structured-after-257",
+            "one character too long",
+            "structured",
+            mapping(("kind", text("regex")), ("text", text("a")), ("after", str16(b"a" * 257))),
+        ),
+        (
+            "structured-empty-option",
+            "an option of no characters",
+            "structured",
+            mapping(("kind", text("choice")), ("options", array(text("")))),
+        ),
+        (
+            "structured-1001",
+            "one option more than there may be",
+            "structured",
+            mapping(("kind", text("choice")), ("options", array16(*[text("a")] * 1001))),
+        ),
         ("model-defaults-int", "1 is not true", "model_defaults", integer(1)),
     ]
 ]

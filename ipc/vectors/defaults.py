@@ -50,6 +50,7 @@ SAMPLING: dict[str, Value] = {
     "ttft_target_ms": None,
     "tpot_target_ms": None,
     "cache_salt": "",
+    "structured": None,
     "model_defaults": False,
 }
 
@@ -75,6 +76,7 @@ DEFAULTS: dict[str, dict[str, Value]] = {
     },
     "chat_message": {"name": None, "tool_calls": None, "tool_call_id": None, "reasoning_content": None},
     "sampling": SAMPLING,
+    "structured": {"text": "", "options": [], "after": ""},
     "cancel": {"session": ""},
     "stats_request": {"metrics": False, "live_after": None},
     "ping": {"t": 0, "instance": ""},

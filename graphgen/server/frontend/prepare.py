@@ -19,6 +19,7 @@ from graphgen.base.salt import cache_salt
 from graphgen.calls.outputs import Delivery
 from graphgen.calls.prompts import Chat, one_prompt
 from graphgen.calls.sampling_params import SamplingParams
+from graphgen.calls.structured import of_wire
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.errors import InvalidRequestError, OverloadedError, PromptTooLongError
 from graphgen.ipc.ggp.framing import FrameError, Framing, make_error
@@ -251,6 +252,7 @@ def sampling_params(sampling: Sampling, key: str) -> SamplingParams:
         if value is UNSET:
             values[name] = defaults.get(name)  # None: the model's
     values["cache_salt"] = cache_salt(key, sampling.cache_salt)
+    values["structured"] = None if sampling.structured is None else of_wire(sampling.structured)
     return SamplingParams(**values)
 
 

@@ -29,6 +29,17 @@ export interface ChatMessage {
   reasoningContent?: string;
 }
 
+/** See PROTOCOL.md's `structured`. */
+export interface Structured {
+  kind: "json_schema" | "regex" | "choice" | "grammar";
+  /** Of a schema (its JSON), an expression or a grammar. */
+  text?: string;
+  /** Of a choice. */
+  options?: readonly string[];
+  /** The structure begins behind this text. */
+  after?: string;
+}
+
 /** Give `prompt` or `messages`. Ranges and meanings are those of PROTOCOL.md's `sampling`. */
 export interface GenerateOptions {
   /** Text, or token ids; a Uint32Array is sent packed. */
@@ -61,6 +72,8 @@ export interface GenerateOptions {
   itlTargetMs?: number | null;
   ttftTargetMs?: number | null;
   cacheSalt?: string;
+  /** What the output must follow; where `features` has "structured". */
+  structured?: Structured | null;
   /** true: temperature, topK, topP, minP and repetitionPenalty, where not given, are `Welcome.samplingDefaults`. */
   modelDefaults?: boolean;
   /** On whose behalf; where the server trusts this connection (`features` has "tenants"). */

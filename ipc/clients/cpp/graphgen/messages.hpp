@@ -12,6 +12,18 @@
 
 namespace graphgen {
 
+/// What an output must follow: `{"json_schema", schema.dump()}`, `{"regex", "[a-z]+"}`, `{"choice", "", {"yes", "no"}}`.
+struct Structured {
+  std::string kind;  ///< json_schema, regex, choice or grammar.
+  std::string text = {};
+  std::vector<std::string> options = {};
+  std::string after = {};  ///< The structure begins behind this text.
+
+  bool operator==(const Structured& other) const {
+    return kind == other.kind && text == other.text && options == other.options && after == other.after;
+  }
+};
+
 /// How a request draws its tokens, when it ends and how it is served.
 struct Sampling {
   std::optional<std::uint32_t> max_tokens = 128;  ///< Nothing: to the end of the model's context.
@@ -35,6 +47,7 @@ struct Sampling {
   std::optional<double> ttft_target_ms;
   std::optional<double> tpot_target_ms;
   std::string cache_salt;
+  std::optional<Structured> structured;  ///< Where Welcome::features has "structured".
   bool model_defaults = false;  ///< true: those five, where nothing is given, are Welcome::sampling_defaults.
 };
 

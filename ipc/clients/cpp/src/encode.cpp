@@ -107,6 +107,13 @@ std::vector<char> little_endian(const TokenIds& ids) {
   return bytes;
 }
 
+MapWriter structured_map(const Structured& structured) {
+  MapWriter map;
+  map.field("kind", structured.kind).unless_default("text", structured.text, std::string());
+  map.unless_default("options", structured.options, {}).unless_default("after", structured.after, std::string());
+  return map;
+}
+
 MapWriter sampling_map(const Sampling& sampling) {
   if (sampling.seed && *sampling.seed > max_seed) {
     throw std::invalid_argument("seed " + std::to_string(*sampling.seed) + " is above the limit of 2^53-1");
@@ -137,6 +144,7 @@ MapWriter sampling_map(const Sampling& sampling) {
   FIELD(cache_salt);
   FIELD(model_defaults);
 #undef FIELD
+  if (sampling.structured) map.field("structured", structured_map(*sampling.structured));
   return map;
 }
 

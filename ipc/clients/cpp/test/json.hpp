@@ -76,6 +76,14 @@ inline ChatMessage message_of(const json& fields) {
   return message;
 }
 
+inline Structured structured_of(const json& fields) {
+  Structured structured{fields.at("kind")};
+  take(fields, "text", structured.text);
+  take(fields, "options", structured.options);
+  take(fields, "after", structured.after);
+  return structured;
+}
+
 inline Sampling sampling_of(const json& fields) {
   Sampling sampling;
   take(fields, "max_tokens", sampling.max_tokens);
@@ -99,6 +107,9 @@ inline Sampling sampling_of(const json& fields) {
   take(fields, "ttft_target_ms", sampling.ttft_target_ms);
   take(fields, "tpot_target_ms", sampling.tpot_target_ms);
   take(fields, "cache_salt", sampling.cache_salt);
+  if (fields.contains("structured") && !fields.at("structured").is_null()) {
+    sampling.structured = structured_of(fields.at("structured"));
+  }
   take(fields, "model_defaults", sampling.model_defaults);
   return sampling;
 }

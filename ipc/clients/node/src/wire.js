@@ -244,6 +244,7 @@ const SAMPLING_FIELDS = [
   "ttft_target_ms",
   "tpot_target_ms",
   "cache_salt",
+  "structured",
   "model_defaults",
 ];
 const SAMPLING_OPTIONS = new Map(SAMPLING_FIELDS.map((field) => [camelCase(field), field]));
