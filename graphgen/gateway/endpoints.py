@@ -15,13 +15,13 @@ from graphgen.calls.outputs import StreamPiece
 from graphgen.calls.prompts import OnePrompt
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.gateway import schema
-from graphgen.gateway.chat_output import TAIL_LEN, ChatOutput, PlainOutput, join_deltas
+from graphgen.gateway.chat_output import ChatOutput, PlainOutput, join_deltas
+from graphgen.gateway.chat_turn import read_chat
 from graphgen.gateway.errors import error_of
 from graphgen.gateway.generation import (
     COMPLETION_MAX_TOKENS,
     Pieces,
     Tally,
-    chat_prompt,
     completion_prompts,
     sampling_of,
 )
@@ -39,7 +39,6 @@ from graphgen.gateway.http import (
 )
 from graphgen.gateway.ids import new_id
 from graphgen.gateway.service import Service
-from graphgen.gateway.tools import read_tools
 from graphgen.remote.requests import NO_PARSING, Parsing
 
 ChunkUsage = schema.Usage | UnsetType | None
@@ -54,19 +53,11 @@ class Endpoints:
 
     async def chat_completions(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = await self._service.read(scope, receive, schema.ChatRequest)
-        parsers = self._service.parsers
-        tools = read_tools(request, parsers.has_calls)
-        prompt = chat_prompt(request, tools.described)
         limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
-        sampling = sampling_of(request, limit)
-        is_parsed = tools.schemas is not None or not parsers.is_plain
-        outputs = [
-            ChatOutput(parsers, tools.schemas, tools.one_call) if is_parsed else PlainOutput()
-            for _ in range(sampling.n)
-        ]
-        answer = _Chat(new_id("chatcmpl"), self._service.known(request.model), request, outputs)
-        parsing = Parsing(tuple(parsers.symbols), TAIL_LEN) if is_parsed else NO_PARSING
-        await self._answer(answer, [prompt], sampling, scope, receive, send, parsing)
+        model = self._service.known(request.model)
+        turn = await read_chat(self._service, request, limit, scope)
+        answer = _Chat(new_id("chatcmpl"), model, request, turn.outputs)
+        await self._answer(answer, [turn.prompt], turn.sampling, scope, receive, send, turn.parsing)
 
     async def completions(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = await self._service.read(scope, receive, schema.CompletionRequest)

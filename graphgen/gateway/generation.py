@@ -103,13 +103,6 @@ def chat_prompt(request: ChatRequest, tools: list[dict[str, Any]] | None) -> Cha
     return chat_of(request, tools)
 
 
-def prompt_without_calls(request: ChatRequest) -> Chat:
-    """Of an endpoint whose answers have no calls. Raises ApiError."""
-    if request.tools and request.tool_choice != "none":
-        raise not_served("tools", "tool calls", 'say "tool_choice": "none"')
-    return chat_prompt(request, None)
-
-
 def chat_of(request: ChatRequest | TokenizeRequest, tools: list[dict[str, Any]] | None) -> Chat:
     """What the model's template is given. Raises ApiError."""
     switches = dict(request.chat_template_kwargs or {})

@@ -50,10 +50,24 @@ class MessagesRequest(PromptOfMessages, frozen=True, kw_only=True):
     tpot_target_ms: float | None = None
 
 
-class TextBlock(Struct, frozen=True, kw_only=True):
-    type: str = "text"
+class TextBlock(Struct, frozen=True, kw_only=True, tag="text"):
     text: str
     citations: None = None
+
+
+class ThinkingBlock(Struct, frozen=True, kw_only=True, tag="thinking"):
+    thinking: str
+    signature: str = ""
+    """Nothing here signs what a model thought."""
+
+
+class ToolUseBlock(Struct, frozen=True, kw_only=True, tag="tool_use"):
+    id: str
+    name: str
+    input: dict[str, Any] = {}
+
+
+Block = TextBlock | ThinkingBlock | ToolUseBlock
 
 
 class MessagesUsage(Struct, frozen=True, kw_only=True):
@@ -70,7 +84,7 @@ class AnswerMessage(Struct, frozen=True, kw_only=True):
     type: str = "message"
     role: str = "assistant"
     model: str
-    content: list[TextBlock]
+    content: list[Block]
     stop_reason: str | None = None
     stop_sequence: str | None = None
     usage: MessagesUsage
@@ -90,18 +104,28 @@ class MessageStart(Struct, frozen=True, kw_only=True):
 class BlockStart(Struct, frozen=True, kw_only=True):
     type: str = "content_block_start"
     index: int
-    content_block: TextBlock
+    content_block: Block
 
 
-class TextDelta(Struct, frozen=True, kw_only=True):
-    type: str = "text_delta"
+class TextDelta(Struct, frozen=True, kw_only=True, tag="text_delta"):
     text: str
+
+
+class ThinkingDelta(Struct, frozen=True, kw_only=True, tag="thinking_delta"):
+    thinking: str
+
+
+class InputJsonDelta(Struct, frozen=True, kw_only=True, tag="input_json_delta"):
+    partial_json: str
+
+
+BlockChange = TextDelta | ThinkingDelta | InputJsonDelta
 
 
 class BlockDelta(Struct, frozen=True, kw_only=True):
     type: str = "content_block_delta"
     index: int
-    delta: TextDelta
+    delta: BlockChange
 
 
 class BlockStop(Struct, frozen=True, kw_only=True):
@@ -111,7 +135,7 @@ class BlockStop(Struct, frozen=True, kw_only=True):
 
 class Stop(Struct, frozen=True, kw_only=True):
     stop_reason: str
-    stop_sequence: str | None
+    stop_sequence: str | None = None
 
 
 class MessageDelta(Struct, frozen=True, kw_only=True):

@@ -1,39 +1,19 @@
 """OpenAI's Responses API, by a server that keeps nothing: `/v1/responses`.
 
-Owns how the items of a request become a chat, and in which order the events of a response come. A client sends the
+Owns how the items of a request become a chat. A client sends the
 whole conversation each time, as Codex does; what would need an earlier response is refused.
 """
 
-import itertools
-import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from msgspec import Struct, structs
-
-from graphgen.calls.outputs import StreamPiece
 from graphgen.gateway import schema
-from graphgen.gateway.errors import ApiError, error_of
-from graphgen.gateway.generation import Pieces, Tally, not_served, prompt_without_calls, sampling_of
-from graphgen.gateway.http import KEEP_ALIVE, GoneError, Receive, Scope, Send, named_event, send_events, send_json
-from graphgen.gateway.ids import new_id
-from graphgen.gateway.responses_schema import (
-    IncompleteDetails,
-    InputTokensDetails,
-    ItemChanged,
-    Message,
-    OutputText,
-    PartChanged,
-    Reasoning,
-    Response,
-    ResponseChanged,
-    ResponseError,
-    ResponsesRequest,
-    ResponsesUsage,
-    TextDelta,
-    TextDone,
-    TextFormat,
-)
+from graphgen.gateway.chat_turn import read_chat
+from graphgen.gateway.errors import ApiError
+from graphgen.gateway.generation import not_served
+from graphgen.gateway.http import Receive, Scope, Send, send_events, send_json
+from graphgen.gateway.response_writer import ResponseWriter
+from graphgen.gateway.responses_schema import Reasoning, ResponsesRequest, TextFormat
 from graphgen.gateway.service import Service
 
 _UNSERVED = ("previous_response_id", "conversation", "background", "prompt")
@@ -48,10 +28,10 @@ class Responses:
 
     async def create(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = await self._service.read(scope, receive, ResponsesRequest)
-        chat = chat_request_of(request)
-        prompt, sampling = prompt_without_calls(chat), sampling_of(chat, chat.max_tokens)
-        writer = _Writer(request, self._service.known(request.model))
-        async with self._service.pieces([prompt], sampling, scope, receive) as pieces:
+        chat, model = chat_request_of(request), self._service.known(request.model)
+        turn = await read_chat(self._service, chat, chat.max_tokens, scope)
+        writer = ResponseWriter(request, model, turn.outputs[0])
+        async with self._service.pieces([turn.prompt], turn.sampling, scope, receive, turn.parsing) as pieces:
             if request.stream:
                 await send_events(send, writer.events(pieces))
             else:
@@ -74,6 +54,7 @@ def chat_request_of(request: ResponsesRequest) -> schema.ChatRequest:
         messages=_messages_of(request),
         tools=tools or None,
         tool_choice=_chat_choice(request.tool_choice) if tools else None,
+        parallel_tool_calls=request.parallel_tool_calls,
         response_format=_chat_format(text.format),
         top_logprobs=request.top_logprobs,
         chat_template_kwargs=request.chat_template_kwargs,
@@ -155,123 +136,3 @@ def _chat_format(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if given is None or given.get("type") != "json_schema":
         return None if given is None else dict(given)
     return {"type": "json_schema", "json_schema": {name: value for name, value in given.items() if name != "type"}}
-
-
-class _Writer:
-    """One response as it grows."""
-
-    def __init__(self, request: ResponsesRequest, model: str) -> None:
-        self._response = Response(
-            id=new_id("resp"),
-            created_at=int(time.time()),
-            status="in_progress",
-            model=model,
-            instructions=request.instructions,
-            max_output_tokens=request.max_output_tokens,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            reasoning=request.reasoning or Reasoning(),
-            text=request.text or TextFormat(format={"type": "text"}),
-            tools=request.tools or [],
-            tool_choice=request.tool_choice or "auto",
-            parallel_tool_calls=request.parallel_tool_calls is not False,
-            metadata=request.metadata or {},
-            user=request.user,
-        )
-        self._numbers = itertools.count()
-        self._item_id = new_id("msg")
-        self._texts: list[str] = []
-        self._has_item = False
-        self._finish = ""
-        self._tally = Tally(1)
-
-    async def whole(self, pieces: Pieces) -> Response:
-        """The answer to who does not stream."""
-        async for batch in pieces.batches():
-            self._take(batch)
-        return self._ended()
-
-    async def events(self, pieces: Pieces) -> AsyncIterator[bytes]:
-        """The answer as server-sent events. What ends the request before the first of them is raised; later the
-        response has failed."""
-        begun = False
-        try:
-            async for batch in pieces.batches():
-                head = b"" if begun else self._begin()
-                begun = True
-                yield head + self._grow(self._take(batch)) or KEEP_ALIVE
-        except Exception as error:
-            if isinstance(error, GoneError) or not begun:
-                raise
-            body = error_of(error).body
-            failure = ResponseError(code=body.code or body.type, message=body.message)
-            failed = structs.replace(self._response, status="failed", error=failure)
-            yield self._written(ResponseChanged, "response.failed", response=failed)
-            return
-        yield self._end()
-
-    def _take(self, batch: Sequence[tuple[int, StreamPiece]]) -> str:
-        """The new text."""
-        for number, piece in batch:
-            self._tally.add(number, piece)
-            self._finish = piece.finish_reason or self._finish
-        text = "".join(piece.text for _, piece in batch)
-        self._texts.append(text)
-        return text
-
-    def _begin(self) -> bytes:
-        kinds = ("response.created", "response.in_progress")
-        return b"".join(self._written(ResponseChanged, kind, response=self._response) for kind in kinds)
-
-    def _grow(self, text: str) -> bytes:
-        if not text:
-            return b""
-        begun = b"" if self._has_item else self._begin_item()
-        return begun + self._written(TextDelta, item_id=self._item_id, output_index=0, delta=text)
-
-    def _begin_item(self) -> bytes:
-        self._has_item = True
-        item = Message(id=self._item_id, status="in_progress", content=[])
-        part: dict[str, Any] = {"item_id": self._item_id, "output_index": 0, "part": OutputText(text="")}
-        return b"".join(
-            (
-                self._written(ItemChanged, "response.output_item.added", output_index=0, item=item),
-                self._written(PartChanged, "response.content_part.added", **part),
-            )
-        )
-
-    def _end(self) -> bytes:
-        response = self._ended()
-        (item,) = response.output
-        (part,) = item.content
-        place: dict[str, Any] = {"item_id": self._item_id, "output_index": 0}
-        begun = b"" if self._has_item else self._begin_item()
-        return begun + b"".join(
-            (
-                self._written(TextDone, text=part.text, **place),
-                self._written(PartChanged, "response.content_part.done", part=part, **place),
-                self._written(ItemChanged, "response.output_item.done", output_index=0, item=item),
-                self._written(ResponseChanged, f"response.{response.status}", response=response),
-            )
-        )
-
-    def _ended(self) -> Response:
-        status = "incomplete" if self._finish == "length" else "completed"
-        usage = self._tally.usage
-        return structs.replace(
-            self._response,
-            status=status,
-            incomplete_details=IncompleteDetails(reason="max_output_tokens") if status == "incomplete" else None,
-            output=[Message(id=self._item_id, status=status, content=[OutputText(text="".join(self._texts))])],
-            usage=ResponsesUsage(
-                input_tokens=usage.prompt_tokens,
-                input_tokens_details=InputTokensDetails(cached_tokens=usage.prompt_tokens_details.cached_tokens),
-                output_tokens=usage.completion_tokens,
-                total_tokens=usage.total_tokens,
-            ),
-        )
-
-    def _written(self, kind: type[Struct], name: str | None = None, **fields: Any) -> bytes:  # of any event
-        named = {} if name is None else {"type": name}
-        made: Any = kind(sequence_number=next(self._numbers), **named, **fields)
-        return named_event(made.type, made)

@@ -43,21 +43,43 @@ class ResponsesRequest(Generation, frozen=True, kw_only=True):
     """A template that OpenAI keeps."""
 
 
-class OutputText(Struct, frozen=True, kw_only=True):
+class OutputText(Struct, frozen=True, kw_only=True, tag="output_text"):
     """A part of a message."""
 
-    type: str = "output_text"
     text: str
     annotations: list[None] = []
     logprobs: list[None] = []
 
 
-class Message(Struct, frozen=True, kw_only=True):
+class ReasoningText(Struct, frozen=True, kw_only=True, tag="reasoning_text"):
+    """A part of reasoning."""
+
+    text: str
+
+
+class Message(Struct, frozen=True, kw_only=True, tag="message"):
     id: str
-    type: str = "message"
     status: str
     role: str = "assistant"
     content: list[OutputText]
+
+
+class ReasoningItem(Struct, frozen=True, kw_only=True, tag="reasoning"):
+    id: str
+    status: str
+    summary: list[None] = []
+    content: list[ReasoningText]
+
+
+class FunctionCall(Struct, frozen=True, kw_only=True, tag="function_call"):
+    id: str
+    status: str
+    call_id: str
+    name: str
+    arguments: str
+
+
+Item = Message | ReasoningItem | FunctionCall
 
 
 class InputTokensDetails(Struct, frozen=True, kw_only=True):
@@ -96,7 +118,7 @@ class Response(Struct, frozen=True, kw_only=True):
     error: ResponseError | None = None
     incomplete_details: IncompleteDetails | None = None
     model: str
-    output: list[Message] = []
+    output: list[Item] = []
     usage: ResponsesUsage | None = None
     instructions: str | None
     max_output_tokens: int | None
@@ -131,18 +153,18 @@ class ItemChanged(Struct, frozen=True, kw_only=True):
     type: str
     sequence_number: int
     output_index: int
-    item: Message
+    item: Item
 
 
 class PartChanged(Struct, frozen=True, kw_only=True):
-    """A part of a message begins or ends: `response.content_part.added`, `.done`."""
+    """A part of a message or of reasoning begins or ends: `response.content_part.added`, `.done`."""
 
     type: str
     sequence_number: int
     item_id: str
     output_index: int
     content_index: int = 0
-    part: OutputText
+    part: OutputText | ReasoningText
 
 
 class TextDelta(Struct, frozen=True, kw_only=True):
@@ -163,3 +185,38 @@ class TextDone(Struct, frozen=True, kw_only=True):
     content_index: int = 0
     text: str
     logprobs: list[None] = []
+
+
+class ReasoningDelta(Struct, frozen=True, kw_only=True):
+    type: str = "response.reasoning_text.delta"
+    sequence_number: int
+    item_id: str
+    output_index: int
+    content_index: int = 0
+    delta: str
+
+
+class ReasoningDone(Struct, frozen=True, kw_only=True):
+    type: str = "response.reasoning_text.done"
+    sequence_number: int
+    item_id: str
+    output_index: int
+    content_index: int = 0
+    text: str
+
+
+class ArgumentsDelta(Struct, frozen=True, kw_only=True):
+    type: str = "response.function_call_arguments.delta"
+    sequence_number: int
+    item_id: str
+    output_index: int
+    delta: str
+
+
+class ArgumentsDone(Struct, frozen=True, kw_only=True):
+    type: str = "response.function_call_arguments.done"
+    sequence_number: int
+    item_id: str
+    output_index: int
+    name: str
+    arguments: str

@@ -1,0 +1,40 @@
+"""From a request for a chat to what the frontend is asked for, and how its outputs are read.
+
+Used by every endpoint that answers chats: OpenAI's two, and Anthropic's.
+"""
+
+from msgspec import Struct
+
+from graphgen.calls.prompts import Chat
+from graphgen.calls.sampling_params import SamplingParams
+from graphgen.gateway.chat_output import TAIL_LEN, ChatOutput, PlainOutput
+from graphgen.gateway.generation import chat_prompt, sampling_of
+from graphgen.gateway.http import Scope
+from graphgen.gateway.schema import ChatRequest
+from graphgen.gateway.service import Service
+from graphgen.gateway.tools import read_tools
+from graphgen.remote.requests import NO_PARSING, Parsing
+
+
+class ChatTurn(Struct, frozen=True):
+    """The model's turn in a chat."""
+
+    prompt: Chat
+    sampling: SamplingParams
+    parsing: Parsing
+    outputs: list[ChatOutput | PlainOutput]
+    """One for each sample."""
+
+
+async def read_chat(service: Service, request: ChatRequest, max_tokens: int | None, scope: Scope) -> ChatTurn:
+    """Raises ApiError, GraphgenError."""
+    parsers = service.parsers
+    tools = read_tools(request, parsers.has_calls)
+    prompt = chat_prompt(request, tools.described)
+    sampling = sampling_of(request, max_tokens)
+    if tools.schemas is None and parsers.is_plain:
+        return ChatTurn(prompt, sampling, NO_PARSING, [PlainOutput() for _ in range(sampling.n)])
+    outputs: list[ChatOutput | PlainOutput] = [
+        ChatOutput(parsers, tools.schemas, tools.one_call) for _ in range(sampling.n)
+    ]
+    return ChatTurn(prompt, sampling, Parsing(tuple(parsers.symbols), TAIL_LEN), outputs)

@@ -1,0 +1,228 @@
+"""How an output becomes a response of OpenAI's Responses API, whole or as events in OpenAI's order.
+
+Owns the items of a response: reasoning, text and calls, each begun when its first piece comes and ended when another
+begins. Used by `graphgen.gateway.responses`.
+"""
+
+import itertools
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from msgspec import UNSET, Struct, structs
+
+from graphgen.calls.outputs import StreamPiece
+from graphgen.gateway.chat_output import ChatOutput, PlainOutput
+from graphgen.gateway.errors import error_of
+from graphgen.gateway.generation import Pieces, Tally
+from graphgen.gateway.http import KEEP_ALIVE, GoneError, named_event
+from graphgen.gateway.ids import new_id
+from graphgen.gateway.responses_schema import (
+    ArgumentsDelta,
+    ArgumentsDone,
+    FunctionCall,
+    IncompleteDetails,
+    InputTokensDetails,
+    Item,
+    ItemChanged,
+    Message,
+    OutputText,
+    PartChanged,
+    Reasoning,
+    ReasoningDelta,
+    ReasoningDone,
+    ReasoningItem,
+    ReasoningText,
+    Response,
+    ResponseChanged,
+    ResponseError,
+    ResponsesRequest,
+    ResponsesUsage,
+    TextDelta,
+    TextDone,
+    TextFormat,
+)
+from graphgen.gateway.schema import ChatDelta
+
+_DELTAS: dict[type[Struct] | None, type[Struct]] = {
+    OutputText: TextDelta,
+    ReasoningText: ReasoningDelta,
+    None: ArgumentsDelta,
+}
+
+
+class _Item:
+    """An item while it grows: a part of a message, of reasoning, or a call when it has a name."""
+
+    def __init__(self, kind: type[OutputText] | type[ReasoningText] | None, call_id: str = "", name: str = "") -> None:
+        """kind: of its part; None: a call."""
+        self.kind = kind
+        self.id = new_id({OutputText: "msg", ReasoningText: "rs", None: "fc"}[kind])
+        self.call_id = call_id
+        self.name = name
+        self.texts: list[str] = []
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+    def as_item(self, status: str, is_begun: bool = True) -> Item:
+        """is_begun: with what it has so far, as it is when it ends."""
+        text = self.text if is_begun else ""
+        if self.kind is None:
+            return FunctionCall(id=self.id, call_id=self.call_id, name=self.name, arguments=text, status=status)
+        if self.kind is ReasoningText:
+            return ReasoningItem(id=self.id, content=[ReasoningText(text=text)] if is_begun else [], status=status)
+        return Message(id=self.id, content=[OutputText(text=text)] if is_begun else [], status=status)
+
+
+class ResponseWriter:
+    """One response as it grows."""
+
+    def __init__(self, request: ResponsesRequest, model: str, output: ChatOutput | PlainOutput) -> None:
+        self._response = Response(
+            id=new_id("resp"),
+            created_at=int(time.time()),
+            status="in_progress",
+            model=model,
+            instructions=request.instructions,
+            max_output_tokens=request.max_output_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            reasoning=request.reasoning or Reasoning(),
+            text=request.text or TextFormat(format={"type": "text"}),
+            tools=request.tools or [],
+            tool_choice=request.tool_choice or "auto",
+            parallel_tool_calls=request.parallel_tool_calls is not False,
+            metadata=request.metadata or {},
+            user=request.user,
+        )
+        self._output = output
+        self._numbers = itertools.count()
+        self._items: list[_Item] = []
+        self._finish = ""
+        self._tally = Tally(1)
+
+    async def whole(self, pieces: Pieces) -> Response:
+        """The answer to who does not stream."""
+        async for batch in pieces.batches():
+            self._take(batch)
+        self._end_items()
+        return self._ended()
+
+    async def events(self, pieces: Pieces) -> AsyncIterator[bytes]:
+        """The answer as server-sent events. What ends the request before the first of them is raised; later the
+        response has failed."""
+        begun = False
+        try:
+            async for batch in pieces.batches():
+                head = b"" if begun else self._begin()
+                begun = True
+                yield head + self._take(batch) or KEEP_ALIVE
+        except Exception as error:
+            if isinstance(error, GoneError) or not begun:
+                raise
+            body = error_of(error).body
+            failure = ResponseError(code=body.code or body.type, message=body.message)
+            failed = structs.replace(self._response, status="failed", error=failure)
+            yield self._written(ResponseChanged, "response.failed", response=failed)
+            return
+        last = self._end_items()
+        response = self._ended()
+        yield last + self._written(ResponseChanged, f"response.{response.status}", response=response)
+
+    def _begin(self) -> bytes:
+        kinds = ("response.created", "response.in_progress")
+        return b"".join(self._written(ResponseChanged, kind, response=self._response) for kind in kinds)
+
+    def _take(self, batch: Sequence[tuple[int, StreamPiece]]) -> bytes:
+        """The events of what is new."""
+        for number, piece in batch:
+            self._tally.add(number, piece)
+            self._finish = piece.finish_reason or self._finish
+        if not batch:
+            return b""
+        deltas, _ = self._output.take([piece for _, piece in batch])
+        return b"".join(self._take_delta(delta) for delta in deltas)
+
+    def _take_delta(self, delta: ChatDelta) -> bytes:
+        if delta.tool_calls is not UNSET:
+            return b"".join(
+                (b"" if call.id is UNSET else self._begin_item(_Item(None, call.id, call.function.name or "")))
+                + self._grow(call.function.arguments)
+                for call in delta.tool_calls
+            )
+        for kind, text in ((ReasoningText, delta.reasoning), (OutputText, delta.content)):
+            if text is not UNSET:
+                is_open = bool(self._items) and self._items[-1].kind is kind
+                return (b"" if is_open else self._begin_item(_Item(kind))) + self._grow(text)
+        return b""
+
+    def _grow(self, text: str) -> bytes:
+        item = self._items[-1]
+        if not text:
+            return b""
+        item.texts.append(text)
+        return self._written(_DELTAS[item.kind], delta=text, **self._place)
+
+    def _begin_item(self, item: _Item) -> bytes:
+        before = self._end_item("completed") if self._items else b""
+        self._items.append(item)
+        added = self._written(
+            ItemChanged,
+            "response.output_item.added",
+            output_index=len(self._items) - 1,
+            item=item.as_item("in_progress", is_begun=item.kind is None),
+        )
+        if item.kind is None:
+            return before + added
+        part = item.kind(text="")
+        return before + added + self._written(PartChanged, "response.content_part.added", part=part, **self._place)
+
+    def _end_item(self, status: str) -> bytes:
+        item = self._items[-1]
+        if item.kind is None:
+            text = self._written(ArgumentsDone, name=item.name, arguments=item.text, **self._place)
+        else:
+            text = self._written(TextDone if item.kind is OutputText else ReasoningDone, text=item.text, **self._place)
+            part = item.kind(text=item.text)
+            text += self._written(PartChanged, "response.content_part.done", part=part, **self._place)
+        index = len(self._items) - 1
+        return text + self._written(
+            ItemChanged, "response.output_item.done", output_index=index, item=item.as_item(status)
+        )
+
+    def _end_items(self) -> bytes:
+        """A response without an output has an empty message."""
+        begun = b"" if self._items else self._begin_item(_Item(OutputText))
+        return begun + self._end_item(self._status)
+
+    @property
+    def _status(self) -> str:
+        return "incomplete" if self._finish == "length" else "completed"
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        """Of the newest item, in its events."""
+        return {"item_id": self._items[-1].id, "output_index": len(self._items) - 1}
+
+    def _ended(self) -> Response:
+        usage = self._tally.usage
+        items = [item.as_item("completed") for item in self._items[:-1]]
+        return structs.replace(
+            self._response,
+            status=self._status,
+            incomplete_details=IncompleteDetails(reason="max_output_tokens") if self._finish == "length" else None,
+            output=[*items, self._items[-1].as_item(self._status)],
+            usage=ResponsesUsage(
+                input_tokens=usage.prompt_tokens,
+                input_tokens_details=InputTokensDetails(cached_tokens=usage.prompt_tokens_details.cached_tokens),
+                output_tokens=usage.completion_tokens,
+                total_tokens=usage.total_tokens,
+            ),
+        )
+
+    def _written(self, kind: type[Struct], event_type: str | None = None, /, **fields: Any) -> bytes:  # of any event
+        named = {} if event_type is None else {"type": event_type}
+        made: Any = kind(sequence_number=next(self._numbers), **named, **fields)
+        return named_event(made.type, made)
