@@ -168,9 +168,13 @@ class FakeScheduler:
     ) -> None:
         self.send(Outputs((TokenOutput(request_id, tuple(token_ids), finish_reason, started_s),)))
 
+    def receive(self, timeout_s: float) -> EngineToScheduler | None:
+        """The next message, if one comes in time."""
+        return self._channel.receive(timeout_s)
+
     def expect(self, kind: type[Message], timeout_s: float = 5.0) -> Message:
         """The next message, which must be of this kind."""
-        message = self._channel.receive(timeout_s)
+        message = self.receive(timeout_s)
         assert isinstance(message, kind), f"expected {kind.__name__}, got {message}"
         return message
 
