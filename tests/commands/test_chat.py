@@ -1,18 +1,22 @@
 """`graphgen chat` keeps the history, `graphgen generate` applies the template, and errors do not end a conversation."""
 
-import shutil
-from collections.abc import Sequence
+import contextlib
+import functools
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from graphgen import Chat, InvalidRequestError, PromptTooLongError, SamplingParams
+from graphgen import Chat, Engine, EngineConfig, InvalidRequestError, PromptTooLongError, SamplingParams
 from graphgen.calls.calls import Calls
 from graphgen.calls.outputs import Sink, StreamPiece
+from graphgen.commands import cli
 from graphgen.commands.chat import Conversation, check_chat, converse, write_reply
-from graphgen.demo import model_folder
 from graphgen.ipc.errors import EngineDeadError
-from tests.commands.test_cli import SMALL, run
+from tests.commands.in_process import run_here
+from tests.commands.test_cli import SMALL
 from tests.fakes import FakeCore
 from tests.frontend.harness import demo_tokenizer
 
@@ -91,10 +95,43 @@ def test_a_model_that_cannot_chat_says_why(template: str | None, says: str) -> N
         check_chat(demo_tokenizer(template))
 
 
-def test_generate_applies_the_template_unless_it_is_raw(tmp_path: Path) -> None:
+# --- the commands ------------------------------------------------------------------------------------------------
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+GREEDY = ("--max-tokens", "12", "--temperature", "0", *SMALL)
+
+
+class Engines(contextlib.ExitStack):
+    """Stands for `Engine`: commands that ask for the same one share it, since each takes seconds to start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._started: list[tuple[EngineConfig, Engine]] = []
+
+    def __call__(self, config: EngineConfig) -> contextlib.AbstractContextManager[Engine]:
+        for other, engine in self._started:
+            if other == config:
+                return contextlib.nullcontext(engine)
+        self._started.append((config, self.enter_context(Engine(config))))
+        return self(config)
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[Engines]:
+    with Engines() as engines:
+        yield engines
+
+
+@pytest.fixture
+def run(engines: Engines, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    monkeypatch.setattr(cli, "Engine", engines)
+    return functools.partial(run_here, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def test_generate_applies_the_template_unless_it_is_raw(run: Run, tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     template.write_text("{% for m in messages %}{{ m.role|upper }}:\n{{ m.content }}\n\n{% endfor %}ROMEO:")
-    options = ("--max-tokens", "12", "--temperature", "0", "--chat-template", str(template), *SMALL)
+    options = (*GREEDY, "--chat-template", str(template))
     applied = run(["generate", "Good morrow", *options])
     raw = run(["generate", "USER:\nGood morrow\n\nROMEO:", "--raw", *options])
     chat = run(["chat", "-", *options], stdin="Good morrow")
@@ -105,18 +142,18 @@ def test_generate_applies_the_template_unless_it_is_raw(tmp_path: Path) -> None:
     assert chat.stderr.startswith("12 tokens, finished by length; ")
 
 
-def test_the_embedded_model_chats_offline_and_goes_on_with_a_text() -> None:
-    options = ("--max-tokens", "12", "--temperature", "0", *SMALL)
-    chat = run(["chat", "Good morrow", *options])
-    rendered = run(["generate", "USER:\nGood morrow\n\nASSISTANT:\n", *options])
+def test_the_embedded_model_chats_offline_and_goes_on_with_a_text(run: Run) -> None:
+    chat = run(["chat", "Good morrow", *GREEDY])
+    rendered = run(["generate", "USER:\nGood morrow\n\nASSISTANT:\n", *GREEDY])
     assert chat.returncode == rendered.returncode == 0, chat.stderr
     assert chat.stdout == rendered.stdout
     assert len(chat.stdout) > 5
 
 
-def test_chat_with_a_model_that_has_no_template_is_one_message(tmp_path: Path) -> None:
-    shutil.copytree(model_folder(), tmp_path / "model", ignore=shutil.ignore_patterns("*.jinja"))
-    done = run(["chat", "hello", str(tmp_path / "model"), *SMALL])
+def test_chat_with_a_model_that_has_no_template_is_one_message(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = SimpleNamespace(tokenizer=demo_tokenizer(None))
+    monkeypatch.setattr(cli, "Engine", lambda config: contextlib.nullcontext(engine))
+    done = run(["chat", "hello", *SMALL])
     assert done.returncode == 2
     assert "graphgen: the model has no chat template: name a chat model" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr

@@ -9,6 +9,7 @@ import pytest
 
 from graphgen import __version__
 from graphgen.commands.demo_run import background_prompts, percentile
+from tests.commands.in_process import run_forked
 
 SMALL = ("--token-budget", "8", "--device", "cpu")
 
@@ -39,7 +40,7 @@ def test_generate_streams_the_same_text_for_an_argument_and_for_standard_input()
     ],
 )
 def test_errors_are_one_message_without_a_trace(arguments: list[str], words: str) -> None:
-    done = run(arguments)
+    done = run_forked(arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("graphgen: ")
     assert words in " ".join(done.stderr.split())

@@ -1,17 +1,14 @@
 """`graphgen prebuild` as a user runs it, with a FlashInfer package that only writes down what it was asked for."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-import graphgen
+import graphgen.commands.prebuild  # noqa: F401  # once, for all commands that are forked here
+from tests.commands.in_process import run_forked
 from tests.models.fake_flashinfer import SOME_LIBRARY
-
-ROOT = str(Path(graphgen.__file__).resolve().parent.parent)
 
 PACKAGE = {
     "__init__.py": "__version__ = '9.9.9'",
@@ -51,14 +48,8 @@ def site(tmp_path: Path) -> Path:
 
 
 def run(site: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    caches = str(site.parent / "caches")
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "graphgen", "prebuild", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "GRAPHGEN_CACHE": caches, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}", **environment},
-    )
+    caches = {"GRAPHGEN_CACHE": str(site.parent / "caches")}
+    return run_forked(["prebuild", *arguments], {**caches, **environment}, import_path=str(site))
 
 
 def prefill(head_dim: int, dtype: str = "bfloat16", backend: str = "fa3", windowed: bool = False) -> str:
