@@ -10,9 +10,13 @@ ends. Each death strikes at a random moment, while the engine decodes, computes 
 before has only just begun to serve, and waits until every open stream has a new token since the death before. Those in
 quick succession wait for a token of any stream: then a request may fail as one that ends workers, as none could tell.
 
-Afterwards every output must be that of an undisturbed run, token for token. Prints how long it took to see a death, to
-serve again, and to the next token of every stream; what a hang takes is printed for itself. Nothing may be left of a
-dead worker, nor of the engine when it is closed.
+Afterwards every output must be that of an undisturbed run, token for token. Nothing may be left of a dead worker, nor
+of the engine when it is closed. Prints, as median and maximum:
+
+    seen        until a death was seen; what a hang takes is printed for itself
+    resumed     from there until every stream that was being served had its next token
+    recomputed  the part of it after the next worker served: prompts and outputs are computed again, in order of service
+    all         until every stream had one, those too that had none due: there are fewer slots than streams
 """
 
 import argparse
@@ -25,7 +29,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +46,8 @@ from tests.traps import Harm, Traps
 STREAMS = 64
 SETTINGS = {"device": "cpu", "dtype": "float32", "cpu_threads": 1, "num_pages": 400, "max_num_seqs": 48}
 WAIT_S = 120.0
+SERVED_S = 0.5
+"""A stream whose newest token is younger than this is being served: every step has a token for it."""
 
 
 class Reader:
@@ -51,6 +57,7 @@ class Reader:
         self.token_ids: list[int] = []
         self.error: Exception | None = None
         self.ended = False
+        self._newest_s = 0.0
         self._stream = engine.stream(prompt, sampling)
         self.thread = threading.Thread(target=self._read, daemon=True)
         self.thread.start()
@@ -59,13 +66,20 @@ class Reader:
         try:
             for piece in self._stream:
                 self.token_ids += piece.token_ids
+                self._newest_s = time.monotonic()
         except Exception as error:
             self.error = error
         self.ended = True
 
+    @property
+    def is_served(self) -> bool:
+        """It has a slot, and its prompt is computed."""
+        return not self.ended and time.monotonic() - self._newest_s < SERVED_S
+
 
 class LossNotices(logging.Handler):
-    """When the engine said that its worker is lost, as time.time(), and why: what an operator's log would show.
+    """When the engine said that its worker is lost, as time.time(), and why, and when the next one served: what an
+    operator's log would show.
 
     Listens without asking the engine anything, since every question would make it look at its worker.
     """
@@ -73,10 +87,14 @@ class LossNotices(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self._heard: list[tuple[float, str]] = []
+        self.served_s = 0.0
+        """When a worker last began to serve in the place of another."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if "wait for the worker that replaces it" in record.getMessage():
             self._heard.append((record.created, record.getMessage()))
+        elif "a new worker serves" in record.getMessage():
+            self.served_s = record.created
 
     def first_after(self, moment_s: float) -> tuple[float, str] | None:
         """The first loss that was told after that: when, and in which words."""
@@ -236,6 +254,8 @@ class Figures:
         self.seen_s: list[float] = []
         self.hangs_seen_s: list[float] = []
         self.resumed_s: list[float] = []
+        self.recomputed_s: list[float] = []
+        self.all_resumed_s: list[float] = []
         self.num_deaths = 0
         self.num_poisoned = 0
 
@@ -246,9 +266,13 @@ class Figures:
             figures["seen_p99_ms"] = 1000.0 * sorted(self.seen_s)[int(0.99 * len(self.seen_s))]
         if self.hangs_seen_s:
             figures["hang_seen_max_s"] = max(self.hangs_seen_s)
-        if self.resumed_s:
-            figures["resumed_p50_s"] = statistics.median(self.resumed_s)
-            figures["resumed_max_s"] = max(self.resumed_s)
+        for name, times_s in (
+            ("resumed", self.resumed_s),
+            ("recomputed", self.recomputed_s),
+            ("all", self.all_resumed_s),
+        ):
+            if times_s:
+                figures |= {f"{name}_p50_s": statistics.median(times_s), f"{name}_max_s": max(times_s)}
         return figures | {
             "pause_s": stats.worker_pause_s,
             "failed_as_poisoned": self.num_poisoned,
@@ -295,15 +319,20 @@ def _one_round(victim: Victim, deaths: list[Kind], streams: int, figures: Figure
         kind = deaths.pop(0)
         is_quick |= kind.is_quick
         time.sleep(chance.random() * 0.1)
+        served = [reader for reader in readers if reader.is_served]
         (figures.hangs_seen_s if kind.is_hang else figures.seen_s).append(die(victim, kind))
-        counts = [len(reader.token_ids) for reader in readers]  # what the dead one computed has come by now
+        counts = {reader: len(reader.token_ids) for reader in readers}  # what the dead one computed has come by now
         num_kills += 2 if kind.strike is while_starting else 1
         figures.num_deaths += 1
         if deaths and deaths[0].is_quick:
-            wait_for(lambda: any_has_more(readers, counts), "a new token")  # noqa: B023  # called before the next turn
+            wait_for(lambda: any_has_more(counts), "a new token")  # noqa: B023  # called before the next turn
         else:
-            seconds = wait_for(lambda: all(map(has_more, readers, counts)), "new tokens")  # noqa: B023  # as above
-            figures.resumed_s.append(seconds)
+            resumed_s = wait_for(lambda: all_have_more(counts, served), "new tokens")  # noqa: B023  # as above
+            if served:
+                figures.resumed_s.append(resumed_s)
+                figures.recomputed_s.append(time.time() - victim.notices.served_s)
+            others_s = wait_for(lambda: all_have_more(counts, readers), "everybody's turn")  # noqa: B023  # as above
+            figures.all_resumed_s.append(resumed_s + others_s)
     for reader, token_ids in zip(readers, expected, strict=True):
         reader.thread.join(WAIT_S)
         if is_quick and isinstance(reader.error, PoisonedRequestError):
@@ -367,14 +396,15 @@ def leftovers(folder: Path) -> list[str]:
     return found
 
 
-def has_more(reader: Reader, count: int) -> bool:
-    return reader.ended or len(reader.token_ids) > count
+def all_have_more(counts: Mapping[Reader, int], readers: Iterable[Reader]) -> bool:
+    """More tokens than those counted, or all that they will have."""
+    return all(reader.ended or len(reader.token_ids) > counts[reader] for reader in readers)
 
 
-def any_has_more(readers: Sequence[Reader], counts: Sequence[int]) -> bool:
+def any_has_more(counts: Mapping[Reader, int]) -> bool:
     """So that a step was computed. Or all have ended."""
-    has_token = any(len(reader.token_ids) > count for reader, count in zip(readers, counts, strict=True))
-    return has_token or all(reader.ended for reader in readers)
+    has_token = any(len(reader.token_ids) > count for reader, count in counts.items())
+    return has_token or all(reader.ended for reader in counts)
 
 
 def check_idle(stats: EngineStats) -> None:
