@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 from graphgen import Client
-from tests.serving import ROOT, ServerProcess, serving
+from tests import ROOT
+from tests.serving import ServerProcess, serving
 
 GONE_WITHIN_S = 3.0
 VICTIM = """
@@ -41,7 +42,7 @@ def kill_a_client(server: ServerProcess, chance: random.Random) -> str:
     phase = chance.choice(PHASES)
     max_tokens = "20" if phase == "done" else "600"
     command = [sys.executable, "-c", VICTIM, server.address, max_tokens]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": ROOT}) as victim:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}) as victim:
         assert victim.stdout is not None
         while victim.stdout.readline().decode().strip() != phase:
             assert victim.poll() is None, "the client ended by itself"

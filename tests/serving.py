@@ -9,9 +9,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import graphgen
+from tests import ROOT
 
-ROOT = str(Path(graphgen.__file__).resolve().parent.parent)
 START_TIMEOUT_S = 60.0
 
 
@@ -29,7 +28,7 @@ class ServerProcess:
     def __init__(self, output: Path, *arguments: str, python_path: str = "") -> None:
         self._output = output
         command = [sys.executable, "-P", "-m", "graphgen", "serve", "--device", "cpu", "--bind", "tcp://127.0.0.1:*"]
-        path = os.pathsep.join(part for part in (python_path, ROOT) if part)
+        path = os.pathsep.join(part for part in (python_path, str(ROOT)) if part)
         with output.open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, *arguments], stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": path}

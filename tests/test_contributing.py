@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests import ROOT
+
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 HOP = re.compile(r"`([\w/]+\.py)` `([\w.]+)`")
 """A file and a name in it."""

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import typing
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -14,6 +13,7 @@ import pytest
 import graphgen
 from graphgen import EngineConfig, GraphgenError, demo
 from graphgen.launch.config import EngineSettings
+from tests import ROOT
 
 PUBLIC = {
     "AsyncClient",
@@ -132,14 +132,14 @@ def test_every_error_is_one_of_ours() -> None:
 
 def test_the_readme_states_the_embedded_models_own_figures() -> None:
     training = json.loads((demo.model_folder() / "training.json").read_text())
-    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     token_loss, character_loss = training["validation_nats_per_token"], training["validation_nats_per_character"]
     assert f"{token_loss:.2f} nats per token, {character_loss:.2f} nats per character" in readme
     assert training["command"] in readme
 
 
 def test_the_readmes_program_runs() -> None:
-    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     for program in re.findall(r"```python\n(.*?)```", readme, re.DOTALL):
         done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import pytest
 
+from tests import ROOT
 from tests.ipc.raw_client import running_mock
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {"graphgen": "graphgen", "capture": "graphgen/capture", "models": "graphgen/models", "ipc": "graphgen/ipc"}
 """Folders of the checkout, and where they are in the wheels."""
 NO_PART = ("ipc/clients", "ipc/PROTOCOL.md", "ipc/vectors/README.md", "graphgen/demo/README.md")

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from graphgen import Engine, EngineDeadError, SamplingParams
+from tests import ROOT
 from tests.forks import outcome_in_a_fork
-from tests.serving import ROOT, is_alive
+from tests.serving import is_alive
 
 GONE_WITHIN_S = 5.0
 
@@ -40,7 +41,7 @@ class Program:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT},
+            env={**os.environ, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             start_new_session=True,
         )
 

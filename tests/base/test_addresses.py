@@ -17,7 +17,7 @@ from graphgen.base.addresses import MAX_PATH_BYTES, bind, check_address, control
 from graphgen.ipc.errors import ConfigError
 from graphgen.remote.address import ServerAddress
 from graphgen.server.options import ServeOptions
-from tests.serving import ROOT
+from tests import ROOT
 
 Context = zmq.Context[zmq.Socket[bytes]]
 
@@ -196,7 +196,7 @@ def test_of_many_that_find_a_dead_socket_at_once_one_binds(path: Path) -> None:
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
-            env={**os.environ, "PYTHONPATH": ROOT},
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
         for _ in range(6)
     ]

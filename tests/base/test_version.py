@@ -4,12 +4,11 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import graphgen
 from graphgen.base import version
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CLIENT = tomllib.loads((ROOT / "ipc" / "clients" / "python" / "pyproject.toml").read_text())
 FOLDERS = ("graphgen", "models", "capture", "ipc", "benchmarks")

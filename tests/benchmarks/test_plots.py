@@ -10,10 +10,10 @@ import pytest
 
 from benchmarks.side_by_side.__main__ import H200, markdown, read
 from benchmarks.step_log import Step
+from tests import ROOT
 
 plots = pytest.importorskip("benchmarks.plots", exc_type=ModuleNotFoundError)
 Patch = pytest.importorskip("matplotlib.patches").Patch
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_row(mean: int, clients: int | None, budget: int = 64, throughput: float = 10.0) -> dict[str, Any]:

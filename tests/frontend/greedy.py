@@ -42,7 +42,8 @@ from graphgen.ipc.ggp.messages import (
     ServerMessage,
     Welcome,
 )
-from tests.serving import ROOT, serving
+from tests import ROOT
+from tests.serving import serving
 
 PROMPT_LEN, OUTPUT_LEN = 200, 40
 PAUSE_S = 0.05
@@ -160,7 +161,7 @@ def random_ids(rng: random.Random, count: int) -> list[int]:
 @contextlib.contextmanager
 def greedy_process(address: str) -> Iterator[None]:
     command = [sys.executable, "-P", "-m", "tests.frontend.greedy", "--greedy", address]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": ROOT})
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
         yield
         assert process.poll() is None, "the greedy client ended"

@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 from graphgen import Client, OverloadedError, SamplingParams
 from graphgen.server.frontend.keys import Keys
+from tests import ROOT
 from tests.frontend.attacks import ATTACKS
-from tests.serving import ROOT, ServerProcess, serving
+from tests.serving import ServerProcess, serving
 
 MODULES = ("graphgen.scheduler", "graphgen.worker", "graphgen.server.frontend")
 MEMORY_LIMIT_MIB = 256
@@ -130,7 +131,7 @@ def resident_bytes(pid: int) -> int:
 @contextlib.contextmanager
 def attacking(server: ServerProcess, kinds: list[str], seconds: float, keys: tuple[str, str]) -> Iterator[None]:
     command = [sys.executable, "-P", "-m", "tests.frontend.attacks"]
-    environment = {**os.environ, "PYTHONPATH": ROOT}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with contextlib.ExitStack() as stack:
         for kind in kinds:
             arguments = [kind, server.address, server.control, str(seconds), *keys]

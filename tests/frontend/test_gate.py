@@ -15,11 +15,11 @@ from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.ggp.messages import Cancel, Delta, Done, Generate, Hello, Ping, Pong, Sampling, Welcome
 from graphgen.server.frontend.memory import ResidentMemory, connection_limits
 from graphgen.server.frontend.settings import frame_bytes_limit
+from tests import ROOT
 from tests.frontend.conftest import MakeFrontend
 from tests.frontend.harness import Frontend, RawClient, open_request, wait_until
 from tests.frontend.raw_peers import MORE, connect_raw, frame, is_closed, send_without_end, shake_hands
 
-ROOT = str(Path(__file__).resolve().parents[2])
 ATTACKER = "127.0.0.66"
 """Linux takes any address of 127/8 as one of its own."""
 
@@ -259,7 +259,7 @@ def test_more_connections_than_descriptors_end_nothing() -> None:
         capture_output=True,
         text=True,
         timeout=60,
-        env={**os.environ, "PYTHONPATH": ROOT},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.stdout == "served\n", done.stderr
 

@@ -19,10 +19,10 @@ from graphgen.ipc.messages import Cancel as SchedulerCancel
 from graphgen.server.frontend import authentication
 from graphgen.server.frontend.authentication import KeyRing
 from graphgen.server.frontend.keys import Keys
+from tests import ROOT
 from tests.frontend.conftest import MakeFrontend
 from tests.frontend.harness import IDS, Frontend, open_request, wait_until
 from tests.frontend.test_keys import open_session, options_of
-from tests.serving import ROOT
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_the_ids_of_a_process_cannot_be_known() -> None:
         frontend.close()
     """
     command = [sys.executable, "-P", "-c", textwrap.dedent(code)]
-    environment = {**os.environ, "PYTHONPATH": ROOT}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     said = [subprocess.run(command, capture_output=True, text=True, check=True, env=environment) for _ in range(2)]
     ids = [bytes.fromhex(done.stdout) for done in said]
     assert all(map(is_made_by_socket, ids))

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +12,11 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from graphgen.gateway.metric_table import COUNTERS, GAUGES, HISTOGRAMS, Names, named
 from graphgen.gateway.metrics import render
 from graphgen.server.frontend.tallies import ITL_BOUNDS_S
+from tests import ROOT
 from tests.gateway.asgi import METRICS, STATS, GatewayCore, call, says
 
-DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "graphgen.json"
-DOCUMENT = Path(__file__).parents[2] / "docs" / "monitoring.md"
+DASHBOARD = ROOT / "deploy" / "grafana" / "graphgen.json"
+DOCUMENT = ROOT / "docs" / "monitoring.md"
 
 
 def shown(names: Names = "graphgen") -> dict[tuple[str, frozenset[tuple[str, str]]], float]:

@@ -16,6 +16,7 @@ import pytest
 import graphgen
 from graphgen import Client, SamplingParams
 from graphgen.server.options import ServeOptions, is_public
+from tests import ROOT
 from tests.gateway.conftest import HTTP
 from tests.serving import ServerProcess, serving
 
@@ -180,7 +181,7 @@ def test_a_gateway_that_dies_is_started_again_and_a_drain_finishes_what_is_open(
 
 
 def test_the_program_of_the_docs_runs(server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
-    text = (Path(__file__).resolve().parents[2] / "docs" / "http.md").read_text()
+    text = (ROOT / "docs" / "http.md").read_text()
     program, _ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)  # the other: test_tools.py
     (body,) = re.findall(r"-d '(\{.*?\})'", text)
     for said in ("http://127.0.0.1:8000", '"demo"'):

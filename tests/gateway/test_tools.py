@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -18,6 +17,7 @@ from graphgen.gateway.output_parsers.formats import OutputFormat, ParserMaker, c
 from graphgen.gateway.service import Service
 from graphgen.mock_server.script import Reply, Say, Script
 from graphgen.remote.core import RemoteCore
+from tests import ROOT
 from tests.gateway.asgi import GatewayCore, call, piece, says
 from tests.gateway.over_http import serving_http
 from tests.ipc.raw_client import running_mock
@@ -241,7 +241,7 @@ def test_the_loop_of_a_program_that_serves_its_tools(url: str, stream: bool) -> 
 
 
 def test_the_program_of_the_docs_runs(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    text = (Path(__file__).resolve().parents[2] / "docs" / "http.md").read_text()
+    text = (ROOT / "docs" / "http.md").read_text()
     _, program = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict[str, Any] = {}
     exec(program.replace("http://127.0.0.1:8000", url).replace('"demo"', '"fake"'), names)

@@ -9,9 +9,9 @@ import torch
 from benchmarks.step_log import idle_share
 from graphgen import Engine, SamplingParams
 from graphgen.demo import model_folder
-from tests import step_logs
+from tests import ROOT, step_logs
 
-SHAPE_8B = Path(__file__).parents[2] / "benchmarks" / "shapes" / "llama-3.1-8b"
+SHAPE_8B = ROOT / "benchmarks" / "shapes" / "llama-3.1-8b"
 NEW_TOKENS = 48
 NEAR_TIE = 0.15  # logits of a bfloat16 model of this size carry an error of a few hundredths
 

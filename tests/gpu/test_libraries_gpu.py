@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from graphgen.models.attention.direct import PlannedFunctions, wrapped_functions
 from graphgen.models.attention.kernels import Kernel, arch_of, planned_library
 from graphgen.models.attention.libraries import KernelFolder, load_libraries, planned_functions
 from graphgen.models.attention.variant import Numbers, Scoring
+from tests import ROOT
 from tests.gpu.test_attention_gpu import attend, live_rows, make_backend, poisoned_cache, random_case, random_rows
 
 
@@ -72,8 +72,7 @@ def test_a_worker_whose_kernels_lie_ready_never_imports_flashinfer() -> None:
         "runner.close()\n"
         "print(*sys.modules)"
     )
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.split())
     assert "tvm_ffi" in loaded

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.ipc.raw_client import ROOT
+from tests import ROOT
 
 NODE = ROOT / "ipc" / "clients" / "node"
 CPP = ROOT / "ipc" / "clients" / "cpp"

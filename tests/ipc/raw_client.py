@@ -6,18 +6,16 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import zmq
 
-import graphgen
 from graphgen.ipc.ggp.framing import client_framing
 from graphgen.ipc.ggp.messages import ClientMessage, Hello, Ping, Pong, ServerMessage, Welcome
 from graphgen.mock_server.script import Script, built_in_script
 from graphgen.mock_server.server import MockServer
+from tests import ROOT
 
-ROOT = Path(graphgen.__file__).resolve().parent.parent
 Message = TypeVar("Message")
 
 

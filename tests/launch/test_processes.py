@@ -15,10 +15,10 @@ import pytest
 
 from graphgen import ConfigError
 from graphgen.launch.processes import LOG_BYTES, EngineProcesses, Exit, process_age_s
+from tests import ROOT
 from tests.serving import is_alive
 
 CHILD = "tests.launch.child"
-ROOT = Path(__file__).resolve().parents[2]
 SOON_S = 5.0
 
 

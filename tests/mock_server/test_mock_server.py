@@ -32,7 +32,8 @@ from graphgen.ipc.ggp.messages import (
 )
 from graphgen.mock_server.__main__ import mock_server
 from graphgen.mock_server.script import Hang, Script, Silence, built_in_script, read_script
-from tests.ipc.raw_client import ROOT, RawClient, running_command, running_mock
+from tests import ROOT
+from tests.ipc.raw_client import RawClient, running_command, running_mock
 from tests.ipc.vectors import read_vectors, refuses_wrong_vectors
 
 

@@ -19,6 +19,7 @@ from graphgen.models.families import FAMILIES, load_spec, spec_from_hf
 from graphgen.models.families.document import written
 from graphgen.models.families.table import families_of_type
 from graphgen.models.spec import ModelSpec, RopeSpec
+from tests import ROOT
 from tests.models import tiny
 
 
@@ -287,5 +288,5 @@ def test_a_folder_without_a_readable_config_is_refused(content: str | None, tmp_
 
 
 def test_the_page_of_models_is_made_from_the_families() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    page = (ROOT / "docs" / "models.md").read_text()
     assert page == written(page), "run python -m graphgen.models.families.document docs/models.md"

@@ -20,12 +20,13 @@ from graphgen.models.families import load_spec
 from graphgen.models.kv_cache import KVCache, bytes_per_page
 from graphgen.models.loader import load_decoder
 from graphgen.models.page_layout import page_layout
+from tests import ROOT
 from tests.models import tiny
 from tests.models.driver import Driver
 from tests.models.splits import assert_equal_at_every_split
 
 CPU = torch.device("cpu")
-_SHAPES = Path(__file__).parents[2] / "benchmarks" / "shapes"
+_SHAPES = ROOT / "benchmarks" / "shapes"
 
 _YARN = {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096}
 V2_LITE: dict[str, Any] = json.loads((_SHAPES / "deepseek-v2-lite" / "config.json").read_text())

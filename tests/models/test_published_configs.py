@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from graphgen.models.families import load_spec
+from tests import ROOT
 
-_SHAPES = Path(__file__).parents[2] / "benchmarks" / "shapes"
+_SHAPES = ROOT / "benchmarks" / "shapes"
 _PHI = {
     **{"architectures": ["PhimoeForCausalLM"], "model_type": "phimoe", "attention_bias": True, "hidden_size": 4096},
     **{"intermediate_size": 6400, "lm_head_bias": True, "max_position_embeddings": 131072, "num_attention_heads": 32},

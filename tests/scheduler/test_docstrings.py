@@ -3,11 +3,11 @@
 import ast
 import functools
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests import ROOT
+
 MODULES = {
     f"graphgen.{folder}.{path.stem}": path
     for folder in ("scheduler", "launch")

@@ -38,10 +38,11 @@ from graphgen.base.memory import data_bytes
 from graphgen.base.signals import SAME_S
 from graphgen.ipc.ggp.messages import Accepted, Delta, Error, Generate, Ping, Sampling
 from graphgen.server.frontend.monitor import FRESH_S
+from tests import ROOT
 from tests.frontend.raw_peers import send_without_end
 from tests.ipc.raw_client import RawClient
 from tests.kills import becomes_idle, kill_a_client
-from tests.serving import ROOT, START_TIMEOUT_S, ServerProcess, is_alive, serving
+from tests.serving import START_TIMEOUT_S, ServerProcess, is_alive, serving
 
 PROMPTS = [
     f"{name}:\n{line}" for name in ("ROMEO", "JULIET", "HAMLET", "First Citizen", "KING") for line in "abcdefghij"
@@ -190,7 +191,9 @@ def test_neither_frontend_nor_client_loads_torch(server: ServerProcess) -> None:
             client.generate("ROMEO:", SamplingParams(max_tokens=2))
         assert not {{"torch", "transformers", "tokenizers"}} & set(sys.modules)
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env={**os.environ, "PYTHONPATH": ROOT})
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
 
 
 def test_pages_of_a_killed_client_are_free_within_three_seconds(server: ServerProcess, client: Client) -> None:
@@ -203,7 +206,7 @@ def test_pages_of_a_killed_client_are_free_within_three_seconds(server: ServerPr
 
 
 def test_the_readmes_client_runs(server: ServerProcess) -> None:
-    readme = (Path(ROOT) / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     (program,) = re.findall(r"```py\n(.*?)```", readme, re.DOTALL)
     assert "Client()" in program
     program = program.replace("Client()", f"Client({server.address!r})")
@@ -212,7 +215,7 @@ def test_the_readmes_client_runs(server: ServerProcess) -> None:
         capture_output=True,
         text=True,
         timeout=60,
-        env={**os.environ, "PYTHONPATH": ROOT},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
     assert "ROMEO" in done.stdout or len(done.stdout) > 100
@@ -231,7 +234,7 @@ def test_a_stopped_reader_gets_every_token_when_it_wakes(server: ServerProcess, 
             print(ids)
     """
     command = [sys.executable, "-c", textwrap.dedent(code), server.address]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": ROOT}) as reader:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}) as reader:
         assert reader.stdout is not None
         assert reader.stdout.readline() == b"begun\n"
         reader.send_signal(signal.SIGSTOP)
@@ -260,7 +263,7 @@ def wait_for_frontend(server: ServerProcess, starts: int) -> None:
 
 def only_a_ping_tells(client: RawClient) -> None:
     """That the frontend died, as PROTOCOL.md says: libzmq reconnects without a word."""
-    document = (Path(ROOT) / "ipc" / "PROTOCOL.md").read_text()
+    document = (ROOT / "ipc" / "PROTOCOL.md").read_text()
     assert "a client that only waits hears nothing more, and learns of it by the answer to its next `ping`" in document
     with contextlib.suppress(zmq.Again):
         while isinstance(client.receive_any(), Delta):  # what was on its way
@@ -430,7 +433,7 @@ def test_the_frontends_memory_is_limited(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=True,
-        env={**os.environ, "PYTHONPATH": ROOT},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert 50 <= int(done.stdout) <= 64
     assert data_bytes() > 0

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from graphgen import Client, SamplingParams
-from tests.serving import ROOT, serving
+from tests import ROOT
+from tests.serving import serving
 
 LONG = SamplingParams(max_tokens=200, ignore_eos=True, temperature=0.0)
 SPACING = """
@@ -39,7 +40,7 @@ def wishes(*words: str, ignored: str = "") -> list[int]:
         [sys.executable, "-P", "-c", SPACING, ignored, *words],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": ROOT},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, (done.returncode, done.stderr)
     return [int(word) for word in done.stdout.split()]
@@ -96,6 +97,6 @@ def test_a_server_whose_output_nobody_reads_drains(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-P", "-c", textwrap.dedent(code)],
         stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": ROOT},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert (done.returncode, done.stderr) == (0, b"")

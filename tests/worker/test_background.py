@@ -13,6 +13,7 @@ import pytest
 
 from graphgen import demo
 from graphgen.worker.background import Background, open_context, prepare_first_use, retain_primary_context
+from tests import ROOT
 from tests.worker.local_engine import launch_config
 
 
@@ -124,8 +125,7 @@ def test_a_worker_that_compiles_nothing_imports_no_compiler() -> None:
         "runner.close()\n"
         "print(*sys.modules)"
     )
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert "torch" in loaded
     assert not loaded & {"torch._dynamo", "torch._inductor", "sympy", "transformers"}

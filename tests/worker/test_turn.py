@@ -16,9 +16,9 @@ from graphgen import demo
 from graphgen.launch.processes import process_age_s
 from graphgen.worker import turn as turn_module
 from graphgen.worker.turn import Turn, stand_by
+from tests import ROOT
 from tests.worker.local_engine import launch_config
 
-ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import os, sys
 from pathlib import Path
