@@ -186,6 +186,32 @@ def test_a_death_is_no_preemption_and_keeps_what_was_emitted() -> None:
         assert sender.received[: len(received[request_id])] == received[request_id]
 
 
+@pytest.mark.parametrize("num_steps", [6, 9, 14])
+def test_streams_that_were_served_go_on_after_as_few_steps_as_their_tokens_take(num_steps: int) -> None:
+    """Nobody who still waited for a slot comes before them, and no step leaves prompt rows empty."""
+    harness = crowd(12, least_tokens=12)
+    for _ in range(num_steps):
+        while harness.schedule() is not None:
+            pass
+        harness.deliver()
+    served = [one.request.request_id for one in harness.scheduler._life.running if one.decode_row is not None]
+    assert served
+    assert harness.scheduler.waiting, "others wait for a slot"
+    assert harness.die() == []
+    harness.renew()
+    had = {request_id: len(harness.senders[request_id].received) for request_id in served}
+    num_tokens = sum(len(harness.senders[request_id].prompt) + count for request_id, count in had.items())
+    most_rows = max(bucket.prefill_rows for bucket in harness.limits.buckets)
+    steps = 0
+    while any(len(harness.senders[request_id].received) == count for request_id, count in had.items()):
+        while harness.schedule() is not None:
+            pass
+        harness.deliver()
+        steps += 1
+    assert steps <= -(-num_tokens // most_rows) + 1
+    harness.run()
+
+
 def test_the_queue_limit_does_not_refuse_those_who_return() -> None:
     harness = Harness(make_limits(num_pages=MANY_PAGES, max_waiting=1))
     for request_id in range(4):
