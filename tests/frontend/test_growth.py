@@ -124,7 +124,7 @@ def test_nothing_stays_of_a_session(address: str) -> None:
 def test_a_kilobyte_that_stays_of_each_is_found(kind: type, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the client, in the frontend, and of a session, which comes and goes far more seldom."""
     kept: list[bytes] = []
-    make = kind.__init__
+    make = kind.__init__  # type: ignore[misc]  # of the class itself, not of an instance
 
     def make_and_keep(self: object, *arguments: object, **named: object) -> None:
         make(self, *arguments, **named)
