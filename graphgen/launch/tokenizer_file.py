@@ -1,6 +1,6 @@
 """The part of a tokenizer that an engine's worker reads, where its requests follow grammars.
 
-The Engine, or the supervisor of a server, writes the file with `graphgen.requests.tokenizer.write_tokenizer` into the
+The Engine, or the supervisor of a server, writes the file with `graphgen.requests.tokenizer` into the
 engine's folder before the first request; the worker reads it when the first grammar comes.
 """
 
