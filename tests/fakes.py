@@ -100,6 +100,7 @@ class FakeCore:
         self.sampling: SamplingParams | Sequence[SamplingParams] | None = None
         self.tenants: list[str] = []
         self.parsing = NO_PARSING
+        self.log_ids: list[str] = []
 
     def open(
         self,
@@ -109,11 +110,13 @@ class FakeCore:
         sinks: Sequence[Sink],
         tenant: str = "",
         parsing: Parsing = NO_PARSING,
+        log_id: str = "",
     ) -> list[int]:
         self.prompts += prompts
         self.parsing = parsing
         self.sampling = sampling
         self.tenants.append(tenant)
+        self.log_ids.append(log_id)
         num_samples = sampling.n if isinstance(sampling, SamplingParams) else 1
         self.answer(sinks, num_samples, streams)
         return list(range(len(prompts) * num_samples))

@@ -1,6 +1,7 @@
 """A server of the demo model in processes of its own, as `graphgen serve` starts it."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -38,9 +39,15 @@ class ServerProcess:
     def output(self) -> str:
         return self._output.read_text()
 
+    @property
+    def said(self) -> list[str]:
+        """What it told its operator, whatever the form of its logs."""
+        lines = self.output.splitlines()
+        return [json.loads(line)["message"] if line.startswith("{") else line for line in lines]
+
     def wait_ready(self) -> "ServerProcess":
         deadline_s = time.monotonic() + START_TIMEOUT_S
-        while "\nready\n" not in self.output:
+        while "ready" not in self.said:
             assert self.process.poll() is None, f"the server ended:\n{self.output}"
             assert time.monotonic() < deadline_s, f"the server is not ready:\n{self.output}"
             time.sleep(0.02)
@@ -49,16 +56,16 @@ class ServerProcess:
     @property
     def address(self) -> str:
         """Of the data socket."""
-        return next(line.split()[2] for line in self.output.splitlines() if line.endswith("(data)"))
+        return next(line.split()[2] for line in self.said if line.endswith("(data)"))
 
     @property
     def control(self) -> str:
-        return next(line.split()[2] for line in self.output.splitlines() if line.endswith("(control)"))
+        return next(line.split()[2] for line in self.said if line.endswith("(control)"))
 
     @property
     def url(self) -> str:
         """Of the HTTP gateway."""
-        return next(line.split()[2] for line in self.output.splitlines() if line.endswith("(OpenAI's API)"))
+        return next(line.split()[2] for line in self.said if line.endswith("(OpenAI's API)"))
 
     def pid_of(self, module: str) -> int:
         """The process below this one that runs `python -m module`."""

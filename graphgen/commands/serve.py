@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from graphgen.base.logs import VARIABLE, log_to_stderr
 from graphgen.gateway.keys import FOLDER as HTTP_KEYS
 from graphgen.gateway.keys import make_key
 from graphgen.ipc.ggp.limits import MAX_PRIORITY
@@ -15,6 +16,8 @@ from graphgen.launch.config import EngineConfig
 from graphgen.server.frontend.keys import Keys, default_folder
 from graphgen.server.options import ServeOptions
 from graphgen.server.supervisor import Supervisor
+
+logger = logging.getLogger("graphgen.serve")
 
 keys_app = typer.Typer(no_args_is_help=True, help="CURVE keys of the server and of those who may connect.")
 
@@ -31,8 +34,9 @@ KeysFolder = Annotated[
 
 def serve_until_signal(config: EngineConfig, options: ServeOptions) -> int:
     """Serves until a signal: the exit code, 0 when every request got its whole output."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    return Supervisor(config, options, _say).run()
+    log_to_stderr("supervisor", form=options.log_format)
+    os.environ[VARIABLE] = options.log_format  # for the processes that it starts
+    return Supervisor(config, options, _log if options.log_format == "json" else _say).run()
 
 
 MaxPriority = Annotated[
@@ -90,6 +94,12 @@ def http(
 
 def _open(folder: Path | None) -> Keys:
     return Keys(folder.expanduser() if folder is not None else default_folder())
+
+
+def _log(text: str) -> None:
+    """What an operator should see, as a line of the log for each line of it."""
+    for line in text.splitlines():
+        logger.info("%s", line)
 
 
 def _say(text: str) -> None:

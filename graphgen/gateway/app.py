@@ -24,6 +24,7 @@ from graphgen.gateway.messages import Messages
 from graphgen.gateway.metric_table import Names
 from graphgen.gateway.monitoring import Monitoring
 from graphgen.gateway.openapi import OpenApi
+from graphgen.gateway.request_ids import REQUEST_ID, RequestIds
 from graphgen.gateway.responses import Responses
 from graphgen.gateway.service import HOLDER, Service
 from graphgen.gateway.tokens import TokenEndpoints
@@ -68,7 +69,7 @@ class _Endpoint:
         except Exception as error:
             answer = error_of(error)
             if answer.status == 500:
-                logger.exception("%s failed", scope["path"])
+                logger.exception("request %s to %s failed", scope[REQUEST_ID], scope["path"])
             if not begun:
                 await send_error(send, answer, self._body_of(answer))
 
@@ -96,7 +97,7 @@ def make_app(
         ("GET", "/openapi.json", OpenApi().serve),
         ("GET", "/metrics", Monitoring(service, metrics_names).metrics),
     ]
-    middleware = [_cross_origin(origins)] if origins else []
+    middleware = [Middleware(RequestIds), *([_cross_origin(origins)] if origins else [])]
     app = Starlette(middleware=middleware, exception_handlers={HTTPException: _no_endpoint})
     app.state.answers = service.answers
     for method, path, serve in routes:
@@ -112,7 +113,7 @@ def _cross_origin(origins: Sequence[str]) -> Middleware:
         allow_origins=origins,
         allow_methods=("GET", "POST"),
         allow_headers=("*",),
-        expose_headers=("retry-after", "retry-after-ms", "x-should-retry"),
+        expose_headers=("retry-after", "retry-after-ms", "x-request-id", "x-should-retry"),
     )
 
 

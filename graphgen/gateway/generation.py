@@ -191,15 +191,19 @@ class Pieces:
         prompts: Sequence[OnePrompt],
         sampling: SamplingParams,
         tenant: str,
+        log_id: str,
         receive: Receive,
         parsing: Parsing,
     ) -> None:
-        """receive: of the request, read to its end. Raises GraphgenError with nothing sent."""
+        """log_id: what logs call it. receive: of the request, read to its end. Raises GraphgenError with nothing
+        sent."""
         self._core = core
         self._receive = receive
         self._arrived: asyncio.Queue[tuple[int, Delivery | None]] = asyncio.Queue()  # None: a tick
         sinks = [functools.partial(self._put, mailbox, number) for number in range(len(prompts))]
-        self._request_ids = core.open(prompts, sampling, streams=True, sinks=sinks, tenant=tenant, parsing=parsing)
+        self._request_ids = core.open(
+            prompts, sampling, streams=True, sinks=sinks, tenant=tenant, parsing=parsing, log_id=log_id
+        )
         self._num_open = len(self._request_ids)
         self._beside: list[asyncio.Task[None]] = []
 

@@ -36,7 +36,7 @@ def main(folder: Path, parent_pid: int, number: int) -> None:
     """Runs until its signal; then until open answers have ended."""
     end_with_parent(parent_pid, folder)
     raise_descriptor_limit()
-    log_to_stderr()
+    log_to_stderr(f"gateway-{number}", drops_repeats=True)
     settings = GatewaySettings.read(settings_file(folder, number))
     core = RemoteCore(settings.frontend, {})
     try:

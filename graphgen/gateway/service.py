@@ -22,6 +22,7 @@ from graphgen.gateway.generation import Pieces
 from graphgen.gateway.http import Receive, Scope, read_json
 from graphgen.gateway.keys import Holder
 from graphgen.gateway.output_parsers.formats import OutputFormat, ParserMaker
+from graphgen.gateway.request_ids import REQUEST_ID
 from graphgen.remote.core import RemoteCore
 from graphgen.remote.requests import NO_PARSING, Parsing
 
@@ -76,7 +77,8 @@ class Service:
     ) -> Pieces:
         """Sends the prompts. Raises GraphgenError with nothing sent."""
         sampling = _within_key(sampling, scope)
-        return Pieces(self.core, self._mailbox_of_loop(), prompts, sampling, tenant_of(scope), receive, parsing)
+        tenant, log_id = tenant_of(scope), scope[REQUEST_ID]
+        return Pieces(self.core, self._mailbox_of_loop(), prompts, sampling, tenant, log_id, receive, parsing)
 
     async def read_prompt(
         self, prompt: OnePrompt, scope: Scope, *, special_tokens: bool = True, with_text: bool = False

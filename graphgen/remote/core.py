@@ -37,11 +37,13 @@ class RemoteCore:
         sinks: Sequence[Sink],
         tenant: str = "",
         parsing: Parsing = NO_PARSING,
+        log_id: str = "",
     ) -> list[int]:
         """Sends a request for each prompt. Raises InvalidRequestError with none sent; what only the server can check
         reaches the sinks as an exception.
 
-        tenant: on whose behalf, where the server trusts this connection. parsing: of chats' outputs.
+        tenant: on whose behalf, where the server trusts this connection. parsing: of chats' outputs. log_id: what the
+        server's logs call them.
 
         Returns the id of a prompt's request once for each of its outputs, which is what its sink will get.
         """
@@ -54,7 +56,10 @@ class RemoteCore:
             )
         requests = [
             RemoteRequest(
-                make_generate(next(self._request_ids), prompt, own, streams, tenant, parsing), prompt, streams, sink
+                make_generate(next(self._request_ids), prompt, own, streams, tenant, parsing, log_id),
+                prompt,
+                streams,
+                sink,
             )
             for prompt, own, sink in zip(prompts, parameters, sinks, strict=True)
         ]

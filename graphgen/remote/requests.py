@@ -4,6 +4,7 @@ Does no I/O and knows no thread: the connection feeds it. Used by `graphgen.remo
 """
 
 import time
+from collections.abc import Sequence
 from typing import NoReturn, cast
 
 import msgspec
@@ -153,25 +154,29 @@ def make_generate(
     streams: bool,
     tenant: str = "",
     parsing: Parsing = NO_PARSING,
+    log_id: str = "",
 ) -> Generate:
-    """tenant: see `generate.tenant`. Raises InvalidRequestError for what cannot be written down in the protocol."""
+    """tenant, log_id: see `generate`. Raises InvalidRequestError for what cannot be written down in the protocol."""
     wire = wire_sampling(sampling)
     if isinstance(prompt, str):
-        return Generate(id=request_id, text=_valid_text(prompt), sampling=wire, tenant=tenant, echo_ids=not streams)
-    if isinstance(prompt, Chat):
-        message = _generate_chat(request_id, prompt)
-        return msgspec.structs.replace(
-            message,
-            sampling=wire,
-            tenant=tenant,
+        message = Generate(id=request_id, text=_valid_text(prompt), echo_ids=not streams)
+    elif isinstance(prompt, Chat):
+        message = msgspec.structs.replace(
+            _generate_chat(request_id, prompt),
             echo_ids=not streams,
             marked_ids=list(parsing.marked_ids),
             tail_len=parsing.tail_len,
         )
+    else:
+        message = _generate_ids(request_id, prompt)
+    return msgspec.structs.replace(message, sampling=wire, tenant=tenant, log_id=log_id)
+
+
+def _generate_ids(request_id: int, prompt: Sequence[int]) -> Generate:
     if not prompt:
         raise InvalidRequestError("the prompt is empty: give at least one token")
     try:
-        return Generate(id=request_id, prompt_u32=pack_int32(prompt), sampling=wire, tenant=tenant)
+        return Generate(id=request_id, prompt_u32=pack_int32(prompt))
     except (OverflowError, TypeError) as error:
         raise InvalidRequestError(f"a prompt holds what is no token id ({error}): give plain ints") from None
 

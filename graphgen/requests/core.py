@@ -96,13 +96,15 @@ class AttachedCore:
         arrived_s: float,
         tenant: str,
         marked_ids: frozenset[int] = frozenset(),
+        log_id: str = "",
     ) -> list[OpenRequest]:
         """The n requests of a prompt that streams, checked and not sent. Raises InvalidRequestError.
 
         arrived_s: when the prompt came, as time.monotonic(): its deadline and its times count from there.
-        tenant: who they are accounted to. marked_ids: tokens whose places in the text the pieces say.
+        tenant: who they are accounted to. marked_ids: tokens whose places in the text the pieces say. log_id: what logs
+        call them.
         """
-        return self._make_requests("the prompt", token_ids, sampling, sink, True, arrived_s, tenant, marked_ids)
+        return self._make_requests("the prompt", token_ids, sampling, sink, True, arrived_s, tenant, marked_ids, log_id)
 
     def check_prompt(self, token_ids: Sequence[int]) -> None:
         """Of a prompt that is to be looked at and not served: it may be empty, and may fill the context.
@@ -151,6 +153,7 @@ class AttachedCore:
         arrived_s: float,
         tenant: str = "",
         marked_ids: frozenset[int] = frozenset(),
+        log_id: str = "",
     ) -> list[OpenRequest]:
         """The n requests of a prompt; `name` says in errors which prompt it is."""
         self._check_prompt(name, token_ids, sampling)
@@ -178,6 +181,7 @@ class AttachedCore:
                 logprobs=sampling.logprobs,
                 prompt_logprobs=None if sample_index else sampling.prompt_logprobs,
                 grammar=grammar,
+                log_id=log_id,
             )
             for sample_index in range(sampling.n)
         ]

@@ -306,7 +306,7 @@ class Link:
         try:
             delivery, ended = request.take(token_ids, reason, now_s, logprobs)
         except Exception as error:  # text of this request that cannot be made must not end the others
-            logger.exception("request %d failed in decoding", request_id)
+            logger.exception("request %s failed in decoding", request.submit.log_id or request_id)
             self.cancel([request_id])
             _deliver(request.sink, GraphgenError(f"decoding failed with {type(error).__name__}: {error}"))
             return

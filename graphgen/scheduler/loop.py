@@ -44,6 +44,7 @@ from graphgen.ipc.messages import (
 from graphgen.ipc.step_schema import unpack_columns
 from graphgen.scheduler.policy import Scheduler
 from graphgen.scheduler.recent_steps import RecentSteps
+from graphgen.scheduler.request import Request
 from graphgen.scheduler.step_log import StepLog
 from graphgen.scheduler.step_times import StepTimes
 from graphgen.scheduler.step_watch import LOOK_S, StepWatch, Verdict
@@ -54,12 +55,22 @@ logger = logging.getLogger("graphgen.scheduler")
 TOLD_S = 0.05
 """Phases of a new worker's start that are told."""
 
+SHOWN_REQUESTS = 20
+"""Of those that a line of the log names."""
+
 EngineChannel = Channel[SchedulerToEngine, EngineToScheduler]
 
 
 def _difference(one: WorkerCounters, other: WorkerCounters) -> WorkerCounters:
     names = WorkerCounters.__struct_fields__
     return WorkerCounters(**{name: getattr(one, name) - getattr(other, name) for name in names})
+
+
+def _names(requests: Sequence[Request]) -> str:
+    """For the log: as many as a line holds."""
+    shown = ", ".join(request.log_id for request in requests[:SHOWN_REQUESTS])
+    more = len(requests) - SHOWN_REQUESTS
+    return f"requests {shown or '-'}" + (f" and {more} more" if more > 0 else "")
 
 
 class SchedulerLoop:
@@ -176,6 +187,7 @@ class SchedulerLoop:
         """The group is gone or has to go. Every request waits for the next one; who fails of it is returned."""
         if self._workers.state is State.SERVING:
             self._lost_s = time.monotonic()
+        suspects = self._policy.suspects()
         poisoned = self._policy.worker_lost()
         self._watch.forget()
         self._before_requests = _difference(self._before_requests, self._counters)  # the next one counts from 0
@@ -183,6 +195,9 @@ class SchedulerLoop:
         self._last_loss = loss.reason
         notice = f"{loss.reason}; {self._policy.waiting} requests wait for the worker that replaces it"
         logger.warning("%s. Its last words:\n%s", notice, loss.last_words)
+        logger.warning("it computed %s", _names(suspects))
+        if poisoned:
+            logger.error("given up, since workers die of them: %s", _names(poisoned))
         self._engine.send(Notice(notice))
         self._workers.replace(loss, self._ready.worker)
         return [self._policy.fail_poisoned(request, loss.last_words) for request in poisoned]
@@ -236,13 +251,18 @@ class SchedulerLoop:
         self._counters = result.counters
         self._watch.answered(milliseconds)
         self._workers.step_succeeded()
-        failed = self._policy.fail_draws(result.step_id, result.failed_draws) if result.failed_draws else []
+        failed = self._fail_draws(result) if result.failed_draws else []
         if result.failed_grammars:
             failed += self._policy.fail_grammars(result.step_id, result.failed_grammars)
         outputs = self._policy.update(
             result.step_id, columns["token_ids"], result.logprobs, result.prompt_logprobs, result.refused_draws
         )
         return [outputs, *failed] if outputs else failed
+
+    def _fail_draws(self, result: StepResult) -> list[Rejected]:
+        drawing = self._policy.find_step(result.step_id).drawing
+        logger.error("no token could be drawn for %s", _names([drawing[place] for place in result.failed_draws]))
+        return self._policy.fail_draws(result.step_id, result.failed_draws)
 
     def _take_from_engine(self, message: EngineToScheduler) -> None:
         match message:

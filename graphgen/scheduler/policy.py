@@ -292,6 +292,10 @@ class Scheduler:
 
     # --- the life of a worker group --------------------------------------------------------------------------
 
+    def suspects(self) -> Sequence[Request]:
+        """The requests whose rows are in the steps in flight, without those that have ended."""
+        return self._life.suspects()
+
     def worker_lost(self) -> list[Request]:
         """The worker group has ended, and with it all pages and all steps in flight.
 

@@ -9,7 +9,6 @@ ends; worker groups that are lost later are the loop's (`graphgen.scheduler.loop
 import logging
 import sys
 import time
-import traceback
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import msgspec
 import zmq
 
 from graphgen.base.descriptors import raise_descriptor_limit
+from graphgen.base.logs import log_to_stderr
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.messages import (
     EngineToScheduler,
@@ -38,6 +38,8 @@ from graphgen.scheduler.warm_up import warm_up
 from graphgen.scheduler.worker_processes import WorkerProcesses
 from graphgen.scheduler.workers import LAST_RESULTS_S, Loss, WorkerFailedError, Workers
 
+logger = logging.getLogger("graphgen.scheduler")
+
 WORKER_GRACE_S = 1.0
 """For a worker to end in order."""
 
@@ -45,7 +47,7 @@ WORKER_GRACE_S = 1.0
 def main(folder: Path, parent_pid: int, first: WorkerProcesses) -> None:
     """Runs until Shutdown, the failure of all workers, or the end of the parent. first: the first worker group."""
     raise_descriptor_limit()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_to_stderr("scheduler")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     engine: EngineChannel = Channel(context, folder, "engine", "lower", EngineToScheduler)
     workers = Workers(folder, parent_pid, context, first)
@@ -66,7 +68,7 @@ def main(folder: Path, parent_pid: int, first: WorkerProcesses) -> None:
     except WorkerFailedError as error:
         failed = error.failed  # as the worker said it: the Engine makes the exception of it that its user knows
     except BaseException as error:
-        traceback.print_exc()
+        logger.exception("the scheduler failed")
         failed = Failed("scheduler", type(error).__name__, str(error) or repr(error))
     if failed is not None:
         engine.send(failed)

@@ -65,6 +65,7 @@ class Request:
         "is_constrained",
         "itl_target_ms",
         "last_step",
+        "log_id",
         "logprobs",
         "max_cached_len",
         "max_tokens",
@@ -96,6 +97,7 @@ class Request:
         InvalidRequestError for fields that no request can have."""
         _check(submit)
         self.request_id = submit.request_id
+        self.log_id = submit.log_id or str(submit.request_id)
         self.tenant = tenant
         self.arrival = arrival  # the order of service within a class; unlike arrived_s it has no ties
         self.priority = submit.priority

@@ -7,6 +7,7 @@ from typing import Literal
 from msgspec import Struct
 
 from graphgen.base.addresses import check_address, control_address
+from graphgen.base.logs import LogFormat
 from graphgen.gateway import keys as http_keys
 from graphgen.gateway.output_parsers.formats import ReasoningParser, ToolParser
 from graphgen.ipc.errors import ConfigError
@@ -55,6 +56,8 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
     """Seconds after which a client that reads nothing is cut off."""
     open_requests: int = 256
     """Most open requests of one client."""
+    log_format: LogFormat = "text"
+    """How every process of the server logs: text, or a JSON object a line."""
     log_requests: bool = True
     """Write a line for each request that ends, to standard error: who asked, tokens, times; never what was said."""
 

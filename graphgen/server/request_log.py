@@ -5,9 +5,10 @@ supervisor, whose standard error an operator reads.
 """
 
 import logging
+import re
 from pathlib import Path
 
-from graphgen.base.logs import RepeatedLines
+from graphgen.base.logs import FIELDS, RepeatedLines
 from graphgen.ipc.messages import RequestEnded
 from graphgen.server.frontend.keys import Keys, read_public_key
 
@@ -17,6 +18,8 @@ LINE = (
     "request id=%d client=%s address=%s prompt_tokens=%d cached_tokens=%d output_tokens=%d finish=%s"
     " first_token_ms=%.1f total_ms=%.1f"
 )
+
+NAMES = (*re.findall(r"(\w+)=", LINE), "request_id")
 
 
 class RequestLog:
@@ -39,8 +42,11 @@ class RequestLog:
             ",".join(ended.finish),
             ended.first_token_ms,
             ended.total_ms,
+            ended.log_id,
         )
-        record = logger.makeRecord(logger.name, logging.INFO, __file__, 0, LINE, values, None)
+        fields = dict(zip(NAMES, values, strict=True))
+        line, shown = (LINE, values[:-1]) if not ended.log_id else (LINE + " request_id=%s", values)
+        record = logger.makeRecord(logger.name, logging.INFO, __file__, 0, line, shown, None, extra={FIELDS: fields})
         if logger.isEnabledFor(logging.INFO) and (ended.output_tokens or self._limit.filter(record)):
             logger.handle(record)
 

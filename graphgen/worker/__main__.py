@@ -7,10 +7,12 @@ too, and waits for its turn when it has imported what there is to import.
 import faulthandler
 import functools
 import gc
+import logging
 import signal
 import sys
 from pathlib import Path
 
+from graphgen.base.logs import log_to_stderr
 from graphgen.launch.processes import end_with_parent
 from graphgen.worker.background import Background, open_context, share_interpreter_fairly
 from graphgen.worker.turn import Turn, stand_by
@@ -19,6 +21,7 @@ from graphgen.worker.turn import Turn, stand_by
 def main(folder: Path, parent_pid: int, name: str, owner_pid: int) -> None:
     """folder: of this epoch, within the engine's. name: of this rank. owner_pid: the process whose engine it is."""
     end_with_parent(parent_pid, folder.parent, owner_pid)
+    log_to_stderr(name, logging.WARNING)
     faulthandler.register(signal.SIGUSR1)  # the scheduler asks where a step hangs
     # Imports and tracing make millions of objects that stay. To collect among them takes a quarter of their time.
     gc.disable()

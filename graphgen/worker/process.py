@@ -11,7 +11,6 @@ import queue
 import sys
 import threading
 import time
-import traceback
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -62,7 +61,7 @@ def run(folder: Path, name: str, imports: Phase, device_context: Background) -> 
             channel.send(with_step_times(runner.describe(), runner, config, channel.send))
             _serve(runner, channel)
     except BaseException as error:
-        traceback.print_exc()
+        logger.exception("the worker failed")
         channel.send(Failed("worker", type(error).__name__, str(error) or repr(error)))
         channel.close(linger_s=1.0)
         sys.exit(1)
@@ -112,7 +111,7 @@ def _collect(runner: ModelRunner, launched: Launched, channel: WorkerChannel) ->
     except zmq.ZMQError:
         pass  # the main thread has failed, has said so, and has closed the channel
     except BaseException as error:
-        traceback.print_exc()
+        logger.exception("the worker failed")
         channel.send(Failed("worker", type(error).__name__, f"a step failed: {error or repr(error)}"))
 
 

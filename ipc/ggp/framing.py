@@ -19,6 +19,7 @@ from graphgen.ipc.ggp.messages import (
     ClientMessage,
     Error,
     Generate,
+    LogId,
     NumSamples,
     RequestId,
     ServerMessage,
@@ -102,11 +103,11 @@ class Framing(Generic[Send, Receive]):
         Raises FrameError, bad_frame, for what is no map."""
         try:
             found = self._brief_decoder.decode(body)
-            return Brief(found.id, found.sampling.n, found.tenant)
+            return Brief(found.id, found.sampling.n, found.tenant, found.log_id)
         except msgspec.ValidationError as error:
             if _is_no_map(error):
                 raise _no_map(error, NAMES[Generate]) from None
-            return Brief(self._find_id(body), 1, "")
+            return Brief(self._find_id(body), 1, "", "")
         except _UNREADABLE as error:
             raise _no_map(error, NAMES[Generate]) from None
 
@@ -120,11 +121,12 @@ class Framing(Generic[Send, Receive]):
 
 class Brief(NamedTuple):
     """Of a `generate`: its id, None if it has none that can be taken; how many samples it wants, 1 if that cannot be
-    told; on whose behalf."""
+    told; on whose behalf; what logs call it."""
 
     id: int | None
     num_samples: int
     tenant: str
+    log_id: str
 
 
 class _IdOnly(Struct):
@@ -138,6 +140,7 @@ class _SamplesOnly(Struct, frozen=True):
 class _BriefWithSamples(Struct):
     id: RequestId | None = None
     tenant: Tenant = ""
+    log_id: LogId = ""
     sampling: _SamplesOnly = _SamplesOnly()
 
 

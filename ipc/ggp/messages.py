@@ -28,6 +28,7 @@ NumSamples = Annotated[int, Meta(ge=1, le=limits.MAX_SAMPLES)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Tenant = Annotated[str, Meta(max_length=limits.MAX_TENANT_LEN)]
 Milliseconds = Annotated[float, Meta(gt=0, le=limits.MAX_DURATION_MS)]
+LogId = Annotated[str, Meta(max_length=limits.MAX_LOG_ID_LEN, pattern=r"\A[!-~]*\Z")]
 SessionKey = Annotated[str, Meta(max_length=limits.MAX_SESSION_LEN)]
 
 Temperature = Annotated[float, Meta(ge=0, le=100, description="0 is greedy.")]
@@ -240,6 +241,9 @@ class Generate(Struct, frozen=True, kw_only=True, omit_defaults=True):
         Meta(
             description="On whose behalf: who the request counts to. Only where `welcome.features` has `tenants`.",
         ),
+    ] = ""
+    log_id: Annotated[
+        LogId, Meta(description="What logs of the server call the request: printable ASCII without spaces.")
     ] = ""
     stream: Annotated[
         bool, Meta(description="false: each sample comes in one `delta`, when all samples have ended.")

@@ -65,6 +65,7 @@ DEFAULTS: dict[str, dict[str, Value]] = {
         "documents": None,
         "chat_template_kwargs": None,
         "tenant": "",
+        "log_id": "",
         "sampling": {},
         "stream": True,
         "echo_ids": False,

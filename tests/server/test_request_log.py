@@ -55,3 +55,8 @@ def test_a_flood_of_requests_that_come_to_nothing_is_one_line_a_second(lines: py
     for _ in range(10):
         log.write(ENDED)
     assert len(lines.messages) >= 11
+
+
+def test_a_line_ends_with_the_name_that_its_client_gave_it(lines: pytest.LogCaptureFixture) -> None:
+    RequestLog(None).write(msgspec.structs.replace(ENDED, log_id="trace-1"))
+    assert lines.messages[0].endswith(" total_ms=812.0 request_id=trace-1")

@@ -95,7 +95,7 @@ class Desk:
             self._shares.open_request(client, brief.num_samples)
         except (OverloadedError, InvalidRequestError) as refusal:
             return error_of(refusal, request_id)
-        request = PublicRequest(session, request_id, client, brief.num_samples, now_s, brief.tenant)
+        request = PublicRequest(session, request_id, client, brief.num_samples, now_s, brief.tenant, brief.log_id)
         session.requests[request_id] = request
         self._open[request] = None
         try:
@@ -171,7 +171,7 @@ class Desk:
             return
         if not isinstance(delivery, StreamPiece):
             assert isinstance(delivery, Exception), "samples stream"
-            self._fail(request, error_of(delivery, request.id))
+            self._fail(request, error_of(delivery, request.id, request.log_id))
             return
         num_unstarted, now_s = request.num_unstarted, time.monotonic()
         if request.prepared is not None:
@@ -192,7 +192,7 @@ class Desk:
         if request.ended:  # cancelled meanwhile
             return
         if isinstance(result, Exception):
-            self._fail(request, error_of(result, request.id))
+            self._fail(request, error_of(result, request.id, request.log_id))
             return
         try:
             self._shares.add_prompt(request.client, result.num_prompt_tokens * len(result.opened))

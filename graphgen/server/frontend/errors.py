@@ -24,8 +24,8 @@ SERVERS_OWN: frozenset[Code] = frozenset({"draining", "engine_lost", "poisoned",
 logger = logging.getLogger("graphgen.server.frontend")
 
 
-def error_of(failure: BaseException, request_id: int | None) -> Error:
-    """What the client of a failed `generate` is told."""
+def error_of(failure: BaseException, request_id: int | None, log_id: str = "") -> Error:
+    """What the client of a failed `generate` is told. log_id: what logs call it."""
     about = "generate"
     match failure:
         case FrameError():
@@ -35,7 +35,7 @@ def error_of(failure: BaseException, request_id: int | None) -> Error:
             return make_error("overloaded", str(failure), request_id, about, retry_after_ms)
     code = _code_of(failure)
     if code == "internal":
-        logger.error("request %s failed", request_id, exc_info=failure)
+        logger.error("request %s failed", log_id or request_id, exc_info=failure)
         return make_error(code, f"the server failed with {type(failure).__name__}", request_id, about)
     return make_error(code, str(failure), request_id, about)
 

@@ -142,6 +142,7 @@ class Preparer:
                 request.arrived_s,
                 request.client,
                 frozenset(message.marked_ids),
+                request.log_id,
             )
         deadline_ms = sampling.deadline_ms
         return Prepared(

@@ -10,7 +10,6 @@ import secrets
 import sys
 import threading
 import time
-import traceback
 from functools import partial
 from pathlib import Path
 
@@ -81,7 +80,7 @@ def main(folder: Path, parent_pid: int) -> None:
     end_with_parent(parent_pid, folder)
     raise_descriptor_limit()
     keep_heap_small()
-    log_to_stderr()
+    log_to_stderr("frontend", drops_repeats=True)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     inner: Context = zmq.Context()
     supervisor: SupervisorChannel = Channel(inner, folder, "frontend", "lower", SupervisorToFrontend)
@@ -89,7 +88,7 @@ def main(folder: Path, parent_pid: int) -> None:
         supervisor.send(Drained(_serve(folder, supervisor)))
         code = 0
     except BaseException as error:
-        traceback.print_exc()
+        logger.exception("the frontend failed")
         supervisor.send(Failed("frontend", type(error).__name__, str(error) or repr(error)))
         code = 1
     supervisor.close(linger_s=LINGER_S)
@@ -223,6 +222,7 @@ def _welcome(settings: FrontendSettings, core: AttachedCore, sockets: PublicSock
         "model_defaults": True,
         "notices": True,
         "batches": True,
+        "log_ids": True,
         "prompt_only": core.has_tokenizer,
         "structured": core.serves_structured,
         "marks": core.has_tokenizer,

@@ -52,12 +52,14 @@ class PublicRequest:
         num_samples: int,
         arrived_s: float,
         tenant: str = "",
+        log_id: str = "",
     ) -> None:
-        """client: whose share it counts to; tenant: on whose behalf it came, if it did."""
+        """client: whose share it counts to; tenant: on whose behalf it came, if it did; log_id: what logs call it."""
         self.session = session
         self.id = request_id
         self.client = client
         self.tenant = tenant
+        self.log_id = log_id
         self.arrived_s = arrived_s
         self.num_samples = num_samples  # as it says; its samples are made when it is prepared
         self.prepared: Prepared | None = None
@@ -185,6 +187,7 @@ class PublicRequest:
             finish=(self._end.code,) if isinstance(self._end, Error) else tuple(done.finish),
             first_token_ms=done.timing.first_token_ms,
             total_ms=round((now_s - self.arrived_s) * 1000, 3),
+            log_id=self.log_id,
         )
 
     def peek(self) -> Accepted | Delta | Done | Error | None:
