@@ -20,16 +20,20 @@ from graphgen.gateway.answers import OTHER_PATH, Counted
 from graphgen.gateway.endpoints import Endpoints
 from graphgen.gateway.errors import ApiError, anthropic_body, error_of, openai_body
 from graphgen.gateway.http import GoneError, Message, Receive, Scope, Send, send_error
+from graphgen.gateway.live import LiveFeed
 from graphgen.gateway.messages import Messages
 from graphgen.gateway.metric_table import Names
 from graphgen.gateway.monitoring import Monitoring
 from graphgen.gateway.openapi import OpenApi
+from graphgen.gateway.page_files import Page
 from graphgen.gateway.request_ids import REQUEST_ID, RequestIds
 from graphgen.gateway.responses import Responses
 from graphgen.gateway.service import HOLDER, Service
 from graphgen.gateway.tokens import TokenEndpoints
 
-PROBES = ("/health", "/ready")
+PAGE_FILES = "/page/{name:path}"
+OPEN = ("/health", "/ready", "/", PAGE_FILES)
+"""Who asks for these needs no key."""
 MESSAGES = "/v1/messages"
 """Of Anthropic's API."""
 
@@ -80,7 +84,8 @@ def make_app(
     metrics_names: Names = "graphgen",
     origins: Sequence[str] = (),
 ) -> Starlette:
-    """admission: who is let in; probes need none. origins: whose pages browsers let call this server."""
+    """admission: who is let in; probes and the page need none. origins: whose pages browsers let call this server."""
+    page = Page()
     endpoints, tokens, messages = Endpoints(service), TokenEndpoints(service), Messages(service)
     routes = [
         ("POST", "/v1/chat/completions", endpoints.chat_completions),
@@ -96,13 +101,16 @@ def make_app(
         ("GET", "/ready", endpoints.ready),
         ("GET", "/openapi.json", OpenApi().serve),
         ("GET", "/metrics", Monitoring(service, metrics_names).metrics),
+        ("GET", "/v1/engine/steps", LiveFeed(service).steps),
+        ("GET", "/", page.index),
+        ("GET", PAGE_FILES, page.file),
     ]
     middleware = [Middleware(RequestIds), *([_cross_origin(origins)] if origins else [])]
     app = Starlette(middleware=middleware, exception_handlers={HTTPException: _no_endpoint})
     app.state.answers = service.answers
     for method, path, serve in routes:
         body_of = anthropic_body if path.startswith(MESSAGES) else openai_body
-        endpoint = _Endpoint(serve, None if path in PROBES else admission, body_of)
+        endpoint = _Endpoint(serve, None if path in OPEN else admission, body_of)
         app.router.routes.append(Route(path, Counted(endpoint, path, service.answers), methods=[method]))
     return app
 

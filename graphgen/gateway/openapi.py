@@ -48,6 +48,9 @@ _OPERATIONS: dict[tuple[str, str], _Operation] = {
     ("GET", "/health"): _Operation("Whether frontend, scheduler and worker answer"),
     ("GET", "/ready"): _Operation("Whether new requests are taken"),
     ("GET", "/metrics"): _Operation("Metrics for Prometheus", content="text/plain"),
+    ("GET", "/v1/engine/steps"): _Operation("What the engine does, live", content="text/event-stream"),
+    ("GET", "/"): _Operation("A page that shows it", content="text/html"),
+    ("GET", "/page/{name}"): _Operation("A file of the page", content="text/html"),
     ("GET", "/openapi.json"): _Operation("This document"),
 }
 

@@ -101,6 +101,7 @@ class OpenRequest(Struct, frozen=True, kw_only=True):
     cached_tokens: Count
     output_tokens: Annotated[Count, Meta(description="Of all samples, so far.")]
     max_tokens: Annotated[Count, Meta(description="Of all samples, at most.")]
+    itl_target_ms: Annotated[Measured | None, Meta(description="What no gap between two of its tokens should exceed.")]
     state: Annotated[str, Meta(description="`held` in the frontend, `waiting` for a first token, or `running`.")]
 
 

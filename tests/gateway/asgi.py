@@ -16,7 +16,7 @@ from graphgen.gateway.app import make_app
 from graphgen.gateway.output_parsers.formats import PLAIN, OutputFormat
 from graphgen.gateway.service import Service
 from graphgen.ipc.ggp.messages import Health, Stats, StatsRequest
-from graphgen.ipc.ggp.statistics import BucketCount, Histogram, Metrics
+from graphgen.ipc.ggp.statistics import BucketCount, Histogram, Live, Metrics, Steps
 from tests.fakes import WELCOME, FakeCore
 
 Answer = Callable[[Sequence[Sink], int], None]
@@ -85,6 +85,10 @@ METRICS = Metrics(
     eager_steps=0,
     recompilations=0,
 )
+LIVE = Live(
+    steps=Steps(ids=[6, 7], chunk_rows=[9, 0], decode_rows=[2, 2], padding_rows=[5, 0], ms=[4.5, 2.5], ended_ms=[1, 5]),
+    requests=[],
+)
 STATS = Stats(
     sessions=3,
     open_requests=14,
@@ -142,7 +146,11 @@ class GatewayCore(FakeCore):
         """What was reported comes back as the frontend adds it up."""
         self.asked.append(question)
         metrics = replace(METRICS, http_answers={**METRICS.http_answers, **self.http_answers})
-        return replace(STATS, metrics=metrics if question.metrics else None)
+        return replace(
+            STATS,
+            metrics=metrics if question.metrics else None,
+            live=None if question.live_after is None else LIVE,
+        )
 
     def report(self, http_answers: dict[str, int]) -> None:
         self.http_answers.update(http_answers)

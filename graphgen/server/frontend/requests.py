@@ -171,6 +171,7 @@ class PublicRequest:
             cached_tokens=self._samples[0].cached_tokens if self._samples else 0,
             output_tokens=sum(self.clock.num_tokens),
             max_tokens=sum(one.submit.max_tokens for one in samples),
+            itl_target_ms=None if self.clock.itl_target_s is None else round(self.clock.itl_target_s * 1000, 3),
             state=state,
         )
 
