@@ -34,6 +34,8 @@ _NO_EFFECT: Mapping[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "expert_count": (0,),
     "expert_used_count": (0,),
+    "rope.scale_linear": (0.0, 1.0),
+    "rope.scaling.attn_factor": (1.0,),
     "rope.scaling.finetuned": (True, False),
     "tensor_data_layout": ("reference", "Meta AI original pth"),
     "use_parallel_residual": (False,),
@@ -47,6 +49,12 @@ _SCALING = {
     "rope.scaling.yarn_beta_fast": "beta_fast",
     "rope.scaling.yarn_beta_slow": "beta_slow",
 }
+_SCALING_BY_TYPE = {
+    "none": (*_SCALING, "rope.scale_linear"),
+    "linear": (*(key for key in _SCALING if key != "rope.scaling.attn_factor"), "rope.scale_linear"),
+    "yarn": tuple(_SCALING),
+}
+"""Value of rope.scaling.type -> the keys beside it that are read, or that change nothing with it."""
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """Of every model of Meta's with such a rotation. Files hold the factors that follow from these numbers."""
 _CLOSE = 1e-4
@@ -91,7 +99,7 @@ def config_of(header: GGUFHeader, where: str) -> dict[str, Any]:
         elif not key.startswith("rope.scal") and key not in _READ_APART:
             _check_no_effect(prefix + key, value, _NO_EFFECT.get(key), where)
     _check_heads(config, own, prefix, where)
-    if (scaling := _rope_scaling(own, header, config, where)) is not None:
+    if (scaling := _rope_scaling(own, prefix, header, config, where)) is not None:
         config["rope_scaling"] = scaling
     _add_scale_and_layers(config, own)
     return config
@@ -124,22 +132,31 @@ def _check_heads(config: Mapping[str, Any], own: Mapping[str, Any], prefix: str,
 
 
 def _rope_scaling(
-    own: Mapping[str, Any], header: GGUFHeader, config: Mapping[str, Any], where: str
+    own: Mapping[str, Any], prefix: str, header: GGUFHeader, config: Mapping[str, Any], where: str
 ) -> dict[str, Any] | None:
-    scaling: dict[str, Any] = {"rope_type": own.get("rope.scaling.type", "linear")}
+    kind = own.get("rope.scaling.type", "linear")
+    if kind not in _SCALING_BY_TYPE:
+        raise UnsupportedModelError(
+            f"{where} has {prefix}rope.scaling.type = {kind!r}, graphgen computes {', '.join(_SCALING_BY_TYPE)} for"
+            " GGUF files: use the checkpoint in safetensors"
+        )
+    scaling: dict[str, Any] = {"rope_type": kind}
     for key, value in own.items():
-        if key in _SCALING:
-            scaling[_SCALING[key]] = _plain(value)
-        elif key.startswith("rope.scaling.") and key != "rope.scaling.type":
-            _check_no_effect(key, value, _NO_EFFECT.get(key), where)
+        if key in _SCALING_BY_TYPE[kind]:
+            scaling[_SCALING.get(key, key)] = _plain(value)
+        elif key.startswith("rope.scal") and key != "rope.scaling.type":
+            _check_no_effect(prefix + key, value, _NO_EFFECT.get(key), where)
+    if kind == "linear":
+        scaling = {"rope_type": kind, "factor": scaling.get("factor", scaling.get("rope.scale_linear", 1.0))}
+    scales = kind != "none" and scaling.get("factor") not in (0.0, 1.0)
     if (factors := header.tensors.get(ROPE_FACTORS)) is not None:
+        if scales:
+            raise UnsupportedModelError(
+                f"{where} scales its rotation by {ROPE_FACTORS} and by {prefix}rope.scaling ({kind}): use the"
+                " checkpoint in safetensors"
+            )
         return _llama3_scaling(factors, config, where)
-    if scaling["rope_type"] == "linear":
-        scaling.setdefault("factor", _plain(own.get("rope.scale_linear", 1.0)))
-        scaling = {name: scaling[name] for name in ("rope_type", "factor")}
-    if scaling["rope_type"] == "none" or scaling.get("factor") in (0.0, 1.0):
-        return None
-    return scaling
+    return scaling if scales else None
 
 
 def _llama3_scaling(factors: GGUFTensor, config: Mapping[str, Any], where: str) -> dict[str, Any]:

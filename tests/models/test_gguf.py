@@ -148,6 +148,14 @@ def test_factors_of_a_rotation_become_llama_3s_scaling(
     with pytest.raises(UnsupportedModelError, match=r"rope_freqs\.weight"):
         load_spec(file)
 
+    def twice(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor("rope_freqs.weight", factors)
+        writer.add_rope_scaling_factor(2.0)
+
+    gguf_files.write(model, file, change=twice)
+    with pytest.raises(UnsupportedModelError, match=r"rope_freqs\.weight and by llama\.rope\.scaling \(linear\)"):
+        load_spec(file)
+
 
 def test_every_token_that_ends_a_turn_ends_an_answer(tmp_path: Path) -> None:
     assert load_spec(make("llama", tmp_path)).eos_token_ids == (1, 3)
@@ -199,8 +207,10 @@ def test_a_split_model_is_read_from_all_of_its_files(tmp_path: Path) -> None:
         (lambda writer: writer.add_expert_count(8), r"llama\.expert_count = 8"),
         (lambda writer: writer.add_logit_scale(0.5), r"llama\.logit_scale = 0\.5"),
         (lambda writer: writer.add_rope_dimension_count(4), r"llama\.rope\.dimension_count = 4"),
-        (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "longrope|short_factor"),
-        (lambda writer: writer.add_rope_scaling_yarn_log_mul(0.1), "yarn_log_multiplier"),
+        (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "type = 'longrope'.*none, linear"),
+        (lambda writer: writer.add_rope_scaling_yarn_log_mul(0.1), r"llama\.rope\.scaling\.yarn_log_multiplier = 0\.1"),
+        (lambda writer: writer.add_float32("llama.rope.scale_alpha", 2.0), r"llama\.rope\.scale_alpha = 2\.0"),
+        (lambda writer: writer.add_rope_scaling_attn_factors(0.5), r"llama\.rope\.scaling\.attn_factor = 0\.5"),
     ],
 )
 def test_a_trait_that_is_not_computed_is_refused_by_name(
