@@ -1,6 +1,6 @@
 """The dense feed-forward of a layer, and the linear layer that all blocks are made of.
 
-Owns their arithmetic, and which tensors of a checkpoint they take. Built from a Dense of spec.py by layers.py, and by
+Owns their arithmetic, and which tensors of a checkpoint they take. Built from a Dense of spec/ by layers.py, and by
 experts/ for experts that see every row.
 """
 

@@ -1,7 +1,7 @@
 """A decoder layer: norms, attention, feed-forward, and how they meet on the residual stream.
 
 Owns the arithmetic, in the order of operations of Hugging Face, so that bfloat16 rounds alike, and which tensors of a
-checkpoint each part takes. Every part is built from its Struct of spec.py. Knows no layer number, no checkpoint name
+checkpoint each part takes. Every part is built from its Struct of spec/. Knows no layer number, no checkpoint name
 and no bucket: every layer of one kind traces to the same graph. Built and called by decoder.py.
 
 Shapes: `T` token rows, `Hq`/`Hkv` heads, `D` head size.

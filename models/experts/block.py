@@ -1,7 +1,7 @@
 """A mixture of experts as a layer has it.
 
 Owns its weights, the order of its arithmetic, and which tensors of a checkpoint it takes. Built and called by the
-decoder layer from an Experts of spec.py, like the dense MLP.
+decoder layer from an Experts of spec/, like the dense MLP.
 
 Shapes: `T` token rows, `K` experts a row, `E` experts, `I` inner columns, `H` hidden.
 """

@@ -1,6 +1,6 @@
 """What a row of the table of families says.
 
-A family is a template of a ModelSpec: the Structs of spec.py with a word of words.py wherever the config decides. Never
+A family is a template of a ModelSpec: the Structs of spec/ with a word of words.py wherever the config decides. Never
 reads a file and holds no family, but what many of them have in common. Called by the families' own modules, and by
 reader.py, which fills the templates in.
 """
