@@ -24,6 +24,7 @@ from graphgen.gateway.schema import (
     TokenizeRequest,
     Usage,
 )
+from graphgen.gateway.structured import structured_of
 from graphgen.ipc.errors import InvalidRequestError
 from graphgen.remote.core import RemoteCore
 from graphgen.remote.requests import Parsing
@@ -80,8 +81,9 @@ silence would look for the reason elsewhere."""
 def sampling_of(request: Generation, max_tokens: int | None) -> SamplingParams:
     """Raises ApiError with the field that is wrong."""
     values = {name: value for name in _SAMPLING_FIELDS if (value := getattr(request, name)) is not None}
+    structured = structured_of(request)
     try:
-        return SamplingParams(max_tokens=max_tokens, **values)
+        return SamplingParams(max_tokens=max_tokens, structured=structured, **values)
     except InvalidRequestError as error:
         param = str(error).partition(" ")[0]
         raise ApiError(400, str(error), "invalid_request", param if param in _SAMPLING_FIELDS else None) from None
@@ -91,8 +93,6 @@ def chat_prompt(request: ChatRequest, tools: list[dict[str, Any]] | None) -> Cha
     """tools: what the template is told of. Raises ApiError."""
     if request.logprobs or request.top_logprobs:
         raise not_served("logprobs", "log-probabilities")
-    if request.response_format is not None and request.response_format.get("type") != "text":
-        raise not_served("response_format", "structured output")
     _check_common(request)
     if request.echo:
         raise not_served("echo", "a chat before its answer")

@@ -50,12 +50,11 @@ def chat_request_of(request: ResponsesRequest) -> schema.ChatRequest:
     limit = request.max_tokens if request.max_output_tokens is None else request.max_output_tokens
     tools = [_chat_tool(tool) for tool in request.tools or [] if tool.get("type") == "function"]
     return schema.ChatRequest(
-        **{**shared, "max_tokens": limit},
+        **{**shared, "max_tokens": limit, "response_format": _chat_format(text.format)},
         messages=_messages_of(request),
         tools=tools or None,
         tool_choice=_chat_choice(request.tool_choice) if tools else None,
         parallel_tool_calls=request.parallel_tool_calls,
-        response_format=_chat_format(text.format),
         top_logprobs=request.top_logprobs,
         chat_template_kwargs=request.chat_template_kwargs,
         reasoning_effort=reasoning.effort,

@@ -45,6 +45,15 @@ class Generation(Struct, frozen=True, kw_only=True):
     ttft_target_ms: float | None = None
     tpot_target_ms: float | None = None
 
+    # What the output must follow: see `graphgen.gateway.structured`.
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    structured_after: str | None = None
+
     # What would change the output, and is not served: see `generation.UNSERVED`.
     allowed_token_ids: Any = None
     bad_words: Any = None
@@ -63,7 +72,6 @@ class ChatRequest(Generation, frozen=True, kw_only=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    response_format: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None

@@ -211,7 +211,7 @@ def test_messages_that_a_program_sends_back_are_taken_as_they_came() -> None:
         (CHATS, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "messages"),
         (CHATS, {"messages": [{"content": "x"}]}, "messages"),
         (CHATS, {"logprobs": True}, "logprobs"),
-        (CHATS, {"response_format": {"type": "json_object"}}, "response_format"),
+        (CHATS, {"response_format": {"type": "structural_tag"}}, "response_format"),
         (CHATS, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         (CHATS, {"logit_bias": {"5": 1}}, "logit_bias"),
         (CHATS, {"chat_template": "{{ x }}"}, "chat_template"),
