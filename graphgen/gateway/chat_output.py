@@ -14,9 +14,9 @@ from graphgen.calls.outputs import StreamPiece
 from graphgen.gateway import schema
 from graphgen.gateway.output_parsers.events import Arguments, Call, Content, Event, Reasoning
 from graphgen.gateway.output_parsers.formats import Parser, ParserMaker
-from graphgen.gateway.output_parsers.json_calls import Tools
 from graphgen.gateway.output_parsers.marks import MarkedText
 from graphgen.gateway.output_parsers.reading import SPACE
+from graphgen.gateway.tools import ToolUse
 
 TAIL_LEN = 1024
 """Characters of the end of the prompt, which may have begun the output."""
@@ -36,11 +36,9 @@ class PlainOutput:
 class ChatOutput:
     """One output. `take` gives what a client is sent of its next pieces."""
 
-    def __init__(self, maker: ParserMaker, tools: Tools | None, one_call: bool) -> None:
-        """tools: None: the output has no calls. one_call: calls behind the first are left out."""
+    def __init__(self, maker: ParserMaker, tools: ToolUse) -> None:
         self._maker = maker
         self._tools = tools
-        self._one_call = one_call
         self._marked = MarkedText(maker.symbols)
         self._parser: Parser | None = None  # made with the first piece, which knows the prompt
         self._spaces = _Spaces()
@@ -49,7 +47,10 @@ class ChatOutput:
     def take(self, pieces: Sequence[StreamPiece]) -> tuple[list[schema.ChatDelta], str | None]:
         """(what is new, in its order; how the output ended, if it has)."""
         if self._parser is None:
-            self._parser = self._maker.make(self._tools, pieces[0].prompt_tail, self._marked.texts)
+            is_forced = self._tools.forced is not None
+            self._parser = self._maker.make(
+                self._tools.schemas, pieces[0].prompt_tail, self._marked.texts, is_list=is_forced
+            )
         marks = [mark for piece in pieces for mark in piece.marks]
         events = self._parser.feed(self._marked.push("".join(piece.text for piece in pieces), marks))
         finish = pieces[-1].finish_reason
@@ -58,14 +59,15 @@ class ChatOutput:
         events += self._parser.feed(self._marked.finish())
         events += self._parser.finish()
         deltas = self._deltas([*self._spaces.take(events), *self._spaces.finish()])
-        return deltas, "tool_calls" if self._num_calls and finish == "stop" else finish
+        is_news = self._num_calls > 0 and not self._tools.is_named
+        return deltas, "tool_calls" if is_news and finish == "stop" else finish
 
     def _deltas(self, events: Sequence[Event]) -> list[schema.ChatDelta]:
         deltas: list[schema.ChatDelta] = []
         for event in events:
             if isinstance(event, Call):
                 self._num_calls += 1
-            if self._one_call and self._num_calls > 1:
+            if self._tools.one_call and self._num_calls > 1:
                 continue
             deltas.append(self._delta(event))
         return deltas

@@ -1,12 +1,14 @@
 """From a request for a chat to what the frontend is asked for, and how its outputs are read.
 
-Used by every endpoint that answers chats: OpenAI's two, and Anthropic's.
+Owns what a forced call asks of the sampling. Used by every endpoint that answers chats: OpenAI's two, and Anthropic's.
 """
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from graphgen.calls.prompts import Chat
 from graphgen.calls.sampling_params import SamplingParams
+from graphgen.calls.structured import JsonSchema
 from graphgen.gateway.chat_output import TAIL_LEN, ChatOutput, PlainOutput
 from graphgen.gateway.generation import chat_prompt, sampling_of
 from graphgen.gateway.http import Scope
@@ -32,9 +34,14 @@ async def read_chat(service: Service, request: ChatRequest, max_tokens: int | No
     tools = read_tools(request, parsers.has_calls)
     prompt = chat_prompt(request, tools.described)
     sampling = sampling_of(request, max_tokens)
+    if tools.forced is not None:
+        closing = ""
+        if parsers.thinks:
+            # Where the prompt has begun to think, the call comes behind that. How it ends only the frontend can say.
+            read = await service.read_prompt(prompt, scope, with_text=True)
+            closing = parsers.closing_behind(read.text or "")
+        sampling = replace(sampling, structured=JsonSchema(tools.forced, closing))
     if tools.schemas is None and parsers.is_plain:
         return ChatTurn(prompt, sampling, NO_PARSING, [PlainOutput() for _ in range(sampling.n)])
-    outputs: list[ChatOutput | PlainOutput] = [
-        ChatOutput(parsers, tools.schemas, tools.one_call) for _ in range(sampling.n)
-    ]
+    outputs: list[ChatOutput | PlainOutput] = [ChatOutput(parsers, tools) for _ in range(sampling.n)]
     return ChatTurn(prompt, sampling, Parsing(tuple(parsers.symbols), TAIL_LEN), outputs)

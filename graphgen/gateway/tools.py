@@ -13,6 +13,8 @@ from graphgen.gateway.output_parsers.json_calls import Tools
 from graphgen.gateway.schema import ChatRequest
 
 CHOICES = "none", "auto", "required"
+MAX_CALLS = 32
+"""In an output that must be calls: what has no end would be written to max_tokens."""
 
 
 class ToolUse(Struct, frozen=True):
@@ -24,6 +26,10 @@ class ToolUse(Struct, frozen=True):
     """For the parser; None: outputs have no calls."""
     one_call: bool
     """At most one."""
+    forced: dict[str, Any] | None = None
+    """The JSON schema of the list of calls that the output must be; None: the model may write what it likes."""
+    is_named: bool = False
+    """The request has named the function: that it is called is no news."""
 
 
 def read_tools(request: ChatRequest, has_parser: bool) -> ToolUse:
@@ -41,8 +47,10 @@ def read_tools(request: ChatRequest, has_parser: bool) -> ToolUse:
     if not schemas:
         return ToolUse(None, None, one_call)
     if choice != "auto":
-        text = 'a call cannot be forced by this server: say "tool_choice": "auto"'
-        raise ApiError(400, f"tool_choice: {text}", "unsupported_parameter", "tool_choice")
+        is_named = choice != "required"
+        callable_ones = {choice: schemas[choice]} if is_named else schemas
+        forced = calls_schema(callable_ones, one_call or is_named)
+        return ToolUse(request.tools, schemas, one_call, forced, is_named)
     if not has_parser:
         text = (
             "the form in which this model writes its calls is not known: start the server with --tool-parser, or say"
@@ -50,6 +58,37 @@ def read_tools(request: ChatRequest, has_parser: bool) -> ToolUse:
         )
         raise ApiError(400, f"tools: {text}", "unsupported_parameter", "tools")
     return ToolUse(request.tools, schemas, one_call)
+
+
+def calls_schema(schemas: Tools, one_call: bool) -> dict[str, Any]:
+    """Of a list of calls, as `output_parsers.json_calls.read_json_list` reads it."""
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": name}, "arguments": {"$ref": f"#/$defs/{number}"}},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for number, name in enumerate(schemas)
+    ]
+    return {
+        "type": "array",
+        "items": {"anyOf": calls},
+        "minItems": 1,
+        "maxItems": 1 if one_call else MAX_CALLS,
+        "$defs": {str(number): _moved(one, f"#/$defs/{number}") for number, one in enumerate(schemas.values())},
+    }
+
+
+def _moved(schema: Any, root: str) -> Any:  # of any JSON
+    """A schema whose root is elsewhere in the document now: its references are from there."""
+    if isinstance(schema, Mapping):
+        return {
+            key: root + value[1:] if key == "$ref" and isinstance(value, str) and value.startswith("#") else moved
+            for key, value in schema.items()
+            for moved in (_moved(value, root),)
+        }
+    return [_moved(one, root) for one in schema] if isinstance(schema, list) else schema
 
 
 def _choice(given: str | Mapping[str, Any] | None) -> str:
@@ -79,7 +118,7 @@ def _described(number: int, tool: Mapping[str, Any]) -> tuple[str, Mapping[str, 
         raise _refused(f"tools[{number}]", f"its name is {name!r:.100}: give text")
     if parameters is not None and not isinstance(parameters, Mapping):
         raise _refused(f"tools[{number}]", f"its parameters are {parameters!r:.100}: give a JSON schema, or nothing")
-    return name, parameters or {}
+    return name, parameters or {"type": "object"}
 
 
 def _refused(param: str, text: str) -> ApiError:

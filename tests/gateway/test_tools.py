@@ -2,28 +2,23 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphgen import Chat
+from graphgen import Chat, SamplingParams
 from graphgen.calls.outputs import Mark, StreamPiece
+from graphgen.calls.structured import JsonSchema
 from graphgen.gateway.chat_output import ChatOutput, join_deltas
 from graphgen.gateway.output_parsers.formats import OutputFormat, ParserMaker, choose_format
-from graphgen.gateway.service import Service
-from graphgen.mock_server.script import Reply, Say, Script
-from graphgen.remote.core import RemoteCore
-from tests import ROOT
+from graphgen.gateway.tools import ToolUse, calls_schema
 from tests.gateway.asgi import GatewayCore, call, piece, says
-from tests.gateway.over_http import serving_http
-from tests.ipc.raw_client import running_mock
 
 CHATS = "/v1/chat/completions"
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "get_weather",
@@ -147,7 +142,6 @@ def test_the_template_gets_the_tools_unless_none_may_be_called() -> None:
         ({"tool_choice": {"type": "function"}}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
         ({"tool_choice": "required", "tools": []}, "tool_choice"),
-        ({"tool_choice": "required"}, "tool_choice"),
     ],
 )
 def test_wrong_tools_are_refused_with_their_place(wrong: dict[str, Any], param: str) -> None:
@@ -193,7 +187,7 @@ def test_a_stream_joined_is_the_message(data: st.DataObject) -> None:
     pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
     def message_of(texts: Sequence[str]) -> Any:
-        output = ChatOutput(ParserMaker(HERMES), {"get_weather": {}}, one_call=False)
+        output = ChatOutput(ParserMaker(HERMES), ToolUse([WEATHER], {"get_weather": {}}, one_call=False))
         deltas = [delta for one in texts for delta in output.take([piece(one)])[0]]
         last, finish = output.take([piece("", "stop")])
         message = join_deltas([*deltas, *last])
@@ -203,47 +197,77 @@ def test_a_stream_joined_is_the_message(data: st.DataObject) -> None:
     assert message_of(pieces) == message_of([text])
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    """Of a gateway before a server whose model calls a function, and then says what it gave."""
-    called = re.findall(".{1,9}", "<think>Hm.</think>\n" + hermes("Paris") + "\n" + hermes("Rome"), re.DOTALL)
-    replies = [
-        Reply("How warm is it in Paris?", (Say(tuple(called), every_ms=0),)),
-        Reply("18 C", (Say(("It is ", "18 C."), 0),)),
-    ]
-    with running_mock(Script(replies=tuple(replies))) as server:
-        core = RemoteCore(server.address, {})
-        with serving_http(Service(core, ["fake"], HERMES)) as port:
-            yield f"http://127.0.0.1:{port}"
-        core.close()
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
+LIST = '[{"name": "get_weather", "arguments": {"city": "Paris"}}]'
 
 
+@pytest.mark.parametrize(
+    ("body", "most", "finish"),
+    [
+        ({"tool_choice": "required"}, 32, "tool_calls"),
+        ({"tool_choice": "required", "parallel_tool_calls": False}, 1, "tool_calls"),
+        ({"tool_choice": NAMED}, 1, "stop"),
+    ],
+)
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_loop_of_a_program_that_serves_its_tools(url: str, stream: bool) -> None:
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30.0)
-    messages: list[Any] = [{"role": "user", "content": "How warm is it in Paris?"}]
-    while True:
-        common: Any = {"model": "fake", "messages": messages, "tools": [WEATHER]}
-        if stream:
-            with client.chat.completions.stream(**common) as events:
-                choice: Any = events.get_final_completion().choices[0]
-        else:
-            choice = client.chat.completions.create(**common).choices[0]
-        if choice.finish_reason != "tool_calls":
-            break
-        messages.append(choice.message.model_dump())
-        for one in choice.message.tool_calls:
-            assert json.loads(one.function.arguments)["city"] in ("Paris", "Rome")
-            messages.append({"role": "tool", "tool_call_id": one.id, "content": "18 C"})
-    assert choice.message.content == "It is 18 C."
-    assert [message["role"] for message in messages] == ["user", "assistant", "tool", "tool"]
-    assert messages[1]["reasoning_content"] == "Hm."
+def test_a_forced_call_is_a_list_that_the_sampling_follows(body: Any, most: int, finish: str, stream: bool) -> None:
+    """Whatever form the model would have chosen."""
+    core = GatewayCore(ends(LIST[:30], LIST[30:]))
+    reply = call(core, CHATS, {**ASKED, **body, "stream": stream}, output_format=HERMES)
+    assert isinstance(core.sampling, SamplingParams)
+    assert isinstance(core.sampling.structured, JsonSchema)
+    asked = json.loads(core.sampling.structured.text)
+    assert (asked["minItems"], asked["maxItems"], core.sampling.structured.after) == (1, most, "")
+    assert core.prompts[-1] == Chat([{"role": "user", "content": ASKED["messages"][0]["content"]}], [WEATHER])
+    if stream:
+        choices = [choice for chunk in reply.events[:-1] for choice in chunk["choices"]]
+        calls = [one["function"] for choice in choices for one in choice["delta"].get("tool_calls", ())]
+        assert "".join(one["arguments"] for one in calls) == '{"city": "Paris"}'
+        assert not any(choice["delta"].get("content") for choice in choices)
+        assert [choice["finish_reason"] for choice in choices if choice["finish_reason"]] == [finish]
+    else:
+        (choice,) = reply.json["choices"]
+        (called,) = choice["message"]["tool_calls"]
+        assert called["function"] == {"name": "get_weather", "arguments": '{"city": "Paris"}'}
+        assert (choice["message"]["content"], choice["finish_reason"]) == (None, finish)
 
 
-def test_the_program_of_the_docs_runs(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    text = (ROOT / "docs" / "http.md").read_text()
-    _, program = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(program.replace("http://127.0.0.1:8000", url).replace('"demo"', '"fake"'), names)
-    assert capsys.readouterr().out == 'get_weather {"city": "Paris"}\nget_weather {"city": "Rome"}\n'
-    assert names["answer"].message.content == "It is 18 C."
+def test_a_forced_call_comes_behind_the_thoughts_that_the_prompt_has_begun() -> None:
+    prompt = "<|im_start|>assistant\n<think>\n"  # as the stand-in for a frontend renders a chat
+
+    def answer(sinks: Sequence[Any], _: int) -> None:
+        sinks[0](StreamPiece(f"Hm.</think>{LIST}", (1,), "stop", prompt_tail=prompt))
+
+    core = GatewayCore(answer)
+    body = {**ASKED, "messages": [{"role": "user", "content": prompt}], "tool_choice": "required"}
+    (choice,) = call(core, CHATS, body, output_format=HERMES).json["choices"]
+    assert isinstance(core.sampling, SamplingParams)
+    assert isinstance(core.sampling.structured, JsonSchema)
+    assert core.sampling.structured.after == "</think>"
+    assert choice["message"]["reasoning_content"] == "Hm."
+    assert len(choice["message"]["tool_calls"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"),
+    [
+        ('[{"name": "f", "arguments": {"p": {"x": 1}, "city": "a"}}]', True),
+        ('[{"name": "f", "arguments": {"p": {"next": {"p": {}}}}}, {"name": "g", "arguments": {}}]', True),
+        ("[]", False),
+        ('[{"name": "h", "arguments": {}}]', False),
+        ('[{"name": "f", "arguments": {"city": "a"}}]', False),
+        ('[{"arguments": {}, "name": "g"}]', False),
+    ],
+)
+def test_the_grammar_of_forced_calls_is_that_of_the_tools(text: str, fits: bool) -> None:
+    """Schemas with references too: each tool's begin at its own root. The name comes first, so that a call can be
+    passed on while it is written."""
+    llguidance = pytest.importorskip("llguidance")
+    definitions = {"P": {"type": "object", "properties": {"x": {"type": "integer"}, "next": {"$ref": "#"}}}}
+    properties = {"p": {"$ref": "#/$defs/P"}, "city": {"type": "string"}}
+    tool = {"type": "object", "properties": properties, "required": ["p"], "$defs": definitions}
+    schema = json.dumps(calls_schema({"f": tool, "g": {"type": "object"}}, one_call=False))
+    tokenizer = llguidance.LLTokenizer("byte")
+    matcher = llguidance.LLMatcher(tokenizer, llguidance.LLMatcher.grammar_from_json_schema(schema))
+    tokens = tokenizer.tokenize_str(text)
+    assert (matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()) == fits

@@ -12,7 +12,7 @@ from tests.gateway.asgi import GatewayCore, Reply, call
 from tests.gateway.test_tools import HERMES, WEATHER, ends, hermes
 
 TEXTS = ["<think>\nHm, ", "Paris.\n</think>\n\n", "I look.\n", *re.findall(".{1,9}", hermes("Paris"), re.DOTALL)]
-FUNCTION: dict[str, Any] = WEATHER["function"]  # type: ignore[assignment]  # the other value is text
+FUNCTION: dict[str, Any] = WEATHER["function"]
 RESPONSES: dict[str, Any] = {"input": "How warm?", "tools": [{"type": "function", **FUNCTION}]}
 MESSAGES: dict[str, Any] = {
     "max_tokens": 99,

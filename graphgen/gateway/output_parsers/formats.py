@@ -11,11 +11,12 @@ from typing import Any, Literal, NamedTuple, Protocol
 from msgspec import Struct
 
 from graphgen.gateway.output_parsers import deepseek, harmony
-from graphgen.gateway.output_parsers.events import Content, Event
+from graphgen.gateway.output_parsers.events import Content, Event, Reasoning
 from graphgen.gateway.output_parsers.json_calls import (
     Read,
     Tools,
     read_hermes,
+    read_json_list,
     read_llama3,
     read_mistral,
 )
@@ -161,13 +162,32 @@ class ParserMaker:
         """Whether outputs without calls are text as it is."""
         return self._template is None and self._format.reasoning is None and self._format.calls != "harmony"
 
-    def make(self, tools: Tools | None, prompt_tail: str, texts: Mapping[int, str]) -> Parser:
+    @property
+    def thinks(self) -> bool:
+        """Whether outputs may begin with reasoning between two markers."""
+        return self._format.reasoning in _REASONING and self._format.reasoning != "harmony"
+
+    def closing_behind(self, prompt: str) -> str:
+        """The marker that ends the reasoning that a prompt has begun; empty where it has not."""
+        opening, closing = _REASONING.get(self._format.reasoning or "", ("", ""))
+        return closing if self.thinks and prompt.rstrip(SPACE).endswith(opening) else ""
+
+    def make(self, tools: Tools | None, prompt_tail: str, texts: Mapping[int, str], *, is_list: bool = False) -> Parser:
         """tools: None: calls are text. prompt_tail: the end of the prompt, which may have begun the output.
-        texts: of the symbols, see Reader."""
+        texts: of the symbols, see Reader. is_list: a grammar makes the output a list of calls, whatever the model's own
+        format, behind the reasoning that the prompt has begun."""
+        reader = Reader(texts)
+        if is_list:
+            return OutputParser(reader, self._read_list(reader, prompt_tail))
         if self._template is not None:
             return self._template.parser(tools, prompt_tail, self._token_texts)
-        reader = Reader(texts)
         return OutputParser(reader, self._read(reader, tools, prompt_tail))
+
+    def _read_list(self, reader: Reader, prompt_tail: str) -> Reading[None]:
+        if closing := self.closing_behind(prompt_tail):
+            yield from reader.copy_until(Reasoning, self._markers[closing])
+        yield from read_json_list(reader)
+        yield from reader.copy_until(Content)
 
     def _read(self, reader: Reader, tools: Tools | None, prompt_tail: str) -> Reading[None]:
         calls, reasoning = self._format.calls, self._format.reasoning
@@ -176,7 +196,7 @@ class ParserMaker:
             return
         if reasoning is not None:
             opening, closing = _REASONING[reasoning]
-            is_open = prompt_tail.rstrip(SPACE).endswith(opening)
+            is_open = self.closing_behind(prompt_tail) != ""
             yield from read_reasoning(reader, self._markers[opening], self._markers[closing], is_open)
         if tools is not None and calls is not None:
             yield from _CALLS[calls].read(reader, self._markers, tools)

@@ -85,10 +85,9 @@ def read_mistral(reader: Reader, markers: Markers, tools: Tools) -> Reading[None
             reader.say(Content, opening)
 
 
-def read_json_list(reader: Reader, markers: Markers, tools: Tools) -> Reading[None]:
+def read_json_list(reader: Reader) -> Reading[None]:
     """A list of calls and nothing else, as a grammar asks for it."""
-    if not (yield from read_list(reader)):
-        yield from reader.copy_until(Content)
+    yield from read_list(reader)
 
 
 def read_list(reader: Reader) -> Reading[bool]:
