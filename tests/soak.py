@@ -40,6 +40,8 @@ SETTLE_S = 300.0
 PAUSES = 10
 DEATHS_AT = (0.1, 0.2)
 """When the worker is killed, as shares of the time."""
+LATE_S = 60.0
+"""By so much a run is longer where the machine is so busy that a worker is not replaced in time."""
 MIN_SAMPLE_S = 0.5
 NUM_SAMPLES = 100
 """Of each process at most: more would be a growth of this program itself."""
@@ -305,7 +307,10 @@ def run(total_s: float, seed: int = 0, num_pauses: int = PAUSES) -> tuple[list[s
                 deaths_at_s, num_deaths = [share * total_s for share in DEATHS_AT], 0
                 for number in range(num_pauses):
                     load.resume()
-                    while (seconds := time.monotonic() - begun_s) < (number + 1) * total_s / num_pauses:
+                    is_last = number == num_pauses - 1
+                    while (seconds := time.monotonic() - begun_s) < (number + 1) * total_s / num_pauses or (
+                        is_last and num_replaced(server) < len(DEATHS_AT) and seconds < total_s + LATE_S
+                    ):
                         if len(deaths_at_s) > num_deaths == num_replaced(server) and seconds > deaths_at_s[num_deaths]:
                             os.kill(server.pid_of(MODULES["worker"]), signal.SIGKILL)
                             num_deaths += 1
