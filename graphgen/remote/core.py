@@ -48,7 +48,7 @@ class RemoteCore:
         Returns the id of a prompt's request once for each of its outputs, which is what its sink will get.
         """
         parameters = one_each(sampling, len(prompts))
-        self._check_features(prompts)
+        self._check_features(prompts, parameters)
         if any(own.structured is not None for own in parameters) and "structured" not in self.welcome.features:
             raise InvalidRequestError(
                 f"structured: {self.welcome.server} serves no structured output: leave it out, or ask a server that has"
@@ -86,8 +86,11 @@ class RemoteCore:
         )
         self._connection.submit([PromptRequest(message, sink)])
 
-    def _check_features(self, prompts: Sequence[OnePrompt]) -> None:
+    def _check_features(self, prompts: Sequence[OnePrompt], parameters: Sequence[SamplingParams] = ()) -> None:
         """An older server would read over what it does not know."""
+        asks = any(one.logprobs is not None or one.prompt_logprobs is not None for one in parameters)
+        if asks and "logprobs" not in self.welcome.features:
+            raise InvalidRequestError(f"{self.welcome.server} tells no log-probabilities: ask for none")
         for prompt in prompts:
             if isinstance(prompt, Chat) and prompt.has_arguments and "template_arguments" not in self.welcome.features:
                 raise InvalidRequestError(

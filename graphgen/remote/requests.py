@@ -10,6 +10,7 @@ from typing import NoReturn, cast
 import msgspec
 from msgspec import UNSET, Struct
 
+from graphgen.calls.logprobs import Logprobs, join
 from graphgen.calls.outputs import Delivery, Mark, PromptTokens, RequestOutput, Sink, StreamPiece, Timing
 from graphgen.calls.prompts import Chat, OnePrompt
 from graphgen.calls.sampling_params import SamplingParams
@@ -26,9 +27,11 @@ from graphgen.ipc.errors import (
     PromptTooLongError,
     ServerError,
 )
+from graphgen.ipc.ggp import messages
 from graphgen.ipc.ggp.limits import MAX_INT
 from graphgen.ipc.ggp.messages import Accepted, Delta, Done, Error, Generate, Sampling, SamplingDefaults
 from graphgen.ipc.messages import FinishReason
+from graphgen.ipc.step_schema import WORD_BYTES, logprob_words
 
 
 class RemoteRequest:
@@ -44,6 +47,8 @@ class RemoteRequest:
         self._token_ids: list[list[int]] = [[] for _ in range(message.sampling.n)]
         self._texts: list[list[str]] = [[] for _ in range(message.sampling.n)]
         self._times_s: list[list[float]] = [[] for _ in range(message.sampling.n)]
+        self._logprobs: list[list[Logprobs]] = [[] for _ in range(message.sampling.n)]
+        self._prompt_logprobs: Logprobs | None = None
         self._num_open = message.sampling.n
         self._num_prompt_tokens = 0
         self._prompt_tail = ""
@@ -70,6 +75,13 @@ class RemoteRequest:
         self._texts[delta.sample].append(delta.text)
         self._times_s[delta.sample].extend([now_s] * len(delta.ids))
         self._num_open -= delta.finish is not None
+        logprobs = None if delta.logprobs is None else _logprobs(delta.logprobs, delta.ids)
+        told = delta.prompt_logprobs
+        of_prompt = None if told is None else _logprobs(told, told.ids)
+        if logprobs is not None and not self._streams:
+            self._logprobs[delta.sample].append(logprobs)
+        if of_prompt is not None:
+            self._prompt_logprobs = of_prompt
         if not self._streams:
             return None
         return StreamPiece(
@@ -81,6 +93,8 @@ class RemoteRequest:
             prompt_tokens=self._num_prompt_tokens,
             marks=tuple(Mark(mark.id, mark.start, mark.end) for mark in delta.marks),
             prompt_tail=self._prompt_tail,
+            logprobs=logprobs,
+            prompt_logprobs=of_prompt,
         )
 
     def take_done(self, done: Done) -> list[Delivery]:
@@ -111,6 +125,8 @@ class RemoteRequest:
             ),
             cached_tokens=done.usage.cached_tokens,
             sample_index=sample,
+            logprobs=join(self._logprobs[sample]),
+            prompt_logprobs=None if sample else self._prompt_logprobs,
         )
 
 
@@ -201,9 +217,6 @@ def wire_sampling(sampling: SamplingParams) -> Sampling:
     if sampling.seed is not None and sampling.seed > MAX_INT:
         raise InvalidRequestError(f"seed is {sampling.seed}, the protocol's limit is {MAX_INT}: use a smaller one")
     values = msgspec.structs.asdict(sampling)
-    for name in ("logprobs", "prompt_logprobs"):
-        if values.pop(name) is not None:
-            raise InvalidRequestError(f"{name} cannot be asked of a server yet: use an Engine, or leave it out")
     values["structured"] = None if sampling.structured is None else to_wire(sampling.structured)
     for name in SamplingDefaults.__struct_fields__:
         if values[name] is None:
@@ -234,6 +247,14 @@ def exception_of(error: Error) -> GraphgenError:
             return EngineDeadError(error.message)
         case code:
             return ServerError(error.message, code, error.retryable)
+
+
+def _logprobs(found: messages.Logprobs, token_ids: Sequence[int]) -> Logprobs:
+    """Raises ServerError where they are not those of so many tokens."""
+    num_values, num_tokens = len(token_ids) * WORD_BYTES * logprob_words(found.top), len(token_ids) * (1 + found.top)
+    if (len(found.values), len(found.tokens)) != (num_values, num_tokens):
+        raise ServerError("the server sent log-probabilities of other tokens than it sent: report this", "internal")
+    return Logprobs(found.top, tuple(token_ids), found.values, tuple(found.tokens), found.before)
 
 
 def _valid_text(text: str) -> str:

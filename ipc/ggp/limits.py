@@ -22,6 +22,10 @@ MAX_SESSION_LEN = 64
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_LEN = 1024
 MAX_STOP_TOKEN_IDS = 16
+MAX_LOGPROBS = 20
+"""Likeliest tokens whose log-probabilities are told."""
+MAX_LOGPROB_ITEMS = 1 << 19
+"""Log-probabilities in one message, which a frame holds: of a prompt, or of an output that comes in one `delta`."""
 MAX_SAMPLES = 16
 MAX_MARKED_IDS = 256
 """Token ids whose places in the text a request asks for."""

@@ -24,6 +24,7 @@ DEFAULT_ADDRESS = "tcp://127.0.0.1:5755"
 DEFAULT_CONTROL_ADDRESS = "tcp://127.0.0.1:5756"
 
 RequestId = Annotated[int, Meta(ge=0, le=limits.MAX_INT)]
+NumLikeliest = Annotated[int, Meta(ge=0, le=limits.MAX_LOGPROBS)]
 NumSamples = Annotated[int, Meta(ge=1, le=limits.MAX_SAMPLES)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Tenant = Annotated[str, Meta(max_length=limits.MAX_TENANT_LEN)]
@@ -129,6 +130,17 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ignore_eos: Annotated[bool, Meta(description="Go on after the tokens of `welcome.eos_token_ids`.")] = False
     skip_special_tokens: Annotated[bool, Meta(description="Leave special tokens out of the text.")] = True
     n: Annotated[NumSamples, Meta(description="Samples: outputs drawn independently for the one prompt.")] = 1
+    logprobs: Annotated[
+        NumLikeliest | None,
+        Meta(description="Log-probabilities of the output: of each token, and of so many likeliest in its place."),
+    ] = None
+    prompt_logprobs: Annotated[
+        NumLikeliest | None,
+        Meta(
+            description="The same of the prompt's tokens but the first, in the first `delta` of sample 0. Times the"
+            " prompt's length at most 2^19, with each token itself."
+        ),
+    ] = None
     priority: Annotated[
         int, Meta(ge=0, le=limits.MAX_PRIORITY, description="Service class; the higher number is served first.")
     ] = 0
@@ -421,6 +433,30 @@ class Mark(Struct, frozen=True, kw_only=True):
     end: Annotated[Count, Meta(description="Equal to `start` where the text leaves the token out.")]
 
 
+class Logprobs(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Log-probabilities of consecutive tokens, before temperature, penalties and filters: the value of `delta.logprobs`
+    and `delta.prompt_logprobs`."""
+
+    top: Annotated[NumLikeliest, Meta(description="Likeliest tokens told of each token.")] = 0
+    values: Annotated[
+        bytes,
+        Meta(
+            description="Of each token 8 + 8 * `top` bytes, little-endian: its log-probability (float32), its rank"
+            " (uint32, 1 for the likeliest), the ids of the likeliest tokens (uint32 each), and their log-probabilities"
+            " (float32 each)."
+        ),
+    ] = b""
+    tokens: Annotated[
+        list[bytes],
+        Meta(
+            description="Of each token its bytes, then those of the likeliest tokens; part of a character's for some,"
+            " and empty without a tokenizer."
+        ),
+    ] = []
+    ids: Annotated[list[TokenId], Meta(description="Of a prompt: the tokens. Of an output they are the delta's.")] = []
+    before: Annotated[bytes, Meta(description="Of a prompt: the bytes of its first token.")] = b""
+
+
 class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """New tokens of one sample. Joined in order, the texts are the text of the output and the ids its tokens."""
 
@@ -444,6 +480,10 @@ class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
             " the text, or behind its end when a stop string has cut it."
         ),
     ] = []
+    logprobs: Annotated[Logprobs | None, Meta(description="With `sampling.logprobs`: those of `ids`.")] = None
+    prompt_logprobs: Annotated[
+        Logprobs | None, Meta(description="With `sampling.prompt_logprobs`, in the first delta of sample 0.")
+    ] = None
 
 
 class Deltas(Struct, frozen=True, kw_only=True):

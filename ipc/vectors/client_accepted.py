@@ -301,6 +301,10 @@ SAMPLING = [
     sampled("itl-target", "a fraction of a millisecond", "itl_target_ms", f64(0.5), 0.5),
     sampled("ttft-target-nil", "nil where the table has nil", "ttft_target_ms", NIL, None),
     sampled("tpot-target", "a mean gap, as an int", "tpot_target_ms", integer(30), 30.0),
+    sampled("logprobs-0", "of the tokens themselves alone", "logprobs", integer(0), 0),
+    sampled("logprobs-20", "as many as are told", "logprobs", u8(20), 20),
+    sampled("logprobs-nil", "nil where the table has nil", "logprobs", NIL, None),
+    sampled("prompt-logprobs-3", "of the prompt", "prompt_logprobs", integer(3), 3),
     sampled("cache-salt-256", "256 characters of 1024 bytes", "cache_salt", str16("😀".encode() * 256), "😀" * 256),
     sampled("structured-nil", "nil where the table has nil", "structured", NIL, None),
     sampled(

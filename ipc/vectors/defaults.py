@@ -51,8 +51,12 @@ SAMPLING: dict[str, Value] = {
     "tpot_target_ms": None,
     "cache_salt": "",
     "structured": None,
+    "logprobs": None,
+    "prompt_logprobs": None,
     "model_defaults": False,
 }
+
+LOGPROBS: dict[str, Value] = {"top": 0, "values": {"bin": ""}, "tokens": [], "ids": [], "before": {"bin": ""}}
 
 DEFAULTS: dict[str, dict[str, Value]] = {
     "hello": {"versions": [1, 1], "client": "", "notices": False, "batches": False},
@@ -93,7 +97,18 @@ DEFAULTS: dict[str, dict[str, Value]] = {
     "welcome": {"sampling_defaults": {}, "draining": False},
     "sampling_defaults": {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0},
     "accepted": {"prompt_ids": None, "prompt_text": None, "tail": ""},
-    "delta": {"seq": 0, "sample": 0, "ids": [], "text": "", "finish": None, "cached_tokens": 0, "marks": []},
+    "delta": {
+        "seq": 0,
+        "sample": 0,
+        "ids": [],
+        "text": "",
+        "finish": None,
+        "cached_tokens": 0,
+        "marks": [],
+        "logprobs": None,
+        "prompt_logprobs": None,
+    },
+    "logprobs": LOGPROBS,
     "stats": {
         "worker_restarts": 0,
         "worker_loss": "",

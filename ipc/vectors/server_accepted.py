@@ -73,6 +73,8 @@ WELCOME_VALUE: dict[str, Value] = {
     "slow_consumer_ms": 60000,
     "control": "tcp://127.0.0.1:5756",
 }
+# Log-probability -0.5, rank 1, token 5 at -0.5; then -2, rank 3, token 5 at -0.5.
+VALUES_OF_TWO = "000000bf0100000005000000000000bf000000c00300000005000000000000bf"
 USAGE = mapping(("prompt_tokens", integer(3)), ("output_tokens", integer(2)))
 USAGE_VALUE: dict[str, Value] = {"prompt_tokens": 3, "output_tokens": 2}
 TIMING = mapping(("queued_ms", f64(0.5)), ("first_token_ms", f32(12.0)), ("total_ms", integer(20)))
@@ -234,7 +236,49 @@ SERVER_ACCEPTED = [
         ("text", text("b")),
         text="b",
     ),
-    delta("delta-unknown-key", "an unknown key is ignored", ("logprobs", array(mapping(("token", integer(5)))))),
+    delta("delta-unknown-key", "an unknown key is ignored", ("emotions", array(mapping(("token", integer(5)))))),
+    delta(
+        "delta-logprobs",
+        "two tokens, the likeliest token of each, and a token that is half a character",
+        ("ids", array(integer(5), integer(9))),
+        (
+            "logprobs",
+            mapping(
+                ("top", integer(1)),
+                ("values", bin8(bytes.fromhex(VALUES_OF_TWO))),
+                ("tokens", array(bin8(b" a"), bin8(b" a"), bin8(b"\xc3"), bin8(b""))),
+            ),
+        ),
+        ids=[5, 9],
+        logprobs={
+            "top": 1,
+            "values": {"bin": VALUES_OF_TWO},
+            "tokens": [{"bin": "2061"}, {"bin": "2061"}, {"bin": "c3"}, {"bin": ""}],
+        },
+    ),
+    delta(
+        "delta-prompt-logprobs",
+        "of a prompt of two tokens, one of which has one",
+        ("ids", array(integer(5))),
+        (
+            "prompt_logprobs",
+            mapping(
+                ("values", bin8(bytes.fromhex("000080bf01000000"))),
+                ("tokens", array(bin8(b"b"))),
+                ("ids", array(integer(7))),
+                ("before", bin8(b"<s>")),
+            ),
+        ),
+        ids=[5],
+        prompt_logprobs={
+            "values": {"bin": "000080bf01000000"},
+            "tokens": [{"bin": "62"}],
+            "ids": [7],
+            "before": {"bin": "3c733e"},
+        },
+    ),
+    delta("delta-logprobs-nil", "nil where the table has nil", ("logprobs", NIL), logprobs=None),
+    delta("delta-logprobs-empty", "an empty map: of no token", ("logprobs", mapping()), logprobs={}),
     delta("delta-unknown-bin", "an unknown key whose bytes are no UTF-8", ("blob", bin8(b"\xff\xfe"))),
     delta("delta-unknown-proto", "__proto__ is a key like any other", ("__proto__", mapping(("text", text("no"))))),
     delta("delta-text-proto", "and a text like any other", ("text", text("__proto__")), text="__proto__"),

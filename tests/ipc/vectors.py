@@ -49,10 +49,22 @@ def with_defaults(kind: str, value: dict[str, Any]) -> dict[str, Any]:
         whole["messages"] = [{**defaults["chat_message"], **message} for message in whole["messages"]]
     if "items" in whole:
         whole["items"] = [{**defaults["delta"], **item} for item in whole["items"]]
-    packed = whole.get("prompt_u32")
-    if isinstance(packed, dict):
-        whole["prompt_u32"] = bytes.fromhex(packed["bin"])
-    return whole
+    for field in ("logprobs", "prompt_logprobs"):
+        if isinstance(whole.get(field), dict):
+            whole[field] = {**defaults["logprobs"], **whole[field]}
+    found: dict[str, Any] = _with_bytes(whole)
+    return found
+
+
+def _with_bytes(value: Any) -> Any:  # any part of a message
+    """Bytes are written as {"bin": "hex"}."""
+    if isinstance(value, list):
+        return [_with_bytes(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"bin"}:
+        return bytes.fromhex(value["bin"])
+    return {key: _with_bytes(item) for key, item in value.items()}
 
 
 def same(found: object, expected: object) -> bool:

@@ -22,6 +22,7 @@ from graphgen.calls.sampling_params import SamplingParams
 from graphgen.calls.structured import of_wire
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.errors import InvalidRequestError, OverloadedError, PromptTooLongError
+from graphgen.ipc.ggp import limits
 from graphgen.ipc.ggp.framing import FrameError, Framing, make_error
 from graphgen.ipc.ggp.messages import (
     OF_CHATS,
@@ -135,6 +136,7 @@ class Preparer:
             self._core.check_prompt(token_ids)
             opened = []
         else:
+            check_frame(message, len(token_ids))
             opened = self._core.prepare(
                 token_ids,
                 sampling_params(sampling, request.session.cache_key),
@@ -243,6 +245,24 @@ def _texts_of(chat: Chat) -> list[str]:
         if values:
             texts.append(msgspec.json.encode(values).decode())
     return texts
+
+
+def check_frame(message: Generate, num_prompt_tokens: int) -> None:
+    """Log-probabilities that come in one message must fit into its frame. Raises InvalidRequestError."""
+    sampling, most = message.sampling, limits.MAX_LOGPROB_ITEMS
+    of_prompt = 0 if sampling.prompt_logprobs is None else num_prompt_tokens * (1 + sampling.prompt_logprobs)
+    if of_prompt > most:
+        raise InvalidRequestError(
+            f"prompt_logprobs is {sampling.prompt_logprobs} and the prompt has {num_prompt_tokens} tokens, which makes"
+            f" {of_prompt} log-probabilities, the limit is {most}: ask for less, or shorten the prompt"
+        )
+    if sampling.logprobs is not None and not message.stream:
+        max_tokens = sampling.max_tokens or most
+        if max_tokens * (1 + sampling.logprobs) > most:
+            raise InvalidRequestError(
+                f"logprobs is {sampling.logprobs}, max_tokens is {sampling.max_tokens} and stream is false: the limit"
+                f" is {most} log-probabilities in one message: ask for less, or stream"
+            )
 
 
 def sampling_params(sampling: Sampling, key: str) -> SamplingParams:

@@ -223,6 +223,7 @@ def _welcome(settings: FrontendSettings, core: AttachedCore, sockets: PublicSock
         "notices": True,
         "batches": True,
         "log_ids": True,
+        "logprobs": True,
         "prompt_only": core.has_tokenizer,
         "structured": core.serves_structured,
         "marks": core.has_tokenizer,

@@ -7,7 +7,9 @@ sample join into one delta, so a reader that falls behind costs memory for its t
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from graphgen.calls.logprobs import Logprobs
 from graphgen.calls.outputs import StreamPiece
+from graphgen.ipc.ggp import messages
 from graphgen.ipc.ggp.messages import Accepted, Delta, Done, Error, Mark, Timing, Usage
 from graphgen.ipc.ggp.statistics import OpenRequest
 from graphgen.ipc.messages import RequestEnded
@@ -23,7 +25,19 @@ ABORTED = "aborted"
 class _Sample:
     """Unsent output of one sample."""
 
-    __slots__ = ("cached_tokens", "ended", "finish", "finish_sent", "ids", "marks", "num_tokens", "started", "texts")
+    __slots__ = (
+        "cached_tokens",
+        "ended",
+        "finish",
+        "finish_sent",
+        "ids",
+        "logprobs",
+        "marks",
+        "num_tokens",
+        "prompt_logprobs",
+        "started",
+        "texts",
+    )
 
     def __init__(self) -> None:
         self.started = False  # it has a token
@@ -32,6 +46,8 @@ class _Sample:
         self.ids: list[int] = []
         self.texts: list[str] = []
         self.marks: list[Mark] = []
+        self.logprobs: list[Logprobs] = []  # of `ids`, where they are asked for
+        self.prompt_logprobs: Logprobs | None = None
         self.finish = ""  # how it ended
         self.ended = False
         self.finish_sent = False
@@ -123,6 +139,10 @@ class PublicRequest:
         if piece.text:
             sample.texts.append(piece.text)
         sample.marks += [Mark(id=mark.token_id, start=mark.start, end=mark.end) for mark in piece.marks]
+        if piece.logprobs is not None:
+            sample.logprobs.append(piece.logprobs)
+        if piece.prompt_logprobs is not None:
+            sample.prompt_logprobs = piece.prompt_logprobs
         self._last_token_ms = (now_s - self.arrived_s) * 1000
         if not self.started:
             self.started = True
@@ -219,6 +239,7 @@ class PublicRequest:
                 sample = self._samples[message.sample]
                 sample.num_tokens += len(sample.ids)
                 sample.ids, sample.texts, sample.marks = [], [], []
+                sample.logprobs, sample.prompt_logprobs = [], None
                 sample.finish_sent = sample.finish_sent or message.finish is not None
             case Done() | Error():
                 self._end_sent = True
@@ -233,6 +254,8 @@ class PublicRequest:
             finish=sample.finish if sample.ended and not sample.finish_sent else None,
             cached_tokens=0 if sample.num_tokens else sample.cached_tokens,
             marks=sample.marks,
+            logprobs=_of_output(sample.logprobs),
+            prompt_logprobs=None if sample.prompt_logprobs is None else _of_prompt(sample.prompt_logprobs),
         )
 
     def _done(self) -> Done:
@@ -251,3 +274,21 @@ class PublicRequest:
                 total_ms=round(self._last_token_ms, 3),
             ),
         )
+
+
+def _of_output(parts: list[Logprobs]) -> messages.Logprobs | None:
+    """What the protocol says of tokens that are a delta's."""
+    if not parts:
+        return None
+    values, tokens = b"".join(part.values for part in parts), [token for part in parts for token in part.tokens]
+    return messages.Logprobs(top=parts[0].num_top, values=values, tokens=tokens)
+
+
+def _of_prompt(found: Logprobs) -> messages.Logprobs:
+    return messages.Logprobs(
+        top=found.num_top,
+        values=found.values,
+        tokens=list(found.tokens),
+        ids=list(found.token_ids),
+        before=found.before,
+    )

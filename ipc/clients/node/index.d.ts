@@ -74,6 +74,10 @@ export interface GenerateOptions {
   cacheSalt?: string;
   /** What the output must follow; where `features` has "structured". */
   structured?: Structured | null;
+  /** Log-probabilities of the output: of each token, and of so many likeliest in its place, 0 to 20. */
+  logprobs?: number | null;
+  /** The same of the prompt's tokens but the first. */
+  promptLogprobs?: number | null;
   /** true: temperature, topK, topP, minP and repetitionPenalty, where not given, are `Welcome.samplingDefaults`. */
   modelDefaults?: boolean;
   /** On whose behalf; where the server trusts this connection (`features` has "tenants"). */
@@ -89,10 +93,29 @@ export interface GenerateOptions {
 /** How a sample ended: "stop", "length", "aborted" or "error". */
 export type Finish = string;
 
+export interface TokenLogprob {
+  id: number;
+  /** Natural logarithm of its probability by the model's own logits. */
+  logprob: number;
+  /** The token's bytes, which may be part of a character. */
+  token: Uint8Array;
+}
+
+export interface Logprob extends TokenLogprob {
+  /** 1 for the likeliest in its place. */
+  rank: number;
+  /** The likeliest in its place, as many as were asked for. */
+  top: TokenLogprob[];
+}
+
 export interface Piece {
   text: string;
   ids: number[];
   sample: number;
+  /** Of `ids`, with the option `logprobs`. */
+  logprobs: Logprob[] | null;
+  /** In the first piece of sample 0, with the option `promptLogprobs`. */
+  promptLogprobs: Logprob[] | null;
   /** In the sample's last piece. */
   finish: Finish | null;
 }
@@ -101,6 +124,8 @@ export interface Output {
   text: string;
   ids: number[];
   finish: Finish | null;
+  logprobs: Logprob[] | null;
+  promptLogprobs: Logprob[] | null;
 }
 
 export interface Usage {

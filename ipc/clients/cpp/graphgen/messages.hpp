@@ -48,6 +48,8 @@ struct Sampling {
   std::optional<double> tpot_target_ms;
   std::string cache_salt;
   std::optional<Structured> structured;  ///< Where Welcome::features has "structured".
+  std::optional<std::uint32_t> logprobs;  ///< Of each token of the output, and of so many likeliest, up to 20.
+  std::optional<std::uint32_t> prompt_logprobs;  ///< The same of the prompt's tokens but the first.
   bool model_defaults = false;  ///< true: those five, where nothing is given, are Welcome::sampling_defaults.
 };
 
@@ -101,12 +103,25 @@ struct Request {
   bool echo_ids = false;  ///< true: Stream::prompt_ids() has the prompt.
 };
 
+struct TokenLogprob {
+  std::uint32_t id = 0;
+  float logprob = 0;  ///< Natural logarithm of its probability by the model's own logits.
+  std::string token;  ///< Its bytes, which may be part of a character.
+};
+
+struct Logprob : TokenLogprob {
+  std::uint32_t rank = 0;         ///< 1 for the likeliest in its place.
+  std::vector<TokenLogprob> top;  ///< The likeliest in its place, as many as were asked for.
+};
+
 /// New tokens of one sample.
 struct Piece {
   std::string text;
   TokenIds ids;
   std::uint32_t sample = 0;
   std::optional<std::string> finish;  ///< In the sample's last piece: stop, length, aborted or error.
+  std::vector<Logprob> logprobs;         ///< Of ids, with Sampling::logprobs.
+  std::vector<Logprob> prompt_logprobs;  ///< In the first piece of sample 0, with Sampling::prompt_logprobs.
 };
 
 /// A whole sample.
@@ -114,6 +129,8 @@ struct Output {
   std::string text;
   TokenIds ids;
   std::string finish;
+  std::vector<Logprob> logprobs;
+  std::vector<Logprob> prompt_logprobs;
 };
 
 struct Usage {

@@ -122,6 +122,8 @@ std::vector<Output> Stream::outputs() {
     Output& output = outputs[piece->sample];
     output.text += piece->text;
     output.ids.insert(output.ids.end(), piece->ids.begin(), piece->ids.end());
+    output.logprobs.insert(output.logprobs.end(), piece->logprobs.begin(), piece->logprobs.end());
+    if (!piece->prompt_logprobs.empty()) output.prompt_logprobs = std::move(piece->prompt_logprobs);
     if (piece->finish) output.finish = *piece->finish;
   }
   return outputs;

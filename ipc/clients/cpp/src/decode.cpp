@@ -1,4 +1,6 @@
 /// What a server sends: each kind and its fields. See wire.hpp.
+#include <cstring>
+
 #include "reading.hpp"
 #include "wire.hpp"
 
@@ -42,6 +44,16 @@ void read(const msgpack::object& value, SamplingDefaults& into) {
   map.optional("repetition_penalty", into.repetition_penalty);
 }
 
+void read(const msgpack::object& value, Logprobs& into) {
+  const Map map(value);
+  map.optional("top", into.top);
+  if (into.top > 20) throw BadField("top: expected int, 0 to 20");
+  map.optional("values", into.values);
+  map.optional("tokens", into.tokens);
+  map.optional("ids", into.ids);
+  map.optional("before", into.before);
+}
+
 void read(const Map& map, Delta& into) {
   map.required("id", into.id);
   map.optional("seq", into.seq);
@@ -50,6 +62,8 @@ void read(const Map& map, Delta& into) {
   map.optional("text", into.text);
   map.optional("finish", into.finish);
   map.optional("cached_tokens", into.cached_tokens);
+  map.optional("logprobs", into.logprobs);
+  map.optional("prompt_logprobs", into.prompt_logprobs);
 }
 
 void read(const msgpack::object& value, Delta& into) { read(Map(value), into); }
@@ -86,6 +100,7 @@ Accepted read_accepted(const Map& map) {
   map.required("id", message.id);
   map.required("prompt_tokens", message.prompt_tokens);
   map.optional("prompt_ids", message.prompt_ids);
+  map.optional("prompt_text", message.prompt_text);
   return message;
 }
 
@@ -194,6 +209,40 @@ Reader reader_of(char kind) {
 }
 
 }  // namespace
+
+std::vector<Logprob> logprobs_of(const Logprobs& found, const TokenIds& ids) {
+  const std::size_t top = found.top, size = 8 + 8 * top;
+  if (found.values.data.size() != size * ids.size() || found.tokens.size() != (1 + top) * ids.size()) {
+    throw ProtocolError("log-probabilities of other tokens than the " + std::to_string(ids.size()) + " they came with");
+  }
+  const auto word = [&](std::size_t offset) {
+    std::uint32_t bits = 0;
+    for (int place = 3; place >= 0; --place) {
+      bits = bits << 8 | static_cast<unsigned char>(found.values.data[offset + static_cast<std::size_t>(place)]);
+    }
+    return bits;
+  };
+  const auto number = [&](std::size_t offset) {
+    const std::uint32_t bits = word(offset);
+    float value = 0;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  };
+  std::vector<Logprob> all(ids.size());
+  for (std::size_t place = 0; place < ids.size(); ++place) {
+    const std::size_t start = size * place, first = (1 + top) * place;
+    Logprob& one = all[place];
+    one.id = ids[place];
+    one.logprob = number(start);
+    one.token = found.tokens[first].data;
+    one.rank = word(start + 4);
+    for (std::size_t likely = 0; likely < top; ++likely) {
+      one.top.push_back({word(start + 8 + 4 * likely), number(start + 8 + 4 * (top + likely)),
+                         found.tokens[first + 1 + likely].data});
+    }
+  }
+  return all;
+}
 
 std::optional<ServerMessage> decode(const std::vector<std::string_view>& frames) {
   if (frames.size() != 2) throw ProtocolError("a message has " + std::to_string(frames.size()) + " frames, not 2");

@@ -142,6 +142,8 @@ MapWriter sampling_map(const Sampling& sampling) {
   FIELD(ttft_target_ms);
   FIELD(tpot_target_ms);
   FIELD(cache_salt);
+  FIELD(logprobs);
+  FIELD(prompt_logprobs);
   FIELD(model_defaults);
 #undef FIELD
   if (sampling.structured) map.field("structured", structured_map(*sampling.structured));

@@ -45,7 +45,7 @@ struct OpenRequest {
     if (message.prompt_ids) prompt_ids = std::move(*message.prompt_ids);
   }
 
-  /// False: tokens are missing, and the request has failed.
+  /// False: tokens are missing, or what is said of them is of others, and the request has failed.
   bool take(wire::Delta message) {
     const std::lock_guard lock(mutex);
     std::uint64_t& count = num_tokens[message.sample];
@@ -56,8 +56,21 @@ struct OpenRequest {
     }
     count += message.ids.size();
     if (left || ended) return true;
-    pieces.push_back({std::move(message.text), std::move(message.ids), static_cast<std::uint32_t>(message.sample),
-                      std::move(message.finish)});
+    Piece piece;
+    try {
+      if (message.logprobs) piece.logprobs = wire::logprobs_of(*message.logprobs, message.ids);
+      if (const auto& of_prompt = message.prompt_logprobs) {
+        piece.prompt_logprobs = wire::logprobs_of(*of_prompt, of_prompt->ids);
+      }
+    } catch (const ProtocolError&) {
+      end_with(std::current_exception());
+      return false;
+    }
+    piece.text = std::move(message.text);
+    piece.ids = std::move(message.ids);
+    piece.sample = static_cast<std::uint32_t>(message.sample);
+    piece.finish = std::move(message.finish);
+    pieces.push_back(std::move(piece));
     changed.notify_all();
     return true;
   }

@@ -77,7 +77,13 @@ void read(const msgpack::object& value, std::optional<Value>& into) {
   }
 }
 
+inline void read(const msgpack::object& value, Bytes& into) {
+  if (value.type != msgpack::type::BIN) throw BadField("expected bin");
+  into.data.assign(value.via.bin.ptr, value.via.bin.size);
+}
+
 // Maps within messages; decode.cpp has them.
+void read(const msgpack::object& value, Logprobs& into);
 void read(const msgpack::object& value, Delta& into);
 void read(const msgpack::object& value, Usage& into);
 void read(const msgpack::object& value, Timing& into);

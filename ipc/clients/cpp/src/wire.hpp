@@ -43,6 +43,17 @@ struct Accepted {
   std::uint64_t id = 0;
   std::uint64_t prompt_tokens = 0;
   std::optional<TokenIds> prompt_ids;
+  std::optional<std::string> prompt_text;
+};
+struct Bytes {
+  std::string data;
+};
+struct Logprobs {
+  std::uint64_t top = 0;
+  Bytes values;
+  std::vector<Bytes> tokens;
+  TokenIds ids;
+  Bytes before;
 };
 struct Delta {
   std::uint64_t id = 0;
@@ -52,6 +63,8 @@ struct Delta {
   std::string text;
   std::optional<std::string> finish;
   std::uint64_t cached_tokens = 0;
+  std::optional<Logprobs> logprobs;
+  std::optional<Logprobs> prompt_logprobs;
 };
 struct Deltas {
   std::vector<Delta> items;
@@ -93,6 +106,9 @@ Frames encode(const HealthRequest& message);
 Frames encode(const Bye& message);
 Frames encode(const Ping& message);
 Frames encode(const Pong& message);
+
+/// What is said of each token. Throws ProtocolError where it is not said of so many.
+std::vector<Logprob> logprobs_of(const Logprobs& found, const TokenIds& ids);
 
 /// Nothing: a kind that is not known here, to be ignored. Throws ProtocolError.
 std::optional<ServerMessage> decode(const std::vector<std::string_view>& frames);

@@ -110,6 +110,8 @@ inline Sampling sampling_of(const json& fields) {
   if (fields.contains("structured") && !fields.at("structured").is_null()) {
     sampling.structured = structured_of(fields.at("structured"));
   }
+  take(fields, "logprobs", sampling.logprobs);
+  take(fields, "prompt_logprobs", sampling.prompt_logprobs);
   take(fields, "model_defaults", sampling.model_defaults);
   return sampling;
 }

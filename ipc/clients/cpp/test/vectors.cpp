@@ -2,6 +2,8 @@
 /// sends is encoded. `vectors FOLDER [FILE]`; the encoded frames are written to FILE, for another decoder to judge.
 #include <fstream>
 #include <iostream>
+#include <map>
+#include <vector>
 
 #include "json.hpp"
 #include "wire.hpp"
@@ -33,9 +35,21 @@ std::string bytes_of(const json& frame) {
 json with_defaults(const json& defaults, const std::string& kind, const json& value) {
   json whole = defaults.value(kind, json::object());
   whole.update(value);
+  // What only a server's own processes ask for.
+  const std::map<std::string, std::vector<std::string>> own = {
+      {"stats", {"metrics", "live"}}, {"accepted", {"tail"}}, {"delta", {"marks"}}};
+  if (const auto found = own.find(kind); found != own.end()) {
+    for (const std::string& field : found->second) whole.erase(field);
+  }
   for (const char* field : {"sampling", "limits", "sampling_defaults", "usage"}) {
     if (!whole.contains(field)) continue;
     json inner = defaults.at(field);
+    inner.update(whole.at(field));
+    whole[field] = inner;
+  }
+  for (const char* field : {"logprobs", "prompt_logprobs"}) {
+    if (!whole.contains(field) || !whole[field].is_object()) continue;
+    json inner = defaults.at("logprobs");
     inner.update(whole.at(field));
     whole[field] = inner;
   }
@@ -51,6 +65,16 @@ json with_defaults(const json& defaults, const std::string& kind, const json& va
 template <typename Value>
 json or_null(const std::optional<Value>& value) {
   return value ? json(*value) : json(nullptr);
+}
+
+json bin_of(const wire::Bytes& bytes) { return {{"bin", to_hex(bytes.data)}}; }
+
+json or_null(const std::optional<wire::Logprobs>& found) {
+  if (!found) return nullptr;
+  json tokens = json::array();
+  for (const wire::Bytes& token : found->tokens) tokens.push_back(bin_of(token));
+  return {{"top", found->top}, {"values", bin_of(found->values)}, {"tokens", tokens}, {"ids", found->ids},
+          {"before", bin_of(found->before)}};
 }
 
 /// A decoded message as the vectors write it.
@@ -73,11 +97,13 @@ struct ToJson {
               {"deadline_ms", l.deadline_ms}}}};
   }
   json operator()(const wire::Accepted& m) const {
-    return {{"id", m.id}, {"prompt_tokens", m.prompt_tokens}, {"prompt_ids", or_null(m.prompt_ids)}};
+    return {{"id", m.id}, {"prompt_tokens", m.prompt_tokens}, {"prompt_ids", or_null(m.prompt_ids)},
+            {"prompt_text", or_null(m.prompt_text)}};
   }
   json operator()(const wire::Delta& m) const {
     return {{"id", m.id},   {"seq", m.seq},   {"sample", m.sample},
-            {"ids", m.ids}, {"text", m.text}, {"finish", or_null(m.finish)}, {"cached_tokens", m.cached_tokens}};
+            {"ids", m.ids}, {"text", m.text}, {"finish", or_null(m.finish)}, {"cached_tokens", m.cached_tokens},
+            {"logprobs", or_null(m.logprobs)}, {"prompt_logprobs", or_null(m.prompt_logprobs)}};
   }
   json operator()(const wire::Deltas& m) const {
     json items = json::array();
@@ -194,6 +220,8 @@ int main(int argc, char** argv) {
   for (const json& vector : read_json(folder + "/client.json")) {
     if (vector["expect"] != "ok") continue;
     const std::string kind = vector["kind"];
+    // What only a server's own processes ask and say.
+    if (kind == "report" || (kind == "stats_request" && !vector["value"].empty())) continue;
     const wire::Frames sent = encoded(kind, vector["value"]);
     frames[vector["name"].get<std::string>()] = {to_hex(sent[0]), to_hex(sent[1])};
     judge(vector, with_defaults(defaults, kind, decoded(sent[1])),

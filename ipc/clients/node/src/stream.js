@@ -6,7 +6,7 @@
  */
 
 import { ProtocolError } from "./errors.js";
-import { camelKeys, generateFields } from "./wire.js";
+import { camelKeys, generateFields, readLogprobs } from "./wire.js";
 
 export class Stream {
   #fields;
@@ -79,9 +79,11 @@ export class Stream {
   async outputs() {
     const outputs = [];
     for await (const piece of this) {
-      const output = (outputs[piece.sample] ??= { text: "", ids: [], finish: null });
+      const output = (outputs[piece.sample] ??= { text: "", ids: [], finish: null, logprobs: null, promptLogprobs: null });
       output.text += piece.text;
       output.ids.push(...piece.ids);
+      if (piece.logprobs !== null) output.logprobs = [...(output.logprobs ?? []), ...piece.logprobs];
+      output.promptLogprobs ??= piece.promptLogprobs;
       output.finish = piece.finish;
     }
     return outputs;
@@ -123,7 +125,8 @@ export class Stream {
     };
   }
 
-  #take({ seq, sample, ids, text, finish }) {
+  #take(delta) {
+    const { seq, sample, ids, text, finish, logprobs, prompt_logprobs: ofPrompt } = delta;
     const count = this.#counts.get(sample) ?? 0;
     if (seq !== count) {
       this.cancel();
@@ -131,7 +134,19 @@ export class Stream {
     }
     this.#counts.set(sample, count + ids.length);
     if (this.#left || this.#ended) return;
-    this.#pieces.push({ text, ids, sample, finish });
+    try {
+      this.#pieces.push({
+        text,
+        ids,
+        sample,
+        finish,
+        logprobs: logprobs && readLogprobs(logprobs, ids),
+        promptLogprobs: ofPrompt && readLogprobs(ofPrompt, ofPrompt.ids),
+      });
+    } catch (error) {
+      this.cancel();
+      this.#fail(error);
+    }
     this.#wake?.();
   }
 

@@ -48,6 +48,14 @@ function bool(value) {
   return typeof value === "boolean" ? value : wrong("bool", value);
 }
 
+function bytes(value) {
+  return value instanceof Uint8Array ? Uint8Array.from(value) : wrong("bin", value);
+}
+
+function upTo(most) {
+  return (value) => (int(value) <= most ? value : wrong(`int, 0 to ${most}`, value));
+}
+
 function list(item) {
   return (value) => (Array.isArray(value) ? value.map(item) : wrong("array", value));
 }
@@ -105,6 +113,13 @@ const SAMPLING_DEFAULTS = {
 };
 const USAGE = { prompt_tokens: int, output_tokens: int, cached_tokens: optional(int, 0) };
 const TIMING = { queued_ms: float, first_token_ms: float, total_ms: float };
+const LOGPROBS = {
+  top: optional(upTo(20), 0),
+  values: optional(bytes, new Uint8Array()),
+  tokens: optional(list(bytes), []),
+  ids: optional(list(tokenId), []),
+  before: optional(bytes, new Uint8Array()),
+};
 const DELTA = {
   id: int,
   seq: optional(int, 0),
@@ -113,6 +128,8 @@ const DELTA = {
   text: optional(str, ""),
   finish: optional(orNil(str), null),
   cached_tokens: optional(int, 0),
+  logprobs: optional(orNil(map(LOGPROBS)), null),
+  prompt_logprobs: optional(orNil(map(LOGPROBS)), null),
 };
 const PING = { t: optional(int, 0), instance: optional(str, "") };
 
@@ -136,7 +153,7 @@ const SERVER_KINDS = {
       draining: optional(bool, false),
     },
   ],
-  A: ["accepted", { id: int, prompt_tokens: int, prompt_ids: optional(orNil(list(tokenId)), null) }],
+  A: ["accepted", { id: int, prompt_tokens: int, prompt_ids: optional(orNil(list(tokenId)), null), prompt_text: optional(orNil(str), null) }],
   D: ["delta", DELTA],
   U: ["deltas", { items: list(map(DELTA)) }],
   F: ["done", { id: int, finish: list(str), usage: map(USAGE), timing: map(TIMING) }],
@@ -186,6 +203,30 @@ const SERVER_KINDS = {
   P: ["ping", PING],
   Q: ["pong", PING],
 };
+
+/**
+ * What a map of log-probabilities says of each token.
+ * @returns {import("../index.js").Logprob[]}
+ * @throws {ProtocolError} where they are not those of so many tokens
+ */
+export function readLogprobs({ top, values, tokens }, ids) {
+  const size = 8 + 8 * top;
+  if (values.length !== size * ids.length || tokens.length !== (1 + top) * ids.length) {
+    throw new ProtocolError(`log-probabilities of other tokens than the ${ids.length} they came with`);
+  }
+  const view = new DataView(values.buffer, values.byteOffset, values.byteLength);
+  return ids.map((id, place) => {
+    const start = size * place;
+    const first = (1 + top) * place;
+    const likeliest = Array.from({ length: top }, (_, number) => ({
+      id: view.getUint32(start + 8 + 4 * number, true),
+      logprob: view.getFloat32(start + 8 + 4 * (top + number), true),
+      token: tokens[first + 1 + number],
+    }));
+    const own = { id, logprob: view.getFloat32(start, true), token: tokens[first] };
+    return { ...own, rank: view.getUint32(start + 4, true), top: likeliest };
+  });
+}
 
 // --- frames ----------------------------------------------------------------------------------------------------
 
@@ -245,6 +286,8 @@ const SAMPLING_FIELDS = [
   "tpot_target_ms",
   "cache_salt",
   "structured",
+  "logprobs",
+  "prompt_logprobs",
   "model_defaults",
 ];
 const SAMPLING_OPTIONS = new Map(SAMPLING_FIELDS.map((field) => [camelCase(field), field]));
