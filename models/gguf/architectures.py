@@ -47,6 +47,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture(model_type="llama", architecture="LlamaForCausalLM", pairs=True),
     "qwen2": Architecture(model_type="qwen2", architecture="Qwen2ForCausalLM", always_biased=True),
     "qwen3": Architecture(model_type="qwen3", architecture="Qwen3ForCausalLM"),
+    "qwen3moe": Architecture(
+        model_type="qwen3_moe",
+        architecture="Qwen3MoeForCausalLM",
+        keys={
+            "expert_count": "num_experts",
+            "expert_used_count": "num_experts_per_tok",
+            "expert_feed_forward_length": "moe_intermediate_size",
+        },
+        implied={"norm_topk_prob": True},
+    ),
     "smollm3": Architecture(model_type="smollm3", architecture="SmolLM3ForCausalLM", pairs=True),
     "olmo2": Architecture(model_type="olmo2", architecture="Olmo2ForCausalLM"),
     "granite": Architecture(

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from graphgen.ipc.errors import CheckpointError
@@ -31,6 +32,8 @@ _SLAB_BYTES = 2**26
 """Of dequantised rows at a time."""
 _UNUSED = 5
 """Type of a token."""
+_EXPERT = "{expert}"
+"""In the canonical name of a tensor that each expert has."""
 _READ_BY_CONFIG = (ROPE_FACTORS,)
 _PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Types that are no quantised ones -> torch's names."""
@@ -79,8 +82,14 @@ class GGUFCheckpoint:
     def _named(self, names: "TensorNames") -> dict[str, GGUFTensor]:
         """By canonical names. One without a place keeps its own, and the loader refuses it."""
         canonical = _canonical_names(names)
-        own = {name: tensor for name, tensor in self._header.tensors.items() if name not in _READ_BY_CONFIG}
-        return {_canonical_name(name, canonical): tensor for name, tensor in own.items()}
+        named: dict[str, GGUFTensor] = {}
+        for own, tensor in self._header.tensors.items():
+            name = _canonical_name(own, canonical)
+            if _EXPERT in name:
+                named |= {name.replace(_EXPERT, str(number)): part for number, part in enumerate(_unstacked(tensor))}
+            elif own not in _READ_BY_CONFIG:
+                named[name] = tensor
+        return named
 
     def _canonical(self, tensor: GGUFTensor, device: "torch.device", dtype: "torch.dtype") -> "Tensor":
         weight = _read(tensor, device, dtype)
@@ -93,6 +102,15 @@ class GGUFCheckpoint:
         if self._architecture.norms_plus_one and tensor.name.endswith("norm.weight"):
             return weight - 1
         return weight
+
+
+def _unstacked(tensor: GGUFTensor) -> Iterator[GGUFTensor]:
+    """The matrix of each expert, which lie one behind the other."""
+    count, *shape = tensor.shape
+    each = (tensor.end - tensor.begin) // count
+    for number in range(count):
+        begin = tensor.begin + number * each
+        yield msgspec.structs.replace(tensor, shape=tuple(shape), begin=begin, end=begin + each)
 
 
 def _halves(weight: "Tensor", num_heads: int) -> "Tensor":
@@ -129,6 +147,15 @@ def _canonical_names(names: "TensorNames") -> dict[str, str]:
         "post_ffw_norm": names.ff_output_norm,
         **dict(zip(("attn_q", "attn_k", "attn_v"), names.qkv, strict=False)),
         **dict(zip(("ffn_gate", "ffn_up"), names.gate_up, strict=False)),
+        "ffn_gate_inp": names.experts.router.removesuffix(".weight"),
+        **{
+            stacked: each.removesuffix(".weight")
+            for stacked, each in zip(
+                ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
+                (*names.experts.gate_up, names.experts.down),
+                strict=False,
+            )
+        },
     }
     return {**whole, **{f"blk.{{layer}}.{name}": names.layer + canonical for name, canonical in layer.items()}}
 

@@ -16,7 +16,7 @@ from tests.models.tiny import HuggingFaceModel
 
 Array = npt.NDArray[np.float32]
 WITH_PAIRS = ("llama", "smollm3", "granite")
-ARCHITECTURES = {"gemma3_text": "gemma3"}
+ARCHITECTURES = {"gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}
 """model_type -> general.architecture, where they are not the same."""
 
 
@@ -44,6 +44,10 @@ def write(
     for own, tensor in model.state_dict().items():
         if own == "lm_head.weight" and config.tie_word_embeddings:
             continue
+        if ".experts." in own:
+            for name, stacked in _of_experts(own, tensor.float().numpy()).items():
+                writer.add_tensor(name, stacked)
+            continue
         stem, _, suffix = own.rpartition(".")
         stored = _stored(tensor.float().numpy(), stem, config)
         if quantised is not None and stored.ndim == 2:
@@ -54,6 +58,15 @@ def write(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _of_experts(own: str, tensor: Array) -> dict[str, Array]:
+    """transformers keeps gate and up in one."""
+    layer = own.split(".")[2]
+    if own.endswith("down_proj"):
+        return {f"blk.{layer}.ffn_down_exps.weight": tensor}
+    gate, up = (np.ascontiguousarray(half) for half in np.split(tensor, 2, axis=1))
+    return {f"blk.{layer}.ffn_gate_exps.weight": gate, f"blk.{layer}.ffn_up_exps.weight": up}
 
 
 def _add_config(writer: gguf.GGUFWriter, config: Any) -> None:
@@ -80,6 +93,10 @@ def _add_config(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_rope_scaling_orig_ctx_len(ropes["original_max_position_embeddings"])
     if config.model_type.startswith("gemma") and getattr(config, "sliding_window", None):
         writer.add_sliding_window(config.sliding_window)
+    if config.model_type == "qwen3_moe":
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     for name, add in (
         ("attention_multiplier", writer.add_attention_scale),
         ("embedding_multiplier", writer.add_embedding_scale),

@@ -34,12 +34,13 @@ CPU = torch.device("cpu")
 TOKENS: dict[str, Any] = {"tokens": ["<s>", "</s>", "a", "<|eot_id|>"], "token_type": [3, 3, 1, 3], "eos_token_id": 1}
 CASES = (
     *("llama", "llama_tied_one_kv_head", "llama_biases_wide_heads", "llama_no_groups", "llama_linear", "llama_yarn"),
-    *("qwen2", "qwen3", "smollm3", "olmo2", "granite", "gemma", "gemma2", "gemma3"),
+    *("qwen2", "qwen3", "qwen3_moe", "smollm3", "olmo2", "granite", "gemma", "gemma2", "gemma3"),
 )
 
 
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     "llama_no_groups": {"hidden_act": "silu"},
+    "qwen3_moe": {"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1, "attention_bias": False},
     "gemma": {"hidden_act": "gelu_pytorch_tanh", "attention_bias": False},
     "gemma2": {"query_pre_attn_scalar": 12, "head_dim": 12},
     "gemma3": {"query_pre_attn_scalar": 20, "head_dim": 20, "num_hidden_layers": 7, "sliding_window_pattern": 6},
