@@ -78,4 +78,4 @@ $(VENV)/.installed: pyproject.toml setup.py ipc/clients/python/pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) tests/gateway/clients/.venv tests/gateway/clients/node_modules ipc/clients/node/node_modules ipc/clients/cpp/build ipc/clients/python/build build dist *.egg-info ipc/clients/python/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) tests/gateway/clients/.venv tests/gateway/clients/node_modules ipc/clients/node/node_modules tests/gateway/browser/node_modules ipc/clients/cpp/build ipc/clients/python/build build dist *.egg-info ipc/clients/python/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

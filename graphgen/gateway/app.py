@@ -85,7 +85,7 @@ def make_app(
     origins: Sequence[str] = (),
 ) -> Starlette:
     """admission: who is let in; probes and the page need none. origins: whose pages browsers let call this server."""
-    page = Page()
+    page, live = Page(), LiveFeed(service)
     endpoints, tokens, messages = Endpoints(service), TokenEndpoints(service), Messages(service)
     routes = [
         ("POST", "/v1/chat/completions", endpoints.chat_completions),
@@ -101,13 +101,13 @@ def make_app(
         ("GET", "/ready", endpoints.ready),
         ("GET", "/openapi.json", OpenApi().serve),
         ("GET", "/metrics", Monitoring(service, metrics_names).metrics),
-        ("GET", "/v1/engine/steps", LiveFeed(service).steps),
+        ("GET", "/v1/engine/steps", live.steps),
         ("GET", "/", page.index),
         ("GET", PAGE_FILES, page.file),
     ]
     middleware = [Middleware(RequestIds), *([_cross_origin(origins)] if origins else [])]
     app = Starlette(middleware=middleware, exception_handlers={HTTPException: _no_endpoint})
-    app.state.answers = service.answers
+    app.state.answers, app.state.live = service.answers, live
     for method, path, serve in routes:
         body_of = anthropic_body if path.startswith(MESSAGES) else openai_body
         endpoint = _Endpoint(serve, None if path in OPEN else admission, body_of)

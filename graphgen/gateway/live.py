@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from msgspec import Struct
 
 from graphgen.gateway.errors import ApiError, error_of, openai_body
-from graphgen.gateway.http import GoneError, Receive, Scope, Send, event, send_events, until_gone
+from graphgen.gateway.http import Receive, Scope, Send, event, send_events, until_gone
 from graphgen.gateway.service import Service
 from graphgen.ipc.errors import GraphgenError
 from graphgen.ipc.ggp.messages import Stats, StatsRequest
@@ -54,11 +54,11 @@ class LiveFeed:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._viewers: set[asyncio.Queue[bytes | None]] = set()  # None: the viewer has left
+        self._viewers: set[asyncio.Queue[bytes | None]] = set()  # None: the last
         self._poll: asyncio.Task[None] | None = None
 
     async def steps(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Events until the viewer leaves. Raises ApiError, GoneError."""
+        """Events until the viewer leaves or the gateway ends. Raises ApiError."""
         if len(self._viewers) >= MOST_VIEWERS:
             raise ApiError(429, f"{MOST_VIEWERS} watch already: close another page", "overloaded", retry_after_s=10.0)
         events: asyncio.Queue[bytes | None] = asyncio.Queue(UNREAD_EVENTS)
@@ -71,6 +71,11 @@ class LiveFeed:
         finally:
             leaves.cancel()
             self._viewers.discard(events)
+
+    def end(self) -> None:
+        """The gateway ends: viewers wait for nothing more."""
+        for events in self._viewers:
+            _put(events, None)
 
     async def _ask_on(self) -> None:
         """While there are viewers."""
@@ -107,7 +112,6 @@ async def _tell_when_gone(receive: Receive, events: "asyncio.Queue[bytes | None]
 async def _until_none(events: "asyncio.Queue[bytes | None]") -> AsyncIterator[bytes]:
     while (data := await events.get()) is not None:
         yield data
-    raise GoneError
 
 
 def _snapshot(stats: Stats, metrics: Metrics, live: Live) -> Snapshot:

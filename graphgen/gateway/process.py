@@ -18,6 +18,7 @@ from graphgen.base.memory import limit_memory
 from graphgen.gateway.admission import Admission
 from graphgen.gateway.app import make_app
 from graphgen.gateway.keys import ApiKeys
+from graphgen.gateway.live import LiveFeed
 from graphgen.gateway.protocol import LimitedProtocol
 from graphgen.gateway.rates import RateLimits
 from graphgen.gateway.service import Service
@@ -51,8 +52,9 @@ async def _serve(service: Service, settings: GatewaySettings) -> None:
     admission = None
     if settings.keys is not None:
         admission = Admission(ApiKeys(Path(settings.keys)), RateLimits(Path(settings.rates)))
+    app = make_app(service, admission, settings.metrics_names, settings.origins)
     config = uvicorn.Config(
-        make_app(service, admission, settings.metrics_names, settings.origins),
+        app,
         http=LimitedProtocol,
         limit_concurrency=_most_connections(),
         ws="none",
@@ -64,7 +66,7 @@ async def _serve(service: Service, settings: GatewaySettings) -> None:
         ssl_certfile=settings.certificate,
         ssl_keyfile=settings.private_key,
     )
-    server = _Server(config)
+    server = _Server(config, app.state.live)
     asyncio.get_running_loop().add_signal_handler(END_SIGNAL, server.end)
     reports = asyncio.create_task(service.answers.report_always())
     await server.serve(sockets=[socket.socket(fileno=settings.descriptor)])
@@ -82,9 +84,15 @@ def _most_connections() -> int:
 class _Server(uvicorn.Server):
     """Ends when the supervisor says so. What service managers send to all processes is not for it."""
 
+    def __init__(self, config: uvicorn.Config, live: LiveFeed) -> None:
+        """live: whose streams end with it; those of answers end by themselves."""
+        super().__init__(config)
+        self._live = live
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
     def end(self) -> None:
+        self._live.end()
         self.should_exit = True

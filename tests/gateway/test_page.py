@@ -18,8 +18,10 @@ import pytest
 from graphgen.gateway import live
 from graphgen.gateway.admission import Admission
 from graphgen.gateway.keys import ApiKeys, make_key
+from graphgen.gateway.output_parsers.formats import PLAIN
 from graphgen.gateway.page_files import FOLDER
 from graphgen.gateway.rates import RateLimits
+from graphgen.gateway.service import Service
 from graphgen.ipc.errors import ConnectionLostError
 from graphgen.ipc.ggp.messages import Stats, StatsRequest
 from tests.gateway.asgi import GatewayCore, Reply, acall, call, says
@@ -106,6 +108,28 @@ def test_the_engine_is_asked_only_while_somebody_watches(monkeypatch: pytest.Mon
         num_asked = len(core.asked)
         await asyncio.sleep(0.3)
         assert len(core.asked) == num_asked
+
+    asyncio.run(scenario())
+
+
+def test_a_gateway_that_ends_does_not_wait_for_viewers() -> None:
+    async def scenario() -> None:
+        feed = live.LiveFeed(Service(GatewayCore(says("x")), ["fake"], PLAIN))  # type: ignore[arg-type]  # a stand-in
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        async with asyncio.timeout(10):
+            viewer = asyncio.create_task(feed.steps({}, receive, send))
+            while not sent:
+                await asyncio.sleep(0.01)
+            feed.end()
+            await viewer
+        assert sent[-1] == {"type": "http.response.body", "body": b""}
 
     asyncio.run(scenario())
 
