@@ -12,7 +12,9 @@ from graphgen.gateway.output_parsers.reading import Reader, Reading
 
 _FUNCTION, _END_FUNCTION = "<function=", "</function>"
 _PYTHON_NAMES = {"True": True, "False": False, "None": None}
-_PARAMETER, _END_PARAMETER = "<parameter=", "</parameter>"
+_PARAMETER = "<parameter="
+_ENDS = "\n</parameter>", "</parameter>"
+"""The newline before the tag is not part of the value."""
 
 
 def read_qwen3_coder(reader: Reader, markers: Markers, tools: Tools) -> Reading[None]:
@@ -48,12 +50,24 @@ def _read_parameters(reader: Reader, closing: str, types: dict[str, tuple[str, .
             reader.say(Arguments, "}")
             return
         key, _ = yield from reader.read_until(">")
-        value, end = yield from reader.read_until(_END_PARAMETER)
-        if end is None:
-            return
-        value = value.removeprefix("\n").removesuffix("\n")
-        reader.say(Arguments, f"{comma}{json.dumps(key)}: {to_json(value, types.get(key, ()))}")
+        yield from reader.reads("\n")
+        head = f"{comma}{json.dumps(key, ensure_ascii=False)}: "
+        if types.get(key) == ("string",):
+            reader.say(Arguments, f'{head}"')
+            if (yield from reader.copy_until(_inside_string, *_ENDS)) is None:
+                return
+            reader.say(Arguments, '"')
+        else:
+            value, end = yield from reader.read_until(*_ENDS)
+            if end is None:
+                return
+            reader.say(Arguments, head + to_json(value, types.get(key, ())))
         comma = ", "
+
+
+def _inside_string(text: str) -> Arguments:
+    """Text of a parameter as a string of JSON has it: a file that a model writes is passed on while it comes."""
+    return Arguments(json.dumps(text, ensure_ascii=False)[1:-1])
 
 
 def _types_of(tools: Tools, name: str) -> dict[str, tuple[str, ...]]:
@@ -76,8 +90,6 @@ def types_in(schema: Any) -> tuple[str, ...]:
 def to_json(value: str, types: tuple[str, ...]) -> str:
     """The JSON of a value that was written as text. Without a type it is what it reads as; what does not fit is
     text."""
-    if types == ("string",):
-        return json.dumps(value, ensure_ascii=False)
     try:
         found = json.loads(value, parse_constant=_refuse)
     except (ValueError, RecursionError):

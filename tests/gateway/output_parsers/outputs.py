@@ -39,10 +39,12 @@ class Model:
         tools: Tools | None = TOOLS,
         prompt_tail: str = "",
         is_spelled: bool = False,
+        is_open: bool = False,
     ) -> list[Event]:
         """The events of an output, joined where they are of one kind.
 
         cuts: after which tokens a piece ends. is_spelled: it has no special tokens but texts that look like them.
+        is_open: it has not ended.
         """
         marked = MarkedText(self.maker.symbols)
         parser = self.maker.make(tools, prompt_tail, marked.texts)
@@ -57,7 +59,10 @@ class Model:
             if number in cuts:
                 events += parser.feed(marked.push(text, marks))
                 text, marks = "", []
-        events += parser.feed(marked.push(text, marks) + marked.finish())
+        events += parser.feed(marked.push(text, marks))
+        if is_open:
+            return joined(events)
+        events += parser.feed(marked.finish())
         return joined([*events, *parser.finish()])
 
     def tokens_of(self, output: str) -> list[str]:

@@ -81,7 +81,7 @@ CASES = [
     Case("qwen3_coder", coder(city="1\n<b>\n"), [Call("get_weather"), Arguments(json.dumps({"city": "1\n<b>\n"}))]),
     Case("qwen3_coder", "<tool_call>now</tool_call>", [Content("<tool_call>now</tool_call>")]),
     Case("qwen3_coder", "<function=now></function>Done.", [Call("now"), Arguments("{}"), Content("Done.")]),
-    Case("qwen3_coder", coder(city="Paris")[:60], [Call("get_weather"), Arguments("{")]),
+    Case("qwen3_coder", coder(city="Paris")[:56], [Call("get_weather"), Arguments('{"city": "Pari')]),
     Case("deepseek", f"Well.{V3[0]}{v3(PARIS)}\n{v3(ROME)}{V3[4]}", [Content("Well."), *BOTH]),
     Case("deepseek", f"{V3[0]}{V3[1]}get_weather{V3[2]}{PARIS}{V3[3]}{V3[4]}", WEATHER),
     Case("deepseek", f"{V3[0]}{V3[1]}?{V3[3]}{V3[4]}", [Content(f"{V3[1]}?{V3[3]}")]),
@@ -126,6 +126,23 @@ def test_no_cut_of_any_output_changes_its_events(calls: ToolParser, data: st.Dat
     whole_events = model.parse(output, prompt_tail=tail)
     assert model.parse(output, cuts=sorted(cuts), prompt_tail=tail) == whole_events
     assert model.parse(output, cuts=range(len(output)), prompt_tail=tail) == whole_events
+
+
+@pytest.mark.parametrize(
+    ("calls", "output"),
+    [
+        ("hermes", hermes('{"city": "a long')[:-14]),
+        ("qwen3_coder", coder(city="a long").partition("\n</parameter>")[0]),
+        ("llama3_json", '{"name": "get_weather", "parameters": {"city": "a long'),
+        ("mistral", '[TOOL_CALLS]get_weather[ARGS]{"city": "a long'),
+        ("deepseek", f'{V3[0]}{V3[1]}get_weather{V3[2]}{{"city": "a long'),
+        ("harmony", gpt(CALL, '{"city": "a long', "")),
+    ],
+)
+def test_arguments_are_passed_on_while_they_come(calls: ToolParser, output: str) -> None:
+    """A call may be a whole file."""
+    events = Model(calls, tokens=TOKENS[calls]).parse(output, is_open=True)
+    assert events == [Call("get_weather"), Arguments('{"city": "a long')]
 
 
 @pytest.mark.parametrize("calls", ["hermes", "deepseek", "harmony"])
