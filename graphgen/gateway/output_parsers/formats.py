@@ -22,12 +22,14 @@ from graphgen.gateway.output_parsers.json_calls import (
 )
 from graphgen.gateway.output_parsers.reading import SPACE, Reader, Reading
 from graphgen.gateway.output_parsers.response_template import ResponseTemplate, tokens_in
-from graphgen.gateway.output_parsers.tagged_calls import read_qwen3_coder
+from graphgen.gateway.output_parsers.tagged_calls import GLM, MINIMAX, QWEN3_CODER, Tags, reader_of
 from graphgen.gateway.output_parsers.think import read_reasoning
 
 logger = logging.getLogger("graphgen.gateway")
 
-ToolParser = Literal["auto", "none", "hermes", "qwen3_coder", "llama3_json", "mistral", "deepseek", "harmony"]
+ToolParser = Literal[
+    "auto", "none", "hermes", "qwen3_coder", "glm", "minimax", "llama3_json", "mistral", "deepseek", "harmony"
+]
 ReasoningParser = Literal["auto", "none", "think", "mistral", "harmony"]
 AUTO, NONE = "auto", "none"
 _FIRST_SYMBOL = 0xD800
@@ -41,6 +43,10 @@ class _Calls(NamedTuple):
     """What a chat template has, or the tokenizer as a token, of a model that writes this format."""
 
 
+def _tagged(tags: Tags) -> _Calls:
+    return _Calls(reader_of(tags), (tags.opening, tags.closing), (tags.opening, tags.calls[0] or tags.keys[0]))
+
+
 _CALLS = {
     "harmony": _Calls(harmony.read_harmony, harmony.MARKERS, (harmony.CHANNEL, harmony.MESSAGE)),
     "deepseek": _Calls(
@@ -49,12 +55,14 @@ _CALLS = {
         (deepseek.CALLS, deepseek.SEPARATOR),
     ),
     "mistral": _Calls(read_mistral, ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"), ("[TOOL_CALLS]",)),
-    "qwen3_coder": _Calls(read_qwen3_coder, ("<tool_call>", "</tool_call>"), ("<tool_call>", "<function=")),
+    "qwen3_coder": _tagged(QWEN3_CODER),
+    "glm": _tagged(GLM),
+    "minimax": _tagged(MINIMAX),
     "hermes": _Calls(read_hermes, ("<tool_call>", "</tool_call>"), ("<tool_call>", "arguments")),
     "llama3_json": _Calls(read_llama3, ("<|python_tag|>",), ("<|start_header_id|>", '"parameters"')),
 }
 """In the order in which they are tried; the signs of one may be among those of a later one."""
-_STRANGERS = ("<arg_key>", "<tool_calls_section_begin|>", "<\uff5cDSML\uff5c")
+_STRANGERS = ("<|tool_calls_section_begin|>", "<\uff5cDSML\uff5c")
 """Signs of formats that are like these and not among them."""
 _REASONING = {
     "harmony": (harmony.CHANNEL, harmony.MESSAGE),

@@ -28,6 +28,16 @@ def coder(**values: str) -> str:
     return f"<tool_call>\n<function=get_weather>\n{parameters}</function>\n</tool_call>"
 
 
+def glm(**values: str) -> str:
+    pairs = "".join(f"<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n" for key, value in values.items())
+    return f"<tool_call>get_weather\n{pairs}</tool_call>"
+
+
+def minimax(**values: str) -> str:
+    pairs = "".join(f'<parameter name="{key}">{value}</parameter>\n' for key, value in values.items())
+    return f'<minimax:tool_call>\n<invoke name="get_weather">\n{pairs}</invoke>\n</minimax:tool_call>'
+
+
 def v3(arguments: str) -> str:
     return f"{V3[1]}function{V3[2]}get_weather\n```json\n{arguments}\n```{V3[3]}"
 
@@ -82,6 +92,14 @@ CASES = [
     Case("qwen3_coder", "<tool_call>now</tool_call>", [Content("<tool_call>now</tool_call>")]),
     Case("qwen3_coder", "<function=now></function>Done.", [Call("now"), Arguments("{}"), Content("Done.")]),
     Case("qwen3_coder", coder(city="Paris")[:56], [Call("get_weather"), Arguments('{"city": "Pari')]),
+    Case("glm", f"Well.{glm(city='Paris')}\n{glm(city='Rome', days='2')}", [Content("Well."), *BOTH]),
+    Case("glm", "<tool_call>now\n</tool_call>", [Call("now"), Arguments("{}")]),
+    Case("glm", "<tool_call>what is now</tool_call>", [Content("<tool_call>what is now</tool_call>")]),
+    Case("minimax", minimax(city="Paris"), WEATHER),
+    Case(
+        "minimax", minimax(city="Paris").replace("</minimax:tool_call>", "") + minimax(city="Rome", days="2")[20:], BOTH
+    ),
+    Case("minimax", '<invoke name="now">', [Content('<invoke name="now">')]),
     Case("deepseek", f"Well.{V3[0]}{v3(PARIS)}\n{v3(ROME)}{V3[4]}", [Content("Well."), *BOTH]),
     Case("deepseek", f"{V3[0]}{V3[1]}get_weather{V3[2]}{PARIS}{V3[3]}{V3[4]}", WEATHER),
     Case("deepseek", f"{V3[0]}{V3[1]}?{V3[3]}{V3[4]}", [Content(f"{V3[1]}?{V3[3]}")]),
@@ -97,6 +115,8 @@ TOKENS: dict[ToolParser, tuple[str, ...]] = {
     "llama3_json": ("<|python_tag|>",),
     "mistral": ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
     "qwen3_coder": ("<tool_call>", "</tool_call>"),
+    "glm": ("<tool_call>", "</tool_call>"),
+    "minimax": ("<minimax:tool_call>", "</minimax:tool_call>"),
     "deepseek": V3,
     "harmony": harmony.MARKERS,
 }
@@ -133,6 +153,8 @@ def test_no_cut_of_any_output_changes_its_events(calls: ToolParser, data: st.Dat
     [
         ("hermes", hermes('{"city": "a long')[:-14]),
         ("qwen3_coder", coder(city="a long").partition("\n</parameter>")[0]),
+        ("glm", glm(city="a long").partition("</arg_value>")[0]),
+        ("minimax", minimax(city="a long").partition("</parameter>")[0]),
         ("llama3_json", '{"name": "get_weather", "parameters": {"city": "a long'),
         ("mistral", '[TOOL_CALLS]get_weather[ARGS]{"city": "a long'),
         ("deepseek", f'{V3[0]}{V3[1]}get_weather{V3[2]}{{"city": "a long'),
