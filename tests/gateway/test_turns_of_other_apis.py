@@ -8,6 +8,7 @@ import anthropic
 import openai
 import pytest
 
+from graphgen import SamplingParams
 from tests.gateway.asgi import GatewayCore, Reply, call
 from tests.gateway.test_tools import HERMES, WEATHER, ends, hermes
 
@@ -109,3 +110,42 @@ def test_calls_are_text_where_the_request_wants_none(path: str, body: dict[str, 
     core, reply = ask(path, {**body, "tool_choice": choice})
     assert "<tool_call>" in reply.body.decode()
     assert core.prompts[0].tools is None  # type: ignore[union-attr]  # a chat
+
+
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses", {"input": "x", "text": {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA}}}),
+        (
+            "/v1/messages",
+            {**MESSAGES, "tools": None, "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
+        ),
+    ],
+)
+def test_a_schema_reaches_the_sampling_as_that_of_a_chat_does(path: str, body: dict[str, Any]) -> None:
+    core, _ = ask(path, body)
+    chats = GatewayCore(ends(*TEXTS))
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}
+    call(chats, "/v1/chat/completions", {"messages": MESSAGES["messages"], "response_format": form})
+    assert isinstance(core.sampling, SamplingParams)
+    assert isinstance(chats.sampling, SamplingParams)
+    assert core.sampling.structured is not None
+    assert core.sampling.structured == chats.sampling.structured
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses", {**RESPONSES, "tool_choice": {"type": "function", "name": "get_weather"}}),
+        ("/v1/responses", {**RESPONSES, "tool_choice": "required"}),
+        ("/v1/messages", {**MESSAGES, "tool_choice": {"type": "tool", "name": "get_weather"}}),
+        ("/v1/messages", {**MESSAGES, "tool_choice": {"type": "any"}}),
+    ],
+)
+def test_a_call_can_be_forced(path: str, body: dict[str, Any]) -> None:
+    core, _ = ask(path, body)
+    assert isinstance(core.sampling, SamplingParams)
+    assert core.sampling.structured is not None
