@@ -19,7 +19,7 @@ from typing import NamedTuple
 from benchmarks.protocol import Setup, read_streams
 from benchmarks.report import Row, machine, percentile, show, write_json
 from graphgen.gateway.output_parsers.formats import PLAIN
-from graphgen.gateway.settings import GatewaySettings, settings_file
+from graphgen.gateway.settings import GatewaySettings, ModelFacts, settings_file
 
 MODULE = "graphgen.gateway"
 EVENT = b"data: {"
@@ -44,7 +44,7 @@ class HttpSetup(Setup):
                 descriptor=listener.fileno(),
                 frontend=self.private_address,
                 model_names=("none",),
-                output_format=PLAIN,
+                model=ModelFacts(PLAIN, {}),
                 keys=None,
                 metrics_names="graphgen",
                 rates=str(self.folder / "rates"),

@@ -97,6 +97,7 @@ def make_app(
         ("POST", f"{MESSAGES}/count_tokens", messages.count_tokens),
         ("POST", "/tokenize", tokens.tokenize),
         ("POST", "/detokenize", tokens.detokenize),
+        ("GET", "/tokenizer_info", tokens.tokenizer_info),
         ("GET", "/health", endpoints.health),
         ("GET", "/ready", endpoints.ready),
         ("GET", "/openapi.json", OpenApi().serve),

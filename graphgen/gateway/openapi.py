@@ -43,6 +43,7 @@ _OPERATIONS: dict[tuple[str, str], _Operation] = {
     ),
     ("POST", "/tokenize"): _Operation("Tokens of a prompt", schema.TokenizeRequest, schema.Tokens),
     ("POST", "/detokenize"): _Operation("Text of tokens", schema.DetokenizeRequest, schema.Detokenized),
+    ("GET", "/tokenizer_info"): _Operation("Special tokens and chat template"),
     ("GET", "/v1/models"): _Operation("Names of the model", answer=schema.ModelList),
     ("GET", "/v1/models/{name}"): _Operation("One of them", answer=schema.Model),
     ("GET", "/health"): _Operation("Whether frontend, scheduler and worker answer"),

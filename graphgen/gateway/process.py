@@ -41,7 +41,7 @@ def main(folder: Path, parent_pid: int, number: int) -> None:
     settings = GatewaySettings.read(settings_file(folder, number))
     core = RemoteCore(settings.frontend, {})
     try:
-        service = Service(core, settings.model_names, settings.output_format)
+        service = Service(core, settings.model_names, settings.model)
         limit_memory(settings.memory_limit_bytes)
         asyncio.run(_serve(service, settings))
     finally:

@@ -21,8 +21,9 @@ from graphgen.gateway.errors import ApiError
 from graphgen.gateway.generation import Pieces
 from graphgen.gateway.http import Receive, Scope, read_json
 from graphgen.gateway.keys import Holder
-from graphgen.gateway.output_parsers.formats import OutputFormat, ParserMaker
+from graphgen.gateway.output_parsers.formats import ParserMaker
 from graphgen.gateway.request_ids import REQUEST_ID
+from graphgen.gateway.settings import ModelFacts
 from graphgen.remote.core import RemoteCore
 from graphgen.remote.requests import NO_PARSING, Parsing
 
@@ -39,11 +40,12 @@ HOLDER = "graphgen.holder"
 class Service:
     """The server behind the gateway, as its endpoints use it."""
 
-    def __init__(self, core: RemoteCore, model_names: Sequence[str], output_format: OutputFormat) -> None:
+    def __init__(self, core: RemoteCore, model_names: Sequence[str], model: ModelFacts) -> None:
         self.core = core
         self.model_names = model_names
         self.answers = Answers(core)
-        self.parsers = ParserMaker(output_format)
+        self.parsers = ParserMaker(model.output_format)
+        self.tokenizer_info = model.tokenizer_info
         self.created = int(time.time())
         """When this gateway began, in seconds since 1970."""
         self._mailbox: Mailbox | None = None

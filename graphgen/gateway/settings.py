@@ -13,6 +13,15 @@ END_SIGNAL = signal.SIGUSR1
 """By which the supervisor ends it. Those of service managers come to every process of a server."""
 
 
+class ModelFacts(Struct, frozen=True):
+    """What is found out about a model and its tokenizer when its server starts."""
+
+    output_format: OutputFormat
+    """What the model writes."""
+    tokenizer_info: dict[str, str]
+    """Special tokens by the names that templates have for them, and `chat_template`; empty without a tokenizer."""
+
+
 class GatewaySettings(Struct, frozen=True, kw_only=True):
     """Everything that is decided before the gateway starts."""
 
@@ -22,8 +31,7 @@ class GatewaySettings(Struct, frozen=True, kw_only=True):
     """The frontend's private address."""
     model_names: tuple[str, ...]
     """What requests may call the model; the first is what answers call it."""
-    output_format: OutputFormat
-    """What the model writes."""
+    model: ModelFacts
     keys: str | None
     """Folder of API keys; None: none are asked for."""
     metrics_names: Literal["graphgen", "vllm"]
@@ -32,7 +40,6 @@ class GatewaySettings(Struct, frozen=True, kw_only=True):
     """Folder in which gateways count requests of keys together."""
     memory_limit_bytes: int
     """What the process may use beyond what it uses when it begins to serve."""
-
     origins: tuple[str, ...] = ()
     """Whose pages browsers let call this server; `*`: all."""
     certificate: str | None = None

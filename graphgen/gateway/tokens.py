@@ -1,4 +1,5 @@
-"""What prompts are to the model, and what tokens are as text: `/tokenize` and `/detokenize`, as vLLM has them.
+"""What prompts are to the model, and what tokens are as text: `/tokenize`, `/detokenize` and
+`/tokenizer_info`, as vLLM has them.
 
 The tokenizer is the frontend's: this process has none. Nothing is computed for these endpoints.
 """
@@ -39,6 +40,11 @@ class TokenEndpoints:
             raise ApiError(400, str(error), "invalid_request", "tokens") from None
         found = await self._service.read_prompt(prompt, scope, with_text=True)
         await send_json(send, schema.Detokenized(found.text or ""))
+
+    async def tokenizer_info(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._service.tokenizer_info:
+            raise ApiError(404, "this server has no tokenizer: give token ids", "not_found")
+        await send_json(send, self._service.tokenizer_info)
 
 
 def _prompt_of(request: schema.TokenizeRequest) -> OnePrompt:

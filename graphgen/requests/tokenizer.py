@@ -75,6 +75,11 @@ class Tokenizer:
         return "" if self._chat_source is None else self._chat_source.text
 
     @property
+    def special_tokens(self) -> dict[str, str]:
+        """By the names that templates have for them: bos_token, eos_token."""
+        return dict(self._special_tokens)
+
+    @property
     def added_tokens(self) -> dict[str, int]:
         """The ids of the tokens that are special or were added to the vocabulary, by their text."""
         return {token.content: token_id for token_id, token in self._backend.get_added_tokens_decoder().items()}

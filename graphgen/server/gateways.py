@@ -8,8 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from graphgen.gateway.output_parsers.formats import OutputFormat
-from graphgen.gateway.settings import END_SIGNAL, GatewaySettings, settings_file
+from graphgen.gateway.settings import END_SIGNAL, GatewaySettings, ModelFacts, settings_file
 from graphgen.launch.processes import EngineProcesses
 from graphgen.server.http_address import check_tls, listen, url_of
 from graphgen.server.kept import Kept
@@ -37,20 +36,20 @@ class Gateways:
             for number in range(count)
         ]
 
-    def start(self, processes: EngineProcesses, output_format: OutputFormat) -> None:
-        """Starts all of them, and says where they listen. output_format: what the model writes."""
+    def start(self, processes: EngineProcesses, model: ModelFacts) -> None:
+        """Starts all of them, and says where they listen. model: which it serves."""
         for number, kept in enumerate(self._kept):
-            kept.start(partial(self._start_one, processes, output_format, number))
+            kept.start(partial(self._start_one, processes, model, number))
         if self._listeners:
             self._say(f"listening on {url_of(self._listeners[0], self._options.has_tls)} (OpenAI's API)")
             self._say("no API keys: who can connect may" if self._keys is None else f"only keys of {self._keys} may")
 
-    def restore(self, processes: EngineProcesses, output_format: OutputFormat) -> None:
+    def restore(self, processes: EngineProcesses, model: ModelFacts) -> None:
         """Starts those again that have ended."""
         for number, kept in enumerate(self._kept):
             found = processes.find_exit((_name(number),))
             if found is not None:
-                kept.restore(found, partial(self._start_one, processes, output_format, number))
+                kept.restore(found, partial(self._start_one, processes, model, number))
 
     def finish(self, processes: EngineProcesses) -> None:
         """Ends them when their last answers have left."""
@@ -61,13 +60,13 @@ class Gateways:
         for listener in self._listeners:
             listener.close()
 
-    def _start_one(self, processes: EngineProcesses, output_format: OutputFormat, number: int) -> None:
+    def _start_one(self, processes: EngineProcesses, model: ModelFacts, number: int) -> None:
         options, descriptor = self._options, self._listeners[number].fileno()
         GatewaySettings(
             descriptor=descriptor,
             frontend=private_address(processes.folder),
             model_names=(self._model_name,),
-            output_format=output_format,
+            model=model,
             keys=None if self._keys is None else str(self._keys),
             metrics_names=options.metrics_names,
             rates=str(processes.folder / "rates"),

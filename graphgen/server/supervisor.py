@@ -18,6 +18,7 @@ from graphgen.base.descriptors import raise_descriptor_limit
 from graphgen.base.progress import StartProgress
 from graphgen.base.signals import EndSignals
 from graphgen.gateway.output_parsers.formats import PLAIN, choose_format
+from graphgen.gateway.settings import ModelFacts
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.errors import EngineDeadError
 from graphgen.ipc.messages import (
@@ -66,7 +67,7 @@ class Supervisor:
         self._engine_starts = StartLimit()
         self._engine_is_lost = False  # and is being started again
         self._ready: Ready | None = None
-        self._output_format = PLAIN
+        self._model = ModelFacts(PLAIN, {})
         self._progress = StartProgress(config.progress)
         self._num_lost: int | None = None
         self._listening = False
@@ -113,9 +114,10 @@ class Supervisor:
         write_tokenizer(tokenizer, processes.folder)
         if tokenizer is not None:
             parsers = self._options.tool_parser, self._options.reasoning_parser
-            self._output_format = choose_format(
+            output_format = choose_format(
                 *parsers, tokenizer.chat_text, tokenizer.added_tokens, tokenizer.response_template
             )
+            self._model = ModelFacts(output_format, {**tokenizer.special_tokens, "chat_template": tokenizer.chat_text})
 
     def _start_frontend(self, processes: EngineProcesses) -> None:
         FrontendSettings(
@@ -150,7 +152,7 @@ class Supervisor:
             return
         self._watch_engine(processes, channel)
         self._watch_frontend(processes)
-        self._gateways.restore(processes, self._output_format)
+        self._gateways.restore(processes, self._model)
         if not self._listening and time.monotonic() - self._started_s > self._config.start_timeout_s:
             tails = "\n".join(f"[{name}]\n{processes.log_tail(name)}" for name in processes.pids)
             raise EngineDeadError(
@@ -196,7 +198,7 @@ class Supervisor:
         self._say(
             "no keys: who can connect may" if self._keys is None else f"only CURVE keys of {self._keys} may connect"
         )
-        self._gateways.start(processes, self._output_format)
+        self._gateways.start(processes, self._model)
         self._say("ready")
 
     def _pass_signals_on(

@@ -15,6 +15,7 @@ from graphgen.gateway.admission import Admission
 from graphgen.gateway.app import make_app
 from graphgen.gateway.output_parsers.formats import PLAIN, OutputFormat
 from graphgen.gateway.service import Service
+from graphgen.gateway.settings import ModelFacts
 from graphgen.ipc.ggp.messages import Health, Stats, StatsRequest
 from graphgen.ipc.ggp.statistics import BucketCount, Histogram, Live, Metrics, Steps
 from tests.fakes import WELCOME, FakeCore
@@ -194,13 +195,15 @@ async def acall(
     leaves: asyncio.Event | None = None,
     names: Sequence[str] = ("fake",),
     output_format: OutputFormat = PLAIN,
+    tokenizer_info: dict[str, str] | None = None,
     admission: Admission | None = None,
     origins: Sequence[str] = (),
     headers: Mapping[str, str] | None = None,
     reports: bool = False,
 ) -> Reply:
-    """leaves: when it is set the client disconnects. names: of the model. output_format: what it writes. admission: who
-    is let in. origins: whose pages are. reports: what was answered is reported to the core at once."""
+    """leaves: when it is set the client disconnects. names: of the model. output_format: what it writes.
+    tokenizer_info: of it. admission: who is let in. origins: whose pages are. reports: what was answered is reported to
+    the core at once."""
     data = body if isinstance(body, bytes) else msgspec.json.encode(body)
     incoming = [{"type": "http.request", "body": data, "more_body": False}]
     said: list[dict[str, Any]] = []
@@ -224,7 +227,7 @@ async def acall(
         "headers": [(name.encode(), value.encode()) for name, value in (headers or {}).items()],
         "client": ("192.0.2.7", 1234),
     }
-    service = Service(core, names, output_format)  # type: ignore[arg-type]  # a stand-in for RemoteCore
+    service = Service(core, names, ModelFacts(output_format, tokenizer_info or {}))  # type: ignore[arg-type]  # a stand-in for RemoteCore
     await make_app(service, admission, origins=origins)(scope, receive, send)
     if reports:
         service.answers.report()

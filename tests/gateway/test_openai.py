@@ -85,6 +85,8 @@ def test_prompts_become_tokens_and_tokens_text_at_the_server(client: openai.Open
     def ask(path: str, body: dict[str, Any]) -> dict[str, Any]:
         return client.post(f"../{path}", body=body, cast_to=dict[str, Any])
 
+    info = client.get("../tokenizer_info", cast_to=dict[str, Any])
+    assert "add_generation_prompt" in info["chat_template"]
     (output,) = ours.generate("ROMEO:", greedy(4))
     tokens = ask("tokenize", {"prompt": "ROMEO:"})
     assert tokens["tokens"] == list(output.prompt_token_ids)

@@ -10,11 +10,12 @@ from graphgen.gateway.app import make_app
 from graphgen.gateway.openapi import document
 from graphgen.gateway.output_parsers.formats import PLAIN
 from graphgen.gateway.service import Service
+from graphgen.gateway.settings import ModelFacts
 from tests.gateway.asgi import GatewayCore, call, says
 
 
 def test_every_endpoint_is_in_the_document_and_no_other() -> None:
-    app = make_app(Service(GatewayCore(says("x")), ["fake"], PLAIN))  # type: ignore[arg-type]  # a stand-in for RemoteCore
+    app = make_app(Service(GatewayCore(says("x")), ["fake"], ModelFacts(PLAIN, {})))  # type: ignore[arg-type]  # a stand-in for RemoteCore
     routes = {
         (method, route.path.replace(":path}", "}"))
         for route in app.routes

@@ -11,6 +11,7 @@ import pytest
 from graphgen.gateway import http, protocol
 from graphgen.gateway.output_parsers.formats import PLAIN
 from graphgen.gateway.service import Service
+from graphgen.gateway.settings import ModelFacts
 from tests.gateway.asgi import GatewayCore, says
 from tests.gateway.over_http import serving_http
 
@@ -27,7 +28,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Of a server in a thread, which is impatient."""
     monkeypatch.setattr(protocol, "HEAD_S", 0.3)
     monkeypatch.setattr(http, "BODY_S", 0.3)
-    service = Service(GatewayCore(says("a", "b")), ["fake"], PLAIN)  # type: ignore[arg-type]  # a stand-in for RemoteCore
+    service = Service(GatewayCore(says("a", "b")), ["fake"], ModelFacts(PLAIN, {}))  # type: ignore[arg-type]  # a stand-in for RemoteCore
     with serving_http(service) as port:
         yield port
 

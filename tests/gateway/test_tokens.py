@@ -56,3 +56,10 @@ def test_another_model_has_other_tokens() -> None:
     for path, body in ((TOKENIZE, {"prompt": "Hi"}), (DETOKENIZE, {"tokens": []})):
         reply = call(GatewayCore(says("x")), path, {**body, "model": "other"})
         assert (reply.status, reply.error["code"]) == (404, "model_not_found")
+
+
+def test_special_tokens_and_template_are_told_where_there_is_a_tokenizer() -> None:
+    info = {"bos_token": "<s>", "chat_template": "{{ x }}"}
+    reply = call(GatewayCore(says("x")), "/tokenizer_info", method="GET", tokenizer_info=info)
+    assert (reply.status, reply.json) == (200, info)
+    assert call(GatewayCore(says("x")), "/tokenizer_info", method="GET").status == 404

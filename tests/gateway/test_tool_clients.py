@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from graphgen.gateway.service import Service
+from graphgen.gateway.settings import ModelFacts
 from graphgen.mock_server.script import Reply, Say, Script
 from graphgen.remote.core import RemoteCore
 from tests import ROOT
@@ -31,7 +32,7 @@ def url() -> Iterator[str]:
     ]
     with running_mock(Script(replies=tuple(replies))) as server:
         core = RemoteCore(server.address, {})
-        with serving_http(Service(core, ["fake"], HERMES)) as port:
+        with serving_http(Service(core, ["fake"], ModelFacts(HERMES, {}))) as port:
             yield f"http://127.0.0.1:{port}"
         core.close()
 
