@@ -44,6 +44,26 @@ def server(tmp_path_factory: pytest.TempPathFactory, certificate: tuple[str, str
         yield server
 
 
+def test_counts_are_the_same_whichever_gateway_is_asked(server: ServerProcess, certificate: tuple[str, str]) -> None:
+    """Each connection may reach another one of them."""
+    context = ssl.create_default_context(cafile=certificate[0])
+
+    def read(path: str, body: bytes | None = None) -> str:
+        with urllib.request.urlopen(f"{server.url}{path}", body, timeout=60, context=context) as answer:
+            return str(answer.read().decode())
+
+    for _ in range(6):
+        read("/v1/completions", b'{"prompt": "a", "max_tokens": 2}')
+    counted = 'graphgen_http_requests_total{code="200",path="/v1/completions"} 6.0'
+    deadline_s = time.monotonic() + 20
+    while counted not in read("/metrics") and time.monotonic() < deadline_s:
+        time.sleep(0.1)  # the others report each second
+    for _ in range(12):
+        shown = read("/metrics")
+        assert counted in shown
+        assert "graphgen_output_tokens_total 12.0" in shown
+
+
 def test_two_gateways_share_a_port_and_one_serves_while_the_other_is_started_again(
     server: ServerProcess, certificate: tuple[str, str]
 ) -> None:

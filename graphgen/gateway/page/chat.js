@@ -82,12 +82,14 @@ export function startChat(model) {
       numTokens = chunk.usage?.completion_tokens ?? numTokens;
       const choice = chunk.choices[0];
       const piece = choice?.delta?.content ?? "";
-      if (!piece) continue;
+      const thought = choice?.delta?.reasoning_content ?? "";
+      if (!piece && !thought) continue;
       watch.tick();
+      if (thought) turn.append(Object.assign(document.createElement("span"), { className: "thought", textContent: thought }));
       text += piece;
       const tokens = choice.logprobs?.content;
       sure ||= Boolean(tokens?.length);
-      if (tokens?.length) addTokens(turn, tokens);
+      if (piece && tokens?.length) addTokens(turn, tokens);
       else turn.append(piece);
       figures.textContent = watch.describe(numTokens);
       byId("turns").scrollTop = byId("turns").scrollHeight;

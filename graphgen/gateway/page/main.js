@@ -179,7 +179,10 @@ class Panels {
 async function watch(panels) {
   for (;;) {
     try {
-      for await (const snapshot of events("v1/engine/steps")) panels.take(snapshot);
+      for await (const snapshot of events("v1/engine/steps")) {
+        if (snapshot.error) tell(snapshot.error.message, "bad");
+        else panels.take(snapshot);
+      }
     } catch (error) {
       if (error.status === 401) return;
       tell(error.status ? error.message : "the server does not answer", "bad");
