@@ -56,12 +56,13 @@ class LatentAttention(nn.Module):
         up_k, up_v = self.kv_up.split((spec.plain_dim, spec.value_dim), dim=1)
         plain, turning = self._queries(x).split((spec.plain_dim, spec.rope_dim), dim=-1)
         q = torch.cat((_by_head(plain, up_k), rotate(turning, step.cos, step.sin)), dim=-1)
-        latent, shared = self.kv_down(x).split((spec.latent_size, spec.rope_dim), dim=-1)
+        kept = self.kv_down(x).view(-1, 1, spec.row_size)  # as of one head
+        latent, shared = kept.split((spec.latent_size, spec.rope_dim), dim=-1)
         latent = latent if self.kv_norm is None else self.kv_norm(latent)
-        row = torch.cat((latent, rotate(shared[:, None], step.cos, step.sin)[:, 0]), dim=-1)
+        row = torch.cat((latent, rotate(shared, step.cos, step.sin)), dim=-1).flatten(1)
         gathered = step.attention.attend_latent(q, row, k_pages, spec.latent_size, self.variant)
-        values = _by_head(gathered, up_v.transpose(1, 2))
-        return values.clone(memory_format=torch.contiguous_format).flatten(1)
+        values: Tensor = _by_head(gathered, up_v.transpose(1, 2))
+        return values.flatten(1)
 
     def _queries(self, x: Tensor) -> Tensor:
         """[T, H, N + R], before their rotation."""
@@ -99,7 +100,18 @@ class LatentAttention(nn.Module):
         return np.concatenate((np.arange(num_before), num_before + turned))
 
 
-def _by_head(x: Tensor, weights: Tensor) -> Tensor:
-    """[T, H, B]: of each head its own product of x [T, H, A] and weights [H, A, B]. Not einsum, which asks whether
-    there is one row and would be traced again for it, as `contiguous` of the result would."""
-    return torch.bmm(x.transpose(0, 1), weights).transpose(0, 1)
+def product_by_head(x: Tensor, weights: Tensor) -> Tensor:
+    """[T, H, B], contiguous: of each head its own product of x [T, H, A] and weights [H, A, B]."""
+    product = x.new_empty(*x.shape[:2], weights.shape[2])
+    torch.bmm(x.transpose(0, 1), weights, out=product.transpose(0, 1))
+    return product
+
+
+# An operator: of a product that it sees the compiler asks whether there is one row, and is called again for that.
+_library = torch.library.Library("graphgen", "FRAGMENT")
+_library.define("product_by_head(Tensor x, Tensor weights) -> Tensor")
+_library.impl("product_by_head", product_by_head, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "graphgen::product_by_head", lambda x, weights: x.new_empty(*x.shape[:2], weights.shape[2]), lib=_library
+)
+_by_head = torch.ops.graphgen.product_by_head.default
