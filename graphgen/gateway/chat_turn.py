@@ -1,6 +1,7 @@
 """From a request for a chat to what the frontend is asked for, and how its outputs are read.
 
-Owns what a forced call asks of the sampling. Used by every endpoint that answers chats: OpenAI's two, and Anthropic's.
+Owns what a forced call asks of the sampling, and that a structure begins behind the thoughts. Used by every endpoint
+that answers chats: OpenAI's two, and Anthropic's.
 """
 
 from msgspec import Struct
@@ -10,6 +11,7 @@ from graphgen.calls.prompts import Chat
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.calls.structured import JsonSchema
 from graphgen.gateway.chat_output import TAIL_LEN, ChatOutput, PlainOutput
+from graphgen.gateway.errors import ApiError
 from graphgen.gateway.generation import chat_prompt, sampling_of
 from graphgen.gateway.http import Scope
 from graphgen.gateway.schema import ChatRequest
@@ -34,13 +36,17 @@ async def read_chat(service: Service, request: ChatRequest, max_tokens: int | No
     tools = read_tools(request, parsers.has_calls)
     prompt = chat_prompt(request, tools.described)
     sampling = sampling_of(request, max_tokens)
+    structured = sampling.structured
     if tools.forced is not None:
-        closing = ""
-        if parsers.thinks:
-            # Where the prompt has begun to think, the call comes behind that. How it ends only the frontend can say.
-            read = await service.read_prompt(prompt, scope, with_text=True)
-            closing = parsers.closing_behind(read.text or "")
-        sampling = replace(sampling, structured=JsonSchema(tools.forced, closing))
+        if structured is not None:
+            text = "tool_choice: a forced call and another structure of the output exclude one another: leave one out"
+            raise ApiError(400, text, "invalid_request", "tool_choice")
+        structured = JsonSchema(tools.forced)
+    if structured is not None and not structured.after and parsers.thinks:
+        # Where the prompt has begun to think, the structure comes behind that. How it ends only the frontend can say.
+        read = await service.read_prompt(prompt, scope, with_text=True)
+        structured = replace(structured, after=parsers.closing_behind(read.text or ""))
+    sampling = replace(sampling, structured=structured)
     if tools.schemas is None and parsers.is_plain:
         return ChatTurn(prompt, sampling, NO_PARSING, [PlainOutput() for _ in range(sampling.n)])
     outputs: list[ChatOutput | PlainOutput] = [ChatOutput(parsers, tools) for _ in range(sampling.n)]

@@ -232,20 +232,40 @@ def test_a_forced_call_is_a_list_that_the_sampling_follows(body: Any, most: int,
         assert (choice["message"]["content"], choice["finish_reason"]) == (None, finish)
 
 
-def test_a_forced_call_comes_behind_the_thoughts_that_the_prompt_has_begun() -> None:
-    prompt = "<|im_start|>assistant\n<think>\n"  # as the stand-in for a frontend renders a chat
+JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("body", "said"), [({"tool_choice": "required"}, LIST), ({"response_format": JSON_SCHEMA}, "{}")]
+)
+@pytest.mark.parametrize(("end", "after"), [("<think>\n", "</think>"), ("<think>\n\n</think>\n\n", ""), ("", "")])
+def test_a_structure_comes_behind_the_thoughts_that_the_prompt_has_begun(
+    body: dict[str, Any], said: str, end: str, after: str
+) -> None:
+    prompt = f"<|im_start|>assistant\n{end}"  # as the stand-in for a frontend renders a chat
 
     def answer(sinks: Sequence[Any], _: int) -> None:
-        sinks[0](StreamPiece(f"Hm.</think>{LIST}", (1,), "stop", prompt_tail=prompt))
+        sinks[0](StreamPiece(f"Hm.{after}{said}" if after else said, (1,), "stop", prompt_tail=prompt))
 
     core = GatewayCore(answer)
-    body = {**ASKED, "messages": [{"role": "user", "content": prompt}], "tool_choice": "required"}
+    body = {**ASKED, "messages": [{"role": "user", "content": prompt}], **body}
     (choice,) = call(core, CHATS, body, output_format=HERMES).json["choices"]
     assert isinstance(core.sampling, SamplingParams)
     assert isinstance(core.sampling.structured, JsonSchema)
-    assert core.sampling.structured.after == "</think>"
-    assert choice["message"]["reasoning_content"] == "Hm."
-    assert len(choice["message"]["tool_calls"]) == 1
+    assert core.sampling.structured.after == after
+    assert choice["message"].get("reasoning_content") == ("Hm." if after else None)
+    assert (len(choice["message"].get("tool_calls", ())), choice["message"]["content"]) == (
+        (1, None) if said == LIST else (0, said)
+    )
+
+
+def test_a_forced_call_and_another_structure_are_one_too_many() -> None:
+    core = GatewayCore(ends("x"))
+    reply = call(
+        core, CHATS, {**ASKED, "tool_choice": "required", "response_format": JSON_SCHEMA}, output_format=HERMES
+    )
+    assert (reply.status, reply.error["param"]) == (400, "tool_choice")
+    assert not core.prompts
 
 
 @pytest.mark.parametrize(
