@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from msgspec import UNSET, Struct, UnsetType
 
+from graphgen.calls.logprobs import Logprobs
 from graphgen.calls.outputs import StreamPiece
 from graphgen.calls.prompts import OnePrompt
 from graphgen.calls.sampling_params import SamplingParams
@@ -38,6 +39,7 @@ from graphgen.gateway.http import (
     send_json,
 )
 from graphgen.gateway.ids import new_id
+from graphgen.gateway.logprobs import Columns, Told, joined, of_chat
 from graphgen.gateway.service import Service
 from graphgen.remote.requests import NO_PARSING, Parsing
 
@@ -62,7 +64,9 @@ class Endpoints:
     async def completions(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = await self._service.read(scope, receive, schema.CompletionRequest)
         prompts = completion_prompts(request)
-        sampling = sampling_of(request, COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens)
+        is_echo_alone = bool(request.echo) and request.max_tokens == 0
+        limit = COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens
+        sampling = sampling_of(request, 1 if is_echo_alone else limit)
         echoed = [await self._text_of(prompt, scope) for prompt in prompts] if request.echo else [""] * len(prompts)
         answer = _Completion(new_id("cmpl"), self._service.known(request.model), sampling.n, request, echoed)
         await self._answer(answer, prompts, sampling, scope, receive, send)
@@ -95,7 +99,7 @@ class Endpoints:
         parsing: Parsing = NO_PARSING,
     ) -> None:
         pieces = self._service.pieces(prompts, sampling, scope, receive, parsing)
-        tally = Tally(len(prompts))
+        tally = Tally(len(prompts), answer.has_echo_alone)
         async with pieces:
             if answer.request.stream:
                 await send_events(send, answer.events(pieces, tally))
@@ -122,6 +126,8 @@ class _Answer(ABC):
         self._model = model
         self._n = n
         options = request.stream_options or schema.StreamOptions()
+        self.has_echo_alone = False
+        """It has the prompt and nothing of an output."""
         self._has_usage = bool(options.include_usage)
         self._has_usage_always = bool(options.include_usage and options.continuous_usage_stats)
 
@@ -194,6 +200,8 @@ class _Chat(_Answer):
         """outputs: one for each sample."""
         super().__init__(answer_id, model, len(outputs), request)
         self._outputs = outputs
+        self._told = [Told() for _ in outputs] if request.logprobs else None
+        self._unsent: list[list[StreamPiece]] = [[] for _ in outputs]  # pieces that made no chunk yet
 
     def first_chunk(self, index: int, usage: ChunkUsage) -> Struct:
         return self._chunk(usage, schema.ChatChunkChoice(index=index, delta=schema.ChatDelta("assistant", "")))
@@ -204,10 +212,25 @@ class _Chat(_Answer):
         if finish and (not deltas or deltas[-1].content is UNSET):
             deltas.append(schema.ChatDelta())
         ends = [None] * (len(deltas) - 1) + [finish]
-        return [
-            self._chunk(usage, schema.ChatChunkChoice(index=index, delta=delta, finish_reason=end))
-            for delta, end in zip(deltas, ends, strict=False)
+        logprobs = self._logprobs(index, pieces, bool(deltas))
+        found = [
+            schema.ChatChunkChoice(
+                index=index, delta=delta, logprobs=logprobs if number == 0 else None, finish_reason=end
+            )
+            for number, (delta, end) in enumerate(zip(deltas, ends, strict=False))
         ]
+        return [self._chunk(usage, choice) for choice in found]
+
+    def _logprobs(self, index: int, pieces: Sequence[StreamPiece], is_sent: bool) -> schema.ChatLogprobs | None:
+        """Those that go with the first chunk of these pieces; is_sent: there is one."""
+        if self._told is None:
+            return None
+        unsent = self._unsent[index]
+        unsent += pieces
+        if not is_sent:
+            return None
+        self._unsent[index] = []
+        return of_chat(self._told[index].take(unsent))
 
     def last_chunk(self, usage: schema.Usage) -> Struct:
         return self._chunk(usage)
@@ -221,40 +244,65 @@ class _Chat(_Answer):
         choices = []
         for index, pieces in enumerate(outputs):
             deltas, finish = self._outputs[index].take(pieces)
-            choices.append(schema.ChatChoice(index=index, message=join_deltas(deltas), finish_reason=finish or ""))
+            message, logprobs = join_deltas(deltas), self._logprobs(index, pieces, is_sent=True)
+            choice = schema.ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=finish or "")
+            choices.append(choice)
         return schema.ChatCompletion(
             id=self._id, created=self._created, model=self._model, choices=choices, usage=usage
         )
 
 
 class _Completion(_Answer):
-    """echoed: what precedes the outputs of each prompt; empty where the request wants no echo."""
-
-    def __init__(self, answer_id: str, model: str, n: int, request: schema.Generation, echoed: Sequence[str]) -> None:
+    def __init__(
+        self, answer_id: str, model: str, n: int, request: schema.CompletionRequest, echoed: Sequence[str]
+    ) -> None:
+        """echoed: what precedes the outputs of each prompt; empty where the request wants no echo."""
         super().__init__(answer_id, model, n, request)
+        self.has_echo_alone = bool(request.echo) and request.max_tokens == 0
         self._echoed = echoed
+        outputs = range(n * len(echoed))
+        self._told = None if request.logprobs is None else [Told() for _ in outputs]
+        self._columns = [Columns() for _ in outputs]
+        self._of_prompts: dict[int, Logprobs] = {}  # by prompt, where it is echoed with log-probabilities
 
     def first_chunk(self, index: int, usage: ChunkUsage) -> Struct | None:
+        """With log-probabilities the echo goes with the first text, whose piece has those of the prompt."""
         echoed = self._echoed[index // self._n]
-        return self._made(usage, [schema.TextChoice(index=index, text=echoed)]) if echoed else None
+        return self._made(usage, [schema.TextChoice(index=index, text=echoed)]) if echoed and not self._told else None
 
     def chunks(self, index: int, pieces: Sequence[StreamPiece], usage: ChunkUsage) -> list[Struct]:
-        choice = _text_choice(index, pieces)
-        return [self._made(usage, [choice])] if choice.text or choice.finish_reason else []
+        has_prompt = any(piece.prompt_logprobs is not None for piece in pieces)
+        choice = self._choice(index, pieces, with_echo=has_prompt)
+        is_news = choice.text or choice.finish_reason or (choice.logprobs is not None and choice.logprobs.tokens)
+        return [self._made(usage, [choice])] if is_news else []
+
+    def _choice(self, index: int, pieces: Sequence[StreamPiece], with_echo: bool) -> schema.TextChoice:
+        """What these pieces, which are all since the last call, add to an output."""
+        number = index // self._n
+        for piece in pieces:
+            if piece.prompt_logprobs is not None:
+                self._of_prompts[number] = piece.prompt_logprobs
+        echoed = self._echoed[number] if with_echo else ""
+        text = "" if self.has_echo_alone else "".join(piece.text for piece in pieces)
+        finish = pieces[-1].finish_reason
+        if self.has_echo_alone and finish is not None:
+            finish = "length"
+        logprobs = None
+        if self._told is not None:
+            of_prompt = self._of_prompts.get(number) if with_echo else None
+            before = None if of_prompt is None else self._columns[index].of_prompt(of_prompt, echoed)
+            told = self._told[index].take(pieces)
+            logprobs = joined(before, self._columns[index].of([] if self.has_echo_alone else told))
+        return schema.TextChoice(index=index, text=echoed + text, logprobs=logprobs, finish_reason=finish)
 
     def last_chunk(self, usage: schema.Usage) -> Struct:
         return self._made(usage, [])
 
     def completion(self, outputs: Sequence[Sequence[StreamPiece]], usage: schema.Usage) -> Struct:
-        choices = [_text_choice(index, pieces, self._echoed[index // self._n]) for index, pieces in enumerate(outputs)]
+        choices = [self._choice(index, pieces, with_echo=True) for index, pieces in enumerate(outputs)]
         return self._made(usage, choices)
 
     def _made(self, usage: ChunkUsage, choices: list[schema.TextChoice]) -> Struct:
         return schema.TextCompletion(
             id=self._id, created=self._created, model=self._model, choices=choices, usage=usage
         )
-
-
-def _text_choice(index: int, pieces: Sequence[StreamPiece], echoed: str = "") -> schema.TextChoice:
-    text = echoed + "".join(piece.text for piece in pieces)
-    return schema.TextChoice(index=index, text=text, finish_reason=pieces[-1].finish_reason)

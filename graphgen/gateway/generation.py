@@ -26,6 +26,7 @@ from graphgen.gateway.schema import (
 )
 from graphgen.gateway.structured import structured_of
 from graphgen.ipc.errors import InvalidRequestError
+from graphgen.ipc.messages import MAX_LOGPROBS
 from graphgen.remote.core import RemoteCore
 from graphgen.remote.requests import Parsing
 
@@ -81,18 +82,38 @@ silence would look for the reason elsewhere."""
 def sampling_of(request: Generation, max_tokens: int | None) -> SamplingParams:
     """Raises ApiError with the field that is wrong."""
     values = {name: value for name in _SAMPLING_FIELDS if (value := getattr(request, name)) is not None}
+    values |= _logprobs_of(request)
     structured = structured_of(request)
     try:
         return SamplingParams(max_tokens=max_tokens, structured=structured, **values)
     except InvalidRequestError as error:
         param = str(error).partition(" ")[0]
-        raise ApiError(400, str(error), "invalid_request", param if param in _SAMPLING_FIELDS else None) from None
+        is_field = param in (*_SAMPLING_FIELDS, "logprobs")
+        raise ApiError(400, str(error), "invalid_request", param if is_field else None) from None
+
+
+def _logprobs_of(request: Generation) -> dict[str, int]:
+    """What is asked for of log-probabilities, which chats and completions say in ways of their own."""
+    if isinstance(request, ChatRequest):
+        num_top = request.top_logprobs or 0
+        if num_top and not request.logprobs:
+            text = f"top_logprobs is {num_top} without logprobs: say logprobs: true, or leave it out"
+            raise ApiError(400, text, "invalid_request", "top_logprobs")
+        if not 0 <= num_top <= MAX_LOGPROBS:
+            text = f"top_logprobs is {num_top}: use a value from 0 to {MAX_LOGPROBS}"
+            raise ApiError(400, text, "invalid_request", "top_logprobs")
+        return {"logprobs": num_top} if request.logprobs else {}
+    if not isinstance(request, CompletionRequest) or request.logprobs is None:
+        return {}
+    if not request.echo:
+        return {"logprobs": request.logprobs}
+    if request.stream and (request.n or 1) > 1:
+        raise not_served("n", "several outputs behind an echo with log-probabilities, as a stream", "do not stream")
+    return {"logprobs": request.logprobs, "prompt_logprobs": request.logprobs}
 
 
 def chat_prompt(request: ChatRequest, tools: list[dict[str, Any]] | None) -> Chat:
     """tools: what the template is told of. Raises ApiError."""
-    if request.logprobs or request.top_logprobs:
-        raise not_served("logprobs", "log-probabilities")
     _check_common(request)
     if request.echo:
         raise not_served("echo", "a chat before its answer")
@@ -133,8 +154,6 @@ def _checked(chat: Chat, param: str) -> Chat:
 
 def completion_prompts(request: CompletionRequest) -> list[OnePrompt]:
     """Raises ApiError."""
-    if request.logprobs is not None:
-        raise not_served("logprobs", "log-probabilities")
     if request.suffix:
         raise not_served("suffix", "text behind the output")
     if request.best_of is not None and request.best_of != (request.n or 1):
@@ -162,7 +181,9 @@ def not_served(param: str, what: str, remedy: str = "leave it out") -> ApiError:
 class Tally:
     """Counts the tokens of a request."""
 
-    def __init__(self, num_prompts: int) -> None:
+    def __init__(self, num_prompts: int, without_output: bool = False) -> None:
+        """without_output: of a request that wants its prompt alone."""
+        self._without_output = without_output
         self._prompt_tokens = [0] * num_prompts
         self._cached_tokens = [0] * num_prompts
         self._output_tokens = 0
@@ -172,7 +193,7 @@ class Tally:
         self._prompt_tokens[number] = piece.prompt_tokens
         if piece.sample_index == 0:
             self._cached_tokens[number] = piece.cached_tokens
-        self._output_tokens += len(piece.token_ids)
+        self._output_tokens += 0 if self._without_output else len(piece.token_ids)
 
     @property
     def usage(self) -> Usage:
