@@ -9,7 +9,7 @@ There are four moments:
     it is settled       `settle`, before anything else happens to a request: before the next plan, before one ends or is
                         preempted, at the latest in `prepare`. What its prompts computed may be shared; a request whose
                         prompt is computed decodes; one whose last row is planned gives its slot and pages back; one
-                        that follows a grammar has no row until the token of this plan is known.
+                        that follows a grammar and does not run ahead has no row until its token of this plan is known.
     it has left         `prepare`, called by the process when plans and outputs are sent. Settles, and does ahead of
                         time what later plans would have to wait for. Nothing goes wrong if it is never called.
     its result comes    `Scheduler.update`: its tokens are added to their requests, and those end that have all.
@@ -90,15 +90,17 @@ class Bookkeeping:
             self._cache.enter(running, running.num_prefilled)
         newest_step = self._counters.steps - 1
         for running in draft.ending:
-            # One that follows a grammar may have to draw its last token again.
-            if not running.request.is_constrained:
+            if running.request.is_constrained:  # it may have to draw its last token again
+                self._running.await_token(running, newest_step)
+            else:
                 self.release(running)
-        for running in list(self._running.constrained):
+        for running in [one for one in self._running.constrained if not self._runs_ahead(one)]:
             self._running.await_token(running, newest_step)
         for running in draft.drawing:
-            if running.request.is_constrained:
+            is_last = running.prefill_end == running.request.end_position
+            if running.request.is_constrained and (is_last or not self._runs_ahead(running)):
                 self._running.await_token(running, newest_step)
-            elif running.prefill_end == running.request.end_position:
+            elif is_last:
                 self.release(running)
             else:
                 self._running.finish_prompt(running)
@@ -126,11 +128,22 @@ class Bookkeeping:
         self.settle()
         for request in record.constrained:
             running = request.running
-            if running in self._running.awaiting:
-                if request in refused:
-                    self._running.redraw(running)
-                else:
+            if request not in refused:
+                request.draw_allowed()
+                if running in self._running.awaiting:
                     self._running.take_token(running)
+            elif request.num_stale:
+                request.num_stale -= 1
+            else:
+                request.draw_refused()
+                if running is not None:
+                    # Rows that were planned since have begun with the refused token.
+                    request.num_stale = sum(request in later.constrained for later in self._in_flight)
+                    self._running.redraw(running)
+
+    def _runs_ahead(self, running: RunningRequest) -> bool:
+        """Not where a draw that is repeated might read behind a window that has moved on."""
+        return running.request.runs_ahead and not self._groups.has_windows
 
     def release(self, running: RunningRequest) -> None:
         """Frees slot and pages, for the next plan. What is computed of known tokens stays in the prefix cache."""

@@ -308,6 +308,7 @@ class Scheduler:
         self._tenants.lose_slots()
         for request in self._requests.values():
             request.running = None
+            request.num_stale = 0
             if request not in request.tenant.waiting:
                 self._tenants.add(request)
         self._tenants.serve_only(None)

@@ -46,6 +46,10 @@ MAX_PREEMPTIONS = 3
 """Times a request may lose its slot and pages. After that it is admitted with every page it can ever need, and keeps
 them."""
 
+LEAST_CAUTION, MOST_CAUTION = 4, 64
+"""Tokens that a request with a grammar awaits one by one after a refusal. Each refusal doubles them for the next, each
+token that was drawn ahead and allowed takes one off."""
+
 Rank = tuple[float, int]
 
 
@@ -53,9 +57,11 @@ class Request:
     """One prompt with its sampling parameters, and every token it has got so far."""
 
     __slots__ = (
+        "_next_caution",
         "_slot_init",
         "arrival",
         "cached_tokens",
+        "caution",
         "chain",
         "deadline_s",
         "death_len",
@@ -63,6 +69,7 @@ class Request:
         "ended",
         "first_token_s",
         "is_constrained",
+        "is_counted",
         "itl_target_ms",
         "last_step",
         "log_id",
@@ -75,6 +82,7 @@ class Request:
         "num_fruitless_deaths",
         "num_preemptions",
         "num_scored",
+        "num_stale",
         "output",
         "priority",
         "prompt_len",
@@ -113,6 +121,11 @@ class Request:
         # The last token of the output is never computed: nothing is drawn after it.
         self.end_position = self.prompt_len + self.max_tokens - 1
         self.is_constrained = bool(submit.grammar)
+        # With a grammar: whether the device counts its tokens, for penalties; the tokens that it awaits before it runs
+        # ahead again, those of the next refusal, and its rows in flight whose draws mean nothing.
+        self.is_counted = _is_penalised(submit.sampler)
+        self.caution, self._next_caution = 0, LEAST_CAUTION
+        self.num_stale = 0
         self._slot_init = SlotInit(
             prompt_len=self.prompt_len,
             min_length=self.prompt_len + self.min_tokens,
@@ -161,6 +174,24 @@ class Request:
     def asks_for_gaps(self) -> bool:
         """Whether it has a target for the gaps between its tokens."""
         return self.itl_target_ms is not None or self.tpot_target_ms is not None
+
+    @property
+    def runs_ahead(self) -> bool:
+        """With a grammar: whether it draws the next token before the grammar has seen this one, as requests without a
+        grammar do. What it draws is looked at when it arrives."""
+        return not (self.caution or self.is_counted)
+
+    def draw_allowed(self) -> None:
+        """Its grammar has allowed a token."""
+        if self.caution:
+            self.caution -= 1
+        elif self._next_caution > LEAST_CAUTION:
+            self._next_caution -= 1
+
+    def draw_refused(self) -> None:
+        """Its grammar has refused one. A token that is drawn ahead and refused costs three steps, one awaited two."""
+        self.caution = self._next_caution
+        self._next_caution = min(2 * self._next_caution, MOST_CAUTION)
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -239,6 +270,10 @@ def _max_cached_len(sampler: SamplerParams, prompt_len: int, max_tokens: int) ->
     if sampler.repetition_penalty != 1.0:
         return 0
     return prompt_len if sampler.presence_penalty or sampler.frequency_penalty else prompt_len + max_tokens
+
+
+def _is_penalised(sampler: SamplerParams) -> bool:
+    return sampler.repetition_penalty != 1.0 or bool(sampler.presence_penalty or sampler.frequency_penalty)
 
 
 def _check(submit: Submit) -> None:

@@ -101,8 +101,15 @@ class RunningSet:
         self._join_decodes(running, self.awaiting.pop(running))
 
     def redraw(self, running: RunningRequest) -> None:
-        """One that awaits a token gets none of that step: its last known token is computed once more, as a chunk."""
-        del self.awaiting[running]
+        """The token of one that awaits it, or that has run ahead, was refused: its last known token is computed once
+        more, as a chunk."""
+        if running in self.awaiting:
+            del self.awaiting[running]
+        elif running in self.resting:
+            del self.resting[running]
+            running.request.tenant.num_resting -= 1
+        else:
+            self._leave_decodes(running)
         running.prefill_end = len(running.request.tokens)
         running.num_prefilled = running.prefill_end - 1
         insort(self.begun, running, key=_rank)

@@ -5,17 +5,20 @@ are llguidance's and take from microseconds to many milliseconds, so no step eve
 compute. Knows slots and positions, never requests. Called by the runner for each plan (`GrammarSlots.open`, on the main
 thread) and for each result (`GrammarSlots.judge`, on the collector's).
 
-A draw whose mask is ready when its step is launched obeys it. One that comes too early, as that of a grammar which is
-being compiled, draws from all tokens, and what it drew is looked at when it arrives: a token that the grammar allows is
-the one that would have been drawn with the mask, see `graphgen.models.sampling.reference`, and counts. Any other is
-refused, and the scheduler plans the draw again.
+A draw whose mask is ready when its step is launched obeys it. One that comes too early, because its grammar is being
+compiled or because its request runs ahead of its grammar, draws from all tokens, and what it drew is looked at when it
+arrives: a token that the grammar allows is the one that would have been drawn with the mask, see
+`graphgen.models.sampling.reference`, and counts. Any other is refused, and the scheduler plans the draw again; what was
+planned behind it is at a place that is not the grammar's next, and is refused too.
 
 A matcher follows the tokens that were drawn for its slot. What a request had before it got the slot, after a preemption
 or the death of a worker, comes with the slot's first chunk (`SlotInit.output_token_ids`).
 """
 
+import importlib.util
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,8 +47,9 @@ class Draw(NamedTuple):
     slot: int
     position: int  # of the token that is drawn
     grammar: "SlotGrammar"
-    mask: Words | None  # what it obeys; None: it draws from all tokens, and is looked at
-    again: int | None  # the token of the output that is computed once more for it
+    is_ahead: bool = False  # the token before it is not known
+    mask: Words | None = None  # what it obeys; None: it draws from all tokens, and is looked at
+    again: int | None = None  # the token of the output that is computed once more for it
 
 
 class Verdicts(NamedTuple):
@@ -68,6 +72,7 @@ class SlotGrammar:
         self.pending = unpack_int32(init.output_token_ids).tolist()  # tokens that the matcher has not followed yet
         self.num_tokens = len(self.pending)  # of the output
         self.mask: Words | None = None  # of the next token, once it is filled
+        self.num_fills = 0  # that are on their way
         self.failure = ""
 
     @property
@@ -103,8 +108,8 @@ class GrammarSlots:
             if chunk.init is not None:
                 self._own(chunk.slot, chunk.init)
         draws = self._draws(plan) if self._slots else []
-        if draws:
-            self._await_masks(draws, is_alone=len(draws) == plan.num_drawing_rows)
+        if due := [draw for draw in draws if not draw.is_ahead]:
+            self._await_masks(due, is_alone=len(due) == plan.num_drawing_rows)
         with self._lock:
             self._num_launched += 1
             return [draw._replace(mask=_mask_for(draw)) for draw in draws]
@@ -114,6 +119,7 @@ class GrammarSlots:
         self._slots.pop(slot, None)
         if init.grammar:
             grammar = self._slots[slot] = SlotGrammar(init)
+            grammar.num_fills = 1
             self._compiling.submit(self._compile, grammar)
 
     def _draws(self, plan: StepPlan) -> list[Draw]:
@@ -126,7 +132,7 @@ class GrammarSlots:
                 # One that was drawn before and refused. Of a prompt's tokens it does not matter how often they come.
                 is_again = position == grammar.drawn_position and chunk.start >= grammar.prompt_len
                 again = unpack_int32(plan.chunk_token_ids)[num_tokens] if is_again else None
-                draws.append(Draw(place, chunk.slot, position, grammar, None, again))
+                draws.append(Draw(place, chunk.slot, position, grammar, position > grammar.position, None, again))
                 grammar.drawn_position = position
             place += chunk.draws
             num_tokens += chunk.length
@@ -134,7 +140,7 @@ class GrammarSlots:
         for row, (slot, position) in enumerate(zip(slots, positions, strict=True), place):
             grammar = self._slots.get(slot)
             if grammar is not None:
-                draws.append(Draw(row, slot, position + 1, grammar, None, None))
+                draws.append(Draw(row, slot, position + 1, grammar, position + 1 > grammar.position))
                 grammar.drawn_position = position + 1
         return draws
 
@@ -146,6 +152,9 @@ class GrammarSlots:
             )
 
         with self._lock:
+            for draw in draws:
+                if _mask_for(draw) is None and not draw.grammar.num_fills:
+                    self._start_fill(draw.grammar)
             self._lock.wait_for(is_over, PATIENCE_S)
 
     # --- on the collector's thread -------------------------------------------------------------------------------
@@ -159,13 +168,16 @@ class GrammarSlots:
             grammar, token_id = draw.grammar, token_ids[draw.place]
             if draw.mask is not None:
                 if token_id >= 0:
-                    self._follow(grammar, token_id, pending=[token_id])
+                    self._follow(draw, pending=[token_id])
             elif grammar.failure:
                 failed.append((draw.place, grammar.failure))
             elif token_id >= 0 and self._takes(grammar, draw.position, token_id):
-                self._follow(grammar, token_id, pending=[])
+                self._follow(draw, pending=[])
             else:
                 refused.append(draw.place)
+                with self._lock:
+                    if draw.position == grammar.position and not grammar.num_fills:
+                        self._start_fill(grammar)
         with self._lock:
             self._num_collected += 1
             self._lock.notify_all()
@@ -183,12 +195,19 @@ class GrammarSlots:
         finally:
             grammar.busy.release()
 
-    def _follow(self, grammar: SlotGrammar, token_id: int, pending: list[int]) -> None:
+    def _follow(self, draw: Draw, pending: list[int]) -> None:
         """The output goes on with a token. pending: the same, if the matcher has not followed it."""
+        grammar = draw.grammar
         with self._lock:
             grammar.pending += pending
             grammar.num_tokens += 1
             grammar.mask = None
+            if pending or not draw.is_ahead:  # one that runs ahead needs a mask when it is refused, and not before
+                self._start_fill(grammar)
+
+    def _start_fill(self, grammar: SlotGrammar) -> None:
+        """With the lock."""
+        grammar.num_fills += 1
         self._filling.submit(self._fill, grammar)
 
     # --- on other threads ----------------------------------------------------------------------------------------
@@ -206,8 +225,6 @@ class GrammarSlots:
         """Follows the tokens that are known, and makes the mask of the next."""
         try:
             with grammar.busy:
-                if grammar.matcher is None:
-                    return  # comes when it is compiled
                 with self._lock:
                     pending, grammar.pending = grammar.pending, []
                     position = grammar.position
@@ -216,6 +233,7 @@ class GrammarSlots:
             self._fail(grammar, str(error))
             return
         with self._lock:
+            grammar.num_fills -= 1
             if position == grammar.position:
                 grammar.mask = mask
             self._lock.notify_all()
@@ -232,7 +250,7 @@ def _mask_for(draw: Draw) -> Words | None:
 
 
 class GrammarCompiler:
-    """Makes matchers and masks. The tokenizer is made with the first matcher: one of 128 000 tokens takes seconds."""
+    """Makes matchers and masks."""
 
     def __init__(
         self, vocab_size: int, eos_token_ids: Sequence[int], read_tokenizer: Callable[[], TokenizerPart]
@@ -246,12 +264,22 @@ class GrammarCompiler:
         self._kept: OrderedDict[str, Any] = OrderedDict()  # compiled matchers that have followed nothing, by text
         self._kept_characters = 0
 
+    def prepare(self) -> float:
+        """Makes the tokenizer, if there is llguidance: one of 128 000 tokens holds the interpreter for a second, which
+        no step may wait for. Returns the seconds without those in which there was none to be read yet."""
+        if importlib.util.find_spec("llguidance") is None:
+            return 0.0
+        part = self._read_tokenizer()
+        begun_s = time.monotonic()
+        self._tokenizer = self._make_tokenizer(part)
+        return time.monotonic() - begun_s
+
     def matcher(self, text: str) -> Any:
         """A matcher of its own for a request. Called on one thread. Raises what is wrong with the grammar."""
         from llguidance import LLMatcher
 
         if self._tokenizer is None:
-            self._tokenizer = self._make_tokenizer()
+            raise ValueError("this worker has no tokenizer for grammars")
         template = self._kept.pop(text, None)
         if template is None:
             template = LLMatcher(self._tokenizer, text, log_level=0, limits=parser_limits())
@@ -280,10 +308,9 @@ class GrammarCompiler:
             raise ValueError("no token of the model's vocabulary may come next")
         return mask
 
-    def _make_tokenizer(self) -> Any:
+    def _make_tokenizer(self, part: TokenizerPart) -> Any:
         from llguidance import LLTokenizer
 
-        part = self._read_tokenizer()
         own = () if part.eos_token_id is None else (part.eos_token_id,)
         eos_token_ids = [one for one in dict.fromkeys((*self._eos_token_ids, *own)) if one < self._vocab_size]
         return LLTokenizer(part.backend, eos_token=eos_token_ids)

@@ -46,7 +46,7 @@ from graphgen.models.loader import load_decoder
 from graphgen.models.page_layout import page_layout
 from graphgen.models.sampling import ROW_WIDTH, make_sampler, pack_slot
 from graphgen.worker.backend import open_backend
-from graphgen.worker.background import prepare_first_use
+from graphgen.worker.background import Background, prepare_first_use
 from graphgen.worker.grammars import Draw, GrammarCompiler, GrammarSlots
 from graphgen.worker.inputs import InputPacker, RegionLengths, input_layout
 from graphgen.worker.mask_copies import MaskCopies
@@ -92,7 +92,7 @@ class ModelRunner:
         phases: Sequence[Phase] = (),
         read_tokenizer: Callable[[], TokenizerPart] = _no_tokenizer,
     ) -> None:
-        """phases: what the process has done before this. read_tokenizer: for the first request with a grammar."""
+        """phases: what the process has done before this. read_tokenizer: for requests with a grammar."""
         self._config = config
         self._phases = list(phases)
         begun_s = time.monotonic()
@@ -120,6 +120,8 @@ class ModelRunner:
         dtype = getattr(torch, config.dtype)
         with self._phase("attention"):
             self._backend = open_backend(config, self._device, dtype, self._buckets, self._bounds)
+        compiler = GrammarCompiler(config.spec.num_drawable, config.eos_token_ids, read_tokenizer)
+        grammars = Background("grammars", compiler.prepare)
         preparations = prepare_first_use(config.compile, self._device.type == "cuda", self._backend.late_import)
         with self._phase("load"):
             self._decoder = load_decoder(
@@ -135,7 +137,7 @@ class ModelRunner:
         self._phases += [preparation.wait() for preparation in preparations]
         gc.freeze()  # what was imported stays: no collection need look at it again
         self._sampler = make_sampler(config.num_slots, config.spec.num_drawable, self._device)
-        self.grammars = GrammarSlots(GrammarCompiler(config.spec.num_drawable, config.eos_token_ids, read_tokenizer))
+        self.grammars = GrammarSlots(compiler)
         """Of its slots: whoever reads the outputs of a step lets it judge them."""
         self._masks = MaskCopies(self._sampler, self._stream, STAGING_BLOCKS)
         self._layout_of = lru_cache(LAYOUTS_KEPT)(lambda step: input_layout(step, self._bounds))
@@ -165,6 +167,7 @@ class ModelRunner:
             )
             self._score_graphs = GraphPool(self._stream, self._scores.step_of, [MAX_SCORED_ROWS])
             self._stream.submit(self._copy_once)
+        self._phases.append(grammars.wait())
         self.restart_counters()
 
     def describe(self) -> WorkerReady:

@@ -1,16 +1,25 @@
-"""Requests that follow a grammar: a row only when their last token is known, and draws that are repeated."""
+"""Requests that follow a grammar: rows ahead of it, rows that await their token, and draws that are repeated."""
+
+import random
+from collections import deque
 
 import msgspec
 import pytest
 
 from graphgen.ipc.codec import unpack_int32
-from graphgen.ipc.messages import StepPlan, Submit
+from graphgen.ipc.messages import SamplerParams, StepPlan, Submit
 from graphgen.scheduler.policy import Scheduler
+from graphgen.scheduler.request import LEAST_CAUTION
 from tests.scheduler.harness import make_limits, make_submit, tokens_of
 
 
-def constrained(request_id: int, prompt: list[int], max_tokens: int = 4, **more: object) -> Submit:
-    return msgspec.structs.replace(make_submit(request_id, prompt, max_tokens, **more), grammar="g")  # type: ignore[arg-type]  # of make_submit
+def constrained(
+    request_id: int, prompt: list[int], max_tokens: int = 4, ahead: bool = False, tenant: str = ""
+) -> Submit:
+    """ahead: it may run ahead of its grammar; one with a penalty may not, since the device counts its tokens."""
+    sampler = SamplerParams(frequency_penalty=0.0 if ahead else 0.5)
+    submit = make_submit(request_id, prompt, max_tokens, sampler=sampler, tenant=tenant)
+    return msgspec.structs.replace(submit, grammar="g")
 
 
 def planned(scheduler: Scheduler) -> StepPlan:
@@ -25,7 +34,7 @@ def requests_of(scheduler: Scheduler, plan: StepPlan) -> list[int]:
     return [request.request_id for request in scheduler._life.in_flight.find(plan.step_id).drawing]
 
 
-def test_a_request_with_a_grammar_has_a_row_in_every_other_plan_and_its_neighbour_in_each() -> None:
+def test_a_request_that_awaits_its_tokens_has_a_row_in_every_other_plan_and_its_neighbour_in_each() -> None:
     scheduler = Scheduler(make_limits())
     scheduler.add(constrained(1, [7, 8, 9]))
     scheduler.add(make_submit(2, [4, 5], 8))
@@ -43,7 +52,7 @@ def test_a_request_with_a_grammar_has_a_row_in_every_other_plan_and_its_neighbou
     assert requests_of(scheduler, planned(scheduler)) == [2]
 
 
-def test_a_lone_request_with_a_grammar_has_one_step_in_flight() -> None:
+def test_a_lone_request_that_awaits_its_tokens_has_one_step_in_flight() -> None:
     scheduler = Scheduler(make_limits())
     scheduler.add(constrained(1, [7, 8, 9], 3))
     for step, token in enumerate((21, 22, 23)):
@@ -155,3 +164,98 @@ def test_one_of_several_tenants_rests_and_awaits_without_losing_its_place() -> N
             received[request_id].append(token)
     assert all(tokens == list(range(9)) for tokens in received.values())
     assert scheduler.pages_free == scheduler.pages_total
+
+
+def test_a_request_runs_ahead_until_a_draw_is_refused_and_again_some_tokens_later() -> None:
+    scheduler = Scheduler(make_limits())
+    scheduler.add(constrained(1, [7, 8, 9], 40, ahead=True))
+    for _ in range(2):
+        planned(scheduler)
+    assert tokens_of(scheduler.update(0, [20])) == {1: (20, None)}
+    planned(scheduler)
+    assert not scheduler.update(1, [21], refused=[0])
+    (chunk,) = planned(scheduler).chunks
+    assert (chunk.start, chunk.length, chunk.draws) == (3, 1, True), "the token at place 3 is the last that is known"
+    assert not scheduler.update(2, [22], refused=[0]), "it came behind the refused one"
+    known, step = 1, 3
+    for _ in range(LEAST_CAUTION):
+        assert scheduler.schedule(0.0) is None
+        assert tokens_of(scheduler.update(step, [30])) == {1: (30, None)}
+        known, step = known + 1, step + 1
+        plan = planned(scheduler)
+        assert list(unpack_int32(plan.decode_positions)) == [3 + known - 1]
+    assert list(unpack_int32(planned(scheduler).decode_positions)) == [3 + known], "ahead again"
+
+
+class Device:
+    """Draws the tokens 0, 1, 2, ... of each request, and for those with a grammar now and then one that it refuses."""
+
+    def __init__(self, scheduler: Scheduler, share: float, seed: int) -> None:
+        self.scheduler = scheduler
+        self.rng = random.Random(seed)
+        self.share = share
+        self.received: dict[int, list[int]] = {}
+        self.in_flight: deque[tuple[int, list[tuple[int, int]]]] = deque()  # request, place of its token in its output
+
+    def plan(self) -> bool:
+        plan = self.scheduler.schedule(0.0)
+        if plan is None:
+            return False
+        drawing = self.scheduler._life.in_flight.find(plan.step_id).drawing
+        positions = [chunk.start + chunk.length for chunk in plan.chunks if chunk.draws]
+        positions += [position + 1 for position in unpack_int32(plan.decode_positions)]
+        draws = [(one.request_id, at - one.prompt_len) for one, at in zip(drawing, positions, strict=True)]
+        for chunk, record in zip(plan.chunks, self.scheduler._life.in_flight.find(plan.step_id).chunks, strict=True):
+            if chunk.init is not None and chunk.init.grammar:
+                assert list(unpack_int32(chunk.init.output_token_ids)) == self.received[record.request.request_id]
+        self.in_flight.append((plan.step_id, draws))
+        self.scheduler.prepare()
+        return True
+
+    def answer(self) -> None:
+        step_id, draws = self.in_flight.popleft()
+        record = self.scheduler._life.in_flight.find(step_id)
+        refused = []
+        for place, (request_id, index) in enumerate(draws):
+            known = len(self.received[request_id])
+            if record.drawing[place].is_constrained and (index != known or self.rng.random() < self.share):
+                assert index >= known or record.drawing[place].ended
+                refused.append(place)
+        outputs = self.scheduler.update(step_id, [index for _, index in draws], refused=refused)
+        for request_id, (token, _) in tokens_of(outputs).items():
+            self.received[request_id].append(token)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.4])
+def test_every_request_gets_each_token_once_whatever_is_refused_preempted_or_lost(share: float) -> None:
+    for seed in range(30):
+        rng = random.Random(seed)
+        scheduler = Scheduler(make_limits(num_pages=10, num_slots=4, steps_in_flight=2))
+        device = Device(scheduler, share, seed)
+        wanted = {}
+        for request_id in range(6):
+            max_tokens = rng.randint(1, 14)
+            wanted[request_id] = list(range(max_tokens))
+            prompt, tenant = [rng.randrange(50) for _ in range(rng.randint(1, 9))], rng.choice("ab") if seed % 3 else ""
+            submit = constrained(request_id, prompt, max_tokens, ahead=rng.random() < 0.7, tenant=tenant)
+            scheduler.add(submit if rng.random() < 0.8 else msgspec.structs.replace(submit, grammar=""))
+            device.received[request_id] = []
+        for _ in range(2000):
+            while device.plan():
+                pass
+            if not device.in_flight:
+                break
+            event = rng.random()
+            if event < 0.03 and (victims := list(scheduler._life.running.victims())):
+                scheduler._life.preemption.preempt(rng.choice(victims))
+            elif event < 0.04:
+                device.in_flight.clear()
+                scheduler.worker_lost()
+                scheduler._trials._suspects.clear()
+                scheduler._trials.are_held = False
+                scheduler.renew(None)
+            else:
+                device.answer()
+        assert device.received == wanted
+        assert scheduler.pages_free == scheduler.pages_total
+        assert not scheduler.request_ids

@@ -73,6 +73,7 @@ class Reference:
         self._decoder = load_decoder(model_folder(), spec, torch.float32, torch.device("cpu"))
         self._vocab_size = spec.num_drawable
         self._compiler = GrammarCompiler(spec.num_drawable, (EOS,), demo_tokenizer)
+        self._compiler.prepare()
 
     @torch.inference_mode()
     def tokens(self, prompt: Sequence[int], params: SamplerParams, grammar: str) -> list[int]:
@@ -144,6 +145,15 @@ def test_draws_whose_masks_come_too_late_are_repeated_and_nobody_waits(
     assert found == [free, *wanted]
     assert engine.num_refused > before
     assert not [name for name in calls if not name.startswith("grammar-")]
+
+
+def test_the_tokenizer_of_grammars_is_made_before_ready_and_never_after(engine: LocalEngine) -> None:
+    """Making one holds the interpreter, and with it every step."""
+    assert "grammars" in [phase.name for phase in engine.runner.describe().phases]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GrammarCompiler, "_make_tokenizer", lambda *_: pytest.fail("made while requests are served"))
+        (tokens,) = engine.generate(PROMPTS[2:3], MAX_TOKENS, SAMPLERS[:1], (EOS,), grammars=[GRAMMARS[2]])
+    assert tokens
 
 
 def test_a_grammar_that_cannot_go_on_ends_its_request_alone(
