@@ -99,3 +99,51 @@ def test_it_is_read_with_the_tokenizer(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer is not None
     assert tokenizer.response_template == TEMPLATE
+
+
+HERMES: dict[str, Any] = {
+    "start_anchor": "<bot>",
+    "fields": {
+        "reasoning_content": {"open": "<think>", "close": "</think>"},
+        "tool_calls": {
+            "open": "<tool_call>",
+            "close": "</tool_call>",
+            "repeats": True,
+            "content": "json",
+            "transform": {"type": "function", "function": "{content}"},
+        },
+        "content": {},
+    },
+}
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    thought=st.none() | st.text("ab {}\n", min_size=1, max_size=8),
+    said=st.text('ab {}"\n', max_size=8),
+    calls=st.lists(st.tuples(st.sampled_from(["f", "get_weather"]), st.dictionaries(st.text(max_size=4), VALUES))),
+    separators=st.sampled_from([(",", ":"), (", ", ": ")]),
+)
+def test_what_models_write_is_to_our_parser_what_it_is_to_transformers(
+    thought: str | None, said: str, calls: list[tuple[str, dict[str, Any]]], separators: tuple[str, str]
+) -> None:
+    written = [json.dumps({"name": name, "arguments": values}, separators=separators) for name, values in calls]
+    output = ("" if thought is None else f"<think>{thought}</think>") + said
+    output += "".join(f"<tool_call>\n{one}\n</tool_call>" for one in written)
+
+    def message_of(model: Model) -> Any:
+        events = model.parse(output)
+        names = [event.name for event in events if isinstance(event, Call)]
+        arguments = [json.loads(event.text) for event in events if isinstance(event, Arguments)]
+        reasoning = "".join(event.text for event in events if isinstance(event, Reasoning))
+        content = "".join(event.text for event in events if isinstance(event, Content))
+        return list(zip(names, arguments, strict=True)), reasoning, content
+
+    ours = message_of(Model("hermes", "think"))
+    assert ours == message_of(Model("auto", "auto", template=HERMES))
+    assert ours == (calls, thought or "", said)
