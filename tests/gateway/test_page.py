@@ -22,6 +22,7 @@ from graphgen.gateway.output_parsers.formats import PLAIN
 from graphgen.gateway.page_files import FOLDER
 from graphgen.gateway.rates import RateLimits
 from graphgen.gateway.service import Service
+from graphgen.gateway.settings import ModelFacts
 from graphgen.ipc.errors import ConnectionLostError
 from graphgen.ipc.ggp.messages import Stats, StatsRequest
 from tests.gateway.asgi import GatewayCore, Reply, acall, call, says
@@ -114,7 +115,7 @@ def test_the_engine_is_asked_only_while_somebody_watches(monkeypatch: pytest.Mon
 
 def test_a_gateway_that_ends_does_not_wait_for_viewers() -> None:
     async def scenario() -> None:
-        feed = live.LiveFeed(Service(GatewayCore(says("x")), ["fake"], PLAIN))  # type: ignore[arg-type]  # a stand-in
+        feed = live.LiveFeed(Service(GatewayCore(says("x")), ["fake"], ModelFacts(PLAIN, {})))  # type: ignore[arg-type]  # a stand-in
         sent: list[Any] = []
 
         async def send(message: Any) -> None:
