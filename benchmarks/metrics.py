@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from msgspec import Struct
 
+from benchmarks.levels import MLPERF_LEVELS
+
 PERCENTILES = (50, 95, 99)
 CURVE_PERCENTS = (5, 10, 25, 50, 60, 70, 75, 80, 85, 90, 92, 94, 95, 96, 97, 98, 99, 99.5, 99.9, 99.99)
 """Where the curve of token latencies is kept: dense in the tail, which is what it is drawn for."""
@@ -75,7 +77,8 @@ def summarize(requests: Sequence[ServedRequest], levels: Sequence[ServiceLevel])
     """The figures of one run of at least one request. Throughputs are by wall clock, first request to last token.
 
     request_goodput: requests a second that met levels[0] (throughput times the share that met it).
-    goodput_itl_Nms: the same for each level. itl_curve_ms: (percent, ms) pairs.
+    goodput_itl_Nms: the same for each level. mlperf_NAME_share: of all requests, those that met that level of MLPerf's;
+    refused ones did not. itl_curve_ms: (percent, ms) pairs.
     """
     completed = [request for request in requests if request.error is None]
     begun_s = min(request.sent_s for request in requests)
@@ -103,6 +106,10 @@ def summarize(requests: Sequence[ServedRequest], levels: Sequence[ServiceLevel])
         "max_itl_ms": max(gaps) * 1000.0 if gaps else None,
         **distribution("e2el", [request.token_times_s[-1] for request in completed if request.token_times_s]),
         **goodputs,
+        **{
+            f"mlperf_{name}_share": sum(map(level.is_met, requests)) / len(requests)
+            for name, level in MLPERF_LEVELS.items()
+        },
         "itl_curve_ms": curve(gaps),
     }
 

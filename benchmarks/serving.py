@@ -8,6 +8,9 @@ ended) or MEAN_PROMPT/MEAN_OUTPUT@RATE (open loop: Poisson arrivals, so many a s
 number of requests, by default 4 a client and 32 more. All workloads run in one engine, each with a seed of its own.
 --sweep-budget repeats them in a new engine for every token budget. Decoding is greedy and ignores end of sequence.
 
+--highest-rate LEVEL searches for the highest rate of an open loop at which 99 of 100 requests meet one of MLPerf's
+levels, for each workload, from its rate on; requests ask for the level, and come for --probe-seconds at each rate.
+
 Token times are taken on the thread that receives them from the scheduler. --stream reads every token in a task of an
 event loop instead, as a program with an AsyncEngine does, and takes the time there.
 """
@@ -16,116 +19,32 @@ import argparse
 import asyncio
 import itertools
 import tempfile
-import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from msgspec import Struct
 
+from benchmarks.levels import MLPERF_LEVELS, find_highest_rate
 from benchmarks.metrics import Figures, ServedRequest, ServiceLevel, summarize, what_is_asked
 from benchmarks.options import add_engine_options, engine_settings, make_parser
 from benchmarks.report import machine, show, write_json
+from benchmarks.sending import Targets, closed_loop, open_loop, stream_reader, whole_reader
 from benchmarks.step_log import StepLogReader, summarize_steps
 from benchmarks.workload import Load, PlannedRequest, Trace, Workload
-from graphgen import EngineConfig, InvalidRequestError, SamplingParams
+from graphgen import EngineConfig
 from graphgen.base.version import how_to_install
-from graphgen.calls.outputs import Delivery, RequestOutput
-from graphgen.calls.streams import AsyncStream, Mailbox
 from graphgen.ipc.messages import EngineStats, WorkerReady
 from graphgen.requests.core import EngineCore
 
-Reader = Callable[[PlannedRequest], Awaitable[tuple[float, ...]]]
-"""Sends a request and waits for its last token: the time of each token since it was sent."""
+FIRST_RATE = 1.0
+"""Of a search for a workload that states none."""
 
+LEAST_PROBE = 128
+"""Requests of each rate of a search: with fewer, one is more than a hundredth."""
 
-# --- sending ---------------------------------------------------------------------------------------------------
-
-
-class Targets(Struct, frozen=True):
-    """What requests ask for; without an ITL target they ask for nothing."""
-
-    itl_ms: float | None = None
-    prompt_rate: float = 512.0  # the first token is due after prompt tokens / rate seconds
-
-    def sampling_of(self, request: PlannedRequest) -> SamplingParams:
-        ttft_ms = len(request.prompt_token_ids) / self.prompt_rate * 1000.0
-        return SamplingParams(
-            temperature=0.0,
-            max_tokens=request.output_len,
-            ignore_eos=True,
-            itl_target_ms=self.itl_ms,
-            ttft_target_ms=None if self.itl_ms is None else ttft_ms,
-        )
-
-
-def whole_reader(core: EngineCore, targets: Targets) -> Reader:
-    """The engine keeps the times; this process wakes once a request, so measuring costs nothing per token."""
-    loop = asyncio.get_running_loop()
-
-    async def read(request: PlannedRequest) -> tuple[float, ...]:
-        done: asyncio.Future[Delivery] = loop.create_future()
-
-        def sink(delivery: Delivery) -> None:
-            loop.call_soon_threadsafe(done.set_result, delivery)
-
-        core.open([request.prompt_token_ids], targets.sampling_of(request), streams=False, sinks=[sink])
-        output = await done
-        if isinstance(output, Exception):
-            raise output
-        assert isinstance(output, RequestOutput), "a request that does not stream gets its output"
-        return output.timing.token_times_s
-
-    return read
-
-
-def stream_reader(core: EngineCore, targets: Targets) -> Reader:
-    """Takes the time where a user's task gets the token: what AsyncEngine.generate gives, with the loop's delays."""
-    mailbox = Mailbox(asyncio.get_running_loop())
-
-    async def read(request: PlannedRequest) -> tuple[float, ...]:
-        sent_s = time.monotonic()
-        times: list[float] = []
-        sampling = targets.sampling_of(request)
-        async for piece in AsyncStream(core, mailbox, request.prompt_token_ids, sampling):
-            times += [time.monotonic() - sent_s] * len(piece.token_ids)
-        return tuple(times)
-
-    return read
-
-
-async def serve(request: PlannedRequest, read: Reader) -> ServedRequest:
-    """A refused request is a failed one; an engine that dies ends the benchmark."""
-    sent_s = time.monotonic()
-    prompt_len = len(request.prompt_token_ids)
-    try:
-        return ServedRequest(prompt_len, sent_s, await read(request))
-    except InvalidRequestError as error:
-        return ServedRequest(prompt_len, sent_s, (), str(error))
-
-
-async def closed_loop(requests: Iterable[PlannedRequest], clients: int, read: Reader) -> list[ServedRequest]:
-    """The next request goes to the client that is free first."""
-    waiting = iter(requests)
-    served: list[ServedRequest] = []
-
-    async def client() -> None:
-        for request in waiting:
-            served.append(await serve(request, read))
-
-    await asyncio.gather(*(client() for _ in range(clients)))
-    return served
-
-
-async def open_loop(requests: Iterable[PlannedRequest], read: Reader) -> list[ServedRequest]:
-    """Every request at its time, whatever has become of those before it."""
-    begun_s = time.monotonic()
-
-    async def arrive(request: PlannedRequest) -> ServedRequest:
-        await asyncio.sleep(begun_s + request.arrival_s - time.monotonic())
-        return await serve(request, read)
-
-    return await asyncio.gather(*map(arrive, requests))
+SEEDS_EACH = 100
+"""Of a search: no rate may find the prompts of another one cached."""
 
 
 # --- running ---------------------------------------------------------------------------------------------------
@@ -197,17 +116,41 @@ def _counted(before: EngineStats, after: EngineStats) -> Figures:
     return {name: getattr(after, name) - getattr(before, name) for name in names}
 
 
+def search(core: EngineCore, run: Run, levels: Sequence[ServiceLevel], steps: StepLogReader, probe_s: float) -> Figures:
+    """The row of the highest rate at which the requests met the level that they ask for; of the lowest one that was
+    tried, if they met it at none."""
+    load, level = run.load, run.targets.level
+    assert isinstance(load, Workload), "a trace has the rate that it has"
+    (name,) = [name for name, known in MLPERF_LEVELS.items() if known == level]
+    rows: dict[float, Figures] = {}
+
+    def share_at(rate: float) -> float:
+        count = max(LEAST_PROBE, round(probe_s * rate))
+        probe = Workload.of(load.prompt_mean, load.output_mean, None, rate, count)
+        rows[rate] = measure(core, Run(probe, run.targets, run.seed + len(rows), run.stream), levels, steps)
+        return float(str(rows[rate][f"mlperf_{name}_share"]))
+
+    highest, probes = find_highest_rate(share_at, load.rate or FIRST_RATE)
+    tried = [{"rate": probe.rate, "share": probe.share} for probe in probes]
+    return {**rows[highest or min(rows)], "level": name, "highest_rate": highest, "probes": tried}
+
+
 def run_engine(
-    config: EngineConfig, runs: Sequence[Run], levels: Sequence[ServiceLevel]
+    config: EngineConfig, runs: Sequence[Run], levels: Sequence[ServiceLevel], probe_s: float
 ) -> tuple[list[Figures], WorkerReady]:
-    """All rows, one after another, in one engine. config: with a step log."""
+    """All rows, one after another, in one engine. config: with a step log. probe_s: of each rate of a search."""
     assert config.step_log is not None, "the figures of steps come from the log"
     core = EngineCore(config)
     try:
         # The first request of a process pays for imports of the client's side.
         asyncio.run(_warm_up(core))
         steps = StepLogReader(Path(config.step_log))
-        rows = [measure(core, run, levels, steps) for run in runs]
+        rows = [
+            measure(core, run, levels, steps)
+            if run.targets.level is None
+            else search(core, run, levels, steps, probe_s)
+            for run in runs
+        ]
         return rows, core.ready.worker
     finally:
         core.close()
@@ -221,7 +164,8 @@ async def _warm_up(core: EngineCore) -> None:
 
 
 def table_row(row: Figures, levels: Sequence[ServiceLevel]) -> dict[str, str]:
-    """The figures that fit on a screen. Latencies in ms; under SLA the requests a second that met it."""
+    """The figures that fit on a screen. Latencies in ms; under SLA the requests a second that met it, under MLPerf the
+    shares that met its two levels, server and interactive."""
     return {
         "workload": f"{row['workload']}{what_is_asked(row)}",
         "budget": str(row["token_budget"]),
@@ -233,6 +177,7 @@ def table_row(row: Figures, levels: Sequence[ServiceLevel]) -> dict[str, str]:
             f"SLA {level.itl_s * 1000:g} ms": _number(row[f"goodput_itl_{level.itl_s * 1000:g}ms"], 2)
             for level in levels
         },
+        "MLPerf": "/".join(_percent(row[f"mlperf_{name}_share"]) for name in MLPERF_LEVELS),
         "padding": _percent(row["padding_share"]),
         "idle": _percent(row["device_idle_share"]),
         "preempt": str(row["preemptions"]),
@@ -283,6 +228,8 @@ def serving_parser() -> argparse.ArgumentParser:
         help="what every request asks of its gaps, 0 for nothing, and with it a first token after prompt tokens /"
         " --sla-prompt-rate seconds; all rows are repeated for each",
     )
+    load.add_argument("--highest-rate", choices=MLPERF_LEVELS, help="search for it, as above; excludes --itl-target-ms")
+    load.add_argument("--probe-seconds", type=float, default=60.0, help="that requests come, of each rate of a search")
     load.add_argument("--stream", action="store_true", help="read every token in an event loop")
     results = parser.add_argument_group("results")
     results.add_argument("--sla-itl-ms", type=float, nargs="+", default=[20.0], help="limits of the average gap")
@@ -310,10 +257,16 @@ def loads_of(options: argparse.Namespace) -> list[Load]:
 
 def runs_of(options: argparse.Namespace) -> list[Run]:
     """The rows asked for, each with a seed of its own. Raises ValueError."""
-    loads = itertools.product(options.itl_target_ms, loads_of(options))
+    loads = loads_of(options)
+    if options.highest_rate is not None:
+        if any(isinstance(load, Trace) for load in loads) or any(options.itl_target_ms):
+            raise ValueError("--highest-rate has its own rates and targets: leave --trace and --itl-target-ms out")
+        asked = Targets(level=MLPERF_LEVELS[options.highest_rate])
+        return [Run(load, asked, options.seed + SEEDS_EACH * index, options.stream) for index, load in enumerate(loads)]
+    products = itertools.product(options.itl_target_ms, loads)
     return [
         Run(load, Targets(target_ms or None, options.sla_prompt_rate), options.seed + index, options.stream)
-        for index, (target_ms, load) in enumerate(loads)
+        for index, (target_ms, load) in enumerate(products)
     ]
 
 
@@ -337,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
     rows: list[Figures] = []
     with tempfile.TemporaryDirectory() as folder:
         for config in configs_of(options, options.step_log or f"{folder}/steps.jsonl"):
-            new_rows, worker = run_engine(config, runs, levels)
+            new_rows, worker = run_engine(config, runs, levels, options.probe_seconds)
             rows += new_rows
     about = machine(worker.device) | {"attention": worker.attention, "compiled": str(worker.compiled)}
     show(
@@ -345,6 +298,11 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
         [table_row(row, levels) for row in rows],
         about,
     )
+    for row in rows:
+        if row.get("level") is not None:
+            print(
+                f"{row['workload']}: {row['highest_rate']:.2f} a second is the most of which 99 % meet {row['level']}"
+            )
     for name in ("eager_steps", "recompilations"):
         if slow := [row["workload"] for row in rows if row[name]]:
             print(f"{name} are not 0 with {', '.join(map(str, slow))}: these figures are not those of a healthy engine")

@@ -67,6 +67,7 @@ class Policy(Struct, frozen=True):
     objective: ObjectiveName = "balanced"
     itl_target_ms: float | None = None  # of every request
     tpot_target_ms: float | None = None
+    ttft_target_ms: float | None = None
     ttft_prompt_rate: float | None = None  # every request wants its first token after prompt tokens / this seconds
     priorities: dict[str, int] = {}  # of each kind; 0 is that of any other
     does: str = ""  # in words, for the picture
@@ -79,7 +80,7 @@ class Policy(Struct, frozen=True):
             priority=self.priorities.get(request.kind, 0),
             itl_target_ms=self.itl_target_ms,
             tpot_target_ms=self.tpot_target_ms,
-            ttft_target_ms=None if rate is None else request.shape.prompt_len / rate * 1000.0,
+            ttft_target_ms=self.ttft_target_ms if rate is None else request.shape.prompt_len / rate * 1000.0,
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import serving
+from benchmarks import sending, serving
 from benchmarks.step_log import StepLogReader
 from benchmarks.workload import PlannedRequest
 from graphgen import InvalidRequestError
@@ -41,7 +41,7 @@ def requests_of(count: int, gap_s: float = 0.0) -> list[PlannedRequest]:
 
 def test_a_closed_loop_keeps_every_client_busy_and_sends_all_in_order() -> None:
     engine, requests = ClockworkEngine(), requests_of(10)
-    served = asyncio.run(serving.closed_loop(requests, 3, engine.read))
+    served = asyncio.run(sending.closed_loop(requests, 3, engine.read))
     assert engine.most_open == 3
     assert [request for request, _ in engine.sent] == requests
     assert sorted(request.prompt_len for request in served) == list(range(1, 11))
@@ -49,7 +49,7 @@ def test_a_closed_loop_keeps_every_client_busy_and_sends_all_in_order() -> None:
 
 def test_an_open_loop_sends_each_at_its_time_and_waits_for_none() -> None:
     engine = ClockworkEngine(seconds=0.2)
-    served = asyncio.run(serving.open_loop(requests_of(5, gap_s=0.01), engine.read))
+    served = asyncio.run(sending.open_loop(requests_of(5, gap_s=0.01), engine.read))
     assert engine.most_open == 5
     begun_s = engine.sent[0][1]
     assert all(sent_s - begun_s >= request.arrival_s - 0.005 for request, sent_s in engine.sent)
@@ -58,7 +58,7 @@ def test_an_open_loop_sends_each_at_its_time_and_waits_for_none() -> None:
 
 def test_a_refused_request_is_a_failed_one_and_the_rest_go_on() -> None:
     requests = [PlannedRequest(0.0, [1], 2), PlannedRequest(0.0, [1], 0), PlannedRequest(0.0, [1], 2)]
-    served = asyncio.run(serving.closed_loop(requests, 1, ClockworkEngine().read))
+    served = asyncio.run(sending.closed_loop(requests, 1, ClockworkEngine().read))
     assert [request.error for request in served] == [None, "no output", None]
     assert [len(request.token_times_s) for request in served] == [2, 0, 2]
 
@@ -103,3 +103,20 @@ def test_a_bad_workload_ends_the_script_before_an_engine_starts(capsys: pytest.C
     with pytest.raises(SystemExit):
         serving.main(["--workload", "lots"])
     assert "workload 'lots' is not PROMPT/OUTPUT:CLIENTS" in capsys.readouterr().err
+
+
+def test_the_highest_rate_is_searched_with_the_level_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    search = ["--workload", "16/4@400", "--highest-rate", "server", "--probe-seconds", "0.1"]
+    (row,) = serving.main([*TINY_ENGINE, *search])
+    assert row["level"] == "server"
+    probes: list[dict[str, float]] = row["probes"]  # type: ignore[assignment]  # figures are of many types
+    met = [probe["rate"] for probe in probes if probe["share"] >= 0.99]
+    assert row["highest_rate"] == max(met, default=0.0)
+    assert probes[0]["rate"] == 400.0
+    assert f"{row['highest_rate']:.2f} a second is the most of which 99 % meet server" in capsys.readouterr().out
+
+
+def test_a_search_has_its_own_rates_and_targets(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        serving.main(["--workload", "16/4@4", "--highest-rate", "server", "--itl-target-ms", "20"])
+    assert "leave --trace and --itl-target-ms out" in capsys.readouterr().err
