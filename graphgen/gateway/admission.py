@@ -23,7 +23,8 @@ class Admission:
         if holder is None:
             text = "no API key of this server: send it as `authorization: Bearer KEY`"
             raise ApiError(401, text, "invalid_api_key", headers=[(b"www-authenticate", b"Bearer")])
-        if holder.requests_per_minute is not None:
+        # Lists of models and scrapes of metrics cost nothing.
+        if holder.requests_per_minute is not None and scope["method"] == "POST":
             wait_s = self._rates.take(holder.name, holder.requests_per_minute)
             if wait_s:
                 text = f"this key may make {holder.requests_per_minute} requests a minute: try again in {wait_s:.1f} s"
