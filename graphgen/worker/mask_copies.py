@@ -23,11 +23,12 @@ class MaskCopies:
         """num_blocks: host blocks, as of a step's input."""
         self._sampler = sampler
         self._stream = stream
-        self._num_blocks = num_blocks
         self._num_words = mask_words(sampler.tables.vocab_size)
         self._masked: set[int] = set()  # slots whose masks count on the device, once the launched steps have run
-        self._ring: StagingRing | None = None  # from the first mask on: no other engine pays its memory
-        self._block: Tensor | None = None
+        # Of a step in which every slot draws. Made at once: pinning memory would hold up the steps of others.
+        device, num_words = sampler.tables.masks.device, (4 + self._num_words) * sampler.tables.trash_slot
+        self._ring = StagingRing(num_words, num_blocks, pinned=device.type == "cuda")
+        self._block = torch.empty(num_words, dtype=torch.int32, device=device)
 
     def send(self, plan: StepPlan, draws: Sequence[Draw]) -> None:
         """Brings the masks of the step's draws to the device, and lifts those that do not count in it."""
@@ -40,8 +41,7 @@ class MaskCopies:
             return
         self._masked -= masks.keys()
         self._masked |= {slot for slot, mask in masks.items() if mask is not None}
-        ring, device_block = self._open()
-        host = ring.acquire()
+        host = self._ring.acquire()
         words, num_slots, num_again = host.numpy(), len(masks), len(again)
         words[:num_slots] = list(masks)
         words[num_slots : 2 * num_slots] = [mask is not None for mask in masks.values()]
@@ -51,24 +51,15 @@ class MaskCopies:
             start += self._num_words
         words[start : start + num_again] = [slot for slot, _ in again]
         words[start + num_again : start + 2 * num_again] = [token_id for _, token_id in again]
-        self._stream.submit(lambda: self._load(host, device_block, num_slots, num_again))
-        ring.release(self._stream)
+        self._stream.submit(lambda: self._load(host, num_slots, num_again))
+        self._ring.release(self._stream)
 
-    def _load(self, host: Tensor, block: Tensor, num_slots: int, num_again: int) -> None:
+    def _load(self, host: Tensor, num_slots: int, num_again: int) -> None:
         sizes = (num_slots, num_slots, num_slots * self._num_words, num_again, num_again)
-        words = block[: sum(sizes)]
+        words = self._block[: sum(sizes)]
         words.copy_(host[: sum(sizes)], non_blocking=True)
         slots, masked, masks, again_slots, again_ids = words.split(sizes)
         if num_slots:
             self._sampler.write_masks(slots, masked, masks.view(num_slots, self._num_words))
         if num_again:
             self._sampler.forget_inputs(again_slots, again_ids)
-
-    def _open(self) -> tuple[StagingRing, Tensor]:
-        if self._ring is None or self._block is None:
-            tables = self._sampler.tables
-            num_words = (4 + self._num_words) * tables.trash_slot  # of a step in which every slot draws
-            device = tables.masks.device
-            self._ring = StagingRing(num_words, self._num_blocks, pinned=device.type == "cuda")
-            self._block = torch.empty(num_words, dtype=torch.int32, device=device)
-        return self._ring, self._block

@@ -10,7 +10,7 @@ from torch import Tensor
 from graphgen.ipc.messages import SamplerParams, SlotInit
 from graphgen.models.sampling import Sampler, make_sampler, pack_slot, reference
 from graphgen.models.sampling.tables import ROW_WIDTH
-from tests.models.sampling_cases import MIXED, STOP_TOKENS, own, troubled_logits
+from tests.models.sampling_cases import MIXED, STOP_TOKENS, give_masks, own, random_masks, troubled_logits
 
 CUDA = torch.device("cuda")
 NUM_SLOTS = 256
@@ -54,6 +54,20 @@ def test_kernels_draw_the_tokens_of_the_reference(vocab_size: int, num_rows: int
         narrow = logits.bfloat16()
         expected = reference.sample(sampler.tables, narrow, slots, positions)
         assert torch.equal(sampler.sample(narrow, slots, positions), expected)
+
+
+@pytest.mark.parametrize("vocab_size", [1031, 32_000, 128_256])
+def test_kernels_draw_the_tokens_of_the_reference_under_masks(vocab_size: int) -> None:
+    rng = random.Random(vocab_size)
+    sampler = make_owned(vocab_size, [*MIXED, *(random_params(rng) for _ in range(NUM_SLOTS - len(MIXED)))])
+    for seed in range(2):
+        allowed = random_masks(NUM_SLOTS, vocab_size, seed)[torch.randperm(NUM_SLOTS)]
+        give_masks(sampler, allowed, torch.randint(0, 2, (NUM_SLOTS,)))
+        slots = torch.randperm(NUM_SLOTS, device=CUDA)
+        positions = torch.randperm(NUM_SLOTS, device=CUDA)
+        logits = troubled_logits(NUM_SLOTS, vocab_size, seed).to(CUDA)
+        expected = reference.sample(sampler.tables, logits, slots, positions)
+        assert torch.equal(sampler.sample(logits, slots, positions), expected)
 
 
 def test_the_reference_draws_the_same_tokens_on_the_cpu() -> None:
