@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from graphgen import Engine, InvalidRequestError, Logprobs, SamplingParams, demo
+from graphgen import Choice, Engine, InvalidRequestError, Logprobs, SamplingParams, demo
 
 PROMPT = "To be, or not to be: é, 語 and 😀"
 GREEDY = SamplingParams(max_tokens=12, temperature=0, logprobs=2, prompt_logprobs=1, ignore_eos=True)
@@ -90,6 +90,23 @@ def test_a_prompt_of_one_token_has_none_and_a_cached_one_has_all(engine: Engine)
     assert second.cached_tokens == 0
     assert second.prompt_logprobs == first.prompt_logprobs
     assert engine.generate([prompt], SamplingParams(max_tokens=1))[0].cached_tokens > 0, "others still share its pages"
+
+
+def test_of_a_constrained_output_they_are_those_without_the_grammar(engine: Engine) -> None:
+    prompt = "To be, or not to be"
+    sampling = SamplingParams(max_tokens=12, temperature=0, logprobs=1, structured=Choice(["yes!", "zounds"]))
+    (output,) = engine.generate(prompt, sampling)
+    assert output.text in ("yes!", "zounds")
+    found = output.logprobs
+    assert found is not None
+    assert found.token_ids == output.token_ids
+    ids = [*output.prompt_token_ids, *output.token_ids]
+    (free,) = engine.generate([ids], SamplingParams(max_tokens=1, prompt_logprobs=1))
+    assert free.prompt_logprobs is not None
+    expected = list(free.prompt_logprobs)[-len(found) :]
+    assert [one.rank for one in found] == [one.rank for one in expected]
+    assert [one.logprob for one in found] == pytest.approx([one.logprob for one in expected], abs=1e-4)
+    assert found[0].rank > 1, "the grammar made it draw another token than the likeliest"
 
 
 def test_more_than_the_limit_is_refused_with_the_limit() -> None:
