@@ -307,7 +307,7 @@ def test_a_plan_that_cannot_be_launched_ends_the_process_with_its_reason(loop: L
 
 
 def test_a_step_that_ends_after_the_process_has_failed_adds_no_words(
-    loop: Loop, capfd: pytest.CaptureFixture[str]
+    loop: Loop, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """An operator reads the last lines, which are to be those of the failure."""
     loop.plan(1)
@@ -315,12 +315,14 @@ def test_a_step_that_ends_after_the_process_has_failed_adds_no_words(
     loop.plan(-1)
     assert loop.expect(Failed).message == "step -1 cannot be launched"
     assert loop.ends_with() == 1
-    said = capfd.readouterr().err
-    assert "step -1 cannot be launched" in said
+    assert "step -1 cannot be launched" in caplog.text
+    capfd.readouterr()
+    caplog.clear()
     reach(step)
     for thread in [one for one in threading.enumerate() if one.name == "collector"]:
         thread.join(1.0)
     assert capfd.readouterr().err == ""
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("error", [RuntimeError("an illegal address"), ValueError()])
