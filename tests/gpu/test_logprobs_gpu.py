@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graphgen.ipc.step_schema import LOGPROB_WORDS
-from graphgen.models.sampling import logprob_kernels, logprobs
+from graphgen.models.sampling import logprobs
 from tests.models.logprob_cases import assert_equal_words, case, run
 
 CUDA = torch.device("cuda")
@@ -15,6 +15,8 @@ CUDA = torch.device("cuda")
 @pytest.mark.parametrize("vocab_size", [1031, 32_000, 128_256, 262_144])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_kernels_write_what_the_reference_does(vocab_size: int, dtype: torch.dtype) -> None:
+    from graphgen.models.sampling import logprob_kernels
+
     given = case(70, vocab_size, dtype, CUDA)
     assert_equal_words(run(logprob_kernels.write_logprobs, given), run(logprobs.write_logprobs, given), given)
 
@@ -38,6 +40,8 @@ def milliseconds_of(call: Callable[[], None], times: int = 50) -> float:
 
 @pytest.mark.parametrize("num_rows", [12, 288])
 def test_rows_that_ask_for_nothing_cost_next_to_nothing(num_rows: int) -> None:
+    from graphgen.models.sampling import logprob_kernels
+
     logits, entries = case(num_rows, 128_256, torch.bfloat16, CUDA)
     rings = torch.zeros(2, num_rows * LOGPROB_WORDS, dtype=torch.int32, device=CUDA)
     places, ring_row = torch.arange(num_rows, device=CUDA), torch.ones(1, dtype=torch.int32, device=CUDA)

@@ -145,7 +145,7 @@ def test_compiled_tokens_equal_eager_ones_with_two_graphs_and_no_recompilation(t
         config = launch_config(
             tmp_path, MAX_MODEL_LEN, device="cpu", token_budget=64, num_pages=200, page_size=16, compile=compile_layers
         )
-        with quick_compiler():
+        with quick_compiler(), torch.inference_mode():  # as the worker's process
             engine = LocalEngine(config)
         tokens.append(engine.generate(prompts(), NEW_TOKENS))
         if compile_layers:
