@@ -18,7 +18,6 @@ from graphgen.calls.sampling_params import SamplingParams
 from graphgen.gateway import schema
 from graphgen.gateway.chat_output import ChatOutput, PlainOutput, join_deltas
 from graphgen.gateway.chat_turn import read_chat
-from graphgen.gateway.errors import error_of
 from graphgen.gateway.generation import (
     COMPLETION_MAX_TOKENS,
     Pieces,
@@ -29,11 +28,9 @@ from graphgen.gateway.generation import (
 from graphgen.gateway.http import (
     DONE,
     KEEP_ALIVE,
-    GoneError,
     Receive,
     Scope,
     Send,
-    error_event,
     event,
     send_events,
     send_json,
@@ -148,19 +145,10 @@ class _Answer(ABC):
         """The whole answer: all pieces of each output."""
 
     async def events(self, pieces: Pieces, tally: Tally) -> AsyncIterator[bytes]:
-        """The answer as server-sent events. What ends the request before the first of them is raised; later it is one
-        of them."""
+        """The answer as server-sent events."""
         begun: set[int] = set()
-        said = False
-        try:
-            async for batch in pieces.batches():
-                said = True
-                yield self._events_of(batch, begun, tally) or KEEP_ALIVE
-        except Exception as error:
-            if isinstance(error, GoneError) or not said:
-                raise
-            yield error_event(error_of(error))
-            return
+        async for batch in pieces.batches():
+            yield self._events_of(batch, begun, tally) or KEEP_ALIVE
         yield (event(self.last_chunk(tally.usage)) if self._has_usage else b"") + DONE
 
     async def whole(self, pieces: Pieces, tally: Tally, num_prompts: int) -> Struct:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from graphgen.gateway.errors import ApiError, Headers, openai_body
+from graphgen.gateway.errors import ApiError, Headers, error_of, openai_body
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -111,12 +111,20 @@ async def until_gone(receive: Receive) -> None:
         pass
 
 
-async def send_events(send: Send, events: AsyncIterator[bytes]) -> None:
-    """An answer of events. It begins with the first of them: what fails before that may still have a status."""
+async def send_events(
+    send: Send, events: AsyncIterator[bytes], failed: Callable[[ApiError], bytes] = error_event
+) -> None:
+    """An answer of events. It begins with the first of them: what ends them before that is raised, and may still have a
+    status. What ends them later is told by a last event, made by `failed`; a client that is gone is told nothing."""
     begun = False
-    async for data in events:
-        if not begun:
-            begun = True
-            await send({"type": "http.response.start", "status": 200, "headers": EVENT_HEADERS})
-        await send({"type": "http.response.body", "body": data, "more_body": True})
+    try:
+        async for data in events:
+            if not begun:
+                begun = True
+                await send({"type": "http.response.start", "status": 200, "headers": EVENT_HEADERS})
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+    except Exception as error:
+        if isinstance(error, GoneError) or not begun:
+            raise
+        await send({"type": "http.response.body", "body": failed(error_of(error)), "more_body": True})
     await send({"type": "http.response.body", "body": b""})

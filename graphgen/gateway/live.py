@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 
 from msgspec import Struct
 
-from graphgen.gateway.errors import ApiError, error_of, openai_body
-from graphgen.gateway.http import Receive, Scope, Send, event, send_events, until_gone
+from graphgen.gateway.errors import ApiError, error_of
+from graphgen.gateway.http import Receive, Scope, Send, error_event, event, send_events, until_gone
 from graphgen.gateway.service import Service
 from graphgen.ipc.errors import GraphgenError
 from graphgen.ipc.ggp.messages import Stats, StatsRequest
@@ -84,7 +84,7 @@ class LiveFeed:
             try:
                 stats = await asyncio.to_thread(self._service.core.stats, StatsRequest(metrics=True, live_after=newest))
             except GraphgenError as error:
-                self._show(event(openai_body(error_of(error))))
+                self._show(error_event(error_of(error)))
                 await asyncio.sleep(AWAY_S)
                 continue
             assert stats.metrics is not None, "they were asked for"

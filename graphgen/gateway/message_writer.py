@@ -12,9 +12,9 @@ from msgspec import UNSET
 
 from graphgen.calls.outputs import StreamPiece
 from graphgen.gateway.chat_output import ChatOutput, PlainOutput
-from graphgen.gateway.errors import anthropic_body, error_of
+from graphgen.gateway.errors import ApiError, anthropic_body
 from graphgen.gateway.generation import Pieces, Tally
-from graphgen.gateway.http import GoneError, Scope, named_event
+from graphgen.gateway.http import Scope, named_event
 from graphgen.gateway.ids import new_id
 from graphgen.gateway.messages_schema import (
     AnswerMessage,
@@ -94,22 +94,20 @@ class MessageWriter:
         return self._message([block.ended() for block in self._blocks], await self._stop())
 
     async def events(self, pieces: Pieces) -> AsyncIterator[bytes]:
-        """The answer as server-sent events. What ends the request before the first of them is raised; later it is one
-        of them."""
+        """The answer as server-sent events."""
         begun = False
-        try:
-            async for batch in pieces.batches():
-                news = self._take(batch)
-                start = b"" if begun else named_event("message_start", MessageStart(message=self._message([])))
-                begun = True
-                yield start + news or PING
-        except Exception as error:
-            if isinstance(error, GoneError) or not begun:
-                raise
-            yield named_event("error", anthropic_body(error_of(error)))
-            return
+        async for batch in pieces.batches():
+            news = self._take(batch)
+            start = b"" if begun else named_event("message_start", MessageStart(message=self._message([])))
+            begun = True
+            yield start + news or PING
         ended = MessageDelta(delta=await self._stop(), usage=self._usage)
         yield self._end_block() + named_event("message_delta", ended) + named_event("message_stop", MessageStop())
+
+    @staticmethod
+    def failed(error: ApiError) -> bytes:
+        """The event that ends a message which cannot go on."""
+        return named_event("error", anthropic_body(error))
 
     def _take(self, batch: Sequence[tuple[int, StreamPiece]]) -> bytes:
         """The events of what is new."""

@@ -41,7 +41,7 @@ class Messages:
         writer = MessageWriter(self._service, scope, request, model, turn.outputs[0])
         async with self._service.pieces([turn.prompt], turn.sampling, scope, receive, turn.parsing) as pieces:
             if request.stream:
-                await send_events(send, writer.events(pieces))
+                await send_events(send, writer.events(pieces), writer.failed)
             else:
                 await send_json(send, await writer.whole(pieces))
 

@@ -13,9 +13,9 @@ from msgspec import UNSET, Struct, structs
 
 from graphgen.calls.outputs import StreamPiece
 from graphgen.gateway.chat_output import ChatOutput, PlainOutput
-from graphgen.gateway.errors import error_of
+from graphgen.gateway.errors import ApiError
 from graphgen.gateway.generation import Pieces, Tally
-from graphgen.gateway.http import KEEP_ALIVE, GoneError, named_event
+from graphgen.gateway.http import KEEP_ALIVE, named_event
 from graphgen.gateway.ids import new_id
 from graphgen.gateway.responses_schema import (
     ArgumentsDelta,
@@ -111,25 +111,21 @@ class ResponseWriter:
         return self._ended()
 
     async def events(self, pieces: Pieces) -> AsyncIterator[bytes]:
-        """The answer as server-sent events. What ends the request before the first of them is raised; later the
-        response has failed."""
+        """The answer as server-sent events."""
         begun = False
-        try:
-            async for batch in pieces.batches():
-                head = b"" if begun else self._begin()
-                begun = True
-                yield head + self._take(batch) or KEEP_ALIVE
-        except Exception as error:
-            if isinstance(error, GoneError) or not begun:
-                raise
-            body = error_of(error).body
-            failure = ResponseError(code=body.code or body.type, message=body.message)
-            failed = structs.replace(self._response, status="failed", error=failure)
-            yield self._written(ResponseChanged, "response.failed", response=failed)
-            return
+        async for batch in pieces.batches():
+            head = b"" if begun else self._begin()
+            begun = True
+            yield head + self._take(batch) or KEEP_ALIVE
         last = self._end_items()
         response = self._ended()
         yield last + self._written(ResponseChanged, f"response.{response.status}", response=response)
+
+    def failed(self, error: ApiError) -> bytes:
+        """The event that ends a response which cannot go on."""
+        failure = ResponseError(code=error.body.code or error.body.type, message=error.body.message)
+        response = structs.replace(self._response, status="failed", error=failure)
+        return self._written(ResponseChanged, "response.failed", response=response)
 
     def _begin(self) -> bytes:
         kinds = ("response.created", "response.in_progress")
