@@ -31,7 +31,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import zmq
 
@@ -100,7 +100,7 @@ class LossNotices(logging.Handler):
         """The first loss that was told after that: when, and in which words."""
         return next((one for one in self._heard if one[0] >= moment_s), None)
 
-    def __enter__(self) -> "LossNotices":
+    def __enter__(self) -> Self:
         logging.getLogger("graphgen").addHandler(self)
         return self
 

@@ -17,9 +17,10 @@ HUNG_VARIABLE = "GRAPHGEN_TEST_HUNG_S"
 NEXT_STEP, SPRUNG = "next-step", "sprung"
 """Files in the folder, beside those that are named like token ids."""
 HOOK = Path(__file__).resolve().parent / "hook"
-Harm = Literal["exit", "raise", "raise later", "kill", "hang"]
+Harm = Literal["exit", "raise", "raise later", "kill", "hang", "illegal address", "spin"]
 """exit: exit code 3; raise: an exception in `launch`; raise later: one when its tokens are fetched; kill: a signal;
-hang: `launch` does not return."""
+hang: `launch` does not return. On a GPU alone, before the step's graph: illegal address: a kernel that writes to one;
+spin: a kernel that does not end."""
 Rows = Literal["chunks", "decodes"]
 """What springs a trap: a step that computes the token in a chunk, or one with a decode row of a request that has the
 token in its prompt."""

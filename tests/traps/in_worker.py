@@ -7,12 +7,14 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests.traps import FOLDER_VARIABLE, NEXT_STEP, SPRUNG, write_at_once
 from tests.traps.imports import when_imported
 
+ON_DEVICE = ("illegal address", "spin")
 RESULT_S = 0.1
 """Within this the result of a step is at the scheduler."""
 
@@ -49,6 +51,8 @@ def wrap_launch(runner_module: Any) -> None:  # a module
                     trapped[chunk.slot] = token_id
         for harm in harms:
             _do(harm)
+            if harm in ON_DEVICE:
+                self._stream.submit(_kernel(harm))
         step = launch(self, plan, received_s)
         return _broken(step) if "raise later" in harms else step
 
@@ -92,6 +96,12 @@ def _do(harm: str) -> None:
         raise RuntimeError("a trap in launch")
     while harm == "hang":
         time.sleep(1.0)
+
+
+def _kernel(harm: str) -> Callable[[], None]:
+    from tests.traps import device
+
+    return device.spin if harm == "spin" else device.write_far
 
 
 def _broken(step: Any) -> Any:  # LaunchedStep
