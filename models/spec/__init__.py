@@ -11,6 +11,7 @@ Every field has one meaning in arithmetic. A trait without a field is refused wh
 """
 
 from graphgen.models.spec.feed_forwards import Dense, Experts, FeedForward, Router
+from graphgen.models.spec.formats import LinearFormat
 from graphgen.models.spec.mixers import GQA, Alibi, Latent, Mixer, QKNorm
 from graphgen.models.spec.model import Embedding, Head, Layer, ModelSpec
 from graphgen.models.spec.parts import DTYPE_BYTES, WHOLE, Norm, Shard, dtype_bytes
@@ -29,6 +30,7 @@ __all__ = [
     "Head",
     "Latent",
     "Layer",
+    "LinearFormat",
     "Mixer",
     "ModelSpec",
     "Norm",

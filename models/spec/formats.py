@@ -1,0 +1,53 @@
+"""How the weight of a linear layer is stored, as data. The tensors themselves are described in formats/layout.py."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from graphgen.models.spec.parts import dtype_bytes
+
+Storage = Literal["e4m3", "int8", "int4"]
+ScaleDtype = Literal["float32", "bfloat16", "float16"]
+
+PACKED_BLOCK = 128
+"""Columns of an int4 weight that are packed together, see formats/layout.py."""
+
+
+class LinearFormat(Struct, frozen=True, kw_only=True):
+    """A quantised weight [N, K]: weight[n, k] = (code[n, k] - zero) * scale, with one scale (and zero) for `rows` x
+    `group` elements. A layer without a format has its weight in the model's dtype.
+
+    group None, rows 1     one scale for each row ("channel")
+    group G, rows 1        one for each G columns of a row
+    group G, rows R        one for each block of R rows and G columns; published checkpoints have 128 x 128
+    """
+
+    storage: Storage
+    group: Annotated[int, Meta(ge=1)] | None = None  # columns that share a scale; None: all
+    rows: Annotated[int, Meta(ge=1)] = 1  # rows that share a scale
+    scale_dtype: ScaleDtype = "float32"
+    zeros: bool = False  # False: the zero is ZERO_CODES[storage]
+    permuted: bool = False  # the weight's column k belongs to input permutation[k]
+    activation: Literal["model", "e4m3"] = "model"
+    """e4m3: where it is faster, the input may be rounded to e4m3 with a scale for each row. model: it may not."""
+
+    @property
+    def name(self) -> str:
+        """For people: "fp8", "fp8 128x128 (fp8 input)", "int4 g128 with zeros"."""
+        grain = "" if self.group is None else f" {self.rows}x{self.group}" if self.rows > 1 else f" g{self.group}"
+        rest = (" with zeros" if self.zeros else "") + (" reordered" if self.permuted else "")
+        stored = "fp8" if self.storage == "e4m3" else self.storage
+        return stored + grain + rest + (" (fp8 input)" if self.activation == "e4m3" else "")
+
+    def num_groups(self, num_columns: int) -> int:
+        """Scales beside each other; the last group may be shorter than the others."""
+        return 1 if self.group is None else -(-num_columns // self.group)
+
+    def num_scales(self, num_rows: int, num_columns: int) -> int:
+        return -(-num_rows // self.rows) * self.num_groups(num_columns)
+
+    def num_bytes(self, num_rows: int, num_columns: int) -> int:
+        """Memory of a weight [num_rows, num_columns] with all that belongs to it."""
+        codes = num_rows * num_columns // (2 if self.storage == "int4" else 1)
+        each = dtype_bytes(self.scale_dtype) + self.zeros
+        return codes + each * self.num_scales(num_rows, num_columns) + 4 * num_columns * self.permuted
