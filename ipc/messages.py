@@ -99,6 +99,11 @@ class Submit(Struct, frozen=True, array_like=True, tag="submit", gc=False):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: str = ""  # what the output must follow, as llguidance writes grammars; "": nothing
+    # Of a request that other engines had before: it goes on behind the tokens that it has emitted.
+    num_moves: int = 0  # engines that had it
+    output_token_ids: bytes = b""  # packed int32; they count to max_tokens and min_tokens, and for penalties
+    first_token_s: float | None = None  # when the first of them came
+    num_deaths: int = 0  # of workers and engines that had it, since its last new token
 
 
 class Cancel(Struct, frozen=True, array_like=True, tag="cancel", gc=False):

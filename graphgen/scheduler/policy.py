@@ -92,32 +92,43 @@ class Scheduler:
         """Queues a request.
 
         Raises, keeping nothing: InvalidRequestError for one that can never be served; OverloadedError when the queue is
-        full or the request would not meet its deadline; DeadlineError when it could not meet it even alone.
+        full or the request would not meet its deadline; DeadlineError when it could not meet it even alone. One that
+        another engine had before is neither turned away nor put behind those that came after it.
         """
         if submit.request_id in self._requests:
             raise InvalidRequestError(
                 f"request id {submit.request_id} is in use by a request that has not ended: choose another id"
             )
-        arrived_s = max(submit.arrived_s, self._newest_arrival_s)
+        arrived_s = submit.arrived_s if submit.num_moves else max(submit.arrived_s, self._newest_arrival_s)
         tenant = self._tenants.of(submit.tenant)
         request = Request(submit, self._num_added, arrived_s, self._limits.page_size, tenant)
         life = self._life
         self._limits.check_servable(request.prompt_len, submit.max_tokens, life.groups)
-        try:
-            life.guard.check_room(request)
-            if submit.deadline_ms is not None:
-                life.guard.check_deadline(request, submit.deadline_ms, life.admission.offer(request).num_cached)
-        except (OverloadedError, DeadlineError):
-            self.counters.refused += 1
-            raise
+        if not request.has_output_to_come:
+            raise InvalidRequestError(
+                f"request {request.request_id} comes with {len(request.output)} tokens of output, max_tokens is"
+                f" {request.max_tokens} and the last of them is {request.output[-1]}: it has ended, send it no more"
+            )
+        if not submit.num_moves:
+            self._check_overload(request, submit.deadline_ms)
         if life.cache.enabled:
             request.chain.prepare(PAGES_AHEAD)
         self._num_added += 1
-        self._newest_arrival_s = arrived_s
+        self._newest_arrival_s = max(arrived_s, self._newest_arrival_s)
         self._requests[request.request_id] = request
         self._tenants.opened(request)
         self._tenants.add(request)
         self._deadlines.add(request)
+
+    def _check_overload(self, request: Request, deadline_ms: float | None) -> None:
+        guard = self._life.guard
+        try:
+            guard.check_room(request)
+            if deadline_ms is not None:
+                guard.check_deadline(request, deadline_ms, self._life.admission.offer(request).num_cached)
+        except (OverloadedError, DeadlineError):
+            self.counters.refused += 1
+            raise
 
     def cancel(self, request_id: int) -> None:
         """Ends a request without output. The next plan may use its slot and pages. Ignores unknown ids."""

@@ -261,9 +261,9 @@ class PromptPlanner:
         request.times_passed = 0
         if request.num_admissions == 0:
             request.started_s = now_s
-            request.cached_tokens = offer.num_cached
+            request.cached_tokens = min(offer.num_cached, request.prompt_len)  # a moved one has its output besides
             self._counters.prefix_queries += request.prompt_len
-            self._counters.prefix_hits += offer.num_cached
+            self._counters.prefix_hits += request.cached_tokens
         request.num_admissions += 1
         return running
 

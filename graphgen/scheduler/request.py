@@ -110,10 +110,10 @@ class Request:
         self.arrival = arrival  # the order of service within a class; unlike arrived_s it has no ties
         self.priority = submit.priority
         self.rank: Rank = (arrived_s + _patience_s(submit) - AGEING_S * submit.priority, arrival)
-        self.tokens = _unpack_prompt(submit)
+        self.tokens = _unpack(submit)
         self.output = self.tokens.output  # what has arrived of it
         self.chain = PageChain(self.tokens, page_size, submit.cache_salt)
-        self.prompt_len = len(self.tokens)
+        self.prompt_len = len(self.tokens.prompt)
         # Of the output: its end, and up to where no stop token ends it.
         self.max_tokens = submit.max_tokens
         self.min_tokens = submit.min_tokens
@@ -137,7 +137,8 @@ class Request:
         )
         self.logprobs = submit.logprobs
         self.prompt_logprobs = submit.prompt_logprobs
-        self.num_scored = 0  # of the rows of its prompt: those whose log-probabilities have arrived
+        # Of the rows of its prompt: those whose log-probabilities have arrived, all of them before the first token.
+        self.num_scored = self.prompt_len - 1 if self.output else 0
         self.max_cached_len = _max_cached_len(submit.sampler, self.prompt_len, self.max_tokens)
         self.itl_target_ms = submit.itl_target_ms
         self.tpot_target_ms = submit.tpot_target_ms
@@ -150,12 +151,11 @@ class Request:
         self.num_preemptions = 0
         # Of worker groups that computed it, see `graphgen.scheduler.trials`: those in a row, of these the last ones
         # without a new token in between, and the tokens of output at the last one.
-        self.num_deaths = 0
-        self.num_fruitless_deaths = 0
-        self.death_len = 0
+        self.num_deaths = self.num_fruitless_deaths = submit.num_deaths
+        self.death_len = len(self.output) if submit.num_deaths else 0
         self.times_passed = 0  # plans in which a younger request was admitted while this one did not fit
         self.started_s = submit.arrived_s  # when its first chunk was planned; its arrival until then
-        self.first_token_s: float | None = None  # when the step that drew it ended; None until then
+        self.first_token_s = submit.first_token_s  # when the step that drew it ended; None until then
         self.ended = False  # finished or cancelled: tokens that still arrive are dropped
         self.running: RunningRequest | None = None  # None while it holds no slot and no pages
 
@@ -192,6 +192,11 @@ class Request:
         """Its grammar has refused one. A token that is drawn ahead and refused costs three steps, one awaited two."""
         self.caution = self._next_caution
         self._next_caution = min(2 * self._next_caution, MOST_CAUTION)
+
+    @property
+    def has_output_to_come(self) -> bool:
+        """Whether its output goes on behind what it has of it."""
+        return not self.output or self.finish_reason is None
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -291,11 +296,14 @@ def _check(submit: Submit) -> None:
             raise InvalidRequestError(f"{name} is {value}: use an integer from 0 to {MAX_LOGPROBS}, or none")
 
 
-def _unpack_prompt(submit: Submit) -> Tokens:
-    try:
-        return Tokens(unpack_int32(submit.prompt_token_ids))
-    except ValueError:
-        raise InvalidRequestError(
-            f"the prompt of request {submit.request_id} has {len(submit.prompt_token_ids)} bytes,"
-            " which is no multiple of 4: pack its token ids as int32"
-        ) from None
+def _unpack(submit: Submit) -> Tokens:
+    parts = []
+    for name, packed in (("prompt", submit.prompt_token_ids), ("output", submit.output_token_ids)):
+        try:
+            parts.append(unpack_int32(packed))
+        except ValueError:
+            raise InvalidRequestError(
+                f"the {name} of request {submit.request_id} has {len(packed)} bytes, which is no multiple of 4: pack"
+                " its token ids as int32"
+            ) from None
+    return Tokens(*parts)

@@ -5,6 +5,7 @@ adds the tokens that arrive.
 """
 
 from array import array
+from collections.abc import Iterable
 
 
 class Tokens:
@@ -15,9 +16,10 @@ class Tokens:
 
     __slots__ = ("output", "prompt")
 
-    def __init__(self, prompt: "array[int]") -> None:
+    def __init__(self, prompt: "array[int]", output: Iterable[int] = ()) -> None:
+        """output: what another engine has emitted of it."""
         self.prompt = prompt
-        self.output: list[int] = []
+        self.output = list(output)
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.output)

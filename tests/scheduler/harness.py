@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from graphgen.ipc.codec import pack_int32, unpack_int32
 from graphgen.ipc.errors import DeadlineError, OverloadedError
 from graphgen.ipc.messages import Bucket, FinishReason, Outputs, SamplerParams, StepPlan, Submit
@@ -235,6 +237,18 @@ class Harness:
             return False
         self.senders[submit.request_id] = make_sender(submit, self.limits.windows)
         return True
+
+    def add_moved(self, submit: Submit, num_had: int, num_deaths: int = 0) -> None:
+        """A request that had so many tokens of its output, not all, when its engine ended."""
+        sender = make_sender(submit, self.limits.windows)
+        sender.received = sender.expected[: min(num_had, len(sender.expected) - 1)]
+        sender.draws_planned = len(sender.received)
+        sender.scored = list(range(len(sender.prompt) - 1)) if sender.received else []
+        moved = msgspec.structs.replace(
+            submit, num_moves=1, output_token_ids=pack_int32(sender.received), num_deaths=num_deaths
+        )
+        self.scheduler.add(moved)
+        self.senders[submit.request_id] = sender
 
     def cancel(self, request_id: int) -> None:
         self.scheduler.cancel(request_id)

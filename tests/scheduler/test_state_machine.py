@@ -102,6 +102,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         kills_in=st.sampled_from([None] * 9 + ["any", "chunks", "decodes"]),
         logprobs=st.sampled_from([None, None, 0, 2]),
         prompt_logprobs=st.sampled_from([None, None, 0, 1]),
+        moved_with=st.sampled_from([None] * 5 + [0, 1, 2, 5]),
     )
     def add(
         self,
@@ -119,26 +120,30 @@ class AnyInterleaving(RuleBasedStateMachine):
         kills_in: Rows | None,
         logprobs: int | None,
         prompt_logprobs: int | None,
+        moved_with: int | None,
     ) -> None:
+        """moved_with: tokens of its output that another engine has emitted."""
         prompt_len, max_tokens = fitting(self.harness, prompt_len, max_tokens)
         request_id = len(self.harness.senders)
-        self.harness.add(
-            make_submit(
-                request_id,
-                make_prompt(family, shared_len, request_id, prompt_len),
-                max_tokens,
-                min_tokens=min(min_tokens, max_tokens),
-                stop=tuple(range(0, VOCABULARY, 4)) if stops else (),
-                sampler=sampler,
-                arrived_s=self.harness.now_s,
-                priority=priority,
-                cache_salt=salt,
-                tenant=tenant,
-                deadline_ms=deadline_ms,
-                logprobs=logprobs,
-                prompt_logprobs=prompt_logprobs,
-            )
+        submit = make_submit(
+            request_id,
+            make_prompt(family, shared_len, request_id, prompt_len),
+            max_tokens,
+            min_tokens=min(min_tokens, max_tokens),
+            stop=tuple(range(0, VOCABULARY, 4)) if stops else (),
+            sampler=sampler,
+            arrived_s=self.harness.now_s,
+            priority=priority,
+            cache_salt=salt,
+            tenant=tenant,
+            deadline_ms=deadline_ms,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
+        if moved_with is None:
+            self.harness.add(submit)
+        else:
+            self.harness.add_moved(submit, moved_with)
         if request_id in self.harness.senders:
             self.harness.senders[request_id].kills_in = kills_in
 

@@ -74,12 +74,13 @@ class LocalEngine:
         preempt_after: int | None = None,
         asks: Sequence[Asks] = (),
         grammars: Sequence[str] | None = None,
+        emitted: Sequence[Sequence[int]] | None = None,
     ) -> list[list[int]]:
         """Tokens of all prompts, submitted at once, in their order.
 
         preempt_after: steps whose results have arrived when one request is preempted, the one to be served last.
         asks: for log-probabilities, of each prompt; `outputs` has them afterwards.
-        grammars: of each prompt; "" is none.
+        grammars: of each prompt; "" is none. emitted: of each prompt, the tokens that another engine has emitted.
         """
         first_id = self._next_id
         self._next_id += len(prompts)
@@ -89,6 +90,9 @@ class LocalEngine:
             if asks:
                 submit = msgspec.structs.replace(submit, logprobs=asks[number][0], prompt_logprobs=asks[number][1])
             grammar = grammars[number] if grammars else ""
+            if emitted is not None:
+                had = pack_int32(emitted[number])
+                submit = msgspec.structs.replace(submit, num_moves=1, output_token_ids=had)
             self.scheduler.add(msgspec.structs.replace(submit, grammar=grammar))
         tokens: list[list[int]] = [[] for _ in prompts]
         in_flight: deque[LaunchedStep] = deque()
