@@ -9,11 +9,9 @@ requests with different salts never have one in common.
 """
 
 from collections.abc import Iterator
-from hashlib import blake2b
 
+from graphgen.base.page_digests import page_digest, salt_digest
 from graphgen.scheduler.tokens import Tokens
-
-DIGEST_BYTES = 32
 
 PAGES_AHEAD = 64
 """Pages of a prompt whose digests are made when it arrives, while no plan waits for them. The others follow as they are
@@ -29,7 +27,7 @@ class PageChain:
         """tokens: the request's own, which grow as output arrives."""
         self._tokens = tokens
         self._page_size = page_size
-        self._digests = [blake2b(salt.encode(), digest_size=DIGEST_BYTES).digest()]  # [0] stands before the first page
+        self._digests = [salt_digest(salt)]  # [0] stands before the first page
 
     def prepare(self, num_pages: int) -> None:
         """Makes the digests of the first pages, at most `num_pages`."""
@@ -71,5 +69,5 @@ class PageChain:
         digests, size = self._digests, self._page_size
         digest = digests[-1]
         for start in range((len(digests) - 1) * size, num_pages * size, size):
-            digest = blake2b(digest + self.packed(start, start + size), digest_size=DIGEST_BYTES).digest()
+            digest = page_digest(digest, self.packed(start, start + size))
             digests.append(digest)
