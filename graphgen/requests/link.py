@@ -12,28 +12,16 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from pathlib import Path
-from typing import Protocol
 
 import zmq
 
 from graphgen.base.owner import Owner
 from graphgen.calls.outputs import Delivery, Sink
-from graphgen.ipc import errors
 from graphgen.ipc.channel import Channel
-from graphgen.ipc.errors import (
-    DeadlineError,
-    EngineClosedError,
-    EngineDeadError,
-    GraphgenError,
-    InvalidRequestError,
-    NumericalError,
-    OverloadedError,
-    PoisonedRequestError,
-)
+from graphgen.ipc.errors import EngineClosedError, EngineDeadError, GraphgenError, OverloadedError
 from graphgen.ipc.messages import (
     Attach,
     Cancel,
@@ -51,7 +39,8 @@ from graphgen.ipc.messages import (
     Shutdown,
     StatsRequest,
 )
-from graphgen.launch.processes import Exit
+from graphgen.requests.failures import error_of, refusal_of
+from graphgen.requests.link_ends import Nobody, Observer, Processes
 from graphgen.requests.open_request import OpenRequest
 
 logger = logging.getLogger("graphgen")
@@ -60,29 +49,16 @@ WATCH_S = 0.1
 """How often the thread looks whether the engine's processes live."""
 FAILED_WAIT_S = 0.3
 """A process that ends on an error says so first; its message gets so long to arrive through the scheduler."""
+LAST_WORDS_S = 0.005
+"""What a dead engine had sent arrives within this."""
 CLOSE_GRACE_S = 2.0
-
-
-class Processes(Protocol):
-    """What the link must know of an engine's processes: EngineProcesses, or a stand-in for those of another."""
-
-    @property
-    def folder(self) -> Path: ...
-
-    @property
-    def pids(self) -> dict[str, int]: ...
-
-    def find_exit(self) -> Exit | None: ...
-
-    def log_tail(self, name: str, num_lines: int = ...) -> str: ...
-
-    def stop(self, grace_s: float) -> None: ...
 
 
 class Link:
     """Sends requests to the scheduler and delivers what comes back, until closed or until a process ends.
 
     `attaches`: the engine is another's, which this link joins in the place of one that is gone, and leaves running.
+    `is_kept`: whoever made the engine watches it once it has served, and starts another in its place when it ends.
     """
 
     def __init__(
@@ -92,28 +68,36 @@ class Link:
         attaches: bool = False,
         after_outputs: Callable[[], None] | None = None,
         on_notice: Callable[[Notice], None] | None = None,
+        is_kept: bool = False,
+        observer: Observer | None = None,
+        lock: "threading.RLock | None" = None,
     ) -> None:
         """after_outputs: called on the receiving thread when the outputs of a step have reached their sinks.
 
-        on_notice: gets what an operator should know, until `when_noticed` names another; None: it is logged.
+        on_notice: gets what an operator should know, until `when_noticed` names another; None: it is logged. lock: of
+        several links whose requests may change from one to another; reentrant.
         """
         self._owner = Owner("the engine")
         self._processes = processes
         self._on_progress = on_progress
         # Guards the table, the queue of stats and the fault. Reentrant: the collector may drop a stream, which cancels
         # its request, in the middle of anything.
-        self._lock = threading.RLock()
+        self._lock = threading.RLock() if lock is None else lock
+        self._observer: Observer = Nobody() if observer is None else observer
+        self._unbegun: dict[int, OpenRequest] = {}  # requests that had tokens when they came, and none from here yet
         self._requests: dict[int, OpenRequest] = {}
         self._stats: deque[Future[EngineStats]] = deque()
         self._probes: dict[int, Future[None]] = {}
         self._num_probes = 0
         self._attaches = attaches
+        self._is_kept = is_kept or attaches
         self._after_outputs = after_outputs
         self._on_notice = on_notice or _log
         self._on_ready: Callable[[Ready], None] | None = None
         self._ready: Future[Ready] = Future()
         self._serves = False
         self._awaits_another = False  # the engine ended, and one is being started in its place
+        self._jobs: deque[Callable[[], None]] = deque()  # for the thread, between two messages
         self._fault: GraphgenError | None = None
         self._stopping = threading.Event()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -148,8 +132,10 @@ class Link:
         opened = list(requests)
         with self._lock:
             self._raise_fault()
-            self._requests.update((request.submit.request_id, request) for request in opened)
             for request in opened:
+                self._requests[request.submit.request_id] = request
+                if request.submit.num_moves:
+                    self._unbegun[request.submit.request_id] = request
                 self._channel.send(request.submit)
 
     def cancel(self, request_ids: Iterable[int]) -> None:
@@ -159,7 +145,7 @@ class Link:
             return
         with self._lock:
             for request_id in request_ids:
-                if self._requests.pop(request_id, None) is not None and self._fault is None:
+                if self._forget(request_id) is not None and self._fault is None:
                     self._channel.send(Cancel(request_id))
 
     def stats(self, timeout_s: float) -> EngineStats:
@@ -198,17 +184,44 @@ class Link:
         """From now on `call` gets what an operator should know, on the receiving thread."""
         self._on_notice = call
 
-    def await_another_engine(self) -> None:
-        """The engine of an attached link has ended, and another is started in its place: from the Ready of that one on
-        it serves. What was asked of the old one is forgotten; whoever asked is told by the caller."""
+    def await_another_engine(self) -> list[OpenRequest]:
+        """The engine of a link that is kept has ended, and another is started in its place: from the Ready of that one
+        on it serves. What was asked of the old one is forgotten: returns the requests that were open."""
         error = EngineDeadError("the engine ended, and another is started in its place: try again")
         with self._lock:
             self._serves, self._awaits_another = False, True
-            self._requests.clear()
+            requests, self._requests = list(self._requests.values()), {}
+            self._unbegun.clear()
             waiting, self._stats = list(self._stats), deque()
             probes, self._probes = list(self._probes.values()), {}
             self._channel.send(Attach())  # whatever still waits to be sent to the old one is void for the new one
         _set_all((*waiting, *probes), error)
+        return requests
+
+    def lose(self, take: Callable[[list[OpenRequest]], None]) -> None:
+        """The same, once what the engine had sent is delivered: within `WATCH_S` `take` is called, on the receiving
+        thread, with the requests that were open."""
+
+        def give_back() -> None:
+            while (message := self._channel.receive(LAST_WORDS_S)) is not None:
+                self._handle(message)
+            take(self.await_another_engine())
+
+        self._jobs.append(give_back)
+
+    def release(self, request_ids: Collection[int], take: Callable[[list[OpenRequest]], None]) -> None:
+        """These requests are to go on at another engine: this one, which lives, is told to end them, and `take` is
+        called with those that are open, as by `lose`. Nothing more is heard of them from here."""
+
+        def give_back() -> None:
+            with self._lock:
+                found = [self._requests.pop(one) for one in request_ids if one in self._requests]
+                for request in found:
+                    self._unbegun.pop(request.submit.request_id, None)
+                    self._channel.send(Cancel(request.submit.request_id))
+            take(found)
+
+        self._jobs.append(give_back)
 
     def close(self) -> None:
         """Ends the processes, then the thread. Open requests get EngineClosedError. Idempotent."""
@@ -233,6 +246,8 @@ class Link:
                 message = self._channel.receive(WATCH_S)
                 if message is not None:
                     self._handle(message)
+                while self._jobs:
+                    self._jobs.popleft()()
                 if time.monotonic() - watched_s >= WATCH_S:
                     self._watch()
                     watched_s = time.monotonic()
@@ -246,7 +261,8 @@ class Link:
             self._context.term()
 
     def _handle(self, message: SchedulerToEngine) -> None:
-        if self._attaches and not self._serves and not isinstance(message, (Ready, Progress, Failed)):
+        joins = self._attaches or self._awaits_another
+        if joins and not self._serves and not isinstance(message, (Ready, Progress, Failed)):
             return  # meant for the one before
         match message:
             case Outputs():
@@ -254,7 +270,7 @@ class Link:
                 if self._after_outputs is not None:
                     self._after_outputs()
             case Rejected():
-                self._finish(message.request_id, _refusal_of(message))
+                self._refuse(message.request_id, refusal_of(message))
             case EngineStats():
                 with self._lock:
                     answer = self._stats.popleft() if self._stats else None
@@ -277,14 +293,20 @@ class Link:
                 if self._on_ready is not None:
                     self._on_ready(message)
             case Failed():
-                if not self._awaits_another:  # else its master sees it end
+                if self._is_kept and self._ready.done():  # its master sees it end
+                    logger.error("the engine ends: %s", error_of(message))
+                else:
                     raise error_of(message)
 
     def _deliver_outputs(self, message: Outputs) -> None:
         now_s = time.monotonic()
+        if self._unbegun:
+            self._find_begun(message)
         for output in message.outputs:
             request = self._requests.get(output.request_id)
             if request is not None:  # else it was cancelled while its tokens were on their way
+                if output.token_ids and request.awaits_first_token:
+                    self._observer.began(request, output.cached_tokens)
                 request.hear(output)
                 if output.token_ids:  # else it brings log-probabilities of the prompt, which go with the first token
                     self._give(request, output.token_ids, output.finish_reason, now_s, output.logprobs)
@@ -292,6 +314,13 @@ class Link:
             request = self._requests.get(request_id)
             if request is not None:
                 self._give(request, (token_id,), None, now_s)
+
+    def _find_begun(self, message: Outputs) -> None:
+        """Of the requests that another engine had before."""
+        for request_id in (*message.request_ids, *(one.request_id for one in message.outputs)):
+            request = self._unbegun.pop(request_id, None)
+            if request is not None and not request.awaits_first_token:
+                self._observer.began(request, 0)
 
     def _give(
         self,
@@ -311,25 +340,37 @@ class Link:
             _deliver(request.sink, GraphgenError(f"decoding failed with {type(error).__name__}: {error}"))
             return
         if ended is not None:
-            self._close_request(request_id, tell_scheduler=reason is None)
+            if reason is None:
+                self.cancel([request_id])
+            else:
+                self._forget(request_id)
         if delivery is not None and not _deliver(request.sink, delivery):
             self.cancel([request_id])
 
-    def _close_request(self, request_id: int, tell_scheduler: bool) -> OpenRequest | None:
-        if tell_scheduler:
-            self.cancel([request_id])
-            return None
+    def _forget(self, request_id: int) -> OpenRequest | None:
         with self._lock:
-            return self._requests.pop(request_id, None)
-
-    def _finish(self, request_id: int, delivery: Delivery) -> None:
-        request = self._close_request(request_id, tell_scheduler=False)
+            self._unbegun.pop(request_id, None)
+            request = self._requests.pop(request_id, None)
         if request is not None:
-            _deliver(request.sink, delivery)
+            self._observer.ended(request)
+        return request
+
+    def _refuse(self, request_id: int, error: GraphgenError) -> None:
+        with self._lock:
+            request = self._requests.get(request_id)
+            if request is None:
+                return
+            if isinstance(error, OverloadedError) and self._observer.refused(request, error):
+                del self._requests[request_id]
+                return
+        self._forget(request_id)
+        _deliver(request.sink, error)
 
     def _watch(self) -> None:
         """Raises EngineDeadError when a process has ended that should not have."""
-        if self._fault is not None or (found := self._processes.find_exit()) is None:
+        if self._fault is not None or (self._is_kept and self._ready.done()):
+            return  # whoever keeps the engine watches it
+        if (found := self._processes.find_exit()) is None:
             return
         # The one that ended first may have told why, and another may follow it: wait for the better word.
         deadline = time.monotonic() + FAILED_WAIT_S
@@ -381,26 +422,3 @@ def _deliver(sink: Sink, delivery: Delivery) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _refusal_of(rejected: Rejected) -> GraphgenError:
-    """The exception for the one request."""
-    match rejected.error:
-        case "OverloadedError":
-            return OverloadedError(rejected.message, rejected.retry_after_s or 0.0)
-        case "DeadlineError":
-            return DeadlineError(rejected.message)
-        case "PoisonedRequestError":
-            return PoisonedRequestError(rejected.message)
-        case "NumericalError":
-            return NumericalError(rejected.message)
-        case _:
-            return InvalidRequestError(rejected.message)
-
-
-def error_of(failed: Failed) -> GraphgenError:
-    """The exception that a process ended with, as the class it had there if that is one of ours."""
-    kind = getattr(errors, failed.error, None)
-    if isinstance(kind, type) and issubclass(kind, GraphgenError):
-        return kind(failed.message)
-    return EngineDeadError(f"{failed.where} failed with {failed.error}: {failed.message}")

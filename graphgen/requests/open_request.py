@@ -6,9 +6,12 @@ scheduler sends and passes on what it returns.
 
 from collections.abc import Callable, Sequence
 
+from msgspec import structs
+
 from graphgen.calls.logprobs import Logprobs, join, pack
 from graphgen.calls.outputs import Delivery, Mark, RequestOutput, Sink, StreamPiece, Timing
 from graphgen.calls.sampling_params import SamplingParams
+from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.messages import FinishReason, Submit, TokenOutput
 from graphgen.ipc.step_schema import WORD_BYTES, logprob_words
 from graphgen.requests.text import Detokenizer, StopFinder
@@ -55,10 +58,36 @@ class OpenRequest:
         self._marked_ids = marked_ids
         self._decoded_len = 0  # of the text, what stop strings hold back or cut off included
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of its output that it has."""
+        return len(self._token_times_s)
+
+    @property
+    def awaits_first_token(self) -> bool:
+        """Whether it has no token so far."""
+        return not self._token_times_s
+
     def hear(self, output: TokenOutput) -> None:
         """What the scheduler says of the request besides its tokens, which `take` gets after that."""
-        self.started_s, self._cached_tokens = output.started_s, output.cached_tokens
+        if self.awaits_first_token or not self.submit.num_moves:  # a later engine says nothing of its beginning
+            self.started_s, self._cached_tokens = output.started_s, output.cached_tokens
         self._prompt_values += output.prompt_logprobs
+
+    def move(self, num_deaths: int) -> None:
+        """Its engine does not go on with it: from now on `submit` opens it at another one, behind the tokens it has.
+
+        num_deaths: of workers and engines that had it, since its last new token.
+        """
+        if self.awaits_first_token:
+            self._prompt_values = b""
+        self.submit = structs.replace(
+            self.submit,
+            num_moves=self.submit.num_moves + 1,
+            output_token_ids=pack_int32(self._token_ids),
+            first_token_s=None if self.awaits_first_token else self.submit.arrived_s + self._token_times_s[0],
+            num_deaths=num_deaths,
+        )
 
     def take(
         self, new_token_ids: Sequence[int], reason: FinishReason | None, now_s: float, logprobs: bytes = b""

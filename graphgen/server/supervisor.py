@@ -38,7 +38,7 @@ from graphgen.launch.config import EngineConfig, check_device
 from graphgen.launch.processes import EngineProcesses
 from graphgen.launch.starts import StartLimit
 from graphgen.requests.core import describe_start, launch_config, load_config_tokenizer
-from graphgen.requests.link import error_of
+from graphgen.requests.failures import error_of
 from graphgen.requests.tokenizer import write_tokenizer
 from graphgen.server.frontend.settings import FrontendSettings
 from graphgen.server.gateways import Gateways, private_address

@@ -12,7 +12,9 @@ import pytest
 from graphgen import CheckpointError, EngineClosedError, EngineDeadError, InvalidRequestError, SamplingParams
 from graphgen.calls.outputs import Delivery, RequestOutput, StreamPiece
 from graphgen.calls.streams import Mailbox
+from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.messages import (
+    Attach,
     Cancel,
     Failed,
     Outputs,
@@ -25,6 +27,7 @@ from graphgen.ipc.messages import (
 )
 from graphgen.launch.processes import Exit
 from graphgen.requests.link import Link
+from graphgen.requests.open_request import OpenRequest
 from graphgen.requests.tokenizer import Tokenizer
 from tests.fakes import READY, STATS, FakeProcesses, FakeScheduler, open_request
 
@@ -332,6 +335,52 @@ def test_many_deliveries_wake_a_loop_once_and_keep_their_order() -> None:
 
     wakeups, _ = asyncio.run(scenario())
     assert wakeups == 1
+
+
+def test_what_a_kept_engine_sent_before_it_ended_is_delivered_before_its_requests_are_given_back() -> None:
+    processes = FakeProcesses()
+    scheduler = FakeScheduler(processes)
+    link = Link(processes, attaches=True)
+    taken: queue.SimpleQueue[list[OpenRequest]] = queue.SimpleQueue()
+    try:
+        scheduler.send(READY)
+        link.wait_ready(5)
+        scheduler.expect(Attach)
+        deliveries: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        link.submit([open_request(1, deliveries.put, Letters(), SamplingParams(max_tokens=9))])
+        scheduler.expect(Submit)
+        scheduler.send_tokens(1, [1, 2])
+        scheduler.send(Failed("worker", "EngineDeadError", "no worker can be started"))
+        link.lose(taken.put)
+        (request,) = taken.get(timeout=5)
+        assert deliveries.get_nowait() == piece_of("ab", (1, 2), None)
+        scheduler.expect(Attach)
+        scheduler.send_tokens(1, [3])  # not this engine's word any more
+        request.move(1)
+        scheduler.send(READY)
+        link.submit([request])
+        again = scheduler.expect(Submit)
+        assert (again.num_moves, again.output_token_ids, again.num_deaths) == (1, pack_int32([1, 2]), 1)
+        assert again.prompt_token_ids == pack_int32((1, 2, 3))
+        scheduler.send_tokens(1, [4], "length")
+        assert deliveries.get(timeout=5) == piece_of("d", (4,), "length")
+        assert deliveries.empty()
+    finally:
+        link.close()
+        scheduler.close()
+
+
+def test_a_request_that_goes_elsewhere_is_ended_here_and_nothing_more_of_it_is_heard(rig: Rig) -> None:
+    going, staying = rig.open(1), rig.open(2)
+    taken: queue.SimpleQueue[list[OpenRequest]] = queue.SimpleQueue()
+    rig.link.release([1, 7], taken.put)
+    (request,) = taken.get(timeout=5)
+    assert request.submit.request_id == 1
+    assert rig.scheduler.expect(Cancel).request_id == 1
+    rig.scheduler.send_tokens(1, [1])
+    rig.scheduler.send_tokens(2, [1], "length")
+    assert staying.get(timeout=5) == piece_of("a", (1,), "length")
+    assert going.empty()
 
 
 def test_what_was_meant_for_the_link_before_is_not_heard_by_the_one_that_takes_its_place() -> None:

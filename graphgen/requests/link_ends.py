@@ -1,0 +1,53 @@
+"""What stands at the two ends of a link: the processes that it talks to, and who follows its requests.
+
+Owns no state. `graphgen.requests.link` uses both; `graphgen.requests.links` is such an observer.
+"""
+
+from pathlib import Path
+from typing import Protocol
+
+from graphgen.ipc.errors import OverloadedError
+from graphgen.launch.processes import Exit
+from graphgen.requests.open_request import OpenRequest
+
+
+class Processes(Protocol):
+    """What the link must know of an engine's processes: EngineProcesses, or a stand-in for those of another."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def pids(self) -> dict[str, int]: ...
+
+    def find_exit(self) -> Exit | None: ...
+
+    def log_tail(self, name: str, num_lines: int = ...) -> str: ...
+
+    def stop(self, grace_s: float) -> None: ...
+
+
+class Observer(Protocol):
+    """Who follows the requests of a link. Called on its receiving thread."""
+
+    def began(self, request: OpenRequest, cached_tokens: int) -> None:
+        """Its first token at this engine has come. cached_tokens: of its prompt, found in the engine's cache."""
+
+    def refused(self, request: OpenRequest, error: OverloadedError) -> bool:
+        """The engine has no room for it. Returns whether it goes elsewhere: then its sink hears nothing of it."""
+
+    def ended(self, request: OpenRequest) -> None:
+        """The engine has nothing more to say of it."""
+
+
+class Nobody:
+    """Observes nothing."""
+
+    def began(self, request: OpenRequest, cached_tokens: int) -> None:
+        pass
+
+    def refused(self, request: OpenRequest, error: OverloadedError) -> bool:
+        return False
+
+    def ended(self, request: OpenRequest) -> None:
+        pass
