@@ -122,6 +122,16 @@ class StepBudget:
         """Milliseconds of a step that holds nothing but so many decodes; None where its bucket was never timed."""
         return self._model.predict_ms(self._buckets.smallest(0, num_decodes), decode_positions, 0)
 
+    def bucket_ms(self, bucket: Bucket, decode_positions: int, pairs: int) -> float | None:
+        """Milliseconds of a step in this bucket; None where it was never timed."""
+        return self._model.predict_ms(bucket, decode_positions, pairs)
+
+    @property
+    def most_prompt_rows(self) -> int | None:
+        """Of a step at the saturation point that holds no decodes."""
+        bucket = self.saturated(0)
+        return None if bucket is None else bucket.prefill_rows
+
     def decodes_within(self, most_ms: float, num_decodes: int, positions_each: int) -> int:
         """Of so many decodes, at so many positions each: how many a step without prompts computes in that time.
 

@@ -64,6 +64,11 @@ class OverloadGuard:
         share = len(request.output) / request.max_tokens
         self._output_share += _WEIGHT * (share - self._output_share)
 
+    def expected_outputs(self) -> float:
+        """Output tokens that all open requests are likely to draw yet. Those that wait are taken to want as many as
+        those that run."""
+        return self._outputs_left(self._tenants.num_waiting, 0.0)
+
     def check_room(self, request: Request) -> None:
         """Raises OverloadedError when the queue is full. A tenant with less than its share of a full queue may still
         add to it."""
@@ -155,10 +160,13 @@ class OverloadGuard:
     def _outputs_before(self, request: Request, own_tokens: float) -> float:
         """Output tokens that are likely drawn before the request starts: of those that run, and of those that wait in
         its class or above, who are taken to want as many as those that run, or as itself if none runs."""
+        return self._outputs_left(request.tenant.waiting.num_from(request.priority), own_tokens)
+
+    def _outputs_left(self, num_waiting: int, own_tokens: float) -> float:
+        """Of those that run and of so many that wait. own_tokens: of one that waits while nobody runs."""
         running = [one.request.max_tokens for one in self._running]
         drawn = sum(len(one.request.output) for one in self._running)
         mean = self._output_share * sum(running) / len(running) if running else own_tokens
-        num_waiting = request.tenant.waiting.num_from(request.priority)
         return max(0.0, mean * (len(running) + num_waiting) - drawn)
 
     def _positions(self, num_decodes: int, prompt_len: int) -> int:

@@ -33,6 +33,7 @@ The parts:
     plan                                        the message, and the record of it
     bookkeeping, counters                       what a plan changes, and when; what is counted
     logprobs                                    whose the log-probabilities of a step are
+    reports                                     what routers are told
     life, trials                                what dies with a worker group, and whom it died of
 """
 
@@ -41,6 +42,7 @@ from typing import TypeVar
 
 from graphgen.ipc.errors import ConfigError, DeadlineError, InvalidRequestError, OverloadedError
 from graphgen.ipc.messages import Outputs, Rejected, StepPlan, StepTimeTable, Submit, TokenOutput
+from graphgen.ipc.reports import EngineReport
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.counters import Counters
@@ -50,6 +52,7 @@ from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.logprobs import of_prompts, of_tokens
 from graphgen.scheduler.page_chain import PAGES_AHEAD
 from graphgen.scheduler.plan import PlanDraft, StepDescription, StepRecord
+from graphgen.scheduler.reports import report_of
 from graphgen.scheduler.request import Request
 from graphgen.scheduler.tenants import Tenants
 from graphgen.scheduler.trials import Trials
@@ -397,6 +400,11 @@ class Scheduler:
     def steps_in_flight(self) -> int:
         """Plans whose result has not arrived."""
         return len(self._life.in_flight)
+
+    def report(self) -> EngineReport:
+        """What those that route requests here have to know of it."""
+        num_open, num_steps = len(self._requests), self.counters.steps
+        return report_of(self._life, self._limits, self._tenants, num_open, num_steps, self._is_served)
 
     # --- requests leave --------------------------------------------------------------------------------------
 

@@ -1,0 +1,59 @@
+"""What the engine says of itself to those that route requests to it: how much there is to do, and how fast it is done.
+
+Pure, and reads no more than a few numbers of each running request: it is asked for ten times a second between two
+plans. Called by `graphgen.scheduler.policy`.
+"""
+
+from graphgen.ipc.reports import EngineReport
+from graphgen.scheduler.cost_model import prompt_pairs
+from graphgen.scheduler.life import WorkerLife
+from graphgen.scheduler.limits import SchedulerLimits
+from graphgen.scheduler.tenants import Tenants
+
+
+def report_of(
+    life: WorkerLife, limits: SchedulerLimits, tenants: Tenants, num_open: int, num_steps: int, is_serving: bool
+) -> EngineReport:
+    """Of one worker group, and of all requests that have not ended. num_steps: since the engine's start."""
+    prompt_tokens = tenants.num_waiting_tokens + sum(begun.num_missing for begun in life.running.begun)
+    return EngineReport(
+        epoch=life.epoch,
+        is_serving=is_serving,
+        num_open=num_open,
+        prompt_tokens=prompt_tokens,
+        output_tokens=round(life.guard.expected_outputs()),
+        num_steps=num_steps,
+        pages_free=life.cache.pool.num_free,
+        prompt_token_s=_prompt_token_s(life),
+        output_token_s=_output_token_s(life, limits.num_slots),
+        step_s=_step_s(life, prompt_tokens),
+    )
+
+
+def _prompt_token_s(life: WorkerLife) -> float:
+    """In a step at the saturation point that holds nothing else; 0 where that is not known."""
+    num_rows = life.budget.most_prompt_rows
+    step_ms = None if num_rows is None else life.budget.prompt_step_ms(num_rows)
+    return 0.0 if step_ms is None or num_rows is None else step_ms / 1000.0 / num_rows
+
+
+def _output_token_s(life: WorkerLife, num_slots: int) -> float:
+    """In a step of as many decodes as may run, at as many positions as those of now; 0 where that is not known."""
+    step_ms = life.budget.decode_ms(num_slots, num_slots * _positions_each(life))
+    return 0.0 if step_ms is None else step_ms / 1000.0 / num_slots
+
+
+def _step_s(life: WorkerLife, prompt_tokens: int) -> float:
+    """Of the next steps; of an idle engine, that of one decode."""
+    num_decodes = max(1, len(life.running.decodes))
+    positions = num_decodes * _positions_each(life)
+    step_ms = life.budget.decode_ms(num_decodes, positions)
+    if prompt_tokens and (bucket := life.budget.usual(num_decodes, positions, prompt_tokens)) is not None:
+        rows = min(bucket.prefill_rows, prompt_tokens)
+        step_ms = life.budget.bucket_ms(bucket, positions, prompt_pairs(0, rows)) or step_ms
+    return 0.0 if step_ms is None else step_ms / 1000.0
+
+
+def _positions_each(life: WorkerLife) -> int:
+    decodes = life.running.decodes
+    return decodes.num_positions // len(decodes) if len(decodes) else 0
