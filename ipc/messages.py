@@ -40,6 +40,9 @@ STEP_BOUNDS_MS = (0.5, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 40, 50, 75, 100,
 MAX_STOP_TOKEN_IDS = 16
 """Stop token ids of one request, end-of-sequence ids included: the width of a device table."""
 
+MAX_LOGIT_BIASES = 1024
+"""Tokens whose logits a request may change: the width of a device table, a power of 2."""
+
 MAX_LOGPROBS = 20
 """Likeliest tokens of a position whose log-probabilities a request may ask for."""
 
@@ -71,6 +74,8 @@ class SamplerParams(Struct, frozen=True, array_like=True, gc=False):
     presence_penalty: float = 0.0  # 0 is off; over output
     frequency_penalty: float = 0.0  # 0 is off; over output
     seed: int = 0  # 0 <= seed < 2**63
+    # What is added to logits: the ids of n tokens, rising, packed int32, then n biases, packed float32.
+    biases: bytes = b""
 
 
 # --- Engine -> scheduler ---------------------------------------------------------------------------------------

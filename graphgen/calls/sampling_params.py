@@ -5,18 +5,27 @@ Owns every check of its values. Knows no model: limits that depend on one (vocab
 """
 
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import msgspec
 from msgspec import Struct
 
 from graphgen.base.keywords import KnownKeywords
-from graphgen.base.plain import plain_fields
+from graphgen.base.plain import plain_fields, plain_number
 from graphgen.calls.structured import Structured
+from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.errors import InvalidRequestError
 from graphgen.ipc.ggp.messages import SamplingDefaults
-from graphgen.ipc.messages import MAX_LOGPROBS, MAX_PRIORITY, MAX_STOP_TOKEN_IDS, MAX_TARGET_MS, SamplerParams
+from graphgen.ipc.messages import (
+    MAX_LOGIT_BIASES,
+    MAX_LOGPROBS,
+    MAX_PRIORITY,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TARGET_MS,
+    SamplerParams,
+)
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_LEN = 1024
@@ -26,6 +35,9 @@ MAX_SAMPLES = 16
 """Outputs of one prompt."""
 MAX_CACHE_SALT_LEN = 256
 """Characters of a cache salt."""
+
+MAX_LOGIT_BIAS = 100.0
+"""As OpenAI has it: -100 bans a token, 100 leaves nothing else."""
 
 _MAX_INT32 = 2**31 - 1
 _MAX_SEED = 2**63 - 1
@@ -57,6 +69,8 @@ class SamplingParams(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords)
     """Taken from the logits of tokens in the output, once; 0 is off."""
     frequency_penalty: float = 0.0
     """Taken from the logits of tokens in the output, once per time; 0 is off."""
+    logit_bias: Mapping[int, float] | None = None
+    """What is added to the logits of tokens, by id, -100 to 100, before the penalties; of at most 1024 tokens."""
     seed: int | None = None
     """The same seed draws the same tokens from equal logits. None: a fresh one."""
     n: int = 1
@@ -100,6 +114,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords)
 
     def __post_init__(self) -> None:
         plain_fields(self)
+        self._take_biases()
         for name, kind in _FIELD_TYPES.items():
             _check_type(name, getattr(self, name), kind)
         _check_range("max_tokens", self.max_tokens, 1, _MAX_INT32)
@@ -127,8 +142,26 @@ class SamplingParams(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords)
             raise InvalidRequestError(
                 f"cache_salt has {len(self.cache_salt)} characters, the limit is {MAX_CACHE_SALT_LEN}: give its digest"
             )
+        self._check_biases()
         self._check_stops()
         self._check_structured()
+
+    def _take_biases(self) -> None:
+        """The given mapping may be changed later: a copy, of plain numbers, is kept."""
+        given = self.logit_bias
+        if isinstance(given, Mapping):
+            plain = {plain_number(token_id): plain_number(bias) for token_id, bias in given.items()}
+            msgspec.structs.force_setattr(self, "logit_bias", plain)
+
+    def _check_biases(self) -> None:
+        biases = self.logit_bias or {}
+        if len(biases) > MAX_LOGIT_BIASES:
+            raise InvalidRequestError(
+                f"logit_bias has {len(biases)} tokens, the limit is {MAX_LOGIT_BIASES}: give fewer"
+            )
+        for token_id, bias in biases.items():
+            _check_range("logit_bias: a token id", token_id, 0, _MAX_INT32)
+            _check_range(f"logit_bias of token {token_id}", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
 
     def _check_stops(self) -> None:
         if len(self.stop_strings) > MAX_STOP_STRINGS:
@@ -186,7 +219,12 @@ class SamplingParams(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords)
             presence_penalty=float(self.presence_penalty),
             frequency_penalty=float(self.frequency_penalty),
             seed=((seed if self.seed is None else self.seed) + sample_index) % (_MAX_SEED + 1),
+            biases=self._packed_biases(),
         )
+
+    def _packed_biases(self) -> bytes:
+        biases = sorted((token_id, bias) for token_id, bias in (self.logit_bias or {}).items() if bias)
+        return pack_int32([one for one, _ in biases]) + array("f", [bias for _, bias in biases]).tobytes()
 
     def resolve_stop_token_ids(
         self, eos_token_ids: tuple[int, ...], special_stops: tuple[int, ...] = ()

@@ -44,7 +44,8 @@ SERVE_OPTIONS = options_of(ServeOptions, flags={"data": "--bind"})
 SAMPLING_OPTIONS = tuple(
     msgspec.structs.replace(option, type=list[str] | None, default=None) if option.name == "stop" else option
     for option in options_of(SamplingParams)
-    if option.name not in ("n", "stop_token_ids", "skip_special_tokens", "cache_salt", "priority", "structured")
+    if option.name
+    not in ("n", "stop_token_ids", "logit_bias", "skip_special_tokens", "cache_salt", "priority", "structured")
     and not option.name.endswith("_ms")
 )
 """Without what one prompt at a time has no use for. --stop may be repeated."""

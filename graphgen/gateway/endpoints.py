@@ -20,7 +20,8 @@ from graphgen.gateway.chat_output import ChatOutput, PlainOutput, join_deltas
 from graphgen.gateway.chat_turn import read_chat
 from graphgen.gateway.generation import (
     COMPLETION_MAX_TOKENS,
-    Pieces,
+    NoOutputs,
+    Outputs,
     Tally,
     completion_prompts,
     sampling_of,
@@ -64,9 +65,16 @@ class Endpoints:
         is_echo_alone = bool(request.echo) and request.max_tokens == 0
         limit = COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens
         sampling = sampling_of(request, 1 if is_echo_alone else limit)
-        echoed = [await self._text_of(prompt, scope) for prompt in prompts] if request.echo else [""] * len(prompts)
-        answer = _Completion(new_id("cmpl"), self._service.known(request.model), sampling.n, request, echoed)
-        await self._answer(answer, prompts, sampling, scope, receive, send)
+        model = self._service.known(request.model)
+        is_computed = not is_echo_alone or request.logprobs is not None
+        echoed, lengths = [""] * len(prompts), [0] * len(prompts)
+        for number, prompt in enumerate(prompts if request.echo else ()):
+            echoed[number], lengths[number] = await self._echo_of(prompt, scope, is_counted=not is_computed)
+        answer = _Completion(new_id("cmpl"), model, sampling.n, request, echoed)
+        if is_computed:
+            await self._answer(answer, prompts, sampling, scope, receive, send)
+        else:
+            await _send(answer, NoOutputs(lengths, sampling.n), len(prompts), send)
 
     async def models(self, scope: Scope, receive: Receive, send: Send) -> None:
         names = self._service.model_names
@@ -95,22 +103,26 @@ class Endpoints:
         send: Send,
         parsing: Parsing = NO_PARSING,
     ) -> None:
-        pieces = self._service.pieces(prompts, sampling, scope, receive, parsing)
-        tally = Tally(len(prompts), answer.has_echo_alone)
-        async with pieces:
-            if answer.request.stream:
-                await send_events(send, answer.events(pieces, tally))
-            else:
-                await send_json(send, await answer.whole(pieces, tally, len(prompts)))
+        async with self._service.pieces(prompts, sampling, scope, receive, parsing) as pieces:
+            await _send(answer, pieces, len(prompts), send)
 
-    async def _text_of(self, prompt: OnePrompt, scope: Scope) -> str:
-        """What `echo` puts before an output."""
-        if isinstance(prompt, str):
-            return prompt
-        return (await self._service.read_prompt(prompt, scope, with_text=True)).text or ""
+    async def _echo_of(self, prompt: OnePrompt, scope: Scope, is_counted: bool) -> tuple[str, int]:
+        """What `echo` puts before an output, and its tokens if they are counted here."""
+        if isinstance(prompt, str) and not is_counted:
+            return prompt, 0
+        found = await self._service.read_prompt(prompt, scope, with_text=not isinstance(prompt, str))
+        return prompt if isinstance(prompt, str) else found.text or "", len(found.token_ids)
 
     def _described(self, name: str) -> schema.Model:
         return schema.Model(id=name, created=self._service.created, max_model_len=self._service.max_model_len)
+
+
+async def _send(answer: "_Answer", outputs: Outputs, num_prompts: int, send: Send) -> None:
+    tally = Tally(num_prompts, answer.has_echo_alone)
+    if answer.request.stream:
+        await send_events(send, answer.events(outputs, tally))
+    else:
+        await send_json(send, await answer.whole(outputs, tally, num_prompts))
 
 
 class _Answer(ABC):
@@ -144,14 +156,14 @@ class _Answer(ABC):
     def completion(self, outputs: Sequence[Sequence[StreamPiece]], usage: schema.Usage) -> Struct:
         """The whole answer: all pieces of each output."""
 
-    async def events(self, pieces: Pieces, tally: Tally) -> AsyncIterator[bytes]:
+    async def events(self, pieces: Outputs, tally: Tally) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
         begun: set[int] = set()
         async for batch in pieces.batches():
             yield self._events_of(batch, begun, tally) or KEEP_ALIVE
         yield (event(self.last_chunk(tally.usage)) if self._has_usage else b"") + DONE
 
-    async def whole(self, pieces: Pieces, tally: Tally, num_prompts: int) -> Struct:
+    async def whole(self, pieces: Outputs, tally: Tally, num_prompts: int) -> Struct:
         """The answer to who does not stream."""
         outputs: list[list[StreamPiece]] = [[] for _ in range(num_prompts * self._n)]
         async for batch in pieces.batches():

@@ -8,7 +8,7 @@ import asyncio
 import functools
 from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from graphgen.calls.outputs import Delivery, StreamPiece
 from graphgen.calls.prompts import Chat, OnePrompt, batch_of, one_prompt
@@ -27,11 +27,14 @@ from graphgen.gateway.schema import (
 from graphgen.gateway.structured import structured_of
 from graphgen.ipc.errors import InvalidRequestError
 from graphgen.ipc.messages import MAX_LOGPROBS
+from graphgen.ipc.short import short
 from graphgen.remote.core import RemoteCore
 from graphgen.remote.requests import Parsing
 
 TICK_S = 10.0
 """A stream that has had nothing to say for so long sends a comment: proxies cut silent ones."""
+MAX_TOKEN_ID_LEN = 10
+"""Digits of the largest token id."""
 COMPLETION_MAX_TOKENS = 16
 """Of /v1/completions, where a request says nothing."""
 
@@ -83,13 +86,30 @@ def sampling_of(request: Generation, max_tokens: int | None) -> SamplingParams:
     """Raises ApiError with the field that is wrong."""
     values = {name: value for name in _SAMPLING_FIELDS if (value := getattr(request, name)) is not None}
     values |= _logprobs_of(request)
+    if request.logit_bias:
+        values["logit_bias"] = _biases_of(request.logit_bias)
     structured = structured_of(request)
     try:
         return SamplingParams(max_tokens=max_tokens, structured=structured, **values)
     except InvalidRequestError as error:
-        param = str(error).partition(" ")[0]
-        is_field = param in (*_SAMPLING_FIELDS, "logprobs")
+        param = str(error).partition(" ")[0].rstrip(":")
+        is_field = param in (*_SAMPLING_FIELDS, "logprobs", "logit_bias")
         raise ApiError(400, str(error), "invalid_request", param if is_field else None) from None
+
+
+def _biases_of(given: dict[str, float]) -> dict[int, float]:
+    """JSON has no numbers for keys."""
+    biases: dict[int, float] = {}
+    for key, bias in given.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= MAX_TOKEN_ID_LEN):
+            text = f"logit_bias has the key {short(key)}: give token ids, as /tokenize tells them"
+            raise ApiError(400, text, "invalid_request", "logit_bias")
+        if int(key) in biases:
+            raise ApiError(
+                400, f"logit_bias has token {int(key)} twice: give one bias", "invalid_request", "logit_bias"
+            )
+        biases[int(key)] = bias
+    return biases
 
 
 def _logprobs_of(request: Generation) -> dict[str, int]:
@@ -169,8 +189,6 @@ def _check_common(request: Generation) -> None:
     for name, what in UNSERVED.items():
         if getattr(request, name, None) not in (None, False, "none") and getattr(request, name) != []:
             raise not_served(name, what)
-    if request.logit_bias:
-        raise not_served("logit_bias", "biases of tokens")
 
 
 def not_served(param: str, what: str, remedy: str = "leave it out") -> ApiError:
@@ -200,6 +218,29 @@ class Tally:
         prompt = sum(self._prompt_tokens)
         details = PromptTokensDetails(sum(self._cached_tokens))
         return Usage(prompt, self._output_tokens, prompt + self._output_tokens, details)
+
+
+class Outputs(Protocol):
+    """The outputs of a request, as they come."""
+
+    def batches(self) -> AsyncIterator[list[tuple[int, StreamPiece]]]:
+        """What has come, as (number of the prompt, piece), until all outputs have ended; empty after a silence."""
+
+
+class NoOutputs:
+    """The outputs of prompts that are echoed alone: nothing is computed."""
+
+    def __init__(self, prompt_lens: Sequence[int], n: int) -> None:
+        self._prompt_lens = prompt_lens
+        self._n = n
+
+    async def batches(self) -> AsyncIterator[list[tuple[int, StreamPiece]]]:
+        """See Outputs."""
+        yield [
+            (number, StreamPiece("", (), "length", cached_tokens=0, sample_index=index, prompt_tokens=length))
+            for number, length in enumerate(self._prompt_lens)
+            for index in range(self._n)
+        ]
 
 
 class Pieces:
@@ -246,10 +287,7 @@ class Pieces:
             self._core.cancel(self._request_ids)
 
     async def batches(self) -> AsyncIterator[list[tuple[int, StreamPiece]]]:
-        """What has come, as (number of the prompt, piece), until all outputs have ended; empty after a silence.
-
-        Raises what ended the request, GoneError when its client left.
-        """
+        """See Outputs. Raises what ended the request, GoneError when its client left."""
         while self._num_open:
             arrived = [await self._arrived.get()]
             while not self._arrived.empty():

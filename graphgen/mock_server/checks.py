@@ -81,6 +81,11 @@ def _check_sampling(request: Generate) -> None:
     sampling = request.sampling
     if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
         raise _refusal(request, f"min_tokens {sampling.min_tokens} is above max_tokens {sampling.max_tokens}: lower it")
+    biased = [token for token, _ in sampling.logit_bias or []]
+    if len(set(biased)) < len(biased):
+        raise _refusal(request, "logit_bias has a token twice: give one bias of a token")
+    if biased and max(biased) >= VOCAB_SIZE:
+        raise _refusal(request, f"logit_bias has token {max(biased)}, which is not below {VOCAB_SIZE}")
     for token in sampling.stop_token_ids:
         if token >= VOCAB_SIZE:
             raise _refusal(request, f"stop token id {token} is not below the vocabulary's {VOCAB_SIZE}")

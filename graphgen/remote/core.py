@@ -91,6 +91,8 @@ class RemoteCore:
         asks = any(one.logprobs is not None or one.prompt_logprobs is not None for one in parameters)
         if asks and "logprobs" not in self.welcome.features:
             raise InvalidRequestError(f"{self.welcome.server} tells no log-probabilities: ask for none")
+        if "logit_bias" not in self.welcome.features and any(one.logit_bias for one in parameters):
+            raise InvalidRequestError(f"{self.welcome.server} knows no logit_bias: leave it out")
         for prompt in prompts:
             if isinstance(prompt, Chat) and prompt.has_arguments and "template_arguments" not in self.welcome.features:
                 raise InvalidRequestError(

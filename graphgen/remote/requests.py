@@ -223,6 +223,7 @@ def wire_sampling(sampling: SamplingParams) -> Sampling:
             values[name] = UNSET  # the model's
     if sampling.top_k == -1:
         values["top_k"] = 0
+    values["logit_bias"] = None if sampling.logit_bias is None else list(sampling.logit_bias.items())
     values["stop"] = [_valid_text(text) for text in sampling.stop_strings]
     values["stop_token_ids"] = list(sampling.stop_token_ids)
     return Sampling(**values, model_defaults=True)

@@ -9,7 +9,7 @@ import logging
 import secrets
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from graphgen import demo
 from graphgen.base.progress import StartProgress
@@ -32,6 +32,9 @@ from graphgen.requests.tokenizer_files import load_tokenizer
 logger = logging.getLogger("graphgen")
 
 STATS_TIMEOUT_S = 30.0
+TOLD_CONTEXTS = 4
+MOST_TOLD = 1 << 18
+"""Tokens of a prompt that is looked at and not served, unless the context holds more: 200 bytes each meanwhile."""
 NO_TOKENIZER = "none"
 """EngineConfig.tokenizer of an engine that is to serve token ids alone."""
 
@@ -107,15 +110,21 @@ class AttachedCore:
         return self._make_requests("the prompt", token_ids, sampling, sink, True, arrived_s, tenant, marked_ids, log_id)
 
     def check_prompt(self, token_ids: Sequence[int]) -> None:
-        """Of a prompt that is to be looked at and not served: it may be empty, and may fill the context.
+        """Of a prompt that is to be looked at and not served: it may be empty, and longer than the context.
 
         Raises InvalidRequestError.
         """
-        if len(token_ids) > self.launch.max_model_len:
+        if len(token_ids) > self.most_told:
             raise PromptTooLongError(
-                f"the prompt has {len(token_ids)} tokens, max_model_len is {self.launch.max_model_len}: shorten it"
+                f"the prompt has {len(token_ids)} tokens, at most {self.most_told} are told of one: split it"
             )
         self._check_ids("the prompt", token_ids)
+
+    @property
+    def most_told(self) -> int:
+        """Tokens of a prompt that is to be looked at and not served: some contexts, or those of a bounded memory."""
+        context_len = self.launch.max_model_len
+        return max(context_len, min(TOLD_CONTEXTS * context_len, MOST_TOLD))
 
     def check_process(self) -> None:
         """Raises EngineDeadError in a fork of the program."""
@@ -198,10 +207,12 @@ class AttachedCore:
         for asked, num_top in (("logprobs", sampling.logprobs), ("prompt_logprobs", sampling.prompt_logprobs)):
             if num_top is not None and num_top > vocab_size:
                 raise InvalidRequestError(f"{asked} is {num_top}, the vocabulary has {vocab_size} tokens: ask for less")
+        if sampling.logit_bias:
+            self._check_ids("logit_bias", sampling.logit_bias)
         if sampling.stop_strings and self._tokenizer is None:
             raise InvalidRequestError("stop strings need a tokenizer, and this engine has none: use stop_token_ids")
 
-    def _check_ids(self, name: str, token_ids: Sequence[int]) -> None:
+    def _check_ids(self, name: str, token_ids: Collection[int]) -> None:
         vocab_size = self.launch.spec.vocab_size
         if token_ids and ((low := min(token_ids)) < 0 or (high := max(token_ids)) >= vocab_size):
             raise InvalidRequestError(

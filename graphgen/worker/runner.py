@@ -47,6 +47,7 @@ from graphgen.models.page_layout import page_layout
 from graphgen.models.sampling import ROW_WIDTH, make_sampler, pack_slot
 from graphgen.worker.backend import open_backend
 from graphgen.worker.background import Background, prepare_first_use
+from graphgen.worker.bias_copies import BiasCopies
 from graphgen.worker.grammars import Draw, GrammarCompiler, GrammarSlots
 from graphgen.worker.inputs import InputPacker, RegionLengths, input_layout
 from graphgen.worker.mask_copies import MaskCopies
@@ -140,6 +141,7 @@ class ModelRunner:
         self.grammars = GrammarSlots(compiler)
         """Of its slots: whoever reads the outputs of a step lets it judge them."""
         self._masks = MaskCopies(self._sampler, self._stream, STAGING_BLOCKS)
+        self._biases = BiasCopies(self._sampler, self._stream, STAGING_BLOCKS, self._bounds.max_chunks)
         self._layout_of = lru_cache(LAYOUTS_KEPT)(lambda step: input_layout(step, self._bounds))
         widest = self._bounds.any_plan(_widest(self._buckets))
         most_words = self._layout_of(widest).num_words
@@ -219,6 +221,7 @@ class ModelRunner:
         output_row = self._outputs.next_row()
         shape = self._bounds.any_plan(plan.bucket) if self._graphs.captures else self._bounds.this_plan(plan)
         self._masks.send(plan, draws)
+        self._biases.send(plan)
         started = self._stage(plan, shape, output_row)
         self._stream.submit(lambda: self._graphs.run(shape))
         if plan.scored_rows:

@@ -106,6 +106,16 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
     frequency_penalty: Annotated[
         float, Meta(ge=-100, le=100, description="On tokens of the output, each time; 0 is off.")
     ] = 0.0
+    logit_bias: Annotated[
+        Annotated[
+            list[tuple[TokenId, Annotated[float, Meta(ge=-100, le=100)]]], Meta(max_length=limits.MAX_LOGIT_BIASES)
+        ]
+        | None,
+        Meta(
+            description="`[token id, bias]` each, no token twice: the bias is added to the token's logit, before the"
+            " penalties."
+        ),
+    ] = None
     seed: Annotated[
         Annotated[int, Meta(ge=0, le=limits.MAX_INT)] | None,
         Meta(

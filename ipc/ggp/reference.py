@@ -188,7 +188,8 @@ def _type_text(described: inspect.Type) -> str:
             length = _length_text(described.min_length, described.max_length, "items")
             return f"array{length} of {_type_text(described.item_type)}"
         case inspect.TupleType():
-            return f"array, {len(described.item_types)} items of {_type_text(described.item_types[0])}"
+            kinds = dict.fromkeys(_type_text(one) for one in described.item_types)
+            return f"array, {len(described.item_types)} items of {' and '.join(kinds)}"
         case inspect.StructType():
             return f"map: {_MAPS.get(described.cls) or NAMES[described.cls]}"
         case inspect.DictType():

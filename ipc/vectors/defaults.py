@@ -38,6 +38,7 @@ SAMPLING: dict[str, Value] = {
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
+    "logit_bias": None,
     "seed": None,
     "stop": [],
     "stop_token_ids": [],

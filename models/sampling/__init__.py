@@ -12,16 +12,19 @@ from torch import Tensor
 
 from graphgen.models.sampling import logprobs, reference
 from graphgen.models.sampling.tables import (
+    BIAS_WIDTH,
     NO_TOKEN,
     ROW_WIDTH,
     SamplerTables,
     allocate,
     asked_for,
     mask_words,
+    pack_biases,
     pack_slot,
 )
 
 __all__ = [
+    "BIAS_WIDTH",
     "NO_TOKEN",
     "ROW_WIDTH",
     "Sampler",
@@ -30,16 +33,17 @@ __all__ = [
     "asked_for",
     "make_sampler",
     "mask_words",
+    "pack_biases",
     "pack_slot",
 ]
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """The tables and the operations on them that a step consists of, in this order; the last two precede a step that
+    """The tables and the operations on them that a step consists of, in this order; the last three precede a step that
     needs them.
 
-    All but those two have fixed shapes and may be captured in a graph when the tables are on CUDA. None waits for the
+    All but those three have fixed shapes and may be captured in a graph when the tables are on CUDA. None waits for the
     device.
     Shapes: `C` chunks, `T` token rows, `N` drawing rows, `V` vocabulary.
     """
@@ -92,6 +96,11 @@ class Sampler:
         """Before a step: which slots, [n], draw under a mask from now on, [n] (0 or 1), and the masks,
         [n, mask_words(V)]; all int32. No part of a captured step: few steps need it."""
         reference.write_masks(self.tables, slots, masked, masks)
+
+    def write_biases(self, slots: Tensor, rows: Tensor) -> None:
+        """Before a step that gives slots, [n] int32, new owners with biases: their `pack_biases` rows, [n, BIAS_WIDTH]
+        int32. They count once `write_slots` has given them these owners."""
+        reference.write_biases(self.tables, slots, rows)
 
     def forget_inputs(self, slots: Tensor, token_ids: Tensor) -> None:
         """Before a step that computes a token of the output of these slots once more, [n] int32 each: `count_inputs`

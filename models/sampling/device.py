@@ -9,7 +9,7 @@ multiply-add rounds differently) and the reading of settings, logits and counts.
 import triton
 import triton.language as tl
 
-from graphgen.ipc.messages import MAX_STOP_TOKEN_IDS
+from graphgen.ipc.messages import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
 from graphgen.models.sampling import arithmetic, tables
 
 TEMPERATURE = tl.constexpr(tables.TEMPERATURE)
@@ -22,8 +22,11 @@ FREQUENCY = tl.constexpr(tables.FREQUENCY)
 PROMPT_LEN = tl.constexpr(tables.PROMPT_LEN)
 SEED = tl.constexpr(tables.SEED)
 MIN_LENGTH = tl.constexpr(tables.MIN_LENGTH)
+NUM_BIASES = tl.constexpr(tables.NUM_BIASES)
 STOP_TOKEN_IDS = tl.constexpr(tables.STOP_TOKEN_IDS)
 ROW_WIDTH = tl.constexpr(tables.ROW_WIDTH)
+MOST_BIASES = tl.constexpr(MAX_LOGIT_BIASES)
+BIAS_WIDTH = tl.constexpr(tables.BIAS_WIDTH)
 NUM_STOPS = tl.constexpr(MAX_STOP_TOKEN_IDS)
 IN_PROMPT = tl.constexpr(tables.IN_PROMPT)
 OUTPUT_COUNT_MASK = tl.constexpr(tables.OUTPUT_COUNT_MASK)
@@ -167,10 +170,25 @@ def has_filter(settings, vocab_size):
 
 
 @triton.jit
-def tile_scores(logits, occurrences, settings, position, token_ids, vocab_size):
-    """Rules 1 to 4. logits, occurrences, settings point at the row's own."""
+def biases_of(biases, token_ids):
+    """What is added to the logits of these tokens. biases points at the row's own, whose ids rise: each token is looked
+    for by halving."""
+    places = token_ids * 0
+    half = tl.full([], MOST_BIASES // 2, tl.int32)
+    while half > 0:
+        places += tl.where(tl.load(biases + places + (half - 1)) < token_ids, half, 0)
+        half = half // 2
+    values = tl.load(biases + MOST_BIASES + places).to(tl.float32, bitcast=True)
+    return tl.where(tl.load(biases + places) == token_ids, values, 0.0)
+
+
+@triton.jit
+def tile_scores(logits, occurrences, biases, settings, position, token_ids, vocab_size):
+    """Rules 1 to 5. logits, occurrences, biases, settings point at the row's own."""
     inside = token_ids < vocab_size
     scores = tl.load(logits + token_ids, mask=inside, other=MINUS_INF).to(tl.float32)
+    if tl.load(settings + NUM_BIASES) > 0:
+        scores += biases_of(biases, token_ids)
     repetition = float_setting(settings, REPETITION)
     presence = float_setting(settings, PRESENCE)
     frequency = float_setting(settings, FREQUENCY)

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from graphgen.models.sampling.device import (
+    BIAS_WIDTH,
     MASS_ONE,
     MAX_INT32,
     MIN_P,
@@ -64,6 +65,7 @@ def best_kernel(
     row_stride,
     settings,
     occurrences,
+    biases,
     slots,
     positions,
     masks,
@@ -96,7 +98,13 @@ def best_kernel(
         start = first + tile * TILE
         token_ids = start + tl.arange(0, TILE)
         scores = tile_scores(
-            logits + row * row_stride, occurrences + slot * vocab_size, settings, position, token_ids, vocab_size
+            logits + row * row_stride,
+            occurrences + slot * vocab_size,
+            biases + slot * BIAS_WIDTH,
+            settings,
+            position,
+            token_ids,
+            vocab_size,
         )
         if noisy:
             scores += temperature * tile_noise(seed, position, start, TILE)
@@ -135,6 +143,7 @@ def outline_kernel(
     row_stride,
     settings,
     occurrences,
+    biases,
     slots,
     positions,
     part_scores,
@@ -164,7 +173,13 @@ def outline_kernel(
     while tile < num_tiles:
         token_ids = (part * num_tiles + tile) * TILE + tl.arange(0, TILE)
         scores = tile_scores(
-            logits + row * row_stride, occurrences + slot * vocab_size, settings, position, token_ids, vocab_size
+            logits + row * row_stride,
+            occurrences + slot * vocab_size,
+            biases + slot * BIAS_WIDTH,
+            settings,
+            position,
+            token_ids,
+            vocab_size,
         )
         weights = tl.full([TILE], 1.0, tl.float32)
         if not by_count:
@@ -226,6 +241,7 @@ def collect_kernel(
     row_stride,
     settings,
     occurrences,
+    biases,
     slots,
     positions,
     part_scores,
@@ -258,7 +274,13 @@ def collect_kernel(
     while tile < num_tiles:
         token_ids = (part * num_tiles + tile) * TILE + tl.arange(0, TILE)
         scores = tile_scores(
-            logits + row * row_stride, occurrences + slot * vocab_size, settings, position, token_ids, vocab_size
+            logits + row * row_stride,
+            occurrences + slot * vocab_size,
+            biases + slot * BIAS_WIDTH,
+            settings,
+            position,
+            token_ids,
+            vocab_size,
         )
         chosen = (scores >= under) & (token_ids < vocab_size)
         count = tl.sum(chosen.to(tl.int32), axis=0)
@@ -277,14 +299,14 @@ def _items(start, source, TILE: tl.constexpr):
 
     Past the end -inf and no token. source: what `finish_kernel` puts together.
     """
-    num_items, gathered, scores_of, ids_of, logits, occurrences, settings, position, vocab_size = source
+    num_items, gathered, scores_of, ids_of, logits, occurrences, biases, settings, position, vocab_size = source
     places = start + tl.arange(0, TILE)
     inside = places < num_items
     if gathered:
         scores = tl.load(scores_of + places, mask=inside, other=MINUS_INF)
         token_ids = tl.load(ids_of + places, mask=inside, other=MAX_INT32)
     else:
-        scores = tile_scores(logits, occurrences, settings, position, places, vocab_size)
+        scores = tile_scores(logits, occurrences, biases, settings, position, places, vocab_size)
         token_ids = tl.where(inside, places, MAX_INT32)
     return scores, token_ids
 
@@ -316,7 +338,7 @@ def _threshold(low, high, limit, by_count, row_max, temperature, num_items, sour
 @triton.jit
 def _draw(num_items, source, threshold, seed, temperature, masks, obeys_mask, vocab_size, TILE: tl.constexpr):
     """The best of the row's items whose key is the threshold or more and that its mask allows, and its token id."""
-    position = source[7]
+    position = source[8]
     best_scores = tl.full([TILE], MINUS_INF, tl.float32)
     best_ids = tl.full([TILE], MAX_INT32, tl.int32)
     start = tl.full([], 0, tl.int32)
@@ -339,6 +361,7 @@ def finish_kernel(
     row_stride,
     settings,
     occurrences,
+    biases,
     slots,
     positions,
     masks,
@@ -369,12 +392,13 @@ def finish_kernel(
     position = tl.load(positions + row).to(tl.int32)
     logits += row * row_stride
     occurrences += slot * vocab_size
+    biases += slot * BIAS_WIDTH
     count = tl.load(num_candidates + row)
     gathered = count <= CAPACITY
     num_items = tl.where(gathered, count, vocab_size)
     scores_of = candidate_scores + row * CAPACITY
     ids_of = candidate_ids + row * CAPACITY
-    source = (num_items, gathered, scores_of, ids_of, logits, occurrences, settings, position, vocab_size)
+    source = (num_items, gathered, scores_of, ids_of, logits, occurrences, biases, settings, position, vocab_size)
     row_max = _row_max(part_scores, row, num_parts)
     under, over = _bracket(settings, part_levels, part_masses, row, row_max, vocab_size, num_parts)
 
@@ -412,7 +436,18 @@ def finish_kernel(
     best, best_id = _draw(num_items, source, threshold, seed, temperature, masks, obeys_mask, vocab_size, TILE)
     if obeys_mask & (best == MINUS_INF):
         # The mask allows nothing that was kept: all that it allows are left.
-        everything = (vocab_size, count < 0, scores_of, ids_of, logits, occurrences, settings, position, vocab_size)
+        everything = (
+            vocab_size,
+            count < 0,
+            scores_of,
+            ids_of,
+            logits,
+            occurrences,
+            biases,
+            settings,
+            position,
+            vocab_size,
+        )
         lowest = tl.full([], LOWEST_KEY, tl.int64)
         best, best_id = _draw(vocab_size, everything, lowest, seed, temperature, masks, obeys_mask, vocab_size, TILE)
     tl.store(tokens + row, tl.where(best > MINUS_INF, best_id, NO_TOKEN))

@@ -104,7 +104,7 @@ def sample(
     num_tiles_each = triton.cdiv(num_tiles, min(MOST_PARTS.value, triton.cdiv(_PROGRAMS, num_rows)))
     num_parts = triton.cdiv(num_tiles, num_tiles_each)
     scratch = _Scratch(num_rows, num_parts, candidates, logits.device)
-    inputs = (logits, logits.stride(0), tables.settings, tables.occurrences, slots, positions)
+    inputs = (logits, logits.stride(0), tables.settings, tables.occurrences, tables.biases, slots, positions)
     masks = (tables.masks, tables.masked)
     best = (scratch.part_scores, scratch.part_ids)
     outline = (scratch.part_levels, scratch.part_masses)

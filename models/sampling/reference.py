@@ -8,20 +8,21 @@ Shapes: `N` drawing rows, `V` vocabulary, `T` token rows, `C` chunks.
 
 Rules, in this order, as Hugging Face's logits processors and the OpenAI API define them:
 1. NaN counts as -inf, +inf as the largest float.
-2. Repetition penalty: logits of tokens in prompt or output are divided by it, negative ones multiplied.
-3. Presence and frequency penalty: logit - presence * (count > 0) - frequency * count, count = times in the output.
-4. Stop tokens are removed while the sequence is shorter than the slot's min_length.
-5. Greedy (temperature 0) takes the largest logit, the lowest token id among equals. With a temperature T a token's
+2. Biases are added to the logits of the tokens that they are for.
+3. Repetition penalty: logits of tokens in prompt or output are divided by it, negative ones multiplied.
+4. Presence and frequency penalty: logit - presence * (count > 0) - frequency * count, count = times in the output.
+5. Stop tokens are removed while the sequence is shorter than the slot's min_length.
+6. Greedy (temperature 0) takes the largest logit, the lowest token id among equals. With a temperature T a token's
    probability is softmax(logit / T). Nothing divides a logit: logit / T is infinite where T is small. (logit - largest)
    / T is not, and neither is logit + T * noise, which is largest where logit / T + noise is.
-6. top-k keeps the k largest and all that equal the k-th.
-7. top-p keeps, of those, a token when the tokens more probable than it hold less than top_p of their mass: the
+7. top-k keeps the k largest and all that equal the k-th.
+8. top-p keeps, of those, a token when the tokens more probable than it hold less than top_p of their mass: the
    smallest set of likeliest tokens with mass >= top_p, and all that equal the last of them. The likeliest stay.
-8. min-p keeps tokens at least min_p times as probable as the likeliest.
-9. A mask removes the tokens that it does not allow. Where rules 6 to 8 have kept none that it allows, all that it
+9. min-p keeps tokens at least min_p times as probable as the likeliest.
+10. A mask removes the tokens that it does not allow. Where rules 7 to 9 have kept none that it allows, all that it
    allows are left. So the filters never see the mask, and a token that is drawn without a mask and that the mask
    allows is the token that is drawn with it.
-10. The draw: the largest of logit + T * Gumbel noise, the lowest token id among equals, which is a draw from softmax.
+11. The draw: the largest of logit + T * Gumbel noise, the lowest token id among equals, which is a draw from softmax.
    Where nothing but -inf is left there is nothing to draw: NO_TOKEN.
 """
 
@@ -46,6 +47,11 @@ def write_masks(tables: SamplerTables, slots: Tensor, masked: Tensor, masks: Ten
     places = slots.long()
     tables.masked.index_copy_(0, places, masked)
     tables.masks.index_copy_(0, places, masks)
+
+
+def write_biases(tables: SamplerTables, slots: Tensor, rows: Tensor) -> None:
+    """The biases of slots [n]: `pack_biases` rows, [n, BIAS_WIDTH] int32."""
+    tables.biases.index_copy_(0, slots.long(), rows)
 
 
 def forget_inputs(tables: SamplerTables, slots: Tensor, token_ids: Tensor) -> None:
@@ -96,8 +102,15 @@ def sample(tables: SamplerTables, logits: Tensor, slots: Tensor, positions: Tens
 
 
 def penalised_logits(tables: SamplerTables, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-    """Rules 1 to 4: [N, V] float32, a new tensor."""
+    """Rules 1 to 5: [N, V] float32, a new tensor."""
     scores = logits.to(torch.float32, copy=True)
+    biased = (tables.num_biases[slots] > 0).nonzero().squeeze(1)
+    if len(biased):
+        # The column past the vocabulary takes what is for no token of it.
+        token_ids = tables.bias_token_ids[slots[biased]].long().clamp(max=tables.vocab_size)
+        added = torch.zeros(len(biased), tables.vocab_size + 1, device=scores.device)
+        added.scatter_(1, token_ids, tables.bias_values[slots[biased]])
+        scores[biased] += added[:, :-1]
     repetition, presence, frequency = tables.repetition[slots], tables.presence[slots], tables.frequency[slots]
     penalised = ((repetition != 1) | (presence != 0) | (frequency != 0)).nonzero().squeeze(1)
     if len(penalised):
@@ -126,7 +139,7 @@ def allowed_logits(tables: SamplerTables, logits: Tensor, slots: Tensor) -> Tens
 
 
 def kept_logits(tables: SamplerTables, logits: Tensor, slots: Tensor) -> Tensor:
-    """Rules 6 to 8 for rows with a temperature: [N, V] float32, -inf where a token is not kept.
+    """Rules 7 to 9 for rows with a temperature: [N, V] float32, -inf where a token is not kept.
 
     The softmax of a row, divided by its temperature, is the distribution its token is drawn from.
     """

@@ -1,4 +1,4 @@
-"""How every slot draws its tokens, which tokens it has seen and which it may draw: the device tables.
+"""How every slot draws its tokens, which tokens it has seen, prefers and may draw: the device tables.
 
 Owns their layout and the packing of a new owner's row. Never computes anything: reference.py (torch) and
 kernels.py (Triton) read and write the tables. The worker allocates them once and packs a row per admission.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from graphgen.ipc.errors import InvalidRequestError
-from graphgen.ipc.messages import MAX_STOP_TOKEN_IDS, SamplerParams, SlotInit
+from graphgen.ipc.messages import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS, SamplerParams, SlotInit
 
 TEMPERATURE = 0
 TOP_K = 1
@@ -31,9 +31,13 @@ SEED = 8  # two words, the low one first; even, so that a view as int64 reads it
 MIN_LENGTH = 10
 MAX_LEN = 11
 LOGPROBS = 12
-STOP_TOKEN_IDS = 14  # word 13 is unused: a row that is read as int64 has an even number of words
+NUM_BIASES = 13
+STOP_TOKEN_IDS = 14  # a row that is read as int64 has an even number of words
 ROW_WIDTH = STOP_TOKEN_IDS + MAX_STOP_TOKEN_IDS
 """int32 words of a slot's packed row."""
+
+BIAS_WIDTH = 2 * MAX_LOGIT_BIASES
+"""int32 words of a slot's row of biases: rising token ids, and the bits of as many float32."""
 
 IN_PROMPT = 1 << 30
 """Bit of an entry of `occurrences` that says the token is in the prompt; the bits below count it in the output."""
@@ -57,6 +61,8 @@ class SamplerTables:
 
     The large one: 4 * (S + 1) * V bytes, 132 MB for 256 slots of a 128256-token vocabulary.
     """
+    biases: Tensor
+    """[S + 1, BIAS_WIDTH] int32: `pack_biases` rows; read of slots with NUM_BIASES above 0 alone."""
     masks: Tensor
     """[S + 1, ceil(V / 32)] int32: bit `t % 32` of word `t // 32` says that token t may be drawn."""
     masked: Tensor
@@ -131,6 +137,21 @@ class SamplerTables:
         return self.settings[:, LOGPROBS]
 
     @property
+    def num_biases(self) -> Tensor:
+        """[S + 1] int32: tokens whose logits the owner changes; 0 is off."""
+        return self.settings[:, NUM_BIASES]
+
+    @property
+    def bias_token_ids(self) -> Tensor:
+        """[S + 1, MAX_LOGIT_BIASES] int32."""
+        return self.biases[:, :MAX_LOGIT_BIASES]
+
+    @property
+    def bias_values(self) -> Tensor:
+        """[S + 1, MAX_LOGIT_BIASES] float32."""
+        return self.biases.view(torch.float32)[:, MAX_LOGIT_BIASES:]
+
+    @property
     def stop_token_ids(self) -> Tensor:
         """[S + 1, MAX_STOP_TOKEN_IDS] int32; the vocabulary's size, which is no token, fills unused entries."""
         return self.settings[:, STOP_TOKEN_IDS:]
@@ -145,6 +166,7 @@ def allocate(num_slots: int, vocab_size: int, device: torch.device) -> SamplerTa
     return SamplerTables(
         settings=neutral.repeat(num_slots + 1, 1).to(device),
         occurrences=torch.zeros(num_slots + 1, vocab_size, dtype=torch.int32, device=device),
+        biases=torch.zeros(num_slots + 1, BIAS_WIDTH, dtype=torch.int32, device=device),
         masks=torch.zeros(num_slots + 1, mask_words(vocab_size), dtype=torch.int32, device=device),
         masked=torch.zeros(num_slots + 1, dtype=torch.int32, device=device),
     )
@@ -189,5 +211,19 @@ def pack_slot(init: SlotInit, vocab_size: int) -> npt.NDArray[np.int32]:
     row[MIN_LENGTH] = min(init.min_length, _MAX_INT32)
     row[MAX_LEN] = min(init.max_len, _MAX_INT32)
     row[LOGPROBS] = asked_for(init.logprobs)
+    row[NUM_BIASES] = len(sampler.biases) // (2 * row.itemsize)
     row[STOP_TOKEN_IDS : STOP_TOKEN_IDS + len(stop_token_ids)] = stop_token_ids
+    return row
+
+
+def pack_biases(sampler: SamplerParams) -> npt.NDArray[np.int32]:
+    """The row of a slot's biases, [BIAS_WIDTH] int32. Behind the live ones come ids that are no token's."""
+    words = np.frombuffer(sampler.biases, np.int32)
+    num_biases = len(words) // 2
+    if num_biases > MAX_LOGIT_BIASES:
+        raise InvalidRequestError(f"logit_bias has {num_biases} tokens, the limit is {MAX_LOGIT_BIASES}: give fewer")
+    row = np.zeros(BIAS_WIDTH, np.int32)
+    row[:MAX_LOGIT_BIASES] = _MAX_INT32
+    row[:num_biases] = words[:num_biases]
+    row[MAX_LOGIT_BIASES : MAX_LOGIT_BIASES + num_biases] = words[num_biases:]
     return row

@@ -1,9 +1,11 @@
 """SamplingParams refuses at once what cannot be served, and says the value, the limit and the remedy."""
 
 import math
+import struct
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from graphgen import InvalidRequestError, SamplingParams
@@ -61,6 +63,13 @@ BAD: list[tuple[str, Any]] = [  # Any: wrong types are the point
     ("logprobs", True),
     ("prompt_logprobs", 21),
     ("prompt_logprobs", 1.0),
+    ("logit_bias", {5: 100.5}),
+    ("logit_bias", {5: math.nan}),
+    ("logit_bias", {-1: 1.0}),
+    ("logit_bias", {"5": 1.0}),
+    ("logit_bias", {5: "1"}),
+    ("logit_bias", [[5, 1.0]]),
+    ("logit_bias", dict.fromkeys(range(1025), 1.0)),
 ]
 
 
@@ -98,6 +107,7 @@ def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
         ("ttft_target_ms", None),
         ("tpot_target_ms", None),
         ("cache_salt", "x" * 256),
+        ("logit_bias", dict.fromkeys(range(1024), -100)),
     ],
 )
 def test_values_at_their_limits_are_taken(name: str, value: Any) -> None:
@@ -108,6 +118,15 @@ def test_the_sampler_gets_floats_and_the_drawn_seed_only_if_none_was_stated() ->
     assert SamplingParams(temperature=0, top_k=3).resolve_sampler(PLAIN, seed=9) == SamplerParams(top_k=3, seed=9)
     assert type(SamplingParams(temperature=0).resolve_sampler(PLAIN, seed=9).temperature) is float
     assert SamplingParams(seed=4).resolve_sampler(PLAIN, seed=9).seed == 4
+
+
+def test_biases_are_packed_by_rising_token_without_those_that_change_nothing() -> None:
+    given: Any = {9: np.float32(0.5), np.int64(3): -100, 4: 0.0}
+    sampling = SamplingParams(logit_bias=given)
+    given[9] = 7  # too late
+    assert sampling.logit_bias == {9: 0.5, 3: -100, 4: 0.0}
+    packed = sampling.resolve_sampler(PLAIN, seed=9).biases
+    assert struct.unpack("<iiff", packed) == (3, 9, -100.0, 0.5)
 
 
 def test_the_samples_of_a_prompt_have_seeds_of_their_own() -> None:

@@ -30,6 +30,8 @@ def test_a_text_that_cannot_fit_is_refused_without_its_tokens(
     error = client.expect(Error)
     assert (error.code, error.id) == ("never_fits", 1)
     assert "more than 1024 tokens, max_model_len is 1024" in error.message
+    client.send(Generate(id=3, text="qzxj" * 16_000, prompt_only=True))
+    assert "more than 4096 tokens, at most 4096 are told of one" in client.expect(Error).message
     assert longest[0] <= prepare.PIECE_LEN
     monkeypatch.setattr(prepare, "USUAL_BYTES_PER_TOKEN", 0)
     client.send(Generate(id=2, text=" the" * 400, sampling=Sampling(max_tokens=1)))

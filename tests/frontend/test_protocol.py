@@ -142,9 +142,13 @@ def test_a_prompt_can_be_asked_for_alone(make_frontend: MakeFrontend) -> None:
         assert (accepted.prompt_tokens, accepted.prompt_ids, accepted.prompt_text) == (len(ids), ids, text)
         done = client.expect(Done)
         assert (done.finish, done.usage.prompt_tokens) == ([], len(ids))
-    client.send(Generate(id=5, prompt_ids=[1] * 1025, prompt_only=True))
-    assert client.expect(Error).code == "never_fits"
-    client.send(Generate(id=6, prompt_ids=[1] * 1024, prompt_only=True))
+    client.send(Generate(id=5, prompt_ids=[1] * 4097, prompt_only=True))
+    error = client.expect(Error)
+    assert (error.code, error.message) == (
+        "never_fits",
+        "the prompt has 4097 tokens, at most 4096 are told of one: split it",
+    )
+    client.send(Generate(id=6, prompt_ids=[1] * 4096, prompt_only=True))
     assert client.expect(Accepted).prompt_ids is None, "it was not asked for"
     client.expect(Done)
     client.send(Generate(id=7, prompt_ids=[1], special_tokens=False))

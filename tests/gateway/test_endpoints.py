@@ -120,6 +120,24 @@ def test_echo_puts_the_prompt_before_each_output(stream: bool) -> None:
     assert reply.json["choices"][0]["text"] == "ROMEO:xy"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_alone_is_told_without_computing_anything(stream: bool) -> None:
+    core = GatewayCore(says("x"))
+    body = {**ROMEO, "prompt": [[72, 105], [33]], "n": 2, "echo": True, "max_tokens": 0, "stream": stream}
+    reply = call(core, COMPLETIONS, {**body, "stream_options": {"include_usage": True}})
+    chunks = reply.events[:-1] if stream else [reply.json]
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    texts = {choice["index"]: "" for choice in choices}
+    for choice in choices:
+        texts[choice["index"]] += choice["text"]
+    assert texts == {0: "Hi", 1: "Hi", 2: "!", 3: "!"}
+    assert [choice["finish_reason"] for choice in choices if choice["finish_reason"]] == ["length"] * 4
+    assert (chunks[-1]["usage"]["prompt_tokens"], chunks[-1]["usage"]["completion_tokens"]) == (3, 0)
+    assert core.sampling is None, "no request was made"
+    text = call(core, COMPLETIONS, {**ROMEO, "echo": True, "max_tokens": 0}).json
+    assert (text["choices"][0]["text"], text["usage"]["prompt_tokens"]) == ("ROMEO:", 7)
+
+
 def test_a_piece_without_text_is_no_event() -> None:
     """Some tokens have text only with the next one."""
 
@@ -163,7 +181,9 @@ def test_fields_reach_the_sampling_and_null_is_absent() -> None:
     ignored = {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "verbosity": "low", "new": 1}
     assert call(core, CHATS, {**HELLO, **given, **ignored, "max_completion_tokens": 11, "max_tokens": 5}).status == 200
     assert core.sampling == SamplingParams(max_tokens=11, **given)
-    nothing = dict.fromkeys([*given, "max_tokens", "stream", "stream_options", "tools", "logprobs"])
+    assert call(core, COMPLETIONS, {**ROMEO, "logit_bias": {"5": -100, "07": 2.5}}).status == 200
+    assert core.sampling == SamplingParams(max_tokens=16, logit_bias={5: -100.0, 7: 2.5})
+    nothing = dict.fromkeys([*given, "logit_bias", "max_tokens", "stream", "stream_options", "tools", "logprobs"])
     assert call(core, CHATS, {**HELLO, **nothing}).status == 200
     assert core.sampling == SamplingParams(max_tokens=None)
     assert call(core, COMPLETIONS, ROMEO).status == 200
@@ -214,7 +234,10 @@ def test_messages_that_a_program_sends_back_are_taken_as_they_came() -> None:
         (CHATS, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         (CHATS, {"response_format": {"type": "structural_tag"}}, "response_format"),
         (CHATS, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        (CHATS, {"logit_bias": {"5": 1}}, "logit_bias"),
+        (CHATS, {"logit_bias": {"king": 1}}, "logit_bias"),
+        (CHATS, {"logit_bias": {"5": 101}}, "logit_bias"),
+        (CHATS, {"logit_bias": {"05": 1, "5": 2}}, "logit_bias"),
+        (COMPLETIONS, {"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
         (CHATS, {"chat_template": "{{ x }}"}, "chat_template"),
         (CHATS, {"echo": True}, "echo"),
         (CHATS, {"functions": [{"name": "f"}]}, "functions"),

@@ -54,6 +54,18 @@ def test_a_chat_and_its_stream_are_what_our_own_client_gets(client: openai.OpenA
     assert chunks[-1].usage == got.usage
 
 
+def test_biases_are_those_of_our_own_client_and_of_known_tokens(client: openai.OpenAI, ours: Client) -> None:
+    (plain,) = ours.generate("ROMEO:\n", greedy(12))
+    banned = dict.fromkeys(plain.token_ids, -100.0)
+    (want,) = ours.generate("ROMEO:\n", SamplingParams(max_tokens=12, temperature=0.0, logit_bias=banned))
+    assert not set(want.token_ids) & set(plain.token_ids)
+    biases = {str(token): int(bias) for token, bias in banned.items()}
+    got = client.completions.create(model="play", prompt="ROMEO:\n", max_tokens=12, temperature=0, logit_bias=biases)
+    assert got.choices[0].text == want.text
+    with pytest.raises(openai.BadRequestError, match="logit_bias has token id 99999, the vocabulary is 0 to"):
+        client.chat.completions.create(model="play", messages=HELLO, logit_bias={"99999": 1})
+
+
 def test_completions_of_texts_and_ids_are_what_our_own_client_gets(client: openai.OpenAI, ours: Client) -> None:
     prompts = ["ROMEO:\n", "To be, or"]
     want = ours.generate(prompts, greedy(20))

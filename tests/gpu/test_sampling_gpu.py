@@ -8,9 +8,18 @@ import torch
 from torch import Tensor
 
 from graphgen.ipc.messages import SamplerParams, SlotInit
-from graphgen.models.sampling import Sampler, make_sampler, pack_slot, reference
+from graphgen.models.sampling import Sampler, make_sampler, pack_biases, pack_slot, reference
 from graphgen.models.sampling.tables import ROW_WIDTH
-from tests.models.sampling_cases import MIXED, STOP_TOKENS, give_masks, own, random_masks, troubled_logits
+from tests.models.sampling_cases import (
+    MANY_BIASES,
+    MIXED,
+    STOP_TOKENS,
+    biases,
+    give_masks,
+    own,
+    random_masks,
+    troubled_logits,
+)
 
 CUDA = torch.device("cuda")
 NUM_SLOTS = 256
@@ -29,6 +38,7 @@ def random_params(rng: random.Random) -> SamplerParams:
         presence_penalty=pick(0.0, 0.5, -0.5),
         frequency_penalty=pick(0.0, 0.3),
         seed=rng.randrange(2**63),
+        biases=biases({rng.randrange(1031): rng.uniform(-5, 5) for _ in range(rng.choice([0, 0, 1, 300]))}),
     )
 
 
@@ -76,6 +86,7 @@ def test_the_reference_draws_the_same_tokens_on_the_cpu() -> None:
     sampler = make_owned(vocab_size, [random_params(rng) for _ in range(NUM_SLOTS)])
     host = make_sampler(NUM_SLOTS, vocab_size, torch.device("cpu"))
     host.tables.settings.copy_(sampler.tables.settings)
+    host.tables.biases.copy_(sampler.tables.biases)
     host.tables.occurrences.copy_(sampler.tables.occurrences)
     slots, positions = torch.arange(NUM_SLOTS), torch.arange(NUM_SLOTS) + 9
     logits = troubled_logits(NUM_SLOTS, vocab_size, seed=3)
@@ -107,13 +118,14 @@ def test_a_captured_graph_follows_changing_tables() -> None:
     sampler.tables.settings.copy_(expected.tables.settings)
     sampler.tables.occurrences.zero_()
     for seed in range(12):
-        packed = [
-            pack_slot(SlotInit(rng.randrange(40), 30, STOP_TOKENS, random_params(rng)), vocab_size)
-            for _ in range(num_chunks)
-        ]
+        owners = [random_params(rng) for _ in range(num_chunks)]
+        packed = [pack_slot(SlotInit(rng.randrange(40), 30, STOP_TOKENS, owner), vocab_size) for owner in owners]
+        biased = torch.stack([torch.from_numpy(pack_biases(owner)) for owner in owners]).to(CUDA)
         rows.copy_(torch.stack([torch.from_numpy(row) for row in packed]).flatten())
         chunk_slots.copy_(torch.randperm(num_rows)[:num_chunks])
         inits.random_(0, 2)
+        for one in (sampler, expected):
+            one.write_biases(chunk_slots[inits != 0], biased[inits != 0])
         token_ids.random_(0, 50)
         input_slots.random_(0, num_rows)
         input_slots[150:] = sampler.tables.trash_slot
@@ -161,6 +173,7 @@ def test_greedy_costs_little_more_than_reading_the_logits(capsys: pytest.Capture
     kinds = {
         "greedy": SamplerParams(),
         "greedy, penalties": SamplerParams(repetition_penalty=1.1),
+        "greedy, 1024 biases": SamplerParams(biases=biases(MANY_BIASES)),
         "temperature": SamplerParams(temperature=0.8, seed=1),
         "top-k 20, top-p 0.8": SamplerParams(temperature=0.7, top_k=20, top_p=0.8, seed=1),
         "top-p 0.9": SamplerParams(temperature=0.6, top_p=0.9, seed=1),

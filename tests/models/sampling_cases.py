@@ -1,12 +1,24 @@
 """Shared by the sampling tests: slots with every kind of rule, logits with every kind of trouble."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from graphgen.ipc.messages import SamplerParams, SlotInit
-from graphgen.models.sampling import Sampler, pack_slot
+from graphgen.calls.sampling_params import SamplingParams
+from graphgen.ipc.ggp.messages import SamplingDefaults
+from graphgen.ipc.messages import MAX_LOGIT_BIASES, SamplerParams, SlotInit
+from graphgen.models.sampling import Sampler, pack_biases, pack_slot
 
 STOP_TOKENS = (1, 2, 7)
+
+
+def biases(of: Mapping[int, float]) -> bytes:
+    return SamplingParams(logit_bias=of).resolve_sampler(SamplingDefaults(), 0).biases
+
+
+MANY_BIASES = {3 * place: (-100.0, 0.7, 2.5)[place % 3] for place in range(MAX_LOGIT_BIASES)}
+"""As many as there may be. In a small vocabulary most are of no token."""
 
 MIXED = (
     SamplerParams(),
@@ -33,6 +45,11 @@ MIXED = (
     SamplerParams(temperature=1e-37, seed=15),
     SamplerParams(temperature=1e-40, top_k=30, top_p=0.9, min_p=0.1, seed=16),
     SamplerParams(temperature=1e-9, top_p=0.9, seed=17),
+    SamplerParams(biases=biases({0: -3.0, 9: 100.0, 256: 100.0, 10**6: 100.0})),
+    SamplerParams(
+        temperature=1.0, top_k=40, top_p=0.9, repetition_penalty=1.3, seed=18, biases=biases({4: 5.5, 77: -100.0})
+    ),
+    SamplerParams(temperature=1.2, seed=19, biases=biases(MANY_BIASES)),
 )
 
 
@@ -42,6 +59,8 @@ def own(sampler: Sampler, params: list[SamplerParams], prompt_len: int = 3, min_
     inits = [SlotInit(prompt_len, min_length, STOP_TOKENS, each) for each in params]
     rows = torch.stack([torch.from_numpy(pack_slot(init, sampler.tables.vocab_size)) for init in inits])
     slots = torch.arange(len(params), device=device)
+    biased = torch.stack([torch.from_numpy(pack_biases(each)) for each in params])
+    sampler.write_biases(slots.int(), biased.to(device))
     sampler.write_slots(rows.to(device), slots, torch.ones(len(params), dtype=torch.int32, device=device))
 
 

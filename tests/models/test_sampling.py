@@ -14,6 +14,7 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -21,14 +22,15 @@ from transformers import (
 
 from graphgen.ipc.errors import InvalidRequestError
 from graphgen.ipc.messages import SamplerParams, SlotInit
-from graphgen.models.sampling import NO_TOKEN, ROW_WIDTH, Sampler, make_sampler, pack_slot
+from graphgen.models.sampling import NO_TOKEN, ROW_WIDTH, Sampler, make_sampler, pack_biases, pack_slot
 from graphgen.models.sampling.arithmetic import exp_not_positive, gumbel, log_positive
 from graphgen.models.sampling.philox import philox4x32
 from graphgen.models.sampling.reference import kept_logits, penalised_logits
 from graphgen.models.sampling.tables import IN_PROMPT, OUTPUT_COUNT_MASK
-from tests.models.sampling_cases import MIXED, STOP_TOKENS, give_masks, own, random_masks, troubled_logits
+from tests.models.sampling_cases import MIXED, STOP_TOKENS, biases, give_masks, own, random_masks, troubled_logits
 
 CPU = torch.device("cpu")
+BIASES = {0: 4.5, 17: -100.0, 500: 2.25, 1002: 100.0}
 
 
 def make_owned(params: list[SamplerParams], vocab_size: int, prompt_len: int = 3, min_length: int = 0) -> Sampler:
@@ -102,6 +104,7 @@ def test_noise_is_gumbel_and_finite_at_both_ends() -> None:
         SamplerParams(temperature=1.0, min_p=0.05),
         SamplerParams(temperature=1.2, top_k=100, top_p=0.95, min_p=0.02, repetition_penalty=1.3),
         SamplerParams(temperature=0.9, top_k=5000, repetition_penalty=0.8),
+        SamplerParams(temperature=0.9, top_p=0.9, repetition_penalty=1.4, biases=biases(BIASES)),
     ],
 )
 def test_probabilities_equal_hugging_face(params: SamplerParams) -> None:
@@ -113,8 +116,10 @@ def test_probabilities_equal_hugging_face(params: SamplerParams) -> None:
     sampler.count_inputs(prompt, torch.zeros(30, dtype=torch.int64), torch.arange(30))
 
     processors = LogitsProcessorList([TemperatureLogitsWarper(params.temperature)])
-    if params.repetition_penalty != 1:
+    if params.repetition_penalty != 1:  # the last to be inserted comes first
         processors.insert(0, RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    if params.biases:
+        processors.insert(0, SequenceBiasLogitsProcessor({(token,): bias for token, bias in BIASES.items()}))
     if params.top_k:
         processors.append(TopKLogitsWarper(params.top_k))
     if params.top_p < 1:
@@ -374,6 +379,15 @@ def test_a_packed_row_reads_back_through_the_tables() -> None:
     assert torch.equal(tables.settings[0], tables.settings[2])
 
 
+def test_a_new_owner_has_no_biases_of_the_old_one() -> None:
+    sampler = make_owned([SamplerParams(biases=biases({3: 100.0}))], 10)
+    logits, where = torch.arange(10.0).view(1, 10), torch.tensor([0])
+    assert sampler.sample(logits, where, where).tolist() == [3]
+    row = torch.from_numpy(pack_slot(SlotInit(1, 0, (), SamplerParams()), 10))
+    sampler.write_slots(row, where, torch.tensor([1]))
+    assert sampler.sample(logits, where, where).tolist() == [9]
+
+
 def test_rows_without_an_init_change_nothing() -> None:
     sampler = make_owned([SamplerParams(top_k=3), SamplerParams(top_k=4)], 10)
     sampler.count_inputs(torch.tensor([1, 2]), torch.tensor([0, 1]), torch.tensor([0, 9]))
@@ -398,6 +412,8 @@ def test_what_the_tables_cannot_hold_is_refused() -> None:
         pack_slot(SlotInit(1, 0, tuple(range(17)), SamplerParams()), 100)
     with pytest.raises(InvalidRequestError, match="seed is -1"):
         pack_slot(SlotInit(1, 0, (), SamplerParams(seed=-1)), 100)
+    with pytest.raises(InvalidRequestError, match="logit_bias has 1025 tokens, the limit is 1024"):
+        pack_biases(SamplerParams(biases=bytes(8 * 1025)))
 
 
 # --- Masks -----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import Tensor
 from graphgen.demo import model_folder
 from graphgen.ipc.messages import SamplerParams
 from graphgen.models.decoder import Decoder
+from tests.models.sampling_cases import biases
 from tests.worker.local_engine import LocalEngine, launch_config
 
 PROMPTS = [
@@ -24,6 +25,8 @@ MIXED = [
     SamplerParams(repetition_penalty=1.3),
     SamplerParams(presence_penalty=0.5, frequency_penalty=0.4),
     SamplerParams(temperature=0.7, top_k=40, top_p=0.9, repetition_penalty=1.1, seed=15),
+    SamplerParams(biases=biases(dict.fromkeys(range(300, 340), 100.0))),
+    SamplerParams(temperature=0.8, seed=16, biases=biases(dict.fromkeys(range(0, 900, 2), -100.0))),
 ]
 
 
@@ -44,11 +47,14 @@ def test_any_mix_of_sampling_rules_gives_each_request_the_tokens_it_gets_alone(e
     alone = [engine.generate([prompt], 20, [sampler])[0] for prompt, sampler in zip(prompts, MIXED, strict=True)]
     assert together == alone
     assert len({tuple(tokens) for tokens in together}) == len(together), "the rules do change the tokens"
+    assert set(together[8]) <= set(range(300, 340))
+    assert all(token % 2 or token >= 900 for token in together[9])
 
 
-def test_penalised_requests_keep_their_counts_through_preemption() -> None:
+def test_penalised_requests_keep_their_counts_and_biases_through_preemption() -> None:
     prompts = [list(range(10 + 20 * number, 26 + 20 * number)) for number in range(6)]
-    sampler = SamplerParams(repetition_penalty=1.4, frequency_penalty=0.6, temperature=0.8, seed=3)
+    preferred = biases(dict.fromkeys(range(100, 200), 3.0))
+    sampler = SamplerParams(repetition_penalty=1.4, frequency_penalty=0.6, temperature=0.8, seed=3, biases=preferred)
     results = []
     for num_pages in (80, 8):
         engine = LocalEngine(

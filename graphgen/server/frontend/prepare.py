@@ -183,43 +183,45 @@ class Preparer:
         if message.prompt_u32 is not None:
             return unpack_prompt(message.prompt_u32), ""
         if message.text is not None:
-            self._check_text([message.text])
+            self._check_text([message.text], message.prompt_only)
             if not message.special_tokens:
                 return self._core.tokenizer.encode_bare(message.text), ""
             return list(self._core.token_ids([message.text])[0]), ""
         messages = [_given_keys(one) for one in message.messages or []]
         chat = one_prompt(Chat(messages, message.tools, message.documents, message.chat_template_kwargs))
         assert isinstance(chat, Chat)
-        self._check_text(_texts_of(chat))
+        self._check_text(_texts_of(chat), message.prompt_only)
         tokenizer = self._core.tokenizer
         text = tokenizer.render_chat(chat.messages, chat.tools, chat.documents, chat.chat_template_kwargs)
         return tokenizer.encode_bare(text), text[max(0, len(text) - message.tail_len) :]
 
-    def _check_text(self, texts: Sequence[str]) -> None:
+    def _check_text(self, texts: Sequence[str], prompt_only: bool) -> None:
         """Before any work is put into it."""
         limit = text_bytes_limit(self._core.launch.max_model_len)
         num_bytes = sum(len(text.encode(errors="surrogatepass")) for text in texts)
         if num_bytes > limit:
             message = f"the prompt has {num_bytes} bytes of text, the limit is {limit}: shorten it"
             raise FrameError(make_error("too_large", message))
-        if num_bytes > USUAL_BYTES_PER_TOKEN * self._core.launch.max_model_len:
-            self._refuse_too_many_tokens(texts)
+        context_len = self._core.launch.max_model_len
+        most_tokens = self._core.most_told if prompt_only else context_len
+        if num_bytes > USUAL_BYTES_PER_TOKEN * most_tokens:
+            reason = f"at most {most_tokens} are told of one: split it"
+            self._refuse_more_tokens(
+                texts, most_tokens, reason if prompt_only else f"max_model_len is {context_len}: shorten it"
+            )
 
-    def _refuse_too_many_tokens(self, texts: Sequence[str]) -> None:
+    def _refuse_more_tokens(self, texts: Sequence[str], limit: int, reason: str) -> None:
         """A text that hardly fits is counted in pieces first, which ends with the piece that is too much: at once its
         tokens would take 200 bytes each, a megabyte of text 200 MiB."""
         if not self._core.has_tokenizer:
             return
-        tokenizer, limit = self._core.tokenizer, self._core.launch.max_model_len
-        num_tokens = 0
+        tokenizer, num_tokens = self._core.tokenizer, 0
         for text in texts:
             for start in range(0, len(text), PIECE_LEN):
                 piece = tokenizer.encode(text[start : start + PIECE_LEN])
                 num_tokens += max(0, len(piece) - TOKENS_OF_A_CUT)
                 if num_tokens > limit:
-                    raise PromptTooLongError(
-                        f"the prompt has more than {limit} tokens, max_model_len is {limit}: shorten it"
-                    )
+                    raise PromptTooLongError(f"the prompt has more than {limit} tokens, {reason}")
 
 
 Done = Callable[[PublicRequest, Prepared | Exception], None]
@@ -273,8 +275,19 @@ def sampling_params(sampling: Sampling, key: str) -> SamplingParams:
         if value is UNSET:
             values[name] = defaults.get(name)  # None: the model's
     values["cache_salt"] = cache_salt(key, sampling.cache_salt)
+    values["logit_bias"] = _biases(sampling)
     values["structured"] = None if sampling.structured is None else of_wire(sampling.structured)
     return SamplingParams(**values)
+
+
+def _biases(sampling: Sampling) -> dict[int, float]:
+    """Raises InvalidRequestError."""
+    biases: dict[int, float] = {}
+    for token_id, bias in sampling.logit_bias or []:
+        if token_id in biases:
+            raise InvalidRequestError(f"logit_bias has token {token_id} twice: give one bias of a token")
+        biases[token_id] = bias
+    return biases
 
 
 def unpack_prompt(packed: bytes) -> list[int]:

@@ -224,6 +224,7 @@ def _welcome(settings: FrontendSettings, core: AttachedCore, sockets: PublicSock
         "batches": True,
         "log_ids": True,
         "logprobs": True,
+        "logit_bias": True,
         "prompt_only": core.has_tokenizer,
         "structured": core.serves_structured,
         "marks": core.has_tokenizer,

@@ -59,6 +59,8 @@ export interface GenerateOptions {
   repetitionPenalty?: number;
   presencePenalty?: number;
   frequencyPenalty?: number;
+  /** `[token id, bias]` each, the bias -100 to 100; where `features` has "logit_bias". */
+  logitBias?: readonly (readonly [number, number])[] | null;
   /** 0 to 2^53-1. */
   seed?: number | bigint | null;
   stop?: string | readonly string[];
@@ -71,6 +73,7 @@ export interface GenerateOptions {
   deadlineMs?: number | null;
   itlTargetMs?: number | null;
   ttftTargetMs?: number | null;
+  tpotTargetMs?: number | null;
   cacheSalt?: string;
   /** What the output must follow; where `features` has "structured". */
   structured?: Structured | null;

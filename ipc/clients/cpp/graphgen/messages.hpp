@@ -35,6 +35,7 @@ struct Sampling {
   std::optional<double> repetition_penalty;
   double presence_penalty = 0.0;
   double frequency_penalty = 0.0;
+  std::map<std::uint32_t, double> logit_bias;  ///< By token id; where Welcome::features has "logit_bias".
   std::optional<std::uint64_t> seed;  ///< Up to 2^53-1.
   std::vector<std::string> stop;
   std::vector<std::uint32_t> stop_token_ids;

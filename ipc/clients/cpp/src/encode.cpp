@@ -75,6 +75,10 @@ class MapWriter {
       pack(value);
     }
   }
+  void pack(const std::map<std::uint32_t, double>& pairs) {
+    packer().pack_array(static_cast<std::uint32_t>(pairs.size()));
+    for (const auto& [token_id, bias] : pairs) packer().pack_array(2).pack(token_id).pack(bias);
+  }
   void pack(std::nullptr_t) { packer().pack_nil(); }
   void pack(const Json& json) {
     std::visit([this](const auto& value) { pack(value); }, json.value);
@@ -130,6 +134,7 @@ MapWriter sampling_map(const Sampling& sampling) {
   FIELD(repetition_penalty);
   FIELD(presence_penalty);
   FIELD(frequency_penalty);
+  FIELD(logit_bias);
   FIELD(seed);
   FIELD(stop);
   FIELD(stop_token_ids);

@@ -95,6 +95,11 @@ inline Sampling sampling_of(const json& fields) {
   take(fields, "repetition_penalty", sampling.repetition_penalty);
   take(fields, "presence_penalty", sampling.presence_penalty);
   take(fields, "frequency_penalty", sampling.frequency_penalty);
+  if (fields.contains("logit_bias") && !fields.at("logit_bias").is_null()) {
+    for (const json& pair : fields.at("logit_bias")) {
+      sampling.logit_bias[pair.at(0).get<std::uint32_t>()] = pair.at(1).get<double>();
+    }
+  }
   take(fields, "seed", sampling.seed);
   take(fields, "stop", sampling.stop);
   take(fields, "stop_token_ids", sampling.stop_token_ids);

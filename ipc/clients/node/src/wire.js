@@ -273,6 +273,7 @@ const SAMPLING_FIELDS = [
   "repetition_penalty",
   "presence_penalty",
   "frequency_penalty",
+  "logit_bias",
   "seed",
   "stop",
   "stop_token_ids",
