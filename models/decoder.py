@@ -19,7 +19,7 @@ from graphgen.models.chaining import can_chain
 from graphgen.models.compilation import Attend, CompiledHalves, FeedForward
 from graphgen.models.families.family import TensorNames
 from graphgen.models.feed_forward import Linear
-from graphgen.models.few_rows_layers import serves_model
+from graphgen.models.few_rows_layers import most_rows, serves_model
 from graphgen.models.kv_cache import KVCache
 from graphgen.models.layers import DecoderLayer
 from graphgen.models.norms import make_norm, norm_targets
@@ -99,11 +99,12 @@ class Decoder(nn.Module):
             for rope in self.ropes
         ]
         num_rows, num_decode_rows = token_ids.shape[0], attention[0].tables.decode_kv_lens.shape[0]
+        live = self._live_rows(kv_cache, attention[0])
         if drawing_rows is None and num_rows == num_decode_rows <= self._most_few_rows:
-            return self._run_few_rows(token_ids, kv_cache, steps[0])
+            return self._run_few_rows(token_ids, kv_cache, steps, live)
         update = self._embed(token_ids, positions)
         residual = torch.zeros_like(update)
-        layers, live = self.decoder_layers, self._live_rows(kv_cache, attention[0])
+        layers = self.decoder_layers
         for layer, group, k_pages, v_pages in zip(
             layers, kv_cache.groups, kv_cache.k_pages, kv_cache.v_pages, strict=True
         ):
@@ -161,11 +162,15 @@ class Decoder(nn.Module):
             logits = logits * scale
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
-    def _run_few_rows(self, token_ids: Tensor, kv_cache: KVCache, steps: Sequence[StepTensors]) -> Tensor:
-        from graphgen.models import few_rows
+    def _run_few_rows(
+        self, token_ids: Tensor, kv_cache: KVCache, steps: Sequence[Sequence[StepTensors]], live: Tensor | None
+    ) -> Tensor:
+        from graphgen.models import few_rows_step
 
-        ends = few_rows.Ends(self.embedding.weight, self.final_norm, self._head_weight)
-        return few_rows.next_logits(ends, self.decoder_layers, token_ids, kv_cache, steps, chained=True)
+        ends = few_rows_step.Ends(self.embedding.weight, self.final_norm, self._head_weight)
+        return few_rows_step.next_logits(
+            ends, self.decoder_layers, token_ids, kv_cache, steps, live, self._attend, chained=True
+        )
 
     @property
     def decoder_layers(self) -> Sequence[DecoderLayer]:
@@ -222,6 +227,4 @@ def _most_few_rows(decoder: Decoder, device: torch.device) -> int:
     """Decode rows up to which a step runs in the kernels of few_rows.py; 0 where those do not serve."""
     if device.type != "cuda" or not can_chain() or not serves_model(decoder.spec, decoder.embedding.weight.dtype):
         return 0
-    from graphgen.models import few_rows  # needs Triton
-
-    return few_rows.MOST_ROWS
+    return most_rows(decoder.spec)

@@ -1,25 +1,21 @@
-"""Decoder layers over a few token rows: five Triton kernels a layer, each launched while the one ahead still runs. CUDA
-only.
+"""The parts of a layer over a few token rows: Triton kernels, each launched while the one ahead still runs. CUDA only.
 
 With a few rows a step does little but read weights, and what it loses is the time between kernels, when memory is
 idle: the smallest product reads for 8 us and takes 12. Here every kernel is launched under its predecessor
 (programmatic dependent launch) and waits inside for its data, gate, up and activation are one kernel, and the norms
 have none of their own: the division by a row's root mean square comes after the product that reads the row.
 
-The arithmetic of layers.py, but that the norm rounds once where layers.py rounds twice; for the layers that
-few_rows_layers.py knows. Owns no weights. Called by the decoder in place of all its layers.
+The arithmetic of layers.py, but that the norm rounds once where layers.py rounds twice. Owns no weights. Called by
+few_rows_step.py, which puts them in order; experts/few_rows.py has those of experts.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
-from torch import Tensor, nn
+from torch import Tensor
 
-from graphgen.models.attention.backend import StepTensors
 from graphgen.models.chaining import launch_options
-from graphgen.models.feed_forward import MLP
 from graphgen.models.few_rows_kernels import (
     adding_linear_kernel,
     embed_kernel,
@@ -27,13 +23,8 @@ from graphgen.models.few_rows_kernels import (
     norm_heads_kernel,
     normed_linear_kernel,
 )
-from graphgen.models.few_rows_layers import ACTIVATIONS, K_BLOCK, LEAST_COLUMNS
-from graphgen.models.kv_cache import KVCache
-from graphgen.models.layers import Attention, DecoderLayer
+from graphgen.models.few_rows_layers import ACTIVATIONS, LEAST_COLUMNS, LEAST_DEPTH
 from graphgen.models.norms import RMSNorm
-
-MOST_ROWS = 64
-"""With more rows a product is no longer a matter of reading weights, and cuBLAS is faster."""
 
 
 class Normed(NamedTuple):
@@ -59,28 +50,33 @@ def _column_block(size: int) -> int:
     return 64 if size % 64 == 0 and size // 64 >= 88 else LEAST_COLUMNS
 
 
-def _early_columns(num_rows: int) -> int:
+def depth_block(depth: int, most: int = 128) -> int:
+    """Columns of a weight that a program reads at a time: the most that divide the depth."""
+    return next(block for block in (most, most // 2, LEAST_DEPTH) if depth % block == 0)
+
+
+def _early_columns(num_rows: int, depth: int) -> int:
     """Columns of a weight that are read before the kernel ahead is done: a block, unless 64 rows need the room."""
-    return K_BLOCK if num_rows <= 16 else 0
+    return depth_block(depth) if num_rows <= 16 else 0
 
 
-def _product_options(num_rows: int, size: int, chained: bool) -> dict[str, int | bool]:
+def _product_options(num_rows: int, size: int, depth: int, chained: bool) -> dict[str, int | bool]:
     stages = 8 if _column_block(size) == LEAST_COLUMNS else 6 if num_rows <= 16 else 5
-    return {"num_warps": 4, "num_stages": stages, **launch_options(chained)}
+    return {"num_warps": 4, "num_stages": stages * 128 // depth_block(depth), **launch_options(chained)}
 
 
-def _open_normed(like: Tensor, num_rows: int, size: int) -> tuple[Tensor, Normed]:
-    """Where a kernel that ends in the residual stream writes: (sums, their norm)."""
+def open_normed(like: Tensor, num_rows: int, size: int, block: int) -> tuple[Tensor, Normed]:
+    """Where a kernel that ends in the residual stream writes: (sums, their norm). block: columns of a program."""
     sums, scaled = (torch.empty((num_rows, size), dtype=like.dtype, device=like.device) for _ in range(2))
-    squares = torch.empty((num_rows, size // _column_block(size)), dtype=torch.float32, device=like.device)
+    squares = torch.empty((num_rows, size // block), dtype=torch.float32, device=like.device)
     return sums, Normed(scaled, squares)
 
 
 def embed(token_ids: Tensor, table: Tensor, norm: RMSNorm) -> tuple[Tensor, Normed]:
     """(rows of the table, [T, hidden], and their norm). token_ids: [T] int64."""
     num_rows, size = token_ids.shape[0], table.shape[1]
-    sums, normed = _open_normed(table, num_rows, size)
     block = _column_block(size)
+    sums, normed = open_normed(table, num_rows, size, block)
     embed_kernel[(size // block,)](
         token_ids, table, norm.weight, sums, *normed, num_rows, size, _row_block(num_rows), block
     )
@@ -88,7 +84,7 @@ def embed(token_ids: Tensor, table: Tensor, norm: RMSNorm) -> tuple[Tensor, Norm
 
 
 def normed_linear(x: Normed, eps: float, weight: Tensor, bias: Tensor | None, chained: bool) -> Tensor:
-    """RMSNorm @ weight.T + bias, [T, N], for at most MOST_ROWS rows. weight: [N, K], K a multiple of 128."""
+    """RMSNorm @ weight.T + bias, [T, N], for at most MOST_ROWS rows. weight: [N, K], K a multiple of 64."""
     num_rows, depth = x.scaled.shape
     size, num_parts = weight.shape[0], x.squares.shape[1]
     out = torch.empty((num_rows, size), dtype=x.scaled.dtype, device=x.scaled.device)
@@ -107,11 +103,11 @@ def normed_linear(x: Normed, eps: float, weight: Tensor, bias: Tensor | None, ch
         bias is not None,
         _row_block(num_rows),
         block,
-        K_BLOCK,
-        _early_columns(num_rows),
+        depth_block(depth),
+        _early_columns(num_rows, depth),
         triton.next_power_of_2(num_parts),
         chained,
-        **_product_options(num_rows, size, chained),
+        **_product_options(num_rows, size, depth, chained),
     )
     return out
 
@@ -120,11 +116,11 @@ def adding_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm: RMSNorm, chained: bool
 ) -> tuple[Tensor, Normed]:
     """(residual + x @ weight.T + bias, [T, N], and its norm) for at most MOST_ROWS rows. x: [T, K] contiguous, K a
-    multiple of 128; weight: [N, K]."""
+    multiple of 64; weight: [N, K]."""
     num_rows, depth = x.shape
     size = weight.shape[0]
-    sums, normed = _open_normed(residual, num_rows, size)
     block = _column_block(size)
+    sums, normed = open_normed(residual, num_rows, size, block)
     adding_linear_kernel[(size // block,)](
         x,
         weight,
@@ -139,10 +135,10 @@ def adding_linear(
         bias is not None,
         _row_block(num_rows),
         block,
-        K_BLOCK,
-        _early_columns(num_rows),
+        depth_block(depth),
+        _early_columns(num_rows, depth),
         chained,
-        **_product_options(num_rows, size, chained),
+        **_product_options(num_rows, size, depth, chained),
     )
     return sums, normed
 
@@ -170,86 +166,37 @@ def gated_linear(x: Normed, eps: float, weight: Tensor, bias: Tensor | None, act
         bias is not None,
         rows,
         block,
-        K_BLOCK,
-        _early_columns(num_rows),
+        depth_block(depth),
+        _early_columns(num_rows, depth),
         triton.next_power_of_2(num_parts),
         chained,
         num_warps=4,
-        num_stages=3 if rows == 16 else 4,
+        num_stages=(3 if rows == 16 else 4) * 128 // depth_block(depth),
         **launch_options(chained),
     )
     return out
 
 
-def norm_heads(heads: Tensor, norm: RMSNorm, chained: bool) -> None:
-    """RMSNorm of each head in place. heads: [T, H, D], the heads of a row one behind the other."""
-    num_rows, num_heads, size = heads.shape
-    block = triton.next_power_of_2(size)
-    norm_heads_kernel[(num_rows, num_heads)](
-        heads,
-        norm.weight,
-        heads.stride(0),
-        size,
-        norm.eps,
+def norm_queries_and_keys(
+    qkv: Tensor, q_norm: RMSNorm, k_norm: RMSNorm, q_size: int, k_size: int, chained: bool
+) -> None:
+    """RMSNorm of queries and keys in place: of each head or of all at once, as wide as the weights are. qkv: [T, N],
+    q_size columns of queries, k_size of keys, then values."""
+    assert q_norm.weight is not None and k_norm.weight is not None, "few_rows_layers.py lets no other through"
+    q_width, k_width = q_norm.weight.shape[0], k_norm.weight.shape[0]
+    block = triton.next_power_of_2(max(q_width, k_width))
+    num_queries = q_size // q_width
+    norm_heads_kernel[(qkv.shape[0], num_queries + k_size // k_width)](
+        qkv,
+        q_norm.weight,
+        k_norm.weight,
+        qkv.stride(0),
+        num_queries,
+        q_width,
+        k_width,
+        q_norm.eps,
         block,
         chained,
         num_warps=1 if block <= 256 else 8,
         **launch_options(chained),
     )
-
-
-# --- all layers ------------------------------------------------------------------------------------------------
-
-
-class Ends(NamedTuple):
-    """What comes before and behind the layers."""
-
-    embedding: Tensor  # [V, hidden]
-    norm: nn.Module | None  # an RMSNorm
-    head: Tensor  # [V, hidden]
-
-
-def next_logits(
-    ends: Ends,
-    layers: Sequence[DecoderLayer],
-    token_ids: Tensor,
-    kv_cache: KVCache,
-    steps: Sequence[StepTensors],
-    chained: bool,
-) -> Tensor:
-    """Logits, [T, V], of at most MOST_ROWS decode rows. token_ids: [T] int64. steps: of each page group.
-
-    chained=False launches every kernel after the one ahead.
-    """
-    norms = [_plain(norm) for norm in (*(layer.input_norm for layer in layers), ends.norm)]
-    sums, normed = embed(token_ids, ends.embedding, norms[0])
-    for number, layer in enumerate(layers):
-        attention, mlp, norm = _grouped(layer.attention), _dense(layer.mlp), _plain(layer.ff_norm)
-        qkv = normed_linear(normed, norms[number].eps, attention.qkv.weight, attention.qkv.bias, chained)
-        num_heads, num_kv_heads = attention.num_heads, attention.num_kv_heads
-        heads = qkv.view(-1, num_heads + 2 * num_kv_heads, attention.head_dim)
-        q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
-        if attention.q_norm is not None and attention.k_norm is not None:
-            norm_heads(q, _plain(attention.q_norm), chained)
-            norm_heads(k, _plain(attention.k_norm), chained)
-        k_pages, v_pages, step = kv_cache.k_pages[number], kv_cache.v_pages[number], steps[kv_cache.groups[number]]
-        gathered = step.attention.attend(q, k, v, step.cos, step.sin, k_pages, v_pages, attention.variant).flatten(1)
-        sums, normed = adding_linear(gathered, attention.o.weight, attention.o.bias, sums, norm, chained)
-        gated = gated_linear(normed, norm.eps, mlp.gate_up.weight, mlp.gate_up.bias, mlp.activation, chained)
-        sums, normed = adding_linear(gated, mlp.down.weight, mlp.down.bias, sums, norms[number + 1], chained)
-    return normed_linear(normed, norms[-1].eps, ends.head, None, chained)
-
-
-def _grouped(block: nn.Module) -> Attention:
-    assert isinstance(block, Attention), "few_rows_layers.py serves no other"
-    return block
-
-
-def _dense(feed_forward: nn.Module) -> MLP:
-    assert isinstance(feed_forward, MLP), "few_rows_layers.py serves no other"
-    return feed_forward
-
-
-def _plain(norm: nn.Module | None) -> RMSNorm:
-    assert isinstance(norm, RMSNorm), "few_rows_layers.py lets no other through"
-    return norm

@@ -1,4 +1,4 @@
-"""The device code of few_rows.py: products that norm their input or add to the residual stream. CUDA only.
+"""The device code of few_rows.py: products that norm their input or add to the residual stream.
 
 What they share: a program makes BN columns of a product over all rows, BM of them at most, reading BK columns of the
 weight at a time. CHAINED kernels were launched while the one ahead still ran: until `gdc_wait` they touch nothing that
@@ -62,7 +62,7 @@ def _over_rms(squares: "tl.tensor", size: int, eps: float) -> "tl.tensor":
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _store_normed(
+def store_normed(
     sums: "tl.tensor",
     places: "tl.tensor",
     columns: "tl.tensor",
@@ -99,7 +99,7 @@ def embed_kernel(
     rows = tl.arange(0, BM)[:, None]
     token = tl.load(token_ids + rows, rows < num_rows, other=0)
     embedded = tl.load(table + token * N + columns[None, :], rows < num_rows, other=0.0)
-    _store_normed(embedded, rows * N + columns[None, :], columns, rows, num_rows, norm_weight, out, scaled, squares)
+    store_normed(embedded, rows * N + columns[None, :], columns, rows, num_rows, norm_weight, out, scaled, squares)
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # triton has no types
@@ -175,7 +175,7 @@ def adding_linear_kernel(
         result += tl.load(bias + columns).to(tl.float32)[None, :]
     # As where the product is stored and read again.
     sums = (before.to(tl.float32) + result.to(before.dtype).to(tl.float32)).to(before.dtype)
-    _store_normed(sums, places, columns, rows, num_rows, norm_weight, out, scaled, squares)
+    store_normed(sums, places, columns, rows, num_rows, norm_weight, out, scaled, squares)
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # triton has no types
@@ -248,22 +248,32 @@ def gated_kernel(
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
 def norm_heads_kernel(
-    heads: "tl.tensor",
-    weight: "tl.tensor",
+    qkv: "tl.tensor",
+    q_weight: "tl.tensor",
+    k_weight: "tl.tensor",
     row_stride: int,
-    size: int,
+    num_queries: int,
+    q_size: int,
+    k_size: int,
     eps: float,
     BLOCK: tl.constexpr,
     CHAINED: tl.constexpr,
 ) -> None:
-    """RMSNorm of every head, in place. One program a row and head."""
+    """RMSNorm in place of each part of queries, q_size wide, and of keys behind them. One program a row and part."""
     dims = tl.arange(0, BLOCK)
-    places = tl.program_id(0).to(tl.int64) * row_stride + tl.program_id(1) * size + dims
+    part = tl.program_id(1)
+    of_query = part < num_queries
+    size = tl.where(of_query, q_size, k_size)
+    begin = tl.where(of_query, part * q_size, num_queries * q_size + (part - num_queries) * k_size)
+    places = tl.program_id(0).to(tl.int64) * row_stride + begin + dims
     inside = dims < size
-    scale = tl.load(weight + dims, inside, other=0.0).to(tl.float32)
+    if of_query:
+        scale = tl.load(q_weight + dims, inside, other=0.0).to(tl.float32)
+    else:
+        scale = tl.load(k_weight + dims, inside, other=0.0).to(tl.float32)
     if CHAINED:
         gdc_wait()
         gdc_launch_dependents()
-    head = tl.load(heads + places, inside, other=0.0).to(tl.float32)
-    unit = (head * tl.rsqrt(tl.sum(head * head) / size + eps)).to(heads.dtype.element_ty)
-    tl.store(heads + places, (unit.to(tl.float32) * scale).to(heads.dtype.element_ty), inside)
+    head = tl.load(qkv + places, inside, other=0.0).to(tl.float32)
+    unit = (head * tl.rsqrt(tl.sum(head * head) / size + eps)).to(qkv.dtype.element_ty)
+    tl.store(qkv + places, (unit.to(tl.float32) * scale).to(qkv.dtype.element_ty), inside)

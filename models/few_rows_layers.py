@@ -1,17 +1,29 @@
 """Which models the kernels of few_rows.py compute: those made of the parts that are written here, and no others.
 
-A layer is compared with one that has its sizes and nothing else that is particular. A trait that layers learn is
-therefore left to the compiled layers, which are slower but right, until the kernels have it and it is written here.
+A part is compared with one that has its values in the fields listed here and its defaults in all others. A trait that
+layers learn is therefore left to the compiled layers, which are slower but right, until the kernels have it and it is
+written here.
 
-Needs no Triton and no GPU. Called by the decoder when it is built.
+Needs no Triton and no GPU. Called by the decoder when it is built, and by few_rows_step.py.
 """
 
+from collections.abc import Iterable
+
+import msgspec
 import torch
 
-from graphgen.models.spec import GQA, Dense, Embedding, Head, Layer, ModelSpec, Norm, QKNorm
+from graphgen.models.spec import GQA, Dense, Embedding, Experts, Head, Latent, Layer, ModelSpec, Norm, QKNorm, Router
 
-K_BLOCK = 128
-"""Columns of a weight that a kernel reads at a time: a product's depth is a multiple of it."""
+MOST_ROWS = 64
+"""With more rows a product is no longer a matter of reading weights, and cuBLAS is faster."""
+MOST_PAIRS = 64
+"""Pairs of a row and one of its experts. With more, some of 128 experts have several rows, and the tiles of the
+compiled layers read their weights once."""
+MOST_EXPERTS = 512
+"""Each program ranks them all."""
+
+LEAST_DEPTH = 64
+"""Columns of a weight that a kernel reads at a time, at least: a product's depth is a multiple of it."""
 LEAST_COLUMNS = 32
 """Columns of the narrowest program: a product's width is a multiple of it."""
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
@@ -19,57 +31,128 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
 _DTYPE = torch.bfloat16  # in float16 a norm's product would leave the range, since its division comes last
 
+_HEADS = ("num_heads", "num_kv_heads", "head_dim", "padded_head_dim", "qkv_bias", "o_bias", "qk_norm")
+_SCORES = ("scale", "rope", "window", "segment", "softcap", "alibi", "sinks")  # the attention kernel's concern alone
+_LATENTS = (
+    "num_heads",
+    "latent_size",
+    "plain_dim",
+    "rope_dim",
+    "value_dim",
+    "q_rank",
+    "bias",
+    "norm",
+    "rope",
+    "window",
+)
+_ABOVE_O = {GQA: (*_HEADS, *_SCORES, "clip"), Latent: _LATENTS}
+"""Fields of the mixers behind which the kernels compute: these change nothing behind what the heads gathered, but for
+the width of it and the output's bias."""
+_OF_EXPERTS = ("num_experts", "top_k", "size", "activation", "bias", "limit", "up_plus_one", "shared", "shared_gate")
+_ROUTER = ("score", "bias", "correction", "num_groups", "kept_groups", "group_score", "renormalise", "scale")
+
 
 def serves_model(spec: ModelSpec, dtype: torch.dtype) -> bool:
-    """Whether the kernels compute all of it: its layers, and what comes before and behind them."""
+    """Whether the kernels compute what comes before and behind the layers, and of each layer the second half at
+    least."""
     return (
         dtype is _DTYPE
         and spec.embedding == Embedding()
         and spec.head == Head(tied=spec.head.tied)
         and _is_plain(spec.final_norm)
-        and len(spec.ropes) == 1
-        and spec.ropes[0].temperature is None
         and spec.vocab_size % LEAST_COLUMNS == 0
-        and all(serves(layer, spec.hidden_size) for layer in spec.layers)
+        and all(serves_feed_forward(layer, spec.hidden_size) for layer in spec.layers)
     )
 
 
-def serves(layer: Layer, hidden_size: int) -> bool:
-    """Whether the kernels compute this layer."""
-    mixer, feed_forward = layer.mixer, layer.feed_forward
-    if type(mixer) is not GQA or type(feed_forward) is not Dense:
-        return False
-    known = Layer(
-        mixer=GQA(
-            num_heads=mixer.num_heads,
-            num_kv_heads=mixer.num_kv_heads,
-            head_dim=mixer.head_dim,
-            padded_head_dim=mixer.padded_head_dim,
-            scale=mixer.scale,
-            qkv_bias=mixer.qkv_bias,
-            o_bias=mixer.o_bias,
-            qk_norm=mixer.qk_norm,
-            window=mixer.window,
-        ),
-        feed_forward=Dense(size=feed_forward.size, activation=feed_forward.activation, bias=feed_forward.bias),
-        input_norm=layer.input_norm,
-        ff_norm=layer.ff_norm,
-    )
+def most_rows(spec: ModelSpec) -> int:
+    """Decode rows up to which a model that is served runs in the kernels."""
+    chosen = [layer.feed_forward.top_k for layer in spec.layers if isinstance(layer.feed_forward, Experts)]
+    return min([MOST_ROWS, *(MOST_PAIRS // top_k for top_k in chosen)])
+
+
+def serves_mixer(layer: Layer, hidden_size: int) -> bool:
+    """Whether the kernels compute the first half of a layer: its norm, and what its heads gather."""
+    mixer = layer.mixer
     return (
-        layer == known
-        and _is_plain(layer.input_norm)
-        and _is_plain(layer.ff_norm)
+        type(mixer) is GQA
+        and _has_only(mixer, (*_HEADS, *_SCORES))
+        and _is_plain_around(layer)
         and _norms_heads_plainly(mixer)
-        and feed_forward.activation in ACTIVATIONS
-        and all(size % K_BLOCK == 0 for size in (hidden_size, mixer.q_size, feed_forward.size))
+        and hidden_size % LEAST_DEPTH == 0
         and (mixer.q_size + 2 * mixer.kv_size) % LEAST_COLUMNS == 0
     )
 
 
+def serves_feed_forward(layer: Layer, hidden_size: int) -> bool:
+    """Whether the kernels compute the second half of a layer: the output projection of its mixer and what follows."""
+    mixer, feed_forward = layer.mixer, layer.feed_forward
+    fields = _ABOVE_O.get(type(mixer))
+    return (
+        fields is not None
+        and _has_only(mixer, fields)
+        and _is_plain_around(layer)
+        and (_serves_experts(feed_forward) if isinstance(feed_forward, Experts) else _serves_dense(feed_forward))
+        and hidden_size % LEAST_DEPTH == 0
+        and (mixer.q_size if isinstance(mixer, GQA) else mixer.num_heads * mixer.value_dim) % LEAST_DEPTH == 0
+    )
+
+
+def _serves_dense(dense: Dense) -> bool:
+    return (
+        type(dense) is Dense
+        and _has_only(dense, ("size", "activation", "bias"))
+        and dense.activation in ACTIVATIONS
+        and dense.size % LEAST_DEPTH == 0
+    )
+
+
+def _serves_experts(experts: Experts) -> bool:
+    router, shared = experts.router, experts.shared
+    return (
+        type(experts) is Experts
+        and _has_only(experts, ("router", *_OF_EXPERTS))
+        and type(router) is Router
+        and _has_only(router, _ROUTER)
+        and router.score in ("softmax", "sigmoid")
+        and router.kept_groups >= router.num_groups  # then groups decide nothing
+        and (shared is None or _serves_dense(shared))
+        and experts.size % LEAST_DEPTH == 0
+        and experts.num_experts <= MOST_EXPERTS
+        and experts.top_k <= MOST_PAIRS
+    )
+
+
+def _has_only(part: msgspec.Struct, fields: Iterable[str]) -> bool:
+    """Whether a part has its defaults in every field but these."""
+    return part == type(part)(**{name: getattr(part, name) for name in fields})
+
+
+def _is_plain_around(layer: Layer) -> bool:
+    """Whether both halves are on the residual stream as the kernels have them."""
+    return (
+        layer
+        == Layer(
+            mixer=layer.mixer,
+            feed_forward=layer.feed_forward,
+            input_norm=layer.input_norm,
+            ff_norm=layer.ff_norm,
+        )
+        and _is_plain(layer.input_norm)
+        and _is_plain(layer.ff_norm)
+    )
+
+
 def _is_plain(norm: Norm | None) -> bool:
-    return norm is not None and norm == Norm(eps=norm.eps)
+    """The kernels round a row's norm once, whichever way the layers round."""
+    return norm is not None and norm == Norm(eps=norm.eps, round_first=norm.round_first)
 
 
 def _norms_heads_plainly(mixer: GQA) -> bool:
     norm = mixer.qk_norm
-    return norm is None or (norm == QKNorm(norm.norm) and _is_plain(norm.norm) and mixer.padded_head_dim is None)
+    return norm is None or (
+        norm == QKNorm(norm.norm, norm.over)
+        and norm.over != "own_head"
+        and norm.norm == Norm(eps=norm.norm.eps)
+        and mixer.padded_head_dim is None
+    )

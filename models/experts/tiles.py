@@ -184,7 +184,7 @@ def place_kernel(
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _activated(x: "tl.tensor", ACTIVATION: tl.constexpr) -> "tl.tensor":
+def activated(x: "tl.tensor", ACTIVATION: tl.constexpr) -> "tl.tensor":
     if ACTIVATION == 1:
         x = x * tl.sigmoid(x)
     elif ACTIVATION == 2:
@@ -257,6 +257,6 @@ def tiles_kernel(
             if HAS_LIMIT:
                 first = tl.minimum(first, limit)
                 second = tl.minimum(tl.maximum(second, -limit), limit)
-            first = _activated(first, ACTIVATION) * (second + 1.0 if UP_PLUS_ONE else second)
+            first = activated(first, ACTIVATION) * (second + 1.0 if UP_PLUS_ONE else second)
         places = out + pairs[:, None] * N + columns[None, :]
         tl.store(places, first.to(out.dtype.element_ty), filled[:, None] & inside[None, :])

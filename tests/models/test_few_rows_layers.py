@@ -7,7 +7,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from graphgen.models.few_rows_layers import serves, serves_model
+from graphgen.models.few_rows_layers import MOST_ROWS, most_rows, serves_feed_forward, serves_mixer, serves_model
 from graphgen.models.spec import (
     GQA,
     NO_ROPE,
@@ -16,6 +16,7 @@ from graphgen.models.spec import (
     Embedding,
     Experts,
     Head,
+    Latent,
     Layer,
     ModelSpec,
     Norm,
@@ -55,6 +56,18 @@ def with_ff(**changes: Any) -> Layer:
     return replace(LAYER, feed_forward=replace(LAYER.feed_forward, **changes))
 
 
+EXPERTS = Experts(num_experts=8, top_k=2, size=192, activation="silu", router=Router())
+LATENT = Latent(num_heads=4, latent_size=64, plain_dim=32, rope_dim=16, value_dim=32)
+
+
+def with_experts(**changes: Any) -> Layer:
+    return replace(LAYER, feed_forward=replace(EXPERTS, **changes))
+
+
+def with_router(**changes: Any) -> Layer:
+    return with_experts(router=Router(**changes))
+
+
 SERVED = {
     "llama": LAYER,
     "qwen2": with_mixer(qkv_bias=True),
@@ -67,12 +80,35 @@ SERVED = {
     "gelu_tanh": with_ff(activation="gelu_tanh"),
     "head_dim_32": with_mixer(num_heads=8, head_dim=32),
     "wide_heads": with_mixer(num_heads=2, num_kv_heads=1, head_dim=256),
+    "a norm of all heads": with_mixer(qk_norm=QKNorm(NORM, "all_heads")),
+    "segments": with_mixer(segment=8192),
+    "a soft cap": with_mixer(softcap=50.0),
+    "slopes": with_mixer(alibi=Alibi()),
+    "sinks": with_mixer(sinks=True),
+    "a second rope": with_mixer(rope=1),
+    "norms with weights of float32": replace(
+        LAYER, input_norm=Norm(eps=1e-5, round_first=False), ff_norm=Norm(eps=1e-5, round_first=False)
+    ),
+    "mixtral": with_router(renormalise=True),
+    "gpt-oss": with_experts(
+        activation="quick_gelu", router=Router(bias=True, renormalise=True), bias=True, limit=7.0, up_plus_one=True
+    ),
+    "glm-4.5": with_experts(
+        router=Router(score="sigmoid", correction=True, renormalise=True, scale=2.5),
+        shared=Dense(size=320, activation="silu"),
+    ),
+    "qwen2-moe": with_experts(shared=Dense(size=320, activation="silu"), shared_gate=True),
+    "one group of experts": with_router(score="sigmoid", correction=True, group_score="top_two"),
+    "groups that are all kept": with_router(num_groups=4, kept_groups=4),
+    "many experts of a row": with_experts(num_experts=64, top_k=64),
+    "squares": with_experts(activation="relu_squared"),
 }
 
 
 @pytest.mark.parametrize("case", SERVED)
 def test_layers_of_the_kernels_traits_are_served(case: str) -> None:
-    assert serves(SERVED[case], HIDDEN)
+    assert serves_mixer(SERVED[case], HIDDEN)
+    assert serves_feed_forward(SERVED[case], HIDDEN)
     assert serves_model(replace(SPEC, layers=(LAYER, SERVED[case])), torch.bfloat16)
 
 
@@ -86,12 +122,38 @@ OTHER_NORMS = {
     "no weight": Norm(eps=1e-5, weight=False),
     "a bias": Norm(eps=1e-5, bias=True),
     "one added to the weight": Norm(eps=1e-5, plus_one=True),
-    "a weight of float32": Norm(eps=1e-5, round_first=False),
 }
-TRAITS = {
+OTHER_HEAD_NORMS = {**OTHER_NORMS, "a weight of float32": Norm(eps=1e-5, round_first=False)}
+MIXERS = {
+    **{f"head norms with {name}": with_mixer(qk_norm=QKNorm(norm)) for name, norm in OTHER_HEAD_NORMS.items()},
+    "norms of each head's own": with_mixer(qk_norm=QKNorm(NORM, "own_head")),
+    "head norms of padded heads": with_mixer(head_dim=40, padded_head_dim=64, qk_norm=QKNorm(NORM)),
+    "norms behind the rotation": with_mixer(qk_norm=QKNorm(NORM, rotated=True)),
+    "clipped qkv": with_mixer(clip=8.0),
+    "kv heads off the blocks": with_mixer(num_heads=16, num_kv_heads=1, head_dim=8),
+    "latent attention": replace(LAYER, mixer=LATENT),
+    "latents of every trait": replace(LAYER, mixer=replace(LATENT, q_rank=32, bias=True, norm=Norm("layer"), rope=1)),
+}
+"""Layers whose first half has no kernels."""
+FEED_FORWARDS = {
+    "an activation of its own": with_ff(activation="relu"),
+    "no gate": with_ff(gated=False),
+    "a feed-forward off the blocks": with_ff(size=352),
+    "experts off the blocks": with_experts(size=160),
+    "scaled inputs": with_experts(input_scaled=True),
+    "sparsemixer": with_router(score="sparsemixer", jitter=0.01),
+    "a jitter": with_router(jitter=0.01),
+    "groups of experts": with_router(num_groups=4, kept_groups=2),
+    "more experts than a program ranks": with_experts(num_experts=520),
+    "more experts of a row than pairs": with_experts(num_experts=128, top_k=65),
+    "a shared expert of another kind": with_experts(shared=Dense(size=320, activation="relu")),
+    "heads off the blocks": with_mixer(num_heads=3, num_kv_heads=1, head_dim=32),
+    "latents off the blocks": replace(LAYER, mixer=replace(LATENT, value_dim=8)),
+}
+"""Layers whose second half has none, so the model runs without."""
+BOTH = {
     **{f"an input norm with {name}": replace(LAYER, input_norm=norm) for name, norm in OTHER_NORMS.items()},
     **{f"a second norm with {name}": replace(LAYER, ff_norm=norm) for name, norm in OTHER_NORMS.items()},
-    **{f"head norms with {name}": with_mixer(qk_norm=QKNorm(norm)) for name, norm in OTHER_NORMS.items()},
     "no input norm": replace(LAYER, input_norm=None),
     "no second norm": replace(LAYER, ff_norm=None),
     "a norm behind attention": replace(LAYER, mixer_output_norm=NORM),
@@ -101,45 +163,52 @@ TRAITS = {
     "a shared norm": replace(LAYER, shared_norm=True),
     "a residual from the norm": replace(LAYER, residual_from_norm=True),
     "a residual's factor": replace(LAYER, residual_scale=0.22),
-    "norms of each head's own": with_mixer(qk_norm=QKNorm(NORM, "own_head")),
-    "a norm of all heads": with_mixer(qk_norm=QKNorm(NORM, "all_heads")),
-    "head norms of padded heads": with_mixer(head_dim=40, padded_head_dim=64, qk_norm=QKNorm(NORM)),
-    "norms behind the rotation": with_mixer(qk_norm=QKNorm(NORM, rotated=True)),
-    "clipped qkv": with_mixer(clip=8.0),
-    "segments": with_mixer(segment=8192),
-    "a soft cap": with_mixer(softcap=50.0),
-    "slopes": with_mixer(alibi=Alibi()),
-    "sinks": with_mixer(sinks=True),
-    "a second rope": with_mixer(rope=1),
-    "an activation of its own": with_ff(activation="relu"),
-    "no gate": with_ff(gated=False),
-    "a feed-forward off the blocks": with_ff(size=320),
-    "heads off the blocks": with_mixer(num_heads=3, num_kv_heads=1),
-    "kv heads off the blocks": with_mixer(num_heads=16, num_kv_heads=1, head_dim=8),
 }
 
 
-@pytest.mark.parametrize("trait", TRAITS)
-def test_a_layer_with_another_trait_is_refused(trait: str) -> None:
-    assert not serves(TRAITS[trait], HIDDEN)
-    assert not serves_model(replace(SPEC, layers=(LAYER, TRAITS[trait])), torch.bfloat16), "one layer is enough"
+@pytest.mark.parametrize("trait", MIXERS)
+def test_a_mixer_with_another_trait_is_left_to_the_plain_layer(trait: str) -> None:
+    assert not serves_mixer(MIXERS[trait], HIDDEN)
+    assert serves_feed_forward(MIXERS[trait], HIDDEN)
+    assert serves_model(replace(SPEC, layers=(LAYER, MIXERS[trait])), torch.bfloat16)
 
 
-def test_experts_are_refused() -> None:
-    experts = Experts(num_experts=4, top_k=1, size=384, activation="silu", router=Router())
-    assert not serves(replace(LAYER, feed_forward=experts), HIDDEN)
+@pytest.mark.parametrize("trait", FEED_FORWARDS)
+def test_a_second_half_with_another_trait_is_refused(trait: str) -> None:
+    assert not serves_feed_forward(FEED_FORWARDS[trait], HIDDEN)
+    assert not serves_model(replace(SPEC, layers=(LAYER, FEED_FORWARDS[trait])), torch.bfloat16), "one layer is enough"
+
+
+@pytest.mark.parametrize("trait", BOTH)
+def test_another_way_to_the_residual_stream_is_refused(trait: str) -> None:
+    assert not serves_mixer(BOTH[trait], HIDDEN)
+    assert not serves_feed_forward(BOTH[trait], HIDDEN)
+    assert not serves_model(replace(SPEC, layers=(LAYER, BOTH[trait])), torch.bfloat16), "one layer is enough"
+
+
+def test_as_many_rows_are_served_as_have_few_pairs_with_their_experts() -> None:
+    assert most_rows(SPEC) == MOST_ROWS
+    assert most_rows(replace(SPEC, layers=(LAYER, with_experts()))) == 32
+    assert most_rows(replace(SPEC, layers=(with_experts(), with_experts(top_k=6)))) == 10
 
 
 def test_every_field_of_a_layer_is_among_the_cases() -> None:
     """Otherwise a new field could pass unseen."""
-    layers = [*SERVED.values(), *TRAITS.values()]
+    layers = [*SERVED.values(), *MIXERS.values(), *FEED_FORWARDS.values(), *BOTH.values()]
+    feed_forwards = [layer.feed_forward for layer in layers]
+    of_experts = [part for part in feed_forwards if isinstance(part, Experts)]
     groups: list[tuple[msgspec.Struct, list[Any]]] = [
         (LAYER, list(layers)),
-        (LAYER.mixer, [layer.mixer for layer in layers]),
-        (LAYER.feed_forward, [layer.feed_forward for layer in layers]),
+        (LAYER.mixer, [layer.mixer for layer in layers if isinstance(layer.mixer, GQA)]),
+        (LATENT, [layer.mixer for layer in layers if isinstance(layer.mixer, Latent)]),
+        (LAYER.feed_forward, [part for part in feed_forwards if isinstance(part, Dense)]),
+        (EXPERTS, list(of_experts)),
+        (EXPERTS.router, [part.router for part in of_experts]),
     ]
     for base, parts in groups:
         for field in msgspec.structs.fields(type(base)):
+            if type(base) is Latent and field.name in ("num_heads", "latent_size", "plain_dim", "rope_dim", "window"):
+                continue  # sizes that concern the first half alone; no latent has a window
             value = getattr(base, field.name)
             assert any(getattr(part, field.name) != value for part in parts), field.name
 
@@ -152,7 +221,20 @@ class Elsewhere(Layer, frozen=True, kw_only=True):
 
 def test_a_field_that_nobody_listed_is_refused() -> None:
     fields = {name: getattr(LAYER, name) for name in Layer.__struct_fields__}
-    assert not serves(Elsewhere(**fields, gain=2.0), HIDDEN)
+    assert not serves_mixer(Elsewhere(**fields, gain=2.0), HIDDEN)
+    assert not serves_feed_forward(Elsewhere(**fields, gain=2.0), HIDDEN)
+
+
+class OtherAttention(GQA, frozen=True, tag="other", kw_only=True):
+    """A mixer with a field that nobody listed: it may concern the output projection."""
+
+    o_scale: float = 1.0
+
+
+def test_a_mixer_of_another_kind_is_refused() -> None:
+    mixer = OtherAttention(num_heads=4, num_kv_heads=2, head_dim=64)
+    assert not serves_mixer(replace(LAYER, mixer=mixer), HIDDEN)
+    assert not serves_feed_forward(replace(LAYER, mixer=mixer), HIDDEN)
 
 
 ENDS: dict[str, dict[str, Any]] = {
@@ -164,9 +246,7 @@ ENDS: dict[str, dict[str, Any]] = {
     "learned positions": {"embedding": Embedding(num_positions=8)},
     "a scaled embedding": {"embedding": Embedding(scale=16.0)},
     "a narrow embedding": {"embedding": Embedding(size=32)},
-    "a temperature": {"ropes": (RopeSpec(temperature=Temperature(0.1, 8192)),)},
-    "two ropes": {"ropes": (RopeSpec(), NO_ROPE)},
-    "a hidden size off the blocks": {"hidden_size": 192},
+    "a hidden size off the blocks": {"hidden_size": 224},
     "a vocabulary off the blocks": {"vocab_size": 97},
 }
 
@@ -175,4 +255,5 @@ ENDS: dict[str, dict[str, Any]] = {
 def test_other_ends_of_a_model_are_refused(trait: str) -> None:
     assert serves_model(SPEC, torch.bfloat16)
     assert serves_model(replace(SPEC, head=Head(tied=True)), torch.bfloat16)
+    assert serves_model(replace(SPEC, ropes=(RopeSpec(temperature=Temperature(0.1, 8192)), NO_ROPE)), torch.bfloat16)
     assert not serves_model(replace(SPEC, **ENDS[trait]), torch.bfloat16)

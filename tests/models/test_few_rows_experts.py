@@ -1,0 +1,116 @@
+"""The kernels of a mixture of experts over few rows in Triton's interpreter: what the block computes, in float32.
+
+Where a CUDA device is, tests/gpu/test_few_rows_gpu.py runs the compiled kernels instead: Triton decides when it is
+imported whether it interprets, so both cannot be had in one process. tests/conftest.py tells it to.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from functools import partial
+
+import pytest
+import torch
+from msgspec.structs import replace
+from torch import Tensor
+
+from graphgen.models.experts.block import MixtureOfExperts
+from graphgen.models.norms import RMSNorm
+from graphgen.models.spec import WHOLE, Dense, Experts, Norm, Router
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed; comes with torch for CUDA", allow_module_level=True)
+if torch.cuda.is_available():
+    pytest.skip("tests/gpu/test_few_rows_gpu.py runs the compiled kernels", allow_module_level=True)
+
+from graphgen.models.experts.few_rows import run_experts  # Triton exists where it is installed
+from graphgen.models.few_rows import Normed
+
+# The interpreter computes in numpy, which warns where a kernel means it.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+HIDDEN, EPS = 64, 1e-5
+EXPERTS = Experts(num_experts=6, top_k=2, size=64, activation="silu", router=Router())
+SHARED = Dense(size=192, activation="silu")
+CASES: Mapping[str, Experts] = {
+    "softmax": EXPERTS,
+    "softmax of the chosen": replace(EXPERTS, router=Router(renormalise=True)),
+    "biases and limits": replace(
+        EXPERTS,
+        size=128,
+        activation="quick_gelu",
+        router=Router(bias=True, renormalise=True),
+        bias=True,
+        limit=0.5,
+        up_plus_one=True,
+    ),
+    "sigmoid with a correction": replace(
+        EXPERTS, router=Router(score="sigmoid", correction=True, renormalise=True, scale=2.5), shared=SHARED
+    ),
+    "softmax with a correction": replace(EXPERTS, router=Router(correction=True)),
+    "a shared expert with a gate": replace(EXPERTS, shared=SHARED, shared_gate=True),
+    "a shared expert with biases": replace(EXPERTS, bias=True, shared=replace(SHARED, bias=True)),
+    "one expert": replace(EXPERTS, num_experts=1, top_k=1),
+    "all experts": replace(EXPERTS, num_experts=5, top_k=5),
+    "more experts than a block": replace(EXPERTS, num_experts=150, top_k=8),
+    "gelu_tanh": replace(EXPERTS, activation="gelu_tanh"),
+}
+
+
+def make_block(spec: Experts) -> MixtureOfExperts:
+    block = MixtureOfExperts(spec, HIDDEN, torch.float32, WHOLE)
+    for parameter in block.parameters():
+        parameter.data.normal_(0.0, 0.2)
+    return block
+
+
+def make_norm() -> RMSNorm:
+    norm = RMSNorm(HIDDEN, Norm(eps=EPS), torch.float32)
+    weight_of(norm).normal_(1.0, 0.3)
+    return norm
+
+
+def weight_of(norm: RMSNorm) -> Tensor:
+    assert norm.weight is not None
+    return norm.weight.data
+
+
+def begun(x: Tensor, norm: RMSNorm) -> Normed:
+    """As the kernel ahead leaves it."""
+    return Normed(x * weight_of(norm), x.pow(2).unflatten(1, (4, -1)).sum(-1))
+
+
+def assert_same(block: MixtureOfExperts, num_rows: int, live: Tensor | None = None) -> None:
+    residual, norm, next_norm = torch.randn(num_rows, HIDDEN), make_norm(), make_norm()
+    sums, normed = run_experts(block, residual, begun(residual, norm), EPS, next_norm, live, chained=False)
+    expected = residual + block(norm(residual), live)
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    close(sums, expected)
+    close(normed.scaled, expected * weight_of(next_norm))
+    close(normed.squares.sum(1), expected.pow(2).sum(1))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernels_compute_what_the_block_does(case: str) -> None:
+    assert_same(make_block(CASES[case]), num_rows=2)
+
+
+def test_rows_without_a_token_go_to_no_expert() -> None:
+    """Their inner columns are never written and may be anything; what they hold is read by no live row."""
+    block = make_block(replace(EXPERTS, bias=True, shared=SHARED))
+    assert_same(block, 5, torch.tensor([True, False, True, False, False]))
+
+
+def test_logits_that_are_equal_or_no_numbers_choose_experts_that_exist() -> None:
+    """An address beyond the weights would end the process."""
+    block = make_block(replace(EXPERTS, num_experts=150, top_k=8))
+    block.router.data.zero_()
+    residual, norm = torch.randn(2, HIDDEN), make_norm()
+    residual[1] = float("nan")
+    sums, _ = run_experts(block, residual, begun(residual, norm), EPS, norm, None, chained=False)
+    assert sums[1].isnan().all()
+    assert sums[0].isfinite().all()
