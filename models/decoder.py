@@ -18,8 +18,8 @@ from graphgen.models.attention.backend import StepAttention, StepTensors
 from graphgen.models.chaining import can_chain
 from graphgen.models.compilation import Attend, CompiledHalves, FeedForward
 from graphgen.models.families.family import TensorNames
-from graphgen.models.feed_forward import Linear
 from graphgen.models.few_rows_layers import most_rows, serves_model
+from graphgen.models.formats.linear import Linear
 from graphgen.models.kv_cache import KVCache
 from graphgen.models.layers import DecoderLayer
 from graphgen.models.norms import make_norm, norm_targets
@@ -121,7 +121,7 @@ class Decoder(nn.Module):
     def allocate_kept(self, num_rows: int) -> tuple[Tensor, Tensor]:
         """Room for the residual and the gathered part of so many KeptRows."""
         like = self.embedding.weight
-        widths = self.spec.hidden_size, self.decoder_layers[-1].attention.o.weight.shape[1]
+        widths = self.spec.hidden_size, self.decoder_layers[-1].attention.o.in_features
         residual, gathered = (torch.zeros(num_rows, width, dtype=like.dtype, device=like.device) for width in widths)
         return residual, gathered
 

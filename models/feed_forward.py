@@ -1,6 +1,6 @@
-"""The dense feed-forward of a layer, and the linear layer that all blocks are made of.
+"""The dense feed-forward of a layer.
 
-Owns their arithmetic, and which tensors of a checkpoint they take. Built from a Dense of spec/ by layers.py, and by
+Owns its arithmetic, and which tensors of a checkpoint it takes. Built from a Dense of spec/ by layers.py, and by
 experts/ for experts that see every row.
 """
 
@@ -10,19 +10,11 @@ from torch import Tensor, nn
 
 from graphgen.models.activations import ACTIVATIONS, XIELU
 from graphgen.models.families.family import TensorNames
+from graphgen.models.formats.fitting import fitted
+from graphgen.models.formats.linear import Linear
+from graphgen.models.orders import Order
 from graphgen.models.spec import Dense, Shard
 from graphgen.models.targets import Targets, linear_targets, pieces_of, row_parallel_targets
-
-
-class Linear(nn.Linear):
-    """A linear layer whose weights are uninitialised memory: the loader fills them."""
-
-    def __init__(self, in_size: int, out_size: int, bias: bool, dtype: torch.dtype) -> None:
-        super().__init__(in_size, out_size, bias=bias, dtype=dtype)
-        self.requires_grad_(False)
-
-    def reset_parameters(self) -> None:
-        """Called by nn.Linear to initialise."""
 
 
 class MLP(nn.Module):
@@ -33,9 +25,11 @@ class MLP(nn.Module):
         super().__init__()
         self.activation, self.gated = spec.activation, spec.gated
         self.part = shard.part(spec.size, "inner columns of a feed-forward")
-        size = len(self.part)
-        self.gate_up = Linear(hidden_size, 2 * size if spec.gated else size, spec.bias, dtype)
-        self.down = Linear(size, hidden_size, spec.bias and shard.rank == 0, dtype)
+        size, rows = len(self.part), self._rows(spec)
+        gate_up = fitted(spec.gate_up_format, rows, [spec.size] * (1 + spec.gated))
+        self.gate_up = Linear(hidden_size, len(rows), spec.bias, dtype, gate_up)
+        down = fitted(spec.down_format, columns=np.array(self.part), num_columns=spec.size)
+        self.down = Linear(size, hidden_size, spec.bias and shard.rank == 0, dtype, down)
         self.learned = XIELU(dtype) if spec.activation == "xielu" else None
         self.spec = spec
 
@@ -53,12 +47,15 @@ class MLP(nn.Module):
 
     def weights(self, prefix: str, names: TensorNames) -> Targets:
         """Every tensor of a checkpoint that it takes."""
-        size, num_parts = self.spec.size, 1 + self.gated
-        part = np.array(self.part)
-        rows = np.concatenate([number * size + part for number in range(num_parts)])
-        held = [len(self.part)] * num_parts
-        pieces = pieces_of([prefix + name for name in names.gate_up], rows, [size] * num_parts, held)
+        size, num_parts, part = self.spec.size, 1 + self.gated, np.array(self.part)
+        held = [len(part)] * num_parts
+        pieces = pieces_of([prefix + name for name in names.gate_up], self._rows(self.spec), [size] * num_parts, held)
         yield from linear_targets(self.gate_up, pieces, transposed=names.transposed)
         yield from row_parallel_targets(prefix + names.down, self.down, part, size, self.spec.bias, names.transposed)
         if self.learned is not None:
             yield from self.learned.weights(prefix + names.activation)
+
+    def _rows(self, spec: Dense) -> Order:
+        """This rank's of gate and up, of those that the checkpoint has."""
+        part = np.array(self.part)
+        return np.concatenate([number * spec.size + part for number in range(1 + spec.gated)])

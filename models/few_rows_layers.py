@@ -45,7 +45,8 @@ _LATENTS = (
     "rope",
     "window",
 )
-_ABOVE_O = {GQA: (*_HEADS, *_SCORES, "clip"), Latent: _LATENTS}
+_LATENT_FORMATS = ("q_down_format", "q_up_format", "kv_down_format")
+_ABOVE_O = {GQA: (*_HEADS, *_SCORES, "clip", "qkv_format"), Latent: (*_LATENTS, *_LATENT_FORMATS)}
 """Fields of the mixers behind which the kernels compute: these change nothing behind what the heads gathered, but for
 the width of it and the output's bias."""
 _OF_EXPERTS = ("num_experts", "top_k", "size", "activation", "bias", "limit", "up_plus_one", "shared", "shared_gate")

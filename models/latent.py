@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from graphgen.models.attention.backend import StepTensors
 from graphgen.models.attention.variant import AttentionVariant, Numbers
 from graphgen.models.families.family import TensorNames
-from graphgen.models.feed_forward import Linear
+from graphgen.models.formats.fitting import fitted
+from graphgen.models.formats.linear import Linear
 from graphgen.models.norms import make_norm, norm_targets
+from graphgen.models.orders import Order
 from graphgen.models.rope import rotate
 from graphgen.models.spec import Latent, RopeSpec, Shard
 from graphgen.models.targets import (
-    Order,
     Piece,
     Target,
     Targets,
@@ -37,17 +38,22 @@ class LatentAttention(nn.Module):
     def __init__(self, spec: Latent, rope: RopeSpec, hidden_size: int, dtype: torch.dtype, shard: Shard) -> None:
         super().__init__()
         self.heads = shard.part(spec.num_heads, "attention heads")
+        self.spec, self.rope = spec, rope
         num_heads = len(self.heads)
         self.variant = AttentionVariant(Numbers(spec.score_scale * rope.score_factor).packed())
-        self.q_down = None if spec.q_rank is None else Linear(hidden_size, spec.q_rank, spec.bias, dtype)
+        self.q_down = None
+        if spec.q_rank is not None:
+            self.q_down = Linear(hidden_size, spec.q_rank, spec.bias, dtype, spec.q_down_format)
         self.q_norm = None if spec.q_rank is None else make_norm(spec.norm, spec.q_rank, dtype)
-        self.q_up = Linear(spec.q_rank or hidden_size, num_heads * spec.query_dim, False, dtype)
-        self.kv_down = Linear(hidden_size, spec.row_size, spec.bias, dtype)
+        q_up = fitted(spec.q_up_format, self._q_rows, [spec.num_heads * spec.query_dim])
+        self.q_up = Linear(spec.q_rank or hidden_size, num_heads * spec.query_dim, False, dtype, q_up)
+        kv_down = fitted(spec.kv_down_format, self._turned(spec.latent_size), [spec.row_size])
+        self.kv_down = Linear(hidden_size, spec.row_size, spec.bias, dtype, kv_down)
         self.kv_norm = make_norm(spec.norm, spec.latent_size, dtype)
         up = torch.empty(num_heads, spec.plain_dim + spec.value_dim, spec.latent_size, dtype=dtype)
         self.kv_up = nn.Parameter(up, requires_grad=False)
-        self.o = Linear(num_heads * spec.value_dim, hidden_size, spec.bias and shard.rank == 0, dtype)
-        self.spec, self.rope = spec, rope
+        o = fitted(spec.o_format, columns=self._columns, num_columns=spec.num_heads * spec.value_dim)
+        self.o = Linear(num_heads * spec.value_dim, hidden_size, spec.bias and shard.rank == 0, dtype, o)
 
     def forward(self, x: Tensor, k_pages: Tensor, v_pages: Tensor, step: StepTensors) -> Tensor:
         """What each head of each row gathered, [T, H * V]: the input of the output projection `o`. k_pages: of both
@@ -78,9 +84,8 @@ class LatentAttention(nn.Module):
             whole = np.arange(self.q_down.out_features)
             yield from linear_targets(self.q_down, [Piece(prefix + own.q_down, 0, len(whole), whole)])
         yield from norm_targets(prefix + own.q_norm, self.q_norm, spec.norm)
-        rows = heads_order(heads * spec.query_dim, self._turned(spec.plain_dim))
         q_name = prefix + (own.q if self.q_down is None else own.q_up)
-        yield from linear_targets(self.q_up, [Piece(q_name, 0, spec.num_heads * spec.query_dim, rows)])
+        yield from linear_targets(self.q_up, [Piece(q_name, 0, spec.num_heads * spec.query_dim, self._q_rows)])
         kept = self._turned(spec.latent_size)
         yield from linear_targets(self.kv_down, [Piece(prefix + own.kv_down, 0, spec.row_size, kept)])
         yield from norm_targets(prefix + own.kv_norm, self.kv_norm, spec.norm)
@@ -88,11 +93,18 @@ class LatentAttention(nn.Module):
         rows, num_stored = heads_order(heads * both, np.arange(both)), spec.num_heads * both
         up = self.kv_up.data.view(-1, spec.latent_size)
         yield f"{prefix}{own.kv_up}.weight", Target(up, (num_stored, spec.latent_size), arranged(rows, num_stored))
-        columns, num_columns = (
-            heads_order(heads * spec.value_dim, np.arange(spec.value_dim)),
-            spec.num_heads * spec.value_dim,
+        yield from row_parallel_targets(
+            prefix + names.o, self.o, self._columns, spec.num_heads * spec.value_dim, spec.bias, names.transposed
         )
-        yield from row_parallel_targets(prefix + names.o, self.o, columns, num_columns, spec.bias, names.transposed)
+
+    @property
+    def _q_rows(self) -> Order:
+        return heads_order(np.array(self.heads) * self.spec.query_dim, self._turned(self.spec.plain_dim))
+
+    @property
+    def _columns(self) -> Order:
+        """Of the output projection."""
+        return heads_order(np.array(self.heads) * self.spec.value_dim, np.arange(self.spec.value_dim))
 
     def _turned(self, num_before: int) -> Order:
         """Of what has `num_before` elements that stay and then those that turn."""

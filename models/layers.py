@@ -17,9 +17,12 @@ from graphgen.models.attention.backend import StepTensors
 from graphgen.models.attention.variant import FULL_ATTENTION, AttentionVariant, Numbers, alibi_slopes
 from graphgen.models.experts.block import MixtureOfExperts
 from graphgen.models.families.family import TensorNames
-from graphgen.models.feed_forward import MLP, Linear
+from graphgen.models.feed_forward import MLP
+from graphgen.models.formats.fitting import fitted
+from graphgen.models.formats.linear import Linear
 from graphgen.models.latent import LatentAttention
 from graphgen.models.norms import AnyNorm, head_norm_targets, make_head_norm, make_norm, norm_targets
+from graphgen.models.orders import Order
 from graphgen.models.rope import rotate
 from graphgen.models.spec import GQA, WHOLE, Dense, FeedForward, Layer, Mixer, RopeSpec, Shard
 from graphgen.models.targets import (
@@ -49,12 +52,15 @@ class Attention(nn.Module):
         self.variant = variant_of(spec, self.heads, self.sinks)
         self.clip = spec.clip
         self.norms_rotated = spec.qk_norm is not None and spec.qk_norm.rotated
+        self.spec, self.rope = spec, rope
         num_rows = (self.num_heads + 2 * self.num_kv_heads) * spec.width
-        self.qkv = Linear(hidden_size, num_rows, spec.qkv_bias, dtype)
+        # Were q, k and v one tensor, its rows would be in another order, but no such checkpoint has blocks of them.
+        qkv = fitted(spec.qkv_format, self._rows("blocks"), self._num_stored_rows)
+        self.qkv = Linear(hidden_size, num_rows, spec.qkv_bias, dtype, qkv)
         self.q_norm = make_head_norm(spec, self.num_heads, shard, dtype)
         self.k_norm = make_head_norm(spec, self.num_kv_heads, shard, dtype)
-        self.o = Linear(self.num_heads * spec.width, hidden_size, spec.o_bias and shard.rank == 0, dtype)
-        self.spec, self.rope = spec, rope
+        o = fitted(spec.o_format, columns=self._columns, num_columns=spec.num_heads * spec.head_dim)
+        self.o = Linear(self.num_heads * spec.width, hidden_size, spec.o_bias and shard.rank == 0, dtype, o)
 
     def forward(self, x: Tensor, k_pages: Tensor, v_pages: Tensor, step: StepTensors) -> Tensor:
         """What each head of each row gathered, [T, Hq * D]: the input of the output projection `o`."""
@@ -73,28 +79,44 @@ class Attention(nn.Module):
 
     def weights(self, prefix: str, names: TensorNames) -> Targets:
         """Every tensor of a checkpoint that it takes."""
-        spec, dim = self.spec, self.spec.head_dim
-        turned, plain = rotated_order(self.rope, *spec.rotated), plain_order(spec)
-        q, k, v = qkv_starts(spec, names.qkv_order)
-        own, own_kv = np.array(self.heads), np.array(self.kv_heads)
-        rows = np.concatenate(
-            (heads_order(q[own], turned), heads_order(k[own_kv], turned), heads_order(v[own_kv], plain))
-        )
-        counts = (spec.num_heads * dim, spec.num_kv_heads * dim, spec.num_kv_heads * dim)
+        spec, turned = self.spec, rotated_order(self.rope, *self.spec.rotated)
         held = (self.num_heads * spec.width, self.num_kv_heads * spec.width, self.num_kv_heads * spec.width)
-        qkv = pieces_of([prefix + name for name in names.qkv], rows, counts, held)
+        qkv_names = [prefix + name for name in names.qkv]
+        qkv = pieces_of(qkv_names, self._rows(names.qkv_order), self._num_stored_rows, held)
         yield from linear_targets(self.qkv, qkv, transposed=names.transposed)
-        columns = heads_order(own * dim, plain)
+        num_columns = spec.num_heads * spec.head_dim
         yield from row_parallel_targets(
-            prefix + names.o, self.o, columns, spec.num_heads * dim, spec.o_bias, names.transposed
+            prefix + names.o, self.o, self._columns, num_columns, spec.o_bias, names.transposed
         )
         if self.sinks is not None:
-            yield prefix + names.sinks, Target(self.sinks.data, (spec.num_heads,), arranged(own, spec.num_heads))
+            own = arranged(np.array(self.heads), spec.num_heads)
+            yield prefix + names.sinks, Target(self.sinks.data, (spec.num_heads,), own)
         for name, norm, heads, count in (
             (names.q_norm, self.q_norm, self.heads, spec.num_heads),
             (names.k_norm, self.k_norm, self.kv_heads, spec.num_kv_heads),
         ):
             yield from head_norm_targets(prefix + name, norm, spec, heads, count, turned)
+
+    def _rows(self, layout: str) -> Order:
+        """Of q, k and v, counted through all that the checkpoint has of them. layout: see TensorNames.qkv_order."""
+        spec = self.spec
+        turned, plain = rotated_order(self.rope, *spec.rotated), plain_order(spec)
+        q, k, v = qkv_starts(spec, layout)
+        own, own_kv = np.array(self.heads), np.array(self.kv_heads)
+        return np.concatenate(
+            (heads_order(q[own], turned), heads_order(k[own_kv], turned), heads_order(v[own_kv], plain))
+        )
+
+    @property
+    def _columns(self) -> Order:
+        """Of the output projection."""
+        return heads_order(np.array(self.heads) * self.spec.head_dim, plain_order(self.spec))
+
+    @property
+    def _num_stored_rows(self) -> tuple[int, int, int]:
+        """Of q, k and v in a checkpoint."""
+        dim = self.spec.head_dim
+        return self.spec.num_heads * dim, self.spec.num_kv_heads * dim, self.spec.num_kv_heads * dim
 
 
 def variant_of(spec: GQA, heads: range, sinks: Tensor | None) -> AttentionVariant:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from graphgen.ipc.errors import CheckpointError
 from graphgen.models.checkpoint import open_checkpoint
@@ -17,13 +17,20 @@ from graphgen.models.checkpoint_files import StoredTensor
 from graphgen.models.decoder import Decoder
 from graphgen.models.families import FAMILIES
 from graphgen.models.families.family import Family
+from graphgen.models.formats.layout import Quantised
+from graphgen.models.formats.linear import Linear
+from graphgen.models.formats.quantise import quantised
 from graphgen.models.norms import LayerNorm, RMSNorm
 from graphgen.models.spec import ModelSpec
-from graphgen.models.targets import Target
+from graphgen.models.targets import FormatTarget, Stored, Target
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
+AnyTarget = Target | FormatTarget
 ProgressCallback = Callable[[int, int], None]
 """(bytes in place, bytes of all weights)."""
+
+_DRAWN_ELEMENTS = 2**23
+"""Random weights that are quantised at once."""
 
 
 def load_decoder(
@@ -81,7 +88,7 @@ def _fill_from_checkpoint(decoder: Decoder, spec: ModelSpec, location: Path, rep
 
 def _check_stored(
     stored: Mapping[str, StoredTensor],
-    targets: Mapping[str, Target],
+    targets: Mapping[str, AnyTarget],
     spec: ModelSpec,
     family: Family,
     location: Path,
@@ -100,7 +107,7 @@ def _check_stored(
         )
 
 
-def _check_shape(name: str, shape: tuple[int, ...], target: Target, shard: Path) -> None:
+def _check_shape(name: str, shape: tuple[int, ...], target: AnyTarget, shard: Path) -> None:
     if shape != target.shape:
         raise CheckpointError(
             f"tensor {name!r} in {shard} has shape {list(shape)}, the config asks for {list(target.shape)}: config.json"
@@ -108,8 +115,10 @@ def _check_shape(name: str, shape: tuple[int, ...], target: Target, shard: Path)
         )
 
 
-def _check_tensor(name: str, tensor: Tensor, target: Target, shard: Path) -> None:
+def _check_tensor(name: str, tensor: Stored, target: AnyTarget, shard: Path) -> None:
     _check_shape(name, tuple(tensor.shape), target, shard)
+    if isinstance(tensor, Quantised):
+        return
     if not tensor.is_floating_point() or tensor.itemsize < 2:
         raise CheckpointError(
             f"tensor {name!r} in {shard} has dtype {tensor.dtype}, supported are float32, bfloat16 and"
@@ -117,7 +126,7 @@ def _check_tensor(name: str, tensor: Tensor, target: Target, shard: Path) -> Non
         )
 
 
-def _refuse_second(name: str, tensor: Tensor, target: Target, shard: Path) -> None:
+def _refuse_second(name: str, tensor: Stored, target: AnyTarget, shard: Path) -> None:
     """Two shards with the same tensor are harmless while it is the same."""
     if not target.holds(tensor):
         raise CheckpointError(
@@ -141,18 +150,35 @@ def _refuse_unknown(name: str, spec: ModelSpec, family: Family, shard: Path) -> 
 def _fill_randomly(decoder: Decoder, spec: ModelSpec, seed: int, report: ProgressCallback) -> None:
     """Weights as an untrained model has them: normal matrices, norms of one, biases of zero."""
     generator = torch.Generator(decoder.embedding.weight.device).manual_seed(seed)
-    weights = [
-        (isinstance(module, RMSNorm | LayerNorm), name, weight)
-        for module in decoder.modules()
-        for name, weight in module.named_parameters(recurse=False)
-    ]
-    total = sum(weight.nbytes for _, _, weight in weights)
+    modules = [module for module in decoder.modules() if any(True for _ in module.parameters(recurse=False))]
+    total = sum(weight.nbytes for weight in decoder.parameters())
     done = 0
     report(done, total)
-    for of_norm, name, weight in weights:
+    for module in modules:
+        if isinstance(module, Linear) and module.format is not None:
+            _fill_format(module, spec.initializer_std, generator)
+        else:
+            _fill_plain(module, spec.initializer_std, generator)
+        done += sum(weight.nbytes for weight in module.parameters(recurse=False))
+        report(done, total)
+
+
+def _fill_plain(module: nn.Module, std: float, generator: torch.Generator) -> None:
+    of_norm = isinstance(module, RMSNorm | LayerNorm)
+    for name, weight in module.named_parameters(recurse=False):
         if weight.ndim > 1 and not of_norm and not name.endswith("bias"):
-            weight.normal_(0.0, spec.initializer_std, generator=generator)
+            weight.normal_(0.0, std, generator=generator)
         else:
             weight.fill_(1.0 if name == "weight" else 0.0)
-        done += weight.nbytes
-        report(done, total)
+
+
+def _fill_format(linear: Linear, std: float, generator: torch.Generator) -> None:
+    """The weight is drawn and quantised some rows at a time."""
+    assert linear.format is not None, "the other kind of layer"
+    step = max(1, _DRAWN_ELEMENTS // (linear.in_features * linear.format.rows)) * linear.format.rows
+    for first in range(0, linear.out_features, step):
+        size = min(step, linear.out_features - first), linear.in_features
+        drawn = torch.empty(size, dtype=torch.float32, device=linear.weight.device)
+        linear.fill(first, quantised(drawn.normal_(0.0, std, generator=generator), linear.format))
+    if linear.bias is not None:
+        linear.bias.zero_()

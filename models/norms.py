@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphgen.ipc.errors import UnsupportedModelError
+from graphgen.models.orders import Order
 from graphgen.models.spec import GQA, Norm, Shard
-from graphgen.models.targets import Arrange, Order, Target, Targets, arranged, heads_order, in_turn
+from graphgen.models.targets import Arrange, Target, Targets, arranged, heads_order, in_turn
 
 
 class RMSNorm(nn.Module):

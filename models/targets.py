@@ -9,37 +9,43 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from graphgen.models.formats.arranging import arranged_quantised
+from graphgen.models.formats.layout import Quantised, dequantised
+from graphgen.models.formats.linear import Linear
+from graphgen.models.formats.quantise import quantised
+from graphgen.models.orders import EMPTY, Order, is_identity, taken
 from graphgen.models.spec import GQA, RopeSpec
-
-Order = np.ndarray[tuple[int], np.dtype[np.int64]]
-"""Of each row or column of a weight: the stored one, or EMPTY."""
-
-EMPTY = -1
-"""In an order: a place that no stored row or column fills. It is zero."""
+from graphgen.models.spec.formats import LinearFormat
 
 Arrange = Callable[[Tensor], Tensor]
 """A stored tensor -> one of the weight's shape."""
 
 
+Stored = Tensor | Quantised
+"""A tensor as a checkpoint has it, or a weight whose tensors in a checkpoint mean one."""
+
+
 class Target(NamedTuple):
-    """What becomes of one stored tensor."""
+    """What becomes of one stored tensor. One that is quantised and that no format takes is dequantised."""
 
     weight: Tensor | None  # all of a weight or some of its rows; None: another rank's
     shape: tuple[int, ...]  # as it is stored
     arrange: Arrange | None = None  # None: it lies as the weight does
 
-    def fill(self, stored: Tensor) -> None:
+    def fill(self, stored: Stored) -> None:
         if self.weight is not None:
             self.weight.copy_(self.as_weight(stored))
 
-    def holds(self, stored: Tensor) -> bool:
+    def holds(self, stored: Stored) -> bool:
         """Whether the weight is filled with this tensor."""
         return self.weight is None or torch.equal(self.as_weight(stored).to(self.weight), self.weight)
 
-    def as_weight(self, stored: Tensor) -> Tensor:
+    def as_weight(self, stored: Stored) -> Tensor:
         """The tensor as the weight lies, in its stored dtype."""
+        if isinstance(stored, Quantised):
+            stored = dequantised(stored, torch.float32 if self.weight is None else self.weight.dtype)
         return stored if self.arrange is None else self.arrange(stored)
 
     @property
@@ -47,7 +53,54 @@ class Target(NamedTuple):
         return 0 if self.weight is None else self.weight.nbytes
 
 
-Targets = Iterator[tuple[str, Target]]
+class FormatTarget(NamedTuple):
+    """The same of a weight that has a format in memory: a stored tensor is quantised some rows at a time, a stored
+    quantised weight is arranged."""
+
+    linear: Linear
+    format: LinearFormat
+    first_row: int  # of the layer's
+    shape: tuple[int, ...]  # of a tensor as it is stored
+    rows: Order
+    columns: Order
+    transposed: bool
+
+    def fill(self, stored: Stored) -> None:
+        if isinstance(stored, Quantised):
+            self.linear.fill(self.first_row, arranged_quantised(stored, self.format, self.rows, self.columns))
+            return
+        step = self._slab_rows
+        for first in range(0, len(self.rows), step):
+            self.linear.fill(self.first_row + first, self._quantised(stored, self.rows[first : first + step]))
+
+    def holds(self, stored: Stored) -> bool:
+        """Whether the layer's rows are filled with this."""
+        held = self.linear.rows(self.first_row, len(self.rows))
+        if isinstance(stored, Quantised):
+            return held.equals(arranged_quantised(stored, self.format, self.rows, self.columns))
+        return held.equals(self._quantised(stored, self.rows))
+
+    @property
+    def num_bytes(self) -> int:
+        return self.format.num_bytes(len(self.rows), len(self.columns))
+
+    @property
+    def _slab_rows(self) -> int:
+        blocks = _SLAB_ELEMENTS // (len(self.columns) * self.format.rows)
+        return max(1, blocks) * self.format.rows
+
+    def _quantised(self, stored: Tensor, rows: Order) -> Quantised:
+        matrix = stored.t() if self.transposed else stored
+        own = taken(matrix, rows, 0)
+        return quantised(
+            own if is_identity(self.columns, matrix.shape[1]) else taken(own, self.columns, 1), self.format
+        )
+
+
+_SLAB_ELEMENTS = 2**23
+"""Quantised at a time, of which there are several copies in float32 meanwhile."""
+
+Targets = Iterator[tuple[str, Target | FormatTarget]]
 """(name in the checkpoint, target)"""
 
 
@@ -77,7 +130,7 @@ def pieces_of(names: Sequence[str], rows: Order, stored: Sequence[int], held: Se
 
 
 def row_parallel_targets(
-    name: str, linear: nn.Linear, columns: Order, num_stored: int, bias: bool, transposed: bool
+    name: str, linear: Linear, columns: Order, num_stored: int, bias: bool, transposed: bool
 ) -> Targets:
     """A layer that reads what a rank's part of another made. columns: of `num_stored` that the checkpoint has. bias:
     whether one is stored, though only the first rank adds it."""
@@ -88,7 +141,7 @@ def row_parallel_targets(
 
 
 def linear_targets(
-    linear: nn.Linear,
+    linear: Linear,
     pieces: Sequence[Piece],
     columns: tuple[int, Order] | None = None,
     transposed: bool = False,
@@ -99,8 +152,14 @@ def linear_targets(
     for name, first, num_stored, order in pieces:
         rows = slice(first, first + len(order))
         shape = (num_columns, num_stored) if transposed else (num_stored, num_columns)
-        arrange = arranged(order, num_stored, column_order, num_columns, transposed)
-        yield f"{name}.weight", Target(linear.weight.data[rows], shape, arrange)
+        if linear.format is None:
+            arrange = arranged(order, num_stored, column_order, num_columns, transposed)
+            yield f"{name}.weight", Target(linear.weight.data[rows], shape, arrange)
+        else:
+            yield (
+                f"{name}.weight",
+                FormatTarget(linear, linear.format, first, shape, order, column_order, transposed),
+            )
         if linear.bias is not None:
             yield f"{name}.bias", Target(linear.bias.data[rows], (num_stored,), arranged(order, num_stored))
 
@@ -156,19 +215,9 @@ def arranged(
     they are stored."""
     return in_turn(
         torch.t if transposed else None,
-        None if _is_identity(rows, num_rows) else lambda stored: _taken(stored, rows, 0),
-        None if columns is None or _is_identity(columns, num_columns) else lambda stored: _taken(stored, columns, 1),
+        None if is_identity(rows, num_rows) else lambda stored: taken(stored, rows, 0),
+        None if columns is None or is_identity(columns, num_columns) else lambda stored: taken(stored, columns, 1),
     )
-
-
-def _is_identity(order: Order, num_stored: int) -> bool:
-    return len(order) == num_stored and np.array_equal(order, np.arange(num_stored))
-
-
-def _taken(stored: Tensor, order: Order, dim: int) -> Tensor:
-    index = torch.from_numpy(order).to(stored.device)
-    taken = stored.index_select(dim, index.clamp(min=0))
-    return taken.index_fill_(dim, (index == EMPTY).nonzero().flatten(), 0)
 
 
 # --- heads -----------------------------------------------------------------------------------------------------

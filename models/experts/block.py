@@ -17,7 +17,8 @@ from graphgen.models.activations import ACTIVATIONS
 from graphgen.models.experts.operator import run_experts
 from graphgen.models.experts.routing import route
 from graphgen.models.families.family import TensorNames
-from graphgen.models.feed_forward import MLP, Linear
+from graphgen.models.feed_forward import MLP
+from graphgen.models.formats.linear import Linear
 from graphgen.models.spec import Experts, Shard
 from graphgen.models.targets import Target, Targets, linear_targets, pieces_of, stacked_targets
 

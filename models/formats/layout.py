@@ -43,8 +43,7 @@ E4M3_MOST = 448.0
 
 
 class Quantised(NamedTuple):
-    """A quantised weight on its way into a layer: the tensors of the layout, but for int4 codes, which are not packed
-    yet: [N, K] uint8."""
+    """A quantised weight, or some rows of it, whose int4 codes are not packed: [N, K] uint8. The rest is as above."""
 
     format: LinearFormat
     codes: Tensor
@@ -56,6 +55,18 @@ class Quantised(NamedTuple):
     def shape(self) -> tuple[int, int]:
         """(N, K)"""
         return self.codes.shape[0], self.codes.shape[1]
+
+    def equals(self, other: "Quantised") -> bool:
+        """Whether every tensor of both holds the same bits."""
+        pairs = zip(self[1:], other[1:], strict=True)
+        return self.format == other.format and all(
+            one is two if one is None or two is None else torch.equal(one.view(torch.uint8), two.view(torch.uint8))
+            for one, two in pairs
+        )
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Scales or zeros repeated for each element they belong to, [N, K], or [N, 1] where that is all of a row."""
+        return spread(values, self.format, *self.shape)
 
 
 def scale_shape(format: LinearFormat, num_rows: int, num_columns: int) -> tuple[int, int]:
@@ -97,7 +108,7 @@ def _unpack_block(packed: Tensor) -> Tensor:
 
 
 def spread(values: Tensor, format: LinearFormat, num_rows: int, num_columns: int) -> Tensor:
-    """Scales or zeros repeated for each element they belong to, [N, K], or [N, 1] where that is all of a row."""
+    """See Quantised.spread."""
     if format.rows > 1:
         values = values.repeat_interleave(format.rows, dim=0)[:num_rows]
     if format.group is None:
@@ -105,14 +116,16 @@ def spread(values: Tensor, format: LinearFormat, num_rows: int, num_columns: int
     return values.repeat_interleave(format.group, dim=1)[:, :num_columns]
 
 
+def matrix_of(weight: Quantised, dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] with its columns as they lie, which is the order of a reordered input. Computed in float32 and
+    rounded once."""
+    zeros = ZERO_CODES[weight.format.storage] if weight.zeros is None else weight.spread(weight.zeros.float())
+    return ((weight.codes.float() - zeros) * weight.spread(weight.scale.float())).to(dtype)
+
+
 def dequantised(weight: Quantised, dtype: torch.dtype) -> Tensor:
-    """The weight [N, K], its columns in the order of the input. Computed in float32 and rounded once."""
-    of_kind, rows, columns = weight.format, *weight.shape
-    values = weight.codes.float()
-    zeros = ZERO_CODES[of_kind.storage] if weight.zeros is None else weight.zeros.float()
-    if isinstance(zeros, Tensor):
-        zeros = spread(zeros, of_kind, rows, columns)
-    result = ((values - zeros) * spread(weight.scale.float(), of_kind, rows, columns)).to(dtype)
+    """The weight [N, K] with its columns in the order of the input: what a quantised weight means."""
+    matrix = matrix_of(weight, dtype)
     if weight.permutation is None:
-        return result
-    return torch.empty_like(result).index_copy_(1, weight.permutation.long(), result)
+        return matrix
+    return torch.empty_like(matrix).index_copy_(1, weight.permutation.long(), matrix)

@@ -5,6 +5,7 @@ from typing import Literal
 
 from msgspec import Struct
 
+from graphgen.models.spec.formats import LinearFormat, Sizes
 from graphgen.models.spec.parts import Size
 
 ACTIVATION_WEIGHTS: Mapping[str, tuple[str, ...]] = {"xielu": ("alpha_p", "alpha_n")}
@@ -18,6 +19,12 @@ class Dense(Struct, frozen=True, tag="dense", kw_only=True):
     activation: str  # a key of activations.ACTIVATIONS
     gated: bool = True
     bias: bool = False
+    gate_up_format: LinearFormat | None = None
+    down_format: LinearFormat | None = None
+
+    def linears(self, hidden_size: int) -> Sizes:
+        """Of the layers that may have a format."""
+        return {"gate_up": ((1 + self.gated) * self.size, hidden_size), "down": (hidden_size, self.size)}
 
     def num_parameters(self, hidden_size: int) -> int:
         inner = (1 + self.gated) * self.size

@@ -1,7 +1,9 @@
 """How the weight of a linear layer is stored, as data. The tensors themselves are described in formats/layout.py."""
 
-from typing import Annotated, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Literal, TypeVar
 
+import msgspec
 from msgspec import Meta, Struct
 
 from graphgen.models.spec.parts import dtype_bytes
@@ -51,3 +53,23 @@ class LinearFormat(Struct, frozen=True, kw_only=True):
         codes = num_rows * num_columns // (2 if self.storage == "int4" else 1)
         each = dtype_bytes(self.scale_dtype) + self.zeros
         return codes + each * self.num_scales(num_rows, num_columns) + 4 * num_columns * self.permuted
+
+
+Choose = Callable[[str, int, int], LinearFormat | None]
+"""(name of a linear layer in its block, N, K) -> its format; None: the model's dtype."""
+
+Sizes = Mapping[str, tuple[int, int]]
+"""Name of a linear layer in its block -> (N, K). Its format is the block's field `<name>_format`."""
+
+_Block = TypeVar("_Block", bound=Struct)
+
+
+def with_formats(block: _Block, sizes: Sizes, choose: Choose) -> _Block:
+    """The block with the chosen formats of its linear layers."""
+    chosen = {f"{name}_format": choose(name, *size) for name, size in sizes.items()}
+    return msgspec.structs.replace(block, **chosen)
+
+
+def formats_of(block: Struct, sizes: Sizes) -> list[tuple[LinearFormat | None, int, int]]:
+    """(format, N, K) of each of the block's linear layers."""
+    return [(getattr(block, f"{name}_format"), *size) for name, size in sizes.items()]

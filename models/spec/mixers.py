@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
+from graphgen.models.spec.formats import LinearFormat, Sizes
 from graphgen.models.spec.parts import Norm, Shard, Size, dtype_bytes
 
 KERNEL_HEAD_DIMS = (64, 128, 256)
@@ -61,6 +62,8 @@ class GQA(Struct, frozen=True, tag="gqa", kw_only=True):
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
     alibi: Alibi | None = None
     sinks: bool = False  # exp(a number of each head) is added to the sum that weights are divided by
+    qkv_format: LinearFormat | None = None
+    o_format: LinearFormat | None = None
 
     @property
     def width(self) -> int:
@@ -101,6 +104,10 @@ class GQA(Struct, frozen=True, tag="gqa", kw_only=True):
     def keeps(self, dtype: str) -> Pages:
         """A key and a value for each KV head."""
         return Pages(self.reach or 0, 2 * self.kv_size * dtype_bytes(dtype))
+
+    def linears(self, hidden_size: int) -> Sizes:
+        """Of the layers that may have a format."""
+        return {"qkv": (self.q_size + 2 * self.kv_size, hidden_size), "o": (hidden_size, self.q_size)}
 
     def num_parameters(self, hidden_size: int) -> int:
         qkv_size = self.q_size + 2 * self.kv_size
@@ -152,6 +159,10 @@ class Latent(Struct, frozen=True, tag="latent", kw_only=True):
     norm: Norm = Norm()  # of both latents
     rope: int = 0  # which of ModelSpec.ropes
     window: None = None
+    q_down_format: LinearFormat | None = None
+    q_up_format: LinearFormat | None = None
+    kv_down_format: LinearFormat | None = None
+    o_format: LinearFormat | None = None
 
     @property
     def query_dim(self) -> int:
@@ -186,6 +197,16 @@ class Latent(Struct, frozen=True, tag="latent", kw_only=True):
     def keeps(self, dtype: str) -> Pages:
         """One row for all heads."""
         return Pages(0, self.row_size * dtype_bytes(dtype))
+
+    def linears(self, hidden_size: int) -> Sizes:
+        """See GQA. The one that makes keys and values of latents is no layer of its own."""
+        q_down = {} if self.q_rank is None else {"q_down": (self.q_rank, hidden_size)}
+        return {
+            **q_down,
+            "q_up": (self.num_heads * self.query_dim, self.q_rank or hidden_size),
+            "kv_down": (self.row_size, hidden_size),
+            "o": (hidden_size, self.num_heads * self.value_dim),
+        }
 
     def num_parameters(self, hidden_size: int) -> int:
         q_in, rank = self.q_rank or hidden_size, self.q_rank or 0

@@ -1,10 +1,15 @@
 """A model as one frozen value: its layers, what stands before and behind them, and the sizes that follow."""
 
+import functools
+from collections import Counter
+from collections.abc import Callable, Mapping
+
 import msgspec
 from msgspec import Struct
 
 from graphgen.ipc.errors import UnsupportedModelError
-from graphgen.models.spec.feed_forwards import FeedForward
+from graphgen.models.spec.feed_forwards import Dense, FeedForward
+from graphgen.models.spec.formats import Choose, LinearFormat, formats_of, with_formats
 from graphgen.models.spec.mixers import GQA, Latent, Mixer
 from graphgen.models.spec.parts import Norm, Size, dtype_bytes
 from graphgen.models.spec.rotations import RopeSpec
@@ -36,6 +41,29 @@ class Layer(Struct, frozen=True, kw_only=True):
             + self.feed_forward.num_parameters(hidden_size)
             + sum(norm.num_parameters(hidden_size) for norm in norms if norm is not None)
         )
+
+    def with_formats(self, hidden_size: int, choose: Choose) -> "Layer":
+        """The same layer with chosen formats of its linear layers; those of a shared expert are called
+        `shared_gate_up` and `shared_down`, and other experts have none."""
+        mixer = with_formats(self.mixer, self.mixer.linears(hidden_size), choose)
+        ff = self.feed_forward
+        if isinstance(ff, Dense):
+            ff = with_formats(ff, ff.linears(hidden_size), choose)
+        elif ff.shared is not None:
+
+            def choose_shared(name: str, num_rows: int, num_columns: int) -> LinearFormat | None:
+                return choose(f"shared_{name}", num_rows, num_columns)
+
+            ff = msgspec.structs.replace(
+                ff, shared=with_formats(ff.shared, ff.shared.linears(hidden_size), choose_shared)
+            )
+        return msgspec.structs.replace(self, mixer=mixer, feed_forward=ff)
+
+    def formats(self, hidden_size: int) -> list[tuple[LinearFormat | None, int, int]]:
+        """(format, N, K) of each linear layer that may have one."""
+        dense = self.feed_forward if isinstance(self.feed_forward, Dense) else self.feed_forward.shared
+        found = formats_of(self.mixer, self.mixer.linears(hidden_size))
+        return found if dense is None else found + formats_of(dense, dense.linears(hidden_size))
 
 
 # --- the whole -------------------------------------------------------------------------------------------------
@@ -112,8 +140,10 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     @property
     def latent(self) -> Latent | None:
         """Of every layer, where all have latent attention of the same sizes."""
-        first = self.layers[0].mixer
-        same = isinstance(first, Latent) and all(layer.mixer == first for layer in self.layers)
+        # In whatever format their weights are.
+        mixers = [layer.with_formats(self.hidden_size, lambda *_: None).mixer for layer in self.layers]
+        first = mixers[0]
+        same = isinstance(first, Latent) and all(mixer == first for mixer in mixers)
         return first if isinstance(first, Latent) and same else None
 
     @property
@@ -144,8 +174,26 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
         return count + sum(layer.num_parameters(hidden) for layer in self.layers)
 
     def weight_bytes(self, dtype: str) -> int:
-        """Memory of the weights in `dtype`."""
-        return self.num_parameters * dtype_bytes(dtype)
+        """Memory of the weights in `dtype`, and in the formats that some of them have."""
+        each = dtype_bytes(dtype)
+        every = (one for layer in self.layers for one in layer.formats(self.hidden_size))
+        saved = sum(each * rows * columns - form.num_bytes(rows, columns) for form, rows, columns in every if form)
+        return each * self.num_parameters - saved
+
+    def with_formats(self, choose: Callable[[int, str, int, int], LinearFormat | None]) -> "ModelSpec":
+        """The same model with chosen formats of its linear layers. choose: (number of the layer, and what Layer's
+        takes)."""
+        layers = (
+            layer.with_formats(self.hidden_size, functools.partial(choose, number))
+            for number, layer in enumerate(self.layers)
+        )
+        return msgspec.structs.replace(self, layers=tuple(layers))
+
+    @property
+    def formats(self) -> Mapping[LinearFormat, int]:
+        """Format -> how many linear layers have it; those in the model's dtype are left out."""
+        every = (form for layer in self.layers for form, *_ in layer.formats(self.hidden_size))
+        return Counter(form for form in every if form is not None)
 
     def kv_bytes_per_token(self, dtype: str) -> int:
         """KV memory of one position over all layers in `dtype`."""

@@ -18,6 +18,7 @@ from graphgen.models.spec import (
     Head,
     Latent,
     Layer,
+    LinearFormat,
     ModelSpec,
     Norm,
     QKNorm,
@@ -58,6 +59,9 @@ def with_ff(**changes: Any) -> Layer:
 
 EXPERTS = Experts(num_experts=8, top_k=2, size=192, activation="silu", router=Router())
 LATENT = Latent(num_heads=4, latent_size=64, plain_dim=32, rope_dim=16, value_dim=32)
+
+
+FORMAT = LinearFormat(storage="int8", zeros=True)
 
 
 def with_experts(**changes: Any) -> Layer:
@@ -132,6 +136,10 @@ MIXERS = {
     "clipped qkv": with_mixer(clip=8.0),
     "kv heads off the blocks": with_mixer(num_heads=16, num_kv_heads=1, head_dim=8),
     "latent attention": replace(LAYER, mixer=LATENT),
+    "a format of qkv": with_mixer(qkv_format=FORMAT),
+    "latents in formats": replace(
+        LAYER, mixer=replace(LATENT, q_rank=32, q_down_format=FORMAT, q_up_format=FORMAT, kv_down_format=FORMAT)
+    ),
     "latents of every trait": replace(LAYER, mixer=replace(LATENT, q_rank=32, bias=True, norm=Norm("layer"), rope=1)),
 }
 """Layers whose first half has no kernels."""
@@ -148,6 +156,11 @@ FEED_FORWARDS = {
     "more experts of a row than pairs": with_experts(num_experts=128, top_k=65),
     "a shared expert of another kind": with_experts(shared=Dense(size=320, activation="relu")),
     "heads off the blocks": with_mixer(num_heads=3, num_kv_heads=1, head_dim=32),
+    "a format of the output": with_mixer(o_format=FORMAT),
+    "a format of a latent's output": replace(LAYER, mixer=replace(LATENT, o_format=FORMAT)),
+    "a format of gate and up": with_ff(gate_up_format=FORMAT),
+    "a format of down": with_ff(down_format=FORMAT),
+    "a format of a shared expert": with_experts(shared=Dense(size=320, activation="silu", down_format=FORMAT)),
     "latents off the blocks": replace(LAYER, mixer=replace(LATENT, value_dim=8)),
 }
 """Layers whose second half has none, so the model runs without."""

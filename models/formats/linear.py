@@ -1,0 +1,103 @@
+"""A linear layer, whatever format its weight has.
+
+Owns the tensors of the layer and the order in which stored ones fill them. How they multiply is in products.py, what
+they mean in layout.py. Every block of a model is built from it; loader.py fills it through targets.py.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graphgen.models.formats.layout import CODE_DTYPES, Quantised, codes_shape, pack_int4, scale_shape, unpack_int4
+from graphgen.models.formats.products import Weight, product
+from graphgen.models.spec.formats import LinearFormat
+
+NO_PLACE = -1
+"""In a permutation that was not filled yet."""
+
+
+class Linear(nn.Module):
+    """x @ weight.T + bias. Its tensors are uninitialised memory: the loader fills them.
+
+    weight       [out, in] of the model's dtype; of a format, its codes
+    bias         [out] of the model's dtype, or None
+    scale, zeros, permutation    those of the format, or None: formats/layout.py
+    """
+
+    def __init__(
+        self, in_size: int, out_size: int, bias: bool, dtype: torch.dtype, format: LinearFormat | None = None
+    ) -> None:
+        """format: None has the weight in `dtype`."""
+        super().__init__()
+        self.in_features, self.out_features, self.format = in_size, out_size, format
+        self.scale: nn.Parameter | None = None
+        self.zeros: nn.Parameter | None = None
+        self.permutation: nn.Parameter | None = None
+        if format is None:
+            self.weight = _empty((out_size, in_size), dtype)
+        else:
+            codes, scales = CODE_DTYPES[format.storage], scale_shape(format, out_size, in_size)
+            self.weight = _empty(codes_shape(format.storage, out_size, in_size), codes)
+            self.scale = _empty(scales, getattr(torch, format.scale_dtype))
+            self.zeros = _empty(scales, codes) if format.zeros else None
+            if format.permuted:
+                self.permutation = nn.Parameter(
+                    torch.full((in_size,), NO_PLACE, dtype=torch.int32), requires_grad=False
+                )
+        self.bias = _empty((out_size,), dtype) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in] of the model's dtype."""
+        if self.format is None or self.scale is None:
+            return F.linear(x, self.weight, self.bias)
+        weight = Weight(self.format, self.weight, self.scale, self.zeros, self.permutation)
+        return product(x, weight, self.bias)
+
+    def fill(self, first_row: int, part: Quantised) -> None:
+        """Puts rows of a weight in this layer's format where they belong, from `first_row` on, a multiple of
+        format.rows. Raises ValueError where they read the input in another order than the rows that are there."""
+        assert self.format == part.format, "arranged for this layer"
+        assert self.scale is not None, "every format has scales"
+        rows, scales = self._places(first_row, part.shape[0])
+        codes = pack_int4(part.codes) if self.format.storage == "int4" else part.codes
+        self.weight.data[rows].copy_(codes)
+        self.scale.data[scales].copy_(part.scale)
+        if self.zeros is not None and part.zeros is not None:
+            self.zeros.data[scales].copy_(part.zeros)
+        if self.permutation is not None:
+            self._permute_by(part.permutation)
+
+    def rows(self, first_row: int, num_rows: int) -> Quantised:
+        """Some rows of the weight again, as `fill` took them."""
+        assert self.format is not None, "a weight in the model's dtype has no codes"
+        assert self.scale is not None, "every format has scales"
+        rows, scales = self._places(first_row, num_rows)
+        codes = unpack_int4(self.weight[rows]) if self.format.storage == "int4" else self.weight[rows]
+        zeros = None if self.zeros is None else self.zeros[scales]
+        return Quantised(self.format, codes, self.scale[scales], zeros, self.permutation)
+
+    def _places(self, first_row: int, num_rows: int) -> tuple[slice, slice]:
+        """Of some rows, and of their scales."""
+        assert self.format is not None, "only such weights have scales"
+        block = self.format.rows
+        return slice(first_row, first_row + num_rows), slice(first_row // block, -(-(first_row + num_rows) // block))
+
+    def _permute_by(self, permutation: Tensor | None) -> None:
+        own = self.permutation
+        assert own is not None, "of a reordered format"
+        given = torch.arange(self.in_features, device=own.device) if permutation is None else permutation
+        if bool((own != NO_PLACE).any()) and not torch.equal(own, given.to(own)):
+            raise ValueError(
+                "its parts (q, k and v, or gate and up) read their input in different orders (g_idx): use a checkpoint"
+                " without desc_act"
+            )
+        own.data.copy_(given)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all its tensors."""
+        return sum(parameter.nbytes for parameter in self.parameters(recurse=False))
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
