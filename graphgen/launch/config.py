@@ -260,6 +260,7 @@ def resolve(
     token_budget = config.token_budget or _default_token_budget(config, on_cuda)
     page_size = config.page_size or (64 if on_cuda else 16)
     max_model_len = _resolve_max_model_len(config, spec)
+    spec = spec.within(max_model_len)
     compiles = on_cuda if config.compile is None else config.compile
     _check_num_pages(config.num_pages, page_size, min(token_budget, max_model_len))
     return LaunchConfig(

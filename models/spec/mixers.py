@@ -128,6 +128,13 @@ class GQA(Struct, frozen=True, tag="gqa", kw_only=True):
             return heads, range(own, own + 1)
         return heads, shard.part(self.num_kv_heads, "KV heads")
 
+    def within(self, num_positions: int) -> "GQA":
+        """The same for requests of so many: a window or segment that holds them all is none."""
+        limits = {"window": self.window, "segment": self.segment}
+        return msgspec.structs.replace(
+            self, **{name: None for name, limit in limits.items() if (limit or 0) >= num_positions}
+        )
+
     def padded(self) -> "GQA":
         """The same, its heads as wide as the kernels for CUDA want them, where zeros can fill them up."""
         fitting = next((size for size in KERNEL_HEAD_DIMS if size >= self.head_dim), self.head_dim)
@@ -214,6 +221,10 @@ class Latent(Struct, frozen=True, tag="latent", kw_only=True):
         count += self.norm.num_parameters(self.latent_size) + self.norm.num_parameters(rank)
         of_head = q_in * self.query_dim + self.latent_size * (self.plain_dim + self.value_dim)
         return count + self.num_heads * (of_head + self.value_dim * hidden_size)
+
+    def within(self, num_positions: int) -> "Latent":
+        """The same: it has no window."""
+        return self
 
     def padded(self) -> "Latent":
         """The same: no kernel for CUDA asks for another width."""

@@ -199,6 +199,11 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
         """KV memory of one position over all layers in `dtype`."""
         return sum(layer.mixer.keeps(dtype).bytes for layer in self.layers)
 
+    def within(self, max_model_len: int) -> "ModelSpec":
+        """The same model for requests of so many tokens: a window that holds all of them is none."""
+        layers = (msgspec.structs.replace(layer, mixer=layer.mixer.within(max_model_len)) for layer in self.layers)
+        return msgspec.structs.replace(self, layers=tuple(layers))
+
     def padded(self) -> "ModelSpec":
         """The same model with heads as wide as the kernels for CUDA want them; a zero more changes nothing."""
         layers = (msgspec.structs.replace(layer, mixer=layer.mixer.padded()) for layer in self.layers)

@@ -29,6 +29,7 @@ from tests.models import tiny
 SCRIPTS = (
     "attention",
     "beside_transformers",
+    "constrained",
     "experts",
     "latency",
     "linear",
@@ -135,6 +136,13 @@ def test_steps_and_latency_run_on_the_cpu(name: str, monkeypatch: pytest.MonkeyP
     assert len(document["rows"]) >= 2
     assert all(row[figure] > 0.0 for row in document["rows"])
     assert document["about"]["command"].startswith(f"python -m benchmarks.{name} --device cpu")
+
+
+def test_constrained_measures_both_kinds_of_requests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small = ("--device", "cpu", "--streams", "5", "--prompt", "8", "--tokens", "12")
+    none, fifth, every, logprobs, _ = run_script(monkeypatch, tmp_path, "constrained", *small)["rows"]
+    assert (none["free p50 x"], none.get("bound p50 ms"), every.get("free p50 ms")) == (1.0, None, None)
+    assert min(fifth["free p50 ms"], fifth["bound p50 ms"], every["bound p50 ms"], logprobs["free p50 ms"]) > 0.0
 
 
 def test_experts_times_every_product_at_every_number_of_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -173,3 +173,13 @@ def test_a_process_stands_by_where_its_imports_are_what_a_pause_would_wait_for(
     spec: ModelSpec, settings: dict[str, Any], stands_by: bool
 ) -> None:
     assert resolve(EngineConfig(**settings), spec, FOLDER).standby == stands_by
+
+
+@pytest.mark.parametrize("limit", ["window", "segment"])
+def test_a_window_that_holds_every_request_is_none(spec: ModelSpec, limit: str) -> None:
+    """Phi-4-mini states one of twice its context: it needs no kernels for windows."""
+    first, *others = spec.layers
+    windowed = msgspec.structs.replace(first, mixer=msgspec.structs.replace(first.mixer, **{limit: 512}))
+    limited = msgspec.structs.replace(spec, layers=(windowed, *others))
+    assert resolve(EngineConfig(device="cpu", max_model_len=512), limited, FOLDER).spec == spec
+    assert resolve(EngineConfig(device="cpu", max_model_len=513), limited, FOLDER).spec == limited

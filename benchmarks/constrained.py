@@ -1,0 +1,142 @@
+"""What do requests with a grammar cost, themselves and their neighbours? And what do log-probabilities?
+
+    python -m benchmarks.constrained --model benchmarks/shapes/llama-3.1-8b --load-format dummy --max-model-len 8192
+
+STREAMS requests decode together: none, a fifth, and all of them follow the JSON schema of a tool call, and then all of
+them ask for the log-probabilities of five tokens. Gaps count while all of them decode; those of requests with a grammar
+and of the others stand side by side, beside the gaps of the run in which there is none. A model of random weights draws
+whatever its grammar allows; one that has no tokenizer gets one of as many tokens, made of pairs of shorter ones.
+"""
+
+import itertools
+import json
+import random
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+
+from benchmarks.latency import gaps_ms
+from benchmarks.options import add_engine_options, engine_settings, make_parser
+from benchmarks.report import Row, machine, percentile, show, write_json
+from graphgen import Engine, EngineConfig, JsonSchema, SamplingParams
+from graphgen.calls.outputs import RequestOutput
+from graphgen.models.families import load_spec
+
+STREAMS = 64
+SHARES = (0.0, 0.2, 1.0)
+LOGPROBS = 5
+ITEM = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 40},
+        "unit": {"enum": ["celsius", "fahrenheit"]},
+        "days": {"type": "integer"},
+        "exact": {"type": "boolean"},
+    },
+    "required": ["city", "unit", "days", "exact"],
+    "additionalProperties": False,
+}
+CALL = {
+    "type": "object",
+    "properties": {
+        "name": {"const": "get_weather"},
+        "arguments": {"type": "array", "items": ITEM, "minItems": 500},
+    },
+    "required": ["name", "arguments"],
+    "additionalProperties": False,
+}
+"""A call that is longer than any output here, so that every request decodes to its last token."""
+
+
+def write_tokenizer(folder: Path, num_tokens: int, seed: int = 0) -> None:
+    """A tokenizer of bytes and of pairs of tokens, as long as words at most: as many as the model has, less two."""
+    chance = random.Random(seed)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    common = [chr(code) for code in range(ord("a"), ord("z") + 1)] + ["Ġ" + chr(code) for code in range(97, 123)]
+    tokens, merges, longest = dict.fromkeys(letters), [], 10
+    pairs = itertools.product(letters, letters)
+    while len(tokens) < num_tokens - 2:
+        first, second = next(pairs, None) or (chance.choice(list(common)), chance.choice(list(common)))
+        pair = first + second
+        if len(pair) > longest or pair in tokens or "Ġ" in second:
+            continue
+        tokens[pair] = None
+        merges.append((first, second))
+        if second.isalpha() and chance.random() < 0.5:
+            common.append(pair)
+    vocab = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(BPE(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|begin|>", "<|end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "eos_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def measure(
+    engine: Engine, prompts: Sequence[Sequence[int]], num_tokens: int, share: float, logprobs: int | None
+) -> tuple[list[float], list[float]]:
+    """Gaps in milliseconds: of the requests that follow the schema, and of the others."""
+    plain = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, logprobs=logprobs)
+    bound = SamplingParams(temperature=0.0, max_tokens=num_tokens, structured=JsonSchema(CALL))
+    step = round(1.0 / share) if share else len(prompts) + 1
+    is_bound = [number % step == 0 if share else False for number in range(len(prompts))]
+    outputs = engine.generate(list(prompts), [bound if one else plain for one in is_bound])
+    assert all(len(output.token_ids) == num_tokens for output in outputs), "a request ended before the others"
+    kinds: tuple[list[RequestOutput], list[RequestOutput]] = [], []
+    for output, one in zip(outputs, is_bound, strict=True):
+        kinds[not one].append(output)
+    bound_outputs, free_outputs = kinds
+    return (gaps_ms(bound_outputs) if bound_outputs else []), (gaps_ms(free_outputs) if free_outputs else [])
+
+
+def figures(gaps: Sequence[float], before: Sequence[float], name: str) -> Row:
+    if not gaps:
+        return {}
+    p50, p99 = percentile(gaps, 50), percentile(gaps, 99)
+    against = {f"{name} p50 x": p50 / percentile(before, 50), f"{name} p99 x": p99 / percentile(before, 99)}
+    return {f"{name} p50 ms": p50, f"{name} p99 ms": p99, **against}
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    add_engine_options(parser, without=("tokenizer",))
+    parser.add_argument("--tokenizer", help="folder [default: the model's, or one that is made]")
+    parser.add_argument("--streams", type=int, default=STREAMS)
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of each prompt")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of each output")
+    parser.add_argument("--json", help="write the figures here")
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = options.tokenizer
+        if options.model is not None and tokenizer is None and not (Path(options.model) / "tokenizer.json").exists():
+            write_tokenizer(Path(folder), load_spec(options.model).vocab_size)
+            tokenizer = folder
+        with Engine(EngineConfig(**engine_settings(options, tokenizer=tokenizer))) as engine:
+            chance = random.Random(0)
+            vocab_size = engine.resolved.spec.vocab_size
+            prompts = [
+                [chance.randrange(300, vocab_size // 2) for _ in range(options.prompt)] for _ in range(options.streams)
+            ]
+            measure(engine, prompts, options.tokens, 0.2, None)  # grammars are made, first uses are over
+            runs = [(share, None) for share in SHARES] + [(0.0, LOGPROBS), (0.0, None)]
+            before: list[float] = []
+            for share, logprobs in runs:
+                bound, free = measure(engine, prompts, options.tokens, share, logprobs)
+                before = before or free
+                about_run = {"with a grammar": f"{share:.0%}", "logprobs": logprobs or "none"}
+                rows.append({**about_run, **figures(free, before, "free"), **figures(bound, before, "bound")})
+            device, stats = engine.info.worker.device, engine.stats()
+    about = machine(device)
+    show(f"{options.streams} streams, {options.tokens} tokens each", rows, about)
+    print(f"steps {stats.steps}, eager {stats.eager_steps}, recompilations {stats.recompilations}")
+    write_json(options.json, rows, about)
+
+
+if __name__ == "__main__":
+    main()
