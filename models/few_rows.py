@@ -182,7 +182,8 @@ def norm_queries_and_keys(
 ) -> None:
     """RMSNorm of queries and keys in place: of each head or of all at once, as wide as the weights are. qkv: [T, N],
     q_size columns of queries, k_size of keys, then values."""
-    assert q_norm.weight is not None and k_norm.weight is not None, "few_rows_layers.py lets no other through"
+    assert q_norm.weight is not None, "few_rows_layers.py lets no other through"
+    assert k_norm.weight is not None, "few_rows_layers.py lets no other through"
     q_width, k_width = q_norm.weight.shape[0], k_norm.weight.shape[0]
     block = triton.next_power_of_2(max(q_width, k_width))
     num_queries = q_size // q_width
