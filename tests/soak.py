@@ -42,7 +42,7 @@ DEATHS_AT = (0.1, 0.2)
 """When the worker is killed, as shares of the time."""
 LATE_S = 60.0
 """By so much a run is longer where the machine is so busy that a worker is not replaced in time."""
-MIN_SAMPLE_S = 0.5
+LOOK_S = 0.5
 NUM_SAMPLES = 100
 """Of each process at most: more would be a growth of this program itself."""
 SETTINGS = ("--cpu-threads", "1", "--num-pages", "400")
@@ -80,14 +80,26 @@ class Sample(NamedTuple):
 
 
 class Memory:
-    """Samples of every process, by its name and pid: a worker that was replaced is another process."""
+    """Samples of every process, by its name and pid: a worker that was replaced is another process.
 
-    def __init__(self) -> None:
+    Of each `window_s` it keeps the lowest: what a step needs comes and goes, by some MiB in a worker, and what a process
+    does not let go of is there at its lowest, too.
+    """
+
+    def __init__(self, window_s: float) -> None:
         self.samples: dict[tuple[str, int], list[Sample]] = collections.defaultdict(list)
+        self._window_s = window_s
 
     def look(self, server: ServerProcess, seconds: float) -> None:
         for name, pid in {"client": os.getpid(), **pids_of(server)}.items():
-            self.samples[name, pid].append(Sample(seconds, anonymous_mib(pid)))
+            self.take(name, pid, Sample(seconds, anonymous_mib(pid)))
+
+    def take(self, name: str, pid: int, sample: Sample) -> None:
+        samples = self.samples[name, pid]
+        if not samples or sample.seconds // self._window_s > samples[-1].seconds // self._window_s:
+            samples.append(sample)
+        elif sample.mib < samples[-1].mib:
+            samples[-1] = sample
 
     def table(self, total_s: float) -> list[str]:
         """One line a process: its memory, and by how much it grew in an hour, once it had settled."""
@@ -303,7 +315,7 @@ def run(total_s: float, seed: int = 0, num_pauses: int = PAUSES) -> tuple[list[s
             serving(folder, *SETTINGS, python_path=str(HOOK)) as server,
         ):
             with Client(server.address) as client:
-                memory, load, begun_s = Memory(), Load(client, seed), time.monotonic()
+                memory, load, begun_s = Memory(total_s / NUM_SAMPLES), Load(client, seed), time.monotonic()
                 deaths_at_s, num_deaths = [share * total_s for share in DEATHS_AT], 0
                 for number in range(num_pauses):
                     load.resume()
@@ -315,7 +327,7 @@ def run(total_s: float, seed: int = 0, num_pauses: int = PAUSES) -> tuple[list[s
                             os.kill(server.pid_of(MODULES["worker"]), signal.SIGKILL)
                             num_deaths += 1
                         memory.look(server, seconds)
-                        time.sleep(max(MIN_SAMPLE_S, total_s / NUM_SAMPLES))
+                        time.sleep(LOOK_S)
                     load.pause()
                     check_pause(server, client, traps_folder)
                 load.end()
