@@ -15,6 +15,7 @@ and size, up to some MiB in an hour of such load until it is full, and the worke
 
 import argparse
 import collections
+import contextlib
 import gc
 import os
 import random
@@ -82,8 +83,8 @@ class Sample(NamedTuple):
 class Memory:
     """Samples of every process, by its name and pid: a worker that was replaced is another process.
 
-    Of each `window_s` it keeps the lowest: what a step needs comes and goes, by some MiB in a worker, and what a process
-    does not let go of is there at its lowest, too.
+    Of each `window_s` it keeps the lowest: what a step needs comes and goes, by some MiB in a worker, and what a
+    process does not let go of is there at its lowest, too.
     """
 
     def __init__(self, window_s: float) -> None:
@@ -92,7 +93,8 @@ class Memory:
 
     def look(self, server: ServerProcess, seconds: float) -> None:
         for name, pid in {"client": os.getpid(), **pids_of(server)}.items():
-            self.take(name, pid, Sample(seconds, anonymous_mib(pid)))
+            with contextlib.suppress(LookupError, OSError):  # it has just ended
+                self.take(name, pid, Sample(seconds, anonymous_mib(pid)))
 
     def take(self, name: str, pid: int, sample: Sample) -> None:
         samples = self.samples[name, pid]
