@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks.report import machine, show, write_json
 from benchmarks.timing import median_s, read_bytes_per_s
 from graphgen.models.attention.kernels import AttentionShape, Kernel
+from graphgen.models.attention.pages import LayerPages
 from graphgen.models.attention.tables import RowTables
 from graphgen.models.attention.variant import AttentionVariant, Numbers
 
@@ -90,7 +91,7 @@ class Case:
 
     def run(self) -> None:
         for k_pages, v_pages in self._layers:
-            self._attention.attend(*self._rows, *self._angles, k_pages, v_pages, self._variant)
+            self._attention.attend(*self._rows, *self._angles, LayerPages(k_pages, v_pages), self._variant)
 
     def microseconds_per_layer(self, repeats: int) -> float:
         return median_s(self.run, DEVICE, repeats) * 1e6 / NUM_LAYERS

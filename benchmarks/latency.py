@@ -48,7 +48,7 @@ def floor_ms(config: LaunchConfig, batch: int, context: int, bytes_per_s: float)
     spec, item_bytes = config.spec, DTYPE_BYTES[config.dtype]
     weights = spec.num_parameters - (0 if spec.head.tied else spec.vocab_size * spec.hidden_size)
     idle = sum(idle_parameters(layer.feed_forward, spec.hidden_size, batch) for layer in spec.layers)
-    kv_bytes = spec.kv_bytes_per_token(config.dtype) * batch * context
+    kv_bytes = spec.kv_bytes_per_token(config.kv_format) * batch * context
     return ((weights - idle) * item_bytes + kv_bytes) / bytes_per_s * 1000.0
 
 

@@ -20,10 +20,11 @@ from torch.fx.experimental import _config as symbolic_shapes_config
 from torch.utils._pytree import tree_leaves
 
 from graphgen.models.attention.backend import StepTensors
+from graphgen.models.attention.pages import LayerPages
 from graphgen.models.layers import DecoderLayer
 
-Attend = Callable[[DecoderLayer, Tensor, Tensor, Tensor, Tensor, StepTensors], tuple[Tensor, Tensor]]
-"""(layer, residual, update, k_pages, v_pages, step): what DecoderLayer.attend returns of a layer."""
+Attend = Callable[[DecoderLayer, Tensor, Tensor, LayerPages, StepTensors], tuple[Tensor, Tensor]]
+"""(layer, residual, update, pages, step): what DecoderLayer.attend returns of a layer."""
 
 FeedForward = Callable[[DecoderLayer, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """(layer, residual, gathered, live): what DecoderLayer.feed_forward returns of a layer."""
@@ -46,19 +47,19 @@ class CompiledHalves:
         layer: DecoderLayer,
         residual: Tensor,
         update: Tensor,
-        k_pages: Tensor,
-        v_pages: Tensor,
+        pages: LayerPages,
         step: StepTensors,
     ) -> tuple[Tensor, Tensor]:
         for tensor in (residual, update, step.cos, step.sin, step.temperatures):
             if tensor is not None:
                 torch._dynamo.mark_dynamic(tensor, 0)
-        for tensor in (k_pages, v_pages):
-            torch._dynamo.decorators.mark_unbacked(tensor, 0)
+        for tensor in tree_leaves(pages):
+            if tensor is not None and tensor.ndim > 1:  # has a dimension of pages
+                torch._dynamo.decorators.mark_unbacked(tensor, 0)
         for tensor in tree_leaves(step.attention):
             torch._dynamo.decorators.mark_unbacked(tensor, tuple(range(tensor.ndim)))
         with symbolic_shapes_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # made at import
-            return self._attend(layer, residual, update, k_pages, v_pages, step)
+            return self._attend(layer, residual, update, pages, step)
 
     def feed_forward(
         self, layer: DecoderLayer, residual: Tensor, gathered: Tensor, live: Tensor | None

@@ -20,8 +20,8 @@ from graphgen.models.compilation import Attend, CompiledHalves, FeedForward
 from graphgen.models.families.family import TensorNames
 from graphgen.models.few_rows_layers import most_rows, serves_model
 from graphgen.models.formats.linear import Linear
-from graphgen.models.kv_cache import KVCache
-from graphgen.models.layers import DecoderLayer
+from graphgen.models.kv_cache import HeadScales, KVCache
+from graphgen.models.layers import Attention, DecoderLayer
 from graphgen.models.norms import make_norm, norm_targets
 from graphgen.models.rope import Rope
 from graphgen.models.spec import Experts, ModelSpec
@@ -105,10 +105,8 @@ class Decoder(nn.Module):
         update = self._embed(token_ids, positions)
         residual = torch.zeros_like(update)
         layers = self.decoder_layers
-        for layer, group, k_pages, v_pages in zip(
-            layers, kv_cache.groups, kv_cache.k_pages, kv_cache.v_pages, strict=True
-        ):
-            residual, gathered = self._attend(layer, residual, update, k_pages, v_pages, steps[layer.rope][group])
+        for layer, group, pages in zip(layers, kv_cache.groups, kv_cache.pages, strict=True):
+            residual, gathered = self._attend(layer, residual, update, pages, steps[layer.rope][group])
             if kept is not None and layer is layers[-1]:
                 torch.index_select(residual, 0, kept.rows, out=kept.residual)
                 torch.index_select(gathered, 0, kept.rows, out=kept.gathered)
@@ -175,6 +173,13 @@ class Decoder(nn.Module):
     @property
     def decoder_layers(self) -> Sequence[DecoderLayer]:
         return cast(Sequence[DecoderLayer], self.layers)  # what a ModuleList holds is untyped
+
+    @property
+    def head_scales(self) -> list[HeadScales] | None:
+        """Of each layer, see KVCache; None where values are parts of keys."""
+        mixers = [layer.attention for layer in self.decoder_layers]
+        scales = [(mixer.k_scales, mixer.v_scales) for mixer in mixers if isinstance(mixer, Attention)]
+        return scales if len(scales) == len(mixers) else None
 
     @property
     def _head_weight(self) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graphgen.models.attention.backend import StepTensors
+from graphgen.models.attention.pages import LayerPages
 from graphgen.models.compilation import Attend
 from graphgen.models.experts.block import MixtureOfExperts
 from graphgen.models.experts.few_rows import run_experts
@@ -60,21 +61,18 @@ def next_logits(
     sums, normed = embed(token_ids, ends.embedding, norms[0])
     nothing = torch.zeros_like(sums)
     for number, layer in enumerate(layers):
-        k_pages, v_pages = kv_cache.k_pages[number], kv_cache.v_pages[number]
-        step = steps[layer.rope][kv_cache.groups[number]]
+        pages, step = kv_cache.pages[number], steps[layer.rope][kv_cache.groups[number]]
         if serves_mixer(layer.spec, sums.shape[1]):
-            gathered = _gathered(layer.attention, normed, norms[number].eps, k_pages, v_pages, step, chained)
+            gathered = _gathered(layer.attention, normed, norms[number].eps, pages, step, chained)
         else:
-            sums, gathered = attend(layer, sums, nothing, k_pages, v_pages, step)
+            sums, gathered = attend(layer, sums, nothing, pages, step)
         o, norm = layer.attention.o, _plain(layer.ff_norm)
         sums, normed = adding_linear(gathered, o.weight, o.bias, sums, norm, chained)
         sums, normed = _feed_forward(layer.mlp, sums, normed, norm.eps, norms[number + 1], live, chained)
     return normed_linear(normed, norms[-1].eps, ends.head, None, chained)
 
 
-def _gathered(
-    block: nn.Module, x: Normed, eps: float, k_pages: Tensor, v_pages: Tensor, step: StepTensors, chained: bool
-) -> Tensor:
+def _gathered(block: nn.Module, x: Normed, eps: float, pages: LayerPages, step: StepTensors, chained: bool) -> Tensor:
     """What each head of each row gathered, [T, Hq * D]."""
     assert isinstance(block, Attention), "few_rows_layers.py serves no other"
     qkv = normed_linear(x, eps, block.qkv.weight, block.qkv.bias, chained)
@@ -84,7 +82,7 @@ def _gathered(
         norm_queries_and_keys(qkv, q_norm, k_norm, *sizes, chained)
     heads = qkv.view(-1, block.num_heads + 2 * block.num_kv_heads, block.head_dim)
     q, k, v = heads.split((block.num_heads, block.num_kv_heads, block.num_kv_heads), dim=1)
-    gathered = step.attention.attend(q, k, v, step.cos, step.sin, k_pages, v_pages, block.variant, step.temperatures)
+    gathered = step.attention.attend(q, k, v, step.cos, step.sin, pages, block.variant, step.temperatures)
     return gathered.flatten(1)
 
 

@@ -6,31 +6,38 @@ layer's pages.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from graphgen.ipc.errors import ConfigError
+from graphgen.models.attention.pages import STORED_DTYPES, LayerPages
 from graphgen.models.page_layout import PageLayout, one_group
-from graphgen.models.spec import ModelSpec
+from graphgen.models.spec import ModelSpec, kv_format
+
+HeadScales = tuple[Tensor, Tensor]
+"""Of the keys and of the values of one layer, [Hkv] float32 each."""
 
 
-def bytes_per_page(spec: ModelSpec, layout: PageLayout, page_size: int, dtype: torch.dtype) -> int:
-    """Memory of one page over all layers of a page group, K and V together."""
-    name = str(dtype).removeprefix("torch.")
-    of_tensor = dict(zip(layout.places, (layer.mixer.keeps(name).bytes for layer in spec.layers), strict=True))
+def bytes_per_page(spec: ModelSpec, layout: PageLayout, page_size: int, kept_as: str) -> int:
+    """Memory of one page over all layers of a page group, K and V together. kept_as: a KV format's name."""
+    of_tensor = dict(zip(layout.places, (layer.mixer.keeps(kept_as).bytes for layer in spec.layers), strict=True))
     return page_size * sum(of_tensor.values())
+
+
+def plain_bytes_per_page(spec: ModelSpec, page_size: int, dtype: torch.dtype) -> int:
+    """Memory that each page costs beside itself where a kernel reads plain pages, see LayerPages."""
+    return page_size * sum(heads * width for heads, width in spec.layers[0].mixer.kept) * dtype.itemsize
 
 
 class KVCache:
     """`num_pages` pages to give out and, behind them, the trash page where padded rows write.
 
-    `k_pages[layer]`, `v_pages[layer]`: [num_pages + 1, page_size, Hkv, D] of that layer, shared with the layers at the
-    same place of other page groups; both are one tensor where values are parts of keys (latent attention). Zero-filled:
-    memory left over by others can hold NaN, and a kernel that reads a whole page multiplies what lies past a sequence
-    by a weight of zero."""
+    `pages[layer]`: what the layer's attention reads and writes, shared with the layers at the same place of other page
+    groups. Zero-filled: memory left over by others can hold NaN, and a kernel that reads a whole page multiplies what
+    lies past a sequence by a weight of zero."""
 
     def __init__(
         self,
@@ -40,23 +47,44 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         layout: PageLayout | None = None,
+        kept_as: str | None = None,
+        head_scales: Sequence[HeadScales] | None = None,
+        with_plain: bool = False,
     ) -> None:
-        """layout: None keeps all positions of all layers."""
+        """dtype: the model's. layout: None keeps all positions of all layers. kept_as: a KV format's name; None: the
+        dtype's. head_scales: of each layer, read where the format is fp8; None: 1. with_plain: see LayerPages; all
+        layers' pages have one shape then."""
         if num_pages < 1 or page_size < 1:
             raise ConfigError(f"num_pages is {num_pages} and page_size {page_size}: both must be at least 1")
         self.num_pages = num_pages
         self.page_size = page_size
+        has_scales = kept_as is not None and kv_format(kept_as).scale_bytes > 0
         layout = layout or one_group(spec.num_layers)
         self.groups = layout.groups
         """Of each layer: its page group, which says which block tables are its own."""
         mixers = dict(zip(layout.places, (layer.mixer for layer in spec.layers), strict=True))
-        kept = [
-            [_zeros((num_pages + 1, page_size, *shape), dtype, device) for shape in mixers[place].kept]
-            for place in range(layout.num_tensors)
+        shapes = [mixers[place].kept for place in range(layout.num_tensors)]
+
+        def allocate(shape: tuple[int, ...], stored_as: torch.dtype) -> Tensor:
+            return _zeros((num_pages + 1, page_size, *shape), stored_as, device)
+
+        stored_as = STORED_DTYPES.get(kept_as or "", dtype)
+        elements = [[allocate(shape, stored_as) for shape in kept] for kept in shapes]
+        scales = [[allocate(shape[:1], torch.float32) for shape in kept if has_scales] for kept in shapes]
+        plain = [allocate(shape, dtype) for shape in shapes[0]] if with_plain else [None, None]
+        of_layers: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * spec.num_layers
+        if kept_as == "fp8":
+            of_layers = [*(head_scales or (_ones(layer.mixer.kept[0][0], device) for layer in spec.layers))]
+        elif has_scales:
+            of_layers = [(scales[place][0], scales[place][-1]) for place in layout.places]
+        self.pages = [
+            LayerPages(elements[place][0], elements[place][-1], *of_layer, *plain)
+            for place, of_layer in zip(layout.places, of_layers, strict=True)
         ]
-        self.k_pages = [kept[place][0] for place in layout.places]
-        self.v_pages = [kept[place][-1] for place in layout.places]
-        self._tensors = [*(tensors[0] for tensors in kept), *(tensors[1] for tensors in kept if len(tensors) > 1)]
+        self.k_pages = [pages.k for pages in self.pages]
+        self.v_pages = [pages.v for pages in self.pages]
+        self._tensors = [tensor for of_place in (*elements, *scales) for tensor in of_place]
+        self._plain = [tensor for tensor in plain if tensor is not None]
         self._copy = (_copy_on_cuda if device.type == "cuda" else _copy_in_torch)(self._tensors)
 
     @property
@@ -66,19 +94,50 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all pages, the trash page included."""
-        return sum(pages.nbytes for pages in self._tensors)
+        """Memory of all pages, the trash page and plain pages included."""
+        return sum(pages.nbytes for pages in (*self._tensors, *self._plain))
 
     def copy_pages(self, copies: Tensor) -> None:
         """copies: [N, 2] int32 on the cache's device, (source, destination) of whole pages in every layer, all at once:
         no destination may be the source of another pair."""
         self._copy(copies)
 
+    def fill_with_noise(self, num_pages: int) -> None:
+        """Random numbers in the first pages, the same in each page of each layer."""
+        noise: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
+        for pages in self._tensors:
+            kind = pages.shape[1:], pages.dtype
+            if kind not in noise:
+                noise[kind] = _noise(pages[0])
+            _movable(pages)[:num_pages].copy_(_movable(noise[kind]))
+
+    def clear(self, num_pages: int) -> None:
+        """Zeros in the first pages and in the trash page."""
+        for pages in self._tensors:
+            _movable(pages)[:num_pages].zero_()
+            _movable(pages)[self.trash_page].zero_()
+
+
+def _noise(page: Tensor) -> Tensor:
+    """Of a page's shape and dtype; as it is read, integers with their scales included, of about unit variance."""
+    if page.dtype == torch.float32 and page.ndim == 2:  # scales of positions
+        return torch.full_like(page, 1 / 32)
+    numbers = torch.empty(page.shape, dtype=torch.float32, device=page.device)
+    numbers.normal_(generator=torch.Generator(page.device).manual_seed(0))
+    return (numbers * 32).to(page.dtype) if page.dtype == torch.int8 else numbers.to(page.dtype)
+
+
+def _movable(pages: Tensor) -> Tensor:
+    """The same memory in a dtype that operators which move elements know; few know those of one byte."""
+    return pages.view(torch.uint8) if pages.itemsize == 1 else pages
+
 
 def _copy_in_torch(tensors: list[Tensor]) -> Callable[[Tensor], None]:
+    moved = [_movable(pages) for pages in tensors]
+
     def copy(copies: Tensor) -> None:
         sources, destinations = copies.long().unbind(1)
-        for pages in tensors:
+        for pages in moved:
             pages[destinations] = pages[sources]
 
     return copy
@@ -88,8 +147,19 @@ def _copy_on_cuda(tensors: list[Tensor]) -> Callable[[Tensor], None]:
     # Triton exists where CUDA does; elsewhere it must not be needed.
     from graphgen.models.page_copy import addresses_of, copy_pages
 
-    addresses, page_bytes = addresses_of(tensors), tensors[0][0].nbytes
-    return lambda copies: copy_pages(addresses, copies, page_bytes)
+    sizes = dict.fromkeys(pages[0].nbytes for pages in tensors)
+    of_size = {size: addresses_of([pages for pages in tensors if pages[0].nbytes == size]) for size in sizes}
+
+    def copy(copies: Tensor) -> None:
+        for page_bytes, addresses in of_size.items():
+            copy_pages(addresses, copies, page_bytes)
+
+    return copy
+
+
+def _ones(num_heads: int, device: torch.device) -> HeadScales:
+    ones = torch.ones(num_heads, dtype=torch.float32, device=device)
+    return ones, ones
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graphgen.models.attention.backend import StepTensors
+from graphgen.models.attention.pages import LayerPages
 from graphgen.models.attention.variant import AttentionVariant, Numbers
 from graphgen.models.families.family import TensorNames
 from graphgen.models.formats.fitting import fitted
@@ -55,9 +56,8 @@ class LatentAttention(nn.Module):
         o = fitted(spec.o_format, columns=self._columns, num_columns=spec.num_heads * spec.value_dim)
         self.o = Linear(num_heads * spec.value_dim, hidden_size, spec.bias and shard.rank == 0, dtype, o)
 
-    def forward(self, x: Tensor, k_pages: Tensor, v_pages: Tensor, step: StepTensors) -> Tensor:
-        """What each head of each row gathered, [T, H * V]: the input of the output projection `o`. k_pages: of both
-        keys and values."""
+    def forward(self, x: Tensor, pages: LayerPages, step: StepTensors) -> Tensor:
+        """What each head of each row gathered, [T, H * V]: the input of the output projection `o`."""
         spec = self.spec
         up_k, up_v = self.kv_up.split((spec.plain_dim, spec.value_dim), dim=1)
         plain, turning = self._queries(x).split((spec.plain_dim, spec.rope_dim), dim=-1)
@@ -66,7 +66,7 @@ class LatentAttention(nn.Module):
         latent, shared = kept.split((spec.latent_size, spec.rope_dim), dim=-1)
         latent = latent if self.kv_norm is None else self.kv_norm(latent)
         row = torch.cat((latent, rotate(shared, step.cos, step.sin)), dim=-1).flatten(1)
-        gathered = step.attention.attend_latent(q, row, k_pages, spec.latent_size, self.variant)
+        gathered = step.attention.attend_latent(q, row, pages.k, spec.latent_size, self.variant)
         values: Tensor = _by_head(gathered, up_v.transpose(1, 2))
         return values.flatten(1)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graphgen.models.attention.backend import StepTensors
+from graphgen.models.attention.pages import LayerPages
 from graphgen.models.attention.variant import FULL_ATTENTION, AttentionVariant, Numbers, alibi_slopes
 from graphgen.models.experts.block import MixtureOfExperts
 from graphgen.models.families.family import TensorNames
@@ -61,8 +62,14 @@ class Attention(nn.Module):
         self.k_norm = make_head_norm(spec, self.num_kv_heads, shard, dtype)
         o = fitted(spec.o_format, columns=self._columns, num_columns=spec.num_heads * spec.head_dim)
         self.o = Linear(self.num_heads * spec.width, hidden_size, spec.o_bias and shard.rank == 0, dtype, o)
+        self.k_scales: Tensor
+        """[Hkv] float32: what stored keys are multiplied by where the KV format is fp8: 1, or the checkpoint's."""
+        self.v_scales: Tensor
+        """[Hkv] float32, the same of values."""
+        self.register_buffer("k_scales", torch.ones(self.num_kv_heads, dtype=torch.float32), persistent=False)
+        self.register_buffer("v_scales", torch.ones(self.num_kv_heads, dtype=torch.float32), persistent=False)
 
-    def forward(self, x: Tensor, k_pages: Tensor, v_pages: Tensor, step: StepTensors) -> Tensor:
+    def forward(self, x: Tensor, pages: LayerPages, step: StepTensors) -> Tensor:
         """What each head of each row gathered, [T, Hq * D]: the input of the output projection `o`."""
         qkv = self.qkv(x).unflatten(-1, (self.num_heads + 2 * self.num_kv_heads, self.head_dim))
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
@@ -74,7 +81,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.clip is not None:
             q, k, v = (part.clamp(-self.clip, self.clip) for part in (q, k, v))
-        gathered = step.attention.attend(q, k, v, cos, sin, k_pages, v_pages, self.variant, step.temperatures)
+        gathered = step.attention.attend(q, k, v, cos, sin, pages, self.variant, step.temperatures)
         return gathered.flatten(1)
 
     def weights(self, prefix: str, names: TensorNames) -> Targets:
@@ -155,13 +162,11 @@ class DecoderLayer(nn.Module):
         self.residual_from_norm, self.residual_scale = spec.residual_from_norm, spec.residual_scale
         self.spec = spec
 
-    def attend(
-        self, residual: Tensor, update: Tensor, k_pages: Tensor, v_pages: Tensor, step: StepTensors
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, residual: Tensor, update: Tensor, pages: LayerPages, step: StepTensors) -> tuple[Tensor, Tensor]:
         """residual, update: [T, hidden]. Returns their sum and what attention gathered, [T, Hq * D]."""
         residual = residual + update
         normed = residual if self.input_norm is None else self.input_norm(residual)
-        gathered = self.attention(normed, k_pages, v_pages, step)
+        gathered = self.attention(normed, pages, step)
         return normed if self.residual_from_norm else residual, gathered
 
     def feed_forward(self, residual: Tensor, gathered: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -91,6 +91,7 @@ def decisions(config: EngineConfig, launch: LaunchConfig, ready: Ready) -> list[
             f"{spec.weight_bytes(launch.dtype) / 2**20:.0f} MiB",
             f"{spec.num_parameters:,} parameters in {launch.dtype}",
         ),
+        Decision("keys and values", launch.kv_format, _asked(config.kv_cache_dtype != "auto") or "kept as computed"),
         Decision(
             "KV cache",
             f"{worker.num_pages} pages, {worker.page_bytes * worker.num_pages / 2**20:.0f} MiB",

@@ -24,7 +24,10 @@ Command = Callable[..., None]
 
 PANELS = {
     "Model": ("model", "revision", "tokenizer", "chat_template", "load_format", "dtype", "max_model_len", "seed"),
-    "Device and memory": ("device", "memory_fraction", "num_pages", "page_size", "attention", "cpu_threads"),
+    "Device and memory": (
+        *("device", "memory_fraction", "kv_cache_dtype", "num_pages", "page_size"),
+        *("attention", "cpu_threads"),
+    ),
     "Scheduling": (
         *("objective", "token_budget", "max_num_seqs", "itl_target_ms", "ttft_target_ms", "tpot_target_ms"),
         "step_times",

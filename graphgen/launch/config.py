@@ -24,7 +24,7 @@ from graphgen.capture.buckets import MIN_TOKEN_BUDGET, slots_for
 from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.ggp.messages import SamplingDefaults
 from graphgen.ipc.messages import ObjectiveName
-from graphgen.models.spec import ModelSpec
+from graphgen.models.spec import Latent, ModelSpec, kv_format
 
 LAUNCH_FILE = "launch.msgpack"
 
@@ -57,6 +57,11 @@ class EngineConfig(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords):
     """auto, cpu, cuda or cuda:N. auto: CUDA where a GPU and a CUDA build of torch are present, else the CPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: float32 on the CPU; on CUDA the checkpoint's, bfloat16 if that is float32."""
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8"] = "auto"
+    """How keys and values are kept. fp8: in half the memory of bfloat16, so that a cache holds twice the tokens and a
+    step reads half the bytes; on a GPU it needs compute capability 8.9. int8: the same for any device, with a scale for
+    each position and head. A dtype: as computed, it must be that of `dtype`. auto: fp8 where the checkpoint asks for
+    it, else as computed."""
     max_model_len: int | None = None
     """Longest prompt and output together, in tokens. None: the model's own limit."""
     max_num_seqs: int = 256
@@ -159,6 +164,7 @@ class EngineSettings(TypedDict, total=False):
     generation_config: Literal["auto", "none"]
     device: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8"]
     max_model_len: int | None
     max_num_seqs: int
     token_budget: int | None
@@ -207,6 +213,7 @@ class LaunchConfig(Struct, frozen=True, kw_only=True):
     sampling_defaults: SamplingDefaults  # of requests that state no values
     device: str  # "cpu", "cuda" or "cuda:N"
     dtype: str  # "float32", "bfloat16" or "float16"
+    kv_format: str  # how keys and values are kept: the dtype, "fp8" or "int8"
     attention: str  # "auto", "flashinfer" or "torch"
     compile: bool
     load_format: str
@@ -263,13 +270,15 @@ def resolve(
     spec = spec.within(max_model_len)
     compiles = on_cuda if config.compile is None else config.compile
     _check_num_pages(config.num_pages, page_size, min(token_budget, max_model_len))
+    dtype = _resolve_dtype(config, spec, on_cuda)
     return LaunchConfig(
         model_path=str(model_path),
         spec=spec.padded() if on_cuda and config.attention != "torch" else spec,
         eos_token_ids=tuple(spec.eos_token_ids),
         sampling_defaults=sampling_defaults,
         device=device,
-        dtype=_resolve_dtype(config, spec, on_cuda),
+        dtype=dtype,
+        kv_format=_resolve_kv_format(config, spec, dtype),
         attention=config.attention,
         compile=compiles,
         load_format=config.load_format,
@@ -349,6 +358,21 @@ def _resolve_dtype(config: EngineConfig, spec: ModelSpec, on_cuda: bool) -> str:
     if not on_cuda:
         return "float32"
     return spec.dtype if spec.dtype == "bfloat16" or (spec.dtype == "float16" and spec.float16) else "bfloat16"
+
+
+def _resolve_kv_format(config: EngineConfig, spec: ModelSpec, dtype: str) -> str:
+    chosen = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    if not kv_format(chosen).quantised and chosen != dtype:
+        raise ConfigError(
+            f"kv_cache_dtype is {chosen!r}, dtype is {dtype!r}: keys and values are kept as they are computed"
+            ' ("auto") or quantised ("fp8", "int8")'
+        )
+    if kv_format(chosen).quantised and any(isinstance(layer.mixer, Latent) for layer in spec.layers):
+        raise ConfigError(
+            f"kv_cache_dtype is {chosen!r}, this {spec.architecture} has latent attention, which keeps one latent for"
+            " all heads that is key and value in one: no kernel here reads it quantised, leave kv_cache_dtype out"
+        )
+    return chosen
 
 
 def _resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:

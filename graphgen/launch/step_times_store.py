@@ -44,6 +44,7 @@ class StepTimesKey(Struct, frozen=True, forbid_unknown_fields=True):
     cpu_threads: int | None  # None: all cores
     model: str  # architecture, layers x hidden size, digest of all that has to do with time
     dtype: str
+    kv_format: str  # how keys and values are kept
     attention: str  # backend and kernels
     compiled: bool
     page_size: int
@@ -60,6 +61,7 @@ class StepTimesKey(Struct, frozen=True, forbid_unknown_fields=True):
             cpu_threads=config.cpu_threads if config.device == "cpu" else None,
             model=_describe_shape(config.spec),
             dtype=config.dtype,
+            kv_format=config.kv_format,
             # Where the kernels were found is part of the description, and changes nothing once they are loaded.
             attention=re.sub(r", kernels[^)]*", "", ready.attention),
             compiled=ready.compiled,

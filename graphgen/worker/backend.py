@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from graphgen.ipc.errors import GraphgenError, UnsupportedModelError
+from graphgen.ipc.errors import ConfigError, GraphgenError, UnsupportedModelError
 from graphgen.ipc.messages import Bucket
 from graphgen.ipc.step_schema import StepBounds
 from graphgen.launch.config import LaunchConfig
@@ -17,6 +17,9 @@ from graphgen.models.attention.reference import TorchAttention
 from graphgen.models.attention.variant import AttentionVariant, Numbers, Scoring
 from graphgen.models.layers import variant_of
 from graphgen.models.spec import GQA, Latent, ModelSpec
+
+_LEAST_FP8 = (8, 9)
+"""Of compute capability: Triton converts e4m3 from there on."""
 
 
 def open_backend(
@@ -36,6 +39,7 @@ def open_backend(
                 f"attention is 'flashinfer', which needs CUDA, device is {device}: use attention='torch'"
             )
         return TorchAttention("the CPU has no other")
+    check_kv_format(config.kv_format, torch.cuda.get_device_capability(device))
     try:
         most = _Most(
             chunks=bounds.max_chunks,
@@ -49,6 +53,15 @@ def open_backend(
         if config.attention == "flashinfer":
             raise
         return TorchAttention(f"the fast kernels cannot be used: {error}")
+
+
+def check_kv_format(name: str, capability: tuple[int, int]) -> None:
+    """Raises ConfigError for keys and values that no kernel can read on a device of that compute capability."""
+    if name == "fp8" and capability < _LEAST_FP8:
+        raise ConfigError(
+            f"kv_cache_dtype is 'fp8', which needs compute capability {'.'.join(map(str, _LEAST_FP8))}, this device has"
+            f" {'.'.join(map(str, capability))}: use 'int8'"
+        )
 
 
 def attention_shape(config: LaunchConfig, dtype: torch.dtype) -> AttentionShape:

@@ -41,10 +41,11 @@ from graphgen.ipc.messages import (
 from graphgen.ipc.step_schema import MAX_SCORED_ROWS, PAGE_COPY_WORDS, WORD_BYTES, StepBounds, StepShape
 from graphgen.launch.config import LaunchConfig
 from graphgen.launch.tokenizer_file import TokenizerPart
-from graphgen.models.kv_cache import KVCache, bytes_per_page
+from graphgen.models.kv_cache import KVCache, bytes_per_page, plain_bytes_per_page
 from graphgen.models.loader import load_decoder
 from graphgen.models.page_layout import page_layout
 from graphgen.models.sampling import ROW_WIDTH, make_sampler, pack_slot
+from graphgen.models.spec import kv_format
 from graphgen.worker.backend import open_backend
 from graphgen.worker.background import Background, prepare_first_use
 from graphgen.worker.bias_copies import BiasCopies
@@ -305,7 +306,18 @@ class ModelRunner:
         self._phases.append(Phase(name, time.monotonic() - begun_s))
 
     def _open_kv_cache(self, num_pages: int, dtype: torch.dtype) -> KVCache:
-        return KVCache(self._config.spec, num_pages, self._config.page_size, dtype, self._device, self._page_layout)
+        config = self._config
+        return KVCache(
+            config.spec,
+            num_pages,
+            config.page_size,
+            dtype,
+            self._device,
+            self._page_layout,
+            kept_as=config.kv_format,
+            head_scales=self._decoder.head_scales,
+            with_plain=self._needs_plain_pages,
+        )
 
     def _step_maker(self, kv_cache: KVCache) -> Callable[[StepShape], Step]:
         """What makes the step of any shape over this cache; all of them share their slots."""
@@ -348,6 +360,8 @@ class ModelRunner:
         if config.num_pages is not None:
             return config.num_pages
         page_bytes, step_bytes = self._page_bytes, 0
+        if self._needs_plain_pages:
+            page_bytes += plain_bytes_per_page(config.spec, config.page_size, dtype)
         if self._device.type == "cuda":
             step_bytes = peak_bytes_of(self._device, lambda: self._run_once(self._buckets[-1]))
         return pages_that_fit(
@@ -366,7 +380,12 @@ class ModelRunner:
     @property
     def _page_bytes(self) -> int:
         config = self._config
-        return bytes_per_page(config.spec, self._page_layout, config.page_size, getattr(torch, config.dtype))
+        return bytes_per_page(config.spec, self._page_layout, config.page_size, config.kv_format)
+
+    @property
+    def _needs_plain_pages(self) -> bool:
+        """Whether chunks are computed by a kernel that reads no quantised pages."""
+        return kv_format(self._config.kv_format).quantised and self._backend.needs_plain_pages
 
 
 def _widest(buckets: Sequence[Bucket]) -> Bucket:

@@ -19,7 +19,6 @@ from statistics import median_low
 from typing import TypeVar
 
 import msgspec
-import torch
 from msgspec import Struct
 
 from graphgen.ipc.codec import pack_int32
@@ -173,25 +172,12 @@ def open_timer(runner: ModelRunner, config: LaunchConfig, reach: Places) -> Iter
     timer = StepTimer(runner, config, ready.buckets)
     entries = _deal_pages(config, ready, reach, timer.widest_chunk)
     num_used = min(ready.num_pages, len(entries) // NEW_PAGE_WORDS)
-    tensors = (*runner.kv_cache.k_pages, *runner.kv_cache.v_pages)
-
-    def fill() -> None:
-        noise = torch.empty_like(tensors[0][0])
-        noise.normal_(generator=torch.Generator(noise.device).manual_seed(0))
-        for pages in tensors:
-            pages[:num_used].copy_(noise)
-
-    def clear() -> None:
-        for pages in tensors:
-            pages[:num_used].zero_()
-            pages[runner.kv_cache.trash_page].zero_()
-
-    runner.run_between_steps(fill)
+    runner.run_between_steps(lambda: runner.kv_cache.fill_with_noise(num_used))
     _enter_pages(runner, config, ready, entries)
     try:
         yield timer
     finally:
-        runner.run_between_steps(clear)
+        runner.run_between_steps(lambda: runner.kv_cache.clear(num_used))
         runner.restart_counters()
 
 

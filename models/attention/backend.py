@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from torch import Tensor
 
+from graphgen.models.attention.pages import LayerPages
 from graphgen.models.attention.tables import RowTables
 from graphgen.models.attention.variant import AttentionVariant
 
@@ -34,16 +35,15 @@ class StepAttention(Protocol):
         v: Tensor,
         cos: Tensor,
         sin: Tensor,
-        k_pages: Tensor,
-        v_pages: Tensor,
+        pages: LayerPages,
         variant: AttentionVariant,
         temperatures: Tensor | None = None,
     ) -> Tensor:
         """Attention of every row over its own positions, [T, Hq, D]; padded prefill rows are zero.
 
         q: [T, Hq, D]. k, v: [T, Hkv, D]. cos, sin: [T, D], by which q and k are rotated first; k and v are then
-        written to the pages. k_pages, v_pages: [pages, page_size, Hkv, D]. variant: the layer's. temperatures: [T]
-        float32, by which the rotated q is multiplied. Softmax in float32.
+        stored in the pages, from which every row reads them, its own too. pages, variant: the layer's. temperatures:
+        [T] float32, by which the rotated q is multiplied. Softmax in float32.
         """
         ...
 
@@ -65,6 +65,7 @@ class AttentionBackend(Protocol):
     name: str  # as EngineConfig.attention names it
     description: str  # for people
     late_import: str | None  # the package that `load_kernels` imports first, which takes a while
+    needs_plain_pages: bool  # its chunks read no quantised pages, see LayerPages
     runs_fused_layers: bool  # False: the plain layers alone, as a reference for others
 
     def load_kernels(self) -> None: ...

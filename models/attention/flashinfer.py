@@ -37,6 +37,8 @@ from graphgen.models.attention.libraries import (
     load_libraries,
     package_to_load,
 )
+from graphgen.models.attention.pages import LayerPages
+from graphgen.models.attention.plain_pages import fill_plain_pages
 from graphgen.models.attention.planned import PlannedRegion, PlannedTensors, run_planned
 from graphgen.models.attention.row_tiles import Rows, TileShape, TileTensors, attend_in_tiles
 from graphgen.models.attention.row_tiles import open_workspace as open_tiles
@@ -78,6 +80,7 @@ class FlashInferAttention:
         self._kernels = torch.tensor([prefill, decode], dtype=torch.int64)
         self._libraries = needed_libraries(shape, (prefill, decode))
         self._folder = KernelFolder.of(arch_of(capability))
+        self.needs_plain_pages = isinstance(self._prefill, PlannedRegion)
         self.late_import: str | None = package_to_load(self._libraries, self._folder)
         self.description = f"flashinfer (prefill {prefill.name}, decode {decode.name})"
 
@@ -196,14 +199,13 @@ class FlashInferStep(NamedTuple):
         v: Tensor,
         cos: Tensor,
         sin: Tensor,
-        k_pages: Tensor,
-        v_pages: Tensor,
+        pages: LayerPages,
         variant: AttentionVariant,
         temperatures: Tensor | None = None,
     ) -> Tensor:
         """See StepAttention."""
         planned = self.kernels, [*self.prefill], [*self.decode]
-        result: Tensor = _operator(q, k, v, cos, sin, k_pages, v_pages, *self.tables, *planned, *variant, temperatures)
+        result: Tensor = _operator(q, k, v, cos, sin, *pages, *self.tables, *planned, *variant, temperatures)
         return result
 
     def attend_latent(
@@ -221,6 +223,10 @@ def _paged_attention(
     sin: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    k_plain: Tensor | None,
+    v_plain: Tensor | None,
     kv_locations: Tensor,
     chunk_starts: Tensor,
     chunk_kv_lens: Tensor,
@@ -237,6 +243,7 @@ def _paged_attention(
 ) -> Tensor:
     prefill_kernel, decode_kernel = (Kernel(number) for number in kernels.tolist())
     scoring = Scoring(Numbers.unpacked(numbers), sinks, alibi_slopes)
+    pages = LayerPages(k_pages, v_pages, k_scales, v_scales, k_plain, v_plain)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     split = q.shape[0] - decode_kv_lens.shape[0]
     chunks = ChunkRows(
@@ -244,19 +251,19 @@ def _paged_attention(
     )
     decodes = DecodeRows(decode_kv_lens, decode_pages, decode_kernel, _DECODE_TENSORS[decode_kernel](*decode))
     if not split and decode_kernel is Kernel.SPLIT_KV:
-        _run_decode(q, out, k_pages, v_pages, decodes, scoring, FreshRows(k, v, cos, sin, temperatures))
+        _run_decode(q, out, pages, decodes, scoring, FreshRows(k, v, cos, sin, temperatures))
         return out
-    q = rotate_and_store(q, k, v, cos, sin, k_pages, v_pages, kv_locations, out, temperatures, can_chain())
+    q = rotate_and_store(q, k, v, cos, sin, pages, kv_locations, out, temperatures, can_chain())
     if not split:
-        _run_decode(q, out, k_pages, v_pages, decodes, scoring)
+        _run_decode(q, out, pages, decodes, scoring)
         return out
 
     def prefill_rows() -> None:
-        _run_prefill(q[:split], out[:split], k_pages, v_pages, chunks, scoring)
+        _run_prefill(q[:split], out[:split], pages, chunks, scoring)
 
     def decode_rows() -> None:
         if split < q.shape[0]:
-            _run_decode(q[split:], out[split:], k_pages, v_pages, decodes, scoring)
+            _run_decode(q[split:], out[split:], pages, decodes, scoring)
 
     run_beside(prefill_rows, decode_rows)
     return out
@@ -270,12 +277,17 @@ class ChunkRows(NamedTuple):
     tensors: PrefillTensors
 
 
-def _run_prefill(q: Tensor, out: Tensor, k_pages: Tensor, v_pages: Tensor, chunks: ChunkRows, scoring: Scoring) -> None:
+def _run_prefill(q: Tensor, out: Tensor, pages: LayerPages, chunks: ChunkRows, scoring: Scoring) -> None:
     match chunks.tensors:
         case TileTensors() as workspace:
-            shape = TileShape(q.shape[1], k_pages.shape[2], q.shape[2], 0)
-            attend_in_tiles(q, out, k_pages, v_pages, chunks.rows, shape, workspace, scoring)
+            shape = TileShape(q.shape[1], pages.k.shape[2], q.shape[2], 0)
+            attend_in_tiles(q, out, pages, chunks.rows, shape, workspace, scoring)
         case PlannedTensors() as planned:
+            k_pages, v_pages = pages.k, pages.v
+            if pages.k_plain is not None and pages.v_plain is not None:
+                window = scoring.numbers.window
+                fill_plain_pages(pages, chunks.rows, planned.page_starts, planned.flat_pages, window)
+                k_pages, v_pages = pages.k_plain, pages.v_plain
             run_planned(chunks.kernel, q, out, k_pages, v_pages, planned, scoring)
 
 
@@ -291,8 +303,7 @@ class DecodeRows(NamedTuple):
 def _run_decode(
     q: Tensor,
     out: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: LayerPages,
     rows: DecodeRows,
     scoring: Scoring,
     fresh: FreshRows | None = None,
@@ -300,17 +311,22 @@ def _run_decode(
     """fresh: see split_kv_attention; the other kernels find keys and values in their pages."""
     match rows.tensors:
         case SplitKvTensors() as workspace:
-            split_kv_attention(
-                q, out, k_pages, v_pages, rows.pages, rows.kv_lens, workspace, scoring, fresh, chained=can_chain()
-            )
+            split_kv_attention(q, out, pages, rows.pages, rows.kv_lens, workspace, scoring, fresh, chained=can_chain())
         case XqaTensors() as workspace:
-            _run_xqa(q, out, k_pages, v_pages, rows, workspace, scoring)
+            _run_xqa(q, out, _plain(pages, rows.kernel), rows, workspace, scoring)
         case PlannedTensors() as planned:
-            run_planned(rows.kernel, q, out, k_pages, v_pages, planned, scoring)
+            run_planned(rows.kernel, q, out, *_plain(pages, rows.kernel), planned, scoring)
+
+
+def _plain(pages: LayerPages, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """Of a kernel that is here for comparison."""
+    if pages.k_scales is not None:
+        raise ConfigError(f"{kernel.name} reads no quantised pages for decode rows: use SPLIT_KV")
+    return pages.k, pages.v
 
 
 def _run_xqa(
-    q: Tensor, out: Tensor, k_pages: Tensor, v_pages: Tensor, rows: DecodeRows, workspace: XqaTensors, scoring: Scoring
+    q: Tensor, out: Tensor, kv: tuple[Tensor, Tensor], rows: DecodeRows, workspace: XqaTensors, scoring: Scoring
 ) -> None:
     from flashinfer.xqa import xqa
 
@@ -318,15 +334,14 @@ def _run_xqa(
         raise ConfigError(f"XQA, which is here for comparison, has no {Scores.of(scoring)}: use SPLIT_KV")
     xqa(
         q.unsqueeze(1),
-        k_pages,
-        v_pages,
+        *kv,
         rows.pages,
         rows.kv_lens.view(torch.uint32).unsqueeze(1),
         out.unsqueeze(1),
         workspace.scratch,
         workspace.semaphores,
-        k_pages.shape[2],
-        k_pages.shape[1],
+        kv[0].shape[2],
+        kv[0].shape[1],
         q_scale=scoring.numbers.scale * q.shape[2] ** 0.5,  # the kernel divides by the square root of the head size
         sliding_win_size=scoring.numbers.window,
         enable_pdl=True,
@@ -341,7 +356,8 @@ def _result_like(q: Tensor, *_: object) -> Tensor:
 _library = torch.library.Library("graphgen", "FRAGMENT")
 _library.define(
     "paged_attention_flashinfer(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor k_pages, "
-    "Tensor v_pages, Tensor kv_locations, Tensor chunk_starts, Tensor chunk_kv_lens, Tensor chunk_pages, "
+    "Tensor v_pages, Tensor? k_scales, Tensor? v_scales, Tensor? k_plain, Tensor? v_plain, Tensor kv_locations, "
+    "Tensor chunk_starts, Tensor chunk_kv_lens, Tensor chunk_pages, "
     "Tensor decode_kv_lens, Tensor decode_pages, Tensor kernels, Tensor[] prefill, Tensor[] decode, "
     "Tensor numbers, Tensor? sinks, Tensor? alibi_slopes, Tensor? temperatures) -> Tensor"
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 from graphgen.ipc.errors import ConfigError, UnsupportedModelError
 from graphgen.models.attention.backend import Words
 from graphgen.models.attention.beside import run_beside
+from graphgen.models.attention.pages import LayerPages
 from graphgen.models.attention.row_tiles import Rows, TileShape, TileTensors, attend_in_tiles, open_workspace
 from graphgen.models.attention.tables import RowTables
 from graphgen.models.attention.variant import AttentionVariant, Numbers, Scoring
@@ -40,6 +41,7 @@ class LatentTiles:
     name = "flashinfer"  # the choice that it is part of
     description = "row tiles of latent attention (graphgen's own, in Triton)"
     late_import: str | None = None
+    needs_plain_pages = False
     runs_fused_layers = True
 
     def __init__(
@@ -81,8 +83,7 @@ class LatentStep(NamedTuple):
         v: Tensor,
         cos: Tensor,
         sin: Tensor,
-        k_pages: Tensor,
-        v_pages: Tensor,
+        pages: LayerPages,
         variant: AttentionVariant,
         temperatures: Tensor | None = None,
     ) -> Tensor:
@@ -119,15 +120,16 @@ def latent_attention(
     scoring = Scoring(Numbers.unpacked(numbers))
     out = q.new_empty(num_rows, num_heads, value_size)
     split = num_rows - decode_kv_lens.shape[0]
+    of_both = LayerPages(pages, pages)
     of_chunks, of_decodes = TileTensors(*workspaces[:2]), TileTensors(*workspaces[2:])
 
     def chunks() -> None:
         rows = Rows(chunk_starts, chunk_kv_lens, chunk_pages)
-        attend_in_tiles(q[:split], out[:split], pages, pages, rows, shape, of_chunks, scoring)
+        attend_in_tiles(q[:split], out[:split], of_both, rows, shape, of_chunks, scoring)
 
     def decodes() -> None:
         rows = Rows(None, decode_kv_lens, decode_pages)
-        attend_in_tiles(q[split:], out[split:], pages, pages, rows, shape, of_decodes, scoring)
+        attend_in_tiles(q[split:], out[split:], of_both, rows, shape, of_decodes, scoring)
 
     if not split:
         decodes()

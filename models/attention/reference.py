@@ -23,14 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphgen.models.attention.backend import Words
+from graphgen.models.attention.pages import LayerPages, store, take
 from graphgen.models.attention.tables import RowTables
 from graphgen.models.attention.variant import AttentionVariant, Numbers, Scoring
 from graphgen.models.rope import rotate
 
 _SCHEMA = (
     "paged_attention_torch(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor k_pages, Tensor v_pages,"
-    " Tensor kv_locations, Tensor chunk_starts, Tensor chunk_kv_lens, Tensor chunk_pages, Tensor decode_kv_lens,"
-    " Tensor decode_pages, Tensor numbers, Tensor? sinks, Tensor? alibi_slopes, Tensor? temperatures) -> Tensor"
+    " Tensor? k_scales, Tensor? v_scales, Tensor kv_locations, Tensor chunk_starts, Tensor chunk_kv_lens,"
+    " Tensor chunk_pages, Tensor decode_kv_lens, Tensor decode_pages, Tensor numbers, Tensor? sinks,"
+    " Tensor? alibi_slopes, Tensor? temperatures) -> Tensor"
 )
 _LATENT_SCHEMA = (
     "latent_attention_torch(Tensor q, Tensor row, Tensor pages, Tensor kv_locations, Tensor chunk_starts,"
@@ -51,6 +53,8 @@ def paged_attention(
     sin: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     kv_locations: Tensor,
     chunk_starts: Tensor,
     chunk_kv_lens: Tensor,
@@ -62,15 +66,16 @@ def paged_attention(
     alibi_slopes: Tensor | None,
     temperatures: Tensor | None,
 ) -> Tensor:
-    """See StepAttention.attend, RowTables and AttentionVariant."""
+    """See StepAttention.attend, LayerPages, RowTables and AttentionVariant."""
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     if temperatures is not None:
         q = (q * temperatures[:, None, None]).to(q.dtype)
-    write_kv(k_pages, v_pages, k, v, kv_locations)
+    pages = LayerPages(k_pages, v_pages, k_scales, v_scales)
+    write_kv(pages, k, v, kv_locations)
     tables = RowTables(kv_locations, chunk_starts, chunk_kv_lens, chunk_pages, decode_kv_lens, decode_pages)
     scoring = Scoring(Numbers.unpacked(numbers), sinks, alibi_slopes)
     run = _live_rows if q.device.type == "cpu" else all_rows
-    return run(q, k_pages, v_pages, tables, scoring)
+    return run(q, pages, tables, scoring)
 
 
 def latent_attention(
@@ -91,41 +96,37 @@ def latent_attention(
     pages.flatten(0, 1).index_copy_(0, kv_locations, row[:, None].to(pages.dtype))
     tables = RowTables(kv_locations, chunk_starts, chunk_kv_lens, chunk_pages, decode_kv_lens, decode_pages)
     run = _live_rows if q.device.type == "cpu" else all_rows
-    return run(q, pages, pages, tables, Scoring(Numbers.unpacked(numbers)))[..., :value_size].contiguous()
+    return run(q, LayerPages(pages, pages), tables, Scoring(Numbers.unpacked(numbers)))[..., :value_size].contiguous()
 
 
-def write_kv(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, kv_locations: Tensor) -> None:
+def write_kv(pages: LayerPages, k: Tensor, v: Tensor, kv_locations: Tensor) -> None:
     """Puts row t of k and v at position kv_locations[t] of the page pool."""
-    k_pages.flatten(0, 1).index_copy_(0, kv_locations, k.to(k_pages.dtype))
-    v_pages.flatten(0, 1).index_copy_(0, kv_locations, v.to(v_pages.dtype))
+    store(pages.k, pages.k_scales, k, kv_locations)
+    store(pages.v, pages.v_scales, v, kv_locations)
 
 
 # --- the CPU: only what is live ---
 
 
-def _live_rows(q: Tensor, k_pages: Tensor, v_pages: Tensor, tables: RowTables, scoring: Scoring) -> Tensor:
+def _live_rows(q: Tensor, pages: LayerPages, tables: RowTables, scoring: Scoring) -> Tensor:
     out = torch.zeros(q.shape, dtype=q.dtype)
     starts: list[int] = tables.chunk_starts.tolist()
     for chunk, kv_len in enumerate(tables.chunk_kv_lens.tolist()):
         first, last = starts[chunk], starts[chunk + 1]
         if first < last:
-            pages = tables.chunk_pages[chunk]
-            _one_chunk(out[first:last], q[first:last], k_pages, v_pages, pages, kv_len, scoring)
+            _one_chunk(out[first:last], q[first:last], pages, tables.chunk_pages[chunk], kv_len, scoring)
     split = q.shape[0] - tables.decode_kv_lens.shape[0]
-    _decode_rows(out[split:], q[split:], k_pages, v_pages, tables.decode_kv_lens, tables.decode_pages, scoring)
+    _decode_rows(out[split:], q[split:], pages, tables.decode_kv_lens, tables.decode_pages, scoring)
     return out
 
 
-def _one_chunk(
-    out: Tensor, q: Tensor, k_pages: Tensor, v_pages: Tensor, pages: Tensor, kv_len: int, scoring: Scoring
-) -> None:
-    """out, q: [rows, Hq, D], the last `rows` positions of the kv_len that `pages` hold."""
-    num_rows, page_size = q.shape[0], k_pages.shape[1]
+def _one_chunk(out: Tensor, q: Tensor, pages: LayerPages, block_table: Tensor, kv_len: int, scoring: Scoring) -> None:
+    """out, q: [rows, Hq, D], the last `rows` positions of the kv_len that the block table's pages hold."""
+    num_rows, page_size = q.shape[0], pages.k.shape[1]
     first_page = scoring.numbers.first_seen(kv_len - num_rows) // page_size
     begin = first_page * page_size
-    pages = pages[first_page : -(-kv_len // page_size)]
-    keys = k_pages.index_select(0, pages).flatten(0, 1)[: kv_len - begin]
-    values = v_pages.index_select(0, pages).flatten(0, 1)[: kv_len - begin]
+    taken = _taken(pages, block_table[first_page : -(-kv_len // page_size)], q.dtype)
+    keys, values = (part.flatten(0, 1)[: kv_len - begin] for part in taken)
     own, positions = torch.arange(kv_len - num_rows, kv_len), torch.arange(begin, kv_len)
     if not scoring.only_masks:
         for block in range(0, num_rows, _BLOCK_ROWS):
@@ -146,16 +147,15 @@ def _one_chunk(
 
 
 def _decode_rows(
-    out: Tensor, q: Tensor, k_pages: Tensor, v_pages: Tensor, kv_lens: Tensor, pages: Tensor, scoring: Scoring
+    out: Tensor, q: Tensor, pages: LayerPages, kv_lens: Tensor, block_tables: Tensor, scoring: Scoring
 ) -> None:
     """out, q: [R, Hq, D]. Rows of similar length share a batch, at most half of which is padding."""
-    page_size, num_kv_heads, head_dim = k_pages.shape[1:]
+    page_size, num_kv_heads, head_dim = pages.k.shape[1:]
     for rows, num_pages in _rows_of_similar_length(kv_lens, page_size):
         index = torch.tensor(rows)
         lens = kv_lens[index][:, None]
         positions = torch.arange(num_pages * page_size)
-        taken = pages[index, :num_pages].flatten()
-        keys, values = k_pages.index_select(0, taken), v_pages.index_select(0, taken)
+        keys, values = _taken(pages, block_tables[index, :num_pages].flatten(), q.dtype)
         # Past a row's length lies whatever the page held before; a weight of zero does not silence a NaN.
         past_end = (positions >= lens).flatten().nonzero().flatten()
         keys.flatten(0, 1).index_fill_(0, past_end, 0)
@@ -171,6 +171,11 @@ def _decode_rows(
         else:
             mixed = _attend(q[index][:, None], keys, values, lens - 1, positions, scoring)
         out[index] = mixed.reshape(len(rows), -1, head_dim)
+
+
+def _taken(pages: LayerPages, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values of pages, [N, page_size, Hkv, D] each."""
+    return take(pages.k, pages.k_scales, index, dtype), take(pages.v, pages.v_scales, index, dtype)
 
 
 def _rows_of_similar_length(kv_lens: Tensor, page_size: int) -> Iterator[tuple[list[int], int]]:
@@ -189,7 +194,7 @@ def _rows_of_similar_length(kv_lens: Tensor, page_size: int) -> Iterator[tuple[l
 # --- devices with graphs: static shapes, no wait ---
 
 
-def all_rows(q: Tensor, k_pages: Tensor, v_pages: Tensor, tables: RowTables, scoring: Scoring) -> Tensor:
+def all_rows(q: Tensor, pages: LayerPages, tables: RowTables, scoring: Scoring) -> Tensor:
     """Like `_live_rows` with shapes that follow from the arguments' shapes alone. Every chunk meets every
     row."""
     num_decode_rows = tables.decode_kv_lens.shape[0]
@@ -200,22 +205,22 @@ def all_rows(q: Tensor, k_pages: Tensor, v_pages: Tensor, tables: RowTables, sco
         first, last = tables.chunk_starts[chunk], tables.chunk_starts[chunk + 1]
         member = ((rows >= first) & (rows < last))[:, None, None]
         own = kv_len - last + rows
-        keys, values, positions = _gather(k_pages, v_pages, tables.chunk_pages[chunk], kv_len)
+        keys, values, positions = _gather(pages, tables.chunk_pages[chunk], kv_len)
         for block in range(0, num_prefill_rows, _BLOCK_ROWS):
             part = slice(block, min(block + _BLOCK_ROWS, num_prefill_rows))
             mixed = _attend(q[None, part], keys, values, own[None, part], positions, scoring)[0]
             out[part] = torch.where(member[part], mixed, out[part])
     for row, kv_len in enumerate(tables.decode_kv_lens, start=num_prefill_rows):
-        pages = tables.decode_pages[row - num_prefill_rows]
-        keys, values, positions = _gather(k_pages, v_pages, pages, kv_len)
+        block_table = tables.decode_pages[row - num_prefill_rows]
+        keys, values, positions = _gather(pages, block_table, kv_len)
         here = slice(row, row + 1)
         out[here] = _attend(q[None, here], keys, values, kv_len.view(1, 1) - 1, positions, scoring)[0]
     return out
 
 
-def _gather(k_pages: Tensor, v_pages: Tensor, pages: Tensor, kv_len: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gather(pages: LayerPages, block_table: Tensor, kv_len: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """All positions of a block table as [1, M * page_size, Hkv, D] float32, zero from kv_len on, and their numbers."""
-    keys, values = (pool[pages].flatten(0, 1).float() for pool in (k_pages, v_pages))
+    keys, values = (part.flatten(0, 1).float() for part in _taken(pages, block_table, torch.float32))
     positions = torch.arange(keys.shape[0], device=keys.device)
     past_end = (positions >= kv_len)[:, None, None]
     return keys.masked_fill(past_end, 0)[None], values.masked_fill(past_end, 0)[None], positions
@@ -294,13 +299,12 @@ class TorchStep(NamedTuple):
         v: Tensor,
         cos: Tensor,
         sin: Tensor,
-        k_pages: Tensor,
-        v_pages: Tensor,
+        pages: LayerPages,
         variant: AttentionVariant,
         temperatures: Tensor | None = None,
     ) -> Tensor:
         """See StepAttention."""
-        result: Tensor = _operator(q, k, v, cos, sin, k_pages, v_pages, *self.tables, *variant, temperatures)
+        result: Tensor = _operator(q, k, v, cos, sin, *pages[:4], *self.tables, *variant, temperatures)
         return result
 
     def attend_latent(
@@ -316,6 +320,7 @@ class TorchAttention:
 
     name = "torch"
     late_import: str | None = None
+    needs_plain_pages = False
     runs_fused_layers = False
 
     def __init__(self, reason: str) -> None:

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from graphgen.models.attention.pages import LayerPages
+from graphgen.models.attention.quantised import as_factor, product_dtype
 from graphgen.models.attention.split_kv import bent, num_splits
 from graphgen.models.attention.variant import Scoring
 
@@ -62,6 +64,8 @@ def _tile_kernel(
     segment: "int | None",
     sinks: "tl.tensor | None",
     alibi_slopes: "tl.tensor | None",
+    k_scales: "tl.tensor | None",
+    v_scales: "tl.tensor | None",
     GROUP: tl.constexpr,
     D: tl.constexpr,
     REST: tl.constexpr,
@@ -71,12 +75,14 @@ def _tile_kernel(
     REQUESTS: tl.constexpr,
     SPLIT: tl.constexpr,
     ONE_ROW: tl.constexpr,
+    NUMBERS: tl.constexpr,
 ) -> None:
     """ONE_ROW: each request has one row, and `starts` is not read. REST: elements of a key behind the D that are its
     value too, which v_pages then are not read for; 0 where values lie in pages of their own. SPLIT: parts are stored
-    for _sum_kernel, also where there is one."""
+    for _sum_kernel, also where there is one. NUMBERS: the dtype of products with quantised pages."""
     head, split = tl.program_id(1), tl.program_id(2)
     num_heads = tl.num_programs(1) * GROUP
+    BY_POSITION: tl.constexpr = k_pages.dtype.element_ty == tl.int8  # whether scales are of positions or of heads
     lanes = tl.arange(0, PAIRS)
     dims = tl.arange(0, D)
     if ONE_ROW:
@@ -132,6 +138,10 @@ def _tile_kernel(
     if REST:
         rest = D + tl.arange(0, REST)
         rest_of_queries = tl.load(q_rows + rest[None, :], live[:, None], other=0.0)
+    if k_scales is not None:
+        queries = as_factor(queries, NUMBERS)
+        if not BY_POSITION:
+            scale *= tl.load(k_scales + head)
     slopes = tl.load(alibi_slopes + heads, live, other=0.0) * _LOG2_E if alibi_slopes is not None else None
     peak = tl.full([PAIRS], _NOTHING, tl.float32)
     total = tl.zeros([PAIRS], tl.float32)
@@ -144,6 +154,8 @@ def _tile_kernel(
         # What no row of the tile sees may be anything: a weight of zero times NaN is NaN.
         there = ((positions <= newest) & (positions >= first_position))[:, None]
         keys = tl.load(k_pages + places[:, None] + dims[None, :], there, other=0.0)
+        if k_scales is not None:
+            keys = keys.to(NUMBERS)
         scores = tl.dot(queries, tl.trans(keys))
         if REST:
             rest_of_keys = tl.load(k_pages + places[:, None] + rest[None, :], there, other=0.0)
@@ -151,6 +163,11 @@ def _tile_kernel(
             values = keys
         else:
             values = tl.load(v_pages + places[:, None] + dims[None, :], there, other=0.0)
+        if k_scales is not None:
+            values = values.to(NUMBERS)
+            if BY_POSITION:
+                numbers = ((page * PAGE + positions % PAGE) * tl.num_programs(1) + head)[:, None]
+                scores *= tl.trans(tl.load(k_scales + numbers, there, other=0.0))
         distances = positions[None, :] - own[:, None]
         scores = bent(scores * scale, softcap, slopes, distances)
         seen = (distances <= 0) & (distances > -reach)
@@ -162,8 +179,12 @@ def _tile_kernel(
         weights = tl.exp2(scores - new_peak[:, None])
         shrink = tl.exp2(peak - new_peak)
         total = total * shrink + tl.sum(weights, 1)
+        if k_scales is not None and BY_POSITION:
+            weights *= tl.trans(tl.load(v_scales + numbers, there, other=0.0))
         mixed = tl.dot(weights.to(values.dtype), values, mixed * shrink[:, None])
         peak = new_peak
+    if k_scales is not None and not BY_POSITION:
+        mixed *= tl.load(v_scales + head)
     if not SPLIT:
         if sinks is not None:
             total += tl.exp2(tl.load(sinks + heads, live, other=0.0) * _LOG2_E - peak)
@@ -297,8 +318,7 @@ def _is_hopper(device: torch.device) -> bool:
 def attend_in_tiles(
     q: Tensor,
     out: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: LayerPages,
     rows: Rows,
     shape: TileShape,
     workspace: TileTensors,
@@ -307,11 +327,11 @@ def attend_in_tiles(
     """Writes out [T, Hq, value_dim], the attention of T rows, each over the positions up to its own; zero in the rows
     behind the last request's.
 
-    q: [T, Hq, value_dim + rest_dim], rotated, any strides but 1 in the last dimension. out: contiguous. k_pages,
-    v_pages: [P, page_size, Hkv, the same] of one layout, page_size a power of two from 16; with a rest_dim values are
-    the beginnings of keys, and v_pages are not read. workspace: of this shape, for at least T rows.
+    q: [T, Hq, value_dim + rest_dim], rotated, any strides but 1 in the last dimension. out: contiguous. pages: k
+    and v of one layout, page_size a power of two from 16; with a rest_dim values are the beginnings of keys, v is not
+    read, and the pages are not quantised. workspace: of this shape, for at least T rows.
     """
-    num_rows, page_size, num_requests = q.shape[0], k_pages.shape[1], rows.kv_lens.shape[0]
+    num_rows, page_size, num_requests = q.shape[0], pages.k.shape[1], rows.kv_lens.shape[0]
     one_row = rows.starts is None
     tiling = _tiling(shape, one_row, is_hopper=q.is_cuda and _is_hopper(q.device))
     tiling = tiling._replace(block=min(tiling.block, page_size))
@@ -323,8 +343,8 @@ def attend_in_tiles(
     starts = rows.kv_lens if rows.starts is None else rows.starts
     _tile_kernel[(num_tiles, shape.num_kv_heads, splits)](
         q,
-        k_pages,
-        v_pages,
+        pages.k,
+        pages.v,
         starts,
         rows.kv_lens,
         rows.block_tables,
@@ -339,13 +359,15 @@ def attend_in_tiles(
         q.stride(0),
         q.stride(1),
         rows.block_tables.stride(0),
-        k_pages.stride(0),
-        k_pages.stride(1),
-        k_pages.stride(2),
+        pages.k.stride(0),
+        pages.k.stride(1),
+        pages.k.stride(2),
         softcap,
         numbers.segment or None,
         scoring.sinks,
         scoring.alibi_slopes,
+        pages.k_scales,
+        pages.v_scales,
         shape.group,
         shape.value_dim,
         shape.rest_dim,
@@ -355,6 +377,7 @@ def attend_in_tiles(
         max(32, triton.next_power_of_2(num_requests)),
         splits > 1,
         one_row,
+        product_dtype(q.dtype, pages.k.dtype),
         num_warps=tiling.num_warps,
         num_stages=3,
     )

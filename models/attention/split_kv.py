@@ -21,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from graphgen.models.attention.pages import LayerPages
+from graphgen.models.attention.quantised import as_factor, int8_scale, product_dtype, quantised
 from graphgen.models.attention.variant import Scoring
 from graphgen.models.chaining import launch_options
 
@@ -66,6 +68,20 @@ def bent(
     return scores
 
 
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _store_quantised(
+    place: "tl.tensor", scales: "tl.tensor", number: "tl.tensor", head: "tl.tensor", values: "tl.tensor"
+) -> None:
+    """values: [D] of one position and head, in the model's dtype. number: of both among all positions' heads."""
+    values = values.to(tl.float32)
+    if place.dtype.element_ty == tl.int8:
+        scale = int8_scale(tl.max(tl.abs(values), 0, keep_dims=True))
+        tl.store(scales + number + tl.arange(0, 1), scale)
+    else:
+        scale = tl.load(scales + head + tl.arange(0, 1))
+    tl.store(place, quantised(values, tl.broadcast_to(scale, values.shape), place.dtype.element_ty))
+
+
 @triton.jit(do_not_specialize=["least_blocks"])  # type: ignore[untyped-decorator]  # triton has no types
 def _split_kv_kernel(
     q: "tl.tensor",
@@ -99,6 +115,8 @@ def _split_kv_kernel(
     sinks: "tl.tensor | None",
     alibi_slopes: "tl.tensor | None",
     temperatures: "tl.tensor | None",
+    k_scales: "tl.tensor | None",
+    v_scales: "tl.tensor | None",
     GROUP: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
     D: tl.constexpr,
@@ -107,13 +125,16 @@ def _split_kv_kernel(
     SPLITS: tl.constexpr,
     FRESH: tl.constexpr,
     CHAINED: tl.constexpr,
+    NUMBERS: tl.constexpr,
 ) -> None:
-    """k, v, cos, sin: of the rows themselves; read if FRESH, where q comes as the model made it.
+    """k, v, cos, sin: of the rows themselves; read if FRESH, where q comes as the model made it. NUMBERS: the dtype of
+    products with quantised pages.
 
     From softcap on: what this layer has not is None, and no code is made for it. Scores are logarithms to base 2.
     """
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_kv_heads = tl.num_programs(1)
+    BY_POSITION: tl.constexpr = k_pages.dtype.element_ty == tl.int8  # whether scales are of positions or of heads
     kv_len = tl.load(kv_lens + row)
     first_position = tl.where(window > 0, tl.maximum(kv_len - window, 0), 0)
     if segment is not None:
@@ -144,7 +165,7 @@ def _split_kv_kernel(
         queries = _rotated(q_heads, dims[None, :], row_cos[None, :], row_sin[None, :], in_group, D // 2)
         if temperatures is not None:
             queries *= tl.load(temperatures + row)
-        queries = queries.to(k_pages.dtype.element_ty)
+        queries = queries.to(q.dtype.element_ty)
         if split == num_parts - 1:
             newest = kv_len - 1
             page = tl.load(block_tables + row.to(tl.int64) * table_stride + newest // PAGE).to(tl.int64)
@@ -152,8 +173,14 @@ def _split_kv_kernel(
             key = _rotated(
                 k + row.to(tl.int64) * k_stride + head * k_head_stride, dims, row_cos, row_sin, dims < D, D // 2
             )
-            tl.store(k_pages + place, key.to(k_pages.dtype.element_ty))
-            tl.store(v_pages + place, tl.load(v + row.to(tl.int64) * v_stride + head * v_head_stride + dims))
+            if k_scales is not None:
+                number = (page * PAGE + newest % PAGE) * num_kv_heads + head
+                value = tl.load(v + row.to(tl.int64) * v_stride + head * v_head_stride + dims)
+                _store_quantised(k_pages + place, k_scales, number, head, key.to(k.dtype.element_ty))
+                _store_quantised(v_pages + place, v_scales, number, head, value)
+            else:
+                tl.store(k_pages + place, key.to(k_pages.dtype.element_ty))
+                tl.store(v_pages + place, tl.load(v + row.to(tl.int64) * v_stride + head * v_head_stride + dims))
             tl.debug_barrier()  # stored before any thread of the program reads that page
     else:
         queries = tl.load(q_heads + dims[None, :], in_group, other=0.0)
@@ -161,6 +188,10 @@ def _split_kv_kernel(
         slopes = tl.load(alibi_slopes + head * GROUP + group, group < GROUP, other=0.0) * _LOG2_E
     else:
         slopes = None
+    if k_scales is not None:
+        queries = as_factor(queries, NUMBERS)
+        if not BY_POSITION:
+            scale *= tl.load(k_scales + head)
     peak = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, D], tl.float32)
@@ -172,15 +203,28 @@ def _split_kv_kernel(
         visible = (positions < kv_len) & (positions >= first_position)
         keys = tl.load(k_pages + base + places[None, :] + dims[:, None])
         distances = (positions - (kv_len - 1))[None, :]
-        scores = tl.where(visible[None, :], bent(tl.dot(queries, keys) * scale, softcap, slopes, distances), -1e30)
+        if k_scales is not None:
+            products = tl.dot(queries, keys.to(NUMBERS))
+            if BY_POSITION:
+                numbers = (page * PAGE + positions % PAGE) * num_kv_heads + head
+                products *= tl.load(k_scales + numbers, visible, other=0.0)[None, :]
+        else:
+            products = tl.dot(queries, keys)
+        scores = tl.where(visible[None, :], bent(products * scale, softcap, slopes, distances), -1e30)
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         weights = tl.exp2(scores - new_peak[:, None])
         shrink = tl.exp2(peak - new_peak)
         total = total * shrink + tl.sum(weights, 1)
         # What lies past the sequence may be anything: a weight of zero times NaN is NaN.
         values = tl.load(v_pages + base + places[:, None] + dims[None, :], visible[:, None], other=0.0)
+        if k_scales is not None:
+            values = values.to(NUMBERS)
+            if BY_POSITION:
+                weights *= tl.load(v_scales + numbers, visible, other=0.0)[None, :]
         mixed = tl.dot(weights.to(values.dtype), values, mixed * shrink[:, None])
         peak = new_peak
+    if k_scales is not None and not BY_POSITION:
+        mixed *= tl.load(v_scales + head)
     if CHAINED:
         gdc_launch_dependents()
     if num_parts == 1:
@@ -272,8 +316,7 @@ def num_splits(num_rows: int, num_kv_heads: int) -> tuple[int, int]:
 def split_kv_attention(
     q: Tensor,
     out: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: LayerPages,
     block_tables: Tensor,
     kv_lens: Tensor,
     workspace: SplitKvTensors,
@@ -285,12 +328,12 @@ def split_kv_attention(
 
     q: [R, Hq, D], any strides but 1 in the last dimension. fresh: the newest position of every row is not in its page
     yet; rotates q and k and writes k and v there. None: q is rotated and all is in the pages. out: contiguous.
-    k_pages, v_pages: [P, page_size, Hkv, D] of one layout, page_size a power of two from 16. block_tables: [R, M]
-    int32. kv_lens: [R] int32, at least 1. workspace: for at least R rows. chained: launch before the kernel ahead is
-    done, and wait inside (programmatic dependent launch; SM90 on).
+    pages: k and v of one layout, page_size a power of two from 16. block_tables: [R, M] int32. kv_lens: [R] int32, at
+    least 1. workspace: for at least R rows. chained: launch before the kernel ahead is done, and wait inside
+    (programmatic dependent launch; SM90 on).
     """
     num_rows, num_heads, head_dim = q.shape
-    page_size, num_kv_heads = k_pages.shape[1:3]
+    page_size, num_kv_heads = pages.k.shape[1:3]
     splits, least_blocks = num_splits(num_rows, num_kv_heads)
     group = num_heads // num_kv_heads
     k, v, cos, sin, temperatures = fresh or (q, q, q, q, None)  # without fresh rows nothing reads them
@@ -300,8 +343,8 @@ def split_kv_attention(
         scale, softcap = 2.0 * scale / numbers.softcap, math.log2(math.e) * numbers.softcap
     _split_kv_kernel[(splits, num_kv_heads, num_rows)](
         q,
-        k_pages,
-        v_pages,
+        pages.k,
+        pages.v,
         block_tables,
         kv_lens,
         out,
@@ -319,15 +362,17 @@ def split_kv_attention(
         v.stride(0),
         v.stride(1),
         block_tables.stride(0),
-        k_pages.stride(0),
-        k_pages.stride(1),
-        k_pages.stride(2),
+        pages.k.stride(0),
+        pages.k.stride(1),
+        pages.k.stride(2),
         least_blocks,
         softcap,
         numbers.segment or None,
         scoring.sinks,
         scoring.alibi_slopes,
         temperatures,
+        pages.k_scales,
+        pages.v_scales,
         group,
         triton.next_power_of_2(group),
         head_dim,
@@ -336,6 +381,7 @@ def split_kv_attention(
         splits,
         fresh is not None,
         chained,
+        product_dtype(q.dtype, pages.k.dtype),
         num_warps=4,
         num_stages=2,
         **launch_options(chained),

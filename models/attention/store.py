@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from graphgen.models.attention.pages import LayerPages
+from graphgen.models.attention.quantised import int8_scale, quantised
 from graphgen.models.chaining import launch_options
 
 
@@ -32,6 +34,32 @@ def _rotate(
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _store_quantised(
+    pages: "tl.tensor",
+    scales: "tl.tensor",
+    location: "tl.tensor",
+    heads: "tl.tensor",
+    offset: "tl.tensor",
+    first: "tl.tensor",
+    second: "tl.tensor",
+    mask: "tl.tensor",
+    HKV: tl.constexpr,
+    HALF: tl.constexpr,
+) -> None:
+    """Both halves of the heads of one row, rounded to the model's dtype. offset: where the first halves go."""
+    first, second = first.to(tl.float32), second.to(tl.float32)
+    if pages.dtype.element_ty == tl.int8:
+        peak = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))[:, None]
+        scale = int8_scale(peak)
+        tl.store(scales + location * HKV + heads, scale, heads < HKV)
+    else:
+        scale = tl.load(scales + heads, heads < HKV, other=1.0)
+    scale = tl.broadcast_to(scale, first.shape)
+    tl.store(pages + offset, quantised(first, scale, pages.dtype.element_ty), mask)
+    tl.store(pages + offset + HALF, quantised(second, scale, pages.dtype.element_ty), mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
 def _rotate_and_store_kernel(
     q: "tl.tensor",
     k: "tl.tensor",
@@ -43,6 +71,8 @@ def _rotate_and_store_kernel(
     v_pages: "tl.tensor",
     locations: "tl.tensor",
     attended: "tl.tensor",
+    k_scales: "tl.tensor | None",
+    v_scales: "tl.tensor | None",
     temperatures: "tl.tensor | None",
     trash_start: int,
     q_stride: int,
@@ -87,11 +117,17 @@ def _rotate_and_store_kernel(
     mask = (heads < HKV) & (half < HALF)
     first, second = _rotate(k + row * k_stride, heads, half, row_cos, row_sin, mask, k_head_stride, HALF)
     offset = (location * HKV + heads) * 2 * HALF + half
-    tl.store(k_pages + offset, first.to(k_pages.dtype.element_ty), mask)
-    tl.store(k_pages + offset + HALF, second.to(k_pages.dtype.element_ty), mask)
     source = v + row * v_stride + heads * v_head_stride + half
-    tl.store(v_pages + offset, tl.load(source, mask), mask)
-    tl.store(v_pages + offset + HALF, tl.load(source + HALF, mask), mask)
+    if k_scales is not None:
+        first, second = first.to(k.dtype.element_ty), second.to(k.dtype.element_ty)
+        _store_quantised(k_pages, k_scales, location, heads, offset, first, second, mask, HKV, HALF)
+        first, second = tl.load(source, mask, other=0.0), tl.load(source + HALF, mask, other=0.0)
+        _store_quantised(v_pages, v_scales, location, heads, offset, first, second, mask, HKV, HALF)
+    else:
+        tl.store(k_pages + offset, first.to(k_pages.dtype.element_ty), mask)
+        tl.store(k_pages + offset + HALF, second.to(k_pages.dtype.element_ty), mask)
+        tl.store(v_pages + offset, tl.load(source, mask), mask)
+        tl.store(v_pages + offset + HALF, tl.load(source + HALF, mask), mask)
     if CHAINED:
         gdc_launch_dependents()
 
@@ -102,20 +138,19 @@ def rotate_and_store(
     v: Tensor,
     cos: Tensor,
     sin: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: LayerPages,
     locations: Tensor,
     attended: Tensor,
     temperatures: Tensor | None,
     chained: bool,
 ) -> Tensor:
-    """The rotated q, [T, Hq, D] contiguous; rotated k and plain v are in the pages.
+    """The rotated q, [T, Hq, D] contiguous; rotated k and plain v are stored in the pages.
 
     attended, [T, Hq, D], becomes zero in the rows that write to the trash page, the last one: no attention kernel
     writes the padded rows behind the last chunk. temperatures: [T] float32, by which the rotated q is multiplied.
 
     q: [T, Hq, D]; k, v: [T, Hkv, D], any strides but 1 in the last dimension, D a power of two. cos, sin: [T, D]
-    contiguous. k_pages, v_pages: [P, page_size, Hkv, D]. locations: [T] int64. chained: launch before the kernel ahead
+    contiguous. locations: [T] int64. chained: launch before the kernel ahead
     is done, and wait inside (programmatic dependent launch; SM90 on).
     """
     num_rows, num_heads, head_dim = q.shape
@@ -128,12 +163,14 @@ def rotate_and_store(
         cos,
         sin,
         q_out,
-        k_pages,
-        v_pages,
+        pages.k,
+        pages.v,
         locations,
         attended,
+        pages.k_scales,
+        pages.v_scales,
         temperatures,
-        (k_pages.shape[0] - 1) * k_pages.shape[1],
+        (pages.k.shape[0] - 1) * pages.k.shape[1],
         q.stride(0),
         q.stride(1),
         k.stride(0),

@@ -12,6 +12,7 @@ Every field has one meaning in arithmetic. A trait without a field is refused wh
 
 from graphgen.models.spec.feed_forwards import Dense, Experts, FeedForward, Router
 from graphgen.models.spec.formats import LinearFormat
+from graphgen.models.spec.kv_formats import KVFormat, kv_format
 from graphgen.models.spec.mixers import GQA, Alibi, Latent, Mixer, QKNorm
 from graphgen.models.spec.model import Embedding, Head, Layer, ModelSpec
 from graphgen.models.spec.parts import DTYPE_BYTES, WHOLE, Norm, Shard, dtype_bytes
@@ -28,6 +29,7 @@ __all__ = [
     "Experts",
     "FeedForward",
     "Head",
+    "KVFormat",
     "Latent",
     "Layer",
     "LinearFormat",
@@ -41,4 +43,5 @@ __all__ = [
     "Shard",
     "Temperature",
     "dtype_bytes",
+    "kv_format",
 ]

@@ -9,7 +9,8 @@ import msgspec
 from msgspec import Struct
 
 from graphgen.models.spec.formats import LinearFormat, Sizes
-from graphgen.models.spec.parts import Norm, Shard, Size, dtype_bytes
+from graphgen.models.spec.kv_formats import kv_format
+from graphgen.models.spec.parts import Norm, Shard, Size
 
 KERNEL_HEAD_DIMS = (64, 128, 256)
 """Head sizes that the attention kernels for CUDA are written for; others are padded to the next."""
@@ -101,9 +102,9 @@ class GQA(Struct, frozen=True, tag="gqa", kw_only=True):
         limits = [limit for limit in (self.window, self.segment) if limit is not None]
         return min(limits, default=None)
 
-    def keeps(self, dtype: str) -> Pages:
-        """A key and a value for each KV head."""
-        return Pages(self.reach or 0, 2 * self.kv_size * dtype_bytes(dtype))
+    def keeps(self, kept_as: str) -> Pages:
+        """A key and a value for each KV head. kept_as: a KV format's name."""
+        return Pages(self.reach or 0, 2 * kv_format(kept_as).position_bytes(self.num_kv_heads, self.width))
 
     def linears(self, hidden_size: int) -> Sizes:
         """Of the layers that may have a format."""
@@ -201,9 +202,9 @@ class Latent(Struct, frozen=True, tag="latent", kw_only=True):
         """See GQA."""
         return ((1, self.row_size),)
 
-    def keeps(self, dtype: str) -> Pages:
-        """One row for all heads."""
-        return Pages(0, self.row_size * dtype_bytes(dtype))
+    def keeps(self, kept_as: str) -> Pages:
+        """One row for all heads. kept_as: a KV format's name."""
+        return Pages(0, kv_format(kept_as).position_bytes(1, self.row_size))
 
     def linears(self, hidden_size: int) -> Sizes:
         """See GQA. The one that makes keys and values of latents is no layer of its own."""

@@ -195,9 +195,9 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
         every = (form for layer in self.layers for form, *_ in layer.formats(self.hidden_size))
         return Counter(form for form in every if form is not None)
 
-    def kv_bytes_per_token(self, dtype: str) -> int:
-        """KV memory of one position over all layers in `dtype`."""
-        return sum(layer.mixer.keeps(dtype).bytes for layer in self.layers)
+    def kv_bytes_per_token(self, kept_as: str) -> int:
+        """KV memory of one position over all layers. kept_as: a KV format's name."""
+        return sum(layer.mixer.keeps(kept_as).bytes for layer in self.layers)
 
     def within(self, max_model_len: int) -> "ModelSpec":
         """The same model for requests of so many tokens: a window that holds all of them is none."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from graphgen.capture.buckets import build_ladder
 from graphgen.ipc.messages import Bucket
 from graphgen.models.attention.backend import StepAttention
+from graphgen.models.attention.pages import LayerPages
 from graphgen.models.attention.reference import TorchStep
 from graphgen.models.attention.tables import RowTables
 from tests.models.attention_cases import Rules
@@ -154,8 +155,7 @@ def attend(
     temperatures: Tensor | None = None,
 ) -> Tensor:
     q, k, v = rows
-    k_pages, v_pages = cache
-    return step.attend(q, k, v, *angles(q), k_pages, v_pages, rule.variant(q.shape[2]), temperatures)
+    return step.attend(q, k, v, *angles(q), LayerPages(*cache), rule.variant(q.shape[2]), temperatures)
 
 
 def angles(q: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from graphgen.models.attention.backend import StepAttention
+from graphgen.models.attention.pages import LayerPages
 from graphgen.models.attention.reference import TorchStep
 from graphgen.models.attention.tables import RowTables
 from graphgen.models.decoder import Decoder
@@ -27,6 +28,13 @@ class Request:
         self.prompt_len = len(self.token_ids) if prompt_len is None else prompt_len
         self.num_computed = 0
         self.pages = pages
+
+
+def poison(pages: LayerPages, num_pages: int) -> None:
+    """NaN in the first pages; of integers, in their scales."""
+    of_positions = [scales for scales in pages[2:4] if scales is not None and scales.ndim > 1]
+    for tensor in of_positions or pages[:2]:
+        tensor[:num_pages].fill_(torch.nan)
 
 
 Rows = list[tuple[Request, int] | None]
@@ -44,13 +52,18 @@ class Driver:
         seed: int = 0,
         padded_rows: int = 3,
         attention: Callable[[RowTables], StepAttention] = TorchStep,
+        kept_as: str | None = None,
     ) -> None:
-        """padded_rows: rows that hold no token, at the end of each region of each step. attention: of a step's rows."""
+        """padded_rows: rows that hold no token, at the end of each region of each step. attention: of a step's rows.
+        kept_as: a KV format's name; None: as computed."""
         weight = decoder.embedding.weight
         self.decoder = decoder
-        self.kv_cache = KVCache(decoder.spec, num_pages, page_size, weight.dtype, weight.device)
-        for pages in (*self.kv_cache.k_pages, *self.kv_cache.v_pages):
-            pages[: self.kv_cache.trash_page] = float("nan")
+        scales = decoder.head_scales
+        self.kv_cache = KVCache(
+            decoder.spec, num_pages, page_size, weight.dtype, weight.device, kept_as=kept_as, head_scales=scales
+        )
+        for pages in self.kv_cache.pages:
+            poison(pages, self.kv_cache.trash_page)
         self._attention = attention
         self._padding: list[None] = [None] * padded_rows
         self.last_logits = torch.empty(0)  # of every row of the last step, padded ones too

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from graphgen.models.attention.pages import LayerPages
 from graphgen.models.attention.reference import TorchStep, all_rows, write_kv
 from graphgen.models.attention.tables import RowTables
 from tests.models.attention_cases import Rules, by_hand, rules
@@ -19,8 +20,7 @@ class Step(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    k_pages: Tensor
-    v_pages: Tensor
+    pages: LayerPages
     tables: RowTables
     histories: dict[int, tuple[Tensor, Tensor]]
 
@@ -64,17 +64,17 @@ def make_step(
         decode_kv_lens=torch.tensor([at + 1 for at in decodes] + [1] * padded_decodes, dtype=torch.int32),
         decode_pages=torch.tensor(decode_tables + [trash] * padded_decodes, dtype=torch.int32).view(-1, width),
     )
-    return Step(torch.randn(num_rows, HEADS, HEAD_DIM), kv[0], kv[1], pages[0], pages[1], tables, histories)
+    return Step(torch.randn(num_rows, HEADS, HEAD_DIM), kv[0], kv[1], LayerPages(*pages), tables, histories)
 
 
 def attend(step: Step, rule: Rules, path: str = "live rows", temperatures: Tensor | None = None) -> Tensor:
     """With angles of zero: the rotation is tested through whole models."""
     if path == "static shapes":
-        write_kv(step.k_pages, step.v_pages, step.k, step.v, step.tables.kv_locations)
-        return all_rows(step.q, step.k_pages, step.v_pages, step.tables, rule.scoring(HEAD_DIM))
+        write_kv(step.pages, step.k, step.v, step.tables.kv_locations)
+        return all_rows(step.q, step.pages, step.tables, rule.scoring(HEAD_DIM))
     ones, zeros = (make(len(step.q), HEAD_DIM, device=step.q.device) for make in (torch.ones, torch.zeros))
-    pages, variant = (step.k_pages, step.v_pages), rule.variant(HEAD_DIM)
-    return TorchStep(step.tables).attend(step.q, step.k, step.v, ones, zeros, *pages, variant, temperatures)
+    variant = rule.variant(HEAD_DIM)
+    return TorchStep(step.tables).attend(step.q, step.k, step.v, ones, zeros, step.pages, variant, temperatures)
 
 
 def check(out: Tensor, step: Step, rule: Rules) -> None:
@@ -147,19 +147,20 @@ def test_a_region_may_be_empty(prefill: int, decodes: int) -> None:
 
 def test_writes_only_the_positions_of_its_rows() -> None:
     step = make_step([(0, 5)], [6])
-    before = step.k_pages.clone()
+    before = step.pages.k.clone()
     attend(step, Rules())
     live = step.tables.kv_locations
-    torch.testing.assert_close(step.k_pages.flatten(0, 1)[live[:5]], step.k[:5])
+    torch.testing.assert_close(step.pages.k.flatten(0, 1)[live[:5]], step.k[:5])
     untouched = torch.ones(before.shape[:2].numel(), dtype=torch.bool)
     untouched[live] = False
-    same = (step.k_pages == before) | (step.k_pages.isnan() & before.isnan())
+    same = (step.pages.k == before) | (step.pages.k.isnan() & before.isnan())
     assert same.flatten(0, 1)[untouched].all()
 
 
 def test_tracing_knows_the_shape_and_dtype_of_the_result() -> None:
     step = make_step([(0, 5)], [6])
-    q, k, v, k_pages, v_pages = (tensor.to("meta") for tensor in step[:5])
+    q, k, v = (tensor.to("meta") for tensor in step[:3])
+    pages = LayerPages(step.pages.k.to("meta"), step.pages.v.to("meta"))
     tables = RowTables(*(tensor.to("meta") for tensor in step.tables))
-    out = attend(Step(q.to(torch.bfloat16), k, v, k_pages, v_pages, tables, {}), Rules())
+    out = attend(Step(q.to(torch.bfloat16), k, v, pages, tables, {}), Rules())
     assert (out.device.type, out.shape, out.dtype) == ("meta", step.q.shape, torch.bfloat16)

@@ -22,6 +22,7 @@ from graphgen.models.attention.backend import StepTensors
 from graphgen.models.attention.flashinfer import FlashInferStep
 from graphgen.models.attention.kernels import Kernel
 from graphgen.models.attention.latent_tiles import LatentStep
+from graphgen.models.attention.pages import LayerPages
 from graphgen.models.attention.planned import PlannedTensors, no_requests
 from graphgen.models.attention.row_tiles import TileTensors
 from graphgen.models.attention.split_kv import SplitKvTensors
@@ -123,8 +124,8 @@ def traced(layers: Sequence[DecoderLayer], steps: Any, kept: tuple[int, ...], pa
         num_rows = sum(bucket)
         residual, update = (torch.zeros(num_rows, HIDDEN, dtype=torch.bfloat16) for _ in range(2))
         for number, layer in enumerate(layers):
-            k_pages, v_pages = pages[2 * number : 2 * number + 2]
-            residual, gathered = halves.attend(layer, residual, update, k_pages, v_pages, steps.of(*bucket))
+            of_layer = LayerPages(*pages[2 * number : 2 * number + 2])
+            residual, gathered = halves.attend(layer, residual, update, of_layer, steps.of(*bucket))
             residual, update = halves.feed_forward(layer, residual, gathered, None)
     torch._dynamo.reset()
     assert len(graphs) == 2

@@ -13,9 +13,9 @@ def test_the_trash_page_comes_on_top_of_the_pages_to_give_out() -> None:
     spec = tiny.spec_of(tiny.build("qwen3"))
     cache = KVCache(spec, num_pages=5, page_size=4, dtype=torch.bfloat16, device=torch.device("cpu"))
     assert cache.trash_page == 5
-    assert cache.num_bytes == 6 * bytes_per_page(spec, one_group(spec.num_layers), 4, torch.bfloat16)
+    assert cache.num_bytes == 6 * bytes_per_page(spec, one_group(spec.num_layers), 4, "bfloat16")
     layout = one_group(spec.num_layers)
-    assert bytes_per_page(spec, layout, 4, torch.bfloat16) == 4 * spec.kv_bytes_per_token("bfloat16")
+    assert bytes_per_page(spec, layout, 4, "bfloat16") == 4 * spec.kv_bytes_per_token("bfloat16")
     assert len(cache.k_pages) == len(cache.v_pages) == spec.num_layers
     for pages in (*cache.k_pages, *cache.v_pages):
         assert pages.shape == (6, 4, spec.attention.num_kv_heads, spec.attention.head_dim)

@@ -72,7 +72,7 @@ def test_published_shapes_have_their_parameters_and_keep_576_values_a_position(
 def test_a_layer_has_one_tensor_of_pages_and_copies_it_once() -> None:
     spec = tiny.spec_of(tiny.build("deepseek_v3"))
     cache = KVCache(spec, num_pages=5, page_size=4, dtype=torch.float32, device=CPU)
-    page_bytes = bytes_per_page(spec, page_layout(spec.layers, 512), 4, torch.float32)
+    page_bytes = bytes_per_page(spec, page_layout(spec.layers, 512), 4, "float32")
     assert page_bytes == 4 * spec.num_layers * (22 + 6) * 4
     assert cache.num_bytes == 6 * page_bytes
     assert all(k is v for k, v in zip(cache.k_pages, cache.v_pages, strict=True))

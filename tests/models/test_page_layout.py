@@ -73,7 +73,7 @@ def request_bytes(spec: ModelSpec, num_positions: int) -> int:
     """Of the pages that a request of so many positions holds."""
     layout = page_layout(spec.layers, 2 * num_positions)
     num_pages = sum(PageGroup(window).most_pages(num_positions, PAGE, CHUNK) for window in layout.windows)
-    return num_pages * bytes_per_page(spec, layout, PAGE, torch.bfloat16)
+    return num_pages * bytes_per_page(spec, layout, PAGE, "bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_layers_of_several_groups_write_to_one_tensor() -> None:
     cache = KVCache(spec, 3, 4, torch.float32, torch.device("cpu"), layout)
     assert cache.groups == (0, 1, 1, 0, 2, 2)
     assert len({pages.data_ptr() for pages in cache.k_pages}) == 2
-    assert cache.num_bytes == 4 * bytes_per_page(spec, layout, 4, torch.float32)
+    assert cache.num_bytes == 4 * bytes_per_page(spec, layout, 4, "float32")
     for pages in cache.k_pages:
         pages[0] += 1.0
     cache.copy_pages(torch.tensor([(0, 2)], dtype=torch.int32))

@@ -20,6 +20,7 @@ from graphgen.ipc.step_schema import StepBounds
 from tests.models import tiny
 from tests.models.attention_cases import Rules, by_hand, rules
 from tests.models.driver import Driver
+from tests.models.kept import FORMATS, kept_as, read_back
 from tests.models.splits import reference_logits, run_mixed, tokens
 
 if importlib.util.find_spec("triton") is None:
@@ -28,6 +29,7 @@ if torch.cuda.is_available():
     pytest.skip("tests/gpu/test_latent_gpu.py runs the compiled kernels", allow_module_level=True)
 
 from graphgen.models.attention import latent_tiles, row_tiles
+from graphgen.models.attention.pages import LayerPages
 from graphgen.models.attention.row_tiles import Rows, TileShape, attend_in_tiles, open_workspace
 from graphgen.models.families import load_spec
 from graphgen.models.loader import load_decoder
@@ -46,8 +48,7 @@ class Step(NamedTuple):
     """Rows of requests whose pages hold their positions, and NaN behind them."""
 
     q: Tensor
-    k_pages: Tensor
-    v_pages: Tensor
+    pages: LayerPages
     rows: Rows
     lengths: list[int]
     histories: list[tuple[Tensor, Tensor]]  # of each request: keys and values [positions, Hkv, D]
@@ -78,7 +79,8 @@ def make_step(
         ends = torch.tensor([0, *lengths]).cumsum(0)
         starts = torch.cat((ends, ends[-1:].expand(unused))).int()
     lens = torch.tensor(kv_lens + [0] * unused, dtype=torch.int32)
-    return Step(q, pages[0], pages[0] if shape.rest_dim else pages[1], Rows(starts, lens, tables), lengths, histories)
+    of_both = LayerPages(pages[0], pages[0] if shape.rest_dim else pages[1])
+    return Step(q, of_both, Rows(starts, lens, tables), lengths, histories)
 
 
 def run(step: Step, shape: TileShape, rule: Rules) -> Tensor:
@@ -87,7 +89,7 @@ def run(step: Step, shape: TileShape, rule: Rules) -> Tensor:
     workspace = row_tiles.TileTensors(*(torch.full_like(tensor, float("nan")) for tensor in workspace))
     out = torch.full((num_rows, shape.num_heads, shape.value_dim), float("nan"))
     scoring = rule.scoring(shape.value_dim)
-    attend_in_tiles(step.q, out, step.k_pages, step.v_pages, step.rows, shape, workspace, scoring)
+    attend_in_tiles(step.q, out, step.pages, step.rows, shape, workspace, scoring)
     return out
 
 
@@ -130,6 +132,19 @@ def test_positions_of_few_tiles_are_split_and_added_up(name: str, monkeypatch: p
     monkeypatch.setattr(row_tiles, "_LEAST_POSITIONS", 1)
     step = make_step(GROUPED, CHUNKS[2:5], padding=3, unused=1)
     check(run(step, GROUPED, RULES[name]), step, RULES[name], GROUPED.value_dim)
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("name", FORMATS)
+def test_chunks_over_quantised_pages(name: str, split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not split:
+        whole(monkeypatch)
+    monkeypatch.setattr(row_tiles, "_LEAST_POSITIONS", 1)
+    step = make_step(GROUPED, CHUNKS[2:6], padding=3, unused=1)
+    histories = [read_back(name, *history) for history in step.histories]
+    step = step._replace(pages=kept_as(name, step.pages), histories=histories)
+    for rule in ("plain", "all"):
+        check(run(step, GROUPED, RULES[rule]), step, RULES[rule], GROUPED.value_dim)
 
 
 @pytest.mark.parametrize("heads", [5, 70])

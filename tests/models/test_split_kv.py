@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from graphgen.models.attention.pages import LayerPages
 from graphgen.models.rope import rotate
 from tests.models.attention_cases import Rules, by_hand, rules
+from tests.models.kept import FORMATS, convert_fp8_as_a_gpu_does, kept_as, read, read_back
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed; comes with torch for CUDA", allow_module_level=True)
@@ -41,8 +43,7 @@ class Rows(NamedTuple):
     v: Tensor
     cos: Tensor
     sin: Tensor
-    k_pages: Tensor
-    v_pages: Tensor
+    pages: LayerPages
     block_tables: Tensor
     kv_lens: Tensor
     histories: list[tuple[Tensor, Tensor]]  # of each row: [positions, Hkv, D], the rotated last one included
@@ -66,7 +67,7 @@ def make_rows(kv_lens: Sequence[int], heads: int = HEADS, kv_heads: int = KV_HEA
         key = rotate(k[row : row + 1], cos[row : row + 1], sin[row : row + 1])
         histories.append((torch.cat((past[0], key)), torch.cat((past[1], v[row : row + 1]))))
     lens = torch.tensor(kv_lens, dtype=torch.int32)
-    return Rows(q, k, v, cos, sin, pages[0], pages[1], tables, lens, histories)
+    return Rows(q, k, v, cos, sin, LayerPages(*pages), tables, lens, histories)
 
 
 def run(rows: Rows, rule: Rules, fresh: bool, temperatures: Tensor | None = None) -> Tensor:
@@ -82,13 +83,11 @@ def run(rows: Rows, rule: Rules, fresh: bool, temperatures: Tensor | None = None
         newest = rows.kv_lens.long() - 1
         pages = rows.block_tables.long().gather(1, newest[:, None] // PAGE_SIZE)[:, 0]
         locations = pages * PAGE_SIZE + newest % PAGE_SIZE
-        inputs = rows.q, rows.k, rows.v, rows.cos, rows.sin, rows.k_pages, rows.v_pages, locations
+        inputs = rows.q, rows.k, rows.v, rows.cos, rows.sin, rows.pages, locations
         q = rotate_and_store(*inputs, torch.zeros_like(out), temperatures, chained=False)
     scoring = rule.scoring(head_dim)
     tables = rows.block_tables, rows.kv_lens
-    split_kv.split_kv_attention(
-        q, out, rows.k_pages, rows.v_pages, *tables, workspace, scoring, fresh_rows, chained=False
-    )
+    split_kv.split_kv_attention(q, out, rows.pages, *tables, workspace, scoring, fresh_rows, chained=False)
     assert not workspace.finished.any(), "the next layer starts from zero"
     return out
 
@@ -151,3 +150,52 @@ def test_sinks_far_from_all_scores_take_nothing_or_all(sink: float) -> None:
     out = run(rows, rule, fresh=True)
     check(out, rows, Rules() if sink < 0 else Rules(sinks=torch.full((HEADS,), 200.0)))
     assert out.isfinite().all()
+
+
+# --- quantised pages -------------------------------------------------------------------------------------------
+
+
+def quantised(rows: Rows, name: str) -> Rows:
+    """The same rows over pages of a format: what a row sees is what is read from there, its own position too."""
+    histories = [read_back(name, *history) for history in rows.histories]
+    return rows._replace(pages=kept_as(name, rows.pages), histories=histories)
+
+
+@pytest.fixture(autouse=True)
+def _exact_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    convert_fp8_as_a_gpu_does(monkeypatch)
+
+
+@pytest.mark.parametrize("rule", ["plain", "softcap", "all"])
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantised_pages_are_read_as_they_were_stored(name: str, fresh: bool, rule: str) -> None:
+    rows = quantised(make_rows(KV_LENS[-4:]), name)
+    check(run(rows, RULES[rule], fresh), rows, RULES[rule])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_row_is_stored_alike_alone_and_beside_chunks_and_as_torch_does(name: str) -> None:
+    """To the last bit: a request's pages do not tell with what else it was computed."""
+    stored = []
+    for fresh in (True, False):
+        rows = quantised(make_rows((5, 17, 40)), name)
+        run(rows, Rules(), fresh)
+        stored.append(rows)
+    for row, kv_len in enumerate((5, 17, 40)):
+        page, offset = divmod(kv_len - 1, PAGE_SIZE)
+        place = int(stored[0].block_tables[row, page]), offset
+        for rows in stored:
+            own = (read(rows.pages.k, rows.pages.k_scales)[place], read(rows.pages.v, rows.pages.v_scales)[place])
+            for got, want in zip(own, rows.histories[row], strict=True):
+                assert torch.equal(got, want[-1])
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_values_beyond_the_range_of_fp8_are_clamped(fresh: bool) -> None:
+    rows = make_rows((5, 17))
+    far = rows._replace(v=rows.v * 1e4)
+    far = quantised(far._replace(histories=[(k, v * 1e4) for k, v in rows.histories]), "fp8")
+    out = run(far._replace(pages=kept_as("fp8", LayerPages(rows.pages.k, rows.pages.v * 1e4))), Rules(), fresh)
+    assert out.isfinite().all()
+    check(out, far, Rules())
