@@ -133,6 +133,9 @@ def main() -> None:
     show("Inter-token latency of decodes that run together", rows, about)
     phases = [{"phase": phase.name, "seconds": phase.seconds} for phase in worker.phases]
     show("Time to ready", [*phases, {"phase": "all, processes and imports included", "seconds": ready_s}], about)
+    if worker.step_times is not None:
+        times = (f"{one.bucket} {one.milliseconds:.2f}" for one in worker.step_times.times)
+        print(f"ms of a step of each bucket (prompt + decode rows), as timed before it was ready: {', '.join(times)}")
     print(f"steps {stats.steps}, graph replays {stats.graph_replays}, eager {stats.eager_steps}, ", end="")
     print(f"recompilations {stats.recompilations}, padding {stats.padding_share:.1%}")
     for name, share in idle_shares.items():
