@@ -61,7 +61,7 @@ def decisions(config: EngineConfig, launch: LaunchConfig, ready: Ready) -> list[
         Decision(
             "dtype",
             launch.dtype,
-            _asked(config.dtype != "auto") or ("the CPU's" if launch.device == "cpu" else f"stored as {spec.dtype}"),
+            _asked(config.dtype != "auto") or _dtype_reason(launch),
         ),
         Decision("attention", worker.attention, _asked(config.attention != "auto") or "the fastest that is installed"),
         Decision(
@@ -89,7 +89,7 @@ def decisions(config: EngineConfig, launch: LaunchConfig, ready: Ready) -> list[
         Decision(
             "weights",
             f"{spec.weight_bytes(launch.dtype) / 2**20:.0f} MiB",
-            f"{spec.num_parameters:,} parameters in {launch.dtype}",
+            _weights_reason(config, launch),
         ),
         Decision("keys and values", launch.kv_format, _asked(config.kv_cache_dtype != "auto") or "kept as computed"),
         Decision(
@@ -99,6 +99,23 @@ def decisions(config: EngineConfig, launch: LaunchConfig, ready: Ready) -> list[
             + _page_reason(worker),
         ),
     ]
+
+
+def _dtype_reason(launch: LaunchConfig) -> str:
+    if launch.device != "cpu":
+        return f"stored as {launch.spec.dtype}"
+    return "what the CPU multiplies quantised weights with" if launch.spec.formats else "the CPU's"
+
+
+def _weights_reason(config: EngineConfig, launch: LaunchConfig) -> str:
+    """What is in which format, and why."""
+    spec = launch.spec
+    parameters = f"{spec.num_parameters:,} parameters in {launch.dtype}"
+    if not spec.formats:
+        return parameters
+    counted = ", ".join(f"{count} linear layers in {form.name}" for form, count in spec.formats.items())
+    why = _asked(config.quantization is not None) or "as the checkpoint has them"
+    return f"{parameters}, but for {counted}: {why}"
 
 
 def _page_reason(worker: WorkerReady) -> str:

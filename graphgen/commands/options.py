@@ -23,7 +23,10 @@ from graphgen.server.options import ServeOptions
 Command = Callable[..., None]
 
 PANELS = {
-    "Model": ("model", "revision", "tokenizer", "chat_template", "load_format", "dtype", "max_model_len", "seed"),
+    "Model": (
+        *("model", "revision", "tokenizer", "chat_template", "load_format", "dtype", "quantization", "max_model_len"),
+        "seed",
+    ),
     "Device and memory": (
         *("device", "memory_fraction", "kv_cache_dtype", "num_pages", "page_size"),
         *("attention", "cpu_threads"),

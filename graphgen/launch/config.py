@@ -24,7 +24,7 @@ from graphgen.capture.buckets import MIN_TOKEN_BUDGET, slots_for
 from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.ggp.messages import SamplingDefaults
 from graphgen.ipc.messages import ObjectiveName
-from graphgen.models.spec import Latent, ModelSpec, kv_format
+from graphgen.models.spec import Latent, LinearFormat, ModelSpec, Quantization, format_at_load, kv_format
 
 LAUNCH_FILE = "launch.msgpack"
 
@@ -56,7 +56,11 @@ class EngineConfig(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords):
     device: str = "auto"
     """auto, cpu, cuda or cuda:N. auto: CUDA where a GPU and a CUDA build of torch are present, else the CPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: float32 on the CPU; on CUDA the checkpoint's, bfloat16 if that is float32."""
+    """auto: float32 on the CPU, bfloat16 there for quantised weights; on CUDA the checkpoint's, bfloat16 if that is
+    float32."""
+    quantization: Quantization | None = None
+    """Weights of the layers are quantised as they are loaded: fp8 and int8 with a scale for each row, int4 with one for
+    each 128 columns or fewer. Embedding and head stay as they are. None: as the checkpoint has them."""
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8"] = "auto"
     """How keys and values are kept. fp8: in half the memory of bfloat16, so that a cache holds twice the tokens and a
     step reads half the bytes; on a GPU it needs compute capability 8.9. int8: the same for any device, with a scale for
@@ -164,6 +168,7 @@ class EngineSettings(TypedDict, total=False):
     generation_config: Literal["auto", "none"]
     device: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    quantization: Quantization | None
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8"]
     max_model_len: int | None
     max_num_seqs: int
@@ -270,10 +275,12 @@ def resolve(
     spec = spec.within(max_model_len)
     compiles = on_cuda if config.compile is None else config.compile
     _check_num_pages(config.num_pages, page_size, min(token_budget, max_model_len))
+    spec = spec.padded() if on_cuda and config.attention != "torch" else spec
+    spec = _with_quantization(config, spec, on_cuda)
     dtype = _resolve_dtype(config, spec, on_cuda)
     return LaunchConfig(
         model_path=str(model_path),
-        spec=spec.padded() if on_cuda and config.attention != "torch" else spec,
+        spec=spec,
         eos_token_ids=tuple(spec.eos_token_ids),
         sampling_defaults=sampling_defaults,
         device=device,
@@ -350,13 +357,35 @@ def _default_token_budget(config: EngineConfig, on_cuda: bool) -> int:
     return 2048 if config.objective == "throughput" else 1024
 
 
+def _with_quantization(config: EngineConfig, spec: ModelSpec, on_cuda: bool) -> ModelSpec:
+    """The model with the formats that its linear layers have on the device."""
+    kind = config.quantization
+    if kind is None:
+        # The CPU has no product of e4m3, and making such a weight a matrix takes longer than the product itself.
+        return spec if on_cuda else spec.with_formats(lambda _, place: _on_cpu(place.format))
+    if spec.formats:
+        given = ", ".join(form.name for form in spec.formats)
+        raise ConfigError(
+            f"quantization is {kind!r}, and the weights of this checkpoint are quantised already ({given}): leave it"
+            " out, or take the checkpoint that is not quantised"
+        )
+    if kind == "fp8" and not on_cuda:
+        raise ConfigError("quantization is 'fp8', which the CPU cannot multiply: use int8, which is nearer, or int4")
+    return spec.with_formats(lambda _, place: format_at_load(kind, place.num_columns))
+
+
+def _on_cpu(form: LinearFormat | None) -> LinearFormat | None:
+    return None if form is not None and form.storage == "e4m3" else form
+
+
 def _resolve_dtype(config: EngineConfig, spec: ModelSpec, on_cuda: bool) -> str:
     if config.dtype == "float16" and not spec.float16:
         raise ConfigError(f"dtype is 'float16', whose range {spec.architecture} leaves: use bfloat16 or float32")
     if config.dtype != "auto":
         return config.dtype
     if not on_cuda:
-        return "float32"
+        # What torch's products of quantised weights take.
+        return "bfloat16" if spec.formats else "float32"
     return spec.dtype if spec.dtype == "bfloat16" or (spec.dtype == "float16" and spec.float16) else "bfloat16"
 
 

@@ -341,7 +341,12 @@ def launch_config(config: EngineConfig) -> LaunchConfig:
     folder = demo.model_folder() if config.model is None else resolve_model(config.model, config.revision)
     defaults = read_sampling_defaults(folder) if config.generation_config == "auto" else SamplingDefaults()
     tokenizer = None if config.tokenizer == NO_TOKENIZER else config.tokenizer
-    return resolve(config, load_spec(folder, tokenizer=tokenizer), folder, defaults)
+    launch = resolve(config, load_spec(folder, tokenizer=tokenizer), folder, defaults)
+    if formats := launch.spec.formats:
+        counted = ", ".join(f"{form.name} in {count} linear layers" for form, count in formats.items())
+        size_mib = launch.spec.weight_bytes(launch.dtype) / 2**20
+        logger.info("weights are quantised: %s, %.0f MiB with the rest in %s", counted, size_mib, launch.dtype)
+    return launch
 
 
 def load_config_tokenizer(config: EngineConfig, launch: LaunchConfig) -> Tokenizer | None:

@@ -11,7 +11,7 @@ Every field has one meaning in arithmetic. A trait without a field is refused wh
 """
 
 from graphgen.models.spec.feed_forwards import Dense, Experts, FeedForward, Router
-from graphgen.models.spec.formats import LinearFormat
+from graphgen.models.spec.formats import LinearFormat, LinearPlace, Quantization, format_at_load
 from graphgen.models.spec.kv_formats import KVFormat, kv_format
 from graphgen.models.spec.mixers import GQA, Alibi, Latent, Mixer, QKNorm
 from graphgen.models.spec.model import Embedding, Head, Layer, ModelSpec
@@ -33,15 +33,18 @@ __all__ = [
     "Latent",
     "Layer",
     "LinearFormat",
+    "LinearPlace",
     "Mixer",
     "ModelSpec",
     "Norm",
     "QKNorm",
+    "Quantization",
     "RopeKind",
     "RopeSpec",
     "Router",
     "Shard",
     "Temperature",
     "dtype_bytes",
+    "format_at_load",
     "kv_format",
 ]

@@ -1,7 +1,7 @@
 """How the weight of a linear layer is stored, as data. The tensors themselves are described in formats/layout.py."""
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -55,21 +55,55 @@ class LinearFormat(Struct, frozen=True, kw_only=True):
         return codes + each * self.num_scales(num_rows, num_columns) + 4 * num_columns * self.permuted
 
 
-Choose = Callable[[str, int, int], LinearFormat | None]
-"""(name of a linear layer in its block, N, K) -> its format; None: the model's dtype."""
+class LinearPlace(NamedTuple):
+    """A linear layer of a block, whose format is the block's field `<name>_format`."""
+
+    name: str
+    num_rows: int  # N
+    num_columns: int  # K
+    format: LinearFormat | None
+
+
+Choose = Callable[[LinearPlace], LinearFormat | None]
+"""The format that a linear layer is to have; None: the model's dtype."""
 
 Sizes = Mapping[str, tuple[int, int]]
-"""Name of a linear layer in its block -> (N, K). Its format is the block's field `<name>_format`."""
+"""Name of a linear layer in its block -> (N, K)."""
 
 _Block = TypeVar("_Block", bound=Struct)
 
 
-def with_formats(block: _Block, sizes: Sizes, choose: Choose) -> _Block:
+def places_of(block: Struct, sizes: Sizes, prefix: str = "") -> list[LinearPlace]:
+    """The block's linear layers. prefix: of their names."""
+    return [LinearPlace(prefix + name, *size, getattr(block, f"{name}_format")) for name, size in sizes.items()]
+
+
+def with_formats(block: _Block, sizes: Sizes, choose: Choose, prefix: str = "") -> _Block:
     """The block with the chosen formats of its linear layers."""
-    chosen = {f"{name}_format": choose(name, *size) for name, size in sizes.items()}
+    chosen = {f"{place.name.removeprefix(prefix)}_format": choose(place) for place in places_of(block, sizes, prefix)}
     return msgspec.structs.replace(block, **chosen)
 
 
-def formats_of(block: Struct, sizes: Sizes) -> list[tuple[LinearFormat | None, int, int]]:
-    """(format, N, K) of each of the block's linear layers."""
-    return [(getattr(block, f"{name}_format"), *size) for name, size in sizes.items()]
+# --- quantised as they are loaded ------------------------------------------------------------------------------
+
+Quantization = Literal["fp8", "int8", "int4"]
+
+_INT4_GROUPS = (128, 64, 32)
+
+
+def format_at_load(kind: Quantization, num_columns: int) -> LinearFormat | None:
+    """What a weight in floating point becomes where the user asks for `kind`; None: it has to stay as it is.
+
+    int4 has the widest groups that divide the columns, since more than these are slower; zeros cost a byte a group and
+    give what groups half as wide would.
+    """
+    match kind:
+        case "fp8":
+            return LinearFormat(storage="e4m3", activation="e4m3")
+        case "int8":
+            return LinearFormat(storage="int8")
+        case "int4":
+            groups = (group for group in _INT4_GROUPS if num_columns % group == 0)
+            group = next(groups, _INT4_GROUPS[-1])
+            form = LinearFormat(storage="int4", group=group, scale_dtype="bfloat16", zeros=True)
+            return form if num_columns % 2 == 0 else None

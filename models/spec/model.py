@@ -9,10 +9,12 @@ from msgspec import Struct
 
 from graphgen.ipc.errors import UnsupportedModelError
 from graphgen.models.spec.feed_forwards import Dense, FeedForward
-from graphgen.models.spec.formats import Choose, LinearFormat, formats_of, with_formats
+from graphgen.models.spec.formats import Choose, LinearFormat, LinearPlace, places_of, with_formats
 from graphgen.models.spec.mixers import GQA, Latent, Mixer
 from graphgen.models.spec.parts import Norm, Size, dtype_bytes
 from graphgen.models.spec.rotations import RopeSpec
+
+_SHARED = "shared_"
 
 
 class Layer(Struct, frozen=True, kw_only=True):
@@ -45,25 +47,20 @@ class Layer(Struct, frozen=True, kw_only=True):
     def with_formats(self, hidden_size: int, choose: Choose) -> "Layer":
         """The same layer with chosen formats of its linear layers; those of a shared expert are called
         `shared_gate_up` and `shared_down`, and other experts have none."""
-        mixer = with_formats(self.mixer, self.mixer.linears(hidden_size), choose)
-        ff = self.feed_forward
+        mixer, ff = with_formats(self.mixer, self.mixer.linears(hidden_size), choose), self.feed_forward
         if isinstance(ff, Dense):
             ff = with_formats(ff, ff.linears(hidden_size), choose)
         elif ff.shared is not None:
-
-            def choose_shared(name: str, num_rows: int, num_columns: int) -> LinearFormat | None:
-                return choose(f"shared_{name}", num_rows, num_columns)
-
-            ff = msgspec.structs.replace(
-                ff, shared=with_formats(ff.shared, ff.shared.linears(hidden_size), choose_shared)
-            )
+            shared = with_formats(ff.shared, ff.shared.linears(hidden_size), choose, _SHARED)
+            ff = msgspec.structs.replace(ff, shared=shared)
         return msgspec.structs.replace(self, mixer=mixer, feed_forward=ff)
 
-    def formats(self, hidden_size: int) -> list[tuple[LinearFormat | None, int, int]]:
-        """(format, N, K) of each linear layer that may have one."""
-        dense = self.feed_forward if isinstance(self.feed_forward, Dense) else self.feed_forward.shared
-        found = formats_of(self.mixer, self.mixer.linears(hidden_size))
-        return found if dense is None else found + formats_of(dense, dense.linears(hidden_size))
+    def linears(self, hidden_size: int) -> list[LinearPlace]:
+        """Every linear layer that may have a format."""
+        found, ff = places_of(self.mixer, self.mixer.linears(hidden_size)), self.feed_forward
+        if isinstance(ff, Dense):
+            return found + places_of(ff, ff.linears(hidden_size))
+        return found if ff.shared is None else found + places_of(ff.shared, ff.shared.linears(hidden_size), _SHARED)
 
 
 # --- the whole -------------------------------------------------------------------------------------------------
@@ -141,7 +138,7 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     def latent(self) -> Latent | None:
         """Of every layer, where all have latent attention of the same sizes."""
         # In whatever format their weights are.
-        mixers = [layer.with_formats(self.hidden_size, lambda *_: None).mixer for layer in self.layers]
+        mixers = [layer.with_formats(self.hidden_size, lambda _: None).mixer for layer in self.layers]
         first = mixers[0]
         same = isinstance(first, Latent) and all(mixer == first for mixer in mixers)
         return first if isinstance(first, Latent) and same else None
@@ -176,24 +173,30 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     def weight_bytes(self, dtype: str) -> int:
         """Memory of the weights in `dtype`, and in the formats that some of them have."""
         each = dtype_bytes(dtype)
-        every = (one for layer in self.layers for one in layer.formats(self.hidden_size))
-        saved = sum(each * rows * columns - form.num_bytes(rows, columns) for form, rows, columns in every if form)
+        saved = sum(
+            each * place.num_rows * place.num_columns - place.format.num_bytes(place.num_rows, place.num_columns)
+            for place in self.linears
+            if place.format is not None
+        )
         return each * self.num_parameters - saved
 
-    def with_formats(self, choose: Callable[[int, str, int, int], LinearFormat | None]) -> "ModelSpec":
-        """The same model with chosen formats of its linear layers. choose: (number of the layer, and what Layer's
-        takes)."""
+    @property
+    def linears(self) -> list[LinearPlace]:
+        """Every linear layer that may have a format, from the first layer to the last."""
+        return [place for layer in self.layers for place in layer.linears(self.hidden_size)]
+
+    @property
+    def formats(self) -> Mapping[LinearFormat, int]:
+        """Format -> how many linear layers have it; those in the model's dtype are left out."""
+        return Counter(place.format for place in self.linears if place.format is not None)
+
+    def with_formats(self, choose: Callable[[int, LinearPlace], LinearFormat | None]) -> "ModelSpec":
+        """The same model with chosen formats of its linear layers. choose: also takes the number of the layer."""
         layers = (
             layer.with_formats(self.hidden_size, functools.partial(choose, number))
             for number, layer in enumerate(self.layers)
         )
         return msgspec.structs.replace(self, layers=tuple(layers))
-
-    @property
-    def formats(self) -> Mapping[LinearFormat, int]:
-        """Format -> how many linear layers have it; those in the model's dtype are left out."""
-        every = (form for layer in self.layers for form, *_ in layer.formats(self.hidden_size))
-        return Counter(form for form in every if form is not None)
 
     def kv_bytes_per_token(self, kept_as: str) -> int:
         """KV memory of one position over all layers. kept_as: a KV format's name."""

@@ -51,6 +51,7 @@ def spec() -> ModelSpec:
         ("memory_fraction", 1.1),
         ("memory_fraction", float("nan")),
         ("load_format", "pickle"),
+        ("quantization", "int5"),
         ("attention", "sdpa"),
         ("seed", -1),
         ("compile", 1),
