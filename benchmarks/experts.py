@@ -2,10 +2,12 @@
 
     python -m benchmarks.experts --json experts.json
     python -m benchmarks.experts --model benchmarks/shapes/qwen3-30b-a3b --rows 1 16 64 512 2048
+    python -m benchmarks.experts --model benchmarks/shapes/qwen3-30b-a3b --rows 1 8 --blocks
 
 Only a model's config is read; weights are random. Rows choose their experts at random, all of them alike. `operator` is
 what a step calls: Triton tiles on CUDA, one expert after the other on the CPU. `grouped_mm` is torch's. `batched`
-multiplies each pair of a row and an expert with a copy of the expert's weights. The floor is the time to read the
+multiplies each pair of a row and an expert with a copy of the expert's weights. `few rows` are the fused kernels of a
+step of few decode rows on SM90: router, both products and the norms around them. The floor is the time to read the
 weights of the experts that rows chose, once, at the bandwidth that is measured first. Without --model: two small shapes
 on the CPU, those of Qwen3-30B-A3B, gpt-oss-20b and Mixtral-8x7B on a GPU.
 """
@@ -13,18 +15,23 @@ on the CPU, those of Qwen3-30B-A3B, gpt-oss-20b and Mixtral-8x7B on a GPU.
 import argparse
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from msgspec import Struct
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.report import Row, machine, show, write_json
 from benchmarks.timing import median_s, read_bytes_per_s
 from graphgen.launch.config import find_device
+from graphgen.models.chaining import can_chain
+from graphgen.models.experts.block import MixtureOfExperts
 from graphgen.models.experts.operator import gated, run_experts
 from graphgen.models.families import load_spec
-from graphgen.models.spec import Experts
+from graphgen.models.few_rows_layers import MOST_PAIRS
+from graphgen.models.norms import RMSNorm
+from graphgen.models.spec import WHOLE, Experts, Norm, Router
 
 MOST_BATCHED_PAIRS = 256
 """Beyond, copies of weights for each pair would fill the memory."""
@@ -56,7 +63,7 @@ class Layer(Struct, frozen=True):
 
 
 Product = Callable[[Layer, Tensor, Tensor], Tensor]
-"""(layer, x [T, H], experts [T, K]) -> [T, K, H]"""
+"""(layer, x [T, H], experts [T, K]) -> [T, K, H]; the fused one chooses experts itself and adds up, [T, H]."""
 
 
 def by_operator(layer: Layer, x: Tensor, experts: Tensor) -> Tensor:
@@ -78,6 +85,61 @@ def by_batched_mm(layer: Layer, x: Tensor, experts: Tensor) -> Tensor:
     own = x.repeat_interleave(experts.shape[1], 0).unsqueeze(-1)
     inner = gated(torch.bmm(layer.gate_up[pairs], own).squeeze(-1), "silu", None, False)
     return torch.bmm(layer.down[pairs], inner.unsqueeze(-1)).view(*experts.shape, -1)
+
+
+def fused(shape: Shape, layers: list[Layer], blocks: tuple[Any, Any] | None) -> Product:
+    """The kernels of few rows. They choose experts themselves, as many as were given, by a random router. blocks: of
+    experts/few_rows.py; None: its own."""
+    from graphgen.models.experts.few_rows import run_experts as run_fused  # imports Triton, which needs a GPU
+    from graphgen.models.few_rows import Normed
+
+    dtype, device = layers[0].down.dtype, layers[0].down.device
+    spec = Experts(
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        size=shape.size,
+        activation="silu",
+        router=Router(renormalise=True),
+    )
+    norm = RMSNorm(shape.hidden, Norm(), dtype).to(device)
+    for weight in norm.parameters():
+        weight.data.fill_(1.0)
+    squares = torch.full((MOST_PAIRS, 1), float(shape.hidden), device=device)
+    found = {}
+    for layer in layers:
+        with torch.device("meta"):
+            block = MixtureOfExperts(spec, shape.hidden, dtype, WHOLE)
+        router = torch.randn(shape.num_experts, shape.hidden, device=device)
+        for name, given in (("gate_up", layer.gate_up), ("down", layer.down), ("router", router)):
+            setattr(block, name, nn.Parameter(given, requires_grad=False))
+        found[id(layer)] = block
+
+    def run(layer: Layer, x: Tensor, experts: Tensor) -> Tensor:
+        return run_fused(found[id(layer)], x, Normed(x, squares[: len(x)]), 1e-6, norm, None, True, blocks)[0]
+
+    return run
+
+
+def cuts() -> list[tuple[Any, Any]]:
+    """Ways to cut the two products of the fused kernels, one of them at a time."""
+    from graphgen.models.experts.few_rows import DOWN, GATE_UP, Blocks
+
+    gate_up = [
+        *(Blocks(32, 128, 4, parts) for parts in (2, 3, 5)),
+        *(Blocks(16, 128, 2, parts) for parts in (3, 5)),
+        *(Blocks(16, 256, 2, parts) for parts in (2, 3)),
+        Blocks(64, 128, 4, 2),
+        Blocks(64, 64, 4, 4),
+        Blocks(32, 64, 2, 6),
+    ]
+    down = [
+        *(Blocks(16, 256, 2, parts) for parts in (3, 5, 7)),
+        *(Blocks(16, 128, 2, parts) for parts in (6, 10)),
+        *(Blocks(32, 128, 4, parts) for parts in (4, 7)),
+        Blocks(16, 256, 4, 5),
+        Blocks(32, 256, 4, 3),
+    ]
+    return [*((cut, DOWN) for cut in gate_up), *((GATE_UP, cut) for cut in down)]
 
 
 PRODUCTS: Mapping[str, Product] = {"operator": by_operator, "grouped_mm": by_grouped_mm, "batched": by_batched_mm}
@@ -103,7 +165,22 @@ def make_layers(shape: Shape, device: torch.device, dtype: torch.dtype, rotate_b
     return [Layer(*map(random, sizes)) for _ in range(max(2, math.ceil(rotate_bytes / each)))]
 
 
-def rows_of(shape: Shape, layers: list[Layer], sizes: list[int], bytes_per_s: float, repeats: int) -> list[Row]:
+def products(shape: Shape, layers: list[Layer], num_rows: int, all_cuts: bool) -> Mapping[str, Product]:
+    """Those that serve so many rows."""
+    device, num_pairs = layers[0].down.device, num_rows * shape.top_k
+    found = {
+        name: product for name, product in PRODUCTS.items() if name != "batched" or num_pairs <= MOST_BATCHED_PAIRS
+    }
+    if device.type == "cuda" and can_chain() and num_pairs <= MOST_PAIRS:
+        found["few rows"] = fused(shape, layers, None)
+        for cut in cuts() if all_cuts else ():
+            found[" ".join(",".join(map(str, part)) for part in cut)] = fused(shape, layers, cut)
+    return found
+
+
+def rows_of(
+    shape: Shape, layers: list[Layer], sizes: list[int], bytes_per_s: float, repeats: int, all_cuts: bool
+) -> list[Row]:
     """Every product at every number of rows."""
     device, dtype = layers[0].down.device, layers[0].down.dtype
     found: list[Row] = []
@@ -111,9 +188,7 @@ def rows_of(shape: Shape, layers: list[Layer], sizes: list[int], bytes_per_s: fl
         x = torch.randn(num_rows, shape.hidden, device=device, dtype=dtype)
         experts = torch.rand(num_rows, shape.num_experts, device=device).topk(shape.top_k).indices
         read = 3 * len(experts.unique()) * shape.hidden * shape.size * dtype.itemsize
-        for name, product in PRODUCTS.items():
-            if name == "batched" and experts.numel() > MOST_BATCHED_PAIRS:
-                continue
+        for name, product in products(shape, layers, num_rows, all_cuts).items():
 
             def once_each(product: Product = product, x: Tensor = x, experts: Tensor = experts) -> None:
                 for layer in layers:
@@ -133,6 +208,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", help="default: 1 to 2048 on CUDA, 1 to 64 on the CPU")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--rotate-mb", type=int, help="MiB of layers; default 512 on CUDA, 16 on the CPU")
+    parser.add_argument("--blocks", action="store_true", help="try other ways to cut the fused kernels' products")
     parser.add_argument("--json", help="write the figures here")
     options = parser.parse_args()
     device = torch.device(find_device() if options.device == "auto" else options.device)
@@ -143,7 +219,7 @@ def main() -> None:
     rows: list[Row] = []
     for shape in (shape_of(options.model),) if options.model else LARGE if on_cuda else SMALL:
         layers = make_layers(shape, device, dtype, (options.rotate_mb or (512 if on_cuda else 16)) << 20)
-        rows += rows_of(shape, layers, sizes, bytes_per_s, options.repeats)
+        rows += rows_of(shape, layers, sizes, bytes_per_s, options.repeats, options.blocks)
     about = machine(torch.cuda.get_device_name(device) if on_cuda else "cpu") | {
         "dtype": str(dtype).removeprefix("torch."),
         "read TB/s": f"{bytes_per_s / 1e12:.3f}",

@@ -31,15 +31,20 @@ class Blocks(NamedTuple):
     depth: int
     """Of the weight, that a program reads at a time, at most."""
     warps: int
-    stages: int
-    """One more than parts of `depth` are on their way at a time; of down about twice as many, since each part first
-    reads which expert its weights are of."""
+    parts: int
+    """Of that depth, that are on their way at a time; more of a smaller one."""
+
+    def parts_of(self, depth: int) -> int:
+        """Of another depth: about as many bytes."""
+        return min(self.parts * self.depth // depth, _MOST_PARTS)
 
 
-GATE_UP = Blocks(columns=32, depth=128, warps=4, stages=4)
-DOWN = Blocks(columns=16, depth=256, warps=2, stages=11)
+_MOST_PARTS = 12
+"""Each is code of its own."""
+GATE_UP = Blocks(columns=32, depth=128, warps=4, parts=3)
+DOWN = Blocks(columns=16, depth=256, warps=2, parts=5)
 """Of narrow residual streams, which give few programs."""
-DOWN_WIDE = Blocks(columns=32, depth=128, warps=4, stages=13)
+DOWN_WIDE = Blocks(columns=32, depth=128, warps=4, parts=6)
 _WIDE = 4096
 """Hidden size from which wider programs suffice."""
 
@@ -154,7 +159,7 @@ def _gate_up(
         triton.next_power_of_2(num_parts),
         chained,
         num_warps=blocks.warps,
-        num_stages=blocks.stages * blocks.depth // depth,
+        num_stages=blocks.parts_of(depth) + 1,
         **launch_options(chained),
     )
 
@@ -174,7 +179,7 @@ def _down(
     num_rows, hidden_size = residual.shape
     size = inner.shape[1]
     shared_size = 0 if shared_inner is None else shared_inner.shape[1]
-    depth = depth_block(size, blocks.depth)
+    depth, shared_depth = depth_block(size, blocks.depth), depth_block(shared_size, blocks.depth)
     sums, normed = open_normed(residual, num_rows, hidden_size, blocks.columns)
     down_kernel[(hidden_size // blocks.columns, num_rows)](
         inner,
@@ -198,10 +203,11 @@ def _down(
         spec.top_k,
         blocks.columns,
         depth,
-        depth_block(shared_size, blocks.depth),
+        shared_depth,
+        2 * blocks.parts_of(depth) + 1,  # a part first reads which expert its weights are of, in a stage of its own
+        blocks.parts_of(shared_depth) + 1,
         chained,
         num_warps=blocks.warps,
-        num_stages=blocks.stages * blocks.depth // depth,
         **launch_options(chained),
     )
     return sums, normed

@@ -93,7 +93,7 @@ def _chosen(
     choice = own
     if correction is not None:
         choice = tl.where(inside, scores + tl.load(correction + numbers, inside, other=0.0), float("-inf"))
-    BLOCK: tl.constexpr = 128 if EXPERTS > 128 else EXPERTS
+    BLOCK: tl.constexpr = EXPERTS if EXPERTS <= 128 else 128 * 128 // EXPERTS
     num_better = tl.zeros((EXPERTS,), tl.int32)
     for begin in tl.static_range(0, EXPERTS, BLOCK):
         others = begin + tl.arange(0, BLOCK)
@@ -215,6 +215,8 @@ def down_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     SHARED_BK: tl.constexpr,
+    STAGES: tl.constexpr,
+    SHARED_STAGES: tl.constexpr,
     CHAINED: tl.constexpr,
 ) -> None:
     """out = residual + inner of all pairs of a row @ the weights of their experts, one behind the other, + what the
@@ -233,7 +235,7 @@ def down_kernel(
     num_columns = tl.where(tl.load(experts + first_pair) < E, TOP_K * F, 0)
     inner_row = inner + row.to(tl.int64) * (TOP_K * F) + tl.zeros((_ROWS, 1), tl.int32)
     result = tl.zeros((_ROWS, BN), tl.float32)
-    for begin in range(0, num_columns, BK):
+    for begin in tl.range(0, num_columns, BK, num_stages=STAGES):
         left = tl.load(inner_row + begin + depth[None, :], only_row, other=0.0)
         expert = tl.load(experts + first_pair + begin // F).to(tl.int64)
         weight_rows = weight + (expert * N + columns)[None, :] * F + tl.multiple_of(begin % F, BK)
@@ -243,7 +245,7 @@ def down_kernel(
         shared_row = shared_inner + row.to(tl.int64) * SHARED_F + tl.zeros((_ROWS, 1), tl.int32)
         shared_rows = shared_weight + columns.to(tl.int64)[None, :] * SHARED_F
         shared = tl.zeros((_ROWS, BN), tl.float32)
-        for begin in range(0, SHARED_F, SHARED_BK):
+        for begin in tl.range(0, SHARED_F, SHARED_BK, num_stages=SHARED_STAGES):
             left = tl.load(shared_row + begin + shared_depth[None, :], only_row, other=0.0)
             shared = tl.dot(left, tl.load(shared_rows + begin + shared_depth[:, None]), shared)
         if shared_bias is not None:
