@@ -16,6 +16,7 @@ from graphgen.calls.sampling_params import SamplingParams
 from graphgen.ipc.errors import InvalidRequestError
 
 Item = TypeVar("Item")
+Taken = TypeVar("Taken", contravariant=True)
 
 
 class RequestCore(Protocol):
@@ -131,6 +132,12 @@ class AsyncStream:
         self._cancel()
 
 
+class Place(Protocol[Taken]):
+    """Where a mailbox puts what came for one reader, on the reader's loop: an asyncio.Queue, for one."""
+
+    def put_nowait(self, item: Taken, /) -> None: ...
+
+
 class Mailbox:
     """Brings deliveries from the receiving thread into one event loop, with one wake-up for all that wait.
 
@@ -139,12 +146,12 @@ class Mailbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self._waiting: deque[tuple[asyncio.Queue[Any], Any]] = deque()  # each queue has items of its own kind
+        self._waiting: deque[tuple[Place[Any], Any]] = deque()  # each place has items of its own kind
         self._is_scheduled = False
 
-    def put(self, queue_: "asyncio.Queue[Item]", item: Item) -> None:
+    def put(self, place: Place[Item], item: Item) -> None:
         """Called on the receiving thread. Raises RuntimeError when the loop is closed."""
-        self._waiting.append((queue_, item))
+        self._waiting.append((place, item))
         if not self._is_scheduled:
             self._is_scheduled = True
             self.loop.call_soon_threadsafe(self._empty)
@@ -153,8 +160,8 @@ class Mailbox:
         # The flag falls first: what is put after this line schedules a call of its own.
         self._is_scheduled = False
         while self._waiting:
-            queue_, item = self._waiting.popleft()
-            queue_.put_nowait(item)
+            place, item = self._waiting.popleft()
+            place.put_nowait(item)
 
 
 def _piece_or_raise(delivery: Delivery) -> StreamPiece:

@@ -1,32 +1,30 @@
 """The application: which path is which endpoint, and what is answered when one fails.
 
-Owns the routes, and that every failure has an answer in OpenAI's form. Made once by `graphgen.gateway.process`.
+Owns the routes, and that every failure has an answer and every answer is counted. Made once by
+`graphgen.gateway.process`.
 """
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import msgspec
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, Router
 
 from graphgen.gateway.admission import Admission
-from graphgen.gateway.answers import OTHER_PATH, Counted
+from graphgen.gateway.answers import CLIENT_LEFT, OTHER_PATH, Answers
 from graphgen.gateway.endpoints import Endpoints
 from graphgen.gateway.errors import ApiError, anthropic_body, error_of, openai_body
-from graphgen.gateway.http import GoneError, Message, Receive, Scope, Send, send_error
+from graphgen.gateway.http import JSON_HEADERS, GoneError, Receive, Scope, Send, send_bytes, send_error
 from graphgen.gateway.live import LiveFeed
 from graphgen.gateway.messages import Messages
 from graphgen.gateway.metric_table import Names
 from graphgen.gateway.monitoring import Monitoring
 from graphgen.gateway.openapi import OpenApi
 from graphgen.gateway.page_files import Page
-from graphgen.gateway.request_ids import REQUEST_ID, RequestIds
+from graphgen.gateway.request_ids import REQUEST_ID, Beginning, name_of
 from graphgen.gateway.responses import Responses
 from graphgen.gateway.service import HOLDER, Service
 from graphgen.gateway.tokens import TokenEndpoints
@@ -36,12 +34,15 @@ OPEN = ("/health", "/ready", "/", PAGE_FILES)
 """Who asks for these needs no key."""
 MESSAGES = "/v1/messages"
 """Of Anthropic's API."""
+ENDPOINT = "graphgen.endpoint"
+BEGINNING = "graphgen.beginning"
+"""In a scope: which endpoint it has reached, and whether its answer has begun."""
 
 logger = logging.getLogger("graphgen.gateway")
 
 
 class _Endpoint:
-    """An endpoint as an application of its own, whose failures are answered.
+    """An endpoint as an application of its own.
 
     admission: who may call it; None: everyone. Whose key it was is in the scope. body_of: the form of its errors.
     """
@@ -49,33 +50,58 @@ class _Endpoint:
     def __init__(
         self,
         serve: Callable[[Scope, Receive, Send], Awaitable[None]],
+        path: str,
         admission: Admission | None,
         body_of: Callable[[ApiError], object],
     ) -> None:
+        self.path = path
+        self.body_of = body_of
         self._serve = serve
         self._admission = admission
-        self._body_of = body_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = False
+        scope[ENDPOINT] = self
+        if self._admission is not None:
+            scope[HOLDER] = self._admission.admit(scope)
+        await self._serve(scope, receive, send)
 
-        async def send_on(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
 
+class App:
+    """The application. Every part of an answer passes each `send` between an endpoint and uvicorn, so there is one."""
+
+    def __init__(self, routes: Sequence[Route], answers: Answers, live: LiveFeed, origins: Sequence[str]) -> None:
+        self.answers = answers
+        self.live = live
+        self.routes = routes
+        self._router = Router(routes)
+        self._app = CORSMiddleware(self._answer, **_cross_origin(origins)) if origins else self._answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        name = name_of(scope)
+        scope["app"] = self  # as Starlette's routes want it: they raise what they cannot serve
+        scope[REQUEST_ID] = name.decode()
+        scope[BEGINNING] = beginning = Beginning(send, name)
+        await self._app(scope, receive, beginning)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Every failure has an answer, and every answer is counted when it has ended."""
+        beginning: Beginning = scope[BEGINNING]
         try:
-            if self._admission is not None:
-                scope[HOLDER] = self._admission.admit(scope)
-            await self._serve(scope, receive, send_on)
+            await self._router.app(scope, receive, send)
         except GoneError:
             pass
+        except HTTPException as error:
+            await _send_no_endpoint(scope, send, error)
         except Exception as error:
             answer = error_of(error)
             if answer.status == 500:
                 logger.exception("request %s to %s failed", scope[REQUEST_ID], scope["path"])
-            if not begun:
-                await send_error(send, answer, self._body_of(answer))
+            if beginning.status is None:
+                await send_error(send, answer, scope[ENDPOINT].body_of(answer))
+        finally:
+            endpoint: _Endpoint | None = scope.get(ENDPOINT)
+            status = CLIENT_LEFT if beginning.status is None else beginning.status
+            self.answers.count(OTHER_PATH if endpoint is None else endpoint.path, status)
 
 
 def make_app(
@@ -83,7 +109,7 @@ def make_app(
     admission: Admission | None = None,
     metrics_names: Names = "graphgen",
     origins: Sequence[str] = (),
-) -> Starlette:
+) -> App:
     """admission: who is let in; probes and the page need none. origins: whose pages browsers let call this server."""
     page, live = Page(), LiveFeed(service)
     endpoints, tokens, messages = Endpoints(service), TokenEndpoints(service), Messages(service)
@@ -106,31 +132,34 @@ def make_app(
         ("GET", "/", page.index),
         ("GET", PAGE_FILES, page.file),
     ]
-    middleware = [Middleware(RequestIds), *([_cross_origin(origins)] if origins else [])]
-    app = Starlette(middleware=middleware, exception_handlers={HTTPException: _no_endpoint})
-    app.state.answers, app.state.live = service.answers, live
-    for method, path, serve in routes:
-        body_of = anthropic_body if path.startswith(MESSAGES) else openai_body
-        endpoint = _Endpoint(serve, None if path in OPEN else admission, body_of)
-        app.router.routes.append(Route(path, Counted(endpoint, path, service.answers), methods=[method]))
-    return app
+    built = [
+        Route(
+            path,
+            _Endpoint(
+                serve,
+                path,
+                None if path in OPEN else admission,
+                anthropic_body if path.startswith(MESSAGES) else openai_body,
+            ),
+            methods=[method],
+        )
+        for method, path, serve in routes
+    ]
+    return App(built, service.answers, live, origins)
 
 
-def _cross_origin(origins: Sequence[str]) -> Middleware:
-    return Middleware(
-        CORSMiddleware,
-        allow_origins=origins,
-        allow_methods=("GET", "POST"),
-        allow_headers=("*",),
-        expose_headers=("retry-after", "retry-after-ms", "x-request-id", "x-should-retry"),
-    )
+def _cross_origin(origins: Sequence[str]) -> dict[str, Any]:  # the arguments of CORSMiddleware
+    return {
+        "allow_origins": origins,
+        "allow_methods": ("GET", "POST"),
+        "allow_headers": ("*",),
+        "expose_headers": ("retry-after", "retry-after-ms", "x-request-id", "x-should-retry"),
+    }
 
 
-async def _no_endpoint(request: Request, error: Exception) -> Response:
+async def _send_no_endpoint(scope: Scope, send: Send, error: HTTPException) -> None:
     """Of a path or a method that is none."""
-    assert isinstance(error, HTTPException)
-    text = f"{request.method} {request.scope['path']} is not served: {error.detail}"
+    text = f"{scope['method']} {scope['path']} is not served: {error.detail}"
     answer = ApiError(error.status_code, text, "not_found" if error.status_code == 404 else None)
-    headers = {"content-type": "application/json", **(error.headers or {})}
-    request.app.state.answers.count(OTHER_PATH, error.status_code)
-    return Response(msgspec.json.encode(openai_body(answer)), error.status_code, headers)
+    headers = [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
+    await send_bytes(send, error.status_code, msgspec.json.encode(openai_body(answer)), [*JSON_HEADERS, *headers])

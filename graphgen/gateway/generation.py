@@ -1,38 +1,26 @@
-"""From what a client asks to prompts and sampling parameters, and the pieces of all its outputs as they come.
+"""From what a client asks to prompts and sampling parameters.
 
-Owns which fields of a request become which of SamplingParams, what is refused because it is not served, and the queue
-in which pieces, ticks and the client's leaving meet. Used by the endpoints, on the event loop.
+Owns which fields of a request become which of SamplingParams, and what is refused because it is not served. Used by the
+endpoints.
 """
 
-import asyncio
-import functools
-from collections.abc import AsyncIterator, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Protocol, Self
+from collections.abc import Mapping
+from typing import Any
 
-from graphgen.calls.outputs import Delivery, StreamPiece
 from graphgen.calls.prompts import Chat, OnePrompt, batch_of, one_prompt
 from graphgen.calls.sampling_params import SamplingParams
-from graphgen.calls.streams import Mailbox
 from graphgen.gateway.errors import ApiError
-from graphgen.gateway.http import GoneError, Receive, until_gone
 from graphgen.gateway.schema import (
     ChatRequest,
     CompletionRequest,
     Generation,
-    PromptTokensDetails,
     TokenizeRequest,
-    Usage,
 )
 from graphgen.gateway.structured import structured_of
 from graphgen.ipc.errors import InvalidRequestError
 from graphgen.ipc.messages import MAX_LOGPROBS
 from graphgen.ipc.short import short
-from graphgen.remote.core import RemoteCore
-from graphgen.remote.requests import Parsing
 
-TICK_S = 10.0
-"""A stream that has had nothing to say for so long sends a comment: proxies cut silent ones."""
 MAX_TOKEN_ID_LEN = 10
 """Digits of the largest token id."""
 COMPLETION_MAX_TOKENS = 16
@@ -194,118 +182,3 @@ def _check_common(request: Generation) -> None:
 def not_served(param: str, what: str, remedy: str = "leave it out") -> ApiError:
     """Of a field that is known and cannot be obeyed."""
     return ApiError(400, f"{param}: {what} cannot be served by this server: {remedy}", "unsupported_parameter", param)
-
-
-class Tally:
-    """Counts the tokens of a request."""
-
-    def __init__(self, num_prompts: int, without_output: bool = False) -> None:
-        """without_output: of a request that wants its prompt alone."""
-        self._without_output = without_output
-        self._prompt_tokens = [0] * num_prompts
-        self._cached_tokens = [0] * num_prompts
-        self._output_tokens = 0
-
-    def add(self, number: int, piece: StreamPiece) -> None:
-        """A piece of prompt `number`."""
-        self._prompt_tokens[number] = piece.prompt_tokens
-        if piece.sample_index == 0:
-            self._cached_tokens[number] = piece.cached_tokens
-        self._output_tokens += 0 if self._without_output else len(piece.token_ids)
-
-    @property
-    def usage(self) -> Usage:
-        prompt = sum(self._prompt_tokens)
-        details = PromptTokensDetails(sum(self._cached_tokens))
-        return Usage(prompt, self._output_tokens, prompt + self._output_tokens, details)
-
-
-class Outputs(Protocol):
-    """The outputs of a request, as they come."""
-
-    def batches(self) -> AsyncIterator[list[tuple[int, StreamPiece]]]:
-        """What has come, as (number of the prompt, piece), until all outputs have ended; empty after a silence."""
-
-
-class NoOutputs:
-    """The outputs of prompts that are echoed alone: nothing is computed."""
-
-    def __init__(self, prompt_lens: Sequence[int], n: int) -> None:
-        self._prompt_lens = prompt_lens
-        self._n = n
-
-    async def batches(self) -> AsyncIterator[list[tuple[int, StreamPiece]]]:
-        """See Outputs."""
-        yield [
-            (number, StreamPiece("", (), "length", cached_tokens=0, sample_index=index, prompt_tokens=length))
-            for number, length in enumerate(self._prompt_lens)
-            for index in range(self._n)
-        ]
-
-
-class Pieces:
-    """The pieces of all outputs of a request. Left early, for whatever reason, it ends the request."""
-
-    def __init__(
-        self,
-        core: RemoteCore,
-        mailbox: Mailbox,
-        prompts: Sequence[OnePrompt],
-        sampling: SamplingParams,
-        tenant: str,
-        log_id: str,
-        receive: Receive,
-        parsing: Parsing,
-    ) -> None:
-        """log_id: what logs call it. receive: of the request, read to its end. Raises GraphgenError with nothing
-        sent."""
-        self._core = core
-        self._receive = receive
-        self._arrived: asyncio.Queue[tuple[int, Delivery | None]] = asyncio.Queue()  # None: a tick
-        sinks = [functools.partial(self._put, mailbox, number) for number in range(len(prompts))]
-        self._request_ids = core.open(
-            prompts, sampling, streams=True, sinks=sinks, tenant=tenant, parsing=parsing, log_id=log_id
-        )
-        self._num_open = len(self._request_ids)
-        self._beside: list[asyncio.Task[None]] = []
-
-    def _put(self, mailbox: Mailbox, number: int, delivery: Delivery) -> None:
-        """The sink of prompt `number`, on the connection's thread."""
-        mailbox.put(self._arrived, (number, delivery))
-
-    async def __aenter__(self) -> Self:
-        self._beside = [asyncio.create_task(work()) for work in (self._watch, self._tick)]
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for task in self._beside:
-            task.cancel()
-        if self._num_open:
-            self._num_open = 0
-            self._core.cancel(self._request_ids)
-
-    async def batches(self) -> AsyncIterator[list[tuple[int, StreamPiece]]]:
-        """See Outputs. Raises what ended the request, GoneError when its client left."""
-        while self._num_open:
-            arrived = [await self._arrived.get()]
-            while not self._arrived.empty():
-                arrived.append(self._arrived.get_nowait())
-            pieces = [(number, piece) for number, piece in arrived if isinstance(piece, StreamPiece)]
-            self._num_open -= sum(piece.finish_reason is not None for _, piece in pieces)
-            failure = next((one for _, one in arrived if isinstance(one, Exception)), None)
-            if pieces or failure is None:
-                yield pieces
-            if failure is not None:
-                raise failure
-
-    async def _watch(self) -> None:
-        await until_gone(self._receive)
-        self._arrived.put_nowait((0, GoneError()))
-
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(TICK_S)
-            if self._arrived.empty():
-                self._arrived.put_nowait((0, None))

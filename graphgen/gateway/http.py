@@ -5,12 +5,13 @@ wrappers that hide `http.disconnect` would let requests of gone clients run on.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+import secrets
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeVar
 
 import msgspec
 
-from graphgen.gateway.errors import ApiError, Headers, error_of, openai_body
+from graphgen.gateway.errors import ApiError, Headers, openai_body
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -94,6 +95,18 @@ def named_event(name: str, value: object) -> bytes:
     return b"event: %b\n" % name.encode() + event(value)
 
 
+class EventTemplate:
+    """An event that differs from others like it in one text alone: the rest of it is encoded once."""
+
+    def __init__(self, make: Callable[[str], object]) -> None:
+        """make: the event's value with a text in it."""
+        mark = secrets.token_hex(16)
+        self._before, _, self._after = event(make(mark)).partition(msgspec.json.encode(mark))
+
+    def event(self, text: str) -> bytes:
+        return self._before + _one_line(msgspec.json.encode(text)) + self._after
+
+
 def error_event(error: ApiError) -> bytes:
     """What ends a stream that has begun."""
     return event(openai_body(error))
@@ -111,20 +124,14 @@ async def until_gone(receive: Receive) -> None:
         pass
 
 
-async def send_events(
-    send: Send, events: AsyncIterator[bytes], failed: Callable[[ApiError], bytes] = error_event
-) -> None:
-    """An answer of events. It begins with the first of them: what ends them before that is raised, and may still have a
-    status. What ends them later is told by a last event, made by `failed`; a client that is gone is told nothing."""
-    begun = False
-    try:
-        async for data in events:
-            if not begun:
-                begun = True
-                await send({"type": "http.response.start", "status": 200, "headers": EVENT_HEADERS})
-            await send({"type": "http.response.body", "body": data, "more_body": True})
-    except Exception as error:
-        if isinstance(error, GoneError) or not begun:
-            raise
-        await send({"type": "http.response.body", "body": failed(error_of(error)), "more_body": True})
-    await send({"type": "http.response.body", "body": b""})
+def begin_events(send: Send) -> Awaitable[None]:
+    return send({"type": "http.response.start", "status": 200, "headers": EVENT_HEADERS})
+
+
+def send_event(send: Send, data: bytes) -> Awaitable[None]:
+    """data: one event or several, or a comment."""
+    return send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+def end_events(send: Send) -> Awaitable[None]:
+    return send({"type": "http.response.body", "body": b""})

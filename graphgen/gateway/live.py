@@ -5,12 +5,21 @@ while nobody does, nothing is asked and the scheduler keeps no steps.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
 
 from msgspec import Struct
 
 from graphgen.gateway.errors import ApiError, error_of
-from graphgen.gateway.http import Receive, Scope, Send, error_event, event, send_events, until_gone
+from graphgen.gateway.http import (
+    Receive,
+    Scope,
+    Send,
+    begin_events,
+    end_events,
+    error_event,
+    event,
+    send_event,
+    until_gone,
+)
 from graphgen.gateway.service import Service
 from graphgen.ipc.errors import GraphgenError
 from graphgen.ipc.ggp.messages import Stats, StatsRequest
@@ -67,7 +76,10 @@ class LiveFeed:
             self._poll = asyncio.create_task(self._ask_on())
         leaves = asyncio.create_task(_tell_when_gone(receive, events))
         try:
-            await send_events(send, _until_none(events))
+            await begin_events(send)
+            while (data := await events.get()) is not None:
+                await send_event(send, data)
+            await end_events(send)
         finally:
             leaves.cancel()
             self._viewers.discard(events)
@@ -107,11 +119,6 @@ def _put(events: "asyncio.Queue[bytes | None]", data: bytes | None) -> None:
 async def _tell_when_gone(receive: Receive, events: "asyncio.Queue[bytes | None]") -> None:
     await until_gone(receive)
     _put(events, None)
-
-
-async def _until_none(events: "asyncio.Queue[bytes | None]") -> AsyncIterator[bytes]:
-    while (data := await events.get()) is not None:
-        yield data
 
 
 def _snapshot(stats: Stats, metrics: Metrics, live: Live) -> Snapshot:

@@ -4,16 +4,13 @@ Owns the blocks of a message (thinking, text, calls), each begun when its first 
 begins, and why the message ended. Used by `graphgen.gateway.messages`.
 """
 
-from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import msgspec
 from msgspec import UNSET
 
-from graphgen.calls.outputs import StreamPiece
 from graphgen.gateway.chat_output import ChatOutput, PlainOutput
 from graphgen.gateway.errors import ApiError, anthropic_body
-from graphgen.gateway.generation import Pieces, Tally
 from graphgen.gateway.http import Scope, named_event
 from graphgen.gateway.ids import new_id
 from graphgen.gateway.messages_schema import (
@@ -36,6 +33,7 @@ from graphgen.gateway.messages_schema import (
     ThinkingDelta,
     ToolUseBlock,
 )
+from graphgen.gateway.outputs import Batch, Outputs, Tally
 from graphgen.gateway.schema import ChatDelta
 from graphgen.gateway.service import Service
 
@@ -86,30 +84,31 @@ class MessageWriter:
         self._blocks: list[_Block] = []
         self._token_ids: list[int] = []
         self._finish = ""
+        self._has_begun = False
 
-    async def whole(self, pieces: Pieces) -> AnswerMessage:
+    async def whole(self, outputs: Outputs) -> AnswerMessage:
         """The answer to who does not stream."""
-        async for batch in pieces.batches():
+        while (batch := await outputs.next()) is not None:
             self._take(batch)
         return self._message([block.ended() for block in self._blocks], await self._stop())
 
-    async def events(self, pieces: Pieces) -> AsyncIterator[bytes]:
-        """The answer as server-sent events."""
-        begun = False
-        async for batch in pieces.batches():
-            news = self._take(batch)
-            start = b"" if begun else named_event("message_start", MessageStart(message=self._message([])))
-            begun = True
-            yield start + news or PING
-        ended = MessageDelta(delta=await self._stop(), usage=self._usage)
-        yield self._end_block() + named_event("message_delta", ended) + named_event("message_stop", MessageStop())
+    def news(self, batch: Batch) -> bytes:
+        """See EventWriter."""
+        news = self._take(batch)
+        start = b"" if self._has_begun else named_event("message_start", MessageStart(message=self._message([])))
+        self._has_begun = True
+        return start + news or PING
 
-    @staticmethod
-    def failed(error: ApiError) -> bytes:
-        """The event that ends a message which cannot go on."""
+    async def end(self) -> bytes:
+        """See EventWriter."""
+        ended = MessageDelta(delta=await self._stop(), usage=self._usage)
+        return self._end_block() + named_event("message_delta", ended) + named_event("message_stop", MessageStop())
+
+    def failed(self, error: ApiError) -> bytes:
+        """See EventWriter."""
         return named_event("error", anthropic_body(error))
 
-    def _take(self, batch: Sequence[tuple[int, StreamPiece]]) -> bytes:
+    def _take(self, batch: Batch) -> bytes:
         """The events of what is new."""
         if not batch:
             return b""

@@ -12,9 +12,10 @@ from graphgen.gateway import schema
 from graphgen.gateway.chat_turn import read_chat
 from graphgen.gateway.errors import ApiError
 from graphgen.gateway.generation import chat_prompt
-from graphgen.gateway.http import Receive, Scope, Send, send_events, send_json
+from graphgen.gateway.http import Receive, Scope, Send, send_json
 from graphgen.gateway.message_writer import MessageWriter
 from graphgen.gateway.messages_schema import Effort, InputTokens, MessagesRequest, PromptOfMessages
+from graphgen.gateway.outputs import send_outputs
 from graphgen.gateway.service import Service
 from graphgen.gateway.tools import read_tools
 
@@ -41,7 +42,7 @@ class Messages:
         writer = MessageWriter(self._service, scope, request, model, turn.outputs[0])
         async with self._service.pieces([turn.prompt], turn.sampling, scope, receive, turn.parsing) as pieces:
             if request.stream:
-                await send_events(send, writer.events(pieces), writer.failed)
+                await send_outputs(send, pieces, writer)
             else:
                 await send_json(send, await writer.whole(pieces))
 

@@ -66,7 +66,7 @@ async def _serve(service: Service, settings: GatewaySettings) -> None:
         ssl_certfile=settings.certificate,
         ssl_keyfile=settings.private_key,
     )
-    server = _Server(config, app.state.live)
+    server = _Server(config, app.live)
     asyncio.get_running_loop().add_signal_handler(END_SIGNAL, server.end)
     reports = asyncio.create_task(service.answers.report_always())
     await server.serve(sockets=[socket.socket(fileno=settings.descriptor)])

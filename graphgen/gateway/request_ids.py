@@ -6,10 +6,9 @@ Owns which names are taken: a client's may be of any length and hold anything.
 
 import re
 import secrets
+from collections.abc import Awaitable
 
-from starlette.types import ASGIApp
-
-from graphgen.gateway.http import Message, Receive, Scope, Send
+from graphgen.gateway.http import Message, Scope, Send
 from graphgen.ipc.ggp.limits import MAX_LOG_ID_LEN
 
 HEADER = b"x-request-id"
@@ -18,25 +17,23 @@ REQUEST_ID = "graphgen.request_id"
 _TAKEN = re.compile(rb"[!-~]{1,%d}" % MAX_LOG_ID_LEN)
 
 
-class RequestIds:
-    """An application whose requests have names."""
+class Beginning:
+    """The `send` of a request: names the answer when it begins, and knows how it did. What follows is passed on."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, send: Send, name: bytes) -> None:
+        self.status: int | None = None
+        """None until the answer has begun."""
+        self._send = send
+        self._name = name
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        name = _name_of(scope)
-        scope[REQUEST_ID] = name.decode()
-
-        async def send_on(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], (HEADER, name)]}
-            await send(message)
-
-        await self._app(scope, receive, send_on)
+    def __call__(self, message: Message) -> Awaitable[None]:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message = {**message, "headers": [*message["headers"], (HEADER, self._name)]}
+        return self._send(message)
 
 
-def _name_of(scope: Scope) -> bytes:
+def name_of(scope: Scope) -> bytes:
     """One that is too long, or not of printable ASCII without spaces, is replaced."""
     given: bytes = dict(scope["headers"]).get(HEADER, b"")
     return given if _TAKEN.fullmatch(given) else f"req-{secrets.token_hex(12)}".encode()

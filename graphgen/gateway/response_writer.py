@@ -6,17 +6,15 @@ begins. Used by `graphgen.gateway.responses`.
 
 import itertools
 import time
-from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from msgspec import UNSET, Struct, structs
 
-from graphgen.calls.outputs import StreamPiece
 from graphgen.gateway.chat_output import ChatOutput, PlainOutput
 from graphgen.gateway.errors import ApiError
-from graphgen.gateway.generation import Pieces, Tally
 from graphgen.gateway.http import KEEP_ALIVE, named_event
 from graphgen.gateway.ids import new_id
+from graphgen.gateway.outputs import Batch, Outputs, Tally
 from graphgen.gateway.responses_schema import (
     ArgumentsDelta,
     ArgumentsDone,
@@ -102,36 +100,38 @@ class ResponseWriter:
         self._items: list[_Item] = []
         self._finish = ""
         self._tally = Tally(1)
+        self._has_begun = False
 
-    async def whole(self, pieces: Pieces) -> Response:
+    async def whole(self, outputs: Outputs) -> Response:
         """The answer to who does not stream."""
-        async for batch in pieces.batches():
+        while (batch := await outputs.next()) is not None:
             self._take(batch)
         self._end_items()
         return self._ended()
 
-    async def events(self, pieces: Pieces) -> AsyncIterator[bytes]:
-        """The answer as server-sent events."""
-        begun = False
-        async for batch in pieces.batches():
-            head = b"" if begun else self._begin()
-            begun = True
-            yield head + self._take(batch) or KEEP_ALIVE
+    def news(self, batch: Batch) -> bytes:
+        """See EventWriter."""
+        head = b"" if self._has_begun else self._begin()
+        return head + self._take(batch) or KEEP_ALIVE
+
+    async def end(self) -> bytes:
+        """See EventWriter."""
         last = self._end_items()
         response = self._ended()
-        yield last + self._written(ResponseChanged, f"response.{response.status}", response=response)
+        return last + self._written(ResponseChanged, f"response.{response.status}", response=response)
 
     def failed(self, error: ApiError) -> bytes:
-        """The event that ends a response which cannot go on."""
+        """See EventWriter."""
         failure = ResponseError(code=error.body.code or error.body.type, message=error.body.message)
         response = structs.replace(self._response, status="failed", error=failure)
         return self._written(ResponseChanged, "response.failed", response=response)
 
     def _begin(self) -> bytes:
+        self._has_begun = True
         kinds = ("response.created", "response.in_progress")
         return b"".join(self._written(ResponseChanged, kind, response=self._response) for kind in kinds)
 
-    def _take(self, batch: Sequence[tuple[int, StreamPiece]]) -> bytes:
+    def _take(self, batch: Batch) -> bytes:
         """The events of what is new."""
         for number, piece in batch:
             self._tally.add(number, piece)

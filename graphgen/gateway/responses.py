@@ -11,7 +11,8 @@ from graphgen.gateway import schema
 from graphgen.gateway.chat_turn import read_chat
 from graphgen.gateway.errors import ApiError
 from graphgen.gateway.generation import not_served
-from graphgen.gateway.http import Receive, Scope, Send, send_events, send_json
+from graphgen.gateway.http import Receive, Scope, Send, send_json
+from graphgen.gateway.outputs import send_outputs
 from graphgen.gateway.response_writer import ResponseWriter
 from graphgen.gateway.responses_schema import Reasoning, ResponsesRequest, TextFormat
 from graphgen.gateway.service import Service
@@ -33,7 +34,7 @@ class Responses:
         writer = ResponseWriter(request, model, turn.outputs[0])
         async with self._service.pieces([turn.prompt], turn.sampling, scope, receive, turn.parsing) as pieces:
             if request.stream:
-                await send_events(send, writer.events(pieces), writer.failed)
+                await send_outputs(send, pieces, writer)
             else:
                 await send_json(send, await writer.whole(pieces))
 

@@ -18,10 +18,10 @@ from graphgen.calls.sampling_params import SamplingParams
 from graphgen.calls.streams import Mailbox
 from graphgen.gateway.answers import Answers
 from graphgen.gateway.errors import ApiError
-from graphgen.gateway.generation import Pieces
 from graphgen.gateway.http import Receive, Scope, read_json
 from graphgen.gateway.keys import Holder
 from graphgen.gateway.output_parsers.formats import ParserMaker
+from graphgen.gateway.outputs import Pieces
 from graphgen.gateway.request_ids import REQUEST_ID
 from graphgen.gateway.settings import ModelFacts
 from graphgen.remote.core import RemoteCore

@@ -49,6 +49,7 @@ class RemoteRequest:
         self._times_s: list[list[float]] = [[] for _ in range(message.sampling.n)]
         self._logprobs: list[list[Logprobs]] = [[] for _ in range(message.sampling.n)]
         self._prompt_logprobs: Logprobs | None = None
+        self._num_tokens = [0] * message.sampling.n
         self._num_open = message.sampling.n
         self._num_prompt_tokens = 0
         self._prompt_tail = ""
@@ -63,39 +64,46 @@ class RemoteRequest:
 
     def take_delta(self, delta: Delta) -> Delivery | None:
         """What its sink gets of a delta. Raises ServerError when tokens are missing, which no server may do."""
-        token_ids = self._token_ids[delta.sample]
-        if delta.seq != len(token_ids):
+        sample, token_ids = delta.sample, delta.ids
+        if delta.seq != self._num_tokens[sample]:
             raise ServerError(
-                f"the server sent token {delta.seq} of sample {delta.sample} after {len(token_ids)}: report this",
+                f"the server sent token {delta.seq} of sample {sample} after {self._num_tokens[sample]}: report this",
                 code="internal",
             )
-        now_s = time.monotonic() - self._sent_s
-        self._cached_tokens[delta.sample] += delta.cached_tokens
-        token_ids.extend(delta.ids)
-        self._texts[delta.sample].append(delta.text)
-        self._times_s[delta.sample].extend([now_s] * len(delta.ids))
-        self._num_open -= delta.finish is not None
-        logprobs = None if delta.logprobs is None else _logprobs(delta.logprobs, delta.ids)
+        self._num_tokens[sample] += len(token_ids)
+        self._cached_tokens[sample] += delta.cached_tokens
+        if delta.finish is not None:
+            self._num_open -= 1
+        logprobs = None if delta.logprobs is None else _logprobs(delta.logprobs, token_ids)
         told = delta.prompt_logprobs
         of_prompt = None if told is None else _logprobs(told, told.ids)
-        if logprobs is not None and not self._streams:
-            self._logprobs[delta.sample].append(logprobs)
-        if of_prompt is not None:
-            self._prompt_logprobs = of_prompt
         if not self._streams:
+            self._keep(delta, logprobs, of_prompt)
             return None
         return StreamPiece(
             text=delta.text,
-            token_ids=tuple(delta.ids),
+            token_ids=tuple(token_ids),
             finish_reason=_finish_reason(delta.finish),
-            cached_tokens=self._cached_tokens[delta.sample],
-            sample_index=delta.sample,
+            cached_tokens=self._cached_tokens[sample],
+            sample_index=sample,
             prompt_tokens=self._num_prompt_tokens,
-            marks=tuple(Mark(mark.id, mark.start, mark.end) for mark in delta.marks),
+            marks=tuple(Mark(mark.id, mark.start, mark.end) for mark in delta.marks) if delta.marks else (),
             prompt_tail=self._prompt_tail,
             logprobs=logprobs,
             prompt_logprobs=of_prompt,
         )
+
+    def _keep(self, delta: Delta, logprobs: Logprobs | None, of_prompt: Logprobs | None) -> None:
+        """For the whole output of a sample."""
+        sample = delta.sample
+        now_s = time.monotonic() - self._sent_s
+        self._token_ids[sample].extend(delta.ids)
+        self._texts[sample].append(delta.text)
+        self._times_s[sample].extend([now_s] * len(delta.ids))
+        if logprobs is not None:
+            self._logprobs[sample].append(logprobs)
+        if of_prompt is not None:
+            self._prompt_logprobs = of_prompt
 
     def take_done(self, done: Done) -> list[Delivery]:
         """What its sink gets at the end: for a stream nothing, since its last piece said so."""
@@ -269,5 +277,5 @@ def _valid_text(text: str) -> str:
 def _finish_reason(reason: str | None) -> FinishReason | None:
     """A reason of a later server than this client knows is an error to it."""
     if reason is None or reason in ("stop", "length", "aborted", "error"):
-        return cast(FinishReason | None, reason)
+        return cast("FinishReason | None", reason)
     return "error"

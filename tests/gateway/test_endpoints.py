@@ -20,7 +20,7 @@ from graphgen import (
     ServerError,
 )
 from graphgen.calls.outputs import Sink, StreamPiece
-from graphgen.gateway import generation
+from graphgen.gateway import outputs
 from graphgen.ipc.ggp.messages import Health
 from tests.gateway.asgi import GatewayCore, acall, call, fails, piece, says
 
@@ -358,7 +358,7 @@ def test_a_client_that_leaves_ends_its_request(stream: bool) -> None:
 
 
 def test_a_silent_stream_sends_comments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "TICK_S", 0.02)
+    monkeypatch.setattr(outputs, "TICK_S", 0.02)
 
     def slowly(sinks: Sequence[Sink], _: int) -> None:
         asyncio.get_running_loop().call_later(0.1, sinks[0], piece("a", "stop"))

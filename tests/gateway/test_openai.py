@@ -108,7 +108,8 @@ def test_prompts_become_tokens_and_tokens_text_at_the_server(client: openai.Open
     echoed = client.completions.create(model="play", prompt=tokens["tokens"], echo=True, max_tokens=4, temperature=0)
     assert echoed.choices[0].text.endswith("ROMEO:" + output.text)
     with pytest.raises(openai.BadRequestError, match="maximum context length"):
-        ask("detokenize", {"tokens": [1] * 2000})
+        ask("detokenize", {"tokens": [1] * 5000})
+    assert ask("tokenize", {"prompt": "ROMEO:" * 1000})["count"] > ask("tokenize", {"prompt": "x"})["max_model_len"]
 
 
 def test_many_streams_at_once_are_each_their_own(client: openai.OpenAI, ours: Client) -> None:
