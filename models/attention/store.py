@@ -117,15 +117,17 @@ def _rotate_and_store_kernel(
     mask = (heads < HKV) & (half < HALF)
     first, second = _rotate(k + row * k_stride, heads, half, row_cos, row_sin, mask, k_head_stride, HALF)
     offset = (location * HKV + heads) * 2 * HALF + half
-    source = v + row * v_stride + heads * v_head_stride + half
     if k_scales is not None:
         first, second = first.to(k.dtype.element_ty), second.to(k.dtype.element_ty)
         _store_quantised(k_pages, k_scales, location, heads, offset, first, second, mask, HKV, HALF)
-        first, second = tl.load(source, mask, other=0.0), tl.load(source + HALF, mask, other=0.0)
-        _store_quantised(v_pages, v_scales, location, heads, offset, first, second, mask, HKV, HALF)
     else:
         tl.store(k_pages + offset, first.to(k_pages.dtype.element_ty), mask)
         tl.store(k_pages + offset + HALF, second.to(k_pages.dtype.element_ty), mask)
+    source = v + row * v_stride + heads * v_head_stride + half
+    if v_scales is not None:
+        first, second = tl.load(source, mask, other=0.0), tl.load(source + HALF, mask, other=0.0)
+        _store_quantised(v_pages, v_scales, location, heads, offset, first, second, mask, HKV, HALF)
+    else:
         tl.store(v_pages + offset, tl.load(source, mask), mask)
         tl.store(v_pages + offset + HALF, tl.load(source + HALF, mask), mask)
     if CHAINED:

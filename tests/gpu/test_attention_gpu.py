@@ -150,12 +150,13 @@ PLAIN = Rules()
 def attend(
     step: StepAttention,
     rows: tuple[Tensor, ...],
-    cache: tuple[Tensor, ...],
+    cache: LayerPages | tuple[Tensor, ...],
     rule: Rules = PLAIN,
     temperatures: Tensor | None = None,
 ) -> Tensor:
     q, k, v = rows
-    return step.attend(q, k, v, *angles(q), LayerPages(*cache), rule.variant(q.shape[2]), temperatures)
+    pages = cache if isinstance(cache, LayerPages) else LayerPages(*cache)
+    return step.attend(q, k, v, *angles(q), pages, rule.variant(q.shape[2]), temperatures)
 
 
 def angles(q: Tensor) -> tuple[Tensor, Tensor]:

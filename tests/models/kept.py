@@ -21,15 +21,16 @@ def head_scales(num_heads: int) -> tuple[Tensor, Tensor]:
 def kept_as(name: str, pages: LayerPages, with_plain: bool = False) -> LayerPages:
     """The same values in pages of that format; what is NaN stays so. with_plain: with plain pages, of NaN."""
     num_pages, page_size, num_heads, _ = pages.k.shape
+    device = pages.k.device
     of_position = kv_format(name).scale_bytes > 0
     scales = (
-        tuple(torch.full((num_pages, page_size, num_heads), torch.nan) for _ in range(2))
+        tuple(torch.full((num_pages, page_size, num_heads), torch.nan, device=device) for _ in range(2))
         if of_position
-        else head_scales(num_heads)
+        else tuple(scales.to(device) for scales in head_scales(num_heads))
     )
-    stored = [torch.zeros(pages.k.shape, dtype=STORED_DTYPES[name]) for _ in range(2)]
+    stored = [torch.zeros(pages.k.shape, dtype=STORED_DTYPES[name], device=device) for _ in range(2)]
     for tensor, scale, plain in zip(stored, scales, pages[:2], strict=True):
-        store(tensor, scale, plain.flatten(0, 1), torch.arange(num_pages * page_size))
+        store(tensor, scale, plain.flatten(0, 1), torch.arange(num_pages * page_size, device=device))
     plains = (torch.full_like(pages.k, torch.nan) for _ in range(2)) if with_plain else (None, None)
     return LayerPages(*stored, *scales, *plains)
 
@@ -42,7 +43,7 @@ def read_back(name: str, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def read(pages: Tensor, scales: Tensor | None) -> Tensor:
     """All pages, in float32."""
-    return take(pages, scales, torch.arange(len(pages)), torch.float32)
+    return take(pages, scales, torch.arange(len(pages), device=pages.device), torch.float32)
 
 
 def convert_fp8_as_a_gpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
