@@ -16,7 +16,8 @@ from benchmarks.levels import MLPERF_LEVELS, find_highest_rate
 from benchmarks.metrics import Figures
 from benchmarks.objectives import LEVEL, TOKEN_BUDGETS
 from benchmarks.report import machine, show, write_json
-from benchmarks.simulate import H200_STEP_TIMES, MAX_MODEL_LEN, NUM_PAGES, Machine, Policy, simulate
+from benchmarks.simulate import simulate
+from benchmarks.simulated_machine import H200_STEP_TIMES, MAX_MODEL_LEN, NUM_PAGES, Machine, Policy
 from benchmarks.virtual_engine import HOST_DELAY_S
 from benchmarks.workload import Workload
 from graphgen.ipc.messages import ObjectiveName

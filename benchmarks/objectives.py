@@ -18,7 +18,8 @@ from typing import get_args
 from benchmarks.metrics import Figures, ServiceLevel
 from benchmarks.report import machine, show, write_json
 from benchmarks.scenarios import Load, parse_load
-from benchmarks.simulate import H200_STEP_TIMES, MAX_MODEL_LEN, NUM_PAGES, Machine, Policy, simulate
+from benchmarks.simulate import simulate
+from benchmarks.simulated_machine import H200_STEP_TIMES, MAX_MODEL_LEN, NUM_PAGES, Machine, Policy
 from benchmarks.virtual_engine import HOST_DELAY_S
 from graphgen.base.version import how_to_install
 from graphgen.ipc.messages import ObjectiveName

@@ -3,11 +3,15 @@
     python -m benchmarks.simulate --load 2600/60:16 --load bursts@20 --load mix@8 --json figures.json --plot figures.png
     python -m benchmarks.simulate --load 256/64@60x100000 --policy fcfs
     python -m benchmarks.simulate --against serving.json --step-log steps.jsonl
+    python -m benchmarks.simulate --replicas 16 256 --load conversations --load uncached
 
 A load is one of `benchmarks.serving` (2600/60:16, 2600/60@12.5), bursts@RATE, or mix@RATE: `benchmarks.scenarios` says
 what is in them. Every load is served by every --policy with the same requests. --against repeats the rows of a real run
 (the JSON of `benchmarks.serving`) with the same lengths and shows how far the simulation is off; --step-log of that run
 shows, bucket by bucket, how far the table is, which is nearly all of it.
+
+--replicas puts so many engines behind the router, with loads of their own: see `benchmarks.replica_rows` and
+`benchmarks.simulated_replicas`.
 
 Step times come from --step-times, a table that `graphgen tune` stored; by default that of an H200 with the shape of
 Llama-3.1-8B. What the virtual engine leaves out is in `benchmarks.virtual_engine`. CPU times are those of this machine.
@@ -26,63 +30,29 @@ import msgspec
 from msgspec import Struct
 
 from benchmarks.metrics import Figures, ServedRequest, ServiceLevel, summarize
+from benchmarks.policy_costs import cost_rows
+from benchmarks.replica_rows import replica_rows, shown
 from benchmarks.report import machine, percentile, show, write_json
+from benchmarks.routings import ROUTINGS
 from benchmarks.scenarios import Load, parse_load, requests_of
 from benchmarks.serving import table_row
+from benchmarks.simulated_machine import H200_STEP_TIMES, MAX_MODEL_LEN, NUM_PAGES, Machine, Policy
+from benchmarks.simulated_replicas import CLIENTS, LOADS
 from benchmarks.step_log import Step, StepLogReader, attended
-from benchmarks.virtual_engine import HOST_DELAY_S, STEP_NOISE, StepSeries, VirtualEngine, VirtualRequest
+from benchmarks.virtual_engine import HOST_DELAY_S, STEP_NOISE, StepSeries, VirtualEngine
 from benchmarks.workload import Workload
 from graphgen.base.version import how_to_install
-from graphgen.capture.buckets import slots_for
-from graphgen.ipc.messages import Bucket, ObjectiveName
+from graphgen.ipc.messages import Bucket
 from graphgen.launch.step_times_store import StepTimesFile
-from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.cost_model import CostModel
-from graphgen.scheduler.limits import SchedulerLimits
-from graphgen.scheduler.policy import Scheduler
 
-H200_STEP_TIMES = Path(__file__).parent / "shapes" / "llama-3.1-8b" / "h200-step-times.json"
 DEFAULT_LOADS = ("2600/60:16", "bursts@20", "mix@8")
 COMPARED = ("request_throughput", "median_ttft_ms", "p95_ttft_ms", "median_itl_ms", "p95_itl_ms", "p99_itl_ms")
 """Figures of a real run that --against repeats."""
 
 COUNTED = ("preemptions", "ttft_targets_met", "ttft_targets_missed", "tpot_targets_met", "tpot_targets_missed")
 
-NUM_PAGES = 12_800
-"""What 8B weights leave on an H200."""
-MAX_MODEL_LEN = 40_960
-
-MAX_CHUNKS = 32
-"""Of a step, as the worker has it; its module would import torch."""
-
-RUNNING_EDGES = (0, 1, 8, 32, 64, 128, 256)
-WAITING_EDGES = (-1, 0, 100, 1000, 10_000, 100_000)
-"""Steps are grouped by counts above one edge and up to the next."""
-
-
-class Policy(Struct, frozen=True):
-    """How a scheduler is set up. A policy of the table below differs from another by these settings alone."""
-
-    token_budget: int | None = None  # None: --token-budget
-    objective: ObjectiveName = "balanced"
-    itl_target_ms: float | None = None  # of every request
-    tpot_target_ms: float | None = None
-    ttft_target_ms: float | None = None
-    ttft_prompt_rate: float | None = None  # every request wants its first token after prompt tokens / this seconds
-    priorities: dict[str, int] = {}  # of each kind; 0 is that of any other
-    does: str = ""  # in words, for the picture
-
-    def asks(self, request: VirtualRequest) -> VirtualRequest:
-        """The request as its client sends it under this policy."""
-        rate = self.ttft_prompt_rate
-        return msgspec.structs.replace(
-            request,
-            priority=self.priorities.get(request.kind, 0),
-            itl_target_ms=self.itl_target_ms,
-            tpot_target_ms=self.tpot_target_ms,
-            ttft_target_ms=self.ttft_target_ms if rate is None else request.shape.prompt_len / rate * 1000.0,
-        )
-
+MOST_REPLICAS = 1000
 
 ITL_TARGET_MS = 18.0
 """Under the service level's 20 ms on average, since half of all gaps are longer than the median."""
@@ -100,41 +70,6 @@ POLICIES = {
 }
 DRAWN_POLICIES = ("fcfs", "dynamic", "classes")
 """Those of a run that names none."""
-
-
-class Machine(Struct, frozen=True):
-    """The engine's sizes, and the device's times."""
-
-    table: StepTimesFile
-    token_budget: int
-    num_pages: int
-    max_num_seqs: int
-    max_model_len: int
-    host_delay_s: float
-    step_noise: float = STEP_NOISE
-    device_pace: float = 1.0
-
-    def scheduler(self, policy: Policy) -> Scheduler:
-        """A fresh one. Raises ConfigError for a budget that the table's buckets do not serve."""
-        return Scheduler(*self.scheduler_parts(policy))
-
-    def scheduler_parts(self, policy: Policy) -> tuple[SchedulerLimits, CostModel]:
-        """What a scheduler is made of."""
-        token_budget = policy.token_budget or self.token_budget
-        times = self.table.table.times
-        buckets = tuple(time.bucket for time in times if time.bucket.num_rows <= token_budget)
-        running = min(slots_for(self.max_num_seqs, token_budget), BucketTable(buckets, token_budget).most_slots)
-        limits = SchedulerLimits(
-            buckets=buckets,
-            num_pages=self.num_pages,
-            page_size=self.table.key.page_size,
-            num_slots=running,
-            max_chunks=min(MAX_CHUNKS, max(bucket.prefill_rows for bucket in buckets)),
-            token_budget=token_budget,
-            objective=policy.objective,
-            max_model_len=self.max_model_len,
-        )
-        return limits, CostModel(self.table.table)
 
 
 class Run(Struct, frozen=True):
@@ -208,39 +143,6 @@ def _named(row: Figures) -> Figures:
     return row if row["kind"] == "all" else row | {"workload": f"{row['workload']} {row['kind']}"}
 
 
-# --- the policy's own time -------------------------------------------------------------------------------------
-
-
-def cost_rows(runs: Sequence[Run]) -> list[Figures]:
-    """CPU time of the policy for one step, by policy and by how many requests ran and waited."""
-    groups: dict[tuple[str, int, int], list[float]] = {}
-    for run in runs:
-        for running, waiting, cpu_us in zip(run.steps.running, run.steps.waiting, run.steps.cpu_us, strict=True):
-            place = run.policy, _group_of(running, RUNNING_EDGES), _group_of(waiting, WAITING_EDGES)
-            groups.setdefault(place, []).append(cpu_us)
-    return [
-        {
-            "policy": policy,
-            "running": _range(RUNNING_EDGES, running),
-            "waiting": _range(WAITING_EDGES, waiting),
-            "steps": len(costs),
-            "p50 us": percentile(costs, 50),
-            "p99 us": percentile(costs, 99),
-        }
-        for (policy, running, waiting), costs in sorted(groups.items())
-    ]
-
-
-def _group_of(count: int, edges: Sequence[int]) -> int:
-    """Number of the group of a count: that of the edge below it; a count above all is in the last."""
-    return next((index for index, edge in enumerate(edges[1:]) if count <= edge), len(edges) - 2)
-
-
-def _range(edges: Sequence[int], index: int) -> str:
-    low, high = edges[index] + 1, edges[index + 1]
-    return str(low) if low == high else f"{low}-{high}"
-
-
 # --- against a real run ----------------------------------------------------------------------------------------
 
 
@@ -312,6 +214,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-requests", type=int, help="of each load that does not say")
     parser.add_argument("--seed", type=int, default=0, help="of the first load; the next one has the next")
     parser.add_argument("--step-log", type=Path, metavar="FILE", help="compare the steps of a real run as well")
+    replicas = parser.add_argument_group("replicas")
+    replicas.add_argument("--replicas", type=int, nargs="+", metavar="N", help="engines behind a router: 1 to 1000")
+    replicas.add_argument("--routing", choices=ROUTINGS, action="append", help="default: all; may be repeated")
+    replicas.add_argument("--routers", type=int, default=1, help="that share the clients, each on its own counts")
+    replicas.add_argument("--clients", type=int, default=CLIENTS, help="of each engine, in a closed loop")
+    replicas.add_argument("--seconds", type=float, default=40.0, help="of virtual time; the last half is counted")
     engine = parser.add_argument_group("engine")
     engine.add_argument("--step-times", type=Path, default=H200_STEP_TIMES, help="a table stored by graphgen tune")
     engine.add_argument("--token-budget", type=int, default=1024, help="the engine's default on CUDA")
@@ -345,7 +253,11 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
     levels = [ServiceLevel(limit_ms / 1000.0, options.sla_prompt_rate) for limit_ms in options.sla_itl_ms]
     try:
         table = StepTimesFile.read(options.step_times)
-        loads = [parse_load(text, options.num_requests) for text in options.load or DEFAULT_LOADS]
+        loads = (
+            []
+            if options.replicas
+            else [parse_load(text, options.num_requests) for text in options.load or DEFAULT_LOADS]
+        )
     except (OSError, ValueError) as error:
         parser.error(str(error))
     on = Machine(
@@ -366,14 +278,16 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
         show("The table against the steps of a real run", compared_steps, about)
         write_json(options.json, [*compared, *compared_steps], about)
         return [*compared, *compared_steps]
+    if options.replicas:
+        return _serve_replicas(on, parser, options, about)
     runs = [
         simulate(on, policy, load, options.seed + index, levels)
         for index, load in enumerate(loads)
         for policy in options.policy or DRAWN_POLICIES
     ]
-    rows, costs = [row for run in runs for row in run.rows], cost_rows(runs)
-    shown = [{"policy": row["policy"], **table_row(_named(row), levels)} for row in rows]
-    show("Simulated: latencies in ms; SLA N ms: requests a second that met it", shown, about)
+    rows, costs = [row for run in runs for row in run.rows], cost_rows([(run.policy, run.steps) for run in runs])
+    table_rows = [{"policy": row["policy"], **table_row(_named(row), levels)} for row in rows]
+    show("Simulated: latencies in ms; SLA N ms: requests a second that met it", table_rows, about)
     show("CPU of update() and schedule() for one step", costs, about)
     write_json(options.json, [*rows, *costs], about)
     if options.plot is not None:
@@ -381,6 +295,37 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
 
         does = {name: policy.does for name, policy in POLICIES.items()}
         plots.plot_simulation(rows, costs, table.key.device, does, Path(options.plot))
+    return rows
+
+
+def _serve_replicas(
+    on: Machine, parser: argparse.ArgumentParser, options: argparse.Namespace, about: dict[str, str]
+) -> list[Figures]:
+    names = options.load or LOADS
+    if unknown := [name for name in names if name not in LOADS]:
+        parser.error(f"--load {unknown[0]} is none of several engines: choose from {', '.join(LOADS)}")
+    if not all(1 <= count <= MOST_REPLICAS for count in options.replicas):
+        parser.error(f"--replicas {options.replicas}: give numbers from 1 to {MOST_REPLICAS}")
+    if min(options.routers, options.clients, options.seconds) <= 0:
+        parser.error("--routers, --clients and --seconds must be above 0")
+    rows = list(
+        replica_rows(
+            on,
+            options.replicas,
+            names,
+            options.routing or ROUTINGS,
+            num_routers=options.routers,
+            clients=options.clients,
+            seconds=options.seconds,
+            seed=options.seed,
+        )
+    )
+    show("Simulated engines behind a router: times in ms, the CPU of a decision in us", [*map(shown, rows)], about)
+    write_json(options.json, rows, about)
+    if options.plot is not None:
+        from benchmarks.replica_plots import plot_replicas  # matplotlib is an extra
+
+        plot_replicas(rows, on.table.key.device, Path(options.plot))
     return rows
 
 

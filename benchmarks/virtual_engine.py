@@ -1,7 +1,7 @@
 """An engine in virtual time: the real scheduling policy before a device that takes the time its step-time table says.
 
 Owns the clock and the order of events; decides nothing. Plans come from `graphgen.scheduler.policy`, durations from
-`graphgen.scheduler.cost_model`. Called by `benchmarks.simulate`.
+`graphgen.scheduler.cost_model`. Called by `benchmarks.simulate`, its device by `benchmarks.simulated_replicas` as well.
 
 What happens when, as in the engine:
 
@@ -16,6 +16,7 @@ take longer than measured, and the way of a token to its reader.
 """
 
 import heapq
+import math
 import random
 import time
 from array import array
@@ -29,7 +30,7 @@ from benchmarks.metrics import Figures, ServedRequest
 from benchmarks.report import percentile
 from benchmarks.workload import RequestShape
 from graphgen.ipc.errors import GraphgenError
-from graphgen.ipc.messages import SamplerParams, StepPlan, Submit
+from graphgen.ipc.messages import Outputs, SamplerParams, StepPlan, Submit
 from graphgen.scheduler.cost_model import CostModel, prompt_pairs
 from graphgen.scheduler.policy import Scheduler
 
@@ -87,6 +88,78 @@ class StepSeries:
         }
 
 
+class VirtualDevice:
+    """A scheduler before a device of a table: what was submitted becomes steps, one after another.
+
+    `next_s` is when `end_step` is to be called; infinity while nothing is in flight.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        device: CostModel,
+        host_delay_s: float = HOST_DELAY_S,
+        step_noise: float = 0.0,
+        device_pace: float = 1.0,
+        clock_ns: Callable[[], int] = time.thread_time_ns,
+    ) -> None:
+        """See VirtualEngine."""
+        self.steps = StepSeries()
+        self.pace = device_pace
+        self._scheduler = scheduler
+        self._device = device
+        self._host_delay_s = host_delay_s
+        self._step_noise = step_noise
+        self._clock_ns = clock_ns
+        self._random = random.Random(0)
+        self._in_flight: deque[VirtualStep] = deque()
+
+    @property
+    def next_s(self) -> float:
+        return self._in_flight[0].finished_s if self._in_flight else math.inf
+
+    def submit(self, submit: Submit, now_s: float) -> None:
+        """Raises what the scheduler refuses it with."""
+        self._scheduler.add(submit)
+        self._launch(self._schedule(now_s), now_s)
+
+    def end_step(self) -> tuple[float, Outputs]:
+        """The engine's order: the result, the next plan, and only then the clients."""
+        step = self._in_flight.popleft()
+        now_s = step.finished_s
+        begun_ns = self._clock_ns()
+        self._scheduler.step_took(step.step_id, (step.finished_s - step.started_s) * 1000.0, now_s)
+        outputs = self._scheduler.update(step.step_id, _TOKENS[: step.num_tokens])
+        plans = self._schedule(now_s)
+        ended_ns = self._clock_ns()
+        if plans:
+            self.steps.cpu_us.append((ended_ns - begun_ns) / 1000.0 / len(plans))
+            self.steps.running.append(self._scheduler.running)
+            self.steps.waiting.append(self._scheduler.waiting)
+        self._launch(plans, now_s)
+        return now_s, outputs
+
+    def _schedule(self, now_s: float) -> list[StepPlan]:
+        plans = []
+        while (plan := self._scheduler.schedule(now_s)) is not None:
+            plans.append(plan)
+        return plans
+
+    def _launch(self, plans: Sequence[StepPlan], now_s: float) -> None:
+        for plan in plans:
+            free_s = self._in_flight[-1].finished_s if self._in_flight else 0.0
+            started_s = max(now_s + self._host_delay_s, free_s)
+            pace = self.pace * max(0.5, self._random.gauss(1.0, self._step_noise))
+            finished_s = started_s + step_ms(self._device, plan) * pace / 1000.0
+            self._in_flight.append(VirtualStep(plan.step_id, plan.num_drawing_rows, now_s, started_s, finished_s))
+            self.steps.started_s.append(started_s)
+            self.steps.finished_s.append(finished_s)
+            self.steps.live_rows.append(plan.num_tokens)
+            self.steps.rows.append(plan.bucket.num_rows)
+        if plans:
+            self._scheduler.prepare()
+
+
 class VirtualEngine:
     """One run: made, run once, read."""
 
@@ -105,19 +178,13 @@ class VirtualEngine:
         step_noise: standard deviation of a step's time, as a share of what the device's table says. device_pace: every
         step takes so many times what it says, which the scheduler has to find out. clock_ns: what the policy's own time
         is read from; that of a thread costs a system call, which some virtual machines make dear."""
-        self.steps = StepSeries()
         self._scheduler = scheduler
-        self._device = device
+        self._device = VirtualDevice(scheduler, device, host_delay_s, step_noise, device_pace, clock_ns)
         self._requests = requests
         self._host_delay_s = host_delay_s
-        self._step_noise = step_noise
-        self._device_pace = device_pace
-        self._clock_ns = clock_ns
-        self._random = random.Random(0)
         self._is_closed = clients is not None
         self._unsent: Iterator[int] = iter(range(len(requests)))
         self._arrivals: list[tuple[float, int]] = []  # a heap of (time, request)
-        self._in_flight: deque[VirtualStep] = deque()
         self._sent_s = array("d", bytes(8 * len(requests)))
         self._token_times_s = [array("d") for _ in requests]
         self._errors: dict[int, str] = {}
@@ -127,11 +194,16 @@ class VirtualEngine:
                 break
         heapq.heapify(self._arrivals)
 
+    @property
+    def steps(self) -> StepSeries:
+        return self._device.steps
+
     def run(self) -> list[ServedRequest]:
         """All requests, in their order, until the last token."""
-        while self._arrivals or self._in_flight:
-            if self._in_flight and (not self._arrivals or self._in_flight[0].finished_s <= self._arrivals[0][0]):
-                self._end_step(self._in_flight.popleft())
+        device = self._device
+        while self._arrivals or device.next_s < math.inf:
+            if device.next_s < math.inf and (not self._arrivals or device.next_s <= self._arrivals[0][0]):
+                self._give(*device.end_step())
             else:
                 self._arrive(*heapq.heappop(self._arrivals))
         if left := self._scheduler.running + self._scheduler.waiting:
@@ -149,54 +221,18 @@ class VirtualEngine:
     def _arrive(self, now_s: float, index: int) -> None:
         self._sent_s[index] = now_s
         try:
-            self._scheduler.add(submit_of(self._requests[index], index, now_s))
+            self._device.submit(submit_of(self._requests[index], index, now_s), now_s)
         except GraphgenError as error:
             self._errors[index] = str(error)
             self._send_next(now_s)
-            return
-        self._plan(now_s)
 
-    def _end_step(self, step: VirtualStep) -> None:
-        """The engine's order: the result, the next plan, and only then the clients."""
-        now_s = step.finished_s
-        begun_ns = self._clock_ns()
-        self._scheduler.step_took(step.step_id, (step.finished_s - step.started_s) * 1000.0, now_s)
-        outputs = self._scheduler.update(step.step_id, _TOKENS[: step.num_tokens])
-        plans = self._schedule(now_s)
-        ended_ns = self._clock_ns()
-        if plans:
-            self.steps.cpu_us.append((ended_ns - begun_ns) / 1000.0 / len(plans))
-            self.steps.running.append(self._scheduler.running)
-            self.steps.waiting.append(self._scheduler.waiting)
-        self._launch(plans, now_s)
+    def _give(self, now_s: float, outputs: Outputs) -> None:
+        """The tokens of a step to their clients."""
         for index in (*outputs.request_ids, *(output.request_id for output in outputs.outputs)):
             self._token_times_s[index].append(now_s - self._sent_s[index])
         for output in outputs.outputs:
             if output.finish_reason is not None:
                 self._send_next(now_s)
-
-    def _plan(self, now_s: float) -> None:
-        self._launch(self._schedule(now_s), now_s)
-
-    def _schedule(self, now_s: float) -> list[StepPlan]:
-        plans = []
-        while (plan := self._scheduler.schedule(now_s)) is not None:
-            plans.append(plan)
-        return plans
-
-    def _launch(self, plans: Sequence[StepPlan], now_s: float) -> None:
-        for plan in plans:
-            free_s = self._in_flight[-1].finished_s if self._in_flight else 0.0
-            started_s = max(now_s + self._host_delay_s, free_s)
-            pace = self._device_pace * max(0.5, self._random.gauss(1.0, self._step_noise))
-            finished_s = started_s + step_ms(self._device, plan) * pace / 1000.0
-            self._in_flight.append(VirtualStep(plan.step_id, plan.num_drawing_rows, now_s, started_s, finished_s))
-            self.steps.started_s.append(started_s)
-            self.steps.finished_s.append(finished_s)
-            self.steps.live_rows.append(plan.num_tokens)
-            self.steps.rows.append(plan.bucket.num_rows)
-        if plans:
-            self._scheduler.prepare()
 
     def _send_next(self, now_s: float) -> None:
         """In a closed loop, the client whose request has ended sends another."""

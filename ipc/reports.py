@@ -15,6 +15,7 @@ class EngineReport(Struct, frozen=True, array_like=True, tag="report", gc=False,
     epoch: int  # of its worker group; another one means that its prefix cache is empty
     is_serving: bool  # False while a worker group is being replaced
     num_open: int  # requests that have not ended, of all senders
+    num_tenants: int  # that these are accounted to
     prompt_tokens: int  # that these have to compute before their next token
     output_tokens: int  # that these are expected to draw yet
     num_steps: int  # that have run since the engine's start: an engine with requests that runs no steps hangs

@@ -4,7 +4,8 @@ Owns the counts of the requests that this router sent to the engine; keeps no re
 `graphgen.router.policy`.
 
 Exact are the tokens of the router's own requests. What others sent is known from the engine's last report: of the
-requests that are open there, those that are not the router's own, with their part of the reported tokens.
+requests that are open there, those that are not the router's own, with their part of the reported tokens. Whose they
+are is not known: each of the engine's tenants is taken to have an equal part of them.
 
     work    = prompt tokens to compute * prompt_token_s + output tokens expected yet * output_token_s
     cost    = (work of all + work that goes before the request) / 2 + its own work
@@ -171,31 +172,40 @@ class EngineLoad:
         speeds = self.speeds
         own_s = missing * speeds.prompt_token_s + num_outputs * speeds.output_token_s
         all_s = self.open_work_s
-        load = self.tenants.get(request.tenant)
-        num_others = len(self.tenants) - (load is not None) + (self.others_prompt + self.others_output > 0)
-        if not num_others:
+        num_tenants = self._num_tenants(request.tenant)
+        if num_tenants == 1:
             return all_s + own_s
-        tenant_s = 0.0
+        tenant_prompt, tenant_output = self.others_prompt / num_tenants, self.others_output / num_tenants
+        load = self.tenants.get(request.tenant)
         if load is not None:
-            tenant_s = load.prompt_tokens * speeds.prompt_token_s + load.output_tokens * speeds.output_token_s
-        before_s = tenant_s + min(all_s - tenant_s, num_others * (tenant_s + own_s))
+            tenant_prompt += load.prompt_tokens
+            tenant_output += load.output_tokens
+        tenant_s = tenant_prompt * speeds.prompt_token_s + tenant_output * speeds.output_token_s
+        before_s = tenant_s + min(all_s - tenant_s, (num_tenants - 1) * (tenant_s + own_s))
         return (all_s + before_s) / 2 + own_s
 
+    def _num_tenants(self, tenant: str) -> int:
+        """With open requests here, if one of this tenant's were."""
+        num_known = len(self.tenants) + (tenant not in self.tenants)
+        return num_known if self.report is None else max(num_known, self.report.num_tenants)
+
     def first_token_s(self, request: RoutedRequest, missing: int) -> float:
-        """Until its next token, if its tenant and class are served as engines do; 0 where the speed is not known."""
+        """Until its next token, if tenants and classes are served as engines do; 0 where the speed is not known. Of
+        several tenants, others sent nothing for its own."""
         speeds = self.speeds
         if not speeds.is_known:
             return 0.0
+        num_tenants = self._num_tenants(request.tenant)
         load = self.tenants.get(request.tenant)
         own = 0 if load is None else load.prompts_from(request.priority)
-        tenant_tokens = 0 if load is None else load.prompt_tokens
-        num_others = len(self.tenants) - (load is not None) + (self.others_prompt > 0)
-        others = self.prompt_tokens + self.others_prompt - tenant_tokens
-        tokens = own + min(others, num_others * (own + missing)) + missing
+        others = self.prompt_tokens + self.others_prompt - (0 if load is None else load.prompt_tokens)
+        if num_tenants > 1:
+            others = min(others, (num_tenants - 1) * (own + missing))
+        tokens = own + others + missing
         num_open = self.num_open + self.num_others
         decodes = min(num_open, self.capacity.num_slots) / self.capacity.token_budget  # rows that prompts do not get
         wait_s = tokens * speeds.prompt_token_s * (1.0 + decodes) + speeds.step_s
-        if num_open >= self.capacity.num_slots and (own or not num_others):
+        if num_open >= self.capacity.num_slots and (own or num_tenants == 1):
             # A slot becomes free when the next of those that run ends.
             outputs_s = (self.output_tokens + self.others_output) * speeds.output_token_s
             wait_s += outputs_s * (num_open - self.capacity.num_slots + 1) / num_open

@@ -20,6 +20,7 @@ def report_of(
         epoch=life.epoch,
         is_serving=is_serving,
         num_open=num_open,
+        num_tenants=len(tenants),
         prompt_tokens=prompt_tokens,
         output_tokens=round(life.guard.expected_outputs()),
         num_steps=num_steps,

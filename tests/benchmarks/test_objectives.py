@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import objectives, simulate
+from benchmarks import objectives, simulate, simulated_machine
 from benchmarks.scenarios import parse_load
 from tests.benchmarks.test_simulate import make_machine
 
@@ -14,7 +14,7 @@ from tests.benchmarks.test_simulate import make_machine
 def test_a_row_is_the_mean_of_its_seeds() -> None:
     on, load = make_machine(2048), parse_load("600/8:4x12", None)
     row = objectives.measure(on, load, "balanced", range(2))
-    policy = simulate.Policy(token_budget=1024, objective="balanced")
+    policy = simulated_machine.Policy(token_budget=1024, objective="balanced")
     both = [simulate.simulate(on, "balanced", load, seed, [objectives.LEVEL], policy).rows[0] for seed in range(2)]
     for name in objectives.MEANS:
         assert row[name] == pytest.approx(sum(float(str(one[name])) for one in both) / 2)

@@ -10,7 +10,7 @@ from statistics import fmean
 import msgspec
 import pytest
 
-from benchmarks import simulate
+from benchmarks import simulate, simulated_machine
 from benchmarks.metrics import ServiceLevel
 from benchmarks.scenarios import parse_load
 from graphgen.ipc.messages import Bucket
@@ -27,11 +27,11 @@ class Means:
     def __init__(
         self,
         load: str,
-        policy: simulate.Policy,
+        policy: simulated_machine.Policy,
         level: ServiceLevel = LEVEL,
         pace: float = 1.0,
         seeds: range = SEEDS,
-        on: simulate.Machine | None = None,
+        on: simulated_machine.Machine | None = None,
     ) -> None:
         on, requests = msgspec.structs.replace(on or make_machine(1024), device_pace=pace), parse_load(load, None)
         runs = [simulate.simulate(on, "promised", requests, seed, [level], policy, time.monotonic_ns) for seed in seeds]
@@ -50,13 +50,13 @@ def test_requests_that_ask_for_the_level_keep_it_at_the_promised_rate(clients: i
 def test_a_device_slower_than_its_table_keeps_the_level(pace: float) -> None:
     """As when the times were taken before the device had warmed up: steps of 768 rows only seem to fit into 21 ms."""
     level = msgspec.structs.replace(LEVEL, itl_s=0.021)
-    asked = simulate.Policy(itl_target_ms=21.0, ttft_prompt_rate=512.0)
+    asked = simulated_machine.Policy(itl_target_ms=21.0, ttft_prompt_rate=512.0)
     means = Means("2600/60:16", asked, level, pace)
     assert means["goodput_itl_21ms"] >= 0.995 * means["request_throughput"]
 
 
 def test_a_tight_target_bounds_the_tail() -> None:
-    means = Means("2600/60:16", simulate.Policy(itl_target_ms=14.2))
+    means = Means("2600/60:16", simulated_machine.Policy(itl_target_ms=14.2))
     assert means["p95_itl_ms"] <= 14.2
     assert means["request_throughput"] >= 12.0
 
@@ -73,7 +73,7 @@ def test_a_tight_target_bounds_the_tail() -> None:
 def test_without_targets_steps_are_large_enough_for_the_rate_and_small_enough_for_the_tail(
     load: str, tail_ms: float, name: str, promised: float
 ) -> None:
-    means = Means(load, simulate.Policy(objective="latency"))
+    means = Means(load, simulated_machine.Policy(objective="latency"))
     assert means["p95_itl_ms"] <= tail_ms
     assert means[name] >= promised
 
@@ -92,19 +92,19 @@ def test_the_longer_the_queue_the_more_balanced_and_throughput_serve(
 ) -> None:
     """Where few prompts wait, neither loses rate to latency."""
     on = make_machine(2048)
-    latency = Means(load, simulate.Policy(token_budget=1024, objective="latency"), on=on)
-    balanced = Means(load, simulate.Policy(token_budget=1024, objective="balanced"), on=on)
-    throughput = Means(load, simulate.Policy(token_budget=2048, objective="throughput"), on=on)
+    latency = Means(load, simulated_machine.Policy(token_budget=1024, objective="latency"), on=on)
+    balanced = Means(load, simulated_machine.Policy(token_budget=1024, objective="balanced"), on=on)
+    throughput = Means(load, simulated_machine.Policy(token_budget=2048, objective="throughput"), on=on)
     assert balanced["request_throughput"] >= balanced_gain * latency["request_throughput"]
     assert throughput["request_throughput"] >= throughput_gain * latency["request_throughput"]
     assert latency["p99_itl_ms"] <= 17.0
     assert balanced["p99_itl_ms"] <= 30.0
 
 
-class Misled(simulate.Machine, frozen=True):
+class Misled(simulated_machine.Machine, frozen=True):
     """The scheduler's table says that steps of 1024 rows take six sevenths of what they take."""
 
-    def scheduler(self, policy: simulate.Policy) -> Scheduler:
+    def scheduler(self, policy: simulated_machine.Policy) -> Scheduler:
         shares = {name: 6 / 7 if sum(map(int, name.split("+"))) == 1024 else 1.0 for name in self.table.ms}
         hurried = {name: milliseconds * shares[name] for name, milliseconds in self.table.ms.items()}
         table = msgspec.structs.replace(self.table, ms=hurried)
@@ -115,10 +115,10 @@ def test_a_table_that_flatters_the_largest_steps_is_seen_through_in_seconds() ->
     """As a first start measured them on an H200 that was not at its power limit yet. Then 512 rows seemed unsaturated,
     and every gap would have been twice as long."""
     on = Misled(**msgspec.structs.asdict(make_machine(1024)))
-    scheduler = on.scheduler(simulate.Policy())
+    scheduler = on.scheduler(simulated_machine.Policy())
     assert scheduler._life.budget.saturated(16) == Bucket(960, 64), "the table was meant to mislead"
     (row, *_) = simulate.simulate(
-        on, "promised", parse_load("2600/60:16x300", None), 0, [LEVEL], simulate.Policy(objective="latency")
+        on, "promised", parse_load("2600/60:16x300", None), 0, [LEVEL], simulated_machine.Policy(objective="latency")
     ).rows
     assert float(str(row["p95_itl_ms"])) <= 16.5
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import scenarios, simulate
+from benchmarks import scenarios, simulate, simulated_machine
 from benchmarks.metrics import ServiceLevel
+from benchmarks.policy_costs import WAITING_EDGES, group_of, range_of
 from benchmarks.scenarios import Scenario, parse_load, requests_of
 from benchmarks.step_log import Step, attended
 from benchmarks.virtual_engine import VirtualEngine, VirtualRequest
@@ -162,7 +163,9 @@ def test_figures_are_those_of_a_plain_reading() -> None:
     (row,) = simulate.simulate(on, "fcfs", Workload.parse("300/40:8x60", None), 3, LEVELS).rows
     requests = requests_of(Workload.parse("300/40:8x60", None), 3, on.max_model_len)
     device = CostModel(on.table.table)
-    engine = VirtualEngine(on.scheduler(simulate.Policy()), device, requests, 8, on.host_delay_s, on.step_noise)
+    engine = VirtualEngine(
+        on.scheduler(simulated_machine.Policy()), device, requests, 8, on.host_delay_s, on.step_noise
+    )
     served = engine.run()
     gaps = sorted(
         after - before
@@ -188,9 +191,9 @@ def test_figures_are_those_of_a_plain_reading() -> None:
 # --- whole runs ----------------------------------------------------------------------------------------------------
 
 
-def make_machine(token_budget: int, num_pages: int = 12_800) -> simulate.Machine:
-    table = StepTimesFile.read(simulate.H200_STEP_TIMES)
-    return simulate.Machine(table, token_budget, num_pages, 256, 40_960, 0.001)
+def make_machine(token_budget: int, num_pages: int = 12_800) -> simulated_machine.Machine:
+    table = StepTimesFile.read(simulated_machine.H200_STEP_TIMES)
+    return simulated_machine.Machine(table, token_budget, num_pages, 256, 40_960, 0.001)
 
 
 def test_two_thousand_requests_are_served_in_every_scenario() -> None:
@@ -332,7 +335,7 @@ def test_real_steps_are_held_against_the_table(tmp_path: Path) -> None:
         assert pairs == sum(p + 1 for chunk in plan.chunks for p in range(chunk.start, chunk.start + chunk.length))
     path = tmp_path / "steps.jsonl"
     path.write_bytes(b"".join(msgspec.json.encode(step) + b"\n" for step in steps))
-    table = StepTimesFile.read(simulate.H200_STEP_TIMES)
+    table = StepTimesFile.read(simulated_machine.H200_STEP_TIMES)
     ms = {str(time.bucket): time.milliseconds for time in SLOPED.times}
     own_table = msgspec.structs.replace(
         table, ms=ms, decode_context=8, prompt_start=0, ms_per_decode_position=0.05, ms_per_prompt_pair=0.02
@@ -384,8 +387,8 @@ def test_loads_that_make_no_sense_are_refused(text: str) -> None:
 
 
 def test_costs_are_grouped_by_what_ran_and_waited() -> None:
-    edges = simulate.WAITING_EDGES
-    named = [simulate._range(edges, simulate._group_of(count, edges)) for count in (0, 1, 100, 101, 10_000, 200_000)]
+    edges = WAITING_EDGES
+    named = [range_of(edges, group_of(count, edges)) for count in (0, 1, 100, 101, 10_000, 200_000)]
     assert named == ["0", "1-100", "1-100", "101-1000", "1001-10000", "10001-100000"]
 
 

@@ -32,6 +32,7 @@ def report(
     *,
     epoch: int = 0,
     num_steps: int = 0,
+    num_tenants: int = 1,
     is_serving: bool = True,
     pace: float = 1.0,
 ) -> EngineReport:
@@ -40,6 +41,7 @@ def report(
         epoch=epoch,
         is_serving=is_serving,
         num_open=num_open,
+        num_tenants=num_tenants,
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         num_steps=num_steps,

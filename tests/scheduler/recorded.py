@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.scenarios import parse_load, requests_of
-from benchmarks.simulate import H200_STEP_TIMES, Machine, Policy
+from benchmarks.simulated_machine import H200_STEP_TIMES, Machine, Policy
 from benchmarks.virtual_engine import VirtualEngine
 from graphgen.ipc.messages import StepPlan, Submit
 from graphgen.launch.step_times_store import StepTimesFile

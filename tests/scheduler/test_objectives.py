@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.simulate import H200_STEP_TIMES
+from benchmarks.simulated_machine import H200_STEP_TIMES
 from graphgen.capture.buckets import build_ladder
 from graphgen.ipc.messages import Bucket, BucketTime, ObjectiveName, StepTimeTable
 from graphgen.launch.config import EngineConfig

@@ -61,7 +61,10 @@ def test_a_lost_group_is_reported_until_another_serves() -> None:
     scheduler = Scheduler(make_limits())
     scheduler.add(make_submit(1, [1, 2, 3, 4, 5]))
     assert scheduler.schedule(0.0) is not None
-    assert scheduler.report().prompt_tokens == 0
+    assert (scheduler.report().prompt_tokens, scheduler.report().num_tenants) == (0, 1)
+    scheduler.add(make_submit(2, [1], tenant="other"))
+    assert scheduler.report().num_tenants == 2
+    scheduler.cancel(2)
     scheduler.worker_lost()
     lost = scheduler.report()
     assert (lost.is_serving, lost.epoch, lost.num_open, lost.prompt_tokens) == (False, 1, 1, 5)
