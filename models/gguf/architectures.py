@@ -20,7 +20,10 @@ class Architecture(Struct, frozen=True, kw_only=True):
     always_biased: bool = False  # q, k and v are, which config.json has no key for
     norms_plus_one: bool = False  # norms have the weight that is multiplied by, config.json's class that less one
     keys: Mapping[str, str] = MappingProxyType({})  # metadata key, without the architecture's name -> config.json's
+    scaling_keys: Mapping[str, str] = MappingProxyType({})  # metadata key -> that of rope_parameters
+    partial: bool = False  # a part of a head may turn
     implied: Mapping[str, Any] = MappingProxyType({})  # keys of config.json that the file leaves out
+    instead: Mapping[str, "Architecture"] = MappingProxyType({})  # metadata key -> what a file is that has it, not as 0
 
 
 KEYS = {
@@ -43,8 +46,36 @@ _SOFTCAPS = {
 }
 _GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 
+_EXPERTS = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
+_MIXTRAL = Architecture(model_type="mixtral", architecture="MixtralForCausalLM", pairs=True, keys=_EXPERTS)
+_MINISTRAL = Architecture(
+    model_type="ministral3",
+    architecture="Ministral3ForCausalLM",
+    pairs=True,
+    scaling_keys={
+        "rope.scaling.yarn_log_multiplier": "mscale_all_dim",
+        "attention.temperature_scale": "llama_4_scaling_beta",
+    },
+    implied={"rope_parameters": {}},  # the class would have others than the file says
+)
+
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture(model_type="llama", architecture="LlamaForCausalLM", pairs=True),
+    "llama": Architecture(
+        model_type="llama", architecture="LlamaForCausalLM", pairs=True, instead={"expert_count": _MIXTRAL}
+    ),
+    "mistral3": Architecture(
+        model_type="mistral",
+        architecture="MistralForCausalLM",
+        pairs=True,
+        implied={"sliding_window": None},
+        instead={"attention.temperature_scale": _MINISTRAL},
+    ),
+    "phi3": Architecture(
+        model_type="phi3",
+        architecture="Phi3ForCausalLM",
+        keys={**_WINDOW, "rope.scaling.original_context_length": "original_max_position_embeddings"},
+        partial=True,
+    ),
     "qwen2": Architecture(model_type="qwen2", architecture="Qwen2ForCausalLM", always_biased=True),
     "qwen3": Architecture(model_type="qwen3", architecture="Qwen3ForCausalLM"),
     "qwen3moe": Architecture(

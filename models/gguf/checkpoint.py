@@ -17,8 +17,9 @@ import numpy as np
 from graphgen.ipc.errors import CheckpointError
 from graphgen.models.checkpoint_files import StoredTensor
 from graphgen.models.gguf.architectures import Architecture
-from graphgen.models.gguf.config import EMBEDDING, HEAD, ROPE_FACTORS, architecture_of, config_of
+from graphgen.models.gguf.config import EMBEDDING, HEAD, architecture_of, config_of
 from graphgen.models.gguf.header import GGUFHeader, GGUFTensor, read_header
+from graphgen.models.gguf.scaling import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,9 @@ _UNUSED = 5
 """Type of a token."""
 _EXPERT = "{expert}"
 """In the canonical name of a tensor that each expert has."""
-_READ_BY_CONFIG = (ROPE_FACTORS,)
+_DOTS_OF_ONE_EXPERT = 4
+"""In the name of a tensor of files of before, which do not stack them: blk.0.ffn_up.5.weight."""
+_READ_BY_CONFIG = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
 _PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Types that are no quantised ones -> torch's names."""
 
@@ -85,7 +88,9 @@ class GGUFCheckpoint:
         named: dict[str, GGUFTensor] = {}
         for own, tensor in self._header.tensors.items():
             name = _canonical_name(own, canonical)
-            if _EXPERT in name:
+            if _EXPERT in name and tensor.name.count(".") == _DOTS_OF_ONE_EXPERT:
+                named[name.replace(_EXPERT, own.split(".")[3])] = tensor
+            elif _EXPERT in name:
                 named |= {name.replace(_EXPERT, str(number)): part for number, part in enumerate(_unstacked(tensor))}
             elif own not in _READ_BY_CONFIG:
                 named[name] = tensor
@@ -145,8 +150,8 @@ def _canonical_names(names: "TensorNames") -> dict[str, str]:
         "ffn_norm": names.ff_norm,
         "ffn_down": names.down,
         "post_ffw_norm": names.ff_output_norm,
-        **dict(zip(("attn_q", "attn_k", "attn_v"), names.qkv, strict=False)),
-        **dict(zip(("ffn_gate", "ffn_up"), names.gate_up, strict=False)),
+        **dict(zip(("attn_q", "attn_k", "attn_v") if len(names.qkv) > 1 else ("attn_qkv",), names.qkv, strict=False)),
+        **dict(zip(("ffn_gate", "ffn_up") if len(names.gate_up) > 1 else ("ffn_up",), names.gate_up, strict=False)),
         "ffn_gate_inp": names.experts.router.removesuffix(".weight"),
         **{
             stacked: each.removesuffix(".weight")
@@ -164,8 +169,9 @@ def _canonical_name(name: str, names: Mapping[str, str]) -> str:
     """The given one where there is none."""
     stem, _, suffix = name.rpartition(".")
     parts = stem.split(".")
-    if len(parts) == 3 and parts[0] == "blk" and parts[1].isdecimal():
-        canonical = names.get(f"blk.{{layer}}.{parts[2]}")
+    of_one_expert = len(parts) == 4 and parts[3].isdecimal()
+    if (len(parts) == 3 or of_one_expert) and parts[0] == "blk" and parts[1].isdecimal():
+        canonical = names.get(f"blk.{{layer}}.{parts[2]}{'_exps' if of_one_expert else ''}")
         return name if canonical is None else f"{canonical.replace('{layer}', parts[1])}.{suffix}"
     return f"{names[stem]}.{suffix}" if stem in names else name
 

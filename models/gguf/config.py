@@ -1,21 +1,20 @@
 """What the metadata of a GGUF file says of its model, in the keys of Hugging Face's config.json.
 
 Owns that translation: the families read what comes of it as they read any config.json. An entry that changes
-arithmetic and that nothing here reads is refused by name. Never reads a tensor but the factors of Llama 3's rotation.
-Called by gguf/checkpoint.py.
+arithmetic and that nothing here reads is refused by name. How a rotation is scaled is in scaling.py. Called by
+gguf/checkpoint.py.
 """
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from graphgen.ipc.errors import UnsupportedModelError
 from graphgen.models.gguf.architectures import ARCHITECTURES, KEYS, Architecture
 from graphgen.models.gguf.header import GGUFHeader, GGUFTensor
+from graphgen.models.gguf.scaling import NO_EFFECT, check_no_effect, plain, rope_scaling
 
-EMBEDDING, HEAD, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 _CONTROL = 3
 """Type of a token that is no text."""
@@ -30,36 +29,7 @@ _ENDS_OF_TURNS = (
 )
 """Control tokens that end an answer. Many files name only one of theirs, and some the wrong one."""
 
-_NO_EFFECT: Mapping[str, tuple[Any, ...]] = {
-    "attention.causal": (True,),
-    "expert_count": (0,),
-    "expert_used_count": (0,),
-    "rope.scale_linear": (0.0, 1.0),
-    "rope.scaling.attn_factor": (1.0,),
-    "rope.scaling.finetuned": (True, False),
-    "tensor_data_layout": ("reference", "Meta AI original pth"),
-    "use_parallel_residual": (False,),
-}
-"""Metadata key -> the values under which it changes nothing."""
 _READ_APART = ("vocab_size", "attention.value_length", "rope.dimension_count", "attention.sliding_window_pattern")
-_SCALING = {
-    "rope.scaling.factor": "factor",
-    "rope.scaling.original_context_length": "original_max_position_embeddings",
-    "rope.scaling.attn_factor": "attention_factor",
-    "rope.scaling.yarn_beta_fast": "beta_fast",
-    "rope.scaling.yarn_beta_slow": "beta_slow",
-}
-_SCALING_BY_TYPE = {
-    "none": (*_SCALING, "rope.scale_linear"),
-    "linear": (*(key for key in _SCALING if key != "rope.scaling.attn_factor"), "rope.scale_linear"),
-    "yarn": tuple(_SCALING),
-}
-"""Value of rope.scaling.type -> the keys beside it that are read, or that change nothing with it."""
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""Of every model of Meta's with such a rotation. Files hold the factors that follow from these numbers."""
-_CLOSE = 1e-4
-"""Between a stored factor and the computed one, of the factor."""
-
 _QUANTISED = "bfloat16"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -72,7 +42,8 @@ def architecture_of(header: GGUFHeader, where: str) -> Architecture:
             f"{where} is of the architecture {name!r}, graphgen reads GGUF files of {', '.join(ARCHITECTURES)}: use the"
             " checkpoint in safetensors"
         )
-    return ARCHITECTURES[name]
+    found = ARCHITECTURES[name]
+    return next((row for key, row in found.instead.items() if header.metadata.get(f"{name}.{key}")), found)
 
 
 def config_of(header: GGUFHeader, where: str) -> dict[str, Any]:
@@ -95,31 +66,21 @@ def config_of(header: GGUFHeader, where: str) -> dict[str, Any]:
     own = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
     for key, value in own.items():
         if key in named:
-            config[named[key]] = _plain(value)
-        elif not key.startswith("rope.scal") and key not in _READ_APART:
-            _check_no_effect(prefix + key, value, _NO_EFFECT.get(key), where)
-    _check_heads(config, own, prefix, where)
-    if (scaling := _rope_scaling(own, prefix, header, config, where)) is not None:
+            config[named[key]] = plain(value)
+        elif not key.startswith("rope.scal") and key not in (*_READ_APART, *architecture.scaling_keys):
+            check_no_effect(prefix + key, value, NO_EFFECT.get(key), where)
+    config["sliding_window"] = config.get("sliding_window") or None  # 0 is none
+    _check_heads(config, own, prefix, architecture, where)
+    if (scaling := rope_scaling(own, prefix, header, config, architecture, where)) is not None:
         config["rope_scaling"] = scaling
     _add_scale_and_layers(config, own)
     return config
 
 
-def _plain(value: Any) -> Any:
-    """A number of 32 bits is written as the decimal number that it was rounded from."""
-    return float(str(np.float32(value))) if isinstance(value, float) else value
-
-
-def _check_no_effect(key: str, value: Any, neutral: tuple[Any, ...] | None, where: str) -> None:
-    if neutral is None or value not in neutral:
-        raise UnsupportedModelError(
-            f"{where} has {key} = {value!r}, which graphgen does not compute for GGUF files: use the checkpoint in"
-            " safetensors"
-        )
-
-
-def _check_heads(config: Mapping[str, Any], own: Mapping[str, Any], prefix: str, where: str) -> None:
-    """Keys and values are equally wide, and whole heads turn."""
+def _check_heads(
+    config: dict[str, Any], own: Mapping[str, Any], prefix: str, architecture: Architecture, where: str
+) -> None:
+    """Keys and values are equally wide, and whole heads turn, where an architecture has no others."""
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
         raise UnsupportedModelError(
@@ -127,54 +88,12 @@ def _check_heads(config: Mapping[str, Any], own: Mapping[str, Any], prefix: str,
             " reads files of layers that are alike"
         )
     width = config.get("head_dim", hidden // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        _check_no_effect(prefix + key, own.get(key, width), (width,), where)
-
-
-def _rope_scaling(
-    own: Mapping[str, Any], prefix: str, header: GGUFHeader, config: Mapping[str, Any], where: str
-) -> dict[str, Any] | None:
-    kind = own.get("rope.scaling.type", "linear")
-    if kind not in _SCALING_BY_TYPE:
-        raise UnsupportedModelError(
-            f"{where} has {prefix}rope.scaling.type = {kind!r}, graphgen computes {', '.join(_SCALING_BY_TYPE)} for"
-            " GGUF files: use the checkpoint in safetensors"
-        )
-    scaling: dict[str, Any] = {"rope_type": kind}
-    for key, value in own.items():
-        if key in _SCALING_BY_TYPE[kind]:
-            scaling[_SCALING.get(key, key)] = _plain(value)
-        elif key.startswith("rope.scal") and key != "rope.scaling.type":
-            _check_no_effect(prefix + key, value, _NO_EFFECT.get(key), where)
-    if kind == "linear":
-        scaling = {"rope_type": kind, "factor": scaling.get("factor", scaling.get("rope.scale_linear", 1.0))}
-    scales = kind != "none" and scaling.get("factor") not in (0.0, 1.0)
-    if (factors := header.tensors.get(ROPE_FACTORS)) is not None:
-        if scales:
-            raise UnsupportedModelError(
-                f"{where} scales its rotation by {ROPE_FACTORS} and by {prefix}rope.scaling ({kind}): use the"
-                " checkpoint in safetensors"
-            )
-        return _llama3_scaling(factors, config, where)
-    return scaling if scales else None
-
-
-def _llama3_scaling(factors: GGUFTensor, config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """From the divisors of the frequencies, which are stored instead of the numbers that they follow from."""
-    stored = np.fromfile(factors.file, "<f4", factors.shape[0], offset=factors.begin)
-    factor = round(float(stored.max()), 4)
-    lengths = 2 * math.pi * config.get("rope_theta", 10_000.0) ** (np.arange(len(stored)) / len(stored))
-    original, low, high = (
-        _LLAMA3[name] for name in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
-    )
-    share = np.clip((original / lengths - low) / (high - low), 0.0, 1.0)  # 1: short waves stay as they are
-    computed = 1.0 / (share + (1.0 - share) / factor)
-    if factors.type != "F32" or not np.allclose(stored, computed, rtol=_CLOSE, atol=0):
-        raise UnsupportedModelError(
-            f"{where} scales its rotation by {ROPE_FACTORS}, whose factors are not those of Llama 3 for a factor of"
-            f" {factor:g}: use the checkpoint in safetensors"
-        )
-    return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+    check_no_effect(prefix + "attention.value_length", own.get("attention.value_length", width), (width,), where)
+    turning = own.get("rope.dimension_count", width)
+    if architecture.partial and turning != width:
+        config["partial_rotary_factor"] = turning / width
+    else:
+        check_no_effect(prefix + "rope.dimension_count", turning, (width,), where)
 
 
 def _add_scale_and_layers(config: dict[str, Any], own: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ Names of tensors and of metadata are those of the package gguf. What the convert
 its own description, not from graphgen's way back.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,14 @@ import numpy.typing as npt
 from tests.models.tiny import HuggingFaceModel
 
 Array = npt.NDArray[np.float32]
-WITH_PAIRS = ("llama", "smollm3", "granite")
-ARCHITECTURES = {"gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}
+WITH_PAIRS = ("llama", "smollm3", "granite", "mixtral", "mistral", "ministral3")
+ARCHITECTURES = {
+    "gemma3_text": "gemma3",
+    "qwen3_moe": "qwen3moe",
+    "mixtral": "llama",
+    "mistral": "mistral3",
+    "ministral3": "mistral3",
+}
 """model_type -> general.architecture, where they are not the same."""
 
 
@@ -26,9 +33,10 @@ def write(
     tokens: Mapping[str, Any] | None = None,
     change: Callable[[gguf.GGUFWriter], object] = lambda writer: None,
     quantised: gguf.GGMLQuantizationType | None = None,
+    stacked: bool = True,
 ) -> None:
     """tokens: entries of the tokenizer, without "tokenizer.ggml.". change: adds more to the file. quantised: the type
-    of matrices."""
+    of matrices. stacked: the experts of a layer, in one tensor."""
     config = model.config
     name = ARCHITECTURES.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(file, name)
@@ -45,8 +53,12 @@ def write(
         if own == "lm_head.weight" and config.tie_word_embeddings:
             continue
         if ".experts." in own:
-            for name, stacked in _of_experts(own, tensor.float().numpy()).items():
-                writer.add_tensor(name, stacked)
+            for name, matrices in _of_experts(own, tensor.float().numpy()).items():
+                if stacked:
+                    writer.add_tensor(name, matrices)
+                    continue
+                for number, matrix in enumerate(matrices):
+                    writer.add_tensor(name.replace("_exps", f".{number}"), np.ascontiguousarray(matrix))
             continue
         stem, _, suffix = own.rpartition(".")
         stored = _stored(tensor.float().numpy(), stem, config)
@@ -79,12 +91,14 @@ def _add_config(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_vocab_size(config.vocab_size)
-    if (head_dim := getattr(config, "head_dim", None)) is not None:
+    ropes = config.rope_parameters
+    ropes = ropes.get("full_attention", ropes)
+    if config.model_type == "phi3":
+        _add_phi3(writer, config, ropes)
+    elif (head_dim := getattr(config, "head_dim", None)) is not None:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
         writer.add_rope_dimension_count(head_dim)
-    ropes = config.rope_parameters
-    ropes = ropes.get("full_attention", ropes)
     writer.add_rope_freq_base(ropes["rope_theta"])
     if ropes["rope_type"] in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(ropes["rope_type"]))
@@ -93,6 +107,14 @@ def _add_config(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_rope_scaling_orig_ctx_len(ropes["original_max_position_embeddings"])
     if config.model_type.startswith("gemma") and getattr(config, "sliding_window", None):
         writer.add_sliding_window(config.sliding_window)
+    if config.model_type == "ministral3":
+        writer.add_rope_scaling_yarn_beta_fast(ropes["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(ropes["beta_slow"])
+        writer.add_rope_scaling_yarn_log_mul(ropes["mscale_all_dim"])
+        writer.add_attn_temperature_scale(ropes["llama_4_scaling_beta"])
+    if config.model_type == "mixtral":
+        writer.add_expert_count(config.num_local_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
     if config.model_type == "qwen3_moe":
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
@@ -107,6 +129,19 @@ def _add_config(writer: gguf.GGUFWriter, config: Any) -> None:
     ):
         if getattr(config, name, None) is not None:
             add(getattr(config, name))
+
+
+def _add_phi3(writer: gguf.GGUFWriter, config: Any, ropes: Mapping[str, Any]) -> None:
+    width = config.hidden_size // config.num_attention_heads
+    original = config.original_max_position_embeddings
+    writer.add_rope_dimension_count(int(width * ropes.get("partial_rotary_factor", 1.0)))
+    writer.add_sliding_window(config.sliding_window or 0)
+    writer.add_rope_scaling_orig_ctx_len(original)
+    if ropes["rope_type"] == "longrope":
+        scale = config.max_position_embeddings / original
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(scale) / math.log(original)))
+        writer.add_tensor("rope_factors_long.weight", np.array(ropes["long_factor"], np.float32))
+        writer.add_tensor("rope_factors_short.weight", np.array(ropes["short_factor"], np.float32))
 
 
 def _stored(tensor: Array, stem: str, config: Any) -> Array:

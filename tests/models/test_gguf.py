@@ -35,12 +35,26 @@ TOKENS: dict[str, Any] = {"tokens": ["<s>", "</s>", "a", "<|eot_id|>"], "token_t
 CASES = (
     *("llama", "llama_tied_one_kv_head", "llama_biases_wide_heads", "llama_no_groups", "llama_linear", "llama_yarn"),
     *("qwen2", "qwen3", "qwen3_moe", "smollm3", "olmo2", "granite", "gemma", "gemma2", "gemma3"),
+    *("mixtral", "mistral_full", "ministral3", "phi3", "phi3_window_partial", "phi3_longrope"),
 )
 
 
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     "llama_no_groups": {"hidden_act": "silu"},
     "qwen3_moe": {"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1, "attention_bias": False},
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "beta_fast": 16.0,
+            "beta_slow": 2.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.6,
+        }
+    },
     "gemma": {"hidden_act": "gelu_pytorch_tanh", "attention_bias": False},
     "gemma2": {"query_pre_attn_scalar": 12, "head_dim": 12},
     "gemma3": {"query_pre_attn_scalar": 20, "head_dim": 20, "num_hidden_layers": 7, "sliding_window_pattern": 6},
@@ -64,7 +78,7 @@ def comparable(spec: ModelSpec) -> ModelSpec:
     return msgspec.structs.replace(spec, num_tokens=None, bos_token_id=None, eos_token_ids=(), initializer_std=0.0)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case in tiny.CASES])
+@pytest.mark.parametrize("case", CASES)
 def test_a_file_is_the_checkpoint_that_it_was_made_from(
     case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -77,6 +91,22 @@ def test_a_file_is_the_checkpoint_that_it_was_made_from(
     assert {name for name, _ in found.named_parameters()} == set(weights)
     for name, weight in found.named_parameters():
         torch.testing.assert_close(weight, weights[name], rtol=0, atol=1e-6, msg=name)
+
+
+def test_experts_of_files_of_before_have_a_tensor_each(tmp_path: Path) -> None:
+    file, model = tmp_path / "one.gguf", tiny.save("mixtral", tmp_path / "hf")
+    gguf_files.write(model, file, TOKENS, stacked=False)
+    expected = dict(load(tmp_path / "hf").named_parameters())
+    for name, weight in load(file).named_parameters():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6, msg=name)
+
+
+def test_another_factor_of_attention_than_the_lengths_give_is_kept(tmp_path: Path) -> None:
+    def change(writer: gguf.GGUFWriter) -> None:
+        writer.kv_data[0].pop("phi3.rope.scaling.attn_factor")
+        writer.add_rope_scaling_attn_factors(1.5)
+
+    assert load_spec(make("phi3_longrope", tmp_path, change)).ropes[0].attention_factor == 1.5
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen3"])
@@ -205,7 +235,8 @@ def test_a_split_model_is_read_from_all_of_its_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda writer: writer.add_expert_count(8), r"llama\.expert_count = 8"),
+        (lambda writer: writer.add_expert_shared_count(1), r"llama\.expert_shared_count = 1"),
+        (lambda writer: writer.add_tensor("rope_factors_long.weight", np.ones(4, np.float32)), "needs both in float32"),
         (lambda writer: writer.add_logit_scale(0.5), r"llama\.logit_scale = 0\.5"),
         (lambda writer: writer.add_rope_dimension_count(4), r"llama\.rope\.dimension_count = 4"),
         (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "type = 'longrope'.*none, linear"),
