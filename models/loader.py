@@ -20,6 +20,7 @@ from graphgen.models.families.family import Family
 from graphgen.models.formats.layout import Quantised
 from graphgen.models.formats.linear import Linear
 from graphgen.models.formats.quantise import quantised
+from graphgen.models.kv_scales import KVScales
 from graphgen.models.norms import LayerNorm, RMSNorm
 from graphgen.models.spec import ModelSpec
 from graphgen.models.targets import FormatTarget, Stored, Target
@@ -42,12 +43,14 @@ def load_decoder(
     seed: int = 0,
     progress: ProgressCallback | None = None,
     fused: bool = False,
+    kept_as: str | None = None,
 ) -> Decoder:
     """A decoder on `device` with the weights of a folder or a GGUF file, tensor by tensor, or random ones.
 
     spec: load_spec's of the same location, which knows whether a stored head is the embedding again.
     load_format: "auto" and "safetensors" read the checkpoint; "dummy" reads nothing and draws weights of the real
-    shapes on the device itself from `seed`. fused: see Decoder. Raises CheckpointError for a checkpoint that cannot be
+    shapes on the device itself from `seed`. fused: see Decoder. kept_as: the KV format, for a word
+    on scales that nobody needs. Raises CheckpointError for a checkpoint that cannot be
     read, lacks a tensor, has one too many, or one of another shape.
     """
     decoder = Decoder(spec, dtype, device, fused)
@@ -55,18 +58,22 @@ def load_decoder(
     if load_format == "dummy":
         _fill_randomly(decoder, spec, seed, report)
     else:
-        _fill_from_checkpoint(decoder, spec, location, report)
+        _fill_from_checkpoint(decoder, spec, location, report, kept_as)
     return decoder
 
 
 @torch.no_grad()
-def _fill_from_checkpoint(decoder: Decoder, spec: ModelSpec, location: Path, report: ProgressCallback) -> None:
+def _fill_from_checkpoint(
+    decoder: Decoder, spec: ModelSpec, location: Path, report: ProgressCallback, kept_as: str | None
+) -> None:
     checkpoint, family = open_checkpoint(location), FAMILIES[spec.family]
     targets, names = dict(decoder.weights(family.names)), family.names
     stored = {family.stored_name(name): tensor for name, tensor in checkpoint.stored_tensors(names).items()}
     if spec.head.tied and names.head in stored and names.embedding not in stored:
         targets[names.head] = targets.pop(names.embedding)  # one weight, stored under its other name
-    _check_stored(stored, targets, spec, family, location)
+    kv_scales = KVScales(decoder, names)
+    weights = {name: tensor for name, tensor in stored.items() if not kv_scales.takes(name)}
+    _check_stored(weights, targets, spec, family, location)
     placed: set[str] = set()
     total = sum(target.num_bytes for target in targets.values())
     done = 0
@@ -74,6 +81,8 @@ def _fill_from_checkpoint(decoder: Decoder, spec: ModelSpec, location: Path, rep
     weight = decoder.embedding.weight
     for stored_name, shard, tensor in checkpoint.tensors(names, weight.device, weight.dtype):
         name = family.stored_name(stored_name)
+        if isinstance(tensor, torch.Tensor) and kv_scales.takes(name):
+            kv_scales.fill(name, tensor, shard)
         if (target := targets.get(name)) is None:
             continue
         _check_tensor(name, tensor, target, shard)
@@ -84,6 +93,8 @@ def _fill_from_checkpoint(decoder: Decoder, spec: ModelSpec, location: Path, rep
         placed.add(name)
         done += target.num_bytes
         report(done, total)
+    kv_scales.check_complete(location)
+    kv_scales.tell(kept_as, spec.kv_format, location)
 
 
 def _check_stored(

@@ -10,6 +10,7 @@ from graphgen.base.version import __version__
 from graphgen.ipc.ggp.messages import SamplingDefaults
 from graphgen.ipc.messages import TIMING_PHASE, Bucket, Phase, Ready, WorkerReady
 from graphgen.launch.config import EngineConfig, LaunchConfig
+from graphgen.models.spec import ModelSpec
 
 
 class Decision(Struct, frozen=True):
@@ -91,7 +92,7 @@ def decisions(config: EngineConfig, launch: LaunchConfig, ready: Ready) -> list[
             f"{spec.weight_bytes(launch.dtype) / 2**20:.0f} MiB",
             _weights_reason(config, launch),
         ),
-        Decision("keys and values", launch.kv_format, _asked(config.kv_cache_dtype != "auto") or "kept as computed"),
+        Decision("keys and values", launch.kv_format, _asked(config.kv_cache_dtype != "auto") or _kv_reason(spec)),
         Decision(
             "KV cache",
             f"{worker.num_pages} pages, {worker.page_bytes * worker.num_pages / 2**20:.0f} MiB",
@@ -116,6 +117,10 @@ def _weights_reason(config: EngineConfig, launch: LaunchConfig) -> str:
     counted = ", ".join(f"{count} linear layers in {form.name}" for form, count in spec.formats.items())
     why = _asked(config.quantization is not None) or "as the checkpoint has them"
     return f"{parameters}, but for {counted}: {why}"
+
+
+def _kv_reason(spec: ModelSpec) -> str:
+    return "kept as computed" if spec.kv_format is None else "the checkpoint asks for it"
 
 
 def _page_reason(worker: WorkerReady) -> str:

@@ -390,7 +390,7 @@ def _resolve_dtype(config: EngineConfig, spec: ModelSpec, on_cuda: bool) -> str:
 
 
 def _resolve_kv_format(config: EngineConfig, spec: ModelSpec, dtype: str) -> str:
-    chosen = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    chosen = (spec.kv_format or dtype) if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     if not kv_format(chosen).quantised and chosen != dtype:
         raise ConfigError(
             f"kv_cache_dtype is {chosen!r}, dtype is {dtype!r}: keys and values are kept as they are computed"
@@ -399,7 +399,7 @@ def _resolve_kv_format(config: EngineConfig, spec: ModelSpec, dtype: str) -> str
     if kv_format(chosen).quantised and any(isinstance(layer.mixer, Latent) for layer in spec.layers):
         raise ConfigError(
             f"kv_cache_dtype is {chosen!r}, this {spec.architecture} has latent attention, which keeps one latent for"
-            " all heads that is key and value in one: no kernel here reads it quantised, leave kv_cache_dtype out"
+            f" all heads that is key and value in one: no kernel here reads it quantised, use kv_cache_dtype={dtype!r}"
         )
     return chosen
 

@@ -180,6 +180,7 @@ def _describe_shape(spec: ModelSpec) -> str:
     shape = msgspec.structs.replace(
         _without_constants(spec),
         initializer_std=0.0,
+        kv_format=None,  # what is used of it is in the key
         max_position_embeddings=0,
         bos_token_id=None,
         eos_token_ids=(),

@@ -135,6 +135,7 @@ class ModelRunner:
                 seed=config.seed,
                 progress=lambda done, total: report(Progress("load", done, total)),
                 fused=self._backend.runs_fused_layers,
+                kept_as=config.kv_format,
             )
         self._phases += [preparation.wait() for preparation in preparations]
         gc.freeze()  # what was imported stays: no collection need look at it again

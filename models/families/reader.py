@@ -23,6 +23,7 @@ from graphgen.models.families.parts import head_of, layers_of, norms_heads, rope
 from graphgen.models.families.table import families_of_type
 from graphgen.models.families.words import Config, filled
 from graphgen.models.foreign_keys import check_unread_keys
+from graphgen.models.formats.kv_scheme import kv_format_of, quantises_only_kv
 from graphgen.models.spec import DTYPE_BYTES, ModelSpec
 
 logger = logging.getLogger("graphgen.models")
@@ -107,16 +108,24 @@ def spec_from_hf(
         float16=family.float16,
         needs_bos=family.needs_bos,
         initializer_std=float(filled(family.initializer_std, view)),
+        kv_format=kv_format_of(_as_mapping(view.get("quantization_config")), where),
     )
     check_unread_keys(config, family, view.read, any(map(norms_heads, layers)), where)
     return spec
+
+
+def _as_mapping(quantization: Any) -> Mapping[str, Any] | None:
+    """A quantization_config, which in a config of transformers may be an object. None where there is none."""
+    if quantization is None or isinstance(quantization, Mapping):
+        return quantization
+    return dict(quantization.to_dict())
 
 
 def _refuse_quantized(quantization: Any, family: Family, where: str) -> None:
     """`quantization`: the config's quantization_config, a dict or one of many transformers classes."""
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
-        if method in family.dequantised:
+        if method in family.dequantised or quantises_only_kv(_as_mapping(quantization) or {}):
             return
         raise UnsupportedModelError(
             f"the weights of {where!r} are quantised ({method}), supported are {', '.join(DTYPE_BYTES)}:"

@@ -3,6 +3,7 @@
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import msgspec
 from msgspec import Struct
@@ -106,6 +107,7 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     float16: bool = True  # False: its activations leave float16's range
     needs_bos: bool = False  # what it says of a text without a beginning-of-sequence token is of no use
     initializer_std: float
+    kv_format: Literal["fp8"] | None = None  # how the checkpoint asks that keys and values be kept; None: it does not
 
     @property
     def num_drawable(self) -> int:
