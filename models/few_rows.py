@@ -24,6 +24,8 @@ from graphgen.models.few_rows_kernels import (
     normed_linear_kernel,
 )
 from graphgen.models.few_rows_layers import ACTIVATIONS, LEAST_COLUMNS, LEAST_DEPTH
+from graphgen.models.few_rows_tiles import Cut, Shape, cut_stored, tensors_of
+from graphgen.models.formats.products import Weight
 from graphgen.models.norms import RMSNorm
 
 
@@ -55,14 +57,30 @@ def depth_block(depth: int, most: int = 128) -> int:
     return next(block for block in (most, most // 2, LEAST_DEPTH) if depth % block == 0)
 
 
-def _early_columns(num_rows: int, depth: int) -> int:
-    """Columns of a weight that are read before the kernel ahead is done: a block, unless 64 rows need the room."""
-    return depth_block(depth) if num_rows <= 16 else 0
+def _cut(weight: Tensor | Weight, num_rows: int, size: int, depth: int, shape: Shape | None) -> Cut:
+    """How a product [num_rows, size] over `depth` columns of a weight is cut."""
+    if isinstance(weight, Weight):
+        return cut_stored(weight, num_rows, size, depth, paired=False, shape=shape)
+    columns, block, rows = _column_block(size), depth_block(depth), _row_block(num_rows)
+    stages = 8 if columns == LEAST_COLUMNS else 6 if rows == 16 else 5
+    # 64 rows need the room that early columns would take.
+    return Cut(rows, columns, block, block if rows == 16 else 0, 4, stages * 128 // block, None)
 
 
-def _product_options(num_rows: int, size: int, depth: int, chained: bool) -> dict[str, int | bool]:
-    stages = 8 if _column_block(size) == LEAST_COLUMNS else 6 if num_rows <= 16 else 5
-    return {"num_warps": 4, "num_stages": stages * 128 // depth_block(depth), **launch_options(chained)}
+def _cut_gated(weight: Tensor | Weight, num_rows: int, size: int, depth: int, shape: Shape | None) -> Cut:
+    """The same of gate and up, each `size` wide."""
+    if isinstance(weight, Weight):
+        return cut_stored(weight, num_rows, size, depth, paired=True, shape=shape)
+    columns, block, rows = 64 if size % 64 == 0 else LEAST_COLUMNS, depth_block(depth), _row_block(num_rows)
+    stages = 3 if rows == 16 else 4
+    return Cut(rows, columns, block, block if rows == 16 else 0, 4, stages * 128 // block, None)
+
+
+def _in_input_order(x: Tensor, weight: Tensor | Weight) -> Tensor:
+    """The columns of x as the weight's are."""
+    if isinstance(weight, Tensor) or weight.permutation is None:
+        return x
+    return x.index_select(1, weight.permutation)
 
 
 def open_normed(like: Tensor, num_rows: int, size: int, block: int) -> tuple[Tensor, Normed]:
@@ -83,16 +101,20 @@ def embed(token_ids: Tensor, table: Tensor, norm: RMSNorm) -> tuple[Tensor, Norm
     return sums, normed
 
 
-def normed_linear(x: Normed, eps: float, weight: Tensor, bias: Tensor | None, chained: bool) -> Tensor:
-    """RMSNorm @ weight.T + bias, [T, N], for at most MOST_ROWS rows. weight: [N, K], K a multiple of 64."""
+def normed_linear(
+    x: Normed, eps: float, weight: Tensor | Weight, bias: Tensor | None, chained: bool, shape: Shape | None = None
+) -> Tensor:
+    """RMSNorm @ weight.T + bias, [T, N], for at most MOST_ROWS rows. weight: [N, K], K a multiple of 64, or a quantised
+    one that few_rows_layers.py reads. shape: how it is read then; None: in the best way that is known."""
     num_rows, depth = x.scaled.shape
-    size, num_parts = weight.shape[0], x.squares.shape[1]
+    stored = tensors_of(weight)
+    size, num_parts = stored[0].shape[0], x.squares.shape[1]
     out = torch.empty((num_rows, size), dtype=x.scaled.dtype, device=x.scaled.device)
-    block = _column_block(size)
-    normed_linear_kernel[(size // block,)](
-        x.scaled,
+    cut = _cut(weight, num_rows, size, depth, shape)
+    normed_linear_kernel[(size // cut.columns,)](
+        _in_input_order(x.scaled, weight),
         x.squares,
-        weight,
+        *stored,
         bias,
         out,
         num_rows,
@@ -101,29 +123,39 @@ def normed_linear(x: Normed, eps: float, weight: Tensor, bias: Tensor | None, ch
         size,
         depth,
         bias is not None,
-        _row_block(num_rows),
-        block,
-        depth_block(depth),
-        _early_columns(num_rows, depth),
+        cut.rows,
+        cut.columns,
+        cut.depth,
+        cut.early,
         triton.next_power_of_2(num_parts),
         chained,
-        **_product_options(num_rows, size, depth, chained),
+        cut.reading,
+        num_warps=cut.warps,
+        num_stages=cut.stages,
+        **launch_options(chained),
     )
     return out
 
 
 def adding_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm: RMSNorm, chained: bool
+    x: Tensor,
+    weight: Tensor | Weight,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm: RMSNorm,
+    chained: bool,
+    shape: Shape | None = None,
 ) -> tuple[Tensor, Normed]:
-    """(residual + x @ weight.T + bias, [T, N], and its norm) for at most MOST_ROWS rows. x: [T, K] contiguous, K a
-    multiple of 64; weight: [N, K]."""
+    """(residual + x @ weight.T + bias, [T, N], and its norm) for at most MOST_ROWS rows. x: [T, K] contiguous. weight,
+    shape: see normed_linear."""
     num_rows, depth = x.shape
-    size = weight.shape[0]
-    block = _column_block(size)
-    sums, normed = open_normed(residual, num_rows, size, block)
-    adding_linear_kernel[(size // block,)](
-        x,
-        weight,
+    stored = tensors_of(weight)
+    size = stored[0].shape[0]
+    cut = _cut(weight, num_rows, size, depth, shape)
+    sums, normed = open_normed(residual, num_rows, size, cut.columns)
+    adding_linear_kernel[(size // cut.columns,)](
+        _in_input_order(x, weight),
+        *stored,
         bias,
         residual,
         norm.weight,
@@ -133,28 +165,39 @@ def adding_linear(
         size,
         depth,
         bias is not None,
-        _row_block(num_rows),
-        block,
-        depth_block(depth),
-        _early_columns(num_rows, depth),
+        cut.rows,
+        cut.columns,
+        cut.depth,
+        cut.early,
         chained,
-        **_product_options(num_rows, size, depth, chained),
+        cut.reading,
+        num_warps=cut.warps,
+        num_stages=cut.stages,
+        **launch_options(chained),
     )
     return sums, normed
 
 
-def gated_linear(x: Normed, eps: float, weight: Tensor, bias: Tensor | None, activation: str, chained: bool) -> Tensor:
+def gated_linear(
+    x: Normed,
+    eps: float,
+    weight: Tensor | Weight,
+    bias: Tensor | None,
+    activation: str,
+    chained: bool,
+    shape: Shape | None = None,
+) -> Tensor:
     """activation(RMSNorm @ gate.T) * (RMSNorm @ up.T), [T, F], for at most MOST_ROWS rows. weight: [2 F, K], gate
-    before up."""
+    before up. weight, shape: see normed_linear."""
     num_rows, depth = x.scaled.shape
-    size, num_parts = weight.shape[0] // 2, x.squares.shape[1]
+    stored = tensors_of(weight)
+    size, num_parts = stored[0].shape[0] // 2, x.squares.shape[1]
     out = torch.empty((num_rows, size), dtype=x.scaled.dtype, device=x.scaled.device)
-    rows = _row_block(num_rows)
-    block = 64 if size % 64 == 0 else LEAST_COLUMNS
-    gated_kernel[(size // block,)](
-        x.scaled,
+    cut = _cut_gated(weight, num_rows, size, depth, shape)
+    gated_kernel[(size // cut.columns,)](
+        _in_input_order(x.scaled, weight),
         x.squares,
-        weight,
+        *stored,
         bias,
         out,
         num_rows,
@@ -164,14 +207,15 @@ def gated_linear(x: Normed, eps: float, weight: Tensor, bias: Tensor | None, act
         depth,
         ACTIVATIONS[activation],
         bias is not None,
-        rows,
-        block,
-        depth_block(depth),
-        _early_columns(num_rows, depth),
+        cut.rows,
+        cut.columns,
+        cut.depth,
+        cut.early,
         triton.next_power_of_2(num_parts),
         chained,
-        num_warps=4,
-        num_stages=(3 if rows == 16 else 4) * 128 // depth_block(depth),
+        cut.reading,
+        num_warps=cut.warps,
+        num_stages=cut.stages,
         **launch_options(chained),
     )
     return out

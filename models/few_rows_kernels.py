@@ -6,11 +6,16 @@ a step writes. EARLY columns of the weight are read before that.
 
 RMSNorm is made in two places. Whoever adds to the residual stream multiplies the sums by the norm's weight and leaves
 the sum of squares of its own columns; the product that reads them divides its rows by their root mean square.
+
+HOW: how a quantised weight is read (few_rows_weights.py), None for one that the product takes as it lies; `scales` and
+`zeros` are None then.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from graphgen.models.few_rows_weights import raw_tile, stored_product
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
@@ -42,6 +47,44 @@ def _product(
         result = tl.dot(left, tl.load(weight_rows + k + depth[:, None]), result)
     if EARLY:  # behind the loop, whose loads should not wait for this one's
         result = tl.dot(first_left, first, result)
+    return result
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _first_of(
+    weight: "tl.tensor", columns: "tl.tensor", K: int, BK: tl.constexpr, EARLY: tl.constexpr, HOW: tl.constexpr
+) -> "tl.tensor":
+    """What a product reads of its weight's rows `columns` while the kernel ahead still runs."""
+    if not EARLY:
+        first = 0
+    elif HOW is None:
+        first = _first_columns(weight + columns.to(tl.int64)[None, :] * K, BK)
+    else:
+        first = raw_tile(weight, columns, 0, K, HOW)
+    return first
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _times(
+    x: "tl.tensor",
+    weight: "tl.tensor",
+    scales: "tl.tensor",
+    zeros: "tl.tensor",
+    columns: "tl.tensor",
+    first: "tl.tensor",
+    num_rows: int,
+    K: int,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EARLY: tl.constexpr,
+    HOW: tl.constexpr,
+) -> "tl.tensor":
+    """[BM, BN] float32: rows of x, [num_rows, K], times rows `columns` of a weight in any format."""
+    if HOW is None:
+        result = _product(x, weight + columns.to(tl.int64)[None, :] * K, first, num_rows, K, BM, BN, BK, EARLY)
+    else:
+        result = stored_product(x, weight, scales, zeros, columns, first, num_rows, K, BM, BN, EARLY, HOW)
     return result
 
 
@@ -107,6 +150,8 @@ def normed_linear_kernel(
     x: "tl.tensor",
     squares: "tl.tensor",
     weight: "tl.tensor",
+    scales: "tl.tensor",
+    zeros: "tl.tensor",
     bias: "tl.tensor",
     out: "tl.tensor",
     num_rows: int,
@@ -121,15 +166,15 @@ def normed_linear_kernel(
     EARLY: tl.constexpr,
     PARTS: tl.constexpr,
     CHAINED: tl.constexpr,
+    HOW: tl.constexpr,
 ) -> None:
     """out = x / rms @ weight.T + bias."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    weight_rows = weight + columns.to(tl.int64)[None, :] * K
-    first = _first_columns(weight_rows, BK) if EARLY else 0
+    first = _first_of(weight, columns, K, BK, EARLY, HOW)
     if CHAINED:
         gdc_wait()
     parts = _load_squares(squares, num_rows, num_parts, BM, PARTS)
-    result = _product(x, weight_rows, first, num_rows, K, BM, BN, BK, EARLY)
+    result = _times(x, weight, scales, zeros, columns, first, num_rows, K, BM, BN, BK, EARLY, HOW)
     if CHAINED:
         gdc_launch_dependents()
     result *= _over_rms(parts, K, eps)
@@ -143,6 +188,8 @@ def normed_linear_kernel(
 def adding_linear_kernel(
     x: "tl.tensor",
     weight: "tl.tensor",
+    scales: "tl.tensor",
+    zeros: "tl.tensor",
     bias: "tl.tensor",
     residual: "tl.tensor",
     norm_weight: "tl.tensor",
@@ -158,17 +205,17 @@ def adding_linear_kernel(
     BK: tl.constexpr,
     EARLY: tl.constexpr,
     CHAINED: tl.constexpr,
+    HOW: tl.constexpr,
 ) -> None:
     """out = residual + x @ weight.T + bias, and its norm begun."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.arange(0, BM)[:, None]
     places = rows * N + columns[None, :]
-    weight_rows = weight + columns.to(tl.int64)[None, :] * K
-    first = _first_columns(weight_rows, BK) if EARLY else 0
+    first = _first_of(weight, columns, K, BK, EARLY, HOW)
     if CHAINED:
         gdc_wait()
     before = tl.load(residual + places, rows < num_rows, other=0.0)
-    result = _product(x, weight_rows, first, num_rows, K, BM, BN, BK, EARLY)
+    result = _times(x, weight, scales, zeros, columns, first, num_rows, K, BM, BN, BK, EARLY, HOW)
     if CHAINED:
         gdc_launch_dependents()
     if HAS_BIAS:
@@ -183,6 +230,8 @@ def gated_kernel(
     x: "tl.tensor",
     squares: "tl.tensor",
     weight: "tl.tensor",
+    scales: "tl.tensor",
+    zeros: "tl.tensor",
     bias: "tl.tensor",
     out: "tl.tensor",
     num_rows: int,
@@ -198,32 +247,42 @@ def gated_kernel(
     EARLY: tl.constexpr,
     PARTS: tl.constexpr,
     CHAINED: tl.constexpr,
+    HOW: tl.constexpr,
 ) -> None:
     """activation(x / rms @ gate.T) * (x / rms @ up.T); the weight is gate's F rows, then up's.
 
     ACTIVATION: 0 silu, 1 gelu, 2 gelu_tanh.
     """
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    gate_rows = weight + columns.to(tl.int64)[None, :] * K
-    up_rows = gate_rows + tl.full([1], F, tl.int64) * K
-    if EARLY:
-        first_gate, first_up = _first_columns(gate_rows, BK), _first_columns(up_rows, BK)
+    if HOW is None:
+        gate_rows = weight + columns.to(tl.int64)[None, :] * K
+        up_rows = gate_rows + tl.full([1], F, tl.int64) * K
+        if EARLY:
+            first_gate, first_up = _first_columns(gate_rows, BK), _first_columns(up_rows, BK)
+    else:  # one product of both, gate and up in turn: then those of a column end in the same thread
+        pairs = tl.arange(0, 2 * BN)
+        both = tl.program_id(0) * BN + pairs // 2 + pairs % 2 * F
+        first = _first_of(weight, both, K, BK, EARLY, HOW)
     if CHAINED:
         gdc_wait()
     parts = _load_squares(squares, num_rows, num_parts, BM, PARTS)
     rows = tl.arange(0, BM)[:, None]
-    depth = tl.arange(0, BK)
-    gate = tl.zeros((BM, BN), tl.float32)
-    up = tl.zeros((BM, BN), tl.float32)
-    if EARLY:
-        first_left = tl.load(x + rows * K + depth[None, :], rows < num_rows, other=0.0)
-    for k in range(EARLY, K, BK):
-        left = tl.load(x + rows * K + k + depth[None, :], rows < num_rows, other=0.0)
-        gate = tl.dot(left, tl.load(gate_rows + k + depth[:, None]), gate)
-        up = tl.dot(left, tl.load(up_rows + k + depth[:, None]), up)
-    if EARLY:
-        gate = tl.dot(first_left, first_gate, gate)
-        up = tl.dot(first_left, first_up, up)
+    if HOW is None:
+        depth = tl.arange(0, BK)
+        gate = tl.zeros((BM, BN), tl.float32)
+        up = tl.zeros((BM, BN), tl.float32)
+        if EARLY:
+            first_left = tl.load(x + rows * K + depth[None, :], rows < num_rows, other=0.0)
+        for k in range(EARLY, K, BK):
+            left = tl.load(x + rows * K + k + depth[None, :], rows < num_rows, other=0.0)
+            gate = tl.dot(left, tl.load(gate_rows + k + depth[:, None]), gate)
+            up = tl.dot(left, tl.load(up_rows + k + depth[:, None]), up)
+        if EARLY:
+            gate = tl.dot(first_left, first_gate, gate)
+            up = tl.dot(first_left, first_up, up)
+    else:
+        products = stored_product(x, weight, scales, zeros, both, first, num_rows, K, BM, 2 * BN, EARLY, HOW)
+        gate, up = tl.split(products.reshape(BM, BN, 2))
     if CHAINED:
         gdc_launch_dependents()
     over_rms = _over_rms(parts, K, eps)

@@ -13,6 +13,7 @@ import msgspec
 import torch
 
 from graphgen.models.spec import GQA, Dense, Embedding, Experts, Head, Latent, Layer, ModelSpec, Norm, QKNorm, Router
+from graphgen.models.spec.formats import PACKED_BLOCK, LinearFormat
 
 MOST_ROWS = 64
 """With more rows a product is no longer a matter of reading weights, and cuBLAS is faster."""
@@ -77,7 +78,8 @@ def serves_mixer(layer: Layer, hidden_size: int) -> bool:
     mixer = layer.mixer
     return (
         type(mixer) is GQA
-        and _has_only(mixer, (*_HEADS, *_SCORES))
+        and _has_only(mixer, (*_HEADS, *_SCORES, "qkv_format", "o_format"))
+        and reads(mixer.qkv_format, hidden_size)
         and _is_plain_around(layer)
         and _norms_heads_plainly(mixer)
         and hidden_size % LEAST_DEPTH == 0
@@ -89,20 +91,40 @@ def serves_feed_forward(layer: Layer, hidden_size: int) -> bool:
     """Whether the kernels compute the second half of a layer: the output projection of its mixer and what follows."""
     mixer, feed_forward = layer.mixer, layer.feed_forward
     fields = _ABOVE_O.get(type(mixer))
+    gathered = mixer.q_size if isinstance(mixer, GQA) else mixer.num_heads * mixer.value_dim
     return (
         fields is not None
-        and _has_only(mixer, fields)
+        and _has_only(mixer, (*fields, "o_format"))
+        and reads(mixer.o_format, gathered)
         and _is_plain_around(layer)
-        and (_serves_experts(feed_forward) if isinstance(feed_forward, Experts) else _serves_dense(feed_forward))
+        and (
+            _serves_experts(feed_forward)
+            if isinstance(feed_forward, Experts)
+            else _serves_dense(feed_forward)
+            and reads(feed_forward.gate_up_format, hidden_size)
+            and reads(feed_forward.down_format, feed_forward.size)
+        )
         and hidden_size % LEAST_DEPTH == 0
-        and (mixer.q_size if isinstance(mixer, GQA) else mixer.num_heads * mixer.value_dim) % LEAST_DEPTH == 0
+        and gathered % LEAST_DEPTH == 0
+    )
+
+
+def reads(form: LinearFormat | None, num_columns: int) -> bool:
+    """Whether the kernels read a weight of this format with so many columns."""
+    if form is None:
+        return True
+    group = form.group or num_columns
+    return (
+        num_columns % PACKED_BLOCK == 0
+        and (group in (32, 64) or group % PACKED_BLOCK == 0)
+        and (form.storage == "int4" or not form.zeros)
     )
 
 
 def _serves_dense(dense: Dense) -> bool:
     return (
         type(dense) is Dense
-        and _has_only(dense, ("size", "activation", "bias"))
+        and _has_only(dense, ("size", "activation", "bias", "gate_up_format", "down_format"))
         and dense.activation in ACTIVATIONS
         and dense.size % LEAST_DEPTH == 0
     )
@@ -117,7 +139,7 @@ def _serves_experts(experts: Experts) -> bool:
         and _has_only(router, _ROUTER)
         and router.score in ("softmax", "sigmoid")
         and router.kept_groups >= router.num_groups  # then groups decide nothing
-        and (shared is None or _serves_dense(shared))
+        and (shared is None or (_serves_dense(shared) and shared.gate_up_format is None and shared.down_format is None))
         and experts.size % LEAST_DEPTH == 0
         and experts.num_experts <= MOST_EXPERTS
         and experts.top_k <= MOST_PAIRS

@@ -67,7 +67,7 @@ def next_logits(
         else:
             sums, gathered = attend(layer, sums, nothing, pages, step)
         o, norm = layer.attention.o, _plain(layer.ff_norm)
-        sums, normed = adding_linear(gathered, o.weight, o.bias, sums, norm, chained)
+        sums, normed = adding_linear(gathered, o.stored, o.bias, sums, norm, chained)
         sums, normed = _feed_forward(layer.mlp, sums, normed, norm.eps, norms[number + 1], live, chained)
     return normed_linear(normed, norms[-1].eps, ends.head, None, chained)
 
@@ -75,7 +75,7 @@ def next_logits(
 def _gathered(block: nn.Module, x: Normed, eps: float, pages: LayerPages, step: StepTensors, chained: bool) -> Tensor:
     """What each head of each row gathered, [T, Hq * D]."""
     assert isinstance(block, Attention), "few_rows_layers.py serves no other"
-    qkv = normed_linear(x, eps, block.qkv.weight, block.qkv.bias, chained)
+    qkv = normed_linear(x, eps, block.qkv.stored, block.qkv.bias, chained)
     if block.q_norm is not None and block.k_norm is not None:
         q_norm, k_norm = _of_heads(block.q_norm), _of_heads(block.k_norm)
         sizes = block.num_heads * block.head_dim, block.num_kv_heads * block.head_dim
@@ -93,8 +93,8 @@ def _feed_forward(
     if isinstance(block, MixtureOfExperts):
         return run_experts(block, sums, x, eps, norm, live, chained)
     assert isinstance(block, MLP), "few_rows_layers.py serves no other"
-    gated = gated_linear(x, eps, block.gate_up.weight, block.gate_up.bias, block.activation, chained)
-    return adding_linear(gated, block.down.weight, block.down.bias, sums, norm, chained)
+    gated = gated_linear(x, eps, block.gate_up.stored, block.gate_up.bias, block.activation, chained)
+    return adding_linear(gated, block.down.stored, block.down.bias, sums, norm, chained)
 
 
 def _of_heads(norm: nn.Module) -> RMSNorm:

@@ -48,10 +48,15 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] of the model's dtype."""
+        stored = self.stored
+        return product(x, stored, self.bias) if isinstance(stored, Weight) else F.linear(x, stored, self.bias)
+
+    @property
+    def stored(self) -> Tensor | Weight:
+        """The weight as its products take it."""
         if self.format is None or self.scale is None:
-            return F.linear(x, self.weight, self.bias)
-        weight = Weight(self.format, self.weight, self.scale, self.zeros, self.permutation)
-        return product(x, weight, self.bias)
+            return self.weight
+        return Weight(self.format, self.weight, self.scale, self.zeros, self.permutation)
 
     def fill(self, first_row: int, part: Quantised) -> None:
         """Puts rows of a weight in this layer's format where they belong, from `first_row` on, a multiple of

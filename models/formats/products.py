@@ -4,6 +4,12 @@ Owns the choice, and the ways that torch alone offers. A device's own way stands
 weight a matrix of the input's dtype and is right everywhere. Called by linear.py, inside the compiled layer on CUDA.
 
 On the CPU int8 has a product of its own for a few rows in bfloat16.
+
+On CUDA steps of a few decode rows do not come here: few_rows.py reads the codes themselves. With more rows the tensor
+cores multiply two operands of one type. Where a format lets its input be rounded to e4m3 and the device multiplies
+that, from SM89 on, the input is quantised, in plain torch, so that the compiler makes one kernel of it and of the norm
+or activation before; integer codes are first rounded to e4m3. Elsewhere the weight is made a matrix of the input's
+dtype.
 """
 
 from typing import NamedTuple
@@ -12,12 +18,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphgen.models.formats.layout import Quantised, matrix_of, unpack_int4
+from graphgen.models.formats import matrices
+from graphgen.models.formats.layout import E4M3_MOST, Quantised, matrix_of, unpack_int4
 from graphgen.models.spec.formats import LinearFormat
 
 CPU_FEW_ROWS = 16
 """Rows up to which torch's own product of int8 is faster on the CPU than making a matrix first. With 2048 x 2048 on one
 core with AVX512 it takes 1.6 ms at 16 rows against 1.5, and 0.2 at one row against 0.9."""
+
+
+BLOCK = 128
+"""Columns of an input that share a scale, and rows and columns of a weight, where both are scaled in blocks."""
+E4M3_STEP = 16
+"""Both sizes of a weight in e4m3 are multiples of it, for torch to multiply it."""
+LEAST_SCALE = 1.0 / (E4M3_MOST * 512.0)
+"""Of an input: a row of zeros is not divided by zero."""
+FAST_SUMS = True
+"""Sums of products of e4m3 stay in the tensor cores from end to end, as other engines have it; otherwise they are added
+up in float32 every 128 columns, which is slower."""
 
 
 class Weight(NamedTuple):
@@ -38,8 +56,11 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias, [..., N] in x's dtype. x: [..., K]; bias: [N]."""
     if weight.permutation is not None:
         x = x.index_select(-1, weight.permutation)
-    if x.device.type == "cpu" and _has_row_scales(weight):
-        return _scaled_behind(x, weight, bias)
+    if x.device.type == "cpu":
+        if _has_row_scales(weight):
+            return _scaled_behind(x, weight, bias)
+    elif x.device.type == "cuda":
+        return product_of_many_rows(x, weight, bias, multiplies_e4m3())
     return F.linear(x, matrix_of(weight.unpacked(), x.dtype), bias)
 
 
@@ -60,3 +81,110 @@ def _scaled_behind(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     result = sums * weight.scale.t()  # in float32
     result = result if bias is None else result + bias
     return result.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+# --- CUDA ------------------------------------------------------------------------------------------------------
+
+
+class Multiplies(NamedTuple):
+    """What a device multiplies in e4m3."""
+
+    by_rows: bool
+    """With a scale for each row of both operands."""
+    by_blocks: bool
+    """With a scale for BLOCK columns of the input, and for BLOCK x BLOCK elements of the weight."""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no types
+def multiplies_e4m3() -> Multiplies:
+    """Of the device that this process drives."""
+    capability = torch.cuda.get_device_capability()
+    return Multiplies(capability >= (8, 9), capability == (9, 0))
+
+
+def product_of_many_rows(x: Tensor, weight: Weight, bias: Tensor | None, device: Multiplies) -> Tensor:
+    """product(), where a matrix operand must be of one dtype. x: [..., K], of whose order the weight is."""
+    form, rows = weight.format, x.flatten(0, -2)
+    size, depth = weight.codes.shape[0], x.shape[-1]
+    made = matrices.makes(form, depth)
+    if device.by_rows and form.activation == "e4m3" and size % E4M3_STEP == 0 and depth % E4M3_STEP == 0:
+        if form.storage == "e4m3" and form.group is None and form.rows == 1:
+            return _product_by_rows(rows, weight.codes, weight.scale, bias).view(*x.shape[:-1], size)
+        if form.storage == "e4m3" and (form.rows, form.group) == (BLOCK, BLOCK) and device.by_blocks and made:
+            return _product_by_blocks(rows, weight, bias).view(*x.shape[:-1], size)
+        if form.storage != "e4m3" and made:
+            codes, scale = matrices.weight_in_e4m3(form, weight.codes, weight.scale, weight.zeros)
+            return _product_by_rows(rows, codes, scale, bias).view(*x.shape[:-1], size)
+    if made:
+        matrix = matrices.weight_matrix(form, weight.codes, weight.scale, weight.zeros, x.dtype)
+    else:
+        matrix = matrix_of(weight.unpacked(), x.dtype)
+    return F.linear(x, matrix, bias)
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(x in e4m3, the scale of each row [T, 1] float32). x: [T, K]."""
+    return _quantised_by(x.float(), x.float().abs().amax(-1, keepdim=True))
+
+
+def quantise_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(x in e4m3, the scales of each BLOCK columns [K / BLOCK, T] float32). x: [T, K]."""
+    wide = x.float().unflatten(-1, (-1, BLOCK))
+    codes, scale = _quantised_by(wide, wide.abs().amax(-1, keepdim=True))
+    return codes.flatten(1), scale.squeeze(-1).t().contiguous()
+
+
+def _quantised_by(wide: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    """The least scale with which `most`, and all that is smaller, is in the range of e4m3."""
+    scale = (most * (1.0 / E4M3_MOST)).clamp(min=LEAST_SCALE)
+    codes = (wide * scale.reciprocal()).clamp(-E4M3_MOST, E4M3_MOST).to(torch.float8_e4m3fn)
+    return codes, scale
+
+
+def _product_by_rows(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    left, of_left = quantise_rows(x)
+    result: Tensor = torch._scaled_mm(
+        left, codes.t(), of_left, scale.float().t(), bias, out_dtype=x.dtype, use_fast_accum=FAST_SUMS
+    )
+    return result
+
+
+def _product_by_blocks(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    left, of_left = quantise_blocks(x)
+    result: Tensor = torch.ops.graphgen.product_by_blocks.default(left, of_left, weight.codes, weight.scale, x.dtype)
+    return result if bias is None else result + bias
+
+
+def _multiply_blocks(left: Tensor, of_left: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """left: [T, K] e4m3, of_left: [K / BLOCK, T]. The library wants a number of rows that four divides, and a multiple
+    of four scales for each BLOCK rows of the weight: what is missing is filled with zeros."""
+    from torch.nn.functional import ScalingType, scaled_mm
+
+    num_rows = left.shape[0]
+    if missing := -num_rows % 4:
+        left = F.pad(left.view(torch.uint8), (0, 0, 0, missing)).view(left.dtype)
+        of_left = F.pad(of_left, (0, missing))
+    of_weight = F.pad(scale.float(), (0, -scale.shape[1] % 4))
+    recipes = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
+    result = scaled_mm(left, codes.t(), of_left.t(), recipes[0], of_weight.t(), recipes[1], output_dtype=dtype)
+    return result[:num_rows]
+
+
+def _blocks_in_torch(left: Tensor, of_left: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    wide = left.float() * of_left.t().repeat_interleave(BLOCK, 1)
+    form = LinearFormat(storage="e4m3", group=BLOCK, rows=BLOCK)
+    return F.linear(wide, matrix_of(Quantised(form, codes, scale), torch.float32)).to(dtype)
+
+
+def _blocks_like(left: Tensor, of_left: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return left.new_empty(left.shape[0], codes.shape[0], dtype=dtype)
+
+
+# A Library ends with its last reference.
+_library = torch.library.Library("graphgen", "FRAGMENT")
+_library.define(
+    "product_by_blocks(Tensor left, Tensor of_left, Tensor codes, Tensor scale, ScalarType dtype) -> Tensor"
+)
+_library.impl("product_by_blocks", _blocks_in_torch, "CPU")
+_library.impl("product_by_blocks", _multiply_blocks, "CUDA")
+torch.library.register_fake("graphgen::product_by_blocks", _blocks_like, lib=_library)

@@ -61,7 +61,7 @@ EXPERTS = Experts(num_experts=8, top_k=2, size=192, activation="silu", router=Ro
 LATENT = Latent(num_heads=4, latent_size=64, plain_dim=32, rope_dim=16, value_dim=32)
 
 
-FORMAT = LinearFormat(storage="int8", zeros=True)
+FORMAT, GROUPS_OF_48 = LinearFormat(storage="int4"), LinearFormat(storage="int4", group=48)
 
 
 def with_experts(**changes: Any) -> Layer:
@@ -106,6 +106,10 @@ SERVED = {
     "groups that are all kept": with_router(num_groups=4, kept_groups=4),
     "many experts of a row": with_experts(num_experts=64, top_k=64),
     "squares": with_experts(activation="relu_squared"),
+    "formats": with_mixer(qkv_format=FORMAT, o_format=LinearFormat(storage="e4m3", group=128, rows=128)),
+    "formats of a feed-forward": with_ff(
+        gate_up_format=LinearFormat(storage="int4", group=32, zeros=True), down_format=LinearFormat(storage="int8")
+    ),
 }
 
 
@@ -136,7 +140,7 @@ MIXERS = {
     "clipped qkv": with_mixer(clip=8.0),
     "kv heads off the blocks": with_mixer(num_heads=16, num_kv_heads=1, head_dim=8),
     "latent attention": replace(LAYER, mixer=LATENT),
-    "a format of qkv": with_mixer(qkv_format=FORMAT),
+    "groups of qkv off the blocks": with_mixer(qkv_format=GROUPS_OF_48),
     "latents in formats": replace(
         LAYER, mixer=replace(LATENT, q_rank=32, q_down_format=FORMAT, q_up_format=FORMAT, kv_down_format=FORMAT)
     ),
@@ -156,10 +160,11 @@ FEED_FORWARDS = {
     "more experts of a row than pairs": with_experts(num_experts=128, top_k=65),
     "a shared expert of another kind": with_experts(shared=Dense(size=320, activation="relu")),
     "heads off the blocks": with_mixer(num_heads=3, num_kv_heads=1, head_dim=32),
-    "a format of the output": with_mixer(o_format=FORMAT),
-    "a format of a latent's output": replace(LAYER, mixer=replace(LATENT, o_format=FORMAT)),
-    "a format of gate and up": with_ff(gate_up_format=FORMAT),
-    "a format of down": with_ff(down_format=FORMAT),
+    "groups of the output off the blocks": with_mixer(o_format=GROUPS_OF_48),
+    "a latent's output off the blocks of int4": replace(LAYER, mixer=replace(LATENT, value_dim=48, o_format=FORMAT)),
+    "groups of gate and up off the blocks": with_ff(gate_up_format=GROUPS_OF_48),
+    "a feed-forward off the blocks of int4": with_ff(size=320, down_format=FORMAT),
+    "zeros of int8": with_ff(down_format=LinearFormat(storage="int8", zeros=True)),
     "a format of a shared expert": with_experts(shared=Dense(size=320, activation="silu", down_format=FORMAT)),
     "latents off the blocks": replace(LAYER, mixer=replace(LATENT, value_dim=8)),
 }

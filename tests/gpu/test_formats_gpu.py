@@ -1,0 +1,173 @@
+"""Products with quantised weights: the kernels of few rows and the products of many, against the reference in torch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from msgspec.structs import replace
+from torch import Tensor
+from torch.fx.experimental import _config as symbolic_shapes_config
+
+from graphgen.models.activations import ACTIVATIONS
+from graphgen.models.formats.layout import unpack_int4
+from graphgen.models.formats.products import Weight, product
+from graphgen.models.norms import RMSNorm
+from graphgen.models.spec import Norm
+from graphgen.models.spec.formats import LinearFormat
+from tests.models.format_cases import E4M3, FORMATS, INT4, matrix, random_weight
+
+TOLERANCE = 4e-3  # relative norm: one rounding to bfloat16 of a float32 sum
+OF_E4M3 = 0.04  # of an input with three bits of mantissa
+EPS = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    torch.manual_seed(0)
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def random_norm(size: int) -> RMSNorm:
+    norm = RMSNorm(size, Norm(eps=EPS), torch.bfloat16).cuda()
+    assert norm.weight is not None
+    norm.weight.data.normal_(1.0, 0.3)
+    return norm
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def on_cuda(form: LinearFormat, size: int, depth: int) -> Weight:
+    return random_weight(form, size, depth, "cuda")
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 8, 9, 16, 17, 64])
+@pytest.mark.parametrize("name", FORMATS)
+def test_few_rows_are_multiplied_with_the_weight_that_the_codes_mean(name: str, num_rows: int) -> None:
+    from graphgen.models import few_rows
+
+    for size, depth in ((1024, 1024), (96, 1152), (352, 128)):
+        weight, bias = on_cuda(FORMATS[name], size, depth), randn(size)
+        x, residual, norm = randn(num_rows, depth), randn(num_rows, size), random_norm(size)
+        sums, normed = few_rows.adding_linear(x, weight, bias, residual, norm, chained=True)
+        want = residual.float() + F.linear(x.float(), matrix(weight), bias.float())
+        assert relative_error(sums, want) < TOLERANCE, (size, depth)
+        assert relative_error(normed.squares.sum(1), sums.float().pow(2).sum(1)) < 1e-5
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 16, 64])
+@pytest.mark.parametrize("form", [E4M3, INT4, *list(FORMATS.values())[2:4]], ids=lambda form: form.name)
+def test_norms_and_activations_meet_the_product(form: LinearFormat, num_rows: int) -> None:
+    from graphgen.models import few_rows
+
+    size, depth = 1408, 1024
+    x, norm, weight, bias = randn(num_rows, depth), random_norm(depth), on_cuda(form, 2 * size, depth), randn(2 * size)
+    assert norm.weight is not None
+    scaled = (x.float() * norm.weight.float()).bfloat16()
+    normed = few_rows.Normed(scaled, x.float().pow(2).unflatten(1, (4, -1)).sum(-1))
+    over_rms = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS)
+    both = F.linear(scaled.float(), matrix(weight)) * over_rms + bias.float()
+    assert relative_error(few_rows.normed_linear(normed, EPS, weight, bias, chained=True), both) < TOLERANCE
+    gate, up = both.chunk(2, dim=-1)
+    got = few_rows.gated_linear(normed, EPS, weight, bias, "silu", chained=True)
+    assert relative_error(got, ACTIVATIONS["silu"](gate) * up) < 2 * TOLERANCE
+
+
+@pytest.mark.parametrize("storage", ["e4m3", "int8", "int4"])
+@pytest.mark.parametrize("conversion", [0, 1, 2])
+@pytest.mark.parametrize("slices", [0, 4])
+def test_every_code_becomes_its_number(storage: str, conversion: int, slices: int) -> None:
+    """Each of 256 bytes, times a one and zeros: the number itself, exact."""
+    from graphgen.models import few_rows
+    from graphgen.models.few_rows_tiles import Shape
+
+    shape = Shape(32, 128, slices, warps=4, stages=3, early=False, conversion=conversion)
+    codes = torch.arange(256, device="cuda", dtype=torch.uint8).repeat(32, 2)
+    if storage == "e4m3":
+        codes = torch.where(codes & 127 == 127, 0, codes).to(torch.uint8)  # two are not numbers
+    dtype = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}[storage]
+    form = LinearFormat(storage=storage)  # type: ignore[arg-type]  # one of the three
+    scale = torch.ones(32, 1, device="cuda")
+    weight = Weight(form, codes.view(dtype), scale, None, None)
+    numbers = unpack_int4(codes).float() - 8 if storage == "int4" else weight.codes.float()
+    depth = numbers.shape[1]
+    squares = torch.full((8, 1), float(depth), device="cuda")
+    for first in range(0, depth, 8):
+        x = torch.zeros(8, depth, device="cuda", dtype=torch.bfloat16)
+        x[torch.arange(8), first + torch.arange(8)] = 1.0
+        got = few_rows.normed_linear(few_rows.Normed(x, squares), 0.0, weight, None, False, shape)
+        assert torch.equal(got.float(), numbers[:, first : first + 8].t())
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 16, 64, 65, 512])
+@pytest.mark.parametrize("name", FORMATS)
+def test_many_rows_are_multiplied_as_exactly_as_their_format_lets(name: str, num_rows: int) -> None:
+    form = FORMATS[name]
+    sevenths = torch.cuda.get_device_capability() >= (8, 9) and form.activation == "e4m3"
+    for size, depth in ((1024, 1024), (352, 1408)):
+        weight, x, bias = on_cuda(form, size, depth), randn(num_rows, depth), randn(size)
+        want = F.linear(x.float(), matrix(weight), bias.float())
+        got = product(x, weight, bias)
+        assert got.dtype == x.dtype
+        assert relative_error(got, want) < (OF_E4M3 if sevenths else 2 * TOLERANCE), (size, depth)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMATS.values() if form.storage != "e4m3"], ids=lambda f: f.name)
+def test_integer_codes_may_be_multiplied_in_e4m3(form: LinearFormat) -> None:
+    if form.permuted or torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("tested as the same format in order" if form.permuted else "nothing here multiplies e4m3")
+    weight, x = on_cuda(form, 1024, 1024), randn(100, 1024)
+    rounded = weight._replace(format=replace(form, activation="e4m3"))
+    assert relative_error(product(x, rounded, None), F.linear(x.float(), matrix(weight))) < 2 * OF_E4M3
+
+
+@pytest.mark.parametrize("form", [E4M3, INT4, list(FORMATS.values())[2]], ids=lambda form: form.name)
+def test_products_are_captured_and_replayed(form: LinearFormat) -> None:
+    from graphgen.models import few_rows
+
+    weight, norm = on_cuda(form, 512, 512), random_norm(512)
+    few, many, residual = randn(3, 512), randn(70, 512), randn(3, 512)
+
+    def run() -> tuple[Tensor, Tensor]:
+        sums, _ = few_rows.adding_linear(few, weight, None, residual, norm, chained=True)
+        return sums, product(many, weight, None)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            results = run()
+        for _ in range(3):
+            few.normal_()
+            many.normal_()
+            graph.replay()
+            got = [result.clone() for result in results]
+            assert all(torch.equal(one, other) for one, other in zip(got, run(), strict=True))
+
+
+@pytest.mark.parametrize("form", [E4M3, INT4, list(FORMATS.values())[2]], ids=lambda form: form.name)
+def test_compiled_products_are_one_graph_for_any_number_of_rows(form: LinearFormat) -> None:
+    weight, norm = on_cuda(form, 512, 512), random_norm(512)
+    num_graphs = 0
+    inductor = torch._dynamo.lookup_backend("inductor")
+
+    def counted(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        nonlocal num_graphs
+        num_graphs += 1
+        return inductor(graph, inputs)
+
+    def run(x: Tensor, residual: Tensor) -> Tensor:
+        return product(norm(x + residual), weight, None)
+
+    compiled = torch.compile(run, fullgraph=True, backend=counted)
+    with torch.inference_mode(), symbolic_shapes_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        for num_rows in (70, 1, 8, 513):
+            x, residual = randn(num_rows, 512), randn(num_rows, 512)
+            for tensor in (x, residual):
+                torch._dynamo.mark_dynamic(tensor, 0)
+            assert relative_error(compiled(x, residual), run(x, residual)) < OF_E4M3
+    assert num_graphs == 1
