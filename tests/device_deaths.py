@@ -25,6 +25,7 @@ STREAMS = 64
 KINDS = ("kill", "illegal address", "spin")
 PROMPT_TOKENS = 200
 OUTPUT_TOKENS = 600
+LAST_WORDS = 400
 ENOUGH_TOKENS = 50
 """Of every stream before the death."""
 
@@ -40,6 +41,12 @@ class Starts(LossNotices):
         super().emit(record)
         if "a new worker serves" in record.getMessage():
             self.last_start = record.getMessage()
+
+
+def last_words(engine: Engine) -> str:
+    """What the scheduler's log says of the worker that was lost last."""
+    log = (engine._core.folder / "scheduler.log").read_text()
+    return log.rpartition("Its last words:")[2].partition("it computed")[0].strip()[-LAST_WORDS:]
 
 
 def strike(engine: Engine, traps: Traps, kind: str) -> float:
@@ -95,7 +102,7 @@ def main() -> None:
         with Starts() as notices, traps.in_environment(), Engine(config) as engine:
             for kind in options.kinds * options.times:
                 rows.append(one_death(engine, traps, notices, kind))
-                starts.append(f"{kind}: {notices.last_start}")
+                starts.append(f"{kind}: {notices.last_start}; its last words: {last_words(engine)}")
             device, start_s = engine.info.worker.device, engine.start_s
     show(f"{STREAMS} streams; the first start took {start_s:.1f} s", rows, machine(device))
     print("\n".join(starts))

@@ -12,8 +12,8 @@ FAR = 1 << 44
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _write_far_kernel(word: "tl.tensor", offset: int) -> None:
-    tl.store(word + offset, 1)
+def _write_far_kernel(word: "tl.tensor", offset: "tl.tensor") -> None:
+    tl.store(word + tl.load(offset), 1)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
@@ -24,7 +24,8 @@ def _spin_kernel(word: "tl.tensor") -> None:
 
 def write_far() -> None:
     """What follows on the stream fails with an illegal memory access, and so does every later call of the process."""
-    _write_far_kernel[(1,)](torch.zeros(1, dtype=torch.int32, device="cuda"), FAR)
+    offset = torch.tensor([FAR], dtype=torch.int64, device="cuda")
+    _write_far_kernel[(1,)](torch.zeros(1, dtype=torch.int32, device="cuda"), offset)
 
 
 def spin() -> None:
