@@ -13,9 +13,9 @@ from benchmarks.levels import RequestLevel
 from benchmarks.metrics import ServedRequest
 from benchmarks.workload import PlannedRequest
 from graphgen import InvalidRequestError, SamplingParams
+from graphgen.api.core import EngineCore
 from graphgen.calls.outputs import Delivery, RequestOutput
 from graphgen.calls.streams import AsyncStream, Mailbox
-from graphgen.requests.core import EngineCore
 
 Reader = Callable[[PlannedRequest], Awaitable[tuple[float, ...]]]
 """Sends a request and waits for its last token: the time of each token since it was sent."""

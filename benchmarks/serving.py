@@ -33,9 +33,9 @@ from benchmarks.sending import Targets, closed_loop, open_loop, stream_reader, w
 from benchmarks.step_log import StepLogReader, summarize_steps
 from benchmarks.workload import Load, PlannedRequest, Trace, Workload
 from graphgen import EngineConfig
+from graphgen.api.core import EngineCore
 from graphgen.base.version import how_to_install
 from graphgen.ipc.messages import EngineStats, WorkerReady
-from graphgen.requests.core import EngineCore
 
 FIRST_RATE = 1.0
 """Of a search for a workload that states none."""

@@ -4,12 +4,13 @@ Owns the Structs and nothing else: no sockets, no policy. All are frozen, array-
 both ends are the same build) and hold ints, floats, strings and packed int32 bytes, never tensors.
 `array("i")` or `numpy.frombuffer(..., "<i4")` reads the packed fields.
 
-    Engine  -> scheduler     Submit | Cancel | StatsRequest | Probe | Attach | Shutdown
-    scheduler -> Engine      Ready | Progress | Notice | Outputs | Rejected | EngineStats | Probe | Failed
+    Engine  -> scheduler     Submit | Cancel | StatsRequest | ReportRequest | Probe | Attach | Shutdown
+    scheduler -> Engine      Ready | Progress | Notice | Outputs | Rejected | EngineStats | EngineReport | Probe
+                             | Failed
     scheduler -> worker      StepPlan | Probe | Shutdown
     worker  -> scheduler     WorkerReady | Progress | StepResult | Probe | Failed
     supervisor -> frontend   Drain | EngineLost
-    frontend -> supervisor   Progress | Ready | Notice | Listening | RequestEnded | Drained | Failed
+    frontend -> supervisor   Progress | Ready | EngineServes | Notice | Listening | RequestEnded | Drained | Failed
 
 The frontend stands in the Engine's place when a server runs; the supervisor is the process that started all of them.
 
@@ -21,6 +22,7 @@ from typing import Literal
 
 from msgspec import Struct
 
+from graphgen.ipc.reports import EngineReport
 from graphgen.ipc.short import short_repr
 
 FinishReason = Literal["stop", "length", "aborted", "error"]
@@ -127,6 +129,10 @@ class Probe(Struct, frozen=True, array_like=True, tag="probe", gc=False):
     """Goes from the Engine through scheduler, worker and device and comes back as it is: all three are alive."""
 
     probe_id: int
+
+
+class ReportRequest(Struct, frozen=True, array_like=True, tag="report?", gc=False):
+    """Asks for an EngineReport. Who routes requests asks ten times a second."""
 
 
 class Attach(Struct, frozen=True, array_like=True, tag="attach", gc=False):
@@ -448,6 +454,7 @@ class EngineStats(Struct, frozen=True, array_like=True, tag="stats", gc=False):
     buckets: tuple[BucketSteps, ...] = ()  # those that a step has run in
     steps_within_ms: tuple[int, ...] = ()  # steps by their time on the device, see STEP_BOUNDS_MS; above them the last
     recent_steps: tuple[StepSummary, ...] = ()  # the oldest first, where they were asked for
+    engines: "tuple[EngineStats | None, ...]" = ()  # of several engines each one's own; None: it does not serve now
 
     def __repr__(self) -> str:
         return short_repr(self)
@@ -463,11 +470,13 @@ class Drain(Struct, frozen=True, array_like=True, tag="drain", gc=False):
 
 
 class EngineLost(Struct, frozen=True, array_like=True, tag="engine_lost", gc=False):
-    """The engine ended: every open request ends with an error. Then the frontend ends too, or waits for the engine that
-    is started in its place."""
+    """An engine ended. With several, its requests go on at another; of the only one every open request ends with an
+    error. When it was the last one and is not started again, the frontend ends too."""
 
     message: str
-    restarts: bool = False
+    restarts: bool = False  # another is being started in its place
+    engine: int = 0  # its number
+    is_last: bool = True  # no other is left
 
 
 class Listening(Struct, frozen=True, array_like=True, tag="listening", gc=False):
@@ -492,15 +501,21 @@ class RequestEnded(Struct, frozen=True, array_like=True, tag="request_ended", gc
     log_id: str = ""  # what its client called it
 
 
+class EngineServes(Struct, frozen=True, array_like=True, tag="engine_serves", gc=False):
+    """An engine serves that was started in the place of one that ended."""
+
+    engine: int
+
+
 class Drained(Struct, frozen=True, array_like=True, tag="drained", gc=False):
     """The frontend ends. Of the requests that were open, so many got an error for their end."""
 
     num_lost: int
 
 
-EngineToScheduler = Submit | Cancel | StatsRequest | Probe | Attach | Shutdown
-SchedulerToEngine = Ready | Progress | Notice | Outputs | Rejected | EngineStats | Probe | Failed
+EngineToScheduler = Submit | Cancel | StatsRequest | ReportRequest | Probe | Attach | Shutdown
+SchedulerToEngine = Ready | Progress | Notice | Outputs | Rejected | EngineStats | EngineReport | Probe | Failed
 SchedulerToWorker = StepPlan | Probe | Shutdown
 WorkerToScheduler = WorkerReady | Progress | StepResult | Probe | Failed
 SupervisorToFrontend = Drain | EngineLost
-FrontendToSupervisor = Progress | Ready | Notice | Listening | RequestEnded | Drained | Failed
+FrontendToSupervisor = Progress | Ready | EngineServes | Notice | Listening | RequestEnded | Drained | Failed

@@ -74,7 +74,7 @@ VALUES = {"graphgen.ipc", "graphgen.base"}
 CALLS = VALUES | {"graphgen.calls"}
 CLIENT = CALLS | {"graphgen.remote"}
 CONFIG = VALUES | {"graphgen.launch", "graphgen.models", "graphgen.capture"}
-ENGINE = CALLS | CONFIG | {"graphgen.api", "graphgen.demo", "graphgen.requests"}
+ENGINE = CALLS | CONFIG | {"graphgen.api", "graphgen.demo", "graphgen.requests", "graphgen.router"}
 LOADS = {
     "AsyncClient": CLIENT,
     "AsyncEngine": ENGINE,

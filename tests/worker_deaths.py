@@ -35,7 +35,7 @@ from typing import NamedTuple, Self
 
 import zmq
 
-from graphgen import Engine, PoisonedRequestError, SamplingParams
+from graphgen import Client, Engine, PoisonedRequestError, SamplingParams
 from graphgen.ipc.codec import Codec
 from graphgen.ipc.messages import EngineStats, StepResult
 from tests.fakes import make_result
@@ -53,7 +53,7 @@ SERVED_S = 0.5
 class Reader:
     """One request and the tokens it has."""
 
-    def __init__(self, engine: Engine, prompt: Sequence[int], sampling: SamplingParams) -> None:
+    def __init__(self, engine: Engine | Client, prompt: Sequence[int], sampling: SamplingParams) -> None:
         self.token_ids: list[int] = []
         self.error: Exception | None = None
         self.ended = False

@@ -1,16 +1,16 @@
 """The engine of a Python program, for threads and for the tasks of an event loop.
 
 Owns its start and its end. How a thread or a task waits for outputs is `graphgen.calls.calls`; everything else is
-`graphgen.requests.core`.
+`graphgen.api.core` and `graphgen.requests.core`.
 """
 
 import asyncio
 from typing import Self, Unpack
 
+from graphgen.api.core import DRAIN_S, EngineCore
 from graphgen.calls.calls import AsyncCalls, Calls
 from graphgen.ipc.messages import EngineStats, Ready
 from graphgen.launch.config import EngineConfig, EngineSettings, LaunchConfig, make_config
-from graphgen.requests.core import EngineCore
 from graphgen.requests.tokenizer import Tokenizer
 
 
@@ -51,7 +51,7 @@ class _Facts:
 
 
 class Engine(_Facts, Calls[EngineCore]):
-    """Serves one model in two processes of its own.
+    """Serves one model in processes of its own.
 
     `Engine()` serves the embedded demo model; `Engine("folder or hub id", ...)` and `Engine(EngineConfig(...))` any
     other. The constructor returns when the engine serves. Use it in a `with`, or call close(); a program that ends in
@@ -65,8 +65,23 @@ class Engine(_Facts, Calls[EngineCore]):
         super().__init__(EngineCore(make_config(model, settings)))
 
     def stats(self) -> EngineStats:
-        """A snapshot of what runs and waits, of pages, steps and step times."""
+        """A snapshot of what runs and waits, of pages, steps and step times. With replicas the counts are those of all
+        and the step times those of the slowest; `engines` has each one's own, None for one that does not serve now."""
         return self._core.stats()
+
+    def drain(self, replica: int, grace_s: float = DRAIN_S) -> None:
+        """Takes one of several replicas out of service, and returns when its processes have ended and its device is
+        free. It gets no new requests; what is open there after `grace_s` goes on at the others, so nothing is lost.
+
+        replica: its number, from 0. Raises ConfigError for one that there is not, EngineDeadError where it does not
+        serve or no other replica does.
+        """
+        self._core.drain(replica, grace_s)
+
+    def resume(self, replica: int, timeout_s: float = 600.0) -> None:
+        """Starts a replica again that was drained, or that had ended too often, and returns when it serves. Raises
+        ConfigError for one that there is not, EngineDeadError when it does not serve in time."""
+        self._core.resume(replica, timeout_s)
 
 
 class AsyncEngine(_Facts, AsyncCalls[EngineCore]):
@@ -87,3 +102,11 @@ class AsyncEngine(_Facts, AsyncCalls[EngineCore]):
     async def stats(self) -> EngineStats:
         """A snapshot of what runs and waits, of pages, steps and step times."""
         return await asyncio.to_thread(self._core.stats)
+
+    async def drain(self, replica: int, grace_s: float = DRAIN_S) -> None:
+        """As Engine.drain, without holding up the loop."""
+        await asyncio.to_thread(self._core.drain, replica, grace_s)
+
+    async def resume(self, replica: int, timeout_s: float = 600.0) -> None:
+        """As Engine.resume, without holding up the loop."""
+        await asyncio.to_thread(self._core.resume, replica, timeout_s)

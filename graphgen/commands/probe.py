@@ -78,7 +78,9 @@ def stats(server: AskedServer, json: Json = False) -> None:
     values = msgspec.structs.asdict(found)
     width = max(map(len, values))
     written = {
-        name: f"{value:.6g}" if isinstance(value, float) else str(value) or "-" for name, value in values.items()
+        name: f"{value:.6g}" if isinstance(value, float) else str(value) or "-"
+        for name, value in values.items()
+        if name != "engines" or value
     }
     _show(found, json, "\n".join(f"{name:<{width}}  {value}" for name, value in written.items()))
 

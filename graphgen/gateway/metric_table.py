@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 from graphgen.ipc.ggp.messages import Stats
-from graphgen.ipc.ggp.statistics import BucketCount, Histogram, Metrics
+from graphgen.ipc.ggp.statistics import BucketCount, EngineCount, Histogram, Metrics
 
 Names = Literal["graphgen", "vllm"]
 Value = float | Histogram
@@ -58,6 +58,15 @@ def _waiting(_: Stats, metrics: Metrics) -> Labelled:
     }
 
 
+def _by_engine(stats: Stats, value: Callable[[EngineCount], float]) -> Labelled:
+    """One engine is not told apart."""
+    return {(str(number),): value(one) for number, one in enumerate(stats.engines)}
+
+
+def _usage_of(engine: EngineCount) -> float:
+    return (engine.pages_total - engine.pages_free) / engine.pages_total if engine.pages_total else 0.0
+
+
 def _pages(stats: Stats, metrics: Metrics) -> Labelled:
     return {
         ("used",): stats.pages_total - stats.pages_free,
@@ -92,6 +101,30 @@ GAUGES = (
         "Pages of the KV cache: used by requests, cached for prompts that may share them, free.",
         ("state",),
     ),
+    Series(
+        "graphgen_replica_serves",
+        lambda s, _: _by_engine(s, lambda one: one.serves),
+        "1 while this engine of several serves, 0 while it is started or has drained.",
+        ("engine",),
+    ),
+    Series(
+        "graphgen_replica_requests_running",
+        lambda s, _: _by_engine(s, lambda one: one.running),
+        "Samples that hold a slot of this engine of several.",
+        ("engine",),
+    ),
+    Series(
+        "graphgen_replica_requests_waiting",
+        lambda s, _: _by_engine(s, lambda one: one.waiting),
+        "Samples in the queue of this engine of several.",
+        ("engine",),
+    ),
+    Series(
+        "graphgen_replica_kv_usage_ratio",
+        lambda s, _: _by_engine(s, _usage_of),
+        "Share of this engine's pages that requests hold, 0 to 1.",
+        ("engine",),
+    ),
     _one("graphgen_sessions", lambda s, _: s.sessions, "Sessions of the GGP/1 protocol, the gateways' included."),
     _one("graphgen_frontend_memory_bytes", lambda s, _: s.frontend_rss_bytes, "Memory of the frontend process."),
 )
@@ -124,7 +157,13 @@ COUNTERS = (
         "Of these, what came later than its target.",
         ("target",),
     ),
-    _one("graphgen_steps_total", lambda s, _: s.steps, "Steps of the engine."),
+    _one("graphgen_steps_total", lambda s, _: s.steps, "Steps of the engine, or of all of them."),
+    Series(
+        "graphgen_replica_steps_total",
+        lambda s, _: _by_engine(s, lambda one: one.steps),
+        "Steps of this engine of several.",
+        ("engine",),
+    ),
     Series(
         "graphgen_step_rows_total",
         _rows,

@@ -55,6 +55,10 @@ class EngineConfig(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords):
     end-of-sequence ids hold either way."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N. auto: CUDA where a GPU and a CUDA build of torch are present, else the CPU."""
+    replicas: int = 1
+    """Engines that serve side by side, each with a scheduler and a worker of its own: on CUDA each on one GPU, from
+    cuda:0 on; on the CPU each with its part of the cores. A request goes where the beginning of its prompt is kept, or
+    where there is least to do; when its engine ends it goes on at another."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: float32 on the CPU, bfloat16 there for quantised weights; on CUDA the checkpoint's, bfloat16 if that is
     float32."""
@@ -99,7 +103,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords):
     step_log: str | None = None
     """File that receives one JSON line per step. None: no log."""
     cpu_threads: int | None = None
-    """Threads of one CPU operation in the worker. None: all cores."""
+    """Threads of one CPU operation in a worker. None: all cores, or each replica's part of them."""
     itl_target_ms: float | None = None
     """Milliseconds that no gap between two tokens of a request should exceed, for requests that state no target of
     their own: steps are made no longer than that as far as measured step times tell. None: no target."""
@@ -134,6 +138,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords):
             "max_model_len",
             "max_num_seqs",
             "num_pages",
+            "replicas",
             "cpu_threads",
             "max_waiting",
             "max_waiting_tokens",
@@ -167,6 +172,7 @@ class EngineSettings(TypedDict, total=False):
     chat_template: str | None
     generation_config: Literal["auto", "none"]
     device: str
+    replicas: int
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     quantization: Quantization | None
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8"]

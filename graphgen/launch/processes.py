@@ -98,6 +98,15 @@ class EngineProcesses:
     def restart_scheduler(self) -> None:
         """Starts a scheduler in the place of one that has ended, in the same folder: whoever talks to it by name goes
         on. Its workers, which end with it, are waited for, and what they left is removed."""
+        self.end_scheduler()
+        self.start(SCHEDULER_MODULE)
+
+    def end_scheduler(self) -> None:
+        """Kills the scheduler, if it lives, and its workers, waits for them and removes what they left."""
+        scheduler = self._children.get(SCHEDULER_MODULE.rpartition(".")[2])
+        if scheduler is not None:
+            kill_group(scheduler.pid)
+            scheduler.wait()
         left = _worker_pids(self.folder)
         for pid in left.values():
             kill_group(pid)
@@ -108,7 +117,6 @@ class EngineProcesses:
             pid_file(self.folder, name).unlink(missing_ok=True)
         for epoch in self.folder.glob("epoch-*"):
             shutil.rmtree(epoch, ignore_errors=True)
-        self.start(SCHEDULER_MODULE)
 
     @property
     def pids(self) -> dict[str, int]:

@@ -1,18 +1,16 @@
-"""What Engine and AsyncEngine share: the start of an engine, the checks of a request, and its way to the scheduler.
+"""What engines and servers share: the checks of a request and its way to the scheduler, and what a start reads.
 
-Owns the engine's processes, link, tokenizer and limits. Never waits for tokens: the two engines differ in how they
-do that. One EngineCore is one running engine.
+Owns the tokenizer and the limits of the engines that serve. Starts no process, and never waits for tokens. Used by
+`graphgen.api.core` and the frontend of a server.
 """
 
 import itertools
 import logging
 import secrets
 import time
-import weakref
 from collections.abc import Collection, Sequence
 
 from graphgen import demo
-from graphgen.base.progress import StartProgress
 from graphgen.calls.outputs import Sink
 from graphgen.calls.prompts import Chat, OnePrompt
 from graphgen.calls.sampling_params import SamplingParams, one_each
@@ -21,12 +19,11 @@ from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.errors import ConfigError, InvalidRequestError, PromptTooLongError
 from graphgen.ipc.ggp.messages import SamplingDefaults
 from graphgen.ipc.messages import EngineStats, Ready, Submit
-from graphgen.launch.config import EngineConfig, LaunchConfig, check_device, resolve
-from graphgen.launch.processes import EngineProcesses
-from graphgen.requests.link import Link
+from graphgen.launch.config import EngineConfig, LaunchConfig, resolve
+from graphgen.requests.link_ends import RequestLink
 from graphgen.requests.open_request import OpenRequest
 from graphgen.requests.structured import GrammarMaker
-from graphgen.requests.tokenizer import Tokenizer, write_tokenizer
+from graphgen.requests.tokenizer import Tokenizer
 from graphgen.requests.tokenizer_files import load_tokenizer
 
 logger = logging.getLogger("graphgen")
@@ -43,7 +40,7 @@ class AttachedCore:
     """Requests to an engine that runs already. Its link, model and tokenizer are another's."""
 
     def __init__(
-        self, launch: LaunchConfig, ready: Ready, tokenizer: Tokenizer | None, link: Link, first_id: int = 0
+        self, launch: LaunchConfig, ready: Ready, tokenizer: Tokenizer | None, link: RequestLink, first_id: int = 0
     ) -> None:
         """first_id: of the requests made here; no other core may have used it or a later one with this engine."""
         self.launch = launch
@@ -269,59 +266,6 @@ class AttachedCore:
                 f"stop token id {max(stop_token_ids)} is outside the vocabulary, 0 to {vocab_size - 1}:"
                 " use ids of this model's tokenizer"
             )
-
-
-class EngineCore(AttachedCore):
-    """A running engine. The constructor returns when it serves, and leaves nothing behind when it raises."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        self.config = config
-        started_s = time.monotonic()
-        check_device(config.device)
-        # The processes start first: they import torch while this one reads the model's config and tokenizer.
-        processes = EngineProcesses()
-        with StartProgress(config.progress) as progress:
-            try:
-                link = Link(processes, progress.show)
-            except BaseException:
-                processes.stop(grace_s=0.0)
-                raise
-            try:
-                launch = launch_config(config)
-                launch.write(processes.folder)
-                tokenizer = load_config_tokenizer(config, launch)
-                write_tokenizer(tokenizer, processes.folder)
-                remaining_s = config.start_timeout_s - (time.monotonic() - started_s)
-                ready = link.wait_ready(max(0.0, remaining_s))
-            except BaseException:
-                link.close()
-                raise
-        super().__init__(launch, ready, tokenizer, link)
-        self.start_s = time.monotonic() - started_s
-        self._processes = processes
-        self.folder = processes.folder
-        # Runs when the last reference goes, and at the interpreter's exit.
-        self._finalizer = weakref.finalize(self, link.close)
-        logger.info("%s", describe_start(self.ready, self.start_s, with_phases=progress.shows_bars))
-
-    @property
-    def pids(self) -> dict[str, int]:
-        """The engine's processes by name; a worker that was replaced has another pid."""
-        return self._processes.pids
-
-    def __str__(self) -> str:
-        """What runs where, for the repr of an engine."""
-        launch, worker = self.launch, self.ready.worker
-        return (
-            f"of {self.config.model or 'the demo model'} on {worker.device}, {launch.dtype}, max_model_len"
-            f" {launch.max_model_len}, {worker.num_pages} pages of {worker.page_size}"
-        )
-
-    def close(self) -> None:
-        """Ends the processes and removes their folder. Idempotent, from any thread."""
-        self._link.close()
-        self._grammars.close()
-        self._finalizer.detach()
 
 
 def describe_start(ready: Ready, start_s: float, with_phases: bool) -> str:

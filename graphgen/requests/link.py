@@ -35,10 +35,12 @@ from graphgen.ipc.messages import (
     Progress,
     Ready,
     Rejected,
+    ReportRequest,
     SchedulerToEngine,
     Shutdown,
     StatsRequest,
 )
+from graphgen.ipc.reports import EngineReport
 from graphgen.requests.failures import error_of, refusal_of
 from graphgen.requests.link_ends import Nobody, Observer, Processes
 from graphgen.requests.open_request import OpenRequest
@@ -91,6 +93,7 @@ class Link:
         self._num_probes = 0
         self._attaches = attaches
         self._is_kept = is_kept or attaches
+        self._gives_back = is_kept  # what is open when its engine ends is asked for, and goes on elsewhere
         self._after_outputs = after_outputs
         self._on_notice = on_notice or _log
         self._on_ready: Callable[[Ready], None] | None = None
@@ -176,6 +179,12 @@ class Link:
             self._channel.send(Probe(self._num_probes))
         return answer
 
+    def ask_report(self) -> None:
+        """Asks how much there is to do and how fast it is done; the observer gets the answer."""
+        with self._lock:
+            if self._fault is None and self._serves:
+                self._channel.send(ReportRequest())
+
     def when_ready(self, call: Callable[[Ready], None]) -> None:
         """From now on `call` is made, on the receiving thread, each time that an engine begins to serve."""
         self._on_ready = call
@@ -223,11 +232,20 @@ class Link:
 
         self._jobs.append(give_back)
 
+    def open_requests(self) -> list[OpenRequest]:
+        """Those of this moment."""
+        with self._lock:
+            return list(self._requests.values())
+
+    def begin_close(self) -> None:
+        """Tells the scheduler to end, and open requests that they get EngineClosedError. Idempotent."""
+        self._fail(EngineClosedError("the engine was closed: make a new Engine"))
+
     def close(self) -> None:
         """Ends the processes, then the thread. Open requests get EngineClosedError. Idempotent."""
         if not self._owner.is_this:
             return  # the engine is the parent's
-        self._fail(EngineClosedError("the engine was closed: make a new Engine"))
+        self.begin_close()
         # Before the engine serves nobody may be listening, and nothing is lost by a signal.
         self._processes.stop(CLOSE_GRACE_S if self._serves else 0.0)
         self._stopping.set()
@@ -276,6 +294,8 @@ class Link:
                     answer = self._stats.popleft() if self._stats else None
                 if answer is not None:  # else it was asked of an engine that is gone
                     answer.set_result(message)
+            case EngineReport():
+                self._observer.reported(message)
             case Probe():
                 with self._lock:
                     probed = self._probes.pop(message.probe_id, None)
@@ -293,10 +313,16 @@ class Link:
                 if self._on_ready is not None:
                     self._on_ready(message)
             case Failed():
-                if self._is_kept and self._ready.done():  # its master sees it end
-                    logger.error("the engine ends: %s", error_of(message))
-                else:
+                if not (self._is_kept and self._ready.done()):
                     raise error_of(message)
+                self._hear_last_words(error_of(message))
+
+    def _hear_last_words(self, error: GraphgenError) -> None:
+        """Of an engine whose master sees it end, and starts another."""
+        logger.error("the engine ends: %s", error)
+        if not self._gives_back:
+            for request in self.await_another_engine():
+                deliver(request.sink, type(error)(*error.args))
 
     def _deliver_outputs(self, message: Outputs) -> None:
         now_s = time.monotonic()
@@ -337,14 +363,14 @@ class Link:
         except Exception as error:  # text of this request that cannot be made must not end the others
             logger.exception("request %s failed in decoding", request.submit.log_id or request_id)
             self.cancel([request_id])
-            _deliver(request.sink, GraphgenError(f"decoding failed with {type(error).__name__}: {error}"))
+            deliver(request.sink, GraphgenError(f"decoding failed with {type(error).__name__}: {error}"))
             return
         if ended is not None:
             if reason is None:
                 self.cancel([request_id])
             else:
                 self._forget(request_id)
-        if delivery is not None and not _deliver(request.sink, delivery):
+        if delivery is not None and not deliver(request.sink, delivery):
             self.cancel([request_id])
 
     def _forget(self, request_id: int) -> OpenRequest | None:
@@ -364,7 +390,7 @@ class Link:
                 del self._requests[request_id]
                 return
         self._forget(request_id)
-        _deliver(request.sink, error)
+        deliver(request.sink, error)
 
     def _watch(self) -> None:
         """Raises EngineDeadError when a process has ended that should not have."""
@@ -401,7 +427,7 @@ class Link:
             if not self._attaches:
                 self._channel.send(Shutdown())
         for request in requests:
-            _deliver(request.sink, type(error)(*error.args))
+            deliver(request.sink, type(error)(*error.args))
         _set_all((self._ready, *waiting, *probes), error)
 
 
@@ -415,7 +441,7 @@ def _log(notice: Notice) -> None:
     logger.warning("%s", notice.text)
 
 
-def _deliver(sink: Sink, delivery: Delivery) -> bool:
+def deliver(sink: Sink, delivery: Delivery) -> bool:
     """Whether the reader still exists: an event loop may have been closed under a stream."""
     try:
         sink(delivery)

@@ -3,10 +3,13 @@
 Owns no state. `graphgen.requests.link` uses both; `graphgen.requests.links` is such an observer.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
 from graphgen.ipc.errors import OverloadedError
+from graphgen.ipc.messages import EngineStats
+from graphgen.ipc.reports import EngineReport
 from graphgen.launch.processes import Exit
 from graphgen.requests.open_request import OpenRequest
 
@@ -27,6 +30,18 @@ class Processes(Protocol):
     def stop(self, grace_s: float) -> None: ...
 
 
+class RequestLink(Protocol):
+    """What a request is sent by: the link to an engine, or those to several."""
+
+    def check_process(self) -> None: ...
+
+    def submit(self, requests: Iterable[OpenRequest]) -> None: ...
+
+    def cancel(self, request_ids: Iterable[int]) -> None: ...
+
+    def stats(self, timeout_s: float) -> EngineStats: ...
+
+
 class Observer(Protocol):
     """Who follows the requests of a link. Called on its receiving thread."""
 
@@ -39,6 +54,9 @@ class Observer(Protocol):
     def ended(self, request: OpenRequest) -> None:
         """The engine has nothing more to say of it."""
 
+    def reported(self, report: EngineReport) -> None:
+        """How much the engine has to do, and how fast it does it."""
+
 
 class Nobody:
     """Observes nothing."""
@@ -50,4 +68,7 @@ class Nobody:
         return False
 
     def ended(self, request: OpenRequest) -> None:
+        pass
+
+    def reported(self, report: EngineReport) -> None:
         pass

@@ -59,6 +59,11 @@ class OpenRequest:
         self._decoded_len = 0  # of the text, what stop strings hold back or cut off included
 
     @property
+    def prompt_len(self) -> int:
+        """Tokens of its prompt."""
+        return len(self._prompt_token_ids)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of its output that it has."""
         return len(self._token_times_s)

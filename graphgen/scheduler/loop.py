@@ -31,6 +31,7 @@ from graphgen.ipc.messages import (
     Progress,
     Ready,
     Rejected,
+    ReportRequest,
     SchedulerToEngine,
     Shutdown,
     StatsRequest,
@@ -283,6 +284,8 @@ class SchedulerLoop:
                 self._step_log.flush()
                 steps = self._recent_steps.take(time.monotonic()) if question.steps else ()
                 self._engine.send(self._stats(steps))
+            case ReportRequest():
+                self._engine.send(self._policy.report())
             case Probe() as probe:
                 self._probes.append(probe)
                 if self._workers.state is State.SERVING:

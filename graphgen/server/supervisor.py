@@ -1,7 +1,8 @@
 """The supervisor of a server: starts scheduler, worker and frontend, watches them, and ends them in order.
 
-Owns the decision which death ends the server: that of an engine which has been started again too often. A scheduler
-that dies is started anew (the scheduler itself replaces its worker), and clients get an error that says to try again. A
+Owns the decision which death ends the server: that of the last engine which has been started again too often. A
+scheduler that dies is started anew (the scheduler itself replaces its worker); with several engines its requests go on
+at others, of the only one clients get an error that says to try again. A
 frontend that dies is started anew as often as it takes, with growing waits, while the engine stays as it is. Serves
 nothing itself. Called by the command line, in a process of its own whose SIGTERM, SIGINT and SIGHUP it takes.
 """
@@ -25,6 +26,7 @@ from graphgen.ipc.messages import (
     Drain,
     Drained,
     EngineLost,
+    EngineServes,
     Failed,
     FrontendToSupervisor,
     Listening,
@@ -34,13 +36,14 @@ from graphgen.ipc.messages import (
     RequestEnded,
     SupervisorToFrontend,
 )
-from graphgen.launch.config import EngineConfig, check_device
+from graphgen.launch.config import EngineConfig
+from graphgen.launch.engines import Engines
 from graphgen.launch.processes import EngineProcesses
-from graphgen.launch.starts import StartLimit
+from graphgen.launch.replicas import check_replicas, of_replica
 from graphgen.requests.core import describe_start, launch_config, load_config_tokenizer
 from graphgen.requests.failures import error_of
 from graphgen.requests.tokenizer import write_tokenizer
-from graphgen.server.frontend.settings import FrontendSettings
+from graphgen.server.frontend.settings import MAX_UNSTARTED, FrontendSettings
 from graphgen.server.gateways import Gateways, private_address
 from graphgen.server.kept import Kept
 from graphgen.server.options import ServeOptions
@@ -64,8 +67,6 @@ class Supervisor:
         self._started_s = time.monotonic()
         self._signals = EndSignals()
         self._asked_to_end = 0
-        self._engine_starts = StartLimit()
-        self._engine_is_lost = False  # and is being started again
         self._ready: Ready | None = None
         self._model = ModelFacts(PLAIN, {})
         self._progress = StartProgress(config.progress)
@@ -79,39 +80,42 @@ class Supervisor:
 
     def run(self) -> int:
         """Serves until a signal: the exit code. Raises GraphgenError when the engine does not start, or dies."""
-        check_device(self._config.device)
+        check_replicas(self._config)
         raise_descriptor_limit()
-        processes = EngineProcesses()
+        engines = Engines(self._config.replicas, EngineProcesses)
+        processes = engines[0]
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         channel: Channel[SupervisorToFrontend, FrontendToSupervisor] = Channel(
             context, processes.folder, "frontend", "upper", FrontendToSupervisor
         )
         try:
-            self._start(processes)
+            self._start(engines)
             with self._progress as progress:
                 while not self._listening and self._num_lost is None:
-                    self._turn(processes, channel, progress.show)
+                    self._turn(engines, channel, progress.show)
             while self._num_lost is None:
-                self._turn(processes, channel, lambda _: None)
+                self._turn(engines, channel, lambda _: None)
             self._gateways.finish(processes)
             return 0 if self._num_lost == 0 else 1
         finally:
             self._signals.ignore()
             self._gateways.close()
-            processes.stop(grace_s=0.0)
+            engines.stop(grace_s=0.0)
             channel.close()
             context.term()
             for address in (self._data, self._control):
                 remove_dead(address)
 
-    def _start(self, processes: EngineProcesses) -> None:
-        """The engine's processes import torch meanwhile."""
+    def _start(self, engines: Engines) -> None:
+        """The engines' processes import torch meanwhile."""
         launch = launch_config(self._config)
-        launch.write(processes.folder)
+        for number, processes in enumerate(engines):
+            of_replica(launch, number, len(engines)).write(processes.folder)
         # It binds its sockets at once, so that an address in use is found soon.
-        self._frontend.start(partial(self._start_frontend, processes))
+        self._frontend.start(partial(self._start_frontend, engines))
         tokenizer = load_config_tokenizer(self._config, launch)
-        write_tokenizer(tokenizer, processes.folder)
+        for processes in engines:
+            write_tokenizer(tokenizer, processes.folder)
         if tokenizer is not None:
             parsers = self._options.tool_parser, self._options.reasoning_parser
             output_format = choose_format(
@@ -119,8 +123,10 @@ class Supervisor:
             )
             self._model = ModelFacts(output_format, {**tokenizer.special_tokens, "chat_template": tokenizer.chat_text})
 
-    def _start_frontend(self, processes: EngineProcesses) -> None:
+    def _start_frontend(self, engines: Engines) -> None:
+        processes = engines[0]
         FrontendSettings(
+            engines=tuple(str(one.folder) for one in engines) if len(engines) > 1 else (),
             model=self._model_name,
             data=self._data,
             control=self._control,
@@ -129,6 +135,7 @@ class Supervisor:
             memory_limit_bytes=self._options.memory_limit_mib << 20,
             slow_consumer_s=self._options.slow_consumer_s,
             open_requests=self._options.open_requests,
+            max_unstarted=MAX_UNSTARTED * len(engines),
             log_requests=self._options.log_requests,
         ).write(processes.folder)
         processes.start(FRONTEND_MODULE)
@@ -139,42 +146,40 @@ class Supervisor:
 
     def _turn(
         self,
-        processes: EngineProcesses,
+        engines: Engines,
         channel: Channel[SupervisorToFrontend, FrontendToSupervisor],
         on_progress: Callable[[Progress], None],
     ) -> None:
         """One look at messages, signals and processes."""
+        processes = engines[0]
         message = channel.receive(WATCH_S)
         if message is not None:
-            self._take(message, processes, on_progress)
-        self._pass_signals_on(processes, channel)
+            self._take(message, engines, on_progress)
+        self._pass_signals_on(channel)
         if self._num_lost is not None:
             return
-        self._watch_engine(processes, channel)
-        self._watch_frontend(processes)
+        self._watch_engines(engines, channel)
+        self._watch_frontend(engines)
         self._gateways.restore(processes, self._model)
         if not self._listening and time.monotonic() - self._started_s > self._config.start_timeout_s:
-            tails = "\n".join(f"[{name}]\n{processes.log_tail(name)}" for name in processes.pids)
             raise EngineDeadError(
                 f"the server was not ready after {self._config.start_timeout_s:g} s: raise start_timeout_s, or see what"
-                f" its processes wrote:\n{tails}"
+                f" its processes wrote:\n{engines.log_tails()}"
             )
 
-    def _take(
-        self, message: FrontendToSupervisor, processes: EngineProcesses, on_progress: Callable[[Progress], None]
-    ) -> None:
+    def _take(self, message: FrontendToSupervisor, engines: Engines, on_progress: Callable[[Progress], None]) -> None:
         match message:
             case Progress():
                 on_progress(message)
             case Ready():
                 self._ready = message
-                if self._engine_is_lost:
-                    self._engine_is_lost = False
-                    self._say("the engine serves again")
+            case EngineServes():
+                engines.serves(message.engine)
+                self._say(f"{_name(engines, message.engine)} serves again")
             case Notice():
                 self._say(message.text)
             case Listening():
-                self._tell_ready(message, processes)
+                self._tell_ready(message, engines[0])
             case Drained():
                 self._num_lost = message.num_lost
             case RequestEnded():
@@ -201,9 +206,7 @@ class Supervisor:
         self._gateways.start(processes, self._model)
         self._say("ready")
 
-    def _pass_signals_on(
-        self, processes: EngineProcesses, channel: Channel[SupervisorToFrontend, FrontendToSupervisor]
-    ) -> None:
+    def _pass_signals_on(self, channel: Channel[SupervisorToFrontend, FrontendToSupervisor]) -> None:
         if self._signals.num_wishes == self._asked_to_end:
             return
         self._asked_to_end = self._signals.num_wishes
@@ -215,28 +218,33 @@ class Supervisor:
         else:
             channel.send(Drain(0.0))
 
-    def _watch_engine(
-        self, processes: EngineProcesses, channel: Channel[SupervisorToFrontend, FrontendToSupervisor]
-    ) -> None:
-        found = processes.find_exit(("scheduler",))
-        if found is None:
-            return
-        reason = f"the engine ended: the {found.name} exited with code {found.code}"
-        if self._listening and not self._asked_to_end and self._engine_starts.take(time.monotonic()):
-            logger.error("%s", found)
-            self._say(f"{reason}, and is started again; requests that were open get an error that says to try again")
-            channel.send(EngineLost(reason, restarts=True))
-            self._engine_is_lost = True
-            processes.restart_scheduler()
-            return
-        if self._listening:
-            channel.send(EngineLost(reason))
-            deadline_s = time.monotonic() + LOST_GRACE_S
-            while time.monotonic() < deadline_s and not isinstance(channel.receive(WATCH_S), Drained):
-                pass
-        else:
-            self._raise_reason(channel)
-        raise EngineDeadError(str(found))
+    def _watch_engines(self, engines: Engines, channel: Channel[SupervisorToFrontend, FrontendToSupervisor]) -> None:
+        for end in engines.look(may_restart=self._listening and not self._asked_to_end):
+            logger.error("%s", end.found)
+            if not self._listening:
+                self._raise_reason(channel)
+                raise EngineDeadError(str(end.found))
+            name = _name(engines, end.number)
+            reason = f"{name} ended: the {end.found.name} exited with code {end.found.code}"
+            is_last = engines.num_kept == 0
+            channel.send(EngineLost(reason, end.restarts, end.number, is_last))
+            if end.restarts and len(engines) == 1:
+                self._say(f"{reason}, and is started again; open requests get an error that says to try again")
+            elif end.restarts:
+                self._say(f"{reason}, and is started again; its requests go on at others")
+            elif not is_last:
+                self._say(
+                    f"{reason}, and stays so after too many starts that led to nothing; its requests go on at others"
+                )
+            else:
+                self._await_end(channel)
+                raise EngineDeadError(str(end.found))
+
+    def _await_end(self, channel: Channel[SupervisorToFrontend, FrontendToSupervisor]) -> None:
+        """Of the frontend, which tells its clients that nothing is left."""
+        deadline_s = time.monotonic() + LOST_GRACE_S
+        while time.monotonic() < deadline_s and not isinstance(channel.receive(WATCH_S), Drained):
+            pass
 
     def _raise_reason(self, channel: Channel[SupervisorToFrontend, FrontendToSupervisor]) -> None:
         """A process that ends on an error says so first, through the frontend: its word is better than an exit code."""
@@ -246,9 +254,9 @@ class Supervisor:
             if isinstance(message, Failed):
                 raise error_of(message)
 
-    def _watch_frontend(self, processes: EngineProcesses) -> None:
+    def _watch_frontend(self, engines: Engines) -> None:
         """One that ends before it has ever served ends the server."""
-        found = processes.find_exit(("frontend",))
+        found = engines[0].find_exit(("frontend",))
         if found is None:
             return
         if self._asked_to_end:
@@ -257,4 +265,9 @@ class Supervisor:
         if not self._listening:
             logger.error("%s", found)
             raise EngineDeadError(str(found))
-        self._frontend.restore(found, partial(self._start_frontend, processes))
+        self._frontend.restore(found, partial(self._start_frontend, engines))
+
+
+def _name(engines: Engines, number: int) -> str:
+    """What an operator calls an engine."""
+    return "the engine" if len(engines) == 1 else f"engine {number}"

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from graphgen.ipc.ggp import limits
-from graphgen.ipc.ggp.statistics import Count, Live, Measured, Metrics
+from graphgen.ipc.ggp.statistics import Count, EngineCount, Live, Measured, Metrics
 from graphgen.ipc.short import short_repr
 
 MAJOR = 1
@@ -590,6 +590,9 @@ class Stats(Struct, frozen=True, kw_only=True):
     worker_loss: Annotated[str, Meta(description="Why the last one was lost; empty: none was.")] = ""
     poisoned: Annotated[Count, Meta(description="Samples given up with `error` poisoned.")] = 0
     numerical_errors: Annotated[Count, Meta(description="Samples that ended with `error` numerical.")] = 0
+    engines: Annotated[
+        list[EngineCount], Meta(description="Each for itself, where there are several; the counts above are sums.")
+    ] = []
     metrics: Annotated[Metrics | None, Meta(description="Where they were asked for.")] = None
     live: Annotated[Live | None, Meta(description="Where it was asked for.")] = None
 

@@ -51,6 +51,7 @@ _MAPS: dict[type[Struct], str] = {
     statistics.Metrics: "metrics",
     statistics.Histogram: "histogram",
     statistics.BucketCount: "bucket",
+    statistics.EngineCount: "engine",
     statistics.Live: "live",
     statistics.Steps: "steps",
     statistics.OpenRequest: "open request",

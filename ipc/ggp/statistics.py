@@ -32,6 +32,20 @@ class BucketCount(Struct, frozen=True, kw_only=True):
     ms: Annotated[Measured, Meta(description="On the device, of all of them.")]
 
 
+class EngineCount(Struct, frozen=True, kw_only=True):
+    """One of several engines: an item of `stats.engines`, by its number from 0 on."""
+
+    serves: Annotated[bool, Meta(description="false: it is being started, or has drained; its counts are 0.")]
+    running: Annotated[Count, Meta(description="Samples that hold a slot.")]
+    waiting: Annotated[Count, Meta(description="Samples in its scheduler's queue.")]
+    pages_free: Count
+    pages_total: Count
+    steps: Count
+    finished: Count
+    preemptions: Count
+    worker_restarts: Count
+
+
 class Metrics(Struct, frozen=True, kw_only=True):
     """Counts since the start, for a monitoring system: the value of `stats.metrics`."""
 

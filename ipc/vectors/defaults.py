@@ -115,6 +115,7 @@ DEFAULTS: dict[str, dict[str, Value]] = {
         "worker_loss": "",
         "poisoned": 0,
         "numerical_errors": 0,
+        "engines": [],
         "metrics": None,
         "live": None,
     },

@@ -102,6 +102,20 @@ STATS = (
     *((name, integer(place)) for place, name in enumerate(STATS_INTS)),
     *((name, f64(place + 0.5)) for place, name in enumerate(STATS_FLOATS)),
 )
+ENGINE_VALUES: dict[str, Value] = {
+    "serves": True,
+    "running": 3,
+    "waiting": 0,
+    "pages_free": 300,
+    "pages_total": 400,
+    "steps": 70000,
+    "finished": 12,
+    "preemptions": 0,
+    "worker_restarts": 1,
+}
+ENGINE = [(name, integer(value) if type(value) is int else TRUE) for name, value in ENGINE_VALUES.items()]
+ENGINE_AWAY_VALUES: dict[str, Value] = {name: False if name == "serves" else 0 for name in ENGINE_VALUES}
+ENGINE_AWAY = [(name, FALSE if name == "serves" else integer(0)) for name in ENGINE_VALUES]
 COLUMNS = [
     *((name, array(integer(1), u16(300))) for name in ("ids", "chunk_rows", "decode_rows", "padding_rows")),
     *((name, array(f64(4.5), f64(9.25))) for name in ("ms", "ended_ms")),
@@ -439,6 +453,13 @@ SERVER_ACCEPTED = [
             "poisoned": 1,
             "numerical_errors": 300,
         },
+    ),
+    Vector(
+        "stats-engines",
+        (header("T"), mapping(*STATS, ("engines", array(mapping(*ENGINE), mapping(*ENGINE_AWAY))))),
+        "of a server with two engines, one of which is being started",
+        "ok",
+        {**STATS_VALUE, "engines": [ENGINE_VALUES, ENGINE_AWAY_VALUES]},
     ),
     sent(
         "health",

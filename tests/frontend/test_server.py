@@ -33,10 +33,10 @@ from graphgen.ipc.ggp.messages import (
 from graphgen.ipc.messages import (
     Attach,
     EngineLost,
+    EngineServes,
     FinishReason,
     Outputs,
     Probe,
-    Ready,
     Rejected,
     Submit,
     TokenOutput,
@@ -557,7 +557,7 @@ def test_an_engine_that_is_started_again_costs_the_open_requests_and_no_session(
     assert refused.retry_after_ms
     frontend.scheduler.send(Outputs(()))  # of the old one, late
     frontend.scheduler.send(READY)
-    while not isinstance(frontend.supervisor.receive(5), Ready):
+    while not isinstance(frontend.supervisor.receive(5), EngineServes):
         pass
     client.send(msgspec.structs.replace(IDS, id=3, sampling=Sampling(max_tokens=8)))
     assert client.expect(Accepted).id == 3

@@ -13,6 +13,7 @@ from graphgen.ipc.messages import (
     Drain,
     Drained,
     EngineLost,
+    EngineServes,
     Failed,
     FrontendToSupervisor,
     Listening,
@@ -235,7 +236,7 @@ def test_an_engine_that_ended_is_started_again_and_its_frontend_stays(rig: Rig) 
     assert rig.lose_engine().restarts
     rig.wait_until(lambda: rig.processes.num_engines == 2)
     assert "the engine serves again" not in rig.said
-    rig.frontend.send(READY)
+    rig.frontend.send(EngineServes(0))
     rig.wait_until(lambda: "the engine serves again" in rig.said)
     assert len(rig.processes.starts) == 1
     assert rig.thread.is_alive()

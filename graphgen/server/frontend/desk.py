@@ -19,7 +19,7 @@ from graphgen.ipc.ggp.limits import MAX_PRIORITY
 from graphgen.ipc.ggp.messages import Error
 from graphgen.ipc.ggp.statistics import OpenRequest
 from graphgen.ipc.messages import RequestEnded
-from graphgen.requests.link import Link
+from graphgen.router.links import Links
 from graphgen.server.frontend.errors import SERVERS_OWN, error_of
 from graphgen.server.frontend.outbox import Outbox
 from graphgen.server.frontend.prepare import Prepared, Preparer
@@ -38,7 +38,7 @@ class Desk:
 
     def __init__(
         self,
-        link: Link,
+        links: Links,
         preparer: Preparer,
         inbox: Inbox,
         outbox: Outbox,
@@ -47,7 +47,7 @@ class Desk:
     ) -> None:
         """on_end: hears of each request that ends, where requests are logged."""
         self.tallies = Tallies()
-        self._link = link
+        self._links = links
         self._preparer = preparer
         self._inbox = inbox
         self._outbox = outbox
@@ -129,11 +129,18 @@ class Desk:
             self._fail(request, error)
         return len(requests)
 
-    def lose_engine(self, error: Error) -> int:
-        """Ends every open request with the error, and waits for the engine that takes the place of the one that ended;
-        how many requests."""
-        self._link.await_another_engine()
-        return self.fail_all(error)
+    def lose_engine(self, number: int, final_reason: str | None, error: Error) -> bool:
+        """An engine has ended. Whether its requests go on, see `Links.lose`; if not, every open request ends with the
+        error, and the desk waits for the engine that takes its place."""
+        if self._links.lose(number, final_reason):
+            return True
+        self.fail_all(error)
+        return False
+
+    @property
+    def num_engines_serving(self) -> int:
+        """Engines that serve now."""
+        return self._links.num_serving
 
     def release(self) -> None:
         """Submits held requests as long as a client may have more samples in the scheduler's queue, in turn."""
@@ -142,7 +149,7 @@ class Desk:
             request.submitted = True
             self._unstarted[request.client] = self._unstarted.get(request.client, 0) + request.num_unstarted
             try:
-                self._link.submit(request.prepared.opened)
+                self._links.submit(request.prepared.opened)
             except GraphgenError as failure:  # the engine has died
                 self._fail(request, error_of(failure, request.id))
 
@@ -151,7 +158,9 @@ class Desk:
         self._preparer.close()
 
     def tick(self, now_s: float) -> None:
-        """Ends held requests whose deadline has passed: those that the scheduler has are its own business."""
+        """Ten times a second. Ends held requests whose deadline has passed: those that a scheduler has are its own
+        business."""
+        self._links.tick()
         if not self._held:
             return
         for request in list(self._open):
@@ -224,7 +233,7 @@ class Desk:
         if not request.submitted:
             self._held.discard(request.client, request)
             return
-        self._link.cancel(request.internal_ids)
+        self._links.cancel(request.internal_ids)
         self._count_started(request, request.num_unstarted)
 
     def _count_started(self, request: PublicRequest, num_samples: int) -> None:

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+from msgspec import structs
+
 from graphgen.base.inbox import Inbox
 from graphgen.ipc.errors import GraphgenError
 from graphgen.ipc.ggp.messages import Health, Stats, StatsRequest
-from graphgen.ipc.ggp.statistics import BucketCount, Histogram, Live, Metrics, Steps
+from graphgen.ipc.ggp.statistics import BucketCount, EngineCount, Histogram, Live, Metrics, Steps
 from graphgen.ipc.messages import STEP_BOUNDS_MS, EngineStats, StepSummary
-from graphgen.requests.link import Link
+from graphgen.router.links import Links
 from graphgen.server.frontend.desk import Desk
 from graphgen.server.frontend.memory import ResidentMemory
 from graphgen.server.frontend.outbox import Outbox
@@ -40,8 +42,8 @@ TIMEOUT_S = 5.0
 class Monitor:
     """Answers `stats_request` and `health_request`."""
 
-    def __init__(self, link: Link, inbox: Inbox, sessions: Sessions, desk: Desk, outbox: Outbox) -> None:
-        self._link = link
+    def __init__(self, links: Links, inbox: Inbox, sessions: Sessions, desk: Desk, outbox: Outbox) -> None:
+        self._links = links
         self._inbox = inbox
         self._sessions = sessions
         self._desk = desk
@@ -52,6 +54,7 @@ class Monitor:
         self._memory = ResidentMemory()
         self._watched_s = -WATCHED_FOR_S
         self._steps: deque[StepSummary] = deque(maxlen=KEPT_STEPS)
+        self._num_steps = 0  # of several engines, that were heard of
         self._stats: SharedQuestion[EngineStats] = SharedQuestion(self._ask_stats, FRESH_S, TIMEOUT_S)
         self._health: SharedQuestion[float] = SharedQuestion(self._ask_health, FRESH_S, TIMEOUT_S)
 
@@ -88,17 +91,21 @@ class Monitor:
 
     def _ask_stats(self) -> None:
         is_watched = time.monotonic() - self._watched_s < WATCHED_FOR_S
-        self._ask(functools.partial(self._link.ask_stats, is_watched), self._take_stats, self._stats.lost)
+        self._ask(functools.partial(self._links.ask_stats, is_watched), self._take_stats, self._stats.lost)
 
     def _take_stats(self, stats: EngineStats, _: float) -> None:
-        self._steps.extend(stats.recent_steps)
+        steps = stats.recent_steps
+        if stats.engines:  # each has numbers of its own
+            steps = tuple(structs.replace(step, step_id=self._num_steps + place) for place, step in enumerate(steps, 1))
+            self._num_steps += len(steps)
+        self._steps.extend(steps)
         self._stats.answered(stats, time.monotonic())
 
     def _ask_health(self) -> None:
         def take(_: None, took_s: float) -> None:
             self._health.answered(took_s, time.monotonic())
 
-        self._ask(self._link.ask_probe, take, self._health.lost)
+        self._ask(self._links.ask_probe, take, self._health.lost)
 
     def _ask(
         self,
@@ -146,6 +153,7 @@ class Monitor:
             worker_loss=engine.worker_loss,
             poisoned=engine.poisoned,
             numerical_errors=engine.numerical_errors,
+            engines=[_count(one) for one in engine.engines],
             metrics=self._metrics(engine) if question.metrics else None,
             live=None if question.live_after is None else self._live(question.live_after),
         )
@@ -206,3 +214,20 @@ class Monitor:
             ),
             requests=self._desk.describe_open(SHOWN_REQUESTS, time.monotonic()),
         )
+
+
+def _count(engine: EngineStats | None) -> EngineCount:
+    """One of several engines."""
+    serves = engine is not None
+    engine = engine or NO_ENGINE
+    return EngineCount(
+        serves=serves,
+        running=engine.running,
+        waiting=engine.waiting,
+        pages_free=engine.pages_free,
+        pages_total=engine.pages_total,
+        steps=engine.steps,
+        finished=engine.finished,
+        preemptions=engine.preemptions,
+        worker_restarts=engine.worker_restarts,
+    )

@@ -28,8 +28,8 @@ from graphgen.ipc.messages import Drained, Failed, Listening, Notice, Ready, Sup
 from graphgen.launch.config import LaunchConfig
 from graphgen.launch.processes import Exit, end_with_parent
 from graphgen.requests.core import AttachedCore
-from graphgen.requests.link import Link
 from graphgen.requests.tokenizer import read_tokenizer
+from graphgen.router.links import Links
 from graphgen.server.frontend.authentication import Access, Authenticator, Everyone
 from graphgen.server.frontend.desk import Desk
 from graphgen.server.frontend.gate import Gate
@@ -59,7 +59,7 @@ REQUEST_IDS_PER_S = 1 << 20
 
 
 class EngineElsewhere:
-    """Stands for the processes of the engine, which the supervisor watches."""
+    """Stands for the processes of an engine, which the supervisor watches."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -115,18 +115,19 @@ def _serve(folder: Path, supervisor: SupervisorChannel) -> int:
             stack.callback(socket.close, LINGER_S)
         inbox = Inbox()
         stack.callback(inbox.close)
-        link = Link(
-            EngineElsewhere(folder),
+        folders = [Path(name) for name in settings.engines] or [folder]
+        links = Links(
+            [EngineElsewhere(one) for one in folders],
             supervisor.send,
             attaches=True,
             after_outputs=inbox.wake,
             on_notice=supervisor.send,
         )
-        stack.callback(link.close)
-        ready = link.wait_ready(threading.TIMEOUT_MAX)  # the supervisor has an eye on the time
+        stack.callback(links.close)
+        ready = links.wait_ready(threading.TIMEOUT_MAX)  # the supervisor has an eye on the time
         supervisor.send(ready)
-        core = AttachedCore(launch, ready, read_tokenizer(folder), link, int(time.monotonic() * REQUEST_IDS_PER_S))
-        server = make_server(sockets, supervisor, inbox, link, core, settings, access)
+        core = AttachedCore(launch, ready, read_tokenizer(folder), links, int(time.monotonic() * REQUEST_IDS_PER_S))
+        server = make_server(sockets, supervisor, inbox, links, core, settings, access)
         stack.callback(server.close)
         limit_memory(settings.memory_limit_bytes)
         gate.limit_memory()
@@ -134,12 +135,12 @@ def _serve(folder: Path, supervisor: SupervisorChannel) -> int:
         return server.run()
 
 
-def _tell_ready(inbox: Inbox, core: AttachedCore, server: Server, ready: Ready) -> None:
+def _tell_ready(inbox: Inbox, links: Links, core: AttachedCore, server: Server, number: int, ready: Ready) -> None:
     """An engine serves in the place of one that ended. On the link's thread."""
 
     def take() -> None:
-        core.ready = ready
-        server.engine_serves(ready)
+        core.ready = links.ready if links.num_serving else ready
+        server.engine_serves(number)
 
     inbox.put(take)
     inbox.wake()
@@ -156,25 +157,25 @@ def make_server(
     sockets: PublicSockets,
     supervisor: SupervisorChannel,
     inbox: Inbox,
-    link: Link,
+    links: Links,
     core: AttachedCore,
     settings: FrontendSettings,
     access: Access,
 ) -> Server:
-    """The server of these sockets and this engine. access: what keys may do."""
+    """The server of these sockets and engines. access: what keys may do."""
     framing = server_framing()
     sessions, outbox = (
         Sessions(session_limits(settings.max_sessions, sockets.data.most_connections)),
         Outbox(sockets.data, framing),
     )
     preparer = Preparer(core, framing, settings.threads, access.max_priority)
-    desk = Desk(link, preparer, inbox, outbox, settings, supervisor.send)
-    monitor = Monitor(link, inbox, sessions, desk, outbox)
+    desk = Desk(links, preparer, inbox, outbox, settings, supervisor.send)
+    monitor = Monitor(links, inbox, sessions, desk, outbox)
     welcome = _welcome(settings, core, sockets)
     reception = Reception(sockets.data, framing, sessions, desk, outbox, settings, welcome, access.admits)
     server = Server(sockets, supervisor, framing, inbox, sessions, desk, outbox, monitor, reception, welcome.instance)
-    link.when_ready(partial(_tell_ready, inbox, core, server))
-    link.when_noticed(partial(_pass_notice_on, inbox, supervisor, server))
+    links.when_ready(partial(_tell_ready, inbox, links, core, server))
+    links.when_noticed(partial(_pass_notice_on, inbox, supervisor, server))
     return server
 
 

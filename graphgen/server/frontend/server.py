@@ -39,7 +39,7 @@ from graphgen.ipc.ggp.messages import (
     ServerMessage,
     StatsRequest,
 )
-from graphgen.ipc.messages import Drain, EngineLost, FrontendToSupervisor, Ready, SupervisorToFrontend
+from graphgen.ipc.messages import Drain, EngineLost, EngineServes, FrontendToSupervisor, SupervisorToFrontend
 from graphgen.server.frontend.desk import Desk
 from graphgen.server.frontend.monitor import Monitor
 from graphgen.server.frontend.outbox import Outbox
@@ -196,20 +196,26 @@ class Server:
                 self._ending = _Ending(now_s + order.grace_s, error)
                 for session in self._sessions.all():
                     self._outbox.post(session, Draining(grace_ms=round(order.grace_s * 1000)))
-            case EngineLost(restarts=True):
-                self.notify(f"{order.message}; it is started again, and open requests ended with engine_lost")
-                logger.error("%s; %d requests were open", order.message, self._desk.num_open)
-                self._monitor.engine_is_lost = True
-                self._desk.lose_engine(make_error("engine_lost", order.message, retry_after_ms=RESTART_MS))
-            case EngineLost():
+            case EngineLost(restarts=False, is_last=True):
                 self.notify(f"{order.message}; the server ends")
                 self._monitor.draining = True
                 self._ending = _Ending(now_s, make_error("engine_lost", order.message))
+            case EngineLost():
+                self._lose_engine(order)
 
-    def engine_serves(self, ready: Ready) -> None:
-        """An engine has taken the place of the one that ended. On the loop."""
+    def _lose_engine(self, lost: EngineLost) -> None:
+        num_open = self._desk.num_open
+        error = make_error("engine_lost", lost.message, retry_after_ms=RESTART_MS)
+        go_on = self._desk.lose_engine(lost.engine, None if lost.restarts else lost.message, error)
+        logger.error("%s; %d requests were open", lost.message, num_open)
+        self._monitor.engine_is_lost = not self._desk.num_engines_serving
+        then = "it is started again" if lost.restarts else "it stays so"
+        self.notify(f"{lost.message}; {then}, and open requests {'go on' if go_on else 'ended with engine_lost'}")
+
+    def engine_serves(self, number: int) -> None:
+        """An engine has taken the place of one that ended. On the loop."""
         self._monitor.engine_is_lost = False
-        self._supervisor.send(ready)
+        self._supervisor.send(EngineServes(number))
         self.notify("the engine serves again")
 
     def notify(self, text: str) -> None:

@@ -9,6 +9,8 @@ from graphgen.ipc.ggp import limits
 
 FILE = "frontend.msgpack"
 
+MAX_UNSTARTED = 16
+"""Of one client with one engine, see `FrontendSettings.max_unstarted`."""
 CONTROL_FRAME_BYTES = 1 << 16
 """No message of the control socket is larger."""
 _OTHER_BYTES = 1 << 17
@@ -27,6 +29,8 @@ class FrontendSettings(Struct, frozen=True, kw_only=True):
     control: str
     keys: str | None
     """Folder with the server's CURVE keys and the clients' public ones; None: no authentication."""
+    engines: tuple[str, ...] = ()
+    """Folders of the engines, where these are several."""
     private: str | None = None
     """A second address of the data socket, which only processes of this server can reach."""
     memory_limit_bytes: int
@@ -38,8 +42,8 @@ class FrontendSettings(Struct, frozen=True, kw_only=True):
     """Of one client, times samples."""
     total_prompt_tokens: int = 1 << 22
     """Of all clients together."""
-    max_unstarted: int = 16
-    """Samples of one client that wait in the scheduler's queue; its others wait here for the client's turn."""
+    max_unstarted: int = MAX_UNSTARTED
+    """Samples of one client that wait in the schedulers' queues; its others wait here for the client's turn."""
     heartbeat_s: float = 1.0
     slow_consumer_s: float = 60.0
     log_requests: bool = False

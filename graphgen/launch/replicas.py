@@ -1,0 +1,78 @@
+"""Several engines on one machine: which devices there are for them, and what each is told.
+
+Pure but for the look at the machine. Called by whoever starts engines, before anything starts.
+"""
+
+import contextlib
+import ctypes
+import os
+from pathlib import Path
+
+import msgspec
+
+from graphgen.ipc.errors import ConfigError
+from graphgen.launch.config import EngineConfig, LaunchConfig, check_device, find_device
+
+
+def check_replicas(config: EngineConfig) -> None:
+    """Raises ConfigError for a device that can never be used here, and for more engines than there are devices."""
+    check_device(config.device)
+    if config.replicas == 1:
+        return
+    if config.device.startswith("cuda:"):
+        raise ConfigError(
+            f"replicas is {config.replicas} and device is {config.device!r}, which is one GPU: use device 'cuda', and"
+            " choose the GPUs with CUDA_VISIBLE_DEVICES"
+        )
+    if config.device == "cpu" or (config.device == "auto" and find_device() == "cpu"):
+        return
+    num_devices = count_gpus()
+    if config.replicas > num_devices:
+        raise ConfigError(
+            f"replicas is {config.replicas}, and there are {num_devices} GPUs here, each of which holds one engine:"
+            " lower replicas, or make more GPUs visible (CUDA_VISIBLE_DEVICES)"
+        )
+
+
+def count_gpus() -> int:
+    """NVIDIA GPUs that a process started now may use. Makes no CUDA context and imports no torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    num_present = _count_present()
+    if visible is None:
+        return num_present
+    count = 0
+    for name in visible.split(","):  # the driver ignores what follows one that is not there
+        name = name.strip()
+        if not name or name == "-1" or (name.isdigit() and int(name) >= num_present):
+            break
+        count += 1
+    return count
+
+
+def _count_present() -> int:
+    """By NVML, which sees what the container may use; by the device files where there is none."""
+    with contextlib.suppress(OSError, AttributeError):
+        nvml, count = ctypes.CDLL("libnvidia-ml.so.1"), ctypes.c_uint()
+        if nvml.nvmlInit_v2() == 0:
+            try:
+                if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) == 0:
+                    return count.value
+            finally:
+                nvml.nvmlShutdown()
+    return len([*Path("/dev").glob("nvidia[0-9]*")]) or len([*Path("/dev").glob("dxg")])
+
+
+def of_replica(launch: LaunchConfig, number: int, count: int) -> LaunchConfig:
+    """What engine `number` of `count` is told: its device, its share of the cores, and a step log of its own."""
+    if count == 1:
+        return launch
+    on_cpu = launch.device == "cpu"
+    threads = launch.cpu_threads
+    if on_cpu and threads is None:
+        threads = max(1, len(os.sched_getaffinity(0)) // count)
+    return msgspec.structs.replace(
+        launch,
+        device="cpu" if on_cpu else f"cuda:{number}",
+        cpu_threads=threads,
+        step_log=None if launch.step_log is None else f"{launch.step_log}.{number}",
+    )

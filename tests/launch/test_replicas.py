@@ -1,0 +1,176 @@
+"""Several engines: what each is told, what is refused before anything starts, and when which is started again."""
+
+import time
+from collections.abc import Callable, Collection, Iterator
+
+import pytest
+
+from graphgen import ConfigError, EngineConfig
+from graphgen.demo import model_folder
+from graphgen.launch import replicas
+from graphgen.launch.config import resolve
+from graphgen.launch.engines import Engines
+from graphgen.launch.processes import EngineProcesses, Exit
+from graphgen.launch.replicas import check_replicas, count_gpus, of_replica
+from graphgen.launch.starts import MAX_STARTS
+from graphgen.models.families import load_spec
+from tests.fakes import FakeProcesses
+
+KILLED = Exit("scheduler", -9, "")
+
+
+@pytest.fixture
+def on_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """So many GPUs are in the machine, and torch can use them."""
+
+    def have(count: int) -> None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.setattr(replicas, "_count_present", lambda: count)
+        monkeypatch.setattr(replicas, "find_device", lambda: "cuda" if count else "cpu")
+        monkeypatch.setattr(replicas, "check_device", lambda device: None)
+
+    return have
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_more_engines_than_gpus_are_refused_by_name(on_gpus: Callable[[int], None], device: str) -> None:
+    on_gpus(4)
+    check_replicas(EngineConfig(device=device, replicas=4))
+    with pytest.raises(ConfigError, match=r"replicas is 5, and there are 4 GPUs here"):
+        check_replicas(EngineConfig(device=device, replicas=5))
+    check_replicas(EngineConfig(device="cpu", replicas=5))
+
+
+def test_one_gpu_named_for_many_engines_is_refused(on_gpus: Callable[[int], None]) -> None:
+    on_gpus(4)
+    with pytest.raises(ConfigError, match=r"device is 'cuda:1', which is one GPU"):
+        check_replicas(EngineConfig(device="cuda:1", replicas=2))
+    check_replicas(EngineConfig(device="cuda:1"))
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"), [(None, 4), ("", 0), ("-1", 0), ("0", 1), ("2,3", 2), ("1,9,2", 1), ("GPU-a, GPU-b", 2)]
+)
+def test_what_is_visible_counts(
+    on_gpus: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, visible: str | None, count: int
+) -> None:
+    on_gpus(4)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert count_gpus() == count
+
+
+def test_less_than_one_engine_is_refused() -> None:
+    with pytest.raises(ConfigError, match="replicas is 0"):
+        EngineConfig(replicas=0)
+
+
+def test_each_engine_has_a_gpu_or_its_part_of_the_cores_and_a_step_log_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = model_folder()
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(7)))
+
+    def told(number: int, count: int, **settings: object) -> tuple[str, int | None, str | None]:
+        config = EngineConfig(step_log="/tmp/steps", **settings)  # type: ignore[arg-type]  # a test's settings
+        launch = of_replica(resolve(config, load_spec(str(folder)), folder), number, count)
+        return launch.device, launch.cpu_threads, launch.step_log
+
+    assert told(1, 2, device="cuda") == ("cuda:1", None, "/tmp/steps.1")
+    assert told(2, 3, device="cpu") == ("cpu", 2, "/tmp/steps.2")
+    assert told(0, 9, device="cpu") == ("cpu", 1, "/tmp/steps.0")
+    assert told(1, 2, device="cpu", cpu_threads=3) == ("cpu", 3, "/tmp/steps.1")
+    assert told(0, 1, device="cuda:3") == ("cuda:3", None, "/tmp/steps")
+
+
+class Fakes(FakeProcesses):
+    """`dead` is its scheduler's end, until it is started again, which takes until `may_start`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dead: Exit | None = None
+        self.may_start = True
+        self.num_starts = 0
+        self.num_ends = 0
+
+    def find_exit(self, names: Collection[str] | None = None) -> Exit | None:
+        return self.dead
+
+    def restart_scheduler(self) -> None:
+        while not self.may_start:
+            time.sleep(0.005)
+        self.num_starts += 1
+        self.dead = None
+
+    def end_scheduler(self) -> None:
+        self.num_ends += 1
+        self.dead = KILLED
+
+
+@pytest.fixture
+def engines() -> Iterator[Engines]:
+    engines = Engines(2, Fakes)
+    yield engines
+    engines.stop(0.0)
+
+
+def fake(engines: Engines, number: int) -> Fakes:
+    found: EngineProcesses = engines[number]
+    assert isinstance(found, Fakes)
+    return found
+
+
+def settle(engines: Engines) -> None:
+    """Until what is being started has been."""
+    for thread in engines._starting:
+        if thread is not None:
+            thread.join(5)
+
+
+def test_an_engine_is_seen_to_end_once_and_started_again_while_others_are_watched(engines: Engines) -> None:
+    fake(engines, 0).may_start = False
+    fake(engines, 0).dead = KILLED
+    (end,) = engines.look()
+    assert (end.number, end.restarts) == (0, True)
+    assert engines.look() == []
+    fake(engines, 1).dead = KILLED
+    (end,) = engines.look()
+    assert end.number == 1
+    fake(engines, 0).may_start = True
+    settle(engines)
+    assert [fake(engines, number).num_starts for number in (0, 1)] == [1, 1]
+    assert engines.look() == []
+
+
+def test_starts_that_lead_to_nothing_end_and_one_that_serves_clears_them(engines: Engines) -> None:
+    for _ in range(2):
+        for _ in range(MAX_STARTS):
+            fake(engines, 0).dead = KILLED
+            (end,) = engines.look()
+            assert end.restarts
+            settle(engines)
+        engines.serves(0)
+    for expected in (*[True] * MAX_STARTS, False):
+        fake(engines, 0).dead = KILLED
+        (end,) = engines.look()
+        assert end.restarts is expected
+        settle(engines)
+    assert engines.look() == []
+    assert engines.num_kept == 1
+    engines.wake(0)
+    settle(engines)
+    assert engines.num_kept == 2
+    assert fake(engines, 0).dead is None
+
+
+def test_an_engine_at_rest_stays_so_until_it_is_woken(engines: Engines) -> None:
+    engines.rest(1)
+    assert fake(engines, 1).num_ends == 1
+    assert engines.look() == []
+    assert (engines.num_kept, engines.is_at_rest(1)) == (1, True)
+    engines.wake(0)
+    assert fake(engines, 0).num_starts == 0
+    engines.wake(1)
+    settle(engines)
+    assert fake(engines, 1).num_starts == 1
+    assert engines.num_kept == 2
