@@ -6,7 +6,7 @@ requests are made (`graphgen.requests.structured`); a client's distribution does
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from msgspec import Struct
 
@@ -25,9 +25,12 @@ class JsonSchema(Struct, frozen=True, tag=True):
     """A JSON schema, or its text. What cannot be enforced is refused by its keyword."""
     after: str = ""
     """The structure begins behind this text, as `</think>`; before it the output is free. "": from the first token."""
+    opening: str = ""
+    """With `after`: only an output that begins with this text, as `<think>`, is free up to `after`; any other begins
+    with the structure. "": every output is free up to it."""
 
     def __post_init__(self) -> None:
-        _check(self.text, "a JSON schema", self.after)
+        _check(self.text, "a JSON schema", self.after, self.opening)
 
     @property
     def text(self) -> str:
@@ -48,10 +51,11 @@ class Regex(Struct, frozen=True, tag=True):
 
     pattern: str
     after: str = ""
-    """See JsonSchema."""
+    opening: str = ""
+    """See JsonSchema, as of `after`."""
 
     def __post_init__(self) -> None:
-        _check(self.pattern, "a regular expression", self.after)
+        _check(self.pattern, "a regular expression", self.after, self.opening)
 
 
 class Choice(Struct, frozen=True, tag=True):
@@ -59,7 +63,8 @@ class Choice(Struct, frozen=True, tag=True):
 
     options: Sequence[str]
     after: str = ""
-    """See JsonSchema."""
+    opening: str = ""
+    """See JsonSchema, as of `after`."""
 
     def __post_init__(self) -> None:
         options = self.options
@@ -70,7 +75,7 @@ class Choice(Struct, frozen=True, tag=True):
                 f"structured: a choice has {len(options)} options, of which {sum(not one for one in options)} are"
                 f" empty: give 1 to {MAX_CHOICES}, none of them empty"
             )
-        _check("".join(options), "a choice", self.after)
+        _check("".join(options), "a choice", self.after, self.opening)
 
 
 class Grammar(Struct, frozen=True, tag=True):
@@ -78,10 +83,11 @@ class Grammar(Struct, frozen=True, tag=True):
 
     text: str
     after: str = ""
-    """See JsonSchema."""
+    opening: str = ""
+    """See JsonSchema, as of `after`."""
 
     def __post_init__(self) -> None:
-        _check(self.text, "a grammar", self.after)
+        _check(self.text, "a grammar", self.after, self.opening)
 
 
 Structured = JsonSchema | Regex | Choice | Grammar
@@ -89,16 +95,20 @@ Structured = JsonSchema | Regex | Choice | Grammar
 
 def to_wire(structured: Structured) -> messages.Structured:
     """As the protocol writes it."""
-    after = structured.after
+    kind: Literal["json_schema", "regex", "choice", "grammar"]
+    text, options = "", list[str]()
     match structured:
         case JsonSchema():
-            return messages.Structured(kind="json_schema", text=structured.text, after=after)
+            kind, text = "json_schema", structured.text
         case Regex():
-            return messages.Structured(kind="regex", text=structured.pattern, after=after)
+            kind, text = "regex", structured.pattern
         case Choice():
-            return messages.Structured(kind="choice", options=list(structured.options), after=after)
+            kind, options = "choice", list(structured.options)
         case Grammar():
-            return messages.Structured(kind="grammar", text=structured.text, after=after)
+            kind, text = "grammar", structured.text
+    return messages.Structured(
+        kind=kind, text=text, options=options, after=structured.after, opening=structured.opening
+    )
 
 
 def of_wire(wire: messages.Structured) -> Structured:
@@ -108,25 +118,28 @@ def of_wire(wire: messages.Structured) -> Structured:
         raise InvalidRequestError(f"structured: kind is {wire.kind}, which has no {unused}: leave it out")
     match wire.kind:
         case "json_schema":
-            return JsonSchema(wire.text, wire.after)
+            return JsonSchema(wire.text, wire.after, wire.opening)
         case "regex":
-            return Regex(wire.text, wire.after)
+            return Regex(wire.text, wire.after, wire.opening)
         case "choice":
-            return Choice(tuple(wire.options), wire.after)
+            return Choice(tuple(wire.options), wire.after, wire.opening)
         case "grammar":
-            return Grammar(wire.text, wire.after)
+            return Grammar(wire.text, wire.after, wire.opening)
 
 
-def _check(text: object, what: str, after: object) -> None:
+def _check(text: object, what: str, after: object, opening: object) -> None:
     if not isinstance(text, str):
         raise InvalidRequestError(f"structured: {what} is of type {type(text).__name__}: give text")
-    if not isinstance(after, str) or len(after) > MAX_AFTER_LEN:
-        raise InvalidRequestError(f"structured: after is {after!r}: give at most {MAX_AFTER_LEN} characters of text")
+    for name, one in (("after", after), ("opening", opening)):
+        if not isinstance(one, str) or len(one) > MAX_AFTER_LEN:
+            raise InvalidRequestError(f"structured: {name} is {one!r}: give at most {MAX_AFTER_LEN} characters of text")
+    if opening and not after:
+        raise InvalidRequestError(f"structured: opening is {opening!r} without after: say where what it opens ends")
     if not 1 <= len(text) <= MAX_GRAMMAR_LEN:
         raise InvalidRequestError(
             f"structured: {what} has {len(text)} characters: give 1 to {MAX_GRAMMAR_LEN} characters"
         )
-    for one in (text, after):
+    for one in (text, str(after), str(opening)):
         try:
             one.encode()
         except UnicodeEncodeError as error:

@@ -43,9 +43,12 @@ async def read_chat(service: Service, request: ChatRequest, max_tokens: int | No
             raise ApiError(400, text, "invalid_request", "tool_choice")
         structured = JsonSchema(tools.forced)
     if structured is not None and not structured.after and parsers.thinks:
-        # Where the prompt has begun to think, the structure comes behind that. How it ends only the frontend can say.
+        # The structure comes behind the thoughts: behind those that the prompt has begun, and those that the output
+        # begins with, if it does. How the prompt ends only the frontend can say.
         read = await service.read_prompt(prompt, scope, with_text=True)
-        structured = replace(structured, after=parsers.closing_behind(read.text or ""))
+        is_begun = parsers.closing_behind(read.text or "") != ""
+        opening, closing = parsers.thoughts
+        structured = replace(structured, after=closing, opening="" if is_begun else opening)
     sampling = replace(sampling, structured=structured)
     if tools.schemas is None and parsers.is_plain:
         return ChatTurn(prompt, sampling, NO_PARSING, [PlainOutput() for _ in range(sampling.n)])

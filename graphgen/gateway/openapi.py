@@ -12,7 +12,13 @@ from graphgen.gateway import messages_schema, responses_schema, schema
 from graphgen.gateway.http import Receive, Scope, Send, send_bytes
 
 _REF = "#/components/schemas/{name}"
-_EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+_TEXT = {"type": "string"}
+_EVENTS = {
+    "text/event-stream": {
+        "schema": {"type": "object", "properties": {"event": _TEXT, "data": _TEXT}, "required": ["data"]}
+    }
+}
+"""The schema is that of each event: OpenAPI has no other place for it before 3.2."""
 
 
 class _Operation(NamedTuple):

@@ -6,14 +6,18 @@ begins. Used by `graphgen.gateway.responses`.
 
 import itertools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from msgspec import UNSET, Struct, structs
 
+from graphgen.calls.logprobs import Logprob
+from graphgen.calls.outputs import StreamPiece
 from graphgen.gateway.chat_output import ChatOutput, PlainOutput
 from graphgen.gateway.errors import ApiError
 from graphgen.gateway.http import KEEP_ALIVE, named_event
 from graphgen.gateway.ids import new_id
+from graphgen.gateway.logprobs import Told, of_chat
 from graphgen.gateway.outputs import Batch, Outputs, Tally
 from graphgen.gateway.responses_schema import (
     ArgumentsDelta,
@@ -40,7 +44,7 @@ from graphgen.gateway.responses_schema import (
     TextDone,
     TextFormat,
 )
-from graphgen.gateway.schema import ChatDelta
+from graphgen.gateway.schema import ChatDelta, ChatLogprob
 
 _DELTAS: dict[type[Struct] | None, type[Struct]] = {
     OutputText: TextDelta,
@@ -59,6 +63,7 @@ class _Item:
         self.call_id = call_id
         self.name = name
         self.texts: list[str] = []
+        self.logprobs: list[ChatLogprob] = []
 
     @property
     def text(self) -> str:
@@ -71,7 +76,14 @@ class _Item:
             return FunctionCall(id=self.id, call_id=self.call_id, name=self.name, arguments=text, status=status)
         if self.kind is ReasoningText:
             return ReasoningItem(id=self.id, content=[ReasoningText(text=text)] if is_begun else [], status=status)
-        return Message(id=self.id, content=[OutputText(text=text)] if is_begun else [], status=status)
+        return Message(id=self.id, content=[self._said()] if is_begun else [], status=status)
+
+    def part(self, kind: type[OutputText] | type[ReasoningText]) -> OutputText | ReasoningText:
+        """With what it has so far. kind: its own."""
+        return self._said() if kind is OutputText else kind(text=self.text)
+
+    def _said(self) -> OutputText:
+        return OutputText(text=self.text, logprobs=self.logprobs)
 
 
 class ResponseWriter:
@@ -94,7 +106,10 @@ class ResponseWriter:
             parallel_tool_calls=request.parallel_tool_calls is not False,
             metadata=request.metadata or {},
             user=request.user,
+            top_logprobs=request.top_logprobs or 0,
         )
+        self._told = Told() if request.asks_for_logprobs else None
+        self._unsent: list[StreamPiece] = []  # pieces of which nothing was sent yet
         self._output = output
         self._numbers = itertools.count()
         self._items: list[_Item] = []
@@ -138,10 +153,32 @@ class ResponseWriter:
             self._finish = piece.finish_reason or self._finish
         if not batch:
             return b""
-        deltas, _ = self._output.take([piece for _, piece in batch])
-        return b"".join(self._take_delta(delta) for delta in deltas)
+        pieces = [piece for _, piece in batch]
+        if self._told is None:
+            return self._take_pieces(pieces)
+        return b"".join(self._take_pieces([piece]) for piece in pieces)  # of each token one knows what became of it
 
-    def _take_delta(self, delta: ChatDelta) -> bytes:
+    def _take_pieces(self, pieces: Sequence[StreamPiece]) -> bytes:
+        deltas, _ = self._output.take(pieces)
+        logprobs = self._logprobs(pieces, deltas)
+        return b"".join(self._take_delta(delta, logprobs) for delta in deltas)
+
+    def _logprobs(self, pieces: Sequence[StreamPiece], deltas: Sequence[ChatDelta]) -> list[ChatLogprob]:
+        """Those of the text among these deltas. Of reasoning, calls and markers none are told."""
+        if self._told is None:
+            return []
+        self._unsent += pieces
+        if not deltas:
+            return []
+        told, self._unsent = self._told.take(self._unsent), []
+        num_bytes = sum(len(delta.content.encode()) for delta in deltas if delta.content is not UNSET)
+        of_text: list[Logprob] = []
+        while told and num_bytes > 0:
+            of_text.append(told.pop())
+            num_bytes -= len(of_text[-1].token)
+        return of_chat(reversed(of_text)).content
+
+    def _take_delta(self, delta: ChatDelta, logprobs: list[ChatLogprob]) -> bytes:
         if delta.tool_calls is not UNSET:
             return b"".join(
                 (b"" if call.id is UNSET else self._begin_item(_Item(None, call.id, call.function.name or "")))
@@ -151,15 +188,18 @@ class ResponseWriter:
         for kind, text in ((ReasoningText, delta.reasoning), (OutputText, delta.content)):
             if text is not UNSET:
                 is_open = bool(self._items) and self._items[-1].kind is kind
-                return (b"" if is_open else self._begin_item(_Item(kind))) + self._grow(text)
+                begun = b"" if is_open else self._begin_item(_Item(kind))
+                return begun + self._grow(text, logprobs if kind is OutputText else [])
         return b""
 
-    def _grow(self, text: str) -> bytes:
+    def _grow(self, text: str, logprobs: Sequence[ChatLogprob] = ()) -> bytes:
         item = self._items[-1]
         if not text:
             return b""
         item.texts.append(text)
-        return self._written(_DELTAS[item.kind], delta=text, **self._place)
+        item.logprobs += logprobs
+        told = {"logprobs": logprobs} if logprobs else {}
+        return self._written(_DELTAS[item.kind], delta=text, **told, **self._place)
 
     def _begin_item(self, item: _Item) -> bytes:
         before = self._end_item("completed") if self._items else b""
@@ -180,8 +220,10 @@ class ResponseWriter:
         if item.kind is None:
             text = self._written(ArgumentsDone, name=item.name, arguments=item.text, **self._place)
         else:
-            text = self._written(TextDone if item.kind is OutputText else ReasoningDone, text=item.text, **self._place)
-            part = item.kind(text=item.text)
+            told = {"logprobs": item.logprobs} if item.kind is OutputText else {}
+            done = TextDone if item.kind is OutputText else ReasoningDone
+            text = self._written(done, text=item.text, **told, **self._place)
+            part = item.part(item.kind)
             text += self._written(PartChanged, "response.content_part.done", part=part, **self._place)
         index = len(self._items) - 1
         return text + self._written(

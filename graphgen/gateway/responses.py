@@ -56,6 +56,7 @@ def chat_request_of(request: ResponsesRequest) -> schema.ChatRequest:
         tools=tools or None,
         tool_choice=_chat_choice(request.tool_choice) if tools else None,
         parallel_tool_calls=request.parallel_tool_calls,
+        logprobs=request.asks_for_logprobs,
         top_logprobs=request.top_logprobs,
         chat_template_kwargs=request.chat_template_kwargs,
         reasoning_effort=reasoning.effort,

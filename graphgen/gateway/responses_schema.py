@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from graphgen.gateway.schema import Generation
+from graphgen.gateway.schema import ChatLogprob, Generation
 
 
 class Reasoning(Struct, frozen=True, kw_only=True):
@@ -18,6 +18,10 @@ class Reasoning(Struct, frozen=True, kw_only=True):
 class TextFormat(Struct, frozen=True, kw_only=True):
     format: dict[str, Any] | None = None
     verbosity: str | None = None
+
+
+LOGPROBS = "message.output_text.logprobs"
+"""In `include`."""
 
 
 class ResponsesRequest(Generation, frozen=True, kw_only=True):
@@ -31,6 +35,7 @@ class ResponsesRequest(Generation, frozen=True, kw_only=True):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    include: list[str] | None = None
     top_logprobs: int | None = None
     metadata: dict[str, Any] | None = None
     user: str | None = None
@@ -42,13 +47,18 @@ class ResponsesRequest(Generation, frozen=True, kw_only=True):
     prompt: Any = None
     """A template that OpenAI keeps."""
 
+    @property
+    def asks_for_logprobs(self) -> bool:
+        """OpenAI's clients say it in `include`; who says how many is meant to want them, too."""
+        return LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
+
 
 class OutputText(Struct, frozen=True, kw_only=True, tag="output_text"):
     """A part of a message."""
 
     text: str
     annotations: list[None] = []
-    logprobs: list[None] = []
+    logprobs: list[ChatLogprob] = []
 
 
 class ReasoningText(Struct, frozen=True, kw_only=True, tag="reasoning_text"):
@@ -174,7 +184,7 @@ class TextDelta(Struct, frozen=True, kw_only=True):
     output_index: int
     content_index: int = 0
     delta: str
-    logprobs: list[None] = []
+    logprobs: list[ChatLogprob] = []
 
 
 class TextDone(Struct, frozen=True, kw_only=True):
@@ -184,7 +194,7 @@ class TextDone(Struct, frozen=True, kw_only=True):
     output_index: int
     content_index: int = 0
     text: str
-    logprobs: list[None] = []
+    logprobs: list[ChatLogprob] = []
 
 
 class ReasoningDelta(Struct, frozen=True, kw_only=True):

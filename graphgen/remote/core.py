@@ -93,6 +93,10 @@ class RemoteCore:
             raise InvalidRequestError(f"{self.welcome.server} tells no log-probabilities: ask for none")
         if "logit_bias" not in self.welcome.features and any(one.logit_bias for one in parameters):
             raise InvalidRequestError(f"{self.welcome.server} knows no logit_bias: leave it out")
+        if "structured_opening" not in self.welcome.features and any(
+            one.structured is not None and one.structured.opening for one in parameters
+        ):
+            raise InvalidRequestError(f"{self.welcome.server} knows no opening of a structure: leave it out")
         for prompt in prompts:
             if isinstance(prompt, Chat) and prompt.has_arguments and "template_arguments" not in self.welcome.features:
                 raise InvalidRequestError(

@@ -32,6 +32,7 @@ class Job(Struct, frozen=True):
 
     structured: Structured
     after_id: int | None = None  # of the special token that `after` is, if it is one
+    opening_id: int | None = None  # likewise
 
 
 class Built(Struct, frozen=True):
@@ -48,7 +49,7 @@ class BadStructureError(Exception):
 def build(job: Job) -> str:
     """Raises BadStructureError."""
     answer = _answer(job.structured)
-    whole = {"name": "whole", "lark_grammar": _whole(job.structured.after, job.after_id)}
+    whole = {"name": "whole", "lark_grammar": _whole(job)}
     grammar = json.dumps({"grammars": [whole, {"name": "answer", **answer}]})
     is_bad, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=parser_limits())
     if is_bad:
@@ -56,14 +57,24 @@ def build(job: Job) -> str:
     return grammar
 
 
-def _whole(after: str, after_id: int | None) -> str:
-    """The answer, or free text, the tag and the answer."""
+def _whole(job: Job) -> str:
+    """The answer, alone or behind free text and a tag; behind these only if a tag opens them, where there is one."""
+    after, opening = job.structured.after, job.structured.opening
     if not after:
         return "start: @answer"
-    if after_id is not None:
-        return f"start: free <[{after_id}]> @answer\nfree: /(?s:.*)/"
-    tag = "".join(f"\\x{{{ord(character):x}}}" for character in after)
-    return f"start: free @answer\nfree[lazy]: /(?s:.*){tag}/"
+    if job.after_id is not None:
+        section, free = f"free <[{job.after_id}]>", "free: /(?s:.*)/"
+    else:
+        section, free = "free", f"free[lazy]: /(?s:.*){_literal(after)}/"
+    if not opening:
+        return f"start: {section} @answer\n{free}"
+    opens = f"/{_literal(opening)}/" if job.opening_id is None else f"<[{job.opening_id}]>"
+    return f"start: @answer | {opens} {section} @answer\n{free}"
+
+
+def _literal(text: str) -> str:
+    """In a regular expression."""
+    return "".join(f"\\x{{{ord(character):x}}}" for character in text)
 
 
 def _answer(structured: Structured) -> dict[str, object]:

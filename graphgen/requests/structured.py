@@ -54,10 +54,10 @@ class GrammarMaker:
                 "structured output needs the package llguidance, which is not installed: pip install llguidance"
             )
         if isinstance(structured, JsonSchema):
-            structured = JsonSchema(structured.text, structured.after)
-        after = structured.after
-        after_id = special_token_id(after) if after else None
-        return self._make(msgspec.json.encode({"structured": structured, "after_id": after_id}))
+            structured = JsonSchema(structured.text, structured.after, structured.opening)
+        texts = {"after_id": structured.after, "opening_id": structured.opening}
+        ids = {name: special_token_id(text) if text else None for name, text in texts.items()}
+        return self._make(msgspec.json.encode({"structured": structured, **ids}))
 
     def close(self) -> None:
         self._finalizer()

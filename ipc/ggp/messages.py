@@ -81,6 +81,14 @@ class Structured(Struct, frozen=True, kw_only=True, omit_defaults=True):
             description="The structure begins behind this text, as `</think>`; up to it the output is free.",
         ),
     ] = ""
+    opening: Annotated[
+        str,
+        Meta(
+            max_length=limits.MAX_AFTER_LEN,
+            description="With `after`: only an output that begins with this text, as `<think>`, is free up to `after`;"
+            " any other begins with the structure. Where `welcome.features` has `structured_opening`.",
+        ),
+    ] = ""
 
 
 class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):

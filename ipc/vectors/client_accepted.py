@@ -323,6 +323,18 @@ SAMPLING = [
         {"kind": "json_schema", "text": '{"type":"object"}', "after": "</think>"},
     ),
     sampled(
+        "structured-opening",
+        "free text before it where the output begins with a text",
+        "structured",
+        mapping(
+            ("kind", text("regex")),
+            ("text", text("[0-9]+")),
+            ("after", text("</think>")),
+            ("opening", text("<think>")),
+        ),
+        {"kind": "regex", "text": "[0-9]+", "after": "</think>", "opening": "<think>"},
+    ),
+    sampled(
         "structured-choice",
         "one of two texts",
         "structured",

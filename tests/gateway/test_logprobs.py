@@ -52,6 +52,31 @@ def test_a_client_gets_what_an_engine_gives(ours: Client, expected: list[Request
     assert all(piece.prompt_logprobs is None for piece in pieces[1:])
 
 
+def test_responses_tell_those_of_chats(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "play", "temperature": 0, "top_logprobs": 2}
+    message: Any = {"role": "user", "content": PROMPT}
+    chat = client.chat.completions.create(messages=[message], logprobs=True, max_tokens=9, **asked)
+    assert chat.choices[0].logprobs is not None
+    expected = [one.model_dump() for one in chat.choices[0].logprobs.content or ()]
+    responses: Any = {**asked, "input": [message], "max_output_tokens": 9, "include": ["message.output_text.logprobs"]}
+    whole = client.responses.create(**responses).model_dump()
+    assert [near(one) for one in whole["output"][0]["content"][0]["logprobs"]] == [near(one) for one in expected]
+    assert whole["top_logprobs"] == 2
+    events = [event.model_dump() for event in client.responses.create(stream=True, **responses)]
+    told = [one for event in events if event["type"] == "response.output_text.delta" for one in event["logprobs"]]
+    assert [one["token"] for one in told] == [one["token"] for one in expected]
+    done = next(event for event in events if event["type"] == "response.output_text.done")
+    assert [one["token"] for one in done["logprobs"]] == [one["token"] for one in expected]
+    without = client.responses.create(**{**responses, "include": [], "top_logprobs": 0}).model_dump()
+    assert not without["output"][0]["content"][0]["logprobs"]
+
+
+def near(one: dict[str, Any]) -> dict[str, Any]:
+    """Last bits may differ where steps were of other sizes."""
+    tops = {"top_logprobs": [near(top) for top in one["top_logprobs"]]} if "top_logprobs" in one else {}
+    return {**one, "logprob": round(one["logprob"], 2), **tops}
+
+
 def test_who_asks_for_none_gets_none(ours: Client) -> None:
     (output,) = ours.generate(PROMPT, SamplingParams(max_tokens=2))
     assert output.logprobs is output.prompt_logprobs is None

@@ -1,16 +1,22 @@
 """OpenAI's Responses API: what of a conversation reaches the model, and in which order events come."""
 
 import itertools
+import struct
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from graphgen import Chat, NumericalError, SamplingParams
+from graphgen.calls.logprobs import Logprobs
+from graphgen.calls.outputs import StreamPiece
+from graphgen.gateway.output_parsers.formats import OutputFormat
 from tests.gateway.asgi import GatewayCore, call, fails, piece, says
 
 PATH = "/v1/responses"
 HI: dict[str, Any] = {"input": "Hi"}
 STREAM = {**HI, "stream": True}
+THINKS = OutputFormat(calls=None, reasoning="think", token_ids={})
 CODEX: dict[str, Any] = {
     "instructions": "Be brief.",
     "input": [
@@ -108,6 +114,21 @@ def test_events_of_a_response_come_in_openais_order() -> None:
     assert "".join(event.get("delta", "") for event in reply.events) == last["output"][0]["content"][0]["text"] == "ab"
     places = {event["item_id"] for event in reply.events if "item_id" in event}
     assert places == {last["output"][0]["id"]}
+
+
+def test_log_probabilities_of_thoughts_and_markers_are_not_told() -> None:
+    def one(token: bytes) -> Logprobs:
+        return Logprobs(0, (1,), struct.pack("<fi", -0.5, 1), (token,), b"")
+
+    def answer(sinks: Sequence[Any], _: int) -> None:
+        for text in ("<think>", "Hm.", "</think>", "Well"):
+            sinks[0](StreamPiece(text, (1,), None, logprobs=one(text.encode())))
+        sinks[0](StreamPiece(" met", (1,), "stop", logprobs=one(b" met")))
+
+    asked = {"include": ["message.output_text.logprobs"]}
+    reply = call(GatewayCore(answer), PATH, {**STREAM, **asked}, output_format=THINKS)
+    told = [one["token"] for event in reply.events for one in event.get("logprobs", ()) if "delta" in event]
+    assert told == ["Well", " met"]
 
 
 def test_a_response_without_text_has_an_item_all_the_same() -> None:

@@ -217,7 +217,7 @@ def test_a_forced_call_is_a_list_that_the_sampling_follows(body: Any, most: int,
     assert isinstance(core.sampling, SamplingParams)
     assert isinstance(core.sampling.structured, JsonSchema)
     asked = json.loads(core.sampling.structured.text)
-    assert (asked["minItems"], asked["maxItems"], core.sampling.structured.after) == (1, most, "")
+    assert (asked["minItems"], asked["maxItems"]) == (1, most)
     assert core.prompts[-1] == Chat([{"role": "user", "content": ASKED["messages"][0]["content"]}], [WEATHER])
     if stream:
         choices = [choice for chunk in reply.events[:-1] for choice in chunk["choices"]]
@@ -238,22 +238,25 @@ JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"t
 @pytest.mark.parametrize(
     ("body", "said"), [({"tool_choice": "required"}, LIST), ({"response_format": JSON_SCHEMA}, "{}")]
 )
-@pytest.mark.parametrize(("end", "after"), [("<think>\n", "</think>"), ("<think>\n\n</think>\n\n", ""), ("", "")])
-def test_a_structure_comes_behind_the_thoughts_that_the_prompt_has_begun(
-    body: dict[str, Any], said: str, end: str, after: str
-) -> None:
+@pytest.mark.parametrize(
+    ("end", "thoughts"),
+    [("<think>\n", "Hm.</think>"), ("<think>\n\n</think>\n\n", ""), ("", ""), ("", "<think>Hm.</think>\n\n")],
+)
+def test_a_structure_comes_behind_the_thoughts(body: dict[str, Any], said: str, end: str, thoughts: str) -> None:
+    """Those that the prompt has begun, or those that the output begins with, if it does."""
     prompt = f"<|im_start|>assistant\n{end}"  # as the stand-in for a frontend renders a chat
 
     def answer(sinks: Sequence[Any], _: int) -> None:
-        sinks[0](StreamPiece(f"Hm.{after}{said}" if after else said, (1,), "stop", prompt_tail=prompt))
+        sinks[0](StreamPiece(thoughts + said, (1,), "stop", prompt_tail=prompt))
 
     core = GatewayCore(answer)
     body = {**ASKED, "messages": [{"role": "user", "content": prompt}], **body}
     (choice,) = call(core, CHATS, body, output_format=HERMES).json["choices"]
     assert isinstance(core.sampling, SamplingParams)
     assert isinstance(core.sampling.structured, JsonSchema)
-    assert core.sampling.structured.after == after
-    assert choice["message"].get("reasoning_content") == ("Hm." if after else None)
+    structured, is_begun = core.sampling.structured, end == "<think>\n"
+    assert (structured.after, structured.opening) == ("</think>", "" if is_begun else "<think>")
+    assert choice["message"].get("reasoning_content") == ("Hm." if thoughts else None)
     assert (len(choice["message"].get("tool_calls", ())), choice["message"]["content"]) == (
         (1, None) if said == LIST else (0, said)
     )

@@ -6,9 +6,12 @@ import sys
 
 import msgspec
 import pytest
+from llguidance import LLMatcher, LLTokenizer
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
 
 from graphgen.calls.structured import Choice, Grammar, JsonSchema, Regex, Structured
-from graphgen.requests.grammar_builder import Built, Job
+from graphgen.requests.grammar_builder import Built, Job, build
 from graphgen.requests.structured import GrammarMaker
 
 HOSTILE = JsonSchema({"allOf": [{"type": "string", "pattern": f".*a{number}.*"} for number in range(40)]})
@@ -39,3 +42,44 @@ def test_an_equal_grammar_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert maker.make(JsonSchema('{"type": "object"}'), lambda text: None) == first
     assert maker.make(JsonSchema({"type": "object"}), lambda text: None) == first
     maker.close()
+
+
+def takes(job: Job, *token_ids: int) -> bool:
+    """Of the bytes and two special tokens, 256 and 257: whether they are an output."""
+    vocabulary = Backend(models.BPE(bytes_as_tokens(), []))
+    vocabulary.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    vocabulary.decoder = decoders.ByteLevel()
+    vocabulary.add_special_tokens(["<open>", "<close>"])
+    matcher = LLMatcher(LLTokenizer(vocabulary.to_str(), eos_token=257), build(job))
+    return bool(matcher.consume_tokens(list(token_ids)) and matcher.is_accepting())
+
+
+def bytes_as_tokens() -> dict[str, int]:
+    return {character: number for number, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+
+
+def ids(text: str) -> list[int]:
+    return [bytes_as_tokens()[character] for character in text]
+
+
+DIGITS = Regex("[0-9]{2}", after="</t>")
+OPENED = Regex("[0-9]{2}", after="</t>", opening="<t>")
+OPEN, CLOSE = 256, 257
+
+
+def test_a_structure_comes_behind_what_a_tag_ends_and_at_once_where_no_tag_opens_it() -> None:
+    assert takes(Job(DIGITS), *ids("a1</t>12"))
+    assert not takes(Job(DIGITS), *ids("12"))
+    assert takes(Job(OPENED), *ids("12"))
+    assert takes(Job(OPENED), *ids("<t>a1</t>12"))
+    assert not takes(Job(OPENED), *ids("a1</t>12"))
+    assert not takes(Job(OPENED), *ids("<t>12"))
+
+
+def test_tags_that_are_special_tokens_are_these_alone() -> None:
+    job = Job(OPENED, opening_id=OPEN, after_id=CLOSE)
+    assert takes(job, *ids("12"))
+    assert takes(job, OPEN, *ids("a</t>"), CLOSE, *ids("12"))
+    assert not takes(job, *ids("<t>a</t>12"))
+    assert not takes(job, OPEN, *ids("12"))
+    assert takes(Job(DIGITS, after_id=CLOSE), *ids("a"), CLOSE, *ids("12"))

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from msgspec import Struct
 
 from graphgen.gateway.output_parsers import deepseek, harmony
-from graphgen.gateway.output_parsers.events import Content, Event, Reasoning
+from graphgen.gateway.output_parsers.events import Content, Event
 from graphgen.gateway.output_parsers.json_calls import (
     Read,
     Tools,
@@ -175,15 +175,20 @@ class ParserMaker:
         """Whether outputs may begin with reasoning between two markers."""
         return self._format.reasoning in _REASONING and self._format.reasoning != "harmony"
 
+    @property
+    def thoughts(self) -> tuple[str, str]:
+        """The markers around the reasoning with which outputs may begin; empty where they do not."""
+        return _REASONING[self._format.reasoning or ""] if self.thinks else ("", "")
+
     def closing_behind(self, prompt: str) -> str:
         """The marker that ends the reasoning that a prompt has begun; empty where it has not."""
-        opening, closing = _REASONING.get(self._format.reasoning or "", ("", ""))
-        return closing if self.thinks and prompt.rstrip(SPACE).endswith(opening) else ""
+        opening, closing = self.thoughts
+        return closing if closing and prompt.rstrip(SPACE).endswith(opening) else ""
 
     def make(self, tools: Tools | None, prompt_tail: str, texts: Mapping[int, str], *, is_list: bool = False) -> Parser:
         """tools: None: calls are text. prompt_tail: the end of the prompt, which may have begun the output.
         texts: of the symbols, see Reader. is_list: a grammar makes the output a list of calls, whatever the model's own
-        format, behind the reasoning that the prompt has begun."""
+        format, behind its reasoning."""
         reader = Reader(texts)
         if is_list:
             return OutputParser(reader, self._read_list(reader, prompt_tail))
@@ -192,10 +197,15 @@ class ParserMaker:
         return OutputParser(reader, self._read(reader, tools, prompt_tail))
 
     def _read_list(self, reader: Reader, prompt_tail: str) -> Reading[None]:
-        if closing := self.closing_behind(prompt_tail):
-            yield from reader.copy_until(Reasoning, self._markers[closing])
+        if self.thinks:
+            yield from self._read_thoughts(reader, prompt_tail)
         yield from read_json_list(reader)
         yield from reader.copy_until(Content)
+
+    def _read_thoughts(self, reader: Reader, prompt_tail: str) -> Reading[None]:
+        opening, closing = self.thoughts
+        is_open = self.closing_behind(prompt_tail) != ""
+        yield from read_reasoning(reader, self._markers[opening], self._markers[closing], is_open)
 
     def _read(self, reader: Reader, tools: Tools | None, prompt_tail: str) -> Reading[None]:
         calls, reasoning = self._format.calls, self._format.reasoning
@@ -203,9 +213,7 @@ class ParserMaker:
             yield from harmony.read_harmony(reader, self._markers, tools)
             return
         if reasoning is not None:
-            opening, closing = _REASONING[reasoning]
-            is_open = self.closing_behind(prompt_tail) != ""
-            yield from read_reasoning(reader, self._markers[opening], self._markers[closing], is_open)
+            yield from self._read_thoughts(reader, prompt_tail)
         if tools is not None and calls is not None:
             yield from _CALLS[calls].read(reader, self._markers, tools)
         yield from reader.copy_until(Content)

@@ -228,6 +228,7 @@ def _welcome(settings: FrontendSettings, core: AttachedCore, sockets: PublicSock
         "logit_bias": True,
         "prompt_only": core.has_tokenizer,
         "structured": core.serves_structured,
+        "structured_opening": core.serves_structured,
         "marks": core.has_tokenizer,
         "template_arguments": core.has_tokenizer and core.tokenizer.has_chat,
     }

@@ -38,6 +38,8 @@ export interface Structured {
   options?: readonly string[];
   /** The structure begins behind this text. */
   after?: string;
+  /** Only if the output begins with this one; where `features` has "structured_opening". */
+  opening?: string;
 }
 
 /** Give `prompt` or `messages`. Ranges and meanings are those of PROTOCOL.md's `sampling`. */

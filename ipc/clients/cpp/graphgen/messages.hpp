@@ -17,10 +17,12 @@ struct Structured {
   std::string kind;  ///< json_schema, regex, choice or grammar.
   std::string text = {};
   std::vector<std::string> options = {};
-  std::string after = {};  ///< The structure begins behind this text.
+  std::string after = {};    ///< The structure begins behind this text.
+  std::string opening = {};  ///< Only if the output begins with this one; where features has "structured_opening".
 
   bool operator==(const Structured& other) const {
-    return kind == other.kind && text == other.text && options == other.options && after == other.after;
+    return kind == other.kind && text == other.text && options == other.options && after == other.after &&
+           opening == other.opening;
   }
 };
 

@@ -115,6 +115,7 @@ MapWriter structured_map(const Structured& structured) {
   MapWriter map;
   map.field("kind", structured.kind).unless_default("text", structured.text, std::string());
   map.unless_default("options", structured.options, {}).unless_default("after", structured.after, std::string());
+  map.unless_default("opening", structured.opening, std::string());
   return map;
 }
 

@@ -81,6 +81,7 @@ inline Structured structured_of(const json& fields) {
   take(fields, "text", structured.text);
   take(fields, "options", structured.options);
   take(fields, "after", structured.after);
+  take(fields, "opening", structured.opening);
   return structured;
 }
 
