@@ -10,12 +10,14 @@ Shapes: `T` token rows, `N` drawing rows, `V` vocabulary.
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphgen.models.attention.backend import StepAttention, StepTensors
 from graphgen.models.chaining import can_chain
+from graphgen.models.collectives import Ranks
 from graphgen.models.compilation import Attend, CompiledHalves, FeedForward
 from graphgen.models.families.family import TensorNames
 from graphgen.models.few_rows_layers import most_rows, serves_model
@@ -23,9 +25,10 @@ from graphgen.models.formats.linear import Linear
 from graphgen.models.kv_cache import HeadScales, KVCache
 from graphgen.models.layers import Attention, DecoderLayer
 from graphgen.models.norms import make_norm, norm_targets
+from graphgen.models.orders import EMPTY
 from graphgen.models.rope import Rope
-from graphgen.models.spec import Experts, ModelSpec
-from graphgen.models.targets import Target, Targets
+from graphgen.models.spec import WHOLE, Experts, ModelSpec
+from graphgen.models.targets import Target, Targets, arranged
 
 
 class KeptRows(NamedTuple):
@@ -43,9 +46,22 @@ class Decoder(nn.Module):
     """Embedding, layers, final norm, LM head. Fresh from the constructor its weights are uninitialised
     memory."""
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device, fused: bool = False) -> None:
-        """fused: steps of a few decode rows may run in the kernels of few_rows.py, where those serve this model."""
+    def __init__(
+        self,
+        spec: ModelSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        fused: bool = False,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """fused: steps of a few decode rows may run in the kernels of few_rows.py, where those serve this model and one
+        rank holds it: they add to the residual stream what ranks would have to add up before. ranks: that share the
+        weights: each has its part of every block and of the head's rows, and the whole embedding."""
         super().__init__()
+        self._ranks = ranks
+        shard = WHOLE if ranks is None else ranks.shard
+        self._head_rows = -(-spec.vocab_size // shard.size)
+        self._first_head_row = shard.rank * self._head_rows
         self.spec = spec
         hidden_size, num_positions = spec.hidden_size, spec.embedding.num_positions
         width = spec.embedding.size or hidden_size
@@ -56,11 +72,13 @@ class Decoder(nn.Module):
             )
             self.project_in = Linear(width, hidden_size, False, dtype) if width != hidden_size else None
             self.embedding_norm = make_norm(spec.embedding.norm, hidden_size, dtype)
-            self.layers = nn.ModuleList(DecoderLayer(layer, spec.ropes, hidden_size, dtype) for layer in spec.layers)
+            self.layers = nn.ModuleList(
+                DecoderLayer(layer, spec.ropes, hidden_size, dtype, ranks) for layer in spec.layers
+            )
             self.final_norm = make_norm(spec.final_norm, hidden_size, dtype)
             self.project_out = Linear(hidden_size, width, False, dtype) if width != hidden_size else None
-            self.head = None if spec.head.tied else Linear(width, spec.vocab_size, False, dtype)
-            self.head_bias = nn.Parameter(torch.empty(spec.vocab_size, dtype=dtype)) if spec.head.bias else None
+            self.head = None if spec.head.tied else Linear(width, self._head_rows, False, dtype)
+            self.head_bias = nn.Parameter(torch.empty(self._head_rows, dtype=dtype)) if spec.head.bias else None
         self.requires_grad_(False)
         scale = spec.embedding.scale
         self._embedding_scale = torch.tensor(scale, dtype=dtype).item() if spec.embedding.round_scale else scale
@@ -74,7 +92,7 @@ class Decoder(nn.Module):
         self._attend: Attend = DecoderLayer.attend
         self._feed_forward: FeedForward = DecoderLayer.feed_forward
         self._compiled: CompiledHalves | None = None
-        self._most_few_rows = _most_few_rows(self, device) if fused else 0
+        self._most_few_rows = _most_few_rows(self, device) if fused and ranks is None else 0
 
     @torch.no_grad()
     def forward(
@@ -154,11 +172,16 @@ class Decoder(nn.Module):
             x = self.final_norm(x)
         if self.project_out is not None:
             x = self.project_out(x)
-        logits = F.linear(x, self._head_weight, self.head_bias)
+        weight = self._head_weight
+        logits = F.linear(x, weight, None if self.head_bias is None else self.head_bias[: len(weight)])
         scale, softcap = self.spec.head.scale, self.spec.head.softcap
         if scale != 1.0:
             logits = logits * scale
-        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        if self._ranks is None:
+            return logits
+        missing = self._head_rows - logits.shape[1]  # the last rank has fewer where they do not divide the vocabulary
+        return self._ranks.all_gather(F.pad(logits, (0, missing)))[:, : self.spec.vocab_size]
 
     def _run_few_rows(
         self, token_ids: Tensor, kv_cache: KVCache, steps: Sequence[Sequence[StepTensors]], live: Tensor | None
@@ -183,8 +206,13 @@ class Decoder(nn.Module):
 
     @property
     def _head_weight(self) -> Tensor:
-        """[V, hidden]"""
-        return (self.embedding if self.head is None else self.head).weight
+        """[V, hidden]; a rank's rows of it."""
+        if self.head is not None:
+            return self.head.weight
+        weight = self.embedding.weight
+        if self._ranks is None:
+            return weight
+        return weight[self._first_head_row : self._first_head_row + self._head_rows]
 
     def weights(self, names: TensorNames) -> Targets:
         """Every tensor that a checkpoint must have, and what becomes of it."""
@@ -193,12 +221,15 @@ class Decoder(nn.Module):
             (names.positions, self.positions),
             (names.project_in, self.project_in),
             (names.project_out, self.project_out),
-            (names.head, self.head),
         ):
             if module is not None:
                 yield name, Target(module.weight.data, tuple(module.weight.shape))
+        num_stored, own = self.spec.vocab_size, np.arange(self._head_rows) + self._first_head_row
+        of_head = arranged(np.where(own < num_stored, own, EMPTY), num_stored)
+        if self.head is not None:
+            yield names.head, Target(self.head.weight.data, (num_stored, self.head.in_features), of_head)
         if self.head_bias is not None:
-            yield names.head_bias, Target(self.head_bias.data, tuple(self.head_bias.shape))
+            yield names.head_bias, Target(self.head_bias.data, (num_stored,), of_head)
         yield from norm_targets(names.embedding_norm, self.embedding_norm, self.spec.embedding.norm)
         yield from norm_targets(names.final_norm, self.final_norm, self.spec.final_norm)
         for number, layer in enumerate(self.decoder_layers):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from graphgen.models.attention.backend import StepTensors
 from graphgen.models.attention.pages import LayerPages
 from graphgen.models.attention.variant import FULL_ATTENTION, AttentionVariant, Numbers, alibi_slopes
+from graphgen.models.collectives import Ranks
 from graphgen.models.experts.block import MixtureOfExperts
 from graphgen.models.families.family import TensorNames
 from graphgen.models.feed_forward import MLP
@@ -58,8 +59,8 @@ class Attention(nn.Module):
         # Were q, k and v one tensor, its rows would be in another order, but no such checkpoint has blocks of them.
         qkv = fitted(spec.qkv_format, self._rows("blocks"), self._num_stored_rows)
         self.qkv = Linear(hidden_size, num_rows, spec.qkv_bias, dtype, qkv)
-        self.q_norm = make_head_norm(spec, self.num_heads, shard, dtype)
-        self.k_norm = make_head_norm(spec, self.num_kv_heads, shard, dtype)
+        self.q_norm = make_head_norm(spec, self.num_heads, dtype)
+        self.k_norm = make_head_norm(spec, self.num_kv_heads, dtype)
         o = fitted(spec.o_format, columns=self._columns, num_columns=spec.num_heads * spec.head_dim)
         self.o = Linear(self.num_heads * spec.width, hidden_size, spec.o_bias and shard.rank == 0, dtype, o)
         self.k_scales: Tensor
@@ -147,9 +148,17 @@ class DecoderLayer(nn.Module):
     """
 
     def __init__(
-        self, spec: Layer, ropes: Sequence[RopeSpec], hidden_size: int, dtype: torch.dtype, shard: Shard = WHOLE
+        self,
+        spec: Layer,
+        ropes: Sequence[RopeSpec],
+        hidden_size: int,
+        dtype: torch.dtype,
+        ranks: Ranks | None = None,
     ) -> None:
+        """ranks: that share the layer; each adds its part to every block, and the sums are the blocks' results."""
         super().__init__()
+        shard = WHOLE if ranks is None else ranks.shard
+        self.ranks = ranks
         self.input_norm = make_norm(spec.input_norm, hidden_size, dtype)
         self.attention = _make_mixer(spec.mixer, ropes[spec.mixer.rope], hidden_size, dtype, shard)
         self.mixer_output_norm = make_norm(spec.mixer_output_norm, hidden_size, dtype)
@@ -172,21 +181,34 @@ class DecoderLayer(nn.Module):
     def feed_forward(self, residual: Tensor, gathered: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The rest, over any rows of attend's result: the new (residual, update). live: [rows] bool, those that hold a
         token; only experts ask."""
-        attended = self._scaled(self.attention.o(gathered), self.mixer_output_norm)
+        part = self.attention.o(gathered)
         if self.parallel:
             norm = self.input_norm if self.shared_norm else self.ff_norm
-            update = self._scaled(self.mlp(residual if norm is None else norm(residual), live), self.ff_output_norm)
-            return residual, attended + update
+            return residual, self._both(part, self.mlp(residual if norm is None else norm(residual), live))
+        attended = self._scaled(self._summed(part), self.mixer_output_norm)
         # In float32 the sum rounds as it would in bfloat16, and the compiler leaves it to the norm that reads it;
         # an addition in the matrices' own dtype it would move into the product, at the price of a copy kernel.
         residual = (residual.float() + attended.float()).to(residual.dtype)
         normed = residual if self.ff_norm is None else self.ff_norm(residual)
         if self.residual_from_norm:
             residual = normed
-        update = self._scaled(self.mlp(normed, live), self.ff_output_norm)
+        update = self._scaled(self._summed(self.mlp(normed, live)), self.ff_output_norm)
         if self.output_norm is None:
             return residual, update
         return self.output_norm(residual + update), torch.zeros_like(update)
+
+    def _summed(self, part: Tensor) -> Tensor:
+        """A block's result, of which each rank has made a part."""
+        return part if self.ranks is None else self.ranks.all_reduce(part)
+
+    def _both(self, attended: Tensor, update: Tensor) -> Tensor:
+        """What a parallel layer's blocks add to the stream, after one sum over the ranks."""
+        if self.mixer_output_norm is None and self.ff_output_norm is None:
+            if self.ranks is not None:
+                return self._scaled(self._summed(attended + update), None)
+        elif self.ranks is not None:  # side by side, so that their sums have an order
+            attended, update = self._summed(torch.stack((attended, update))).unbind()
+        return self._scaled(attended, self.mixer_output_norm) + self._scaled(update, self.ff_output_norm)
 
     def _scaled(self, update: Tensor, norm: AnyNorm | None) -> Tensor:
         """What a block adds to the stream."""

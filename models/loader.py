@@ -14,6 +14,7 @@ from torch import nn
 from graphgen.ipc.errors import CheckpointError
 from graphgen.models.checkpoint import open_checkpoint
 from graphgen.models.checkpoint_files import StoredTensor
+from graphgen.models.collectives import Ranks
 from graphgen.models.decoder import Decoder
 from graphgen.models.families import FAMILIES
 from graphgen.models.families.family import Family
@@ -44,16 +45,17 @@ def load_decoder(
     progress: ProgressCallback | None = None,
     fused: bool = False,
     kept_as: str | None = None,
+    ranks: Ranks | None = None,
 ) -> Decoder:
     """A decoder on `device` with the weights of a folder or a GGUF file, tensor by tensor, or random ones.
 
     spec: load_spec's of the same location, which knows whether a stored head is the embedding again.
     load_format: "auto" and "safetensors" read the checkpoint; "dummy" reads nothing and draws weights of the real
-    shapes on the device itself from `seed`. fused: see Decoder. kept_as: the KV format, for a word
-    on scales that nobody needs. Raises CheckpointError for a checkpoint that cannot be
-    read, lacks a tensor, has one too many, or one of another shape.
+    shapes on the device itself from `seed`. fused, ranks: see Decoder. kept_as: the KV format, for a word on scales
+    that nobody needs. Raises CheckpointError for a checkpoint that cannot be read, lacks a tensor, has one too many, or
+    one of another shape.
     """
-    decoder = Decoder(spec, dtype, device, fused)
+    decoder = Decoder(spec, dtype, device, fused, ranks)
     report = progress or (lambda done, total: None)
     if load_format == "dummy":
         _fill_randomly(decoder, spec, seed, report)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graphgen.ipc.errors import UnsupportedModelError
 from graphgen.models.orders import Order
-from graphgen.models.spec import GQA, Norm, Shard
+from graphgen.models.spec import GQA, Norm
 from graphgen.models.targets import Arrange, Target, Targets, arranged, heads_order, in_turn
 
 
@@ -87,13 +87,11 @@ def make_norm(spec: Norm | None, size: int, dtype: torch.dtype) -> AnyNorm | Non
     return RMSNorm(size, spec, dtype) if spec.kind == "rms" else LayerNorm(size, spec, dtype)
 
 
-def make_head_norm(attention: GQA, num_heads: int, shard: Shard, dtype: torch.dtype) -> AnyNorm | AllHeadsNorm | None:
+def make_head_norm(attention: GQA, num_heads: int, dtype: torch.dtype) -> AnyNorm | AllHeadsNorm | None:
     """The norm of a rank's queries or keys, [T, heads, D]; None for none."""
     if attention.qk_norm is None:
         return None
     spec, over, num_zeros = attention.qk_norm.norm, attention.qk_norm.over, attention.width - attention.head_dim
-    if over == "all_heads" and shard.size > 1:
-        raise UnsupportedModelError(f"{shard.size} ranks would share heads that are normed together: use one rank")
     if over == "all_heads":
         size, num_zeros = num_heads * attention.width, num_heads * num_zeros
         rms = spec.kind == "rms"

@@ -11,10 +11,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from graphgen.models.orders import EMPTY, Order, is_identity
-from graphgen.models.spec.formats import LinearFormat
-
-LEAST_GROUP = 16
-"""Columns of the narrowest group; what would need narrower ones has its weight in the model's dtype."""
+from graphgen.models.spec.formats import LEAST_GROUP, LinearFormat
 
 
 def fitted(

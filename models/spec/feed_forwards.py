@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Literal
 
+import msgspec
 from msgspec import Struct
 
 from graphgen.models.spec.formats import LinearFormat, Sizes
-from graphgen.models.spec.parts import Size
+from graphgen.models.spec.parts import Shard, Size
 
 ACTIVATION_WEIGHTS: Mapping[str, tuple[str, ...]] = {"xielu": ("alpha_p", "alpha_n")}
 """Activation -> the numbers that each layer has learned for it."""
@@ -25,6 +26,13 @@ class Dense(Struct, frozen=True, tag="dense", kw_only=True):
     def linears(self, hidden_size: int) -> Sizes:
         """Of the layers that may have a format."""
         return {"gate_up": ((1 + self.gated) * self.size, hidden_size), "down": (hidden_size, self.size)}
+
+    def shared_by(self, num_ranks: int) -> "Dense":
+        """What one of so many ranks has of it. Raises ConfigError where they cannot share it."""
+        part = Shard(0, num_ranks).part(self.size, "inner columns of a feed-forward")
+        if self.down_format is not None:
+            self.down_format.check_shared(len(part), num_ranks, "the down projection of a feed-forward")
+        return msgspec.structs.replace(self, size=len(part))
 
     def num_parameters(self, hidden_size: int) -> int:
         inner = (1 + self.gated) * self.size
@@ -67,6 +75,12 @@ class Experts(Struct, frozen=True, tag="experts", kw_only=True):
     input_scaled: bool = False  # expert(weight * x) instead of weight * expert(x)
     shared: Dense | None = None
     shared_gate: bool = False  # shared(x) counts sigmoid(x @ weight)
+
+    def shared_by(self, num_ranks: int) -> "Experts":
+        """See Dense: a part of every expert."""
+        part = Shard(0, num_ranks).part(self.size, "inner columns of an expert")
+        shared = None if self.shared is None else self.shared.shared_by(num_ranks)
+        return msgspec.structs.replace(self, size=len(part), shared=shared)
 
     def num_parameters(self, hidden_size: int) -> int:
         router, inner = self.router, 2 * self.size

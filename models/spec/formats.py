@@ -6,6 +6,7 @@ from typing import Annotated, Literal, NamedTuple, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from graphgen.ipc.errors import ConfigError
 from graphgen.models.spec.parts import dtype_bytes
 
 Storage = Literal["e4m3", "int8", "int4"]
@@ -13,6 +14,9 @@ ScaleDtype = Literal["float32", "bfloat16", "float16"]
 
 PACKED_BLOCK = 128
 """Columns of an int4 weight that are packed together, see formats/layout.py."""
+
+LEAST_GROUP = 16
+"""Columns of the narrowest group; what would need narrower ones has its weight in the model's dtype."""
 
 
 class LinearFormat(Struct, frozen=True, kw_only=True):
@@ -40,6 +44,26 @@ class LinearFormat(Struct, frozen=True, kw_only=True):
         rest = (" with zeros" if self.zeros else "") + (" reordered" if self.permuted else "")
         stored = "fp8" if self.storage == "e4m3" else self.storage
         return stored + grain + rest + (" (fp8 input)" if self.activation == "e4m3" else "")
+
+    def check_shared(self, num_columns: int, num_ranks: int, what: str) -> None:
+        """Raises ConfigError where ranks that each hold so many columns of a weight of this format could not keep it:
+        each of their groups must lie in one stored group. `what` names the weight in the error."""
+        if num_ranks == 1:
+            return
+        if self.permuted:
+            raise ConfigError(
+                f"{what} reads its input in an order of its own (g_idx), which {num_ranks} ranks cannot share: use a"
+                " checkpoint without desc_act, or tensor_parallel=1"
+            )
+        width = self.group or LEAST_GROUP
+        while width % 2 == 0 and width > LEAST_GROUP and num_columns % width:
+            width //= 2
+        odd = self.storage == "int4" and num_columns % 2
+        if odd or (self.group is not None and num_columns % width):
+            raise ConfigError(
+                f"{what} is {self.name}, of which {num_ranks} ranks have {num_columns} columns each: they would cut its"
+                " groups apart, use fewer ranks (tensor_parallel)"
+            )
 
     def num_groups(self, num_columns: int) -> int:
         """Scales beside each other; the last group may be shorter than the others."""

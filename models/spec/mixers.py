@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
+from graphgen.ipc.errors import UnsupportedModelError
 from graphgen.models.spec.formats import LinearFormat, Sizes
 from graphgen.models.spec.kv_formats import kv_format
 from graphgen.models.spec.parts import Norm, Shard, Size
@@ -122,12 +123,21 @@ class GQA(Struct, frozen=True, tag="gqa", kw_only=True):
 
     def heads_of(self, shard: Shard) -> tuple[range, range]:
         """Query heads and KV heads of a rank. Where there are fewer KV heads than ranks, several ranks hold the
-        same."""
+        same. Raises ConfigError, or UnsupportedModelError where heads cannot be parted."""
+        if shard.size > 1 and self.qk_norm is not None and self.qk_norm.over == "all_heads":
+            raise UnsupportedModelError(f"{shard.size} ranks would share heads that are normed together: use one rank")
         heads = shard.part(self.num_heads, "attention heads")
         if self.num_kv_heads % shard.size and shard.size % self.num_kv_heads == 0:
             own = shard.rank * self.num_kv_heads // shard.size
             return heads, range(own, own + 1)
         return heads, shard.part(self.num_kv_heads, "KV heads")
+
+    def shared_by(self, num_ranks: int) -> "GQA":
+        """What one of so many ranks has of it. Raises as heads_of, and ConfigError for a format that would be lost."""
+        heads, kv_heads = self.heads_of(Shard(0, num_ranks))
+        if self.o_format is not None:
+            self.o_format.check_shared(len(heads) * self.head_dim, num_ranks, "the output projection of attention")
+        return msgspec.structs.replace(self, num_heads=len(heads), num_kv_heads=len(kv_heads))
 
     def within(self, num_positions: int) -> "GQA":
         """The same for requests of so many: a window or segment that holds them all is none."""
@@ -222,6 +232,13 @@ class Latent(Struct, frozen=True, tag="latent", kw_only=True):
         count += self.norm.num_parameters(self.latent_size) + self.norm.num_parameters(rank)
         of_head = q_in * self.query_dim + self.latent_size * (self.plain_dim + self.value_dim)
         return count + self.num_heads * (of_head + self.value_dim * hidden_size)
+
+    def shared_by(self, num_ranks: int) -> "Latent":
+        """See GQA. Each rank keeps the latents of all positions."""
+        heads = Shard(0, num_ranks).part(self.num_heads, "attention heads")
+        if self.o_format is not None:
+            self.o_format.check_shared(len(heads) * self.value_dim, num_ranks, "the output projection of attention")
+        return msgspec.structs.replace(self, num_heads=len(heads))
 
     def within(self, num_positions: int) -> "Latent":
         """The same: it has no window."""

@@ -56,6 +56,11 @@ class Layer(Struct, frozen=True, kw_only=True):
             ff = msgspec.structs.replace(ff, shared=shared)
         return msgspec.structs.replace(self, mixer=mixer, feed_forward=ff)
 
+    def shared_by(self, num_ranks: int) -> "Layer":
+        """See ModelSpec.shared_by."""
+        mixer, feed_forward = self.mixer.shared_by(num_ranks), self.feed_forward.shared_by(num_ranks)
+        return msgspec.structs.replace(self, mixer=mixer, feed_forward=feed_forward)
+
     def linears(self, hidden_size: int) -> list[LinearPlace]:
         """Every linear layer that may have a format."""
         found, ff = places_of(self.mixer, self.mixer.linears(hidden_size)), self.feed_forward
@@ -203,6 +208,21 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     def kv_bytes_per_token(self, kept_as: str) -> int:
         """KV memory of one position over all layers. kept_as: a KV format's name."""
         return sum(layer.mixer.keeps(kept_as).bytes for layer in self.layers)
+
+    def shared_by(self, num_ranks: int) -> "ModelSpec":
+        """The sizes of what each of so many ranks has of the layers: its heads, its inner columns. Raises ConfigError
+        where so many cannot share this model, UnsupportedModelError where no ranks can."""
+        if num_ranks == 1:
+            return self
+        return msgspec.structs.replace(self, layers=tuple(layer.shared_by(num_ranks) for layer in self.layers))
+
+    def rank_weight_bytes(self, dtype: str, num_ranks: int) -> int:
+        """See weight_bytes; of one of so many ranks, which has the whole embedding and its rows of the head."""
+        held_bytes = self.shared_by(num_ranks).weight_bytes(dtype)
+        if self.head.tied:
+            return held_bytes
+        others = self.vocab_size - -(-self.vocab_size // num_ranks)
+        return held_bytes - others * (self.embedding.size or self.hidden_size) * dtype_bytes(dtype)
 
     def within(self, max_model_len: int) -> "ModelSpec":
         """The same model for requests of so many tokens: a window that holds all of them is none."""

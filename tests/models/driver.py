@@ -18,6 +18,7 @@ from graphgen.models.attention.reference import TorchStep
 from graphgen.models.attention.tables import RowTables
 from graphgen.models.decoder import Decoder
 from graphgen.models.kv_cache import KVCache
+from graphgen.models.spec import ModelSpec
 
 
 class Request:
@@ -53,14 +54,15 @@ class Driver:
         padded_rows: int = 3,
         attention: Callable[[RowTables], StepAttention] = TorchStep,
         kept_as: str | None = None,
+        spec: ModelSpec | None = None,
     ) -> None:
         """padded_rows: rows that hold no token, at the end of each region of each step. attention: of a step's rows.
-        kept_as: a KV format's name; None: as computed."""
+        kept_as: a KV format's name; None: as computed. spec: of what the decoder's rank keeps; None: it is alone."""
         weight = decoder.embedding.weight
         self.decoder = decoder
         scales = decoder.head_scales
         self.kv_cache = KVCache(
-            decoder.spec, num_pages, page_size, weight.dtype, weight.device, kept_as=kept_as, head_scales=scales
+            spec or decoder.spec, num_pages, page_size, weight.dtype, weight.device, kept_as=kept_as, head_scales=scales
         )
         for pages in self.kv_cache.pages:
             poison(pages, self.kv_cache.trash_page)

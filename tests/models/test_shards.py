@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from graphgen.ipc.errors import ConfigError, UnsupportedModelError
 from graphgen.models.attention.backend import StepTensors
+from graphgen.models.attention.pages import LayerPages
 from graphgen.models.experts.block import MixtureOfExperts
 from graphgen.models.families.family import ExpertNames, TensorNames
 from graphgen.models.feed_forward import MLP
@@ -31,7 +32,7 @@ class RotatedPlusValues(NamedTuple):
     tables: None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Tensor:
-        group, sinks, slopes = q.shape[1] // k.shape[1], rest[2].sinks, rest[2].alibi_slopes
+        group, sinks, slopes = q.shape[1] // k.shape[1], rest[1].sinks, rest[1].alibi_slopes
         passed = rotate(q, cos, sin) * (rotate(k, cos, sin) + v).repeat_interleave(group, dim=1)
         passed = passed if slopes is None else passed * slopes[:, None]
         return passed if sinks is None else passed * sinks[:, None]
@@ -57,7 +58,7 @@ def attended(spec: GQA, names: TensorNames, rope: RopeSpec, shard: Shard, stored
     nothing = torch.empty(0)
     step = StepTensors(cos, sin, RotatedPlusValues())  # type: ignore[arg-type]  # reads no tables
     x = torch.linspace(-1, 1, ROWS * HIDDEN).view(ROWS, HIDDEN)
-    result: Tensor = attention.o(attention(x, nothing, nothing, step))
+    result: Tensor = attention.o(attention(x, LayerPages(nothing, nothing), step))
     return result
 
 
@@ -109,7 +110,7 @@ def latently_attended(spec: Latent, rope: RopeSpec, shard: Shard, stored: dict[s
     nothing = torch.empty(0)
     step = StepTensors(cos, sin, RotatedPlusValues())  # type: ignore[arg-type]  # reads no tables
     x = torch.linspace(-1, 1, ROWS * HIDDEN).view(ROWS, HIDDEN)
-    result: Tensor = attention.o(attention(x, nothing, nothing, step))
+    result: Tensor = attention.o(attention(x, LayerPages(nothing, nothing), step))
     return result
 
 
