@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from graphgen.ipc.errors import CheckpointError
 from graphgen.models.checkpoint_config import read_config, read_generation_eos
-from graphgen.models.checkpoint_files import StoredTensor, stored_tensors, weight_files
+from graphgen.models.checkpoint_files import StoredTensor, has_weights, stored_tensors, weight_files
+from graphgen.models.formats.quantised_tensors import WEIGHT, QuantisedTensors
+from graphgen.models.formats.readers.table import open_reader, read_beside
 from graphgen.models.gguf.checkpoint import GGUFCheckpoint
 from graphgen.models.gguf.header import is_gguf
 from graphgen.models.mxfp4 import BLOCKS, SCALES, unpack, unpacked_name, with_unpacked
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from graphgen.models.families.family import TensorNames
+    from graphgen.models.formats.layout import Quantised
+
+
+_QUANTIZATION = "quantization_config"
 
 
 class Checkpoint(Protocol):
@@ -42,9 +48,12 @@ class Checkpoint(Protocol):
     def stored_tensors(self, names: "TensorNames") -> Mapping[str, StoredTensor]:
         """Every tensor by its name, without reading any. Needs no torch."""
 
+    def quantised(self) -> QuantisedTensors | None:
+        """The weights that have formats; None where a loader sees none."""
+
     def tensors(
         self, names: "TensorNames", device: "torch.device", dtype: "torch.dtype"
-    ) -> Iterator[tuple[str, Path, "Tensor"]]:
+    ) -> Iterator[tuple[str, Path, "Tensor | Quantised"]]:
         """(name, file, tensor), one at a time, on the device. dtype: of those that torch has no dtype for."""
 
 
@@ -61,7 +70,9 @@ class FolderCheckpoint:
         self._revision = revision
 
     def config(self) -> dict[str, Any]:
-        return read_config(self._location, self._revision)
+        config = read_config(self._location, self._revision)
+        beside = None if _QUANTIZATION in config else read_beside(Path(self._location))
+        return config if beside is None else {**config, _QUANTIZATION: beside}
 
     def generation_eos(self) -> int | list[int] | None:
         return read_generation_eos(self._location, self._revision)
@@ -70,24 +81,46 @@ class FolderCheckpoint:
         return count_tokens(Path(self._location))
 
     def stored_tensors(self, names: "TensorNames") -> Mapping[str, StoredTensor]:
-        return with_unpacked(self._stored)
+        return with_unpacked(self._stored if self._quantised is None else self._quantised.shown())
+
+    def quantised(self) -> QuantisedTensors | None:
+        return self._quantised
 
     def tensors(
         self, names: "TensorNames", device: "torch.device", dtype: "torch.dtype"
-    ) -> Iterator[tuple[str, Path, "Tensor"]]:
+    ) -> Iterator[tuple[str, Path, "Tensor | Quantised"]]:
+        quantised, shown = self._quantised, self.stored_tensors(names)
         for file in self._files:
             with _opened(file, device) as tensors:
                 for name in tensors.keys():  # noqa: SIM118  # safe_open is no mapping
+                    module = None if quantised is None else quantised.module_of(name)
                     base = unpacked_name(name, self._stored)
-                    if base is None:
+                    if quantised is not None and module is not None:
+                        if quantised.is_codes(name):
+                            weight = quantised.read(module, lambda part: self._get(part, device))
+                            yield f"{module}.{WEIGHT}", file, weight
+                    elif base is None and name in shown:
                         yield name, file, tensors.get_tensor(name)
-                    elif name.endswith(BLOCKS):
+                    elif base is not None and name.endswith(BLOCKS):
                         yield base, file, unpack(tensors.get_tensor(name), self._get(base + SCALES, device), dtype)
 
     def _get(self, name: str, device: "torch.device") -> "Tensor":
         with _opened(self._stored[name].file, device) as tensors:
             tensor: Tensor = tensors.get_tensor(name)
             return tensor
+
+    @cached_property
+    def _quantised(self) -> QuantisedTensors | None:
+        config = self.config()
+        # Of a model that reads images too, it may stand with that of the text.
+        nested = (part.get(_QUANTIZATION) for part in config.values() if isinstance(part, dict))
+        own = config.get(_QUANTIZATION) or next((found for found in nested if found), None)
+        reader = open_reader(own, self._location) if own else None
+        return None if reader is None else QuantisedTensors(reader, self._stored_or_none())
+
+    def _stored_or_none(self) -> Mapping[str, StoredTensor]:
+        """Nothing where there are no weights, which the load format dummy does without."""
+        return self._stored if Path(self._location).is_dir() and has_weights(Path(self._location)) else {}
 
     @cached_property
     def _stored(self) -> Mapping[str, StoredTensor]:

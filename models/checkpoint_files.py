@@ -56,6 +56,11 @@ def weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(_missing_files(folder, len(files)))
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether there is any file that `weight_files` could mean."""
+    return (folder / INDEX_FILE).exists() or any(folder.glob("*.safetensors"))
+
+
 def stored_tensors(files: Sequence[Path]) -> dict[str, StoredTensor]:
     """Every tensor of the files by name, from their headers. Raises CheckpointError for an unreadable one."""
     tensors: dict[str, StoredTensor] = {}

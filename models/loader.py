@@ -91,7 +91,10 @@ def _fill_from_checkpoint(
         if name in placed:
             _refuse_second(name, tensor, target, shard)
             continue
-        target.fill(tensor)
+        try:
+            target.fill(tensor)
+        except ValueError as error:
+            raise CheckpointError(f"tensor {name!r} in {shard} cannot be used: {error}") from error
         placed.add(name)
         done += target.num_bytes
         report(done, total)

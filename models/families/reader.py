@@ -20,10 +20,13 @@ from graphgen.models.families.choice import family_of, text_config, with_default
 from graphgen.models.families.ends import eos_token_ids
 from graphgen.models.families.family import Family, TensorNames
 from graphgen.models.families.parts import head_of, layers_of, norms_heads, ropes_of
+from graphgen.models.families.stored_formats import with_stored_formats
 from graphgen.models.families.table import families_of_type
 from graphgen.models.families.words import Config, filled
 from graphgen.models.foreign_keys import check_unread_keys
 from graphgen.models.formats.kv_scheme import kv_format_of, quantises_only_kv
+from graphgen.models.formats.quantised_tensors import QuantisedTensors
+from graphgen.models.formats.readers.table import method_of, open_reader
 from graphgen.models.spec import DTYPE_BYTES, ModelSpec
 
 logger = logging.getLogger("graphgen.models")
@@ -46,7 +49,7 @@ def load_spec(model: str | Path, revision: str | None = None, tokenizer: str | P
         checkpoint = open_checkpoint(location, revision)
         config = with_defaults(checkpoint.config(), location)
         stored = partial(_stored_weights, checkpoint, Path(location))
-        spec = spec_from_hf(config, checkpoint.generation_eos(), stored)
+        spec = spec_from_hf(config, checkpoint.generation_eos(), stored, checkpoint.quantised)
         spec = _with_tokens(spec, (checkpoint if tokenizer is None else open_checkpoint(tokenizer)).num_tokens())
         values = msgspec.to_builtins(spec)
         _check_finite(values, "$")
@@ -77,11 +80,12 @@ def spec_from_hf(
     config: Any,
     generation_eos: int | list[int] | None = None,
     stored_by: Callable[[TensorNames], Mapping[str, StoredTensor]] = lambda names: {},
+    quantised_by: Callable[[], QuantisedTensors | None] = lambda: None,
 ) -> ModelSpec:
     """The spec of a transformers config object (untyped there, hence Any).
 
     `generation_eos`: the ids of generation_config.json, which win over the config's own. `stored_by`: the
-    checkpoint's tensors, where it has any.
+    checkpoint's tensors, where it has any. `quantised_by`: its quantised weights.
     """
     where = getattr(config, "_name_or_path", None) or config.model_type
     family = family_of(config, where)
@@ -111,7 +115,8 @@ def spec_from_hf(
         kv_format=kv_format_of(_as_mapping(view.get("quantization_config")), where),
     )
     check_unread_keys(config, family, view.read, any(map(norms_heads, layers)), where)
-    return spec
+    quantised = quantised_by()
+    return spec if quantised is None else with_stored_formats(spec, family, quantised)
 
 
 def _as_mapping(quantization: Any) -> Mapping[str, Any] | None:
@@ -123,13 +128,13 @@ def _as_mapping(quantization: Any) -> Mapping[str, Any] | None:
 
 def _refuse_quantized(quantization: Any, family: Family, where: str) -> None:
     """`quantization`: the config's quantization_config, a dict or one of many transformers classes."""
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
-        if method in family.dequantised or quantises_only_kv(_as_mapping(quantization) or {}):
-            return
+    quantization = _as_mapping(quantization)
+    if not quantization or quantises_only_kv(quantization) or method_of(quantization) in family.dequantised:
+        return
+    if open_reader(quantization, where) is None:
         raise UnsupportedModelError(
-            f"the weights of {where!r} are quantised ({method}), supported are {', '.join(DTYPE_BYTES)}:"
-            " use the unquantised checkpoint"
+            f"the weights of {where!r} are quantised ({method_of(quantization)}), which a {family.architecture} of"
+            " graphgen does not read: use the unquantised checkpoint with --quantization fp8, int8 or int4"
         )
 
 

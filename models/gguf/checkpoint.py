@@ -67,6 +67,9 @@ class GGUFCheckpoint:
             for name, tensor in self._named(names).items()
         }
 
+    def quantised(self) -> None:
+        """A loader sees dequantised weights."""
+
     def tensors(
         self, names: "TensorNames", device: "torch.device", dtype: "torch.dtype"
     ) -> Iterator[tuple[str, Path, "Tensor"]]:

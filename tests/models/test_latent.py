@@ -106,7 +106,11 @@ def test_the_layer_that_drafts_is_left_out_and_no_other(case: str, number: int, 
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
-        (V3, {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, r"quantised \(fp8\)"),
+        (
+            V3,
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}},
+            r"_block_size \[128\]",
+        ),
         (V3, {"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
         (V3, {"topk_method": "greedy"}, "topk_method = 'greedy'"),
         (V3, {"moe_layer_freq": 2}, "moe_layer_freq = 2"),

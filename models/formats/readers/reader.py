@@ -1,0 +1,93 @@
+"""What a reader of a quantised checkpoint is, and what several of them have in common."""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, Protocol
+
+from graphgen.ipc.errors import CheckpointError, UnsupportedModelError
+from graphgen.models.checkpoint_files import StoredTensor
+from graphgen.models.spec.formats import LinearFormat, ScaleDtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from graphgen.models.formats.layout import Quantised
+
+Parts = Mapping[str, StoredTensor]
+"""Tensors of one module, by what follows the module's name."""
+
+Tensors = Mapping[str, "Tensor"]
+"""The same, read."""
+
+SCALE_DTYPES: Mapping[str, ScaleDtype] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""Safetensors' name of a dtype -> ours."""
+
+
+class Reader(Protocol):
+    """Of one quantization_config."""
+
+    @property
+    def taken(self) -> tuple[str, ...]:
+        """Names, within a module, of tensors that belong to a quantised weight."""
+
+    def expected(self, module: str) -> LinearFormat | None:
+        """What the config alone says of a linear layer, for weights that nobody stored. None: it is not quantised."""
+
+    def is_quantised(self, parts: Parts) -> bool:
+        """Whether a module's tensors are a quantised weight."""
+
+    def stored(self, module: str, parts: Parts) -> tuple[LinearFormat, tuple[int, int]]:
+        """Format and shape (N, K) of a quantised weight, from the headers. Raises CheckpointError where a tensor is
+        missing or has another shape than the rest says."""
+
+    def read(self, module: str, form: LinearFormat, tensors: Tensors) -> "Quantised":
+        """The weight. form: what `stored` said. tensors: those of `taken` that there are."""
+
+
+def need(module: str, parts: Parts, name: str) -> StoredTensor:
+    """Raises CheckpointError where the module has no such tensor: without a scale, codes mean nothing."""
+    if name not in parts:
+        raise CheckpointError(
+            f"tensor {module}.{name} is missing, though {module} is quantised: the checkpoint is incomplete, download"
+            " it again"
+        )
+    return parts[name]
+
+
+def check_shape(module: str, name: str, tensor: StoredTensor, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
+        raise CheckpointError(
+            f"tensor {module}.{name} in {tensor.file} has shape {list(tensor.shape)}, its weight asks for"
+            f" {list(expected)}: config.json and the weights are of different models"
+        )
+
+
+def scale_dtype(module: str, name: str, tensor: StoredTensor) -> ScaleDtype:
+    if tensor.dtype not in SCALE_DTYPES:
+        raise CheckpointError(
+            f"tensor {module}.{name} in {tensor.file} has dtype {tensor.dtype}, supported are"
+            f" {', '.join(SCALE_DTYPES)}: quantise the model again with scales in one of these"
+        )
+    return SCALE_DTYPES[tensor.dtype]
+
+
+def is_among(module: str, names: list[str]) -> bool:
+    """Whether a module is one of those named, lies in one of them, or fits a pattern with wildcards."""
+    return any(
+        module == name or module.startswith(f"{name}.") or f".{name}." in f".{module}." or fnmatchcase(module, name)
+        for name in names
+    )
+
+
+def refuse(what: str, remedy: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"the quantization_config has {what}, which graphgen does not read: {remedy}")
+
+
+def whole(config: Mapping[str, Any], *names: str, least: int = 1) -> int:
+    """A key of the config that has to be a whole number; names: in which it may be written."""
+    value = next((config[name] for name in names if name in config), None)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UnsupportedModelError(
+            f"the quantization_config has {names[0]} = {value!r}: it must be a whole number of {least} or more"
+        )
+    return value
