@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from graphgen.models.attention.backend import StepTensors
+from graphgen.models.attention.flashinfer import FlashInferStep
 from graphgen.models.attention.pages import LayerPages
+from graphgen.models.attention.split_kv import HeadNorms
 from graphgen.models.compilation import Attend
 from graphgen.models.experts.block import MixtureOfExperts
 from graphgen.models.experts.few_rows import run_experts
@@ -76,14 +78,17 @@ def _gathered(block: nn.Module, x: Normed, eps: float, pages: LayerPages, step: 
     """What each head of each row gathered, [T, Hq * D]."""
     assert isinstance(block, Attention), "few_rows_layers.py serves no other"
     qkv = normed_linear(x, eps, block.qkv.stored, block.qkv.bias, chained)
-    if block.q_norm is not None and block.k_norm is not None:
-        q_norm, k_norm = _of_heads(block.q_norm), _of_heads(block.k_norm)
-        sizes = block.num_heads * block.head_dim, block.num_kv_heads * block.head_dim
-        norm_queries_and_keys(qkv, q_norm, k_norm, *sizes, chained)
     heads = qkv.view(-1, block.num_heads + 2 * block.num_kv_heads, block.head_dim)
     q, k, v = heads.split((block.num_heads, block.num_kv_heads, block.num_kv_heads), dim=1)
-    gathered = step.attention.attend(q, k, v, step.cos, step.sin, pages, block.variant, step.temperatures)
-    return gathered.flatten(1)
+    attention, cos, sin = step.attention, step.cos, step.sin
+    if block.q_norm is not None and block.k_norm is not None:
+        q_norm, k_norm = block.q_norm, block.k_norm
+        if isinstance(attention, FlashInferStep) and attention.norms_heads and isinstance(q_norm, RMSNorm):
+            norms = HeadNorms(_weight(q_norm), _weight(k_norm), q_norm.eps)
+            return attention.attend(q, k, v, cos, sin, pages, block.variant, step.temperatures, norms).flatten(1)
+        sizes = block.num_heads * block.head_dim, block.num_kv_heads * block.head_dim
+        norm_queries_and_keys(qkv, _of_heads(q_norm), _of_heads(k_norm), *sizes, chained)
+    return attention.attend(q, k, v, cos, sin, pages, block.variant, step.temperatures).flatten(1)
 
 
 def _feed_forward(
@@ -95,6 +100,12 @@ def _feed_forward(
     assert isinstance(block, MLP), "few_rows_layers.py serves no other"
     gated = gated_linear(x, eps, block.gate_up.stored, block.gate_up.bias, block.activation, chained)
     return adding_linear(gated, block.down.stored, block.down.bias, sums, norm, chained)
+
+
+def _weight(norm: nn.Module) -> Tensor:
+    weight = _plain(norm).weight
+    assert weight is not None, "few_rows_layers.py lets no other through"
+    return weight
 
 
 def _of_heads(norm: nn.Module) -> RMSNorm:

@@ -42,7 +42,7 @@ from graphgen.models.attention.plain_pages import fill_plain_pages
 from graphgen.models.attention.planned import PlannedRegion, PlannedTensors, run_planned
 from graphgen.models.attention.row_tiles import Rows, TileShape, TileTensors, attend_in_tiles
 from graphgen.models.attention.row_tiles import open_workspace as open_tiles
-from graphgen.models.attention.split_kv import FreshRows, SplitKvTensors, open_workspace, split_kv_attention
+from graphgen.models.attention.split_kv import FreshRows, HeadNorms, SplitKvTensors, open_workspace, split_kv_attention
 from graphgen.models.attention.store import rotate_and_store
 from graphgen.models.attention.tables import RowTables
 from graphgen.models.attention.variant import AttentionVariant, Numbers, Scoring
@@ -202,11 +202,20 @@ class FlashInferStep(NamedTuple):
         pages: LayerPages,
         variant: AttentionVariant,
         temperatures: Tensor | None = None,
+        head_norms: HeadNorms | None = None,
     ) -> Tensor:
-        """See StepAttention."""
+        """See StepAttention. head_norms: of q and k; only where `norms_heads`."""
         planned = self.kernels, [*self.prefill], [*self.decode]
-        result: Tensor = _operator(q, k, v, cos, sin, *pages, *self.tables, *planned, *variant, temperatures)
+        norms = head_norms or (None, None, 0.0)
+        result: Tensor = _operator(q, k, v, cos, sin, *pages, *self.tables, *planned, *variant, temperatures, *norms)
         return result
+
+    @property
+    def norms_heads(self) -> bool:
+        """Whether the kernel that runs norms them itself: the split-KV one, in a step of decode rows alone. Not for use
+        in a compiled layer: it reads the choice of the kernel."""
+        only_decodes = len(self.tables.kv_locations) == len(self.tables.decode_kv_lens)
+        return only_decodes and isinstance(self.decode, SplitKvTensors)
 
     def attend_latent(
         self, q: Tensor, row: Tensor, pages: Tensor, value_size: int, variant: AttentionVariant
@@ -240,6 +249,9 @@ def _paged_attention(
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
     temperatures: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    norm_eps: float,
 ) -> Tensor:
     prefill_kernel, decode_kernel = (Kernel(number) for number in kernels.tolist())
     scoring = Scoring(Numbers.unpacked(numbers), sinks, alibi_slopes)
@@ -251,8 +263,11 @@ def _paged_attention(
     )
     decodes = DecodeRows(decode_kv_lens, decode_pages, decode_kernel, _DECODE_TENSORS[decode_kernel](*decode))
     if not split and decode_kernel is Kernel.SPLIT_KV:
-        _run_decode(q, out, pages, decodes, scoring, FreshRows(k, v, cos, sin, temperatures))
+        norms = None if q_norm is None or k_norm is None else HeadNorms(q_norm, k_norm, norm_eps)
+        _run_decode(q, out, pages, decodes, scoring, FreshRows(k, v, cos, sin, temperatures, norms))
         return out
+    if q_norm is not None or k_norm is not None:
+        raise ValueError("this step's kernels norm no heads, see FlashInferStep.norms_heads: norm them first")
     q = rotate_and_store(q, k, v, cos, sin, pages, kv_locations, out, temperatures, can_chain())
     if not split:
         _run_decode(q, out, pages, decodes, scoring)
@@ -359,7 +374,8 @@ _library.define(
     "Tensor v_pages, Tensor? k_scales, Tensor? v_scales, Tensor? k_plain, Tensor? v_plain, Tensor kv_locations, "
     "Tensor chunk_starts, Tensor chunk_kv_lens, Tensor chunk_pages, "
     "Tensor decode_kv_lens, Tensor decode_pages, Tensor kernels, Tensor[] prefill, Tensor[] decode, "
-    "Tensor numbers, Tensor? sinks, Tensor? alibi_slopes, Tensor? temperatures) -> Tensor"
+    "Tensor numbers, Tensor? sinks, Tensor? alibi_slopes, Tensor? temperatures, "
+    "Tensor? q_norm, Tensor? k_norm, float norm_eps) -> Tensor"
 )
 _library.impl("paged_attention_flashinfer", _paged_attention, "CUDA")
 torch.library.register_fake("graphgen::paged_attention_flashinfer", _result_like, lib=_library)

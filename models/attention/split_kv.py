@@ -4,8 +4,8 @@ The positions of a row are split over programs, each of which makes an online so
 of a row and KV head to finish combines the parts (flash decoding, https://pytorch.org/blog/flash-decoding). The query
 heads of one KV head share a program, so keys and values are read once.
 
-In a step without chunks the kernel also rotates the row's query and key and writes its key and value into their page,
-which saves a launch a layer: the program that reads a row's newest position writes it first.
+In a step without chunks the kernel also norms and rotates the row's query and key and writes its key and value into
+their page, which saves launches: the program that reads a row's newest position writes it first.
 
 Block tables and lengths are read on the device, so a step needs no plan. The split adapts to each row's length: a
 captured grid serves short and long contexts, and a padded row costs one page.
@@ -47,11 +47,22 @@ def _rotated(
     cos: "tl.tensor",
     sin: "tl.tensor",
     mask: "tl.tensor",
+    norm_weight: "tl.tensor | None",
+    norm_eps: float,
     HALF: tl.constexpr,
+    AXIS: tl.constexpr,
 ) -> "tl.tensor":
-    """Heads times their rotation, float32: dimension i turns with i + HALF. heads: where each begins."""
+    """Heads times their rotation, float32: dimension i turns with i + HALF. heads: where each begins. norm_weight: [D],
+    of their RMSNorm ahead of it. AXIS: of the dimensions."""
     own = tl.load(heads + dims, mask, other=0.0).to(tl.float32)
     other = tl.load(heads + (dims ^ HALF), mask, other=0.0).to(tl.float32)
+    if norm_weight is not None:
+        # As where the head is normed, stored and read again.
+        kind = heads.dtype.element_ty
+        over_rms = tl.rsqrt(tl.sum(own * own, AXIS, keep_dims=True) / (2 * HALF) + norm_eps)
+        own = (own * over_rms).to(kind).to(tl.float32) * tl.load(norm_weight + dims).to(tl.float32)
+        other = (other * over_rms).to(kind).to(tl.float32) * tl.load(norm_weight + (dims ^ HALF)).to(tl.float32)
+        own, other = own.to(kind).to(tl.float32), other.to(kind).to(tl.float32)
     return own * cos + other * tl.where(dims < HALF, -sin, sin)
 
 
@@ -117,6 +128,9 @@ def _split_kv_kernel(
     temperatures: "tl.tensor | None",
     k_scales: "tl.tensor | None",
     v_scales: "tl.tensor | None",
+    q_norm: "tl.tensor | None",
+    k_norm: "tl.tensor | None",
+    norm_eps: float,
     GROUP: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
     D: tl.constexpr,
@@ -162,7 +176,8 @@ def _split_kv_kernel(
     if FRESH:
         row_cos = tl.load(cos + row.to(tl.int64) * D + dims).to(tl.float32)
         row_sin = tl.load(sin + row.to(tl.int64) * D + dims).to(tl.float32)
-        queries = _rotated(q_heads, dims[None, :], row_cos[None, :], row_sin[None, :], in_group, D // 2)
+        angles = row_cos[None, :], row_sin[None, :]
+        queries = _rotated(q_heads, dims[None, :], *angles, in_group, q_norm, norm_eps, D // 2, 1)
         if temperatures is not None:
             queries *= tl.load(temperatures + row)
         queries = queries.to(q.dtype.element_ty)
@@ -170,9 +185,8 @@ def _split_kv_kernel(
             newest = kv_len - 1
             page = tl.load(block_tables + row.to(tl.int64) * table_stride + newest // PAGE).to(tl.int64)
             place = page * page_stride + (newest % PAGE).to(tl.int64) * position_stride + head * head_stride + dims
-            key = _rotated(
-                k + row.to(tl.int64) * k_stride + head * k_head_stride, dims, row_cos, row_sin, dims < D, D // 2
-            )
+            k_head = k + row.to(tl.int64) * k_stride + head * k_head_stride
+            key = _rotated(k_head, dims, row_cos, row_sin, dims < D, k_norm, norm_eps, D // 2, 0)
             if k_scales is not None:
                 number = (page * PAGE + newest % PAGE) * num_kv_heads + head
                 value = tl.load(v + row.to(tl.int64) * v_stride + head * v_head_stride + dims)
@@ -264,6 +278,16 @@ def _split_kv_kernel(
     tl.store(out + heads * D + cells, (whole / sums).to(out.dtype.element_ty), in_cells)
 
 
+class HeadNorms(NamedTuple):
+    """RMSNorm of each head of queries and keys."""
+
+    q: Tensor
+    """[D]: the weight."""
+    k: Tensor
+    """[D]"""
+    eps: float
+
+
 class FreshRows(NamedTuple):
     """What decode rows bring whose keys and values are not in their pages yet."""
 
@@ -277,6 +301,8 @@ class FreshRows(NamedTuple):
     """[R, D] contiguous."""
     temperatures: Tensor | None
     """[R] float32, by which the rotated queries are multiplied."""
+    head_norms: HeadNorms | None = None
+    """Of q and k, which come before it then; None: they need none, or have it behind them."""
 
 
 class SplitKvTensors(NamedTuple):
@@ -327,16 +353,17 @@ def split_kv_attention(
     """Writes out [R, Hq, D], the attention of R rows over the first kv_lens positions of their block tables.
 
     q: [R, Hq, D], any strides but 1 in the last dimension. fresh: the newest position of every row is not in its page
-    yet; rotates q and k and writes k and v there. None: q is rotated and all is in the pages. out: contiguous.
-    pages: k and v of one layout, page_size a power of two from 16. block_tables: [R, M] int32. kv_lens: [R] int32, at
-    least 1. workspace: for at least R rows. chained: launch before the kernel ahead is done, and wait inside
-    (programmatic dependent launch; SM90 on).
+    yet; norms and rotates q and k and writes k and v there. None: q is rotated and all is in the pages. out:
+    contiguous. pages: k and v of one layout, page_size a power of two from 16. block_tables: [R, M] int32. kv_lens:
+    [R] int32, at least 1. workspace: for at least R rows. chained: launch before the kernel ahead is done, and wait
+    inside (programmatic dependent launch; SM90 on).
     """
     num_rows, num_heads, head_dim = q.shape
     page_size, num_kv_heads = pages.k.shape[1:3]
     splits, least_blocks = num_splits(num_rows, num_kv_heads)
     group = num_heads // num_kv_heads
-    k, v, cos, sin, temperatures = fresh or (q, q, q, q, None)  # without fresh rows nothing reads them
+    # Without fresh rows nothing reads them.
+    k, v, cos, sin, temperatures, head_norms = fresh or (q, q, q, q, None, None)
     numbers = scoring.numbers
     scale, softcap = math.log2(math.e) * numbers.scale, None
     if numbers.softcap:
@@ -373,6 +400,7 @@ def split_kv_attention(
         temperatures,
         pages.k_scales,
         pages.v_scales,
+        *(head_norms or (None, None, 0.0)),
         group,
         triton.next_power_of_2(group),
         head_dim,

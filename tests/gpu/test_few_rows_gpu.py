@@ -10,7 +10,10 @@ from torch import Tensor
 
 from graphgen.models.activations import ACTIVATIONS
 from graphgen.models.attention.backend import StepTensors
+from graphgen.models.attention.kernels import AttentionShape
+from graphgen.models.attention.pages import LayerPages
 from graphgen.models.attention.tables import RowTables
+from graphgen.models.attention.variant import AttentionVariant, Numbers
 from graphgen.models.decoder import Decoder
 from graphgen.models.few_rows_layers import most_rows, serves_model
 from graphgen.models.kv_cache import KVCache
@@ -148,6 +151,37 @@ def test_head_norms_equal_the_module(all_heads: bool, chained: bool) -> None:
     few_rows.norm_queries_and_keys(qkv, q_norm, k_norm, 32 * 128, 8 * 128, chained)
     assert relative_error(qkv, want) < 1e-4
     assert torch.equal(qkv[:, 40 * 128 :], want[:, 40 * 128 :])
+
+
+def test_attention_norms_heads_as_the_kernel_of_norms_does() -> None:
+    from graphgen.models import few_rows
+    from graphgen.models.attention.flashinfer import FlashInferAttention
+    from graphgen.models.attention.split_kv import HeadNorms
+
+    num_rows, heads, kv_heads, dim, page_size = 3, 8, 2, 128, 16
+    shape = AttentionShape(heads, kv_heads, dim, page_size, torch.bfloat16, (0,), None)
+    q_norm, k_norm = random_norm(dim), random_norm(dim)
+    kv_lens = torch.tensor([1, 17, 300], dtype=torch.int32, device="cuda")
+    pages = torch.arange(num_rows * 20, dtype=torch.int32, device="cuda").view(num_rows, 20)
+    nothing = torch.zeros(1, dtype=torch.int32, device="cuda")
+    newest = kv_lens.long() - 1
+    locations = pages.long().gather(1, newest[:, None] // page_size)[:, 0] * page_size + newest % page_size
+    tables = RowTables(locations, nothing, nothing[:0], nothing[:0, None], kv_lens, pages)
+    step = FlashInferAttention(shape, 1, 16, num_rows).prepare(tables)
+    assert step.norms_heads
+    qkv, (cos, sin) = randn(num_rows, (heads + 2 * kv_heads) * dim), randn(2, num_rows, dim)
+    kept = randn(2, num_rows * 20, page_size, kv_heads, dim)
+    variant = AttentionVariant(Numbers(dim**-0.5).packed())
+
+    def attend(qkv: Tensor, norms: HeadNorms | None) -> tuple[Tensor, Tensor]:
+        q, k, v = qkv.view(num_rows, -1, dim).split((heads, kv_heads, kv_heads), dim=1)
+        of_layer = LayerPages(*kept.clone())
+        return step.attend(q, k, v, cos, sin, of_layer, variant, None, norms), of_layer.k
+
+    got = attend(qkv, HeadNorms(weight_of(q_norm), weight_of(k_norm), EPS))
+    few_rows.norm_queries_and_keys(qkv, q_norm, k_norm, heads * dim, kv_heads * dim, chained=False)
+    for normed, want in zip(got, attend(qkv, None), strict=True):
+        assert relative_error(normed, want) < 1e-3
 
 
 def test_a_chain_under_a_graph_never_reads_what_is_not_yet_written() -> None:

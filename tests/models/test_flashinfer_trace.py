@@ -148,4 +148,5 @@ def test_layers_of_latent_attention_share_their_graphs(monkeypatch: pytest.Monke
     latent = msgspec.structs.replace(SPEC.layers[0], mixer=LATENT)
     layers = [DecoderLayer(latent, SPEC.ropes, HIDDEN, torch.bfloat16) for _ in range(2)]
     calls = traced(layers, LatentSteps(), (1, LATENT.row_size), monkeypatch)
-    assert calls == ["graphgen.latent_attention_tiles.default"]
+    by_head = "graphgen.product_by_head.default"  # into the latent's space, and back out of it
+    assert calls == [by_head, "graphgen.latent_attention_tiles.default", by_head]

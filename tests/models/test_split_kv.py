@@ -70,7 +70,13 @@ def make_rows(kv_lens: Sequence[int], heads: int = HEADS, kv_heads: int = KV_HEA
     return Rows(q, k, v, cos, sin, LayerPages(*pages), tables, lens, histories)
 
 
-def run(rows: Rows, rule: Rules, fresh: bool, temperatures: Tensor | None = None) -> Tensor:
+def run(
+    rows: Rows,
+    rule: Rules,
+    fresh: bool,
+    temperatures: Tensor | None = None,
+    head_norms: split_kv.HeadNorms | None = None,
+) -> Tensor:
     """fresh: the kernel rotates and stores, as in a step without chunks; else rotate_and_store does."""
     num_rows, heads, head_dim = rows.q.shape
     kv_heads = rows.k.shape[1]
@@ -78,7 +84,7 @@ def run(rows: Rows, rule: Rules, fresh: bool, temperatures: Tensor | None = None
     out = torch.full_like(rows.q, float("nan"))
     q, fresh_rows = rows.q, None
     if fresh:
-        fresh_rows = split_kv.FreshRows(rows.k, rows.v, rows.cos, rows.sin, temperatures)
+        fresh_rows = split_kv.FreshRows(rows.k, rows.v, rows.cos, rows.sin, temperatures, head_norms)
     else:
         newest = rows.kv_lens.long() - 1
         pages = rows.block_tables.long().gather(1, newest[:, None] // PAGE_SIZE)[:, 0]
@@ -136,6 +142,20 @@ def test_temperatures_multiply_the_query_of_their_row(fresh: bool) -> None:
     rows = make_rows((1, 17, 40))
     factors = torch.tensor([0.5, 1.0, 2.5])
     check(run(rows, Rules(), fresh, factors), rows, Rules(), factors)
+
+
+def test_heads_are_normed_before_they_turn() -> None:
+    """Each with the one weight of the queries or of the keys, the stored key too."""
+    rows, weights, eps = make_rows((1, 17, 40)), torch.randn(2, HEAD_DIM), 1e-2
+
+    def normed(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.nn.functional.rms_norm(x, (HEAD_DIM,), weight, eps)
+
+    keys = rotate(normed(rows.k, weights[1]), rows.cos, rows.sin)
+    histories = [(torch.cat((k[:-1], keys[row, None])), v) for row, (k, v) in enumerate(rows.histories)]
+    norms = split_kv.HeadNorms(weights[0], weights[1], eps)
+    out = run(rows, Rules(), fresh=True, head_norms=norms)
+    check(out, rows._replace(q=normed(rows.q, weights[0]), histories=histories), Rules())
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(16, 1), (17, 1), (40, 2)])
