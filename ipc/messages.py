@@ -9,8 +9,9 @@ both ends are the same build) and hold ints, floats, strings and packed int32 by
                              | Failed
     scheduler -> worker      StepPlan | Probe | Shutdown
     worker  -> scheduler     WorkerReady | Progress | StepResult | Probe | Failed
-    supervisor -> frontend   Drain | EngineLost
-    frontend -> supervisor   Progress | Ready | EngineServes | Notice | Listening | RequestEnded | Drained | Failed
+    supervisor -> frontend   Drain | EngineLost | DrainEngine | ExpectEngine
+    frontend -> supervisor   Progress | Ready | EngineServes | EngineDrained | Notice | Listening | RequestEnded
+                             | Drained | Failed
 
 The frontend stands in the Engine's place when a server runs; the supervisor is the process that started all of them.
 
@@ -479,6 +480,27 @@ class EngineLost(Struct, frozen=True, array_like=True, tag="engine_lost", gc=Fal
     is_last: bool = True  # no other is left
 
 
+class DrainEngine(Struct, frozen=True, array_like=True, tag="drain_engine", gc=False):
+    """One of several engines gets no new requests; what is open there after the time goes on at others. Answered by
+    EngineDrained."""
+
+    engine: int
+    grace_s: float
+
+
+class ExpectEngine(Struct, frozen=True, array_like=True, tag="expect_engine", gc=False):
+    """An engine that had drained, or was given up, is being started again."""
+
+    engine: int
+
+
+class EngineDrained(Struct, frozen=True, array_like=True, tag="engine_drained", gc=False):
+    """Nothing is open at the engine, which may be ended; or it could not drain."""
+
+    engine: int
+    error: str = ""
+
+
 class Listening(Struct, frozen=True, array_like=True, tag="listening", gc=False):
     """The public sockets are bound and requests are served."""
 
@@ -517,5 +539,7 @@ EngineToScheduler = Submit | Cancel | StatsRequest | ReportRequest | Probe | Att
 SchedulerToEngine = Ready | Progress | Notice | Outputs | Rejected | EngineStats | EngineReport | Probe | Failed
 SchedulerToWorker = StepPlan | Probe | Shutdown
 WorkerToScheduler = WorkerReady | Progress | StepResult | Probe | Failed
-SupervisorToFrontend = Drain | EngineLost
-FrontendToSupervisor = Progress | Ready | EngineServes | Notice | Listening | RequestEnded | Drained | Failed
+SupervisorToFrontend = Drain | EngineLost | DrainEngine | ExpectEngine
+FrontendToSupervisor = (
+    Progress | Ready | EngineServes | EngineDrained | Notice | Listening | RequestEnded | Drained | Failed
+)

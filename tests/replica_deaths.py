@@ -5,7 +5,8 @@
 
 A server with REPLICAS engines of the embedded model on the CPU in float32, STREAMS requests at a time from a client in
 another process. KINDS has what happens to an engine: its scheduler or its worker gets a SIGKILL at a random moment,
-whatever it does then, starting included. Each waits until every open stream has a new token since the one before.
+whatever it does then, starting included; or it drains and comes back. Each waits until every open stream has a new
+token since the one before.
 
 Afterwards every output must be that of an undisturbed run, token for token, every engine must serve again, and no page
 may be held. Prints the median and the longest time until every stream had its next token.
@@ -23,6 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from graphgen import Client
+from graphgen.server.operator import Wish, ask
 from tests.kills import becomes_idle
 from tests.serving import ServerProcess, is_alive, serving
 from tests.worker_deaths import WAIT_S, Reader, all_have_more, make_requests, wait_for
@@ -45,7 +47,21 @@ def kill(module: str) -> Callable[[ServerProcess, random.Random], None]:
     return strike
 
 
-KINDS = {"engine": kill("graphgen.scheduler"), "worker": kill("graphgen.worker")}
+def drain(server: ServerProcess, chance: random.Random) -> None:
+    """One that serves is taken out of service while it has much to do, and comes back."""
+    folder = Path(next(line for line in server.said if "graphgen replicas --server" in line).split("`")[1].split()[-1])
+    states = ask(folder, Wish("show")).engines
+    if states.count("serving") < 2:
+        return
+    number = chance.choice([one for one, state in enumerate(states) if state == "serving"])
+    told = ask(folder, Wish("drain", number, chance.choice([0.0, 0.2, 2.0])))
+    assert not told.error, told
+    wait_for(lambda: ask(folder, Wish("show")).engines[number] != "draining", "its end")
+    told = ask(folder, Wish("resume", number))
+    assert not told.error, told
+
+
+KINDS = {"drain": drain, "engine": kill("graphgen.scheduler"), "worker": kill("graphgen.worker")}
 
 
 def run(

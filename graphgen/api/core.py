@@ -115,7 +115,7 @@ class _Keeper:
         drained = threading.Event()
         self._links.drain(number, grace_s, lambda _: drained.set())
         drained.wait()
-        self._engines.rest(number)
+        self._engines.rest(number).join()
 
     def resume(self, number: int, timeout_s: float) -> None:
         with self._changed:

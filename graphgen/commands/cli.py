@@ -22,6 +22,7 @@ from graphgen.commands.chat import HELP, Conversation, Reply, chat_prompt, check
 from graphgen.commands.demo_run import run_demo
 from graphgen.commands.describe import Info, decisions, installed_versions
 from graphgen.commands.options import takes_engine_options, takes_sampling_options, takes_serve_options
+from graphgen.commands.replicas import replicas_app
 from graphgen.commands.serve import keys_app, serve_until_signal
 from graphgen.commands.tables import (
     buckets_table,
@@ -40,6 +41,7 @@ from graphgen.server.options import ServeOptions
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
+app.add_typer(replicas_app, name="replicas")
 stdout = Console()
 stderr = Console(stderr=True)
 
@@ -223,6 +225,7 @@ def _join_lines(commands: typer.Typer) -> None:
 
 _join_lines(app)
 _join_lines(keys_app)
+_join_lines(replicas_app)
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ class Engines:
     def __init__(self, count: int, make: Callable[[], EngineProcesses] = EngineProcesses) -> None:
         self._owns: list[EngineProcesses] = []
         self._limits = [StartLimit() for _ in range(count)]
-        self._starting: list[threading.Thread | None] = [None] * count  # those that are being started again
+        self._starting: list[threading.Thread | None] = [None] * count  # those that are being started again, or ended
         self._at_rest: set[int] = set()  # ended, and not to be started before somebody says so
         try:
             for _ in range(count):
@@ -106,21 +106,27 @@ class Engines:
         """It serves: how often it had been started counts no more."""
         self._limits[number].succeeded()
 
-    def rest(self, number: int) -> None:
-        """Ends an engine that has drained. Its device is free afterwards."""
+    def rest(self, number: int) -> threading.Thread:
+        """Ends an engine that has drained. When the thread that is returned has ended, its device is free."""
         self._at_rest.add(number)
-        self._owns[number].end_scheduler()
+        thread = threading.Thread(target=self._owns[number].end_scheduler, name=f"graphgen-rest-{number}", daemon=True)
+        self._starting[number] = thread
+        thread.start()
+        return thread
 
     def wake(self, number: int) -> None:
         """Starts an engine that is at rest. Does nothing for one that is not."""
         if number in self._at_rest:
             self._at_rest.discard(number)
+            if (thread := self._starting[number]) is not None:
+                thread.join()
             self._limits[number].succeeded()
             self._start_again(number)
 
     def is_at_rest(self, number: int) -> bool:
-        """Whether it has ended and is not started again by itself."""
-        return number in self._at_rest
+        """Whether it has ended, and is not started again by itself."""
+        thread = self._starting[number]
+        return number in self._at_rest and (thread is None or not thread.is_alive())
 
     def stop(self, grace_s: float) -> None:
         """Ends all of them and removes their folders. Idempotent."""

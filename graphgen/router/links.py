@@ -41,6 +41,7 @@ from graphgen.router.records import MAX_DIGESTS, Capacity, Choice, Loss, Refusal
 
 logger = logging.getLogger("graphgen")
 
+POLL_S = 0.02
 RETRY_S = 5.0
 """When to try again while no engine serves: about as long as a start with warm caches takes."""
 
@@ -97,9 +98,16 @@ class Links:
 
     # --- what a link does ----------------------------------------------------------------------------------------
 
-    def wait_ready(self, timeout_s: float) -> Ready:
-        """When all engines serve: what the one with least room said. Raises as `Link.wait_ready` does."""
+    def wait_ready(self, timeout_s: float, least: int | None = None) -> Ready:
+        """When all engines serve, or at least so many: what the one with least room said. Raises as `Link.wait_ready`
+        does."""
         deadline_s = time.monotonic() + timeout_s
+        if least is not None and least < len(self._links):
+            while self.num_serving < least:
+                if time.monotonic() >= deadline_s:
+                    raise EngineDeadError(f"{self.num_serving} engines serve after {timeout_s:g} s, not {least}")
+                time.sleep(POLL_S)
+            return self.ready
         for number, link in enumerate(self._links):
             self._serve(number, link.wait_ready(max(0.0, deadline_s - time.monotonic())))
         return self.ready

@@ -25,8 +25,11 @@ from graphgen.ipc.errors import EngineDeadError
 from graphgen.ipc.messages import (
     Drain,
     Drained,
+    DrainEngine,
+    EngineDrained,
     EngineLost,
     EngineServes,
+    ExpectEngine,
     Failed,
     FrontendToSupervisor,
     Listening,
@@ -46,6 +49,7 @@ from graphgen.requests.tokenizer import write_tokenizer
 from graphgen.server.frontend.settings import MAX_UNSTARTED, FrontendSettings
 from graphgen.server.gateways import Gateways, private_address
 from graphgen.server.kept import Kept
+from graphgen.server.operator import EngineState, OperatorSocket, Told, Wish
 from graphgen.server.options import ServeOptions
 from graphgen.server.request_log import RequestLog
 
@@ -55,6 +59,8 @@ FRONTEND_MODULE = "graphgen.server.frontend"
 WATCH_S = 0.1
 LOST_GRACE_S = 5.0
 """For the frontend to tell clients that the engine is gone."""
+
+FrontendChannel = Channel[SupervisorToFrontend, FrontendToSupervisor]
 
 
 class Supervisor:
@@ -68,6 +74,7 @@ class Supervisor:
         self._signals = EndSignals()
         self._asked_to_end = 0
         self._ready: Ready | None = None
+        self._states: list[EngineState] = ["serving"] * config.replicas  # from when it listens
         self._model = ModelFacts(PLAIN, {})
         self._progress = StartProgress(config.progress)
         self._num_lost: int | None = None
@@ -85,16 +92,15 @@ class Supervisor:
         engines = Engines(self._config.replicas, EngineProcesses)
         processes = engines[0]
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        channel: Channel[SupervisorToFrontend, FrontendToSupervisor] = Channel(
-            context, processes.folder, "frontend", "upper", FrontendToSupervisor
-        )
+        channel: FrontendChannel = Channel(context, processes.folder, "frontend", "upper", FrontendToSupervisor)
+        operator = OperatorSocket(context, processes.folder)
         try:
             self._start(engines)
             with self._progress as progress:
                 while not self._listening and self._num_lost is None:
-                    self._turn(engines, channel, progress.show)
+                    self._turn(engines, channel, operator, progress.show)
             while self._num_lost is None:
-                self._turn(engines, channel, lambda _: None)
+                self._turn(engines, channel, operator, lambda _: None)
             self._gateways.finish(processes)
             return 0 if self._num_lost == 0 else 1
         finally:
@@ -102,6 +108,7 @@ class Supervisor:
             self._gateways.close()
             engines.stop(grace_s=0.0)
             channel.close()
+            operator.close()
             context.term()
             for address in (self._data, self._control):
                 remove_dead(address)
@@ -135,6 +142,7 @@ class Supervisor:
             memory_limit_bytes=self._options.memory_limit_mib << 20,
             slow_consumer_s=self._options.slow_consumer_s,
             open_requests=self._options.open_requests,
+            awaits_all=not self._listening,
             max_unstarted=MAX_UNSTARTED * len(engines),
             log_requests=self._options.log_requests,
         ).write(processes.folder)
@@ -147,7 +155,8 @@ class Supervisor:
     def _turn(
         self,
         engines: Engines,
-        channel: Channel[SupervisorToFrontend, FrontendToSupervisor],
+        channel: FrontendChannel,
+        operator: OperatorSocket,
         on_progress: Callable[[Progress], None],
     ) -> None:
         """One look at messages, signals and processes."""
@@ -156,6 +165,8 @@ class Supervisor:
         if message is not None:
             self._take(message, engines, on_progress)
         self._pass_signals_on(channel)
+        if self._listening:
+            operator.serve(lambda wish: self._fulfil(wish, engines, channel))
         if self._num_lost is not None:
             return
         self._watch_engines(engines, channel)
@@ -175,7 +186,10 @@ class Supervisor:
                 self._ready = message
             case EngineServes():
                 engines.serves(message.engine)
+                self._states[message.engine] = "serving"
                 self._say(f"{_name(engines, message.engine)} serves again")
+            case EngineDrained():
+                self._take_drained(message, engines)
             case Notice():
                 self._say(message.text)
             case Listening():
@@ -188,6 +202,48 @@ class Supervisor:
                 if not self._listening:  # a start that cannot succeed, by the name that its error has
                     raise error_of(message)
                 logger.error("the frontend failed with %s: %s", message.error, message.message)
+
+    def _take_drained(self, drained: EngineDrained, engines: Engines) -> None:
+        name = _name(engines, drained.engine)
+        if drained.error:
+            self._say(f"{name} does not drain: {drained.error}")
+            self._states[drained.engine] = "serving"
+            return
+        self._say(f"{name} has drained, and ends")
+        engines.rest(drained.engine)
+        self._states[drained.engine] = "drained"
+
+    def _fulfil(self, wish: Wish, engines: Engines, channel: FrontendChannel) -> Told:
+        """What an operator asks for."""
+        error = self._why_not(wish, len(engines))
+        if not error and wish.action == "drain":
+            self._say(f"engine {wish.engine} drains; what is open there after {wish.grace_s:g} s goes on elsewhere")
+            self._states[wish.engine] = "draining"
+            channel.send(DrainEngine(wish.engine, wish.grace_s))
+        if not error and wish.action == "resume":
+            self._say(f"engine {wish.engine} is started again")
+            self._states[wish.engine] = "starting"
+            channel.send(ExpectEngine(wish.engine))
+            engines.wake(wish.engine)
+        drained = (number for number, state in enumerate(self._states) if state == "drained")
+        still_ending = {number for number in drained if not engines.is_at_rest(number)}
+        states = tuple("draining" if one in still_ending else state for one, state in enumerate(self._states))
+        return Told(states, error)
+
+    def _why_not(self, wish: Wish, count: int) -> str:
+        """Why a wish cannot be fulfilled; "" if it can."""
+        if wish.action == "show":
+            return ""
+        if not 0 <= wish.engine < count:
+            return f"there is no engine {wish.engine}: they are 0 to {count - 1}"
+        state = self._states[wish.engine]
+        if wish.action == "resume":
+            return "" if state in ("drained", "ended") else f"engine {wish.engine} is {state}: it needs no resume"
+        if state != "serving":
+            return f"engine {wish.engine} is {state}: only one that serves can drain"
+        if self._states.count("serving") < 2:
+            return f"engine {wish.engine} is the only one that serves: let another one serve first"
+        return ""
 
     def _tell_ready(self, where: Listening, processes: EngineProcesses) -> None:
         again, self._listening = self._listening, True
@@ -204,9 +260,11 @@ class Supervisor:
             "no keys: who can connect may" if self._keys is None else f"only CURVE keys of {self._keys} may connect"
         )
         self._gateways.start(processes, self._model)
+        if len(self._states) > 1:
+            self._say(f"`graphgen replicas --server {processes.folder}` drains engines and starts them again")
         self._say("ready")
 
-    def _pass_signals_on(self, channel: Channel[SupervisorToFrontend, FrontendToSupervisor]) -> None:
+    def _pass_signals_on(self, channel: FrontendChannel) -> None:
         if self._signals.num_wishes == self._asked_to_end:
             return
         self._asked_to_end = self._signals.num_wishes
@@ -218,7 +276,7 @@ class Supervisor:
         else:
             channel.send(Drain(0.0))
 
-    def _watch_engines(self, engines: Engines, channel: Channel[SupervisorToFrontend, FrontendToSupervisor]) -> None:
+    def _watch_engines(self, engines: Engines, channel: FrontendChannel) -> None:
         for end in engines.look(may_restart=self._listening and not self._asked_to_end):
             logger.error("%s", end.found)
             if not self._listening:
@@ -227,6 +285,7 @@ class Supervisor:
             name = _name(engines, end.number)
             reason = f"{name} ended: the {end.found.name} exited with code {end.found.code}"
             is_last = engines.num_kept == 0
+            self._states[end.number] = "starting" if end.restarts else "ended"
             channel.send(EngineLost(reason, end.restarts, end.number, is_last))
             if end.restarts and len(engines) == 1:
                 self._say(f"{reason}, and is started again; open requests get an error that says to try again")
@@ -240,13 +299,13 @@ class Supervisor:
                 self._await_end(channel)
                 raise EngineDeadError(str(end.found))
 
-    def _await_end(self, channel: Channel[SupervisorToFrontend, FrontendToSupervisor]) -> None:
+    def _await_end(self, channel: FrontendChannel) -> None:
         """Of the frontend, which tells its clients that nothing is left."""
         deadline_s = time.monotonic() + LOST_GRACE_S
         while time.monotonic() < deadline_s and not isinstance(channel.receive(WATCH_S), Drained):
             pass
 
-    def _raise_reason(self, channel: Channel[SupervisorToFrontend, FrontendToSupervisor]) -> None:
+    def _raise_reason(self, channel: FrontendChannel) -> None:
         """A process that ends on an error says so first, through the frontend: its word is better than an exit code."""
         deadline_s = time.monotonic() + 3 * WATCH_S
         while (left_s := deadline_s - time.monotonic()) > 0:

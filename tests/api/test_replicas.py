@@ -57,5 +57,5 @@ def test_a_replica_that_there_is_not_is_refused(engine: Engine) -> None:
 
 
 def test_all_streams_of_a_server_end_right_however_its_engines_end() -> None:
-    figures = replica_deaths.run(2, seed=1, replicas=2, streams=12, kinds=("engine", "worker"))
+    figures = replica_deaths.run(2, seed=1, replicas=2, streams=12, kinds=("engine", "drain"))
     assert figures["deaths"] == 2

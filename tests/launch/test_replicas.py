@@ -164,7 +164,7 @@ def test_starts_that_lead_to_nothing_end_and_one_that_serves_clears_them(engines
 
 
 def test_an_engine_at_rest_stays_so_until_it_is_woken(engines: Engines) -> None:
-    engines.rest(1)
+    engines.rest(1).join()
     assert fake(engines, 1).num_ends == 1
     assert engines.look() == []
     assert (engines.num_kept, engines.is_at_rest(1)) == (1, True)

@@ -47,7 +47,7 @@ class Desk:
     ) -> None:
         """on_end: hears of each request that ends, where requests are logged."""
         self.tallies = Tallies()
-        self._links = links
+        self.links = links
         self._preparer = preparer
         self._inbox = inbox
         self._outbox = outbox
@@ -132,15 +132,10 @@ class Desk:
     def lose_engine(self, number: int, final_reason: str | None, error: Error) -> bool:
         """An engine has ended. Whether its requests go on, see `Links.lose`; if not, every open request ends with the
         error, and the desk waits for the engine that takes its place."""
-        if self._links.lose(number, final_reason):
+        if self.links.lose(number, final_reason):
             return True
         self.fail_all(error)
         return False
-
-    @property
-    def num_engines_serving(self) -> int:
-        """Engines that serve now."""
-        return self._links.num_serving
 
     def release(self) -> None:
         """Submits held requests as long as a client may have more samples in the scheduler's queue, in turn."""
@@ -149,7 +144,7 @@ class Desk:
             request.submitted = True
             self._unstarted[request.client] = self._unstarted.get(request.client, 0) + request.num_unstarted
             try:
-                self._links.submit(request.prepared.opened)
+                self.links.submit(request.prepared.opened)
             except GraphgenError as failure:  # the engine has died
                 self._fail(request, error_of(failure, request.id))
 
@@ -160,7 +155,7 @@ class Desk:
     def tick(self, now_s: float) -> None:
         """Ten times a second. Ends held requests whose deadline has passed: those that a scheduler has are its own
         business."""
-        self._links.tick()
+        self.links.tick()
         if not self._held:
             return
         for request in list(self._open):
@@ -233,7 +228,7 @@ class Desk:
         if not request.submitted:
             self._held.discard(request.client, request)
             return
-        self._links.cancel(request.internal_ids)
+        self.links.cancel(request.internal_ids)
         self._count_started(request, request.num_unstarted)
 
     def _count_started(self, request: PublicRequest, num_samples: int) -> None:

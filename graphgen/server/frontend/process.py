@@ -124,7 +124,8 @@ def _serve(folder: Path, supervisor: SupervisorChannel) -> int:
             on_notice=supervisor.send,
         )
         stack.callback(links.close)
-        ready = links.wait_ready(threading.TIMEOUT_MAX)  # the supervisor has an eye on the time
+        least = len(links) if settings.awaits_all else 1
+        ready = links.wait_ready(threading.TIMEOUT_MAX, least)  # the supervisor has an eye on the time
         supervisor.send(ready)
         core = AttachedCore(launch, ready, read_tokenizer(folder), links, int(time.monotonic() * REQUEST_IDS_PER_S))
         server = make_server(sockets, supervisor, inbox, links, core, settings, access)

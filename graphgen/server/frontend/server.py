@@ -16,6 +16,7 @@ import zmq
 
 from graphgen.base.inbox import Inbox
 from graphgen.ipc.channel import Channel
+from graphgen.ipc.errors import GraphgenError
 from graphgen.ipc.ggp.framing import (
     FrameError,
     Framing,
@@ -39,7 +40,16 @@ from graphgen.ipc.ggp.messages import (
     ServerMessage,
     StatsRequest,
 )
-from graphgen.ipc.messages import Drain, EngineLost, EngineServes, FrontendToSupervisor, SupervisorToFrontend
+from graphgen.ipc.messages import (
+    Drain,
+    DrainEngine,
+    EngineDrained,
+    EngineLost,
+    EngineServes,
+    ExpectEngine,
+    FrontendToSupervisor,
+    SupervisorToFrontend,
+)
 from graphgen.server.frontend.desk import Desk
 from graphgen.server.frontend.monitor import Monitor
 from graphgen.server.frontend.outbox import Outbox
@@ -202,15 +212,27 @@ class Server:
                 self._ending = _Ending(now_s, make_error("engine_lost", order.message))
             case EngineLost():
                 self._lose_engine(order)
+            case DrainEngine():
+                self._drain_engine(order)
+            case ExpectEngine():
+                self._desk.links.expect(order.engine)
 
     def _lose_engine(self, lost: EngineLost) -> None:
         num_open = self._desk.num_open
         error = make_error("engine_lost", lost.message, retry_after_ms=RESTART_MS)
         go_on = self._desk.lose_engine(lost.engine, None if lost.restarts else lost.message, error)
         logger.error("%s; %d requests were open", lost.message, num_open)
-        self._monitor.engine_is_lost = not self._desk.num_engines_serving
+        self._monitor.engine_is_lost = not self._desk.links.num_serving
         then = "it is started again" if lost.restarts else "it stays so"
         self.notify(f"{lost.message}; {then}, and open requests {'go on' if go_on else 'ended with engine_lost'}")
+
+    def _drain_engine(self, order: DrainEngine) -> None:
+        try:
+            self._desk.links.drain(
+                order.engine, order.grace_s, lambda number: self._supervisor.send(EngineDrained(number))
+            )
+        except GraphgenError as error:  # another one ended at this moment
+            self._supervisor.send(EngineDrained(order.engine, str(error)))
 
     def engine_serves(self, number: int) -> None:
         """An engine has taken the place of one that ended. On the loop."""

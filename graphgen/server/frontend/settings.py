@@ -31,6 +31,8 @@ class FrontendSettings(Struct, frozen=True, kw_only=True):
     """Folder with the server's CURVE keys and the clients' public ones; None: no authentication."""
     engines: tuple[str, ...] = ()
     """Folders of the engines, where these are several."""
+    awaits_all: bool = True
+    """Whether to wait for all engines before serving; else for one, as when others are known to be at rest."""
     private: str | None = None
     """A second address of the data socket, which only processes of this server can reach."""
     memory_limit_bytes: int

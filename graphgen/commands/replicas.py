@@ -1,0 +1,66 @@
+"""`graphgen replicas`: how the engines of a server on this machine are, and taking one out of service and back.
+
+Owns the options, what is printed and the exit codes: 0 it is done, 1 it cannot be, 2 the command is wrong.
+"""
+
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+from graphgen.server.operator import EngineState, Told, Wish, ask, find_server
+
+NOT_DONE_EXIT = 1
+LOOK_S = 0.2
+
+replicas_app = typer.Typer(no_args_is_help=True, help="The engines of a server with --replicas, on this machine.")
+
+Server = Annotated[
+    str | None,
+    typer.Option("--server", metavar="FOLDER", help="Folder of the server.", show_default="the only one that runs"),
+]
+Number = Annotated[int, typer.Argument(metavar="ENGINE", help="Its number, from 0.")]
+Timeout = Annotated[float, typer.Option(min=0, help="Seconds to wait until it is done.")]
+
+
+@replicas_app.command()
+def show(server: Server = None) -> None:
+    """Print how each engine is: serving, starting, draining, drained or ended."""
+    told = ask(find_server(server), Wish("show"))
+    sys.stdout.write("".join(f"engine {number}  {state}\n" for number, state in enumerate(told.engines)))
+
+
+@replicas_app.command()
+def drain(
+    engine: Number,
+    grace_s: Annotated[
+        float, typer.Option(min=0, help="Seconds for what is open there; then it goes on at other engines.")
+    ] = 30.0,
+    server: Server = None,
+) -> None:
+    """Take an engine out of service: it gets no new requests, and ends when it has none left. Nothing is lost."""
+    _do(server, Wish("drain", engine, grace_s), "drained", grace_s + 60.0)
+
+
+@replicas_app.command()
+def resume(engine: Number, timeout_s: Timeout = 600.0, server: Server = None) -> None:
+    """Start an engine again that was drained, or that had ended too often."""
+    _do(server, Wish("resume", engine), "serving", timeout_s)
+
+
+def _do(server: str | None, wish: Wish, wanted: EngineState, timeout_s: float) -> None:
+    """Asks, and waits until the engine is as wanted."""
+    folder = find_server(server)
+    told = ask(folder, wish)
+    deadline_s = time.monotonic() + timeout_s
+    while not told.error and told.engines[wish.engine] != wanted:
+        if time.monotonic() > deadline_s:
+            told = Told(told.engines, f"engine {wish.engine} is {told.engines[wish.engine]} after {timeout_s:g} s")
+            break
+        time.sleep(LOOK_S)
+        told = ask(folder, Wish("show"))
+    if told.error:
+        sys.stderr.write(f"{told.error}\n")
+        raise typer.Exit(NOT_DONE_EXIT)
+    sys.stdout.write(f"engine {wish.engine}  {wanted}\n")
