@@ -6,7 +6,7 @@ of their last use. Steps without prompts are taken many at a time. `benchmarks.s
 real scheduler.
 """
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from heapq import heappop, heappush
 from math import ceil, inf
@@ -112,7 +112,7 @@ class ModelledEngine:
         self._num_steps = 0
         self._at_s = 0.0  # the end of the newest step
         self._step_s, self._num_planned = 0.0, 0
-        self._pages: dict[bytes, None] = {}  # the oldest first
+        self._pages: OrderedDict[bytes, None] = OrderedDict()  # the oldest first
 
     def end(self) -> dict[int, int]:
         """It dies, and begins anew with nothing. Returns what open requests got since they were heard of last."""
@@ -233,7 +233,7 @@ class ModelledEngine:
         """The first of these pages is the newest now."""
         pages = self._pages
         for digest in reversed(digests):
-            pages.pop(digest, None)
             pages[digest] = None
+            pages.move_to_end(digest)
         while len(pages) > self._num_pages:
-            del pages[next(iter(pages))]
+            pages.popitem(last=False)

@@ -23,7 +23,7 @@ from graphgen.scheduler.cost_model import CostModel
 MOST_SCHEDULED = 16
 FULL_STEP = 512
 """Rows of a modelled engine's step: about where an H200 computes rows at its best rate."""
-ALONE_FACTOR = 4.0
+ALONE_FACTOR = 16.0
 """The one engine is looked at for so many times as long: it ends that much fewer requests a second."""
 SAME_ALONE = {"death": "conversations", "slow": "conversations", "bursts": "conversations"}
 

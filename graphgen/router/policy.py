@@ -152,7 +152,7 @@ class Router:
 
     def first_token(self, request_id: int, cached_tokens: int, now_s: float) -> None:
         """The first token from its engine came; cached_tokens: what the engine found of its prompt. Raises KeyError for
-        a request that is not open. One that is lost is ignored."""
+        a request that is not open. One that is lost is ignored, and so is the token if `progress` told of it."""
         opened = self._requests[request_id]
         engine = opened.engine
         if engine is None:
@@ -160,7 +160,8 @@ class Router:
         if opened.age is not None and cached_tokens + engine.capacity.page_size < opened.cached:
             self._index.correct(engine.number, opened.age)
         opened.age = None
-        self.progress(request_id, opened.num_output + 1, now_s)
+        if not opened.has_begun:
+            self.progress(request_id, opened.num_output + 1, now_s)
 
     def progress(self, request_id: int, num_output: int, now_s: float) -> None:
         """It has so many tokens by now. As often as is convenient; before `died`, so that losses count since the last

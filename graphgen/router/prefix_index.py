@@ -8,6 +8,7 @@ a prompt that contains it was sent there later; of one prompt the first page is 
 gives up its oldest pages, so does the index, and one that no longer has a page has none that is older.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from random import Random
 
@@ -26,7 +27,7 @@ class PrefixIndex:
         self._most = most
         self._random = random
         self._holders: dict[bytes, int] = {}
-        self._pages: dict[int, dict[bytes, int]] = {}  # of each engine, oldest first: when each was touched
+        self._pages: dict[int, OrderedDict[bytes, int]] = {}  # of each engine, oldest first: when each was touched
         self._capacity: dict[int, int] = {}
         self.num_touches = 0
         """Of pages, ever: the clock of the index."""
@@ -35,7 +36,7 @@ class PrefixIndex:
 
     def join(self, number: int, num_pages: int) -> None:
         """A new engine, that keeps nothing yet and can hold so many pages."""
-        self._pages[number] = {}
+        self._pages[number] = OrderedDict()
         self._capacity[number] = num_pages
         for other in self._pages:
             self._shrink(other)
@@ -61,12 +62,14 @@ class PrefixIndex:
         num_before = len(pages)
         for digest in reversed(digests):
             touch += 1
-            touched = pages.pop(digest, None)
+            touched = pages.get(digest)
+            pages[digest] = touch
             if touched is None:
                 holders[digest] = holders.get(digest, 0) | bit
-            elif oldest is None or touched < oldest:
+                continue
+            pages.move_to_end(digest)
+            if oldest is None or touched < oldest:
                 oldest = touched
-            pages[digest] = touch
         self.num_touches = touch
         self.num_pairs += len(pages) - num_before
         self._shrink(number)
@@ -140,8 +143,7 @@ class PrefixIndex:
     def _drop_oldest(self, number: int, num_left: int) -> None:
         pages, holders, bit = self._pages[number], self._holders, 1 << number
         while len(pages) > num_left:
-            digest = next(iter(pages))
-            del pages[digest]
+            digest, _ = pages.popitem(last=False)
             self.num_pairs -= 1
             left = holders[digest] & ~bit
             if left:

@@ -38,7 +38,7 @@ class RouterSettings(Struct, frozen=True):
     num_random: int = 2
     """Engines looked at besides, drawn at random. With two, several routers do not all run to the same engine."""
     max_digests: int = 1 << 20
-    """(engine, page) pairs that the index remembers: some 200 bytes each."""
+    """(engine, page) pairs that the index remembers: some 300 bytes each."""
     warm_up_share: float = 0.25
     """Of the requests that no engine keeps much of: how many look at an engine whose cache is still empty."""
     shed_late_first_tokens: bool = False

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import router as router_costs
 from benchmarks import simulate
 from benchmarks.conversations import Client
 from benchmarks.metrics import Figures
@@ -141,3 +142,10 @@ def test_replicas_that_make_no_sense_are_refused(wrong: list[str], capsys: pytes
     with pytest.raises(SystemExit):
         simulate.main(wrong)
     assert "choose from" in (said := capsys.readouterr().err) or "from 1 to 1000" in said
+
+
+def test_the_cost_of_a_decision_is_that_of_each_of_its_parts() -> None:
+    (row,) = router_costs.main(["--engines", "20", "--repeats", "40"])
+    assert row["engines"] == 20
+    for part in ("digests", "choice", "sent", "served", "refusal"):
+        assert 0.5 < figure(row, f"{part} p50") <= figure(row, f"{part} p99")

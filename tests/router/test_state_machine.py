@@ -25,6 +25,8 @@ class Routing(RuleBasedStateMachine):
         self.at: dict[int, str | None] = {}
         self.losses: dict[int, int] = {}
         self.outputs: dict[int, int] = {}
+        self.begun: set[int] = set()
+        """Requests that got a token where they are."""
         self.status: dict[str, str] = {}
         self.draining: set[str] = set()
         self.epochs: dict[str, int] = {}
@@ -77,6 +79,7 @@ class Routing(RuleBasedStateMachine):
         engine_id = str(self.pick(data, list(self.status)))
         self.epochs[engine_id] += 1
         self.told("renewed", engine_id, self.epochs[engine_id], self.now_s)
+        self.begun -= {one for one, at in self.at.items() if at == engine_id}
         self.status[engine_id] = "serving"
         assert self.routers[0].view(engine_id).num_digests == 0
 
@@ -92,6 +95,8 @@ class Routing(RuleBasedStateMachine):
         engine_id = str(self.pick(data, list(self.status)))
         if self.status[engine_id] != "dead":
             self.epochs[engine_id] += is_new_life
+            if is_new_life:
+                self.begun -= {one for one, at in self.at.items() if at == engine_id}
             self.status[engine_id] = "any"  # serving, suspect or paused: the view says which
         num_open = sum(at == engine_id for at in self.at.values()) + others
         said = report(
@@ -176,6 +181,7 @@ class Routing(RuleBasedStateMachine):
         assert answer.num_losses == self.losses.get(request_id, 0)
         self.told("sent", answer)
         self.at[request_id] = answer.engine_id
+        self.begun.discard(request_id)
         self.losses.setdefault(request_id, 0)
         self.outputs.setdefault(request_id, 0)
 
@@ -191,10 +197,11 @@ class Routing(RuleBasedStateMachine):
         request_id = self.open_one(data)
         if is_first:
             self.told("first_token", request_id, cached * 16, self.now_s)
-            self.outputs[request_id] += 1
+            self.outputs[request_id] += request_id not in self.begun
         else:
             self.outputs[request_id] += count
             self.told("progress", request_id, self.outputs[request_id], self.now_s)
+        self.begun.add(request_id)
         self.losses[request_id] = 0
 
     @precondition(lambda self: self.at)
