@@ -237,6 +237,7 @@ class Router:
             engine.epoch,
             engine.num_open,
             engine.num_others,
+            len(engine.tenants),
             engine.prompt_tokens,
             engine.output_tokens,
             engine.open_work_s,

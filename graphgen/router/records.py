@@ -109,6 +109,7 @@ class EngineView(Struct, frozen=True):
     epoch: int
     num_open: int  # requests that this router sent
     num_others: int  # requests that others sent, by its last report
+    num_tenants: int  # that this router's requests are accounted to
     prompt_tokens: int  # of this router's requests: to compute
     output_tokens: int  # of this router's requests: expected yet
     open_work_s: float  # of all requests

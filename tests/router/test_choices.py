@@ -108,14 +108,23 @@ def test_its_own_requests_are_not_taken_for_those_of_others() -> None:
     assert router.view("e0").open_work_s == before_s
 
 
-def test_a_tenant_that_floods_every_engine_does_not_push_another_together() -> None:
-    """Where the greedy one has much or little to do makes no difference to the modest one, as long as it is more than
-    the modest one's: engines serve tenants in turns. It goes where it has least itself."""
-    router = router_of(4)
-    for number in range(400):
+def test_beside_a_tenant_that_floods_all_engines_another_goes_where_it_has_least_itself() -> None:
+    """Engines serve tenants in turns: a flood delays another tenant by no more than what that one has to do itself."""
+    router = router_of(2)
+    router.drain("e1")
+    for number in range(50):  # 28 ms each
         send(router, request(number, tenant="greedy"))
-    spread = Counter(send(router, request(1000 + number, tenant="modest")) for number in range(40))
-    assert set(spread.values()) == {10}
+    router.undrain("e1")
+    router.drain("e0")
+    for number in range(10):
+        send(router, request(100 + number, tenant="greedy"))
+    for number in range(30):
+        send(router, request(200 + number, tenant="modest"))
+    router.undrain("e0")
+    loads = [view.open_work_s for view in router.views()]
+    assert loads[0] > loads[1], "e0 has more to do, but nothing for the modest one"
+    assert send(router, request(300, tenant="modest")) == "e0"
+    assert send(router, request(301, tenant="greedy")) == "e1"
 
 
 def test_a_new_engine_gets_prompts_that_nobody_keeps() -> None:
@@ -218,6 +227,31 @@ def test_who_is_turned_away_tries_other_engines_and_then_hears_of_it() -> None:
         tried.append(choice.engine_id)
     assert len(tried) == len(set(tried)) == 3
     assert router.num_open == 0
+
+
+def test_an_engine_that_had_no_room_once_takes_a_request_whose_next_engine_died() -> None:
+    router = router_of(2)
+    first = send(router, request(0))
+    choice = router.rejected(0, 0.0)
+    assert choice is not None
+    router.sent(choice)
+    router.died(choice.engine_id, 0.0)
+    moved = router.move(0, 0.0)
+    assert isinstance(moved, Choice)
+    assert moved.engine_id == first
+
+
+def test_an_engine_that_joins_is_not_taken_for_one_that_left_and_had_no_room() -> None:
+    router = router_of(2)
+    first = send(router, request(0))
+    choice = router.rejected(0, 0.0)
+    assert choice is not None
+    router.sent(choice)
+    router.left(first)
+    router.joined("new", CAPACITY, 0.0)
+    choice = router.rejected(0, 0.0)
+    assert choice is not None
+    assert choice.engine_id == "new"
 
 
 def test_without_an_engine_the_reason_is_told() -> None:

@@ -25,6 +25,7 @@ class Routing(RuleBasedStateMachine):
         self.at: dict[int, str | None] = {}
         self.losses: dict[int, int] = {}
         self.outputs: dict[int, int] = {}
+        self.tenants: dict[int, str] = {}
         self.begun: set[int] = set()
         """Requests that got a token where they are."""
         self.status: dict[str, str] = {}
@@ -182,6 +183,7 @@ class Routing(RuleBasedStateMachine):
         self.told("sent", answer)
         self.at[request_id] = answer.engine_id
         self.begun.discard(request_id)
+        self.tenants[request_id] = answer.request.tenant
         self.losses.setdefault(request_id, 0)
         self.outputs.setdefault(request_id, 0)
 
@@ -229,6 +231,8 @@ class Routing(RuleBasedStateMachine):
         for view in router.views():
             num_open = sum(at == view.engine_id for at in self.at.values())
             assert view.num_open == num_open
+            tenants = {self.tenants[one] for one, at in self.at.items() if at == view.engine_id}
+            assert view.num_tenants == len(tenants)
             assert view.epoch == self.epochs[view.engine_id]
             assert view.is_draining == (view.engine_id in self.draining)
             assert min(view.prompt_tokens, view.output_tokens, view.num_others) >= 0
