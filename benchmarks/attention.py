@@ -95,7 +95,8 @@ class Case:
         self._angles = rows(1)[:, 0], rows(1)[:, 0]
         from graphgen.models.attention.flashinfer import FlashInferAttention  # imports Triton, which needs a GPU
 
-        self._backend = FlashInferAttention(shape, 1, num_rows, num_rows, kernels=kernels)
+        quantised = tables.chunk_pages.numel() if kv_format(kept_as).quantised else 0
+        self._backend = FlashInferAttention(shape, 1, num_rows, num_rows, kernels, quantised)
         starts, chunk_lens, decode_lens = (
             tensor.cpu().numpy().astype(np.int32)
             for tensor in (tables.chunk_starts, tables.chunk_kv_lens, tables.decode_kv_lens)
@@ -113,8 +114,8 @@ class Case:
 
 
 def random_layers(pool: tuple[int, ...], kept_as: str, num_layers: int) -> list[LayerPages]:
-    """Pages of each layer, and plain ones that they share where the format is quantised. pool: [P, page_size, Hkv, D].
-    All layers have the same numbers: making others would take longer than reading them."""
+    """Pages of each layer. pool: [P, page_size, Hkv, D]. All layers have the same numbers: making others would take
+    longer than reading them."""
     numbers = torch.randn(pool, device="cuda", dtype=torch.bfloat16)
     if not kv_format(kept_as).quantised:
         return [LayerPages(numbers.clone(), numbers.clone()) for _ in range(num_layers)]
@@ -122,11 +123,7 @@ def random_layers(pool: tuple[int, ...], kept_as: str, num_layers: int) -> list[
     if kv_format(kept_as).scale_bytes:
         numbers, scales = numbers * 32, torch.full(pool[:3], 1 / 32, device="cuda")
     stored = numbers.to(STORED_DTYPES[kept_as])
-    plain = (
-        torch.zeros(pool, device="cuda", dtype=torch.bfloat16),
-        torch.zeros(pool, device="cuda", dtype=torch.bfloat16),
-    )
-    return [LayerPages(stored.clone(), stored.clone(), scales, scales.clone(), *plain) for _ in range(num_layers)]
+    return [LayerPages(stored.clone(), stored.clone(), scales, scales.clone()) for _ in range(num_layers)]
 
 
 DECODE_KERNELS = (Kernel.SPLIT_KV, Kernel.XQA, Kernel.FA2)

@@ -312,6 +312,7 @@ class WorkerReady(Struct, frozen=True, array_like=True, tag="worker_ready", gc=F
     device_bytes: int = 0  # of a CUDA device, held by this worker when it was ready
     page_groups: tuple[PageGroup, ...] = (PageGroup(),)
     page_bytes: int = 0  # of one page, in all layers of its group
+    max_chunk_pages: int | None = None  # pages that the chunks of one step may see together; None: any number
 
     def most_positions(self, limit: int) -> int:
         """Of a request that has all pages to itself, at most `limit`."""

@@ -27,11 +27,6 @@ def bytes_per_page(spec: ModelSpec, layout: PageLayout, page_size: int, kept_as:
     return page_size * sum(of_tensor.values())
 
 
-def plain_bytes_per_page(spec: ModelSpec, page_size: int, dtype: torch.dtype) -> int:
-    """Memory that each page costs beside itself where a kernel reads plain pages, see LayerPages."""
-    return page_size * sum(heads * width for heads, width in spec.layers[0].mixer.kept) * dtype.itemsize
-
-
 class KVCache:
     """`num_pages` pages to give out and, behind them, the trash page where padded rows write.
 
@@ -49,11 +44,9 @@ class KVCache:
         layout: PageLayout | None = None,
         kept_as: str | None = None,
         head_scales: Sequence[HeadScales] | None = None,
-        with_plain: bool = False,
     ) -> None:
         """dtype: the model's. layout: None keeps all positions of all layers. kept_as: a KV format's name; None: the
-        dtype's. head_scales: of each layer, read where the format is fp8; None: 1. with_plain: see LayerPages; all
-        layers' pages have one shape then."""
+        dtype's. head_scales: of each layer, read where the format is fp8; None: 1."""
         if num_pages < 1 or page_size < 1:
             raise ConfigError(f"num_pages is {num_pages} and page_size {page_size}: both must be at least 1")
         self.num_pages = num_pages
@@ -71,20 +64,18 @@ class KVCache:
         stored_as = STORED_DTYPES.get(kept_as or "", dtype)
         elements = [[allocate(shape, stored_as) for shape in kept] for kept in shapes]
         scales = [[allocate(shape[:1], torch.float32) for shape in kept if has_scales] for kept in shapes]
-        plain = [allocate(shape, dtype) for shape in shapes[0]] if with_plain else [None, None]
         of_layers: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * spec.num_layers
         if kept_as == "fp8":
             of_layers = [*(head_scales or (_ones(layer.mixer.kept[0][0], device) for layer in spec.layers))]
         elif has_scales:
             of_layers = [(scales[place][0], scales[place][-1]) for place in layout.places]
         self.pages = [
-            LayerPages(elements[place][0], elements[place][-1], *of_layer, *plain)
+            LayerPages(elements[place][0], elements[place][-1], *of_layer)
             for place, of_layer in zip(layout.places, of_layers, strict=True)
         ]
         self.k_pages = [pages.k for pages in self.pages]
         self.v_pages = [pages.v for pages in self.pages]
         self._tensors = [tensor for of_place in (*elements, *scales) for tensor in of_place]
-        self._plain = [tensor for tensor in plain if tensor is not None]
         self._copy = (_copy_on_cuda if device.type == "cuda" else _copy_in_torch)(self._tensors)
 
     @property
@@ -94,8 +85,8 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all pages, the trash page and plain pages included."""
-        return sum(pages.nbytes for pages in (*self._tensors, *self._plain))
+        """Memory of all pages, the trash page included."""
+        return sum(pages.nbytes for pages in self._tensors)
 
     def copy_pages(self, copies: Tensor) -> None:
         """copies: [N, 2] int32 on the cache's device, (source, destination) of whole pages in every layer, all at once:

@@ -86,6 +86,7 @@ def _limits(config: LaunchConfig, ready: WorkerReady) -> SchedulerLimits:
         windows=tuple(group.window for group in ready.page_groups),
         num_slots=config.num_slots,
         max_chunks=ready.max_chunks,
+        max_chunk_pages=ready.max_chunk_pages,
         token_budget=config.token_budget,
         objective=config.objective,
         max_model_len=config.max_model_len,

@@ -94,10 +94,7 @@ class PromptPlanner:
         slack_ms = load.slack_ms
         if slack_ms is not None and self._mean_gaps.skips_prompts(slack_ms, self._budget.step_ms(bucket, load)):
             return
-        limits = self._limits
-        shares = PromptShares(
-            bucket.prefill_rows, limits.max_chunks, limits.max_scored_rows, draft.num_decodes, self._budget
-        )
+        shares = PromptShares(bucket.prefill_rows, self._limits, draft.num_decodes, self._budget)
         if len(turns) == 1:
             self._serve(turns[0], draft, shares, now_s)
         else:
@@ -239,7 +236,9 @@ class PromptPlanner:
             if self._admission.has_pages(request, offer):
                 offer = self._admission.with_copy(request, offer)
                 is_last = turn.is_last and self._tenants.num_waiting == 1
-                length = shares.fit(len(request.tokens) - offer.num_cached, is_last, request.is_scored)
+                length = shares.fit(
+                    offer.num_cached, len(request.tokens) - offer.num_cached, is_last, request.is_scored
+                )
                 if length:
                     shares.give(self._start(request, offer, draft, now_s), length)
                     num_passed = len(passed)

@@ -16,7 +16,10 @@ from graphgen.models.attention.kernels import AttentionShape, Scores
 from graphgen.models.attention.reference import TorchAttention
 from graphgen.models.attention.variant import AttentionVariant, Numbers, Scoring
 from graphgen.models.layers import variant_of
-from graphgen.models.spec import GQA, Latent, ModelSpec
+from graphgen.models.spec import GQA, Latent, ModelSpec, kv_format
+
+MOST_CHUNK_PAGES = 1024
+"""65 536 positions on CUDA: 256 MiB of plain pages for heads as those of Llama 3.1 8B."""
 
 _LEAST_FP8 = (8, 9)
 """Of compute capability: Triton converts e4m3 from there on."""
@@ -106,7 +109,21 @@ class _Most(NamedTuple):
 def _open_flashinfer(config: LaunchConfig, dtype: torch.dtype, most: _Most) -> AttentionBackend:
     from graphgen.models.attention.flashinfer import FlashInferAttention
 
-    return FlashInferAttention(attention_shape(config, dtype), most.chunks, most.prefill_rows, most.decode_rows)
+    shape = attention_shape(config, dtype)
+    return FlashInferAttention(
+        shape,
+        most.chunks,
+        most.prefill_rows,
+        most.decode_rows,
+        most_quantised_pages=_most_chunk_pages(config, most.chunks) if kv_format(config.kv_format).quantised else 0,
+    )
+
+
+def _most_chunk_pages(config: LaunchConfig, most_chunks: int) -> int:
+    """Quantised pages that the chunks of a step may see together: what any step's see, or what few steps' go beyond and
+    one context of any length does not."""
+    of_context = -(-config.max_model_len // config.page_size)
+    return min(most_chunks * of_context, max(of_context, MOST_CHUNK_PAGES))
 
 
 def _open_latent(

@@ -41,11 +41,10 @@ from graphgen.ipc.messages import (
 from graphgen.ipc.step_schema import MAX_SCORED_ROWS, PAGE_COPY_WORDS, WORD_BYTES, StepBounds, StepShape
 from graphgen.launch.config import LaunchConfig
 from graphgen.launch.tokenizer_file import TokenizerPart
-from graphgen.models.kv_cache import KVCache, bytes_per_page, plain_bytes_per_page
+from graphgen.models.kv_cache import KVCache, bytes_per_page
 from graphgen.models.loader import load_decoder
 from graphgen.models.page_layout import page_layout
 from graphgen.models.sampling import ROW_WIDTH, make_sampler, pack_slot
-from graphgen.models.spec import kv_format
 from graphgen.worker.backend import open_backend
 from graphgen.worker.background import Background, prepare_first_use
 from graphgen.worker.bias_copies import BiasCopies
@@ -184,6 +183,7 @@ class ModelRunner:
             compiled=self._config.compile,
             buckets=self._buckets,
             max_chunks=self._bounds.max_chunks,
+            max_chunk_pages=self._backend.most_chunk_pages,
             num_pages=self._kv_cache.num_pages,
             page_size=self._config.page_size,
             page_groups=self._page_groups,
@@ -317,7 +317,6 @@ class ModelRunner:
             self._page_layout,
             kept_as=config.kv_format,
             head_scales=self._decoder.head_scales,
-            with_plain=self._needs_plain_pages,
         )
 
     def _step_maker(self, kv_cache: KVCache) -> Callable[[StepShape], Step]:
@@ -361,8 +360,6 @@ class ModelRunner:
         if config.num_pages is not None:
             return config.num_pages
         page_bytes, step_bytes = self._page_bytes, 0
-        if self._needs_plain_pages:
-            page_bytes += plain_bytes_per_page(config.spec, config.page_size, dtype)
         if self._device.type == "cuda":
             step_bytes = peak_bytes_of(self._device, lambda: self._run_once(self._buckets[-1]))
         return pages_that_fit(
@@ -382,11 +379,6 @@ class ModelRunner:
     def _page_bytes(self) -> int:
         config = self._config
         return bytes_per_page(config.spec, self._page_layout, config.page_size, config.kv_format)
-
-    @property
-    def _needs_plain_pages(self) -> bool:
-        """Whether chunks are computed by a kernel that reads no quantised pages."""
-        return kv_format(self._config.kv_format).quantised and self._backend.needs_plain_pages
 
 
 def _widest(buckets: Sequence[Bucket]) -> Bucket:

@@ -65,7 +65,7 @@ class AttentionBackend(Protocol):
     name: str  # as EngineConfig.attention names it
     description: str  # for people
     late_import: str | None  # the package that `load_kernels` imports first, which takes a while
-    needs_plain_pages: bool  # its chunks read no quantised pages, see LayerPages
+    most_chunk_pages: int | None  # that the chunks of a step may see together; None: any
     runs_fused_layers: bool  # False: the plain layers alone, as a reference for others
 
     def load_kernels(self) -> None: ...

@@ -66,8 +66,10 @@ class FlashInferAttention:
         most_prefill_rows: int,
         most_decode_rows: int,
         kernels: tuple[Kernel, Kernel] | None = None,
+        most_quantised_pages: int = 0,
     ) -> None:
-        """kernels: of the prefill and the decode region; None takes the device's best pair."""
+        """kernels: of the prefill and the decode region; None takes the device's best pair. most_quantised_pages: of
+        all chunks of a step together, where pages are quantised; 0: they are not."""
         check_supported(shape)
         device = torch.device("cuda", torch.cuda.current_device())
         capability = torch.cuda.get_device_capability(device)
@@ -75,12 +77,13 @@ class FlashInferAttention:
         if decode in _DECODE_PAGE_SIZES and shape.page_size not in _DECODE_PAGE_SIZES[decode]:
             sizes = _DECODE_PAGE_SIZES[decode]
             raise ConfigError(f"page_size is {shape.page_size}, the decode kernel has {sizes}: choose one")
-        self._prefill = _prefill_region(prefill, shape, most_chunks, most_prefill_rows, device)
+        self._prefill = _prefill_region(prefill, shape, most_chunks, most_prefill_rows, most_quantised_pages, device)
         self._decode = _decode_region(decode, shape, most_decode_rows, device)
         self._kernels = torch.tensor([prefill, decode], dtype=torch.int64)
         self._libraries = needed_libraries(shape, (prefill, decode))
         self._folder = KernelFolder.of(arch_of(capability))
-        self.needs_plain_pages = isinstance(self._prefill, PlannedRegion)
+        is_bounded = most_quantised_pages > 0 and isinstance(self._prefill, PlannedRegion)
+        self.most_chunk_pages = most_quantised_pages if is_bounded else None
         self.late_import: str | None = package_to_load(self._libraries, self._folder)
         self.description = f"flashinfer (prefill {prefill.name}, decode {decode.name})"
 
@@ -159,10 +162,10 @@ class UnplannedChunks(NamedTuple):
 
 
 def _prefill_region(
-    kernel: Kernel, shape: AttentionShape, most_chunks: int, most_rows: int, device: torch.device
+    kernel: Kernel, shape: AttentionShape, most_chunks: int, most_rows: int, num_plain_pages: int, device: torch.device
 ) -> PlannedRegion | UnplannedChunks:
     if kernel is not Kernel.TILES:
-        return PlannedRegion(kernel, shape, most_chunks, most_rows)
+        return PlannedRegion(kernel, shape, most_chunks, most_rows, num_plain_pages)
     tile = TileShape(shape.num_heads, shape.num_kv_heads, shape.head_dim, 0)
     return UnplannedChunks(kernel, open_tiles(tile, most_rows, most_chunks, False, device))
 
@@ -234,8 +237,6 @@ def _paged_attention(
     v_pages: Tensor,
     k_scales: Tensor | None,
     v_scales: Tensor | None,
-    k_plain: Tensor | None,
-    v_plain: Tensor | None,
     kv_locations: Tensor,
     chunk_starts: Tensor,
     chunk_kv_lens: Tensor,
@@ -255,7 +256,7 @@ def _paged_attention(
 ) -> Tensor:
     prefill_kernel, decode_kernel = (Kernel(number) for number in kernels.tolist())
     scoring = Scoring(Numbers.unpacked(numbers), sinks, alibi_slopes)
-    pages = LayerPages(k_pages, v_pages, k_scales, v_scales, k_plain, v_plain)
+    pages = LayerPages(k_pages, v_pages, k_scales, v_scales)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     split = q.shape[0] - decode_kv_lens.shape[0]
     chunks = ChunkRows(
@@ -299,10 +300,10 @@ def _run_prefill(q: Tensor, out: Tensor, pages: LayerPages, chunks: ChunkRows, s
             attend_in_tiles(q, out, pages, chunks.rows, shape, workspace, scoring)
         case PlannedTensors() as planned:
             k_pages, v_pages = pages.k, pages.v
-            if pages.k_plain is not None and pages.v_plain is not None:
-                window = scoring.numbers.window
-                fill_plain_pages(pages, chunks.rows, planned.page_starts, planned.flat_pages, window)
-                k_pages, v_pages = pages.k_plain, pages.v_plain
+            if pages.k_scales is not None:
+                tables = planned.page_starts, planned.flat_pages
+                fill_plain_pages(planned.plain_pages, pages, chunks.rows, *tables, scoring.numbers.window)
+                k_pages, v_pages = planned.plain_pages
             run_planned(chunks.kernel, q, out, k_pages, v_pages, planned, scoring)
 
 
@@ -371,7 +372,7 @@ def _result_like(q: Tensor, *_: object) -> Tensor:
 _library = torch.library.Library("graphgen", "FRAGMENT")
 _library.define(
     "paged_attention_flashinfer(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor k_pages, "
-    "Tensor v_pages, Tensor? k_scales, Tensor? v_scales, Tensor? k_plain, Tensor? v_plain, Tensor kv_locations, "
+    "Tensor v_pages, Tensor? k_scales, Tensor? v_scales, Tensor kv_locations, "
     "Tensor chunk_starts, Tensor chunk_kv_lens, Tensor chunk_pages, "
     "Tensor decode_kv_lens, Tensor decode_pages, Tensor kernels, Tensor[] prefill, Tensor[] decode, "
     "Tensor numbers, Tensor? sinks, Tensor? alibi_slopes, Tensor? temperatures, "

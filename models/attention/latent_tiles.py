@@ -41,7 +41,7 @@ class LatentTiles:
     name = "flashinfer"  # the choice that it is part of
     description = "row tiles of latent attention (graphgen's own, in Triton)"
     late_import: str | None = None
-    needs_plain_pages = False
+    most_chunk_pages: int | None = None
     runs_fused_layers = True
 
     def __init__(

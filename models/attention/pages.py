@@ -40,11 +40,6 @@ class LayerPages(NamedTuple):
     """float32: of fp8 [Hkv], of int8 [P, page_size, Hkv]; None: not quantised."""
     v_scales: Tensor | None = None
     """float32, the same."""
-    k_plain: Tensor | None = None
-    """[P, page_size, Hkv, D] in the model's dtype, shared by all layers: where a kernel that reads no quantised pages
-    finds those that it needs, see plain_pages.py. None: none does."""
-    v_plain: Tensor | None = None
-    """[P, page_size, Hkv, D], the same."""
 
 
 def store(pages: Tensor, scales: Tensor | None, values: Tensor, locations: Tensor) -> None:

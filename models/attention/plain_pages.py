@@ -1,10 +1,11 @@
 """Quantised pages read into pages of the model's dtype, for a kernel that takes no others: FlashInfer's, for chunks.
 CUDA only.
 
-A plain page has the number of the page that it is read from, so block tables and plans hold for both. All layers share
-the plain pages: a layer's chunks are computed before the next layer's are filled. Only those that a row of the step's
-chunks sees are filled. How many these are is read on the device, so the one launch of a layer is the same for every
-step and a captured graph may hold it. Called by flashinfer.py.
+Plain pages are numbered as the list of the chunks' pages counts them, chunk after chunk, so there need be as many as a
+step's chunks see together, which the scheduler bounds. All layers share them: a layer's chunks are computed before the
+next layer's pages are read. Only those that a row of the step's chunks sees are read. How many these are is read on the
+device, so the one launch of a layer is the same for every step and a captured graph may hold it. Called by
+flashinfer.py.
 """
 
 import functools
@@ -65,19 +66,23 @@ def _fill_kernel(
             pairs = part % PARTS * PAIRS + tl.arange(0, PAIRS)
             inside = (pairs < PAGE * HKV)[:, None]
             places = page * PAGE * HKV + pairs[:, None]
+            plain_places = number.to(tl.int64) * PAGE * HKV + pairs[:, None]
             of_scales = places if BY_POSITION else places % HKV
             k = tl.load(k_pages + places * D + dims, inside, other=0.0).to(tl.float32)
             v = tl.load(v_pages + places * D + dims, inside, other=0.0).to(tl.float32)
             k *= tl.load(k_scales + of_scales, inside, other=0.0)
             v *= tl.load(v_scales + of_scales, inside, other=0.0)
-            tl.store(k_plain + places * D + dims, k.to(k_plain.dtype.element_ty), inside)
-            tl.store(v_plain + places * D + dims, v.to(v_plain.dtype.element_ty), inside)
+            tl.store(k_plain + plain_places * D + dims, k.to(k_plain.dtype.element_ty), inside)
+            tl.store(v_plain + plain_places * D + dims, v.to(v_plain.dtype.element_ty), inside)
 
 
-def fill_plain_pages(pages: LayerPages, chunks: Rows, page_starts: Tensor, flat_pages: Tensor, window: int) -> None:
+def fill_plain_pages(
+    plain_pages: Tensor, pages: LayerPages, chunks: Rows, page_starts: Tensor, flat_pages: Tensor, window: int
+) -> None:
     """Reads every page in which a row of the chunks sees a position; those behind the window are left out.
 
-    pages: contiguous and quantised, the plain ones of the same shape. page_starts: [N + 1] int32, the first of each
+    plain_pages: [2, at least as many as the chunks have, page_size, Hkv, D], of keys and of values. pages: contiguous
+    and quantised. page_starts: [N + 1] int32, the first of each
     chunk's pages in `flat_pages`, int32, and the end. window: 0 is none.
     """
     assert chunks.starts is not None, "chunks have starts"
@@ -86,6 +91,7 @@ def fill_plain_pages(pages: LayerPages, chunks: Rows, page_starts: Tensor, flat_
     pairs = max(1, _ELEMENTS // head_dim)
     _fill_kernel[(_num_programs(pages.k.device),)](
         *pages,
+        *plain_pages,
         chunks.starts,
         chunks.kv_lens,
         page_starts,

@@ -43,6 +43,11 @@ class PlannedTensors(NamedTuple):
     """[W] int64 on the host: the window of each work list."""
     constants: Tensor
     """[W, count] int64 on the host: the launch constants of each work list, read at capture."""
+    plain_pages: Tensor
+    """[2, pages, page_size, Hkv, D]: where quantised keys and values are read to, see plain_pages.py; none where they
+    are not quantised."""
+    plain_places: Tensor
+    """int32: where in `plain_pages` each of `flat_pages` is read to; none where they are not quantised."""
 
 
 class PlannedRegion:
@@ -51,7 +56,10 @@ class PlannedRegion:
     One work list per distinct sliding window, since the window decides how much a row reads.
     """
 
-    def __init__(self, kernel: Kernel, shape: AttentionShape, most_requests: int, most_rows: int) -> None:
+    def __init__(
+        self, kernel: Kernel, shape: AttentionShape, most_requests: int, most_rows: int, num_plain_pages: int = 0
+    ) -> None:
+        """num_plain_pages: of all requests together, at least; 0 where pages are not quantised."""
         device = torch.device("cuda", torch.cuda.current_device())
         self.kernel = kernel
         self._shape = shape
@@ -64,6 +72,9 @@ class PlannedRegion:
         size = len(shape.windows), _INT_WORKSPACE_BYTES
         self._work_lists = torch.empty(size, dtype=torch.uint8, device=device)
         self._windows = torch.tensor(shape.windows, dtype=torch.int64)
+        pool = (2, num_plain_pages, shape.page_size, shape.num_kv_heads, shape.head_dim)
+        # Zeros: a kernel multiplies what lies past a sequence by a weight of zero, and memory may hold NaN.
+        self._plain_pages = torch.zeros(pool, dtype=shape.dtype, device=device)
         self._ring = [torch.empty(_INT_WORKSPACE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(_PLAN_RING)]
         self._copied: list[torch.cuda.Event | None] = [None] * _PLAN_RING
         self._next = 0
@@ -72,14 +83,26 @@ class PlannedRegion:
         """The block tables of [N] requests in FlashInfer's ragged form, made on the device."""
         page_starts, flat_pages, last_lens = flatten_pages(kv_lens, pages, self._shape.page_size)
         constants = [self._constants[num_rows, len(kv_lens), window] for window in self._shape.windows]
-        return self._tensors(starts, page_starts, flat_pages, last_lens, torch.tensor(constants, dtype=torch.int64))
+        num_plain = self._plain_pages.shape[1]
+        # Entries behind the last page are read, and masked after.
+        count = len(flat_pages) if num_plain else 0
+        places = torch.arange(count, dtype=torch.int32, device=flat_pages.device).clamp_(max=num_plain - 1)
+        of_host = torch.tensor(constants, dtype=torch.int64)
+        return self._tensors(starts, page_starts, flat_pages, last_lens, of_host, places)
 
     def absent(self) -> PlannedTensors:
         """Stands in for `prepare` in a bucket without this region, so that every bucket runs one compiled layer."""
-        return self._tensors(*no_requests(len(self._shape.windows), self._float_workspace.device))
+        of_none = no_requests(len(self._shape.windows), self._float_workspace.device)
+        return self._tensors(*of_none, torch.empty_like(of_none[0]))
 
     def _tensors(
-        self, starts: Tensor, page_starts: Tensor, flat_pages: Tensor, last_lens: Tensor, constants: Tensor
+        self,
+        starts: Tensor,
+        page_starts: Tensor,
+        flat_pages: Tensor,
+        last_lens: Tensor,
+        constants: Tensor,
+        plain_places: Tensor,
     ) -> PlannedTensors:
         return PlannedTensors(
             starts=starts,
@@ -90,6 +113,8 @@ class PlannedRegion:
             work_lists=self._work_lists,
             windows=self._windows,
             constants=constants,
+            plain_pages=self._plain_pages,
+            plain_places=plain_places,
         )
 
     def plan(self, num_rows: int, starts: Words, kv_lens: Words) -> None:
@@ -180,7 +205,8 @@ def _functions(
 def run_planned(
     kernel: Kernel, q: Tensor, out: Tensor, k_pages: Tensor, v_pages: Tensor, tensors: PlannedTensors, scoring: Scoring
 ) -> None:
-    """Writes out, the attention of the rows q over the pages of their requests."""
+    """Writes out, the attention of the rows q over the pages of their requests. k_pages, v_pages: the plain ones where
+    pages are quantised."""
     window = scoring.numbers.window
     index = tensors.windows.tolist().index(window)
     functions = _functions(kernel, q.dtype, q.shape[2], window > 0, Scores.of(scoring))
@@ -193,7 +219,7 @@ def run_planned(
         v_pages,
         tensors.starts,
         tensors.page_starts,
-        tensors.flat_pages,
+        tensors.plain_places if tensors.plain_pages.shape[1] else tensors.flat_pages,
         tensors.last_lens,
         out,
         None,  # log-sum-exp is not wanted

@@ -304,7 +304,7 @@ class TorchStep(NamedTuple):
         temperatures: Tensor | None = None,
     ) -> Tensor:
         """See StepAttention."""
-        result: Tensor = _operator(q, k, v, cos, sin, *pages[:4], *self.tables, *variant, temperatures)
+        result: Tensor = _operator(q, k, v, cos, sin, *pages, *self.tables, *variant, temperatures)
         return result
 
     def attend_latent(
@@ -320,7 +320,7 @@ class TorchAttention:
 
     name = "torch"
     late_import: str | None = None
-    needs_plain_pages = False
+    most_chunk_pages: int | None = None
     runs_fused_layers = False
 
     def __init__(self, reason: str) -> None:

@@ -18,8 +18,8 @@ def head_scales(num_heads: int) -> tuple[Tensor, Tensor]:
     return torch.linspace(0.3, 1.7, num_heads), torch.linspace(2.3, 0.6, num_heads)
 
 
-def kept_as(name: str, pages: LayerPages, with_plain: bool = False) -> LayerPages:
-    """The same values in pages of that format; what is NaN stays so. with_plain: with plain pages, of NaN."""
+def kept_as(name: str, pages: LayerPages) -> LayerPages:
+    """The same values in pages of that format; what is NaN stays so."""
     num_pages, page_size, num_heads, _ = pages.k.shape
     device = pages.k.device
     of_position = kv_format(name).scale_bytes > 0
@@ -31,8 +31,7 @@ def kept_as(name: str, pages: LayerPages, with_plain: bool = False) -> LayerPage
     stored = [torch.zeros(pages.k.shape, dtype=STORED_DTYPES[name], device=device) for _ in range(2)]
     for tensor, scale, plain in zip(stored, scales, pages[:2], strict=True):
         store(tensor, scale, plain.flatten(0, 1), torch.arange(num_pages * page_size, device=device))
-    plains = (torch.full_like(pages.k, torch.nan) for _ in range(2)) if with_plain else (None, None)
-    return LayerPages(*stored, *scales, *plains)
+    return LayerPages(*stored, *scales)
 
 
 def read_back(name: str, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,8 @@ from graphgen.models.attention.tables import RowTables
 from graphgen.models.compilation import CompiledHalves
 from graphgen.models.layers import DecoderLayer
 from graphgen.models.spec import Latent
+from tests.models.kept import FORMATS
+from tests.models.kept import kept_as as quantised
 from tests.models.test_few_rows_layers import HIDDEN, SPEC, with_mixer
 
 if importlib.util.find_spec("triton") is None:
@@ -57,7 +59,9 @@ def angles_of(num_rows: int, head_dim: int) -> tuple[Tensor, Tensor]:
 class Steps:
     """Steps of buckets, in the shapes that `prepare` gives their tensors; what all buckets share is one tensor."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_plain: int = 0) -> None:
+        """num_plain: pages that quantised ones are read to."""
+        self._plain = torch.zeros(2, num_plain, 16, 2, HEAD_DIM, dtype=torch.bfloat16)
         self._kernels = torch.tensor([Kernel.FA3, Kernel.SPLIT_KV])
         self._workspace = torch.zeros(64, dtype=torch.uint8)
         self._work_lists = torch.zeros(len(WINDOWS), 4096, dtype=torch.uint8)
@@ -71,8 +75,9 @@ class Steps:
             starts, page_starts, last_lens = int32(CHUNKS + 1), int32(CHUNKS + 1), int32(CHUNKS)
             pages = int32(CHUNKS * PAGES_EACH + 256)
             constants = torch.zeros(len(WINDOWS), 9, dtype=torch.int64)
+        places = int32(len(pages) if self._plain.shape[1] else 0)
         of_all = self._workspace, self._work_lists, self._windows
-        prefill = PlannedTensors(starts, page_starts, pages, last_lens, *of_all, constants)
+        prefill = PlannedTensors(starts, page_starts, pages, last_lens, *of_all, constants, self._plain, places)
         step = FlashInferStep(tables, self._kernels, prefill, self._decode)
         return StepTensors(*angles_of(prefill_rows + decode_rows, HEAD_DIM), step)
 
@@ -104,7 +109,13 @@ class LatentSteps:
 LATENT = Latent(num_heads=4, latent_size=32, plain_dim=10, rope_dim=16, value_dim=14)
 
 
-def traced(layers: Sequence[DecoderLayer], steps: Any, kept: tuple[int, ...], patch: pytest.MonkeyPatch) -> list[str]:
+def traced(
+    layers: Sequence[DecoderLayer],
+    steps: Any,
+    kept: tuple[int, ...],
+    patch: pytest.MonkeyPatch,
+    kept_as: str | None = None,
+) -> list[str]:
     """The attention operators in all graphs that are made of the layers in every bucket, of which there must be two:
     one of each half. No operator is run: of each graph a result of the right shape is made."""
     graphs: list[torch.fx.GraphModule] = []
@@ -119,19 +130,19 @@ def traced(layers: Sequence[DecoderLayer], steps: Any, kept: tuple[int, ...], pa
     patch.setattr(CompiledHalves, "_compile", trace)
     torch._dynamo.reset()
     halves = CompiledHalves()
-    pages = [torch.zeros(11, 16, *kept, dtype=torch.bfloat16) for _ in range(2 * len(layers))]
+    plain = (torch.zeros(2, 11, 16, *kept, dtype=torch.bfloat16) for _ in layers)
+    of_layers = [LayerPages(*pages) if kept_as is None else quantised(kept_as, LayerPages(*pages)) for pages in plain]
     for bucket in BUCKETS:
         num_rows = sum(bucket)
         residual, update = (torch.zeros(num_rows, HIDDEN, dtype=torch.bfloat16) for _ in range(2))
         for number, layer in enumerate(layers):
-            of_layer = LayerPages(*pages[2 * number : 2 * number + 2])
+            of_layer = of_layers[number]
             residual, gathered = halves.attend(layer, residual, update, of_layer, steps.of(*bucket))
             residual, update = halves.feed_forward(layer, residual, gathered, None)
     torch._dynamo.reset()
     assert len(graphs) == 2
-    return [
-        str(node.target) for graph in graphs for node in graph.graph.nodes if str(node.target).startswith("graphgen.")
-    ]
+    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    return [target for target in targets if target.startswith("graphgen.") and "attention" in target]
 
 
 @pytest.mark.parametrize("steps", [Steps, TileSteps])
@@ -141,6 +152,13 @@ def test_layers_of_any_window_and_scale_in_any_bucket_share_their_graphs(
     mixers = [with_mixer(window=window or None, scale=0.1 * (index + 1)) for index, window in enumerate(WINDOWS)]
     layers = [DecoderLayer(layer, SPEC.ropes, HIDDEN, torch.bfloat16) for layer in mixers]
     calls = traced(layers, steps(), (2, HEAD_DIM), monkeypatch)
+    assert calls == ["graphgen.paged_attention_flashinfer.default"]
+
+
+@pytest.mark.parametrize("kept_as", FORMATS)
+def test_layers_over_quantised_pages_share_their_graphs(kept_as: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [DecoderLayer(SPEC.layers[0], SPEC.ropes, HIDDEN, torch.bfloat16) for _ in range(3)]
+    calls = traced(layers, Steps(num_plain=40), (2, HEAD_DIM), monkeypatch, kept_as)
     assert calls == ["graphgen.paged_attention_flashinfer.default"]
 
 

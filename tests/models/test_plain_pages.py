@@ -29,22 +29,23 @@ def test_pages_that_a_chunk_sees_are_read_and_no_others(
     monkeypatch.setattr(plain_pages, "_ELEMENTS", 32 * HEAD_DIM)  # a part that divides no page evenly
     torch.manual_seed(0)
     pages = LayerPages(*torch.randn(2, NUM_PAGES + 1, PAGE_SIZE, HEADS, HEAD_DIM))
-    pages = kept_as(name, pages, with_plain=True)
-    order, seen = iter(torch.randperm(NUM_PAGES).tolist()), set()
+    pages = kept_as(name, pages)
+    order = iter(torch.randperm(NUM_PAGES).tolist())
+    places: dict[int, int] = {}  # of a plain page: the page that is read to it
     tables = torch.full((len(CHUNKS) + 2, 8), NUM_PAGES, dtype=torch.int32)  # two entries are unused
+    count = 0
     for chunk, (num_rows, kv_len) in enumerate(CHUNKS):
         for index in range(-(-kv_len // PAGE_SIZE)):
             tables[chunk, index] = next(order)
             if not window or (index + 1) * PAGE_SIZE > kv_len - num_rows + 1 - window:
-                seen.add(int(tables[chunk, index]))
+                places[count] = int(tables[chunk, index])
+            count += 1
     lengths = torch.tensor([0, *(num_rows for num_rows, _ in CHUNKS), 0, 0])
     rows = Rows(lengths.cumsum(0).int(), torch.tensor([*(kv_len for _, kv_len in CHUNKS), 0, 0]).int(), tables)
     page_starts, flat_pages, _ = flatten_pages(rows.kv_lens, tables, PAGE_SIZE)
-    plain_pages.fill_plain_pages(pages, rows, page_starts, flat_pages, window)
-    kinds = (pages.k_plain, pages.k, pages.k_scales), (pages.v_plain, pages.v, pages.v_scales)
-    for plain, stored, scales in kinds:
-        assert plain is not None
-        want = read(stored, scales)
-        filled = [page for page in range(NUM_PAGES + 1) if not plain[page].isnan().all()]
-        assert set(filled) == seen
-        assert torch.equal(plain[filled], want[filled])
+    plain = torch.full((2, count + 3, PAGE_SIZE, HEADS, HEAD_DIM), torch.nan)
+    plain_pages.fill_plain_pages(plain, pages, rows, page_starts, flat_pages, window)
+    for got, want in zip(plain, (read(pages.k, pages.k_scales), read(pages.v, pages.v_scales)), strict=True):
+        assert {place for place in range(len(got)) if not got[place].isnan().all()} == set(places)
+        for place, page in places.items():
+            assert torch.equal(got[place], want[page])

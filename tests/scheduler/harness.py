@@ -39,6 +39,7 @@ def make_limits(
     max_waiting_tokens: int = 10**9,
     max_long_prompts: int = 1,
     max_scored_rows: int = 5,
+    max_chunk_pages: int | None = None,
     pads: bool = True,
 ) -> SchedulerLimits:
     return SchedulerLimits(
@@ -56,6 +57,7 @@ def make_limits(
         max_waiting_tokens=max_waiting_tokens,
         max_long_prompts=max_long_prompts,
         max_scored_rows=max_scored_rows,
+        max_chunk_pages=max_chunk_pages,
         pads=pads,
     )
 
@@ -535,6 +537,8 @@ class Harness:
         assert num_decodes <= bucket.decode_rows
         assert num_chunk_tokens + num_decodes > 0
         assert len(plan.chunks) <= limits.max_chunks
+        seen_pages = sum(-(-(chunk.start + chunk.length) // limits.page_size) for chunk in plan.chunks)
+        assert limits.max_chunk_pages is None or seen_pages <= limits.max_chunk_pages
         assert all(chunk.length > 0 for chunk in plan.chunks)
         assert description.padding_rows == bucket.num_rows - num_chunk_tokens - num_decodes
         ids = [chunk[0] for chunk in description.chunks] + list(description.decode_request_ids)

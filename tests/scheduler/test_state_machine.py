@@ -44,6 +44,9 @@ def fitting(harness: Harness, prompt_len: int, max_tokens: int) -> tuple[int, in
     return min(prompt_len, positions - max_tokens + 1), max_tokens
 
 
+MAX_MODEL_LEN = 64
+
+
 class AnyInterleaving(RuleBasedStateMachine):
     harness: Harness
 
@@ -56,6 +59,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         token_budget=st.sampled_from([8, 10, 12]),
         steps_in_flight=st.integers(1, 3),
         prefix_cache=st.booleans(),
+        bounds_pages=st.booleans(),
         prepares_at_once=st.booleans(),
         row_ms=st.sampled_from([LIGHT_ROW_MS, HEAVY_ROW_MS]),
     )
@@ -69,6 +73,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         token_budget: int,
         steps_in_flight: int,
         prefix_cache: bool,
+        bounds_pages: bool,
         prepares_at_once: bool,
         row_ms: float,
     ) -> None:
@@ -82,6 +87,8 @@ class AnyInterleaving(RuleBasedStateMachine):
                 token_budget=token_budget,
                 steps_in_flight=steps_in_flight,
                 prefix_cache=prefix_cache,
+                max_chunk_pages=-(-MAX_MODEL_LEN // page_size) if bounds_pages else None,
+                max_model_len=MAX_MODEL_LEN,
             ),
             prepares_at_once=prepares_at_once,
             row_ms=row_ms,
