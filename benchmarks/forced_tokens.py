@@ -96,7 +96,7 @@ def rows_of(path: str) -> list[Row]:
             token_ids = backend.encode(json.dumps(value, **written), add_special_tokens=False).ids
             grammar = json.loads(build(Job(JsonSchema(schema))))
             runs = forced_runs(tokenizer, json.dumps(grammar), token_ids)
-            row: Row = {
+            row: dict[str, object] = {
                 "output": name,
                 "white space": space,
                 "tokens": len(token_ids),

@@ -28,6 +28,7 @@ from graphgen.gateway.request_ids import REQUEST_ID, Beginning, name_of
 from graphgen.gateway.responses import Responses
 from graphgen.gateway.service import HOLDER, Service
 from graphgen.gateway.tokens import TokenEndpoints
+from graphgen.gateway.tracing import SPAN, RequestSpan, Tracing
 
 PAGE_FILES = "/page/{name:path}"
 OPEN = ("/health", "/ready", "/", PAGE_FILES)
@@ -45,6 +46,7 @@ class _Endpoint:
     """An endpoint as an application of its own.
 
     admission: who may call it; None: everyone. Whose key it was is in the scope. body_of: the form of its errors.
+    tracing: of its requests; None: they have no spans.
     """
 
     def __init__(
@@ -53,14 +55,18 @@ class _Endpoint:
         path: str,
         admission: Admission | None,
         body_of: Callable[[ApiError], object],
+        tracing: Tracing | None,
     ) -> None:
         self.path = path
         self.body_of = body_of
+        self._tracing = tracing
         self._serve = serve
         self._admission = admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope[ENDPOINT] = self
+        if self._tracing is not None:
+            scope[SPAN] = self._tracing.begin(scope, self.path)
         if self._admission is not None:
             scope[HOLDER] = self._admission.admit(scope)
         await self._serve(scope, receive, send)
@@ -102,6 +108,9 @@ class App:
             endpoint: _Endpoint | None = scope.get(ENDPOINT)
             status = CLIENT_LEFT if beginning.status is None else beginning.status
             self.answers.count(OTHER_PATH if endpoint is None else endpoint.path, status)
+            span: RequestSpan | None = scope.get(SPAN)
+            if span is not None:
+                span.end(status)
 
 
 def make_app(
@@ -109,8 +118,10 @@ def make_app(
     admission: Admission | None = None,
     metrics_names: Names = "graphgen",
     origins: Sequence[str] = (),
+    tracing: Tracing | None = None,
 ) -> App:
-    """admission: who is let in; probes and the page need none. origins: whose pages browsers let call this server."""
+    """admission: who is let in; probes and the page need none. origins: whose pages browsers let call this server.
+    tracing: of all that is asked by POST."""
     page, live = Page(), LiveFeed(service)
     endpoints, tokens, messages = Endpoints(service), TokenEndpoints(service), Messages(service)
     routes = [
@@ -140,6 +151,7 @@ def make_app(
                 path,
                 None if path in OPEN else admission,
                 anthropic_body if path.startswith(MESSAGES) else openai_body,
+                tracing if method == "POST" else None,
             ),
             methods=[method],
         )

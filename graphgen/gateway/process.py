@@ -23,6 +23,7 @@ from graphgen.gateway.protocol import LimitedProtocol
 from graphgen.gateway.rates import RateLimits
 from graphgen.gateway.service import Service
 from graphgen.gateway.settings import END_SIGNAL, GatewaySettings, settings_file
+from graphgen.gateway.tracing import Tracing, export_to
 from graphgen.launch.processes import end_with_parent
 from graphgen.remote.core import RemoteCore
 
@@ -52,7 +53,8 @@ async def _serve(service: Service, settings: GatewaySettings) -> None:
     admission = None
     if settings.keys is not None:
         admission = Admission(ApiKeys(Path(settings.keys)), RateLimits(Path(settings.rates)))
-    app = make_app(service, admission, settings.metrics_names, settings.origins)
+    tracing = None if settings.traces is None else Tracing(export_to(settings.traces))
+    app = make_app(service, admission, settings.metrics_names, settings.origins, tracing)
     config = uvicorn.Config(
         app,
         http=LimitedProtocol,
@@ -70,6 +72,8 @@ async def _serve(service: Service, settings: GatewaySettings) -> None:
     asyncio.get_running_loop().add_signal_handler(END_SIGNAL, server.end)
     reports = asyncio.create_task(service.answers.report_always())
     await server.serve(sockets=[socket.socket(fileno=settings.descriptor)])
+    if tracing is not None:
+        await asyncio.to_thread(tracing.close)
     reports.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await reports

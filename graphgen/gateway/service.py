@@ -24,6 +24,7 @@ from graphgen.gateway.output_parsers.formats import ParserMaker
 from graphgen.gateway.outputs import Pieces
 from graphgen.gateway.request_ids import REQUEST_ID
 from graphgen.gateway.settings import ModelFacts
+from graphgen.gateway.tracing import SPAN, RequestSpan, TracedPieces
 from graphgen.remote.core import RemoteCore
 from graphgen.remote.requests import NO_PARSING, Parsing
 
@@ -76,11 +77,16 @@ class Service:
         scope: Scope,
         receive: Receive,
         parsing: Parsing = NO_PARSING,
-    ) -> Pieces:
+    ) -> Pieces | TracedPieces:
         """Sends the prompts. Raises GraphgenError with nothing sent."""
         sampling = _within_key(sampling, scope)
         tenant, log_id = tenant_of(scope), scope[REQUEST_ID]
-        return Pieces(self.core, self._mailbox_of_loop(), prompts, sampling, tenant, log_id, receive, parsing)
+        pieces = Pieces(self.core, self._mailbox_of_loop(), prompts, sampling, tenant, log_id, receive, parsing)
+        span: RequestSpan | None = scope.get(SPAN)
+        if span is None:
+            return pieces
+        span.begin_outputs(self.model_names[0], sampling)
+        return TracedPieces(pieces, span)
 
     async def read_prompt(
         self, prompt: OnePrompt, scope: Scope, *, special_tokens: bool = True, with_text: bool = False

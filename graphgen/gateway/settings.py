@@ -46,6 +46,8 @@ class GatewaySettings(Struct, frozen=True, kw_only=True):
     """PEM file; None: no TLS."""
     private_key: str | None = None
     """PEM file."""
+    traces: str | None = None
+    """Where spans of requests are sent, by OTLP over HTTP; None: nowhere."""
 
     def write(self, path: Path) -> None:
         path.write_bytes(msgspec.msgpack.encode(self))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from graphgen.gateway.settings import END_SIGNAL, GatewaySettings, ModelFacts, settings_file
 from graphgen.launch.processes import EngineProcesses
-from graphgen.server.http_address import check_tls, listen, url_of
+from graphgen.server.http_address import check_tls, check_traces, listen, url_of
 from graphgen.server.kept import Kept
 from graphgen.server.options import ServeOptions
 
@@ -23,8 +23,10 @@ class Gateways:
     """None where no HTTP was asked for."""
 
     def __init__(self, options: ServeOptions, model_name: str, say: Callable[[str], None]) -> None:
-        """Raises ConfigError where the address of HTTP cannot be bound, and for files by which no TLS can be spoken."""
+        """Raises ConfigError where the address of HTTP cannot be bound, for files by which no TLS can be spoken, and
+        where spans cannot be sent."""
         check_tls(options.http_cert, options.http_key)
+        check_traces(options.http_traces)
         self._options = options
         self._model_name = options.served_model_name or model_name
         self._say = say
@@ -74,6 +76,7 @@ class Gateways:
             origins=options.origins,
             certificate=options.http_cert,
             private_key=options.http_key,
+            traces=options.http_traces,
         ).write(settings_file(processes.folder, number))
         processes.start(MODULE, descriptors=(descriptor,), number=number)
 

@@ -70,3 +70,13 @@ def _split(address: str) -> tuple[str, int]:
     if not separator or not host or not port.isascii() or not port.isdigit() or int(port) >= 2**16:
         raise ConfigError(f"http is {address!r}: give HOST:PORT, as 127.0.0.1:8000 or [::1]:8000; port 0 is a free one")
     return host, int(port)
+
+
+def check_traces(url: str | None) -> None:
+    """Where spans are to be sent. Raises ConfigError."""
+    if url is None:
+        return
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"http_traces is {url}: give a URL, as http://127.0.0.1:4318/v1/traces")
+    if importlib.util.find_spec("opentelemetry") is None:
+        raise ConfigError(f"http_traces needs OpenTelemetry: {how_to_install('otel')}")

@@ -38,6 +38,9 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
     """Certificate of HTTP over TLS, a PEM file with its chain. None: no TLS."""
     http_key: str | None = None
     """Private key of the certificate, a PEM file. None: no TLS."""
+    http_traces: str | None = None
+    """Where a span of each HTTP request is sent, by OpenTelemetry's OTLP over HTTP: http://HOST:4318/v1/traces. None:
+    nowhere."""
     served_model_name: str | None = None
     """What HTTP clients call the model. None: as it is called here."""
     metrics_names: Literal["graphgen", "vllm"] = "graphgen"

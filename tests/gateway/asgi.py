@@ -16,6 +16,7 @@ from graphgen.gateway.app import make_app
 from graphgen.gateway.output_parsers.formats import PLAIN, OutputFormat
 from graphgen.gateway.service import Service
 from graphgen.gateway.settings import ModelFacts
+from graphgen.gateway.tracing import Tracing
 from graphgen.ipc.ggp.messages import Health, Stats, StatsRequest
 from graphgen.ipc.ggp.statistics import BucketCount, Histogram, Live, Metrics, Steps
 from tests.fakes import WELCOME, FakeCore
@@ -200,10 +201,11 @@ async def acall(
     origins: Sequence[str] = (),
     headers: Mapping[str, str] | None = None,
     reports: bool = False,
+    tracing: Tracing | None = None,
 ) -> Reply:
     """leaves: when it is set the client disconnects. names: of the model. output_format: what it writes.
     tokenizer_info: of it. admission: who is let in. origins: whose pages are. reports: what was answered is reported to
-    the core at once."""
+    the core at once. tracing: of its requests."""
     data = body if isinstance(body, bytes) else msgspec.json.encode(body)
     incoming = [{"type": "http.request", "body": data, "more_body": False}]
     said: list[dict[str, Any]] = []
@@ -228,7 +230,7 @@ async def acall(
         "client": ("192.0.2.7", 1234),
     }
     service = Service(core, names, ModelFacts(output_format, tokenizer_info or {}))  # type: ignore[arg-type]  # a stand-in for RemoteCore
-    await make_app(service, admission, origins=origins)(scope, receive, send)
+    await make_app(service, admission, origins=origins, tracing=tracing)(scope, receive, send)
     if reports:
         service.answers.report()
     if not said:

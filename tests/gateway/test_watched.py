@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,33 @@ SECRET = "zebrafish"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def collector() -> Iterator[tuple[str, list[bytes]]]:
+    """Where spans are sent, and what has come."""
+    came: list[bytes] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            came.append(self.rfile.read(int(self.headers["content-length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as listener:
+        threading.Thread(target=listener.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.server_port}/v1/traces", came
+        listener.shutdown()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, collector: tuple[str, list[bytes]]) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("server")
-    with serving(folder, "--http", "127.0.0.1:0", "--log-format", "json") as server:
-        yield server
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")  # milliseconds
+        patch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
+        with serving(folder, "--http", "127.0.0.1:0", "--log-format", "json", "--http-traces", collector[0]) as server:
+            yield server
 
 
 def post(server: ServerProcess, path: str, body: Any, name: str = "") -> tuple[int, str, bytes]:
@@ -54,6 +79,21 @@ def folder_of(server: ServerProcess) -> Path:
     """The engine's, with the logs of its processes."""
     arguments = Path(f"/proc/{server.pid_of('graphgen.scheduler')}/cmdline").read_bytes().split(b"\0")
     return Path(os.fsdecode(arguments[arguments.index(b"graphgen.scheduler") + 1]))
+
+
+def test_a_span_of_each_request_goes_where_it_is_asked_for(
+    server: ServerProcess, collector: tuple[str, list[bytes]]
+) -> None:
+    status, _, _ = complete(server, "traced-7")
+    assert status == 200
+    deadline_s = time.monotonic() + 20
+    while not any(b"traced-7" in sent for sent in collector[1]):
+        assert time.monotonic() < deadline_s, "no span came"
+        time.sleep(0.05)
+    (sent,) = (sent for sent in collector[1] if b"traced-7" in sent)
+    assert b"text_completion demo" in sent
+    assert b"gen_ai.usage.output_tokens" in sent
+    assert SECRET.encode() not in b"".join(collector[1])
 
 
 def test_a_request_is_known_by_its_name_to_the_end(server: ServerProcess) -> None:
