@@ -131,7 +131,8 @@ def quantise_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
     """(x in e4m3, the scales of each BLOCK columns [K / BLOCK, T] float32). x: [T, K]."""
     wide = x.float().unflatten(-1, (-1, BLOCK))
     codes, scale = _quantised_by(wide, wide.abs().amax(-1, keepdim=True))
-    return codes.flatten(1), scale.squeeze(-1).t().contiguous()
+    # (`contiguous` would ask whether there is one row, and be compiled for each answer.)
+    return codes.flatten(1), scale.squeeze(-1).t().clone(memory_format=torch.contiguous_format)
 
 
 def _quantised_by(wide: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,9 +144,7 @@ def _quantised_by(wide: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
 
 def _product_by_rows(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     left, of_left = quantise_rows(x)
-    result: Tensor = torch._scaled_mm(
-        left, codes.t(), of_left, scale.float().t(), bias, out_dtype=x.dtype, use_fast_accum=FAST_SUMS
-    )
+    result: Tensor = torch.ops.graphgen.product_by_rows.default(left, of_left, codes, scale.float(), bias, x.dtype)
     return result
 
 
@@ -153,6 +152,15 @@ def _product_by_blocks(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor
     left, of_left = quantise_blocks(x)
     result: Tensor = torch.ops.graphgen.product_by_blocks.default(left, of_left, weight.codes, weight.scale, x.dtype)
     return result if bias is None else result + bias
+
+
+def _multiply_rows(
+    left: Tensor, of_left: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """An operator of ours, since torch's own asks whether there is one row when it is traced."""
+    return torch._scaled_mm(
+        left, codes.t(), of_left, scale.t(), bias, out_dtype=dtype, use_fast_accum=FAST_SUMS and left.is_cuda
+    )
 
 
 def _multiply_blocks(left: Tensor, of_left: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -176,6 +184,12 @@ def _blocks_in_torch(left: Tensor, of_left: Tensor, codes: Tensor, scale: Tensor
     return F.linear(wide, matrix_of(Quantised(form, codes, scale), torch.float32)).to(dtype)
 
 
+def _rows_like(
+    left: Tensor, of_left: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return left.new_empty(left.shape[0], codes.shape[0], dtype=dtype)
+
+
 def _blocks_like(left: Tensor, of_left: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return left.new_empty(left.shape[0], codes.shape[0], dtype=dtype)
 
@@ -183,8 +197,14 @@ def _blocks_like(left: Tensor, of_left: Tensor, codes: Tensor, scale: Tensor, dt
 # A Library ends with its last reference.
 _library = torch.library.Library("graphgen", "FRAGMENT")
 _library.define(
+    "product_by_rows(Tensor left, Tensor of_left, Tensor codes, Tensor scale, Tensor? bias, ScalarType dtype) -> Tensor"
+)
+_library.define(
     "product_by_blocks(Tensor left, Tensor of_left, Tensor codes, Tensor scale, ScalarType dtype) -> Tensor"
 )
+_library.impl("product_by_rows", _multiply_rows, "CPU")
+_library.impl("product_by_rows", _multiply_rows, "CUDA")
 _library.impl("product_by_blocks", _blocks_in_torch, "CPU")
 _library.impl("product_by_blocks", _multiply_blocks, "CUDA")
+torch.library.register_fake("graphgen::product_by_rows", _rows_like, lib=_library)
 torch.library.register_fake("graphgen::product_by_blocks", _blocks_like, lib=_library)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from msgspec.structs import replace
+from torch.fx.experimental import _config as symbolic_shapes_config
 
 from graphgen.models.formats import matrices
 from graphgen.models.formats.layout import E4M3_MOST
@@ -18,7 +19,7 @@ from graphgen.models.formats.products import (
     quantise_rows,
 )
 from graphgen.models.spec.formats import LinearFormat
-from tests.models.format_cases import FORMATS, matrix, random_weight
+from tests.models.format_cases import E4M3, FORMATS, INT4, matrix, random_weight
 
 ALL, ROWS_ONLY, NOTHING = Multiplies(True, True), Multiplies(True, False), Multiplies(False, False)
 INPUT_ERROR = 0.03
@@ -101,3 +102,25 @@ def test_the_kernel_makes_the_matrix_of_the_reference(name: str) -> None:
         torch.testing.assert_close(of_rows, scale)
         torch.testing.assert_close(made * of_rows, want)
         assert made.abs().max() <= E4M3_MOST * 1.00001
+
+
+@pytest.mark.parametrize("device", [ALL, NOTHING])
+@pytest.mark.parametrize("form", [E4M3, INT4, FORMATS["fp8 128x128 (fp8 input)"]], ids=lambda form: form.name)
+def test_a_compiled_product_is_one_graph_for_any_number_of_rows(form: LinearFormat, device: Multiplies) -> None:
+    weight, num_graphs = random_weight(form, 160, 256), 0
+
+    def counted(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        nonlocal num_graphs
+        num_graphs += 1
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(product_of_many_rows, fullgraph=True, backend=counted)
+    with torch.inference_mode(), symbolic_shapes_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        for num_rows in (70, 1, 8, 513):
+            x = torch.randn(num_rows, 256).bfloat16()
+            torch._dynamo.mark_dynamic(x, 0)
+            got = compiled(x, weight, None, device)
+            assert torch.equal(got, product_of_many_rows(x, weight, None, device))
+    torch._dynamo.reset()
+    assert num_graphs == 1
