@@ -1,7 +1,7 @@
 """What does a layer cost in a step of a few decode rows: compiled, and in the fused kernels of few rows?
 
     python -m benchmarks.layers --json layers.json
-    python -m benchmarks.layers --model benchmarks/shapes/llama-3.1-8b --rows 1 8 64
+    python -m benchmarks.layers --model benchmarks/shapes/llama-3.1-8b --rows 1 8 64 --quantization none fp8 int4
 
 Needs CUDA. Only a model's config is read; weights are random, so rows choose their experts at random. A step of some of
 the model's last layers is captured, once with two of them and once with more; a layer is the difference for each of
@@ -28,10 +28,12 @@ from graphgen.models.families import load_spec
 from graphgen.models.few_rows_layers import most_rows, serves_model
 from graphgen.models.kv_cache import KVCache
 from graphgen.models.spec import Embedding, Experts, Head, Layer, ModelSpec
+from graphgen.models.spec.formats import Quantization, format_at_load
 
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
 FEWEST_LAYERS = 2
+KINDS: dict[str, Quantization | None] = {"none": None, "fp8": "fp8", "int8": "int8", "int4": "int4"}
 VOCABULARY = 4096
 """Tokens; the embedding and the head are no part of a layer."""
 
@@ -96,9 +98,19 @@ def make_decoder(spec: ModelSpec, fused: bool) -> Decoder:
     """With random weights, compiled."""
     decoder = Decoder(spec, DTYPE, DEVICE, fused=fused)
     for parameter in decoder.parameters():
-        parameter.data.normal_(0.0, 0.02)
+        if parameter.dtype.itemsize > 1:
+            parameter.data.normal_(0.0, 0.02)
+        else:  # codes, of which one of e4m3 is not a number
+            parameter.data.view(torch.uint8).random_(0, 127)
     decoder.compile_layers()
     return decoder
+
+
+def quantised(spec: ModelSpec, kind: Quantization | None) -> ModelSpec:
+    """The model with its linear layers quantised as `--quantization` would."""
+    if kind is None:
+        return spec
+    return spec.with_formats(lambda _, place: format_at_load(kind, place.num_columns))
 
 
 def layer_bytes(layer: Layer, hidden_size: int, rows: int, context: int) -> float:
@@ -106,7 +118,12 @@ def layer_bytes(layer: Layer, hidden_size: int, rows: int, context: int) -> floa
     mixer, feed_forward = layer.mixer, layer.feed_forward
     size = DTYPE.itemsize
     seen = min(context, mixer.window or context)
-    num_bytes = mixer.num_parameters(hidden_size) * size + rows * seen * mixer.keeps("bfloat16").bytes
+    saved = sum(
+        size * place.num_rows * place.num_columns - place.format.num_bytes(place.num_rows, place.num_columns)
+        for place in layer.linears(hidden_size)
+        if place.format is not None
+    )
+    num_bytes = mixer.num_parameters(hidden_size) * size - saved + rows * seen * mixer.keeps("bfloat16").bytes
     if not isinstance(feed_forward, Experts):
         return float(num_bytes + feed_forward.num_parameters(hidden_size) * size)
     chosen = 1.0 - (1.0 - feed_forward.top_k / feed_forward.num_experts) ** rows
@@ -116,8 +133,8 @@ def layer_bytes(layer: Layer, hidden_size: int, rows: int, context: int) -> floa
     return num_bytes + router + shared + chosen * feed_forward.num_experts * each
 
 
-def rows_of(spec: ModelSpec, options: argparse.Namespace, bytes_per_s: float) -> list[Row]:
-    """Both paths at each number of rows."""
+def rows_of(spec: ModelSpec, kind: str, options: argparse.Namespace, bytes_per_s: float) -> list[Row]:
+    """Both paths at each number of rows. kind: of quantisation."""
     found: list[Row] = []
     served = most_rows(spec) if serves_model(spec, DTYPE) else 0
     num_pages = max(options.rows) * -(-options.context // PAGE_SIZE)
@@ -134,6 +151,7 @@ def rows_of(spec: ModelSpec, options: argparse.Namespace, bytes_per_s: float) ->
             seconds = (more_s - less_s) / between
             floor_s = layer_bytes(spec.layers[-1], spec.hidden_size, rows, options.context) / bytes_per_s
             row = {"model": spec.architecture, "rows": rows, "layers": "fused" if fused else "compiled"}
+            row |= {"quantization": kind}
             row |= {"kernels": (more_kernels - less_kernels) / between, "us": seconds * 1e6, "floor us": floor_s * 1e6}
             found.append({**row, "times the floor": seconds / floor_s, "served": rows <= served})
         del parts
@@ -148,6 +166,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--context", type=int, default=1024, help="positions that each row sees")
     parser.add_argument("--layers", type=int, default=6, help=f"of the longer step, more than {FEWEST_LAYERS}")
+    parser.add_argument("--quantization", nargs="+", choices=KINDS, default=["none"], help="of the linear layers")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", help="write the figures here")
     options = parser.parse_args()
@@ -158,7 +177,11 @@ def main() -> None:
     spec = load_spec(options.model).padded()
     bytes_per_s = read_bytes_per_s(DEVICE, 2048 << 20)
     with torch.inference_mode():
-        rows = rows_of(spec, options, bytes_per_s)
+        rows = [
+            row
+            for kind in options.quantization
+            for row in rows_of(quantised(spec, KINDS[kind]), kind, options, bytes_per_s)
+        ]
     about = machine(torch.cuda.get_device_name(DEVICE)) | {
         "context": str(options.context),
         "read TB/s": f"{bytes_per_s / 1e12:.3f}",
