@@ -5,8 +5,8 @@ both ends are the same build) and hold ints, floats, strings and packed int32 by
 `array("i")` or `numpy.frombuffer(..., "<i4")` reads the packed fields.
 
     Engine  -> scheduler     Submit | Cancel | StatsRequest | ReportRequest | Probe | Attach | Shutdown
-    scheduler -> Engine      Ready | Progress | Notice | Outputs | Rejected | EngineStats | EngineReport | Probe
-                             | Failed
+    scheduler -> Engine      Ready | Progress | Notice | Outputs | Rejected | Blamed | EngineStats | EngineReport
+                             | Probe | Failed
     scheduler -> worker      StepPlan | Probe | Shutdown
     worker  -> scheduler     WorkerReady | Progress | StepResult | Probe | Failed
     supervisor -> frontend   Drain | EngineLost | DrainEngine | ExpectEngine
@@ -389,6 +389,14 @@ class Outputs(Struct, frozen=True, array_like=True, tag="outputs", gc=False):
         return len(self.outputs) + len(self.request_ids)
 
 
+class Blamed(Struct, frozen=True, array_like=True, tag="blamed", gc=False):
+    """A worker group died with rows of these requests in flight. What counts against them goes along when another
+    engine has to go on with them."""
+
+    request_ids: tuple[int, ...]
+    num_deaths: tuple[int, ...]  # of each, since its last new token
+
+
 class Rejected(Struct, frozen=True, array_like=True, tag="rejected", gc=False):
     """A request that is not served, or not to its end: nothing of it is kept."""
 
@@ -537,7 +545,9 @@ class Drained(Struct, frozen=True, array_like=True, tag="drained", gc=False):
 
 
 EngineToScheduler = Submit | Cancel | StatsRequest | ReportRequest | Probe | Attach | Shutdown
-SchedulerToEngine = Ready | Progress | Notice | Outputs | Rejected | EngineStats | EngineReport | Probe | Failed
+SchedulerToEngine = (
+    Ready | Progress | Notice | Outputs | Rejected | Blamed | EngineStats | EngineReport | Probe | Failed
+)
 SchedulerToWorker = StepPlan | Probe | Shutdown
 WorkerToScheduler = WorkerReady | Progress | StepResult | Probe | Failed
 SupervisorToFrontend = Drain | EngineLost | DrainEngine | ExpectEngine

@@ -24,6 +24,7 @@ from graphgen.ipc.channel import Channel
 from graphgen.ipc.errors import EngineClosedError, EngineDeadError, GraphgenError, OverloadedError
 from graphgen.ipc.messages import (
     Attach,
+    Blamed,
     Cancel,
     EngineStats,
     EngineToScheduler,
@@ -289,6 +290,10 @@ class Link:
                     self._after_outputs()
             case Rejected():
                 self._refuse(message.request_id, refusal_of(message))
+            case Blamed():
+                for request_id, num_deaths in zip(message.request_ids, message.num_deaths, strict=True):
+                    if (blamed := self._requests.get(request_id)) is not None:
+                        blamed.hear_deaths(num_deaths)
             case EngineStats():
                 with self._lock:
                     answer = self._stats.popleft() if self._stats else None

@@ -52,6 +52,7 @@ class OpenRequest:
             if streams or self._stops
             else None
         )
+        self._num_deaths = self._death_len = 0  # of workers at its engine, and the tokens that it had at the last one
         self._token_ids: list[int] = []
         self._token_times_s: list[float] = []
         self._text: list[str] = []
@@ -79,11 +80,16 @@ class OpenRequest:
             self.started_s, self._cached_tokens = output.started_s, output.cached_tokens
         self._prompt_values += output.prompt_logprobs
 
-    def move(self, num_deaths: int) -> None:
+    def hear_deaths(self, num_deaths: int) -> None:
+        """So many workers of its engine died while they computed it, since its last new token."""
+        self._num_deaths, self._death_len = num_deaths, self.num_tokens
+
+    def move(self, num_losses: int) -> None:
         """Its engine does not go on with it: from now on `submit` opens it at another one, behind the tokens it has.
 
-        num_deaths: of workers and engines that had it, since its last new token.
+        num_losses: of engines that had it, since its last new token. The deaths of workers go along as well.
         """
+        num_deaths = num_losses + (self._num_deaths if self.num_tokens == self._death_len else 0)
         if self.awaits_first_token:
             self._prompt_values = b""
         self.submit = structs.replace(

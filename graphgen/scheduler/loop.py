@@ -21,6 +21,7 @@ from graphgen.ipc.channel import Channel
 from graphgen.ipc.errors import DeadlineError, InvalidRequestError, OverloadedError
 from graphgen.ipc.messages import (
     Attach,
+    Blamed,
     Cancel,
     EngineStats,
     EngineToScheduler,
@@ -200,6 +201,10 @@ class SchedulerLoop:
         if poisoned:
             logger.error("given up, since workers die of them: %s", _names(poisoned))
         self._engine.send(Notice(notice))
+        blamed = [request for request in suspects if request not in poisoned]
+        if blamed:
+            counts = tuple(request.num_fruitless_deaths for request in blamed)
+            self._engine.send(Blamed(tuple(request.request_id for request in blamed), counts))
         self._workers.replace(loss, self._ready.worker)
         return [self._policy.fail_poisoned(request, loss.last_words) for request in poisoned]
 

@@ -46,6 +46,9 @@ MAX_PREEMPTIONS = 3
 """Times a request may lose its slot and pages. After that it is admitted with every page it can ever need, and keeps
 them."""
 
+MOST_BROUGHT = 2
+"""Deaths elsewhere that count here: with the next one it runs alone, and only what it does then can fail it."""
+
 LEAST_CAUTION, MOST_CAUTION = 4, 64
 """Tokens that a request with a grammar awaits one by one after a refusal. Each refusal doubles them for the next, each
 token that was drawn ahead and allowed takes one off."""
@@ -151,7 +154,7 @@ class Request:
         self.num_preemptions = 0
         # Of worker groups that computed it, see `graphgen.scheduler.trials`: those in a row, of these the last ones
         # without a new token in between, and the tokens of output at the last one.
-        self.num_deaths = self.num_fruitless_deaths = submit.num_deaths
+        self.num_deaths = self.num_fruitless_deaths = min(submit.num_deaths, MOST_BROUGHT)
         self.death_len = len(self.output) if submit.num_deaths else 0
         self.times_passed = 0  # plans in which a younger request was admitted while this one did not fit
         self.started_s = submit.arrived_s  # when its first chunk was planned; its arrival until then

@@ -1,6 +1,7 @@
 """Two tenants at one server, one greedy in every way that the protocol allows: what does the modest one get?
 
     python -m tests.frontend.greedy --seconds 20
+    python -m tests.frontend.greedy --seconds 20 --replicas 2
 
 A `graphgen serve` of the embedded model on the CPU. The modest client sends one request after another, first alone,
 then beside a greedy client in a process of its own, which keeps as many samples open as a client may: priority 9, n of
@@ -188,7 +189,7 @@ class Comparison(NamedTuple):
 
 @contextlib.contextmanager
 def greedy_server(folder: Path, *arguments: str) -> Iterator[tuple[str, Path]]:
-    """The address of a server and its step log."""
+    """The address of a server and its step log; of several engines, what the names of their logs begin with."""
     log = folder / "steps.jsonl"
     with serving(folder, "--step-log", str(log), *arguments) as server:
         yield server.address, log
@@ -202,7 +203,9 @@ def compare(address: str, step_log: Path, seconds: float) -> Comparison:
     with greedy_process(address):
         time.sleep(3.0)  # its requests fill the server
         beside = be_modest(address, seconds, seed=3)
-    steps = [json.loads(line) for line in step_log.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    logs = step_log.parent.glob(f"{step_log.name}*")  # of several engines each has its own
+    lines = (line for log in logs for line in log.read_bytes().splitlines(keepends=True))
+    steps = [json.loads(line) for line in lines if line.endswith(b"\n")]
     times_s = sorted(step["finished_s"] - step["started_s"] for step in steps if step["planned_s"] > begun_s)
     return Comparison(alone, beside, 2 * times_s[int(0.99 * len(times_s))])
 
@@ -212,11 +215,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="beside the greedy client")
     parser.add_argument("--greedy", metavar="ADDRESS", help="be the greedy client of a server, for ever")
     parser.add_argument("--slots", type=int, help="requests that the server runs at once; default: its own")
+    parser.add_argument("--replicas", type=int, default=1, help="engines of the server")
     options = parser.parse_args()
     if options.greedy is not None:
         be_greedy(options.greedy)
-    slots = [] if options.slots is None else ["--max-num-seqs", str(options.slots)]
-    with tempfile.TemporaryDirectory() as folder, greedy_server(Path(folder), *slots) as (address, step_log):
+    arguments = [] if options.slots is None else ["--max-num-seqs", str(options.slots)]
+    arguments += ["--replicas", str(options.replicas)]
+    with tempfile.TemporaryDirectory() as folder, greedy_server(Path(folder), *arguments) as (address, step_log):
         print(compare(address, step_log, options.seconds))
 
 

@@ -11,9 +11,11 @@ MORE, LESS = 1.25, 0.75
 
 
 @pytest.mark.alone
-def test_a_modest_client_gets_its_half_whatever_another_asks_for(tmp_path: Path) -> None:
-    with greedy_server(tmp_path) as (address, step_log):
-        alone, beside, in_flight_s = compare(address, step_log, 8.0)
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_modest_client_gets_its_half_whatever_another_asks_for(tmp_path: Path, replicas: int) -> None:
+    arguments = ["--replicas", str(replicas), "--cpu-threads", "1"] if replicas > 1 else []
+    with greedy_server(tmp_path, *arguments) as (address, step_log):
+        alone, beside, in_flight_s = compare(address, step_log, 8.0 / replicas)
     # When it comes the steps in flight are the other's alone.
     assert beside.first_token_s <= MORE * 2 * alone.first_token_s + in_flight_s
     assert beside.tokens_per_s >= LESS * alone.tokens_per_s / 2

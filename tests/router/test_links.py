@@ -16,6 +16,7 @@ from graphgen.calls.sampling_params import SamplingParams
 from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.messages import (
     Attach,
+    Blamed,
     Cancel,
     EngineToScheduler,
     Failed,
@@ -267,6 +268,19 @@ def test_one_that_ends_engine_after_engine_fails_alone(rig: Rig) -> None:
     error = one.deliveries.get(timeout=5)
     assert isinstance(error, PoisonedRequestError)
     other.end(rig)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_deaths"), [(0, 3), (1, 1)])
+def test_deaths_of_workers_go_along_unless_a_token_came_after_them(rig: Rig, num_tokens: int, num_deaths: int) -> None:
+    one = rig.open()
+    one.hear(rig, [1])
+    rig.schedulers[one.at].send(Blamed((one.id, 777), (2, 1)))
+    for _ in range(num_tokens):
+        one.hear(rig, [2])
+    rig.lose(one.at)
+    one.find(rig)
+    assert one.submit.num_deaths == num_deaths
+    one.end(rig)
 
 
 def test_a_new_token_clears_it(rig: Rig) -> None:

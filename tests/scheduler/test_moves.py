@@ -8,7 +8,7 @@ from graphgen.ipc.codec import pack_int32, unpack_int32
 from graphgen.ipc.errors import InvalidRequestError, OverloadedError
 from graphgen.ipc.messages import SamplerParams
 from graphgen.scheduler.policy import Scheduler
-from graphgen.scheduler.trials import MAX_FRUITLESS
+from graphgen.scheduler.trials import CLEARING_TOKENS, MAX_FRUITLESS
 from tests.scheduler.harness import Harness, make_limits, make_sender, make_submit
 
 PROMPT = [(5 * position) % 11 for position in range(9)]
@@ -77,19 +77,37 @@ def test_a_missed_deadline_is_not_foreseen_for_it() -> None:
     assert harness.expire() == [1]
 
 
-def test_the_deaths_of_which_it_is_not_cleared_come_along() -> None:
+@pytest.mark.parametrize(("num_deaths", "num_here"), [(0, MAX_FRUITLESS), (1, MAX_FRUITLESS - 1), (9, 2)])
+def test_the_deaths_of_which_it_is_not_cleared_come_along(num_deaths: int, num_here: int) -> None:
+    """Those that it brings make it run alone, and only two deaths of workers that it had alone fail it."""
     harness = Harness(make_limits(num_pages=100))
-    harness.add_moved(make_submit(0, PROMPT, 20), 4, num_deaths=MAX_FRUITLESS - 1)
-    assert harness.schedule() is not None
-    assert harness.die() == [0]
-    harness.renew()
-    harness.add_moved(make_submit(1, PROMPT, 20), 4, num_deaths=MAX_FRUITLESS - 1)
-    for _ in range(4):
+    harness.add(make_submit(1, PROMPT, 20))
+    harness.add_moved(make_submit(0, PROMPT[1:], 20), 4, num_deaths=num_deaths)
+    for number in range(1, num_here + 1):
+        while harness.senders[0].is_live and 0 not in harness._ids_in_flight():  # until it is its turn
+            assert harness.schedule() is not None or harness.results
+            if harness.results and 0 not in harness._ids_in_flight():
+                harness.deliver()
+        alone = harness._ids_in_flight() == {0}
+        failed = harness.die()
+        harness.renew()
+        assert failed == ([0] if number == num_here else [])
+        assert alone or not failed
+    harness.run()
+
+
+def test_new_tokens_clear_it_here_as_well() -> None:
+    harness = Harness(make_limits(num_pages=100))
+    harness.add_moved(make_submit(0, PROMPT, 20), 4, num_deaths=9)
+    sender = harness.senders[0]
+    for _ in range(6):
+        had = len(sender.received)
+        while len(sender.received) < had + CLEARING_TOKENS:
+            assert harness.schedule() is not None
+            harness.deliver()
         assert harness.schedule() is not None
-        harness.deliver()
-    assert harness.schedule() is not None
-    assert harness.die() == [], "new tokens clear it here as well"
-    harness.renew()
+        assert harness.die() == []
+        harness.renew()
     harness.run()
 
 
