@@ -20,13 +20,15 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 def add_engine_options(
     parser: argparse.ArgumentParser, without: Collection[str] = ()
 ) -> argparse._MutuallyExclusiveGroup:
-    """Adds them. Returns the group of --token-budget, for options that exclude it.
+    """Adds them but for replicas: a script measures one engine, unless it says otherwise.
+
+    Returns the group of --token-budget, for options that exclude it.
 
     without: fields that the script sets itself.
     """
     engine = parser.add_argument_group("engine")
     budgets = engine.add_mutually_exclusive_group()
-    added = [option for option in ENGINE_OPTIONS if option.name not in without]
+    added = [option for option in ENGINE_OPTIONS if option.name not in (*without, "replicas")]
     for option in added:
         group = budgets if option.name == "token_budget" else engine
         group.add_argument(option.flag, default=None, **_how(option))

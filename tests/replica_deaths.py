@@ -47,9 +47,21 @@ def kill(module: str) -> Callable[[ServerProcess, random.Random], None]:
     return strike
 
 
+def folder_of(server: ServerProcess) -> Path:
+    return Path(next(line for line in server.said if "graphgen replicas --server" in line).split("`")[1].split()[-1])
+
+
+def resume_all(server: ServerProcess) -> None:
+    """Those that were killed so often while they started that they are left for a while."""
+    folder = folder_of(server)
+    for number, state in enumerate(ask(folder, Wish("show")).engines):
+        if state == "ended":
+            ask(folder, Wish("resume", number))
+
+
 def drain(server: ServerProcess, chance: random.Random) -> None:
     """One that serves is taken out of service while it has much to do, and comes back."""
-    folder = Path(next(line for line in server.said if "graphgen replicas --server" in line).split("`")[1].split()[-1])
+    folder = folder_of(server)
     states = ask(folder, Wish("show")).engines
     if states.count("serving") < 2:
         return
@@ -80,6 +92,7 @@ def run(
         while left:
             _one_round(server, client, chance, left, streams, resumed_s)
             wait_for(lambda: client.health().ready, "an engine that serves")
+        resume_all(server)
         wait_for(lambda: num_serving(client) == replicas, "all engines to serve again")
         assert becomes_idle(client), client.stats()
     return {
@@ -107,6 +120,7 @@ def _one_round(
     expected = [output.token_ids for output in client.generate(*map(list, zip(*requests, strict=True)))]
     readers = [Reader(client, *request) for request in requests]
     while left and any(not reader.ended for reader in readers):
+        resume_all(server)
         time.sleep(chance.random() * 0.3)
         counts = {reader: len(reader.token_ids) for reader in readers}
         KINDS[left.pop(0)](server, chance)

@@ -153,7 +153,7 @@ class _Keeper:
 
 
 def _next(restarts: bool) -> str:
-    return "and is started again" if restarts else "after too many starts that led to nothing, and stays so"
+    return "and is started again" if restarts else "after too many starts that led to nothing, and is left for a while"
 
 
 def _close(links: Links, engines: Engines, keeper: _Keeper | None) -> None:

@@ -26,7 +26,7 @@ class EngineEnd(Struct, frozen=True):
 
     number: int
     found: Exit
-    restarts: bool  # another is being started in its place; False: there were too many starts that led to nothing
+    restarts: bool  # another is being started in its place; False: not now, after too many starts that led to nothing
 
 
 class Engines:
@@ -37,6 +37,7 @@ class Engines:
         self._limits = [StartLimit() for _ in range(count)]
         self._starting: list[threading.Thread | None] = [None] * count  # those that are being started again, or ended
         self._at_rest: set[int] = set()  # ended, and not to be started before somebody says so
+        self._waits: set[int] = set()  # ended too often: started again as soon as that is long enough ago
         try:
             for _ in range(count):
                 self._owns.append(make())
@@ -65,7 +66,7 @@ class Engines:
     @property
     def num_kept(self) -> int:
         """Engines that live or are being started again."""
-        return len(self._owns) - len(self._at_rest)
+        return len(self._owns) - len(self._at_rest) - len(self._waits)
 
     def log_tails(self) -> str:
         """The last lines that each process wrote, under its name."""
@@ -83,11 +84,15 @@ class Engines:
         if found is None:
             return None
         restarts = may_restart and self._limits[number].take(time.monotonic())
+        was_told = number in self._waits
+        self._waits.discard(number)
         if restarts:
             self._start_again(number)
+        elif may_restart and len(self._owns) > 1:
+            self._waits.add(number)
         else:
             self._at_rest.add(number)
-        return EngineEnd(number, found, restarts)
+        return None if was_told else EngineEnd(number, found, restarts)
 
     def _start_again(self, number: int) -> None:
         """On a thread: what the old one left may take long to be gone, and others are to be watched meanwhile."""
@@ -115,9 +120,10 @@ class Engines:
         return thread
 
     def wake(self, number: int) -> None:
-        """Starts an engine that is at rest. Does nothing for one that is not."""
-        if number in self._at_rest:
+        """Starts an engine that is at rest, or that had ended too often. Does nothing for any other."""
+        if number in self._at_rest or number in self._waits:
             self._at_rest.discard(number)
+            self._waits.discard(number)
             if (thread := self._starting[number]) is not None:
                 thread.join()
             self._limits[number].succeeded()

@@ -292,9 +292,7 @@ class Supervisor:
             elif end.restarts:
                 self._say(f"{reason}, and is started again; its requests go on at others")
             elif not is_last:
-                self._say(
-                    f"{reason}, and stays so after too many starts that led to nothing; its requests go on at others"
-                )
+                self._say(f"{reason}, and is not started again now; its requests go on at others")
             else:
                 self._await_end(channel)
                 raise EngineDeadError(str(end.found))

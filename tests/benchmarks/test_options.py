@@ -21,7 +21,7 @@ def test_every_field_of_the_engine_is_an_option() -> None:
     parser = make_parser("A test.")
     add_engine_options(parser)
     names = {action.dest for action in parser._actions} - {"help"}
-    assert names == {*EngineConfig.__struct_fields__} - {"seed"} | {"weights_seed"}
+    assert names == {*EngineConfig.__struct_fields__} - {"seed", "replicas"} | {"weights_seed"}
 
 
 def test_every_option_reaches_its_field() -> None:

@@ -35,6 +35,7 @@ SCRIPTS = (
     "linear",
     "prefix",
     "protocol",
+    "replicas",
     "restart",
     "scheduler",
     "simulate",

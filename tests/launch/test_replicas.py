@@ -12,7 +12,7 @@ from graphgen.launch.config import resolve
 from graphgen.launch.engines import Engines
 from graphgen.launch.processes import EngineProcesses, Exit
 from graphgen.launch.replicas import check_replicas, count_gpus, of_replica
-from graphgen.launch.starts import MAX_STARTS
+from graphgen.launch.starts import MAX_STARTS, WITHIN_S
 from graphgen.models.families import load_spec
 from tests.fakes import FakeProcesses
 
@@ -142,7 +142,10 @@ def test_an_engine_is_seen_to_end_once_and_started_again_while_others_are_watche
     assert engines.look() == []
 
 
-def test_starts_that_lead_to_nothing_end_and_one_that_serves_clears_them(engines: Engines) -> None:
+@pytest.mark.parametrize("by_itself", [True, False])
+def test_starts_that_lead_to_nothing_are_bounded_and_one_that_serves_clears_them(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch, by_itself: bool
+) -> None:
     for _ in range(2):
         for _ in range(MAX_STARTS):
             fake(engines, 0).dead = KILLED
@@ -157,7 +160,12 @@ def test_starts_that_lead_to_nothing_end_and_one_that_serves_clears_them(engines
         settle(engines)
     assert engines.look() == []
     assert engines.num_kept == 1
-    engines.wake(0)
+    if by_itself:
+        now_s = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now_s + WITHIN_S + 1.0)
+        assert engines.look() == [], "its end was told"
+    else:
+        engines.wake(0)
     settle(engines)
     assert engines.num_kept == 2
     assert fake(engines, 0).dead is None
