@@ -61,6 +61,9 @@ def load_decoder(
         _fill_randomly(decoder, spec, seed, report)
     else:
         _fill_from_checkpoint(decoder, spec, location, report, kept_as)
+    for module in decoder.modules():
+        if isinstance(module, Linear):
+            module.settle(dtype)
     return decoder
 
 
@@ -98,6 +101,7 @@ def _fill_from_checkpoint(
         placed.add(name)
         done += target.num_bytes
         report(done, total)
+        del tensor  # before the next one is read
     kv_scales.check_complete(location)
     kv_scales.tell(kept_as, spec.kv_format, location)
 

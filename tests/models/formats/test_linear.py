@@ -11,6 +11,7 @@ from torch import Tensor
 from graphgen.models.families.family import TensorNames
 from graphgen.models.feed_forward import MLP
 from graphgen.models.formats.arranging import arranged_quantised
+from graphgen.models.formats.cpu_int4 import CpuInt4, codes_of
 from graphgen.models.formats.fitting import fitted
 from graphgen.models.formats.layout import Quantised, dequantised
 from graphgen.models.formats.linear import Linear
@@ -64,6 +65,7 @@ def test_a_layer_multiplies_by_its_dequantised_weight(name: str, bias: bool, dty
     weight, x = stored(name), torch.randn(2, num_rows, K).to(dtype)
     linear = Linear(K, N, bias, dtype, FORMATS[name])
     linear.fill(0, weight)
+    linear.settle(dtype)
     offset = torch.randn(N).to(dtype)
     if linear.bias is not None:
         linear.bias.data.copy_(offset)
@@ -163,3 +165,25 @@ def test_two_ranks_of_a_quantised_layer_add_up_to_the_whole(name: str, size: int
     torch.testing.assert_close(whole, expected, rtol=1e-4, atol=error)
     summed = sum((part(name, spec, Shard(rank, 2), checkpoint) for rank in range(2)), torch.zeros(ROWS, K))
     torch.testing.assert_close(summed, whole, rtol=1e-4, atol=error)
+
+
+@pytest.mark.parametrize("num_rows", [16, 48, 64, 96, 208])
+@pytest.mark.parametrize("name", ["int4 groups", "int4 zeros", "int4 reordered"])
+def test_int4_in_the_order_of_torch_for_the_cpu_is_the_same_weight(name: str, num_rows: int) -> None:
+    """Of whole blocks of rows and of others, in steps of few rows and of many."""
+    torch.manual_seed(0)
+    weight = stored(name, num_rows, 256)
+    linear = Linear(256, num_rows, True, torch.bfloat16, FORMATS[name])
+    linear.fill(0, weight)
+    before = linear.num_bytes
+    linear.settle(torch.bfloat16)
+    assert linear.in_torchs_order
+    assert linear.num_bytes <= before * 1.1
+    assert linear.bias is not None
+    linear.bias.data.normal_()
+    assert torch.equal(codes_of(CpuInt4(linear.weight, torch.empty(0))), weight.codes)
+    dense = dequantised(weight, torch.float32).double()
+    for count in (1, 16, 17, 40):
+        x = torch.randn(count, 256).bfloat16()
+        expected = x.double() @ dense.t() + linear.bias
+        torch.testing.assert_close(linear(x).double(), expected, rtol=2e-2, atol=2e-2 * float(expected.std()))
