@@ -2,7 +2,7 @@
 
     python -m benchmarks.experts --json experts.json
     python -m benchmarks.experts --model benchmarks/shapes/qwen3-30b-a3b --rows 1 16 64 512 2048
-    python -m benchmarks.experts --model benchmarks/shapes/qwen3-30b-a3b --rows 1 8 --blocks
+    python -m benchmarks.experts --model benchmarks/shapes/qwen3-30b-a3b --rows 1 8 --cut gate_up
 
 Only a model's config is read; weights are random. Rows choose their experts at random, all of them alike. `operator` is
 what a step calls: Triton tiles on CUDA, one expert after the other on the CPU. `grouped_mm` is torch's. `batched`
@@ -120,26 +120,15 @@ def fused(shape: Shape, layers: list[Layer], blocks: tuple[Any, Any] | None) -> 
     return run
 
 
-def cuts() -> list[tuple[Any, Any]]:
-    """Ways to cut the two products of the fused kernels, one of them at a time."""
+def cuts(which: str) -> list[tuple[Any, Any]]:
+    """Other ways to cut one of the two products of the fused kernels, "gate_up" or "down"."""
     from graphgen.models.experts.few_rows import DOWN, GATE_UP, Blocks
 
-    gate_up = [
-        *(Blocks(32, 128, 4, parts) for parts in (2, 3, 5)),
-        *(Blocks(16, 128, 2, parts) for parts in (3, 5)),
-        *(Blocks(16, 256, 2, parts) for parts in (2, 3)),
-        Blocks(64, 128, 4, 2),
-        Blocks(64, 64, 4, 4),
-        Blocks(32, 64, 2, 6),
-    ]
-    down = [
-        *(Blocks(16, 256, 2, parts) for parts in (3, 5, 7)),
-        *(Blocks(16, 128, 2, parts) for parts in (6, 10)),
-        *(Blocks(32, 128, 4, parts) for parts in (4, 7)),
-        Blocks(16, 256, 4, 5),
-        Blocks(32, 256, 4, 3),
-    ]
-    return [*((cut, DOWN) for cut in gate_up), *((GATE_UP, cut) for cut in down)]
+    if which == "gate_up":
+        tried = [(16, 256, 4, 2), (16, 256, 8, 3), (32, 256, 8, 2), (8, 256, 4, 3), (32, 128, 4, 3), (16, 512, 8, 2)]
+        return [(Blocks(*cut), DOWN) for cut in tried]
+    tried = [(16, 256, 4, 4), (16, 256, 8, 7), (8, 256, 4, 7), (8, 256, 2, 7), (16, 128, 4, 12), (32, 256, 8, 5)]
+    return [(GATE_UP, Blocks(*cut)) for cut in tried]
 
 
 PRODUCTS: Mapping[str, Product] = {"operator": by_operator, "grouped_mm": by_grouped_mm, "batched": by_batched_mm}
@@ -165,21 +154,27 @@ def make_layers(shape: Shape, device: torch.device, dtype: torch.dtype, rotate_b
     return [Layer(*map(random, sizes)) for _ in range(max(2, math.ceil(rotate_bytes / each)))]
 
 
-def products(shape: Shape, layers: list[Layer], num_rows: int, all_cuts: bool) -> Mapping[str, Product]:
+def products(
+    shape: Shape, layers: list[Layer], num_rows: int, cut: str | None, names: list[str]
+) -> Mapping[str, Product]:
     """Those that serve so many rows."""
     device, num_pairs = layers[0].down.device, num_rows * shape.top_k
-    found = {
-        name: product for name, product in PRODUCTS.items() if name != "batched" or num_pairs <= MOST_BATCHED_PAIRS
-    }
+    found = {name: PRODUCTS[name] for name in names if name != "batched" or num_pairs <= MOST_BATCHED_PAIRS}
     if device.type == "cuda" and can_chain() and num_pairs <= MOST_PAIRS:
         found["few rows"] = fused(shape, layers, None)
-        for cut in cuts() if all_cuts else ():
-            found[" ".join(",".join(map(str, part)) for part in cut)] = fused(shape, layers, cut)
+        for blocks in () if cut is None else cuts(cut):
+            found["few rows " + " ".join(",".join(map(str, part)) for part in blocks)] = fused(shape, layers, blocks)
     return found
 
 
 def rows_of(
-    shape: Shape, layers: list[Layer], sizes: list[int], bytes_per_s: float, repeats: int, all_cuts: bool
+    shape: Shape,
+    layers: list[Layer],
+    sizes: list[int],
+    bytes_per_s: float,
+    repeats: int,
+    cut: str | None,
+    names: list[str],
 ) -> list[Row]:
     """Every product at every number of rows."""
     device, dtype = layers[0].down.device, layers[0].down.dtype
@@ -188,7 +183,7 @@ def rows_of(
         x = torch.randn(num_rows, shape.hidden, device=device, dtype=dtype)
         experts = torch.rand(num_rows, shape.num_experts, device=device).topk(shape.top_k).indices
         read = 3 * len(experts.unique()) * shape.hidden * shape.size * dtype.itemsize
-        for name, product in products(shape, layers, num_rows, all_cuts).items():
+        for name, product in products(shape, layers, num_rows, cut, names).items():
 
             def once_each(product: Product = product, x: Tensor = x, experts: Tensor = experts) -> None:
                 for layer in layers:
@@ -208,7 +203,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", help="default: 1 to 2048 on CUDA, 1 to 64 on the CPU")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--rotate-mb", type=int, help="MiB of layers; default 512 on CUDA, 16 on the CPU")
-    parser.add_argument("--blocks", action="store_true", help="try other ways to cut the fused kernels' products")
+    parser.add_argument("--cut", choices=("gate_up", "down"), help="try other ways to cut this product of few rows")
+    parser.add_argument(
+        "--products", nargs="+", choices=tuple(PRODUCTS), default=list(PRODUCTS), help="beside few rows"
+    )
     parser.add_argument("--json", help="write the figures here")
     options = parser.parse_args()
     device = torch.device(find_device() if options.device == "auto" else options.device)
@@ -219,7 +217,7 @@ def main() -> None:
     rows: list[Row] = []
     for shape in (shape_of(options.model),) if options.model else LARGE if on_cuda else SMALL:
         layers = make_layers(shape, device, dtype, (options.rotate_mb or (512 if on_cuda else 16)) << 20)
-        rows += rows_of(shape, layers, sizes, bytes_per_s, options.repeats, options.blocks)
+        rows += rows_of(shape, layers, sizes, bytes_per_s, options.repeats, options.cut, options.products)
     about = machine(torch.cuda.get_device_name(device) if on_cuda else "cpu") | {
         "dtype": str(dtype).removeprefix("torch."),
         "read TB/s": f"{bytes_per_s / 1e12:.3f}",

@@ -138,7 +138,7 @@ def rows_of(spec: ModelSpec, kind: str, options: argparse.Namespace, bytes_per_s
     found: list[Row] = []
     served = most_rows(spec) if serves_model(spec, DTYPE) else 0
     num_pages = max(options.rows) * -(-options.context // PAGE_SIZE)
-    for fused in (False, True):
+    for fused in (name == "fused" for name in options.paths):
         specs = [last_layers(spec, count) for count in (FEWEST_LAYERS, options.layers)]
         parts = [
             (make_decoder(part, fused), KVCache(part, num_pages, PAGE_SIZE, DTYPE, DEVICE), open_backend(part, 64))
@@ -165,6 +165,7 @@ def main() -> None:
     parser.add_argument("--model", default="benchmarks/shapes/qwen3-30b-a3b", help="folder or hub id; only its config")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--context", type=int, default=1024, help="positions that each row sees")
+    parser.add_argument("--paths", nargs="+", choices=("compiled", "fused"), default=["compiled", "fused"])
     parser.add_argument("--layers", type=int, default=6, help=f"of the longer step, more than {FEWEST_LAYERS}")
     parser.add_argument("--quantization", nargs="+", choices=KINDS, default=["none"], help="of the linear layers")
     parser.add_argument("--repeats", type=int, default=20)

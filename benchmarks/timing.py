@@ -1,11 +1,15 @@
 """How long does work take on a device, and what is the most the device can do? Used by the kernel benchmarks.
 
 On CUDA the work is captured and its replays are timed by events, so that neither Python nor launches count; on the
-CPU it is called and timed by the clock.
+CPU it is called and timed by the clock. Scripts that run at once compile beside one another and time in turn.
 """
 
+import fcntl
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -17,13 +21,24 @@ WARM_UP_RUNS = 2
 def median_s(work: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Median seconds of one run of `work`, which must not synchronise with the host."""
     if device.type == "cuda":
-        return percentile(_replays_s(work, device, repeats), 50)
+        work()  # compiles what it needs
+        torch.cuda.synchronize(device)
+        with _alone():
+            return percentile(_replays_s(work, device, repeats), 50)
     times = []
     for _ in range(WARM_UP_RUNS + repeats):
         begun_s = time.perf_counter()
         work()
         times.append(time.perf_counter() - begun_s)
     return percentile(times[WARM_UP_RUNS:], 50)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One process at a time."""
+    with (Path(tempfile.gettempdir()) / "graphgen-benchmark.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _replays_s(work: Callable[[], object], device: torch.device, repeats: int) -> list[float]:

@@ -18,8 +18,10 @@ from graphgen.models.spec.formats import PACKED_BLOCK, LinearFormat
 MOST_ROWS = 64
 """With more rows a product is no longer a matter of reading weights, and cuBLAS is faster."""
 MOST_PAIRS = 64
-"""Pairs of a row and one of its experts. With more, some of 128 experts have several rows, and the tiles of the
-compiled layers read their weights once."""
+"""Pairs of a row and one of its experts, of any number of experts."""
+EXPERTS_OF_A_PAIR = 2
+"""Experts that there are for each pair, at least: with fewer, several rows have the same, whose weights would be read
+again; the tiles of the compiled layers read them once."""
 MOST_EXPERTS = 512
 """Each program ranks them all."""
 
@@ -69,8 +71,12 @@ def serves_model(spec: ModelSpec, dtype: torch.dtype) -> bool:
 
 def most_rows(spec: ModelSpec) -> int:
     """Decode rows up to which a model that is served runs in the kernels."""
-    chosen = [layer.feed_forward.top_k for layer in spec.layers if isinstance(layer.feed_forward, Experts)]
-    return min([MOST_ROWS, *(MOST_PAIRS // top_k for top_k in chosen)])
+    all_experts = [layer.feed_forward for layer in spec.layers if isinstance(layer.feed_forward, Experts)]
+    return min([MOST_ROWS, *(_most_rows(experts) for experts in all_experts)])
+
+
+def _most_rows(experts: Experts) -> int:
+    return max(1, min(MOST_PAIRS, experts.num_experts // EXPERTS_OF_A_PAIR) // experts.top_k)
 
 
 def serves_mixer(layer: Layer, hidden_size: int) -> bool:

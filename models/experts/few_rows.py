@@ -41,12 +41,9 @@ class Blocks(NamedTuple):
 
 _MOST_PARTS = 12
 """Each is code of its own."""
-GATE_UP = Blocks(columns=32, depth=128, warps=4, parts=3)
-DOWN = Blocks(columns=16, depth=256, warps=2, parts=5)
-"""Of narrow residual streams, which give few programs."""
-DOWN_WIDE = Blocks(columns=32, depth=128, warps=4, parts=6)
-_WIDE = 4096
-"""Hidden size from which wider programs suffice."""
+GATE_UP = Blocks(columns=16, depth=256, warps=4, parts=3)
+DOWN = Blocks(columns=16, depth=256, warps=4, parts=7)
+"""Columns: 128 programs where the residual stream is 2048 wide, so that each multiprocessor has one."""
 
 
 class Routed(NamedTuple):
@@ -73,7 +70,7 @@ def run_experts(
     """(residual + the mixture's update of RMSNorm, [T, hidden], and its norm begun). residual: [T, hidden]. x, eps: its
     norm. norm: the next one. live: [T] bool, which rows hold a token; None: all. blocks: of gate-up and down; None: the
     best that are known."""
-    of_gate_up, of_down = blocks or (GATE_UP, DOWN if residual.shape[1] < _WIDE else DOWN_WIDE)
+    of_gate_up, of_down = blocks or (GATE_UP, DOWN)
     spec, shared = block.spec, block.shared
     num_rows, num_pairs = len(residual), len(residual) * spec.top_k
     logits = _score(block, x, eps, chained)
@@ -156,10 +153,10 @@ def _gate_up(
         spec.up_plus_one,
         blocks.columns,
         depth,
+        blocks.parts_of(depth) + 1,
         triton.next_power_of_2(num_parts),
         chained,
         num_warps=blocks.warps,
-        num_stages=blocks.parts_of(depth) + 1,
         **launch_options(chained),
     )
 
@@ -201,10 +198,11 @@ def _down(
         size,
         spec.num_experts,
         spec.top_k,
+        triton.next_power_of_2(spec.top_k),
         blocks.columns,
         depth,
         shared_depth,
-        2 * blocks.parts_of(depth) + 1,  # a part first reads which expert its weights are of, in a stage of its own
+        blocks.parts_of(depth) + 1,
         blocks.parts_of(shared_depth) + 1,
         chained,
         num_warps=blocks.warps,

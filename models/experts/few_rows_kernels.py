@@ -4,6 +4,9 @@
     gate_up_kernel   a program makes BN inner columns of one pair of a row and an expert; it finds the expert itself
     down_kernel      a program makes BN columns of a row's update, of all its experts one behind the other
 
+A product of one row is no matter of tensor cores: its sums would wait for one another there. Each thread adds up what
+it reads in float32, elements of several columns and of a part of the depth, and the threads meet at the end.
+
 A CHAINED kernel was launched while the one ahead still ran: until `gdc_wait` it touches nothing that a step writes, and
 every program waits, since only then what is two kernels ahead is done when this one is.
 """
@@ -13,12 +16,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from graphgen.models.experts.tiles import activated
-from graphgen.models.few_rows_kernels import store_normed
 
 _NO_ZERO = tl.constexpr(1e-20)
 """See routing.py."""
-_ROWS = tl.constexpr(16)
-"""Rows that a tensor core multiplies at least; the first is the program's."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
@@ -59,21 +59,91 @@ def router_kernel(
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _ordered(logits: "tl.tensor", inside: "tl.tensor") -> "tl.tensor":
-    """Logits, of which each two have an order: a NaN counts as the least."""
-    loaded = tl.load(logits, inside, other=float("-inf"))
-    return tl.where(loaded == loaded, loaded, float("-inf"))
-
-
-@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _scores(logits: "tl.tensor", peak: "tl.tensor", total: "tl.tensor", SOFTMAX: tl.constexpr) -> "tl.tensor":
-    return tl.exp(logits - peak) / total if SOFTMAX else 1.0 / (1.0 + tl.exp(-logits))
-
-
-@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _chosen(
+def _choices(
     logits: "tl.tensor",
     correction: "tl.tensor | None",
+    begin: int,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+) -> "tuple[tl.tensor, tl.tensor]":
+    """Of BLOCK experts from `begin` on: logits, and what experts are chosen by. Each two have an order: a NaN counts as
+    the least. logits: of the row, whose softmax is only asked for where all are in one block."""
+    numbers = begin + tl.arange(0, BLOCK)
+    inside = numbers < E
+    loaded = tl.load(logits + numbers, inside, other=float("-inf"))
+    own = tl.where(loaded == loaded, loaded, float("-inf"))
+    choice = own
+    if correction is not None:
+        scores = _scores(logits, own, E, BLOCK, SOFTMAX)
+        choice = tl.where(inside, scores + tl.load(correction + numbers, inside, other=0.0), float("-inf"))
+    return own, choice
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _scores(
+    logits: "tl.tensor", own: "tl.tensor", E: tl.constexpr, BLOCK: tl.constexpr, SOFTMAX: tl.constexpr
+) -> "tl.tensor":
+    """Of some of a row's logits: those of a router."""
+    if SOFTMAX:
+        ALL: tl.constexpr = triton.next_power_of_2(E)
+        every = tl.load(logits + tl.arange(0, ALL), tl.arange(0, ALL) < E, other=float("-inf"))
+        peak = tl.max(every, 0)
+        scores = tl.exp(own - peak) / tl.sum(tl.exp(every - peak), 0)
+    else:
+        scores = 1.0 / (1.0 + tl.exp(-own))
+    return scores
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _num_better(
+    logits: "tl.tensor",
+    correction: "tl.tensor | None",
+    choice: "tl.tensor",
+    E: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    IN_ORDER: tl.constexpr,
+) -> "tl.tensor":
+    """[EXPERTS] float32: how many experts of a row come before each. IN_ORDER: of equal ones the first comes first;
+    else they have the same place."""
+    BLOCK: tl.constexpr = EXPERTS if EXPERTS <= 128 else 128 * 128 // EXPERTS
+    numbers = tl.arange(0, EXPERTS)
+    count = tl.zeros((EXPERTS,), tl.float32)
+    for begin in tl.static_range(0, EXPERTS, BLOCK):
+        _, theirs = _choices(logits, correction, begin, E, BLOCK, SOFTMAX)
+        better = theirs[:, None] > choice[None, :]
+        if IN_ORDER:
+            others = begin + tl.arange(0, BLOCK)
+            better |= (theirs[:, None] == choice[None, :]) & (others[:, None] < numbers[None, :])
+        count += tl.sum(tl.where(better, 1.0, 0.0), 0)  # along what lies in a thread
+    return count
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _ranked(
+    logits: "tl.tensor",
+    correction: "tl.tensor | None",
+    place: "tl.tensor",
+    E: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+) -> "tuple[tl.tensor, tl.tensor, tl.tensor]":
+    """The expert in a place of the order of a row's choice; [EXPERTS] the place of each expert, and its logit."""
+    own, choice = _choices(logits, correction, 0, E, EXPERTS, SOFTMAX)
+    places = _num_better(logits, correction, choice, E, EXPERTS, SOFTMAX, False)
+    at_place = places == place
+    if tl.sum(at_place.to(tl.int32), 0) != 1:  # some are equal
+        places = _num_better(logits, correction, choice, E, EXPERTS, SOFTMAX, True)
+    expert = tl.sum(tl.where(places == place, tl.arange(0, EXPERTS), 0), 0)
+    return expert, places, own
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _share(
+    logits: "tl.tensor",
+    own: "tl.tensor",
+    places: "tl.tensor",
     place: "tl.tensor",
     scale: float,
     E: tl.constexpr,
@@ -81,35 +151,14 @@ def _chosen(
     TOP_K: tl.constexpr,
     SOFTMAX: tl.constexpr,
     RENORMALISE: tl.constexpr,
-) -> "tuple[tl.tensor, tl.tensor]":
-    """The expert in a place of the order of a row's choice, and its weight: the formulas of routing.py. logits: of the
-    row. EXPERTS: a power of two from E."""
-    numbers = tl.arange(0, EXPERTS)
-    inside = numbers < E
-    own = _ordered(logits + numbers, inside)
-    peak = tl.max(own, 0)
-    total = tl.sum(tl.exp(own - peak), 0)
-    scores = _scores(own, peak, total, SOFTMAX)
-    choice = own
-    if correction is not None:
-        choice = tl.where(inside, scores + tl.load(correction + numbers, inside, other=0.0), float("-inf"))
-    BLOCK: tl.constexpr = EXPERTS if EXPERTS <= 128 else 128 * 128 // EXPERTS
-    num_better = tl.zeros((EXPERTS,), tl.int32)
-    for begin in tl.static_range(0, EXPERTS, BLOCK):
-        others = begin + tl.arange(0, BLOCK)
-        of_others = others < E
-        theirs = _ordered(logits + others, of_others)
-        if correction is not None:
-            corrected = _scores(theirs, peak, total, SOFTMAX) + tl.load(correction + others, of_others, other=0.0)
-            theirs = tl.where(of_others, corrected, float("-inf"))
-        above = theirs[None, :] > choice[:, None]
-        first = (theirs[None, :] == choice[:, None]) & (others[None, :] < numbers[:, None])
-        num_better += tl.sum((above | first).to(tl.int32), 1)
-    expert = tl.sum(tl.where(num_better == place, numbers, 0), 0)
-    weight = tl.sum(tl.where(num_better == place, scores, 0.0), 0)
+) -> "tl.tensor":
+    """The weight of the expert in a place: the formulas of routing.py. own, places: see _ranked."""
+    FALLS_OUT: tl.constexpr = SOFTMAX and RENORMALISE  # what all scores are divided by
+    scores = tl.exp(own - tl.max(own, 0)) if FALLS_OUT else _scores(logits, own, E, EXPERTS, SOFTMAX)
+    share = tl.sum(tl.where(places == place, scores, 0.0), 0)
     if RENORMALISE:
-        weight /= tl.sum(tl.where(num_better < TOP_K, scores, 0.0), 0) + _NO_ZERO
-    return expert, weight * scale
+        share /= tl.sum(tl.where(places < TOP_K, scores, 0.0), 0) + _NO_ZERO
+    return share * scale
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
@@ -140,54 +189,55 @@ def gate_up_kernel(
     UP_PLUS_ONE: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    STAGES: tl.constexpr,
     PARTS: tl.constexpr,
     CHAINED: tl.constexpr,
 ) -> None:
     """inner[pair] = weight of the pair * activation(gate) * up, of x / rms and the pair's expert, whose F rows of gate
     lie before those of up. experts, weights: [pairs] of each, for the next kernel; E for a row without a token, whose
-    inner columns stay as they are."""
+    inner columns and weights stay as they are."""
     pair = tl.program_id(0)
     row = pair // TOP_K
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     depth = tl.arange(0, BK)
-    only_row = (tl.arange(0, _ROWS) == 0)[:, None]
     if CHAINED:
         gdc_wait()
-    expert, share = _chosen(
-        logits + row * logits_stride, correction, pair % TOP_K, scale, E, EXPERTS, TOP_K, SOFTMAX, RENORMALISE
-    )
+    logits += row * logits_stride
+    place = pair % TOP_K
+    expert, places, own_logits = _ranked(logits, correction, place, E, EXPERTS, SOFTMAX)
     if live is not None:
         expert = tl.where(tl.load(live + row) != 0, expert, E)
     if tl.program_id(1) == 0:
         tl.store(experts + pair, expert)
-        tl.store(weights + pair, share)
     if expert < E:
         parts = tl.arange(0, PARTS)
         square = tl.load(squares + row * num_parts + parts, parts < num_parts, other=0.0)
-        x_row = x + row.to(tl.int64) * K + tl.zeros((_ROWS, 1), tl.int32)
-        gate_rows = weight + (expert.to(tl.int64) * 2 * F + columns)[None, :] * K
+        x_row = x + row.to(tl.int64) * K
+        gate_rows = weight + (expert.to(tl.int64) * 2 * F + columns)[:, None] * K
         up_rows = gate_rows + tl.full([1], F, tl.int64) * K
-        gate = tl.zeros((_ROWS, BN), tl.float32)
-        up = tl.zeros((_ROWS, BN), tl.float32)
-        for k in range(0, K, BK):
-            left = tl.load(x_row + k + depth[None, :], only_row, other=0.0)
-            gate = tl.dot(left, tl.load(gate_rows + k + depth[:, None]), gate)
-            up = tl.dot(left, tl.load(up_rows + k + depth[:, None]), up)
+        gates = tl.zeros((BN, BK), tl.float32)
+        ups = tl.zeros((BN, BK), tl.float32)
+        for k in tl.range(0, K, BK, num_stages=STAGES):
+            own = tl.load(x_row + k + depth).to(tl.float32)[None, :]
+            gates += own * tl.load(gate_rows + k + depth[None, :]).to(tl.float32)
+            ups += own * tl.load(up_rows + k + depth[None, :]).to(tl.float32)
         if CHAINED:
             gdc_launch_dependents()
+        share = _share(logits, own_logits, places, place, scale, E, EXPERTS, TOP_K, SOFTMAX, RENORMALISE)
+        if tl.program_id(1) == 0:
+            tl.store(weights + pair, share)
         over_rms = tl.rsqrt(tl.sum(square, 0) / K + eps)
-        gate *= over_rms
-        up *= over_rms
+        gate = tl.sum(gates, 1) * over_rms
+        up = tl.sum(ups, 1) * over_rms
         if bias is not None:
             biases = bias + expert.to(tl.int64) * 2 * F + columns
-            gate += tl.load(biases).to(tl.float32)[None, :]
-            up += tl.load(biases + F).to(tl.float32)[None, :]
+            gate += tl.load(biases).to(tl.float32)
+            up += tl.load(biases + F).to(tl.float32)
         if limit is not None:
             gate = tl.minimum(gate, limit)
             up = tl.minimum(tl.maximum(up, -limit), limit)
         made = activated(gate, ACTIVATION) * (up + 1.0 if UP_PLUS_ONE else up) * share
-        places = inner + pair.to(tl.int64) * F + columns[None, :] + tl.zeros((_ROWS, 1), tl.int32)
-        tl.store(places, made.to(inner.dtype.element_ty), only_row)
+        tl.store(inner + pair.to(tl.int64) * F + columns, made.to(inner.dtype.element_ty))
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
@@ -212,6 +262,7 @@ def down_kernel(
     F: tl.constexpr,
     E: tl.constexpr,
     TOP_K: tl.constexpr,
+    PAIRS: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     SHARED_BK: tl.constexpr,
@@ -221,45 +272,52 @@ def down_kernel(
 ) -> None:
     """out = residual + inner of all pairs of a row @ the weights of their experts, one behind the other, + what the
     shared one adds, and its norm begun. inner: [row, TOP_K * F], each pair times its weight. shared_logits: of the
-    factor of the shared one, where it has one."""
+    factor of the shared one, where it has one. PAIRS: a power of two from TOP_K."""
     row = tl.program_id(1)
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     depth = tl.arange(0, BK)
-    rows = row + tl.arange(0, _ROWS)[:, None]
-    only_row = rows == row
-    places = rows.to(tl.int64) * N + columns[None, :]
+    places = row.to(tl.int64) * N + columns
+    scales = tl.load(norm_weight + columns).to(tl.float32)
     if CHAINED:
         gdc_wait()
-    before = tl.load(residual + places, only_row, other=0.0)
+    before = tl.load(residual + places)
     first_pair = row * TOP_K
-    num_columns = tl.where(tl.load(experts + first_pair) < E, TOP_K * F, 0)
-    inner_row = inner + row.to(tl.int64) * (TOP_K * F) + tl.zeros((_ROWS, 1), tl.int32)
-    result = tl.zeros((_ROWS, BN), tl.float32)
+    of_row = tl.arange(0, PAIRS)
+    chosen = tl.load(experts + first_pair + of_row, of_row < TOP_K, other=0)
+    num_columns = tl.where(tl.max(chosen, 0) < E, TOP_K * F, 0)
+    inner_row = inner + row.to(tl.int64) * (TOP_K * F)
+    sums = tl.zeros((BN, BK), tl.float32)
     for begin in tl.range(0, num_columns, BK, num_stages=STAGES):
-        left = tl.load(inner_row + begin + depth[None, :], only_row, other=0.0)
-        expert = tl.load(experts + first_pair + begin // F).to(tl.int64)
-        weight_rows = weight + (expert * N + columns)[None, :] * F + tl.multiple_of(begin % F, BK)
-        result = tl.dot(left, tl.load(weight_rows + depth[:, None]), result)
+        expert = tl.sum(tl.where(of_row == begin // F, chosen, 0), 0).to(tl.int64)  # reads nothing, or it would wait
+        weight_rows = weight + (expert * N + columns)[:, None] * F + tl.multiple_of(begin % F, BK)
+        own = tl.load(inner_row + begin + depth).to(tl.float32)[None, :]
+        sums += own * tl.load(weight_rows + depth[None, :]).to(tl.float32)
     if shared_inner is not None:
         shared_depth = tl.arange(0, SHARED_BK)
-        shared_row = shared_inner + row.to(tl.int64) * SHARED_F + tl.zeros((_ROWS, 1), tl.int32)
-        shared_rows = shared_weight + columns.to(tl.int64)[None, :] * SHARED_F
-        shared = tl.zeros((_ROWS, BN), tl.float32)
+        shared_row = shared_inner + row.to(tl.int64) * SHARED_F
+        shared_rows = shared_weight + columns.to(tl.int64)[:, None] * SHARED_F
+        shared_sums = tl.zeros((BN, SHARED_BK), tl.float32)
         for begin in tl.range(0, SHARED_F, SHARED_BK, num_stages=SHARED_STAGES):
-            left = tl.load(shared_row + begin + shared_depth[None, :], only_row, other=0.0)
-            shared = tl.dot(left, tl.load(shared_rows + begin + shared_depth[:, None]), shared)
+            own = tl.load(shared_row + begin + shared_depth).to(tl.float32)[None, :]
+            shared_sums += own * tl.load(shared_rows + begin + shared_depth[None, :]).to(tl.float32)
+    if CHAINED:
+        gdc_launch_dependents()
+    result = tl.sum(sums, 1)
+    if shared_inner is not None:
+        shared = tl.sum(shared_sums, 1)
         if shared_bias is not None:
-            shared += tl.load(shared_bias + columns).to(tl.float32)[None, :]
+            shared += tl.load(shared_bias + columns).to(tl.float32)
         if shared_logits is not None:
             shared *= 1.0 / (1.0 + tl.exp(-tl.load(shared_logits + row * logits_stride)))
         result += shared
-    if CHAINED:
-        gdc_launch_dependents()
     if bias is not None:
         for place in tl.static_range(TOP_K):
             expert = tl.load(experts + first_pair + place)
             own = tl.load(bias + expert.to(tl.int64) * N + columns, columns < tl.where(expert < E, N, 0), other=0.0)
-            result += (tl.load(weights + first_pair + place) * own.to(tl.float32))[None, :]
+            result += tl.where(expert < E, tl.load(weights + first_pair + place), 0.0) * own.to(tl.float32)
     # As where the product is stored and read again.
-    sums = (before.to(tl.float32) + result.to(before.dtype).to(tl.float32)).to(before.dtype)
-    store_normed(sums, places, columns, rows, row + 1, norm_weight, out, scaled, squares)
+    stream = (before.to(tl.float32) + result.to(before.dtype).to(tl.float32)).to(before.dtype)
+    wide = stream.to(tl.float32)
+    tl.store(out + places, stream)
+    tl.store(scaled + places, (wide * scales).to(scaled.dtype.element_ty))
+    tl.store(squares + row * tl.num_programs(0) + tl.program_id(0), tl.sum(wide * wide, 0))

@@ -71,7 +71,7 @@ def make_block(case: str) -> MixtureOfExperts:
     hidden_size, spec = SHAPES[case]
     block = MixtureOfExperts(spec, hidden_size, torch.bfloat16, WHOLE).cuda()
     for parameter in block.parameters():
-        parameter.data.normal_(0.0, 0.02)
+        parameter.data.normal_(0.0, 0.06)  # then the update is no smaller than the stream's rounding
     return block
 
 
@@ -133,8 +133,7 @@ def test_experts_in_the_shapes_of_real_layers_equal_the_block_in_float32(case: s
         rows = clear_rows(block, norm, num_rows)
         want = in_float32(block, norm, rows)
         got = run(block, norm, rows, None, chained=True)
-        assert relative_error(got - rows, want - rows) < 2e-2  # the stream's own rounding is part of it
-        assert relative_error(got, want) < 4e-3
+        assert relative_error(got.float() - rows.float(), want - rows.float()) < 1.5e-2
         assert torch.equal(got, run(block, norm, rows, None, chained=False)), "sums have one order"
 
 

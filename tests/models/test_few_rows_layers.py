@@ -206,8 +206,10 @@ def test_another_way_to_the_residual_stream_is_refused(trait: str) -> None:
 
 def test_as_many_rows_are_served_as_have_few_pairs_with_their_experts() -> None:
     assert most_rows(SPEC) == MOST_ROWS
-    assert most_rows(replace(SPEC, layers=(LAYER, with_experts()))) == 32
-    assert most_rows(replace(SPEC, layers=(with_experts(), with_experts(top_k=6)))) == 10
+    assert most_rows(replace(SPEC, layers=(LAYER, with_experts(num_experts=128, top_k=8)))) == 8
+    assert most_rows(replace(SPEC, layers=(LAYER, with_experts(num_experts=512, top_k=8)))) == 8, "64 pairs at most"
+    assert most_rows(replace(SPEC, layers=(with_experts(num_experts=64), with_experts(num_experts=64, top_k=6)))) == 5
+    assert most_rows(replace(SPEC, layers=(with_experts(num_experts=2, top_k=2),))) == 1, "one row has no others"
 
 
 def test_every_field_of_a_layer_is_among_the_cases() -> None:
