@@ -71,7 +71,7 @@ class FolderCheckpoint:
 
     def config(self) -> dict[str, Any]:
         config = read_config(self._location, self._revision)
-        beside = None if _QUANTIZATION in config else read_beside(Path(self._location))
+        beside = None if config.get(_QUANTIZATION) else read_beside(Path(self._location))
         return config if beside is None else {**config, _QUANTIZATION: beside}
 
     def generation_eos(self) -> int | list[int] | None:

@@ -1,5 +1,6 @@
 """Scales of fp8 keys and values in a checkpoint: each tool's names, what they do, and what is refused."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from graphgen.models.layers import Attention
 from graphgen.models.loader import load_decoder
 from tests.models import tiny
 from tests.models.driver import Driver
+from tests.models.formats.checkpoints import Packed, in_fp8, write
 from tests.models.splits import tokens
 from tests.models.test_loader import edit_config
 
@@ -89,6 +91,28 @@ def test_values_beyond_the_range_of_fp8_need_their_scale(tmp_path: Path) -> None
         layer.attention.v_scales.fill_(1.0)
     without = logits(decoder, "fp8")
     assert (got - want).norm() < 0.1 * (without - want).norm()
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_scales_stand_beside_quantised_weights(beside: bool, tmp_path: Path) -> None:
+    """As ModelOpt writes them, its config in a file of its own too."""
+
+    def pack(module: str, weight: Tensor) -> Packed | None:
+        made = in_fp8(weight, None, None)
+        side = module.rpartition(".")[2].removesuffix("_proj")
+        scale = {f"{side}_scale": torch.tensor({"k": 0.25, "v": 0.75}[side])} if side in ("k", "v") else {}
+        return None if module == "lm_head" else made._replace(tensors={**made.tensors, **scale})
+
+    config = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}
+    folder = write(tmp_path, {"quant_method": "modelopt", **config}, pack).quantised
+    if beside:
+        edit_config(folder, quantization_config=None)
+        (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": config}))
+    assert load_spec(folder).kv_format == "fp8"
+    for layer in load(folder).decoder_layers:
+        assert isinstance(layer.attention, Attention)
+        assert torch.equal(layer.attention.k_scales, torch.full((KV_HEADS,), 0.25))
+        assert torch.equal(layer.attention.v_scales, torch.full((KV_HEADS,), 0.75))
 
 
 @pytest.mark.parametrize(
