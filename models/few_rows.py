@@ -18,6 +18,7 @@ from torch import Tensor
 from graphgen.models.chaining import launch_options
 from graphgen.models.few_rows_kernels import (
     adding_linear_kernel,
+    adding_row_kernel,
     embed_kernel,
     gated_kernel,
     norm_heads_kernel,
@@ -46,10 +47,14 @@ def _row_block(num_rows: int) -> int:
     return 16 if num_rows <= 16 else 64
 
 
+_NARROW = 88
+"""Programs of LEAST_COLUMNS that leave a third of the multiprocessors idle."""
+
+
 def _column_block(size: int) -> int:
     """Columns of a program that makes a product `size` wide."""
     # Two thirds of the multiprocessors with 16 KiB stages beat all of them with 8 KiB ones.
-    return 64 if size % 64 == 0 and size // 64 >= 88 else LEAST_COLUMNS
+    return 64 if size % 64 == 0 and size // 64 >= _NARROW else LEAST_COLUMNS
 
 
 def depth_block(depth: int, most: int = 128) -> int:
@@ -151,6 +156,8 @@ def adding_linear(
     num_rows, depth = x.shape
     stored = tensors_of(weight)
     size = stored[0].shape[0]
+    if num_rows == 1 and isinstance(weight, Tensor) and size < _NARROW * LEAST_COLUMNS:
+        return _adding_row(x, weight, bias, residual, norm, chained)
     cut = _cut(weight, num_rows, size, depth, shape)
     sums, normed = open_normed(residual, num_rows, size, cut.columns)
     adding_linear_kernel[(size // cut.columns,)](
@@ -173,6 +180,33 @@ def adding_linear(
         cut.reading,
         num_warps=cut.warps,
         num_stages=cut.stages,
+        **launch_options(chained),
+    )
+    return sums, normed
+
+
+def _adding_row(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm: RMSNorm, chained: bool
+) -> tuple[Tensor, Normed]:
+    """adding_linear of one row to a narrow stream."""
+    size, depth = weight.shape
+    block, columns = depth_block(depth, 256), LEAST_COLUMNS // 2
+    sums, normed = open_normed(residual, 1, size, columns)
+    adding_row_kernel[(size // columns,)](
+        x,
+        weight,
+        bias,
+        residual,
+        norm.weight,
+        sums,
+        *normed,
+        depth,
+        columns,
+        block,
+        block * (2 if depth > 2 * block else 1),
+        7,
+        chained,
+        num_warps=4,
         **launch_options(chained),
     )
     return sums, normed

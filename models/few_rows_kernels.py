@@ -225,6 +225,68 @@ def adding_linear_kernel(
     store_normed(sums, places, columns, rows, num_rows, norm_weight, out, scaled, squares)
 
 
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def add_row(
+    update: "tl.tensor",
+    before: "tl.tensor",
+    places: "tl.tensor",
+    scales: "tl.tensor",
+    part: "tl.tensor",
+    out: "tl.tensor",
+    scaled: "tl.tensor",
+    squares: "tl.tensor",
+) -> None:
+    """Stores columns of one row of the residual stream, [BN], and its norm begun. update: float32; before: the stream;
+    places: where in it; scales: of the norm, float32; part: where the sum of squares belongs."""
+    # As where the product is stored and read again.
+    stream = (before.to(tl.float32) + update.to(before.dtype).to(tl.float32)).to(before.dtype)
+    wide = stream.to(tl.float32)
+    tl.store(out + places, stream)
+    tl.store(scaled + places, (wide * scales).to(scaled.dtype.element_ty))
+    tl.store(squares + part, tl.sum(wide * wide, 0))
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def adding_row_kernel(
+    x: "tl.tensor",
+    weight: "tl.tensor",
+    bias: "tl.tensor | None",
+    residual: "tl.tensor",
+    norm_weight: "tl.tensor",
+    out: "tl.tensor",
+    scaled: "tl.tensor",
+    squares: "tl.tensor",
+    K: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EARLY: tl.constexpr,
+    STAGES: tl.constexpr,
+    CHAINED: tl.constexpr,
+) -> None:
+    """adding_linear_kernel of one row, in which a tensor core's sums would wait for one another: each thread adds up
+    what it reads, and the threads meet at the end. EARLY: a power of two."""
+    columns = tl.program_id(0) * BN + tl.arange(0, BN)
+    weight_rows = weight + columns.to(tl.int64)[:, None] * K
+    first = tl.arange(0, EARLY)
+    early = tl.load(weight_rows + first[None, :])
+    scales = tl.load(norm_weight + columns).to(tl.float32)
+    if CHAINED:
+        gdc_wait()
+    before = tl.load(residual + columns)
+    first_own = tl.load(x + first).to(tl.float32)[None, :]
+    depth = tl.arange(0, BK)
+    sums = tl.zeros((BN, BK), tl.float32)
+    for k in tl.range(EARLY, K, BK, num_stages=STAGES):
+        own = tl.load(x + k + depth).to(tl.float32)[None, :]
+        sums += own * tl.load(weight_rows + k + depth[None, :]).to(tl.float32)
+    if CHAINED:
+        gdc_launch_dependents()
+    update = tl.sum(sums, 1) + tl.sum(early.to(tl.float32) * first_own, 1)
+    if bias is not None:
+        update += tl.load(bias + columns).to(tl.float32)
+    add_row(update, before, columns, scales, tl.program_id(0), out, scaled, squares)
+
+
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # triton has no types
 def gated_kernel(
     x: "tl.tensor",

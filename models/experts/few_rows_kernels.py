@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from graphgen.models.experts.tiles import activated
+from graphgen.models.few_rows_kernels import add_row
 
 _NO_ZERO = tl.constexpr(1e-20)
 """See routing.py."""
@@ -315,9 +316,5 @@ def down_kernel(
             expert = tl.load(experts + first_pair + place)
             own = tl.load(bias + expert.to(tl.int64) * N + columns, columns < tl.where(expert < E, N, 0), other=0.0)
             result += tl.where(expert < E, tl.load(weights + first_pair + place), 0.0) * own.to(tl.float32)
-    # As where the product is stored and read again.
-    stream = (before.to(tl.float32) + result.to(before.dtype).to(tl.float32)).to(before.dtype)
-    wide = stream.to(tl.float32)
-    tl.store(out + places, stream)
-    tl.store(scaled + places, (wide * scales).to(scaled.dtype.element_ty))
-    tl.store(squares + row * tl.num_programs(0) + tl.program_id(0), tl.sum(wide * wide, 0))
+    part = row * tl.num_programs(0) + tl.program_id(0)
+    add_row(result, before, places, scales, part, out, scaled, squares)

@@ -23,7 +23,7 @@ if torch.cuda.is_available():
     pytest.skip("tests/gpu/test_few_rows_gpu.py runs the compiled kernels", allow_module_level=True)
 
 from graphgen.models.experts.few_rows import run_experts  # Triton exists where it is installed
-from graphgen.models.few_rows import Normed
+from graphgen.models.few_rows import Normed, adding_linear
 
 # The interpreter computes in numpy, which warns where a kernel means it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -97,6 +97,20 @@ def seeded() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernels_compute_what_the_block_does(case: str) -> None:
     assert_same(make_block(CASES[case]), num_rows=2)
+
+
+@pytest.mark.parametrize("depth", [64, 768])
+def test_one_row_of_a_narrow_product_is_added_to_the_stream(depth: int) -> None:
+    """As the output projection in front of the experts is: of one row in a kernel of its own, of two in the other."""
+    weight, bias, norm = torch.randn(HIDDEN, depth) * 0.1, torch.randn(HIDDEN), make_norm()
+    for num_rows in (1, 2):
+        x, residual = torch.randn(num_rows, depth), torch.randn(num_rows, HIDDEN)
+        for offset in (None, bias):
+            sums, normed = adding_linear(x, weight, offset, residual, norm, chained=False)
+            expected = residual + torch.nn.functional.linear(x, weight, offset)
+            torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(normed.scaled, expected * weight_of(norm), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(normed.squares.sum(1), expected.pow(2).sum(1), rtol=1e-4, atol=1e-4)
 
 
 def test_rows_without_a_token_go_to_no_expert() -> None:
