@@ -36,6 +36,8 @@ TABLE_PAGES = 256
 """Pages of a block table, as of an engine that serves 16k positions."""
 CHUNK = 512
 """Rows of the chunk at which KV formats are compared."""
+COLD_BYTES = 192 << 20
+"""Of all KV tensors at which KV formats are compared, at least: several times an L2 cache."""
 MOST_BYTES = 18 << 30
 """Of all KV tensors at which KV formats are compared: of large ones, fewer are cold as well."""
 
@@ -173,7 +175,7 @@ def kv_formats(
             row: dict[str, object] = {"rows": batch, "context": context}
             for kept_as in formats:
                 kv_bytes = 2 * batch * context * kv_format(kept_as).position_bytes(shape.num_kv_heads, shape.head_dim)
-                num_layers = max(1, min(NUM_LAYERS, MOST_BYTES // kv_bytes))
+                num_layers = max(1, min(max(NUM_LAYERS, COLD_BYTES // kv_bytes), MOST_BYTES // kv_bytes))
                 tables = decode_tables(batch, batch, context, TABLE_PAGES)
                 case = Case(shape, tables, (Kernel.FA3, Kernel.SPLIT_KV), kept_as, num_layers)
                 times[kept_as, context] = case.microseconds_per_layer(20)

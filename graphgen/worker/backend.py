@@ -115,11 +115,11 @@ def _open_flashinfer(config: LaunchConfig, dtype: torch.dtype, most: _Most) -> A
         most.chunks,
         most.prefill_rows,
         most.decode_rows,
-        most_quantised_pages=_most_chunk_pages(config, most.chunks) if kv_format(config.kv_format).quantised else 0,
+        most_quantised_pages=most_chunk_pages(config, most.chunks) if kv_format(config.kv_format).quantised else 0,
     )
 
 
-def _most_chunk_pages(config: LaunchConfig, most_chunks: int) -> int:
+def most_chunk_pages(config: LaunchConfig, most_chunks: int) -> int:
     """Quantised pages that the chunks of a step may see together: what any step's see, or what few steps' go beyond and
     one context of any length does not."""
     of_context = -(-config.max_model_len // config.page_size)

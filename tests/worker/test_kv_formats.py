@@ -4,7 +4,7 @@ import pytest
 
 from graphgen.demo import model_folder
 from graphgen.ipc.errors import ConfigError
-from graphgen.worker.backend import check_kv_format
+from graphgen.worker.backend import MOST_CHUNK_PAGES, check_kv_format, most_chunk_pages
 from tests.models.kept import FORMATS
 from tests.models.splits import tokens
 from tests.worker.local_engine import LocalEngine, launch_config
@@ -47,3 +47,12 @@ def test_fp8_is_refused_on_a_gpu_whose_kernels_cannot_read_it() -> None:
         check_kv_format("fp8", (8, 0))
     check_kv_format("fp8", (8, 9))
     check_kv_format("int8", (8, 0))
+
+
+@pytest.mark.parametrize(
+    ("max_model_len", "want"),
+    [(256, 32 * 16), (512, MOST_CHUNK_PAGES), (16 * MOST_CHUNK_PAGES + 1, MOST_CHUNK_PAGES + 1)],
+)
+def test_plain_pages_hold_any_context_and_no_more_than_steps_can_see(max_model_len: int, want: int) -> None:
+    config = launch_config(model_folder(), max_model_len, device="cpu", page_size=16)
+    assert most_chunk_pages(config, most_chunks=32) == want
