@@ -310,7 +310,21 @@ class Links:
         self._router.sent(choice)
         self._lost.pop(request_id, None)
         self._at[request_id] = number
-        self._links[number].submit([request])
+        try:
+            self._links[number].submit([request])
+        except GraphgenError as error:
+            logger.error("the link to engine %d is broken, and nothing is sent there any more: %s", number, error)
+            self._leave(number)
+            self._end(request_id)
+            raise
+
+    def _leave(self, number: int) -> None:
+        """Nothing more is expected of an engine whose link has failed; what was open there has been told."""
+        self._ready.pop(number, None)
+        self._joined.discard(number)
+        for loss in self._router.left(_id_of(number)):
+            if not loss.error:
+                self._end(loss.request_id)
 
     def _end(self, request_id: int, num_output: int = 0) -> None:
         """It is open no more."""

@@ -407,6 +407,23 @@ def test_one_live_engine_is_enough_for_a_probe(rig: Rig) -> None:
         rig.links.ask_probe().result(5)
 
 
+def test_a_link_that_fails_takes_its_own_requests_along_and_gets_no_others(rig: Rig) -> None:
+    """What is no message comes of no engine of this build: nobody can know what else it says."""
+    one, other = rig.open(), rig.open()
+    rig.schedulers[one.at].send_raw(b"\xc1")
+    assert isinstance(one.deliveries.get(timeout=5), EngineDeadError)
+    other.hear(rig, [1])
+    failed = 0
+    for request_id in range(500, 506):
+        try:
+            rig.links.submit([open_request(request_id, lambda _: None)])
+        except EngineDeadError:
+            failed += 1
+    assert failed <= 1
+    assert rig.links.num_serving == 1
+    other.end(rig)
+
+
 def test_notices_say_which_engine_speaks(rig: Rig) -> None:
     rig.schedulers[1].send(Notice("a new worker serves"))
     assert rig.noticed.get(timeout=5).text == "engine 1: a new worker serves"
