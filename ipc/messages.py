@@ -311,8 +311,10 @@ class WorkerReady(Struct, frozen=True, array_like=True, tag="worker_ready", gc=F
     step_times: StepTimeTable | None = None  # None: nobody has measured this device
     device_bytes: int = 0  # of a CUDA device, held by this worker when it was ready
     page_groups: tuple[PageGroup, ...] = (PageGroup(),)
-    page_bytes: int = 0  # of one page, in all layers of its group
+    page_bytes: int = 0  # of one page, in all layers of its group; of several ranks, of each
     max_chunk_pages: int | None = None  # pages that the chunks of one step may see together; None: any number
+    num_ranks: int = 1  # that share the model
+    collectives: str = ""  # how they add up, for people
 
     def most_positions(self, limit: int) -> int:
         """Of a request that has all pages to itself, at most `limit`."""

@@ -4,6 +4,7 @@
     python -m tests.worker_deaths --times 40 --kinds exit failed garbage starting
     python -m tests.worker_deaths --times 20 --kinds stop hang
     python -m tests.worker_deaths --times 50 --kinds quick
+    python -m tests.worker_deaths --times 40 --ranks 2
 
 One engine of the embedded model on the CPU in float32, STREAMS requests at a time. KINDS has the ways in which a worker
 ends. Each death strikes at a random moment, while the engine decodes, computes prompts or preempts, or while the worker
@@ -31,7 +32,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import zmq
 
@@ -123,7 +124,9 @@ class Victim(NamedTuple):
 
     @property
     def pid(self) -> int:
-        return self.engine.pids["worker-0"]
+        """Of one of its ranks; each time it is asked for, of any."""
+        pids = self.engine.pids
+        return self.chance.choice([pids[name] for name in sorted(pids) if name.startswith("worker-")])
 
     @property
     def folder(self) -> Path:
@@ -281,16 +284,22 @@ class Figures:
 
 
 def run(
-    times: int, seed: int, kinds: Sequence[str] = ("kill",), streams: int = STREAMS, hung_s: float | None = None
+    times: int,
+    seed: int,
+    kinds: Sequence[str] = ("kill",),
+    streams: int = STREAMS,
+    hung_s: float | None = None,
+    ranks: int = 1,
 ) -> dict[str, float]:
     """Deaths of these kinds in turn. Raises AssertionError when a token is lost, doubled or another, or when something
-    is left. The figures otherwise. hung_s: see Traps."""
+    is left. The figures otherwise. hung_s: see Traps. ranks: that share the model; any of them ends."""
     chance = random.Random(seed)
     deaths = list(itertools.islice(itertools.cycle([KINDS[name] for name in kinds]), times))
     figures, files_before = Figures(), num_files(os.getpid())
     with tempfile.TemporaryDirectory() as traps_folder:
         traps = Traps(Path(traps_folder))
-        with LossNotices() as notices, traps.in_environment(hung_s), Engine(**SETTINGS) as engine:  # type: ignore[arg-type]  # a plain dict of settings
+        settings: dict[str, Any] = {**SETTINGS, "tensor_parallel": ranks}
+        with LossNotices() as notices, traps.in_environment(hung_s), Engine(**settings) as engine:
             victim = Victim(engine, traps, notices, chance, [])
             start_s, folder, scheduler = engine.start_s, victim.folder, engine.pids["scheduler"]
             held_before, mib_before = num_held(victim), 0.0
@@ -364,7 +373,9 @@ def die(victim: Victim, kind: Kind) -> float:
 
 
 def has_another_worker(engine: Engine, pid: int) -> bool:
-    return engine.pids.get("worker-0") not in (pid, None)
+    """Whether no rank is left of the group of that process, and the next one is there."""
+    workers = [one for name, one in engine.pids.items() if name.startswith("worker-")]
+    return pid not in workers and len(workers) == engine.info.worker.num_ranks
 
 
 # --- what may be left --------------------------------------------------------------------------------------------
@@ -418,8 +429,9 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=["kill"], help="these, in turn")
+    parser.add_argument("--ranks", type=int, default=1, help="that share the model; any of them ends")
     arguments = parser.parse_args()
-    figures = run(arguments.times, arguments.seed, arguments.kinds)
+    figures = run(arguments.times, arguments.seed, arguments.kinds, ranks=arguments.ranks)
     print(", ".join(f"{name} {value:.3g}" for name, value in figures.items()), "- no token lost or doubled")
 
 

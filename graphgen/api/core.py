@@ -8,13 +8,15 @@ import logging
 import threading
 import time
 import weakref
+from functools import partial
 
 from graphgen.base.progress import StartProgress
 from graphgen.ipc.errors import ConfigError, EngineDeadError
 from graphgen.ipc.messages import Ready
 from graphgen.launch.config import EngineConfig
 from graphgen.launch.engines import LOOK_S, Engines
-from graphgen.launch.replicas import check_replicas, of_replica
+from graphgen.launch.processes import EngineProcesses
+from graphgen.launch.replicas import check_devices, of_replica
 from graphgen.requests.core import AttachedCore, describe_start, launch_config, load_config_tokenizer
 from graphgen.requests.tokenizer import write_tokenizer
 from graphgen.router.links import Links
@@ -31,9 +33,9 @@ class EngineCore(AttachedCore):
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         started_s = time.monotonic()
-        check_replicas(config)
+        check_devices(config)
         # The processes start first: they import torch while this one reads the model's config and tokenizer.
-        engines = Engines(config.replicas)
+        engines = Engines(config.replicas, partial(EngineProcesses, num_ranks=config.tensor_parallel))
         with StartProgress(config.progress) as progress:
             try:
                 links = Links([engines[number] for number in range(len(engines))], progress.show)

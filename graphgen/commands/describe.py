@@ -64,6 +64,7 @@ def decisions(config: EngineConfig, launch: LaunchConfig, ready: Ready) -> list[
             launch.dtype,
             _asked(config.dtype != "auto") or _dtype_reason(launch),
         ),
+        *_ranks_decision(worker),
         Decision("attention", worker.attention, _asked(config.attention != "auto") or "the fastest that is installed"),
         Decision(
             "layer compiled",
@@ -89,13 +90,13 @@ def decisions(config: EngineConfig, launch: LaunchConfig, ready: Ready) -> list[
         ),
         Decision(
             "weights",
-            f"{spec.weight_bytes(launch.dtype) / 2**20:.0f} MiB",
+            f"{spec.rank_weight_bytes(launch.dtype, launch.num_ranks) / 2**20:.0f} MiB" + _each(launch),
             _weights_reason(config, launch),
         ),
         Decision("keys and values", launch.kv_format, _asked(config.kv_cache_dtype != "auto") or _kv_reason(spec)),
         Decision(
             "KV cache",
-            f"{worker.num_pages} pages, {worker.page_bytes * worker.num_pages / 2**20:.0f} MiB",
+            f"{worker.num_pages} pages, {worker.page_bytes * worker.num_pages / 2**20:.0f} MiB" + _each(launch),
             (_asked(config.num_pages is not None) or "what the memory left after weights and buffers")
             + _page_reason(worker),
         ),
@@ -121,6 +122,16 @@ def _weights_reason(config: EngineConfig, launch: LaunchConfig) -> str:
 
 def _kv_reason(spec: ModelSpec) -> str:
     return "kept as computed" if spec.kv_format is None else "the checkpoint asks for it"
+
+
+def _ranks_decision(worker: WorkerReady) -> list[Decision]:
+    if worker.num_ranks == 1:
+        return []
+    return [Decision("ranks", str(worker.num_ranks), f"tensor_parallel; they add up with {worker.collectives}")]
+
+
+def _each(launch: LaunchConfig) -> str:
+    return " on each rank" if launch.num_ranks > 1 else ""
 
 
 def _page_reason(worker: WorkerReady) -> str:

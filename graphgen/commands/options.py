@@ -28,7 +28,7 @@ PANELS = {
         "seed",
     ),
     "Device and memory": (
-        *("device", "replicas", "memory_fraction", "kv_cache_dtype", "num_pages", "page_size"),
+        *("device", "replicas", "tensor_parallel", "memory_fraction", "kv_cache_dtype", "num_pages", "page_size"),
         *("attention", "cpu_threads"),
     ),
     "Scheduling": (

@@ -56,9 +56,13 @@ class EngineConfig(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords):
     device: str = "auto"
     """auto, cpu, cuda or cuda:N. auto: CUDA where a GPU and a CUDA build of torch are present, else the CPU."""
     replicas: int = 1
-    """Engines that serve side by side, each with a scheduler and a worker of its own: on CUDA each on one GPU, from
+    """Engines that serve side by side, each with a scheduler and workers of its own: on CUDA each on its own GPUs, from
     cuda:0 on; on the CPU each with its part of the cores. A request goes where the beginning of its prompt is kept, or
     where there is least to do; when its engine ends it goes on at another."""
+    tensor_parallel: int = 1
+    """Ranks that share an engine's model, each a process with a GPU of its own, from cuda:0 on; on the CPU, with its
+    part of the cores. Each has its part of the heads, of the feed-forwards' inner columns, of every expert and of the
+    output's vocabulary, which it must divide but for the last."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: float32 on the CPU, bfloat16 there for quantised weights; on CUDA the checkpoint's, bfloat16 if that is
     float32."""
@@ -103,7 +107,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords):
     step_log: str | None = None
     """File that receives one JSON line per step. None: no log."""
     cpu_threads: int | None = None
-    """Threads of one CPU operation in a worker. None: all cores, or each replica's part of them."""
+    """Threads of one CPU operation in a worker. None: all cores, or its part of them where there are several."""
     itl_target_ms: float | None = None
     """Milliseconds that no gap between two tokens of a request should exceed, for requests that state no target of
     their own: steps are made no longer than that as far as measured step times tell. None: no target."""
@@ -139,6 +143,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords):
             "max_num_seqs",
             "num_pages",
             "replicas",
+            "tensor_parallel",
             "cpu_threads",
             "max_waiting",
             "max_waiting_tokens",
@@ -173,6 +178,7 @@ class EngineSettings(TypedDict, total=False):
     generation_config: Literal["auto", "none"]
     device: str
     replicas: int
+    tensor_parallel: int
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     quantization: Quantization | None
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8"]
@@ -222,7 +228,7 @@ class LaunchConfig(Struct, frozen=True, kw_only=True):
     spec: ModelSpec
     eos_token_ids: tuple[int, ...]
     sampling_defaults: SamplingDefaults  # of requests that state no values
-    device: str  # "cpu", "cuda" or "cuda:N"
+    device: str  # "cpu", "cuda" or "cuda:N"; of several ranks the first one's
     dtype: str  # "float32", "bfloat16" or "float16"
     kv_format: str  # how keys and values are kept: the dtype, "fp8" or "int8"
     attention: str  # "auto", "flashinfer" or "torch"
@@ -249,6 +255,18 @@ class LaunchConfig(Struct, frozen=True, kw_only=True):
     start_timeout_s: float
     standby: bool
     needed_bytes: int = 0  # of the device, which the worker before this one used; 0: nobody knows
+    num_ranks: int = 1  # that share the model
+
+    @property
+    def rank_spec(self) -> ModelSpec:
+        """The sizes of what each rank has of the model."""
+        return self.spec.shared_by(self.num_ranks)
+
+    def device_of(self, rank: int) -> str:
+        """The ranks of an engine have GPUs beside each other."""
+        if self.device == "cpu" or self.num_ranks == 1:
+            return self.device
+        return f"cuda:{int(self.device.partition(':')[2] or 0) + rank}"
 
     def write(self, folder: Path) -> None:
         """Puts the file into `folder` in one rename, so that a reader sees all of it or nothing."""
@@ -284,6 +302,7 @@ def resolve(
     spec = spec.padded() if on_cuda and config.attention != "torch" else spec
     spec = _with_quantization(config, spec, on_cuda)
     dtype = _resolve_dtype(config, spec, on_cuda)
+    spec.shared_by(config.tensor_parallel)  # raises where so many ranks cannot share it
     return LaunchConfig(
         model_path=str(model_path),
         spec=spec,
@@ -318,6 +337,7 @@ def resolve(
         start_timeout_s=config.start_timeout_s,
         # The compiler is most of what a worker imports.
         standby=compiles if config.standby is None else config.standby,
+        num_ranks=config.tensor_parallel,
     )
 
 

@@ -62,8 +62,10 @@ class EngineProcesses:
     them is read from the files that it leaves in the folder.
     """
 
-    def __init__(self, modules: tuple[str, ...] = (SCHEDULER_MODULE,)) -> None:
+    def __init__(self, modules: tuple[str, ...] = (SCHEDULER_MODULE,), num_ranks: int = 1) -> None:
+        """num_ranks: workers that the scheduler starts."""
         self.folder = _make_folder()
+        self._num_ranks = num_ranks
         self._owner_pid = os.getpid()
         self._environment = _child_environment(self.folder)
         self._children: dict[str, subprocess.Popen[bytes]] = {}
@@ -82,6 +84,8 @@ class EngineProcesses:
         if number is not None:
             name = f"{name}-{number}"
             arguments.append(str(number))
+        if module == SCHEDULER_MODULE:
+            arguments.append(str(self._num_ranks))
         log_file = self.folder / f"{name}.log"
         self._children[name] = start_child(module, arguments, log_file, self._environment, descriptors=descriptors)
 
@@ -193,6 +197,11 @@ def log_tail(log_file: Path, num_lines: int = _ERROR_LINES) -> str:
         with contextlib.suppress(FileNotFoundError):
             said = _end_of(path, _LOG_TAIL_BYTES - len(said)) + said
     return "\n".join(said.decode(errors="replace").splitlines()[-num_lines:])
+
+
+def rank_of(name: str) -> int:
+    """Of a worker, by its name."""
+    return int(name.rpartition("-")[2])
 
 
 def pid_file(folder: Path, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Several engines on one machine: which devices there are for them, and what each is told.
+"""Several engines, or several ranks of them, on one machine: which devices there are, and what each engine is told.
 
 Pure but for the look at the machine. Called by whoever starts engines, before anything starts.
 """
@@ -14,23 +14,31 @@ from graphgen.ipc.errors import ConfigError
 from graphgen.launch.config import EngineConfig, LaunchConfig, check_device, find_device
 
 
-def check_replicas(config: EngineConfig) -> None:
-    """Raises ConfigError for a device that can never be used here, and for more engines than there are devices."""
+def check_devices(config: EngineConfig) -> None:
+    """Raises ConfigError for a device that can never be used here, and for more engines, or ranks of them, than there
+    are devices."""
     check_device(config.device)
-    if config.replicas == 1:
+    needed = config.replicas * config.tensor_parallel
+    if needed == 1:
         return
+    asked = " and ".join(
+        f"{name} is {value}"
+        for name, value in (("replicas", config.replicas), ("tensor_parallel", config.tensor_parallel))
+        if value > 1
+    )
     if config.device.startswith("cuda:"):
         raise ConfigError(
-            f"replicas is {config.replicas} and device is {config.device!r}, which is one GPU: use device 'cuda', and"
-            " choose the GPUs with CUDA_VISIBLE_DEVICES"
+            f"{asked}, and device is {config.device!r}, which is one GPU: use device 'cuda', and choose the GPUs with"
+            " CUDA_VISIBLE_DEVICES"
         )
     if config.device == "cpu" or (config.device == "auto" and find_device() == "cpu"):
         return
     num_devices = count_gpus()
-    if config.replicas > num_devices:
+    if needed > num_devices:
+        holds = "engine" if config.tensor_parallel == 1 else "rank of an engine"
         raise ConfigError(
-            f"replicas is {config.replicas}, and there are {num_devices} GPUs here, each of which holds one engine:"
-            " lower replicas, or make more GPUs visible (CUDA_VISIBLE_DEVICES)"
+            f"{asked}, and there are {num_devices} GPUs here, each of which holds one {holds}: lower it, or make more"
+            f" GPUs visible (CUDA_VISIBLE_DEVICES), {needed} in all"
         )
 
 
@@ -63,16 +71,17 @@ def _count_present() -> int:
 
 
 def of_replica(launch: LaunchConfig, number: int, count: int) -> LaunchConfig:
-    """What engine `number` of `count` is told: its device, its share of the cores, and a step log of its own."""
-    if count == 1:
+    """What engine `number` of `count` is told: its devices, its ranks' share of the cores, a step log of its own."""
+    num_workers = count * launch.num_ranks
+    if num_workers == 1:
         return launch
     on_cpu = launch.device == "cpu"
     threads = launch.cpu_threads
     if on_cpu and threads is None:
-        threads = max(1, len(os.sched_getaffinity(0)) // count)
+        threads = max(1, len(os.sched_getaffinity(0)) // num_workers)
     return msgspec.structs.replace(
         launch,
-        device="cpu" if on_cpu else f"cuda:{number}",
+        device="cpu" if on_cpu else f"cuda:{number * launch.num_ranks}",
         cpu_threads=threads,
-        step_log=None if launch.step_log is None else f"{launch.step_log}.{number}",
+        step_log=launch.step_log if launch.step_log is None or count == 1 else f"{launch.step_log}.{number}",
     )

@@ -59,7 +59,7 @@ class StepTimesKey(Struct, frozen=True, forbid_unknown_fields=True):
         return cls(
             device=ready.device,
             cpu_threads=config.cpu_threads if config.device == "cpu" else None,
-            model=_describe_shape(config.spec),
+            model=_describe_shape(config.spec) + (f", {config.num_ranks} ranks" if config.num_ranks > 1 else ""),
             dtype=config.dtype,
             kv_format=config.kv_format,
             # Where the kernels were found is part of the description, and changes nothing once they are loaded.

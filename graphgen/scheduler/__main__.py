@@ -1,4 +1,4 @@
-"""`python -m graphgen.scheduler FOLDER PARENT_PID`, started by the Engine.
+"""`python -m graphgen.scheduler FOLDER PARENT_PID RANKS`, started by the Engine.
 
 Owns the order of the first second: the workers, which import torch, are started before anything slow is imported here.
 """
@@ -9,12 +9,10 @@ from pathlib import Path
 from graphgen.launch.processes import end_with_parent
 from graphgen.scheduler.worker_processes import WorkerProcesses
 
-NUM_RANKS = 1
 
-
-def start(folder: Path, parent_pid: int) -> None:
+def start(folder: Path, parent_pid: int, num_ranks: int) -> None:
     end_with_parent(parent_pid, folder)
-    workers = WorkerProcesses(folder, parent_pid, 0, NUM_RANKS)
+    workers = WorkerProcesses(folder, parent_pid, 0, num_ranks)
     workers.begin()
     from graphgen.scheduler.process import main
 
@@ -22,4 +20,4 @@ def start(folder: Path, parent_pid: int) -> None:
 
 
 if __name__ == "__main__":
-    start(Path(sys.argv[1]), int(sys.argv[2]))
+    start(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -158,12 +158,12 @@ class SchedulerLoop:
         try:
             for message in self._workers.receive(0.0 if loss is None else LAST_RESULTS_S):
                 if isinstance(message, Failed):
-                    said = f"{message.message}\n{self._last_words()}"
-                    loss = Loss(f"the worker failed with {message.error}", said, message)
+                    said = f"{message.message}\n{self._workers.last_words(message.where)}"
+                    loss = Loss(f"the {message.where} failed with {message.error}", said, message)
                 elif self._workers.state is State.SERVING:
                     answers += self._take_from_worker(message)
         except (msgspec.MsgspecError, ValueError, KeyError) as error:
-            loss = Loss(f"the worker sent what cannot be ({error})", self._last_words())
+            loss = Loss(f"the worker sent what cannot be ({error})", self._workers.last_words())
         loss = loss or self._find_hang()
         if loss is not None:
             answers += self._lose(loss)
@@ -180,10 +180,7 @@ class SchedulerLoop:
                 self._workers.processes.show_stacks()
                 self._shows_stacks = True
             return None
-        return Loss("the worker hung: a step did not end", self._last_words())
-
-    def _last_words(self) -> str:
-        return self._workers.processes.log_tail(self._workers.processes.names[0])
+        return Loss("the worker hung: a step did not end", self._workers.last_words())
 
     def _lose(self, loss: Loss) -> list[Outputs | Rejected]:
         """The group is gone or has to go. Every request waits for the next one; who fails of it is returned."""

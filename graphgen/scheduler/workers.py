@@ -156,8 +156,15 @@ class Workers:
         if self.state is State.STARTING and time.monotonic() >= self._serves_by_s:
             limit_s = 0.0 if self._config is None else self._config.start_timeout_s
             reason = f"the worker that replaced another did not serve within {limit_s:g} s (start_timeout_s)"
-            return Loss(reason, self.processes.log_tail(self.processes.names[0]))
+            return Loss(reason, self.last_words())
         return None
+
+    def last_words(self, where: str = "") -> str:
+        """The last lines that a rank wrote, or all of them where it is none of theirs."""
+        names, tail = self.processes.names, self.processes.log_tail
+        if where in names or len(names) == 1:
+            return tail(where if where in names else names[0])
+        return "\n".join(f"[{name}]\n{tail(name)}" for name in names)
 
     def step_succeeded(self) -> None:
         """The group computes: earlier deaths say nothing about its successors' chances."""

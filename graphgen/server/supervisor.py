@@ -42,7 +42,7 @@ from graphgen.ipc.messages import (
 from graphgen.launch.config import EngineConfig
 from graphgen.launch.engines import Engines
 from graphgen.launch.processes import EngineProcesses
-from graphgen.launch.replicas import check_replicas, of_replica
+from graphgen.launch.replicas import check_devices, of_replica
 from graphgen.requests.core import describe_start, launch_config, load_config_tokenizer
 from graphgen.requests.failures import error_of
 from graphgen.requests.tokenizer import write_tokenizer
@@ -87,9 +87,9 @@ class Supervisor:
 
     def run(self) -> int:
         """Serves until a signal: the exit code. Raises GraphgenError when the engine does not start, or dies."""
-        check_replicas(self._config)
+        check_devices(self._config)
         raise_descriptor_limit()
-        engines = Engines(self._config.replicas, EngineProcesses)
+        engines = Engines(self._config.replicas, partial(EngineProcesses, num_ranks=self._config.tensor_parallel))
         processes = engines[0]
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         channel: FrontendChannel = Channel(context, processes.folder, "frontend", "upper", FrontendToSupervisor)

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from graphgen.base.logs import log_to_stderr
-from graphgen.launch.processes import end_with_parent
+from graphgen.launch.processes import end_with_parent, rank_of
 from graphgen.worker.background import Background, open_context, share_interpreter_fairly
 from graphgen.worker.turn import Turn, stand_by
 
@@ -27,7 +27,7 @@ def main(folder: Path, parent_pid: int, name: str, owner_pid: int) -> None:
     gc.disable()
     share_interpreter_fairly()
     turn = Turn(sys.stdin.fileno())
-    context = Background("context", functools.partial(open_context, folder, turn.wait))
+    context = Background("context", functools.partial(open_context, folder, rank_of(name), turn.wait))
     from graphgen.worker.process import run  # imports torch
 
     imports = stand_by(folder, name, turn)

@@ -49,8 +49,8 @@ def open_backend(
             prefill_rows=max(bucket.prefill_rows for bucket in buckets),
             decode_rows=max(bucket.decode_rows for bucket in buckets),
         )
-        if config.spec.latent is not None:
-            return _open_latent(config, config.spec.latent, device, dtype, most)
+        if (latent := config.rank_spec.latent) is not None:
+            return _open_latent(config, latent, device, dtype, most)
         return _open_flashinfer(config, dtype, most)
     except (ImportError, GraphgenError) as error:
         if config.attention == "flashinfer":
@@ -69,7 +69,7 @@ def check_kv_format(name: str, capability: tuple[int, int]) -> None:
 
 def attention_shape(config: LaunchConfig, dtype: torch.dtype) -> AttentionShape:
     """What FlashInfer's kernels are built for with this config."""
-    spec = config.spec
+    spec = config.rank_spec
     return AttentionShape(
         num_heads=spec.attention.num_heads,
         num_kv_heads=spec.attention.num_kv_heads,

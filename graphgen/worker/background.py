@@ -96,14 +96,14 @@ class CudaDriver(Protocol):
     def cuDevicePrimaryCtxRetain(self, context: object, device: object) -> int: ...
 
 
-def open_context(folder: Path, wait_for_turn: Callable[[], object]) -> float:
-    """Makes the CUDA context that torch will use, on the device that the launch file in `folder` names, once it is
-    this worker's turn to use that device.
+def open_context(folder: Path, rank: int, wait_for_turn: Callable[[], object]) -> float:
+    """Makes the CUDA context that torch will use, on the device that the launch file in `folder` names for this rank,
+    once it is this worker's turn to use that device.
 
     That is the device's primary context: the runtime takes the one that is there. Returns the seconds it took.
     """
     wait_for_turn()
-    device = LaunchConfig.read(folder).device
+    device = LaunchConfig.read(folder).device_of(rank)
     if device == "cpu":
         return 0.0
     begun_s = time.monotonic()

@@ -7,6 +7,7 @@ watchdog ends the process when its parent is gone.
 
 import gc
 import logging
+import os
 import queue
 import sys
 import threading
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
+import msgspec
 import torch
 import zmq
 
@@ -32,7 +34,10 @@ from graphgen.ipc.messages import (
     WorkerToScheduler,
 )
 from graphgen.launch.config import LaunchConfig
+from graphgen.launch.processes import rank_of
 from graphgen.launch.tokenizer_file import read_tokenizer_part
+from graphgen.models.collectives.group import RankGroup, is_loss_of_peer
+from graphgen.models.spec import Shard
 from graphgen.worker.background import Background
 from graphgen.worker.runner import LaunchedStep, ModelRunner
 from graphgen.worker.step_timing import with_step_times
@@ -40,6 +45,11 @@ from graphgen.worker.step_timing import with_step_times
 WorkerChannel = Channel[WorkerToScheduler, SchedulerToWorker]
 
 logger = logging.getLogger("graphgen.worker")
+
+RENDEZVOUS_FILE = "ranks"
+"""In the folder of an epoch, where its ranks meet."""
+PEER_PATIENCE_S = 1.0
+"""For the word of a rank that failed first, and for its end to be seen: the others fail of it."""
 
 
 def run(folder: Path, name: str, imports: Phase, device_context: Background) -> None:
@@ -49,24 +59,52 @@ def run(folder: Path, name: str, imports: Phase, device_context: Background) -> 
     """
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     channel: WorkerChannel = Channel(context, folder, name, "lower", SchedulerToWorker)
+    ranks: RankGroup | None = None
     try:
         channel.send(Progress("device", 0, 0))  # the first word: this process is not one that hangs
         begun_s = time.monotonic()
         config = LaunchConfig.read(folder)
+        config = msgspec.structs.replace(config, device=config.device_of(rank_of(name)))
         config_wait = Phase("config", time.monotonic() - begun_s)
         with torch.inference_mode():
             phases = [imports, config_wait, device_context.wait()]
-            runner = ModelRunner(config, channel.send, phases, partial(read_tokenizer_part, folder.parent))
+            if config.num_ranks > 1:
+                begun_s = time.monotonic()
+                ranks = _meet(config, rank_of(name), folder)
+                phases.append(Phase("ranks", time.monotonic() - begun_s))
+            runner = ModelRunner(config, channel.send, phases, partial(read_tokenizer_part, folder.parent), ranks)
             gc.enable()
-            channel.send(with_step_times(runner.describe(), runner, config, channel.send))
-            _serve(runner, channel)
+            channel.send(with_step_times(runner.describe(), runner, config, channel.send, ranks))
+            _serve(runner, channel, "worker" if ranks is None else name, answers=rank_of(name) == 0)
     except BaseException as error:
-        logger.exception("the worker failed")
-        channel.send(Failed("worker", type(error).__name__, str(error) or repr(error)))
+        _say_failed(channel, error, "worker" if ranks is None else name)
         channel.close(linger_s=1.0)
-        sys.exit(1)
+        _end(ranks, 1)
     channel.close()
     context.term()
+    _end(ranks, 0)
+
+
+def _meet(config: LaunchConfig, rank: int, folder: Path) -> RankGroup:
+    device = torch.device(config.device)
+    return RankGroup(Shard(rank, config.num_ranks), folder / RENDEZVOUS_FILE, device, config.start_timeout_s)
+
+
+def _say_failed(channel: WorkerChannel, error: BaseException, where: str, what: str = "") -> None:
+    """where: which worker this is. what: of what is said."""
+    logger.exception("the worker failed")
+    if is_loss_of_peer(error):
+        time.sleep(PEER_PATIENCE_S)
+    channel.send(Failed(where, type(error).__name__, f"{what}{str(error) or repr(error)}"))
+
+
+def _end(ranks: RankGroup | None, code: int) -> None:
+    """Of this process. A group whose collectives were captured is not taken down, since that may wait for ever."""
+    if ranks is not None:
+        logging.shutdown()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 class LaunchedProbe(NamedTuple):
@@ -79,9 +117,11 @@ class LaunchedProbe(NamedTuple):
 Launched: TypeAlias = "queue.SimpleQueue[LaunchedStep | LaunchedProbe | None]"
 
 
-def _serve(runner: ModelRunner, channel: WorkerChannel) -> None:
+def _serve(runner: ModelRunner, channel: WorkerChannel, where: str, answers: bool) -> None:
+    """where: which worker this is. answers: of several ranks the first one tells what the steps gave."""
     launched: Launched = queue.SimpleQueue()
-    collector = threading.Thread(target=_collect, args=(runner, launched, channel), name="collector", daemon=True)
+    arguments = (runner, launched, channel, where, answers)
+    collector = threading.Thread(target=_collect, args=arguments, name="collector", daemon=True)
     collector.start()
     while True:
         match channel.receive():
@@ -96,14 +136,16 @@ def _serve(runner: ModelRunner, channel: WorkerChannel) -> None:
     runner.close()
 
 
-def _collect(runner: ModelRunner, launched: Launched, channel: WorkerChannel) -> None:
+def _collect(runner: ModelRunner, launched: Launched, channel: WorkerChannel, where: str, answers: bool) -> None:
     """Sends the result of each step once its tokens are on the host; a failed step ends the process.
 
     A probe is answered in its turn, when the device has come past everything launched before it.
     """
     try:
         while (step := launched.get()) is not None:
-            if isinstance(step, LaunchedProbe):
+            if not answers:
+                (step.reached if isinstance(step, LaunchedProbe) else step.fetched).wait()
+            elif isinstance(step, LaunchedProbe):
                 step.reached.wait()
                 channel.send(step.probe)
             else:
@@ -111,8 +153,7 @@ def _collect(runner: ModelRunner, launched: Launched, channel: WorkerChannel) ->
     except zmq.ZMQError:
         pass  # the main thread has failed, has said so, and has closed the channel
     except BaseException as error:
-        logger.exception("the worker failed")
-        channel.send(Failed("worker", type(error).__name__, f"a step failed: {error or repr(error)}"))
+        _say_failed(channel, error, where, "a step failed: ")
 
 
 def _result(step: LaunchedStep, runner: ModelRunner) -> StepResult:

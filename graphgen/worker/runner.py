@@ -41,6 +41,7 @@ from graphgen.ipc.messages import (
 from graphgen.ipc.step_schema import MAX_SCORED_ROWS, PAGE_COPY_WORDS, WORD_BYTES, StepBounds, StepShape
 from graphgen.launch.config import LaunchConfig
 from graphgen.launch.tokenizer_file import TokenizerPart
+from graphgen.models.collectives.group import RankGroup
 from graphgen.models.kv_cache import KVCache, bytes_per_page
 from graphgen.models.loader import load_decoder
 from graphgen.models.page_layout import page_layout
@@ -92,9 +93,13 @@ class ModelRunner:
         report: Report,
         phases: Sequence[Phase] = (),
         read_tokenizer: Callable[[], TokenizerPart] = _no_tokenizer,
+        ranks: RankGroup | None = None,
     ) -> None:
-        """phases: what the process has done before this. read_tokenizer: for requests with a grammar."""
+        """phases: what the process has done before this. read_tokenizer: for requests with a grammar. ranks: that share
+        the model; config.device is this one's."""
         self._config = config
+        self._ranks = ranks
+        self._spec = config.rank_spec
         self._phases = list(phases)
         begun_s = time.monotonic()
         self._device = torch.device(config.device)
@@ -106,7 +111,7 @@ class ModelRunner:
         if config.cpu_threads is not None:
             torch.set_num_threads(config.cpu_threads)
         self._buckets = build_ladder(config.token_budget, config.num_slots)
-        self._page_layout = page_layout(config.spec.layers, config.max_model_len)
+        self._page_layout = page_layout(self._spec.layers, config.max_model_len)
         self._page_groups = tuple(PageGroup(window) for window in self._page_layout.windows)
         longest_chunk = max(bucket.prefill_rows for bucket in self._buckets)
         self._bounds = StepBounds(
@@ -122,7 +127,9 @@ class ModelRunner:
         with self._phase("attention"):
             self._backend = open_backend(config, self._device, dtype, self._buckets, self._bounds)
         compiler = GrammarCompiler(config.spec.num_drawable, config.eos_token_ids, read_tokenizer)
-        grammars = Background("grammars", compiler.prepare)
+        # Of several ranks the first one draws for all.
+        self._follows_grammars = ranks is None or ranks.shard.rank == 0
+        grammars = Background("grammars", compiler.prepare if self._follows_grammars else lambda: 0.0)
         preparations = prepare_first_use(config.compile, self._device.type == "cuda", self._backend.late_import)
         with self._phase("load"):
             self._decoder = load_decoder(
@@ -135,6 +142,7 @@ class ModelRunner:
                 progress=lambda done, total: report(Progress("load", done, total)),
                 fused=self._backend.runs_fused_layers,
                 kept_as=config.kv_format,
+                ranks=ranks,
             )
         self._phases += [preparation.wait() for preparation in preparations]
         gc.freeze()  # what was imported stays: no collection need look at it again
@@ -190,6 +198,8 @@ class ModelRunner:
             page_bytes=self._page_bytes,
             phases=tuple(self._phases),
             device_bytes=held_bytes(self._device),
+            num_ranks=self._config.num_ranks,
+            collectives="" if self._ranks is None else self._ranks.description,
         )
 
     @property
@@ -219,7 +229,7 @@ class ModelRunner:
 
     def launch(self, plan: StepPlan, received_s: float) -> LaunchedStep:
         """Packs the plan, hands it to the device and returns; steps run in the order of their launches."""
-        draws = self.grammars.open(plan)
+        draws = self.grammars.open(plan) if self._follows_grammars else []
         output_row = self._outputs.next_row()
         shape = self._bounds.any_plan(plan.bucket) if self._graphs.captures else self._bounds.this_plan(plan)
         self._masks.send(plan, draws)
@@ -309,7 +319,7 @@ class ModelRunner:
     def _open_kv_cache(self, num_pages: int, dtype: torch.dtype) -> KVCache:
         config = self._config
         return KVCache(
-            config.spec,
+            self._spec,
             num_pages,
             config.page_size,
             dtype,
@@ -339,6 +349,7 @@ class ModelRunner:
             attention=self._backend,
             sampler=self._sampler,
             scores=self._scores,
+            ranks=self._ranks,
         )
 
     def _run_once(self, bucket: Bucket) -> None:
@@ -355,20 +366,21 @@ class ModelRunner:
         self._kv_cache.copy_pages(torch.zeros(1, 2, dtype=torch.int32, device=self._device))
 
     def _num_pages(self, dtype: torch.dtype) -> int:
-        """Pages of the cache: what was asked for, or what is left beside the largest step."""
+        """Pages of the cache: what was asked for, or what is left beside the largest step, of all ranks the fewest."""
         config = self._config
         if config.num_pages is not None:
             return config.num_pages
         page_bytes, step_bytes = self._page_bytes, 0
         if self._device.type == "cuda":
             step_bytes = peak_bytes_of(self._device, lambda: self._run_once(self._buckets[-1]))
-        return pages_that_fit(
+        num_pages = pages_that_fit(
             budget_bytes=free_bytes(self._device, config.memory_fraction) - 2 * step_bytes - page_bytes,
             bytes_per_page=page_bytes,
             # Where windows hold less, the prefix cache has the rest.
             wanted_pages=config.num_slots * self._pages_per_slot * len(self._page_groups),
             least_pages=self._bounds.most_pages,
         )
+        return num_pages if self._ranks is None else int(self._ranks.least(num_pages))
 
     @property
     def _pages_per_slot(self) -> int:
@@ -378,7 +390,7 @@ class ModelRunner:
     @property
     def _page_bytes(self) -> int:
         config = self._config
-        return bytes_per_page(config.spec, self._page_layout, config.page_size, config.kv_format)
+        return bytes_per_page(self._spec, self._page_layout, config.page_size, config.kv_format)
 
 
 def _widest(buckets: Sequence[Bucket]) -> Bucket:

@@ -12,6 +12,7 @@ from graphgen.capture.buffers import BlockLayout
 from graphgen.ipc.messages import Bucket
 from graphgen.ipc.step_schema import LOGPROBS, Counts
 from graphgen.models.attention.backend import AttentionBackend
+from graphgen.models.collectives.group import RankGroup
 from graphgen.models.decoder import Decoder
 from graphgen.models.kv_cache import KVCache
 from graphgen.models.sampling import Sampler
@@ -34,8 +35,10 @@ class Step:
         attention: AttentionBackend,
         sampler: Sampler,
         scores: PromptScores,
+        ranks: RankGroup | None,
     ) -> None:
-        """block: the device's input words. outputs: see `OutputRing.views`."""
+        """block: the device's input words. outputs: see `OutputRing.views`. ranks: that share the decoder."""
+        self._ranks = ranks
         self._fields = layout.views(block)
         self._rows = _open_rows(bucket, self._fields, slots, outputs, kv_cache, sampler, decoder.spec.rotates_by_limit)
         self._has_prefill_rows = bucket.prefill_rows > 0
@@ -62,6 +65,8 @@ class Step:
             kept=self._kept,
         )
         tokens = self._sampler.sample(logits, drawing_rows.slots, drawing_rows.positions)
+        if self._ranks is not None:  # the first one's grammars alone say what may be drawn, as soon as they know it
+            tokens = self._ranks.of_first(tokens)
         self._rows.feed_back(tokens, drawing_rows)
         self._sampler.write_logprobs(logits, tokens, drawing_rows.slots, self._logprobs, self._output_row)
 

@@ -44,6 +44,7 @@ from graphgen.launch.step_times_store import (
     load_step_times,
     save_step_times,
 )
+from graphgen.models.collectives.group import RankGroup
 from graphgen.worker.runner import LaunchedStep, ModelRunner, Report
 
 _Case = TypeVar("_Case", bound=Hashable)
@@ -102,7 +103,15 @@ class Places(Struct, frozen=True):
 class StepTimer:
     """Runs full steps of any bucket. Made by `open_timer`."""
 
-    def __init__(self, runner: ModelRunner, config: LaunchConfig, buckets: Sequence[Bucket]) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        config: LaunchConfig,
+        buckets: Sequence[Bucket],
+        agreed: Callable[[float], float] = lambda milliseconds: milliseconds,
+    ) -> None:
+        """agreed: of what this rank and the others took, what all believe: they go on timing by it, in step."""
+        self._agreed = agreed
         self._runner = runner
         self._config = config
         self._buckets = buckets
@@ -133,8 +142,8 @@ class StepTimer:
         for plan in plans:
             in_flight.append(self._runner.launch(plan, received_s=0.0))
             if len(in_flight) > STEPS_IN_FLIGHT:
-                yield _milliseconds(in_flight.popleft())
-        yield from map(_milliseconds, in_flight)
+                yield self._agreed(_milliseconds(in_flight.popleft()))
+        yield from (self._agreed(_milliseconds(step)) for step in in_flight)
 
     def chunk_length(self, bucket: Bucket, start: int) -> int:
         """A chunk fills the prefill rows, unless the model's context ends before: the rest is padding then."""
@@ -162,14 +171,17 @@ class StepTimer:
 
 
 @contextmanager
-def open_timer(runner: ModelRunner, config: LaunchConfig, reach: Places) -> Iterator[StepTimer]:
-    """A timer whose steps go no further than `reach`, while nothing else runs.
+def open_timer(
+    runner: ModelRunner, config: LaunchConfig, reach: Places, ranks: RankGroup | None = None
+) -> Iterator[StepTimer]:
+    """A timer whose steps go no further than `reach`, while nothing else runs. ranks: all of them time the same steps,
+    of which the slowest counts.
 
     The pages hold random numbers meanwhile, as kernels draw less power and run faster over zeros. All hold the same
     ones: making different ones for tens of gigabytes would take longer than the steps of a quick timing.
     """
     ready = runner.describe()
-    timer = StepTimer(runner, config, ready.buckets)
+    timer = StepTimer(runner, config, ready.buckets, *(() if ranks is None else (ranks.most,)))
     entries = _deal_pages(config, ready, reach, timer.widest_chunk)
     num_used = min(ready.num_pages, len(entries) // NEW_PAGE_WORDS)
     runner.run_between_steps(lambda: runner.kv_cache.fill_with_noise(num_used))
@@ -186,6 +198,7 @@ def measure_step_times(
     config: LaunchConfig,
     depth: Depth,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    ranks: RankGroup | None = None,
 ) -> StepTimeTable:
     """The table of all buckets, and its two slopes. Nothing else may run meanwhile."""
     buckets = runner.describe().buckets
@@ -193,7 +206,7 @@ def measure_step_times(
     room = max(0, config.max_model_len - widest)  # starts at which the widest chunk fits
     places = Places(min(DECODE_CONTEXT, -(-config.max_model_len // 2)), min(PROMPT_START, room // 2))
     far = Places(places.decode_context, min(FAR_PROMPT_START, room))
-    with open_timer(runner, config, far) as timer:
+    with open_timer(runner, config, far, ranks) as timer:
         widest_first = sorted(buckets, key=lambda bucket: (-bucket.prefill_rows, -bucket.decode_rows))
         mixed = [bucket for bucket in widest_first if bucket.prefill_rows]
         decode_only = [bucket for bucket in widest_first if not bucket.prefill_rows]
@@ -222,21 +235,29 @@ def measure_step_times(
     )
 
 
-def with_step_times(ready: WorkerReady, runner: ModelRunner, config: LaunchConfig, report: Report) -> WorkerReady:
-    """`ready` and the step times that `config.step_times` asks for: stored ones, measured ones, or none."""
+def with_step_times(
+    ready: WorkerReady, runner: ModelRunner, config: LaunchConfig, report: Report, ranks: RankGroup | None = None
+) -> WorkerReady:
+    """`ready` and the step times that `config.step_times` asks for: stored ones, measured ones, or none. ranks: which
+    measure together, unless all of them find stored ones; the first one stores what they find."""
     if config.step_times == "off":
         return ready
     key = StepTimesKey.of(config, ready)
     if config.step_times == "auto":
         stored = load_step_times(os.environ, key)
+        if ranks is not None and ranks.least(stored is not None) == 0.0:
+            stored = None
         if stored is not None or not ready.graphs:
             return msgspec.structs.replace(ready, step_times=stored)
     begun_s = time.monotonic()
     depth = FULL if config.step_times == "measure" else QUICK
-    table = measure_step_times(runner, config, depth, lambda done, total: report(Progress(TIMING_PHASE, done, total)))
+    table = measure_step_times(
+        runner, config, depth, lambda done, total: report(Progress(TIMING_PHASE, done, total)), ranks
+    )
     phase = Phase(TIMING_PHASE, time.monotonic() - begun_s)
     # Also a quick one is kept: the next start saves the time, and steps that run correct it.
-    save_step_times(os.environ, key, table, THOROUGH_SOURCE if depth is FULL else QUICK_SOURCE)
+    if ranks is None or ranks.shard.rank == 0:
+        save_step_times(os.environ, key, table, THOROUGH_SOURCE if depth is FULL else QUICK_SOURCE)
     return msgspec.structs.replace(ready, step_times=table, phases=(*ready.phases, phase))
 
 

@@ -87,6 +87,11 @@ class RankGroup:
         return found.item()
 
 
+def is_loss_of_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank has ended, or did not come."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
 def _open_room(shard: Shard, device: torch.device, group: dist.ProcessGroup) -> tuple[Ways, Tensor | None, str]:
     """The ways that there are, the symmetric memory for them, and both in words."""
     ways = ways_of(shard.size)

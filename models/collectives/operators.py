@@ -39,10 +39,12 @@ def _sum(part: Tensor, room: Tensor | None, group: str, one_shot: int, two_shot:
 def _gather(columns: Tensor, size: int) -> Tensor:
     num_rows, num_columns = columns.shape
     gathered = columns.new_empty(size * num_rows, num_columns)
-    dist.all_gather_into_tensor(gathered, columns.contiguous())
+    _all_gather(gathered, columns.contiguous())
     return gathered.view(size, num_rows, num_columns).transpose(0, 1).reshape(num_rows, size * num_columns)
 
 
+# Its name before torch 2.13, which warns of it.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _one_shot = torch.ops.symm_mem.one_shot_all_reduce_copy.default
 _two_shot = torch.ops.symm_mem.two_shot_all_reduce_out.default
 

@@ -11,7 +11,7 @@ from graphgen.launch import replicas
 from graphgen.launch.config import resolve
 from graphgen.launch.engines import Engines
 from graphgen.launch.processes import EngineProcesses, Exit
-from graphgen.launch.replicas import check_replicas, count_gpus, of_replica
+from graphgen.launch.replicas import check_devices, count_gpus, of_replica
 from graphgen.launch.starts import MAX_STARTS, WITHIN_S
 from graphgen.models.families import load_spec
 from tests.fakes import FakeProcesses
@@ -35,17 +35,17 @@ def on_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 def test_more_engines_than_gpus_are_refused_by_name(on_gpus: Callable[[int], None], device: str) -> None:
     on_gpus(4)
-    check_replicas(EngineConfig(device=device, replicas=4))
+    check_devices(EngineConfig(device=device, replicas=4))
     with pytest.raises(ConfigError, match=r"replicas is 5, and there are 4 GPUs here"):
-        check_replicas(EngineConfig(device=device, replicas=5))
-    check_replicas(EngineConfig(device="cpu", replicas=5))
+        check_devices(EngineConfig(device=device, replicas=5))
+    check_devices(EngineConfig(device="cpu", replicas=5))
 
 
 def test_one_gpu_named_for_many_engines_is_refused(on_gpus: Callable[[int], None]) -> None:
     on_gpus(4)
     with pytest.raises(ConfigError, match=r"device is 'cuda:1', which is one GPU"):
-        check_replicas(EngineConfig(device="cuda:1", replicas=2))
-    check_replicas(EngineConfig(device="cuda:1"))
+        check_devices(EngineConfig(device="cuda:1", replicas=2))
+    check_devices(EngineConfig(device="cuda:1"))
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,31 @@ def test_what_is_visible_counts(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert count_gpus() == count
+
+
+def test_ranks_and_engines_need_as_many_gpus_together(on_gpus: Callable[[int], None]) -> None:
+    on_gpus(4)
+    check_devices(EngineConfig(device="cuda", replicas=2, tensor_parallel=2))
+    check_devices(EngineConfig(tensor_parallel=4))
+    with pytest.raises(ConfigError, match=r"replicas is 2 and tensor_parallel is 3, and there are 4 GPUs.* 6 in all"):
+        check_devices(EngineConfig(device="cuda", replicas=2, tensor_parallel=3))
+    with pytest.raises(ConfigError, match=r"tensor_parallel is 8, and there are 4 GPUs.* one rank of an"):
+        check_devices(EngineConfig(tensor_parallel=8))
+    with pytest.raises(ConfigError, match=r"tensor_parallel is 2, and device is 'cuda:1', which is one GPU"):
+        check_devices(EngineConfig(device="cuda:1", tensor_parallel=2))
+    check_devices(EngineConfig(device="cpu", tensor_parallel=64))
+
+
+def test_ranks_have_gpus_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = model_folder()
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(9)))
+    spec = load_spec(str(folder))
+    launch = of_replica(resolve(EngineConfig(device="cuda", tensor_parallel=2), spec, folder), 1, 3)
+    assert [launch.device_of(rank) for rank in range(2)] == ["cuda:2", "cuda:3"]
+    alone = of_replica(resolve(EngineConfig(device="cuda", tensor_parallel=2), spec, folder), 0, 1)
+    assert [alone.device_of(rank) for rank in range(2)] == ["cuda:0", "cuda:1"]
+    on_cpu = of_replica(resolve(EngineConfig(device="cpu", tensor_parallel=2), spec, folder), 1, 2)
+    assert (on_cpu.device_of(1), on_cpu.cpu_threads, on_cpu.rank_spec.attention.num_heads) == ("cpu", 2, 2)
 
 
 def test_less_than_one_engine_is_refused() -> None:

@@ -61,11 +61,13 @@ def wrap_launch(runner_module: Any) -> None:  # a module
 
 def _take_for_step(folder: Path) -> list[str]:
     """What a step does that is launched now, if a trap is set for it."""
-    path = folder / NEXT_STEP
-    if not path.exists():
+    own = folder / f"{NEXT_STEP}.{os.getpid()}"
+    try:
+        (folder / NEXT_STEP).rename(own)  # of several ranks one takes it
+    except FileNotFoundError:
         return []
-    harm = path.read_text()
-    path.unlink()
+    harm = own.read_text()
+    own.unlink()
     print(f"a step springs its trap: {harm}", file=sys.stderr, flush=True)
     write_at_once(folder / SPRUNG, repr(time.time()))
     return [harm]

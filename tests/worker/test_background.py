@@ -79,11 +79,11 @@ def test_the_context_is_made_on_the_device_of_the_launch_file(tmp_path: Path, mo
     came.set()
     config = launch_config(demo.model_folder(), device="cpu")
     config.write(tmp_path)
-    assert open_context(tmp_path, came.wait) == 0.0
+    assert open_context(tmp_path, 0, came.wait) == 0.0
     assert not drivers, "an engine on the CPU leaves the GPU alone"
     for device, ordinal in (("cuda", 0), ("cuda:3", 3)):
         msgspec.structs.replace(config, device=device).write(tmp_path)
-        assert open_context(tmp_path, came.wait) > 0.0
+        assert open_context(tmp_path, 0, came.wait) > 0.0
         assert drivers[-1].ordinal == ordinal
         assert drivers[-1].calls == ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"]
 
@@ -93,7 +93,7 @@ def test_no_context_is_made_before_the_turn(tmp_path: Path, monkeypatch: pytest.
     driver, turn = FakeDriver(), threading.Event()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
     msgspec.structs.replace(launch_config(demo.model_folder(), device="cpu"), device="cuda:2").write(tmp_path)
-    piece = Background("context", partial(open_context, tmp_path, turn.wait))
+    piece = Background("context", partial(open_context, tmp_path, 0, turn.wait))
     time.sleep(0.05)
     assert driver.calls == []
     turn.set()

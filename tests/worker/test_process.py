@@ -82,6 +82,7 @@ class FakeRunner:
         report: Callable[[Progress], None],
         phases: Sequence[Phase],
         read_tokenizer: Callable[[], TokenizerPart],
+        ranks: object = None,
     ) -> None:
         self.phases = tuple(phases)
         self.grammars = FakeGrammars()
@@ -334,7 +335,7 @@ def test_a_step_that_fails_is_told_once_and_no_result_follows(loop: Loop, error:
     first.fetched.error = error
     reach(second)
     reach(first)
-    assert loop.expect(Failed) == Failed("worker", type(error).__name__, f"a step failed: {error or repr(error)}")
+    assert loop.expect(Failed) == Failed("worker", type(error).__name__, f"a step failed: {str(error) or repr(error)}")
     assert loop.is_silent(), "what a broken device says is not to be believed"
 
 
