@@ -2,17 +2,19 @@
 
     python -m tests.replica_deaths --times 100
     python -m tests.replica_deaths --times 40 --replicas 2 --kinds engine worker drain
+    python -m tests.replica_deaths --times 100 --clients node cpp     # after `make clients`
 
 A server with REPLICAS engines of the embedded model on the CPU in float32, STREAMS requests at a time from a client in
 another process. KINDS has what happens to an engine: its scheduler or its worker gets a SIGKILL at a random moment,
 whatever it does then, starting included; or it drains and comes back. Each waits until every open stream has a new
-token since the one before.
+token since the one before. With --clients as many streams again are those of programs in these languages.
 
 Afterwards every output must be that of an undisturbed run, token for token, every engine must serve again, and no page
 may be held. Prints the median and the longest time until every stream had its next token.
 """
 
 import argparse
+import contextlib
 import itertools
 import os
 import random
@@ -20,11 +22,12 @@ import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from graphgen import Client
+from graphgen import Client, SamplingParams
 from graphgen.server.operator import Wish, ask
+from tests.ipc.foreign_clients import LANGUAGES, lines_of, prepare, start
 from tests.kills import becomes_idle
 from tests.serving import ServerProcess, is_alive, serving
 from tests.worker_deaths import WAIT_S, Reader, all_have_more, make_requests, wait_for
@@ -77,7 +80,12 @@ KINDS = {"drain": drain, "engine": kill("graphgen.scheduler"), "worker": kill("g
 
 
 def run(
-    times: int, seed: int, replicas: int = REPLICAS, streams: int = STREAMS, kinds: Sequence[str] = ("engine",)
+    times: int,
+    seed: int,
+    replicas: int = REPLICAS,
+    streams: int = STREAMS,
+    kinds: Sequence[str] = ("engine",),
+    clients: Sequence[str] = (),
 ) -> dict[str, float]:
     """Deaths of these kinds in turn. Raises AssertionError when a token is lost, doubled or another, or when something
     is left. The figures otherwise."""
@@ -90,7 +98,8 @@ def run(
         Client(server.address) as client,
     ):
         while left:
-            _one_round(server, client, chance, left, streams, resumed_s)
+            with other_clients(clients, Path(folder), server, client, chance, streams):
+                _one_round(server, client, chance, left, streams, resumed_s)
             wait_for(lambda: client.health().ready, "an engine that serves")
         resume_all(server)
         wait_for(lambda: num_serving(client) == replicas, "all engines to serve again")
@@ -100,6 +109,32 @@ def run(
         "resumed_p50_s": statistics.median(resumed_s),
         "resumed_max_s": max(resumed_s),
     }
+
+
+@contextlib.contextmanager
+def other_clients(
+    names: Sequence[str], folder: Path, server: ServerProcess, client: Client, chance: random.Random, streams: int
+) -> Iterator[None]:
+    """Programs in other languages have as many streams open; each must get what an undisturbed one gets."""
+    started = []
+    for language in (one for one in LANGUAGES if one.name in names):
+        prepare(language)
+        requests = make_requests(chance, streams)
+        expected = [list(output.token_ids) for output in client.generate(*map(list, zip(*requests, strict=True)))]
+        plan = [{"prompt_ids": prompt, "sampling": as_json(sampling)} for prompt, sampling in requests]
+        steps = [{"do": "streams", "requests": plan}]
+        started.append((start(language, folder, {"address": server.address, "steps": steps}), expected))
+    yield
+    for process, expected in started:
+        (results,) = lines_of(process)
+        assert [result["outputs"][0]["ids"] for result in results] == expected, (
+            "another client lost or got a token twice"
+        )
+
+
+def as_json(sampling: SamplingParams) -> dict[str, int | float | bool | None]:
+    names = ("max_tokens", "ignore_eos", "temperature", "seed", "presence_penalty")
+    return {name: getattr(sampling, name) for name in names}
 
 
 def num_serving(client: Client) -> int:
@@ -138,8 +173,9 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=REPLICAS)
     parser.add_argument("--streams", type=int, default=STREAMS)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=["engine"], help="these, in turn")
-    arguments = parser.parse_args()
-    figures = run(arguments.times, arguments.seed, arguments.replicas, arguments.streams, arguments.kinds)
+    parser.add_argument("--clients", nargs="*", choices=[one.name for one in LANGUAGES], default=[], help="besides")
+    options = parser.parse_args()
+    figures = run(options.times, options.seed, options.replicas, options.streams, options.kinds, options.clients)
     print(", ".join(f"{name} {value:.3g}" for name, value in figures.items()), "- no token lost or doubled")
 
 
