@@ -1,12 +1,20 @@
 """The kernels of a mixture of experts over few rows on a GPU: what the block computes in float32, and in a graph."""
 
+import random
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from graphgen import Engine, SamplingParams
 from graphgen.models.experts.block import MixtureOfExperts
+from graphgen.models.families import load_spec
+from graphgen.models.few_rows_layers import most_rows, serves_model
 from graphgen.models.norms import RMSNorm
 from graphgen.models.spec import WHOLE, Dense, Experts, Norm, Router
+from tests.models import tiny
 
 pytestmark = pytest.mark.gpu
 
@@ -160,3 +168,38 @@ def test_a_graph_follows_the_choice_of_experts_and_the_rows_that_hold_tokens() -
             want = in_float32(block, norm, static)
             assert relative_error(got[:alive] - static[:alive], want[:alive] - static[:alive]) < 2e-2
             assert torch.equal(got[alive:], static[alive:])
+
+
+def test_an_engine_replays_steps_of_a_few_rows_and_says_what_the_plain_layers_say(tmp_path: Path) -> None:
+    """Tokens part where a router's or the head's two best are all but equal; in a model that is wrong, all do."""
+    sizes = {"hidden_size": 256, "head_dim": 64, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 1024}
+    experts: dict[str, Any] = {
+        "num_experts": 64,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 128,
+        "mlp_only_layers": [],
+    }
+    rest = {"num_hidden_layers": 3, "max_position_embeddings": 1024}
+    tiny.build("qwen3_moe", **sizes, **experts, **rest, initializer_range=0.05).to(torch.bfloat16).save_pretrained(
+        tmp_path
+    )
+    spec = load_spec(tmp_path)
+    assert serves_model(spec, torch.bfloat16)
+    assert most_rows(spec) == 8
+    rng = random.Random(0)
+    prompts = [[rng.randrange(1, 1000) for _ in range(rng.randint(1, 200))] for _ in range(24)]
+    said = []
+    for attention in ("flashinfer", "torch"):
+        with Engine(
+            model=str(tmp_path),
+            device="cuda",
+            attention=attention,
+            token_budget=256,
+            max_num_seqs=6,
+            max_model_len=512,
+        ) as engine:
+            outputs = engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True))
+            stats = engine.stats()
+        assert (stats.eager_steps, stats.recompilations, stats.graph_replays) == (0, 0, stats.steps)
+        said.append([output.token_ids for output in outputs])
+    assert sum(a == b for a, b in zip(*said, strict=True)) > len(prompts) // 2
