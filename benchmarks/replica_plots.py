@@ -5,6 +5,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.plots import COLOURS, DOTS_PER_INCH, LEGEND_COLOUR, Row
 
@@ -35,7 +36,7 @@ def draw_replicas(rows: Sequence[Row], device: str) -> Figure:
     shares.set_ylabel("requests a second, over those of N single engines")
     shares.legend(fontsize=9, loc="lower right")
     _draw_bars(first_tokens, rows, groups, colours, "p95_ttft_ms")
-    first_tokens.set_yscale("log")
+    _log_heights(first_tokens)
     first_tokens.set_title("How long until the first token, of 95 in 100?", fontsize=11)
     first_tokens.set_ylabel("ms (log scale)")
     if happenings:
@@ -44,8 +45,22 @@ def draw_replicas(rows: Sequence[Row], device: str) -> Figure:
         ):
             _draw_seconds(axes, [row for row in lines if (row["load"], row["engines"]) == (load, count)], colours)
             axes.set_title(f"{load}, {count} engines", fontsize=11)
-    figure.suptitle(f"Replicas simulated on the step times of an {device}", fontsize=13)
+    figure.suptitle(f"Replicas simulated on the step times of an {device}: {_message(rows, routings[0])}", fontsize=13)
     return figure
+
+
+def _message(rows: Sequence[Row], routing: str) -> str:
+    """What the first of the ways to spread a load makes of the engines at worst and at best."""
+    shares = [row["of_n"] for row in rows if row["routing"] == routing]
+    return f"by the {routing}, N engines give {min(shares):.2f} to {max(shares):.2f} of N times one"
+
+
+def _log_heights(axes: Axes) -> None:
+    """A logarithmic axis with plain numbers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_bars(

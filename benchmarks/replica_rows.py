@@ -3,8 +3,8 @@
     python -m benchmarks.simulate --replicas 16 --json replicas.json --plot replicas.png
     python -m benchmarks.simulate --replicas 256 1000 --load conversations --load uncached --seconds 16
 
-Up to MOST_SCHEDULED engines are real schedulers; with more each engine is a model of one, and so is the one engine that
-is the measure. `of N` is the rate as a multiple of that of one engine, over the number of engines. That one engine
+Up to --most-scheduled engines are real schedulers; with more each engine is a model of one, and so is the one engine
+that is the measure. `of N` is the rate as a multiple of that of one engine, over the number of engines. That one engine
 serves the same load from as many clients, without the death, the burst or the slowness.
 """
 
@@ -52,17 +52,19 @@ def replica_rows(
     loads: Sequence[str],
     routings: Sequence[str],
     *,
+    most_scheduled: int,
     num_routers: int,
     clients: int,
     seconds: float,
     seed: int,
 ) -> Iterator[Figures]:
-    """In the order of the arguments. num_routers: that each spread what their clients send. clients: of an engine."""
+    """In the order of the arguments. most_scheduled: engines up to which they are real schedulers. num_routers: that
+    each spread what their clients send. clients: of an engine."""
     alone: dict[tuple[str, bool], float] = {}
     for count in engines:
         for load in loads:
             setting = Setting(load, count, _capacity(on), clients, seconds, seed, num_routers)
-            key = SAME_ALONE.get(load, load), count <= MOST_SCHEDULED
+            key = SAME_ALONE.get(load, load), count <= most_scheduled
             if key not in alone:
                 single = Setting(key[0], 1, _capacity(on), clients, ALONE_FACTOR * seconds, seed)
                 alone[key] = float(str(run_replicas(on, single, "router", key[1])["request_throughput"]))

@@ -8,7 +8,10 @@ from typing import Protocol
 
 from graphgen.ipc.reports import EngineReport
 from graphgen.router.policy import Router
-from graphgen.router.records import Capacity, Choice, Loss, Refusal, RoutedRequest
+from graphgen.router.records import Capacity, Choice, Loss, Refusal, RoutedRequest, RouterSettings
+
+MAX_DIGESTS = 1 << 20
+"""Of a router: one in a simulation has the clients of a hundred frontends."""
 
 
 class Routing(Protocol):
@@ -107,7 +110,7 @@ ROUTINGS = ("router", "least open", "round robin")
 def make_routing(name: str, seed: int) -> Routing:
     match name:
         case "router":
-            return Router(seed=seed)
+            return Router(RouterSettings(max_digests=MAX_DIGESTS), seed)
         case "least open":
             return LeastOpen(seed)
         case "round robin":

@@ -31,7 +31,7 @@ from msgspec import Struct
 
 from benchmarks.metrics import Figures, ServedRequest, ServiceLevel, summarize
 from benchmarks.policy_costs import cost_rows
-from benchmarks.replica_rows import replica_rows, shown
+from benchmarks.replica_rows import MOST_SCHEDULED, replica_rows, shown
 from benchmarks.report import machine, percentile, show, write_json
 from benchmarks.routings import ROUTINGS
 from benchmarks.scenarios import Load, parse_load, requests_of
@@ -217,6 +217,9 @@ def make_parser() -> argparse.ArgumentParser:
     replicas = parser.add_argument_group("replicas")
     replicas.add_argument("--replicas", type=int, nargs="+", metavar="N", help="engines behind a router: 1 to 1000")
     replicas.add_argument("--routing", choices=ROUTINGS, action="append", help="default: all; may be repeated")
+    replicas.add_argument(
+        "--most-scheduled", type=int, default=MOST_SCHEDULED, help="engines up to which they are real schedulers"
+    )
     replicas.add_argument("--routers", type=int, default=1, help="that share the clients, each on its own counts")
     replicas.add_argument("--clients", type=int, default=CLIENTS, help="of each engine, in a closed loop")
     replicas.add_argument("--seconds", type=float, default=40.0, help="of virtual time; the last half is counted")
@@ -314,6 +317,7 @@ def _serve_replicas(
             options.replicas,
             names,
             options.routing or ROUTINGS,
+            most_scheduled=options.most_scheduled,
             num_routers=options.routers,
             clients=options.clients,
             seconds=options.seconds,

@@ -5,7 +5,8 @@ Owns the counts of the requests that this router sent to the engine; keeps no re
 
 Exact are the tokens of the router's own requests. What others sent is known from the engine's last report: of the
 requests that are open there, those that are not the router's own, with their part of the reported tokens. Whose they
-are is not known: each of the engine's tenants is taken to have an equal part of them.
+are is not known: each of the engine's tenants is taken to have an equal part of them. Prompts often wait for less time
+than a report is old, so what counts is the mean of the last few reports.
 
     work    = prompt tokens to compute * prompt_token_s + output tokens expected yet * output_token_s
     cost    = (work of all + work that goes before the request) / 2 + its own work
@@ -20,6 +21,9 @@ from graphgen.router.records import Capacity, EngineStatus, RoutedRequest
 
 FALLBACK_PROMPT_S, FALLBACK_OUTPUT_S = 27e-6, 110e-6
 """An 8B model on an H200. While no engine has said how fast it is, their ratio is all that matters."""
+
+_REPORT_WEIGHT = 0.25
+"""Of the newest report in what others have to do at an engine."""
 
 
 class Speeds:
@@ -101,8 +105,8 @@ class EngineLoad:
         self.prompt_tokens = 0
         self.output_tokens = 0
         self.tenants: dict[str, TenantLoad] = {}
-        self.others_prompt = 0
-        self.others_output = 0
+        self.others_prompt = 0.0
+        self.others_output = 0.0
 
     @property
     def num_others(self) -> int:
@@ -119,15 +123,17 @@ class EngineLoad:
         """What others sent is what the engine has beyond the router's own."""
         self.report = report
         num_others = self.num_others
-        self.others_prompt = self.others_output = 0
-        if num_others:
-            self.others_prompt = report.prompt_tokens * num_others // report.num_open
-            self.others_output = report.output_tokens * num_others // report.num_open
+        if not num_others:
+            self.others_prompt = self.others_output = 0.0
+            return
+        share = num_others / report.num_open
+        self.others_prompt += _REPORT_WEIGHT * (share * report.prompt_tokens - self.others_prompt)
+        self.others_output += _REPORT_WEIGHT * (share * report.output_tokens - self.others_output)
 
     def forget_report(self, now_s: float) -> None:
         """It has a new life, which has not reported yet."""
         self.report = None
-        self.others_prompt = self.others_output = 0
+        self.others_prompt = self.others_output = 0.0
         self.heard_s = self.stepped_s = now_s
 
     def open(self, request_id: int, tenant: str, priority: int, prompt_tokens: int, output_tokens: int) -> None:

@@ -66,3 +66,9 @@ def send(router: Router, asked: RoutedRequest, now_s: float = 0.0) -> str:
     assert isinstance(choice, Choice), choice
     router.sent(choice)
     return choice.engine_id
+
+
+def tell(router: Router, engine_id: str, said: EngineReport) -> None:
+    """The engine says it for a while: what others sent counts by the last few reports."""
+    for _ in range(40):
+        router.report(engine_id, said, 0.0)

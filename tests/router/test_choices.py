@@ -7,7 +7,7 @@ import pytest
 from graphgen.router.load import EngineLoad
 from graphgen.router.policy import Router
 from graphgen.router.records import Capacity, Choice, Loss, Refusal, RouterSettings
-from tests.router.engines import CAPACITY, PAGE, report, request, router_of, send
+from tests.router.engines import CAPACITY, PAGE, report, request, router_of, send, tell
 
 SHARED = (1, 2, 3, 4)
 
@@ -42,10 +42,10 @@ def test_a_hot_engine_is_left_when_computing_the_prompt_elsewhere_is_cheaper() -
     serve(router, 0)
     other = next(view.engine_id for view in router.views() if view.engine_id != holder)
     # Four pages are 64 ms of computing; other routers' work of 50 ms does not outweigh them, of 100 ms does.
-    router.report(holder, report(1, 50), 0.0)
+    tell(router, holder, report(1, 50))
     assert send(router, request(1, *SHARED)) == holder
     router.finished(1, 0)
-    router.report(holder, report(1, 100), 0.0)
+    tell(router, holder, report(1, 100))
     assert send(router, request(2, *SHARED)) == other
 
 
@@ -90,7 +90,7 @@ def test_a_slow_engine_gets_as_much_less_as_it_is_slower() -> None:
 
 def test_what_other_routers_sent_counts_by_the_last_report() -> None:
     router = router_of(2)
-    router.report("e0", report(num_open=10, prompt_tokens=1000, output_tokens=100), 0.0)
+    tell(router, "e0", report(num_open=10, prompt_tokens=1000, output_tokens=100))
     assert router.view("e0").num_others == 10
     # A second and two tenths of others' work: about 43 of these requests, 28 ms each, go to the other engine first.
     engines = [send(router, request(number)) for number in range(60)]
@@ -186,11 +186,11 @@ def test_a_late_engine_that_keeps_the_prompt_is_passed_by_for_one_in_time() -> N
     holder = send(router, request(0, *range(60)))
     serve(router, 0)
     other = next(view.engine_id for view in router.views() if view.engine_id != holder)
-    router.report(holder, report(1, 800), 0.0)
+    tell(router, holder, report(1, 800))
     assert router.choose(request(1, *range(60)), 0.0).engine_id == holder  # type: ignore[union-attr]
     choice = router.choose(request(2, *range(60), deadline_ms=800.0), 0.0)
     assert isinstance(choice, Refusal), "computing takes a second elsewhere, and 0.8 s of others' work goes before here"
-    router.report(holder, report(1, 1300), 0.0)
+    tell(router, holder, report(1, 1300))
     choice = router.choose(request(3, *range(60), deadline_ms=1300.0), 0.0)
     assert isinstance(choice, Choice)
     assert choice.engine_id == other
@@ -200,7 +200,7 @@ def test_a_late_engine_that_keeps_the_prompt_is_passed_by_for_one_in_time() -> N
 def test_a_late_first_token_is_refused_only_where_that_is_asked_for(sheds: bool) -> None:
     router = Router(RouterSettings(shed_late_first_tokens=sheds))
     router.joined("e0", CAPACITY, 0.0)
-    router.report("e0", report(num_open=3, prompt_tokens=3000, num_tenants=9), 0.0)
+    tell(router, "e0", report(num_open=3, prompt_tokens=3000, num_tenants=9))
     answer = router.choose(request(0, ttft_target_ms=500.0, tenant="a"), 0.0)
     assert isinstance(answer, Choice), "engines serve other tenants' prompts in turn with its own"
     for number in range(3):
