@@ -140,7 +140,8 @@ def compile_all(calls: Mapping[Key, Callable[[], object]]) -> set[Key]:
             return True
         return False
 
-    with ThreadPoolExecutor(COMPILING_THREADS) as threads:
+    # cuBLAS wants a thread to have named its device.
+    with ThreadPoolExecutor(COMPILING_THREADS, initializer=partial(torch.cuda.set_device, 0)) as threads:
         failed = list(threads.map(fails, calls.values()))
     torch.cuda.synchronize()
     return {key for key, fails in zip(calls, failed, strict=True) if fails}
@@ -264,7 +265,7 @@ def _candidates(form: LinearFormat, num_rows: int) -> "list[tiles.Shape]":
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(model_folder()), help="folder or hub id; only its config is read")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["bf16", "fp8", "fp8-block", "int4-zeros"])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 128, 512, 1024], help="M")
     parser.add_argument("--cuts", action="store_true", help="time ways to cut the products of few rows instead")
     parser.add_argument("--repeats", type=int, default=10)

@@ -7,7 +7,14 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from graphgen.models.few_rows_layers import MOST_ROWS, most_rows, serves_feed_forward, serves_mixer, serves_model
+from graphgen.models.few_rows_layers import (
+    MOST_ROWS,
+    MOST_ROWS_OF_E4M3,
+    most_rows,
+    serves_feed_forward,
+    serves_mixer,
+    serves_model,
+)
 from graphgen.models.spec import (
     GQA,
     NO_ROPE,
@@ -206,6 +213,9 @@ def test_another_way_to_the_residual_stream_is_refused(trait: str) -> None:
 
 def test_as_many_rows_are_served_as_have_few_pairs_with_their_experts() -> None:
     assert most_rows(SPEC) == MOST_ROWS
+    assert most_rows(replace(SPEC, layers=(LAYER, with_mixer(o_format=FORMAT)))) == MOST_ROWS
+    fp8 = LinearFormat(storage="e4m3", activation="e4m3")
+    assert most_rows(replace(SPEC, layers=(LAYER, with_mixer(o_format=fp8)))) == MOST_ROWS_OF_E4M3
     assert most_rows(replace(SPEC, layers=(LAYER, with_experts(num_experts=128, top_k=8)))) == 8
     assert most_rows(replace(SPEC, layers=(LAYER, with_experts(num_experts=512, top_k=8)))) == 8, "64 pairs at most"
     assert most_rows(replace(SPEC, layers=(with_experts(num_experts=64), with_experts(num_experts=64, top_k=6)))) == 5
