@@ -119,6 +119,12 @@ def serves_feed_forward(layer: Layer, hidden_size: int) -> bool:
     )
 
 
+def reads_fitted(spec: ModelSpec, held: Iterable[tuple[LinearFormat | None, int]]) -> bool:
+    """Whether the kernels read the formats that layers have otherwise than the spec says, since some rows and
+    columns of a stored weight cannot keep its format (formats/fitting.py). held: format and K of every linear layer."""
+    return all(form in spec.formats or reads(form, num_columns) for form, num_columns in held)
+
+
 def reads(form: LinearFormat | None, num_columns: int) -> bool:
     """Whether the kernels read a weight of this format with so many columns."""
     if form is None:

@@ -11,6 +11,7 @@ from graphgen.models.few_rows_layers import (
     MOST_ROWS,
     MOST_ROWS_OF_E4M3,
     most_rows,
+    reads_fitted,
     serves_feed_forward,
     serves_mixer,
     serves_model,
@@ -287,3 +288,11 @@ def test_other_ends_of_a_model_are_refused(trait: str) -> None:
     assert serves_model(replace(SPEC, head=Head(tied=True)), torch.bfloat16)
     assert serves_model(replace(SPEC, ropes=(RopeSpec(temperature=Temperature(0.1, 8192)), NO_ROPE)), torch.bfloat16)
     assert not serves_model(replace(SPEC, **ENDS[trait]), torch.bfloat16)
+
+
+def test_a_format_that_was_fitted_is_read_or_the_model_is_refused() -> None:
+    """Groups of 128 whose heads were padded are such of 16 columns, of which the spec knows nothing."""
+    stored = LinearFormat(storage="int4", group=128)
+    spec = SPEC.with_formats(lambda _, place: stored)
+    assert reads_fitted(spec, [(stored, 256), (None, 256), (replace(stored, group=32), 256)])
+    assert not reads_fitted(spec, [(stored, 256), (replace(stored, group=16), 256)])
