@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from graphgen.models.few_rows_layers import (
     MOST_ROWS,
     MOST_ROWS_OF_E4M3,
+    MOST_ROWS_OF_EXPERTS,
     most_rows,
     reads_fitted,
     serves_feed_forward,
@@ -217,9 +218,9 @@ def test_as_many_rows_are_served_as_have_few_pairs_with_their_experts() -> None:
     assert most_rows(replace(SPEC, layers=(LAYER, with_mixer(o_format=FORMAT)))) == MOST_ROWS
     fp8 = LinearFormat(storage="e4m3", activation="e4m3")
     assert most_rows(replace(SPEC, layers=(LAYER, with_mixer(o_format=fp8)))) == MOST_ROWS_OF_E4M3
-    assert most_rows(replace(SPEC, layers=(LAYER, with_experts(num_experts=128, top_k=8)))) == 8
-    assert most_rows(replace(SPEC, layers=(LAYER, with_experts(num_experts=512, top_k=8)))) == 8, "64 pairs at most"
-    assert most_rows(replace(SPEC, layers=(with_experts(num_experts=64), with_experts(num_experts=64, top_k=6)))) == 5
+    assert most_rows(replace(SPEC, layers=(LAYER, with_experts(num_experts=128, top_k=8)))) == MOST_ROWS_OF_EXPERTS
+    assert most_rows(replace(SPEC, layers=(LAYER, with_experts(num_experts=512, top_k=32)))) == 2, "64 pairs at most"
+    assert most_rows(replace(SPEC, layers=(with_experts(num_experts=64), with_experts(num_experts=32, top_k=6)))) == 2
     assert most_rows(replace(SPEC, layers=(with_experts(num_experts=2, top_k=2),))) == 1, "one row has no others"
 
 
