@@ -36,7 +36,8 @@ class RankGroup:
     """The ranks, see `Ranks`, and what they agree on beside the steps."""
 
     def __init__(self, shard: Shard, rendezvous: Path, device: torch.device, timeout_s: float) -> None:
-        """rendezvous: a file that no other group has used. timeout_s: for each of them to arrive there.
+        """rendezvous: a file that no other group has used. device: this rank's, of which it becomes the current one.
+        timeout_s: for each of them to arrive there.
 
         Raises torch's DistError where they do not meet.
         """
@@ -44,6 +45,8 @@ class RankGroup:
             os.environ.setdefault(name, value)
         self._shard = shard
         on_cuda = device.type == "cuda"
+        if on_cuda:
+            torch.cuda.set_device(device)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
             store=FileStore(str(rendezvous), shard.size),
@@ -54,7 +57,8 @@ class RankGroup:
         )
         group = dist.group.WORLD
         assert group is not None, "it was just made"
-        self._name = group.group_name
+        self.process_group = group
+        self.name = group.group_name
         self._ways, self._room, self.description = _open_room(shard, device, group)
 
     @property
@@ -62,7 +66,7 @@ class RankGroup:
         return self._shard
 
     def all_reduce(self, part: Tensor) -> Tensor:
-        return sum_over_ranks(part, self._room, self._name, self._ways)
+        return sum_over_ranks(part, self._room, self.name, self._ways)
 
     def all_gather(self, columns: Tensor) -> Tensor:
         return gather_over_ranks(columns, self._shard.size)
@@ -99,12 +103,18 @@ def _open_room(shard: Shard, device: torch.device, group: dist.ProcessGroup) -> 
         return NCCL_ALONE, None, "Gloo"
     if ways == NCCL_ALONE:
         return ways, None, "NCCL"
-    import torch.distributed._symmetric_memory as symmetric
-
     try:
-        room = symmetric.empty(max(ways), dtype=torch.uint8, device=device)
-        symmetric.rendezvous(room, group)
+        room = shared_room(max(ways), device, group)
     except RuntimeError as error:  # GPUs that cannot read each other's memory
         return NCCL_ALONE, None, f"NCCL (no symmetric memory: {str(error).splitlines()[0]})"
-    room.zero_()
     return ways, room, f"one-shot to {ways.one_shot >> 10} KiB, two-shot to {ways.two_shot >> 10} KiB, NCCL"
+
+
+def shared_room(num_bytes: int, device: torch.device, group: dist.ProcessGroup) -> Tensor:
+    """Bytes of a CUDA device's memory that all ranks can read, which each of them asks for at the same time. Raises
+    RuntimeError where GPUs cannot read each other's."""
+    import torch.distributed._symmetric_memory as symmetric
+
+    room = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
+    symmetric.rendezvous(room, group)
+    return room.zero_()

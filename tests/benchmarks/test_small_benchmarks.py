@@ -29,6 +29,7 @@ from tests.models import tiny
 SCRIPTS = (
     "attention",
     "beside_transformers",
+    "collectives",
     "constrained",
     "experts",
     "latency",
@@ -229,6 +230,15 @@ def test_the_gateway_benchmark_measures_both_ways(monkeypatch: pytest.MonkeyPatc
     assert ways["HTTP p50 us"] - ways["GGP/1 p50 us"] == pytest.approx(ways["added p50 us"])
     assert ways["GGP/1 p50 us"] > 0
     assert all(row["tokens an event"] >= 1 and row["gateway CPU us a token"] >= 0 for row in (paced, fast))
+
+
+# --- collectives ---------------------------------------------------------------------------------------------------
+
+
+def test_sums_over_two_ranks_are_timed_on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = run_script(monkeypatch, tmp_path, "collectives", "--device", "cpu", "--kib", "8")["rows"]
+    assert [row["what"] for row in rows] == ["sum of 8 KiB", "logits of 1 rows"]
+    assert all(row["ranks"] == 2 and row["Gloo"] > 0 for row in rows)
 
 
 # --- linear --------------------------------------------------------------------------------------------------------
