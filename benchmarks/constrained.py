@@ -2,10 +2,12 @@
 
     python -m benchmarks.constrained --model benchmarks/shapes/llama-3.1-8b --load-format dummy --max-model-len 8192
 
-STREAMS requests decode together: none, a fifth, and all of them follow the JSON schema of a tool call, and then all of
-them ask for the log-probabilities of five tokens. Gaps count while all of them decode; those of requests with a grammar
-and of the others stand side by side, beside the gaps of the run in which there is none. A model of random weights draws
-whatever its grammar allows; one that has no tokenizer gets one of as many tokens, made of pairs of shorter ones.
+STREAMS requests decode together: none, a fifth, and all of them follow a JSON schema, and then all of them ask for the
+log-probabilities of five tokens. Gaps count while all of them decode; those of requests with a grammar and of the
+others stand side by side, beside the gaps of the run in which there is none. One schema is that of a tool call, of
+which a model of random weights knows nothing: nearly all its draws are refused and drawn again. The other one is a long
+text in a string, where nearly every draw is allowed, as are those of a model that knows its format. A model that has no
+tokenizer gets one of as many tokens, made of pairs of shorter ones.
 """
 
 import itertools
@@ -26,7 +28,7 @@ from graphgen.calls.outputs import RequestOutput
 from graphgen.models.families import load_spec
 
 STREAMS = 64
-SHARES = (0.0, 0.2, 1.0)
+SHARES = (0.2, 1.0)
 LOGPROBS = 5
 ITEM = {
     "type": "object",
@@ -39,6 +41,12 @@ ITEM = {
     "required": ["city", "unit", "days", "exact"],
     "additionalProperties": False,
 }
+TEXT = {
+    "type": "object",
+    "properties": {"text": {"type": "string", "minLength": 100_000}},
+    "required": ["text"],
+    "additionalProperties": False,
+}
 CALL = {
     "type": "object",
     "properties": {
@@ -48,7 +56,8 @@ CALL = {
     "required": ["name", "arguments"],
     "additionalProperties": False,
 }
-"""A call that is longer than any output here, so that every request decodes to its last token."""
+SCHEMAS = {"call": CALL, "text": TEXT}
+"""Both are longer than any output here, so that every request decodes to its last token."""
 
 
 def write_tokenizer(folder: Path, num_tokens: int, seed: int = 0) -> None:
@@ -57,7 +66,8 @@ def write_tokenizer(folder: Path, num_tokens: int, seed: int = 0) -> None:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     common = [chr(code) for code in range(ord("a"), ord("z") + 1)] + ["Ġ" + chr(code) for code in range(97, 123)]
     tokens, merges, longest = dict.fromkeys(letters), [], 10
-    pairs = itertools.product(letters, letters)
+    printable = [chr(code) for code in range(33, 127)]
+    pairs = itertools.product(printable, printable)
     while len(tokens) < num_tokens - 2:
         first, second = next(pairs, None) or (chance.choice(list(common)), chance.choice(list(common)))
         pair = first + second
@@ -78,11 +88,16 @@ def write_tokenizer(folder: Path, num_tokens: int, seed: int = 0) -> None:
 
 
 def measure(
-    engine: Engine, prompts: Sequence[Sequence[int]], num_tokens: int, share: float, logprobs: int | None
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    share: float,
+    schema: str = "call",
+    logprobs: int | None = None,
 ) -> tuple[list[float], list[float]]:
     """Gaps in milliseconds: of the requests that follow the schema, and of the others."""
     plain = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, logprobs=logprobs)
-    bound = SamplingParams(temperature=0.0, max_tokens=num_tokens, structured=JsonSchema(CALL))
+    bound = SamplingParams(temperature=0.0, max_tokens=num_tokens, structured=JsonSchema(SCHEMAS[schema]))
     step = round(1.0 / share) if share else len(prompts) + 1
     is_bound = [number % step == 0 if share else False for number in range(len(prompts))]
     outputs = engine.generate(list(prompts), [bound if one else plain for one in is_bound])
@@ -123,14 +138,18 @@ def main() -> None:
             prompts = [
                 [chance.randrange(300, vocab_size // 2) for _ in range(options.prompt)] for _ in range(options.streams)
             ]
-            measure(engine, prompts, options.tokens, 0.2, None)  # grammars are made, first uses are over
-            runs = [(share, None) for share in SHARES] + [(0.0, LOGPROBS), (0.0, None)]
-            before: list[float] = []
-            for share, logprobs in runs:
-                bound, free = measure(engine, prompts, options.tokens, share, logprobs)
-                before = before or free
-                about_run = {"with a grammar": f"{share:.0%}", "logprobs": logprobs or "none"}
-                rows.append({**about_run, **figures(free, before, "free"), **figures(bound, before, "bound")})
+            for schema in SCHEMAS:  # grammars are made, first uses are over
+                measure(engine, prompts, options.tokens, 0.2, schema)
+            _, before = measure(engine, prompts, options.tokens, 0.0)
+            rows.append({"with a grammar": "0%", "of": "", "logprobs": "none", **figures(before, before, "free")})
+            for schema, share in itertools.product(SCHEMAS, SHARES):
+                bound, free = measure(engine, prompts, options.tokens, share, schema)
+                both = {**figures(free, before, "free"), **figures(bound, before, "bound")}
+                rows.append({"with a grammar": f"{share:.0%}", "of": schema, "logprobs": "none", **both})
+            for logprobs in (LOGPROBS, None):
+                _, free = measure(engine, prompts, options.tokens, 0.0, logprobs=logprobs)
+                asked = {"with a grammar": "0%", "of": "", "logprobs": logprobs or "none"}
+                rows.append({**asked, **figures(free, before, "free")})
             device, stats = engine.info.worker.device, engine.stats()
     about = machine(device)
     show(f"{options.streams} streams, {options.tokens} tokens each", rows, about)

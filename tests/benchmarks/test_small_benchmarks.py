@@ -142,10 +142,12 @@ def test_steps_and_latency_run_on_the_cpu(name: str, monkeypatch: pytest.MonkeyP
 
 def test_constrained_measures_both_kinds_of_requests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     small = ("--device", "cpu", "--streams", "5", "--prompt", "8", "--tokens", "12")
-    none, fifth, every, logprobs, _ = run_script(monkeypatch, tmp_path, "constrained", *small)["rows"]
+    rows = run_script(monkeypatch, tmp_path, "constrained", *small)["rows"]
+    none, fifth, every, *texts, logprobs, _ = rows
     assert (none["free p50 x"], none.get("bound p50 ms"), every.get("free p50 ms")) == (1.0, None, None)
+    assert [row["of"] for row in rows] == ["", "call", "call", "text", "text", "", ""]
     measured = fifth["free p50 ms"], fifth["bound p50 ms"], every["bound p50 ms"], logprobs["free p50 ms"]
-    assert all(one > 0.0 for one in measured)
+    assert all(one > 0.0 for one in (*measured, *(row["bound p50 ms"] for row in texts)))
 
 
 def test_experts_times_every_product_at_every_number_of_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
