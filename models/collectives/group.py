@@ -57,6 +57,8 @@ class RankGroup:
         )
         group = dist.group.WORLD
         assert group is not None, "it was just made"
+        # Of its own, since the thread that asks is not the one that runs steps on the CPU, and both may at once.
+        self._talk = dist.new_group(backend="gloo")
         self.process_group = group
         self.name = group.group_name
         self._ways, self._room, self.description = _open_room(shard, device, group)
@@ -87,7 +89,7 @@ class RankGroup:
 
     def _agreed(self, value: float, operation: "dist.ReduceOp.RedOpType") -> float:
         found = torch.tensor([value], dtype=torch.float64)
-        dist.all_reduce(found, operation)
+        dist.all_reduce(found, operation, self._talk)
         return found.item()
 
 

@@ -1,7 +1,9 @@
 """Ranks that share a model: real processes on the CPU in float32, held to one that has it alone."""
 
+import os
 import random
 import re
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +13,7 @@ from graphgen import ConfigError, Engine, EngineConfig, RequestOutput, SamplingP
 from graphgen.calls.structured import Regex
 from graphgen.requests.core import launch_config
 from tests.traps import Traps
-from tests.worker_deaths import KINDS, LossNotices, Victim, die, leftovers
+from tests.worker_deaths import KINDS, LossNotices, Victim, die, leftovers, wait_for
 
 SETTINGS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "cpu_threads": 1, "num_pages": 120}
 PROMPTS: list[list[int]] = [[5, 6, 7], [number % 900 for number in range(3, 300)], [40, 41], [9] * 20, [70], [71, 72]]
@@ -78,6 +80,26 @@ def test_a_rank_that_ends_takes_the_others_with_it_and_requests_go_on(victim: Vi
         assert token_ids == list(expected.token_ids)
         assert not {before["worker-0"], before["worker-1"]} & set(engine.pids.values())
     assert re.match(r"the worker-\d failed with RuntimeError", engine.stats().worker_loss), "not another of its end"
+
+
+def test_ranks_time_the_same_steps_and_a_group_stands_by() -> None:
+    """Timed steps are in flight while the ranks agree on what those before them took."""
+    sizes = {"token_budget": 16, "max_num_seqs": 4, "step_times": "measure", "standby": True}
+    with Engine(tensor_parallel=2, **{**SETTINGS, **sizes}) as engine:
+        table = engine.info.worker.step_times
+        assert table is not None
+        assert len(table.times) == len(engine.info.worker.buckets)
+        sampling = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+        (expected,) = engine.generate([[5, 6, 7]], sampling)
+        wait_for(lambda: {"standby-0", "standby-1"} <= engine.pids.keys(), "a group stands by")
+        standby = [engine.pids[f"standby-{rank}"] for rank in range(2)]
+        stream = engine.stream([5, 6, 7], sampling)
+        token_ids = list(next(stream).token_ids)
+        os.kill(engine.pids["worker-1"], signal.SIGKILL)
+        for piece in stream:
+            token_ids += piece.token_ids
+        assert token_ids == list(expected.token_ids)
+        assert [engine.pids[f"worker-{rank}"] for rank in range(2)] == standby
 
 
 def test_what_cannot_be_shared_is_refused_by_name() -> None:
