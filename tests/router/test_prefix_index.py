@@ -116,3 +116,15 @@ def test_a_look_up_costs_the_same_with_a_thousand_engines_as_with_ten() -> None:
         assert len(index.holders(prompt, (1 << num_engines) - 1, 4)) == 4
         counts.append(Counted.num_hashes)
     assert max(counts) <= 32 + 4 * 16 + 4
+
+
+def test_engines_that_join_take_their_part_of_the_index_from_the_others_at_once() -> None:
+    index = PrefixIndex(60, Random(0))
+    index.join(0, 1000)
+    index.add(0, digests(*range(60)))
+    assert index.num_pairs == 60
+    index.join(1, 1000)
+    index.join(2, 1000)
+    assert index.num_pages(0) == 20
+    index.add(1, digests(*range(100, 160)))
+    assert index.num_pairs == 40
