@@ -61,3 +61,13 @@ def convert_fp8_as_a_gpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
         return plain(values, source, target, rounding)
 
     monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+def splat_truth_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter of Triton 3.9 makes integers of a truth value that it repeats, and refuses them as a mask."""
+    from triton.runtime import interpreter  # Triton exists where it is installed
+
+    def splat(_: object, block: Any, value: Any) -> interpreter.TensorHandle:
+        return interpreter.TensorHandle(np.full(block.shape, value.data.flat[0]), value.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_splat", splat)

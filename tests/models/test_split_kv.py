@@ -7,9 +7,8 @@ both cannot be had in one process. tests/conftest.py tells it to.
 
 import importlib.util
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,14 +16,12 @@ from torch import Tensor
 from graphgen.models.attention.pages import LayerPages
 from graphgen.models.rope import rotate
 from tests.models.attention_cases import Rules, by_hand, rules
-from tests.models.kept import FORMATS, convert_fp8_as_a_gpu_does, kept_as, read, read_back
+from tests.models.kept import FORMATS, convert_fp8_as_a_gpu_does, kept_as, read, read_back, splat_truth_values
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed; comes with torch for CUDA", allow_module_level=True)
 if torch.cuda.is_available():
     pytest.skip("tests/gpu/test_split_kv_gpu.py runs the compiled kernel", allow_module_level=True)
-
-from triton.runtime import interpreter  # Triton exists where it is installed
 
 from graphgen.models.attention import split_kv
 from graphgen.models.attention.store import rotate_and_store
@@ -113,13 +110,9 @@ def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _splat_truth_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter of Triton 3.9 makes integers of a truth value that it repeats, and refuses them as a mask."""
-
-    def splat(_: object, block: Any, value: Any) -> interpreter.TensorHandle:
-        return interpreter.TensorHandle(np.full(block.shape, value.data.flat[0]), value.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_splat", splat)
+def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    splat_truth_values(monkeypatch)
+    convert_fp8_as_a_gpu_does(monkeypatch)
 
 
 RULES = rules(HEADS, WINDOW, SEGMENT)
@@ -179,11 +172,6 @@ def quantised(rows: Rows, name: str) -> Rows:
     """The same rows over pages of a format: what a row sees is what is read from there, its own position too."""
     histories = [read_back(name, *history) for history in rows.histories]
     return rows._replace(pages=kept_as(name, rows.pages), histories=histories)
-
-
-@pytest.fixture(autouse=True)
-def _exact_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
-    convert_fp8_as_a_gpu_does(monkeypatch)
 
 
 @pytest.mark.parametrize("rule", ["plain", "softcap", "all"])
