@@ -95,11 +95,14 @@ class Multiplies(NamedTuple):
     """With a scale for BLOCK columns of the input, and for BLOCK x BLOCK elements of the weight."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no types
 def multiplies_e4m3() -> Multiplies:
     """Of the device that this process drives."""
     capability = torch.cuda.get_device_capability()
     return Multiplies(capability >= (8, 9), capability == (9, 0))
+
+
+# All that torch.compiler.assume_constant_result does, without its import of the compiler, which the CPU does not need.
+multiplies_e4m3._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def product_of_many_rows(x: Tensor, weight: Weight, bias: Tensor | None, device: Multiplies) -> Tensor:
