@@ -1,6 +1,6 @@
 """What stands at the two ends of a link: the processes that it talks to, and who follows its requests.
 
-Owns no state. `graphgen.requests.link` uses both; `graphgen.requests.links` is such an observer.
+Owns no state. `graphgen.requests.link` uses both; `graphgen.router.places` has such an observer.
 """
 
 from collections.abc import Iterable

@@ -234,7 +234,7 @@ def test_a_cancel_holds_wherever_the_request_is(rig: Rig, moment: str) -> None:
     with pytest.raises(AssertionError, match="did not come"):
         rig.expect(lambda _, message: isinstance(message, Submit), patience_s=0.3)
     assert one.deliveries.empty()
-    assert rig.links._router.num_open == 0
+    assert rig.links._places._router.num_open == 0
 
 
 def test_one_that_its_engine_has_no_room_for_is_taken_by_another_and_else_is_told(rig: Rig) -> None:
@@ -248,7 +248,7 @@ def test_one_that_its_engine_has_no_room_for_is_taken_by_another_and_else_is_tol
     error = one.deliveries.get(timeout=5)
     assert isinstance(error, OverloadedError)
     assert "full there" in str(error)
-    assert rig.links._router.num_open == 0
+    assert rig.links._places._router.num_open == 0
 
 
 def test_one_that_ends_engine_after_engine_fails_alone(rig: Rig) -> None:

@@ -1,0 +1,92 @@
+"""Which engines of a program or a server serve, and which drain or have drained.
+
+Owns what each engine said when it began to serve, and who waits for one to drain. Sends nothing and moves no request.
+Made and called by `graphgen.router.links`, read by `graphgen.router.places`; who changes a state holds their lock.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from graphgen.ipc.errors import EngineDeadError
+from graphgen.ipc.messages import Ready
+
+
+class EngineStates:
+    """Of all engines, by number. Contains and iterates over those that serve."""
+
+    def __init__(self, lock: "threading.RLock") -> None:
+        self._lock = lock
+        self._ready: dict[int, Ready] = {}  # of the engines that serve
+        self._drained: dict[int, Callable[[int], None]] = {}  # engines that drain: who is told when nothing is left
+        self._drains_by_s: dict[int, float] = {}
+        self._at_rest: set[int] = set()  # engines that have drained, and may still be ending
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._ready
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._ready)
+
+    def __len__(self) -> int:
+        return len(self._ready)
+
+    @property
+    def ready(self) -> Ready:
+        """Of the engines that serve, what the one with least room said: what fits there fits everywhere. Raises
+        EngineDeadError where none serves."""
+        with self._lock:
+            found = min(self._ready.values(), key=_room_of, default=None)
+        if found is None:
+            raise EngineDeadError("no engine serves at the moment: try again")
+        return found
+
+    @property
+    def page_size(self) -> int:
+        """Positions of a page, which all engines have in common; 1 where none serves."""
+        return next((ready.worker.page_size for ready in list(self._ready.values())), 1)
+
+    def serve(self, number: int, ready: Ready) -> bool:
+        """Whether it did not serve before. What an engine that has drained still says of itself is not heard."""
+        if number in self._ready or number in self._at_rest:
+            return False
+        self._ready[number] = ready
+        return True
+
+    def end(self, number: int) -> None:
+        """It serves no more."""
+        self._ready.pop(number, None)
+        self._drains_by_s.pop(number, None)
+
+    def leave(self, number: int) -> None:
+        """Its link has failed: it does not serve, and its drain goes on."""
+        self._ready.pop(number, None)
+
+    def drain(self, number: int, grace_s: float, when_drained: Callable[[int], None]) -> None:
+        """Raises EngineDeadError where no other engine serves, and for one that does not serve itself."""
+        if number not in self._ready:
+            raise EngineDeadError(f"engine {number} does not serve, so there is nothing to drain")
+        if len(self._ready.keys() - self._drained.keys()) < 2:
+            raise EngineDeadError(f"engine {number} is the only one that serves: let another one serve first")
+        self._drained[number] = when_drained
+        self._drains_by_s[number] = time.monotonic() + grace_s
+
+    def drains(self) -> dict[int, float]:
+        """The engines that drain, and when the grace of each is over (monotonic seconds)."""
+        return dict(self._drains_by_s)
+
+    def end_drain(self, number: int, rests: bool) -> Callable[[int], None] | None:
+        """Nothing is left of what an engine had. Returns who is told, if it drained; rests: it is not heard before
+        `expect`."""
+        when_drained = self._drained.pop(number, None)
+        if when_drained is not None and rests:
+            self._at_rest.add(number)
+        return when_drained
+
+    def expect(self, number: int) -> None:
+        """An engine that has drained is about to be started again."""
+        self._at_rest.discard(number)
+
+
+def _room_of(ready: Ready) -> int:
+    return ready.worker.num_pages * ready.worker.page_size
