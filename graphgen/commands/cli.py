@@ -35,6 +35,7 @@ from graphgen.commands.tables import (
 from graphgen.commands.tune import describe_figures, tune_figures
 from graphgen.ipc.errors import GraphgenError
 from graphgen.launch.config import EngineConfig
+from graphgen.launch.replicas import alone, check_devices, of_replica
 from graphgen.launch.step_times_store import StepTimesKey, stored_file
 from graphgen.mock_server.__main__ import mock_server
 from graphgen.server.options import ServeOptions
@@ -152,13 +153,15 @@ def tune(
 
     The scheduler chooses its steps by these times. A start on a GPU that finds none measures them itself, in seconds
     and less exactly. They are looked up by device, model shape, dtype, kernels, page size, buckets and versions: tune
-    with the options the engine will have, while nothing else runs on the device.
+    with the options the engine will have, while nothing else runs on the device. Of several
+    replicas one measures for all.
 
     A --token-budget above the default, 2048 say, shows whether larger steps would compute more rows a second.
     """
-    with Engine(msgspec.structs.replace(config, step_times="measure")) as engine:
+    check_devices(config)
+    with Engine(msgspec.structs.replace(alone(config), step_times="measure")) as engine:
         worker = engine.info.worker
-        key = StepTimesKey.of(engine.resolved, worker)
+        key = StepTimesKey.of(of_replica(engine.resolved, 0, 1), worker)
     assert worker.step_times is not None, "the worker measured: it was asked to"
     stored = stored_file(os.environ, key, worker.step_times)
     figures = tune_figures(worker.step_times, worker.device, worker.attention, stored)

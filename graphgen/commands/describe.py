@@ -64,6 +64,7 @@ def decisions(config: EngineConfig, launch: LaunchConfig, ready: Ready) -> list[
             launch.dtype,
             _asked(config.dtype != "auto") or _dtype_reason(launch),
         ),
+        *_replicas_decision(config),
         *_ranks_decision(worker),
         Decision("attention", worker.attention, _asked(config.attention != "auto") or "the fastest that is installed"),
         Decision(
@@ -122,6 +123,12 @@ def _weights_reason(config: EngineConfig, launch: LaunchConfig) -> str:
 
 def _kv_reason(spec: ModelSpec) -> str:
     return "kept as computed" if spec.kv_format is None else "the checkpoint asks for it"
+
+
+def _replicas_decision(config: EngineConfig) -> list[Decision]:
+    if config.replicas == 1:
+        return []
+    return [Decision("replicas", str(config.replicas), "you asked for it; all that is said here is of each engine")]
 
 
 def _ranks_decision(worker: WorkerReady) -> list[Decision]:

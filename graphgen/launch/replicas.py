@@ -31,7 +31,7 @@ def check_devices(config: EngineConfig) -> None:
             f"{asked}, and device is {config.device!r}, which is one GPU: use device 'cuda', and choose the GPUs with"
             " CUDA_VISIBLE_DEVICES"
         )
-    if config.device == "cpu" or (config.device == "auto" and find_device() == "cpu"):
+    if _on_cpu(config):
         return
     num_devices = count_gpus()
     if needed > num_devices:
@@ -78,10 +78,27 @@ def of_replica(launch: LaunchConfig, number: int, count: int) -> LaunchConfig:
     on_cpu = launch.device == "cpu"
     threads = launch.cpu_threads
     if on_cpu and threads is None:
-        threads = max(1, len(os.sched_getaffinity(0)) // num_workers)
+        threads = _share_of_cores(num_workers)
     return msgspec.structs.replace(
         launch,
         device="cpu" if on_cpu else f"cuda:{number * launch.num_ranks}",
         cpu_threads=threads,
         step_log=launch.step_log if launch.step_log is None or count == 1 else f"{launch.step_log}.{number}",
     )
+
+
+def alone(config: EngineConfig) -> EngineConfig:
+    """One engine with what each of `config`'s replicas has, which is less than one has that was asked for alone: of
+    the cores, on the CPU."""
+    threads = config.cpu_threads
+    if config.replicas > 1 and threads is None and _on_cpu(config):
+        threads = _share_of_cores(config.replicas * config.tensor_parallel)
+    return msgspec.structs.replace(config, replicas=1, cpu_threads=threads)
+
+
+def _on_cpu(config: EngineConfig) -> bool:
+    return config.device == "cpu" or (config.device == "auto" and find_device() == "cpu")
+
+
+def _share_of_cores(num_workers: int) -> int:
+    return max(1, len(os.sched_getaffinity(0)) // num_workers)

@@ -29,3 +29,10 @@ def test_a_greedy_model_is_told() -> None:
 def test_a_model_without_values_of_its_own_draws_at_temperature_1() -> None:
     assert sampling_of(SamplingDefaults()).value == "temperature 1, nothing else"
     assert sampling_of(SamplingDefaults(), generation_config="none").why == "you asked for it"
+
+
+def test_several_engines_are_told_and_one_is_not() -> None:
+    for count in (1, 2):
+        config = EngineConfig(device="cpu", replicas=count)
+        found = [one for one in decisions(config, launch_config(config), READY) if one.what == "replicas"]
+        assert [one.value for one in found] == ["2"][: count - 1]

@@ -71,6 +71,8 @@ def test_tune_measures_prints_and_stores_what_the_next_start_uses(
         "8",
         "--max-model-len",
         "64",
+        "--replicas",
+        "2",
         "--json",
         str(tmp_path / "out.json"),
     )
@@ -88,7 +90,7 @@ def test_tune_measures_prints_and_stores_what_the_next_start_uses(
         assert words in done.stdout
     assert stored.parent == tmp_path / "step-times"
     assert [line["bucket"] for line in figures["buckets"]] == [str(bucket) for bucket in build_ladder(8, 6)]
-    with Engine(device="cpu", token_budget=8, max_model_len=64) as engine:
+    with Engine(device="cpu", token_budget=8, max_model_len=64, replicas=2) as engine:
         times = engine.info.worker.step_times
         assert times is not None
         assert [time.milliseconds for time in times.times] == [line["milliseconds"] for line in figures["buckets"]]

@@ -11,7 +11,7 @@ from graphgen.launch import replicas
 from graphgen.launch.config import resolve
 from graphgen.launch.engines import Engines
 from graphgen.launch.processes import EngineProcesses, Exit
-from graphgen.launch.replicas import check_devices, count_gpus, of_replica
+from graphgen.launch.replicas import alone, check_devices, count_gpus, of_replica
 from graphgen.launch.starts import MAX_STARTS, WITHIN_S
 from graphgen.models.families import load_spec
 from tests.fakes import FakeProcesses
@@ -79,8 +79,8 @@ def test_ranks_have_gpus_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> N
     spec = load_spec(str(folder))
     launch = of_replica(resolve(EngineConfig(device="cuda", tensor_parallel=2), spec, folder), 1, 3)
     assert [launch.device_of(rank) for rank in range(2)] == ["cuda:2", "cuda:3"]
-    alone = of_replica(resolve(EngineConfig(device="cuda", tensor_parallel=2), spec, folder), 0, 1)
-    assert [alone.device_of(rank) for rank in range(2)] == ["cuda:0", "cuda:1"]
+    one = of_replica(resolve(EngineConfig(device="cuda", tensor_parallel=2), spec, folder), 0, 1)
+    assert [one.device_of(rank) for rank in range(2)] == ["cuda:0", "cuda:1"]
     on_cpu = of_replica(resolve(EngineConfig(device="cpu", tensor_parallel=2), spec, folder), 1, 2)
     assert (on_cpu.device_of(1), on_cpu.cpu_threads, on_cpu.rank_spec.attention.num_heads) == ("cpu", 2, 2)
 
@@ -106,6 +106,19 @@ def test_each_engine_has_a_gpu_or_its_part_of_the_cores_and_a_step_log_of_its_ow
     assert told(0, 9, device="cpu") == ("cpu", 1, "/tmp/steps.0")
     assert told(1, 2, device="cpu", cpu_threads=3) == ("cpu", 3, "/tmp/steps.1")
     assert told(0, 1, device="cuda:3") == ("cuda:3", None, "/tmp/steps")
+
+
+@pytest.mark.parametrize("settings", [{}, {"tensor_parallel": 2}, {"cpu_threads": 5}, {"replicas": 1}])
+def test_one_alone_has_what_each_replica_has(monkeypatch: pytest.MonkeyPatch, settings: dict[str, int]) -> None:
+    folder = model_folder()
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(13)))
+    config = EngineConfig(**{"device": "cpu", "replicas": 3, **settings})  # type: ignore[arg-type]  # a test's settings
+
+    def threads(config: EngineConfig) -> int | None:
+        return of_replica(resolve(config, load_spec(str(folder)), folder), 0, config.replicas).cpu_threads
+
+    assert alone(config).replicas == 1
+    assert threads(alone(config)) == threads(config)
 
 
 class Fakes(FakeProcesses):
