@@ -1,27 +1,26 @@
-"""The engine's side of the channel to the scheduler: one thread that receives, and the requests that are open.
+"""The engine's side of the channel to the scheduler: what is sent to it, and one thread that receives.
 
-Owns the sockets, the table of open requests and the moment the engine is declared dead. Knows nothing of prompts or
-models. Made by `graphgen.requests.core`; any thread may call it.
+Owns the sockets, the thread and the moment the engine is declared dead; `graphgen.requests.request_table` has the open
+requests, `graphgen.requests.questions` what was asked and is not answered. Knows nothing of prompts or models. Made by
+`graphgen.router.links`; any thread may call it.
 
 Nothing here may hang a caller: whatever goes wrong in the thread becomes an exception for every open request and for
 every later call.
 """
 
-import contextlib
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
 import zmq
 
 from graphgen.base.owner import Owner
-from graphgen.calls.outputs import Delivery, Sink
 from graphgen.ipc.channel import Channel
-from graphgen.ipc.errors import EngineClosedError, EngineDeadError, GraphgenError, OverloadedError
+from graphgen.ipc.errors import EngineClosedError, EngineDeadError, GraphgenError
 from graphgen.ipc.messages import (
     Attach,
     Blamed,
@@ -29,7 +28,6 @@ from graphgen.ipc.messages import (
     EngineStats,
     EngineToScheduler,
     Failed,
-    FinishReason,
     Notice,
     Outputs,
     Probe,
@@ -45,6 +43,8 @@ from graphgen.ipc.reports import EngineReport
 from graphgen.requests.failures import error_of, refusal_of
 from graphgen.requests.link_ends import Nobody, Observer, Processes
 from graphgen.requests.open_request import OpenRequest
+from graphgen.requests.questions import Questions, fail_all
+from graphgen.requests.request_table import RequestTable, deliver
 
 logger = logging.getLogger("graphgen")
 
@@ -83,15 +83,12 @@ class Link:
         self._owner = Owner("the engine")
         self._processes = processes
         self._on_progress = on_progress
-        # Guards the table, the queue of stats and the fault. Reentrant: the collector may drop a stream, which cancels
+        # Guards the table, the questions and the fault. Reentrant: the collector may drop a stream, which cancels
         # its request, in the middle of anything.
         self._lock = threading.RLock() if lock is None else lock
         self._observer: Observer = Nobody() if observer is None else observer
-        self._unbegun: dict[int, OpenRequest] = {}  # requests that had tokens when they came, and none from here yet
-        self._requests: dict[int, OpenRequest] = {}
-        self._stats: deque[Future[EngineStats]] = deque()
-        self._probes: dict[int, Future[None]] = {}
-        self._num_probes = 0
+        self._table = RequestTable(self._lock, self._observer, self._send_cancel)
+        self._questions = Questions(self._lock)
         self._attaches = attaches
         self._is_kept = is_kept or attaches
         self._gives_back = is_kept  # what is open when its engine ends is asked for, and goes on elsewhere
@@ -137,9 +134,7 @@ class Link:
         with self._lock:
             self._raise_fault()
             for request in opened:
-                self._requests[request.submit.request_id] = request
-                if request.submit.num_moves:
-                    self._unbegun[request.submit.request_id] = request
+                self._table.open(request)
                 self._channel.send(request.submit)
 
     def cancel(self, request_ids: Iterable[int]) -> None:
@@ -149,8 +144,7 @@ class Link:
             return
         with self._lock:
             for request_id in request_ids:
-                if self._forget(request_id) is not None and self._fault is None:
-                    self._channel.send(Cancel(request_id))
+                self._table.cancel(request_id)
 
     def stats(self, timeout_s: float) -> EngineStats:
         """A snapshot. Raises EngineDeadError when the scheduler does not answer in time."""
@@ -162,22 +156,19 @@ class Link:
     def ask_stats(self, steps: bool = False) -> "Future[EngineStats]":
         """Asks for a snapshot and does not wait for it. steps: with those since the last such question."""
         self.check_process()
-        answer: Future[EngineStats] = Future()
         with self._lock:
             self._raise_fault()
-            self._stats.append(answer)
+            answer = self._questions.add_stats()
             self._channel.send(StatsRequest(steps))
         return answer
 
     def ask_probe(self) -> "Future[None]":
         """Is done when scheduler, worker and device have answered, behind the steps in flight."""
         self.check_process()
-        answer: Future[None] = Future()
         with self._lock:
             self._raise_fault()
-            self._num_probes += 1
-            self._probes[self._num_probes] = answer
-            self._channel.send(Probe(self._num_probes))
+            probe, answer = self._questions.add_probe()
+            self._channel.send(probe)
         return answer
 
     def ask_report(self) -> None:
@@ -200,12 +191,9 @@ class Link:
         error = EngineDeadError("the engine ended, and another is started in its place: try again")
         with self._lock:
             self._serves, self._awaits_another = False, True
-            requests, self._requests = list(self._requests.values()), {}
-            self._unbegun.clear()
-            waiting, self._stats = list(self._stats), deque()
-            probes, self._probes = list(self._probes.values()), {}
+            requests, unanswered = self._table.take_all(), self._questions.take_all()
             self._channel.send(Attach())  # whatever still waits to be sent to the old one is void for the new one
-        _set_all((*waiting, *probes), error)
+        fail_all(unanswered, error)
         return requests
 
     def lose(self, take: Callable[[list[OpenRequest]], None]) -> None:
@@ -223,20 +211,11 @@ class Link:
         """These requests are to go on at another engine: this one, which lives, is told to end them, and `take` is
         called with those that are open, as by `lose`. Nothing more is heard of them from here."""
 
-        def give_back() -> None:
-            with self._lock:
-                found = [self._requests.pop(one) for one in request_ids if one in self._requests]
-                for request in found:
-                    self._unbegun.pop(request.submit.request_id, None)
-                    self._channel.send(Cancel(request.submit.request_id))
-            take(found)
-
-        self._jobs.append(give_back)
+        self._jobs.append(lambda: take(self._table.release(request_ids)))
 
     def open_requests(self) -> list[OpenRequest]:
         """Those of this moment."""
-        with self._lock:
-            return list(self._requests.values())
+        return self._table.snapshot()
 
     def begin_close(self) -> None:
         """Tells the scheduler to end, and open requests that they get EngineClosedError. Idempotent."""
@@ -252,6 +231,10 @@ class Link:
         self._stopping.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+    def _send_cancel(self, request_id: int) -> None:
+        if self._fault is None:
+            self._channel.send(Cancel(request_id))
 
     def _raise_fault(self) -> None:
         if self._fault is not None:
@@ -285,27 +268,19 @@ class Link:
             return  # meant for the one before
         match message:
             case Outputs():
-                self._deliver_outputs(message)
+                self._table.deliver_outputs(message)
                 if self._after_outputs is not None:
                     self._after_outputs()
             case Rejected():
-                self._refuse(message.request_id, refusal_of(message))
+                self._table.refuse(message.request_id, refusal_of(message))
             case Blamed():
-                for request_id, num_deaths in zip(message.request_ids, message.num_deaths, strict=True):
-                    if (blamed := self._requests.get(request_id)) is not None:
-                        blamed.hear_deaths(num_deaths)
+                self._table.hear_deaths(message)
             case EngineStats():
-                with self._lock:
-                    answer = self._stats.popleft() if self._stats else None
-                if answer is not None:  # else it was asked of an engine that is gone
-                    answer.set_result(message)
+                self._questions.take_stats(message)
             case EngineReport():
                 self._observer.reported(message)
             case Probe():
-                with self._lock:
-                    probed = self._probes.pop(message.probe_id, None)
-                if probed is not None:
-                    probed.set_result(None)
+                self._questions.take_probe(message)
             case Progress():
                 if self._on_progress is not None:
                     self._on_progress(message)
@@ -328,74 +303,6 @@ class Link:
         if not self._gives_back:
             for request in self.await_another_engine():
                 deliver(request.sink, type(error)(*error.args))
-
-    def _deliver_outputs(self, message: Outputs) -> None:
-        now_s = time.monotonic()
-        if self._unbegun:
-            self._find_begun(message)
-        for output in message.outputs:
-            request = self._requests.get(output.request_id)
-            if request is not None:  # else it was cancelled while its tokens were on their way
-                if output.token_ids and request.awaits_first_token:
-                    self._observer.began(request, output.cached_tokens)
-                request.hear(output)
-                if output.token_ids:  # else it brings log-probabilities of the prompt, which go with the first token
-                    self._give(request, output.token_ids, output.finish_reason, now_s, output.logprobs)
-        for request_id, token_id in zip(message.request_ids, message.token_ids, strict=True):
-            request = self._requests.get(request_id)
-            if request is not None:
-                self._give(request, (token_id,), None, now_s)
-
-    def _find_begun(self, message: Outputs) -> None:
-        """Of the requests that another engine had before."""
-        for request_id in (*message.request_ids, *(one.request_id for one in message.outputs)):
-            request = self._unbegun.pop(request_id, None)
-            if request is not None and not request.awaits_first_token:
-                self._observer.began(request, 0)
-
-    def _give(
-        self,
-        request: OpenRequest,
-        token_ids: tuple[int, ...],
-        reason: FinishReason | None,
-        now_s: float,
-        logprobs: bytes = b"",
-    ) -> None:
-        """New tokens to the sink of a request; reason: why the scheduler ended it, if it has."""
-        request_id = request.submit.request_id
-        try:
-            delivery, ended = request.take(token_ids, reason, now_s, logprobs)
-        except Exception as error:  # text of this request that cannot be made must not end the others
-            logger.exception("request %s failed in decoding", request.submit.log_id or request_id)
-            self.cancel([request_id])
-            deliver(request.sink, GraphgenError(f"decoding failed with {type(error).__name__}: {error}"))
-            return
-        if ended is not None:
-            if reason is None:
-                self.cancel([request_id])
-            else:
-                self._forget(request_id)
-        if delivery is not None and not deliver(request.sink, delivery):
-            self.cancel([request_id])
-
-    def _forget(self, request_id: int) -> OpenRequest | None:
-        with self._lock:
-            self._unbegun.pop(request_id, None)
-            request = self._requests.pop(request_id, None)
-        if request is not None:
-            self._observer.ended(request)
-        return request
-
-    def _refuse(self, request_id: int, error: GraphgenError) -> None:
-        with self._lock:
-            request = self._requests.get(request_id)
-            if request is None:
-                return
-            if isinstance(error, OverloadedError) and self._observer.refused(request, error):
-                del self._requests[request_id]
-                return
-        self._forget(request_id)
-        deliver(request.sink, error)
 
     def _watch(self) -> None:
         """Raises EngineDeadError when a process has ended that should not have."""
@@ -426,30 +333,13 @@ class Link:
             if self._fault is not None:
                 return
             self._fault = error
-            requests, self._requests = list(self._requests.values()), {}
-            waiting, self._stats = list(self._stats), deque()
-            probes, self._probes = list(self._probes.values()), {}
+            requests, unanswered = self._table.take_all(), self._questions.take_all()
             if not self._attaches:
                 self._channel.send(Shutdown())
         for request in requests:
             deliver(request.sink, type(error)(*error.args))
-        _set_all((self._ready, *waiting, *probes), error)
-
-
-def _set_all(futures: "Iterable[Future[Ready] | Future[EngineStats] | Future[None]]", error: GraphgenError) -> None:
-    for future in futures:
-        with contextlib.suppress(InvalidStateError):  # already answered
-            future.set_exception(type(error)(*error.args))
+        fail_all((self._ready, *unanswered), error)
 
 
 def _log(notice: Notice) -> None:
     logger.warning("%s", notice.text)
-
-
-def deliver(sink: Sink, delivery: Delivery) -> bool:
-    """Whether the reader still exists: an event loop may have been closed under a stream."""
-    try:
-        sink(delivery)
-    except RuntimeError:
-        return False
-    return True

@@ -1,7 +1,7 @@
 """One request on the user's side, from its submission to its output.
 
-Owns its text, its tokens and its times. Does no I/O and knows no thread: `graphgen.requests.link` feeds it what the
-scheduler sends and passes on what it returns.
+Owns its text, its tokens and its times. Does no I/O and knows no thread: `graphgen.requests.request_table` feeds it
+what the scheduler sends and passes on what it returns.
 """
 
 from collections.abc import Callable, Sequence

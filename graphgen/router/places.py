@@ -18,8 +18,9 @@ from graphgen.base.page_digests import prompt_digests
 from graphgen.ipc.errors import DeadlineError, EngineDeadError, GraphgenError, OverloadedError, PoisonedRequestError
 from graphgen.ipc.messages import Ready
 from graphgen.ipc.reports import EngineReport
-from graphgen.requests.link import Link, deliver
+from graphgen.requests.link import Link
 from graphgen.requests.open_request import OpenRequest
+from graphgen.requests.request_table import deliver
 from graphgen.router.engine_states import EngineStates
 from graphgen.router.policy import Router
 from graphgen.router.records import MAX_DIGESTS, Capacity, Choice, Loss, Refusal, RoutedRequest
