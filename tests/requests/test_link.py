@@ -340,7 +340,7 @@ def test_many_deliveries_wake_a_loop_once_and_keep_their_order() -> None:
 def test_what_a_kept_engine_sent_before_it_ended_is_delivered_before_its_requests_are_given_back() -> None:
     processes = FakeProcesses()
     scheduler = FakeScheduler(processes)
-    link = Link(processes, attaches=True)
+    link = Link(processes, attaches=True, is_kept=True)
     taken: queue.SimpleQueue[list[OpenRequest]] = queue.SimpleQueue()
     try:
         scheduler.send(READY)
