@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.report import Row, machine, percentile, show, write_json
-from graphgen.launch.config import find_device
+from graphgen.launch.devices import find_device
 from graphgen.models.collectives.group import RankGroup, shared_room
 from graphgen.models.collectives.operators import gather_over_ranks, sum_over_ranks
 from graphgen.models.collectives.ways import NCCL_ALONE, Ways, ways_of

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.report import Row, machine, show, write_json
 from benchmarks.timing import median_s, read_bytes_per_s
-from graphgen.launch.config import find_device
+from graphgen.launch.devices import find_device
 from graphgen.models.chaining import can_chain
 from graphgen.models.experts.block import MixtureOfExperts
 from graphgen.models.experts.operator import gated, run_experts

@@ -20,7 +20,8 @@ from benchmarks.report import Row, machine, percentile, show, write_json
 from benchmarks.timing import read_bytes_per_s
 from graphgen import Engine, EngineConfig, SamplingParams
 from graphgen.calls.outputs import RequestOutput
-from graphgen.launch.config import LaunchConfig, find_device
+from graphgen.launch.devices import find_device
+from graphgen.launch.launch_config import LaunchConfig
 from graphgen.models.spec import DTYPE_BYTES, Experts, FeedForward
 
 

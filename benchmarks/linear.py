@@ -23,7 +23,7 @@ from benchmarks.report import Row, machine, show, write_json
 from benchmarks.timing import matmul_flops_per_s, median_s, read_bytes_per_s
 from graphgen.demo import model_folder
 from graphgen.ipc.errors import ConfigError
-from graphgen.launch.config import find_device
+from graphgen.launch.devices import find_device
 from graphgen.models.families import load_spec
 from graphgen.models.spec import DTYPE_BYTES, Experts, ModelSpec
 

@@ -14,7 +14,8 @@ import torch
 from benchmarks.options import add_engine_options, engine_settings, make_parser
 from benchmarks.report import machine, percentile, show, write_json
 from graphgen.demo import model_folder
-from graphgen.launch.config import EngineConfig, resolve
+from graphgen.launch.config import EngineConfig
+from graphgen.launch.resolve import resolve
 from graphgen.models.families import load_spec
 from graphgen.worker.runner import ModelRunner
 from graphgen.worker.step_timing import Depth, Places, open_timer

@@ -2,7 +2,7 @@
 
 import os
 
-from graphgen.launch.config import find_device
+from graphgen.launch.devices import find_device
 
 if find_device() == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"

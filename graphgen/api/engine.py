@@ -10,7 +10,8 @@ from typing import Self, Unpack
 from graphgen.api.core import DRAIN_S, EngineCore
 from graphgen.calls.calls import AsyncCalls, Calls
 from graphgen.ipc.messages import EngineStats, Ready
-from graphgen.launch.config import EngineConfig, EngineSettings, LaunchConfig, make_config
+from graphgen.launch.config import EngineConfig, EngineSettings, make_config
+from graphgen.launch.launch_config import LaunchConfig
 from graphgen.requests.tokenizer import Tokenizer
 
 

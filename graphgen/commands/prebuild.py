@@ -18,7 +18,8 @@ from msgspec import Struct
 from graphgen.base.caches import cache_environment, cache_root
 from graphgen.base.version import how_to_install
 from graphgen.ipc.errors import ConfigError
-from graphgen.launch.config import EngineConfig, resolve
+from graphgen.launch.config import EngineConfig
+from graphgen.launch.resolve import resolve
 from graphgen.models.attention.kernels import (
     HEAD_DIMS,
     AttentionShape,

@@ -1,18 +1,11 @@
-"""What the user asks for (EngineConfig), and what the processes are told (LaunchConfig).
+"""What the user asks for (EngineConfig).
 
-Owns the defaults of an engine and the checks that need neither the model nor the device. Never loads weights, never
-imports torch. `graphgen.requests.core` resolves an EngineConfig once, in the process that starts the engine, and the
-LaunchConfig is written as a file into the engine's folder. The scheduler, the workers and a server's frontend read it
-there.
+Owns its defaults and the checks that need neither the model nor the device. Never loads weights, never imports torch.
+Made by whoever starts an engine; `graphgen.launch.resolve` makes every choice that is left open, and the processes are
+told the result, a `graphgen.launch.launch_config.LaunchConfig`.
 """
 
-import ctypes
-import importlib.util
 import math
-import os
-import time
-from pathlib import Path
-from types import ModuleType
 from typing import ClassVar, Literal, TypedDict
 
 import msgspec
@@ -20,13 +13,10 @@ from msgspec import Struct
 
 from graphgen.base.keywords import KnownKeywords, type_problem
 from graphgen.base.plain import plain_fields
-from graphgen.capture.buckets import MIN_TOKEN_BUDGET, slots_for
+from graphgen.capture.buckets import MIN_TOKEN_BUDGET
 from graphgen.ipc.errors import ConfigError
-from graphgen.ipc.ggp.messages import SamplingDefaults
 from graphgen.ipc.messages import ObjectiveName
-from graphgen.models.spec import Latent, LinearFormat, ModelSpec, Quantization, format_at_load, kv_format
-
-LAUNCH_FILE = "launch.msgpack"
+from graphgen.models.spec import Quantization
 
 _PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -219,236 +209,6 @@ def make_config(model: str | EngineConfig | None, settings: EngineSettings) -> E
     if model is not None:
         settings = {**settings, "model": model}
     return EngineConfig(**settings)
-
-
-class LaunchConfig(Struct, frozen=True, kw_only=True):
-    """What the processes need, resolved: what is left to choose, the device's memory or its libraries decide."""
-
-    model_path: str  # a folder or a GGUF file
-    spec: ModelSpec
-    eos_token_ids: tuple[int, ...]
-    sampling_defaults: SamplingDefaults  # of requests that state no values
-    device: str  # "cpu", "cuda" or "cuda:N"; of several ranks the first one's
-    dtype: str  # "float32", "bfloat16" or "float16"
-    kv_format: str  # how keys and values are kept: the dtype, "fp8" or "int8"
-    attention: str  # "auto", "flashinfer" or "torch"
-    compile: bool
-    load_format: str
-    seed: int
-    max_model_len: int
-    num_slots: int  # requests that may run at once
-    token_budget: int
-    objective: ObjectiveName
-    page_size: int
-    num_pages: int | None  # None: the worker measures what the memory holds
-    memory_fraction: float
-    step_times: str  # "auto", "measure" or "off"
-    itl_target_ms: float | None  # of requests that state none
-    ttft_target_ms: float | None
-    tpot_target_ms: float | None
-    step_log: str | None  # an absolute path
-    cpu_threads: int | None
-    prefix_cache: bool
-    max_waiting: int  # requests
-    max_waiting_tokens: int  # prompt tokens
-    max_long_prompts: int
-    start_timeout_s: float
-    standby: bool
-    needed_bytes: int = 0  # of the device, which the worker before this one used; 0: nobody knows
-    num_ranks: int = 1  # that share the model
-
-    @property
-    def rank_spec(self) -> ModelSpec:
-        """The sizes of what each rank has of the model."""
-        return self.spec.shared_by(self.num_ranks)
-
-    def device_of(self, rank: int) -> str:
-        """The ranks of an engine have GPUs beside each other."""
-        if self.device == "cpu" or self.num_ranks == 1:
-            return self.device
-        return f"cuda:{int(self.device.partition(':')[2] or 0) + rank}"
-
-    def write(self, folder: Path) -> None:
-        """Puts the file into `folder` in one rename, so that a reader sees all of it or nothing."""
-        partial = folder / f"{LAUNCH_FILE}.partial"
-        partial.write_bytes(msgspec.msgpack.encode(self))
-        partial.rename(folder / LAUNCH_FILE)
-
-    @classmethod
-    def read(cls, folder: Path) -> "LaunchConfig":
-        """Waits for the file. The Engine starts its processes first and reads the model's config while they import
-        torch, so a child calls this after its imports; it waits as long as its watchdog lets it live."""
-        path = folder / LAUNCH_FILE
-        while not path.exists():
-            time.sleep(0.01)
-        return msgspec.msgpack.decode(path.read_bytes(), type=cls)
-
-
-def resolve(
-    config: EngineConfig,
-    spec: ModelSpec,
-    model_path: Path,
-    sampling_defaults: SamplingDefaults = SamplingDefaults(),  # noqa: B008  # frozen: a model that states none
-) -> LaunchConfig:
-    """Every choice that EngineConfig left open, made once. Raises ConfigError."""
-    device = find_device() if config.device == "auto" else config.device
-    on_cuda = device != "cpu"
-    token_budget = config.token_budget or _default_token_budget(config, on_cuda)
-    page_size = config.page_size or (64 if on_cuda else 16)
-    max_model_len = _resolve_max_model_len(config, spec)
-    spec = spec.within(max_model_len)
-    compiles = on_cuda if config.compile is None else config.compile
-    _check_num_pages(config.num_pages, page_size, min(token_budget, max_model_len))
-    spec = spec.padded() if on_cuda and config.attention != "torch" else spec
-    spec = _with_quantization(config, spec, on_cuda)
-    dtype = _resolve_dtype(config, spec, on_cuda)
-    spec.shared_by(config.tensor_parallel)  # raises where so many ranks cannot share it
-    return LaunchConfig(
-        model_path=str(model_path),
-        spec=spec,
-        eos_token_ids=tuple(spec.eos_token_ids),
-        sampling_defaults=sampling_defaults,
-        device=device,
-        dtype=dtype,
-        kv_format=_resolve_kv_format(config, spec, dtype),
-        attention=config.attention,
-        compile=compiles,
-        load_format=config.load_format,
-        seed=config.seed,
-        max_model_len=max_model_len,
-        # Decodes come first in every step: a cap on running requests is what keeps room for prompts.
-        num_slots=slots_for(config.max_num_seqs, token_budget),
-        token_budget=token_budget,
-        objective=config.objective,
-        page_size=page_size,
-        num_pages=config.num_pages,
-        memory_fraction=config.memory_fraction,
-        step_times=config.step_times,
-        itl_target_ms=config.itl_target_ms,
-        ttft_target_ms=config.ttft_target_ms,
-        tpot_target_ms=config.tpot_target_ms,
-        step_log=None if config.step_log is None else str(Path(config.step_log).absolute()),
-        cpu_threads=config.cpu_threads,
-        # With a rotation that depends on the length of the prompt, the keys of equal tokens are not equal.
-        prefix_cache=config.prefix_cache and not spec.depends_on_length,
-        max_waiting=config.max_waiting,
-        max_waiting_tokens=config.max_waiting_tokens,
-        max_long_prompts=config.max_long_prompts,
-        start_timeout_s=config.start_timeout_s,
-        # The compiler is most of what a worker imports.
-        standby=compiles if config.standby is None else config.standby,
-        num_ranks=config.tensor_parallel,
-    )
-
-
-def find_device() -> str:
-    """CUDA where an NVIDIA device, its driver and a CUDA build of torch are present, else the CPU. Imports no torch."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return "cpu"
-    devices = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("dxg")]
-    return "cuda" if devices and _has_driver() and _torch_has_cuda() else "cpu"
-
-
-def check_device(device: str) -> None:
-    """Raises ConfigError for a CUDA device that was asked for and that this installation of torch can never use."""
-    if device not in ("auto", "cpu") and not _torch_has_cuda():
-        raise ConfigError(f'device is {device!r}, torch here is built without CUDA: install a CUDA build or use "cpu"')
-
-
-def _has_driver() -> bool:
-    """Loads the driver's library as torch would, without initialising it."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
-
-
-def _torch_has_cuda() -> bool:
-    """Reads torch/version.py alone, which says what torch was built for: importing torch takes seconds."""
-    found = importlib.util.find_spec("torch")
-    if found is None or found.origin is None:
-        return False
-    spec = importlib.util.spec_from_file_location("_torch_version", Path(found.origin).with_name("version.py"))
-    if spec is None or spec.loader is None:
-        return False
-    module = ModuleType("_torch_version")
-    spec.loader.exec_module(module)
-    return getattr(module, "cuda", None) is not None
-
-
-def _default_token_budget(config: EngineConfig, on_cuda: bool) -> int:
-    if not on_cuda:
-        return 256
-    return 2048 if config.objective == "throughput" else 1024
-
-
-def _with_quantization(config: EngineConfig, spec: ModelSpec, on_cuda: bool) -> ModelSpec:
-    """The model with the formats that its linear layers have on the device."""
-    kind = config.quantization
-    if kind is None:
-        # The CPU has no product of e4m3, and making such a weight a matrix takes longer than the product itself.
-        return spec if on_cuda else spec.with_formats(lambda _, place: _on_cpu(place.format))
-    if spec.formats:
-        given = ", ".join(form.name for form in spec.formats)
-        raise ConfigError(
-            f"quantization is {kind!r}, and the weights of this checkpoint are quantised already ({given}): leave it"
-            " out, or take the checkpoint that is not quantised"
-        )
-    if kind == "fp8" and not on_cuda:
-        raise ConfigError("quantization is 'fp8', which the CPU cannot multiply: use int8, which is nearer, or int4")
-    return spec.with_formats(lambda _, place: format_at_load(kind, place.num_columns))
-
-
-def _on_cpu(form: LinearFormat | None) -> LinearFormat | None:
-    return None if form is not None and form.storage == "e4m3" else form
-
-
-def _resolve_dtype(config: EngineConfig, spec: ModelSpec, on_cuda: bool) -> str:
-    if config.dtype == "float16" and not spec.float16:
-        raise ConfigError(f"dtype is 'float16', whose range {spec.architecture} leaves: use bfloat16 or float32")
-    if config.dtype != "auto":
-        return config.dtype
-    if not on_cuda:
-        # What torch's products of quantised weights take.
-        return "bfloat16" if spec.formats else "float32"
-    return spec.dtype if spec.dtype == "bfloat16" or (spec.dtype == "float16" and spec.float16) else "bfloat16"
-
-
-def _resolve_kv_format(config: EngineConfig, spec: ModelSpec, dtype: str) -> str:
-    chosen = (spec.kv_format or dtype) if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
-    if not kv_format(chosen).quantised and chosen != dtype:
-        raise ConfigError(
-            f"kv_cache_dtype is {chosen!r}, dtype is {dtype!r}: keys and values are kept as they are computed"
-            ' ("auto") or quantised ("fp8", "int8")'
-        )
-    if kv_format(chosen).quantised and any(isinstance(layer.mixer, Latent) for layer in spec.layers):
-        raise ConfigError(
-            f"kv_cache_dtype is {chosen!r}, this {spec.architecture} has latent attention, which keeps one latent for"
-            f" all heads that is key and value in one: no kernel here reads it quantised, use kv_cache_dtype={dtype!r}"
-        )
-    return chosen
-
-
-def _resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
-    if config.max_model_len is None:
-        return spec.max_position_embeddings
-    # Configs with scaled rotations often still state the length of before the scaling.
-    unscaled = spec.max_position_embeddings
-    limit = max(unscaled, *(int((rope.original_max_len or unscaled) * rope.factor) for rope in spec.ropes))
-    if config.max_model_len > limit:
-        raise ConfigError(f"max_model_len is {config.max_model_len}, the model's limit is {limit}: lower it")
-    return config.max_model_len
-
-
-def _check_num_pages(num_pages: int | None, page_size: int, least_positions: int) -> None:
-    """Refuses a cache that does not hold one full step: prompts that users think of as short would never fit."""
-    if num_pages is not None and num_pages * page_size < least_positions:
-        raise ConfigError(
-            f"num_pages is {num_pages}, which hold {num_pages * page_size} positions ({page_size} each), one full step"
-            f" has {least_positions}: use {-(-least_positions // page_size)} pages or more, or leave it out for what"
-            " the memory holds"
-        )
 
 
 def _is_cuda_index(device: str) -> bool:

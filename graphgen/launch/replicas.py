@@ -11,7 +11,9 @@ from pathlib import Path
 import msgspec
 
 from graphgen.ipc.errors import ConfigError
-from graphgen.launch.config import EngineConfig, LaunchConfig, check_device, find_device
+from graphgen.launch.config import EngineConfig
+from graphgen.launch.devices import check_device, find_device
+from graphgen.launch.launch_config import LaunchConfig
 
 
 def check_devices(config: EngineConfig) -> None:

@@ -19,7 +19,9 @@ from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.errors import ConfigError, InvalidRequestError, PromptTooLongError
 from graphgen.ipc.ggp.messages import SamplingDefaults
 from graphgen.ipc.messages import EngineStats, Ready, Submit
-from graphgen.launch.config import EngineConfig, LaunchConfig, resolve
+from graphgen.launch.config import EngineConfig
+from graphgen.launch.launch_config import LaunchConfig
+from graphgen.launch.resolve import resolve
 from graphgen.requests.link_ends import RequestLink
 from graphgen.requests.open_request import OpenRequest
 from graphgen.requests.structured import GrammarMaker

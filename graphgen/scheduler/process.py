@@ -28,7 +28,7 @@ from graphgen.ipc.messages import (
     StepResult,
     WorkerReady,
 )
-from graphgen.launch.config import LaunchConfig
+from graphgen.launch.launch_config import LaunchConfig
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.loop import EngineChannel, SchedulerLoop

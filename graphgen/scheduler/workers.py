@@ -24,7 +24,7 @@ from graphgen.ipc.messages import (
     WorkerReady,
     WorkerToScheduler,
 )
-from graphgen.launch.config import LaunchConfig
+from graphgen.launch.launch_config import LaunchConfig
 from graphgen.launch.starts import MAX_STARTS, WITHIN_S, StartLimit
 from graphgen.scheduler.standby import Standby
 from graphgen.scheduler.worker_processes import WorkerProcesses

@@ -10,7 +10,7 @@ import torch
 from graphgen.ipc.errors import ConfigError, GraphgenError, UnsupportedModelError
 from graphgen.ipc.messages import Bucket
 from graphgen.ipc.step_schema import StepBounds
-from graphgen.launch.config import LaunchConfig
+from graphgen.launch.launch_config import LaunchConfig
 from graphgen.models.attention.backend import AttentionBackend
 from graphgen.models.attention.kernels import AttentionShape, Scores
 from graphgen.models.attention.reference import TorchAttention

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from graphgen.ipc.messages import Phase
-from graphgen.launch.config import LaunchConfig
+from graphgen.launch.launch_config import LaunchConfig
 
 
 class Background:

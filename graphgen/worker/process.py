@@ -33,7 +33,7 @@ from graphgen.ipc.messages import (
     StepResult,
     WorkerToScheduler,
 )
-from graphgen.launch.config import LaunchConfig
+from graphgen.launch.launch_config import LaunchConfig
 from graphgen.launch.processes import rank_of
 from graphgen.launch.tokenizer_file import read_tokenizer_part
 from graphgen.models.collectives.group import RankGroup, is_loss_of_peer

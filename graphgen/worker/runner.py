@@ -39,7 +39,7 @@ from graphgen.ipc.messages import (
     WorkerReady,
 )
 from graphgen.ipc.step_schema import MAX_SCORED_ROWS, PAGE_COPY_WORDS, WORD_BYTES, StepBounds, StepShape
-from graphgen.launch.config import LaunchConfig
+from graphgen.launch.launch_config import LaunchConfig
 from graphgen.launch.tokenizer_file import TokenizerPart
 from graphgen.models.collectives.group import RankGroup
 from graphgen.models.kv_cache import KVCache, bytes_per_page

@@ -36,7 +36,7 @@ from graphgen.ipc.messages import (
     WorkerReady,
 )
 from graphgen.ipc.step_schema import NEW_PAGE_WORDS
-from graphgen.launch.config import LaunchConfig
+from graphgen.launch.launch_config import LaunchConfig
 from graphgen.launch.step_times_store import (
     QUICK_SOURCE,
     THOROUGH_SOURCE,

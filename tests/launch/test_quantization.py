@@ -8,7 +8,8 @@ import torch
 
 from graphgen import ConfigError, EngineConfig, demo
 from graphgen.commands.describe import decisions
-from graphgen.launch.config import LaunchConfig, resolve
+from graphgen.launch.launch_config import LaunchConfig
+from graphgen.launch.resolve import resolve
 from graphgen.launch.step_times_store import StepTimesKey
 from graphgen.models.families import load_spec
 from graphgen.models.loader import load_decoder

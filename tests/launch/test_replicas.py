@@ -8,10 +8,10 @@ import pytest
 from graphgen import ConfigError, EngineConfig
 from graphgen.demo import model_folder
 from graphgen.launch import replicas
-from graphgen.launch.config import resolve
 from graphgen.launch.engines import Engines
 from graphgen.launch.processes import EngineProcesses, Exit
 from graphgen.launch.replicas import alone, check_devices, count_gpus, of_replica
+from graphgen.launch.resolve import resolve
 from graphgen.launch.starts import MAX_STARTS, WITHIN_S
 from graphgen.models.families import load_spec
 from tests.fakes import FakeProcesses

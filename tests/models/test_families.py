@@ -14,7 +14,8 @@ from transformers import AutoConfig, Qwen2Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from graphgen.ipc.errors import CheckpointError, ConfigError, UnsupportedModelError
-from graphgen.launch.config import EngineConfig, resolve
+from graphgen.launch.config import EngineConfig
+from graphgen.launch.resolve import resolve
 from graphgen.models.families import FAMILIES, load_spec, spec_from_hf
 from graphgen.models.families.document import written
 from graphgen.models.families.table import families_of_type

@@ -7,7 +7,8 @@ import torch
 
 from graphgen.capture.memory import pages_that_fit
 from graphgen.ipc.errors import ConfigError
-from graphgen.launch.config import EngineConfig, resolve
+from graphgen.launch.config import EngineConfig
+from graphgen.launch.resolve import resolve
 from graphgen.models.attention.pages import LayerPages
 from graphgen.models.families import load_spec
 from graphgen.models.kv_cache import KVCache, bytes_per_page

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from graphgen.ipc.errors import CheckpointError, UnsupportedModelError
-from graphgen.launch.config import EngineConfig, resolve
+from graphgen.launch.config import EngineConfig
+from graphgen.launch.resolve import resolve
 from graphgen.models.decoder import Decoder
 from graphgen.models.families import load_spec
 from graphgen.models.formats.kv_scheme import kv_format_of

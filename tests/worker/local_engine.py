@@ -10,7 +10,9 @@ from graphgen import demo
 from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.messages import Outputs, Rejected, SamplerParams, Submit, TokenOutput
 from graphgen.ipc.step_schema import unpack_columns
-from graphgen.launch.config import EngineConfig, LaunchConfig, resolve
+from graphgen.launch.config import EngineConfig
+from graphgen.launch.launch_config import LaunchConfig
+from graphgen.launch.resolve import resolve
 from graphgen.launch.tokenizer_file import TokenizerPart
 from graphgen.models.families import load_spec
 from graphgen.scheduler.limits import SchedulerLimits

@@ -29,7 +29,7 @@ from graphgen.ipc.messages import (
     WorkerReady,
     WorkerToScheduler,
 )
-from graphgen.launch.config import LaunchConfig
+from graphgen.launch.launch_config import LaunchConfig
 from graphgen.launch.processes import EngineProcesses
 from graphgen.launch.tokenizer_file import TokenizerPart
 from graphgen.models.sampling import NO_TOKEN

@@ -25,7 +25,7 @@ from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.ggp.framing import server_framing
 from graphgen.ipc.ggp.messages import MAJOR, ServerLimits, Welcome
 from graphgen.ipc.messages import Drained, Failed, Listening, Notice, Ready, SupervisorToFrontend
-from graphgen.launch.config import LaunchConfig
+from graphgen.launch.launch_config import LaunchConfig
 from graphgen.launch.processes import Exit, end_with_parent
 from graphgen.requests.core import AttachedCore
 from graphgen.requests.tokenizer import read_tokenizer
