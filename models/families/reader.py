@@ -123,6 +123,10 @@ def _as_mapping(quantization: Any) -> Mapping[str, Any] | None:
     """A quantization_config, which in a config of transformers may be an object. None where there is none."""
     if quantization is None or isinstance(quantization, Mapping):
         return quantization
+    if not hasattr(quantization, "to_dict"):
+        raise UnsupportedModelError(
+            f"quantization_config is {quantization!r}: it must be an object with a quant_method"
+        )
     return dict(quantization.to_dict())
 
 

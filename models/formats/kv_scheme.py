@@ -36,7 +36,8 @@ def kv_format_of(quantization: Mapping[str, Any] | None, where: str) -> Literal[
 def quantises_only_kv(quantization: Mapping[str, Any]) -> bool:
     """Whether its weights are not quantised: a config of compressed-tensors without a group of layers, or one of
     ModelOpt without an algorithm."""
-    inner = quantization.get("quantization", quantization)
+    inner = quantization.get("quantization")
+    inner = inner if isinstance(inner, Mapping) else quantization
     match quantization.get("quant_method"):
         case "compressed-tensors":
             return not quantization.get("config_groups")

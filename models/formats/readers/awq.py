@@ -16,10 +16,9 @@ from graphgen.models.formats.readers.reader import (
     check_shape,
     is_among,
     need,
-    refuse,
     scale_dtype,
-    whole,
 )
+from graphgen.models.formats.readers.values import flag, group_size, names_in, refuse, whole
 from graphgen.models.spec.formats import LinearFormat, ScaleDtype
 
 if TYPE_CHECKING:
@@ -48,10 +47,9 @@ class AwqReader:
             raise refuse(f"AWQ's version {version!r}", "use a checkpoint of its version gemm")
         if bits != 4:
             raise refuse(f"AWQ of {bits} bits", "use one of 4 bits")
-        if not config.get("zero_point", True):
+        if not flag(config, "zero_point", True):
             raise refuse("AWQ without zero points", "use a checkpoint with them")
-        group = whole(config, "group_size", "q_group_size", least=-1)
-        return cls(None if group == -1 else group, list(config.get("modules_to_not_convert") or ()))
+        return cls(group_size(config, "group_size", "q_group_size"), names_in(config, "modules_to_not_convert"))
 
     def expected(self, module: str) -> LinearFormat | None:
         return None if is_among(module, self._ignored) else self._format("float16")

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Struct
 
 from graphgen.ipc.errors import CheckpointError
-from graphgen.models.formats.readers.reader import Parts, Tensors, need, refuse, scale_dtype
+from graphgen.models.formats.readers.reader import Parts, Tensors, need, scale_dtype
+from graphgen.models.formats.readers.values import block_size, flag, names_in, refuse, section, whole
 from graphgen.models.spec.formats import LinearFormat, ScaleDtype
 
 if TYPE_CHECKING:
@@ -89,8 +90,8 @@ class CompressedTensorsReader:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "CompressedTensorsReader":
         _refuse_all_that_is_unknown(config)
-        groups = config.get("config_groups") or {}
-        return cls([_scheme(name, group) for name, group in groups.items()], config.get("ignore") or ())
+        groups = section(config, "config_groups")
+        return cls([_scheme(name, groups) for name in groups], names_in(config, "ignore"))
 
     def expected(self, module: str) -> LinearFormat | None:
         scheme = self._scheme_of(module)
@@ -181,12 +182,14 @@ def _check_scale(
         )
 
 
-def _scheme(name: str, group: Any) -> Scheme:
-    if isinstance(group, list):
+def _scheme(name: str, groups: Mapping[str, Any]) -> Scheme:
+    if isinstance(groups[name], list):
         if name not in _PRESETS:
             raise refuse(f"the scheme {name!r}", f"known are {', '.join(_PRESETS)} and those that are written out")
-        group = {**_PRESETS[name], "targets": group}
-    weights, inputs = group.get("weights"), group.get("input_activations")
+        group: Mapping[str, Any] = {**_PRESETS[name], "targets": groups[name]}
+    else:
+        group = section(groups, name)
+    weights, inputs = section(group, "weights"), section(group, "input_activations")
     if not weights:
         raise refuse(f"a config group {name!r} without weights", "use a checkpoint whose weights are quantised")
     bits, kind, strategy = weights.get("num_bits"), weights.get("type", "int"), weights.get("strategy")
@@ -202,15 +205,15 @@ def _scheme(name: str, group: Any) -> Scheme:
         raise refuse("output_activations", "use a scheme without them")
     if inputs and inputs.get("type", "int") == "float" and inputs.get("num_bits", 8) != 8:
         raise refuse(f"activations of {inputs['num_bits']} bits", "use FP8 ones, or weights alone")
-    block = weights.get("block_structure") or (128, 128)
+    rows, columns = block_size(weights, "block_structure") or (128, 128)
     return Scheme(
-        targets=tuple(group.get("targets") or ()),
+        targets=tuple(names_in(group, "targets")),
         bits=bits,
         is_float=kind == "float",
         strategy=strategy,
-        group={"group": size, "block": block[1]}.get(strategy),
-        rows=block[0] if strategy == "block" else 1,
-        symmetric=weights.get("symmetric", True),
+        group=whole(weights, "group_size") if strategy == "group" else columns if strategy == "block" else None,
+        rows=rows if strategy == "block" else 1,
+        symmetric=flag(weights, "symmetric", True),
         rounds_input=kind == "float" and bool(inputs),
     )
 
@@ -218,14 +221,14 @@ def _scheme(name: str, group: Any) -> Scheme:
 def _refuse_all_that_is_unknown(config: Mapping[str, Any]) -> None:
     formats = [
         config.get("format"),
-        *(group.get("format") for group in (config.get("config_groups") or {}).values() if isinstance(group, Mapping)),
+        *(group.get("format") for group in section(config, "config_groups").values() if isinstance(group, Mapping)),
     ]
     for name in formats:
         if name is not None and name not in _FORMATS:
             raise refuse(f"the format {name!r} of compressed-tensors", f"known are {', '.join(_FORMATS)}")
-    if (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
+    if section(config, "sparsity_config").get("format", "dense") != "dense":
         raise refuse("a sparsity_config", "use a checkpoint that is not sparse")
-    if (config.get("transform_config") or {}).get("config_groups"):
+    if section(config, "transform_config").get("config_groups"):
         raise refuse("a transform_config", "use a checkpoint without transforms of its weights")
     if (status := config.get("quantization_status", "compressed")) != "compressed":
         raise refuse(f"quantization_status {status!r}", "save it compressed")

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from graphgen.ipc.errors import CheckpointError
-from graphgen.models.formats.readers.reader import Parts, Tensors, is_among, need, refuse
+from graphgen.models.formats.readers.reader import Parts, Tensors, is_among, need
+from graphgen.models.formats.readers.values import block_size, names_in, refuse, section
 from graphgen.models.spec.formats import LinearFormat
 
 if TYPE_CHECKING:
@@ -38,17 +39,18 @@ class Fp8Reader:
         """quant_method "fp8"."""
         if (kind := config.get("fmt", "e4m3")) != "e4m3":
             raise refuse(f"fmt {kind!r}", "use a checkpoint in e4m3")
-        ignored = list(config.get("ignored_layers") or config.get("modules_to_not_convert") or ())
-        return cls(_block_of(config.get("weight_block_size")), ignored)
+        return cls(
+            block_size(config, "weight_block_size"), names_in(config, "ignored_layers", "modules_to_not_convert")
+        )
 
     @classmethod
     def of_modelopt(cls, config: Mapping[str, Any]) -> "Fp8Reader":
         """quant_method "modelopt", in config.json or hf_quant_config.json."""
-        inner = config.get("quantization") or config
+        inner = section(config, "quantization") or config
         kind = str(inner.get("quant_algo")).upper()
         if kind not in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO"):
             raise refuse(f"quant_algo {kind} of ModelOpt", "use its FP8, or the unquantised checkpoint")
-        ignored = list(inner.get("exclude_modules") or inner.get("ignore") or ())
+        ignored = names_in(inner, "exclude_modules", "ignore")
         block = (128, 128) if kind == "FP8_PB_WO" else None
         return cls(block, ignored, rounds_input=kind != "FP8_PB_WO")
 
@@ -88,13 +90,3 @@ class Fp8Reader:
     def _format(self, rows: int, columns: int | None) -> LinearFormat:
         activation: Literal["model", "e4m3"] = "e4m3" if self._rounds_input else "model"
         return LinearFormat(storage="e4m3", rows=rows, group=columns, activation=activation)
-
-
-def _block_of(sizes: Any) -> tuple[int, int] | None:
-    if sizes is None:
-        return None
-    if not (
-        isinstance(sizes, list | tuple) and len(sizes) == 2 and all(type(size) is int and size > 0 for size in sizes)
-    ):
-        raise refuse(f"weight_block_size {sizes!r}", "it must be two whole numbers, rows and columns of a block")
-    return sizes[0], sizes[1]

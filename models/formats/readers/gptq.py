@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from graphgen.ipc.errors import CheckpointError
-from graphgen.models.formats.readers.reader import Parts, Tensors, check_shape, need, refuse, scale_dtype, whole
+from graphgen.models.formats.readers.reader import Parts, Tensors, check_shape, need, scale_dtype
+from graphgen.models.formats.readers.values import check_pattern, flag, group_size, refuse, section, whole
 from graphgen.models.spec.formats import LinearFormat, ScaleDtype
 
 if TYPE_CHECKING:
@@ -36,7 +37,10 @@ class GptqReader:
         self._version = str(config.get("checkpoint_format") or "gptq")
         if self._version not in _VERSIONS:
             raise refuse(f"GPTQ's checkpoint_format {self._version!r}", f"known are {', '.join(_VERSIONS)}")
-        self._config, self._overrides = config, dict(config.get("dynamic") or {})
+        overrides = section(config, "dynamic")
+        self._config, self._overrides = config, {name: section(overrides, name) for name in overrides}
+        for pattern in overrides:
+            check_pattern("dynamic", pattern[2:] if pattern[:2] in ("-:", "+:") else pattern)
         self._settings_of("")
 
     def expected(self, module: str) -> LinearFormat | None:
@@ -100,15 +104,15 @@ class GptqReader:
                 if re.match(pattern[2:], module):
                     return None
             elif re.match(pattern.removeprefix("+:"), module):
-                config |= changes or {}
-        bits, group = whole(config, "bits"), whole(config, "group_size", least=-1)
+                config |= changes
+        bits, group = whole(config, "bits"), group_size(config, "group_size")
         if bits not in (4, 8):
             raise refuse(f"GPTQ of {bits} bits", "use one of 4 or 8 bits")
         return {
             "bits": bits,
-            "group": None if group == -1 else group,
-            "symmetric": bool(config.get("sym", True)),
-            "reordered": bool(config.get("desc_act", False)) and group != -1,
+            "group": group,
+            "symmetric": flag(config, "sym", True),
+            "reordered": flag(config, "desc_act", False) and group is not None,
         }
 
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from graphgen.ipc.errors import CheckpointError, UnsupportedModelError
+from graphgen.ipc.errors import CheckpointError
 from graphgen.models.checkpoint_files import StoredTensor
 from graphgen.models.spec.formats import LinearFormat, ScaleDtype
 
@@ -77,17 +77,3 @@ def is_among(module: str, names: list[str]) -> bool:
         module == name or module.startswith(f"{name}.") or f".{name}." in f".{module}." or fnmatchcase(module, name)
         for name in names
     )
-
-
-def refuse(what: str, remedy: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"the quantization_config has {what}, which graphgen does not read: {remedy}")
-
-
-def whole(config: Mapping[str, Any], *names: str, least: int = 1) -> int:
-    """A key of the config that has to be a whole number; names: in which it may be written."""
-    value = next((config[name] for name in names if name in config), None)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UnsupportedModelError(
-            f"the quantization_config has {names[0]} = {value!r}: it must be a whole number of {least} or more"
-        )
-    return value

@@ -48,7 +48,35 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "'marlin'",
     ),
     "GPTQ without bits": ({"quant_method": "gptq", "group_size": 128}, "bits = None"),
-    "a block that is none": ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size 128"),
+    "a block that is none": (
+        {"quant_method": "fp8", "weight_block_size": 128},
+        "weight_block_size = 128: it must be two",
+    ),
+    "names that are one": ({"quant_method": "fp8", "ignored_layers": "lm_head"}, "ignored_layers = 'lm_head'.*a list"),
+    "names that are none": ({**grouped(), "ignore": [1]}, r"ignore = \[1\]: it must be a list of names"),
+    "a pattern that is none": ({**grouped(), "ignore": ["re:("]}, r"ignore = '\(': it must be a regular expression"),
+    "groups of nothing": ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "group_size = 0: it must be a number"),
+    "AWQ's groups of nothing": ({"quant_method": "awq", "bits": 4, "group_size": 0}, "group_size = 0"),
+    "groups without a size": (grouped(weights={"group_size": None}), "group_size = None"),
+    "a word for false": (
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": "false"},
+        "sym = 'false': it must be true or false",
+    ),
+    "a word for false in a scheme": (grouped(weights={"symmetric": "false"}), "symmetric = 'false'"),
+    "groups that are a list": ({**grouped(), "config_groups": [1]}, r"config_groups = \[1\]: it must be an object"),
+    "a group that is none": ({**grouped(), "config_groups": {"a": 3}}, "a = 3: it must be an object"),
+    "exceptions that are a list": (
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": ["x"]},
+        r"dynamic = \['x'\]",
+    ),
+    "an exception that is no pattern": (
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {"-:(": {}}},
+        r"dynamic = '\(': it must be a regular",
+    ),
+    "ModelOpt's names that are one": (
+        {"quant_method": "modelopt", "quantization": {"quant_algo": "FP8", "exclude_modules": "lm_head"}},
+        "exclude_modules = 'lm_head'",
+    ),
     "e5m2": ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt 'e5m2'"),
 }
 
@@ -63,6 +91,13 @@ def test_a_method_that_is_not_read_is_named(case: str) -> None:
 def test_mxfp4_is_for_a_family_that_says_so(tmp_path: Path) -> None:
     pair = write(tmp_path, {"quant_method": "mxfp4"}, lambda *_: None, **SIZES)
     with pytest.raises(UnsupportedModelError, match=r"quantised \(mxfp4\), which a LlamaForCausalLM"):
+        load_spec(pair.quantised)
+
+
+def test_a_config_that_is_no_object_is_named(tmp_path: Path) -> None:
+    pair = write(tmp_path, FP8, lambda *_: None, **SIZES)
+    edit_config(pair.quantised, quantization_config=4)
+    with pytest.raises(UnsupportedModelError, match="quantization_config is 4"):
         load_spec(pair.quantised)
 
 
