@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
+from graphgen.ipc.errors import CheckpointError
 from graphgen.models.checkpoint_files import StoredTensor
 from graphgen.models.formats.readers.reader import Parts, Reader
 from graphgen.models.spec.formats import LinearFormat
@@ -69,10 +70,17 @@ class QuantisedTensors:
         return module in self._quantised and self._quantised[module][part] is self._codes(self._quantised[module])
 
     def read(self, module: str, get: "Callable[[str], Tensor]") -> "Quantised":
-        """get: a tensor by its name in the checkpoint."""
+        """get: a tensor by its name in the checkpoint. Raises CheckpointError for a scale that is no finite number,
+        with which every logit would be none."""
         parts = self._quantised[module]
         tensors = {part: get(f"{module}.{part}") for part in parts if part in self._reader.taken}
-        return self._reader.read(module, self.weights[f"{module}.{WEIGHT}"][0], tensors)
+        made = self._reader.read(module, self.weights[f"{module}.{WEIGHT}"][0], tensors)
+        if not bool(made.scale.isfinite().all()):
+            raise CheckpointError(
+                f"a scale of {module} in {self._codes(parts).file} is not a finite number: the checkpoint is damaged,"
+                " download it again"
+            )
+        return made
 
     @staticmethod
     def _codes(parts: Parts) -> StoredTensor:

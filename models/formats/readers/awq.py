@@ -16,6 +16,7 @@ from graphgen.models.formats.readers.reader import (
     check_shape,
     is_among,
     need,
+    need_matrix,
     scale_dtype,
 )
 from graphgen.models.formats.readers.values import flag, group_size, names_in, refuse, whole
@@ -58,12 +59,12 @@ class AwqReader:
         return "qweight" in parts
 
     def stored(self, module: str, parts: Parts) -> tuple[LinearFormat, tuple[int, int]]:
-        num_columns, words = need(module, parts, "qweight").shape
+        num_columns, words = need_matrix(module, parts, "qweight", "I32").shape
         scales, num_rows = need(module, parts, "scales"), 8 * words
         form = self._format(scale_dtype(module, "scales", scales))
         groups = form.num_groups(num_columns)
         check_shape(module, "scales", scales, (groups, num_rows))
-        check_shape(module, "qzeros", need(module, parts, "qzeros"), (groups, words))
+        check_shape(module, "qzeros", need(module, parts, "qzeros", "I32"), (groups, words))
         return form, (num_rows, num_columns)
 
     def read(self, module: str, form: LinearFormat, tensors: Tensors) -> "Quantised":

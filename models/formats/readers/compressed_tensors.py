@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Struct
 
 from graphgen.ipc.errors import CheckpointError
-from graphgen.models.formats.readers.reader import Parts, Tensors, need, scale_dtype
+from graphgen.models.formats.readers.reader import Parts, Tensors, check_shape, need, need_matrix, scale_dtype
 from graphgen.models.formats.readers.values import block_size, flag, names_in, refuse, section, whole
 from graphgen.models.spec.formats import LinearFormat, ScaleDtype
 
@@ -109,10 +109,10 @@ class CompressedTensorsReader:
             )
         scale = need(module, parts, "weight_scale")
         form = scheme.format(scale_dtype(module, "weight_scale", scale))
-        shape = _shape(module, parts)
+        shape = _shape(module, parts, "F8_E4M3" if scheme.is_float else "I8")
         _check_scale(module, scheme, form, shape, scale.shape)
         if form.zeros:
-            need(module, parts, "weight_zero_point")
+            _check_zeros(module, parts, scheme, (shape[0], form.num_groups(shape[1])))
         return form, shape
 
     def read(self, module: str, form: LinearFormat, tensors: Tensors) -> "Quantised":
@@ -147,10 +147,10 @@ class CompressedTensorsReader:
         return next((one for one in self._schemes if any(_fits(module, name) for name in one.targets)), None)
 
 
-def _shape(module: str, parts: Parts) -> tuple[int, int]:
-    """(N, K)"""
+def _shape(module: str, parts: Parts, codes: str) -> tuple[int, int]:
+    """(N, K). codes: dtype of a weight that is not packed."""
     if "weight_packed" not in parts:
-        rows, columns = parts["weight"].shape
+        rows, columns = need_matrix(module, parts, "weight", codes).shape
         return rows, columns
     # The words of a packed weight may not be full, so its shape is a tensor of its own.
     where = need(module, parts, "weight_shape")
@@ -161,7 +161,7 @@ def _shape(module: str, parts: Parts) -> tuple[int, int]:
     with where.file.open("rb") as file:
         file.seek(where.begin)
         rows, columns = struct.unpack("<qq", file.read(16))
-    packed = parts["weight_packed"].shape
+    packed = need_matrix(module, parts, "weight_packed", "I32").shape
     if rows != packed[0] or not 0 < columns <= packed[1] * 32:
         raise CheckpointError(
             f"tensor {module}.weight_shape says {rows} x {columns}, its weight has {list(packed)} words"
@@ -182,6 +182,18 @@ def _check_scale(
         )
 
 
+def _check_zeros(module: str, parts: Parts, scheme: Scheme, shape: tuple[int, int]) -> None:
+    """shape: rows and groups of the weight."""
+    if "weight_packed" in parts:
+        zeros = need(module, parts, "weight_zero_point", "I32")
+        check_shape(module, "weight_zero_point", zeros, (-(-shape[0] * scheme.bits // 32), shape[1]))
+        return
+    zeros = need(module, parts, "weight_zero_point", "I8")
+    is_one = scheme.strategy == "tensor" and zeros.shape in ((), (1,), (1, 1))
+    if not is_one and not (shape[1] == 1 and zeros.shape == shape[:1]):
+        check_shape(module, "weight_zero_point", zeros, shape)
+
+
 def _scheme(name: str, groups: Mapping[str, Any]) -> Scheme:
     if isinstance(groups[name], list):
         if name not in _PRESETS:
@@ -192,13 +204,15 @@ def _scheme(name: str, groups: Mapping[str, Any]) -> Scheme:
     weights, inputs = section(group, "weights"), section(group, "input_activations")
     if not weights:
         raise refuse(f"a config group {name!r} without weights", "use a checkpoint whose weights are quantised")
-    bits, kind, strategy = weights.get("num_bits"), weights.get("type", "int"), weights.get("strategy")
+    bits, kind, strategy = whole(weights, "num_bits"), weights.get("type", "int"), weights.get("strategy")
     size = weights.get("group_size")
     strategy = strategy or ("tensor" if size is None else "channel" if size == -1 else "group")
     if (bits, kind) not in ((8, "float"), (8, "int"), (4, "int")):
         raise refuse(f"{bits} bits of type {kind}", "use FP8, INT8 or INT4 (W4A16)")
     if strategy not in ("tensor", "channel", "group", "block"):
         raise refuse(f"the strategy {strategy!r}", "use one with scales for each tensor, channel, group or block")
+    if kind == "float" and not flag(weights, "symmetric", True):
+        raise refuse("FP8 weights with zero points", "use symmetric ones")
     if weights.get("actorder") == "group":
         raise refuse("actorder 'group'", "use actorder 'static' or 'weight', whose groups are neighbours")
     if group.get("output_activations"):

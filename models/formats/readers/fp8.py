@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from graphgen.ipc.errors import CheckpointError
-from graphgen.models.formats.readers.reader import Parts, Tensors, is_among, need
+from graphgen.models.formats.readers.reader import SCALE_DTYPES, Parts, Tensors, is_among, need, need_matrix
 from graphgen.models.formats.readers.values import block_size, names_in, refuse, section
 from graphgen.models.spec.formats import LinearFormat
 
@@ -63,9 +63,9 @@ class Fp8Reader:
         return "weight" in parts and parts["weight"].dtype == _E4M3
 
     def stored(self, module: str, parts: Parts) -> tuple[LinearFormat, tuple[int, int]]:
-        weight = parts["weight"]
+        weight = need_matrix(module, parts, "weight")
         name = next((name for name in _SCALES if name in parts), _SCALES[1])
-        scale = tuple(size for size in need(module, parts, name).shape if size != 1)
+        scale = tuple(size for size in need(module, parts, name, *SCALE_DTYPES, "F8_E8M0").shape if size != 1)
         rows, columns = weight.shape
         if scale in ((), (rows,)):
             return self._format(1, None), (rows, columns)

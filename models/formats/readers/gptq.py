@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from graphgen.ipc.errors import CheckpointError
-from graphgen.models.formats.readers.reader import Parts, Tensors, check_shape, need, scale_dtype
+from graphgen.models.formats.readers.reader import Parts, Tensors, check_shape, need, need_matrix, scale_dtype
 from graphgen.models.formats.readers.values import check_pattern, flag, group_size, refuse, section, whole
 from graphgen.models.spec.formats import LinearFormat, ScaleDtype
 
@@ -54,16 +54,16 @@ class GptqReader:
         settings = self._settings_of(module)
         if settings is None:
             raise CheckpointError(f"{module} is quantised, and `dynamic` of its config says it is not: correct one")
-        scales, words = need(module, parts, "scales"), need(module, parts, "qweight")
+        scales, words = need(module, parts, "scales"), need_matrix(module, parts, "qweight", "I32")
         per_word = 32 // settings["bits"]
         num_columns, num_rows = words.shape[0] * per_word, words.shape[1]
         form = _format(settings, scale_dtype(module, "scales", scales))
         groups = form.num_groups(num_columns)
         check_shape(module, "scales", scales, (groups, num_rows))
         if form.zeros:
-            check_shape(module, "qzeros", need(module, parts, "qzeros"), (groups, num_rows // per_word))
-        if form.permuted:
-            check_shape(module, "g_idx", need(module, parts, "g_idx"), (num_columns,))
+            check_shape(module, "qzeros", need(module, parts, "qzeros", "I32"), (groups, num_rows // per_word))
+        if form.permuted or "g_idx" in parts:
+            check_shape(module, "g_idx", need(module, parts, "g_idx", "I32", "I64"), (num_columns,))
         return form, (num_rows, num_columns)
 
     def read(self, module: str, form: LinearFormat, tensors: Tensors) -> "Quantised":

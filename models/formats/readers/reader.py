@@ -44,14 +44,32 @@ class Reader(Protocol):
         """The weight. form: what `stored` said. tensors: those of `taken` that there are."""
 
 
-def need(module: str, parts: Parts, name: str) -> StoredTensor:
-    """Raises CheckpointError where the module has no such tensor: without a scale, codes mean nothing."""
+def need(module: str, parts: Parts, name: str, *dtypes: str) -> StoredTensor:
+    """Raises CheckpointError where the module has no such tensor, since codes without a scale mean nothing, or has it
+    in another dtype than these; none named: in any."""
     if name not in parts:
         raise CheckpointError(
             f"tensor {module}.{name} is missing, though {module} is quantised: the checkpoint is incomplete, download"
             " it again"
         )
-    return parts[name]
+    tensor = parts[name]
+    if dtypes and tensor.dtype not in dtypes:
+        raise CheckpointError(
+            f"tensor {module}.{name} in {tensor.file} has dtype {tensor.dtype}, its format has {' or '.join(dtypes)}:"
+            " config.json and the weights are of different models"
+        )
+    return tensor
+
+
+def need_matrix(module: str, parts: Parts, name: str, *dtypes: str) -> StoredTensor:
+    """The same, of two dimensions."""
+    tensor = need(module, parts, name, *dtypes)
+    if len(tensor.shape) != 2:
+        raise CheckpointError(
+            f"tensor {module}.{name} in {tensor.file} has shape {list(tensor.shape)}, a weight has two dimensions:"
+            " the checkpoint is damaged, download it again"
+        )
+    return tensor
 
 
 def check_shape(module: str, name: str, tensor: StoredTensor, expected: tuple[int, ...]) -> None:

@@ -1,5 +1,6 @@
 """Quantised checkpoints that are not read, or not whole, are refused by name."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ from graphgen.ipc.errors import CheckpointError, UnsupportedModelError
 from graphgen.models.families import load_spec
 from graphgen.models.formats.readers.table import open_reader
 from graphgen.models.loader import load_decoder
-from tests.models.formats.checkpoints import Packed, edit, edit_config, in_gptq, write
+from tests.models.formats.checkpoints import (
+    Packed,
+    edit,
+    edit_config,
+    in_awq,
+    in_gptq,
+    rounded,
+    words_along_rows,
+    write,
+)
 from tests.models.formats.test_readers import FP8, SIZES, layers_only, per_tensor
 
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
@@ -123,6 +133,50 @@ def test_scales_of_another_shape_are_an_error(tmp_path: Path) -> None:
     edit(pair.quantised, lambda tensors: tensors.update({f"{NAME}.weight_scale": torch.ones(3)}))
     with pytest.raises(CheckpointError, match=f"tensor {NAME}.weight_scale .* has shape .3., a weight of 160 x 96"):
         load_spec(pair.quantised)
+
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32}
+INT4_OF_32 = {**grouped(weights={"group_size": 32, "symmetric": False}, targets=["Linear"]), "ignore": ["lm_head"]}
+
+
+def packed(weight: Tensor) -> Packed:
+    """As compressed-tensors packs, by the same words as GPTQ's."""
+    made = rounded(weight, 4, torch.arange(weight.shape[1]) // 32, symmetric=False)
+    tensors = {"weight_packed": words_along_rows(made.codes.t(), 4).t(), "weight_scale": made.scales}
+    shape = {"weight_shape": torch.tensor(weight.shape)}
+    return Packed(tensors | shape | {"weight_zero_point": words_along_rows(made.zeros, 4)}, made.worth)
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
+DAMAGED: dict[str, tuple[dict[str, Any], Callable[[Tensor], Packed], str, Callable[[Tensor], Tensor], str]] = {
+    "words of 64 bits": (GPTQ, lambda w: in_gptq(w, 4, 32, False), "qweight", Tensor.long, "has dtype I64.* I32"),
+    "zeros in float32": (GPTQ, lambda w: in_gptq(w, 4, 32, False), "qzeros", Tensor.float, "has dtype F32.* I32"),
+    "groups in float32": (
+        GPTQ,
+        lambda w: in_gptq(w, 4, 32, False),
+        "g_idx",
+        Tensor.float,
+        "has dtype F32.* I64",
+    ),
+    "codes of three dimensions": (AWQ, lambda w: in_awq(w, 32), "qweight", lambda t: t[None], "two dimensions"),
+    "AWQ's zeros in bytes": (AWQ, lambda w: in_awq(w, 32), "qzeros", Tensor.byte, "has dtype U8.* I32"),
+    "whole scales": (FP8, per_tensor, "weight_scale", Tensor.int, "has dtype I32.* F32 or BF16"),
+    "a scale of nothing": (FP8, per_tensor, "weight_scale", lambda t: t * torch.nan, "a scale of .* not a finite"),
+    "a scale without end": (AWQ, lambda w: in_awq(w, 32), "scales", lambda t: t / 0, "a scale of .* not a finite"),
+    "packed words in float32": (INT4_OF_32, packed, "weight_packed", Tensor.float, "has dtype F32.* I32"),
+    "packed zeros that are short": (INT4_OF_32, packed, "weight_zero_point", lambda t: t[:-1], r"asks for \[20, 3\]"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_part_of_another_dtype_or_shape_is_named(case: str, tmp_path: Path) -> None:
+    """Words of 64 bits, or numbers in floating point, would be read as other codes without an error."""
+    config, pack, part, change, message = DAMAGED[case]
+    pair = write(tmp_path, config, layers_only(pack), **SIZES)
+    load_decoder(pair.quantised, load_spec(pair.quantised), torch.float32, torch.device("cpu"))
+    edit(pair.quantised, lambda tensors: tensors.update({f"{NAME}.{part}": change(tensors[f"{NAME}.{part}"])}))
+    with pytest.raises(CheckpointError, match=message):
+        load_decoder(pair.quantised, load_spec(pair.quantised), torch.float32, torch.device("cpu"))
 
 
 def test_a_tensor_that_no_reader_takes_is_an_error(tmp_path: Path) -> None:
