@@ -222,6 +222,22 @@ export interface Stats {
   workerLoss: string;
   poisoned: number;
   numericalErrors: number;
+  /** Each for itself, where there are several; the counts above are sums. */
+  engines: EngineCount[];
+}
+
+/** One of several engines. */
+export interface EngineCount {
+  /** false: it is being started, or has drained; its counts are 0. */
+  serves: boolean;
+  running: number;
+  waiting: number;
+  pagesFree: number;
+  pagesTotal: number;
+  steps: number;
+  finished: number;
+  preemptions: number;
+  workerRestarts: number;
 }
 
 export interface Health {

@@ -190,11 +190,18 @@ struct Welcome {
   bool draining = false;  ///< The server was about to end when it answered `hello`, and takes no requests.
 };
 
+/// One of several engines, by the names of PROTOCOL.md's `stats.engines`.
+struct EngineCount {
+  bool serves = false;  ///< false: it is being started, or has drained; its counts are 0.
+  std::map<std::string, std::uint64_t> counts;
+};
+
 /// A snapshot, by the names of PROTOCOL.md's `stats`.
 struct Stats {
   std::map<std::string, std::uint64_t> counts;
   std::map<std::string, double> times;
   std::string worker_loss;  ///< Why the last worker was lost; empty: none was.
+  std::vector<EngineCount> engines;  ///< Each for itself, where there are several; the counts are sums.
 };
 
 struct Health {

@@ -68,6 +68,15 @@ void read(const Map& map, Delta& into) {
 
 void read(const msgpack::object& value, Delta& into) { read(Map(value), into); }
 
+void read(const msgpack::object& value, EngineCount& into) {
+  const Map map(value);
+  map.required("serves", into.serves);
+  for (const char* name : {"running", "waiting", "pages_free", "pages_total", "steps", "finished", "preemptions",
+                           "worker_restarts"}) {
+    map.required(name, into.counts[name]);
+  }
+}
+
 namespace {
 
 constexpr char major = 1;
@@ -163,6 +172,7 @@ Stats read_stats(const Map& map) {
     map.optional(name, message.counts[name]);
   }
   map.optional("worker_loss", message.worker_loss);
+  map.optional("engines", message.engines);
   return message;
 }
 

@@ -61,6 +61,15 @@ inline void read(const msgpack::object& value, std::string& into) {
   into = text;
 }
 
+// Maps within messages; decode.cpp has them.
+void read(const msgpack::object& value, Logprobs& into);
+void read(const msgpack::object& value, Delta& into);
+void read(const msgpack::object& value, EngineCount& into);
+void read(const msgpack::object& value, Usage& into);
+void read(const msgpack::object& value, Timing& into);
+void read(const msgpack::object& value, Limits& into);
+void read(const msgpack::object& value, SamplingDefaults& into);
+
 template <typename Item>
 void read(const msgpack::object& value, std::vector<Item>& into) {
   if (value.type != msgpack::type::ARRAY) throw BadField("expected array");
@@ -81,14 +90,6 @@ inline void read(const msgpack::object& value, Bytes& into) {
   if (value.type != msgpack::type::BIN) throw BadField("expected bin");
   into.data.assign(value.via.bin.ptr, value.via.bin.size);
 }
-
-// Maps within messages; decode.cpp has them.
-void read(const msgpack::object& value, Logprobs& into);
-void read(const msgpack::object& value, Delta& into);
-void read(const msgpack::object& value, Usage& into);
-void read(const msgpack::object& value, Timing& into);
-void read(const msgpack::object& value, Limits& into);
-void read(const msgpack::object& value, SamplingDefaults& into);
 
 class Map {
  public:

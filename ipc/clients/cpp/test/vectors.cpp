@@ -132,6 +132,12 @@ struct ToJson {
     json all = m.counts;
     all.update(json(m.times));
     all["worker_loss"] = m.worker_loss;
+    all["engines"] = json::array();
+    for (const graphgen::EngineCount& engine : m.engines) {
+      json one = engine.counts;
+      one["serves"] = engine.serves;
+      all["engines"].push_back(one);
+    }
     return all;
   }
   json operator()(const graphgen::Health& m) const {

@@ -91,6 +91,18 @@ function readFields(fields, found) {
   return message;
 }
 
+const ENGINE = {
+  serves: bool,
+  running: int,
+  waiting: int,
+  pages_free: int,
+  pages_total: int,
+  steps: int,
+  finished: int,
+  preemptions: int,
+  worker_restarts: int,
+};
+
 const LIMITS = {
   frame_bytes: int,
   prompt_tokens: int,
@@ -197,6 +209,7 @@ const SERVER_KINDS = {
       worker_loss: optional(str, ""),
       poisoned: optional(int, 0),
       numerical_errors: optional(int, 0),
+      engines: optional(list(map(ENGINE)), []),
     },
   ],
   M: ["health", { status: str, ready: bool, worker_ms: float }],
@@ -367,9 +380,12 @@ export function camelCase(name) {
   return name.replace(/_([a-z0-9])/g, (_, letter) => letter.toUpperCase());
 }
 
-/** The same for the keys of a message, those of maps within it too. */
+/** The same for the keys of a message, those of maps within it and within its arrays too. */
 export function camelKeys(fields) {
-  return Object.fromEntries(
-    Object.entries(fields).map(([key, value]) => [camelCase(key), isMap(value) ? camelKeys(value) : value]),
-  );
+  return Object.fromEntries(Object.entries(fields).map(([key, value]) => [camelCase(key), camelItems(value)]));
+}
+
+function camelItems(value) {
+  if (Array.isArray(value)) return value.map(camelItems);
+  return isMap(value) ? camelKeys(value) : value;
 }
