@@ -129,7 +129,8 @@ def test_a_schema_reaches_the_sampling_as_that_of_a_chat_does(path: str, body: d
     core, _ = ask(path, body)
     chats = GatewayCore(ends(*TEXTS))
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}
-    call(chats, "/v1/chat/completions", {"messages": MESSAGES["messages"], "response_format": form}, output_format=HERMES)
+    chat = {"messages": MESSAGES["messages"], "response_format": form}
+    call(chats, "/v1/chat/completions", chat, output_format=HERMES)
     assert isinstance(core.sampling, SamplingParams)
     assert isinstance(chats.sampling, SamplingParams)
     assert core.sampling.structured is not None
