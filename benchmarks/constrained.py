@@ -67,7 +67,7 @@ def write_tokenizer(folder: Path, num_tokens: int, seed: int = 0) -> None:
     common = [chr(code) for code in range(ord("a"), ord("z") + 1)] + ["Ġ" + chr(code) for code in range(97, 123)]
     tokens, merges, longest = dict.fromkeys(letters), [], 10
     printable = [chr(code) for code in range(33, 127)]
-    pairs = itertools.product(printable, printable)
+    pairs = itertools.chain((("Ġ", letter) for letter in printable), itertools.product(printable, printable))
     while len(tokens) < num_tokens - 2:
         first, second = next(pairs, None) or (chance.choice(list(common)), chance.choice(list(common)))
         pair = first + second

@@ -14,8 +14,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from benchmarks import beside_transformers, linear, round_trip, scheduler, startup
+from benchmarks.constrained import write_tokenizer
 from benchmarks.latency import idle_parameters
 from benchmarks.report import percentile, show
 from graphgen import EngineConfig
@@ -148,6 +150,14 @@ def test_constrained_measures_both_kinds_of_requests(monkeypatch: pytest.MonkeyP
     assert [row["of"] for row in rows] == ["", "call", "call", "text", "text", "", ""]
     measured = fifth["free p50 ms"], fifth["bound p50 ms"], every["bound p50 ms"], logprobs["free p50 ms"]
     assert all(one > 0.0 for one in (*measured, *(row["bound p50 ms"] for row in texts)))
+
+
+def test_a_model_without_a_tokenizer_gets_one_of_its_size(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, 12_000)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    text = 'a {"b": [1, 2]} of many words'
+    assert tokenizer.get_vocab_size() == 12_000
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
 def test_experts_times_every_product_at_every_number_of_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
