@@ -11,7 +11,7 @@ import weakref
 from functools import partial
 
 from graphgen.base.progress import StartProgress
-from graphgen.ipc.errors import ConfigError, EngineDeadError
+from graphgen.ipc.errors import ConfigError, EngineClosedError, EngineDeadError
 from graphgen.ipc.messages import Ready
 from graphgen.launch.config import EngineConfig
 from graphgen.launch.engines import LOOK_S, Engines
@@ -72,17 +72,19 @@ class EngineCore(AttachedCore):
 
     def drain(self, replica: int, grace_s: float = DRAIN_S) -> None:
         """See `Engine.drain`."""
+        _check_seconds("grace_s", grace_s)
         self._kept(replica).drain(replica, grace_s)
 
     def resume(self, replica: int, timeout_s: float) -> None:
         """See `Engine.resume`."""
+        _check_seconds("timeout_s", timeout_s)
         self._kept(replica).resume(replica, timeout_s)
 
     def _kept(self, replica: int) -> "_Keeper":
         if self._keeper is None:
             raise ConfigError("there is one engine, and nobody to take its requests: start with replicas above 1")
-        if not 0 <= replica < len(self._engines):
-            raise ConfigError(f"replica is {replica}, they are 0 to {len(self._engines) - 1}")
+        if type(replica) is not int or not 0 <= replica < len(self._engines):
+            raise ConfigError(f"replica is {replica!r}, they are 0 to {len(self._engines) - 1}")
         return self._keeper
 
     def __str__(self) -> str:
@@ -114,22 +116,41 @@ class _Keeper:
         self._thread.start()
 
     def drain(self, number: int, grace_s: float) -> None:
+        """Raises EngineClosedError when all of them are closed meanwhile, EngineDeadError as `Links.drain` does."""
         drained = threading.Event()
+        self._check_open()
         self._links.drain(number, grace_s, lambda _: drained.set())
-        drained.wait()
-        self._engines.rest(number).join()
+        while not drained.wait(LOOK_S):
+            self._check_open()
+        with self._changed:
+            self._check_open()
+            resting = self._engines.rest(number)
+        resting.join()
 
     def resume(self, number: int, timeout_s: float) -> None:
+        """Raises EngineClosedError when all of them are closed meanwhile, EngineDeadError when it takes too long."""
         with self._changed:
+            self._check_open()
             self._links.expect(number)
             self._engines.wake(number)
-            if not self._changed.wait_for(lambda: self._links.serves(number), timeout_s):
+            has_come = self._changed.wait_for(
+                lambda: self._links.serves(number) or self._stopping.is_set(), min(timeout_s, threading.TIMEOUT_MAX)
+            )
+            self._check_open()
+            if not has_come:
                 raise EngineDeadError(
                     f"engine {number} does not serve after {timeout_s:g} s: see its log, or wait longer"
                 )
 
+    def _check_open(self) -> None:
+        """Nothing is started, or waited for, behind `stop`."""
+        if self._stopping.is_set():
+            raise EngineClosedError("the engine was closed: make a new Engine")
+
     def stop(self) -> None:
-        self._stopping.set()
+        with self._changed:
+            self._stopping.set()
+            self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -152,6 +173,12 @@ class _Keeper:
             logger.warning("engine %d ended, %s: %s", end.number, _next(end.restarts), reason)
             self._links.lose(end.number, None if end.restarts else reason)
         self._links.tick()
+
+
+def _check_seconds(name: str, seconds: float) -> None:
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not (is_number and seconds >= 0):
+        raise ConfigError(f"{name} is {seconds!r}: use seconds, 0 or more")
 
 
 def _next(restarts: bool) -> str:

@@ -63,9 +63,11 @@ class EngineStates:
         self._ready.pop(number, None)
 
     def drain(self, number: int, grace_s: float, when_drained: Callable[[int], None]) -> None:
-        """Raises EngineDeadError where no other engine serves, and for one that does not serve itself."""
+        """Raises EngineDeadError where no other engine serves, and for one that does not serve or drains already."""
         if number not in self._ready:
             raise EngineDeadError(f"engine {number} does not serve, so there is nothing to drain")
+        if number in self._drained:
+            raise EngineDeadError(f"engine {number} drains already: wait until that has ended")
         if len(self._ready.keys() - self._drained.keys()) < 2:
             raise EngineDeadError(f"engine {number} is the only one that serves: let another one serve first")
         self._drained[number] = when_drained

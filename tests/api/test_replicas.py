@@ -3,10 +3,12 @@
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
-from graphgen import ConfigError, Engine, EngineDeadError, SamplingParams
+from graphgen import ConfigError, Engine, EngineClosedError, EngineDeadError, SamplingParams
 from tests import replica_deaths
 from tests.worker_deaths import Reader, leftovers, wait_for
 
@@ -54,6 +56,41 @@ def test_a_replica_that_there_is_not_is_refused(engine: Engine) -> None:
     for call in (engine.drain, engine.resume):
         with pytest.raises(ConfigError, match="replica is 2, they are 0 to 1"):
             call(2)
+
+
+@pytest.mark.parametrize("replica", ["1", True, -1, 1.0, None])
+def test_what_is_no_number_of_a_replica_is_refused(engine: Engine, replica: Any) -> None:
+    for call in (engine.drain, engine.resume):
+        with pytest.raises(ConfigError, match=f"replica is {replica!r}, they are 0 to 1"):
+            call(replica)
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan"), "5", True])
+def test_what_is_no_time_is_refused(engine: Engine, seconds: Any) -> None:
+    with pytest.raises(ConfigError, match=f"grace_s is {seconds!r}: use seconds"):
+        engine.drain(0, seconds)
+    with pytest.raises(ConfigError, match=f"timeout_s is {seconds!r}: use seconds"):
+        engine.resume(0, seconds)
+
+
+def test_closing_ends_a_drain_and_a_closed_engine_refuses_both() -> None:
+    """Waiting for what nobody does any more would hang, and what is woken would outlive its program's object."""
+    engine = Engine(device="cpu", replicas=2, cpu_threads=1, num_pages=200)
+    reader = Reader(engine, PROMPTS[0], SamplingParams(max_tokens=900, ignore_eos=True))
+    wait_for(lambda: bool(reader.token_ids), "its first token")
+    busy = next(number for number, stats in enumerate(engine.stats().engines) if stats is not None and stats.running)
+    with ThreadPoolExecutor() as pool:
+        drained = pool.submit(engine.drain, busy, 60.0)
+        wait_for(lambda: bool(engine._core._links._states.drains()), "the drain's begin")
+        with pytest.raises(EngineDeadError, match=f"engine {busy} drains already"):
+            engine.drain(busy)
+        engine.close()
+        with pytest.raises(EngineClosedError, match="make a new Engine"):
+            drained.result(30)
+    for call in (engine.drain, engine.resume):
+        with pytest.raises(EngineClosedError, match="make a new Engine"):
+            call(1)
+    reader.thread.join(30)
 
 
 def test_all_streams_of_a_server_end_right_however_its_engines_end() -> None:
