@@ -168,9 +168,14 @@ def completion_prompts(request: CompletionRequest) -> list[OnePrompt]:
         raise not_served("best_of", "a choice among outputs")
     _check_common(request)
     try:
-        return batch_of(request.prompt)
+        prompts = batch_of(request.prompt)
     except InvalidRequestError as error:
         raise ApiError(400, str(error), "invalid_request", "prompt") from None
+    if not prompts:
+        raise ApiError(
+            400, "prompt is an empty list: give a text or token ids, or a list of them", "invalid_request", "prompt"
+        )
+    return prompts
 
 
 def _check_common(request: Generation) -> None:

@@ -249,6 +249,7 @@ def test_messages_that_a_program_sends_back_are_taken_as_they_came() -> None:
         (COMPLETIONS, {"use_beam_search": True}, "use_beam_search"),
         (COMPLETIONS, {"prompt": {"a": 1}}, "prompt"),
         (COMPLETIONS, {"prompt": [1.5]}, "prompt"),
+        (COMPLETIONS, {"prompt": []}, "prompt"),
         (COMPLETIONS, {"logprobs": 21}, "logprobs"),
         (COMPLETIONS, {"logprobs": 0, "echo": True, "n": 2, "stream": True}, "n"),
         (COMPLETIONS, {"best_of": 2}, "best_of"),
