@@ -15,10 +15,13 @@ from graphgen.launch.config import EngineConfig
 from graphgen.launch.devices import check_device, find_device
 from graphgen.launch.launch_config import LaunchConfig
 
+MOST_ON_CPU = 64
+"""Workers that share the cores. Each takes hundreds of megabytes, so a slip of the hand would take the machine."""
+
 
 def check_devices(config: EngineConfig) -> None:
     """Raises ConfigError for a device that can never be used here, and for more engines, or ranks of them, than there
-    are devices."""
+    are devices. On the CPU they are bounded, too."""
     check_device(config.device)
     needed = config.replicas * config.tensor_parallel
     if needed == 1:
@@ -34,6 +37,8 @@ def check_devices(config: EngineConfig) -> None:
             " CUDA_VISIBLE_DEVICES"
         )
     if _on_cpu(config):
+        if needed > MOST_ON_CPU:
+            raise ConfigError(f"{asked}, {needed} workers in all; on the CPU {MOST_ON_CPU} are the most: lower it")
         return
     num_devices = count_gpus()
     if needed > num_devices:

@@ -71,6 +71,10 @@ def test_ranks_and_engines_need_as_many_gpus_together(on_gpus: Callable[[int], N
     with pytest.raises(ConfigError, match=r"tensor_parallel is 2, and device is 'cuda:1', which is one GPU"):
         check_devices(EngineConfig(device="cuda:1", tensor_parallel=2))
     check_devices(EngineConfig(device="cpu", tensor_parallel=64))
+    with pytest.raises(
+        ConfigError, match=r"replicas is 33 and tensor_parallel is 2, 66 workers in all.* 64 are the most"
+    ):
+        check_devices(EngineConfig(device="cpu", replicas=33, tensor_parallel=2))
 
 
 def test_ranks_have_gpus_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
