@@ -153,8 +153,8 @@ def tune(
 
     The scheduler chooses its steps by these times. A start on a GPU that finds none measures them itself, in seconds
     and less exactly. They are looked up by device, model shape, dtype, kernels, page size, buckets and versions: tune
-    with the options the engine will have, while nothing else runs on the device. Of several
-    replicas one measures for all.
+    with the options the engine will have, while nothing else runs on the device. One of several replicas measures for
+    all.
 
     A --token-budget above the default, 2048 say, shows whether larger steps would compute more rows a second.
     """
