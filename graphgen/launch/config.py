@@ -2,7 +2,7 @@
 
 Owns its defaults and the checks that need neither the model nor the device. Never loads weights, never imports torch.
 Made by whoever starts an engine; `graphgen.launch.resolve` makes every choice that is left open, and the processes are
-told the result, a `graphgen.launch.launch_config.LaunchConfig`.
+told the result, the LaunchConfig of `graphgen.launch.launch_config`.
 """
 
 import math

@@ -109,7 +109,7 @@ def test_the_layer_that_drafts_is_left_out_and_no_other(case: str, number: int, 
         (
             V3,
             {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}},
-            r"_block_size \[128\]",
+            r"_block_size = \[128\]",
         ),
         (V3, {"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
         (V3, {"topk_method": "greedy"}, "topk_method = 'greedy'"),
