@@ -54,10 +54,15 @@ def open_backend(chunks: str, window: int = 0, heads: Heads = HEADS) -> "FlashIn
     return FlashInferAttention(shape, MAX_CHUNKS, 2048, 256, kernels, MAX_CHUNKS * PAGES_PER_SLOT)
 
 
+def skip_without(name: str) -> None:
+    """Of a format that this device does not have."""
+    if name == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 needs compute capability 8.9 (Ada, Hopper) and is tested there")
+
+
 def make_pages(case: Case, name: str, seed: int, heads: Heads = HEADS) -> LayerPages:
     """Random where a live request's positions are, NaN everywhere else."""
-    if name == "fp8" and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("fp8 needs compute capability 8.9")
+    skip_without(name)
     return kept_as(name, LayerPages(*poisoned_cache(case, *heads[1:], seed)))
 
 
@@ -188,8 +193,7 @@ def test_copies_of_pages_are_whole(name: str, page_size: int) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_an_engine_draws_what_the_torch_backend_draws(name: str) -> None:
     """Captured, compiled, chunks and decodes together; `generate` sees to no eager step and no recompilation."""
-    if name == "fp8" and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("fp8 needs compute capability 8.9")
+    skip_without(name)
     fast, _ = generate(attention="flashinfer", kv_cache_dtype=name)
     reference, _ = generate(attention="torch", kv_cache_dtype=name)
     # Unquantised logits judge where they part, and both are further from these than without a format.

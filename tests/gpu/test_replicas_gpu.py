@@ -12,7 +12,7 @@ import torch
 from graphgen import Engine, SamplingParams
 from tests.worker_deaths import Reader, wait_for
 
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs; runs where they are")
 
 PROMPTS = [[1 + number, 5, 6] * 20 for number in range(32)]
 SAMPLING = SamplingParams(max_tokens=300, ignore_eos=True, temperature=0.0)

@@ -25,7 +25,7 @@ one, in a model whose logits carry an error of a few hundredths."""
 LEAST_SHARED = 0.5
 """Of the greedy tokens of a bfloat16 model before the first near tie that falls otherwise, on the median."""
 
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs; runs where they are")
 
 
 def prompts() -> list[list[int]]:

@@ -19,11 +19,11 @@ from graphgen.models.layers import Attention
 from graphgen.models.loader import load_decoder
 from tests.models import tiny
 from tests.models.driver import Driver
+from tests.models.edits import WEIGHTS, edit_config
 from tests.models.formats.checkpoints import Packed, in_fp8, write
 from tests.models.splits import tokens
-from tests.models.test_loader import edit_config
 
-WEIGHTS, ATTENTION = "model.safetensors", "model.layers.{layer}.self_attn."
+ATTENTION = "model.layers.{layer}.self_attn."
 LAYERS, KV_HEADS = 2, 3
 SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 

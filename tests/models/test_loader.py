@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,9 +18,9 @@ from graphgen.models.families import load_spec
 from graphgen.models.loader import LoadFormat, load_decoder
 from tests.models import tiny
 from tests.models.driver import Driver
+from tests.models.edits import WEIGHTS, edit, edit_config
 
 CPU = torch.device("cpu")
-WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 TOKENS = [5, 9, 3, 77, 8]
@@ -42,17 +41,6 @@ def reference_logits(folder: Path) -> Tensor:
     with torch.no_grad():
         whole: Tensor = model(torch.tensor([TOKENS])).logits[0]
     return whole
-
-
-def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def edit_config(folder: Path, **keys: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
 
 
 def test_a_sharded_checkpoint_equals_a_single_file(tmp_path: Path) -> None:

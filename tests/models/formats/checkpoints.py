@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.models import tiny
-
-WEIGHTS = "model.safetensors"
+from tests.models.edits import WEIGHTS, edit_config
 
 
 class Packed(NamedTuple):
@@ -68,17 +67,6 @@ def _saved(case: str, settings: str) -> Path:
     atexit.register(shutil.rmtree, folder)
     tiny.save(case, folder, **json.loads(settings))
     return folder
-
-
-def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def edit_config(folder: Path, **keys: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
 
 
 # --- fp8 -------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from graphgen.ipc.errors import CheckpointError
 from graphgen.models.families import load_spec
 from graphgen.models.formats.readers.compressed_tensors import CompressedTensorsReader
 from graphgen.models.spec import LinearFormat
+from tests.models.edits import edit
 from tests.models.formats.checkpoints import Packed, Pair, write
 from tests.models.formats.test_readers import E4M3, SIZES, check
 
@@ -127,8 +128,6 @@ def test_a_packed_checkpoint_means_what_its_package_says(case: str, tmp_path: Pa
 
 
 def test_a_missing_scale_is_an_error(tmp_path: Path) -> None:
-    from tests.models.formats.checkpoints import edit
-
     group, kind, _ = CASES["int4 group"]
     pair = checkpoint(tmp_path, group, kind)
     name = "model.layers.1.self_attn.k_proj"

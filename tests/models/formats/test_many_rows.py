@@ -83,7 +83,9 @@ def test_an_input_of_blocks_has_a_scale_for_each() -> None:
         assert error(codes[:, columns].float() * scale[block][:, None], x[:, columns]) < INPUT_ERROR
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed; comes with torch for CUDA"
+)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu/test_formats_gpu.py runs the compiled kernel")
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_kernel_makes_the_matrix_of_the_reference(name: str) -> None:

@@ -16,7 +16,8 @@ from graphgen.models.families import load_spec
 from graphgen.models.loader import load_decoder
 from graphgen.models.spec import LinearFormat
 from tests.models.driver import Driver
-from tests.models.formats.checkpoints import Pack, Packed, Pair, edit, edit_config, in_awq, in_fp8, in_gptq, write
+from tests.models.edits import edit, edit_config
+from tests.models.formats.checkpoints import Pack, Packed, Pair, in_awq, in_fp8, in_gptq, write
 
 CPU = torch.device("cpu")
 TOKENS = [5, 9, 3, 77, 8, 41]

@@ -12,10 +12,9 @@ from graphgen.ipc.errors import CheckpointError, UnsupportedModelError
 from graphgen.models.families import load_spec
 from graphgen.models.formats.readers.table import open_reader
 from graphgen.models.loader import load_decoder
+from tests.models.edits import edit, edit_config
 from tests.models.formats.checkpoints import (
     Packed,
-    edit,
-    edit_config,
     in_awq,
     in_gptq,
     rounded,
