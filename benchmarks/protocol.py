@@ -42,6 +42,7 @@ from graphgen.launch.config import EngineConfig
 from graphgen.remote.core import RemoteCore
 from graphgen.requests.core import AttachedCore, launch_config, load_config_tokenizer
 from graphgen.requests.tokenizer import read_tokenizer, write_tokenizer
+from graphgen.router.engine_link import own_links
 from graphgen.router.links import Links
 from graphgen.server.frontend.process import EngineElsewhere
 from graphgen.server.frontend.settings import FrontendSettings
@@ -106,7 +107,7 @@ class Setup:
     @contextlib.contextmanager
     def in_process(self) -> Iterator[AttachedCore]:
         """What an Engine is to its own process."""
-        link = Links([EngineElsewhere(self.folder)], attaches=True)
+        link = Links(own_links([EngineElsewhere(self.folder)], attaches=True))
         yield AttachedCore(self.launch, link.wait_ready(TIMEOUT_S), read_tokenizer(self.folder), link)
         link.close()
 

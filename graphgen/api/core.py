@@ -19,6 +19,7 @@ from graphgen.launch.processes import EngineProcesses
 from graphgen.launch.replicas import check_devices, of_replica
 from graphgen.requests.core import AttachedCore, describe_start, launch_config, load_config_tokenizer
 from graphgen.requests.tokenizer import write_tokenizer
+from graphgen.router.engine_link import own_links
 from graphgen.router.links import Links
 
 logger = logging.getLogger("graphgen")
@@ -38,7 +39,7 @@ class EngineCore(AttachedCore):
         engines = Engines(config.replicas, partial(EngineProcesses, num_ranks=config.tensor_parallel))
         with StartProgress(config.progress) as progress:
             try:
-                links = Links([engines[number] for number in range(len(engines))], progress.show)
+                links = Links(own_links([*engines], progress.show))
             except BaseException:
                 engines.stop(grace_s=0.0)
                 raise

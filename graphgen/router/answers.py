@@ -5,6 +5,7 @@ Owns nothing; the answers come on the receiving threads of the links. Called by 
 
 import itertools
 import threading
+from collections.abc import Collection
 from concurrent.futures import Future
 
 from graphgen.ipc.errors import EngineDeadError
@@ -12,8 +13,9 @@ from graphgen.ipc.messages import EngineStats
 from graphgen.router.engine_stats import sum_of
 
 
-def sum_answer(asked: "dict[int, Future[EngineStats]]", num_engines: int) -> "Future[EngineStats]":
-    """Done when all are: the sum of those that answered, and each for itself."""
+def sum_answer(asked: "dict[int, Future[EngineStats]]", engines: Collection[int]) -> "Future[EngineStats]":
+    """Done when all are: the sum of those that answered, and each for itself. engines: the numbers of all."""
+    num_engines = max(engines, default=-1) + 1
     answer: Future[EngineStats] = Future()
     left = itertools.count(len(asked) - 1, -1)
 

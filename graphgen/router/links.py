@@ -1,10 +1,11 @@
 """The engines of one program or one server, as one: each request goes where the policy says, and goes on elsewhere
 when its engine ends.
 
-Owns the links; `graphgen.router.engine_states` knows which engines serve or drain, `graphgen.router.places` where each
-request is. Never starts or ends an engine: whoever keeps the engines (`graphgen.launch.engines`) says which has ended,
-and calls `tick` ten times a second. Used by `graphgen.api.core` and the frontend of a server. With one engine all of it
-is that engine's link: nothing is routed, and what is open when the engine ends has ended with it.
+Owns the links, see `graphgen.router.engine_link`; `graphgen.router.engine_states` knows which engines serve or drain,
+`graphgen.router.places` where each request is. Never starts or ends an engine: whoever keeps the engines
+(`graphgen.launch.engines`) says which has ended, and calls `tick` ten times a second. Used by `graphgen.api.core` and
+the frontend of a server. With one engine all of it is that engine's link: nothing is routed, and what is open when the
+engine ends has ended with it.
 """
 
 import functools
@@ -16,11 +17,10 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 
 from graphgen.base.owner import Owner
 from graphgen.ipc.errors import EngineClosedError, EngineDeadError
-from graphgen.ipc.messages import EngineStats, Notice, Progress, Ready
-from graphgen.requests.link import Link
-from graphgen.requests.link_ends import Processes
+from graphgen.ipc.messages import EngineStats, Notice, Ready
 from graphgen.requests.open_request import OpenRequest
 from graphgen.router.answers import first_answer, sum_answer
+from graphgen.router.engine_link import EngineLink, LinkPlace, MakeLink
 from graphgen.router.engine_states import EngineStates
 from graphgen.router.places import Follower, Places
 
@@ -30,42 +30,34 @@ POLL_S = 0.02
 class Links:
     """One or several engines. Has the calls of a `Link`; the calls for those who keep the engines say which one."""
 
-    def __init__(
-        self,
-        engines: Sequence[Processes],
-        on_progress: Callable[[Progress], None] | None = None,
-        attaches: bool = False,
-        after_outputs: Callable[[], None] | None = None,
-        on_notice: Callable[[Notice], None] | None = None,
-    ) -> None:
-        """engines: their processes, or what stands for them. The other arguments: see `Link`."""
+    def __init__(self, engines: Sequence[MakeLink], on_notice: Callable[[Notice], None] | None = None) -> None:
+        """engines: what makes the link of each. on_notice: gets what an operator should know, until `when_noticed`
+        names another; None: it is logged."""
         self._owner = Owner("the engine")
         self._lock = threading.RLock()
         self._on_ready: Callable[[int, Ready], None] | None = None
+        self._on_notice = on_notice
         self._is_one = len(engines) == 1
-        several = not self._is_one
-        self._links: list[Link] = []
+        self._links: dict[int, EngineLink] = {}
         self._states = EngineStates(self._lock)
         self._places = Places(self._links, self._states, self._lock)
         try:
-            for number, processes in enumerate(engines):
-                self._links.append(
-                    Link(
-                        processes,
-                        on_progress if number == 0 else None,
-                        attaches,
-                        after_outputs,
-                        functools.partial(_name_engine, on_notice, number) if several and on_notice else on_notice,
-                        is_kept=several,
-                        observer=Follower(self._places, number) if several else None,
-                        lock=self._lock,
-                    )
-                )
-                self._links[number].when_ready(functools.partial(self._take_ready, number))
+            for number, make in enumerate(engines):
+                self._link(number, make)
         except BaseException:
-            for link in self._links:
+            for link in self._links.values():
                 link.close()
             raise
+
+    def _link(self, number: int, make: MakeLink) -> None:
+        """From here on there is an engine of this number."""
+        observer = None if self._is_one else Follower(self._places, number)
+        self._links[number] = link = make(LinkPlace(self._lock, observer, self._naming(number, self._on_notice)))
+        link.when_ready(functools.partial(self._take_ready, number))
+
+    def _naming(self, number: int, tell: Callable[[Notice], None] | None) -> Callable[[Notice], None] | None:
+        """`tell`, which hears of several engines whose notice it is."""
+        return tell if self._is_one or tell is None else functools.partial(_name_engine, tell, number)
 
     def __len__(self) -> int:
         return len(self._links)
@@ -82,7 +74,7 @@ class Links:
                     raise EngineDeadError(f"{self.num_serving} engines serve after {timeout_s:g} s, not {least}")
                 time.sleep(POLL_S)
             return self.ready
-        for number, link in enumerate(self._links):
+        for number, link in self._links.items():
             self._serve(number, link.wait_ready(max(0.0, deadline_s - time.monotonic())))
         return self.ready
 
@@ -143,7 +135,7 @@ class Links:
         with self._lock:
             self._places.raise_fault()
             asked = {number: self._links[number].ask_stats(steps) for number in sorted(self._states)}
-        return sum_answer(asked, len(self._links))
+        return sum_answer(asked, self._links)
 
     def ask_probe(self) -> "Future[None]":
         """Is done when scheduler, worker and device of some engine have answered, behind the steps in flight."""
@@ -161,17 +153,19 @@ class Links:
 
     def when_noticed(self, call: Callable[[Notice], None]) -> None:
         """From now on `call` gets what an operator should know, on a receiving thread."""
-        for number, link in enumerate(self._links):
-            link.when_noticed(functools.partial(_name_engine, call, number) if not self._is_one else call)
+        self._on_notice = call
+        for number, link in self._links.items():
+            if (tell := self._naming(number, call)) is not None:
+                link.when_noticed(tell)
 
     def close(self) -> None:
         """Ends the engines, then the threads. Open requests get EngineClosedError. Idempotent."""
         if not self._owner.is_this:
             return
         self._places.fail(EngineClosedError("the engine was closed: make a new Engine"))
-        for link in self._links:
+        for link in self._links.values():
             link.begin_close()
-        for link in self._links:
+        for link in self._links.values():
             link.close()
 
     # --- for those who keep the engines ----------------------------------------------------------------------------

@@ -12,15 +12,15 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from graphgen.base.page_digests import prompt_digests
 from graphgen.ipc.errors import DeadlineError, EngineDeadError, GraphgenError, OverloadedError, PoisonedRequestError
 from graphgen.ipc.messages import Ready
 from graphgen.ipc.reports import EngineReport
-from graphgen.requests.link import Link
 from graphgen.requests.open_request import OpenRequest
 from graphgen.requests.request_table import deliver
+from graphgen.router.engine_link import EngineLink
 from graphgen.router.engine_states import EngineStates
 from graphgen.router.policy import Router
 from graphgen.router.records import MAX_DIGESTS, Capacity, Choice, Loss, Refusal, RoutedRequest
@@ -35,7 +35,7 @@ class Places:
     """Of the requests of several engines. Any thread may submit, cancel and say what became of a request; what becomes
     of engines is said by who holds the lock."""
 
-    def __init__(self, links: Sequence[Link], states: EngineStates, lock: "threading.RLock") -> None:
+    def __init__(self, links: Mapping[int, EngineLink], states: EngineStates, lock: "threading.RLock") -> None:
         """links: to the engines, by number; nothing is sent to one before it serves."""
         self._links = links
         self._states = states
@@ -149,7 +149,7 @@ class Places:
     def tell_progress(self) -> None:
         """How many tokens the open requests have, to the router."""
         now_s = time.monotonic()
-        for number, link in enumerate(self._links):
+        for number, link in self._links.items():
             if number in self._joined:
                 self._note_tokens(link.open_requests(), now_s)
 

@@ -23,6 +23,7 @@ from graphgen.requests.chat_template import ChatSource
 from graphgen.requests.core import AttachedCore, launch_config
 from graphgen.requests.tokenizer import Tokenizer, TokenizerData
 from graphgen.requests.tokenizer_files import load_tokenizer
+from graphgen.router.engine_link import own_links
 from graphgen.router.links import Links
 from graphgen.server.frontend.authentication import Authenticator, Everyone
 from graphgen.server.frontend.keys import Keys
@@ -80,7 +81,7 @@ class Frontend:
         self.gate = make_gate(self._context, self.settings, launch)
         self.sockets: PublicSockets = bind(self._context, self.gate, self.settings, launch, keys)
         self._inbox = Inbox()
-        self._link = Links([self.processes], attaches=True, after_outputs=self._inbox.wake)
+        self._link = Links(own_links([self.processes], attaches=True, after_outputs=self._inbox.wake))
         self.scheduler.expect(Attach)
         self.scheduler.send(
             msgspec.structs.replace(READY, worker=msgspec.structs.replace(READY.worker, num_pages=NUM_PAGES))

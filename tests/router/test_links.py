@@ -31,6 +31,7 @@ from graphgen.ipc.messages import (
 )
 from graphgen.ipc.reports import EngineReport
 from graphgen.requests.open_request import OpenRequest
+from graphgen.router.engine_link import own_links
 from graphgen.router.links import Links
 from graphgen.router.records import MAX_LOSSES
 from tests.fakes import READY, STATS, FakeProcesses, FakeScheduler, open_request
@@ -46,7 +47,7 @@ class Rig:
     def __init__(self, count: int = 2) -> None:
         self.processes = [FakeProcesses() for _ in range(count)]
         self.noticed: queue.SimpleQueue[Notice] = queue.SimpleQueue()
-        self.links = Links(self.processes, attaches=True, on_notice=self.noticed.put)
+        self.links = Links(own_links(self.processes, attaches=True), self.noticed.put)
         self.schedulers = [FakeScheduler(one) for one in self.processes]
         for scheduler in self.schedulers:
             scheduler.expect(Attach)

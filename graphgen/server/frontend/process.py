@@ -29,6 +29,7 @@ from graphgen.launch.launch_config import LaunchConfig
 from graphgen.launch.processes import Exit, end_with_parent
 from graphgen.requests.core import AttachedCore
 from graphgen.requests.tokenizer import read_tokenizer
+from graphgen.router.engine_link import own_links
 from graphgen.router.links import Links
 from graphgen.server.frontend.authentication import Access, Authenticator, Everyone
 from graphgen.server.frontend.desk import Desk
@@ -116,13 +117,8 @@ def _serve(folder: Path, supervisor: SupervisorChannel) -> int:
         inbox = Inbox()
         stack.callback(inbox.close)
         folders = [Path(name) for name in settings.engines] or [folder]
-        links = Links(
-            [EngineElsewhere(one) for one in folders],
-            supervisor.send,
-            attaches=True,
-            after_outputs=inbox.wake,
-            on_notice=supervisor.send,
-        )
+        engines = [EngineElsewhere(one) for one in folders]
+        links = Links(own_links(engines, supervisor.send, attaches=True, after_outputs=inbox.wake), supervisor.send)
         stack.callback(links.close)
         least = len(links) if settings.awaits_all else 1
         ready = links.wait_ready(threading.TIMEOUT_MAX, least)  # the supervisor has an eye on the time
