@@ -31,6 +31,7 @@ from graphgen.ipc.messages import (
     TokenOutput,
     WorkerReady,
 )
+from graphgen.ipc.senders import engine_channel
 from graphgen.launch.processes import end_with_parent
 
 VOCABULARY = 1024
@@ -102,7 +103,7 @@ class PacedEngine:
 def main(folder: Path, parent_pid: int, step_ms: float) -> None:
     end_with_parent(parent_pid, folder)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    channel: EngineChannel = Channel(context, folder, "engine", "lower", EngineToScheduler)
+    channel: EngineChannel = Channel(context, folder, engine_channel(), "lower", EngineToScheduler)
     engine = PacedEngine(channel, step_ms)
     engine.run()
     partial = folder / f"{SENT_FILE}.partial"

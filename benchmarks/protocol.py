@@ -38,6 +38,7 @@ from graphgen.ipc.channel import Channel
 from graphgen.ipc.ggp.framing import client_framing
 from graphgen.ipc.ggp.messages import Generate, Hello, Sampling
 from graphgen.ipc.messages import FrontendToSupervisor, Listening, Shutdown, SupervisorToFrontend
+from graphgen.ipc.senders import engine_channel
 from graphgen.launch.config import EngineConfig
 from graphgen.remote.core import RemoteCore
 from graphgen.requests.core import AttachedCore, launch_config, load_config_tokenizer
@@ -45,7 +46,7 @@ from graphgen.requests.tokenizer import read_tokenizer, write_tokenizer
 from graphgen.router.engine_link import own_links
 from graphgen.router.links import Links
 from graphgen.server.frontend.process import EngineElsewhere
-from graphgen.server.frontend.settings import FrontendSettings
+from graphgen.server.frontend.settings import FrontendSettings, frontend_name, settings_file
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 600.0
@@ -122,7 +123,7 @@ class Setup:
     def address(self) -> str:
         """Of the frontend's data socket; starts the frontend."""
         channel: Channel[SupervisorToFrontend, FrontendToSupervisor] = Channel(
-            self._context, self.folder, "frontend", "upper", FrontendToSupervisor
+            self._context, self.folder, frontend_name(0), "upper", FrontendToSupervisor
         )
         wildcard = "tcp://127.0.0.1:*"
         FrontendSettings(
@@ -133,8 +134,8 @@ class Setup:
             private=self.private_address,
             memory_limit_bytes=1 << 30,
             max_unstarted=256,
-        ).write(self.folder)
-        self._processes["frontend"] = self.start("graphgen.server.frontend")
+        ).write(settings_file(self.folder, 0))
+        self._processes["frontend"] = self.start("graphgen.server.frontend", "0")
         while not isinstance(message := channel.receive(TIMEOUT_S), Listening):
             pass
         channel.close()
@@ -149,7 +150,7 @@ class Setup:
     def sent_s(self) -> list[list[float]]:
         """Ends the engine: when it sent each token, by request."""
         with contextlib.closing(self._context.socket(zmq.PUSH)) as socket:
-            socket.connect(f"ipc://{self.folder}/engine.down")
+            socket.connect(f"ipc://{self.folder}/{engine_channel()}.down")
             socket.send(msgspec.msgpack.encode(Shutdown()))
             self._processes["engine"].wait(TIMEOUT_S)
         sent: list[list[float]] = json.loads((self.folder / SENT_FILE).read_text())

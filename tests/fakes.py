@@ -27,6 +27,7 @@ from graphgen.ipc.messages import (
     WorkerCounters,
     WorkerReady,
 )
+from graphgen.ipc.senders import engine_channel
 from graphgen.launch.processes import EngineProcesses, Exit
 from graphgen.remote.requests import NO_PARSING, Parsing
 from graphgen.requests.open_request import OpenRequest
@@ -156,7 +157,7 @@ class FakeScheduler:
     def __init__(self, processes: EngineProcesses) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._channel: Channel[SchedulerToEngine, EngineToScheduler] = Channel(
-            self._context, processes.folder, "engine", "lower", EngineToScheduler
+            self._context, processes.folder, engine_channel(), "lower", EngineToScheduler
         )
 
     def send(self, message: SchedulerToEngine) -> None:

@@ -65,6 +65,7 @@ class EngineProcesses:
     def __init__(self, modules: tuple[str, ...] = (SCHEDULER_MODULE,), num_ranks: int = 1) -> None:
         """num_ranks: workers that the scheduler starts."""
         self.folder = _make_folder()
+        self.sender = 0  # who this program is to its engine
         self._num_ranks = num_ranks
         self._owner_pid = os.getpid()
         self._environment = _child_environment(self.folder)

@@ -19,6 +19,7 @@ from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.errors import ConfigError, InvalidRequestError, PromptTooLongError
 from graphgen.ipc.ggp.messages import SamplingDefaults
 from graphgen.ipc.messages import EngineStats, Ready, Submit
+from graphgen.ipc.senders import first_request_id
 from graphgen.launch.config import EngineConfig
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.launch.resolve import resolve
@@ -42,9 +43,17 @@ class AttachedCore:
     """Requests to an engine that runs already. Its link, model and tokenizer are another's."""
 
     def __init__(
-        self, launch: LaunchConfig, ready: Ready, tokenizer: Tokenizer | None, link: RequestLink, first_id: int = 0
+        self,
+        launch: LaunchConfig,
+        ready: Ready,
+        tokenizer: Tokenizer | None,
+        link: RequestLink,
+        sender: int = 0,
+        num_senders: int = 1,
+        started_s: float = 0.0,
     ) -> None:
-        """first_id: of the requests made here; no other core may have used it or a later one with this engine."""
+        """sender: who the engine knows the requests made here by, of so many (`graphgen.ipc.senders`). started_s: later
+        than that of any other core which is this sender, as time.monotonic()."""
         self.launch = launch
         self.ready = ready
         self.has_tokenizer = tokenizer is not None
@@ -53,7 +62,7 @@ class AttachedCore:
         self._tokenizer = tokenizer
         self._grammars = GrammarMaker()
         self._link = link
-        self._request_ids = itertools.count(first_id)
+        self._request_ids = itertools.count(first_request_id(sender, num_senders, started_s), num_senders)
 
     @property
     def tokenizer(self) -> Tokenizer:

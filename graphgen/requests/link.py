@@ -40,6 +40,7 @@ from graphgen.ipc.messages import (
     StatsRequest,
 )
 from graphgen.ipc.reports import EngineReport
+from graphgen.ipc.senders import engine_channel
 from graphgen.requests.failures import error_of, refusal_of
 from graphgen.requests.link_ends import Nobody, Observer, Processes
 from graphgen.requests.open_request import OpenRequest
@@ -103,7 +104,7 @@ class Link:
         self._stopping = threading.Event()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._channel: Channel[EngineToScheduler, SchedulerToEngine] = Channel(
-            self._context, processes.folder, "engine", "upper", SchedulerToEngine
+            self._context, processes.folder, engine_channel(processes.sender), "upper", SchedulerToEngine
         )
         if attaches:
             self._channel.send(Attach())

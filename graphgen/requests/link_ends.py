@@ -21,6 +21,10 @@ class Processes(Protocol):
     def folder(self) -> Path: ...
 
     @property
+    def sender(self) -> int:
+        """Who this end is to the engine, see `graphgen.ipc.senders`."""
+
+    @property
     def pids(self) -> dict[str, int]: ...
 
     def find_exit(self) -> Exit | None: ...

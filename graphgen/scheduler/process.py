@@ -28,6 +28,7 @@ from graphgen.ipc.messages import (
     StepResult,
     WorkerReady,
 )
+from graphgen.ipc.senders import engine_channel
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.limits import SchedulerLimits
@@ -49,7 +50,7 @@ def main(folder: Path, parent_pid: int, first: WorkerProcesses) -> None:
     raise_descriptor_limit()
     log_to_stderr("scheduler")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    engine: EngineChannel = Channel(context, folder, "engine", "lower", EngineToScheduler)
+    engine: EngineChannel = Channel(context, folder, engine_channel(), "lower", EngineToScheduler)
     workers = Workers(folder, parent_pid, context, first)
     try:
         config = LaunchConfig.read(folder)

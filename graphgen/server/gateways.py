@@ -6,10 +6,10 @@ supervisor, on its loop.
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from graphgen.gateway.settings import END_SIGNAL, GatewaySettings, ModelFacts, settings_file
 from graphgen.launch.processes import EngineProcesses
+from graphgen.server.frontends import private_address
 from graphgen.server.http_address import check_tls, check_traces, listen, url_of
 from graphgen.server.kept import Kept
 from graphgen.server.options import ServeOptions
@@ -66,7 +66,7 @@ class Gateways:
         options, descriptor = self._options, self._listeners[number].fileno()
         GatewaySettings(
             descriptor=descriptor,
-            frontend=private_address(processes.folder),
+            frontend=private_address(processes.folder, 0),
             model_names=(self._model_name,),
             model=model,
             keys=None if self._keys is None else str(self._keys),
@@ -79,11 +79,6 @@ class Gateways:
             traces=options.http_traces,
         ).write(settings_file(processes.folder, number))
         processes.start(MODULE, descriptors=(descriptor,), number=number)
-
-
-def private_address(folder: Path) -> str:
-    """Where the frontend listens for processes of its own server."""
-    return f"ipc://{folder / 'private'}"
 
 
 def _name(number: int) -> str:

@@ -103,6 +103,11 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
         return self.control or control_address(self.data)
 
     @property
+    def addresses(self) -> tuple[tuple[str, str], ...]:
+        """Where each frontend's data socket and its control socket are bound."""
+        return ((self.data, self.control_address),)
+
+    @property
     def has_tls(self) -> bool:
         """Whether HTTP is spoken over TLS."""
         return self.http_cert is not None

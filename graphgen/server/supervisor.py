@@ -1,4 +1,4 @@
-"""The supervisor of a server: starts scheduler, worker and frontend, watches them, and ends them in order.
+"""The supervisor of a server: starts schedulers and frontends, watches them, and ends them in order.
 
 Owns the decision which death ends the server: that of the last engine which has been started again too often. A
 scheduler that dies is started anew (the scheduler itself replaces its worker); with several engines its requests go on
@@ -20,7 +20,6 @@ from graphgen.base.progress import StartProgress
 from graphgen.base.signals import EndSignals
 from graphgen.gateway.output_parsers.formats import PLAIN, choose_format
 from graphgen.gateway.settings import ModelFacts
-from graphgen.ipc.channel import Channel
 from graphgen.ipc.errors import EngineDeadError
 from graphgen.ipc.messages import (
     Drain,
@@ -37,7 +36,6 @@ from graphgen.ipc.messages import (
     Progress,
     Ready,
     RequestEnded,
-    SupervisorToFrontend,
 )
 from graphgen.launch.config import EngineConfig
 from graphgen.launch.engines import Engines
@@ -46,21 +44,17 @@ from graphgen.launch.replicas import check_devices, of_replica
 from graphgen.requests.core import describe_start, launch_config, load_config_tokenizer
 from graphgen.requests.failures import error_of
 from graphgen.requests.tokenizer import write_tokenizer
-from graphgen.server.frontend.settings import MAX_UNSTARTED, FrontendSettings
-from graphgen.server.gateways import Gateways, private_address
-from graphgen.server.kept import Kept
+from graphgen.server.frontends import Frontends
+from graphgen.server.gateways import Gateways
 from graphgen.server.operator import EngineState, OperatorSocket, Told, Wish
 from graphgen.server.options import ServeOptions
 from graphgen.server.request_log import RequestLog
 
 logger = logging.getLogger("graphgen.server.supervisor")
 
-FRONTEND_MODULE = "graphgen.server.frontend"
 WATCH_S = 0.1
 LOST_GRACE_S = 5.0
 """For the frontend to tell clients that the engine is gone."""
-
-FrontendChannel = Channel[SupervisorToFrontend, FrontendToSupervisor]
 
 
 class Supervisor:
@@ -78,11 +72,8 @@ class Supervisor:
         self._model = ModelFacts(PLAIN, {})
         self._progress = StartProgress(config.progress)
         self._num_lost: int | None = None
-        self._listening = False
-        self._data, self._control = options.data, options.control_address
         self._keys = options.key_folder
         self._request_log = RequestLog(self._keys)
-        self._frontend = Kept("frontend", "its clients have lost their sessions", say)
         self._gateways = Gateways(options, self._model_name, say)
 
     def run(self) -> int:
@@ -90,36 +81,35 @@ class Supervisor:
         check_devices(self._config)
         raise_descriptor_limit()
         engines = Engines(self._config.replicas, partial(EngineProcesses, num_ranks=self._config.tensor_parallel))
-        processes = engines[0]
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        channel: FrontendChannel = Channel(context, processes.folder, "frontend", "upper", FrontendToSupervisor)
-        operator = OperatorSocket(context, processes.folder)
+        frontends = Frontends(context, self._options, self._model_name, list(engines), self._say)
+        operator = OperatorSocket(context, engines[0].folder)
         try:
-            self._start(engines)
+            self._start(engines, frontends)
             with self._progress as progress:
-                while not self._listening and self._num_lost is None:
-                    self._turn(engines, channel, operator, progress.show)
+                while not frontends.have_listened and self._num_lost is None:
+                    self._turn(engines, frontends, operator, progress.show)
             while self._num_lost is None:
-                self._turn(engines, channel, operator, lambda _: None)
-            self._gateways.finish(processes)
+                self._turn(engines, frontends, operator, lambda _: None)
+            self._gateways.finish(engines[0])
             return 0 if self._num_lost == 0 else 1
         finally:
             self._signals.ignore()
             self._gateways.close()
             engines.stop(grace_s=0.0)
-            channel.close()
+            frontends.close()
             operator.close()
             context.term()
-            for address in (self._data, self._control):
-                remove_dead(address)
+            for one in frontends:
+                remove_dead(one.data)
+                remove_dead(one.control)
 
-    def _start(self, engines: Engines) -> None:
+    def _start(self, engines: Engines, frontends: Frontends) -> None:
         """The engines' processes import torch meanwhile."""
         launch = launch_config(self._config)
         for number, processes in enumerate(engines):
             of_replica(launch, number, len(engines)).write(processes.folder)
-        # It binds its sockets at once, so that an address in use is found soon.
-        self._frontend.start(partial(self._start_frontend, engines))
+        frontends.start()
         tokenizer = load_config_tokenizer(self._config, launch)
         for processes in engines:
             write_tokenizer(tokenizer, processes.folder)
@@ -130,24 +120,6 @@ class Supervisor:
             )
             self._model = ModelFacts(output_format, {**tokenizer.special_tokens, "chat_template": tokenizer.chat_text})
 
-    def _start_frontend(self, engines: Engines) -> None:
-        processes = engines[0]
-        FrontendSettings(
-            engines=tuple(str(one.folder) for one in engines) if len(engines) > 1 else (),
-            model=self._model_name,
-            data=self._data,
-            control=self._control,
-            keys=None if self._keys is None else str(self._keys),
-            private=private_address(processes.folder),
-            memory_limit_bytes=self._options.memory_limit_mib << 20,
-            slow_consumer_s=self._options.slow_consumer_s,
-            open_requests=self._options.open_requests,
-            awaits_all=not self._listening,
-            max_unstarted=MAX_UNSTARTED * len(engines),
-            log_requests=self._options.log_requests,
-        ).write(processes.folder)
-        processes.start(FRONTEND_MODULE)
-
     @property
     def _model_name(self) -> str:
         return self._config.model or "demo"
@@ -155,30 +127,36 @@ class Supervisor:
     def _turn(
         self,
         engines: Engines,
-        channel: FrontendChannel,
+        frontends: Frontends,
         operator: OperatorSocket,
         on_progress: Callable[[Progress], None],
     ) -> None:
         """One look at messages, signals and processes."""
-        processes = engines[0]
-        message = channel.receive(WATCH_S)
-        if message is not None:
-            self._take(message, engines, on_progress)
-        self._pass_signals_on(channel)
-        if self._listening:
-            operator.serve(lambda wish: self._fulfil(wish, engines, channel))
+        for number, message in frontends.receive(WATCH_S):
+            self._take(number, message, engines, frontends, on_progress)
+        self._pass_signals_on(frontends)
+        if frontends.have_listened:
+            operator.serve(lambda wish: self._fulfil(wish, engines, frontends))
         if self._num_lost is not None:
             return
-        self._watch_engines(engines, channel)
-        self._watch_frontend(engines)
-        self._gateways.restore(processes, self._model)
-        if not self._listening and time.monotonic() - self._started_s > self._config.start_timeout_s:
+        self._watch_engines(engines, frontends)
+        self._watch_frontends(engines, frontends)
+        self._gateways.restore(engines[0], self._model)
+        if not frontends.have_listened and time.monotonic() - self._started_s > self._config.start_timeout_s:
             raise EngineDeadError(
                 f"the server was not ready after {self._config.start_timeout_s:g} s: raise start_timeout_s, or see what"
                 f" its processes wrote:\n{engines.log_tails()}"
             )
 
-    def _take(self, message: FrontendToSupervisor, engines: Engines, on_progress: Callable[[Progress], None]) -> None:
+    def _take(
+        self,
+        number: int,
+        message: FrontendToSupervisor,
+        engines: Engines,
+        frontends: Frontends,
+        on_progress: Callable[[Progress], None] = lambda _: None,
+    ) -> None:
+        """number: of the frontend that says it."""
         match message:
             case Progress():
                 on_progress(message)
@@ -193,13 +171,17 @@ class Supervisor:
             case Notice():
                 self._say(message.text)
             case Listening():
-                self._tell_ready(message, engines[0])
+                if frontends.listen(number, message):
+                    self._say("the frontend serves again")
+                elif frontends.have_listened:
+                    self._tell_ready(engines, frontends)
             case Drained():
-                self._num_lost = message.num_lost
+                frontends[number].num_lost = message.num_lost
+                self._num_lost = frontends.num_lost
             case RequestEnded():
                 self._request_log.write(message)
             case Failed():
-                if not self._listening:  # a start that cannot succeed, by the name that its error has
+                if not frontends.have_listened:  # a start that cannot succeed, by the name that its error has
                     raise error_of(message)
                 logger.error("the frontend failed with %s: %s", message.error, message.message)
 
@@ -213,17 +195,17 @@ class Supervisor:
         engines.rest(drained.engine)
         self._states[drained.engine] = "drained"
 
-    def _fulfil(self, wish: Wish, engines: Engines, channel: FrontendChannel) -> Told:
+    def _fulfil(self, wish: Wish, engines: Engines, frontends: Frontends) -> Told:
         """What an operator asks for."""
         error = self._why_not(wish, len(engines))
         if not error and wish.action == "drain":
             self._say(f"engine {wish.engine} drains; what is open there after {wish.grace_s:g} s goes on elsewhere")
             self._states[wish.engine] = "draining"
-            channel.send(DrainEngine(wish.engine, wish.grace_s))
+            frontends.tell(DrainEngine(wish.engine, wish.grace_s))
         if not error and wish.action == "resume":
             self._say(f"engine {wish.engine} is started again")
             self._states[wish.engine] = "starting"
-            channel.send(ExpectEngine(wish.engine))
+            frontends.tell(ExpectEngine(wish.engine))
             engines.wake(wish.engine)
         drained = (number for number, state in enumerate(self._states) if state == "drained")
         still_ending = {number for number in drained if not engines.is_at_rest(number)}
@@ -245,48 +227,44 @@ class Supervisor:
             return f"engine {wish.engine} is the only one that serves: let another one serve first"
         return ""
 
-    def _tell_ready(self, where: Listening, processes: EngineProcesses) -> None:
-        again, self._listening = self._listening, True
-        self._data, self._control = where.data, where.control  # a frontend that is started anew has the same ports
-        if again:
-            self._say("the frontend serves again")
-            return
-        assert self._ready is not None, "the frontend serves after the engine"
+    def _tell_ready(self, engines: Engines, frontends: Frontends) -> None:
+        assert self._ready is not None, "a frontend serves after the engine"
         self._say(
             describe_start(self._ready, time.monotonic() - self._started_s, with_phases=self._progress.shows_bars)
         )
-        self._say(f"listening on {where.data} (data)\nlistening on {where.control} (control)")
+        for one in frontends:
+            self._say(f"listening on {one.data} (data)\nlistening on {one.control} (control)")
         self._say(
             "no keys: who can connect may" if self._keys is None else f"only CURVE keys of {self._keys} may connect"
         )
-        self._gateways.start(processes, self._model)
-        if len(self._states) > 1:
-            self._say(f"`graphgen replicas --server {processes.folder}` drains engines and starts them again")
+        self._gateways.start(engines[0], self._model)
+        if len(engines) > 1:
+            self._say(f"`graphgen replicas --server {engines[0].folder}` drains engines and starts them again")
         self._say("ready")
 
-    def _pass_signals_on(self, channel: FrontendChannel) -> None:
+    def _pass_signals_on(self, frontends: Frontends) -> None:
         if self._signals.num_wishes == self._asked_to_end:
             return
         self._asked_to_end = self._signals.num_wishes
-        if not self._listening:
+        if not frontends.have_listened:
             self._num_lost = 0
         elif self._asked_to_end == 1:
             self._say(f"draining: open requests have {self._options.grace_s:g} s; a second signal ends them now")
-            channel.send(Drain(self._options.grace_s))
+            frontends.tell(Drain(self._options.grace_s))
         else:
-            channel.send(Drain(0.0))
+            frontends.tell(Drain(0.0))
 
-    def _watch_engines(self, engines: Engines, channel: FrontendChannel) -> None:
-        for end in engines.look(may_restart=self._listening and not self._asked_to_end):
+    def _watch_engines(self, engines: Engines, frontends: Frontends) -> None:
+        for end in engines.look(may_restart=frontends.have_listened and not self._asked_to_end):
             logger.error("%s", end.found)
-            if not self._listening:
-                self._raise_reason(channel)
+            if not frontends.have_listened:
+                self._raise_reason(frontends)
                 raise EngineDeadError(str(end.found))
             name = _name(engines, end.number)
             reason = f"{name} ended: the {end.found.name} exited with code {end.found.code}"
             is_last = engines.num_kept == 0
             self._states[end.number] = "starting" if end.restarts else "ended"
-            channel.send(EngineLost(reason, end.restarts, end.number, is_last))
+            frontends.tell(EngineLost(reason, end.restarts, end.number, is_last))
             if end.restarts and len(engines) == 1:
                 self._say(f"{reason}, and is started again; open requests get an error that says to try again")
             elif end.restarts:
@@ -294,35 +272,40 @@ class Supervisor:
             elif not is_last:
                 self._say(f"{reason}, and is not started again now; its requests go on at others")
             else:
-                self._await_end(channel)
+                self._await_end(frontends)
                 raise EngineDeadError(str(end.found))
 
-    def _await_end(self, channel: FrontendChannel) -> None:
-        """Of the frontend, which tells its clients that nothing is left."""
+    def _await_end(self, frontends: Frontends) -> None:
+        """Of the frontends, which tell their clients that nothing is left."""
         deadline_s = time.monotonic() + LOST_GRACE_S
-        while time.monotonic() < deadline_s and not isinstance(channel.receive(WATCH_S), Drained):
-            pass
+        while time.monotonic() < deadline_s and frontends.num_lost is None:
+            for number, message in frontends.receive(WATCH_S):
+                if isinstance(message, Drained):
+                    frontends[number].num_lost = message.num_lost
 
-    def _raise_reason(self, channel: FrontendChannel) -> None:
-        """A process that ends on an error says so first, through the frontend: its word is better than an exit code."""
+    def _raise_reason(self, frontends: Frontends) -> None:
+        """A process that ends on an error says so first, through a frontend: its word is better than an exit code."""
         deadline_s = time.monotonic() + 3 * WATCH_S
         while (left_s := deadline_s - time.monotonic()) > 0:
-            message = channel.receive(left_s)
-            if isinstance(message, Failed):
-                raise error_of(message)
+            for _, message in frontends.receive(left_s):
+                if isinstance(message, Failed):
+                    raise error_of(message)
 
-    def _watch_frontend(self, engines: Engines) -> None:
+    def _watch_frontends(self, engines: Engines, frontends: Frontends) -> None:
         """One that ends before it has ever served ends the server."""
-        found = engines[0].find_exit(("frontend",))
-        if found is None:
-            return
-        if self._asked_to_end:
-            self._num_lost = 1
-            return
-        if not self._listening:
-            logger.error("%s", found)
-            raise EngineDeadError(str(found))
-        self._frontend.restore(found, partial(self._start_frontend, engines))
+        for number, found in frontends.find_exits():
+            for message in frontends.drain(number):
+                self._take(number, message, engines, frontends)
+            if frontends[number].num_lost is not None:
+                continue
+            if self._asked_to_end:
+                frontends[number].num_lost = 1
+                self._num_lost = frontends.num_lost
+            elif not frontends.have_listened:
+                logger.error("%s", found)
+                raise EngineDeadError(str(found))
+            else:
+                frontends.restore(number, found)
 
 
 def _name(engines: Engines, number: int) -> str:

@@ -69,10 +69,10 @@ class Frontend:
         self.scheduler = FakeScheduler(self.processes)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.supervisor: Channel[SupervisorToFrontend, FrontendToSupervisor] = Channel(
-            self._context, self.processes.folder, "frontend", "upper", FrontendToSupervisor
+            self._context, self.processes.folder, "frontend-0", "upper", FrontendToSupervisor
         )
         lower: Channel[FrontendToSupervisor, SupervisorToFrontend] = Channel(
-            self._context, self.processes.folder, "frontend", "lower", SupervisorToFrontend
+            self._context, self.processes.folder, "frontend-0", "lower", SupervisorToFrontend
         )
         self._lower = lower
         launch = launch_config(engine or EngineConfig(device="cpu"))

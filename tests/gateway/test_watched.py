@@ -145,9 +145,9 @@ def test_logs_are_json_and_name_the_requests_of_a_dead_worker_and_say_nothing_of
     post(server, "/v1/completions", {"prompt": [SECRET]})
     post(server, "/v1/completions", {"prompt": SECRET * 5000})
     logs = {path.name: path.read_text() for path in folder_of(server).glob("*.log")}
-    assert {"scheduler.log", "frontend.log", "gateway-0.log"} <= set(logs)
+    assert {"scheduler.log", "frontend-0.log", "gateway-0.log"} <= set(logs)
     assert not [name for name, text in logs.items() if SECRET in text]
     assert SECRET not in server.output
-    said = [line for name in ("scheduler.log", "frontend.log", "gateway-0.log") for line in lines_of(logs[name])]
+    said = [line for name in ("scheduler.log", "frontend-0.log", "gateway-0.log") for line in lines_of(logs[name])]
     assert any(line["process"] == "scheduler" and line["message"] == "it computed requests victim" for line in said)
     assert any("a new worker serves" in line["message"] for line in lines_of(server.output))

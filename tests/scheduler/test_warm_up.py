@@ -20,6 +20,7 @@ from graphgen.ipc.messages import (
     StepResult,
     WorkerCounters,
 )
+from graphgen.ipc.senders import engine_channel
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.loop import SchedulerLoop
 from graphgen.scheduler.policy import Scheduler
@@ -118,9 +119,9 @@ def test_ready_is_said_when_nothing_is_left_to_do_and_counters_count_from_there(
 ) -> None:
     """The policy exists before the loop does; what is left of a start, the collector's last run, comes before Ready."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    engine = WatchedChannel(context, tmp_path, "engine", "lower", EngineToScheduler)
+    engine = WatchedChannel(context, tmp_path, engine_channel(), "lower", EngineToScheduler)
     user: Channel[EngineToScheduler, SchedulerToEngine] = Channel(
-        context, tmp_path, "engine", "upper", SchedulerToEngine
+        context, tmp_path, engine_channel(), "upper", SchedulerToEngine
     )
     workers = Workers(tmp_path, 0, context, FakeProcesses(tmp_path))
     before = WorkerCounters(graph_replays=7, eager_steps=1, recompilations=2)

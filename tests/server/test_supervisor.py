@@ -22,8 +22,8 @@ from graphgen.ipc.messages import (
 )
 from graphgen.launch.processes import Exit
 from graphgen.launch.starts import MAX_STARTS
-from graphgen.server import supervisor
-from graphgen.server.frontend.settings import FrontendSettings
+from graphgen.server import frontends, supervisor
+from graphgen.server.frontend.settings import FrontendSettings, settings_file
 from graphgen.server.options import ServeOptions
 from graphgen.server.supervisor import Supervisor
 from tests.fakes import READY, FakeProcesses
@@ -57,9 +57,10 @@ class Processes(FakeProcesses):
         if self.num_refused:
             self.num_refused -= 1
             raise OSError("no descriptors")
-        assert module == supervisor.FRONTEND_MODULE
-        self.dead.pop("frontend", None)
-        self.starts.append(FrontendSettings.read(self.folder))
+        assert module == frontends.MODULE
+        assert number is not None, "frontends are told apart"
+        self.dead.pop(f"frontend-{number}", None)
+        self.starts.append(FrontendSettings.read(settings_file(self.folder, number)))
 
     def restart_scheduler(self) -> None:
         self.num_engines += 1
@@ -85,7 +86,7 @@ class Rig:
         monkeypatch.setattr(supervisor, "LOST_GRACE_S", 1.0)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.frontend: Channel[FrontendToSupervisor, SupervisorToFrontend] = Channel(
-            self._context, self.processes.folder, "frontend", "lower", SupervisorToFrontend
+            self._context, self.processes.folder, "frontend-0", "lower", SupervisorToFrontend
         )
         options = ServeOptions(data="tcp://127.0.0.1:*", control="tcp://127.0.0.1:*", grace_s=7.0)
         engine = EngineConfig(device="cpu", **config)  # type: ignore[arg-type]  # settings of a test
@@ -194,7 +195,7 @@ def test_a_failure_of_another_kind_names_its_place(rig: Rig) -> None:
 def test_a_frontend_that_fails_later_is_replaced_at_the_same_address(rig: Rig) -> None:
     rig.listen()
     rig.frontend.send(Failed("frontend", "MemoryError", "full"))
-    rig.processes.dead["frontend"] = Exit("frontend", 1, "")
+    rig.processes.dead["frontend-0"] = Exit("frontend-0", 1, "")
     rig.wait_until(lambda: len(rig.processes.starts) == 2)
     assert [(one.data, one.control) for one in rig.processes.starts] == [
         ("tcp://127.0.0.1:*", "tcp://127.0.0.1:*"),
@@ -209,14 +210,14 @@ def test_a_frontend_that_fails_later_is_replaced_at_the_same_address(rig: Rig) -
 def test_a_start_that_the_system_refuses_is_tried_again(rig: Rig) -> None:
     rig.listen()
     rig.processes.num_refused = 1
-    rig.processes.dead["frontend"] = Exit("frontend", -9, "")
+    rig.processes.dead["frontend-0"] = Exit("frontend-0", -9, "")
     rig.wait_until(lambda: len(rig.processes.starts) == 2, 15.0)
     assert rig.processes.num_refused == 0
     assert rig.outcome is None
 
 
 def test_a_frontend_that_ends_while_it_starts_ends_the_start(rig: Rig) -> None:
-    rig.processes.dead["frontend"] = Exit("frontend", 1, "no memory")
+    rig.processes.dead["frontend-0"] = Exit("frontend-0", 1, "no memory")
     outcome = rig.ended()
     assert isinstance(outcome, EngineDeadError)
     assert "no memory" in str(outcome)
@@ -226,7 +227,7 @@ def test_a_frontend_that_dies_while_it_drains_has_lost_requests(rig: Rig) -> Non
     rig.listen()
     rig.wishes.num_wishes = 1
     assert rig.frontend.receive(5) == Drain(7.0)
-    rig.processes.dead["frontend"] = Exit("frontend", -9, "")
+    rig.processes.dead["frontend-0"] = Exit("frontend-0", -9, "")
     assert rig.ended() == 1
     assert len(rig.processes.starts) == 1, "nobody needs another"
 

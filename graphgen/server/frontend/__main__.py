@@ -1,4 +1,4 @@
-"""`python -m graphgen.server.frontend FOLDER PARENT_PID`, started by the supervisor."""
+"""`python -m graphgen.server.frontend FOLDER PARENT_PID NUMBER`, started by the supervisor."""
 
 import sys
 from pathlib import Path
@@ -6,4 +6,4 @@ from pathlib import Path
 from graphgen.server.frontend.process import main
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

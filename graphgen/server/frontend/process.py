@@ -46,6 +46,8 @@ from graphgen.server.frontend.settings import (
     CONTROL_FRAME_BYTES,
     FrontendSettings,
     frame_bytes_limit,
+    frontend_name,
+    settings_file,
     text_bytes_limit,
 )
 from graphgen.server.frontend.sockets import Context, PublicSocket
@@ -55,15 +57,14 @@ logger = logging.getLogger("graphgen.server.frontend")
 LINGER_S = 1.0
 SWITCH_INTERVAL_S = 0.0005
 """How long a thread may keep the interpreter from the loop: a prompt is checked while others' tokens arrive."""
-REQUEST_IDS_PER_S = 1 << 20
-"""A frontend's request ids begin at the clock, in these units: one that is started later never uses an id again."""
 
 
 class EngineElsewhere:
     """Stands for the processes of an engine, which the supervisor watches."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, sender: int = 0) -> None:
         self.folder = folder
+        self.sender = sender
         self.pids: dict[str, int] = {}
 
     def find_exit(self) -> Exit | None:
@@ -76,17 +77,18 @@ class EngineElsewhere:
         pass
 
 
-def main(folder: Path, parent_pid: int) -> None:
-    """Runs until it has drained, or until the supervisor ends."""
+def main(folder: Path, parent_pid: int, number: int) -> None:
+    """Runs until it has drained, or until the supervisor ends. number: among the frontends of the server."""
     end_with_parent(parent_pid, folder)
     raise_descriptor_limit()
     keep_heap_small()
-    log_to_stderr("frontend", drops_repeats=True)
+    name = frontend_name(number)
+    log_to_stderr(name, drops_repeats=True)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     inner: Context = zmq.Context()
-    supervisor: SupervisorChannel = Channel(inner, folder, "frontend", "lower", SupervisorToFrontend)
+    supervisor: SupervisorChannel = Channel(inner, folder, name, "lower", SupervisorToFrontend)
     try:
-        supervisor.send(Drained(_serve(folder, supervisor)))
+        supervisor.send(Drained(_serve(folder, number, supervisor)))
         code = 0
     except BaseException as error:
         logger.exception("the frontend failed")
@@ -97,9 +99,9 @@ def main(folder: Path, parent_pid: int) -> None:
     sys.exit(code)
 
 
-def _serve(folder: Path, supervisor: SupervisorChannel) -> int:
+def _serve(folder: Path, number: int, supervisor: SupervisorChannel) -> int:
     """How many requests were lost when it drained."""
-    settings = FrontendSettings.read(folder)
+    settings = FrontendSettings.read(settings_file(folder, number))
     launch = LaunchConfig.read(folder)
     public: Context = zmq.Context()
     with contextlib.ExitStack() as stack:
@@ -117,13 +119,13 @@ def _serve(folder: Path, supervisor: SupervisorChannel) -> int:
         inbox = Inbox()
         stack.callback(inbox.close)
         folders = [Path(name) for name in settings.engines] or [folder]
-        engines = [EngineElsewhere(one) for one in folders]
+        engines = [EngineElsewhere(one, number) for one in folders]
         links = Links(own_links(engines, supervisor.send, attaches=True, after_outputs=inbox.wake), supervisor.send)
         stack.callback(links.close)
         least = len(links) if settings.awaits_all else 1
         ready = links.wait_ready(threading.TIMEOUT_MAX, least)  # the supervisor has an eye on the time
         supervisor.send(ready)
-        core = AttachedCore(launch, ready, read_tokenizer(folder), links, int(time.monotonic() * REQUEST_IDS_PER_S))
+        core = AttachedCore(launch, ready, read_tokenizer(folder), links, number, 1, time.monotonic())
         server = make_server(sockets, supervisor, inbox, links, core, settings, access)
         stack.callback(server.close)
         limit_memory(settings.memory_limit_bytes)

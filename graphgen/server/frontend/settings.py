@@ -1,4 +1,4 @@
-"""What the frontend process is told by its supervisor: addresses, limits and times. A file in the engine's folder."""
+"""What a frontend process is told by its supervisor: addresses, limits and times. A file in the engine's folder."""
 
 from pathlib import Path
 
@@ -6,8 +6,6 @@ import msgspec
 from msgspec import Struct
 
 from graphgen.ipc.ggp import limits
-
-FILE = "frontend.msgpack"
 
 MAX_UNSTARTED = 16
 """Of one client with one engine, see `FrontendSettings.max_unstarted`."""
@@ -53,12 +51,21 @@ class FrontendSettings(Struct, frozen=True, kw_only=True):
     threads: int = 2
     """That tokenize prompts."""
 
-    def write(self, folder: Path) -> None:
-        (folder / FILE).write_bytes(msgspec.msgpack.encode(self))
+    def write(self, path: Path) -> None:
+        path.write_bytes(msgspec.msgpack.encode(self))
 
     @classmethod
-    def read(cls, folder: Path) -> "FrontendSettings":
-        return msgspec.msgpack.decode((folder / FILE).read_bytes(), type=cls)
+    def read(cls, path: Path) -> "FrontendSettings":
+        return msgspec.msgpack.decode(path.read_bytes(), type=cls)
+
+
+def frontend_name(number: int) -> str:
+    """Of the process and of its channel to the supervisor. number: among those of its server."""
+    return f"frontend-{number}"
+
+
+def settings_file(folder: Path, number: int) -> Path:
+    return folder / f"{frontend_name(number)}.msgpack"
 
 
 def text_bytes_limit(max_model_len: int) -> int:

@@ -1,0 +1,165 @@
+"""The frontends of a server: processes with public sockets, each at addresses of its own, which share the engines.
+
+Owns their channels to the supervisor, their starts, and what each has said of itself; decides nothing. Used by the
+supervisor, on its loop.
+
+What all of them say of the engines is heard from one, the speaker: the first that listens.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import zmq
+
+from graphgen.ipc.channel import Channel
+from graphgen.ipc.messages import FrontendToSupervisor, Listening, SupervisorToFrontend
+from graphgen.launch.processes import EngineProcesses, Exit
+from graphgen.server.frontend.settings import MAX_UNSTARTED, FrontendSettings, frontend_name, settings_file
+from graphgen.server.kept import Kept
+from graphgen.server.options import ServeOptions
+
+MODULE = "graphgen.server.frontend"
+
+FrontendChannel = Channel[SupervisorToFrontend, FrontendToSupervisor]
+
+
+class Frontend:
+    """One of them, whichever process it is by now."""
+
+    def __init__(self, channel: FrontendChannel, kept: Kept, data: str, control: str) -> None:
+        self.channel = channel
+        self.kept = kept
+        self.data = data
+        self.control = control
+        self.listens = False
+        self.has_listened = False  # in this life or an earlier one
+        self.num_lost: int | None = None  # requests, once it has drained
+
+
+class Frontends:
+    """All of them, by number."""
+
+    def __init__(
+        self,
+        context: "zmq.Context[zmq.Socket[bytes]]",
+        options: ServeOptions,
+        model_name: str,
+        engines: Sequence[EngineProcesses],
+        say: Callable[[str], None],
+    ) -> None:
+        """engines: the first one's folder is also theirs."""
+        self._options = options
+        self._model_name = model_name
+        self._processes = engines[0]
+        self._engines = tuple(str(one.folder) for one in engines)
+        self._all = [
+            Frontend(
+                Channel(context, self._processes.folder, frontend_name(number), "upper", FrontendToSupervisor),
+                Kept("frontend", "its clients have lost their sessions", say),
+                *addresses,
+            )
+            for number, addresses in enumerate(options.addresses)
+        ]
+        self._poller = zmq.Poller()
+        for one in self._all:
+            self._poller.register(one.channel.receiver, zmq.POLLIN)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __iter__(self) -> Iterator[Frontend]:
+        return iter(self._all)
+
+    def __getitem__(self, number: int) -> Frontend:
+        return self._all[number]
+
+    def start(self) -> None:
+        """All of them. They bind their sockets at once, so that an address in use is found soon."""
+        for number, one in enumerate(self._all):
+            one.kept.start(partial(self._start_one, number))
+
+    def close(self) -> None:
+        for one in self._all:
+            one.channel.close()
+
+    # --- messages ----------------------------------------------------------------------------------------------------
+
+    def receive(self, timeout_s: float) -> list[tuple[int, FrontendToSupervisor]]:
+        """A message of each that has said something, and who said it; nothing after `timeout_s`."""
+        readable = dict(self._poller.poll(int(timeout_s * 1000)))
+        found = ((number, one.channel) for number, one in enumerate(self._all) if one.channel.receiver in readable)
+        return [(number, message) for number, channel in found if (message := channel.receive(0.0)) is not None]
+
+    def drain(self, number: int) -> list[FrontendToSupervisor]:
+        """What one has said and nobody has taken."""
+        return list(self._all[number].channel.drain())
+
+    def tell(self, message: SupervisorToFrontend) -> None:
+        """To all of them; one that is being started hears it later."""
+        for one in self._all:
+            one.channel.send(message)
+
+    @property
+    def speaker(self) -> int:
+        """From whom is heard what all of them say."""
+        return next((number for number, one in enumerate(self._all) if one.listens), 0)
+
+    # --- lives -------------------------------------------------------------------------------------------------------
+
+    def listen(self, number: int, where: Listening) -> bool:
+        """One listens. Whether it is not the first time: then it has the addresses that it had before."""
+        one = self._all[number]
+        one.data, one.control = where.data, where.control
+        one.listens = True
+        again, one.has_listened = one.has_listened, True
+        return again
+
+    @property
+    def have_listened(self) -> bool:
+        """Whether all of them have, so that the server has been ready."""
+        return all(one.has_listened for one in self._all)
+
+    @property
+    def num_lost(self) -> int | None:
+        """Requests that were lost, once all have drained."""
+        lost = [one.num_lost for one in self._all if one.num_lost is not None]
+        return sum(lost) if len(lost) == len(self._all) else None
+
+    def find_exits(self) -> list[tuple[int, Exit]]:
+        """Those that have ended and had not drained."""
+        found = (
+            (number, self._processes.find_exit((frontend_name(number),)))
+            for number, one in enumerate(self._all)
+            if one.num_lost is None
+        )
+        return [(number, ended) for number, ended in found if ended is not None]
+
+    def restore(self, number: int, found: Exit) -> None:
+        """One has ended, and is started again. Called for as long as it has."""
+        self._all[number].listens = False
+        self._all[number].kept.restore(found, partial(self._start_one, number))
+
+    def _start_one(self, number: int) -> None:
+        one, folder, options = self._all[number], self._processes.folder, self._options
+        keys = options.key_folder
+        FrontendSettings(
+            engines=self._engines if len(self._engines) > 1 else (),
+            model=self._model_name,
+            data=one.data,
+            control=one.control,
+            keys=None if keys is None else str(keys),
+            private=private_address(folder, number),
+            memory_limit_bytes=options.memory_limit_mib << 20,
+            slow_consumer_s=options.slow_consumer_s,
+            open_requests=options.open_requests,
+            awaits_all=not one.has_listened,
+            max_unstarted=MAX_UNSTARTED * len(self._engines),
+            log_requests=options.log_requests,
+        ).write(settings_file(folder, number))
+        self._processes.start(MODULE, number=number)
+
+
+def private_address(folder: Path, number: int) -> str:
+    """Where a frontend listens for processes of its own server."""
+    return f"ipc://{folder / f'private-{number}'}"
