@@ -1,0 +1,1 @@
+"""Engines on many machines: Ray starts and watches them, tokens stay on graphgen's own protocol."""
