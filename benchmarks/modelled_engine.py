@@ -175,6 +175,9 @@ class ModelledEngine:
             num_tenants=1,
             prompt_tokens=self._prompt_tokens,
             output_tokens=self._last_steps - num_decodes * self._num_steps + self._waiting_outputs,
+            num_others=0,  # one router has all of them
+            others_prompt_tokens=0,
+            others_output_tokens=0,
             num_steps=self._num_steps,
             pages_free=self._num_pages,
             prompt_token_s=full_ms / costs.num_rows * pace,

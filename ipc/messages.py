@@ -4,7 +4,7 @@ Owns the Structs and nothing else: no sockets, no policy. All are frozen, array-
 both ends are the same build) and hold ints, floats, strings and packed int32 bytes, never tensors.
 `array("i")` or `numpy.frombuffer(..., "<i4")` reads the packed fields.
 
-    Engine  -> scheduler     Submit | Cancel | StatsRequest | ReportRequest | Probe | Attach | Shutdown
+    Engine  -> scheduler     Submit | Cancel | StatsRequest | ReportRequest | Probe | Attach | SenderEnded | Shutdown
     scheduler -> Engine      Ready | Progress | Notice | Outputs | Rejected | Blamed | EngineStats | EngineReport
                              | Probe | Failed
     scheduler -> worker      StepPlan | Probe | Shutdown
@@ -13,7 +13,7 @@ both ends are the same build) and hold ints, floats, strings and packed int32 by
     frontend -> supervisor   Progress | Ready | EngineServes | EngineDrained | Notice | Listening | RequestEnded
                              | Drained | Failed
 
-The frontend stands in the Engine's place when a server runs; the supervisor is the process that started all of them.
+The frontends stand in the Engine's place when a server runs; the supervisor is the process that started all of them.
 
 All `_s` times are `time.monotonic()` of the machine, which its processes share.
 """
@@ -138,6 +138,12 @@ class ReportRequest(Struct, frozen=True, array_like=True, tag="report?", gc=Fals
 
 class Attach(Struct, frozen=True, array_like=True, tag="attach", gc=False):
     """The sender took the place of another Engine, which is gone: that one's requests end. Answered by Ready."""
+
+
+class SenderEnded(Struct, frozen=True, array_like=True, tag="sender_ended", gc=False):
+    """Said by whoever watches the sender of a channel: it has ended, and its requests with ids below this one end."""
+
+    below: int
 
 
 class Shutdown(Struct, frozen=True, array_like=True, tag="shutdown", gc=False):
@@ -546,7 +552,7 @@ class Drained(Struct, frozen=True, array_like=True, tag="drained", gc=False):
     num_lost: int
 
 
-EngineToScheduler = Submit | Cancel | StatsRequest | ReportRequest | Probe | Attach | Shutdown
+EngineToScheduler = Submit | Cancel | StatsRequest | ReportRequest | Probe | Attach | SenderEnded | Shutdown
 SchedulerToEngine = (
     Ready | Progress | Notice | Outputs | Rejected | Blamed | EngineStats | EngineReport | Probe | Failed
 )

@@ -18,6 +18,10 @@ class EngineReport(Struct, frozen=True, array_like=True, tag="report", gc=False,
     num_tenants: int  # that these are accounted to
     prompt_tokens: int  # that these have to compute before their next token
     output_tokens: int  # that these are expected to draw yet
+    # Of these requests: those that others sent than the one who asks, and their part of the tokens.
+    num_others: int
+    others_prompt_tokens: int
+    others_output_tokens: int
     num_steps: int  # that have run since the engine's start: an engine with requests that runs no steps hangs
     pages_free: int
     # Seconds of the device, by its measured step times; 0 where nothing was measured.

@@ -62,11 +62,14 @@ class EngineProcesses:
     them is read from the files that it leaves in the folder.
     """
 
-    def __init__(self, modules: tuple[str, ...] = (SCHEDULER_MODULE,), num_ranks: int = 1) -> None:
-        """num_ranks: workers that the scheduler starts."""
+    def __init__(
+        self, modules: tuple[str, ...] = (SCHEDULER_MODULE,), num_ranks: int = 1, num_senders: int = 1
+    ) -> None:
+        """num_ranks: workers that the scheduler starts. num_senders: who send it requests."""
         self.folder = _make_folder()
         self.sender = 0  # who this program is to its engine
         self._num_ranks = num_ranks
+        self._num_senders = num_senders
         self._owner_pid = os.getpid()
         self._environment = _child_environment(self.folder)
         self._children: dict[str, subprocess.Popen[bytes]] = {}
@@ -86,7 +89,7 @@ class EngineProcesses:
             name = f"{name}-{number}"
             arguments.append(str(number))
         if module == SCHEDULER_MODULE:
-            arguments.append(str(self._num_ranks))
+            arguments += [str(self._num_ranks), str(self._num_senders)]
         log_file = self.folder / f"{name}.log"
         self._children[name] = start_child(module, arguments, log_file, self._environment, descriptors=descriptors)
 

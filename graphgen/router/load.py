@@ -3,10 +3,10 @@
 Owns the counts of the requests that this router sent to the engine; keeps no request. Called by
 `graphgen.router.policy`.
 
-Exact are the tokens of the router's own requests. What others sent is known from the engine's last report: of the
-requests that are open there, those that are not the router's own, with their part of the reported tokens. Whose they
-are is not known: each of the engine's tenants is taken to have an equal part of them. Prompts often wait for less time
-than a report is old, so what counts is the mean of the last few reports.
+Exact are the tokens of the router's own requests. What others sent is in the engine's last report, which tells the
+router's own apart: nothing is counted twice. Whose it is is not known: each of the engine's tenants is taken to have an
+equal part of it. Prompts often wait for less time than a report is old, so what counts is the mean of the last few
+reports.
 
     work    = prompt tokens to compute * prompt_token_s + output tokens expected yet * output_token_s
     cost    = (work of all + work that goes before the request) / 2 + its own work
@@ -111,7 +111,7 @@ class EngineLoad:
     @property
     def num_others(self) -> int:
         """Requests of others that are open here, by its last report."""
-        return 0 if self.report is None else max(0, self.report.num_open - self.num_open)
+        return 0 if self.report is None else self.report.num_others
 
     @property
     def open_work_s(self) -> float:
@@ -120,15 +120,13 @@ class EngineLoad:
         return prompt + (self.output_tokens + self.others_output) * speeds.output_token_s
 
     def take_report(self, report: EngineReport) -> None:
-        """What others sent is what the engine has beyond the router's own."""
+        """What others sent, as the engine tells it."""
         self.report = report
-        num_others = self.num_others
-        if not num_others:
+        if not report.num_others:
             self.others_prompt = self.others_output = 0.0
             return
-        share = num_others / report.num_open
-        self.others_prompt += _REPORT_WEIGHT * (share * report.prompt_tokens - self.others_prompt)
-        self.others_output += _REPORT_WEIGHT * (share * report.output_tokens - self.others_output)
+        self.others_prompt += _REPORT_WEIGHT * (report.others_prompt_tokens - self.others_prompt)
+        self.others_output += _REPORT_WEIGHT * (report.others_output_tokens - self.others_output)
 
     def forget_report(self, now_s: float) -> None:
         """It has a new life, which has not reported yet."""

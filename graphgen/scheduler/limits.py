@@ -31,6 +31,7 @@ class SchedulerLimits(Struct, frozen=True):
     max_long_prompts: int = 1  # that are computed at the same time
     max_scored_rows: int = MAX_SCORED_ROWS  # of one step
     max_chunk_pages: int | None = None  # that the chunks of one step may see together, at least a whole context's
+    num_senders: int = 1  # of requests, see `graphgen.ipc.senders`
     pads: bool = True  # a step has all rows of its bucket; else those that hold a token
 
     def __post_init__(self) -> None:

@@ -1,8 +1,8 @@
 """The scheduler's loop: it feeds the pure policy with messages, time and step results.
 
 Owns the clock, and what is measured of steps and losses; requests are the policy's, the worker group is
-`graphgen.scheduler.workers`'. A result is answered with the next plan before its outputs go to the Engine, so that the
-worker always has a step to launch, and what can wait is done last.
+`graphgen.scheduler.workers`'. A result is answered with the next plan before its outputs go to the senders of its
+requests (`graphgen.scheduler.senders`), so that the worker always has a step to launch; what can wait is done last.
 
 A worker group that dies, hangs or sends what cannot be is replaced, and every request goes on where it was: the policy
 keeps them all. Made and run by `graphgen.scheduler.process`.
@@ -17,7 +17,6 @@ from collections.abc import Sequence
 import msgspec
 import zmq
 
-from graphgen.ipc.channel import Channel
 from graphgen.ipc.errors import DeadlineError, InvalidRequestError, OverloadedError
 from graphgen.ipc.messages import (
     Attach,
@@ -33,7 +32,7 @@ from graphgen.ipc.messages import (
     Ready,
     Rejected,
     ReportRequest,
-    SchedulerToEngine,
+    SenderEnded,
     Shutdown,
     StatsRequest,
     StepResult,
@@ -47,6 +46,7 @@ from graphgen.ipc.step_schema import unpack_columns
 from graphgen.scheduler.policy import Scheduler
 from graphgen.scheduler.recent_steps import RecentSteps
 from graphgen.scheduler.request import Request
+from graphgen.scheduler.senders import Senders
 from graphgen.scheduler.step_log import StepLog
 from graphgen.scheduler.step_times import StepTimes
 from graphgen.scheduler.step_watch import LOOK_S, StepWatch, Verdict
@@ -59,8 +59,6 @@ TOLD_S = 0.05
 
 SHOWN_REQUESTS = 20
 """Of those that a line of the log names."""
-
-EngineChannel = Channel[SchedulerToEngine, EngineToScheduler]
 
 
 def _difference(one: WorkerCounters, other: WorkerCounters) -> WorkerCounters:
@@ -81,7 +79,7 @@ class SchedulerLoop:
     def __init__(
         self,
         policy: Scheduler,
-        engine: EngineChannel,
+        senders: Senders,
         workers: Workers,
         step_log: StepLog,
         ready: Ready,
@@ -92,15 +90,16 @@ class SchedulerLoop:
         self._policy = policy
         self._before_requests = before_requests
         self._ready = ready
-        self._engine = engine
+        self._senders = senders
         self._workers = workers
         self._step_log = step_log
         self._step_times = StepTimes()
-        self._recent_steps = RecentSteps()
+        self._recent_steps = [RecentSteps() for _ in range(len(senders))]
         self._watch = StepWatch(time.monotonic(), steps_compile=ready.worker.compiled and not ready.worker.graphs)
         self._shows_stacks = False  # the worker was asked for them
         self._counters = before_requests
-        self._probes: list[Probe] = []  # on their way to the device
+        self._probes: dict[int, tuple[int, Probe]] = {}  # on their way to the device, and whose each is
+        self._num_probes = 0
         self._lost_s: float | None = None  # when the group that is being replaced was lost
         self._last_loss = ""
         self._last_pause_s = 0.0
@@ -113,24 +112,24 @@ class SchedulerLoop:
         gc.freeze()
         gc.set_threshold(100_000, 50, 100)
         poller = self._make_poller()
-        self._engine.send(self._ready)
+        self._senders.tell(self._ready)
         while self._running:
             poller.poll(self._patience_ms())
             answers = self._hear_workers()
-            for engine_message in self._engine.drain():
-                self._take_from_engine(engine_message)
+            for sender, engine_message in self._senders.drain():
+                self._take_from_engine(sender, engine_message)
             expired = self._policy.expire(time.monotonic())
             self._send_plans()
             for answer in (*answers, *expired):
-                self._engine.send(answer)
+                self._senders.answer(answer)
             self._policy.prepare()
             if self._workers.look_s is not None and self._follow_workers():
                 poller = self._make_poller()
 
     def _make_poller(self) -> zmq.Poller:
-        """Wakes for the Engine's messages and for whatever happens to the worker group of this moment."""
+        """Wakes for the senders' messages and for whatever happens to the worker group of this moment."""
         poller = zmq.Poller()
-        poller.register(self._engine.receiver, zmq.POLLIN)
+        self._senders.register(poller)
         self._workers.register(poller)
         return poller
 
@@ -197,11 +196,11 @@ class SchedulerLoop:
         logger.warning("it computed %s", _names(suspects))
         if poisoned:
             logger.error("given up, since workers die of them: %s", _names(poisoned))
-        self._engine.send(Notice(notice))
+        self._senders.tell(Notice(notice))
         blamed = [request for request in suspects if request not in poisoned]
         if blamed:
             counts = tuple(request.num_fruitless_deaths for request in blamed)
-            self._engine.send(Blamed(tuple(request.request_id for request in blamed), counts))
+            self._senders.answer(Blamed(tuple(request.request_id for request in blamed), counts))
         self._workers.replace(loss, self._ready.worker)
         return [self._policy.fail_poisoned(request, loss.last_words) for request in poisoned]
 
@@ -225,9 +224,9 @@ class SchedulerLoop:
             f" {self._policy.waiting} requests go on"
         )
         logger.warning("%s", notice)
-        self._engine.send(Notice(notice))
-        for probe in self._probes:
-            self._workers.send(probe)
+        self._senders.tell(Notice(notice))
+        for number in self._probes:
+            self._workers.send(Probe(number))
         self._send_plans()
 
     def _take_from_worker(self, message: WorkerToScheduler) -> Sequence[Outputs | Rejected]:
@@ -235,9 +234,8 @@ class SchedulerLoop:
         match message:
             case StepResult() as result:
                 return self._take_result(result)
-            case Probe() as probe:
-                self._probes.remove(probe)
-                self._engine.send(probe)
+            case Probe() as came:
+                self._senders.send(*self._probes.pop(came.probe_id))
                 return ()
             case Failed() | Progress() | WorkerReady():
                 return ()
@@ -248,8 +246,9 @@ class SchedulerLoop:
             self._step_log.write(self._policy.describe_step(result.step_id), result)
         self._step_times.add(result.started_s, result.finished_s)
         milliseconds = (result.finished_s - result.started_s) * 1000.0
-        if self._recent_steps.are_kept:
-            self._recent_steps.add(self._policy.find_step(result.step_id), milliseconds, result.finished_s)
+        for recent in self._recent_steps:
+            if recent.are_kept:
+                recent.add(self._policy.find_step(result.step_id), milliseconds, result.finished_s)
         self._policy.step_took(result.step_id, milliseconds, result.finished_s)
         self._counters = result.counters
         self._watch.answered(milliseconds)
@@ -267,37 +266,55 @@ class SchedulerLoop:
         logger.error("no token could be drawn for %s", _names([drawing[place] for place in result.failed_draws]))
         return self._policy.fail_draws(result.step_id, result.failed_draws)
 
-    def _take_from_engine(self, message: EngineToScheduler) -> None:
+    def _take_from_engine(self, sender: int, message: EngineToScheduler) -> None:
         match message:
             case Submit() as submit:
-                try:
-                    self._policy.add(submit)
-                except OverloadedError as error:
-                    self._engine.send(
-                        Rejected(submit.request_id, "OverloadedError", error.message, error.retry_after_s)
-                    )
-                except DeadlineError as error:
-                    self._engine.send(Rejected(submit.request_id, "DeadlineError", str(error)))
-                except InvalidRequestError as error:
-                    self._engine.send(Rejected(submit.request_id, "InvalidRequestError", str(error)))
+                self._take_request(sender, submit)
             case Cancel() as cancel:
-                self._policy.cancel(cancel.request_id)
+                if self._senders.owns(sender, cancel.request_id):
+                    self._policy.cancel(cancel.request_id)
             case StatsRequest() as question:
                 self._step_log.flush()
-                steps = self._recent_steps.take(time.monotonic()) if question.steps else ()
-                self._engine.send(self._stats(steps))
+                steps = self._recent_steps[sender].take(time.monotonic()) if question.steps else ()
+                self._senders.send(sender, self._stats(steps))
             case ReportRequest():
-                self._engine.send(self._policy.report())
+                self._senders.send(sender, self._policy.report(sender))
             case Probe() as probe:
-                self._probes.append(probe)
+                self._num_probes += 1
+                self._probes[self._num_probes] = sender, probe
                 if self._workers.state is State.SERVING:
-                    self._workers.send(probe)
+                    self._workers.send(Probe(self._num_probes))
             case Attach():
-                for request_id in self._policy.request_ids:
-                    self._policy.cancel(request_id)
-                self._engine.send(self._ready)
+                self._end_requests(sender)
+                self._senders.send(sender, self._ready)
+            case SenderEnded() as ended:
+                self._end_requests(sender, ended.below)
             case Shutdown():
                 self._running = False
+
+    def _take_request(self, sender: int, submit: Submit) -> None:
+        try:
+            if not self._senders.owns(sender, submit.request_id):
+                raise InvalidRequestError(
+                    f"request id {submit.request_id} is not one of sender {sender} of {len(self._senders)}: count by"
+                    f" {len(self._senders)} from {sender} on"
+                )
+            self._policy.add(submit)
+        except OverloadedError as error:
+            rejected = Rejected(submit.request_id, "OverloadedError", error.message, error.retry_after_s)
+        except DeadlineError as error:
+            rejected = Rejected(submit.request_id, "DeadlineError", str(error))
+        except InvalidRequestError as error:
+            rejected = Rejected(submit.request_id, "InvalidRequestError", str(error))
+        else:
+            return
+        self._senders.send(sender, rejected)
+
+    def _end_requests(self, sender: int, below: float = math.inf) -> None:
+        """Those of a sender that is gone, without a word."""
+        for request_id in self._policy.request_ids:
+            if request_id < below and self._senders.owns(sender, request_id):
+                self._policy.cancel(request_id)
 
     def _stats(self, recent_steps: tuple[StepSummary, ...]) -> EngineStats:
         policy, counters, before = self._policy, self._policy.counters, self._before_requests

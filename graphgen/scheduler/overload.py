@@ -69,6 +69,16 @@ class OverloadGuard:
         those that run."""
         return self._outputs_left(self._tenants.num_waiting, 0.0)
 
+    def expected_outputs_of(self, sender: int) -> float:
+        """The part of them that a sender's requests draw."""
+        running = [one.request for one in self._running]
+        if not running:
+            return 0.0
+        own = [len(request.output) for request in running if request.sender == sender]
+        num_waiting = self._tenants.of_sender[sender].num_waiting
+        mean = self._output_share * sum(request.max_tokens for request in running) / len(running)
+        return max(0.0, mean * (len(own) + num_waiting) - sum(own))
+
     def check_room(self, request: Request) -> None:
         """Raises OverloadedError when the queue is full. A tenant with less than its share of a full queue may still
         add to it."""

@@ -43,6 +43,7 @@ from typing import TypeVar
 from graphgen.ipc.errors import ConfigError, DeadlineError, InvalidRequestError, OverloadedError
 from graphgen.ipc.messages import Outputs, Rejected, StepPlan, StepTimeTable, Submit, TokenOutput
 from graphgen.ipc.reports import EngineReport
+from graphgen.ipc.senders import sender_of
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.counters import Counters
@@ -79,7 +80,7 @@ class Scheduler:
             )
         self.counters = Counters()
         self._requests: dict[int, Request] = {}
-        self._tenants = Tenants(self._buckets.long_prompt_len)
+        self._tenants = Tenants(self._buckets.long_prompt_len, limits.num_senders)
         self._deadlines = Deadlines()
         self._trials = Trials()
         self._is_served = True  # a worker group serves
@@ -104,7 +105,8 @@ class Scheduler:
             )
         arrived_s = submit.arrived_s if submit.num_moves else max(submit.arrived_s, self._newest_arrival_s)
         tenant = self._tenants.of(submit.tenant)
-        request = Request(submit, self._num_added, arrived_s, self._limits.page_size, tenant)
+        sender = sender_of(submit.request_id, self._limits.num_senders)
+        request = Request(submit, self._num_added, arrived_s, self._limits.page_size, tenant, sender)
         life = self._life
         self._limits.check_servable(request.prompt_len, submit.max_tokens, life.groups)
         if not request.has_output_to_come:
@@ -401,10 +403,9 @@ class Scheduler:
         """Plans whose result has not arrived."""
         return len(self._life.in_flight)
 
-    def report(self) -> EngineReport:
-        """What those that route requests here have to know of it."""
-        num_open, num_steps = len(self._requests), self.counters.steps
-        return report_of(self._life, self._limits, self._tenants, num_open, num_steps, self._is_served)
+    def report(self, sender: int = 0) -> EngineReport:
+        """What those that route requests here have to know of it; sender: the one who asks."""
+        return report_of(self._life, self._limits, self._tenants, self.counters.steps, self._is_served, sender)
 
     # --- requests leave --------------------------------------------------------------------------------------
 

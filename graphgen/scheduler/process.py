@@ -32,8 +32,9 @@ from graphgen.ipc.senders import engine_channel
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.limits import SchedulerLimits
-from graphgen.scheduler.loop import EngineChannel, SchedulerLoop
+from graphgen.scheduler.loop import SchedulerLoop
 from graphgen.scheduler.policy import Scheduler
+from graphgen.scheduler.senders import EngineChannel, Senders
 from graphgen.scheduler.step_log import StepLog
 from graphgen.scheduler.warm_up import warm_up
 from graphgen.scheduler.worker_processes import WorkerProcesses
@@ -45,26 +46,32 @@ WORKER_GRACE_S = 1.0
 """For a worker to end in order."""
 
 
-def main(folder: Path, parent_pid: int, first: WorkerProcesses) -> None:
-    """Runs until Shutdown, the failure of all workers, or the end of the parent. first: the first worker group."""
+def main(folder: Path, parent_pid: int, first: WorkerProcesses, num_senders: int) -> None:
+    """Runs until Shutdown, the failure of all workers, or the end of the parent. first: the first worker group.
+
+    num_senders: who send requests, see `graphgen.ipc.senders`.
+    """
     raise_descriptor_limit()
     log_to_stderr("scheduler")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    engine: EngineChannel = Channel(context, folder, engine_channel(), "lower", EngineToScheduler)
+    channels: list[EngineChannel] = [
+        Channel(context, folder, engine_channel(sender), "lower", EngineToScheduler) for sender in range(num_senders)
+    ]
+    senders = Senders(channels)
     workers = Workers(folder, parent_pid, context, first)
     try:
         config = LaunchConfig.read(folder)
         workers.launch(config)
-        ready = _wait_for_workers(engine, workers)
+        ready = _wait_for_workers(senders, workers)
         if ready is not None:
-            limits = _limits(config, ready)
+            limits = _limits(config, ready, num_senders)
             begun_s = time.monotonic()
             before_requests = warm_up(limits, workers.send, partial(_next_result, workers))
             ready = msgspec.structs.replace(ready, phases=(*ready.phases, Phase("warm-up", time.monotonic() - begun_s)))
             serves = Ready(ready, config.num_slots, config.token_budget)
             with StepLog.open(config.step_log) as step_log:
                 policy = Scheduler(limits, CostModel(ready.step_times))
-                SchedulerLoop(policy, engine, workers, step_log, serves, before_requests).run()
+                SchedulerLoop(policy, senders, workers, step_log, serves, before_requests).run()
         failed = None
     except WorkerFailedError as error:
         failed = error.failed  # as the worker said it: the Engine makes the exception of it that its user knows
@@ -72,14 +79,14 @@ def main(folder: Path, parent_pid: int, first: WorkerProcesses) -> None:
         logger.exception("the scheduler failed")
         failed = Failed("scheduler", type(error).__name__, str(error) or repr(error))
     if failed is not None:
-        engine.send(failed)
+        senders.tell(failed)
     workers.end(WORKER_GRACE_S if failed is None else 0.0)
-    engine.close(linger_s=1.0)
+    senders.close(linger_s=1.0)
     context.term()
     sys.exit(0 if failed is None else 1)
 
 
-def _limits(config: LaunchConfig, ready: WorkerReady) -> SchedulerLimits:
+def _limits(config: LaunchConfig, ready: WorkerReady, num_senders: int) -> SchedulerLimits:
     return SchedulerLimits(
         buckets=ready.buckets,
         num_pages=ready.num_pages,
@@ -96,6 +103,7 @@ def _limits(config: LaunchConfig, ready: WorkerReady) -> SchedulerLimits:
         max_waiting_tokens=config.max_waiting_tokens,
         max_long_prompts=config.max_long_prompts,
         pads=ready.graphs,
+        num_senders=num_senders,
     )
 
 
@@ -118,10 +126,10 @@ def _cannot_start(loss: Loss) -> WorkerFailedError:
     return WorkerFailedError(Failed("worker", "EngineDeadError", said))
 
 
-def _wait_for_workers(engine: EngineChannel, workers: Workers) -> WorkerReady | None:
+def _wait_for_workers(senders: Senders, workers: Workers) -> WorkerReady | None:
     """Passes the first group's progress on until it is ready; None when the Engine wants to stop before that."""
     poller = zmq.Poller()
-    poller.register(engine.receiver, zmq.POLLIN)
+    senders.register(poller)
     workers.register(poller)
     while True:
         poller.poll()
@@ -129,13 +137,13 @@ def _wait_for_workers(engine: EngineChannel, workers: Workers) -> WorkerReady | 
         for message in workers.receive(0.0 if loss is None else LAST_RESULTS_S):
             match message:
                 case Progress():
-                    engine.send(message)
+                    senders.tell(message)
                 case Failed():
                     raise WorkerFailedError(message)
         if loss is not None:
             raise _cannot_start(loss)
         if (ready := workers.take_ready()) is not None:
             return ready
-        # The Engine submits nothing before Ready.
-        if any(isinstance(message, Shutdown) for message in engine.drain()):
+        # Nobody submits anything before Ready.
+        if any(isinstance(message, Shutdown) for _, message in senders.drain()):
             return None

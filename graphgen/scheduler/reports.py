@@ -12,17 +12,28 @@ from graphgen.scheduler.tenants import Tenants
 
 
 def report_of(
-    life: WorkerLife, limits: SchedulerLimits, tenants: Tenants, num_open: int, num_steps: int, is_serving: bool
+    life: WorkerLife, limits: SchedulerLimits, tenants: Tenants, num_steps: int, is_serving: bool, sender: int
 ) -> EngineReport:
-    """Of one worker group, and of all requests that have not ended. num_steps: since the engine's start."""
+    """Of one worker group, and of all requests that have not ended. num_steps: since the engine's start. sender: who
+    asks, and knows better what is its own."""
     prompt_tokens = tenants.num_waiting_tokens + sum(begun.num_missing for begun in life.running.begun)
+    output_tokens = life.guard.expected_outputs()
+    num_open, own = sum(one.num_open for one in tenants.of_sender), tenants.of_sender[sender]
+    own_prompt, own_output = prompt_tokens, output_tokens
+    if own.num_open < num_open:
+        own_begun = sum(begun.num_missing for begun in life.running.begun if begun.request.sender == sender)
+        own_prompt = own.num_waiting_tokens + own_begun
+        own_output = life.guard.expected_outputs_of(sender)
     return EngineReport(
         epoch=life.epoch,
         is_serving=is_serving,
         num_open=num_open,
         num_tenants=len(tenants),
         prompt_tokens=prompt_tokens,
-        output_tokens=round(life.guard.expected_outputs()),
+        output_tokens=round(output_tokens),
+        num_others=num_open - own.num_open,
+        others_prompt_tokens=prompt_tokens - own_prompt,
+        others_output_tokens=round(max(0.0, output_tokens - own_output)),
         num_steps=num_steps,
         pages_free=life.cache.pool.num_free,
         prompt_token_s=_prompt_token_s(life),

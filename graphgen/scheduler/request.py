@@ -93,6 +93,7 @@ class Request:
         "rank",
         "request_id",
         "running",
+        "sender",
         "started_s",
         "stop_token_ids",
         "tenant",
@@ -103,13 +104,16 @@ class Request:
         "ttft_target_ms",
     )
 
-    def __init__(self, submit: Submit, arrival: int, arrived_s: float, page_size: int, tenant: "Tenant") -> None:
-        """arrival: its number; arrived_s: submit.arrived_s, or later if it is out of order. Raises
+    def __init__(
+        self, submit: Submit, arrival: int, arrived_s: float, page_size: int, tenant: "Tenant", sender: int = 0
+    ) -> None:
+        """arrival: its number; arrived_s: submit.arrived_s, or later if it is out of order. sender: whose it is. Raises
         InvalidRequestError for fields that no request can have."""
         _check(submit)
         self.request_id = submit.request_id
         self.log_id = submit.log_id or str(submit.request_id)
         self.tenant = tenant
+        self.sender = sender
         self.arrival = arrival  # the order of service within a class; unlike arrived_s it has no ties
         self.priority = submit.priority
         self.rank: Rank = (arrived_s + _patience_s(submit) - AGEING_S * submit.priority, arrival)

@@ -77,14 +77,24 @@ class Tenant:
         return next((priority for priority, count in enumerate(self.num_of_class) if count), None)
 
 
+class SenderWork:
+    """What one sender has here (`graphgen.ipc.senders`): requests that have not ended, and of these those that wait."""
+
+    __slots__ = ("num_open", "num_waiting", "num_waiting_tokens")
+
+    def __init__(self) -> None:
+        self.num_open = self.num_waiting = self.num_waiting_tokens = 0
+
+
 _turn_of = attrgetter("turn")
 
 
 class Tenants:
     """All tenants that have open requests. Each operation costs O(log n) of the tenants that wait."""
 
-    def __init__(self, long_prompt_len: int) -> None:
+    def __init__(self, long_prompt_len: int, num_senders: int = 1) -> None:
         """long_prompt_len: see WaitingQueue."""
+        self.of_sender = tuple(SenderWork() for _ in range(num_senders))
         self._long_prompt_len = long_prompt_len
         self._open: dict[str, Tenant] = {}
         self._away: OrderedDict[str, Tenant] = OrderedDict()  # ahead of the others, without an open request
@@ -133,12 +143,14 @@ class Tenants:
             self._away.pop(tenant.name, None)
             self._open[tenant.name] = tenant
         tenant.num_open += 1
+        self.of_sender[request.sender].num_open += 1
         self.num_with_ttft_target += request.ttft_by_s is not None
 
     def closed(self, request: Request) -> None:
         """A request has ended, and neither waits nor runs any more."""
         tenant = request.tenant
         tenant.num_open -= 1
+        self.of_sender[request.sender].num_open -= 1
         self.num_with_ttft_target -= request.ttft_by_s is not None
         if tenant.num_open:
             return
@@ -167,12 +179,19 @@ class Tenants:
         tenant.waiting.add(request)
         self.num_waiting += 1
         self.num_waiting_tokens += len(request.tokens)
+        own = self.of_sender[request.sender]
+        own.num_waiting += 1
+        own.num_waiting_tokens += len(request.tokens)
 
     def remove(self, request: Request) -> None:
         """It waits no longer. Raises KeyError when it did not."""
         tenant = request.tenant
-        self.num_waiting_tokens -= tenant.waiting.remove(request)
+        num_tokens = tenant.waiting.remove(request)
+        self.num_waiting_tokens -= num_tokens
         self.num_waiting -= 1
+        own = self.of_sender[request.sender]
+        own.num_waiting -= 1
+        own.num_waiting_tokens -= num_tokens
         if not tenant.waiting:
             self._leave(tenant)
 

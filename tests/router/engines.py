@@ -35,8 +35,12 @@ def report(
     num_tenants: int = 1,
     is_serving: bool = True,
     pace: float = 1.0,
+    num_others: int | None = None,
 ) -> EngineReport:
-    """pace: the engine takes so many times as long as others."""
+    """pace: the engine takes so many times as long as others. num_others: of the open requests, with their part of the
+    tokens; None: all are others'."""
+    num_others = num_open if num_others is None else num_others
+    share = num_others / num_open if num_open else 0.0
     return EngineReport(
         epoch=epoch,
         is_serving=is_serving,
@@ -44,6 +48,9 @@ def report(
         num_tenants=num_tenants,
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
+        num_others=num_others,
+        others_prompt_tokens=round(share * prompt_tokens),
+        others_output_tokens=round(share * output_tokens),
         num_steps=num_steps,
         pages_free=0,
         prompt_token_s=1e-3 * pace,

@@ -103,7 +103,7 @@ def test_its_own_requests_are_not_taken_for_those_of_others() -> None:
     for number in range(5):
         send(router, request(number))
     before_s = router.view("e0").open_work_s
-    router.report("e0", report(num_open=5, prompt_tokens=40, output_tokens=50), 0.0)
+    router.report("e0", report(num_open=5, prompt_tokens=40, output_tokens=50, num_others=0), 0.0)
     assert router.view("e0").num_others == 0
     assert router.view("e0").open_work_s == before_s
 

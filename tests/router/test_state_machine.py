@@ -101,7 +101,13 @@ class Routing(RuleBasedStateMachine):
             self.status[engine_id] = "any"  # serving, suspect or paused: the view says which
         num_open = sum(at == engine_id for at in self.at.values()) + others
         said = report(
-            num_open, 30 * num_open, 5 * num_open, epoch=self.epochs[engine_id], num_steps=steps, is_serving=serves
+            num_open,
+            30 * num_open,
+            5 * num_open,
+            epoch=self.epochs[engine_id],
+            num_steps=steps,
+            is_serving=serves,
+            num_others=others,
         )
         self.told("report", engine_id, said, self.now_s)
 

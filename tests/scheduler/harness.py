@@ -41,6 +41,7 @@ def make_limits(
     max_scored_rows: int = 5,
     max_chunk_pages: int | None = None,
     pads: bool = True,
+    num_senders: int = 1,
 ) -> SchedulerLimits:
     return SchedulerLimits(
         buckets=buckets,
@@ -59,6 +60,7 @@ def make_limits(
         max_scored_rows=max_scored_rows,
         max_chunk_pages=max_chunk_pages,
         pads=pads,
+        num_senders=num_senders,
     )
 
 

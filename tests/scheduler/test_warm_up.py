@@ -24,6 +24,7 @@ from graphgen.ipc.senders import engine_channel
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.loop import SchedulerLoop
 from graphgen.scheduler.policy import Scheduler
+from graphgen.scheduler.senders import Senders
 from graphgen.scheduler.step_log import StepLog
 from graphgen.scheduler.warm_up import MAX_TOKENS, PROMPT_LEN, SAMPLERS, warm_up
 from graphgen.scheduler.workers import Workers
@@ -125,7 +126,7 @@ def test_ready_is_said_when_nothing_is_left_to_do_and_counters_count_from_there(
     )
     workers = Workers(tmp_path, 0, context, FakeProcesses(tmp_path))
     before = WorkerCounters(graph_replays=7, eager_steps=1, recompilations=2)
-    loop = SchedulerLoop(Scheduler(make_limits()), engine, workers, StepLog(None), READY, before)
+    loop = SchedulerLoop(Scheduler(make_limits()), Senders([engine]), workers, StepLog(None), READY, before)
     user.send(StatsRequest())
     user.send(Shutdown())
     loop.run()
