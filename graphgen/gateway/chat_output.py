@@ -25,11 +25,16 @@ _ID_LEN = 9
 """Mistral's templates take no other."""
 
 
+def joined_text(pieces: Sequence[StreamPiece]) -> str:
+    """Mostly that of one."""
+    return pieces[0].text if len(pieces) == 1 else "".join([piece.text for piece in pieces])
+
+
 class PlainOutput:
     """One output of which nothing is parsed. Its interface is ChatOutput's."""
 
     def take(self, pieces: Sequence[StreamPiece]) -> tuple[list[schema.ChatDelta], str | None]:
-        text = "".join(piece.text for piece in pieces)
+        text = joined_text(pieces)
         return [schema.ChatDelta(content=text)] if text else [], pieces[-1].finish_reason
 
 
@@ -52,7 +57,7 @@ class ChatOutput:
                 self._tools.schemas, pieces[0].prompt_tail, self._marked.texts, is_list=is_forced
             )
         marks = [mark for piece in pieces for mark in piece.marks]
-        events = self._parser.feed(self._marked.push("".join(piece.text for piece in pieces), marks))
+        events = self._parser.feed(self._marked.push(joined_text(pieces), marks))
         finish = pieces[-1].finish_reason
         if finish is None:
             return self._deltas(self._spaces.take(events)), None

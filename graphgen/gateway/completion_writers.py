@@ -13,7 +13,7 @@ from msgspec import UNSET, Struct, UnsetType
 from graphgen.calls.logprobs import Logprobs
 from graphgen.calls.outputs import StreamPiece
 from graphgen.gateway import schema
-from graphgen.gateway.chat_output import ChatOutput, PlainOutput, join_deltas
+from graphgen.gateway.chat_output import ChatOutput, PlainOutput, join_deltas, joined_text
 from graphgen.gateway.errors import ApiError
 from graphgen.gateway.http import DONE, KEEP_ALIVE, EventTemplate, error_event, event
 from graphgen.gateway.logprobs import Columns, Told, joined, of_chat
@@ -46,7 +46,7 @@ class OutputWriter(ABC):
         for number, piece in batch:
             self._tally.add(number, piece)
             outputs.setdefault(number * self._n + piece.sample_index, []).append(piece)
-        return b"".join(self._news_of(index, pieces) for index, pieces in outputs.items()) or KEEP_ALIVE
+        return b"".join([self._news_of(index, pieces) for index, pieces in outputs.items()]) or KEEP_ALIVE
 
     async def end(self) -> bytes:
         """See EventWriter."""
@@ -195,7 +195,7 @@ class CompletionWriter(OutputWriter):
 
     def events(self, index: int, pieces: Sequence[StreamPiece], usage: ChunkUsage) -> bytes:
         if self._has_text_alone and pieces[-1].finish_reason is None:
-            text = "".join(piece.text for piece in pieces)
+            text = joined_text(pieces)
             return self._text_event(index, text) if text else b""
         has_prompt = any(piece.prompt_logprobs is not None for piece in pieces)
         choice = self._choice(index, pieces, with_echo=has_prompt)
@@ -212,7 +212,7 @@ class CompletionWriter(OutputWriter):
             if piece.prompt_logprobs is not None:
                 self._of_prompts[number] = piece.prompt_logprobs
         echoed = self._echoed[number] if with_echo else ""
-        text = "" if self._has_echo_alone else "".join(piece.text for piece in pieces)
+        text = "" if self._has_echo_alone else joined_text(pieces)
         finish = pieces[-1].finish_reason
         if self._has_echo_alone and finish is not None:
             finish = "length"

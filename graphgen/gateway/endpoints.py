@@ -48,7 +48,7 @@ class Endpoints:
         if is_computed:
             await self._answer(writer, prompts, sampling, scope, receive, send)
         else:
-            await _send(writer, NoOutputs(lengths, sampling.n), len(prompts), send)
+            await _send(writer, NoOutputs(lengths, sampling.n), len(prompts), scope, send)
 
     async def models(self, scope: Scope, receive: Receive, send: Send) -> None:
         names = self._service.model_names
@@ -78,7 +78,7 @@ class Endpoints:
         parsing: Parsing = NO_PARSING,
     ) -> None:
         async with self._service.pieces(prompts, sampling, scope, receive, parsing) as pieces:
-            await _send(writer, pieces, len(prompts), send)
+            await _send(writer, pieces, len(prompts), scope, send)
 
     async def _echo_of(self, prompt: OnePrompt, scope: Scope, is_counted: bool) -> tuple[str, int]:
         """What `echo` puts before an output, and its tokens if they are counted here."""
@@ -91,8 +91,8 @@ class Endpoints:
         return schema.Model(id=name, created=self._service.created, max_model_len=self._service.max_model_len)
 
 
-async def _send(writer: OutputWriter, outputs: Outputs, num_prompts: int, send: Send) -> None:
+async def _send(writer: OutputWriter, outputs: Outputs, num_prompts: int, scope: Scope, send: Send) -> None:
     if writer.streams:
-        await send_outputs(send, outputs, writer)
+        await send_outputs(scope, send, outputs, writer)
     else:
         await send_json(send, await writer.whole(outputs, num_prompts))

@@ -7,7 +7,7 @@ wrappers that hide `http.disconnect` would let requests of gone clients run on.
 import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -19,6 +19,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Body = TypeVar("Body")
 
+BODY_WRITER = "graphgen.body_writer"
+"""In a scope: the answer's BodyWriter, where the server has one (`graphgen.gateway.protocol`)."""
 BODY_S = 30.0
 """A body that has not come after so long is not waited for."""
 JSON_HEADERS: Headers = [(b"content-type", b"application/json")]
@@ -31,6 +33,18 @@ KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 _LINE_ENDS = ((b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"), (b"\xc2\x85", b"\\u0085"))
 """Characters that end a line to some clients, which would cut an event in two; JSON has them within strings alone."""
+
+
+class BodyWriter(Protocol):
+    """Writes parts of an answer at once, from any callback of the loop. `send` does the same from the request's task
+    alone, which has to be woken for it through every layer of the application."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the answer has begun and its client reads as fast as it comes; else `send` is to be awaited."""
+
+    def write(self, part: bytes) -> None:
+        """Not empty. Only while it is ready."""
 
 
 class GoneError(Exception):
@@ -113,8 +127,8 @@ def error_event(error: ApiError) -> bytes:
 
 
 def _one_line(text: bytes) -> bytes:
-    for end, escaped in _LINE_ENDS:
-        if end in text:
+    if not text.isascii():
+        for end, escaped in _LINE_ENDS:
             text = text.replace(end, escaped)
     return text
 

@@ -42,7 +42,7 @@ class Messages:
         writer = MessageWriter(self._service, scope, request, model, turn.outputs[0])
         async with self._service.pieces([turn.prompt], turn.sampling, scope, receive, turn.parsing) as pieces:
             if request.stream:
-                await send_outputs(send, pieces, writer)
+                await send_outputs(scope, send, pieces, writer)
             else:
                 await send_json(send, await writer.whole(pieces))
 

@@ -6,7 +6,10 @@ too. How long a body may be and may take is `graphgen.gateway.http`'s.
 
 import asyncio
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from graphgen.gateway.http import BODY_WRITER
 
 MAX_HEAD_BYTES = 64 << 10
 """Of a head, of the trailers of a body, and of anything else that brings neither a request nor a part of its body."""
@@ -16,6 +19,24 @@ MOST_PIPELINED = 32
 """Requests that wait on one connection for the answer to an earlier one. A packet can hold ten thousand, and all other
 clients wait while it is read."""
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+
+
+class ChunkWriter:
+    """Writes chunks of one answer. A BodyWriter, see `graphgen.gateway.http`."""
+
+    def __init__(self, transport: asyncio.Transport, flow: FlowControl, cycle: RequestResponseCycle) -> None:
+        self._transport = transport
+        self._flow = flow
+        self._cycle = cycle
+
+    @property
+    def is_ready(self) -> bool:
+        cycle = self._cycle
+        is_open = cycle.response_started and not cycle.response_complete and not cycle.disconnected
+        return bool(is_open and cycle.chunked_encoding and not self._flow.write_paused)
+
+    def write(self, part: bytes) -> None:
+        self._transport.write(b"%x\r\n%b\r\n" % (len(part), part))
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -57,6 +78,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._is_in_head, self._has_come = False, True
         self._stop_timer()
         super().on_headers_complete()
+        self.scope[BODY_WRITER] = ChunkWriter(self.transport, self.flow, self.cycle)  # type: ignore[literal-required]  # a key of this project
 
     def on_body(self, body: bytes) -> None:
         self._has_come = True

@@ -21,7 +21,7 @@ from graphgen.gateway.errors import ApiError
 from graphgen.gateway.http import Receive, Scope, read_json
 from graphgen.gateway.keys import Holder
 from graphgen.gateway.output_parsers.formats import ParserMaker
-from graphgen.gateway.outputs import Pieces
+from graphgen.gateway.outputs import Pieces, Turn
 from graphgen.gateway.request_ids import REQUEST_ID
 from graphgen.gateway.settings import ModelFacts
 from graphgen.gateway.tracing import SPAN, RequestSpan, TracedPieces
@@ -49,7 +49,7 @@ class Service:
         self.tokenizer_info = model.tokenizer_info
         self.created = int(time.time())
         """When this gateway began, in seconds since 1970."""
-        self._mailbox: Mailbox | None = None
+        self._turn: Turn | None = None
         self._body_bytes = JSON_BYTES_PER_TEXT_BYTE * core.welcome.limits.text_bytes + OTHER_BYTES
 
     @property
@@ -81,7 +81,7 @@ class Service:
         """Sends the prompts. Raises GraphgenError with nothing sent."""
         sampling = _within_key(sampling, scope)
         tenant, log_id = tenant_of(scope), scope[REQUEST_ID]
-        pieces = Pieces(self.core, self._mailbox_of_loop(), prompts, sampling, tenant, log_id, receive, parsing)
+        pieces = Pieces(self.core, self._turn_of_loop(), prompts, sampling, tenant, log_id, receive, parsing)
         span: RequestSpan | None = scope.get(SPAN)
         if span is None:
             return pieces
@@ -93,7 +93,7 @@ class Service:
     ) -> PromptTokens:
         """What a prompt is to the model, see `RemoteCore.read_prompt`. Raises GraphgenError."""
         found: asyncio.Queue[Delivery] = asyncio.Queue()
-        mailbox = self._mailbox_of_loop()
+        mailbox = self._turn_of_loop().mailbox
         self.core.read_prompt(
             prompt,
             lambda delivery: mailbox.put(found, delivery),
@@ -107,10 +107,10 @@ class Service:
         assert isinstance(delivery, PromptTokens), "it was all that was asked for"
         return delivery
 
-    def _mailbox_of_loop(self) -> Mailbox:
-        if self._mailbox is None:
-            self._mailbox = Mailbox(asyncio.get_running_loop())
-        return self._mailbox
+    def _turn_of_loop(self) -> Turn:
+        if self._turn is None:
+            self._turn = Turn(Mailbox(asyncio.get_running_loop()))
+        return self._turn
 
 
 def _within_key(sampling: SamplingParams, scope: Scope) -> SamplingParams:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.gateway.http import Scope
-from graphgen.gateway.outputs import Batch, Pieces
+from graphgen.gateway.outputs import Batch, Pieces, Write
 from graphgen.gateway.request_ids import REQUEST_ID
 
 if TYPE_CHECKING:
@@ -157,9 +157,16 @@ class TracedPieces:
     ) -> None:
         await self._pieces.__aexit__(kind, error, trace)
 
-    async def next(self) -> Batch | None:
+    async def next(self, write: Write | None = None) -> Batch | None:
         """See Outputs."""
-        batch = await self._pieces.next()
+
+        def write_traced(batch: Batch) -> bool:
+            is_written = write is not None and write(batch)
+            if is_written:
+                self._span.take(batch)
+            return is_written
+
+        batch = await self._pieces.next(write_traced)
         if batch:
             self._span.take(batch)
         return batch
