@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +23,16 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def free_address(num_ports: int) -> str:
+    """Of a server that needs so many ports in a row: below those that the system gives to others."""
+    for first in random.sample(range(20_000, 30_000), 100):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + num_ports):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            return f"tcp://127.0.0.1:{first}"
+    raise AssertionError("no ports are free")
 
 
 class ServerProcess:
@@ -56,7 +68,12 @@ class ServerProcess:
     @property
     def address(self) -> str:
         """Of the data socket."""
-        return next(line.split()[2] for line in self.said if line.endswith("(data)"))
+        return self.addresses[0]
+
+    @property
+    def addresses(self) -> list[str]:
+        """Of each frontend's data socket."""
+        return [line.split()[2] for line in self.said if line.endswith("(data)")]
 
     @property
     def control(self) -> str:

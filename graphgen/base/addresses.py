@@ -1,4 +1,5 @@
-"""Addresses of servers: where the control socket lies, and how a socket is bound without harm to another.
+"""Addresses of servers: where the control socket lies, where further frontends are, and how a socket is bound without
+harm to another.
 
 Owns the paths of ipc sockets: libzmq removes whatever lies at one before it binds, be it a file of the user's or the
 socket of a server that lives. Never looks at messages. Used by the frontend, the supervisor and the mock server.
@@ -11,7 +12,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ from graphgen.ipc.errors import ConfigError
 
 MAX_PATH_BYTES = 107
 """Linux limits a socket's path to so many bytes."""
+PORTS_EACH = 2
+"""Of a frontend: data and control."""
 LOCK_WAIT_S = 5.0
 """For another that binds in the same folder; it takes a millisecond."""
 
@@ -101,6 +104,49 @@ def control_address(data: str) -> str:
     if not port.isdigit():
         return data  # tcp://host:*, which gives each socket a port of its own
     return f"{scheme}://{host}:{int(port) + 1 if int(port) else 0}"
+
+
+def frontend_address(first: str, number: int) -> str:
+    """Of frontend `number`, whose first one is at `first`: each has two ports, for data and control. Raises ConfigError
+    for an address from which ports cannot be counted on."""
+    host, _, port = first.rpartition(":")
+    if not number:
+        return first
+    if not first.startswith("tcp://") or not port.isdigit() or not int(port):
+        raise ConfigError(
+            f"{first} has no port to count on from, and each frontend has ports of its own: give tcp://HOST:PORT"
+        )
+    own = int(port) + PORTS_EACH * number
+    if own >= 2**16:
+        raise ConfigError(
+            f"frontend {number} would have port {own}, counted on from {first}; the last is {2**16 - 1}: give a lower"
+            " one, or fewer frontends"
+        )
+    return f"{host}:{own}"
+
+
+def check_free(addresses: Iterable[str]) -> None:
+    """Raises ConfigError for the first port that cannot be bound now, by all of them at once. Ports that the system
+    chooses and paths are left to whoever binds them."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        for address in addresses:
+            port = address.rpartition(":")[2]
+            if not address.startswith("tcp://") or not port.isdigit() or not int(port):
+                continue
+            probe = context.socket(zmq.ROUTER)
+            probe.set(zmq.IPV6, "[" in address)
+            try:
+                probe.bind(address)
+            except zmq.ZMQError as error:
+                raise ConfigError(unbound(address, error)) from None
+    finally:
+        context.destroy(linger=0)
+
+
+def unbound(address: str, error: zmq.ZMQError) -> str:
+    """What is said of an address that cannot be bound."""
+    return f"{address} cannot be bound ({error}): choose another with --bind or --control"
 
 
 def _path_of(address: str) -> Path | None:

@@ -94,7 +94,8 @@ class LiveFeed:
         newest = 0
         while self._viewers:
             try:
-                stats = await asyncio.to_thread(self._service.core.stats, StatsRequest(metrics=True, live_after=newest))
+                question = StatsRequest(metrics=True, live_after=newest)
+                stats = await asyncio.to_thread(self._service.frontends.stats, question)
             except GraphgenError as error:
                 self._show(error_event(error_of(error)))
                 await asyncio.sleep(AWAY_S)

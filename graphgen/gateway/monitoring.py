@@ -24,7 +24,7 @@ class Monitoring:
 
     async def metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._service.answers.report()
-        stats = await asyncio.to_thread(self._service.core.stats, METRICS)
+        stats = await asyncio.to_thread(self._service.frontends.stats, METRICS)
         accept = dict(scope["headers"]).get(b"accept", b"").decode("latin-1")
         body, content_type = render(stats, self._names, self._service.model_names[0], accept)
         await send_bytes(send, 200, body, [(b"content-type", content_type.encode())])

@@ -17,6 +17,7 @@ from graphgen.base.logs import log_to_stderr
 from graphgen.base.memory import limit_memory
 from graphgen.gateway.admission import Admission
 from graphgen.gateway.app import make_app
+from graphgen.gateway.frontends import Frontends
 from graphgen.gateway.keys import ApiKeys
 from graphgen.gateway.live import LiveFeed
 from graphgen.gateway.protocol import LimitedProtocol
@@ -41,12 +42,13 @@ def main(folder: Path, parent_pid: int, number: int) -> None:
     log_to_stderr(f"gateway-{number}", drops_repeats=True)
     settings = GatewaySettings.read(settings_file(folder, number))
     core = RemoteCore(settings.frontend, {})
+    frontends = Frontends(core, settings.other_frontends)
     try:
-        service = Service(core, settings.model_names, settings.model)
+        service = Service(core, settings.model_names, settings.model, frontends)
         limit_memory(settings.memory_limit_bytes)
         asyncio.run(_serve(service, settings))
     finally:
-        core.close()
+        frontends.close()
 
 
 async def _serve(service: Service, settings: GatewaySettings) -> None:

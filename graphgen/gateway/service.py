@@ -18,6 +18,7 @@ from graphgen.calls.sampling_params import SamplingParams
 from graphgen.calls.streams import Mailbox
 from graphgen.gateway.answers import Answers
 from graphgen.gateway.errors import ApiError
+from graphgen.gateway.frontends import Frontends
 from graphgen.gateway.http import Receive, Scope, read_json
 from graphgen.gateway.keys import Holder
 from graphgen.gateway.output_parsers.formats import ParserMaker
@@ -41,8 +42,12 @@ HOLDER = "graphgen.holder"
 class Service:
     """The server behind the gateway, as its endpoints use it."""
 
-    def __init__(self, core: RemoteCore, model_names: Sequence[str], model: ModelFacts) -> None:
+    def __init__(
+        self, core: RemoteCore, model_names: Sequence[str], model: ModelFacts, frontends: Frontends | None = None
+    ) -> None:
+        """core: of the frontend that serves its requests. frontends: all of the server; None: there is but this one."""
         self.core = core
+        self.frontends = Frontends(core, ()) if frontends is None else frontends
         self.model_names = model_names
         self.answers = Answers(core)
         self.parsers = ParserMaker(model.output_format)

@@ -28,7 +28,7 @@ class GatewaySettings(Struct, frozen=True, kw_only=True):
     descriptor: int
     """Of the listening socket, which the gateway inherits."""
     frontend: str
-    """The frontend's private address."""
+    """Private address of the frontend that it asks."""
     model_names: tuple[str, ...]
     """What requests may call the model; the first is what answers call it."""
     model: ModelFacts
@@ -40,6 +40,8 @@ class GatewaySettings(Struct, frozen=True, kw_only=True):
     """Folder in which gateways count requests of keys together."""
     memory_limit_bytes: int
     """What the process may use beyond what it uses when it begins to serve."""
+    other_frontends: tuple[str, ...] = ()
+    """Private addresses of the server's others, whose counts are shown with its own."""
     origins: tuple[str, ...] = ()
     """Whose pages browsers let call this server; `*`: all."""
     certificate: str | None = None

@@ -85,9 +85,18 @@ class EngineStates:
             self._at_rest.add(number)
         return when_drained
 
-    def expect(self, number: int) -> None:
-        """An engine that has drained is about to be started again."""
+    def is_draining(self, number: int) -> bool:
+        """Whether it drains and has not ended that."""
+        return number in self._drained
+
+    def expect(self, number: int) -> bool:
+        """An engine that has drained is about to be started again, or is kept after all. Whether it had drained; one
+        that has not goes on."""
+        has_drained = number in self._at_rest
         self._at_rest.discard(number)
+        self._drained.pop(number, None)
+        self._drains_by_s.pop(number, None)
+        return has_drained
 
 
 def _room_of(ready: Ready) -> int:

@@ -30,9 +30,11 @@ POLL_S = 0.02
 class Links:
     """One or several engines. Has the calls of a `Link`; the calls for those who keep the engines say which one."""
 
-    def __init__(self, engines: Sequence[MakeLink], on_notice: Callable[[Notice], None] | None = None) -> None:
+    def __init__(
+        self, engines: Sequence[MakeLink], on_notice: Callable[[Notice], None] | None = None, seed: int = 0
+    ) -> None:
         """engines: what makes the link of each. on_notice: gets what an operator should know, until `when_noticed`
-        names another; None: it is logged."""
+        names another; None: it is logged. seed: of chance; of several routers to the same engines each has another."""
         self._owner = Owner("the engine")
         self._lock = threading.RLock()
         self._on_ready: Callable[[int, Ready], None] | None = None
@@ -40,7 +42,7 @@ class Links:
         self._is_one = len(engines) == 1
         self._links: dict[int, EngineLink] = {}
         self._states = EngineStates(self._lock)
-        self._places = Places(self._links, self._states, self._lock)
+        self._places = Places(self._links, self._states, self._lock, seed)
         try:
             for number, make in enumerate(engines):
                 self._link(number, make)
@@ -196,10 +198,19 @@ class Links:
             self._states.drain(number, grace_s, when_drained)
             self._places.drain(number)
 
-    def expect(self, number: int) -> None:
-        """An engine that has drained is about to be started again."""
+    def is_draining(self, number: int) -> bool:
+        """Whether an engine drains now."""
         with self._lock:
-            self._states.expect(number)
+            return self._states.is_draining(number)
+
+    def expect(self, number: int) -> None:
+        """An engine that has drained is about to be started again, or is kept after all: as soon as it says that it
+        serves it gets requests."""
+        with self._lock:
+            if self._states.expect(number):
+                self._links[number].await_another_engine()
+            else:
+                self._places.undrain(number)
 
     def tick(self) -> None:
         """Ten times a second: what has been waited for long enough."""

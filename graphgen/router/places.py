@@ -35,12 +35,14 @@ class Places:
     """Of the requests of several engines. Any thread may submit, cancel and say what became of a request; what becomes
     of engines is said by who holds the lock."""
 
-    def __init__(self, links: Mapping[int, EngineLink], states: EngineStates, lock: "threading.RLock") -> None:
-        """links: to the engines, by number; nothing is sent to one before it serves."""
+    def __init__(
+        self, links: Mapping[int, EngineLink], states: EngineStates, lock: "threading.RLock", seed: int
+    ) -> None:
+        """links: to the engines, by number; nothing is sent to one before it serves. seed: of the router's chance."""
         self._links = links
         self._states = states
         self._lock = lock
-        self._router = Router()
+        self._router = Router(seed=seed)
         self._at: dict[int, int] = {}  # open requests, and the number of the engine that has each
         self._lost: dict[int, OpenRequest] = {}  # open requests that no engine has for the moment
         self._joined: set[int] = set()  # engines that the router knows
@@ -145,6 +147,11 @@ class Places:
         """Nothing is sent there from here on."""
         if number in self._joined:
             self._router.drain(_id_of(number))
+
+    def undrain(self, number: int) -> None:
+        """It gets requests again."""
+        if number in self._joined:
+            self._router.undrain(_id_of(number))
 
     def tell_progress(self) -> None:
         """How many tokens the open requests have, to the router."""

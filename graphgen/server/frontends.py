@@ -6,14 +6,17 @@ supervisor, on its loop.
 What all of them say of the engines is heard from one, the speaker: the first that listens.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import zmq
 
 from graphgen.ipc.channel import Channel
-from graphgen.ipc.messages import FrontendToSupervisor, Listening, SupervisorToFrontend
+from graphgen.ipc.messages import FrontendToSupervisor, Listening, SenderEnded, SupervisorToFrontend
+from graphgen.ipc.senders import engine_channel, first_request_id
 from graphgen.launch.processes import EngineProcesses, Exit
 from graphgen.server.frontend.settings import MAX_UNSTARTED, FrontendSettings, frontend_name, settings_file
 from graphgen.server.kept import Kept
@@ -27,11 +30,13 @@ FrontendChannel = Channel[SupervisorToFrontend, FrontendToSupervisor]
 class Frontend:
     """One of them, whichever process it is by now."""
 
-    def __init__(self, channel: FrontendChannel, kept: Kept, data: str, control: str) -> None:
+    def __init__(self, name: str, channel: FrontendChannel, kept: Kept, data: str, control: str) -> None:
+        self.name = name  # for people
         self.channel = channel
         self.kept = kept
         self.data = data
         self.control = control
+        self.lives = False
         self.listens = False
         self.has_listened = False  # in this life or an earlier one
         self.num_lost: int | None = None  # requests, once it has drained
@@ -49,18 +54,19 @@ class Frontends:
         say: Callable[[str], None],
     ) -> None:
         """engines: the first one's folder is also theirs."""
+        self._context = context
         self._options = options
         self._model_name = model_name
         self._processes = engines[0]
         self._engines = tuple(str(one.folder) for one in engines)
-        self._all = [
-            Frontend(
-                Channel(context, self._processes.folder, frontend_name(number), "upper", FrontendToSupervisor),
-                Kept("frontend", "its clients have lost their sessions", say),
-                *addresses,
-            )
-            for number, addresses in enumerate(options.addresses)
-        ]
+        self._all: list[Frontend] = []
+        for number, (data, control) in enumerate(options.addresses):
+            name = f"frontend {number}" if options.frontends > 1 else "frontend"
+            folder = self._processes.folder
+            channel: FrontendChannel = Channel(context, folder, frontend_name(number), "upper", FrontendToSupervisor)
+            kept = Kept(name, "its clients have lost their sessions", say)
+            self._all.append(Frontend(name, channel, kept, data, control))
+        self._undertakers: dict[str, zmq.Socket[bytes]] = {}  # by the channel whose sender has ended
         self._poller = zmq.Poller()
         for one in self._all:
             self._poller.register(one.channel.receiver, zmq.POLLIN)
@@ -82,6 +88,8 @@ class Frontends:
     def close(self) -> None:
         for one in self._all:
             one.channel.close()
+        for socket in self._undertakers.values():
+            socket.close(linger=0)
 
     # --- messages ----------------------------------------------------------------------------------------------------
 
@@ -136,14 +144,30 @@ class Frontends:
         return [(number, ended) for number, ended in found if ended is not None]
 
     def restore(self, number: int, found: Exit) -> None:
-        """One has ended, and is started again. Called for as long as it has."""
-        self._all[number].listens = False
+        """One has ended, and is started again; its requests end at once. Called for as long as it has."""
+        if self._all[number].lives:
+            self._all[number].lives = self._all[number].listens = False
+            self._end_requests(number)
         self._all[number].kept.restore(found, partial(self._start_one, number))
+
+    def _end_requests(self, number: int) -> None:
+        """Of a frontend that has ended, at all engines. What its successor sends has later ids."""
+        below = first_request_id(number, len(self._all), time.monotonic())
+        message = msgspec.msgpack.encode(SenderEnded(below))
+        for folder in self._engines:
+            name = f"{folder}/{engine_channel(number)}.down"
+            socket = self._undertakers.get(name)
+            if socket is None:
+                socket = self._undertakers[name] = self._context.socket(zmq.PUSH)
+                socket.set_hwm(0)
+                socket.connect(f"ipc://{name}")
+            socket.send(message)
 
     def _start_one(self, number: int) -> None:
         one, folder, options = self._all[number], self._processes.folder, self._options
         keys = options.key_folder
         FrontendSettings(
+            num_frontends=len(self._all),
             engines=self._engines if len(self._engines) > 1 else (),
             model=self._model_name,
             data=one.data,
@@ -158,6 +182,7 @@ class Frontends:
             log_requests=options.log_requests,
         ).write(settings_file(folder, number))
         self._processes.start(MODULE, number=number)
+        one.lives = True
 
 
 def private_address(folder: Path, number: int) -> str:

@@ -1,4 +1,4 @@
-"""The gateways of a server: processes that speak HTTP, all on one address.
+"""The gateways of a server: processes that speak HTTP, all on one address, spread over the frontends.
 
 Owns their listening sockets, which stay open while a gateway is started again, and their starts and ends. Used by the
 supervisor, on its loop.
@@ -64,9 +64,11 @@ class Gateways:
 
     def _start_one(self, processes: EngineProcesses, model: ModelFacts, number: int) -> None:
         options, descriptor = self._options, self._listeners[number].fileno()
+        frontends = [private_address(processes.folder, one) for one in range(options.frontends)]
         GatewaySettings(
             descriptor=descriptor,
-            frontend=private_address(processes.folder, 0),
+            frontend=frontends[number % len(frontends)],
+            other_frontends=tuple(one for one in frontends if one != frontends[number % len(frontends)]),
             model_names=(self._model_name,),
             model=model,
             keys=None if self._keys is None else str(self._keys),

@@ -6,7 +6,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from graphgen.base.addresses import check_address, control_address
+from graphgen.base.addresses import check_address, control_address, frontend_address
 from graphgen.base.logs import LogFormat
 from graphgen.gateway import keys as http_keys
 from graphgen.gateway.output_parsers.formats import ReasoningParser, ToolParser
@@ -16,6 +16,8 @@ from graphgen.server.frontend.keys import Keys, default_folder
 from graphgen.server.http_address import check_http
 
 MAX_HTTP_WORKERS = 64
+MAX_FRONTENDS = 16
+"""One feeds about ten engines."""
 
 
 class ServeOptions(Struct, frozen=True, kw_only=True):
@@ -25,6 +27,9 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
     """Address of the data socket: tcp://HOST:PORT or ipc://PATH."""
     control: str | None = None
     """Address of the control socket. None: beside the data socket's, the next port."""
+    frontends: int = 1
+    """Processes that serve the protocol and share the engines. Each has two ports, for its data socket and its control
+    socket, counted on from those of the first."""
     keys: str | None = None
     """Folder of keys, see `graphgen keys`: who has none of them is not let in. None: no keys; on a public address those
     of $GRAPHGEN_KEYS or ~/.config/graphgen/keys."""
@@ -71,11 +76,15 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
             ("slow_consumer_s", 1),
             ("open_requests", 1),
             ("http_workers", 1),
+            ("frontends", 1),
         ):
             if not getattr(self, name) >= least:
                 raise ConfigError(f"{name} is {getattr(self, name)}, the least is {least}: raise it")
+        if self.frontends > MAX_FRONTENDS:
+            raise ConfigError(f"frontends is {self.frontends}, the limit is {MAX_FRONTENDS}: lower it")
         for address in (self.data, self.control_address):
             check_address(address)
+        self._check_apart()
         if self.http is not None:
             check_http(self.http)
             if self.http_workers > MAX_HTTP_WORKERS:
@@ -105,7 +114,20 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
     @property
     def addresses(self) -> tuple[tuple[str, str], ...]:
         """Where each frontend's data socket and its control socket are bound."""
-        return ((self.data, self.control_address),)
+        control = self.control_address
+        return tuple(
+            (frontend_address(self.data, number), frontend_address(control, number)) for number in range(self.frontends)
+        )
+
+    def _check_apart(self) -> None:
+        """Of several frontends no two sockets may be at one address."""
+        bound = [address for both in self.addresses for address in both]
+        for place, address in enumerate(bound):
+            if self.frontends > 1 and address in bound[:place]:
+                raise ConfigError(
+                    f"{address} would be bound twice: {self.frontends} frontends have two ports each, counted on from"
+                    f" {self.data} and {self.control_address}; leave --control out, or move it"
+                )
 
     @property
     def has_tls(self) -> bool:

@@ -11,10 +11,11 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import zmq
 
-from graphgen.base.addresses import remove_dead
+from graphgen.base.addresses import check_free, remove_dead
 from graphgen.base.descriptors import raise_descriptor_limit
 from graphgen.base.progress import StartProgress
 from graphgen.base.signals import EndSignals
@@ -57,6 +58,13 @@ LOST_GRACE_S = 5.0
 """For the frontend to tell clients that the engine is gone."""
 
 
+class _Drain(NamedTuple):
+    """An engine drains: until when, and which frontends have not said yet that nothing of theirs is open there."""
+
+    by_s: float
+    left: set[int]
+
+
 class Supervisor:
     """One server, from its start to its end. `say` gets what an operator should see, line by line."""
 
@@ -69,6 +77,7 @@ class Supervisor:
         self._asked_to_end = 0
         self._ready: Ready | None = None
         self._states: list[EngineState] = ["serving"] * config.replicas  # from when it listens
+        self._drains: dict[int, _Drain] = {}  # of engines that drain
         self._model = ModelFacts(PLAIN, {})
         self._progress = StartProgress(config.progress)
         self._num_lost: int | None = None
@@ -80,7 +89,9 @@ class Supervisor:
         """Serves until a signal: the exit code. Raises GraphgenError when the engine does not start, or dies."""
         check_devices(self._config)
         raise_descriptor_limit()
-        engines = Engines(self._config.replicas, partial(EngineProcesses, num_ranks=self._config.tensor_parallel))
+        check_free(address for both in self._options.addresses for address in both)
+        ranks, senders = self._config.tensor_parallel, self._options.frontends
+        engines = Engines(self._config.replicas, partial(EngineProcesses, num_ranks=ranks, num_senders=senders))
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         frontends = Frontends(context, self._options, self._model_name, list(engines), self._say)
         operator = OperatorSocket(context, engines[0].folder)
@@ -159,22 +170,19 @@ class Supervisor:
         """number: of the frontend that says it."""
         match message:
             case Progress():
-                on_progress(message)
+                if number == frontends.speaker:
+                    on_progress(message)
             case Ready():
                 self._ready = message
             case EngineServes():
-                engines.serves(message.engine)
-                self._states[message.engine] = "serving"
-                self._say(f"{_name(engines, message.engine)} serves again")
+                self._take_serving(message, engines)
             case EngineDrained():
-                self._take_drained(message, engines)
+                self._take_drained(number, message, engines, frontends)
             case Notice():
-                self._say(message.text)
+                if number == frontends.speaker:
+                    self._say(message.text)
             case Listening():
-                if frontends.listen(number, message):
-                    self._say("the frontend serves again")
-                elif frontends.have_listened:
-                    self._tell_ready(engines, frontends)
+                self._take_listening(number, message, engines, frontends)
             case Drained():
                 frontends[number].num_lost = message.num_lost
                 self._num_lost = frontends.num_lost
@@ -183,17 +191,44 @@ class Supervisor:
             case Failed():
                 if not frontends.have_listened:  # a start that cannot succeed, by the name that its error has
                     raise error_of(message)
-                logger.error("the frontend failed with %s: %s", message.error, message.message)
+                logger.error("the %s failed with %s: %s", frontends[number].name, message.error, message.message)
 
-    def _take_drained(self, drained: EngineDrained, engines: Engines) -> None:
-        name = _name(engines, drained.engine)
+    def _take_listening(self, number: int, where: Listening, engines: Engines, frontends: Frontends) -> None:
+        if frontends.listen(number, where):
+            self._say(f"the {frontends[number].name} serves again")
+            for engine, drain in self._drains.items():  # it has not been told, or has forgotten
+                drain.left.add(number)
+                frontends[number].channel.send(DrainEngine(engine, max(0.0, drain.by_s - time.monotonic())))
+        elif frontends.have_listened:
+            self._tell_ready(engines, frontends)
+
+    def _take_serving(self, serves: EngineServes, engines: Engines) -> None:
+        """The first frontend that says it is believed."""
+        if self._states[serves.engine] in ("starting", "ended"):
+            engines.serves(serves.engine)
+            self._states[serves.engine] = "serving"
+            self._say(f"{_name(engines, serves.engine)} serves again")
+
+    def _take_drained(self, number: int, drained: EngineDrained, engines: Engines, frontends: Frontends) -> None:
+        """An engine has drained when all frontends say so; one that cannot drain it, for want of others, keeps it."""
+        drain, name = self._drains.get(drained.engine), _name(engines, drained.engine)
+        if drain is None:
+            if self._states[drained.engine] != "drained" and not drained.error:
+                frontends[number].channel.send(ExpectEngine(drained.engine))  # it was kept meanwhile
+            return
         if drained.error:
             self._say(f"{name} does not drain: {drained.error}")
             self._states[drained.engine] = "serving"
+            del self._drains[drained.engine]
+            if len(frontends) > 1:
+                frontends.tell(ExpectEngine(drained.engine))
             return
-        self._say(f"{name} has drained, and ends")
-        engines.rest(drained.engine)
-        self._states[drained.engine] = "drained"
+        drain.left.discard(number)
+        if not drain.left:
+            del self._drains[drained.engine]
+            self._say(f"{name} has drained, and ends")
+            engines.rest(drained.engine)
+            self._states[drained.engine] = "drained"
 
     def _fulfil(self, wish: Wish, engines: Engines, frontends: Frontends) -> Told:
         """What an operator asks for."""
@@ -201,6 +236,7 @@ class Supervisor:
         if not error and wish.action == "drain":
             self._say(f"engine {wish.engine} drains; what is open there after {wish.grace_s:g} s goes on elsewhere")
             self._states[wish.engine] = "draining"
+            self._drains[wish.engine] = _Drain(time.monotonic() + wish.grace_s, set(range(len(frontends))))
             frontends.tell(DrainEngine(wish.engine, wish.grace_s))
         if not error and wish.action == "resume":
             self._say(f"engine {wish.engine} is started again")

@@ -82,10 +82,11 @@ def test_what_is_not_given_is_the_engines_default(started: list[Any]) -> None:
 def test_every_field_of_a_server_is_an_option_of_serve(started: list[Any]) -> None:
     expected = {option.name: value_of(option) for option in SERVE_OPTIONS} | {
         "keys": None,
-        "data": "ipc:///run/g",
-        "control": "ipc:///run/c",
+        "data": "tcp://127.0.0.1:7000",
+        "control": "tcp://127.0.0.1:8000",
         "http": "127.0.0.1:0",
         "http_workers": 7,
+        "frontends": 3,
     }
     words = [
         word for option in SERVE_OPTIONS if option.name != "keys" for word in words_of(option, expected[option.name])

@@ -322,6 +322,26 @@ def test_an_engine_that_drains_finishes_what_it_has_and_gets_nothing_new(rig: Ri
     assert rig.open_at(0)
 
 
+def test_an_engine_is_kept_after_all_while_it_drains_and_after_it(rig: Rig) -> None:
+    """As when another router to the same engines cannot drain it."""
+    one = rig.open_at(0)
+    rig.links.drain(0, 60.0, lambda _: None)
+    assert rig.links.is_draining(0)
+    rig.links.expect(0)
+    assert not rig.links.is_draining(0)
+    one.end(rig)
+    rig.open_at(0).end(rig)
+    drained = threading.Event()
+    rig.links.drain(0, 60.0, lambda _: drained.set())
+    while not drained.wait(0.05):
+        rig.links.tick()
+    rig.expect_at(0, Attach)
+    rig.links.expect(0)
+    rig.expect_at(0, Attach)
+    rig.serve(0)
+    rig.open_at(0).end(rig)
+
+
 def test_what_an_engine_has_left_when_its_time_to_drain_is_over_goes_on_elsewhere(rig: Rig) -> None:
     one = rig.open_at(0)
     one.hear(rig, [1, 2])

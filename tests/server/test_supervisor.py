@@ -27,6 +27,7 @@ from graphgen.server.frontend.settings import FrontendSettings, settings_file
 from graphgen.server.options import ServeOptions
 from graphgen.server.supervisor import Supervisor
 from tests.fakes import READY, FakeProcesses
+from tests.serving import free_address
 
 WHERE = Listening("tcp://127.0.0.1:41001", "tcp://127.0.0.1:41002")
 
@@ -74,26 +75,31 @@ class Processes(FakeProcesses):
 
 
 class Rig:
-    """A supervisor in a thread, and the frontend's end of its channel."""
+    """A supervisor in a thread, and the frontends' ends of its channels."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, **config: float) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, num_frontends: int = 1, **config: float) -> None:
         self.processes = Processes()
         self.wishes = Wishes()
         self.said: list[str] = []
         self.outcome: object = None
-        monkeypatch.setattr(supervisor, "EngineProcesses", lambda num_ranks: self.processes)
+        monkeypatch.setattr(supervisor, "EngineProcesses", lambda **_: self.processes)
         monkeypatch.setattr(supervisor, "EndSignals", lambda: self.wishes)
         monkeypatch.setattr(supervisor, "LOST_GRACE_S", 1.0)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.frontend: Channel[FrontendToSupervisor, SupervisorToFrontend] = Channel(
-            self._context, self.processes.folder, "frontend-0", "lower", SupervisorToFrontend
-        )
+        self.frontends: list[Channel[FrontendToSupervisor, SupervisorToFrontend]] = [
+            Channel(self._context, self.processes.folder, f"frontend-{number}", "lower", SupervisorToFrontend)
+            for number in range(num_frontends)
+        ]
+        self.frontend = self.frontends[0]
         options = ServeOptions(data="tcp://127.0.0.1:*", control="tcp://127.0.0.1:*", grace_s=7.0)
+        if num_frontends > 1:
+            options = ServeOptions(data=free_address(2 * num_frontends), frontends=num_frontends, grace_s=7.0)
+        self.options = options
         engine = EngineConfig(device="cpu", **config)  # type: ignore[arg-type]  # settings of a test
         self._supervisor = Supervisor(engine, options, self.said.append)
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
-        self.wait_until(lambda: len(self.processes.starts) == 1, 30.0)
+        self.wait_until(lambda: len(self.processes.starts) == num_frontends, 30.0)
 
     def _run(self) -> None:
         try:
@@ -102,8 +108,9 @@ class Rig:
             self.outcome = error
 
     def listen(self) -> None:
-        self.frontend.send(READY)
-        self.frontend.send(WHERE)
+        for frontend in self.frontends:
+            frontend.send(READY)
+            frontend.send(WHERE)
         self.wait_until(lambda: "ready" in self.said)
 
     def lose_engine(self, code: int = -9) -> EngineLost:
@@ -133,9 +140,11 @@ class Rig:
         return self.outcome
 
     def close(self) -> None:
-        self.frontend.send(Drained(0))
+        for frontend in self.frontends:
+            frontend.send(Drained(0))
         self.thread.join(5)
-        self.frontend.close()
+        for frontend in self.frontends:
+            frontend.close()
         self._context.term()
         self.processes.stop(0.0)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import zmq
 
+from graphgen.base.addresses import unbound
 from graphgen.base.descriptors import raise_descriptor_limit
 from graphgen.base.inbox import Inbox
 from graphgen.base.logs import log_to_stderr
@@ -120,12 +121,14 @@ def _serve(folder: Path, number: int, supervisor: SupervisorChannel) -> int:
         stack.callback(inbox.close)
         folders = [Path(name) for name in settings.engines] or [folder]
         engines = [EngineElsewhere(one, number) for one in folders]
-        links = Links(own_links(engines, supervisor.send, attaches=True, after_outputs=inbox.wake), supervisor.send)
+        makers = own_links(engines, supervisor.send, attaches=True, after_outputs=inbox.wake)
+        links = Links(makers, supervisor.send, seed=number)
         stack.callback(links.close)
         least = len(links) if settings.awaits_all else 1
         ready = links.wait_ready(threading.TIMEOUT_MAX, least)  # the supervisor has an eye on the time
         supervisor.send(ready)
-        core = AttachedCore(launch, ready, read_tokenizer(folder), links, number, 1, time.monotonic())
+        sender = number, settings.num_frontends, time.monotonic()
+        core = AttachedCore(launch, ready, read_tokenizer(folder), links, *sender)
         server = make_server(sockets, supervisor, inbox, links, core, settings, access)
         stack.callback(server.close)
         limit_memory(settings.memory_limit_bytes)
@@ -205,7 +208,7 @@ def bind(
             socket.close(0.0)
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{address} cannot be bound ({error}): choose another with --bind or --control") from None
+        raise ConfigError(unbound(address, error)) from None
     gate.start()
     return PublicSockets(*bound)
 

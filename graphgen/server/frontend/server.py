@@ -227,6 +227,9 @@ class Server:
         self.notify(f"{lost.message}; {then}, and open requests {'go on' if go_on else 'ended with engine_lost'}")
 
     def _drain_engine(self, order: DrainEngine) -> None:
+        """Of an order that comes twice the first one is answered."""
+        if self._desk.links.is_draining(order.engine):
+            return
         try:
             self._desk.links.drain(
                 order.engine, order.grace_s, lambda number: self._supervisor.send(EngineDrained(number))

@@ -27,6 +27,8 @@ class FrontendSettings(Struct, frozen=True, kw_only=True):
     control: str
     keys: str | None
     """Folder with the server's CURVE keys and the clients' public ones; None: no authentication."""
+    num_frontends: int = 1
+    """Of the server, which share the engines."""
     engines: tuple[str, ...] = ()
     """Folders of the engines, where these are several."""
     awaits_all: bool = True
