@@ -103,7 +103,7 @@ class Setup:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.private_address = f"ipc://{self.folder}/private"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._processes["engine"] = self.start("benchmarks.paced_engine", str(step_ms))
+        self._processes["engine"] = self.start("benchmarks.paced_engine", str(step_ms), "1")
 
     @contextlib.contextmanager
     def in_process(self) -> Iterator[AttachedCore]:

@@ -34,6 +34,7 @@ SCRIPTS = (
     "collectives",
     "constrained",
     "experts",
+    "frontends",
     "latency",
     "linear",
     "prefix",
@@ -234,6 +235,17 @@ def test_the_protocol_benchmark_measures_both_ways(monkeypatch: pytest.MonkeyPat
     paced = [row for row in rows if row.get("step ms") == 5 and "tokens a message" in row]
     assert all(1.0 <= row["tokens a message"] <= 10 for row in paced)
     assert [row["neighbour"] for row in rows if "neighbour" in row] == ["none", "flood", "stopped reader"]
+
+
+def test_the_frontends_benchmark_reads_every_token_of_every_frontend(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    arguments = ("--streams", "4", "--tokens", "20", "--step-ms", "5", "--rounds", "1")
+    one, two = run_script(monkeypatch, tmp_path, "frontends", *arguments)["rows"]
+    assert [(row["frontends"], row["streams of each"]) for row in (one, two)] == [(1, 4), (2, 2)]
+    assert one["tokens/s x"] == one["capacity, tokens/s x"] == 1.0
+    assert two["frontend CPU us a token"] * two["capacity, tokens/s"] == pytest.approx(2e6)
+    assert two["of the busiest"] >= two["frontend CPU us a token"]
 
 
 def test_the_gateway_benchmark_measures_both_ways(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
