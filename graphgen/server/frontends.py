@@ -168,6 +168,7 @@ class Frontends:
         keys = options.key_folder
         FrontendSettings(
             num_frontends=len(self._all),
+            frontends=tuple(every.data for every in self._all) if len(self._all) > 1 else (),
             engines=self._engines if len(self._engines) > 1 else (),
             model=self._model_name,
             data=one.data,

@@ -425,6 +425,13 @@ class Welcome(Struct, frozen=True, kw_only=True):
     sampling_defaults: Annotated[
         SamplingDefaults, Meta(description="What the model draws with by itself; see `sampling.model_defaults`.")
     ] = SamplingDefaults()
+    frontends: Annotated[
+        list[str],
+        Meta(
+            description="Addresses of the data sockets of all frontends of the server, this one among them, where there"
+            " are several. Each has sessions of its own; any of them serves."
+        ),
+    ] = []
 
     def __repr__(self) -> str:
         """Without the session's name: what is printed ends in logs, and who knows the name may cancel its requests."""

@@ -95,7 +95,7 @@ DEFAULTS: dict[str, dict[str, Value]] = {
         "stop_token_ids": 16,
         "deadline_ms": 3_600_000,
     },
-    "welcome": {"sampling_defaults": {}, "draining": False},
+    "welcome": {"sampling_defaults": {}, "draining": False, "frontends": []},
     "sampling_defaults": {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0},
     "accepted": {"prompt_ids": None, "prompt_text": None, "tail": ""},
     "delta": {

@@ -157,6 +157,13 @@ SERVER_ACCEPTED = [
         {**WELCOME_VALUE, "sampling_defaults": {"temperature": 0.5, "top_k": 20}},
     ),
     Vector(
+        "welcome-frontends",
+        (header("W"), mapping(*WELCOME, ("frontends", array(text("tcp://*:5755"), text("tcp://*:5757"))))),
+        "a server of several frontends",
+        "ok",
+        {**WELCOME_VALUE, "frontends": ["tcp://*:5755", "tcp://*:5757"]},
+    ),
+    Vector(
         "welcome-draining",
         (header("W"), mapping(*WELCOME, ("draining", TRUE))),
         "a session with a server that is about to end",

@@ -55,6 +55,7 @@ def test_both_serve_the_same_model_at_addresses_of_their_own(server: ServerProce
     assert int(second.rpartition(":")[2]) == int(first.rpartition(":")[2]) + 2
     with Client(first) as one, Client(second) as other:
         assert one.info.instance != other.info.instance
+        assert one.info.frontends == other.info.frontends == [first, second]
         assert tokens_of(one, "ROMEO:", SHORT) == tokens_of(other, "ROMEO:", SHORT)
         assert one.stats().finished == other.stats().finished >= 2, "the engine's counts are whole at each"
         assert one.health().ready

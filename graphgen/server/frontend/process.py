@@ -254,4 +254,5 @@ def _welcome(settings: FrontendSettings, core: AttachedCore, sockets: PublicSock
         slow_consumer_ms=round(settings.slow_consumer_s * 1000),
         control=sockets.control.address,
         sampling_defaults=launch.sampling_defaults,
+        frontends=list(settings.frontends),
     )

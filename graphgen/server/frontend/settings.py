@@ -29,6 +29,8 @@ class FrontendSettings(Struct, frozen=True, kw_only=True):
     """Folder with the server's CURVE keys and the clients' public ones; None: no authentication."""
     num_frontends: int = 1
     """Of the server, which share the engines."""
+    frontends: tuple[str, ...] = ()
+    """Addresses of their data sockets, where these are several."""
     engines: tuple[str, ...] = ()
     """Folders of the engines, where these are several."""
     awaits_all: bool = True

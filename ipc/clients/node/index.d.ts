@@ -195,6 +195,8 @@ export interface Welcome {
   samplingDefaults: SamplingDefaults;
   /** true: the server was about to end when it answered `hello`, and takes no requests. */
   draining: boolean;
+  /** Data addresses of all frontends of the server, where there are several; any of them serves. */
+  frontends: string[];
 }
 
 export interface Stats {

@@ -188,6 +188,7 @@ struct Welcome {
   std::string control;
   SamplingDefaults sampling_defaults;
   bool draining = false;  ///< The server was about to end when it answered `hello`, and takes no requests.
+  std::vector<std::string> frontends;  ///< Data addresses of all frontends of the server, where there are several.
 };
 
 /// One of several engines, by the names of PROTOCOL.md's `stats.engines`.

@@ -101,6 +101,7 @@ Welcome read_welcome(const Map& map) {
   map.required("control", message.control);
   map.optional("sampling_defaults", message.sampling_defaults);
   map.optional("draining", message.draining);
+  map.optional("frontends", message.frontends);
   return message;
 }
 

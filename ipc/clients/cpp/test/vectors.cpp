@@ -85,7 +85,7 @@ struct ToJson {
     return {{"version", m.version}, {"session", m.session}, {"instance", m.instance}, {"server", m.server},
             {"model", m.model}, {"vocab_size", m.vocab_size}, {"eos_token_ids", m.eos_token_ids},
             {"features", m.features}, {"heartbeat_ms", m.heartbeat_ms}, {"slow_consumer_ms", m.slow_consumer_ms},
-            {"control", m.control}, {"draining", m.draining},
+            {"control", m.control}, {"draining", m.draining}, {"frontends", m.frontends},
             {"sampling_defaults",
              {{"temperature", d.temperature}, {"top_k", d.top_k}, {"top_p", d.top_p}, {"min_p", d.min_p},
               {"repetition_penalty", d.repetition_penalty}}},

@@ -163,6 +163,7 @@ const SERVER_KINDS = {
       control: str,
       sampling_defaults: optional(map(SAMPLING_DEFAULTS), readFields(SAMPLING_DEFAULTS, {})),
       draining: optional(bool, false),
+      frontends: optional(list(str), []),
     },
   ],
   A: ["accepted", { id: int, prompt_tokens: int, prompt_ids: optional(orNil(list(tokenId)), null), prompt_text: optional(orNil(str), null) }],
