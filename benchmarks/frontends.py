@@ -2,8 +2,8 @@
 
 The engines are processes that hand out tokens (`benchmarks.paced_engine`), at a set pace or as fast as they can, so
 that the frontends have most to do. Each frontend has a reader in a process of its own, which asks for batches and does
-little with them. The streams are the same in every row: with two frontends each has half of them. What it takes to
-open them is counted. No GPU is needed.
+little with them. Each frontend has as many streams in every row; what it takes to open them is counted. No GPU is
+needed.
 
 Tokens a second say something only where every process has a core to itself: two for each frontend (it and its reader),
 one for each engine. Elsewhere the processor time does: as long as a token costs no more of it, as many frontends as
@@ -56,7 +56,7 @@ class Setup:
     """Engines and frontends, which serve when this is made."""
 
     def __init__(self, num_frontends: int, num_engines: int, step_ms: float, num_streams: int) -> None:
-        """num_streams: of one frontend at most."""
+        """num_streams: of each frontend."""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._folders = [Path(tempfile.mkdtemp(prefix="graphgen-")) for _ in range(num_engines)]
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -175,14 +175,13 @@ def be_reader(address: str, num_streams: int, num_tokens: int) -> None:
 
 def run(num_frontends: int, num_engines: int, num_streams: int, num_tokens: int, step_ms: float) -> dict[str, float]:
     """One run: the figures of a row."""
-    of_each = num_streams // num_frontends
-    with Setup(num_frontends, num_engines, step_ms, of_each) as setup:
+    with Setup(num_frontends, num_engines, step_ms, num_streams) as setup:
         watched = [*setup.frontends, *setup.engines]
         before = {pid: cpu_seconds(pid) for pid in watched}
-        read = setup.read(of_each, num_tokens)
+        read = setup.read(num_streams, num_tokens)
         used = {pid: cpu_seconds(pid) - before[pid] for pid in watched}
     tokens = sum(one.num_tokens for one in read)
-    assert tokens == of_each * num_frontends * num_tokens, "every token of every stream"
+    assert tokens == num_streams * num_frontends * num_tokens, "every token of every stream"
     took_s = max(one.ended_s for one in read) - min(one.begun_s for one in read)
     token_us = sum(used[pid] for pid in setup.frontends) / tokens * 1e6
     return {
@@ -207,7 +206,7 @@ def rows_of(
                 runs[count].append(run(count, num_engines, num_streams, num_tokens, step_ms))
         first = runs[counts[0]]
         for count in counts:
-            row: dict[str, object] = {"step ms": step_ms, "frontends": count, "streams of each": num_streams // count}
+            row: dict[str, object] = {"step ms": step_ms, "frontends": count, "streams of each": num_streams}
             row |= {name: percentile([one[name] for one in runs[count]], 50) for name in runs[count][0]}
             for name in ("capacity, tokens/s", "tokens/s"):
                 ratios = [one[name] / other[name] for one, other in zip(runs[count], first, strict=True)]
@@ -220,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frontends", type=int, nargs="+", default=[1, 2], help="the first is what others are held to")
     parser.add_argument("--engines", type=int, default=2)
-    parser.add_argument("--streams", type=int, default=256, help="of all frontends together")
+    parser.add_argument("--streams", type=int, default=128, help="of each frontend")
     parser.add_argument("--tokens", type=int, default=256, help="of each stream")
     parser.add_argument("--step-ms", type=float, nargs="+", default=[0.0, 20.0], help="0: as fast as the engines can")
     parser.add_argument("--rounds", type=int, default=3)

@@ -64,7 +64,7 @@ class PacedEngine:
         """Until Shutdown."""
         while self._is_open:
             wait_s = max(0.0, self._next_s - time.monotonic()) if self._left else None
-            self._poller.poll(None if wait_s is None else wait_s * 1000)
+            self._poller.poll(None if wait_s is None else int(wait_s * 1000))
             for sender, message in self._senders.drain():
                 self._take(sender, message)
             if self._left and time.monotonic() >= self._next_s:

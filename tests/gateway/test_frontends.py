@@ -1,7 +1,5 @@
 """What all frontends of a server count, as a gateway shows it."""
 
-from collections.abc import Iterator
-
 import pytest
 from msgspec.structs import replace
 
@@ -99,7 +97,7 @@ class Core:
 
 
 @pytest.fixture
-def others(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Core]]:
+def others(monkeypatch: pytest.MonkeyPatch) -> dict[str, Core]:
     """By address: those that can be connected to."""
     found: dict[str, Core] = {}
 
