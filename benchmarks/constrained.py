@@ -101,7 +101,10 @@ def measure(
     step = round(1.0 / share) if share else len(prompts) + 1
     is_bound = [number % step == 0 if share else False for number in range(len(prompts))]
     outputs = engine.generate(list(prompts), [bound if one else plain for one in is_bound])
-    assert all(len(output.token_ids) == num_tokens for output in outputs), "a request ended before the others"
+    for output in outputs:
+        if len(output.token_ids) != num_tokens:
+            why = f"{output.finish_reason} after {len(output.token_ids)} of {num_tokens} tokens: {output.text!r}"
+            raise SystemExit(f"a request ended before the others ({why}), so gaps cannot be compared")
     kinds: tuple[list[RequestOutput], list[RequestOutput]] = [], []
     for output, one in zip(outputs, is_bound, strict=True):
         kinds[not one].append(output)

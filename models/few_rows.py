@@ -18,7 +18,6 @@ from torch import Tensor
 from graphgen.models.chaining import launch_options
 from graphgen.models.few_rows_kernels import (
     adding_linear_kernel,
-    adding_row_kernel,
     embed_kernel,
     gated_kernel,
     norm_heads_kernel,
@@ -28,6 +27,10 @@ from graphgen.models.few_rows_layers import ACTIVATIONS, LEAST_COLUMNS, LEAST_DE
 from graphgen.models.few_rows_tiles import Cut, Shape, cut_stored, tensors_of
 from graphgen.models.formats.products import Weight
 from graphgen.models.norms import RMSNorm
+from graphgen.models.one_row_kernels import adding_row_kernel, gated_row_kernel, normed_row_kernel
+
+Stored = tuple[Tensor, Tensor | None, Tensor | None]
+"""few_rows_tiles.tensors_of a weight."""
 
 
 class Normed(NamedTuple):
@@ -59,7 +62,7 @@ def _column_block(size: int) -> int:
 
 def depth_block(depth: int, most: int = 128) -> int:
     """Columns of a weight that a program reads at a time: the most that divide the depth."""
-    return next(block for block in (most, most // 2, LEAST_DEPTH) if depth % block == 0)
+    return next(block for block in (most, most // 2, most // 4, LEAST_DEPTH) if depth % block == 0)
 
 
 def _cut(weight: Tensor | Weight, num_rows: int, size: int, depth: int, shape: Shape | None) -> Cut:
@@ -115,6 +118,9 @@ def normed_linear(
     stored = tensors_of(weight)
     size, num_parts = stored[0].shape[0], x.squares.shape[1]
     out = torch.empty((num_rows, size), dtype=x.scaled.dtype, device=x.scaled.device)
+    if num_rows == 1 and shape is None and adds_up(weight, chained):
+        _normed_row(x, eps, stored, bias, out, chained)
+        return out
     cut = _cut(weight, num_rows, size, depth, shape)
     normed_linear_kernel[(size // cut.columns,)](
         _in_input_order(x.scaled, weight),
@@ -156,8 +162,8 @@ def adding_linear(
     num_rows, depth = x.shape
     stored = tensors_of(weight)
     size = stored[0].shape[0]
-    if num_rows == 1 and isinstance(weight, Tensor) and size < _NARROW * LEAST_COLUMNS:
-        return _adding_row(x, weight, bias, residual, norm, chained)
+    if num_rows == 1 and shape is None and adds_up(weight, chained):
+        return _adding_row(x, stored, bias, residual, norm, chained)
     cut = _cut(weight, num_rows, size, depth, shape)
     sums, normed = open_normed(residual, num_rows, size, cut.columns)
     adding_linear_kernel[(size // cut.columns,)](
@@ -185,33 +191,6 @@ def adding_linear(
     return sums, normed
 
 
-def _adding_row(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm: RMSNorm, chained: bool
-) -> tuple[Tensor, Normed]:
-    """adding_linear of one row to a narrow stream."""
-    size, depth = weight.shape
-    block, columns = depth_block(depth, 256), LEAST_COLUMNS // 2
-    sums, normed = open_normed(residual, 1, size, columns)
-    adding_row_kernel[(size // columns,)](
-        x,
-        weight,
-        bias,
-        residual,
-        norm.weight,
-        sums,
-        *normed,
-        depth,
-        columns,
-        block,
-        block * (2 if depth > 2 * block else 1),
-        7,
-        chained,
-        num_warps=4,
-        **launch_options(chained),
-    )
-    return sums, normed
-
-
 def gated_linear(
     x: Normed,
     eps: float,
@@ -227,6 +206,9 @@ def gated_linear(
     stored = tensors_of(weight)
     size, num_parts = stored[0].shape[0] // 2, x.squares.shape[1]
     out = torch.empty((num_rows, size), dtype=x.scaled.dtype, device=x.scaled.device)
+    if num_rows == 1 and shape is None and adds_up(weight, chained):
+        _gated_row(x, eps, stored, bias, activation, out, chained)
+        return out
     cut = _cut_gated(weight, num_rows, size, depth, shape)
     gated_kernel[(size // cut.columns,)](
         _in_input_order(x.scaled, weight),
@@ -253,6 +235,137 @@ def gated_linear(
         **launch_options(chained),
     )
     return out
+
+
+# --- the same of one row ---------------------------------------------------------------------------------------
+
+
+class RowCut(NamedTuple):
+    """How a product of one row is cut, and how a program reads its weight."""
+
+    columns: int
+    """Of a program."""
+    depth: int
+    """Of a bfloat16 weight, that a program reads at a time, at most."""
+    early: int
+    """Times that depth, that it reads while the kernel ahead still runs."""
+    stages: int
+    """Parts of that depth that are on their way at a time."""
+    warps: int = 4
+
+    def fitted(self, weight: Tensor) -> "RowCut":
+        """To a weight: about as many bytes on their way."""
+        depth, early = weight.shape[1], self.early
+        block = depth_block(depth, self.depth * 2 // weight.itemsize)
+        while early > 1 and depth < 2 * early * block:
+            early //= 2
+        return self._replace(
+            depth=block,
+            early=early,
+            stages=min(self.stages * self.depth * 2 // (block * weight.itemsize), _MOST_STAGES),
+        )
+
+
+_MOST_STAGES = 8
+NORMED_ROW = RowCut(columns=8, depth=512, early=1, stages=4)
+ADDING_ROW = RowCut(columns=16, depth=256, early=2, stages=7)
+GATED_ROW = RowCut(columns=16, depth=256, early=1, stages=4)
+
+
+def adds_up(weight: Tensor | Weight, chained: bool) -> bool:
+    """Whether the kernels of one row read it: one that lies in the model's dtype, or with one scale a row. chained:
+    only a device that can chain kernels has the type e4m3."""
+    if isinstance(weight, Tensor):
+        return True
+    form = weight.format
+    whole = form.group is None and form.rows == 1 and not form.zeros and weight.permutation is None
+    has_e4m3 = chained or triton.knobs.runtime.interpret
+    return whole and (form.storage == "int8" or (form.storage == "e4m3" and has_e4m3))
+
+
+def _normed_row(x: Normed, eps: float, stored: Stored, bias: Tensor | None, out: Tensor, chained: bool) -> None:
+    weight, scales, _ = stored
+    size, depth = weight.shape
+    cut, num_parts = NORMED_ROW.fitted(weight), x.squares.shape[1]
+    normed_row_kernel[(size // cut.columns,)](
+        x.scaled,
+        x.squares,
+        weight,
+        scales,
+        bias,
+        out,
+        num_parts,
+        eps,
+        depth,
+        cut.columns,
+        cut.depth,
+        cut.depth * cut.early,
+        cut.stages,
+        triton.next_power_of_2(num_parts),
+        chained,
+        num_warps=cut.warps,
+        **launch_options(chained),
+    )
+
+
+def _adding_row(
+    x: Tensor, stored: Stored, bias: Tensor | None, residual: Tensor, norm: RMSNorm, chained: bool
+) -> tuple[Tensor, Normed]:
+    weight, scales, _ = stored
+    size, depth = weight.shape
+    cut = ADDING_ROW.fitted(weight)
+    sums, normed = open_normed(residual, 1, size, cut.columns)
+    adding_row_kernel[(size // cut.columns,)](
+        x,
+        weight,
+        scales,
+        bias,
+        residual,
+        norm.weight,
+        sums,
+        *normed,
+        depth,
+        cut.columns,
+        cut.depth,
+        cut.depth * cut.early,
+        cut.stages,
+        chained,
+        num_warps=cut.warps,
+        **launch_options(chained),
+    )
+    return sums, normed
+
+
+def _gated_row(
+    x: Normed, eps: float, stored: Stored, bias: Tensor | None, activation: str, out: Tensor, chained: bool
+) -> None:
+    weight, scales, _ = stored
+    size, depth = out.shape[1], weight.shape[1]
+    cut, num_parts = GATED_ROW.fitted(weight), x.squares.shape[1]
+    gated_row_kernel[(size // cut.columns,)](
+        x.scaled,
+        x.squares,
+        weight,
+        scales,
+        bias,
+        out,
+        num_parts,
+        eps,
+        size,
+        depth,
+        ACTIVATIONS[activation],
+        cut.columns,
+        cut.depth,
+        cut.depth * cut.early,
+        cut.stages,
+        triton.next_power_of_2(num_parts),
+        chained,
+        num_warps=cut.warps,
+        **launch_options(chained),
+    )
+
+
+# --- heads -----------------------------------------------------------------------------------------------------
 
 
 def norm_queries_and_keys(

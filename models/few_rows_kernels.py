@@ -89,7 +89,7 @@ def _times(
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _load_squares(
+def load_squares(
     squares: "tl.tensor", num_rows: int, num_parts: int, BM: tl.constexpr, PARTS: tl.constexpr
 ) -> "tl.tensor":
     """[BM, PARTS]. Loaded before a product and summed behind it, so that nobody waits for them."""
@@ -173,7 +173,7 @@ def normed_linear_kernel(
     first = _first_of(weight, columns, K, BK, EARLY, HOW)
     if CHAINED:
         gdc_wait()
-    parts = _load_squares(squares, num_rows, num_parts, BM, PARTS)
+    parts = load_squares(squares, num_rows, num_parts, BM, PARTS)
     result = _times(x, weight, scales, zeros, columns, first, num_rows, K, BM, BN, BK, EARLY, HOW)
     if CHAINED:
         gdc_launch_dependents()
@@ -247,44 +247,19 @@ def add_row(
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def adding_row_kernel(
-    x: "tl.tensor",
-    weight: "tl.tensor",
-    bias: "tl.tensor | None",
-    residual: "tl.tensor",
-    norm_weight: "tl.tensor",
-    out: "tl.tensor",
-    scaled: "tl.tensor",
-    squares: "tl.tensor",
-    K: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    EARLY: tl.constexpr,
-    STAGES: tl.constexpr,
-    CHAINED: tl.constexpr,
-) -> None:
-    """adding_linear_kernel of one row, in which a tensor core's sums would wait for one another: each thread adds up
-    what it reads, and the threads meet at the end. EARLY: a power of two."""
-    columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    weight_rows = weight + columns.to(tl.int64)[:, None] * K
-    first = tl.arange(0, EARLY)
-    early = tl.load(weight_rows + first[None, :])
-    scales = tl.load(norm_weight + columns).to(tl.float32)
-    if CHAINED:
-        gdc_wait()
-    before = tl.load(residual + columns)
-    first_own = tl.load(x + first).to(tl.float32)[None, :]
-    depth = tl.arange(0, BK)
-    sums = tl.zeros((BN, BK), tl.float32)
-    for k in tl.range(EARLY, K, BK, num_stages=STAGES):
-        own = tl.load(x + k + depth).to(tl.float32)[None, :]
-        sums += own * tl.load(weight_rows + k + depth[None, :]).to(tl.float32)
-    if CHAINED:
-        gdc_launch_dependents()
-    update = tl.sum(sums, 1) + tl.sum(early.to(tl.float32) * first_own, 1)
-    if bias is not None:
-        update += tl.load(bias + columns).to(tl.float32)
-    add_row(update, before, columns, scales, tl.program_id(0), out, scaled, squares)
+def gated(gate: "tl.tensor", up: "tl.tensor", ACTIVATION: tl.constexpr, DTYPE: tl.constexpr) -> "tl.tensor":
+    """activation(gate) * up, in DTYPE. Both are float32. ACTIVATION: 0 silu, 1 gelu, 2 gelu_tanh."""
+    # As where gate and up are stored and read again: both are rounded, and so is the activation.
+    gate = gate.to(DTYPE).to(tl.float32)
+    up = up.to(DTYPE).to(tl.float32)
+    if ACTIVATION == 0:
+        active = gate / (1.0 + tl.exp(-gate))
+    elif ACTIVATION == 1:
+        active = 0.5 * gate * (1.0 + tl.math.erf(gate * 0.7071067811865476))
+    else:
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        active = gate / (1.0 + tl.exp(-2.0 * inner))
+    return (active.to(DTYPE).to(tl.float32) * up).to(DTYPE)
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # triton has no types
@@ -327,7 +302,7 @@ def gated_kernel(
         first = _first_of(weight, both, K, BK, EARLY, HOW)
     if CHAINED:
         gdc_wait()
-    parts = _load_squares(squares, num_rows, num_parts, BM, PARTS)
+    parts = load_squares(squares, num_rows, num_parts, BM, PARTS)
     rows = tl.arange(0, BM)[:, None]
     if HOW is None:
         depth = tl.arange(0, BK)
@@ -353,18 +328,8 @@ def gated_kernel(
     if HAS_BIAS:
         gate += tl.load(bias + columns).to(tl.float32)[None, :]
         up += tl.load(bias + F + columns).to(tl.float32)[None, :]
-    # As where gate and up are stored and read again: both are rounded, and so is the activation.
-    gate = gate.to(out.dtype.element_ty).to(tl.float32)
-    up = up.to(out.dtype.element_ty).to(tl.float32)
-    if ACTIVATION == 0:
-        active = gate / (1.0 + tl.exp(-gate))
-    elif ACTIVATION == 1:
-        active = 0.5 * gate * (1.0 + tl.math.erf(gate * 0.7071067811865476))
-    else:
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        active = gate / (1.0 + tl.exp(-2.0 * inner))
-    result = active.to(out.dtype.element_ty).to(tl.float32) * up
-    tl.store(out + rows * F + columns[None, :], result.to(out.dtype.element_ty), rows < num_rows)
+    result = gated(gate, up, ACTIVATION, out.dtype.element_ty)
+    tl.store(out + rows * F + columns[None, :], result, rows < num_rows)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from graphgen.models.attention.pages import LayerPages
 from graphgen.models.attention.quantised import as_factor, product_dtype
-from graphgen.models.attention.split_kv import bent, num_splits
+from graphgen.models.attention.split_kv import num_splits
+from graphgen.models.attention.split_kv_kernel import bent
 from graphgen.models.attention.variant import Scoring
 
 _ENOUGH_PROGRAMS = 264

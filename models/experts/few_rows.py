@@ -41,7 +41,7 @@ class Blocks(NamedTuple):
 
 _MOST_PARTS = 12
 """Each is code of its own."""
-GATE_UP = Blocks(columns=16, depth=256, warps=4, parts=3)
+GATE_UP = Blocks(columns=8, depth=256, warps=2, parts=4)
 DOWN = Blocks(columns=16, depth=256, warps=4, parts=7)
 """Columns: 128 programs where the residual stream is 2048 wide, so that each multiprocessor has one."""
 

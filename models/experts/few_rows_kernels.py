@@ -60,65 +60,17 @@ def router_kernel(
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _choices(
-    logits: "tl.tensor",
-    correction: "tl.tensor | None",
-    begin: int,
-    E: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SOFTMAX: tl.constexpr,
-) -> "tuple[tl.tensor, tl.tensor]":
-    """Of BLOCK experts from `begin` on: logits, and what experts are chosen by. Each two have an order: a NaN counts as
-    the least. logits: of the row, whose softmax is only asked for where all are in one block."""
-    numbers = begin + tl.arange(0, BLOCK)
-    inside = numbers < E
-    loaded = tl.load(logits + numbers, inside, other=float("-inf"))
-    own = tl.where(loaded == loaded, loaded, float("-inf"))
-    choice = own
-    if correction is not None:
-        scores = _scores(logits, own, E, BLOCK, SOFTMAX)
-        choice = tl.where(inside, scores + tl.load(correction + numbers, inside, other=0.0), float("-inf"))
-    return own, choice
-
-
-@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
 def _scores(
-    logits: "tl.tensor", own: "tl.tensor", E: tl.constexpr, BLOCK: tl.constexpr, SOFTMAX: tl.constexpr
+    logits: "tl.tensor", numbers: "tl.tensor", E: tl.constexpr, EXPERTS: tl.constexpr, SOFTMAX: tl.constexpr
 ) -> "tl.tensor":
-    """Of some of a row's logits: those of a router."""
+    """[EXPERTS]: of a row's logits those of a router."""
+    peak = tl.max(logits, 0)
     if SOFTMAX:
-        ALL: tl.constexpr = triton.next_power_of_2(E)
-        every = tl.load(logits + tl.arange(0, ALL), tl.arange(0, ALL) < E, other=float("-inf"))
-        peak = tl.max(every, 0)
-        scores = tl.exp(own - peak) / tl.sum(tl.exp(every - peak), 0)
+        powers = tl.where(numbers < E, tl.exp(logits - peak), 0.0)
+        scores = powers / tl.sum(powers, 0)
     else:
-        scores = 1.0 / (1.0 + tl.exp(-own))
+        scores = 1.0 / (1.0 + tl.exp(-logits))
     return scores
-
-
-@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _num_better(
-    logits: "tl.tensor",
-    correction: "tl.tensor | None",
-    choice: "tl.tensor",
-    E: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    SOFTMAX: tl.constexpr,
-    IN_ORDER: tl.constexpr,
-) -> "tl.tensor":
-    """[EXPERTS] float32: how many experts of a row come before each. IN_ORDER: of equal ones the first comes first;
-    else they have the same place."""
-    BLOCK: tl.constexpr = EXPERTS if EXPERTS <= 128 else 128 * 128 // EXPERTS
-    numbers = tl.arange(0, EXPERTS)
-    count = tl.zeros((EXPERTS,), tl.float32)
-    for begin in tl.static_range(0, EXPERTS, BLOCK):
-        _, theirs = _choices(logits, correction, begin, E, BLOCK, SOFTMAX)
-        better = theirs[:, None] > choice[None, :]
-        if IN_ORDER:
-            others = begin + tl.arange(0, BLOCK)
-            better |= (theirs[:, None] == choice[None, :]) & (others[:, None] < numbers[None, :])
-        count += tl.sum(tl.where(better, 1.0, 0.0), 0)  # along what lies in a thread
-    return count
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
@@ -128,37 +80,49 @@ def _ranked(
     place: "tl.tensor",
     E: tl.constexpr,
     EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
     SOFTMAX: tl.constexpr,
 ) -> "tuple[tl.tensor, tl.tensor, tl.tensor]":
-    """The expert in a place of the order of a row's choice; [EXPERTS] the place of each expert, and its logit."""
-    own, choice = _choices(logits, correction, 0, E, EXPERTS, SOFTMAX)
-    places = _num_better(logits, correction, choice, E, EXPERTS, SOFTMAX, False)
-    at_place = places == place
-    if tl.sum(at_place.to(tl.int32), 0) != 1:  # some are equal
-        places = _num_better(logits, correction, choice, E, EXPERTS, SOFTMAX, True)
-    expert = tl.sum(tl.where(places == place, tl.arange(0, EXPERTS), 0), 0)
-    return expert, places, own
+    """The expert in a place of the order of a row's choice; [EXPERTS] whether each is among the first TOP_K; its logit.
+    Of equal ones the first comes first, and a NaN counts as the least."""
+    numbers = tl.arange(0, EXPERTS)
+    loaded = tl.load(logits + numbers, numbers < E, other=float("-inf"))
+    own = tl.where(loaded == loaded, loaded, float("-inf"))
+    choice = own
+    if correction is not None:
+        corrections = tl.load(correction + numbers, numbers < E, other=0.0)
+        choice = tl.where(numbers < E, _scores(own, numbers, E, EXPERTS, SOFTMAX) + corrections, float("-inf"))
+    # Integers in the order of the floats, no two of them equal: the last bits are the experts' numbers.
+    bits = tl.where(choice == 0.0, 0.0, choice).to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    keys = ordered * EXPERTS + (EXPERTS - 1 - numbers)
+    left = keys
+    expert = 0
+    for at in range(TOP_K):
+        best = tl.max(left, 0)
+        expert = tl.where(at == place, EXPERTS - 1 - (best & (EXPERTS - 1)).to(tl.int32), expert)
+        left = tl.where(left == best, -(1 << 62), left)
+    return expert, left != keys, own
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
 def _share(
     logits: "tl.tensor",
-    own: "tl.tensor",
-    places: "tl.tensor",
-    place: "tl.tensor",
+    chosen: "tl.tensor",
+    expert: "tl.tensor",
     scale: float,
     E: tl.constexpr,
     EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
     SOFTMAX: tl.constexpr,
     RENORMALISE: tl.constexpr,
 ) -> "tl.tensor":
-    """The weight of the expert in a place: the formulas of routing.py. own, places: see _ranked."""
+    """The weight of an expert: the formulas of routing.py. logits, chosen: see _ranked."""
+    numbers = tl.arange(0, EXPERTS)
     FALLS_OUT: tl.constexpr = SOFTMAX and RENORMALISE  # what all scores are divided by
-    scores = tl.exp(own - tl.max(own, 0)) if FALLS_OUT else _scores(logits, own, E, EXPERTS, SOFTMAX)
-    share = tl.sum(tl.where(places == place, scores, 0.0), 0)
+    scores = tl.exp(logits - tl.max(logits, 0)) if FALLS_OUT else _scores(logits, numbers, E, EXPERTS, SOFTMAX)
+    share = tl.sum(tl.where(numbers == expert, scores, 0.0), 0)
     if RENORMALISE:
-        share /= tl.sum(tl.where(places < TOP_K, scores, 0.0), 0) + _NO_ZERO
+        share /= tl.sum(tl.where(chosen, scores, 0.0), 0) + _NO_ZERO
     return share * scale
 
 
@@ -205,7 +169,7 @@ def gate_up_kernel(
         gdc_wait()
     logits += row * logits_stride
     place = pair % TOP_K
-    expert, places, own_logits = _ranked(logits, correction, place, E, EXPERTS, SOFTMAX)
+    expert, chosen, own_logits = _ranked(logits, correction, place, E, EXPERTS, TOP_K, SOFTMAX)
     if live is not None:
         expert = tl.where(tl.load(live + row) != 0, expert, E)
     if tl.program_id(1) == 0:
@@ -224,7 +188,7 @@ def gate_up_kernel(
             ups += own * tl.load(up_rows + k + depth[None, :]).to(tl.float32)
         if CHAINED:
             gdc_launch_dependents()
-        share = _share(logits, own_logits, places, place, scale, E, EXPERTS, TOP_K, SOFTMAX, RENORMALISE)
+        share = _share(own_logits, chosen, expert, scale, E, EXPERTS, SOFTMAX, RENORMALISE)
         if tl.program_id(1) == 0:
             tl.store(weights + pair, share)
         over_rms = tl.rsqrt(tl.sum(square, 0) / K + eps)

@@ -54,7 +54,7 @@ def test_rows_of_a_step_score_as_in_the_torch_backend(name: str, tempered: bool)
     if scores is not None:
         kernels = Kernel.TILES, Kernel.SPLIT_KV
         backends.append(FlashInferAttention(shape, MAX_CHUNKS, 2048, 256, kernels))
-    buckets = [(Bucket(0, 64), 0, 61), (Bucket(448, 64), 440, 60), (Bucket(32, 1), 20, 1)]
+    buckets = [(Bucket(0, 64), 0, 61), (Bucket(448, 64), 440, 60), (Bucket(32, 1), 20, 1), (Bucket(0, 1), 0, 1)]
     for backend, (bucket, live_prefill, live_decode) in itertools.product(backends, buckets):
         seed = bucket.num_rows
         case = random_case(bucket, live_prefill, live_decode, seed)

@@ -9,6 +9,7 @@ from graphgen.models.formats.quantise import quantised
 from graphgen.models.spec.formats import LinearFormat
 
 E4M3 = LinearFormat(storage="e4m3", activation="e4m3")
+INT8 = LinearFormat(storage="int8")
 INT4 = LinearFormat(storage="int4", group=128, scale_dtype="bfloat16")
 FORMATS = {
     form.name: form
@@ -16,7 +17,7 @@ FORMATS = {
         E4M3,
         LinearFormat(storage="e4m3", scale_dtype="bfloat16"),
         LinearFormat(storage="e4m3", group=128, rows=128, activation="e4m3"),
-        LinearFormat(storage="int8"),
+        INT8,
         LinearFormat(storage="int8", group=128, scale_dtype="float16"),
         INT4,
         LinearFormat(storage="int4", group=64, scale_dtype="bfloat16"),

@@ -15,7 +15,7 @@ from graphgen.models.activations import ACTIVATIONS
 from graphgen.models.norms import RMSNorm
 from graphgen.models.spec import Norm
 from graphgen.models.spec.formats import LinearFormat
-from tests.models.format_cases import E4M3, FORMATS, INT4, matrix, random_weight
+from tests.models.format_cases import E4M3, FORMATS, INT4, INT8, matrix, random_weight
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed; comes with torch for CUDA", allow_module_level=True)
@@ -44,7 +44,7 @@ def begun(x: Tensor, norm: RMSNorm) -> few_rows.Normed:
     return few_rows.Normed(x * norm.weight, x.pow(2).unflatten(1, (4, -1)).sum(-1))
 
 
-@pytest.mark.parametrize("num_rows", [3, 17])
+@pytest.mark.parametrize("num_rows", [1, 3, 17])
 @pytest.mark.parametrize("name", FORMATS)
 def test_products_are_those_of_the_weight_that_the_codes_mean(name: str, num_rows: int) -> None:
     torch.manual_seed(0)
@@ -58,19 +58,30 @@ def test_products_are_those_of_the_weight_that_the_codes_mean(name: str, num_row
     torch.testing.assert_close(normed.squares.sum(1), sums.pow(2).sum(1))
 
 
-@pytest.mark.parametrize("form", [E4M3, INT4], ids=lambda form: form.name)
+@pytest.mark.parametrize("form", [None, E4M3, INT8, INT4], ids=lambda form: "plain" if form is None else form.name)
 @pytest.mark.parametrize("depth", [1024, 896])
-def test_a_norm_comes_before_the_product_and_the_activation_behind_it(form: LinearFormat, depth: int) -> None:
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_a_norm_comes_before_the_product_and_the_activation_behind_it(
+    form: LinearFormat | None, depth: int, num_rows: int
+) -> None:
     torch.manual_seed(1)
     size = 96
-    x, norm = torch.randn(5, depth), make_norm(depth)
-    weight, bias = random_weight(form, 2 * size, depth), torch.randn(2 * size)
-    both = F.linear(norm(x), matrix(weight), bias)
-    got = few_rows.normed_linear(begun(x, norm), EPS, weight, bias, chained=False)
-    torch.testing.assert_close(got, both, rtol=1e-4, atol=1e-4)
-    gate, up = both.chunk(2, dim=-1)
-    got = few_rows.gated_linear(begun(x, norm), EPS, weight, bias, "gelu", chained=False)
-    torch.testing.assert_close(got, ACTIVATIONS["gelu"](gate) * up, rtol=1e-4, atol=1e-4)
+    x, norm, bias = torch.randn(num_rows, depth), make_norm(depth), torch.randn(2 * size)
+    weight = torch.randn(2 * size, depth) * 0.02 if form is None else random_weight(form, 2 * size, depth)
+    for offset in (bias, None):
+        both = F.linear(norm(x), weight if isinstance(weight, Tensor) else matrix(weight), offset)
+        got = few_rows.normed_linear(begun(x, norm), EPS, weight, offset, chained=False)
+        torch.testing.assert_close(got, both, rtol=1e-4, atol=1e-4)
+        gate, up = both.chunk(2, dim=-1)
+        got = few_rows.gated_linear(begun(x, norm), EPS, weight, offset, "gelu", chained=False)
+        torch.testing.assert_close(got, ACTIVATIONS["gelu"](gate) * up, rtol=1e-4, atol=1e-4)
+
+
+def test_kernels_of_one_row_read_what_has_one_scale_a_row() -> None:
+    """Others have a scale between the weight and the sum, or another order."""
+    served = {name for name, form in FORMATS.items() if few_rows.adds_up(random_weight(form, 32, 256), chained=True)}
+    assert served == {E4M3.name, "fp8", INT8.name}
+    assert few_rows.adds_up(torch.empty(32, 256), chained=False)
 
 
 @pytest.mark.parametrize("slices", [0, 2, 4])

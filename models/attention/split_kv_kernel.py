@@ -1,0 +1,332 @@
+"""The device code of split_kv.py: a program's part of a row's positions, and the parts of a row made one.
+
+Scores are logarithms to base 2. From `softcap` on, what a layer has not is None, and no code is made for it.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from graphgen.models.attention.quantised import as_factor, int8_scale, quantised
+
+_LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _rotated(
+    heads: "tl.tensor",
+    dims: "tl.tensor",
+    partners: "tl.tensor",
+    cos: "tl.tensor",
+    sin: "tl.tensor",
+    mask: "tl.tensor",
+    norm_weight: "tl.tensor | None",
+    norm_eps: float,
+    HALF: tl.constexpr,
+    AXIS: tl.constexpr,
+) -> "tl.tensor":
+    """Heads times their rotation, float32: dimension i turns with i + HALF. heads: where each begins. partners: of the
+    dimensions. norm_weight: [D], of their RMSNorm ahead of it. AXIS: of the dimensions."""
+    own = tl.load(heads + dims, mask, other=0.0).to(tl.float32)
+    other = tl.load(heads + partners, mask, other=0.0).to(tl.float32)
+    if norm_weight is not None:
+        # As where the head is normed, stored and read again.
+        kind = heads.dtype.element_ty
+        over_rms = tl.rsqrt(tl.sum(own * own, AXIS, keep_dims=True) / (2 * HALF) + norm_eps)
+        own = (own * over_rms).to(kind).to(tl.float32) * tl.load(norm_weight + dims).to(tl.float32)
+        other = (other * over_rms).to(kind).to(tl.float32) * tl.load(norm_weight + partners).to(tl.float32)
+        own, other = own.to(kind).to(tl.float32), other.to(kind).to(tl.float32)
+    return own * cos + other * tl.where(dims < HALF, -sin, sin)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def bent(
+    scores: "tl.tensor", softcap: "float | None", slopes: "tl.tensor | None", distances: "tl.tensor"
+) -> "tl.tensor":
+    """What variant.py does to scaled scores. With a softcap they come as 2 log2(e) times the argument of tanh.
+    distances: of each position from the row's own, not above 0 where the row sees it."""
+    if softcap is not None:
+        scores = softcap - 2.0 * softcap / (tl.exp2(scores) + 1.0)
+    if slopes is not None:
+        scores += slopes[:, None] * distances
+    return scores
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _as_stored(
+    values: "tl.tensor", scales: "tl.tensor", head: "tl.tensor", STORED: tl.constexpr
+) -> "tuple[tl.tensor, tl.tensor]":
+    """Of one position and head, [D] in the model's dtype: what quantised pages keep of it, and its scale, [1]."""
+    values = values.to(tl.float32)
+    if tl.int8 == STORED:
+        scale = int8_scale(tl.max(tl.abs(values), 0, keep_dims=True))
+    else:
+        scale = tl.load(scales + head + tl.arange(0, 1))
+    return quantised(values, tl.broadcast_to(scale, values.shape), STORED), scale
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _load_block(
+    k_pages: "tl.tensor",
+    v_pages: "tl.tensor",
+    table: "tl.tensor",
+    block: "tl.tensor",
+    of_keys: "tl.tensor | None",
+    of_values: "tl.tensor",
+    page_stride: int,
+    position_stride: int,
+    head_offset: "tl.tensor",
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> "tuple[tl.tensor, tl.tensor, tl.tensor]":
+    """Keys, [D, BLOCK], and values, [BLOCK, D], as they lie in the pages, and the page. table: of the row. of_keys,
+    of_values: [BLOCK], which are read; None: all."""
+    page = tl.load(table + block * BLOCK // PAGE).to(tl.int64)
+    positions = block * BLOCK + tl.arange(0, BLOCK)
+    places = page * page_stride + head_offset + (positions % PAGE).to(tl.int64) * position_stride
+    dims = tl.arange(0, D)
+    if of_keys is not None:
+        keys = tl.load(k_pages + places[None, :] + dims[:, None], of_keys[None, :], other=0.0)
+    else:
+        keys = tl.load(k_pages + places[None, :] + dims[:, None])
+    values = tl.load(v_pages + places[:, None] + dims[None, :], of_values[:, None], other=0.0)
+    return keys, values, page
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _add_block(
+    peak: "tl.tensor",
+    total: "tl.tensor",
+    mixed: "tl.tensor",
+    queries: "tl.tensor",
+    keys: "tl.tensor",
+    values: "tl.tensor",
+    key_scales: "tl.tensor | None",
+    value_scales: "tl.tensor | None",
+    visible: "tl.tensor",
+    distances: "tl.tensor",
+    scale: "tl.tensor",
+    softcap: "float | None",
+    slopes: "tl.tensor | None",
+) -> "tuple[tl.tensor, tl.tensor, tl.tensor]":
+    """The online softmax with one block more: largest scores and sums of weights, [ROWS], and mixed values, [ROWS, D].
+    keys, values: see _load_block. key_scales, value_scales: [BLOCK], where each position has its own. visible: [BLOCK].
+    distances: see bent."""
+    products = tl.dot(queries, keys)
+    if key_scales is not None:
+        products *= key_scales[None, :]
+    scores = tl.where(visible[None, :], bent(products * scale, softcap, slopes, distances[None, :]), -1e30)
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_peak[:, None])
+    shrink = tl.exp2(peak - new_peak)
+    total = total * shrink + tl.sum(weights, 1)
+    if value_scales is not None:
+        weights *= value_scales[None, :]
+    mixed = tl.dot(weights.to(values.dtype), values, mixed * shrink[:, None])
+    return new_peak, total, mixed
+
+
+@triton.jit(do_not_specialize=["least_blocks"])  # type: ignore[untyped-decorator]  # triton has no types
+def split_kv_kernel(
+    q: "tl.tensor",
+    k_pages: "tl.tensor",
+    v_pages: "tl.tensor",
+    block_tables: "tl.tensor",
+    kv_lens: "tl.tensor",
+    out: "tl.tensor",
+    parts: "tl.tensor",
+    peaks_and_sums: "tl.tensor",
+    finished: "tl.tensor",
+    k: "tl.tensor",
+    v: "tl.tensor",
+    cos: "tl.tensor",
+    sin: "tl.tensor",
+    scale: float,
+    window: int,
+    q_stride: int,
+    q_head_stride: int,
+    k_stride: int,
+    k_head_stride: int,
+    v_stride: int,
+    v_head_stride: int,
+    table_stride: int,
+    page_stride: int,
+    position_stride: int,
+    head_stride: int,
+    least_blocks: int,
+    softcap: "float | None",
+    segment: "int | None",
+    sinks: "tl.tensor | None",
+    alibi_slopes: "tl.tensor | None",
+    temperatures: "tl.tensor | None",
+    k_scales: "tl.tensor | None",
+    v_scales: "tl.tensor | None",
+    q_norm: "tl.tensor | None",
+    k_norm: "tl.tensor | None",
+    norm_eps: float,
+    GROUP: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    FRESH: tl.constexpr,
+    CHAINED: tl.constexpr,
+    PRELOAD: tl.constexpr,
+    NUMBERS: tl.constexpr,
+) -> None:
+    """k, v, cos, sin: of the rows themselves; read if FRESH, where q comes as the model made it. NUMBERS: the dtype of
+    products with quantised pages.
+
+    PRELOAD: all positions but a row's newest lie in pages since an earlier step, so the first block is read while the
+    kernel ahead still runs, and the newest key and value come into it from registers.
+    """
+    split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    num_kv_heads = tl.num_programs(1)
+    BY_POSITION: tl.constexpr = k_pages.dtype.element_ty == tl.int8  # whether scales are of positions or of heads
+    kv_len = tl.load(kv_lens + row)
+    first_position = tl.where(window > 0, tl.maximum(kv_len - window, 0), 0)
+    if segment is not None:
+        first_position = tl.maximum(first_position, (kv_len - 1) // segment * segment)
+    first_block = first_position // BLOCK
+    num_blocks = (kv_len + BLOCK - 1) // BLOCK - first_block
+    most_parts = tl.minimum((num_blocks + least_blocks - 1) // least_blocks, SPLITS)
+    blocks_each = (num_blocks + most_parts - 1) // most_parts
+    num_parts = (num_blocks + blocks_each - 1) // blocks_each
+    begin = first_block + tl.minimum(split, num_parts - 1) * blocks_each
+    end = tl.minimum(begin + blocks_each, first_block + num_blocks)
+
+    dims = tl.arange(0, D)
+    offsets = tl.arange(0, BLOCK)
+    table = block_tables + row.to(tl.int64) * table_stride
+    strides = page_stride, position_stride, head * head_stride
+    newest = kv_len - 1
+    if PRELOAD:
+        first_positions = begin * BLOCK + offsets
+        seen = (first_positions < kv_len) & (first_positions >= first_position)
+        live = seen & (first_positions != newest) & (split < num_parts)
+        keys, values, page = _load_block(k_pages, v_pages, table, begin, live, live, *strides, D, PAGE, BLOCK)
+    if CHAINED:
+        gdc_wait()
+    if split >= num_parts:
+        return
+
+    # At least what a tensor core multiplies; rows past the group are masked.
+    ROWS: tl.constexpr = 16 if GROUP_BLOCK < 16 else GROUP_BLOCK
+    group = tl.arange(0, ROWS)
+    in_group = (group < GROUP)[:, None]
+    heads = (row * num_kv_heads + head).to(tl.int64) * GROUP
+    q_heads = q + row.to(tl.int64) * q_stride + (head * GROUP + group)[:, None] * q_head_stride
+    if FRESH:
+        row_cos = tl.load(cos + row.to(tl.int64) * D + dims).to(tl.float32)
+        row_sin = tl.load(sin + row.to(tl.int64) * D + dims).to(tl.float32)
+        angles = row_cos[None, :], row_sin[None, :]
+        partners = tl.max_contiguous(tl.multiple_of(dims ^ (D // 2), 8), 8)  # or the compiler loads them one by one
+        queries = _rotated(q_heads, dims[None, :], partners[None, :], *angles, in_group, q_norm, norm_eps, D // 2, 1)
+        if temperatures is not None:
+            queries *= tl.load(temperatures + row)
+        queries = queries.to(q.dtype.element_ty)
+        if PRELOAD or split == num_parts - 1:
+            k_head = k + row.to(tl.int64) * k_stride + head * k_head_stride
+            own_key = _rotated(k_head, dims, partners, row_cos, row_sin, dims < D, k_norm, norm_eps, D // 2, 0)
+            own_key = own_key.to(k.dtype.element_ty)
+            own_value = tl.load(v + row.to(tl.int64) * v_stride + head * v_head_stride + dims)
+            if k_scales is not None:
+                own_key, own_key_scale = _as_stored(own_key, k_scales, head, k_pages.dtype.element_ty)
+                own_value, own_value_scale = _as_stored(own_value, v_scales, head, v_pages.dtype.element_ty)
+            if split == num_parts - 1:
+                own_page = tl.load(table + newest // PAGE).to(tl.int64)
+                place = own_page * page_stride + (newest % PAGE).to(tl.int64) * position_stride + head * head_stride
+                tl.store(k_pages + place + dims, own_key)
+                tl.store(v_pages + place + dims, own_value)
+                if BY_POSITION:
+                    number = (own_page * PAGE + newest % PAGE) * num_kv_heads + head + tl.arange(0, 1)
+                    tl.store(k_scales + number, own_key_scale)
+                    tl.store(v_scales + number, own_value_scale)
+            tl.debug_barrier()  # stored before any thread of the program reads that page
+    else:
+        queries = tl.load(q_heads + dims[None, :], in_group, other=0.0)
+    if alibi_slopes is not None:
+        slopes = tl.load(alibi_slopes + head * GROUP + group, group < GROUP, other=0.0) * _LOG2_E
+    else:
+        slopes = None
+    if k_scales is not None:
+        queries = as_factor(queries, NUMBERS)
+        if not BY_POSITION:
+            scale *= tl.load(k_scales + head)
+    peak = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    mixed = tl.zeros([ROWS, D], tl.float32)
+    if PRELOAD:
+        key_scales, value_scales = None, None
+        if k_scales is not None:
+            keys, values = keys.to(NUMBERS), values.to(NUMBERS)
+            if BY_POSITION:
+                numbers = (page * PAGE + first_positions % PAGE) * num_kv_heads + head
+                key_scales = tl.load(k_scales + numbers, live, other=0.0)
+                value_scales = tl.load(v_scales + numbers, live, other=0.0)
+        is_own = first_positions == newest
+        keys = tl.where(is_own[None, :], own_key.to(keys.dtype)[:, None], keys)
+        values = tl.where(is_own[:, None], own_value.to(values.dtype)[None, :], values)
+        if BY_POSITION:
+            key_scales = tl.where(is_own, own_key_scale, key_scales)
+            value_scales = tl.where(is_own, own_value_scale, value_scales)
+        first = queries, keys, values, key_scales, value_scales, seen, first_positions - newest
+        peak, total, mixed = _add_block(peak, total, mixed, *first, scale, softcap, slopes)
+        begin += 1
+    for block in range(begin, end):
+        positions = block * BLOCK + offsets
+        visible = (positions < kv_len) & (positions >= first_position)
+        # What lies past the sequence may be anything: a weight of zero times NaN is NaN.
+        keys, values, page = _load_block(k_pages, v_pages, table, block, None, visible, *strides, D, PAGE, BLOCK)
+        key_scales, value_scales = None, None
+        if k_scales is not None:
+            keys, values = keys.to(NUMBERS), values.to(NUMBERS)
+            if BY_POSITION:
+                numbers = (page * PAGE + positions % PAGE) * num_kv_heads + head
+                key_scales = tl.load(k_scales + numbers, visible, other=0.0)
+                value_scales = tl.load(v_scales + numbers, visible, other=0.0)
+        read = queries, keys, values, key_scales, value_scales, visible, positions - newest
+        peak, total, mixed = _add_block(peak, total, mixed, *read, scale, softcap, slopes)
+    if k_scales is not None and not BY_POSITION:
+        mixed *= tl.load(v_scales + head)
+    if CHAINED:
+        gdc_launch_dependents()
+    if num_parts == 1:
+        if sinks is not None:
+            total += tl.exp2(tl.load(sinks + head * GROUP + group, group < GROUP, other=0.0) * _LOG2_E - peak)
+        result = (mixed / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + (heads + group)[:, None] * D + dims[None, :], result, in_group)
+        return
+
+    first_part = (row * num_kv_heads + head).to(tl.int64) * SPLITS
+    part_heads = (first_part + split) * GROUP + group
+    tl.store(parts + part_heads[:, None] * D + dims[None, :], mixed, in_group)
+    tl.store(peaks_and_sums + part_heads * 2, peak, group < GROUP)
+    tl.store(peaks_and_sums + part_heads * 2 + 1, total, group < GROUP)
+    tl.debug_barrier()  # the whole program's stores come before its word that it is done
+    counter = finished + row * num_kv_heads + head
+    if tl.atomic_add(counter, 1, sem="acq_rel") != num_parts - 1:
+        return
+    tl.store(counter, 0)  # for the next layer
+
+    cells = tl.arange(0, GROUP_BLOCK * D)
+    in_cells = cells < GROUP * D
+    best = tl.full([GROUP_BLOCK * D], -1e30, tl.float32)
+    for part in tl.static_range(SPLITS):
+        heads_of_part = (first_part + part) * GROUP + cells // D
+        best = tl.maximum(best, tl.load(peaks_and_sums + heads_of_part * 2, in_cells & (part < num_parts), other=-1e30))
+    whole = tl.zeros([GROUP_BLOCK * D], tl.float32)
+    sums = tl.zeros([GROUP_BLOCK * D], tl.float32)
+    for part in tl.static_range(SPLITS):
+        live = in_cells & (part < num_parts)
+        heads_of_part = (first_part + part) * GROUP + cells // D
+        share = tl.exp2(tl.load(peaks_and_sums + heads_of_part * 2, live, other=-1e30) - best)
+        sums += share * tl.load(peaks_and_sums + heads_of_part * 2 + 1, live, other=0.0)
+        whole += share * tl.load(parts + (first_part + part) * GROUP * D + cells, live, other=0.0)
+    if sinks is not None:
+        sums += tl.exp2(tl.load(sinks + head * GROUP + cells // D, in_cells, other=0.0) * _LOG2_E - best)
+    tl.store(out + heads * D + cells, (whole / sums).to(out.dtype.element_ty), in_cells)
