@@ -9,9 +9,9 @@ both ends are the same build) and hold ints, floats, strings and packed int32 by
                              | Probe | Failed
     scheduler -> worker      StepPlan | Probe | Shutdown
     worker  -> scheduler     WorkerReady | Progress | StepResult | Probe | Failed
-    supervisor -> frontend   Drain | EngineLost | DrainEngine | ExpectEngine
-    frontend -> supervisor   Progress | Ready | EngineServes | EngineDrained | Notice | Listening | RequestEnded
-                             | Drained | Failed
+    supervisor -> frontend   Drain | EngineLost | DrainEngine | ExpectEngine | AddEngine | RemoveEngine
+    frontend -> supervisor   Progress | Ready | EngineServes | EngineAway | EngineDrained | Notice | Listening
+                             | RequestEnded | Drained | Failed
 
 The frontends stand in the Engine's place when a server runs; the supervisor is the process that started all of them.
 
@@ -360,6 +360,7 @@ class Ready(Struct, frozen=True, array_like=True, tag="ready", gc=False):
     worker: WorkerReady
     num_slots: int  # requests that may run at once
     token_budget: int
+    num_engines: int = 1  # of a server elsewhere: engines behind it, of which each holds this at least
 
 
 class Notice(Struct, frozen=True, array_like=True, tag="notice", gc=False):
@@ -511,6 +512,28 @@ class ExpectEngine(Struct, frozen=True, array_like=True, tag="expect_engine", gc
     engine: int
 
 
+class AddEngine(Struct, frozen=True, array_like=True, tag="add_engine", gc=False):
+    """A server elsewhere is one of the engines from here on, also one that had drained. Answered by EngineServes, or by
+    EngineAway."""
+
+    engine: int
+    address: str
+
+
+class RemoveEngine(Struct, frozen=True, array_like=True, tag="remove_engine", gc=False):
+    """A server elsewhere, at which nothing is open, is none of the engines any more."""
+
+    engine: int
+
+
+class EngineAway(Struct, frozen=True, array_like=True, tag="engine_away", gc=False):
+    """A server elsewhere cannot be reached now. What it had goes on at others, and it is tried again."""
+
+    engine: int
+    reason: str
+    is_refused: bool = False  # it can be reached, and is none of these engines
+
+
 class EngineDrained(Struct, frozen=True, array_like=True, tag="engine_drained", gc=False):
     """Nothing is open at the engine, which may be ended; or it could not drain."""
 
@@ -558,7 +581,7 @@ SchedulerToEngine = (
 )
 SchedulerToWorker = StepPlan | Probe | Shutdown
 WorkerToScheduler = WorkerReady | Progress | StepResult | Probe | Failed
-SupervisorToFrontend = Drain | EngineLost | DrainEngine | ExpectEngine
+SupervisorToFrontend = Drain | EngineLost | DrainEngine | ExpectEngine | AddEngine | RemoveEngine
 FrontendToSupervisor = (
-    Progress | Ready | EngineServes | EngineDrained | Notice | Listening | RequestEnded | Drained | Failed
+    Progress | Ready | EngineServes | EngineAway | EngineDrained | Notice | Listening | RequestEnded | Drained | Failed
 )

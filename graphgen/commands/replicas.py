@@ -9,12 +9,14 @@ from typing import Annotated
 
 import typer
 
-from graphgen.server.operator import EngineState, Told, Wish, ask, find_server
+from graphgen.server.operator import EngineState, Wish, ask, find_server
 
 NOT_DONE_EXIT = 1
 LOOK_S = 0.2
 
-replicas_app = typer.Typer(no_args_is_help=True, help="The engines of a server with --replicas, on this machine.")
+replicas_app = typer.Typer(
+    no_args_is_help=True, help="The engines of a server with --replicas or --engines, on this machine."
+)
 
 Server = Annotated[
     str | None,
@@ -26,9 +28,13 @@ Timeout = Annotated[float, typer.Option(min=0, help="Seconds to wait until it is
 
 @replicas_app.command()
 def show(server: Server = None) -> None:
-    """Print how each engine is: serving, starting, draining, drained or ended."""
+    """Print how each engine is: serving, starting, draining, drained or ended; one elsewhere may be away."""
     told = ask(find_server(server), Wish("show"))
-    sys.stdout.write("".join(f"engine {number}  {state}\n" for number, state in enumerate(told.engines)))
+    for number, state in enumerate(told.engines):
+        if state != "removed":
+            address = f"  {told.addresses[number]}" if told.addresses else ""
+            reason = f": {told.reasons[number]}" if told.reasons and told.reasons[number] else ""
+            sys.stdout.write(f"engine {number}{address}  {state}{reason}\n")
 
 
 @replicas_app.command()
@@ -49,18 +55,46 @@ def resume(engine: Number, timeout_s: Timeout = 600.0, server: Server = None) ->
     _do(server, Wish("resume", engine), "serving", timeout_s)
 
 
+@replicas_app.command()
+def add(
+    address: Annotated[str, typer.Argument(metavar="ADDRESS", help="Of a server elsewhere: tcp://HOST:PORT.")],
+    timeout_s: Timeout = 60.0,
+    server: Server = None,
+) -> None:
+    """Let a server elsewhere be another engine of a server with --engines."""
+    _do(server, Wish("add", address=address), "serving", timeout_s)
+
+
+@replicas_app.command()
+def remove(
+    engine: Annotated[str, typer.Argument(metavar="ENGINE", help="Its address, or its number.")],
+    grace_s: Annotated[
+        float, typer.Option(min=0, help="Seconds for what is open there; then it goes on at other engines.")
+    ] = 30.0,
+    server: Server = None,
+) -> None:
+    """Drain an engine of a server with --engines, and let it be none any more. It goes on running."""
+    number, address = (int(engine), "") if engine.isdigit() else (0, engine)
+    _do(server, Wish("remove", number, grace_s, address), "removed", grace_s + 60.0)
+
+
 def _do(server: str | None, wish: Wish, wanted: EngineState, timeout_s: float) -> None:
     """Asks, and waits until the engine is as wanted."""
     folder = find_server(server)
     told = ask(folder, wish)
+    number = told.engine if wish.address else wish.engine
+    error = told.error
     deadline_s = time.monotonic() + timeout_s
-    while not told.error and told.engines[wish.engine] != wanted:
-        if time.monotonic() > deadline_s:
-            told = Told(told.engines, f"engine {wish.engine} is {told.engines[wish.engine]} after {timeout_s:g} s")
-            break
-        time.sleep(LOOK_S)
-        told = ask(folder, Wish("show"))
-    if told.error:
-        sys.stderr.write(f"{told.error}\n")
+    while not error and (state := told.engines[number]) != wanted:
+        reason = told.reasons[number] if told.reasons else ""
+        if state == "removed" or (state == "serving" and reason):
+            error = reason
+        elif time.monotonic() > deadline_s:
+            error = f"engine {number} is {state} after {timeout_s:g} s" + (f": {reason}" if reason else "")
+        else:
+            time.sleep(LOOK_S)
+            told = ask(folder, Wish("show"))
+    if error:
+        sys.stderr.write(f"{error}\n")
         raise typer.Exit(NOT_DONE_EXIT)
-    sys.stdout.write(f"engine {wish.engine}  {wanted}\n")
+    sys.stdout.write(f"engine {number}  {wanted}\n")

@@ -50,6 +50,16 @@ MaxPriority = Annotated[
 ]
 
 
+Routes = Annotated[
+    bool,
+    typer.Option(
+        "--routes",
+        help="It is of a frontend (`graphgen serve --engines`), which may route requests of others here.",
+        metavar="",
+    ),
+]
+
+
 @keys_app.command()
 def new(
     name: Annotated[
@@ -59,10 +69,11 @@ def new(
         ),
     ] = None,
     max_priority: MaxPriority = MAX_PRIORITY,
+    routes: Routes = False,
     keys: KeysFolder = None,
 ) -> None:
     """Make a pair of keys, and print where the secret one lies and what the public one is."""
-    secret, public_key = _open(keys).make(name, max_priority)
+    secret, public_key = _open(keys).make(name, max_priority, routes)
     _say(f"secret  {secret}\npublic  {public_key}")
 
 
@@ -71,11 +82,12 @@ def allow(
     name: Annotated[str, typer.Argument(metavar="NAME", help="To find the key by, later.")],
     public_key: Annotated[str, typer.Argument(metavar="KEY", help="The client's public key, 40 characters.")],
     max_priority: MaxPriority = MAX_PRIORITY,
+    routes: Routes = False,
     keys: KeysFolder = None,
 ) -> None:
     """Let a client in by its public key; a running server needs no restart. Remove the file to shut it out: its
     sessions end as well, within two seconds."""
-    _say(str(_open(keys).allow(name, public_key, max_priority)))
+    _say(str(_open(keys).allow(name, public_key, max_priority, routes)))
 
 
 @keys_app.command()

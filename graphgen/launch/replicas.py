@@ -103,6 +103,29 @@ def alone(config: EngineConfig) -> EngineConfig:
     return msgspec.structs.replace(config, replicas=1, cpu_threads=threads)
 
 
+OF_FRONTENDS = frozenset(
+    (
+        *("model", "revision", "tokenizer", "chat_template", "generation_config", "max_model_len", "device"),
+        *("itl_target_ms", "ttft_target_ms", "tpot_target_ms", "start_timeout_s", "progress"),
+    )
+)
+"""What a frontend whose engines are elsewhere has to know; all else is told to the engines, where they are started."""
+
+
+def of_frontend(config: EngineConfig) -> EngineConfig:
+    """What a server is told that has no engine of its own. Raises ConfigError for what only an engine can be told."""
+    default = EngineConfig()
+    given = [
+        name
+        for name in EngineConfig.__struct_fields__
+        if name not in OF_FRONTENDS and getattr(config, name) != getattr(default, name)
+    ]
+    if given:
+        named = " and ".join(f"{name} is {getattr(config, name)!r}" for name in given)
+        raise ConfigError(f"{named}, and the engines are elsewhere: tell them, where they are started")
+    return msgspec.structs.replace(config, device="cpu")
+
+
 def _on_cpu(config: EngineConfig) -> bool:
     return config.device == "cpu" or (config.device == "auto" and find_device() == "cpu")
 

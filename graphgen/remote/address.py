@@ -52,6 +52,23 @@ class ServerAddress(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords):
 
         Raises ConfigError for an address or keys that cannot work, ConnectionLostError where nothing listens.
         """
+        socket = self.make_socket(context)
+        try:
+            with socket.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_CONNECT_RETRIED) as monitor:
+                socket.connect(self.address)
+                self._wait_connected(monitor)
+                socket.disable_monitor()
+        except GraphgenError:
+            socket.close()
+            raise
+        except (zmq.ZMQError, OSError, ValueError) as error:
+            socket.close()
+            raise ConfigError(f"cannot connect to {self.address!r}: {error}") from None
+        return socket
+
+    def make_socket(self, context: "zmq.Context[zmq.Socket[bytes]]") -> "zmq.Socket[bytes]":
+        """A DEALER with the keys, which is not connected yet. Raises ConfigError for an address or keys that cannot
+        work."""
         check_address(self.address)
         if (self.server_key is None) != (self.key_file is None):
             raise ConfigError("one of server_key and key_file is missing: a server with keys needs both")
@@ -64,10 +81,6 @@ class ServerAddress(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords):
                 socket.set(zmq.CURVE_SERVERKEY, _check_key(self.server_key))
                 socket.set(zmq.CURVE_PUBLICKEY, public)
                 socket.set(zmq.CURVE_SECRETKEY, secret)
-            with socket.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_CONNECT_RETRIED) as monitor:
-                socket.connect(self.address)
-                self._wait_connected(monitor)
-                socket.disable_monitor()
         except GraphgenError:
             socket.close()
             raise

@@ -21,7 +21,7 @@ from graphgen.base.owner import Owner
 from graphgen.base.version import __version__
 from graphgen.calls.outputs import Delivery, Sink
 from graphgen.ipc.errors import ConnectionLostError, EngineClosedError, GraphgenError
-from graphgen.ipc.ggp.framing import FrameError, client_framing
+from graphgen.ipc.ggp.framing import FrameError
 from graphgen.ipc.ggp.messages import (
     Accepted,
     Bye,
@@ -44,7 +44,9 @@ from graphgen.ipc.ggp.messages import (
     StatsRequest,
     Welcome,
 )
+from graphgen.ipc.ggp.routing import Load
 from graphgen.remote.address import ServerAddress
+from graphgen.remote.data_socket import DataSocket
 from graphgen.remote.requests import PromptRequest, RemoteRequest, exception_of
 
 logger = logging.getLogger("graphgen")
@@ -70,11 +72,10 @@ class Connection:
     def __init__(self, server: ServerAddress) -> None:
         self._owner = Owner("the client")
         self._server = server
-        self._framing = client_framing()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         begun_s = time.monotonic()
         try:
-            self._socket = server.connect(self._context)
+            self._data = DataSocket(server.connect(self._context))
         except BaseException:
             self._context.term()
             raise
@@ -86,7 +87,6 @@ class Connection:
         self._unsent: deque[AnyRequest] = deque()  # beyond the server's limit of open requests
         self._stats: list[tuple[StatsRequest, Future[Stats]]] = []
         self._health: list[Future[Health]] = []
-        self._outgoing: deque[ClientMessage] = deque()  # while there is no connection that could take them
         self._helloing = True
         self._heard_s = time.monotonic()
         self._first_welcome: Future[Welcome] = Future()
@@ -175,16 +175,16 @@ class Connection:
     def _run(self) -> None:
         poller = zmq.Poller()
         poller.register(self._inbox.fileno(), zmq.POLLIN)
-        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._data.socket, zmq.POLLIN)
         looped_s = time.monotonic()
         tick_s = looped_s + TICK_S
         try:
             while not self._closed:
                 events = dict(poller.poll(int(TICK_S * 1000)))
                 self._inbox.run(readable=self._inbox.fileno() in events)
-                if self._socket in events:
+                if self._data.socket in events:
                     self._receive()
-                self._flush()
+                self._data.flush()
                 now_s = time.monotonic()
                 if now_s - looped_s > AWAY_S:
                     self._heard_s = now_s
@@ -200,29 +200,18 @@ class Connection:
         finally:
             with self._lock:
                 self._closed = True
-            self._socket.close(linger=int(LINGER_S * 1000))
+            self._data.close(LINGER_S)
             self._inbox.close()
             self._context.term()
 
     def _receive(self) -> None:
         """All that has arrived."""
-        while True:
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
+        while (message := self._data.receive()) is not None:
             self._heard_s = time.monotonic()
-            try:
-                self._framing.kind_of(frames)
-            except FrameError as error:  # a kind of a later server
-                logger.debug("a message was ignored: %s", error)
-                continue
-            try:
-                message = self._framing.decode(frames)
-            except FrameError as error:
-                self._leave_session(error)
-                continue
-            self._take(message)
+            if isinstance(message, FrameError):
+                self._leave_session(message)
+            else:
+                self._take(message)
 
     def _take(self, message: ServerMessage) -> None:
         match message:
@@ -252,7 +241,7 @@ class Connection:
                 logger.warning("%s is about to end, within %d ms", self._server.address, message.grace_ms)
             case Notice():
                 logger.info("%s: %s", self._server.address, message.text)
-            case Pong():
+            case Pong() | Load():
                 pass
 
     def _take_stats(self, stats: Stats) -> None:
@@ -372,17 +361,7 @@ class Connection:
         self._health.clear()
 
     def _send(self, message: ClientMessage) -> None:
-        self._outgoing.append(message)
-        self._flush()
-
-    def _flush(self) -> None:
-        """A socket whose handshake failed has nowhere to put a message, and would wait for ever."""
-        while self._outgoing:
-            try:
-                self._socket.send_multipart(self._framing.encode(self._outgoing[0]), zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._outgoing.popleft()
+        self._data.send(message)
 
 
 def _deliver(sink: Sink, delivery: Delivery) -> bool:

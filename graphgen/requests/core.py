@@ -8,16 +8,17 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from graphgen import demo
 from graphgen.calls.outputs import Sink
 from graphgen.calls.prompts import Chat, OnePrompt
 from graphgen.calls.sampling_params import SamplingParams, one_each
 from graphgen.calls.structured import Structured
-from graphgen.ipc.codec import pack_int32
+from graphgen.ipc.codec import pack_int32, unpack_int32
 from graphgen.ipc.errors import ConfigError, InvalidRequestError, PromptTooLongError
 from graphgen.ipc.ggp.messages import SamplingDefaults
+from graphgen.ipc.ggp.routing import Routed
 from graphgen.ipc.messages import EngineStats, Ready, Submit
 from graphgen.ipc.senders import first_request_id
 from graphgen.launch.config import EngineConfig
@@ -25,6 +26,7 @@ from graphgen.launch.launch_config import LaunchConfig
 from graphgen.launch.resolve import resolve
 from graphgen.requests.link_ends import RequestLink
 from graphgen.requests.open_request import OpenRequest
+from graphgen.requests.routed import continued
 from graphgen.requests.structured import GrammarMaker
 from graphgen.requests.tokenizer import Tokenizer
 from graphgen.requests.tokenizer_files import load_tokenizer
@@ -57,7 +59,7 @@ class AttachedCore:
         self.launch = launch
         self.ready = ready
         self.has_tokenizer = tokenizer is not None
-        self.eos_token_ids = _eos_token_ids(launch, tokenizer)
+        self.eos_token_ids = end_token_ids(launch, tokenizer)
         """What ends an output: the model's end-of-sequence tokens and the tokenizer's own."""
         self._tokenizer = tokenizer
         self._grammars = GrammarMaker()
@@ -116,6 +118,26 @@ class AttachedCore:
         call them.
         """
         return self._make_requests("the prompt", token_ids, sampling, sink, True, arrived_s, tenant, marked_ids, log_id)
+
+    def prepare_routed(
+        self,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        sink: Sink,
+        arrived_s: float,
+        tenant: str,
+        log_id: str,
+        routed: Routed,
+        on_deaths: Callable[[int], None],
+    ) -> OpenRequest:
+        """A request that a frontend elsewhere sends here, perhaps behind tokens that it got elsewhere. It has no text.
+
+        arrived_s: at that frontend, by the clock here. on_deaths: see OpenRequest. Raises InvalidRequestError.
+        """
+        [request] = self._make_requests("the prompt", token_ids, sampling, sink, True, arrived_s, tenant, log_id=log_id)
+        submit = continued(request.submit, routed)
+        self._check_ids("output_u32", unpack_int32(submit.output_token_ids))
+        return OpenRequest(submit, token_ids, sampling, None, True, sink, on_deaths=on_deaths)
 
     def check_prompt(self, token_ids: Sequence[int]) -> None:
         """Of a prompt that is to be looked at and not served: it may be empty, and longer than the context.
@@ -321,7 +343,8 @@ def load_config_tokenizer(config: EngineConfig, launch: LaunchConfig) -> Tokeniz
     return tokenizer
 
 
-def _eos_token_ids(launch: LaunchConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+def end_token_ids(launch: LaunchConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """What ends an output: the model's end-of-sequence tokens and the tokenizer's own."""
     own = None if tokenizer is None else tokenizer.eos_token_id
     if own is None or own >= launch.spec.vocab_size:
         return launch.eos_token_ids

@@ -214,6 +214,9 @@ class Link:
 
         self._jobs.append(lambda: take(self._table.release(request_ids)))
 
+    def expect(self) -> None:
+        """The engine is started again by who keeps it, and says so itself."""
+
     def open_requests(self) -> list[OpenRequest]:
         """Those of this moment."""
         return self._table.snapshot()

@@ -3,7 +3,7 @@
 Owns no state. `graphgen.requests.link` uses both; `graphgen.router.places` has such an observer.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -58,6 +58,12 @@ class Observer(Protocol):
     def ended(self, request: OpenRequest) -> None:
         """The engine has nothing more to say of it."""
 
+    def left(self, requests: Sequence[OpenRequest]) -> None:
+        """The engine lives and does not go on with these, through no fault of theirs: they go on elsewhere."""
+
+    def leaving(self) -> None:
+        """The engine takes no new requests from here on; it is about to end."""
+
     def reported(self, report: EngineReport) -> None:
         """How much the engine has to do, and how fast it does it."""
 
@@ -72,6 +78,12 @@ class Nobody:
         return False
 
     def ended(self, request: OpenRequest) -> None:
+        pass
+
+    def left(self, requests: Sequence[OpenRequest]) -> None:
+        pass
+
+    def leaving(self) -> None:
         pass
 
     def reported(self, report: EngineReport) -> None:

@@ -11,7 +11,7 @@ from msgspec import structs
 from graphgen.calls.logprobs import Logprobs, join, pack
 from graphgen.calls.outputs import Delivery, Mark, RequestOutput, Sink, StreamPiece, Timing
 from graphgen.calls.sampling_params import SamplingParams
-from graphgen.ipc.codec import pack_int32
+from graphgen.ipc.codec import pack_int32, unpack_int32
 from graphgen.ipc.messages import FinishReason, Submit, TokenOutput
 from graphgen.ipc.step_schema import WORD_BYTES, logprob_words
 from graphgen.requests.text import Detokenizer, StopFinder
@@ -31,10 +31,17 @@ class OpenRequest:
         sink: Sink,
         sample_index: int = 0,
         marked_ids: frozenset[int] = frozenset(),
+        on_deaths: Callable[[int], None] | None = None,
     ) -> None:
-        """marked_ids: tokens whose places in the text the pieces of a stream say."""
+        """marked_ids: tokens whose places in the text the pieces of a stream say. on_deaths: hears how many deaths, of
+        workers and engines that computed the request, count against it, each time that there is one more.
+
+        A request that got tokens elsewhere, as `submit` says, has no text.
+        """
         self.submit = submit  # the message that opens the request
+        self.sampling = sampling
         self.sink = sink
+        self._on_deaths = on_deaths
         self.started_s = submit.arrived_s  # when its first chunk was planned, once its first token is here
         self._cached_tokens = 0  # of its prompt, found in the prefix cache: from then on as well
         self._prompt_token_ids = tuple(prompt_token_ids)
@@ -52,9 +59,11 @@ class OpenRequest:
             if streams or self._stops
             else None
         )
-        self._num_deaths = self._death_len = 0  # of workers at its engine, and the tokens that it had at the last one
-        self._token_ids: list[int] = []
-        self._token_times_s: list[float] = []
+        self._token_ids: list[int] = unpack_int32(submit.output_token_ids).tolist()
+        first_s = submit.arrived_s if submit.first_token_s is None else submit.first_token_s
+        self._token_times_s: list[float] = [first_s - submit.arrived_s] * len(self._token_ids)
+        self._num_deaths = submit.num_deaths  # of workers at its engine
+        self._death_len = len(self._token_ids)  # the tokens that it had at the last one
         self._text: list[str] = []
         self._marked_ids = marked_ids
         self._decoded_len = 0  # of the text, what stop strings hold back or cut off included
@@ -70,6 +79,11 @@ class OpenRequest:
         return len(self._token_times_s)
 
     @property
+    def cached_tokens(self) -> int:
+        """Of its prompt, found in the prefix cache; 0 before its first token."""
+        return self._cached_tokens
+
+    @property
     def awaits_first_token(self) -> bool:
         """Whether it has no token so far."""
         return not self._token_times_s
@@ -83,6 +97,8 @@ class OpenRequest:
     def hear_deaths(self, num_deaths: int) -> None:
         """So many workers of its engine died while they computed it, since its last new token."""
         self._num_deaths, self._death_len = num_deaths, self.num_tokens
+        if self._on_deaths is not None:
+            self._on_deaths(num_deaths)
 
     def move(self, num_losses: int) -> None:
         """Its engine does not go on with it: from now on `submit` opens it at another one, behind the tokens it has.
@@ -90,6 +106,8 @@ class OpenRequest:
         num_losses: of engines that had it, since its last new token. The deaths of workers go along as well.
         """
         num_deaths = num_losses + (self._num_deaths if self.num_tokens == self._death_len else 0)
+        if self._on_deaths is not None:
+            self._on_deaths(num_deaths)
         if self.awaits_first_token:
             self._prompt_values = b""
         self.submit = structs.replace(

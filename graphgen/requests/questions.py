@@ -46,10 +46,18 @@ class Questions:
 
     def take_probe(self, probe: Probe) -> None:
         """A probe has come back, maybe from an engine that is gone."""
+        self.end_probe(probe.probe_id, None)
+
+    def end_probe(self, probe_id: int, why_not: GraphgenError | None) -> None:
+        """A probe has come back, or it is known that it does not."""
         with self._lock:
-            answer = self._probes.pop(probe.probe_id, None)
-        if answer is not None:
+            answer = self._probes.pop(probe_id, None)
+        if answer is None:
+            return
+        if why_not is None:
             answer.set_result(None)
+        else:
+            answer.set_exception(why_not)
 
     def take_all(self) -> "tuple[Future[EngineStats] | Future[None], ...]":
         """All that is not answered, which nothing answers from here on. Called with the lock held."""

@@ -42,6 +42,10 @@ class RequestTable:
             if self._forget(request_id) is not None:
                 self._send_cancel(request_id)
 
+    def find(self, request_id: int) -> OpenRequest | None:
+        """The request, if it is open."""
+        return self._requests.get(request_id)
+
     def snapshot(self) -> list[OpenRequest]:
         """Those of this moment."""
         with self._lock:

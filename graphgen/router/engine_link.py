@@ -1,6 +1,7 @@
 """What the router asks of the link to an engine, whatever lies between them.
 
-Owns no state. A `graphgen.requests.link.Link` goes to a scheduler on this machine. Links are made and called by
+Owns no state. A `graphgen.requests.link.Link` goes to a scheduler on this machine, a
+`graphgen.router.remote_link.RemoteLink` to a server elsewhere. Links are made and called by
 `graphgen.router.links`; `graphgen.router.places` sends requests by them.
 """
 
@@ -55,6 +56,9 @@ class EngineLink(Protocol):
     def open_requests(self) -> list[OpenRequest]:
         """Those of this moment."""
 
+    def expect(self) -> None:
+        """Its engine has drained, and is to serve again."""
+
     def begin_close(self) -> None:
         """Open requests get EngineClosedError, and every later call. Idempotent."""
 
@@ -67,9 +71,14 @@ class LinkPlace(NamedTuple):
 
     lock: threading.RLock
     """Shared by all of them: a request changes from one to another."""
-    observer: Observer | None
-    """Who follows its requests; None: it is the only link for good, and what its engine had ends with the engine."""
+    observer: Observer
+    """Who follows its requests."""
     on_notice: Callable[[Notice], None] | None
+    on_away: Callable[[str, bool], None]
+    """Called, on the receiving thread, by a link that itself finds that its engine has ended or cannot be reached, with
+    the reason, and whether it is none of these engines. Of engines on this machine whoever keeps them finds it."""
+    is_kept: bool
+    """Whether its engine may end and be there again, while what it had goes on elsewhere; else that ends with it."""
 
 
 MakeLink = Callable[[LinkPlace], EngineLink]
@@ -93,7 +102,7 @@ def own_links(
             attaches,
             after_outputs,
             place.on_notice,
-            is_kept=place.observer is not None,
+            is_kept=place.is_kept,
             observer=place.observer,
             lock=place.lock,
         )

@@ -1,6 +1,7 @@
 """Which engines of a program or a server serve, and which drain or have drained.
 
-Owns what each engine said when it began to serve, and who waits for one to drain. Sends nothing and moves no request.
+Owns what each engine said when it began to serve and what it has reported since, and who waits for one to drain. Sends
+nothing and moves no request.
 Made and called by `graphgen.router.links`, read by `graphgen.router.places`; who changes a state holds their lock.
 """
 
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterator
 
 from graphgen.ipc.errors import EngineDeadError
 from graphgen.ipc.messages import Ready
+from graphgen.ipc.reports import EngineReport
+from graphgen.router.engine_stats import sum_of_reports
 
 
 class EngineStates:
@@ -21,6 +24,8 @@ class EngineStates:
         self._drained: dict[int, Callable[[int], None]] = {}  # engines that drain: who is told when nothing is left
         self._drains_by_s: dict[int, float] = {}
         self._at_rest: set[int] = set()  # engines that have drained, and may still be ending
+        self._reports: dict[int, EngineReport] = {}  # of the engines that serve, their newest
+        self._epoch = 0
 
     def __contains__(self, number: int) -> bool:
         return number in self._ready
@@ -46,6 +51,29 @@ class EngineStates:
         """Positions of a page, which all engines have in common; 1 where none serves."""
         return next((ready.worker.page_size for ready in list(self._ready.values())), 1)
 
+    @property
+    def num_engines(self) -> int:
+        """That serve, those behind servers elsewhere each counted."""
+        with self._lock:
+            return sum(ready.num_engines for ready in self._ready.values())
+
+    def take_report(self, number: int, report: EngineReport) -> None:
+        """What an engine says of itself, ten times a second."""
+        with self._lock:
+            if number not in self._ready:
+                return
+            before = self._reports.get(number)
+            self._reports[number] = report
+            if (before is None or before.epoch != report.epoch) and len(self._ready) == 1:
+                self._epoch += 1
+
+    def report(self) -> EngineReport | None:
+        """Of all that serve, as one; None before any has reported. Its epoch is another one when nothing is left of
+        what was cached: of one engine among several that lost its cache, who routes here learns by `cached_tokens`."""
+        with self._lock:
+            reports = list(self._reports.values())
+            return sum_of_reports(reports, self._epoch) if reports or self._epoch else None
+
     def serve(self, number: int, ready: Ready) -> bool:
         """Whether it did not serve before. What an engine that has drained still says of itself is not heard."""
         if number in self._ready or number in self._at_rest:
@@ -56,11 +84,13 @@ class EngineStates:
     def end(self, number: int) -> None:
         """It serves no more."""
         self._ready.pop(number, None)
+        self._reports.pop(number, None)
         self._drains_by_s.pop(number, None)
 
     def leave(self, number: int) -> None:
         """Its link has failed: it does not serve, and its drain goes on."""
         self._ready.pop(number, None)
+        self._reports.pop(number, None)
 
     def drain(self, number: int, grace_s: float, when_drained: Callable[[int], None]) -> None:
         """Raises EngineDeadError where no other engine serves, and for one that does not serve or drains already."""
@@ -84,6 +114,12 @@ class EngineStates:
         if when_drained is not None and rests:
             self._at_rest.add(number)
         return when_drained
+
+    def forget(self, number: int) -> None:
+        """There is no engine of this number any more."""
+        self.end(number)
+        self._drained.pop(number, None)
+        self._at_rest.discard(number)
 
     def is_draining(self, number: int) -> bool:
         """Whether it drains and has not ended that."""

@@ -1,4 +1,4 @@
-"""The statistics of several engines as those of one.
+"""The statistics of several engines as those of one, and their reports.
 
 Pure. Called by `graphgen.router.links`.
 """
@@ -6,6 +6,7 @@ Pure. Called by `graphgen.router.links`.
 from collections.abc import Sequence
 
 from graphgen.ipc.messages import Bucket, BucketSteps, EngineStats
+from graphgen.ipc.reports import EngineReport
 
 _MOST = ("step_ms_p50", "step_ms_p95", "step_ms_p99", "step_ms_max", "worker_pause_s")
 _OWN = ("padding_share", "worker_loss", "waiting_by_class", "buckets", "steps_within_ms", "recent_steps", "engines")
@@ -35,6 +36,34 @@ def sum_of(engines: Sequence[EngineStats | None]) -> EngineStats:
         recent_steps=tuple(steps),
         engines=tuple(engines),
     )
+
+
+def sum_of_reports(reports: Sequence[EngineReport], epoch: int) -> EngineReport:
+    """Those of engines that serve; none: they serve not. Work is added up. So is speed: two engines compute a token in
+    half the time. epoch: of all together."""
+    serving = [one for one in reports if one.is_serving]
+    return EngineReport(
+        epoch=epoch,
+        is_serving=bool(serving),
+        num_open=sum(one.num_open for one in reports),
+        num_tenants=max((one.num_tenants for one in reports), default=0),
+        prompt_tokens=sum(one.prompt_tokens for one in reports),
+        output_tokens=sum(one.output_tokens for one in reports),
+        num_others=sum(one.num_others for one in reports),
+        others_prompt_tokens=sum(one.others_prompt_tokens for one in reports),
+        others_output_tokens=sum(one.others_output_tokens for one in reports),
+        num_steps=sum(one.num_steps for one in reports),
+        pages_free=sum(one.pages_free for one in reports),
+        prompt_token_s=_together([one.prompt_token_s for one in serving]),
+        output_token_s=_together([one.output_token_s for one in serving]),
+        step_s=max((one.step_s for one in serving), default=0.0),
+    )
+
+
+def _together(seconds: Sequence[float]) -> float:
+    """Of a token, by engines that each take so long for one; 0 where nothing was measured."""
+    rate = sum(1.0 / one for one in seconds if one > 0.0)
+    return 1.0 / rate if rate else 0.0
 
 
 def _added(columns: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

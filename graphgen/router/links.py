@@ -18,28 +18,38 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from graphgen.base.owner import Owner
 from graphgen.ipc.errors import EngineClosedError, EngineDeadError
 from graphgen.ipc.messages import EngineStats, Notice, Ready
+from graphgen.ipc.reports import EngineReport
 from graphgen.requests.open_request import OpenRequest
 from graphgen.router.answers import first_answer, sum_answer
 from graphgen.router.engine_link import EngineLink, LinkPlace, MakeLink
 from graphgen.router.engine_states import EngineStates
-from graphgen.router.places import Follower, Places
+from graphgen.router.places import Follower, Places, Reporter
 
 POLL_S = 0.02
+REPORTED_FOR_S = 1.0
+"""After somebody asked what the one engine has to do, it is asked so long."""
 
 
 class Links:
     """One or several engines. Has the calls of a `Link`; the calls for those who keep the engines say which one."""
 
     def __init__(
-        self, engines: Sequence[MakeLink], on_notice: Callable[[Notice], None] | None = None, seed: int = 0
+        self,
+        engines: Sequence[MakeLink],
+        on_notice: Callable[[Notice], None] | None = None,
+        seed: int = 0,
+        routes: bool = False,
     ) -> None:
         """engines: what makes the link of each. on_notice: gets what an operator should know, until `when_noticed`
-        names another; None: it is logged. seed: of chance; of several routers to the same engines each has another."""
+        names another; None: it is logged. seed: of chance; of several routers to the same engines each has another.
+        routes: also where there is one engine, since others may be added."""
         self._owner = Owner("the engine")
         self._lock = threading.RLock()
         self._on_ready: Callable[[int, Ready], None] | None = None
         self._on_notice = on_notice
-        self._is_one = len(engines) == 1
+        self._on_away: Callable[[int, str, bool], None] | None = None
+        self._is_one = len(engines) == 1 and not routes
+        self._report_asked_s = -REPORTED_FOR_S
         self._links: dict[int, EngineLink] = {}
         self._states = EngineStates(self._lock)
         self._places = Places(self._links, self._states, self._lock, seed)
@@ -53,8 +63,13 @@ class Links:
 
     def _link(self, number: int, make: MakeLink) -> None:
         """From here on there is an engine of this number."""
-        observer = None if self._is_one else Follower(self._places, number)
-        self._links[number] = link = make(LinkPlace(self._lock, observer, self._naming(number, self._on_notice)))
+        observer = Reporter(self._states, number) if self._is_one else Follower(self._places, self._states, number)
+        on_notice = self._naming(number, self._on_notice)
+        self._links[number] = link = make(
+            LinkPlace(
+                self._lock, observer, on_notice, functools.partial(self._hear_away, number), is_kept=not self._is_one
+            )
+        )
         link.when_ready(functools.partial(self._take_ready, number))
 
     def _naming(self, number: int, tell: Callable[[Notice], None] | None) -> Callable[[Notice], None] | None:
@@ -76,7 +91,7 @@ class Links:
                     raise EngineDeadError(f"{self.num_serving} engines serve after {timeout_s:g} s, not {least}")
                 time.sleep(POLL_S)
             return self.ready
-        for number, link in self._links.items():
+        for number, link in list(self._links.items()):
             self._serve(number, link.wait_ready(max(0.0, deadline_s - time.monotonic())))
         return self.ready
 
@@ -90,6 +105,17 @@ class Links:
     def num_serving(self) -> int:
         """Engines that serve now."""
         return len(self._states)
+
+    @property
+    def num_engines(self) -> int:
+        """The same, those behind servers elsewhere each counted."""
+        return self._states.num_engines
+
+    def report(self) -> EngineReport | None:
+        """What all that serve have to do, as of one engine; None before they have said so. While this is asked for they
+        report ten times a second."""
+        self._report_asked_s = time.monotonic()
+        return self._states.report()
 
     def serves(self, number: int) -> bool:
         """Whether an engine serves now."""
@@ -170,6 +196,11 @@ class Links:
         for link in self._links.values():
             link.close()
 
+    def when_away(self, call: Callable[[int, str, bool], None]) -> None:
+        """From now on `call` is made, on a receiving thread, each time that a link finds that its engine has ended or
+        cannot be reached: see `LinkPlace.on_away`. What the engine had goes on elsewhere."""
+        self._on_away = call
+
     # --- for those who keep the engines ----------------------------------------------------------------------------
 
     def lose(self, number: int, final_reason: str | None = None) -> bool:
@@ -211,12 +242,35 @@ class Links:
                 self._links[number].await_another_engine()
             else:
                 self._places.undrain(number)
+            self._links[number].expect()
+
+    def __contains__(self, number: int) -> bool:
+        """Whether there is an engine of this number, in whatever state."""
+        return number in self._links
+
+    def add(self, number: int, make: MakeLink) -> None:
+        """Another engine, by a number that none has, which gets requests as soon as it serves."""
+        with self._lock:
+            self._places.raise_fault()
+            self._link(number, make)
+
+    def remove(self, number: int) -> None:
+        """An engine that has drained, or does not serve, is not there any more. Raises EngineDeadError for another."""
+        with self._lock:
+            if number in self._states:
+                raise EngineDeadError(f"engine {number} serves: drain it first")
+            link = self._links.pop(number)
+            self._states.forget(number)
+            self._places.forget(number)
+        link.close()
 
     def tick(self) -> None:
         """Ten times a second: what has been waited for long enough."""
-        if self._is_one:
-            return
         now_s = time.monotonic()
+        if self._is_one:
+            if now_s - self._report_asked_s < REPORTED_FOR_S:
+                self._links[0].ask_report()
+            return
         with self._lock:
             self._places.tell_progress()
             for number in self._states:
@@ -226,6 +280,13 @@ class Links:
                 if now_s >= grace_ends_s or not self._links[number].open_requests():
                     self.lose(number)  # what is left goes on elsewhere, as if it had ended
             self._places.find()
+
+    def _hear_away(self, number: int, reason: str, is_refused: bool) -> None:
+        with self._lock:
+            if number in self._states:  # else it has drained, or been left already
+                self.lose(number)
+        if self._on_away is not None:
+            self._on_away(number, reason, is_refused)
 
     def _take_ready(self, number: int, ready: Ready) -> None:
         if self._serve(number, ready) and self._on_ready is not None:

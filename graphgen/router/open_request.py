@@ -27,7 +27,7 @@ class OpenRequest:
     def __init__(self, request: RoutedRequest) -> None:
         self.request = request
         self.engine: EngineLoad | None = None  # None: it was lost, and is to be moved
-        self.num_output = 0  # tokens it has
+        self.num_output = request.num_output  # tokens it has
         self.num_losses = 0  # of engines, since its last new token
         self.has_begun = False  # it got a token where it is now
         self.left_prompt = 0  # tokens to compute before its next token

@@ -18,6 +18,7 @@ from graphgen.base.page_digests import prompt_digests
 from graphgen.ipc.errors import DeadlineError, EngineDeadError, GraphgenError, OverloadedError, PoisonedRequestError
 from graphgen.ipc.messages import Ready
 from graphgen.ipc.reports import EngineReport
+from graphgen.requests.link_ends import Nobody
 from graphgen.requests.open_request import OpenRequest
 from graphgen.requests.request_table import deliver
 from graphgen.router.engine_link import EngineLink
@@ -113,6 +114,14 @@ class Places:
             if request.submit.request_id in self._at:
                 self._end(request.submit.request_id, request.num_tokens)
 
+    def left(self, requests: Sequence[OpenRequest]) -> None:
+        """Their engine, which lives, has ended them through no fault of theirs."""
+        with self._lock:
+            known = [one for one in requests if one.submit.request_id in self._at]
+            self._note_tokens(known, time.monotonic())
+            losses = self._router.lost([one.submit.request_id for one in known])
+        self._go_on(losses, known)
+
     def reported(self, number: int, report: EngineReport) -> None:
         """How much an engine has to do, whoever sent it."""
         with self._lock:
@@ -137,16 +146,25 @@ class Places:
             self._router.renewed(engine_id, 0, now_s)
             self._router.undrain(engine_id)
         else:
-            worker = ready.worker
-            capacity = Capacity(ready.num_slots, worker.num_pages, worker.page_size, ready.token_budget)
+            worker, times = ready.worker, ready.num_engines
+            capacity = Capacity(
+                ready.num_slots * times, worker.num_pages * times, worker.page_size, ready.token_budget * times
+            )
             self._router.joined(engine_id, capacity, now_s)
             self._joined.add(number)
         self.find()
 
     def drain(self, number: int) -> None:
         """Nothing is sent there from here on."""
+        with self._lock:
+            if number in self._joined:
+                self._router.drain(_id_of(number))
+
+    def forget(self, number: int) -> None:
+        """An engine that has nothing open is not there any more."""
         if number in self._joined:
-            self._router.drain(_id_of(number))
+            self._joined.discard(number)
+            self._router.left(_id_of(number))
 
     def undrain(self, number: int) -> None:
         """It gets requests again."""
@@ -160,7 +178,7 @@ class Places:
             if number in self._joined:
                 self._note_tokens(link.open_requests(), now_s)
 
-    def take_back(self, number: int, requests: list[OpenRequest], is_expected: bool) -> None:
+    def take_back(self, number: int, requests: Sequence[OpenRequest], is_expected: bool) -> None:
         """What an engine had when it ended or was left; is_expected: another is started in its place. On the link's
         thread."""
         now_s, engine_id = time.monotonic(), _id_of(number)
@@ -215,6 +233,7 @@ class Places:
                     priority=submit.priority,
                     deadline_ms=submit.deadline_ms,
                     ttft_target_ms=submit.ttft_target_ms,
+                    num_output=request.num_tokens,
                 )
             )
         return routed
@@ -251,7 +270,7 @@ class Places:
         with contextlib.suppress(KeyError):  # it has ended already
             self._router.finished(request_id, num_output)
 
-    def _go_on(self, losses: Sequence[Loss], requests: list[OpenRequest]) -> None:
+    def _go_on(self, losses: Sequence[Loss], requests: Sequence[OpenRequest]) -> None:
         """Requests that their engine does not go on with. Those that were cancelled meanwhile are left out."""
         found = {loss.request_id: loss for loss in losses}
         failed: list[tuple[OpenRequest, GraphgenError]] = []
@@ -274,12 +293,23 @@ class Places:
             deliver(request.sink, error)
 
 
-class Follower:
-    """Who follows the requests of one link."""
+class Reporter(Nobody):
+    """Hears what the only engine has to do."""
 
-    def __init__(self, places: Places, number: int) -> None:
-        self._places = places
+    def __init__(self, states: EngineStates, number: int) -> None:
+        self._states = states
         self._number = number
+
+    def reported(self, report: EngineReport) -> None:
+        self._states.take_report(self._number, report)
+
+
+class Follower(Reporter):
+    """Who follows the requests of one link beside others."""
+
+    def __init__(self, places: Places, states: EngineStates, number: int) -> None:
+        super().__init__(states, number)
+        self._places = places
 
     def began(self, request: OpenRequest, cached_tokens: int) -> None:
         self._places.began(request, cached_tokens)
@@ -290,7 +320,14 @@ class Follower:
     def ended(self, request: OpenRequest) -> None:
         self._places.ended(request)
 
+    def left(self, requests: Sequence[OpenRequest]) -> None:
+        self._places.left(requests)
+
+    def leaving(self) -> None:
+        self._places.drain(self._number)
+
     def reported(self, report: EngineReport) -> None:
+        super().reported(report)
         self._places.reported(self._number, report)
 
 

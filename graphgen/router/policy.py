@@ -12,7 +12,7 @@ over several engines, and by `benchmarks.simulate`.
 
     choose  ->  sent  ->  first_token  ->  progress ...  ->  finished
                   |  rejected                                the engine has no room: another Choice, or none
-                  |  died, left, watch  ->  Loss             the request has no engine: `move` it, or it has failed
+                  |  died, left, lost, watch  ->  Loss       the request has no engine: `move` it, or it has failed
                   +- move  ->  sent  ->  ...                 prompt and emitted tokens are computed again elsewhere
 
 A choice looks at few engines: at most four of those that keep the longest beginnings of the prompt, and two at random;
@@ -33,6 +33,7 @@ prefix the choice is that of the better of two at random. How many engines there
   third one fails it, since what ended three engines is likely the request itself.
 """
 
+from collections.abc import Iterable
 from random import Random
 
 from graphgen.ipc.reports import EngineReport
@@ -201,6 +202,10 @@ class Router:
         del self._requests[request_id]
         return None
 
+    def lost(self, request_ids: Iterable[int]) -> tuple[Loss, ...]:
+        """Their engines live and do not go on with these. Raises KeyError for a request that is not open."""
+        return tuple(self._lose(self._requests[one]) for one in request_ids if self._requests[one].engine is not None)
+
     def move(self, request_id: int, now_s: float) -> Choice | Refusal:
         """Where a lost request goes on. After a Refusal it is still lost: `move` it again later, or say `finished`.
         Raises KeyError for a request that is not open, ValueError for one that has an engine."""
@@ -253,18 +258,20 @@ class Router:
             engine.unbegun[request_id] = self._index.num_touches
 
     def _lose_all(self, engine: EngineLoad) -> tuple[Loss, ...]:
-        losses = []
-        for request_id in list(engine.requests):
-            opened = self._requests[request_id]
-            opened.leave()
-            opened.rejections = ()
-            opened.num_losses += 1
-            error = ""
-            if opened.num_losses >= MAX_LOSSES:
-                del self._requests[request_id]
-                error = (
-                    f"{opened.num_losses} engines ended or hung one after another while they computed this request, the"
-                    " last one alone, so it is not tried again"
-                )
-            losses.append(Loss(request_id, engine.engine_id, opened.num_losses, error))
-        return tuple(losses)
+        return tuple(self._lose(self._requests[request_id]) for request_id in list(engine.requests))
+
+    def _lose(self, opened: OpenRequest) -> Loss:
+        """A request that is at an engine, and stays there no longer."""
+        request_id, engine = opened.request.request_id, opened.engine
+        assert engine is not None, "a request that has no engine cannot lose it"
+        opened.leave()
+        opened.rejections = ()
+        opened.num_losses += 1
+        error = ""
+        if opened.num_losses >= MAX_LOSSES:
+            del self._requests[request_id]
+            error = (
+                f"{opened.num_losses} engines ended or hung one after another while they computed this request, the"
+                " last one alone, so it is not tried again"
+            )
+        return Loss(request_id, engine.engine_id, opened.num_losses, error)

@@ -70,6 +70,7 @@ class RoutedRequest(Struct, frozen=True, kw_only=True):
     priority: int = 0
     deadline_ms: float | None = None  # from arrived_s to the last token
     ttft_target_ms: float | None = None  # from arrived_s to the first token
+    num_output: int = 0  # tokens that it has already, from elsewhere
 
 
 class Choice(Struct, frozen=True):

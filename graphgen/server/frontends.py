@@ -18,7 +18,7 @@ from graphgen.ipc.channel import Channel
 from graphgen.ipc.messages import FrontendToSupervisor, Listening, SenderEnded, SupervisorToFrontend
 from graphgen.ipc.senders import engine_channel, first_request_id
 from graphgen.launch.processes import EngineProcesses, Exit
-from graphgen.server.frontend.settings import MAX_UNSTARTED, FrontendSettings, frontend_name, settings_file
+from graphgen.server.frontend.settings import FrontendSettings, frontend_name, settings_file
 from graphgen.server.kept import Kept
 from graphgen.server.options import ServeOptions
 
@@ -55,6 +55,8 @@ class Frontends:
     ) -> None:
         """engines: the first one's folder is also theirs."""
         self._context = context
+        self.elsewhere: Callable[[], tuple[tuple[int, str], ...]] | None = None
+        """Where the engines are, if they are servers elsewhere: their numbers and addresses at this moment."""
         self._options = options
         self._model_name = model_name
         self._processes = engines[0]
@@ -151,7 +153,10 @@ class Frontends:
         self._all[number].kept.restore(found, partial(self._start_one, number))
 
     def _end_requests(self, number: int) -> None:
-        """Of a frontend that has ended, at all engines. What its successor sends has later ids."""
+        """Of a frontend that has ended, at all engines. What its successor sends has later ids. Those elsewhere see by
+        themselves that its connections have closed."""
+        if self.elsewhere is not None:
+            return
         below = first_request_id(number, len(self._all), time.monotonic())
         message = msgspec.msgpack.encode(SenderEnded(below))
         for folder in self._engines:
@@ -170,6 +175,8 @@ class Frontends:
             num_frontends=len(self._all),
             frontends=tuple(every.data for every in self._all) if len(self._all) > 1 else (),
             engines=self._engines if len(self._engines) > 1 else (),
+            elsewhere=None if self.elsewhere is None else self.elsewhere(),
+            engine_keys=None if options.engine_keys is None else str(Path(options.engine_keys).expanduser().absolute()),
             model=self._model_name,
             data=one.data,
             control=one.control,
@@ -179,7 +186,6 @@ class Frontends:
             slow_consumer_s=options.slow_consumer_s,
             open_requests=options.open_requests,
             awaits_all=not one.has_listened,
-            max_unstarted=MAX_UNSTARTED * len(self._engines),
             log_requests=options.log_requests,
         ).write(settings_file(folder, number))
         self._processes.start(MODULE, number=number)

@@ -1,5 +1,5 @@
-"""How an operator takes engines of a running server out of service and back: a socket in the server's folder, which
-only the user who runs the server can enter.
+"""How an operator takes engines of a running server out of service and back, and adds and removes those that are
+elsewhere: a socket in the server's folder, which only the user who runs the server can enter.
 
 Owns the socket, at both ends, and its two messages. What is done, the supervisor decides. `graphgen replicas` asks.
 """
@@ -21,16 +21,18 @@ SOCKET = "operator"
 ANSWER_S = 5.0
 """The supervisor looks ten times a second."""
 
-EngineState = Literal["serving", "starting", "draining", "drained", "ended"]
-"""ended: its starts led to nothing too often."""
+EngineState = Literal["serving", "starting", "draining", "drained", "ended", "away", "removed"]
+"""ended: its starts led to nothing too often. away: a server elsewhere cannot be reached, and is tried again. removed:
+there is no engine of this number any more."""
 
 
 class Wish(Struct, frozen=True):
     """What an operator asks for."""
 
-    action: Literal["show", "drain", "resume"]
+    action: Literal["show", "drain", "resume", "add", "remove"]
     engine: int = 0
-    grace_s: float = 30.0  # of drain: what is open there may take so long, then it goes on elsewhere
+    grace_s: float = 30.0  # of drain and remove: what is open there may take so long, then it goes on elsewhere
+    address: str = ""  # of add and remove, in the place of a number: a server elsewhere
 
 
 class Told(Struct, frozen=True):
@@ -38,6 +40,9 @@ class Told(Struct, frozen=True):
 
     engines: tuple[EngineState, ...]
     error: str = ""  # why the wish is not fulfilled
+    addresses: tuple[str, ...] = ()  # of engines elsewhere
+    reasons: tuple[str, ...] = ()  # of these: why it is away; "" if it is not
+    engine: int = 0  # which one was meant
 
 
 class OperatorSocket:

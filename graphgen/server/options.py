@@ -33,6 +33,12 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
     keys: str | None = None
     """Folder of keys, see `graphgen keys`: who has none of them is not let in. None: no keys; on a public address those
     of $GRAPHGEN_KEYS or ~/.config/graphgen/keys."""
+    engines: str | None = None
+    """Addresses of servers elsewhere, with commas between, whose engines serve: tcp://HOST:PORT,tcp://HOST:PORT. This
+    server has none of its own then. None: its own engines serve."""
+    engine_keys: str | None = None
+    """Folder with frontend.key_secret and the engines' server.key, or HOST_PORT.key where one has another. None: the
+    engines want no keys."""
     http: str | None = None
     """Address of OpenAI's API over HTTP, HOST:PORT. None: no HTTP."""
     http_workers: int = 1
@@ -82,9 +88,10 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
                 raise ConfigError(f"{name} is {getattr(self, name)}, the least is {least}: raise it")
         if self.frontends > MAX_FRONTENDS:
             raise ConfigError(f"frontends is {self.frontends}, the limit is {MAX_FRONTENDS}: lower it")
-        for address in (self.data, self.control_address):
+        for address in (self.data, self.control_address, *self.engine_addresses):
             check_address(address)
         self._check_apart()
+        self._check_engines()
         if self.http is not None:
             check_http(self.http)
             if self.http_workers > MAX_HTTP_WORKERS:
@@ -128,6 +135,25 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
                     f"{address} would be bound twice: {self.frontends} frontends have two ports each, counted on from"
                     f" {self.data} and {self.control_address}; leave --control out, or move it"
                 )
+
+    def _check_engines(self) -> None:
+        if self.engines is not None and not self.engine_addresses:
+            raise ConfigError(f"engines is {self.engines!r}: name at least one, tcp://HOST:PORT")
+        if self.engine_keys is not None and self.engines is None:
+            raise ConfigError(f"engine_keys is {self.engine_keys!r} without engines: name these, or leave it out")
+        if self.engines is not None and self.frontends > 1:
+            raise ConfigError(
+                f"frontends is {self.frontends}, and the engines are elsewhere: start as many servers with engines as"
+                " there shall be frontends, each routes alone"
+            )
+        for place, address in enumerate(self.engine_addresses):
+            if address in self.engine_addresses[:place]:
+                raise ConfigError(f"engines names {address} twice: name each engine once")
+
+    @property
+    def engine_addresses(self) -> tuple[str, ...]:
+        """Those of `engines`."""
+        return tuple(address.strip() for address in (self.engines or "").split(",") if address.strip())
 
     @property
     def has_tls(self) -> bool:

@@ -26,6 +26,7 @@ from graphgen.ipc.messages import (
     Drain,
     Drained,
     DrainEngine,
+    EngineAway,
     EngineDrained,
     EngineLost,
     EngineServes,
@@ -40,11 +41,12 @@ from graphgen.ipc.messages import (
 )
 from graphgen.launch.config import EngineConfig
 from graphgen.launch.engines import Engines
-from graphgen.launch.processes import EngineProcesses
-from graphgen.launch.replicas import check_devices, of_replica
+from graphgen.launch.processes import SCHEDULER_MODULE, EngineProcesses
+from graphgen.launch.replicas import check_devices, of_frontend, of_replica
 from graphgen.requests.core import describe_start, launch_config, load_config_tokenizer
 from graphgen.requests.failures import error_of
 from graphgen.requests.tokenizer import write_tokenizer
+from graphgen.server.engines_elsewhere import EnginesElsewhere
 from graphgen.server.frontends import Frontends
 from graphgen.server.gateways import Gateways
 from graphgen.server.operator import EngineState, OperatorSocket, Told, Wish
@@ -81,20 +83,29 @@ class Supervisor:
         self._model = ModelFacts(PLAIN, {})
         self._progress = StartProgress(config.progress)
         self._num_lost: int | None = None
+        self._elsewhere: EnginesElsewhere | None = None
         self._keys = options.key_folder
         self._request_log = RequestLog(self._keys)
         self._gateways = Gateways(options, self._model_name, say)
 
     def run(self) -> int:
         """Serves until a signal: the exit code. Raises GraphgenError when the engine does not start, or dies."""
-        check_devices(self._config)
+        is_elsewhere = bool(self._options.engine_addresses)
+        if not is_elsewhere:
+            check_devices(self._config)
         raise_descriptor_limit()
         check_free(address for both in self._options.addresses for address in both)
         ranks, senders = self._config.tensor_parallel, self._options.frontends
-        engines = Engines(self._config.replicas, partial(EngineProcesses, num_ranks=ranks, num_senders=senders))
+        modules = () if is_elsewhere else (SCHEDULER_MODULE,)
+        engines = Engines(
+            self._config.replicas, partial(EngineProcesses, modules, num_ranks=ranks, num_senders=senders)
+        )
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         frontends = Frontends(context, self._options, self._model_name, list(engines), self._say)
         operator = OperatorSocket(context, engines[0].folder)
+        if is_elsewhere:
+            self._elsewhere = EnginesElsewhere(self._options.engine_addresses, frontends.tell, self._say)
+            frontends.elsewhere = self._elsewhere.addresses
         try:
             self._start(engines, frontends)
             with self._progress as progress:
@@ -117,7 +128,8 @@ class Supervisor:
 
     def _start(self, engines: Engines, frontends: Frontends) -> None:
         """The engines' processes import torch meanwhile."""
-        launch = launch_config(self._config)
+        config = of_frontend(self._config) if self._options.engine_addresses else self._config
+        launch = launch_config(config)
         for number, processes in enumerate(engines):
             of_replica(launch, number, len(engines)).write(processes.folder)
         frontends.start()
@@ -150,7 +162,8 @@ class Supervisor:
             operator.serve(lambda wish: self._fulfil(wish, engines, frontends))
         if self._num_lost is not None:
             return
-        self._watch_engines(engines, frontends)
+        if self._elsewhere is None:
+            self._watch_engines(engines, frontends)
         self._watch_frontends(engines, frontends)
         self._gateways.restore(engines[0], self._model)
         if not frontends.have_listened and time.monotonic() - self._started_s > self._config.start_timeout_s:
@@ -174,6 +187,8 @@ class Supervisor:
                     on_progress(message)
             case Ready():
                 self._ready = message
+            case EngineServes() | EngineAway() | EngineDrained() if self._elsewhere is not None:
+                self._elsewhere.take(message)
             case EngineServes():
                 self._take_serving(message, engines)
             case EngineDrained():
@@ -232,6 +247,8 @@ class Supervisor:
 
     def _fulfil(self, wish: Wish, engines: Engines, frontends: Frontends) -> Told:
         """What an operator asks for."""
+        if self._elsewhere is not None:
+            return self._elsewhere.fulfil(wish)
         error = self._why_not(wish, len(engines))
         if not error and wish.action == "drain":
             self._say(f"engine {wish.engine} drains; what is open there after {wish.grace_s:g} s goes on elsewhere")
@@ -252,6 +269,8 @@ class Supervisor:
         """Why a wish cannot be fulfilled; "" if it can."""
         if wish.action == "show":
             return ""
+        if wish.action in ("add", "remove"):
+            return "the engines of this server are its own: `graphgen serve --engines` takes others"
         if not 0 <= wish.engine < count:
             return f"there is no engine {wish.engine}: they are 0 to {count - 1}"
         state = self._states[wish.engine]
@@ -265,16 +284,20 @@ class Supervisor:
 
     def _tell_ready(self, engines: Engines, frontends: Frontends) -> None:
         assert self._ready is not None, "a frontend serves after the engine"
-        self._say(
-            describe_start(self._ready, time.monotonic() - self._started_s, with_phases=self._progress.shows_bars)
-        )
+        start_s, elsewhere = time.monotonic() - self._started_s, self._options.engine_addresses
+        if elsewhere:
+            self._say(f"graphgen serves over {len(elsewhere)} engines, {', '.join(elsewhere)}, after {start_s:.2f} s")
+        else:
+            self._say(describe_start(self._ready, start_s, with_phases=self._progress.shows_bars))
         for one in frontends:
             self._say(f"listening on {one.data} (data)\nlistening on {one.control} (control)")
         self._say(
             "no keys: who can connect may" if self._keys is None else f"only CURVE keys of {self._keys} may connect"
         )
         self._gateways.start(engines[0], self._model)
-        if len(engines) > 1:
+        if elsewhere:
+            self._say(f"`graphgen replicas --server {engines[0].folder}` drains engines, adds and removes them")
+        elif len(engines) > 1:
             self._say(f"`graphgen replicas --server {engines[0].folder}` drains engines and starts them again")
         self._say("ready")
 

@@ -5,7 +5,7 @@ made from these Structs (`graphgen.ipc.ggp.reference`). On the wire a message is
 absent key means the default, and a key never changes its meaning.
 
     client -> server   Hello Generate Cancel StatsRequest Report HealthRequest Bye      both ways   Ping Pong
-    server -> client   Welcome Accepted Delta Deltas Done Error Draining Notice Stats Health
+    server -> client   Welcome Accepted Delta Deltas Done Error Draining Notice Load Stats Health
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from graphgen.ipc.ggp import limits
+from graphgen.ipc.ggp.routing import Capacity, Load, Routed
 from graphgen.ipc.ggp.statistics import Count, EngineCount, Live, Measured, Metrics
 from graphgen.ipc.short import short_repr
 
@@ -231,6 +232,13 @@ class Hello(Struct, frozen=True, kw_only=True, omit_defaults=True):
     batches: Annotated[
         bool, Meta(description="true: the server may send one `deltas` in the place of several `delta`s.")
     ] = False
+    routes: Annotated[
+        bool,
+        Meta(
+            description="true: the client is a frontend that routes requests of others to this server and others. Where"
+            " it may, `welcome.features` has `routed`."
+        ),
+    ] = False
 
 
 class Generate(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -308,6 +316,9 @@ class Generate(Struct, frozen=True, kw_only=True, omit_defaults=True):
             description="With `messages`: so many characters of the end of the rendered chat come back in `accepted`.",
         ),
     ] = 0
+    routed: Annotated[
+        Routed | None, Meta(description="Of another server's client. Only where `welcome.features` has `routed`.")
+    ] = None
 
 
 OF_CHATS = ("tools", "documents", "chat_template_kwargs")
@@ -432,6 +443,7 @@ class Welcome(Struct, frozen=True, kw_only=True):
             " are several. Each has sessions of its own; any of them serves."
         ),
     ] = []
+    capacity: Annotated[Capacity | None, Meta(description="Where `features` has `routed`.")] = None
 
     def __repr__(self) -> str:
         """Without the session's name: what is printed ends in logs, and who knows the name may cancel its requests."""
@@ -509,6 +521,17 @@ class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt_logprobs: Annotated[
         Logprobs | None, Meta(description="With `sampling.prompt_logprobs`, in the first delta of sample 0.")
     ] = None
+    queued_ms: Annotated[
+        Measured,
+        Meta(description="With `generate.routed`, in the first delta: from arrival until its first chunk was planned."),
+    ] = 0.0
+    deaths: Annotated[
+        Count,
+        Meta(
+            description="With `generate.routed`: so many engines and workers ended while they computed it, since its"
+            " last token. The delta may have no token."
+        ),
+    ] = 0
 
 
 class Deltas(Struct, frozen=True, kw_only=True):
@@ -650,6 +673,7 @@ SERVER_KINDS: Mapping[bytes, type[Struct]] = {
     b"E": Error,
     b"N": Draining,
     b"I": Notice,
+    b"O": Load,
     b"T": Stats,
     b"M": Health,
     b"P": Ping,
@@ -675,10 +699,13 @@ NAMES: Mapping[type[Struct], str] = {
     Error: "error",
     Draining: "draining",
     Notice: "notice",
+    Load: "load",
     Stats: "stats",
     Health: "health",
 }
 """The names of the kinds in the specification, and in `error.about`."""
 
 ClientMessage = Hello | Generate | Cancel | StatsRequest | Report | HealthRequest | Bye | Ping | Pong
-ServerMessage = Welcome | Accepted | Delta | Deltas | Done | Error | Draining | Notice | Stats | Health | Ping | Pong
+ServerMessage = (
+    Welcome | Accepted | Delta | Deltas | Done | Error | Draining | Notice | Load | Stats | Health | Ping | Pong
+)

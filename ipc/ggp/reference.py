@@ -37,12 +37,15 @@ from graphgen.ipc.ggp.messages import (
     Timing,
     Usage,
 )
+from graphgen.ipc.ggp.routing import Capacity, Routed
 
 _MAPS: dict[type[Struct], str] = {
     Sampling: "sampling",
     Structured: "structured",
     ChatMessage: "chat message",
     ServerLimits: "limits",
+    Routed: "routed",
+    Capacity: "capacity",
     SamplingDefaults: "sampling_defaults",
     Usage: "usage",
     Mark: "mark",
@@ -211,7 +214,7 @@ def _type_text(described: inspect.Type) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return ""
-    for power in (53, 31):
+    for power in (63, 53, 31):
         if value == 2**power - 1:
             return f"2^{power}-1"
     return f"{value:g}" if abs(value) < 1e5 else f"{value:.0f}"

@@ -40,6 +40,23 @@ from graphgen.ipc.vectors.wire import (
 MAX_INT = 2**53 - 1
 MAX_TOKEN = 2**31 - 1
 PROMPT = ("text", text("Hi"))
+PACKED = bytes.fromhex("010000002c010000")
+ROUTED = (
+    ("seed", u64(2**63 - 1)),
+    ("age_ms", f64(12.5)),
+    ("output_u32", bin8(PACKED)),
+    ("first_token_ms", f64(7.5)),
+    ("moves", integer(1)),
+    ("deaths", integer(2)),
+)
+ROUTED_VALUES: dict[str, Value] = {
+    "seed": 2**63 - 1,
+    "age_ms": 12.5,
+    "output_u32": {"bin": PACKED.hex()},
+    "first_token_ms": 7.5,
+    "moves": 1,
+    "deaths": 2,
+}
 
 
 def taken(name: str, kind: str, body: bytes, meaning: str, **value: Value) -> Vector:
@@ -377,6 +394,16 @@ OTHERS = [
     taken("stats-request", "S", mapping(), "an empty map"),
     taken("stats-request-metrics", "S", mapping(("metrics", TRUE)), "with counts, where they are served", metrics=True),
     taken("stats-request-live", "S", mapping(("live_after", integer(7))), "with later steps", live_after=7),
+    taken("hello-routes", "H", mapping(("routes", TRUE)), "of a frontend that routes requests of others", routes=True),
+    taken(
+        "generate-routed",
+        "G",
+        mapping(("id", integer(1)), ("prompt_u32", bin8(PACKED)), ("routed", mapping(*ROUTED))),
+        "a request of another's client, which goes on behind two tokens",
+        id=1,
+        prompt_u32={"bin": PACKED.hex()},
+        routed=ROUTED_VALUES,
+    ),
     taken(
         "report",
         "R",

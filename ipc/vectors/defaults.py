@@ -23,6 +23,7 @@ KINDS = {
     "E": "error",
     "N": "draining",
     "I": "notice",
+    "O": "load",
     "U": "deltas",
     "T": "stats",
     "M": "health",
@@ -60,7 +61,7 @@ SAMPLING: dict[str, Value] = {
 LOGPROBS: dict[str, Value] = {"top": 0, "values": {"bin": ""}, "tokens": [], "ids": [], "before": {"bin": ""}}
 
 DEFAULTS: dict[str, dict[str, Value]] = {
-    "hello": {"versions": [1, 1], "client": "", "notices": False, "batches": False},
+    "hello": {"versions": [1, 1], "client": "", "notices": False, "batches": False, "routes": False},
     "generate": {
         "text": None,
         "messages": None,
@@ -79,7 +80,9 @@ DEFAULTS: dict[str, dict[str, Value]] = {
         "prompt_only": False,
         "marked_ids": [],
         "tail_len": 0,
+        "routed": None,
     },
+    "routed": {"age_ms": 0.0, "output_u32": {"bin": ""}, "first_token_ms": None, "moves": 0, "deaths": 0},
     "chat_message": {"name": None, "tool_calls": None, "tool_call_id": None, "reasoning_content": None},
     "sampling": SAMPLING,
     "structured": {"text": "", "options": [], "after": ""},
@@ -95,7 +98,7 @@ DEFAULTS: dict[str, dict[str, Value]] = {
         "stop_token_ids": 16,
         "deadline_ms": 3_600_000,
     },
-    "welcome": {"sampling_defaults": {}, "draining": False, "frontends": []},
+    "welcome": {"sampling_defaults": {}, "draining": False, "frontends": [], "capacity": None},
     "sampling_defaults": {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0},
     "accepted": {"prompt_ids": None, "prompt_text": None, "tail": ""},
     "delta": {
@@ -108,6 +111,8 @@ DEFAULTS: dict[str, dict[str, Value]] = {
         "marks": [],
         "logprobs": None,
         "prompt_logprobs": None,
+        "queued_ms": 0.0,
+        "deaths": 0,
     },
     "logprobs": LOGPROBS,
     "stats": {

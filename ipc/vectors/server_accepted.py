@@ -116,6 +116,37 @@ ENGINE_VALUES: dict[str, Value] = {
 ENGINE = [(name, integer(value) if type(value) is int else TRUE) for name, value in ENGINE_VALUES.items()]
 ENGINE_AWAY_VALUES: dict[str, Value] = {name: False if name == "serves" else 0 for name in ENGINE_VALUES}
 ENGINE_AWAY = [(name, FALSE if name == "serves" else integer(0)) for name in ENGINE_VALUES]
+CAPACITY_VALUES: dict[str, Value] = {
+    "engines": 2,
+    "slots": 512,
+    "pages": 7000,
+    "page_size": 64,
+    "step_rows": 1024,
+    "chunk_rows": 768,
+    "windows": [None, 4096],
+}
+CAPACITY = (
+    *((name, integer(value)) for name, value in CAPACITY_VALUES.items() if type(value) is int),
+    ("windows", array(NIL, u16(4096))),
+)
+LOAD_VALUES: dict[str, Value] = {
+    "epoch": 3,
+    "serves": True,
+    "engines": 2,
+    "open": 40,
+    "tenants": 2,
+    "prompt_tokens": 90000,
+    "output_tokens": 5000,
+    "steps": 70000,
+    "pages_free": 300,
+    "prompt_token_s": 0.5,
+    "output_token_s": 0.25,
+    "step_s": 0.125,
+}
+LOAD = [
+    (name, TRUE if value is True else integer(value) if type(value) is int else f64(float(str(value))))
+    for name, value in LOAD_VALUES.items()
+]
 COLUMNS = [
     *((name, array(integer(1), u16(300))) for name in ("ids", "chunk_rows", "decode_rows", "padding_rows")),
     *((name, array(f64(4.5), f64(9.25))) for name in ("ms", "ended_ms")),
@@ -468,6 +499,23 @@ SERVER_ACCEPTED = [
         "ok",
         {**STATS_VALUE, "engines": [ENGINE_VALUES, ENGINE_AWAY_VALUES]},
     ),
+    Vector(
+        "welcome-capacity",
+        (header("W"), mapping(*WELCOME, ("capacity", mapping(*CAPACITY)))),
+        "to a frontend that routes requests here",
+        "ok",
+        {**WELCOME_VALUE, "capacity": CAPACITY_VALUES},
+    ),
+    delta(
+        "delta-routed",
+        "to such a frontend, the first one of a request",
+        ("ids", array(integer(5))),
+        ("queued_ms", f64(2.5)),
+        ids=[5],
+        queued_ms=2.5,
+    ),
+    delta("delta-deaths", "a worker ended that computed it", ("deaths", integer(2)), deaths=2),
+    Vector("load", (header("O"), mapping(*LOAD)), "what the engines have to do", "ok", LOAD_VALUES),
     sent(
         "health",
         "M",

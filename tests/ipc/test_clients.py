@@ -36,7 +36,12 @@ def language(request: pytest.FixtureRequest) -> Language:
 
 def is_own(vector: VectorRecord) -> bool:
     """Whether only a server's own processes send it."""
-    return vector.kind == "report" or (vector.kind == "stats_request" and bool(vector.value))
+    value = vector.value or {}
+    return (
+        vector.kind == "report"
+        or (vector.kind == "stats_request" and bool(value))
+        or bool({"routes", "routed"} & {*value})
+    )
 
 
 def streams(*requests: dict[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def with_defaults(kind: str, value: dict[str, Any]) -> dict[str, Any]:
     """The whole message that a vector's value means: every field, and bytes as bytes."""
     defaults = json.loads((FOLDER / "defaults.json").read_text())
     whole = {**defaults.get(kind, {}), **value}
-    for field in ("sampling", "limits", "sampling_defaults", "usage"):
+    for field in ("sampling", "limits", "sampling_defaults", "usage", "routed"):
         if isinstance(whole.get(field), dict):
             whole[field] = {**defaults[field], **whole[field]}
     if whole.get("messages"):

@@ -16,7 +16,7 @@ from zmq.utils import z85
 
 from graphgen.base.inbox import Inbox
 from graphgen.ipc.ggp.limits import MAX_PRIORITY
-from graphgen.server.frontend.keys import Keys, read_max_priority, read_public_key
+from graphgen.server.frontend.keys import Keys, read_max_priority, read_public_key, read_routes
 from graphgen.server.frontend.sockets import Context
 
 logger = logging.getLogger("graphgen.server.frontend")
@@ -44,6 +44,9 @@ class Access(Protocol):
     def max_priority(self, key: str) -> int:
         """The highest priority that a request of it gets."""
 
+    def may_route(self, key: str) -> bool:
+        """Whether its connections may route requests of others to this server, and name their tenants."""
+
 
 class Everyone:
     """The Access of a server without keys."""
@@ -54,6 +57,9 @@ class Everyone:
     def max_priority(self, key: str) -> int:
         return MAX_PRIORITY
 
+    def may_route(self, key: str) -> bool:
+        return True
+
 
 class _File(NamedTuple):
     """A key file as it was when it was read."""
@@ -61,6 +67,7 @@ class _File(NamedTuple):
     stamp: tuple[int, int, int]
     key: str | None
     max_priority: int
+    routes: bool
 
 
 class _Question(NamedTuple):
@@ -77,6 +84,7 @@ class KeyRing:
         self._folder = folder
         self._files: dict[Path, _File] = {}
         self._keys: dict[str, int] = {}  # with the highest priority of each
+        self._routes: frozenset[str] = frozenset()
         self.refresh()
 
     def __contains__(self, key: str) -> bool:
@@ -85,6 +93,10 @@ class KeyRing:
     def max_priority(self, key: str) -> int:
         """0 of a key that is gone."""
         return self._keys.get(key, 0)
+
+    def may_route(self, key: str) -> bool:
+        """False of a key that is gone."""
+        return key in self._routes
 
     def refresh(self) -> None:
         """Reads the files that are new or changed. What cannot be looked at stays as it was."""
@@ -99,7 +111,7 @@ class KeyRing:
                 if settled and known and known.stamp == stamp:
                     files[path] = known
                 else:
-                    files[path] = _File(stamp, read_public_key(path), read_max_priority(path))
+                    files[path] = _File(stamp, read_public_key(path), read_max_priority(path), read_routes(path))
             except FileNotFoundError:  # removed in this moment
                 continue
             except OSError as error:  # too many open files, or a file system that is away: no reason to shut anyone out
@@ -112,6 +124,7 @@ class KeyRing:
             if file.key is not None:  # a key in several files has the lowest of their caps
                 keys[file.key] = min(file.max_priority, keys.get(file.key, MAX_PRIORITY))
         self._keys = keys
+        self._routes = frozenset(file.key for file in files.values() if file.routes and file.key is not None)
 
 
 class Authenticator:
@@ -134,6 +147,9 @@ class Authenticator:
 
     def max_priority(self, key: str) -> int:
         return self._ring.max_priority(key)
+
+    def may_route(self, key: str) -> bool:
+        return self._ring.may_route(key)
 
     def stop(self) -> None:
         self._stopping = True

@@ -23,7 +23,7 @@ from graphgen.router.links import Links
 from graphgen.server.frontend.errors import SERVERS_OWN, error_of
 from graphgen.server.frontend.outbox import Outbox
 from graphgen.server.frontend.prepare import Prepared, Preparer
-from graphgen.server.frontend.requests import PublicRequest
+from graphgen.server.frontend.requests import Deaths, PublicRequest
 from graphgen.server.frontend.sessions import Session
 from graphgen.server.frontend.settings import FrontendSettings
 from graphgen.server.frontend.tallies import Tallies
@@ -53,7 +53,7 @@ class Desk:
         self._outbox = outbox
         self._on_end = on_end if settings.log_requests else None
         self._open_requests = settings.open_requests
-        self._max_unstarted = settings.max_unstarted
+        self._max_unstarted = settings.max_unstarted  # with one engine
         self._shares = Shares(settings.open_requests, settings.open_prompt_tokens, settings.total_prompt_tokens)
         self._open: dict[PublicRequest, None] = {}
         self._held: FairQueue[PublicRequest] = FairQueue()
@@ -164,14 +164,18 @@ class Desk:
                 passed = DeadlineError("the deadline passed before the request's turn came: allow more time")
                 self._fail(request, error_of(passed, request.id))
 
-    def _deliver(self, request: PublicRequest, delivery: Delivery) -> None:
+    def _deliver(self, request: PublicRequest, delivery: Delivery | Deaths) -> None:
         """The sink of every sample, on the client's receiving thread, which wakes the loop after a step's outputs."""
         self._inbox.put(functools.partial(self._take, request, delivery))
         if not isinstance(delivery, StreamPiece):
             self._inbox.wake()
 
-    def _take(self, request: PublicRequest, delivery: Delivery) -> None:
+    def _take(self, request: PublicRequest, delivery: Delivery | Deaths) -> None:
         if request.ended:
+            return
+        if isinstance(delivery, Deaths):
+            request.take_deaths(delivery)
+            self._outbox.add_news(request)
             return
         if not isinstance(delivery, StreamPiece):
             assert isinstance(delivery, Exception), "samples stream"
@@ -213,7 +217,8 @@ class Desk:
 
     def _may_submit(self, client: str, request: PublicRequest) -> bool:
         num_unstarted = self._unstarted.get(client, 0)
-        return not num_unstarted or num_unstarted + request.num_unstarted <= self._max_unstarted
+        most = self._max_unstarted * max(1, self.links.num_engines)
+        return not num_unstarted or num_unstarted + request.num_unstarted <= most
 
     def _fail(self, request: PublicRequest, error: Error) -> None:
         if request.ended:

@@ -4,7 +4,8 @@ Owns the layout of the key folder (mode 0700):
 
     server.key_secret   the server's pair; `server.key` beside it is the public half, for clients
     clients/NAME.key    public keys that are let in; NAME.key_secret, made here on request, is for the client to take.
-                        `max-priority = "3"` in its metadata caps the priority of the key's requests
+                        `max-priority = "3"` in its metadata caps the priority of the key's requests, `routes = "true"`
+                        lets a frontend with the key route requests of others here
 
 A running server looks for changes in it, so that a key that is let in or removed needs no restart.
 """
@@ -25,6 +26,7 @@ KEY_LEN = 40
 """Characters of a key in ZeroMQ's Z85 alphabet."""
 SERVER = "server"
 MAX_PRIORITY_NAME = b"max-priority"
+ROUTES_NAME = b"routes"
 """In the metadata of a client's key file."""
 
 
@@ -45,13 +47,13 @@ class Keys:
     def has_server_key(self) -> bool:
         return (self.folder / f"{SERVER}.key_secret").exists()
 
-    def make(self, name: str | None, max_priority: int = MAX_PRIORITY) -> tuple[Path, str]:
+    def make(self, name: str | None, max_priority: int = MAX_PRIORITY, routes: bool = False) -> tuple[Path, str]:
         """A new pair, the server's without a name: (its secret file, its public key). A client's is let in by that;
-        requests of it that ask for more than `max_priority` get this.
+        requests of it that ask for more than `max_priority` get this. routes: it may route requests of others.
 
         Raises ConfigError when it is there already.
         """
-        _check_priority(name, max_priority)
+        _check_metadata(name, max_priority, routes)
         folder = self.folder if name is None else self.clients
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder.chmod(0o700)
@@ -62,14 +64,14 @@ class Keys:
         zmq.auth.create_certificates(folder, stem)
         secret.chmod(0o600)
         public_key = zmq.auth.load_certificate(secret)[0].decode()
-        if max_priority < MAX_PRIORITY and name is not None:
-            self.allow(name, public_key, max_priority)
+        if name is not None and (max_priority < MAX_PRIORITY or routes):
+            self.allow(name, public_key, max_priority, routes)
         return secret, public_key
 
-    def allow(self, name: str, public_key: str, max_priority: int = MAX_PRIORITY) -> Path:
+    def allow(self, name: str, public_key: str, max_priority: int = MAX_PRIORITY, routes: bool = False) -> Path:
         """Lets a client's public key in, under a name that helps to find it again. Its requests have at most
-        `max_priority`."""
-        _check_priority(name, max_priority)
+        `max_priority`. routes: it may route requests of others."""
+        _check_metadata(name, max_priority, routes)
         if not _is_key(public_key):
             raise ConfigError(
                 f"{public_key!r} is no public key: give the {KEY_LEN} characters of the file's public-key"
@@ -78,7 +80,8 @@ class Keys:
         path = self.clients / f"{_checked_name(name)}.key"
         half = path.with_suffix(".new")  # a server that looks at this moment finds the whole file or none
         cap = f'    {MAX_PRIORITY_NAME.decode()} = "{max_priority}"\n' if max_priority < MAX_PRIORITY else ""
-        half.write_text(f'metadata\n{cap}curve\n    public-key = "{public_key}"\n')
+        granted = f'    {ROUTES_NAME.decode()} = "true"\n' if routes else ""
+        half.write_text(f'metadata\n{cap}{granted}curve\n    public-key = "{public_key}"\n')
         return half.replace(path)
 
     def server_secret_key(self) -> bytes:
@@ -111,23 +114,34 @@ def read_max_priority(path: Path) -> int:
 
     Raises OSError where the file cannot be read.
     """
-    with path.open("rb") as lines:
-        pairs = (line.partition(b"=") for line in lines)
-        found = [value.strip(b" \t\r\n'\"") for name, _, value in pairs if name.strip() == MAX_PRIORITY_NAME]
-    if not found:
+    found = _metadata(path, MAX_PRIORITY_NAME)
+    if found is None:
         return MAX_PRIORITY
-    if len(found[0]) == 1 and found[0].isdigit():
-        return int(found[0])
-    said = found[0].decode(errors="replace")
+    if len(found) == 1 and found.isdigit():
+        return int(found)
+    said = found.decode(errors="replace")
     logger.warning("%s: max-priority %r counts as 0: give one of 0 to %d", path, said, MAX_PRIORITY)
     return 0
 
 
-def _check_priority(name: str | None, max_priority: int) -> None:
+def read_routes(path: Path) -> bool:
+    """Whether who has a key file's key may route requests of others. Raises OSError where the file cannot be read."""
+    return _metadata(path, ROUTES_NAME) == b"true"
+
+
+def _metadata(path: Path, name: bytes) -> bytes | None:
+    with path.open("rb") as lines:
+        pairs = (line.partition(b"=") for line in lines)
+        return next((value.strip(b" \t\r\n'\"") for found, _, value in pairs if found.strip() == name), None)
+
+
+def _check_metadata(name: str | None, max_priority: int, routes: bool) -> None:
     if not 0 <= max_priority <= MAX_PRIORITY:
         raise ConfigError(f"max_priority is {max_priority}, priorities are 0 to {MAX_PRIORITY}: give one of these")
     if name is None and max_priority < MAX_PRIORITY:
         raise ConfigError("the server's own key makes no requests: name a client's to cap its priority")
+    if name is None and routes:
+        raise ConfigError("the server's own key routes no requests: name a frontend's")
 
 
 def _is_key(text: str) -> bool:

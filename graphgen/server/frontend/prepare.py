@@ -35,7 +35,7 @@ from graphgen.ipc.ggp.messages import (
 )
 from graphgen.requests.core import AttachedCore
 from graphgen.requests.open_request import OpenRequest
-from graphgen.server.frontend.requests import PublicRequest
+from graphgen.server.frontend.requests import Deaths, PublicRequest
 from graphgen.server.frontend.settings import text_bytes_limit
 from graphgen.server.frontend.turns import FairQueue
 
@@ -49,7 +49,7 @@ PIECE_LEN = 1 << 13
 TOKENS_OF_A_CUT = 16
 """What a piece may have more than its share of the whole text: special tokens, and words that were cut."""
 
-PieceSink = Callable[[PublicRequest, Delivery], None]
+PieceSink = Callable[[PublicRequest, Delivery | Deaths], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,8 @@ class Prepared:
     deadline_s: float | None  # as time.monotonic()
     stream: bool
     tail: str  # of the rendered chat
+    arrived_s: float = 0.0  # here, or at the frontend that routed it here
+    is_routed: bool = False
 
 
 class Preparer:
@@ -130,6 +132,7 @@ class Preparer:
         """Raises FrameError or InvalidRequestError for what cannot be served."""
         message = self._framing.decode(frames)
         assert isinstance(message, Generate), "only generate is prepared"
+        check_routed(message, request.session.routes)
         token_ids, tail = self._prompt_ids(message)
         sampling = message.sampling if request.session.is_trusted else self._capped(message, request.session.key)
         if message.prompt_only:
@@ -137,26 +140,41 @@ class Preparer:
             opened = []
         else:
             check_frame(message, len(token_ids))
-            opened = self._core.prepare(
-                token_ids,
-                sampling_params(sampling, request.session.cache_key),
-                functools.partial(sink, request),
-                request.arrived_s,
-                request.client,
-                frozenset(message.marked_ids),
-                request.log_id,
-            )
+            opened = self._open(request, message, token_ids, sampling, sink)
         deadline_ms = sampling.deadline_ms
+        arrived_s = opened[0].submit.arrived_s if opened else request.arrived_s
         return Prepared(
             opened=opened,
             num_prompt_tokens=len(token_ids),
             prompt_ids=token_ids if message.echo_ids else None,
             prompt_text=self._core.tokenizer.decode(token_ids, False) if message.echo_text else None,
             priority=sampling.priority,
-            deadline_s=None if deadline_ms is None else request.arrived_s + deadline_ms / 1000,
+            deadline_s=None if deadline_ms is None else arrived_s + deadline_ms / 1000,
             stream=message.stream,
             tail=tail,
+            arrived_s=arrived_s,
+            is_routed=message.routed is not None,
         )
+
+    def _open(
+        self, request: PublicRequest, message: Generate, token_ids: list[int], sampling: Sampling, sink: PieceSink
+    ) -> list[OpenRequest]:
+        parameters = sampling_params(sampling, request.session.cache_key)
+        deliver = functools.partial(sink, request)
+        if message.routed is None:
+            return self._core.prepare(
+                token_ids,
+                parameters,
+                deliver,
+                request.arrived_s,
+                request.client,
+                frozenset(message.marked_ids),
+                request.log_id,
+            )
+        arrived_s = request.arrived_s - message.routed.age_ms / 1000
+        tell = _deaths_to(sink, request)
+        known = request.client, request.log_id, message.routed
+        return [self._core.prepare_routed(token_ids, parameters, deliver, arrived_s, *known, tell)]
 
     def _capped(self, message: Generate, key: str) -> Sampling:
         """Asking for more than the operator grants is no error: a client need not know its cap."""
@@ -247,6 +265,26 @@ def _texts_of(chat: Chat) -> list[str]:
         if values:
             texts.append(msgspec.json.encode(values).decode())
     return texts
+
+
+def _deaths_to(sink: PieceSink, request: PublicRequest) -> Callable[[int], None]:
+    return lambda num_deaths: sink(request, Deaths(num_deaths))
+
+
+def check_routed(message: Generate, may_route: bool) -> None:
+    """Raises FrameError for who may not route requests of others, InvalidRequestError for what makes no sense then."""
+    if message.routed is None:
+        return
+    if not may_route:
+        text = "this connection routes no requests of others: leave routed out"
+        raise FrameError(make_error("forbidden", text, message.id, "generate"))
+    sampling = message.sampling
+    has_ids = message.prompt_u32 is not None or message.prompt_ids is not None
+    if not has_ids or sampling.n != 1 or sampling.stop or not message.stream or message.prompt_only:
+        raise InvalidRequestError(
+            "routed is of one sample of token ids that streams, without stop strings: give prompt_u32, n 1 and no stop,"
+            " and leave prompt_only out"
+        )
 
 
 def check_frame(message: Generate, num_prompt_tokens: int) -> None:

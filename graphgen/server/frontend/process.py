@@ -34,6 +34,7 @@ from graphgen.router.engine_link import own_links
 from graphgen.router.links import Links
 from graphgen.server.frontend.authentication import Access, Authenticator, Everyone
 from graphgen.server.frontend.desk import Desk
+from graphgen.server.frontend.elsewhere import Elsewhere
 from graphgen.server.frontend.gate import Gate
 from graphgen.server.frontend.keys import Keys
 from graphgen.server.frontend.memory import connection_limits, keep_heap_small
@@ -52,6 +53,7 @@ from graphgen.server.frontend.settings import (
     text_bytes_limit,
 )
 from graphgen.server.frontend.sockets import Context, PublicSocket
+from graphgen.server.frontend.told import Told
 
 logger = logging.getLogger("graphgen.server.frontend")
 
@@ -112,24 +114,32 @@ def _serve(folder: Path, number: int, supervisor: SupervisorChannel) -> int:
         if keys is not None:
             access = authenticator = Authenticator(public, keys)
             stack.callback(authenticator.stop)
+        inbox = Inbox()
+        stack.callback(inbox.close)
+        elsewhere = None
+        if settings.elsewhere is not None:  # their context decides what this one serves
+            elsewhere = Elsewhere(settings, launch, read_tokenizer(folder), supervisor.send, inbox.wake)
+            launch, links = elsewhere.launch, elsewhere.links
+            stack.callback(links.close)
         gate = make_gate(public, settings, launch)
         stack.callback(gate.close)
         sockets = bind(public, gate, settings, launch, keys)
         for socket in sockets:
             stack.callback(socket.close, LINGER_S)
-        inbox = Inbox()
-        stack.callback(inbox.close)
-        folders = [Path(name) for name in settings.engines] or [folder]
-        engines = [EngineElsewhere(one, number) for one in folders]
-        makers = own_links(engines, supervisor.send, attaches=True, after_outputs=inbox.wake)
-        links = Links(makers, supervisor.send, seed=number)
-        stack.callback(links.close)
-        least = len(links) if settings.awaits_all else 1
-        ready = links.wait_ready(threading.TIMEOUT_MAX, least)  # the supervisor has an eye on the time
+        if elsewhere is None:
+            folders = [Path(name) for name in settings.engines] or [folder]
+            engines = [EngineElsewhere(one, number) for one in folders]
+            makers = own_links(engines, supervisor.send, attaches=True, after_outputs=inbox.wake)
+            links = Links(makers, supervisor.send, seed=number)
+            stack.callback(links.close)
+            least = len(links) if settings.awaits_all else 1
+            ready = links.wait_ready(threading.TIMEOUT_MAX, least)  # the supervisor has an eye on the time
+        else:
+            ready = elsewhere.ready
         supervisor.send(ready)
         sender = number, settings.num_frontends, time.monotonic()
         core = AttachedCore(launch, ready, read_tokenizer(folder), links, *sender)
-        server = make_server(sockets, supervisor, inbox, links, core, settings, access)
+        server = make_server(sockets, supervisor, inbox, links, core, settings, access, elsewhere)
         stack.callback(server.close)
         limit_memory(settings.memory_limit_bytes)
         gate.limit_memory()
@@ -148,6 +158,12 @@ def _tell_ready(inbox: Inbox, links: Links, core: AttachedCore, server: Server, 
     inbox.wake()
 
 
+def _tell_away(inbox: Inbox, server: Server, number: int, reason: str, is_refused: bool) -> None:
+    """An engine elsewhere has ended, or cannot be reached. On the link's thread."""
+    inbox.put(partial(server.engine_is_away, number, reason, is_refused))
+    inbox.wake()
+
+
 def _pass_notice_on(inbox: Inbox, supervisor: SupervisorChannel, server: Server, notice: Notice) -> None:
     """To the operator, and to clients. On the link's thread."""
     supervisor.send(notice)
@@ -163,8 +179,9 @@ def make_server(
     core: AttachedCore,
     settings: FrontendSettings,
     access: Access,
+    elsewhere: Elsewhere | None = None,
 ) -> Server:
-    """The server of these sockets and engines. access: what keys may do."""
+    """The server of these sockets and engines. access: what keys may do. elsewhere: the engines, if they are."""
     framing = server_framing()
     sessions, outbox = (
         Sessions(session_limits(settings.max_sessions, sockets.data.most_connections)),
@@ -174,8 +191,11 @@ def make_server(
     desk = Desk(links, preparer, inbox, outbox, settings, supervisor.send)
     monitor = Monitor(links, inbox, sessions, desk, outbox)
     welcome = _welcome(settings, core, sockets)
-    reception = Reception(sockets.data, framing, sessions, desk, outbox, settings, welcome, access.admits)
-    server = Server(sockets, supervisor, framing, inbox, sessions, desk, outbox, monitor, reception, welcome.instance)
+    reception = Reception(sockets.data, framing, sessions, desk, outbox, settings, welcome, access, Told(links))
+    server = Server(
+        sockets, supervisor, framing, inbox, sessions, desk, outbox, monitor, reception, welcome.instance, elsewhere
+    )
+    links.when_away(partial(_tell_away, inbox, server))
     links.when_ready(partial(_tell_ready, inbox, links, core, server))
     links.when_noticed(partial(_pass_notice_on, inbox, supervisor, server))
     return server

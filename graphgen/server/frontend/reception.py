@@ -7,7 +7,7 @@ read. Knows nothing of what their other messages mean. Used on the server's loop
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from typing import Protocol
 
 import msgspec
 
@@ -25,6 +25,8 @@ from graphgen.ipc.ggp.messages import (
     ServerMessage,
     Welcome,
 )
+from graphgen.ipc.ggp.routing import Capacity, Load
+from graphgen.server.frontend.authentication import Access
 from graphgen.server.frontend.desk import Desk
 from graphgen.server.frontend.outbox import Outbox
 from graphgen.server.frontend.sessions import Session, Sessions
@@ -43,6 +45,16 @@ MAX_TRUSTED_REQUESTS = 1 << 16
 KEY_GONE = "this connection's key is not let in any more: ask the operator of the server"
 
 
+class Engines(Protocol):
+    """What a frontend that routes requests here is told of the engines."""
+
+    def capacity(self) -> Capacity | None:
+        """What they hold; None while none serves."""
+
+    def load(self) -> Load | None:
+        """What they have to do; None before they have said so."""
+
+
 class Reception:
     """The sessions of the data socket."""
 
@@ -55,10 +67,11 @@ class Reception:
         outbox: Outbox,
         settings: FrontendSettings,
         welcome: Welcome,
-        admits: Callable[[str], bool],
+        access: Access,
+        engines: Engines,
     ) -> None:
-        """welcome: what every client is told, but for the name of its session. admits: whether the CURVE key of a
-        connection is still let in; asked for each message."""
+        """welcome: what every client is told, but for the name of its session. access: whether the CURVE key of a
+        connection is still let in; asked for each message. engines: what frontends are told of them."""
         self._data = data
         self._framing = framing
         self._sessions = sessions
@@ -66,7 +79,8 @@ class Reception:
         self._outbox = outbox
         self._settings = settings
         self._welcome = welcome
-        self._admits = admits
+        self._access = access
+        self._engines = engines
         self._swept_s = 0.0
         self._looped_s = time.monotonic()
 
@@ -114,12 +128,16 @@ class Reception:
             return make_error("overloaded", why, about="hello", retry_after_ms=RETRY_AFTER_MS)
         name = secrets.token_hex(16)
         is_trusted = self._data.is_trusted(received)
-        session = Session(received.routing_id, name, received.key, now_s, connection, hello, is_trusted)
+        routes = hello.routes and (is_trusted or self._access.may_route(received.key))
+        session = Session(received.routing_id, name, received.key, now_s, connection, hello, is_trusted, routes)
         self._sessions.add(session)
         logger.info("session with %r; there are %d", hello.client, len(self._sessions))
         welcome = msgspec.structs.replace(self._welcome, session=session.name, draining=grace_ms is not None)
-        if is_trusted:
+        if session.is_trusted:
             welcome = _for_trusted(welcome)
+        if routes:
+            features = [*welcome.features, "routed"]
+            welcome = msgspec.structs.replace(welcome, features=features, capacity=self._engines.capacity())
         self._outbox.post(session, welcome)
         if grace_ms is not None:
             self._outbox.post(session, Draining(grace_ms=grace_ms))
@@ -140,6 +158,14 @@ class Reception:
                 self._cut_off(session, make_error("forbidden", KEY_GONE))
             elif session.requests:
                 self._look_after(session, now_s)
+        self._report_load()
+
+    def _report_load(self) -> None:
+        """To the frontends that route here. One that does not read is told when it does."""
+        frontends = [one for one in self._sessions.all() if one.routes and not one.has_unsent]
+        if frontends and (load := self._engines.load()) is not None:
+            for session in frontends:
+                self._outbox.post(session, load)
 
     def forgive_silence(self, now_s: float) -> None:
         """A loop that was stopped itself has not read what its clients said meanwhile. Called in each round."""
@@ -162,7 +188,7 @@ class Reception:
             self._outbox.post(session, Ping(instance=self._welcome.instance))
 
     def _lets_in(self, key: str) -> bool:
-        return key == TRUSTED or self._admits(key)
+        return key == TRUSTED or self._access.admits(key)
 
     def _make_room(self, now_s: float) -> None:
         """Before a session is refused, those are ended whose connections are gone: first those that are known to be,

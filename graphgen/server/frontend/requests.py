@@ -5,7 +5,7 @@ sample join into one delta, so a reader that falls behind costs memory for its t
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from graphgen.calls.logprobs import Logprobs
 from graphgen.calls.outputs import StreamPiece
@@ -22,11 +22,18 @@ if TYPE_CHECKING:
 ABORTED = "aborted"
 
 
+class Deaths(NamedTuple):
+    """How many deaths of engines and workers count against a request that was routed here, since its last token."""
+
+    num_deaths: int
+
+
 class _Sample:
     """Unsent output of one sample."""
 
     __slots__ = (
         "cached_tokens",
+        "deaths",
         "ended",
         "finish",
         "finish_sent",
@@ -43,6 +50,7 @@ class _Sample:
         self.started = False  # it has a token
         self.cached_tokens = 0
         self.num_tokens = 0  # sent in deltas
+        self.deaths = 0  # that its client is to be told
         self.ids: list[int] = []
         self.texts: list[str] = []
         self.marks: list[Mark] = []
@@ -54,7 +62,7 @@ class _Sample:
 
     @property
     def has_news(self) -> bool:
-        return bool(self.ids or self.texts) or (self.ended and not self.finish_sent)
+        return bool(self.ids or self.texts or self.deaths) or (self.ended and not self.finish_sent)
 
 
 class PublicRequest:
@@ -117,6 +125,7 @@ class PublicRequest:
     def accept(self, prepared: "Prepared") -> None:
         """One whose prompt was all that was wanted ends with it."""
         self.prepared = prepared
+        self.arrived_s = prepared.arrived_s
         if prepared.opened:
             submit = prepared.opened[0].submit
             targets_ms = submit.ttft_target_ms, submit.itl_target_ms, submit.tpot_target_ms
@@ -135,6 +144,7 @@ class PublicRequest:
         sample.started = True
         if sample.has_news and self.prepared.stream:
             self.num_merged += 1
+        sample.deaths = 0  # they count since the last token
         sample.ids.extend(piece.token_ids)
         if piece.text:
             sample.texts.append(piece.text)
@@ -154,6 +164,11 @@ class PublicRequest:
             sample.ended, sample.finish = True, piece.finish_reason
             if all(one.ended for one in self._samples):
                 self._finish(self._done())
+
+    def take_deaths(self, deaths: Deaths) -> None:
+        """An engine or a worker ended that computed it; of a request that was routed here, which has one sample."""
+        if not self.ended and self._samples:
+            self._samples[0].deaths = deaths.num_deaths
 
     def cancel(self) -> None:
         """Its client wants no more: samples that have not ended are aborted."""
@@ -240,11 +255,13 @@ class PublicRequest:
                 sample.num_tokens += len(sample.ids)
                 sample.ids, sample.texts, sample.marks = [], [], []
                 sample.logprobs, sample.prompt_logprobs = [], None
+                sample.deaths = 0
                 sample.finish_sent = sample.finish_sent or message.finish is not None
             case Done() | Error():
                 self._end_sent = True
 
     def _delta(self, index: int, sample: _Sample) -> Delta:
+        assert self.prepared is not None, "what is not accepted has no deltas"
         return Delta(
             id=self.id,
             seq=sample.num_tokens,
@@ -256,6 +273,8 @@ class PublicRequest:
             marks=sample.marks,
             logprobs=_of_output(sample.logprobs),
             prompt_logprobs=None if sample.prompt_logprobs is None else _of_prompt(sample.prompt_logprobs),
+            queued_ms=round(self._queued_ms, 3) if self.prepared.is_routed and not sample.num_tokens else 0.0,
+            deaths=sample.deaths,
         )
 
     def _done(self) -> Done:

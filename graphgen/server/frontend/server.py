@@ -41,16 +41,20 @@ from graphgen.ipc.ggp.messages import (
     StatsRequest,
 )
 from graphgen.ipc.messages import (
+    AddEngine,
     Drain,
     DrainEngine,
+    EngineAway,
     EngineDrained,
     EngineLost,
     EngineServes,
     ExpectEngine,
     FrontendToSupervisor,
+    RemoveEngine,
     SupervisorToFrontend,
 )
 from graphgen.server.frontend.desk import Desk
+from graphgen.server.frontend.elsewhere import Elsewhere
 from graphgen.server.frontend.monitor import Monitor
 from graphgen.server.frontend.outbox import Outbox
 from graphgen.server.frontend.reception import Reception
@@ -123,8 +127,9 @@ class Server:
         monitor: Monitor,
         reception: Reception,
         instance: str,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
-        """instance: the name of this run of the frontend."""
+        """instance: the name of this run of the frontend. elsewhere: the engines, if they are."""
         self._sockets = sockets
         self._supervisor = supervisor
         self._framing = framing
@@ -135,6 +140,7 @@ class Server:
         self._monitor = monitor
         self._reception = reception
         self._instance = instance
+        self._elsewhere = elsewhere
         self._rate = RateLimit(MESSAGES_PER_S, MESSAGES_BURST, time.monotonic())
         self._ending: _Ending | None = None
         self._num_lost = 0
@@ -216,6 +222,12 @@ class Server:
                 self._drain_engine(order)
             case ExpectEngine():
                 self._desk.links.expect(order.engine)
+            case AddEngine():
+                if self._elsewhere is not None:
+                    self._elsewhere.add(order.engine, order.address)
+            case RemoveEngine():
+                if self._elsewhere is not None:
+                    self._elsewhere.remove(order.engine)
 
     def _lose_engine(self, lost: EngineLost) -> None:
         num_open = self._desk.num_open
@@ -242,6 +254,12 @@ class Server:
         self._monitor.engine_is_lost = False
         self._supervisor.send(EngineServes(number))
         self.notify("the engine serves again")
+
+    def engine_is_away(self, number: int, reason: str, is_refused: bool) -> None:
+        """An engine elsewhere has ended, or cannot be reached; it is tried again. On the loop."""
+        self._supervisor.send(EngineAway(number, reason, is_refused))
+        self._monitor.engine_is_lost = not self._desk.links.num_serving
+        self.notify(f"engine {number} is away: {reason}")
 
     def notify(self, text: str) -> None:
         """Tells the sessions that asked for it. On the loop."""

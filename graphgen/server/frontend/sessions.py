@@ -27,12 +27,14 @@ class Session:
         connection: Connection | None = None,
         hello: Hello = HELLO,
         is_trusted: bool = False,
+        routes: bool = False,
     ) -> None:
         """key: the CURVE key that its connection authenticated with; "" without keys. is_trusted: it may act on behalf
-        of tenants that it names."""
+        of tenants that it names. routes: it is of a frontend that routes requests of others here."""
         self.wants_notices = hello.notices
         self.takes_batches = hello.batches
-        self.is_trusted = is_trusted
+        self.is_trusted = is_trusted or routes
+        self.routes = routes
         self.routing_id = routing_id
         self.connection = connection
         self.name = name  # secret: who knows it may cancel its requests

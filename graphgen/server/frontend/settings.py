@@ -33,6 +33,10 @@ class FrontendSettings(Struct, frozen=True, kw_only=True):
     """Addresses of their data sockets, where these are several."""
     engines: tuple[str, ...] = ()
     """Folders of the engines, where these are several."""
+    elsewhere: tuple[tuple[int, str], ...] | None = None
+    """Of engines that are servers elsewhere: their numbers and addresses. None: the engines are on this machine."""
+    engine_keys: str | None = None
+    """Folder with the keys for those; None: without CURVE."""
     awaits_all: bool = True
     """Whether to wait for all engines before serving; else for one, as when others are known to be at rest."""
     private: str | None = None
@@ -47,7 +51,8 @@ class FrontendSettings(Struct, frozen=True, kw_only=True):
     total_prompt_tokens: int = 1 << 22
     """Of all clients together."""
     max_unstarted: int = MAX_UNSTARTED
-    """Samples of one client that wait in the schedulers' queues; its others wait here for the client's turn."""
+    """Samples of one client that wait in a scheduler's queue, of several engines for each; its others wait here for the
+    client's turn."""
     heartbeat_s: float = 1.0
     slow_consumer_s: float = 60.0
     log_requests: bool = False

@@ -1,0 +1,460 @@
+"""The link to an engine that is a server elsewhere: a client of it, by the public protocol GGP/1.
+
+Owns one thread, which owns the socket, and the lives of the connection: each has a socket of its own, so that nothing
+of an old one reaches the engine that is there next. `graphgen.requests.request_table` has the open requests, as for an
+engine on this machine; `graphgen.router.remote_messages` translates. Made by `graphgen.router.remote_engines`; any
+thread may call it.
+
+An engine is lost when its connection breaks, when it says nothing for too long or forgets the session. What was open
+there goes on elsewhere, behind the tokens that have come; the link tries to connect until the engine is there again.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from functools import partial
+
+import msgspec
+import zmq
+
+from graphgen.base.inbox import Inbox
+from graphgen.base.version import __version__
+from graphgen.ipc.errors import (
+    ConfigError,
+    ConnectionLostError,
+    EngineClosedError,
+    EngineDeadError,
+    GraphgenError,
+    ServerError,
+)
+from graphgen.ipc.ggp.framing import FrameError
+from graphgen.ipc.ggp.messages import (
+    Bye,
+    ClientMessage,
+    Delta,
+    Deltas,
+    Done,
+    Draining,
+    Error,
+    Health,
+    HealthRequest,
+    Hello,
+    Notice,
+    Ping,
+    Pong,
+    ServerMessage,
+    Stats,
+    StatsRequest,
+    Welcome,
+)
+from graphgen.ipc.ggp.routing import Load
+from graphgen.ipc.messages import EngineStats, Ready
+from graphgen.ipc.messages import Notice as OperatorNotice
+from graphgen.remote.address import ServerAddress
+from graphgen.remote.data_socket import DataSocket, Event
+from graphgen.remote.requests import exception_of
+from graphgen.requests.open_request import OpenRequest
+from graphgen.requests.questions import Questions, fail_all
+from graphgen.requests.request_table import RequestTable, deliver
+from graphgen.router.engine_link import LinkPlace
+from graphgen.router.remote_messages import ready_of, report_of, stats_of
+from graphgen.router.sent_requests import SentRequests
+
+logger = logging.getLogger("graphgen")
+
+HELLO = Hello(client=f"graphgen-frontend/{__version__}", notices=True, batches=True, routes=True)
+TICK_S = 0.1
+RETRY_S = 0.1
+"""Between two lives of a connection; of several that come to nothing twice as long each time."""
+MOST_RETRY_S = 5.0
+WELCOME_S = 5.0
+"""A connection that is not welcomed within this is made anew: a key may have been let in meanwhile."""
+SILENT_S = 10.0
+"""An engine that serves reports ten times a second; after so long without a word its connection counts as broken."""
+AWAY_S = 1.0
+"""A loop that comes round after more than this was stopped itself."""
+LINGER_S = 0.2
+BROKE = "its connection broke"
+CLOSED = (
+    "it closes the connection without a word: if it wants keys, name a folder with its server.key and a"
+    " frontend.key_secret by --engine-keys"
+)
+FORBIDDEN = (
+    "the handshake fails: let this frontend's key in there with `graphgen keys allow NAME KEY --routes`, and look"
+    " whether the server's own key is right"
+)
+ELSEWHERE = frozenset(("draining", "engine_lost", "no_session", "slow_consumer", "forbidden"))
+"""Codes of errors that are no fault of a request: it goes on at another engine."""
+
+
+class RemoteLink:
+    """Has the calls of an `EngineLink`. Connects at once, and again whenever the connection has broken."""
+
+    def __init__(
+        self,
+        server: ServerAddress,
+        place: LinkPlace,
+        admit: Callable[[Welcome], None],
+        after_outputs: Callable[[], None] | None = None,
+    ) -> None:
+        """admit: raises ConfigError for a server that is none of these engines. after_outputs: see `Link`."""
+        self.address = server.address
+        self._server = server
+        self._place = place
+        self._admit = admit
+        self._after_outputs = after_outputs
+        self._on_ready: Callable[[Ready], None] | None = None
+        self._on_notice = place.on_notice or _log
+        self._table = RequestTable(place.lock, place.observer, self._send_cancel)
+        self._questions = Questions(place.lock)
+        self._fault: GraphgenError | None = None
+        self._first_ready: Future[Ready] = Future()
+        self._inbox = Inbox()
+        self._closed = False
+        # What follows belongs to the thread.
+        self._socket: DataSocket | None = None  # of the life that is
+        self._ready: Ready | None = None  # what the engine said when it was admitted; None: it does not serve
+        self._welcomed = False  # in this life
+        self._load: Load | None = None  # the newest
+        self._eos_token_ids: frozenset[int] = frozenset()
+        self._sent = SentRequests()
+        self._probes: deque[int] = deque()
+        self._newest_step = 0
+        self._heard_s = 0.0
+        self._why_not = ""  # why it is not connected
+        self._thread = threading.Thread(target=self._run, name="graphgen-remote-link", daemon=True)
+        self._thread.start()
+
+    # --- what callers ask --------------------------------------------------------------------------------------------
+
+    def wait_ready(self, timeout_s: float) -> Ready:
+        """Raises ConfigError for a server that cannot be one of the engines, ConnectionLostError after `timeout_s`."""
+        try:
+            return self._first_ready.result(max(0.0, timeout_s))
+        except FutureTimeoutError:
+            why = self._why_not or "it does not answer: is the server running, and is this frontend's key let in there?"
+            raise ConnectionLostError(f"the engine {self.address} cannot be reached: {why}") from None
+
+    def submit(self, requests: Iterable[OpenRequest]) -> None:
+        opened = list(requests)
+        with self._place.lock:
+            self._raise_fault()
+            for request in opened:
+                self._table.open(request)
+                self._call(partial(self._send_request, request))
+
+    def cancel(self, request_ids: Iterable[int]) -> None:
+        with self._place.lock:
+            for request_id in request_ids:
+                self._table.cancel(request_id)
+
+    def ask_stats(self, steps: bool = False) -> "Future[EngineStats]":
+        with self._place.lock:
+            self._raise_fault()
+            answer = self._questions.add_stats()
+        self._call(lambda: self._send(StatsRequest(metrics=True, live_after=self._newest_step if steps else None)))
+        return answer
+
+    def ask_probe(self) -> "Future[None]":
+        with self._place.lock:
+            self._raise_fault()
+            probe, answer = self._questions.add_probe()
+
+        def send() -> None:
+            self._probes.append(probe.probe_id)
+            self._send(HealthRequest())
+
+        self._call(send)
+        return answer
+
+    def ask_report(self) -> None:
+        """The engine reports without being asked."""
+
+    def expect(self) -> None:
+        self._call(self._serve)
+
+    def when_ready(self, call: Callable[[Ready], None]) -> None:
+        self._on_ready = call
+
+    def when_noticed(self, call: "Callable[[OperatorNotice], None]") -> None:
+        self._on_notice = call
+
+    def await_another_engine(self) -> list[OpenRequest]:
+        error = EngineDeadError(f"the engine {self.address} has ended: try again")
+        with self._place.lock:
+            requests, unanswered = self._table.take_all(), self._questions.take_all()
+        self._probes.clear()
+        fail_all(unanswered, error)
+        return requests
+
+    def lose(self, take: Callable[[list[OpenRequest]], None]) -> None:
+        def give_back() -> None:
+            requests = self.await_another_engine()
+            for request in requests:
+                if (cancel := self._sent.cancel(request.submit.request_id)) is not None:
+                    self._send(cancel)
+            take(requests)
+
+        self._call(give_back)
+
+    def release(self, request_ids: Collection[int], take: Callable[[list[OpenRequest]], None]) -> None:
+        self._call(lambda: take(self._table.release(request_ids)))
+
+    def open_requests(self) -> list[OpenRequest]:
+        return self._table.snapshot()
+
+    def begin_close(self) -> None:
+        self._fail(EngineClosedError("the server ends: ask another"))
+
+    def close(self) -> None:
+        self.begin_close()
+        with self._place.lock:
+            if not self._closed:
+                self._closed = True
+                self._inbox.wake()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _call(self, work: Callable[[], None]) -> None:
+        """Has the thread do it, unless the link is closed."""
+        with self._place.lock:
+            if not self._closed:
+                self._inbox.put(work)
+                self._inbox.wake()
+
+    def _raise_fault(self) -> None:
+        if self._fault is not None:
+            raise type(self._fault)(*self._fault.args)
+
+    def _fail(self, error: GraphgenError) -> None:
+        """From now on every call raises `error`; the first fault stays."""
+        with self._place.lock:
+            if self._fault is not None:
+                return
+            self._fault = error
+            requests, unanswered = self._table.take_all(), self._questions.take_all()
+        for request in requests:
+            deliver(request.sink, type(error)(*error.args))
+        fail_all((self._first_ready, *unanswered), error)
+
+    # --- lives of the connection, on the thread ----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        wait_s = RETRY_S
+        try:
+            while not self._closed:
+                before, self._welcomed = self._why_not, False
+                is_refused = self._live_once(context)
+                was_ready, self._ready = self._ready is not None, None
+                if not self._closed and (was_ready or self._why_not != before):
+                    logger.warning("the engine %s is away: %s", self.address, self._why_not)
+                    self._place.on_away(self._why_not, is_refused)
+                wait_s = RETRY_S if self._welcomed else min(MOST_RETRY_S, 2 * wait_s)
+                self._pause(wait_s)
+        finally:
+            context.term()
+            self._inbox.run(readable=False)  # what others still wait for
+            self._inbox.close()
+
+    def _live_once(self, context: "zmq.Context[zmq.Socket[bytes]]") -> bool:
+        """One life of the connection, whatever ends it. Whether the server is none of these engines."""
+        socket = None
+        try:
+            socket = self._socket = DataSocket.connecting(self._server, context)
+            self._why_not = self._live(socket)
+        except GraphgenError as error:  # keys that cannot be read, or a server that is none of the engines
+            self._why_not = str(error)
+            fail_all((self._first_ready,), error)
+            return isinstance(error, ConfigError)
+        except Exception as error:
+            logger.exception("the link to %s failed; it begins anew", self.address)
+            self._why_not = f"the link failed with {type(error).__name__}: {error}"
+        finally:
+            self._socket = self._load = None
+            self._sent.clear()
+            if socket is not None:
+                socket.close(LINGER_S if self._closed else 0.0)
+        return False
+
+    def _pause(self, wait_s: float) -> None:
+        poller = zmq.Poller()
+        poller.register(self._inbox.fileno(), zmq.POLLIN)
+        until_s = time.monotonic() + wait_s
+        while not self._closed and (left_s := until_s - time.monotonic()) > 0:
+            self._inbox.run(readable=bool(poller.poll(int(left_s * 1000) + 1)))
+
+    def _live(self, socket: DataSocket) -> str:
+        """Why the connection, or the session, has ended."""
+        poller = zmq.Poller()
+        for one in (self._inbox.fileno(), socket.socket, socket.monitor):
+            poller.register(one, zmq.POLLIN)
+        self._send(HELLO)
+        begun_s = looped_s = self._heard_s = time.monotonic()
+        while not self._closed:
+            events = dict(poller.poll(int(TICK_S * 1000)))
+            self._inbox.run(readable=self._inbox.fileno() in events)
+            event = socket.event()  # before the messages: what came before the end of a connection is still taken
+            if (ended := self._take_all(socket)) is not None:
+                return ended
+            if event is Event.BROKEN:
+                return BROKE if self._welcomed else CLOSED
+            if event is Event.FORBIDDEN:
+                return FORBIDDEN
+            if event is Event.REFUSED:
+                self._why_not = "nothing listens there: start a server with `graphgen serve`"
+            socket.flush()
+            now_s = time.monotonic()
+            if now_s - looped_s > AWAY_S:  # this process was stopped: what the server said meanwhile is unread
+                self._heard_s = now_s
+            looped_s = now_s
+            if not self._welcomed and now_s - begun_s > WELCOME_S:
+                return self._why_not or "it does not answer"
+            if self._welcomed and now_s - self._heard_s > SILENT_S:
+                return f"it has said nothing for {SILENT_S:g} s"
+        self._send(Bye())
+        return ""
+
+    def _take_all(self, socket: DataSocket) -> str | None:
+        """What has arrived. Why the session has ended with it, if it has."""
+        while (message := socket.receive()) is not None:
+            self._heard_s = time.monotonic()
+            if (ended := self._take(message)) is not None:
+                return ended
+        return None
+
+    # --- what the server says ----------------------------------------------------------------------------------------
+
+    def _take(self, message: ServerMessage | FrameError) -> str | None:
+        """Why the session ends with it, if it does."""
+        match message:
+            case Delta():
+                self._take_deltas([message])
+            case Deltas():
+                self._take_deltas(message.items)
+            case Load():
+                self._load = message
+                if self._ready is not None:
+                    self._place.observer.reported(report_of(message, len(self._sent)))
+            case Error():
+                return self._take_error(message)
+            case Ping():
+                self._send(Pong(t=message.t))
+            case Stats():
+                self._questions.take_stats(self._told(message))
+            case Health():
+                self._take_health(message)
+            case Welcome():
+                self._take_welcome(message)
+            case Draining():
+                self._on_notice(OperatorNotice(f"{self.address} is about to end, within {message.grace_ms} ms"))
+                self._place.observer.leaving()
+            case Notice():
+                self._on_notice(OperatorNotice(f"{self.address}: {message.text}"))
+            case FrameError():
+                return f"it sent what is no message ({message})"
+            case Done():
+                self._sent.end(message.id)
+        return None
+
+    def _take_welcome(self, welcome: Welcome) -> None:
+        self._admit(welcome)
+        self._welcomed = True
+        self._why_not = ""
+        if welcome.capacity is None:  # none of its engines serves at the moment
+            self._welcomed = False
+            return
+        self._eos_token_ids = frozenset(welcome.eos_token_ids)
+        self._newest_step = 0
+        self._ready = ready_of(welcome.capacity, self.address)
+        if welcome.draining:
+            return
+        self._serve()
+
+    def _serve(self) -> None:
+        """Its requests may come."""
+        if self._ready is None:
+            return
+        if not self._first_ready.done():
+            self._first_ready.set_result(self._ready)
+        if self._on_ready is not None:
+            self._on_ready(self._ready)
+
+    def _take_deltas(self, deltas: list[Delta]) -> None:
+        """What a step gave to some requests."""
+        taken = self._sent.take(deltas)
+        self._table.deliver_outputs(taken.outputs)
+        for request, num_deaths in taken.deaths:
+            request.hear_deaths(num_deaths)
+        for request, what in taken.broken:  # tokens are missing: no server may do that
+            self._send_cancel(request.submit.request_id)
+            error = ServerError(f"{self.address} sent {what}: report this", "internal")
+            self._table.refuse(request.submit.request_id, error)
+        if self._after_outputs is not None:
+            self._after_outputs()
+
+    def _take_error(self, error: Error) -> str | None:
+        if error.id is None:
+            if error.code == "no_session":
+                return "it has forgotten the session"
+            if self._ready is None:
+                raise ConfigError(f"the engine {self.address} refuses this frontend: {error.code}, {error.message}")
+            logger.warning("%s: %s: %s", self.address, error.code, error.message)
+            return None
+        request = self._sent.end(error.id)
+        if request is None:
+            return None
+        request_id = request.submit.request_id
+        if error.code in ELSEWHERE:
+            self._hold_back(error.code)
+            self._place.observer.left(self._table.release([request_id]))
+        else:
+            self._table.refuse(request_id, exception_of(error))
+        return None
+
+    def _hold_back(self, code: str) -> None:
+        """What the engine has given up must not come back to it at once."""
+        if code == "draining":
+            self._place.observer.leaving()
+        elif self._load is not None:  # until it reports again
+            paused = msgspec.structs.replace(self._load, serves=False)
+            self._place.observer.reported(report_of(paused, len(self._sent)))
+
+    def _take_health(self, health: Health) -> None:
+        if self._probes:
+            probe_id = self._probes.popleft()
+            why = None if health.ready else EngineDeadError(f"the engine {self.address} is {health.status}")
+            self._questions.end_probe(probe_id, why)
+
+    def _told(self, stats: Stats) -> EngineStats:
+        told = stats_of(stats)
+        if told.recent_steps:
+            self._newest_step = told.recent_steps[-1].step_id
+        return told
+
+    # --- what the server is told -------------------------------------------------------------------------------------
+
+    def _send_request(self, request: OpenRequest) -> None:
+        """Unless it was cancelled, or given back, before its turn came."""
+        if self._ready is not None and self._table.find(request.submit.request_id) is request:
+            self._send(self._sent.open(request, self._eos_token_ids))
+
+    def _send_cancel(self, request_id: int) -> None:
+        def send() -> None:
+            if (cancel := self._sent.cancel(request_id)) is not None:
+                self._send(cancel)
+
+        self._call(send)
+
+    def _send(self, message: ClientMessage) -> None:
+        """Nothing is kept for a later life."""
+        if self._socket is not None:
+            self._socket.send(message)
+
+
+def _log(notice: OperatorNotice) -> None:
+    logger.warning("%s", notice.text)

@@ -1,0 +1,81 @@
+"""Engines of a frontend that are servers elsewhere: they are connected before the frontend serves, and come and go.
+
+Owns what is known of them in this process. The links do the rest: `graphgen.router.remote_link`. Used by the frontend's
+process, and on the server's loop.
+"""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from graphgen.ipc.errors import ConfigError
+from graphgen.ipc.messages import EngineAway, FrontendToSupervisor, Ready
+from graphgen.launch.launch_config import LaunchConfig
+from graphgen.requests.core import end_token_ids
+from graphgen.requests.tokenizer import Tokenizer
+from graphgen.router.links import Links
+from graphgen.router.remote_engines import Model, RemoteEngines, model_name
+from graphgen.server.frontend.settings import FrontendSettings
+
+CONNECT_S = 10.0
+"""An engine that does not answer for so long at the first start keeps the server from starting."""
+
+
+class Elsewhere:
+    """The engines of `graphgen serve --engines`, by number."""
+
+    def __init__(
+        self,
+        settings: FrontendSettings,
+        launch: LaunchConfig,
+        tokenizer: Tokenizer | None,
+        tell: Callable[[FrontendToSupervisor], None],
+        after_outputs: Callable[[], None],
+    ) -> None:
+        """Connects to all of them. tell: to the supervisor. Raises ConfigError for addresses and keys that cannot work,
+        and for a server that does not serve what the frontend does; ConnectionLostError for one that is not there."""
+        model = Model(
+            model_name(settings.model),
+            launch.spec.vocab_size,
+            frozenset(end_token_ids(launch, tokenizer)),
+            launch.max_model_len,
+        )
+        keys = None if settings.engine_keys is None else Path(settings.engine_keys)
+        self._tell = tell
+        self._engines = RemoteEngines(model, keys, after_outputs, takes_any_context=True)
+        self._addresses: dict[int, str] = {}
+        self.links = Links([], tell, routes=True)
+        try:
+            for number, address in settings.elsewhere or ():
+                self._addresses[number] = address
+                self.links.add(number, self._engines.maker(address))
+            self.ready: Ready = (
+                self.links.wait_ready(CONNECT_S)
+                if settings.awaits_all
+                else self.links.wait_ready(threading.TIMEOUT_MAX, 1)
+            )
+        except BaseException:
+            self.links.close()
+            raise
+        self.launch = msgspec.structs.replace(launch, max_model_len=self._engines.settle())
+        """With the context that all engines have."""
+
+    def add(self, number: int, address: str) -> None:
+        """Another engine, or one that has drained and is to serve again."""
+        try:
+            if number in self.links:
+                self.links.expect(number)
+            else:
+                make = self._engines.maker(address)
+                self._addresses[number] = address
+                self.links.add(number, make)
+        except ConfigError as error:
+            self._tell(EngineAway(number, str(error), is_refused=True))
+
+    def remove(self, number: int) -> None:
+        """One at which nothing is open."""
+        if number in self.links:
+            self.links.remove(number)
+            self._engines.forget(self._addresses.pop(number))
