@@ -90,8 +90,8 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
             raise ConfigError(f"frontends is {self.frontends}, the limit is {MAX_FRONTENDS}: lower it")
         for address in (self.data, self.control_address, *self.engine_addresses):
             check_address(address)
-        self._check_apart()
         self._check_engines()
+        self._check_apart()
         if self.http is not None:
             check_http(self.http)
             if self.http_workers > MAX_HTTP_WORKERS:
