@@ -1,17 +1,14 @@
 """The link to an engine that is a server elsewhere: a client of it, by the public protocol GGP/1.
 
-Owns one thread, which owns the socket, and the lives of the connection: each has a socket of its own, so that nothing
-of an old one reaches the engine that is there next. `graphgen.requests.request_table` has the open requests, as for an
-engine on this machine; `graphgen.router.remote_messages` translates. Made by `graphgen.router.remote_engines`; any
-thread may call it.
+Owns what is open at the server, and whether it serves; `graphgen.router.lives` has the connection and its thread,
+`graphgen.requests.request_table` the open requests, as for an engine on this machine, `graphgen.router.sent_requests`
+what they are called there. Made by `graphgen.router.remote_engines`; any thread may call it.
 
 An engine is lost when its connection breaks, when it says nothing for too long or forgets the session. What was open
 there goes on elsewhere, behind the tokens that have come; the link tries to connect until the engine is there again.
 """
 
 import logging
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
@@ -19,10 +16,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
 
 import msgspec
-import zmq
 
-from graphgen.base.inbox import Inbox
-from graphgen.base.version import __version__
 from graphgen.ipc.errors import (
     ConfigError,
     ConnectionLostError,
@@ -33,8 +27,6 @@ from graphgen.ipc.errors import (
 )
 from graphgen.ipc.ggp.framing import FrameError
 from graphgen.ipc.ggp.messages import (
-    Bye,
-    ClientMessage,
     Delta,
     Deltas,
     Done,
@@ -42,7 +34,6 @@ from graphgen.ipc.ggp.messages import (
     Error,
     Health,
     HealthRequest,
-    Hello,
     Notice,
     Ping,
     Pong,
@@ -55,38 +46,17 @@ from graphgen.ipc.ggp.routing import Load
 from graphgen.ipc.messages import EngineStats, Ready
 from graphgen.ipc.messages import Notice as OperatorNotice
 from graphgen.remote.address import ServerAddress
-from graphgen.remote.data_socket import DataSocket, Event
 from graphgen.remote.requests import exception_of
 from graphgen.requests.open_request import OpenRequest
 from graphgen.requests.questions import Questions, fail_all
 from graphgen.requests.request_table import RequestTable, deliver
 from graphgen.router.engine_link import LinkPlace
+from graphgen.router.lives import Lives
 from graphgen.router.remote_messages import ready_of, report_of, stats_of
 from graphgen.router.sent_requests import SentRequests
 
 logger = logging.getLogger("graphgen")
 
-HELLO = Hello(client=f"graphgen-frontend/{__version__}", notices=True, batches=True, routes=True)
-TICK_S = 0.1
-RETRY_S = 0.1
-"""Between two lives of a connection; of several that come to nothing twice as long each time."""
-MOST_RETRY_S = 5.0
-WELCOME_S = 5.0
-"""A connection that is not welcomed within this is made anew: a key may have been let in meanwhile."""
-SILENT_S = 10.0
-"""An engine that serves reports ten times a second; after so long without a word its connection counts as broken."""
-AWAY_S = 1.0
-"""A loop that comes round after more than this was stopped itself."""
-LINGER_S = 0.2
-BROKE = "its connection broke"
-CLOSED = (
-    "it closes the connection without a word: if it wants keys, name a folder with its server.key and a"
-    " frontend.key_secret by --engine-keys"
-)
-FORBIDDEN = (
-    "the handshake fails: let this frontend's key in there with `graphgen keys allow NAME KEY --routes`, and look"
-    " whether the server's own key is right"
-)
 ELSEWHERE = frozenset(("draining", "engine_lost", "no_session", "slow_consumer", "forbidden"))
 """Codes of errors that are no fault of a request: it goes on at another engine."""
 
@@ -103,7 +73,6 @@ class RemoteLink:
     ) -> None:
         """admit: raises ConfigError for a server that is none of these engines. after_outputs: see `Link`."""
         self.address = server.address
-        self._server = server
         self._place = place
         self._admit = admit
         self._after_outputs = after_outputs
@@ -113,21 +82,16 @@ class RemoteLink:
         self._questions = Questions(place.lock)
         self._fault: GraphgenError | None = None
         self._first_ready: Future[Ready] = Future()
-        self._inbox = Inbox()
-        self._closed = False
+        self._lives = Lives(server, place.lock, self._take, self._end_life)
         # What follows belongs to the thread.
-        self._socket: DataSocket | None = None  # of the life that is
         self._ready: Ready | None = None  # what the engine said when it was admitted; None: it does not serve
-        self._welcomed = False  # in this life
         self._load: Load | None = None  # the newest
         self._eos_token_ids: frozenset[int] = frozenset()
         self._sent = SentRequests()
         self._probes: deque[int] = deque()
         self._newest_step = 0
-        self._heard_s = 0.0
-        self._why_not = ""  # why it is not connected
-        self._thread = threading.Thread(target=self._run, name="graphgen-remote-link", daemon=True)
-        self._thread.start()
+        self._told_why = ""  # why it is away
+        self._lives.start()
 
     # --- what callers ask --------------------------------------------------------------------------------------------
 
@@ -136,7 +100,7 @@ class RemoteLink:
         try:
             return self._first_ready.result(max(0.0, timeout_s))
         except FutureTimeoutError:
-            why = self._why_not or "it does not answer: is the server running, and is this frontend's key let in there?"
+            why = self._lives.why_not or "it does not answer: is it running, and is this frontend's key let in there?"
             raise ConnectionLostError(f"the engine {self.address} cannot be reached: {why}") from None
 
     def submit(self, requests: Iterable[OpenRequest]) -> None:
@@ -145,7 +109,7 @@ class RemoteLink:
             self._raise_fault()
             for request in opened:
                 self._table.open(request)
-                self._call(partial(self._send_request, request))
+                self._lives.call(partial(self._send_request, request))
 
     def cancel(self, request_ids: Iterable[int]) -> None:
         with self._place.lock:
@@ -156,7 +120,11 @@ class RemoteLink:
         with self._place.lock:
             self._raise_fault()
             answer = self._questions.add_stats()
-        self._call(lambda: self._send(StatsRequest(metrics=True, live_after=self._newest_step if steps else None)))
+
+        def send() -> None:
+            self._lives.send(StatsRequest(metrics=True, live_after=self._newest_step if steps else None))
+
+        self._lives.call(send)
         return answer
 
     def ask_probe(self) -> "Future[None]":
@@ -166,16 +134,16 @@ class RemoteLink:
 
         def send() -> None:
             self._probes.append(probe.probe_id)
-            self._send(HealthRequest())
+            self._lives.send(HealthRequest())
 
-        self._call(send)
+        self._lives.call(send)
         return answer
 
     def ask_report(self) -> None:
         """The engine reports without being asked."""
 
     def expect(self) -> None:
-        self._call(self._serve)
+        self._lives.call(self._serve)
 
     def when_ready(self, call: Callable[[Ready], None]) -> None:
         self._on_ready = call
@@ -196,13 +164,13 @@ class RemoteLink:
             requests = self.await_another_engine()
             for request in requests:
                 if (cancel := self._sent.cancel(request.submit.request_id)) is not None:
-                    self._send(cancel)
+                    self._lives.send(cancel)
             take(requests)
 
-        self._call(give_back)
+        self._lives.call(give_back)
 
     def release(self, request_ids: Collection[int], take: Callable[[list[OpenRequest]], None]) -> None:
-        self._call(lambda: take(self._table.release(request_ids)))
+        self._lives.call(lambda: take(self._table.release(request_ids)))
 
     def open_requests(self) -> list[OpenRequest]:
         return self._table.snapshot()
@@ -212,19 +180,7 @@ class RemoteLink:
 
     def close(self) -> None:
         self.begin_close()
-        with self._place.lock:
-            if not self._closed:
-                self._closed = True
-                self._inbox.wake()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-
-    def _call(self, work: Callable[[], None]) -> None:
-        """Has the thread do it, unless the link is closed."""
-        with self._place.lock:
-            if not self._closed:
-                self._inbox.put(work)
-                self._inbox.wake()
+        self._lives.close()
 
     def _raise_fault(self) -> None:
         if self._fault is not None:
@@ -241,91 +197,18 @@ class RemoteLink:
             deliver(request.sink, type(error)(*error.args))
         fail_all((self._first_ready, *unanswered), error)
 
-    # --- lives of the connection, on the thread ----------------------------------------------------------------------
+    # --- on the thread -----------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        wait_s = RETRY_S
-        try:
-            while not self._closed:
-                before, self._welcomed = self._why_not, False
-                is_refused = self._live_once(context)
-                was_ready, self._ready = self._ready is not None, None
-                if not self._closed and (was_ready or self._why_not != before):
-                    logger.warning("the engine %s is away: %s", self.address, self._why_not)
-                    self._place.on_away(self._why_not, is_refused)
-                wait_s = RETRY_S if self._welcomed else min(MOST_RETRY_S, 2 * wait_s)
-                self._pause(wait_s)
-        finally:
-            context.term()
-            self._inbox.run(readable=False)  # what others still wait for
-            self._inbox.close()
-
-    def _live_once(self, context: "zmq.Context[zmq.Socket[bytes]]") -> bool:
-        """One life of the connection, whatever ends it. Whether the server is none of these engines."""
-        socket = None
-        try:
-            socket = self._socket = DataSocket.connecting(self._server, context)
-            self._why_not = self._live(socket)
-        except GraphgenError as error:  # keys that cannot be read, or a server that is none of the engines
-            self._why_not = str(error)
+    def _end_life(self, why: str, error: GraphgenError | None) -> None:
+        """The connection has ended, or none came about: what was open goes on elsewhere, once `lose` is called."""
+        was_ready, self._ready, self._load = self._ready is not None, None, None
+        self._sent.clear()
+        if error is not None:
             fail_all((self._first_ready,), error)
-            return isinstance(error, ConfigError)
-        except Exception as error:
-            logger.exception("the link to %s failed; it begins anew", self.address)
-            self._why_not = f"the link failed with {type(error).__name__}: {error}"
-        finally:
-            self._socket = self._load = None
-            self._sent.clear()
-            if socket is not None:
-                socket.close(LINGER_S if self._closed else 0.0)
-        return False
-
-    def _pause(self, wait_s: float) -> None:
-        poller = zmq.Poller()
-        poller.register(self._inbox.fileno(), zmq.POLLIN)
-        until_s = time.monotonic() + wait_s
-        while not self._closed and (left_s := until_s - time.monotonic()) > 0:
-            self._inbox.run(readable=bool(poller.poll(int(left_s * 1000) + 1)))
-
-    def _live(self, socket: DataSocket) -> str:
-        """Why the connection, or the session, has ended."""
-        poller = zmq.Poller()
-        for one in (self._inbox.fileno(), socket.socket, socket.monitor):
-            poller.register(one, zmq.POLLIN)
-        self._send(HELLO)
-        begun_s = looped_s = self._heard_s = time.monotonic()
-        while not self._closed:
-            events = dict(poller.poll(int(TICK_S * 1000)))
-            self._inbox.run(readable=self._inbox.fileno() in events)
-            event = socket.event()  # before the messages: what came before the end of a connection is still taken
-            if (ended := self._take_all(socket)) is not None:
-                return ended
-            if event is Event.BROKEN:
-                return BROKE if self._welcomed else CLOSED
-            if event is Event.FORBIDDEN:
-                return FORBIDDEN
-            if event is Event.REFUSED:
-                self._why_not = "nothing listens there: start a server with `graphgen serve`"
-            socket.flush()
-            now_s = time.monotonic()
-            if now_s - looped_s > AWAY_S:  # this process was stopped: what the server said meanwhile is unread
-                self._heard_s = now_s
-            looped_s = now_s
-            if not self._welcomed and now_s - begun_s > WELCOME_S:
-                return self._why_not or "it does not answer"
-            if self._welcomed and now_s - self._heard_s > SILENT_S:
-                return f"it has said nothing for {SILENT_S:g} s"
-        self._send(Bye())
-        return ""
-
-    def _take_all(self, socket: DataSocket) -> str | None:
-        """What has arrived. Why the session has ended with it, if it has."""
-        while (message := socket.receive()) is not None:
-            self._heard_s = time.monotonic()
-            if (ended := self._take(message)) is not None:
-                return ended
-        return None
+        if not self._lives.is_closed and (was_ready or why != self._told_why):
+            logger.warning("the engine %s is away: %s", self.address, why)
+            self._place.on_away(why, isinstance(error, ConfigError))
+        self._told_why = why
 
     # --- what the server says ----------------------------------------------------------------------------------------
 
@@ -343,13 +226,13 @@ class RemoteLink:
             case Error():
                 return self._take_error(message)
             case Ping():
-                self._send(Pong(t=message.t))
+                self._lives.send(Pong(t=message.t))
             case Stats():
                 self._questions.take_stats(self._told(message))
             case Health():
                 self._take_health(message)
             case Welcome():
-                self._take_welcome(message)
+                return self._take_welcome(message)
             case Draining():
                 self._on_notice(OperatorNotice(f"{self.address} is about to end, within {message.grace_ms} ms"))
                 self._place.observer.leaving()
@@ -361,19 +244,16 @@ class RemoteLink:
                 self._sent.end(message.id)
         return None
 
-    def _take_welcome(self, welcome: Welcome) -> None:
+    def _take_welcome(self, welcome: Welcome) -> str | None:
         self._admit(welcome)
-        self._welcomed = True
-        self._why_not = ""
-        if welcome.capacity is None:  # none of its engines serves at the moment
-            self._welcomed = False
-            return
+        if welcome.capacity is None:
+            return "none of its engines serves at the moment"
         self._eos_token_ids = frozenset(welcome.eos_token_ids)
         self._newest_step = 0
         self._ready = ready_of(welcome.capacity, self.address)
-        if welcome.draining:
-            return
-        self._serve()
+        if not welcome.draining:
+            self._serve()
+        return None
 
     def _serve(self) -> None:
         """Its requests may come."""
@@ -441,19 +321,14 @@ class RemoteLink:
     def _send_request(self, request: OpenRequest) -> None:
         """Unless it was cancelled, or given back, before its turn came."""
         if self._ready is not None and self._table.find(request.submit.request_id) is request:
-            self._send(self._sent.open(request, self._eos_token_ids))
+            self._lives.send(self._sent.open(request, self._eos_token_ids))
 
     def _send_cancel(self, request_id: int) -> None:
         def send() -> None:
             if (cancel := self._sent.cancel(request_id)) is not None:
-                self._send(cancel)
+                self._lives.send(cancel)
 
-        self._call(send)
-
-    def _send(self, message: ClientMessage) -> None:
-        """Nothing is kept for a later life."""
-        if self._socket is not None:
-            self._socket.send(message)
+        self._lives.call(send)
 
 
 def _log(notice: OperatorNotice) -> None:

@@ -8,16 +8,18 @@ import pytest
 import zmq.auth
 from typer.testing import CliRunner
 
-from graphgen import ConfigError
+from graphgen import ConfigError, ConnectionLostError
 from graphgen.commands.serve import keys_app
 from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.ggp.messages import Accepted, Delta, Done, Error, Generate, Hello, Sampling, Welcome
 from graphgen.ipc.ggp.routing import Load, Routed
 from graphgen.ipc.messages import Blamed, Cancel, ReportRequest, Submit
+from graphgen.router.links import Links
+from graphgen.router.remote_engines import Model, RemoteEngines
 from graphgen.server.frontend.authentication import KeyRing
 from graphgen.server.frontend.keys import Keys
 from tests.frontend.conftest import MakeFrontend
-from tests.frontend.harness import Frontend, RawClient
+from tests.frontend.harness import NUM_PAGES, Frontend, RawClient
 from tests.router.engines import report
 
 ROUTED = Generate(id=1, prompt_u32=pack_int32([5, 6, 7]), routed=Routed(seed=2**63 - 1), tenant="ann")
@@ -163,6 +165,32 @@ def test_with_keys_only_those_that_say_so_route(make_frontend: MakeFrontend, tmp
         assert ("routed" in welcome.features) is routes
         client.send(msgspec.structs.replace(ROUTED, tenant=""))
         assert isinstance(expect(client, Accepted if routes else Error), Accepted if routes else Error)
+
+
+def test_a_link_proves_who_it_is_and_one_with_another_key_is_told_by_name(
+    make_frontend: MakeFrontend, tmp_path: Path
+) -> None:
+    keys, others = Keys(tmp_path / "keys"), Keys(tmp_path / "others")
+    keys.make(None)
+    keys.make("frontend", routes=True)
+    others.make("frontend")
+    (others.folder / "server.key").write_bytes((keys.folder / "server.key").read_bytes())
+    frontend = make_frontend(keys=str(keys.folder))
+    model = Model("fake", 1024, frozenset({0}), 1024)
+    address = frontend.sockets.data.address
+    for folder, is_let_in in ((keys.folder, True), (others.folder, False)):
+        links = Links([], lambda _: None, routes=True)
+        try:
+            links.add(0, RemoteEngines(model, folder, None, takes_any_context=True).maker(address))
+            if is_let_in:
+                assert links.wait_ready(10.0).worker.num_pages == NUM_PAGES
+            else:
+                with pytest.raises(ConnectionLostError, match=f"the engine {address} cannot be reached: the handshake"):
+                    links.wait_ready(3.0)
+        finally:
+            links.close()
+    with pytest.raises(ConfigError, match=r"there is no frontend\.key_secret in"):
+        RemoteEngines(model, tmp_path, None, takes_any_context=True).maker(address)
 
 
 def test_the_commands_let_a_frontend_route(tmp_path: Path) -> None:

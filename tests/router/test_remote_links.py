@@ -1,6 +1,7 @@
 """Engines that are servers elsewhere, played by a test over real sockets: what travels, that nothing is lost or comes
 twice when one goes away, and which servers are refused."""
 
+import functools
 import queue
 import time
 from collections.abc import Callable, Iterator
@@ -165,6 +166,10 @@ class Rig:
             return self.links.serves(number) or None
 
         until(serves, f"engine {number}")
+
+    def is_serving(self, number: int) -> bool | None:
+        """By what the router knows."""
+        return self.links._places._router.view(str(number)).status == "serving" or None
 
     def open(self, sampling: SamplingParams | None = None) -> "Opened":
         opened = Opened(next(self._ids), sampling)
@@ -383,7 +388,7 @@ def test_what_was_on_its_way_when_a_request_came_back_is_not_its_own(rig: Rig) -
         assert opened.at == 1 - at, "not at once to the one that gave it up"
         rig.servers[at].send(IDLE)
         until(lambda: ((one := rig.links.report()) and one.num_steps == 2) or None, "its return")
-        until(lambda number=at: rig.links._places._router.view(str(number)).status == "serving" or None, "its return")
+        until(functools.partial(rig.is_serving, at), "its return")
     rig.servers[0].send(Delta(id=before, ids=[4]), Delta(id=opened.there, ids=[5]))
     opened.hear(5)
     assert opened.deliveries.empty()
@@ -508,5 +513,5 @@ def test_a_link_that_is_closed_leaves_no_thread_and_fails_what_is_open(rig: Rig)
     assert isinstance(link, RemoteLink)
     rig.links.close()
     assert isinstance(opened.deliveries.get(timeout=10), Exception)
-    assert not link._thread.is_alive()
+    assert not link._lives._thread.is_alive()
     rig.links.close()

@@ -85,7 +85,7 @@ def test_it_says_what_an_engine_alone_says_over_ggp_and_http(
     with servers.client() as client:
         assert [output.token_ids for output in client.generate(PROMPTS, SAMPLING)] == reference
         greedy = SamplingParams(max_tokens=20, temperature=0.0, stop="\n\n")
-        said = client.generate("ROMEO:", greedy)
+        [said] = client.generate(["ROMEO:"], greedy)
         assert [one.finished > 0 for one in client.stats().engines] == [True, True]
         assert client.health().ready
     asked = {"model": "demo", "prompt": "ROMEO:", "max_tokens": 20, "temperature": 0, "stop": "\n\n"}
