@@ -1,7 +1,7 @@
 """How much a grammar may cost, wherever one is compiled: before a request is taken, and in the worker.
 
 llguidance counts the work of each part of it and gives up at these limits, which bounds its time and memory. Used by
-`graphgen.requests.structured` and `graphgen.worker.grammars`; imports llguidance only when asked.
+`graphgen.requests.structured` and `graphgen.worker.grammar_compiler`; imports llguidance only when asked.
 """
 
 from typing import Any

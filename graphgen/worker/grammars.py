@@ -1,9 +1,11 @@
 """What the outputs that follow a grammar may draw next.
 
-Owns a matcher for each slot whose request has a grammar, and the threads that compile grammars and fill masks: they
-are llguidance's and take from microseconds to many milliseconds, so no step ever waits for one while the device could
-compute. Knows slots and positions, never requests. Called by the runner for each plan (`GrammarSlots.open`, on the main
-thread) and for each result (`GrammarSlots.judge`, on the collector's).
+Owns a matcher for each slot whose request has a grammar, and the threads on which `graphgen.worker.grammar_compiler`
+compiles grammars and fills masks. That takes from microseconds to many milliseconds: no step waits for it while
+the device could compute. The masks that follow from one step are filled together: handing each to a thread, and waking
+the main thread for each, would cost more than most masks do. Knows slots and positions, never requests. Called by the
+runner for each plan (`GrammarSlots.open`, on the main thread) and for each result (`GrammarSlots.judge`, on the
+collector's).
 
 A draw whose mask is ready when its step is launched obeys it. One that comes too early, because its grammar is being
 compiled or because its request runs ahead of its grammar, draws from all tokens, and what it drew is looked at when it
@@ -15,27 +17,16 @@ A matcher follows the tokens that were drawn for its slot. What a request had be
 or the death of a worker, comes with the slot's first chunk (`SlotInit.output_token_ids`).
 """
 
-import importlib.util
-import os
 import threading
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from graphgen.capture.buffers import Words
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.messages import SlotInit, StepPlan
-from graphgen.launch.grammar_limits import parser_limits
-from graphgen.launch.tokenizer_file import TokenizerPart
-from graphgen.models.sampling import mask_words
+from graphgen.worker.grammar_compiler import GrammarCompiler
 
-MAX_FILLING_THREADS = 4
-MAX_KEPT_CHARACTERS = 4 << 20
-"""Of the texts of compiled grammars that are kept for the next request with an equal one."""
 PATIENCE_S = 0.05
 """For the masks of a step that has nothing else to compute while the device is idle."""
 
@@ -84,16 +75,16 @@ class SlotGrammar:
 class GrammarSlots:
     """The grammars of one worker's slots."""
 
-    def __init__(self, compiler: "GrammarCompiler") -> None:
+    def __init__(self, compiler: GrammarCompiler) -> None:
         self._compiler = compiler
         self._slots: dict[int, SlotGrammar] = {}
         self._lock = threading.Condition()  # notified when a mask was filled or a step has ended
         self._num_launched = 0
         self._num_collected = 0
-        # Grammars are compiled one after another; the masks of many are filled at once, without the interpreter.
+        self._due: list[SlotGrammar] = []  # whose masks are filled next; guarded by the lock
+        # A grammar is compiled, and its first mask filled, beside the masks of the others.
         self._compiling = ThreadPoolExecutor(1, "grammar-compiler")
-        num_threads = min(MAX_FILLING_THREADS, os.cpu_count() or 1)
-        self._filling = ThreadPoolExecutor(num_threads, "grammar-masks")
+        self._filling = ThreadPoolExecutor(1, "grammar-masks")
 
     def close(self) -> None:
         for pool in (self._compiling, self._filling):
@@ -153,7 +144,7 @@ class GrammarSlots:
 
         with self._lock:
             for draw in draws:
-                if _mask_for(draw) is None and not draw.grammar.num_fills:
+                if _mask_for(draw) is None and not draw.grammar.num_fills and not draw.grammar.failure:
                     self._start_fill(draw.grammar)
             self._lock.wait_for(is_over, PATIENCE_S)
 
@@ -164,29 +155,32 @@ class GrammarSlots:
         be called for every step."""
         refused: list[int] = []
         failed: list[tuple[int, str]] = []
-        for draw in draws:
-            grammar, token_id = draw.grammar, token_ids[draw.place]
-            if draw.mask is not None:
-                if token_id >= 0:
-                    self._follow(draw, pending=[token_id])
-            elif grammar.failure:
-                failed.append((draw.place, grammar.failure))
-            elif token_id >= 0 and self._takes(grammar, draw.position, token_id):
-                self._follow(draw, pending=[])
-            else:
-                refused.append(draw.place)
-                with self._lock:
+        taken = {draw.place for draw in draws if draw.mask is None and self._takes(draw, token_ids[draw.place])}
+        with self._lock:
+            for draw in draws:
+                grammar, token_id = draw.grammar, token_ids[draw.place]
+                if draw.mask is not None:
+                    if token_id >= 0:
+                        self._follow(draw, pending=[token_id])
+                elif draw.place in taken:
+                    self._follow(draw, pending=[])
+                elif grammar.failure:
+                    failed.append((draw.place, grammar.failure))
+                else:
+                    refused.append(draw.place)
                     if draw.position == grammar.position and not grammar.num_fills:
                         self._start_fill(grammar)
-        with self._lock:
             self._num_collected += 1
             self._lock.notify_all()
         return Verdicts(tuple(refused), tuple(failed))
 
-    def _takes(self, grammar: SlotGrammar, position: int, token_id: int) -> bool:
+    def _takes(self, draw: Draw, token_id: int) -> bool:
         """Whether the grammar allows a token that was drawn without it, which its matcher then has followed. One that
         is at work is not waited for."""
-        if position != grammar.position or not grammar.busy.acquire(blocking=False):
+        grammar = draw.grammar
+        if token_id < 0 or grammar.failure or draw.position != grammar.position:
+            return False
+        if not grammar.busy.acquire(blocking=False):
             return False
         try:
             if grammar.matcher is None or grammar.pending:
@@ -196,19 +190,20 @@ class GrammarSlots:
             grammar.busy.release()
 
     def _follow(self, draw: Draw, pending: list[int]) -> None:
-        """The output goes on with a token. pending: the same, if the matcher has not followed it."""
+        """With the lock. The output goes on with a token. pending: the same, if the matcher has not followed it."""
         grammar = draw.grammar
-        with self._lock:
-            grammar.pending += pending
-            grammar.num_tokens += 1
-            grammar.mask = None
-            if pending or not draw.is_ahead:  # one that runs ahead needs a mask when it is refused, and not before
-                self._start_fill(grammar)
+        grammar.pending += pending
+        grammar.num_tokens += 1
+        grammar.mask = None
+        if pending or not draw.is_ahead:  # one that runs ahead needs a mask when it is refused, and not before
+            self._start_fill(grammar)
 
     def _start_fill(self, grammar: SlotGrammar) -> None:
-        """With the lock."""
+        """With the lock: what is started until it is released is filled together."""
         grammar.num_fills += 1
-        self._filling.submit(self._fill, grammar)
+        self._due.append(grammar)
+        if len(self._due) == 1:
+            self._filling.submit(self._fill_due)
 
     # --- on other threads ----------------------------------------------------------------------------------------
 
@@ -217,105 +212,46 @@ class GrammarSlots:
             with grammar.busy:
                 grammar.matcher = self._compiler.matcher(grammar.text)
         except Exception as error:  # whatever is wrong with it ends its request alone
-            self._fail(grammar, str(error))
+            with self._lock:
+                grammar.failure = str(error)
+                self._lock.notify_all()
             return
-        self._fill(grammar)
+        self._fill([grammar])
 
-    def _fill(self, grammar: SlotGrammar) -> None:
-        """Follows the tokens that are known, and makes the mask of the next."""
+    def _fill_due(self) -> None:
+        with self._lock:
+            due, self._due = self._due, []
+        self._fill(due)
+
+    def _fill(self, grammars: Sequence[SlotGrammar]) -> None:
+        """Follows the tokens that are known, and makes the masks of the next. A grammar that was started twice
+        is filled once."""
+        distinct = list(dict.fromkeys(grammars))
+        for grammar in distinct:
+            grammar.busy.acquire()
         try:
-            with grammar.busy:
-                with self._lock:
-                    pending, grammar.pending = grammar.pending, []
-                    position = grammar.position
-                mask = self._compiler.mask_after(grammar.matcher, pending)
+            with self._lock:
+                positions = [grammar.position for grammar in distinct]
+                rows = [(grammar.matcher, grammar.pending) for grammar in distinct]
+                for grammar in distinct:
+                    grammar.pending = []
+            found = self._compiler.masks_after(rows)
         except Exception as error:
-            self._fail(grammar, str(error))
-            return
+            found = [error] * len(distinct)
+        finally:
+            for grammar in distinct:
+                grammar.busy.release()
         with self._lock:
-            grammar.num_fills -= 1
-            if position == grammar.position:
-                grammar.mask = mask
-            self._lock.notify_all()
-
-    def _fail(self, grammar: SlotGrammar, reason: str) -> None:
-        with self._lock:
-            grammar.failure = reason
+            for grammar in grammars:
+                grammar.num_fills -= 1
+            for grammar, position, mask in zip(distinct, positions, found, strict=True):
+                if isinstance(mask, Exception):  # it ends its request alone
+                    grammar.failure = str(mask)
+                elif position == grammar.position:
+                    grammar.mask = mask
             self._lock.notify_all()
 
 
 def _mask_for(draw: Draw) -> Words | None:
     """With the lock of all grammars."""
     return draw.grammar.mask if draw.position == draw.grammar.position else None
-
-
-class GrammarCompiler:
-    """Makes matchers and masks."""
-
-    def __init__(
-        self, vocab_size: int, eos_token_ids: Sequence[int], read_tokenizer: Callable[[], TokenizerPart]
-    ) -> None:
-        """vocab_size: of the tokens that may be drawn. eos_token_ids: the model's."""
-        self._num_words = mask_words(vocab_size)
-        self._vocab_size = vocab_size
-        self._eos_token_ids = tuple(eos_token_ids)
-        self._read_tokenizer = read_tokenizer
-        self._tokenizer: Any = None  # an LLTokenizer
-        self._kept: OrderedDict[str, Any] = OrderedDict()  # compiled matchers that have followed nothing, by text
-        self._kept_characters = 0
-
-    def prepare(self) -> float:
-        """Makes the tokenizer, if there is llguidance: one of 128 000 tokens holds the interpreter for a second, which
-        no step may wait for. Returns the seconds without those in which there was none to be read yet."""
-        if importlib.util.find_spec("llguidance") is None:
-            return 0.0
-        part = self._read_tokenizer()
-        begun_s = time.monotonic()
-        self._tokenizer = self._make_tokenizer(part)
-        return time.monotonic() - begun_s
-
-    def matcher(self, text: str) -> Any:
-        """A matcher of its own for a request. Called on one thread. Raises what is wrong with the grammar."""
-        from llguidance import LLMatcher
-
-        if self._tokenizer is None:
-            raise ValueError("this worker has no tokenizer for grammars")
-        template = self._kept.pop(text, None)
-        if template is None:
-            template = LLMatcher(self._tokenizer, text, log_level=0, limits=parser_limits())
-            if template.is_error():
-                raise ValueError(reason_of(template))
-            self._kept_characters += len(text)
-        self._kept[text] = template
-        while self._kept_characters > MAX_KEPT_CHARACTERS:
-            oldest, _ = self._kept.popitem(last=False)
-            self._kept_characters -= len(oldest)
-        return template.deep_copy()
-
-    def mask_after(self, matcher: Any, token_ids: Sequence[int]) -> Words:
-        """Lets the matcher follow the tokens, and says which may come next. Raises ValueError where it cannot go on."""
-        if token_ids and not matcher.consume_tokens(list(token_ids)):
-            raise ValueError(reason_of(matcher))
-        num_words = mask_words(self._tokenizer.vocab_size)
-        words = np.zeros(max(num_words, self._num_words), np.int32)
-        matcher.unsafe_compute_mask_ptr(words.ctypes.data, num_words * words.itemsize)
-        if matcher.is_error():
-            raise ValueError(reason_of(matcher))
-        mask = words[: self._num_words]
-        if spare := 32 * self._num_words - self._vocab_size:
-            mask[-1:].view(np.uint32)[:] &= np.uint32(0xFFFFFFFF >> spare)
-        if not mask.any():
-            raise ValueError("no token of the model's vocabulary may come next")
-        return mask
-
-    def _make_tokenizer(self, part: TokenizerPart) -> Any:
-        from llguidance import LLTokenizer
-
-        own = () if part.eos_token_id is None else (part.eos_token_id,)
-        eos_token_ids = [one for one in dict.fromkeys((*self._eos_token_ids, *own)) if one < self._vocab_size]
-        return LLTokenizer(part.backend, eos_token=eos_token_ids)
-
-
-def reason_of(matcher: Any) -> str:
-    """Why a matcher is in its error state, without the state itself."""
-    return str(matcher.get_error()).partition("<state>")[0].strip()

@@ -49,7 +49,8 @@ from graphgen.models.sampling import ROW_WIDTH, make_sampler, pack_slot
 from graphgen.worker.backend import open_backend
 from graphgen.worker.background import Background, prepare_first_use
 from graphgen.worker.bias_copies import BiasCopies
-from graphgen.worker.grammars import Draw, GrammarCompiler, GrammarSlots
+from graphgen.worker.grammar_compiler import GrammarCompiler
+from graphgen.worker.grammars import Draw, GrammarSlots
 from graphgen.worker.inputs import InputPacker, RegionLengths, input_layout
 from graphgen.worker.mask_copies import MaskCopies
 from graphgen.worker.outputs import LAYOUTS_KEPT, OutputRing, StepOutputs, live_drawing_rows

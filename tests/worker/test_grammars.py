@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from graphgen.calls.structured import Choice, JsonSchema, Regex
 from graphgen.capture.buffers import Words
@@ -17,7 +18,8 @@ from graphgen.models.families import load_spec
 from graphgen.models.loader import load_decoder
 from graphgen.models.sampling import make_sampler, pack_slot
 from graphgen.requests.grammar_builder import Job, build
-from graphgen.worker.grammars import PATIENCE_S, GrammarCompiler
+from graphgen.worker.grammar_compiler import MAX_FILLING_THREADS, GrammarCompiler, num_filling_threads
+from graphgen.worker.grammars import PATIENCE_S
 from tests.models.driver import Driver
 from tests.worker.local_engine import LocalEngine, demo_tokenizer, launch_config
 
@@ -83,7 +85,8 @@ class Reference:
         logits = driver.step([(request, len(prompt))])[0][-1:]
         sampler.count_inputs(torch.tensor(prompt), slot.expand(len(prompt)), torch.arange(len(prompt)))
         while True:
-            mask = self._compiler.mask_after(self._compiler.matcher(grammar), tokens[len(prompt) :])
+            (mask,) = self._compiler.masks_after([(self._compiler.matcher(grammar), tokens[len(prompt) :])])
+            assert not isinstance(mask, Exception), mask
             sampler.write_masks(slot, torch.ones(1, dtype=torch.int32), torch.from_numpy(mask)[None])
             token = int(sampler.sample(logits, slot, torch.tensor([len(tokens)])))
             tokens.append(token)
@@ -128,14 +131,14 @@ def test_neighbours_without_a_grammar_get_the_tokens_that_they_get_alone(
 def test_draws_whose_masks_come_too_late_are_repeated_and_nobody_waits(
     engine: LocalEngine, wanted: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mask_after, calls = GrammarCompiler.mask_after, []
+    masks_after, calls = GrammarCompiler.masks_after, []
 
-    def slow(self: GrammarCompiler, matcher: Any, token_ids: Sequence[int]) -> Words:
+    def slow(self: GrammarCompiler, rows: Sequence[tuple[Any, Sequence[int]]]) -> list[Words | Exception]:
         calls.append(threading.current_thread().name)
         time.sleep(0.0 if len(calls) % 3 else 1.4 * PATIENCE_S)
-        return mask_after(self, matcher, token_ids)
+        return masks_after(self, rows)
 
-    monkeypatch.setattr(GrammarCompiler, "mask_after", slow)
+    monkeypatch.setattr(GrammarCompiler, "masks_after", slow)
     (free,) = engine.generate(PROMPTS[:1], MAX_TOKENS, SAMPLERS[:1], (EOS,))
     before = engine.num_refused
     grammars = ["", *(grammar_of(number) for number in range(len(PROMPTS)))]
@@ -143,6 +146,47 @@ def test_draws_whose_masks_come_too_late_are_repeated_and_nobody_waits(
     assert found == [free, *wanted]
     assert engine.num_refused > before
     assert not [name for name in calls if not name.startswith("grammar-")]
+
+
+def test_the_masks_that_follow_from_one_step_are_made_together(
+    engine: LocalEngine, wanted: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks_after, nums_rows = GrammarCompiler.masks_after, []
+
+    def counting(self: GrammarCompiler, rows: Sequence[tuple[Any, Sequence[int]]]) -> list[Words | Exception]:
+        nums_rows.append(len(rows))
+        return masks_after(self, rows)
+
+    monkeypatch.setattr(GrammarCompiler, "masks_after", counting)
+    assert generate(engine) == wanted
+    assert max(nums_rows) > 1
+
+
+def test_masks_made_together_are_those_made_alone_and_one_that_cannot_go_on_spoils_no_other() -> None:
+    compiler = GrammarCompiler(load_spec(str(model_folder())).num_drawable, (EOS,), demo_tokenizer)
+    compiler.prepare()
+    one, other = GRAMMARS[0], GRAMMARS[1]
+    a, brace = (next(iter(_ids_of(text))) for text in ("a", "{"))
+    cases = [(one, []), (other, [a]), (one, [a]), (other, [a, a]), (one, [brace]), (other, [a, brace])]
+    alone = [compiler.masks_after([(compiler.matcher(text), ids)])[0] for text, ids in cases]
+    together = compiler.masks_after([(compiler.matcher(text), ids) for text, ids in cases])
+    assert [isinstance(mask, Exception) for mask in alone] == [False, False, True, False, False, True]
+    for mask, same in zip(together, alone, strict=True):
+        if isinstance(same, Exception):
+            assert str(mask) == str(same)
+        else:
+            assert not isinstance(mask, Exception)
+            assert mask.tolist() == same.tolist()
+
+
+def _ids_of(text: str) -> list[int]:
+    ids: list[int] = Tokenizer.from_str(demo_tokenizer().backend).encode(text, add_special_tokens=False).ids
+    return ids
+
+
+@pytest.mark.parametrize(("num_cores", "num_threads"), [(1, 1), (2, 1), (3, 1), (4, 2), (16, 8), (192, 16)])
+def test_masks_leave_half_the_cores_to_others(num_cores: int, num_threads: int) -> None:
+    assert num_filling_threads(num_cores) == num_threads <= MAX_FILLING_THREADS
 
 
 def test_the_tokenizer_of_grammars_is_made_before_ready_and_never_after(engine: LocalEngine) -> None:
@@ -157,17 +201,19 @@ def test_the_tokenizer_of_grammars_is_made_before_ready_and_never_after(engine: 
 def test_a_grammar_that_cannot_go_on_ends_its_request_alone(
     engine: LocalEngine, wanted: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mask_after = GrammarCompiler.mask_after
-    broken: list[object] = []  # the matcher of the second request
+    masks_after = GrammarCompiler.masks_after
+    begun: list[object] = []  # matchers; that of the second request is broken
 
-    def failing(self: GrammarCompiler, matcher: Any, token_ids: Sequence[int]) -> Words:
-        if not token_ids:
-            broken.append(matcher) if len(broken) < 2 else None
-        if token_ids and matcher is broken[1]:
-            raise ValueError("too many states")
-        return mask_after(self, matcher, token_ids)
+    def failing(self: GrammarCompiler, rows: Sequence[tuple[Any, Sequence[int]]]) -> list[Words | Exception]:
+        found = masks_after(self, rows)
+        for row, (matcher, token_ids) in enumerate(rows):
+            if not token_ids:
+                begun.append(matcher)
+            elif matcher is begun[1]:
+                found[row] = ValueError("too many states")
+        return found
 
-    monkeypatch.setattr(GrammarCompiler, "mask_after", failing)
+    monkeypatch.setattr(GrammarCompiler, "masks_after", failing)
     grammars = [grammar_of(number) for number in range(3)]
     found = engine.generate(PROMPTS[:3], MAX_TOKENS, SAMPLERS[:3], (EOS,), grammars=grammars)
     (rejected,) = engine.rejected
