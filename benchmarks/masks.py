@@ -44,19 +44,26 @@ def allowed_token(mask: Words, vocab_size: int, chance: random.Random) -> int:
     return int(chance.choice(np.unpackbits(mask.view(np.uint8), bitorder="little").nonzero()[0]))
 
 
-def plan_of(step: int, num_streams: int, grammar: str) -> StepPlan:
-    """The prompts of all streams, then a token of each a step."""
-    slots, bucket = range(num_streams), Bucket(num_streams * PROMPT_LEN, num_streams)
-    if step == 0:
-        init = SlotInit(PROMPT_LEN, 0, (), SamplerParams(), grammar=grammar)
-        chunks = tuple(Chunk(slot=slot, start=0, length=PROMPT_LEN, draws=True, init=init) for slot in slots)
-        tokens = pack_int32([1] * PROMPT_LEN * num_streams)
-        return StepPlan(step_id=step, bucket=bucket, chunks=chunks, chunk_token_ids=tokens, planned_s=0.0)
+def prompts_plan(num_streams: int, grammar: str) -> StepPlan:
+    """The prompts of all streams but their last tokens."""
+    init = SlotInit(PROMPT_LEN, 0, (), SamplerParams(), grammar=grammar)
+    length = PROMPT_LEN - 1
     return StepPlan(
-        step_id=step,
-        bucket=bucket,
-        decode_slots=pack_int32(list(slots)),
-        decode_positions=pack_int32([PROMPT_LEN + step - 1] * num_streams),
+        step_id=0,
+        bucket=Bucket(num_streams * length, num_streams),
+        chunks=tuple(Chunk(slot=slot, start=0, length=length, draws=False, init=init) for slot in range(num_streams)),
+        chunk_token_ids=pack_int32([1] * length * num_streams),
+        planned_s=0.0,
+    )
+
+
+def decodes_plan(num_streams: int, num_tokens: int) -> StepPlan:
+    """num_tokens: that the output of each stream has."""
+    return StepPlan(
+        step_id=1 + num_tokens,
+        bucket=Bucket(0, num_streams),
+        decode_slots=pack_int32(list(range(num_streams))),
+        decode_positions=pack_int32([PROMPT_LEN - 1 + num_tokens] * num_streams),
         planned_s=0.0,
     )
 
@@ -75,12 +82,13 @@ def measure(compiler: GrammarCompiler, vocab_size: int, schema: str, num_streams
     grammars, chance = GrammarSlots(compiler), random.Random(0)
     grammar = build(Job(JsonSchema(SCHEMAS[schema])))
     block = np.empty((num_streams, mask_words(vocab_size)), np.int32)
-    draws = wait_for_masks(grammars, plan_of(0, num_streams, grammar))
+    grammars.judge(grammars.open(prompts_plan(num_streams, grammar)), [])
+    draws = wait_for_masks(grammars, decodes_plan(num_streams, 0))
     passed_us, used_us = [], []
     for step in range(1, FIRST_STEPS + num_steps):
         masks = [draw.mask for draw in draws]
         token_ids = [allowed_token(mask, vocab_size, chance) for mask in masks if mask is not None]
-        plan = plan_of(step, num_streams, grammar)
+        plan = decodes_plan(num_streams, step)
         begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
         grammars.judge(draws, token_ids)
         draws = wait_for_masks(grammars, plan)
