@@ -237,7 +237,7 @@ class GrammarSlots:
                     grammar.pending = []
             found = self._compiler.masks_after(rows)
         except Exception as error:
-            found = [error] * len(distinct)
+            found = [error for _ in distinct]
         finally:
             for grammar in distinct:
                 grammar.busy.release()
