@@ -69,7 +69,7 @@ def write_tokenizer(folder: Path, num_tokens: int, seed: int = 0) -> None:
     printable = [chr(code) for code in range(33, 127)]
     pairs = itertools.chain((("Ġ", letter) for letter in printable), itertools.product(printable, printable))
     while len(tokens) < num_tokens - 2:
-        first, second = next(pairs, None) or (chance.choice(list(common)), chance.choice(list(common)))
+        first, second = next(pairs, None) or (chance.choice(common), chance.choice(common))
         pair = first + second
         if len(pair) > longest or pair in tokens or "Ġ" in second:
             continue

@@ -86,7 +86,7 @@ class GrammarCompiler:
         masks = masks[:, : self._num_words]
         if spare := 32 * self._num_words - self._vocab_size:
             masks[:, -1] &= np.uint32(0xFFFFFFFF >> spare).view(np.int32)
-        has_any = masks.any(axis=1)
+        has_any = np.asarray(masks.any(axis=1))  # to its types any() may be one value
         return [self._checked(matcher, masks[row], has_any[row]) for row, (matcher, _) in enumerate(rows)]
 
     def _checked(self, matcher: Any, mask: Words, has_any: bool) -> Words | Exception:
