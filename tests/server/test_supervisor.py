@@ -133,6 +133,19 @@ class Rig:
             assert time.monotonic() < deadline_s, (self.said, self.outcome)
             time.sleep(0.01)
 
+    def hold(self, go_on: threading.Event) -> None:
+        """The supervisor stands still until the event is set."""
+        stopped = threading.Event()
+
+        def say(text: str) -> None:
+            self.said.append(text)
+            stopped.set()
+            go_on.wait(5)
+
+        self._supervisor._say = say
+        self.frontend.send(Notice("the last one for now"))
+        assert stopped.wait(5)
+
     def ended(self) -> object:
         """What `run` returned or raised."""
         self.thread.join(5)
@@ -239,6 +252,22 @@ def test_a_frontend_that_dies_while_it_drains_has_lost_requests(rig: Rig) -> Non
     rig.processes.dead["frontend-0"] = Exit("frontend-0", -9, "")
     assert rig.ended() == 1
     assert len(rig.processes.starts) == 1, "nobody needs another"
+
+
+def test_what_a_frontend_said_before_it_ended_is_heard_before_its_end_is_judged(rig: Rig) -> None:
+    """It has drained, and its last word waits behind others."""
+    rig.listen()
+    rig.wishes.num_wishes = 1
+    assert rig.frontend.receive(5) == Drain(7.0)
+    go_on = threading.Event()
+    rig.hold(go_on)
+    for _ in range(50):
+        rig.frontend.send(Notice("a word on the way"))
+    rig.frontend.send(Drained(0))
+    time.sleep(0.5)
+    rig.processes.dead["frontend-0"] = Exit("frontend-0", 0, "")
+    go_on.set()
+    assert rig.ended() == 0
 
 
 def test_an_engine_that_ended_is_started_again_and_its_frontend_stays(rig: Rig) -> None:
