@@ -17,7 +17,7 @@ TEST_PROCESSES ?= 4
 test: export OMP_NUM_THREADS ?= 1
 comma := ,
 # With an NVIDIA driver the CUDA kernels come along.
-EXTRAS := test$(comma)bench$(comma)http$(if $(wildcard /dev/nvidia0),$(comma)cuda)
+EXTRAS := test$(comma)bench$(comma)http$(comma)ray$(if $(wildcard /dev/nvidia0),$(comma)cuda)
 
 .PHONY: demo test test-real test-smollm2 clients browser fuzz-http check format gpu-test clean
 

@@ -43,6 +43,15 @@ class Seen(Struct, frozen=True):
     node: str = ""
     address: Address | None = None  # once it serves
     reason: str = ""  # of a lost one
+    pids: tuple[int, ...] = ()  # on its node: of the actor, and of the server that this has started
+
+
+class EngineLoad(Struct, frozen=True):
+    """What one engine has to do."""
+
+    num_running: int
+    num_waiting: int
+    kv_usage: float
 
 
 class View(Struct, frozen=True):
@@ -50,6 +59,8 @@ class View(Struct, frozen=True):
 
     engines: Mapping[str, bool]
     load: Load
+    loads: Mapping[str, EngineLoad] = {}
+    num_held: int = 0  # requests that wait in the frontend
 
 
 class Start(Struct, frozen=True):
@@ -91,6 +102,7 @@ class EngineStatus(Struct, frozen=True):
     restarts: int
     since_s: float  # so long it has been so
     problem: str  # why it was lost last
+    pids: tuple[int, ...]
 
 
 class _Engine:
@@ -103,6 +115,7 @@ class _Engine:
         self.due_s = now_s  # of the next start
         self.asked_s = now_s
         self.node = ""
+        self.pids: tuple[int, ...] = ()
         self.address: Address | None = None
         self.limit = StartLimit()
         self.backoff = Backoff()
@@ -149,6 +162,7 @@ class Roster:
                 one.restarts,
                 now_s - one.since_s,
                 one.problem,
+                one.pids,
             )
             for one in sorted(self._engines.values(), key=lambda one: one.number)
         ]
@@ -195,7 +209,7 @@ class Roster:
         if seen is None or seen.state in ("lost", "ending"):
             yield from self._lose(engine, now_s, "its actor is gone" if seen is None else seen.reason)
             return
-        engine.node = seen.node
+        engine.node, engine.pids = seen.node, seen.pids
         if seen.state == "starting" and engine.state == "placing":
             engine.change("starting", now_s)
         if seen.state == "serving":
@@ -225,7 +239,7 @@ class Roster:
         engine.problem = reason
         engine.restarts += 1
         engine.due_s = now_s + wait_s
-        engine.node, engine.address = "", None
+        engine.node, engine.pids, engine.address = "", (), None
         engine.change("waiting", now_s)
         self.news.append(f"engine {engine.number} is lost, and is started again: {reason}")
         yield End(engine.number)

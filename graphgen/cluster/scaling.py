@@ -8,7 +8,7 @@ at which it grows; at most as many as there are. A queue that will be gone befor
 engine is added where the KV caches are `full_kv` full.
 
 Down, and slowly: one engine at a time, when nothing has waited and the caches of the others could have held all for
-`down_after_s`, and for three cold starts at least: what is expensive to get is kept longer.
+`down_after_s`, and for `kept_starts` cold starts at least: what is expensive to get is kept longer.
 
 Between `full_kv` and `spare_kv` nothing changes, and engines that had a queue are taken to have been full: the others
 must be able to run all with as much to spare. So a removal does not cause the next addition.
@@ -25,8 +25,6 @@ FIRST_COLD_START_S = 60.0
 """Until an engine has been started."""
 _NEWEST_START = 0.5
 """Weight of the newest start in the mean."""
-_COLD_STARTS_KEPT = 3.0
-"""An engine that is not needed is kept for so many cold starts."""
 
 
 class ScalingLimits(Struct, frozen=True, kw_only=True):
@@ -37,6 +35,7 @@ class ScalingLimits(Struct, frozen=True, kw_only=True):
     waiting_per_engine: int = 8
     up_after_s: float = 3.0
     down_after_s: float = 300.0
+    kept_starts: float = 3.0
     full_kv: float = 0.9
     spare_kv: float = 0.6
 
@@ -47,9 +46,9 @@ class ScalingLimits(Struct, frozen=True, kw_only=True):
             )
         if self.waiting_per_engine < 1:
             raise ConfigError(f"waiting_per_engine is {self.waiting_per_engine}, the least is 1: raise it")
-        for name, value in (("up_after_s", self.up_after_s), ("down_after_s", self.down_after_s)):
-            if not 0 <= value < float("inf"):
-                raise ConfigError(f"{name} is {value}: give seconds from 0 on")
+        for name in ("up_after_s", "down_after_s", "kept_starts"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} is {getattr(self, name)}: give a number from 0 on")
         if not 0 < self.spare_kv < self.full_kv <= 1:
             raise ConfigError(
                 f"spare_kv is {self.spare_kv} and full_kv {self.full_kv}: give shares, 0 < spare_kv < full_kv <= 1"
@@ -76,7 +75,8 @@ class Scaling:
     """Remembers since when the load has been high or low."""
 
     def __init__(self, limits: ScalingLimits, num_engines: int) -> None:
-        self._limits = limits
+        self.limits = limits
+        """Between which numbers, and when."""
         self.num_engines = min(max(num_engines, limits.least), limits.most)
         """Asked for now; those that do not serve yet included."""
         self._cold_start_s = FIRST_COLD_START_S
@@ -105,21 +105,21 @@ class Scaling:
         needed, reason = self._needed(load)
         self._pressed_since_s = _since(self._pressed_since_s, needed > self.num_engines, now_s)
         self._quiet_since_s = _since(self._quiet_since_s, self._is_quiet(load), now_s)
-        if _lasts(self._pressed_since_s, now_s, self._limits.up_after_s):
+        if _lasts(self._pressed_since_s, now_s, self.limits.up_after_s):
             if load.num_waiting:
                 self._full_running = max(1.0, load.num_running / load.num_serving)
-            return self._change(min(needed, 2 * self.num_engines, self._limits.most), reason)
+            return self._change(min(needed, 2 * self.num_engines, self.limits.most), reason)
         if _lasts(self._quiet_since_s, now_s, self._kept_s):
-            return self._change(max(self.num_engines - 1, self._limits.least), f"quiet for {self._kept_s:.0f} s")
+            return self._change(max(self.num_engines - 1, self.limits.least), f"quiet for {self._kept_s:.0f} s")
         return Decision(self.num_engines)
 
     @property
     def _kept_s(self) -> float:
-        return max(self._limits.down_after_s, _COLD_STARTS_KEPT * self._cold_start_s)
+        return max(self.limits.down_after_s, self.limits.kept_starts * self._cold_start_s)
 
     def _needed(self, load: Load) -> tuple[int, str]:
         """Engines that this load needs, of which as many as there are count as needed; and why."""
-        limits, num_engines = self._limits, self.num_engines
+        limits, num_engines = self.limits, self.num_engines
         room = limits.waiting_per_engine * num_engines
         expected = load.num_waiting + self._growth_per_s() * self._cold_start_s
         if load.num_waiting > room and expected > room:
@@ -134,9 +134,9 @@ class Scaling:
         left = min(load.num_serving, self.num_engines - 1)
         if load.num_waiting or not left:
             return False
-        spare = self._limits.spare_kv / self._limits.full_kv
+        spare = self.limits.spare_kv / self.limits.full_kv
         runs = load.num_running <= spare * self._full_running * left
-        return runs and load.kv_usage * load.num_serving / left <= self._limits.spare_kv
+        return runs and load.kv_usage * load.num_serving / left <= self.limits.spare_kv
 
     def _growth_per_s(self) -> float:
         (first_s, first), (last_s, last) = self._queue[0], self._queue[-1]
@@ -144,7 +144,7 @@ class Scaling:
 
     def _remember(self, now_s: float, num_waiting: int) -> None:
         self._queue.append((now_s, num_waiting))
-        while len(self._queue) > 2 and now_s - self._queue[1][0] >= self._limits.up_after_s:
+        while len(self._queue) > 2 and now_s - self._queue[1][0] >= self.limits.up_after_s:
             self._queue.popleft()
 
     def _change(self, num_engines: int, reason: str) -> Decision:

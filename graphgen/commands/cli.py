@@ -19,11 +19,12 @@ from graphgen.base.version import __version__
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.commands import probe
 from graphgen.commands.chat import HELP, Conversation, Reply, chat_prompt, check_chat, converse, write_reply
+from graphgen.commands.cluster import cluster_app
 from graphgen.commands.demo_run import run_demo
 from graphgen.commands.describe import Info, decisions, installed_versions
+from graphgen.commands.keys import keys_app
 from graphgen.commands.options import takes_engine_options, takes_sampling_options, takes_serve_options
 from graphgen.commands.replicas import replicas_app
-from graphgen.commands.serve import keys_app, serve_until_signal
 from graphgen.commands.tables import (
     buckets_table,
     decisions_table,
@@ -39,10 +40,12 @@ from graphgen.launch.replicas import alone, check_devices, of_replica
 from graphgen.launch.step_times_store import StepTimesKey, stored_file
 from graphgen.mock_server.__main__ import mock_server
 from graphgen.server.options import ServeOptions
+from graphgen.server.serving import serve_until_signal
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 app.add_typer(replicas_app, name="replicas")
+app.add_typer(cluster_app, name="cluster")
 stdout = Console()
 stderr = Console(stderr=True)
 
@@ -229,6 +232,7 @@ def _join_lines(commands: typer.Typer) -> None:
 _join_lines(app)
 _join_lines(keys_app)
 _join_lines(replicas_app)
+_join_lines(cluster_app)
 
 
 def main() -> None:

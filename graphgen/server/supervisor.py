@@ -14,6 +14,7 @@ from functools import partial
 from typing import NamedTuple
 
 import zmq
+from msgspec import Struct
 
 from graphgen.base.addresses import check_free, remove_dead
 from graphgen.base.descriptors import raise_descriptor_limit
@@ -67,13 +68,28 @@ class _Drain(NamedTuple):
     left: set[int]
 
 
+class ServerPlace(Struct, frozen=True):
+    """Where a server that is ready is found: by clients, and in its folder by operators."""
+
+    data: tuple[str, ...]  # of each frontend
+    control: tuple[str, ...]
+    folder: str
+
+
 class Supervisor:
     """One server, from its start to its end. `say` gets what an operator should see, line by line."""
 
-    def __init__(self, config: EngineConfig, options: ServeOptions, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        options: ServeOptions,
+        say: Callable[[str], None],
+        on_ready: Callable[[ServerPlace], None] = lambda place: None,
+    ) -> None:
         self._config = config
         self._options = options
         self._say = say
+        self._on_ready = on_ready
         self._started_s = time.monotonic()
         self._signals = EndSignals()
         self._asked_to_end = 0
@@ -299,6 +315,11 @@ class Supervisor:
             self._say(f"`graphgen replicas --server {engines[0].folder}` drains engines, adds and removes them")
         elif len(engines) > 1:
             self._say(f"`graphgen replicas --server {engines[0].folder}` drains engines and starts them again")
+        self._on_ready(
+            ServerPlace(
+                tuple(one.data for one in frontends), tuple(one.control for one in frontends), str(engines[0].folder)
+            )
+        )
         self._say("ready")
 
     def _pass_signals_on(self, frontends: Frontends) -> None:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from graphgen import Client, ConfigError, ConnectionLostError, SamplingParams
 from graphgen.base.salt import cache_salt
-from graphgen.commands.serve import keys_app
+from graphgen.commands.keys import keys_app
 from graphgen.ipc.ggp.messages import Accepted, Cancel, Delta, Done, Error, Generate, Hello, Sampling, Welcome
 from graphgen.ipc.messages import Submit
 from graphgen.server.frontend.authentication import KeyRing

@@ -9,7 +9,7 @@ import zmq.auth
 from typer.testing import CliRunner
 
 from graphgen import ConfigError, ConnectionLostError
-from graphgen.commands.serve import keys_app
+from graphgen.commands.keys import keys_app
 from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.ggp.messages import Accepted, Delta, Done, Error, Generate, Hello, Sampling, Welcome
 from graphgen.ipc.ggp.routing import Load, Routed

@@ -86,13 +86,13 @@ def test_signals_to_all_processes_of_a_server_drain_it(tmp_path: Path, number: s
 def test_a_server_whose_output_nobody_reads_drains(tmp_path: Path) -> None:
     code = """
         import os, sys
-        from graphgen.commands.serve import _say
+        from graphgen.server.serving import say
         reader, writer = os.pipe()
         os.dup2(writer, 1)
         os.close(writer)
         os.close(reader)
-        _say("draining")
-        _say("lost")
+        say("draining")
+        say("lost")
     """
     done = subprocess.run(
         [sys.executable, "-P", "-c", textwrap.dedent(code)],

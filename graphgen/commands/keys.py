@@ -1,23 +1,15 @@
-"""What `graphgen serve` and `graphgen keys` do with their options. The rest is in `graphgen.server`."""
+"""What `graphgen keys` does with its options. The keys are `graphgen.server.frontend.keys`."""
 
-import logging
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from graphgen.base.logs import VARIABLE, log_to_stderr
 from graphgen.gateway.keys import FOLDER as HTTP_KEYS
 from graphgen.gateway.keys import make_key
 from graphgen.ipc.ggp.limits import MAX_PRIORITY
-from graphgen.launch.config import EngineConfig
 from graphgen.server.frontend.keys import Keys, default_folder
-from graphgen.server.options import ServeOptions
-from graphgen.server.supervisor import Supervisor
-
-logger = logging.getLogger("graphgen.serve")
+from graphgen.server.serving import say
 
 keys_app = typer.Typer(no_args_is_help=True, help="CURVE keys of the server and of those who may connect.")
 
@@ -30,13 +22,6 @@ KeysFolder = Annotated[
         show_default="$GRAPHGEN_KEYS or ~/.config/graphgen/keys",
     ),
 ]
-
-
-def serve_until_signal(config: EngineConfig, options: ServeOptions) -> int:
-    """Serves until a signal: the exit code, 0 when every request got its whole output."""
-    log_to_stderr("supervisor", form=options.log_format)
-    os.environ[VARIABLE] = options.log_format  # for the processes that it starts
-    return Supervisor(config, options, _log if options.log_format == "json" else _say).run()
 
 
 MaxPriority = Annotated[
@@ -74,7 +59,7 @@ def new(
 ) -> None:
     """Make a pair of keys, and print where the secret one lies and what the public one is."""
     secret, public_key = _open(keys).make(name, max_priority, routes)
-    _say(f"secret  {secret}\npublic  {public_key}")
+    say(f"secret  {secret}\npublic  {public_key}")
 
 
 @keys_app.command()
@@ -87,7 +72,7 @@ def allow(
 ) -> None:
     """Let a client in by its public key; a running server needs no restart. Remove the file to shut it out: its
     sessions end as well, within two seconds."""
-    _say(str(_open(keys).allow(name, public_key, max_priority, routes)))
+    say(str(_open(keys).allow(name, public_key, max_priority, routes)))
 
 
 @keys_app.command()
@@ -101,25 +86,8 @@ def http(
 ) -> None:
     """Make an API key for HTTP, and print it: it is kept nowhere. A running server needs no restart. Remove
     http/NAME.key in the folder to shut it out."""
-    _say(make_key(_open(keys).folder / HTTP_KEYS, name, max_priority, requests_per_minute))
+    say(make_key(_open(keys).folder / HTTP_KEYS, name, max_priority, requests_per_minute))
 
 
 def _open(folder: Path | None) -> Keys:
     return Keys(folder.expanduser() if folder is not None else default_folder())
-
-
-def _log(text: str) -> None:
-    """What an operator should see, as a line of the log for each line of it."""
-    for line in text.splitlines():
-        logger.info("%s", line)
-
-
-def _say(text: str) -> None:
-    """A reader that has gone, as a closed terminal after its SIGHUP, does not end a server that drains."""
-    try:
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # what is left in the buffer would fail the exit
-        os.close(nowhere)

@@ -1,0 +1,59 @@
+"""A server as a child process: where it listens, why it ended, and what is left of it."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+from graphgen.cluster.child import ServerChild
+from graphgen.launch.config import EngineConfig
+from graphgen.server.options import ServeOptions
+from tests import ROOT
+from tests.cluster.waiting import wait_until
+from tests.serving import is_alive
+
+START_S = 120.0
+
+
+def test_a_server_that_cannot_start_says_why() -> None:
+    child = ServerChild("engine 3")
+    child.start(EngineConfig(device="cpu", model="/nowhere"), ServeOptions(data="tcp://127.0.0.1:*"))
+    wait_until(lambda: child.find_end() is not None, "it ends", START_S)
+    assert child.place() is None
+    assert "engine 3 ended with exit code 2" in (child.find_end() or "")
+    assert "'/nowhere' is neither a local folder nor a hub id" in (child.find_end() or "")
+    child.stop(0.0)
+    assert not child.folder.exists()
+
+
+def test_a_server_serves_and_ends_with_a_parent_that_is_killed() -> None:
+    """Nothing is left of it: no process, which would hold a device, and no file."""
+    code = """
+        import time
+        from graphgen.cluster.child import ServerChild
+        from graphgen.launch.config import EngineConfig
+        from graphgen.server.options import ServeOptions
+        child = ServerChild("engine 0")
+        child.start(EngineConfig(device="cpu"), ServeOptions(data="tcp://127.0.0.1:*"))
+        while (place := child.place()) is None:
+            assert child.find_end() is None, child.find_end()
+            time.sleep(0.05)
+        print(child.pid, child.folder, *place.data, flush=True)
+        time.sleep(600)
+    """
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", textwrap.dedent(code)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    ) as parent:
+        assert parent.stdout is not None
+        pid, folder, address = parent.stdout.readline().split()
+        assert address.startswith("tcp://127.0.0.1:")
+        below = [int(pid), *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+        assert len(below) >= 2
+        parent.send_signal(signal.SIGKILL)
+        wait_until(lambda: not any(is_alive(one) for one in below), "all processes have ended", START_S)
+        wait_until(lambda: not Path(folder).exists(), "its folder is gone", START_S)

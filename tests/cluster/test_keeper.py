@@ -1,0 +1,163 @@
+"""The loop of a cluster, with machines and a frontend that do at once what they are told; and how others find it."""
+
+import contextlib
+import queue
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from graphgen.base.signals import EndSignals
+from graphgen.cluster import keeper as keeper_module
+from graphgen.cluster.keeper import Keeper
+from graphgen.cluster.record import ClusterStatus, Question, Record, ask, folder_of, is_up, names_up
+from graphgen.cluster.roster import Seen
+from graphgen.cluster.scaling import Scaling, ScalingLimits
+from graphgen.ipc.errors import ConfigError, EngineDeadError
+from tests.cluster.fakes import FakeFrontend, FakeLauncher
+from tests.cluster.waiting import wait_until
+
+
+class NoSignals(EndSignals):
+    """So many wishes as the test says."""
+
+    def __init__(self) -> None:
+        self.num_wishes = 0
+
+
+class Rig:
+    """A keeper on a thread of its own."""
+
+    def __init__(self, num_engines: int = 2) -> None:
+        self.name = f"t{uuid.uuid4().hex[:12]}"
+        self.launcher, self.frontend, self.signals = FakeLauncher(), FakeFrontend(), NoSignals()
+        self.said: list[str] = []
+        self._results: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
+        self._num_engines = num_engines
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        with contextlib.closing(Record.claim(self.name)) as record:
+            limits = ScalingLimits(least=1, most=4, down_after_s=1e6)
+            scaling = Scaling(limits, self._num_engines)
+            keeper = Keeper(
+                self.name, scaling, self.launcher, self.frontend, record, "ray:1", 5.0, 30.0, self.said.append
+            )
+            try:
+                self._results.put(keeper.run(self.signals))
+            except BaseException as error:
+                self._results.put(error)
+
+    def start(self) -> "Rig":
+        self._thread.start()
+        return self
+
+    def join(self) -> int | BaseException:
+        self._thread.join(30.0)
+        return self._results.get_nowait()
+
+    def status(self) -> ClusterStatus:
+        return ask(self.name, Question("status"))
+
+    def wait_serving(self) -> "Rig":
+        wait_until(lambda: is_up(self.name) and self.status().phase == "serving", "it serves", 20.0)
+        return self
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Rig], Rig]]:
+    """Whatever a test did, nothing goes on."""
+    monkeypatch.setattr(keeper_module, "LOOK_S", 0.01)
+    rigs: list[Rig] = []
+
+    def start(rig: Rig) -> Rig:
+        rigs.append(rig)
+        return rig.start()
+
+    yield start
+    for rig in rigs:
+        rig.signals.num_wishes = 2
+        rig._thread.join(30.0)
+
+
+def test_the_frontend_starts_when_all_engines_serve(start: Callable[[Rig], Rig]) -> None:
+    rig = start(Rig(2)).wait_serving()
+    assert len(rig.frontend.engines) == 2
+    found = rig.status()
+    assert (found.name, found.data, found.ray) == (rig.name, "tcp://here:1", "ray:1")
+    assert (found.num_wanted, found.num_held) == (2, 5)
+    assert [(one.status.state, one.status.node, one.status.pids) for one in found.engines] == [
+        ("serving", "here", (1, 2))
+    ] * 2
+    assert (found.engines[0].num_running, found.engines[0].num_waiting, found.engines[0].kv_usage) == (3, 4, 0.25)
+
+
+def test_a_lost_engine_is_replaced_and_counted(start: Callable[[Rig], Rig]) -> None:
+    rig = start(Rig(2)).wait_serving()
+    before = list(rig.frontend.engines)
+    rig.launcher.seen[1] = Seen("lost", reason="its machine burns")
+    wait_until(lambda: [one.status.restarts for one in rig.status().engines] == [0, 1], "it is lost", 20.0)
+    wait_until(lambda: [one.status.state for one in rig.status().engines] == ["serving"] * 2, "it is back", 20.0)
+    wait_until(lambda: len(rig.frontend.engines) == 2, "requests go to it", 20.0)
+    assert rig.frontend.engines[0] == before[0]
+    assert rig.frontend.engines[1] != before[1]
+    assert any("engine 1 is lost, and is started again: its machine burns" in line for line in rig.said)
+
+
+def test_a_start_that_fails_ends_the_cluster_with_its_reason(start: Callable[[Rig], Rig]) -> None:
+    rig = Rig(2)
+    rig.launcher.broken = "no such model"
+    start(rig)
+    error = rig.join()
+    assert isinstance(error, EngineDeadError)
+    assert "does not start: engine 0: no such model" in str(error)
+    assert rig.launcher.is_closed
+    assert rig.frontend.is_closed
+    assert not is_up(rig.name)
+
+
+def test_down_ends_everything_in_order(start: Callable[[Rig], Rig]) -> None:
+    rig = start(Rig(2)).wait_serving()
+    rig.frontend.drains = True
+    ask(rig.name, Question("down"))
+    wait_until(lambda: rig.frontend.num_asked_to_end == 1, "it drains", 20.0)
+    assert rig.status().phase == "ending", "it answers meanwhile"
+    assert len(rig.launcher.seen) == 2, "engines serve what is open"
+    ask(rig.name, Question("down"))
+    assert rig.join() == 0
+    assert rig.frontend.num_asked_to_end == 2, "a second time nothing more is waited for"
+    assert not rig.launcher.seen
+    assert not is_up(rig.name)
+    assert not folder_of(rig.name).exists()
+
+
+def test_a_signal_during_the_start_ends_it(start: Callable[[Rig], Rig]) -> None:
+    rig = Rig(2)
+    rig.signals.num_wishes = 1
+    assert start(rig).join() == 0
+    assert rig.launcher.is_closed
+    assert rig.frontend.place is None
+
+
+def test_a_name_is_taken_while_its_cluster_is_up(start: Callable[[Rig], Rig]) -> None:
+    rig = start(Rig(1)).wait_serving()
+    assert rig.name in names_up()
+    with pytest.raises(ConfigError, match=f"a cluster '{rig.name}' is up already: end it with `graphgen cluster down"):
+        Record.claim(rig.name)
+    ask(rig.name, Question("down"))
+    rig.join()
+    with contextlib.closing(Record.claim(rig.name)):
+        pass
+    with pytest.raises(ConfigError, match=f"no cluster '{rig.name}' of this user is up"):
+        ask(rig.name, Question("status"))
+
+
+def test_what_a_killed_cluster_left_is_cleared(start: Callable[[Rig], Rig]) -> None:
+    name = f"t{uuid.uuid4().hex[:12]}"
+    left = folder_of(name) / "ray" / "session"
+    left.mkdir(parents=True)
+    folder_of(name).parent.chmod(0o700)
+    with contextlib.closing(Record.claim(name)) as record:
+        assert not left.exists()
+        assert record.folder.parent.stat().st_mode & 0o077 == 0, "others cannot enter"
