@@ -8,14 +8,12 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from msgspec import Struct
 from torch import Tensor
 
-from graphgen.capture.buckets import build_ladder
 from graphgen.capture.buffers import BlockLayout, StagingRing, Words
 from graphgen.capture.graphs import GraphPool
 from graphgen.capture.memory import (
@@ -30,7 +28,6 @@ from graphgen.capture.stream import Mark, open_stream
 from graphgen.ipc.messages import (
     Bucket,
     Chunk,
-    PageGroup,
     Phase,
     Progress,
     SlotInit,
@@ -38,28 +35,23 @@ from graphgen.ipc.messages import (
     WorkerCounters,
     WorkerReady,
 )
-from graphgen.ipc.step_schema import MAX_SCORED_ROWS, PAGE_COPY_WORDS, WORD_BYTES, StepBounds, StepShape
+from graphgen.ipc.step_schema import MAX_SCORED_ROWS, PAGE_COPY_WORDS, WORD_BYTES, StepShape
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.launch.tokenizer_file import TokenizerPart
 from graphgen.models.collectives.group import RankGroup
-from graphgen.models.kv_cache import KVCache, bytes_per_page
+from graphgen.models.kv_cache import KVCache
 from graphgen.models.loader import load_decoder
-from graphgen.models.page_layout import page_layout
-from graphgen.models.sampling import ROW_WIDTH, make_sampler, pack_slot
+from graphgen.models.sampling import pack_slot
 from graphgen.worker.backend import open_backend
 from graphgen.worker.background import Background, prepare_first_use
 from graphgen.worker.bias_copies import BiasCopies
 from graphgen.worker.grammar_compiler import GrammarCompiler
 from graphgen.worker.grammars import Draw, GrammarSlots
-from graphgen.worker.inputs import InputPacker, RegionLengths, input_layout
+from graphgen.worker.inputs import InputPacker, RegionLengths
 from graphgen.worker.mask_copies import MaskCopies
-from graphgen.worker.outputs import LAYOUTS_KEPT, OutputRing, StepOutputs, live_drawing_rows
-from graphgen.worker.rows import SlotTables
-from graphgen.worker.scoring import PromptScores, SlotAsks
-from graphgen.worker.step import Step
-
-MAX_CHUNKS = 32
-"""Chunks one step may hold. More would only help prompts shorter than a thirty-second of the budget."""
+from graphgen.worker.outputs import StepOutputs, live_drawing_rows
+from graphgen.worker.scoring import SlotAsks
+from graphgen.worker.step_parts import StepParts, StepShapes
 
 STAGING_BLOCKS = 4
 """Input blocks on the host: two of steps in flight, and two that may still be on their way to the device."""
@@ -111,29 +103,18 @@ class ModelRunner:
         self._phases.append(Phase("device", time.monotonic() - begun_s))
         if config.cpu_threads is not None:
             torch.set_num_threads(config.cpu_threads)
-        self._buckets = build_ladder(config.token_budget, config.num_slots)
-        self._page_layout = page_layout(self._spec.layers, config.max_model_len)
-        self._page_groups = tuple(PageGroup(window) for window in self._page_layout.windows)
-        longest_chunk = max(bucket.prefill_rows for bucket in self._buckets)
-        self._bounds = StepBounds(
-            max_chunks=min(MAX_CHUNKS, longest_chunk),
-            trash_slot=config.num_slots,
-            num_groups=len(self._page_groups),
-            most_pages=sum(
-                group.most_pages(config.max_model_len, config.page_size, longest_chunk) for group in self._page_groups
-            ),
-            params_width=ROW_WIDTH,
-        )
+        self._shapes = shapes = StepShapes(config)
+        self._bounds = shapes.bounds
         dtype = getattr(torch, config.dtype)
         with self._phase("attention"):
-            self._backend = open_backend(config, self._device, dtype, self._buckets, self._bounds)
+            self._backend = open_backend(config, self._device, dtype, shapes.buckets, shapes.bounds)
         compiler = GrammarCompiler(config.spec.num_drawable, config.eos_token_ids, read_tokenizer)
         # Of several ranks the first one draws for all.
         self._follows_grammars = ranks is None or ranks.shard.rank == 0
         grammars = Background("grammars", compiler.prepare if self._follows_grammars else lambda: 0.0)
         preparations = prepare_first_use(config.compile, self._device.type == "cuda", self._backend.late_import)
         with self._phase("load"):
-            self._decoder = load_decoder(
+            decoder = load_decoder(
                 location=Path(config.model_path),
                 spec=config.spec,
                 dtype=dtype,
@@ -147,37 +128,31 @@ class ModelRunner:
             )
         self._phases += [preparation.wait() for preparation in preparations]
         gc.freeze()  # what was imported stays: no collection need look at it again
-        self._sampler = make_sampler(config.num_slots, config.spec.num_drawable, self._device)
+        self._parts = parts = StepParts(config, shapes, decoder, self._backend, self._device, ranks)
         self.grammars = GrammarSlots(compiler)
         """Of its slots: whoever reads the outputs of a step lets it judge them."""
-        self._masks = MaskCopies(self._sampler, self._stream, STAGING_BLOCKS)
-        self._biases = BiasCopies(self._sampler, self._stream, STAGING_BLOCKS, self._bounds.max_chunks)
-        self._layout_of = lru_cache(LAYOUTS_KEPT)(lambda step: input_layout(step, self._bounds))
-        widest = self._bounds.any_plan(_widest(self._buckets))
-        most_words = self._layout_of(widest).num_words
-        self._block = torch.zeros(most_words, dtype=torch.int32, device=self._device)
-        self._staging = StagingRing(most_words, STAGING_BLOCKS, pinned=self._device.type == "cuda")
+        self._masks = MaskCopies(parts.sampler, self._stream, STAGING_BLOCKS)
+        self._biases = BiasCopies(parts.sampler, self._stream, STAGING_BLOCKS, self._bounds.max_chunks)
+        self._staging = StagingRing(parts.num_words, STAGING_BLOCKS, pinned=self._device.type == "cuda")
         self._packer = InputPacker(self._bounds, self._pack_slot)
-        self._outputs = OutputRing(widest, self._device)
         self._asks = SlotAsks(config.num_slots)
-        self._scores = PromptScores(self._decoder, self._sampler, self._block, self._layout_of(widest))
         with self._phase("kernels"):
             self._backend.load_kernels()
         if config.compile:
             with self._phase("compile"):
-                self._decoder.compile_layers()
-                self._run_once(self._buckets[-1])
+                decoder.compile_layers()
+                self._run_once(shapes.buckets[-1])
         with self._phase("profile"):
-            self._kv_cache = self._open_kv_cache(self._num_pages(dtype), dtype)
+            self._kv_cache = parts.open_kv_cache(self._num_pages())
         with self._phase("capture"):
             self._graphs = GraphPool(
                 self._stream,
-                self._step_maker(self._kv_cache),
-                [self._bounds.any_plan(bucket) for bucket in reversed(self._buckets)],
+                parts.step_maker(self._kv_cache),
+                shapes.largest_first,
                 before_warm_up=self._fill_idle_step,
                 progress=lambda done, total: report(Progress("capture", done, total)),
             )
-            self._score_graphs = GraphPool(self._stream, self._scores.step_of, [MAX_SCORED_ROWS])
+            self._score_graphs = GraphPool(self._stream, parts.scores.step_of, [MAX_SCORED_ROWS])
             self._stream.submit(self._copy_once)
         self._phases.append(grammars.wait())
         self.restart_counters()
@@ -190,13 +165,13 @@ class ModelRunner:
             attention=self._backend.description,
             graphs=self._graphs.captures,
             compiled=self._config.compile,
-            buckets=self._buckets,
+            buckets=self._shapes.buckets,
             max_chunks=self._bounds.max_chunks,
             max_chunk_pages=self._backend.most_chunk_pages,
             num_pages=self._kv_cache.num_pages,
             page_size=self._config.page_size,
-            page_groups=self._page_groups,
-            page_bytes=self._page_bytes,
+            page_groups=self._shapes.page_groups,
+            page_bytes=self._shapes.page_bytes,
             phases=tuple(self._phases),
             device_bytes=held_bytes(self._device),
             num_ranks=self._config.num_ranks,
@@ -211,11 +186,11 @@ class ModelRunner:
     @property
     def num_compiled_graphs(self) -> int:
         """Graphs that torch.compile made of the decoder's layers."""
-        return self._decoder.num_compiled_graphs()
+        return self._parts.decoder.num_compiled_graphs()
 
     def restart_counters(self) -> None:
         """What ran until now was part of the start."""
-        self._num_compiled = self._decoder.num_compiled_graphs()
+        self._num_compiled = self._parts.decoder.num_compiled_graphs()
         self._graphs.num_eager_steps = 0
         self._graphs.num_replays = 0
 
@@ -225,13 +200,13 @@ class ModelRunner:
         return WorkerCounters(
             graph_replays=self._graphs.num_replays,
             eager_steps=self._graphs.num_eager_steps,
-            recompilations=self._decoder.num_compiled_graphs() - self._num_compiled,
+            recompilations=self._parts.decoder.num_compiled_graphs() - self._num_compiled,
         )
 
     def launch(self, plan: StepPlan, received_s: float) -> LaunchedStep:
         """Packs the plan, hands it to the device and returns; steps run in the order of their launches."""
         draws = self.grammars.open(plan) if self._follows_grammars else []
-        output_row = self._outputs.next_row()
+        output_row = self._parts.outputs.next_row()
         shape = self._bounds.any_plan(plan.bucket) if self._graphs.captures else self._bounds.this_plan(plan)
         self._masks.send(plan, draws)
         self._biases.send(plan)
@@ -241,10 +216,10 @@ class ModelRunner:
             self._stream.submit(lambda: self._score_graphs.run(shape.num_scored_rows))
         finished = self._stream.mark()
         live_rows, asked = live_drawing_rows(plan, shape), self._asks.of(plan)
-        fetched, outputs = self._outputs.fetch(output_row, shape, live_rows, self._stream, asked)
+        fetched, outputs = self._parts.outputs.fetch(output_row, shape, live_rows, self._stream, asked)
         prompt_logprobs = None
         if plan.scored_rows:
-            fetched, prompt_logprobs = self._scores.fetch(output_row, plan, self._stream)
+            fetched, prompt_logprobs = self._parts.scores.fetch(output_row, plan, self._stream)
         return LaunchedStep(
             step_id=plan.step_id,
             received_s=received_s,
@@ -275,7 +250,7 @@ class ModelRunner:
 
     def _stage(self, plan: StepPlan, shape: StepShape, output_row: int) -> Mark:
         """Queues the plan's input; returns the mark of the step's start."""
-        block, layout = self._staging.acquire(), self._layout_of(shape)
+        block, layout = self._staging.acquire(), self._shapes.layout_of(shape)
         num_words, lengths = self._packer.pack(plan, layout, block.numpy(), output_row)
         started = self._stream.mark()
         self._stream.submit(lambda: self._load_input(plan.bucket, block, num_words, lengths))
@@ -285,12 +260,12 @@ class ModelRunner:
         return started
 
     def _load_input(self, bucket: Bucket, block: Tensor, num_words: int, lengths: RegionLengths) -> None:
-        self._block[:num_words].copy_(block[:num_words], non_blocking=True)
+        self._parts.block[:num_words].copy_(block[:num_words], non_blocking=True)
         self._backend.plan(bucket.prefill_rows, lengths.chunk_starts, lengths.chunk_kv_lens, lengths.decode_kv_lens)
 
     def _copy_pages(self, plan: StepPlan, layout: BlockLayout) -> None:
         """No part of the graph: few steps copy anything, and no other should pay for it."""
-        copies = layout.views(self._block)["page_copies"]
+        copies = layout.views(self._parts.block)["page_copies"]
         self._kv_cache.copy_pages(copies[: len(plan.page_copies) // WORD_BYTES].view(-1, PAGE_COPY_WORDS))
 
     def _pack_slot(self, init: SlotInit) -> Words:
@@ -298,7 +273,7 @@ class ModelRunner:
 
     def _fill_idle_step(self, shape: StepShape) -> None:
         """Input of a full step of the trash slot alone: it computes everything and touches no request."""
-        bucket, layout = shape.bucket, self._layout_of(shape)
+        bucket, layout = shape.bucket, self._shapes.layout_of(shape)
         length = min(bucket.prefill_rows, self._config.max_model_len)
         chunks = (Chunk(slot=self._bounds.trash_slot, start=0, length=length, draws=True),) if length else ()
         tokens = bytes(WORD_BYTES * length)
@@ -317,83 +292,33 @@ class ModelRunner:
         self._stream.synchronize()
         self._phases.append(Phase(name, time.monotonic() - begun_s))
 
-    def _open_kv_cache(self, num_pages: int, dtype: torch.dtype) -> KVCache:
-        config = self._config
-        return KVCache(
-            self._spec,
-            num_pages,
-            config.page_size,
-            dtype,
-            self._device,
-            self._page_layout,
-            kept_as=config.kv_format,
-            head_scales=self._decoder.head_scales,
-        )
-
-    def _step_maker(self, kv_cache: KVCache) -> Callable[[StepShape], Step]:
-        """What makes the step of any shape over this cache; all of them share their slots."""
-        slots = SlotTables(
-            self._config.num_slots,
-            self._pages_per_slot,
-            kv_cache.trash_page,
-            self._device,
-            self._page_layout.windows,
-        )
-        return lambda shape: Step(
-            bucket=shape.bucket,
-            layout=self._layout_of(shape),
-            block=self._block,
-            slots=slots,
-            outputs=self._outputs.views(shape),
-            decoder=self._decoder,
-            kv_cache=kv_cache,
-            attention=self._backend,
-            sampler=self._sampler,
-            scores=self._scores,
-            ranks=self._ranks,
-        )
-
     def _run_once(self, bucket: Bucket) -> None:
         """One idle step over a cache of one page: compiles, loads kernels, and takes the memory a step takes."""
         shape = self._bounds.any_plan(bucket)
-        step = self._step_maker(self._open_kv_cache(1, getattr(torch, self._config.dtype)))(shape)
+        step = self._parts.step_maker(self._parts.open_kv_cache(1))(shape)
         self._stream.submit(lambda: self._fill_idle_step(shape))
         self._stream.submit(step)
-        self._stream.submit(self._scores.step_of(MAX_SCORED_ROWS))
+        self._stream.submit(self._parts.scoring_step())
         self._stream.synchronize()
 
     def _copy_once(self) -> None:
         """A page onto itself: what copies pages is compiled before a request needs it."""
         self._kv_cache.copy_pages(torch.zeros(1, 2, dtype=torch.int32, device=self._device))
 
-    def _num_pages(self, dtype: torch.dtype) -> int:
+    def _num_pages(self) -> int:
         """Pages of the cache: what was asked for, or what is left beside the largest step, of all ranks the fewest."""
         config = self._config
         if config.num_pages is not None:
             return config.num_pages
-        page_bytes, step_bytes = self._page_bytes, 0
+        shapes = self._shapes
+        page_bytes, step_bytes = shapes.page_bytes, 0
         if self._device.type == "cuda":
-            step_bytes = peak_bytes_of(self._device, lambda: self._run_once(self._buckets[-1]))
+            step_bytes = peak_bytes_of(self._device, lambda: self._run_once(shapes.buckets[-1]))
         num_pages = pages_that_fit(
             budget_bytes=free_bytes(self._device, config.memory_fraction) - 2 * step_bytes - page_bytes,
             bytes_per_page=page_bytes,
             # Where windows hold less, the prefix cache has the rest.
-            wanted_pages=config.num_slots * self._pages_per_slot * len(self._page_groups),
+            wanted_pages=config.num_slots * shapes.pages_per_slot * len(shapes.page_groups),
             least_pages=self._bounds.most_pages,
         )
         return num_pages if self._ranks is None else int(self._ranks.least(num_pages))
-
-    @property
-    def _pages_per_slot(self) -> int:
-        """Entries of a block table."""
-        return -(-self._config.max_model_len // self._config.page_size)
-
-    @property
-    def _page_bytes(self) -> int:
-        config = self._config
-        return bytes_per_page(self._spec, self._page_layout, config.page_size, config.kv_format)
-
-
-def _widest(buckets: Sequence[Bucket]) -> Bucket:
-    """As many rows of each kind as any of them has."""
-    return Bucket(max(bucket.prefill_rows for bucket in buckets), max(bucket.decode_rows for bucket in buckets))
