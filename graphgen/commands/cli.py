@@ -187,13 +187,16 @@ def prebuild(
         int | None, typer.Option(min=1, help="Compilations at once.", show_default="one for each core")
     ] = None,
 ) -> None:
-    """Build attention kernels ahead of a first start, of one model or of most; needs nvcc, ninja and no GPU."""
+    """Build kernels ahead of a first start, of one model (all of them) or of most; needs nvcc, ninja and no GPU."""
     from graphgen.commands.prebuild import prebuild as build_kernels  # imports torch
 
     begun_s = time.monotonic()
-    with stderr.status("building attention kernels, which takes minutes"):
+    with stderr.status("building kernels, which takes minutes"):
         built = build_kernels(msgspec.structs.replace(config, device="cuda"), arch, jobs)
     lines = [f"{source:<9} {name}" for name, source in built.libraries.items()]
+    if built.triton is not None:
+        done = built.triton.num_kernels - len(built.triton.failures)
+        lines.append(f"compiled  {done} of {built.triton.num_kernels} Triton kernels")
     lines.append(f"serves    {built.serves}")
     lines.append(f"for {built.arch} in {built.folder} after {time.monotonic() - begun_s:.1f} s")
     stdout.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)

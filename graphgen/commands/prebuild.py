@@ -1,15 +1,17 @@
-"""`graphgen prebuild`: the attention kernels of a model, or of most models, built ahead of a first start.
+"""`graphgen prebuild`: what a first start would compile, compiled ahead: kernels, and Python's bytecode.
 
 Owns what is specific to building without an engine: the architecture is named instead of found, no GPU is needed, and
-only the model's config is read. Which kernels those are, and how they are built, is decided in
-graphgen.models.attention. Called by the command line alone, since FlashInfer takes its build settings from the
-process's environment.
+only the model's config is read. Which attention kernels those are, and how they are built, is decided in
+graphgen.models.attention; Triton's kernels, those of a model alone, are graphgen.worker.ahead's. Called by the command
+line alone, since FlashInfer takes its build settings from the process's environment.
 """
 
+import importlib.util
 import os
+import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from graphgen.base.caches import cache_environment, cache_root
 from graphgen.base.version import how_to_install
 from graphgen.ipc.errors import ConfigError
 from graphgen.launch.config import EngineConfig
+from graphgen.launch.launch_config import LaunchConfig
 from graphgen.launch.resolve import resolve
 from graphgen.models.attention.kernels import (
     HEAD_DIMS,
@@ -31,7 +34,11 @@ from graphgen.models.attention.kernels import (
 )
 from graphgen.models.attention.libraries import KernelFolder, Source, build_libraries
 from graphgen.models.families import load_spec
+from graphgen.worker.ahead import Note, compile_for_engine
 from graphgen.worker.backend import attention_shape
+
+PACKAGES = ("torch", "triton", "sympy", "tvm_ffi", "graphgen")
+"""Of what a worker imports, the most."""
 
 
 class Prebuilt(Struct, frozen=True):
@@ -41,6 +48,7 @@ class Prebuilt(Struct, frozen=True):
     arch: str
     libraries: dict[str, Source]  # by name: there before, or built now
     serves: str  # which models, for people
+    triton: Note | None  # of the model's Triton kernels; None where there is no model or they cannot be compiled
 
 
 def prebuild(config: EngineConfig, arch: str | None, jobs: int | None) -> Prebuilt:
@@ -52,7 +60,8 @@ def prebuild(config: EngineConfig, arch: str | None, jobs: int | None) -> Prebui
     """
     capability = _capability_here() if arch is None else parse_arch(arch)
     arch = arch_of(capability)
-    shapes = _any_shapes(config) if config.model is None else [_shape_of(config, config.model)]
+    launch = None if config.model is None else _launch_of(config, config.model)
+    shapes = _any_shapes(config) if launch is None else _shapes_of(launch)
     for shape in shapes:
         check_supported(shape)
     needed = [
@@ -62,18 +71,37 @@ def prebuild(config: EngineConfig, arch: str | None, jobs: int | None) -> Prebui
         _prepare_environment(arch, jobs, Path(spare))
         try:
             folder = KernelFolder.of(arch)
-            libraries = build_libraries(needed, folder)
+            libraries = build_libraries(needed, folder) if needed else {}
         except ImportError as error:
             raise ConfigError(f"FlashInfer cannot be imported ({error}): {how_to_install('cuda')}") from error
-    return Prebuilt(folder.path, arch, libraries, _describe(config.model, shapes))
+        keep_bytecode(os.environ, PACKAGES, jobs)
+        kernels = None if launch is None else compile_for_engine(launch, capability, os.environ)
+    return Prebuilt(folder.path, arch, libraries, _describe(config.model, launch, shapes), kernels)
 
 
-def _shape_of(config: EngineConfig, model: str) -> AttentionShape:
-    spec = load_spec(model, config.revision)
-    if spec.latent is not None:
-        raise ConfigError(f"{model} has latent attention, whose kernels Triton compiles at its first start: start it")
-    launch = resolve(config, spec, Path(model))
-    return attention_shape(launch, getattr(torch, launch.dtype))
+def keep_bytecode(environment: Mapping[str, str], packages: Sequence[str], jobs: int | None) -> None:
+    """Compiles packages that were installed without bytecode, to where `environment` has it kept; where Python keeps
+    it beside the sources it is there already."""
+    if not environment.get("PYTHONPYCACHEPREFIX"):
+        return
+    specs = [importlib.util.find_spec(package) for package in packages]
+    folders = [folder for spec in specs if spec is not None for folder in spec.submodule_search_locations or ()]
+    if not folders:
+        return
+    # Some files of large packages are for other versions of Python: what does not compile is never imported.
+    arguments = ["-m", "compileall", "-q", "-q", "-j", str(jobs or 0), *folders]
+    subprocess.run([sys.executable, *arguments], env=dict(environment), stdout=subprocess.DEVNULL)
+
+
+def _launch_of(config: EngineConfig, model: str) -> LaunchConfig:
+    return resolve(config, load_spec(model, config.revision), Path(model))
+
+
+def _shapes_of(launch: LaunchConfig) -> list[AttentionShape]:
+    """None of a model with latent attention, whose kernels are all Triton's."""
+    if launch.spec.latent is not None:
+        return []
+    return [attention_shape(launch, getattr(torch, launch.dtype))]
 
 
 def _any_shapes(config: EngineConfig) -> list[AttentionShape]:
@@ -85,10 +113,10 @@ def _any_shapes(config: EngineConfig) -> list[AttentionShape]:
     ]
 
 
-def _describe(model: str | None, shapes: Sequence[AttentionShape]) -> str:
+def _describe(model: str | None, launch: LaunchConfig | None, shapes: Sequence[AttentionShape]) -> str:
+    if launch is not None:
+        return f"{model} in {launch.dtype}"
     dtype = str(shapes[0].dtype).removeprefix("torch.")
-    if model is not None:
-        return f"{model} in {dtype}"
     *most, last = (str(shape.head_dim) for shape in shapes)
     return (
         f"models with heads of {', '.join(most)} or {last} in {dtype}, but for those with sliding windows, which need"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from graphgen.base.logs import log_to_stderr
 from graphgen.launch.processes import end_with_parent, rank_of
+from graphgen.worker.ahead import compile_for_worker
 from graphgen.worker.background import Background, open_context, share_interpreter_fairly
 from graphgen.worker.turn import Turn, stand_by
 
@@ -28,10 +29,11 @@ def main(folder: Path, parent_pid: int, name: str, owner_pid: int) -> None:
     share_interpreter_fairly()
     turn = Turn(sys.stdin.fileno())
     context = Background("context", functools.partial(open_context, folder, rank_of(name), turn.wait))
+    kernels = Background("triton kernels", functools.partial(compile_for_worker, folder, rank_of(name), turn.wait))
     from graphgen.worker.process import run  # imports torch
 
     imports = stand_by(folder, name, turn)
-    run(folder, name, imports, context)
+    run(folder, name, imports, context, kernels)
 
 
 if __name__ == "__main__":

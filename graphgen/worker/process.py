@@ -52,8 +52,9 @@ PEER_PATIENCE_S = 1.0
 """For the word of a rank that failed first, and for its end to be seen: the others fail of it."""
 
 
-def run(folder: Path, name: str, imports: Phase, device_context: Background) -> None:
+def run(folder: Path, name: str, imports: Phase, device_context: Background, kernels: Background) -> None:
     """Runs until Shutdown, a failure, or the end of the parent. device_context: the CUDA context in the making.
+    kernels: Triton's, being compiled.
 
     name: of this rank, and of its channel in `folder`. imports: what of this start is over.
     """
@@ -72,7 +73,8 @@ def run(folder: Path, name: str, imports: Phase, device_context: Background) -> 
                 begun_s = time.monotonic()
                 ranks = _meet(config, rank_of(name), folder)
                 phases.append(Phase("ranks", time.monotonic() - begun_s))
-            runner = ModelRunner(config, channel.send, phases, partial(read_tokenizer_part, folder.parent), ranks)
+            read_tokenizer = partial(read_tokenizer_part, folder.parent)
+            runner = ModelRunner(config, channel.send, phases, read_tokenizer, ranks, (kernels,))
             gc.enable()
             channel.send(with_step_times(runner.describe(), runner, config, channel.send, ranks))
             _serve(runner, channel, "worker" if ranks is None else name, answers=rank_of(name) == 0)

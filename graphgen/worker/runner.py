@@ -87,9 +87,10 @@ class ModelRunner:
         phases: Sequence[Phase] = (),
         read_tokenizer: Callable[[], TokenizerPart] = _no_tokenizer,
         ranks: RankGroup | None = None,
+        before_first_launch: Sequence[Background] = (),
     ) -> None:
         """phases: what the process has done before this. read_tokenizer: for requests with a grammar. ranks: that share
-        the model; config.device is this one's."""
+        the model; config.device is this one's. before_first_launch: what is waited for then."""
         self._config = config
         self._ranks = ranks
         self._spec = config.rank_spec
@@ -138,6 +139,7 @@ class ModelRunner:
         self._asks = SlotAsks(config.num_slots)
         with self._phase("kernels"):
             self._backend.load_kernels()
+        self._phases += [preparation.wait() for preparation in before_first_launch]
         if config.compile:
             with self._phase("compile"):
                 decoder.compile_layers()

@@ -25,6 +25,10 @@ _ROPE_SCALE, _ROPE_BASE = 1.0, 1e4  # the kernels are built without rope, which 
 _TYPE_NAMES = {bool: "bool", int: "int"}
 
 
+TypesOf = Callable[[str, Function], list[str]]
+"""(name, function): the names of the types of all arguments that the function takes."""
+
+
 class PlannedFunctions(Struct, frozen=True):
     """The two functions of a planned library, and what each takes behind the arguments that all libraries share."""
 
@@ -34,7 +38,21 @@ class PlannedFunctions(Struct, frozen=True):
     run_tail: Callable[[Scoring], tuple[object, ...]]
 
 
-def open_planned(library: PlannedLibrary, path: Path) -> PlannedFunctions:
+def asked_types(name: str, function: Function) -> list[str]:
+    """A TypesOf that asks the function. Raises ValueError for one that takes nothing.
+
+    A TVM FFI function that is called with too few arguments names the types of all, as in
+    "`plan(0: DLTensor*, 1: int) -> Array<int>`. Expected 2 but got 0 arguments". The first such error of a process
+    takes more than a second: its trace looks through the symbols of all that torch has loaded.
+    """
+    try:
+        function()
+    except TypeError as error:
+        return re.findall(r"\b\d+: (\w+)", str(error))
+    raise ValueError(f"its {name} takes no arguments")
+
+
+def open_planned(library: PlannedLibrary, path: Path, types_of: TypesOf = asked_types) -> PlannedFunctions:
     """Loads the library from its file.
 
     Raises ImportError without TVM FFI, OSError or RuntimeError when the file cannot be linked, AttributeError or
@@ -42,7 +60,7 @@ def open_planned(library: PlannedLibrary, path: Path) -> PlannedFunctions:
     """
     import tvm_ffi
 
-    return _of_module(library, tvm_ffi.load_module(str(path)))
+    return _of_module(library, tvm_ffi.load_module(str(path)), types_of)
 
 
 def wrapped_functions(library: PlannedLibrary, loaded: Any) -> PlannedFunctions:
@@ -52,14 +70,15 @@ def wrapped_functions(library: PlannedLibrary, loaded: Any) -> PlannedFunctions:
     Raises ValueError when its `plan` takes what no known version takes.
     """
     if library.scores is Scores.SINKS:
-        return _of_module(library, loaded)
-    return PlannedFunctions(loaded.plan, _taken_plan_tail(library, loaded.plan), loaded.paged_run, _wrapped_run_tail)
+        return _of_module(library, loaded, asked_types)
+    plan_tail = _taken_plan_tail(library, asked_types("plan", loaded.plan))
+    return PlannedFunctions(loaded.plan, plan_tail, loaded.paged_run, _wrapped_run_tail)
 
 
-def _of_module(library: PlannedLibrary, module: Any) -> PlannedFunctions:
-    plan_tail = _taken_plan_tail(library, module.plan)
+def _of_module(library: PlannedLibrary, module: Any, types_of: TypesOf) -> PlannedFunctions:
+    plan_tail = _taken_plan_tail(library, types_of("plan", module.plan))
     types, run_tail = _run_tail(library)
-    _taken("paged_run", module.paged_run, (types,))
+    _taken("paged_run", types_of("paged_run", module.paged_run), (types,))
     return PlannedFunctions(module.plan, plan_tail, module.paged_run, run_tail)
 
 
@@ -78,9 +97,9 @@ def _wrapped_run_tail(scoring: Scoring) -> tuple[object, ...]:
     )
 
 
-def _taken_plan_tail(library: PlannedLibrary, plan: Function) -> tuple[object, ...]:
+def _taken_plan_tail(library: PlannedLibrary, takes: list[str]) -> tuple[object, ...]:
     tails = _plan_tails(library)
-    return tails[_taken("plan", plan, [[_TYPE_NAMES[type(value)] for value in tail] for tail in tails])]
+    return tails[_taken("plan", takes, [[_TYPE_NAMES[type(value)] for value in tail] for tail in tails])]
 
 
 def _plan_tails(library: PlannedLibrary) -> tuple[tuple[object, ...], ...]:
@@ -130,18 +149,9 @@ _FA2_RUN_TAIL: _RunTail = (
 )
 
 
-def _taken(name: str, function: Function, tails: Sequence[Sequence[str]]) -> int:
-    """Which of `tails` the function says it takes behind the shared arguments. Raises ValueError if none is.
-
-    A TVM FFI function that is called with too few arguments names the types of all, as in
-    "`plan(0: DLTensor*, 1: int) -> Array<int>`. Expected 2 but got 0 arguments".
-    """
-    try:
-        function()
-    except TypeError as error:
-        takes = re.findall(r"\b\d+: (\w+)", str(error))
-    else:
-        raise ValueError(f"its {name} takes no arguments")
+def _taken(name: str, takes: list[str], tails: Sequence[Sequence[str]]) -> int:
+    """Which of `tails` a function that takes these types has behind the shared arguments. Raises ValueError if none
+    is."""
     known = [list(tail) for tail in tails]
     if len(takes) < NUM_SHARED or takes[NUM_SHARED:] not in known:
         expected = " or ".join(str(types) for types in known)

@@ -17,6 +17,7 @@ import logging
 import os
 import shutil
 import struct
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,16 +25,19 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from graphgen.base.caches import kernels_root
 from graphgen.ipc.errors import ConfigError
-from graphgen.models.attention.direct import PlannedFunctions, open_planned, wrapped_functions
+from graphgen.models.attention.direct import Function, PlannedFunctions, asked_types, open_planned, wrapped_functions
 from graphgen.models.attention.kernels import Library, PlannedLibrary
 
 _DISTRIBUTION = "flashinfer-python"
 _PACKAGED = "flashinfer/data/aot"  # libraries that came with the package, in the same form as the kernel folder
 _BUILD_LOG_LINES = 15
+_TYPES_FILE = "types.json"
+_END_BYTES = 1 << 20
 
 logger = logging.getLogger("graphgen.kernels")
 
@@ -150,6 +154,45 @@ def planned_functions(library: PlannedLibrary, folder: KernelFolder) -> PlannedF
         ) from error
 
 
+class KeptTypes:
+    """What the functions of a library take: asked once, and kept in the kernel folder, where it says of which file it
+    is."""
+
+    def __init__(self, folder: Path, library: Path) -> None:
+        self._path = folder / _TYPES_FILE
+        self._library = _fingerprint(library)
+        self._kept = _TypesDocument(library=self._library, types={})
+        with suppress(OSError, ValueError):
+            kept = msgspec.json.decode(self._path.read_bytes(), type=_TypesDocument)
+            self._kept = kept if kept.library == self._library else self._kept
+
+    def __call__(self, name: str, function: Function) -> list[str]:
+        """See TypesOf."""
+        if name not in self._kept.types:
+            self._kept.types[name] = asked_types(name, function)
+            with suppress(OSError):  # a folder that cannot be written costs the next start what this one cost
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                partial = self._path.with_suffix(f".{os.getpid()}.partial")
+                partial.write_bytes(msgspec.json.encode(self._kept))
+                partial.replace(self._path)
+        return self._kept.types[name]
+
+
+class _TypesDocument(Struct, frozen=True):
+    """The document."""
+
+    library: str  # its fingerprint
+    types: dict[str, list[str]]  # by the function's name
+
+
+def _fingerprint(path: Path) -> str:
+    """Of a library: its size, and its end, where the table of its sections lies."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _END_BYTES))
+        return f"{size}-{zlib.crc32(file.read()):08x}"
+
+
 def package_to_load(libraries: Sequence[Library], folder: KernelFolder) -> str | None:
     """The Python package that loading them will import first, so that it can be imported ahead."""
     if not libraries:
@@ -168,7 +211,7 @@ def _open_ready(library: PlannedLibrary, folder: KernelFolder) -> tuple[PlannedF
             continue
         try:
             _check_whole(path)
-            return open_planned(library, path), source
+            return open_planned(library, path, KeptTypes(folder.path / library.name, path)), source
         except Exception as error:  # the linker's words, or another version's functions
             logger.info("the kernel %s is left to FlashInfer's loader: %s", path, error)
     return None

@@ -1,12 +1,14 @@
 """`graphgen prebuild` as a user runs it, with a FlashInfer package that only writes down what it was asked for."""
 
+import importlib.util
 import json
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-import graphgen.commands.prebuild  # noqa: F401  # once, for all commands that are forked here
+from graphgen.commands import prebuild  # with its imports, for all commands that are forked here
 from tests.commands.in_process import run_forked
 from tests.models.fake_flashinfer import SOME_LIBRARY
 
@@ -38,8 +40,9 @@ def gen_batch_prefill_module(*a): return Spec('prefill', *a)
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Path:
-    """A folder with the package, to be put in front of the import path."""
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the package, to be put in front of the import path. Torch's bytecode would take minutes."""
+    monkeypatch.setattr(prebuild, "PACKAGES", ())
     for name, text in PACKAGE.items():
         path = tmp_path / "site" / "flashinfer" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,3 +122,23 @@ def test_a_caches_folder_that_cannot_be_made_is_an_error_here(site: Path, tmp_pa
     done = run(site, "--arch", "9.0a", GRAPHGEN_CACHE=str(tmp_path / "file" / "caches"))
     assert done.returncode == 2
     assert "set GRAPHGEN_CACHE" in " ".join(done.stderr.split())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="what is told where Triton is missing")
+def test_the_triton_kernels_of_a_model_are_compiled_too(site: Path, tmp_path: Path) -> None:
+    """By a program of its own, which is told the engine's config and the architecture, and leaves a note."""
+    model = tmp_path / "model"
+    model.mkdir()
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 256}
+    (model / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 99, **sizes}))
+    done = run(site, "--arch", "9.0a", "--model", str(model))
+    assert done.returncode == 0, done.stderr
+    assert "Triton kernels are compiled at their first launch, not ahead: No module named 'triton'" in done.stderr
+    assert "Triton kernels" not in done.stdout
+
+
+def test_bytecode_is_kept_where_packages_have_none_beside_their_sources(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    prebuild.keep_bytecode(environment, ("graphgen.capture", "no_such_package"), 1)
+    assert {path.name.partition(".")[0] for path in tmp_path.rglob("*.pyc")} >= {"graphs", "buckets"}
+    prebuild.keep_bytecode({"PYTHONPYCACHEPREFIX": ""}, ("no_such_package",), 1)

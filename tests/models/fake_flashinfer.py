@@ -38,13 +38,16 @@ FA3_NAME = (
 class FakeFunction:
     """A function of a library, which keeps what it was called with."""
 
-    def __init__(self, name: str, types: Sequence[str]) -> None:
+    def __init__(self, name: str, types: Sequence[str], asked: list[str]) -> None:
+        """asked: where it enters its name when it is called with a wrong number of arguments."""
+        self._asked = asked
         self.calls: list[tuple[object, ...]] = []
         self._name = name
         self._types = types
 
     def __call__(self, *arguments: object) -> list[int]:
         if len(arguments) != len(self._types):
+            self._asked.append(self._name)
             types = ", ".join(f"{index}: {text}" for index, text in enumerate(self._types))
             raise TypeError(
                 f"Mismatched number of arguments when calling: `{self._name}({types}) -> void`. "
@@ -57,13 +60,17 @@ class FakeFunction:
 class FakeLibrary:
     """A loaded file."""
 
-    def __init__(self, name: str, extra_run_types: Sequence[str], extra_plan_types: Sequence[str]) -> None:
+    def __init__(
+        self, name: str, extra_run_types: Sequence[str], extra_plan_types: Sequence[str], asked: list[str]
+    ) -> None:
         is_fa3 = "_sm90" in name
         run_types = [*(FA3_RUN_TYPES if is_fa3 else FA2_RUN_TYPES), *extra_run_types]
         if "attention_sink" in name:
             run_types = SINKS_RUN_TYPES
-        self.plan = FakeFunction("plan", [*SHARED_PLAN_TYPES, *([] if is_fa3 else FA2_PLAN_TYPES), *extra_plan_types])
-        self.paged_run = FakeFunction("paged_run", SHARED_RUN_TYPES + run_types)
+        self.plan = FakeFunction(
+            "plan", [*SHARED_PLAN_TYPES, *([] if is_fa3 else FA2_PLAN_TYPES), *extra_plan_types], asked
+        )
+        self.paged_run = FakeFunction("paged_run", SHARED_RUN_TYPES + run_types, asked)
 
 
 class FakeFlashInfer:
@@ -77,6 +84,7 @@ class FakeFlashInfer:
         self.extra_run_types: list[str] = []  # of a version whose libraries take more arguments
         self.extra_plan_types: list[str] = []
         self.opened: list[Path] = []  # by TVM FFI alone
+        self.asked: list[str] = []  # functions for the types that they take
         self.build_folder = folder / "cached_ops"
         self.env = ModuleType("flashinfer.jit.env")
         self.env.FLASHINFER_AOT_DIR = folder / "site" / "flashinfer" / "data" / "aot"  # type: ignore[attr-defined]
@@ -143,13 +151,14 @@ class FakeFlashInfer:
         return self._library(Path(path))
 
     def _library(self, path: Path) -> FakeLibrary:
-        return FakeLibrary(path.name, self.extra_run_types, self.extra_plan_types)
+        return FakeLibrary(path.name, self.extra_run_types, self.extra_plan_types, self.asked)
 
     def forget(self) -> None:
         """A new process: nothing is loaded."""
         self._modules.clear()
         self.loaded.clear()
         self.opened.clear()
+        self.asked.clear()
         self.built.clear()
 
 

@@ -228,6 +228,26 @@ def test_each_way_to_score_is_a_library_of_its_own_that_gets_what_it_needs(
     assert len(names) == (3 if backend == "fa2" else 2)
 
 
+def test_what_a_library_takes_is_asked_once_and_again_of_another_file(
+    flashinfer: FakeFlashInfer, folder: KernelFolder
+) -> None:
+    """The question takes more than a second of a start."""
+    path = install(folder, FA2)
+    load_libraries([FA2], folder)
+    assert sorted(flashinfer.asked) == ["paged_run", "plan"]
+    flashinfer.forget()
+    functions = planned_functions(FA2, folder)
+    assert flashinfer.opened == [path]
+    assert flashinfer.asked == []
+    assert functions.plan_tail == (-1, False, 0)
+    path.write_bytes(path.read_bytes() + b"another build")
+    flashinfer.extra_plan_types = ["int"]
+    assert planned_functions(FA2, folder).plan_tail == (-1, False, 0, 0)
+    assert sorted(flashinfer.asked) == ["paged_run", "plan"]
+    (path.parent / "types.json").write_text("no document")
+    assert planned_functions(FA2, folder).plan_tail == (-1, False, 0, 0)
+
+
 def test_kernels_of_the_package_are_found_without_importing_it(
     flashinfer: FakeFlashInfer, folder: KernelFolder, tmp_path: Path
 ) -> None:

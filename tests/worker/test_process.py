@@ -150,7 +150,13 @@ class Loop:
 
     def _run(self) -> None:
         try:
-            process.run(self.processes.folder, NAME, IMPORTS, Background("context", lambda: 0.0))
+            process.run(
+                self.processes.folder,
+                NAME,
+                IMPORTS,
+                Background("context", lambda: 0.0),
+                Background("kernels", lambda: 0.0),
+            )
             self.exit_code = 0
         except SystemExit as end:
             self.exit_code = end.code
