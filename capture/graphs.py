@@ -8,7 +8,7 @@ Without graphs any shape can run: steps are made when they are asked for, and no
 
 import gc
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Generic, TypeVar
 
@@ -26,7 +26,7 @@ KEPT_STEPS = 64
 
 FIRST_WARM_UP_RUNS = 2
 """Runs of the largest bucket before its capture: one compiles and loads kernels, one settles allocations. Each of the
-others runs once, for the kernels that only its shape uses."""
+others runs once, shortened, for the kernels that only its shape uses."""
 
 
 class GraphPool(Generic[Shape]):
@@ -39,10 +39,12 @@ class GraphPool(Generic[Shape]):
         largest_first: Sequence[Shape],
         before_warm_up: Callable[[Shape], None] = lambda shape: None,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        shortened: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Warms up and captures the shapes; without graphs it leaves them alone.
 
-        `before_warm_up(shape)` fills a step's inputs with something valid.
+        `before_warm_up(shape)` fills a step's inputs with something valid. Within `shortened()` a step leaves out what
+        it would only do again: enough to warm up any shape but the first.
         """
         self._stream = stream
         self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
@@ -54,7 +56,9 @@ class GraphPool(Generic[Shape]):
         with quiet_garbage_collector():
             for done, shape in enumerate(largest_first):
                 progress(done, len(largest_first))
-                self._warm_up_and_capture(stream, shape, before_warm_up)
+                with shortened() if done else nullcontext():
+                    self._warm_up(stream, shape, before_warm_up)
+                self._capture(stream, shape)
             self._replay_all(stream, before_warm_up)
         progress(len(largest_first), len(largest_first))
 
@@ -73,12 +77,14 @@ class GraphPool(Generic[Shape]):
             self.num_eager_steps += self.captures
             self._step_of(shape)()
 
-    def _warm_up_and_capture(self, stream: CudaStream, shape: Shape, before_warm_up: Callable[[Shape], None]) -> None:
-        step = self._step_of(shape)
+    def _warm_up(self, stream: CudaStream, shape: Shape, before_warm_up: Callable[[Shape], None]) -> None:
         for _ in range(1 if self._graphs else FIRST_WARM_UP_RUNS):
             stream.submit(lambda: before_warm_up(shape))
-            stream.submit(step)
+            stream.submit(self._step_of(shape))
         stream.synchronize()
+
+    def _capture(self, stream: CudaStream, shape: Shape) -> None:
+        step = self._step_of(shape)
         graph = torch.cuda.CUDAGraph()
         # The first graph's pool serves all others; it stays alive as long as one of its graphs does.
         first = next(iter(self._graphs.values()), None)

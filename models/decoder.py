@@ -7,7 +7,8 @@ worker inside a bucket's graph.
 Shapes: `T` token rows, `N` drawing rows, `V` vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -27,7 +28,7 @@ from graphgen.models.layers import Attention, DecoderLayer
 from graphgen.models.norms import make_norm, norm_targets
 from graphgen.models.orders import EMPTY
 from graphgen.models.rope import Rope
-from graphgen.models.spec import WHOLE, Experts, ModelSpec
+from graphgen.models.spec import WHOLE, Experts, Layer, ModelSpec
 from graphgen.models.targets import Target, Targets, arranged
 
 
@@ -89,6 +90,7 @@ class Decoder(nn.Module):
             for rope, (head_dim, width) in zip(spec.ropes, (mixer.rotated for mixer in of_rope), strict=True)
         ]
         self._has_experts = any(isinstance(layer.feed_forward, Experts) for layer in spec.layers)
+        self._running_layers = list(self.decoder_layers)
         self._attend: Attend = DecoderLayer.attend
         self._feed_forward: FeedForward = DecoderLayer.feed_forward
         self._compiled: CompiledHalves | None = None
@@ -122,8 +124,9 @@ class Decoder(nn.Module):
             return self._run_few_rows(token_ids, kv_cache, steps, live)
         update = self._embed(token_ids, positions)
         residual = torch.zeros_like(update)
-        layers = self.decoder_layers
-        for layer, group, pages in zip(layers, kv_cache.groups, kv_cache.pages, strict=True):
+        layers = self._running_layers
+        places = zip(layers, kv_cache.groups[: len(layers)], kv_cache.pages[: len(layers)], strict=True)
+        for layer, group, pages in places:
             residual, gathered = self._attend(layer, residual, update, pages, steps[layer.rope][group])
             if kept is not None and layer is layers[-1]:
                 torch.index_select(residual, 0, kept.rows, out=kept.residual)
@@ -190,7 +193,7 @@ class Decoder(nn.Module):
 
         ends = few_rows_step.Ends(self.embedding.weight, self.final_norm, self._head_weight)
         return few_rows_step.next_logits(
-            ends, self.decoder_layers, token_ids, kv_cache, steps, live, self._attend, chained=True
+            ends, self._running_layers, token_ids, kv_cache, steps, live, self._attend, chained=True
         )
 
     @property
@@ -235,6 +238,17 @@ class Decoder(nn.Module):
         for number, layer in enumerate(self.decoder_layers):
             yield from layer.weights(names.layer.format(layer=number), names)
 
+    @contextmanager
+    def shortened(self) -> Iterator[None]:
+        """Meanwhile `forward` leaves out the layers behind the first ones of every kind: it runs every kernel that it
+        runs otherwise, and its logits mean nothing. Two layers at least, since a layer ends in the norm of the next."""
+        every = self._running_layers
+        self._running_layers = every[: num_unlike(self.spec.layers)]
+        try:
+            yield
+        finally:
+            self._running_layers = every
+
     def compile_layers(self) -> None:
         """From now on layers run compiled: a graph for each half, made at the first call, for all layers and all
         shapes, but for steps of a few decode rows where those have kernels of their own."""
@@ -244,6 +258,13 @@ class Decoder(nn.Module):
     def num_compiled_graphs(self) -> int:
         """Graphs made of halves of layers so far: 2, when every bucket has run."""
         return 0 if self._compiled is None else self._compiled.num_graphs
+
+
+def num_unlike(layers: Sequence[Layer]) -> int:
+    """As few layers from the first on as have one of every kind, and two at least, if there are two."""
+    kinds = set(layers)
+    length = next(length for length in range(1, len(layers) + 1) if set(layers[:length]) == kinds)
+    return max(length, min(2, len(layers)))
 
 
 def _steps(

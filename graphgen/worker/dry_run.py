@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.models.attention import planned
-from graphgen.models.decoder import Decoder
+from graphgen.models.decoder import Decoder, num_unlike
 from graphgen.models.formats.linear import Linear
 from graphgen.models.spec import ModelSpec
 from graphgen.worker.backend import open_backend
@@ -56,11 +56,8 @@ def run_dry(config: LaunchConfig, capability: tuple[int, int]) -> None:
 
 
 def _shortened(spec: ModelSpec) -> ModelSpec:
-    """Without the layers that are as others are: as few from the first on as have one of every kind, and two at least,
-    since a layer ends in the norm of the next."""
-    kinds = set(spec.layers)
-    length = next(length for length in range(1, len(spec.layers) + 1) if set(spec.layers[:length]) == kinds)
-    return msgspec.structs.replace(spec, layers=spec.layers[: max(length, min(2, len(spec.layers)))])
+    """Without the layers that are as others are."""
+    return msgspec.structs.replace(spec, layers=spec.layers[: num_unlike(spec.layers)])
 
 
 class _RealBesideFake(TorchDispatchMode):

@@ -153,6 +153,7 @@ class ModelRunner:
                 shapes.largest_first,
                 before_warm_up=self._fill_idle_step,
                 progress=lambda done, total: report(Progress("capture", done, total)),
+                shortened=decoder.shortened,
             )
             self._score_graphs = GraphPool(self._stream, parts.scores.step_of, [MAX_SCORED_ROWS])
             self._stream.submit(self._copy_once)

@@ -3,7 +3,8 @@
 import gc
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from graphgen.capture.buffers import BlockLayout, Field, StagingRing
 from graphgen.capture.graphs import GraphPool, quiet_garbage_collector
 from graphgen.capture.memory import pages_that_fit
-from graphgen.capture.stream import HostStream
+from graphgen.capture.stream import CudaStream, HostStream
 from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.messages import Bucket
 
@@ -114,6 +115,55 @@ def test_without_graphs_a_pool_makes_and_runs_no_step_before_it_is_asked_and_the
     assert not pool.captures
     assert (pool.num_replays, pool.num_eager_steps) == (0, 0)
     stream.close()
+
+
+class NoDevice(CudaStream):
+    """A CUDA stream on which work runs at once, in the host."""
+
+    def __init__(self) -> None:
+        self.stream = None  # type: ignore[assignment]  # nothing asks for it
+
+    def submit(self, work: Callable[[], None]) -> None:
+        work()
+
+    def synchronize(self) -> None: ...
+
+
+class FakeGraph:
+    """Replays nothing."""
+
+    def pool(self) -> None: ...
+
+    def replay(self) -> None: ...
+
+
+def test_every_shape_is_captured_whole_and_all_but_the_first_are_warmed_up_by_a_shortened_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The layers of a model are alike, so the first ones run every kernel; a graph needs them all."""
+    ran: list[tuple[int, str]] = []
+    now = ["whole"]
+
+    @contextmanager
+    def shortened() -> Iterator[None]:
+        now.append("shortened")
+        yield
+        now.pop()
+
+    @contextmanager
+    def graph(*_: object, **__: object) -> Iterator[None]:
+        ran.append((0, "capture"))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    steps = lambda shape: lambda: ran.append((shape, now[-1]))  # noqa: E731
+    pool = GraphPool(NoDevice(), steps, [16, 8, 4], shortened=shortened)
+    capture = (0, "capture")
+    first = [(16, "whole"), (16, "whole"), capture, (16, "whole")]
+    assert ran == [*first, (8, "shortened"), capture, (8, "whole"), (4, "shortened"), capture, (4, "whole")]
+    pool.run(8)
+    assert (pool.num_replays, pool.num_eager_steps) == (1, 0)
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -5,11 +5,13 @@ That they equal Hugging Face's for every family is in tests/worker/test_parity.p
 
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
-from graphgen.models.decoder import Decoder
+from graphgen.models.decoder import Decoder, num_unlike
 from graphgen.models.families import load_spec
+from graphgen.models.layers import DecoderLayer
 from graphgen.models.loader import load_decoder
 from tests.models import tiny
 from tests.models.driver import Driver
@@ -99,6 +101,33 @@ def test_rows_nobody_reads_are_left_out_and_leave_their_keys_and_values(compiled
         logits.append(torch.cat([*chosen, *driver.step([(request, 10)])]))
     assert torch.equal(logits[0].argmax(-1), logits[1].argmax(-1))
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_shortened_step_runs_the_first_layers_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All kernels are launched, and the layers behind them come back."""
+    tiny.save("qwen3_window", tmp_path)
+    spec = load_spec(tmp_path)
+    plain, windowed = (
+        next(layer for layer in spec.layers if bool(layer.mixer.reach) == is_windowed) for is_windowed in (False, True)
+    )
+    layers = (plain, plain, windowed, plain, windowed, plain)
+    assert [num_unlike(layers[:count]) for count in (1, 2, 3, 6)] == [1, 2, 3, 3]
+    spec = msgspec.structs.replace(spec, layers=layers)
+    decoder = load_decoder(tmp_path, spec, torch.float32, CPU, load_format="dummy")
+    attend, ran = decoder._attend, []
+
+    def count(layer: DecoderLayer, *rest: object) -> object:
+        ran.append(layer)
+        return attend(layer, *rest)  # type: ignore[arg-type]  # what it was given
+
+    monkeypatch.setattr(decoder, "_attend", count)
+    driver = Driver(decoder)
+    with decoder.shortened():
+        driver.step([(driver.request(tokens(5)), 5)])
+    assert ran == list(decoder.decoder_layers[:3])
+    ran.clear()
+    driver.step([(driver.request(tokens(5)), 5)])
+    assert ran == list(decoder.decoder_layers)
 
 
 @pytest.mark.parametrize(
