@@ -83,7 +83,9 @@ class FakeRunner:
         phases: Sequence[Phase],
         read_tokenizer: Callable[[], TokenizerPart],
         ranks: object = None,
+        before_first_launch: Sequence[Background] = (),
     ) -> None:
+        assert len(before_first_launch) == 1, "Triton's kernels are waited for"
         self.phases = tuple(phases)
         self.grammars = FakeGrammars()
         report(Progress("load", 1, 1))
