@@ -31,6 +31,7 @@ class EnginesElsewhere:
         self._states: list[EngineState] = ["serving"] * len(addresses)  # from when the server listens
         self._reasons = [""] * len(addresses)
         self._leaving: set[int] = set()  # engines that are removed when they have drained
+        self._graces_s: dict[int, float] = {}  # that engines which drain were given
         self._new: set[int] = set()  # engines that were added, and have not served yet
         self._tell = tell
         self._say = say
@@ -49,6 +50,8 @@ class EnginesElsewhere:
         if number >= len(self._states) or self._states[number] == "removed":
             return
         match message:
+            case EngineServes() if self._states[number] in ("serving", "draining"):
+                pass  # a frontend that was started again says it of all
             case EngineServes():
                 self._new.discard(number)
                 self._set(number, "serving", f"{self._name(number)} serves")
@@ -66,6 +69,12 @@ class EnginesElsewhere:
                 self._leaving.discard(number)
                 self._set(number, "serving", f"{self._name(number)} does not drain: {message.error}")
                 self._reasons[number] = message.error
+
+    def begin_again(self) -> None:
+        """A frontend listens that was started again: it knows of no drain."""
+        for number, state in enumerate(self._states):
+            if state == "draining":
+                self._tell(DrainEngine(number, self._graces_s[number]))
 
     def fulfil(self, wish: Wish) -> Told:
         """What an operator asks for."""
@@ -131,6 +140,7 @@ class EnginesElsewhere:
             raise ConfigError(f"{self._name(number)} is the only one that serves: let another one serve first")
         name = self._name(number)
         self._set(number, "draining", f"{name} drains; what is open there after {grace_s:g} s goes on elsewhere")
+        self._graces_s[number] = grace_s
         self._tell(DrainEngine(number, grace_s))
 
     def _leave(self, number: int, grace_s: float) -> None:

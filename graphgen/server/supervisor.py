@@ -230,6 +230,8 @@ class Supervisor:
             for engine, drain in self._drains.items():  # it has not been told, or has forgotten
                 drain.left.add(number)
                 frontends[number].channel.send(DrainEngine(engine, max(0.0, drain.by_s - time.monotonic())))
+            if self._elsewhere is not None:
+                self._elsewhere.begin_again()
         elif frontends.have_listened:
             self._tell_ready(engines, frontends)
 

@@ -86,6 +86,18 @@ def test_one_that_serves_something_else_is_not_added_and_one_that_did_serve_is_k
     assert rig.states[1] == "away", "it may come back as it was"
 
 
+def test_a_frontend_that_is_started_again_is_told_what_drains_and_tells_what_serves(rig: Rig) -> None:
+    rig.ask("remove", 1)
+    assert rig.told.pop() == DrainEngine(1, 5.0)
+    rig.engines.begin_again()
+    assert rig.told == [DrainEngine(1, 5.0)]
+    rig.said.clear()
+    for number in (0, 1):
+        rig.engines.take(EngineServes(number))
+    assert rig.states == ("serving", "draining")
+    assert rig.said == []
+
+
 @pytest.mark.parametrize(
     ("action", "engine", "address", "reason"),
     [

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from graphgen.ipc.errors import ConfigError
-from graphgen.ipc.messages import EngineAway, FrontendToSupervisor, Ready
+from graphgen.ipc.messages import EngineAway, EngineServes, FrontendToSupervisor, Ready
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.requests.core import end_token_ids
 from graphgen.requests.tokenizer import Tokenizer
@@ -61,6 +61,12 @@ class Elsewhere:
             raise
         self.launch = msgspec.structs.replace(launch, max_model_len=self._engines.settle())
         """With the context that all engines have."""
+
+    def tell_serving(self) -> None:
+        """Which engines serve, to the supervisor: it may have heard otherwise of an earlier frontend."""
+        for number in self._addresses:
+            if self.links.serves(number):
+                self._tell(EngineServes(number))
 
     def add(self, number: int, address: str) -> None:
         """Another engine, or one that has drained and is to serve again."""

@@ -197,6 +197,8 @@ def make_server(
     )
     links.when_away(partial(_tell_away, inbox, server))
     links.when_ready(partial(_tell_ready, inbox, links, core, server))
+    if elsewhere is not None:
+        elsewhere.tell_serving()
     links.when_noticed(partial(_pass_notice_on, inbox, supervisor, server))
     return server
 
