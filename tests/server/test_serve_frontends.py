@@ -5,12 +5,14 @@ import signal
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from graphgen import Client, GraphgenError, SamplingParams
+from graphgen.server.operator import EngineState, Wish, ask
 from tests.serving import START_TIMEOUT_S, ServerProcess, free_address, serving
 
 FRONTEND = "graphgen.server.frontend"
@@ -28,6 +30,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 def tokens_of(client: Client, prompt: str, sampling: SamplingParams) -> list[int]:
     (output,) = client.generate([prompt], sampling)
     return list(output.token_ids)
+
+
+def wait_until(holds: Callable[[], bool], server: ServerProcess) -> None:
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while not holds():
+        assert time.monotonic() < deadline_s, server.output
+        time.sleep(0.05)
 
 
 class Reader(threading.Thread):
@@ -79,10 +88,7 @@ def test_one_is_killed_while_streams_of_the_other_go_on_and_it_comes_back(server
                 assert reader.token_ids == expected[prompt], "not one is lost, nor comes twice"
             doomed.join(60)
             assert doomed.error is not None
-        deadline_s = time.monotonic() + START_TIMEOUT_S
-        while "the frontend 0 serves again" not in server.said:
-            assert time.monotonic() < deadline_s, server.output
-            time.sleep(0.05)
+        wait_until(lambda: "the frontend 0 serves again" in server.said, server)
         assert survivor in server.pids_of(FRONTEND)
         assert len(server.pids_of(FRONTEND)) == 2
         with Client(server.addresses[0]) as again:
@@ -104,6 +110,38 @@ def test_a_gateway_shows_what_all_frontends_count(server: ServerProcess) -> None
             tokens_of(client, "HAMLET:", SHORT)
     for _ in range(4):  # each connection may reach another gateway, of another frontend
         assert counted() == before + 8
+
+
+def test_engines_die_and_drain_for_all_frontends(tmp_path: Path) -> None:
+    """Each frontend moves its own requests, and an engine ends when neither has any left there."""
+    with serving(tmp_path, "--bind", free_address(4), "--frontends", "2", "--replicas", "2") as server:
+        clients = [Client(address) for address in server.addresses]
+        expected = tokens_of(clients[0], "ROMEO:", LONG)
+        readers = [Reader(client, "ROMEO:") for client in clients for _ in range(3)]
+        for reader in readers:
+            assert reader.has_begun.wait(60)
+        os.kill(server.pids_of("graphgen.scheduler")[0], signal.SIGKILL)
+        for reader in readers:
+            reader.join(60)
+            assert (reader.error, reader.token_ids) == (None, expected)
+        wait_until(lambda: any(line.endswith("serves again") for line in server.said), server)
+        folder = Path(next(line for line in server.said if "graphgen replicas" in line).split()[3].strip("`"))
+        wishes: tuple[tuple[Wish, EngineState], ...] = (
+            (Wish("drain", 1, 5.0), "drained"),
+            (Wish("resume", 1), "serving"),
+        )
+        for wish, state in wishes:
+            assert not ask(folder, wish).error
+            wait_until(partial(is_known_as, folder, state, clients), server)
+            assert [tokens_of(client, "ROMEO:", SHORT) for client in clients] == [expected[:4]] * 2
+        for client in clients:
+            client.close()
+
+
+def is_known_as(folder: Path, state: EngineState, clients: Sequence[Client]) -> bool:
+    """Engine 1, to the operator and to all frontends."""
+    serves = [client.stats().engines[1].serves for client in clients]
+    return ask(folder, Wish("show")).engines[1] == state and serves == [state == "serving"] * len(clients)
 
 
 def test_all_of_them_drain(tmp_path: Path) -> None:
