@@ -3,19 +3,20 @@
     python -m benchmarks.experts --json experts.json
     python -m benchmarks.experts --model benchmarks/shapes/qwen3-30b-a3b --rows 1 16 64 512 2048
     python -m benchmarks.experts --model benchmarks/shapes/qwen3-30b-a3b --rows 1 8 --cut gate_up
+    python -m benchmarks.experts --model benchmarks/shapes/qwen3-30b-a3b --format fp8
 
 Only a model's config is read; weights are random. Rows choose their experts at random, all of them alike. `operator` is
 what a step calls: Triton tiles on CUDA, one expert after the other on the CPU. `grouped_mm` is torch's. `batched`
-multiplies each pair of a row and an expert with a copy of the expert's weights. `few rows` are the fused kernels of a
-step of few decode rows on SM90: router, both products and the norms around them. The floor is the time to read the
-weights of the experts that rows chose, once, at the bandwidth that is measured first. Without --model: two small shapes
-on the CPU, those of Qwen3-30B-A3B, gpt-oss-20b and Mixtral-8x7B on a GPU.
+multiplies each pair of a row and an expert with a copy of the expert's weights; both know no quantised weights.
+`few rows` are the fused kernels of a step of few decode rows on SM90: router, both products and the norms around them.
+The floor is the time to read the weights of the experts that rows chose, once, at the bandwidth that is measured first.
+Without --model: two small shapes on the CPU, those of Qwen3-30B-A3B, gpt-oss-20b and Mixtral-8x7B on a GPU.
 """
 
 import argparse
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +31,10 @@ from graphgen.models.experts.block import MixtureOfExperts
 from graphgen.models.experts.operator import gated, run_experts
 from graphgen.models.families import load_spec
 from graphgen.models.few_rows_layers import MOST_PAIRS
+from graphgen.models.formats.linear import LinearStack
+from graphgen.models.formats.quantise import quantised
 from graphgen.models.norms import RMSNorm
-from graphgen.models.spec import WHOLE, Experts, Norm, Router
+from graphgen.models.spec import WHOLE, Experts, Norm, Quantization, Router, format_at_load
 
 MOST_BATCHED_PAIRS = 256
 """Beyond, copies of weights for each pair would fill the memory."""
@@ -58,8 +61,21 @@ LARGE = (
 class Layer(Struct, frozen=True):
     """Weights of one layer: [E, 2 I, H] and [E, H, I]."""
 
-    gate_up: Tensor
-    down: Tensor
+    gate_up: LinearStack
+    down: LinearStack
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of one expert."""
+        return (self.gate_up.num_bytes + self.down.num_bytes) // self.down.count
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Of a layer that is not quantised."""
+        gate_up, down = self.gate_up.stored, self.down.stored
+        assert isinstance(gate_up, Tensor)
+        assert isinstance(down, Tensor)
+        return gate_up, down
 
 
 Product = Callable[[Layer, Tensor, Tensor], Tensor]
@@ -67,24 +83,24 @@ Product = Callable[[Layer, Tensor, Tensor], Tensor]
 
 
 def by_operator(layer: Layer, x: Tensor, experts: Tensor) -> Tensor:
-    return run_experts(x, experts, layer.gate_up, None, layer.down, None, "silu", None, False)
+    return run_experts(x, experts, layer.gate_up.stored, None, layer.down.stored, None, "silu", None, False)
 
 
 def by_grouped_mm(layer: Layer, x: Tensor, experts: Tensor) -> Tensor:
-    pairs = experts.flatten()
+    pairs, (gate_up, down) = experts.flatten(), layer.matrices
     ordered, order = pairs.sort()
-    numbers = torch.arange(layer.down.shape[0], device=x.device)
+    numbers = torch.arange(layer.down.count, device=x.device)
     ends = torch.searchsorted(ordered, numbers, right=True).int()
-    inner = F.grouped_mm(x[order // experts.shape[1]], layer.gate_up.mT, offs=ends)
-    made = F.grouped_mm(gated(inner, "silu", None, False), layer.down.mT, offs=ends)
+    inner = F.grouped_mm(x[order // experts.shape[1]], gate_up.mT, offs=ends)
+    made = F.grouped_mm(gated(inner, "silu", None, False), down.mT, offs=ends)
     return torch.empty_like(made).index_copy_(0, order, made).view(*experts.shape, -1)
 
 
 def by_batched_mm(layer: Layer, x: Tensor, experts: Tensor) -> Tensor:
-    pairs = experts.flatten()
+    pairs, (gate_up, down) = experts.flatten(), layer.matrices
     own = x.repeat_interleave(experts.shape[1], 0).unsqueeze(-1)
-    inner = gated(torch.bmm(layer.gate_up[pairs], own).squeeze(-1), "silu", None, False)
-    return torch.bmm(layer.down[pairs], inner.unsqueeze(-1)).view(*experts.shape, -1)
+    inner = gated(torch.bmm(gate_up[pairs], own).squeeze(-1), "silu", None, False)
+    return torch.bmm(down[pairs], inner.unsqueeze(-1)).view(*experts.shape, -1)
 
 
 def fused(shape: Shape, layers: list[Layer], blocks: tuple[Any, Any] | None) -> Product:
@@ -93,7 +109,7 @@ def fused(shape: Shape, layers: list[Layer], blocks: tuple[Any, Any] | None) -> 
     from graphgen.models.experts.few_rows import run_experts as run_fused  # imports Triton, which needs a GPU
     from graphgen.models.few_rows import Normed
 
-    dtype, device = layers[0].down.dtype, layers[0].down.device
+    dtype, device = torch.bfloat16, layers[0].down.weight.device
     spec = Experts(
         num_experts=shape.num_experts,
         top_k=shape.top_k,
@@ -109,9 +125,8 @@ def fused(shape: Shape, layers: list[Layer], blocks: tuple[Any, Any] | None) -> 
     for layer in layers:
         with torch.device("meta"):
             block = MixtureOfExperts(spec, shape.hidden, dtype, WHOLE)
-        router = torch.randn(shape.num_experts, shape.hidden, device=device)
-        for name, given in (("gate_up", layer.gate_up), ("down", layer.down), ("router", router)):
-            setattr(block, name, nn.Parameter(given, requires_grad=False))
+        block.router = nn.Parameter(torch.randn(shape.num_experts, shape.hidden, device=device), requires_grad=False)
+        block.gate_up, block.down = layer.gate_up, layer.down
         found[id(layer)] = block
 
     def run(layer: Layer, x: Tensor, experts: Tensor) -> Tensor:
@@ -143,23 +158,39 @@ def shape_of(model: str) -> Shape:
     raise SystemExit(f"{model} has no mixture of experts: choose a model that is one")
 
 
-def make_layers(shape: Shape, device: torch.device, dtype: torch.dtype, rotate_bytes: int) -> list[Layer]:
+def make_layers(
+    shape: Shape, device: torch.device, dtype: torch.dtype, rotate_bytes: int, kind: Quantization | None
+) -> list[Layer]:
     """Layers whose weights are more bytes together than a cache holds, at least two."""
-    each = 3 * shape.num_experts * shape.hidden * shape.size * dtype.itemsize
-    sizes = (shape.num_experts, 2 * shape.size, shape.hidden), (shape.num_experts, shape.hidden, shape.size)
 
-    def random(size: tuple[int, int, int]) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=device).normal_(0.0, 0.02)
+    def random(in_size: int, out_size: int) -> LinearStack:
+        form = None if kind is None else format_at_load(kind, in_size)
+        with device:
+            stack = LinearStack(shape.num_experts, in_size, out_size, dtype, form)
+            for first in range(0, stack.out_features, out_size):
+                drawn = torch.empty((out_size, in_size), dtype=dtype).normal_(0.0, 0.02)
+                if form is None:
+                    stack.weight.data[first : first + out_size] = drawn
+                else:
+                    stack.fill(first, quantised(drawn, form))
+        return stack
 
-    return [Layer(*map(random, sizes)) for _ in range(max(2, math.ceil(rotate_bytes / each)))]
+    def layer() -> Layer:
+        return Layer(random(shape.hidden, 2 * shape.size), random(shape.size, shape.hidden))
+
+    layers = [layer(), layer()]
+    count = math.ceil(rotate_bytes / (shape.num_experts * layers[0].expert_bytes))
+    return [*layers, *(layer() for _ in range(count - 2))]
 
 
 def products(
     shape: Shape, layers: list[Layer], num_rows: int, cut: str | None, names: list[str]
 ) -> Mapping[str, Product]:
     """Those that serve so many rows."""
-    device, num_pairs = layers[0].down.device, num_rows * shape.top_k
+    device, num_pairs = layers[0].down.weight.device, num_rows * shape.top_k
     found = {name: PRODUCTS[name] for name in names if name != "batched" or num_pairs <= MOST_BATCHED_PAIRS}
+    if layers[0].down.format is not None:
+        found = {"operator": by_operator}
     if device.type == "cuda" and can_chain() and num_pairs <= MOST_PAIRS:
         found["few rows"] = fused(shape, layers, None)
         for blocks in () if cut is None else cuts(cut):
@@ -170,6 +201,7 @@ def products(
 def rows_of(
     shape: Shape,
     layers: list[Layer],
+    dtype: torch.dtype,
     sizes: list[int],
     bytes_per_s: float,
     repeats: int,
@@ -177,12 +209,12 @@ def rows_of(
     names: list[str],
 ) -> list[Row]:
     """Every product at every number of rows."""
-    device, dtype = layers[0].down.device, layers[0].down.dtype
+    device = layers[0].down.weight.device
     found: list[Row] = []
     for num_rows in sizes:
         x = torch.randn(num_rows, shape.hidden, device=device, dtype=dtype)
         experts = torch.rand(num_rows, shape.num_experts, device=device).topk(shape.top_k).indices
-        read = 3 * len(experts.unique()) * shape.hidden * shape.size * dtype.itemsize
+        read = len(experts.unique()) * layers[0].expert_bytes
         for name, product in products(shape, layers, num_rows, cut, names).items():
 
             def once_each(product: Product = product, x: Tensor = x, experts: Tensor = experts) -> None:
@@ -207,6 +239,7 @@ def main() -> None:
     parser.add_argument(
         "--products", nargs="+", choices=tuple(PRODUCTS), default=list(PRODUCTS), help="beside few rows"
     )
+    parser.add_argument("--format", choices=get_args(Quantization), help="quantise the weights")
     parser.add_argument("--json", help="write the figures here")
     options = parser.parse_args()
     device = torch.device(find_device() if options.device == "auto" else options.device)
@@ -216,10 +249,11 @@ def main() -> None:
     bytes_per_s = read_bytes_per_s(device, (2048 if on_cuda else 256) << 20)
     rows: list[Row] = []
     for shape in (shape_of(options.model),) if options.model else LARGE if on_cuda else SMALL:
-        layers = make_layers(shape, device, dtype, (options.rotate_mb or (512 if on_cuda else 16)) << 20)
-        rows += rows_of(shape, layers, sizes, bytes_per_s, options.repeats, options.cut, options.products)
+        rotate_bytes = (options.rotate_mb or (512 if on_cuda else 16)) << 20
+        layers = make_layers(shape, device, dtype, rotate_bytes, options.format)
+        rows += rows_of(shape, layers, dtype, sizes, bytes_per_s, options.repeats, options.cut, options.products)
     about = machine(torch.cuda.get_device_name(device) if on_cuda else "cpu") | {
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": options.format or str(dtype).removeprefix("torch."),
         "read TB/s": f"{bytes_per_s / 1e12:.3f}",
     }
     show("Mixture of experts", rows, about)

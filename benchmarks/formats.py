@@ -3,11 +3,11 @@
     python -m benchmarks.formats --model benchmarks/shapes/llama-3.1-8b --json formats.json
     python -m benchmarks.formats --model benchmarks/shapes/llama-3.1-8b --cuts
 
-Up to 64 rows in the fused kernels of few rows, beyond in the products of many; CUDA only. A format with "in e4m3" has
-its input rounded to e4m3. The time of that is a row of its own: the compiled layer makes it part of a norm or an
-activation. Every call of a timed run uses another copy of the weight, so that none is found in a cache. The weights are
-random codes. TB/s counts the weights as they lie in memory, "x bf16" how many times as fast as bfloat16 the layers are
-together.
+Up to 64 rows in the fused kernels of few rows, beyond in the products of many; CUDA only. There fp8 and int4 have an
+input in e4m3, and int4 becomes e4m3 first, which its times contain. The time to round the input is a row of its own:
+the compiled layer makes it part of a norm or an activation. Every call of a timed run uses another copy of the weight,
+so that none is found in a cache. The weights are random codes. TB/s counts the weights as they lie in memory, "x bf16"
+how many times as fast as bfloat16 the layers are together.
 
 --cuts times every way in CUTS to cut a product of the kernels of few rows, and the ways to make bfloat16 of a code;
 the fastest belong into models/few_rows_tiles.py.
@@ -31,6 +31,7 @@ from benchmarks.report import Row, machine, show, write_json
 from benchmarks.timing import median_s
 from graphgen.demo import model_folder
 from graphgen.models.families import load_spec
+from graphgen.models.formats import matrices
 from graphgen.models.formats.layout import CODE_DTYPES, codes_shape, scale_shape
 from graphgen.models.formats.products import Weight, product, quantise_blocks, quantise_rows
 from graphgen.models.norms import RMSNorm
@@ -50,7 +51,6 @@ FORMATS: dict[str, LinearFormat | None] = {
     "int8": LinearFormat(storage="int8"),
     "int4": INT4,
     "int4-zeros": replace(INT4, zeros=True),
-    "int4-in-e4m3": replace(INT4, activation="e4m3"),
 }
 FEW_ROWS = 64
 """Rows up to which the kernels of few rows are used."""
@@ -100,9 +100,12 @@ def layer(shape: Shape, num_rows: int, cut: "tiles.Shape | None" = None) -> Laye
         if isinstance(stored, Tensor):
             return F.linear(x, stored)
         form = stored.format
-        if form == E4M3:
+        if form == E4M3 or form.storage == "int4":
+            codes, scale = stored.codes, stored.scale
+            if form.storage == "int4":
+                codes, scale = matrices.weight_in_e4m3(form, codes, scale, stored.zeros)
             return torch._scaled_mm(
-                of_rows[0], stored.codes.t(), of_rows[1], stored.scale.t(), out_dtype=x.dtype, use_fast_accum=True
+                of_rows[0], codes.t(), of_rows[1], scale.t(), out_dtype=x.dtype, use_fast_accum=True
             )
         if form == BLOCK:
             multiply = torch.ops.graphgen.product_by_blocks.default

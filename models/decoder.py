@@ -22,7 +22,7 @@ from graphgen.models.collectives import Ranks
 from graphgen.models.compilation import Attend, CompiledHalves, FeedForward
 from graphgen.models.families.family import TensorNames
 from graphgen.models.few_rows_layers import most_rows, reads_fitted, serves_model
-from graphgen.models.formats.linear import Linear
+from graphgen.models.formats.linear import Linear, StoredWeight
 from graphgen.models.kv_cache import HeadScales, KVCache
 from graphgen.models.layers import Attention, DecoderLayer
 from graphgen.models.norms import make_norm, norm_targets
@@ -284,7 +284,7 @@ def _most_few_rows(decoder: Decoder, device: torch.device) -> int:
     """Decode rows up to which a step runs in the kernels of few_rows.py; 0 where those do not serve."""
     if device.type != "cuda" or not can_chain() or not serves_model(decoder.spec, decoder.embedding.weight.dtype):
         return 0
-    linears = (module for module in decoder.modules() if isinstance(module, Linear))
+    linears = (module for module in decoder.modules() if isinstance(module, StoredWeight))
     if not reads_fitted(decoder.spec, ((linear.format, linear.in_features) for linear in linears)):
         return 0
     return most_rows(decoder.spec)

@@ -84,7 +84,7 @@ def _cut_gated(weight: Tensor | Weight, num_rows: int, size: int, depth: int, sh
     return Cut(rows, columns, block, block if rows == 16 else 0, 4, stages * 128 // block, None)
 
 
-def _in_input_order(x: Tensor, weight: Tensor | Weight) -> Tensor:
+def in_input_order(x: Tensor, weight: Tensor | Weight) -> Tensor:
     """The columns of x as the weight's are."""
     if isinstance(weight, Tensor) or weight.permutation is None:
         return x
@@ -123,7 +123,7 @@ def normed_linear(
         return out
     cut = _cut(weight, num_rows, size, depth, shape)
     normed_linear_kernel[(size // cut.columns,)](
-        _in_input_order(x.scaled, weight),
+        in_input_order(x.scaled, weight),
         x.squares,
         *stored,
         bias,
@@ -167,7 +167,7 @@ def adding_linear(
     cut = _cut(weight, num_rows, size, depth, shape)
     sums, normed = open_normed(residual, num_rows, size, cut.columns)
     adding_linear_kernel[(size // cut.columns,)](
-        _in_input_order(x, weight),
+        in_input_order(x, weight),
         *stored,
         bias,
         residual,
@@ -211,7 +211,7 @@ def gated_linear(
         return out
     cut = _cut_gated(weight, num_rows, size, depth, shape)
     gated_kernel[(size // cut.columns,)](
-        _in_input_order(x.scaled, weight),
+        in_input_order(x.scaled, weight),
         x.squares,
         *stored,
         bias,

@@ -19,7 +19,8 @@ MOST_ROWS = 64
 """With more rows a product is no longer a matter of reading weights, and cuBLAS is faster."""
 MOST_ROWS_OF_E4M3 = 16
 """The same where the compiled layers multiply in e4m3. Of Llama-3.1-8B on an H200 a step of 24 rows took 7.4 ms in the
-kernels, and one of 32 rows 5.0 ms in the compiled layers."""
+kernels, and one of 32 rows 5.0 ms in the compiled layers. In int4 a layer's products of 32 rows took 228 us in the
+kernels, and 128 in bfloat16; cuBLAS takes 101 in e4m3 for 128 rows, beside which the weight has to become e4m3."""
 MOST_ROWS_OF_EXPERTS = 4
 """A step of Qwen3-30B-A3B on an H200: 1, 2, 4 and 8 rows take 3.2, 3.6, 4.6 and 6.2 ms here, compiled 1 row takes 4.1
 and 16 rows 5.4."""
@@ -59,6 +60,7 @@ _ABOVE_O = {GQA: (*_HEADS, *_SCORES, "clip", "qkv_format"), Latent: (*_LATENTS, 
 """Fields of the mixers behind which the kernels compute: these change nothing behind what the heads gathered, but for
 the width of it and the output's bias."""
 _OF_EXPERTS = ("num_experts", "top_k", "size", "activation", "bias", "limit", "up_plus_one", "shared", "shared_gate")
+_FORMATS = ("gate_up_format", "down_format")
 _ROUTER = ("score", "bias", "correction", "num_groups", "kept_groups", "group_score", "renormalise", "scale")
 
 
@@ -78,7 +80,7 @@ def serves_model(spec: ModelSpec, dtype: torch.dtype) -> bool:
 def most_rows(spec: ModelSpec) -> int:
     """Decode rows up to which a model that is served runs in the kernels."""
     all_experts = [layer.feed_forward for layer in spec.layers if isinstance(layer.feed_forward, Experts)]
-    in_e4m3 = any(form.activation == "e4m3" for form in spec.formats)
+    in_e4m3 = any(form.rounds_input for form in spec.formats)
     return min([MOST_ROWS_OF_E4M3 if in_e4m3 else MOST_ROWS, *(_most_rows(experts) for experts in all_experts)])
 
 
@@ -112,7 +114,7 @@ def serves_feed_forward(layer: Layer, hidden_size: int) -> bool:
         and reads(mixer.o_format, gathered)
         and _is_plain_around(layer)
         and (
-            _serves_experts(feed_forward)
+            _serves_experts(feed_forward, hidden_size)
             if isinstance(feed_forward, Experts)
             else _serves_dense(feed_forward)
             and reads(feed_forward.gate_up_format, hidden_size)
@@ -144,22 +146,26 @@ def reads(form: LinearFormat | None, num_columns: int) -> bool:
 def _serves_dense(dense: Dense) -> bool:
     return (
         type(dense) is Dense
-        and _has_only(dense, ("size", "activation", "bias", "gate_up_format", "down_format"))
+        and _has_only(dense, ("size", "activation", "bias", *_FORMATS))
         and dense.activation in ACTIVATIONS
         and dense.size % LEAST_DEPTH == 0
     )
 
 
-def _serves_experts(experts: Experts) -> bool:
+def _serves_experts(experts: Experts, hidden_size: int) -> bool:
     router, shared = experts.router, experts.shared
+    read = [(experts.gate_up_format, hidden_size), (experts.down_format, experts.size)]
+    if shared is not None:
+        read += [(shared.gate_up_format, hidden_size), (shared.down_format, shared.size)]
     return (
         type(experts) is Experts
-        and _has_only(experts, ("router", *_OF_EXPERTS))
+        and _has_only(experts, ("router", *_OF_EXPERTS, *_FORMATS))
         and type(router) is Router
         and _has_only(router, _ROUTER)
         and router.score in ("softmax", "sigmoid")
         and router.kept_groups >= router.num_groups  # then groups decide nothing
-        and (shared is None or (_serves_dense(shared) and shared.gate_up_format is None and shared.down_format is None))
+        and (shared is None or _serves_dense(shared))
+        and all(reads(form, num_columns) for form, num_columns in read)
         and experts.size % LEAST_DEPTH == 0
         and experts.num_experts <= MOST_EXPERTS
         and experts.top_k <= MOST_PAIRS

@@ -1,4 +1,5 @@
-"""How the kernels of few_rows.py read a weight that lies in fewer bits than bfloat16. Device code, CUDA only.
+"""How kernels read a weight that lies in fewer bits than bfloat16: those of few_rows.py here, and with what bytes
+become, those of experts/. Device code, CUDA only.
 
 A tile of the weight is read as bytes, made bfloat16 in registers, exactly, and multiplied there. Its scale comes after
 the product, since one factor for 128 products costs less than one for each weight: once, at the end, where a row has
@@ -116,24 +117,24 @@ def _by_code(raw: "tl.tensor", CODE: tl.constexpr) -> "tl.tensor":
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _of_bytes(raw: "tl.tensor", DTYPE: tl.constexpr, HOW: tl.constexpr) -> "tl.tensor":
+def of_bytes(raw: "tl.tensor", DTYPE: tl.constexpr, HOW: tl.constexpr) -> "tl.tensor":
     """A tile of e4m3 or int8 in the dtype of what it is multiplied with, without its scale."""
     if HOW.storage == INT8:
         tile = raw.to(DTYPE)
     elif HOW.conversion:
-        tile = _by_code(raw, _E4M3_BY_SHIFT if HOW.conversion == 1 else _E4M3_BY_FLOATS)
+        tile = _by_code(raw, _E4M3_BY_SHIFT if HOW.conversion == 1 else _E4M3_BY_FLOATS).to(DTYPE)
     else:
         tile = raw.to(tl.float8e4nv, bitcast=True).to(DTYPE)
     return tile
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _of_nibbles(
+def of_nibbles(
     raw: "tl.tensor", zero: "tl.tensor", HIGH: tl.constexpr, DTYPE: tl.constexpr, HOW: tl.constexpr
 ) -> "tl.tensor":
     """The same of one half of the bytes of int4, less its zero. Whole numbers, hence exact."""
     if HOW.conversion:
-        tile = _by_code(raw, _HIGH_OF_INT4 if HIGH else _LOW_OF_INT4) - (zero + 128.0).to(tl.bfloat16)
+        tile = (_by_code(raw, _HIGH_OF_INT4 if HIGH else _LOW_OF_INT4) - (zero + 128.0).to(tl.bfloat16)).to(DTYPE)
     else:
         tile = ((raw >> 4) if HIGH else (raw & 15)).to(DTYPE) - zero.to(DTYPE)
     return tile
@@ -230,13 +231,13 @@ def _add_tile(
     """Adds the product of a raw tile whose first column is `start`."""
     if HOW.storage != INT4:
         if HOW.group:
-            part = _dot(left, _of_bytes(raw, left.dtype, HOW), tl.zeros_like(result), HOW)
+            part = _dot(left, of_bytes(raw, left.dtype, HOW), tl.zeros_like(result), HOW)
             result += part * _beside(scale, HOW)
         else:
-            result = _dot(left, _of_bytes(raw, left.dtype, HOW), result, HOW)
+            result = _dot(left, of_bytes(raw, left.dtype, HOW), result, HOW)
     else:
-        low = _of_nibbles(raw, _zero(zeros, start, HOW), False, left.dtype, HOW)
-        high = _of_nibbles(raw, _zero(zeros, start + INT4_HALF, HOW), True, left.dtype, HOW)
+        low = of_nibbles(raw, _zero(zeros, start, HOW), False, left.dtype, HOW)
+        high = of_nibbles(raw, _zero(zeros, start + INT4_HALF, HOW), True, left.dtype, HOW)
         if HOW.group:
             part = _dot(left, low, tl.zeros_like(result), HOW)
             if HOW.group < INT4_BLOCK:

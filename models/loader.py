@@ -19,15 +19,14 @@ from graphgen.models.decoder import Decoder
 from graphgen.models.families import FAMILIES
 from graphgen.models.families.family import Family
 from graphgen.models.formats.layout import Quantised
-from graphgen.models.formats.linear import Linear
+from graphgen.models.formats.linear import Linear, StoredWeight
 from graphgen.models.formats.quantise import quantised
 from graphgen.models.kv_scales import KVScales
 from graphgen.models.norms import LayerNorm, RMSNorm
 from graphgen.models.spec import ModelSpec
-from graphgen.models.targets import FormatTarget, Stored, Target
+from graphgen.models.targets import AnyTarget, Stored
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
-AnyTarget = Target | FormatTarget
 ProgressCallback = Callable[[int, int], None]
 """(bytes in place, bytes of all weights)."""
 
@@ -175,7 +174,7 @@ def _fill_randomly(decoder: Decoder, spec: ModelSpec, seed: int, report: Progres
     done = 0
     report(done, total)
     for module in modules:
-        if isinstance(module, Linear) and module.format is not None:
+        if isinstance(module, StoredWeight) and module.format is not None:
             _fill_format(module, spec.initializer_std, generator)
         else:
             _fill_plain(module, spec.initializer_std, generator)
@@ -192,7 +191,7 @@ def _fill_plain(module: nn.Module, std: float, generator: torch.Generator) -> No
             weight.fill_(1.0 if name == "weight" else 0.0)
 
 
-def _fill_format(linear: Linear, std: float, generator: torch.Generator) -> None:
+def _fill_format(linear: StoredWeight, std: float, generator: torch.Generator) -> None:
     """The weight is drawn and quantised some rows at a time."""
     assert linear.format is not None, "the other kind of layer"
     step = max(1, _DRAWN_ELEMENTS // (linear.in_features * linear.format.rows)) * linear.format.rows
@@ -200,5 +199,5 @@ def _fill_format(linear: Linear, std: float, generator: torch.Generator) -> None
         size = min(step, linear.out_features - first), linear.in_features
         drawn = torch.empty(size, dtype=torch.float32, device=linear.weight.device)
         linear.fill(first, quantised(drawn.normal_(0.0, std, generator=generator), linear.format))
-    if linear.bias is not None:
+    if isinstance(linear, Linear) and linear.bias is not None:
         linear.bias.zero_()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from graphgen.models.formats.arranging import arranged_quantised
 from graphgen.models.formats.layout import Quantised, dequantised
-from graphgen.models.formats.linear import Linear
+from graphgen.models.formats.linear import Linear, LinearStack, StoredWeight
 from graphgen.models.formats.quantise import quantised
 from graphgen.models.orders import EMPTY, Order, is_identity, taken
 from graphgen.models.spec import GQA, RopeSpec
@@ -57,7 +57,7 @@ class FormatTarget(NamedTuple):
     """The same of a weight that has a format in memory: a stored tensor is quantised some rows at a time, a stored
     quantised weight is arranged."""
 
-    linear: Linear
+    linear: StoredWeight
     format: LinearFormat
     first_row: int  # of the layer's
     shape: tuple[int, ...]  # of a tensor as it is stored
@@ -97,10 +97,39 @@ class FormatTarget(NamedTuple):
         )
 
 
+class StackTarget(NamedTuple):
+    """Of a stored tensor [E, ...]: what each of its parts fills."""
+
+    parts: tuple[Target | FormatTarget, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.parts), *self.parts[0].shape)
+
+    def fill(self, stored: Stored) -> None:
+        for part, own in zip(self.parts, self._apart(stored), strict=True):
+            part.fill(own)
+
+    def holds(self, stored: Stored) -> bool:
+        """See Target."""
+        return all(part.holds(own) for part, own in zip(self.parts, self._apart(stored), strict=True))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.num_bytes for part in self.parts)
+
+    @staticmethod
+    def _apart(stored: Stored) -> Sequence[Tensor]:
+        assert isinstance(stored, Tensor), "a quantised weight has two dimensions"
+        return stored.unbind()
+
+
 _SLAB_ELEMENTS = 2**23
 """Quantised at a time, of which there are several copies in float32 meanwhile."""
 
-Targets = Iterator[tuple[str, Target | FormatTarget]]
+AnyTarget = Target | FormatTarget | StackTarget
+
+Targets = Iterator[tuple[str, AnyTarget]]
 """(name in the checkpoint, target)"""
 
 
@@ -165,29 +194,42 @@ def linear_targets(
 
 
 def stacked_targets(
-    weight: Tensor,
+    stack: LinearStack,
     pieces: Sequence[Piece],
     columns: tuple[int, Order] | None = None,
     transposed: bool = False,
 ) -> Targets:
-    """Matrices [E, rows, columns] or biases [E, rows] of experts. A piece whose name has `{expert}` is a stored tensor
-    of each, another one is stored stacked like the weight. columns, transposed: see linear_targets."""
-    num_experts, is_matrix = weight.shape[0], weight.ndim == 3
-    num_columns, column_order = columns or (weight.shape[-1], np.arange(weight.shape[-1]))
+    """Matrices of experts. A piece whose name has `{expert}` is a stored tensor of each, another one is stored stacked,
+    [E, rows, columns]. columns, transposed: see linear_targets."""
+    num_columns, column_order = columns or (stack.in_features, np.arange(stack.in_features))
     for name, first, num_stored, order in pieces:
+        shape = (num_columns, num_stored) if transposed else (num_stored, num_columns)
+        own: list[Target | FormatTarget] = []
+        for expert in range(stack.count):
+            row = expert * stack.each_rows + first
+            if stack.format is None:
+                arrange = arranged(order, num_stored, column_order, num_columns, transposed)
+                own.append(Target(stack.weight.data[row : row + len(order)], shape, arrange))
+            else:
+                own.append(FormatTarget(stack, stack.format, row, shape, order, column_order, transposed))
+        yield from _of_experts(name, own)
+
+
+def stacked_bias_targets(bias: Tensor, pieces: Sequence[Piece]) -> Targets:
+    """The same of biases, [E, rows]."""
+    for name, first, num_stored, order in pieces:
+        arrange = arranged(order, num_stored)
         rows = slice(first, first + len(order))
-        matrix = (num_columns, num_stored) if transposed else (num_stored, num_columns)
-        shape: tuple[int, ...] = matrix if is_matrix else (num_stored,)
-        arrange = arranged(order, num_stored, column_order if is_matrix else None, num_columns, transposed)
-        if "{expert}" in name:
-            for expert in range(num_experts):
-                yield name.format(expert=expert), Target(weight[expert, rows], shape, arrange)
-        else:
-            yield name, Target(weight[:, rows], (num_experts, *shape), _for_each(arrange))
+        yield from _of_experts(name, [Target(own[rows], (num_stored,), arrange) for own in bias])
 
 
-def _for_each(arrange: Arrange | None) -> Arrange | None:
-    return None if arrange is None else lambda stored: torch.stack([arrange(part) for part in stored])
+def _of_experts(name: str, own: "Sequence[Target | FormatTarget]") -> Targets:
+    """own: of each expert."""
+    if "{expert}" not in name:
+        yield name, StackTarget(tuple(own))
+        return
+    for expert, target in enumerate(own):
+        yield name.format(expert=expert), target
 
 
 def in_turn(*steps: Arrange | None) -> Arrange | None:

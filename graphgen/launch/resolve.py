@@ -13,7 +13,16 @@ from graphgen.ipc.ggp.messages import SamplingDefaults
 from graphgen.launch.config import EngineConfig
 from graphgen.launch.devices import find_device
 from graphgen.launch.launch_config import LaunchConfig
-from graphgen.models.spec import Latent, LinearFormat, ModelSpec, format_at_load, kv_format
+from graphgen.models.spec import (
+    EXPERTS,
+    LEAST_TILE,
+    Latent,
+    LinearFormat,
+    LinearPlace,
+    ModelSpec,
+    format_at_load,
+    kv_format,
+)
 
 
 def resolve(
@@ -83,8 +92,7 @@ def _with_quantization(config: EngineConfig, spec: ModelSpec, on_cuda: bool) -> 
     """The model with the formats that its linear layers have on the device."""
     kind = config.quantization
     if kind is None:
-        # The CPU has no product of e4m3, and making such a weight a matrix takes longer than the product itself.
-        return spec if on_cuda else spec.with_formats(lambda _, place: _on_cpu(place.format))
+        return spec.with_formats(lambda _, place: _on_cuda(place) if on_cuda else _on_cpu(place.format))
     if spec.formats:
         given = ", ".join(form.name for form in spec.formats)
         raise ConfigError(
@@ -93,10 +101,20 @@ def _with_quantization(config: EngineConfig, spec: ModelSpec, on_cuda: bool) -> 
         )
     if kind == "fp8" and not on_cuda:
         raise ConfigError("quantization is 'fp8', which the CPU cannot multiply: use int8, which is nearer, or int4")
-    return spec.with_formats(lambda _, place: format_at_load(kind, place.num_columns))
+    spec = spec.with_formats(lambda _, place: format_at_load(kind, place.num_columns))
+    return spec.with_formats(lambda _, place: _on_cuda(place)) if on_cuda else spec
+
+
+def _on_cuda(place: LinearPlace) -> LinearFormat | None:
+    """The tiles of experts cannot read every format, and a step has no room for matrices of all experts."""
+    form = place.format
+    if form is None or not place.name.startswith(EXPERTS):
+        return form
+    return form if form.tile_bytes(place.num_columns, LEAST_TILE) == LEAST_TILE else None
 
 
 def _on_cpu(form: LinearFormat | None) -> LinearFormat | None:
+    # The CPU has no product of e4m3, and making such a weight a matrix takes longer than the product itself.
     return None if form is not None and form.storage == "e4m3" else form
 
 

@@ -18,9 +18,11 @@ from graphgen.models.experts.operator import run_experts
 from graphgen.models.experts.routing import route
 from graphgen.models.families.family import TensorNames
 from graphgen.models.feed_forward import MLP
-from graphgen.models.formats.linear import Linear
-from graphgen.models.spec import Experts, Shard
-from graphgen.models.targets import Target, Targets, linear_targets, pieces_of, stacked_targets
+from graphgen.models.formats.fitting import fitted
+from graphgen.models.formats.linear import Linear, LinearStack
+from graphgen.models.orders import Order
+from graphgen.models.spec import Experts, LinearFormat, Shard
+from graphgen.models.targets import Target, Targets, linear_targets, pieces_of, stacked_bias_targets, stacked_targets
 
 
 class MixtureOfExperts(nn.Module):
@@ -37,9 +39,9 @@ class MixtureOfExperts(nn.Module):
         self.router = _empty((count, hidden_size), torch.float32)
         self.router_bias = _empty((count,), torch.float32) if router.bias else None
         self.correction = _empty((count,), torch.float32) if router.correction else None
-        self.gate_up = _empty((count, 2 * size, hidden_size), dtype)
+        self.gate_up = LinearStack(count, hidden_size, 2 * size, dtype, self._gate_up_format)
         self.gate_up_bias = _empty((count, 2 * size), dtype) if spec.bias else None
-        self.down = _empty((count, hidden_size, size), dtype)
+        self.down = LinearStack(count, size, hidden_size, dtype, self._down_format(hidden_size))
         self.down_bias = _empty((count, hidden_size), dtype) if spec.bias and shard.rank == 0 else None
         self.shared = None if spec.shared is None else MLP(spec.shared, hidden_size, dtype, shard)
         self.shared_gate = Linear(hidden_size, 1, False, dtype) if spec.shared_gate else None
@@ -52,7 +54,7 @@ class MixtureOfExperts(nn.Module):
         if live is not None:
             experts = torch.where(live.unsqueeze(-1), experts, spec.num_experts)
         own = (x.unsqueeze(1) * weights.to(x.dtype).unsqueeze(-1)).flatten(0, 1) if spec.input_scaled else x
-        matrices = self.gate_up, self.gate_up_bias, self.down, self.down_bias
+        matrices = self.gate_up.stored, self.gate_up_bias, self.down.stored, self.down_bias
         made = run_experts(own, experts, *matrices, spec.activation, spec.limit, spec.up_plus_one).float()
         if not spec.input_scaled:
             made = made * weights.unsqueeze(-1)
@@ -81,18 +83,33 @@ class MixtureOfExperts(nn.Module):
 
     def _expert_weights(self, prefix: str, names: TensorNames) -> Targets:
         spec, own, part = self.spec, names.experts, np.array(self.part)
-        size, hidden_size = spec.size, self.down.shape[1]
-        rows = np.concatenate((2 * part, 2 * part + 1) if own.alternating else (part, size + part))
+        size, hidden_size = spec.size, self.down.each_rows
+        rows = self._rows(own.alternating)
         parts, held = [size, size], [len(part), len(part)]
         both = pieces_of([prefix + name for name in own.gate_up], rows, parts, held)
-        yield from stacked_targets(self.gate_up.data, both, None, own.transposed)
+        yield from stacked_targets(self.gate_up, both, None, own.transposed)
         whole = pieces_of([prefix + own.down], np.arange(hidden_size), [hidden_size], [hidden_size])
-        yield from stacked_targets(self.down.data, whole, (size, part), own.transposed)
+        yield from stacked_targets(self.down, whole, (size, part), own.transposed)
         if self.gate_up_bias is not None:
             biases = pieces_of([prefix + own.gate_up_bias], rows, parts, held)
-            yield from stacked_targets(self.gate_up_bias.data, biases)
+            yield from stacked_bias_targets(self.gate_up_bias.data, biases)
             bias = Target(None if self.down_bias is None else self.down_bias.data, (spec.num_experts, hidden_size))
             yield prefix + own.down_bias, bias
+
+    def _rows(self, alternating: bool) -> Order:
+        """Of gate and up of an expert, this rank's, counted through both. alternating: as they are stored."""
+        part = np.array(self.part)
+        return np.concatenate((2 * part, 2 * part + 1) if alternating else (part, self.spec.size + part))
+
+    @property
+    def _gate_up_format(self) -> LinearFormat | None:
+        # What holds for two experts, one below the other, holds for all. Alternating rows are not stored quantised.
+        rows, size = self._rows(alternating=False), self.spec.size
+        return fitted(self.spec.gate_up_format, np.concatenate((rows, rows + 2 * size)), [size] * 4)
+
+    def _down_format(self, hidden_size: int) -> LinearFormat | None:
+        both = np.arange(2 * hidden_size)
+        return fitted(self.spec.down_format, both, [hidden_size] * 2, np.array(self.part), self.spec.size)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:

@@ -18,8 +18,12 @@ from torch import Tensor
 from graphgen.models.chaining import launch_options
 from graphgen.models.experts.block import MixtureOfExperts
 from graphgen.models.experts.few_rows_kernels import down_kernel, gate_up_kernel, router_kernel
+from graphgen.models.experts.few_rows_stored import reading_of
 from graphgen.models.experts.tiles import ACTIVATIONS
-from graphgen.models.few_rows import Normed, depth_block, gated_linear, open_normed
+from graphgen.models.few_rows import Normed, depth_block, gated_linear, in_input_order, open_normed
+from graphgen.models.few_rows_tiles import tensors_of
+from graphgen.models.few_rows_weights import Reading
+from graphgen.models.formats.products import Weight
 from graphgen.models.norms import RMSNorm
 
 
@@ -44,6 +48,9 @@ _MOST_PARTS = 12
 GATE_UP = Blocks(columns=8, depth=256, warps=2, parts=4)
 DOWN = Blocks(columns=16, depth=256, warps=4, parts=7)
 """Columns: 128 programs where the residual stream is 2048 wide, so that each multiprocessor has one."""
+STORED_GATE_UP = Blocks(columns=16, depth=128, warps=4, parts=2)
+STORED_DOWN = Blocks(columns=16, depth=128, warps=4, parts=6)
+"""Of quantised weights: each warp reads `depth` columns at a time, of its own part of them."""
 
 
 class Routed(NamedTuple):
@@ -70,18 +77,21 @@ def run_experts(
     """(residual + the mixture's update of RMSNorm, [T, hidden], and its norm begun). residual: [T, hidden]. x, eps: its
     norm. norm: the next one. live: [T] bool, which rows hold a token; None: all. blocks: of gate-up and down; None: the
     best that are known."""
-    of_gate_up, of_down = blocks or (GATE_UP, DOWN)
+    of_gate_up, of_down = blocks or (
+        GATE_UP if block.gate_up.format is None else STORED_GATE_UP,
+        DOWN if block.down.format is None else STORED_DOWN,
+    )
     spec, shared = block.spec, block.shared
     num_rows, num_pairs = len(residual), len(residual) * spec.top_k
     logits = _score(block, x, eps, chained)
     new = residual.new_empty
     routed = Routed(logits, new((num_rows, spec.top_k), dtype=torch.int32), new(num_pairs, dtype=torch.float32))
-    inner = new((num_pairs, block.down.shape[2]))
+    inner = new((num_pairs, block.down.in_features))
     _gate_up(block, x, eps, live, routed, inner, of_gate_up, chained)
     shared_inner = None
     if shared is not None:
         gate_up = shared.gate_up
-        shared_inner = gated_linear(x, eps, gate_up.weight, gate_up.bias, shared.activation, chained)
+        shared_inner = gated_linear(x, eps, gate_up.stored, gate_up.bias, shared.activation, chained)
     return _down(block, routed, inner, shared_inner, residual, norm, of_down, chained)
 
 
@@ -125,14 +135,15 @@ def _gate_up(
     spec, router = block.spec, block.spec.router
     hidden_size, num_parts = x.scaled.shape[1], x.squares.shape[1]
     num_pairs, size = inner.shape
-    depth = depth_block(hidden_size, blocks.depth)
+    weight, depth = block.gate_up.stored, depth_block(hidden_size, blocks.depth)
+    reading = _reading(weight, hidden_size, blocks)
     gate_up_kernel[(num_pairs, size // blocks.columns)](
         x.scaled,
         x.squares,
         routed.logits,
         block.correction,
         live,
-        block.gate_up,
+        *tensors_of(weight),
         block.gate_up_bias,
         inner,
         routed.experts,
@@ -156,6 +167,7 @@ def _gate_up(
         blocks.parts_of(depth) + 1,
         triton.next_power_of_2(num_parts),
         chained,
+        reading,
         num_warps=blocks.warps,
         **launch_options(chained),
     )
@@ -175,6 +187,7 @@ def _down(
     spec, shared = block.spec, block.shared
     num_rows, hidden_size = residual.shape
     size = inner.shape[1]
+    weight = block.down.stored
     shared_size = 0 if shared_inner is None else shared_inner.shape[1]
     depth, shared_depth = depth_block(size, blocks.depth), depth_block(shared_size, blocks.depth)
     sums, normed = open_normed(residual, num_rows, hidden_size, blocks.columns)
@@ -182,10 +195,10 @@ def _down(
         inner,
         routed.experts,
         routed.weights,
-        block.down,
+        *tensors_of(weight),
         block.down_bias,
-        shared_inner,
-        None if shared is None else shared.down.weight,
+        None if shared is None or shared_inner is None else in_input_order(shared_inner, shared.down.stored),
+        *((None, None, None) if shared is None else tensors_of(shared.down.stored)),
         None if shared is None else shared.down.bias,
         None if block.shared_gate is None else routed.logits[:, spec.num_experts :],
         residual,
@@ -205,7 +218,14 @@ def _down(
         blocks.parts_of(depth) + 1,
         blocks.parts_of(shared_depth) + 1,
         chained,
+        _reading(weight, size, blocks),
+        None if shared is None else _reading(shared.down.stored, shared_size, blocks),
         num_warps=blocks.warps,
         **launch_options(chained),
     )
     return sums, normed
+
+
+def _reading(weight: Tensor | Weight, num_columns: int, blocks: Blocks) -> Reading | None:
+    """None: the weight is not quantised."""
+    return reading_of(weight.format, num_columns, blocks.depth, blocks.warps) if isinstance(weight, Weight) else None

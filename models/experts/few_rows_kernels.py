@@ -5,7 +5,9 @@
     down_kernel      a program makes BN columns of a row's update, of all its experts one behind the other
 
 A product of one row is no matter of tensor cores: its sums would wait for one another there. Each thread adds up what
-it reads in float32, elements of several columns and of a part of the depth, and the threads meet at the end.
+it reads in float32, elements of several columns and of a part of the depth, and the threads meet at the end. Quantised
+weights are read otherwise: few_rows_stored.py. HOW: how; None for one that is not quantised, whose scales and zeros are
+None.
 
 A CHAINED kernel was launched while the one ahead still ran: until `gdc_wait` it touches nothing that a step writes, and
 every program waits, since only then what is two kernels ahead is done when this one is.
@@ -15,6 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from graphgen.models.experts.few_rows_stored import added, row_product
 from graphgen.models.experts.tiles import activated
 from graphgen.models.few_rows_kernels import add_row
 
@@ -127,6 +130,32 @@ def _share(
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _gate_and_up(
+    x_row: "tl.tensor",
+    weight: "tl.tensor",
+    expert: "tl.tensor",
+    columns: "tl.tensor",
+    F: tl.constexpr,
+    K: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> "tuple[tl.tensor, tl.tensor]":
+    """[BN, BK] float32 each, to be added up: a row of the input times rows `columns` of an expert's gate, and of its
+    up."""
+    depth = tl.arange(0, BK)
+    gate_rows = weight + (expert.to(tl.int64) * 2 * F + columns)[:, None] * K
+    up_rows = gate_rows + tl.full([1], F, tl.int64) * K
+    gates = tl.zeros((BN, BK), tl.float32)
+    ups = tl.zeros((BN, BK), tl.float32)
+    for k in tl.range(0, K, BK, num_stages=STAGES):
+        own = tl.load(x_row + k + depth).to(tl.float32)[None, :]
+        gates += own * tl.load(gate_rows + k + depth[None, :]).to(tl.float32)
+        ups += own * tl.load(up_rows + k + depth[None, :]).to(tl.float32)
+    return gates, ups
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
 def gate_up_kernel(
     x: "tl.tensor",
     squares: "tl.tensor",
@@ -134,6 +163,8 @@ def gate_up_kernel(
     correction: "tl.tensor | None",
     live: "tl.tensor | None",
     weight: "tl.tensor",
+    stored_scales: "tl.tensor | None",
+    stored_zeros: "tl.tensor | None",
     bias: "tl.tensor | None",
     inner: "tl.tensor",
     experts: "tl.tensor",
@@ -157,6 +188,7 @@ def gate_up_kernel(
     STAGES: tl.constexpr,
     PARTS: tl.constexpr,
     CHAINED: tl.constexpr,
+    HOW: tl.constexpr,
 ) -> None:
     """inner[pair] = weight of the pair * activation(gate) * up, of x / rms and the pair's expert, whose F rows of gate
     lie before those of up. experts, weights: [pairs] of each, for the next kernel; E for a row without a token, whose
@@ -164,7 +196,6 @@ def gate_up_kernel(
     pair = tl.program_id(0)
     row = pair // TOP_K
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
-    depth = tl.arange(0, BK)
     if CHAINED:
         gdc_wait()
     logits += row * logits_stride
@@ -178,22 +209,27 @@ def gate_up_kernel(
         parts = tl.arange(0, PARTS)
         square = tl.load(squares + row * num_parts + parts, parts < num_parts, other=0.0)
         x_row = x + row.to(tl.int64) * K
-        gate_rows = weight + (expert.to(tl.int64) * 2 * F + columns)[:, None] * K
-        up_rows = gate_rows + tl.full([1], F, tl.int64) * K
-        gates = tl.zeros((BN, BK), tl.float32)
-        ups = tl.zeros((BN, BK), tl.float32)
-        for k in tl.range(0, K, BK, num_stages=STAGES):
-            own = tl.load(x_row + k + depth).to(tl.float32)[None, :]
-            gates += own * tl.load(gate_rows + k + depth[None, :]).to(tl.float32)
-            ups += own * tl.load(up_rows + k + depth[None, :]).to(tl.float32)
+        if HOW is None:
+            gates, ups = _gate_and_up(x_row, weight, expert, columns, F, K, BN, BK, STAGES)
+        else:  # rows of gate and up in turn: then those of a column end in the same thread
+            in_turn = tl.arange(0, 2 * BN)
+            both = tl.program_id(1) * BN + in_turn // 2 + in_turn % 2 * F
+            only = tl.zeros((1,), tl.int32) + expert
+            products = row_product(
+                x_row, weight, stored_scales, stored_zeros, only, both, 2 * F, E, K, 1, 1, 2 * BN, STAGES, HOW
+            )
         if CHAINED:
             gdc_launch_dependents()
         share = _share(own_logits, chosen, expert, scale, E, EXPERTS, SOFTMAX, RENORMALISE)
         if tl.program_id(1) == 0:
             tl.store(weights + pair, share)
         over_rms = tl.rsqrt(tl.sum(square, 0) / K + eps)
-        gate = tl.sum(gates, 1) * over_rms
-        up = tl.sum(ups, 1) * over_rms
+        if HOW is None:
+            gate, up = tl.sum(gates, 1), tl.sum(ups, 1)
+        else:
+            gate, up = tl.split(added(products).reshape(BN, 2))
+        gate *= over_rms
+        up *= over_rms
         if bias is not None:
             biases = bias + expert.to(tl.int64) * 2 * F + columns
             gate += tl.load(biases).to(tl.float32)
@@ -206,14 +242,46 @@ def gate_up_kernel(
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _downs(
+    x_row: "tl.tensor",
+    weight: "tl.tensor",
+    chosen: "tl.tensor",
+    columns: "tl.tensor",
+    N: int,
+    F: tl.constexpr,
+    E: tl.constexpr,
+    COUNT: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> "tl.tensor":
+    """[BN, BK] float32, to be added up: see few_rows_stored.row_product, of a weight that is not quantised."""
+    depth = tl.arange(0, BK)
+    of_row = tl.arange(0, PAIRS)
+    num_columns = tl.where(tl.max(chosen, 0) < E, COUNT * F, 0)
+    sums = tl.zeros((BN, BK), tl.float32)
+    for begin in tl.range(0, num_columns, BK, num_stages=STAGES):
+        expert = tl.sum(tl.where(of_row == begin // F, chosen, 0), 0).to(tl.int64)  # reads nothing, or it would wait
+        weight_rows = weight + (expert * N + columns)[:, None] * F + tl.multiple_of(begin % F, BK)
+        own = tl.load(x_row + begin + depth).to(tl.float32)[None, :]
+        sums += own * tl.load(weight_rows + depth[None, :]).to(tl.float32)
+    return sums
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
 def down_kernel(
     inner: "tl.tensor",
     experts: "tl.tensor",
     weights: "tl.tensor",
     weight: "tl.tensor",
+    stored_scales: "tl.tensor | None",
+    stored_zeros: "tl.tensor | None",
     bias: "tl.tensor | None",
     shared_inner: "tl.tensor | None",
     shared_weight: "tl.tensor | None",
+    shared_scales: "tl.tensor | None",
+    shared_zeros: "tl.tensor | None",
     shared_bias: "tl.tensor | None",
     shared_logits: "tl.tensor | None",
     residual: "tl.tensor",
@@ -234,13 +302,14 @@ def down_kernel(
     STAGES: tl.constexpr,
     SHARED_STAGES: tl.constexpr,
     CHAINED: tl.constexpr,
+    HOW: tl.constexpr,
+    SHARED_HOW: tl.constexpr,
 ) -> None:
     """out = residual + inner of all pairs of a row @ the weights of their experts, one behind the other, + what the
     shared one adds, and its norm begun. inner: [row, TOP_K * F], each pair times its weight. shared_logits: of the
     factor of the shared one, where it has one. PAIRS: a power of two from TOP_K."""
     row = tl.program_id(1)
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    depth = tl.arange(0, BK)
     places = row.to(tl.int64) * N + columns
     scales = tl.load(norm_weight + columns).to(tl.float32)
     if CHAINED:
@@ -249,27 +318,42 @@ def down_kernel(
     first_pair = row * TOP_K
     of_row = tl.arange(0, PAIRS)
     chosen = tl.load(experts + first_pair + of_row, of_row < TOP_K, other=0)
-    num_columns = tl.where(tl.max(chosen, 0) < E, TOP_K * F, 0)
     inner_row = inner + row.to(tl.int64) * (TOP_K * F)
-    sums = tl.zeros((BN, BK), tl.float32)
-    for begin in tl.range(0, num_columns, BK, num_stages=STAGES):
-        expert = tl.sum(tl.where(of_row == begin // F, chosen, 0), 0).to(tl.int64)  # reads nothing, or it would wait
-        weight_rows = weight + (expert * N + columns)[:, None] * F + tl.multiple_of(begin % F, BK)
-        own = tl.load(inner_row + begin + depth).to(tl.float32)[None, :]
-        sums += own * tl.load(weight_rows + depth[None, :]).to(tl.float32)
+    if HOW is None:
+        sums = _downs(inner_row, weight, chosen, columns, N, F, E, TOP_K, PAIRS, BN, BK, STAGES)
+    else:
+        sums = row_product(
+            inner_row, weight, stored_scales, stored_zeros, chosen, columns, N, E, F, TOP_K, PAIRS, BN, STAGES, HOW
+        )
     if shared_inner is not None:
-        shared_depth = tl.arange(0, SHARED_BK)
         shared_row = shared_inner + row.to(tl.int64) * SHARED_F
-        shared_rows = shared_weight + columns.to(tl.int64)[:, None] * SHARED_F
-        shared_sums = tl.zeros((BN, SHARED_BK), tl.float32)
-        for begin in tl.range(0, SHARED_F, SHARED_BK, num_stages=SHARED_STAGES):
-            own = tl.load(shared_row + begin + shared_depth).to(tl.float32)[None, :]
-            shared_sums += own * tl.load(shared_rows + begin + shared_depth[None, :]).to(tl.float32)
+        only = tl.zeros((1,), tl.int32)
+        if SHARED_HOW is None:
+            shared_sums = _downs(
+                shared_row, shared_weight, only, columns, N, SHARED_F, 1, 1, 1, BN, SHARED_BK, SHARED_STAGES
+            )
+        else:
+            shared_sums = row_product(
+                shared_row,
+                shared_weight,
+                shared_scales,
+                shared_zeros,
+                only,
+                columns,
+                N,
+                1,
+                SHARED_F,
+                1,
+                1,
+                BN,
+                SHARED_STAGES,
+                SHARED_HOW,
+            )
     if CHAINED:
         gdc_launch_dependents()
-    result = tl.sum(sums, 1)
+    result = tl.sum(sums, 1) if HOW is None else added(sums)
     if shared_inner is not None:
-        shared = tl.sum(shared_sums, 1)
+        shared = tl.sum(shared_sums, 1) if SHARED_HOW is None else added(shared_sums)
         if shared_bias is not None:
             shared += tl.load(shared_bias + columns).to(tl.float32)
         if shared_logits is not None:

@@ -14,6 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from graphgen.models.experts.tiles_stored import reading_of, stored_products
+from graphgen.models.few_rows_tiles import tensors_of
+from graphgen.models.formats.products import Weight
+
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "quick_gelu": 4, "relu": 5, "relu_squared": 6}
 """Numbers of the keys of activations.ACTIVATIONS in the kernel; a product without one has "none"."""
 
@@ -70,16 +74,17 @@ def make_tiles(experts: Tensor, num_experts: int) -> Tiles:
 def run_in_tiles(
     x: Tensor,
     experts: Tensor,
-    gate_up: Tensor,
+    gate_up: Tensor | Weight,
     gate_up_bias: Tensor | None,
-    down: Tensor,
+    down: Tensor | Weight,
     down_bias: Tensor | None,
     activation: str,
     limit: float | None,
     up_plus_one: bool,
 ) -> Tensor:
     """See operator.run_experts."""
-    num_experts, hidden_size, size = down.shape
+    num_experts, hidden_size = tensors_of(down)[0].shape[:2]
+    size = tensors_of(gate_up)[0].shape[1] // 2
     tiles = make_tiles(experts.flatten(), num_experts)
     num_pairs = experts.numel()
     inner, out = x.new_empty(num_pairs, size), x.new_empty(num_pairs, hidden_size)
@@ -92,7 +97,7 @@ def run_in_tiles(
 
 def _product(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Weight,
     bias: Tensor | None,
     out: Tensor,
     tiles: Tiles,
@@ -102,12 +107,12 @@ def _product(
     up_plus_one: bool,
 ) -> None:
     """out[pair] = x[row of the pair] @ weight[its expert].T + bias, of a gated product gate and up in one."""
-    num_experts, _, depth = weight.shape
-    num_columns = out.shape[1]
+    stored = tensors_of(weight)
+    num_experts, depth, num_columns = stored[0].shape[0], x.shape[1], out.shape[1]
     rows, columns, depth_block = tiles.blocks
     tiles_kernel[(tiles.experts.shape[0], triton.cdiv(num_columns, columns))](
         x,
-        weight,
+        *stored,
         bias,
         out,
         tiles.experts,
@@ -126,6 +131,7 @@ def _product(
         rows,
         columns,
         depth_block,
+        reading_of(weight.format, depth, depth_block) if isinstance(weight, Weight) else None,
         num_warps=4,
         num_stages=3,
     )
@@ -201,10 +207,40 @@ def activated(x: "tl.tensor", ACTIVATION: tl.constexpr) -> "tl.tensor":
     return x
 
 
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _products(
+    x_rows: "tl.tensor",
+    filled: "tl.tensor",
+    weight_rows: "tl.tensor",
+    inside: "tl.tensor",
+    apart: int,
+    K: int,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GATED: tl.constexpr,
+) -> "tuple[tl.tensor, tl.tensor]":
+    """[BM, BN] float32: rows of the input, which begin at [BM, 1], times rows of a weight, which begin at [1, BN]; and
+    where GATED the same of the rows that begin `apart` elements further, else zeros."""
+    first = tl.zeros((BM, BN), dtype=tl.float32)
+    second = tl.zeros((BM, BN), dtype=tl.float32)
+    for begin in range(0, K, BK):
+        depth = begin + tl.arange(0, BK)
+        has_x, has_weight = filled[:, None] & (depth < K)[None, :], inside[None, :] & (depth < K)[:, None]
+        own = tl.load(x_rows + depth[None, :], has_x, other=0.0)
+        first += tl.dot(own, tl.load(weight_rows + depth[:, None], has_weight, other=0.0), input_precision="ieee")
+        if GATED:
+            up = tl.load(weight_rows + apart + depth[:, None], has_weight, other=0.0)
+            second += tl.dot(own, up, input_precision="ieee")
+    return first, second
+
+
 @triton.jit(do_not_specialize=["num_pairs"])  # type: ignore[untyped-decorator]  # triton has no types
 def tiles_kernel(
     x: "tl.tensor",
     weight: "tl.tensor",
+    scales: "tl.tensor | None",
+    zeros: "tl.tensor | None",
     bias: "tl.tensor",
     out: "tl.tensor",
     tile_experts: "tl.tensor",
@@ -223,9 +259,10 @@ def tiles_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    HOW: tl.constexpr,
 ) -> None:
     """A tile's rows times BN columns of its expert. With an activation the weight has 2 N rows, N of gate and N of
-    up."""
+    up. HOW: see tiles_stored.py; None for a weight that is not quantised, whose scales and zeros are None."""
     expert = tl.load(tile_experts + tl.program_id(0))
     if expert < num_experts:
         if SORTED:
@@ -237,17 +274,13 @@ def tiles_kernel(
         inside = columns < N
         x_rows = x + (pairs // pairs_per_row)[:, None] * K
         GATED: tl.constexpr = ACTIVATION != 0
-        weight_rows = weight + (expert * (N * 2 if GATED else N) + columns)[None, :] * K
-        first = tl.zeros((BM, BN), dtype=tl.float32)
-        second = tl.zeros((BM, BN), dtype=tl.float32)
-        for begin in range(0, K, BK):
-            depth = begin + tl.arange(0, BK)
-            has_x, has_weight = filled[:, None] & (depth < K)[None, :], inside[None, :] & (depth < K)[:, None]
-            own = tl.load(x_rows + depth[None, :], has_x, other=0.0)
-            first += tl.dot(own, tl.load(weight_rows + depth[:, None], has_weight, other=0.0), input_precision="ieee")
-            if GATED:
-                up = tl.load(weight_rows + N * K + depth[:, None], has_weight, other=0.0)
-                second += tl.dot(own, up, input_precision="ieee")
+        rows = expert * (N * 2 if GATED else N) + columns
+        if HOW is None:
+            first, second = _products(x_rows, filled, weight + rows[None, :] * K, inside, N * K, K, BM, BN, BK, GATED)
+        else:
+            first, second = stored_products(
+                x_rows, filled, weight, scales, zeros, rows, inside, N, K, BM, BN, GATED, HOW
+            )
         if HAS_BIAS:
             biases = bias + expert * (N * 2 if GATED else N) + columns
             first += tl.load(biases, inside, other=0.0).to(tl.float32)[None, :]

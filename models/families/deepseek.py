@@ -107,8 +107,7 @@ V3 = Family(
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
     checkpoints={"Moonlight 16B-A3B": 16.0, "DeepSeek-V3, R1": 671.0},
-    notes="without its layer for drafting tokens; V3 and R1 are published in FP8: experts become bfloat16 as they are"
-    " loaded",
+    notes="without its layer for drafting tokens; V3 and R1 are published in FP8, which a GPU keeps",
     defaults={
         **llama.DEFAULTS,
         **_LATENT_DEFAULTS,

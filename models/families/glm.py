@@ -82,7 +82,7 @@ GLM4_MOE = Family(
     model_type="glm4_moe",
     architecture="Glm4MoeForCausalLM",
     checkpoints={"GLM-4.5-Air": 107.0, "GLM-4.5, 4.6, 4.7": 353.0},
-    notes="without its layer for drafting tokens; experts of checkpoints in FP8 become bfloat16 as they are loaded",
+    notes="without its layer for drafting tokens",
     defaults={
         **llama.DEFAULTS,
         "vocab_size": 151552,

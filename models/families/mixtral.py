@@ -60,7 +60,7 @@ MINIMAX_M2 = replace(
     model_type="minimax_m2",
     architecture="MiniMaxM2ForCausalLM",
     checkpoints={"MiniMax-M2": 229.0},
-    notes="published in FP8: its experts become bfloat16 as they are loaded",
+    notes="published in FP8, which a GPU keeps",
     defaults={
         **_DEFAULTS,
         "vocab_size": 200064,

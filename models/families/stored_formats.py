@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from graphgen.ipc.errors import UnsupportedModelError
 from graphgen.models.families.family import Family, TensorNames
 from graphgen.models.formats.quantised_tensors import WEIGHT, QuantisedTensors
-from graphgen.models.spec import LinearFormat, LinearPlace, ModelSpec
+from graphgen.models.spec import EXPERTS, Experts, Layer, LinearFormat, LinearPlace, ModelSpec
+
+_EXPERT = "{expert}"
 
 logger = logging.getLogger("graphgen.models")
 
 
 def with_stored_formats(spec: ModelSpec, family: Family, quantised: QuantisedTensors) -> ModelSpec:
-    """A layer whose parts have several formats, q in another than v, say, is dequantised as it is loaded, and so is
-    every quantised weight that is no linear layer of a block: of embedding, head, router and experts."""
+    """A layer whose parts have several formats, q in another than v, say, is dequantised as it is loaded, and so are
+    experts that differ in them or have an order of their columns each, and every quantised weight that is no linear
+    layer of a block: of embedding, head and router."""
     names = family.names
     if names.transposed:
         raise UnsupportedModelError(
@@ -30,27 +33,31 @@ def with_stored_formats(spec: ModelSpec, family: Family, quantised: QuantisedTen
     def choose(number: int, place: LinearPlace) -> LinearFormat | None:
         prefix = names.layer.format(layer=number)
         modules = [prefix + name for name in modules_of(place.name, names, spec, number)]
+        if not modules:
+            return None
         if stored:
             forms = {stored.get(f"{module}.{WEIGHT}") for module in modules}
         else:
             forms = {quantised.expected(module) for module in modules}
-        if len(forms) > 1:
+        form = forms.pop()
+        if forms or (form is not None and form.permuted and place.name.startswith(EXPERTS)):
             mixed.append(modules[0])
             return None
-        form = forms.pop()
         return None if form is not None and form.storage == "int4" and place.num_columns % 2 else form
 
     made = spec.with_formats(choose)
     if mixed:
         logger.warning(
-            "%d linear layers (%s the first) are made of parts in different formats: their weights are dequantised",
+            "%d linear layers (%s the first) are made of parts in different formats, or of experts with orders of their"
+            " own: their weights are dequantised",
             *(len(mixed), mixed[0]),
         )
     return made
 
 
 def modules_of(name: str, names: TensorNames, spec: ModelSpec, number: int) -> Sequence[str]:
-    """Modules of a checkpoint that make one linear layer, relative to its layer. name: of a LinearPlace."""
+    """Modules of a checkpoint that make one linear layer, relative to its layer; none for experts that are stored in
+    one tensor, which no format has. name: of a LinearPlace."""
     latent, experts = names.latent, names.experts
     q_up = latent.q_up if getattr(spec.layers[number].mixer, "q_rank", None) else latent.q
     return {
@@ -61,6 +68,15 @@ def modules_of(name: str, names: TensorNames, spec: ModelSpec, number: int) -> S
         "q_down": (latent.q_down,),
         "q_up": (q_up,),
         "kv_down": (latent.kv_down,),
+        "experts_gate_up": _of_experts(experts.gate_up, spec.layers[number]),
+        "experts_down": _of_experts((experts.down,), spec.layers[number]),
         "shared_gate_up": experts.shared_gate_up,
         "shared_down": (experts.shared_down,),
     }[name]
+
+
+def _of_experts(names: Sequence[str], layer: Layer) -> Sequence[str]:
+    """names: of one expert's tensors, with a place for its number."""
+    count = layer.feed_forward.num_experts if isinstance(layer.feed_forward, Experts) else 0
+    each = [name.removesuffix(f".{WEIGHT}") for name in names if _EXPERT in name]
+    return [name.replace(_EXPERT, str(expert)) for expert in range(count) for name in each]

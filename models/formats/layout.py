@@ -36,6 +36,8 @@ from graphgen.models.spec.formats import PACKED_BLOCK, LinearFormat, Storage
 
 CODE_DTYPES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
 """Of a storage's codes; of int4, packed or not."""
+STORAGES: dict[torch.dtype, Storage] = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8", torch.uint8: "int4"}
+"""The other way round."""
 ZERO_CODES = {"e4m3": 0, "int8": 0, "int4": 8}
 """The code of zero where a format has no zeros."""
 E4M3_MOST = 448.0

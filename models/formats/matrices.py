@@ -4,17 +4,16 @@ Owns their schemas, their forms for the CPU, which are the reference, and the ch
 of layers sees an opaque call each; the product that reads its result is torch's own. Called by products.py.
 
 With many rows a product is bound by arithmetic, which no device offers for mixed operands at full speed. Writing the
-matrix and reading it again costs little beside it: of a layer of Llama-3.1-8B 0.44 GB in bfloat16, half of it in e4m3.
-The memory is a temporary of the layer.
+matrix and reading it again costs less than that: of a layer of Llama-3.1-8B 0.44 GB in bfloat16, half of it in e4m3,
+whose product is faster besides. The memory is a temporary of the layer.
 """
 
 import torch
 from torch import Tensor
 
-from graphgen.models.formats.layout import E4M3_MOST, Quantised, matrix_of, unpack_int4
+from graphgen.models.formats.layout import E4M3_MOST, STORAGES, Quantised, matrix_of, unpack_int4
 from graphgen.models.spec.formats import PACKED_BLOCK, LinearFormat, Storage
 
-_STORAGES: dict[torch.dtype, Storage] = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8", torch.uint8: "int4"}
 _LARGEST = {"int8": 128.0, "int4": 8.0}
 """Of the magnitudes of a storage's codes without zeros; with zeros it is what two codes can differ by."""
 _LARGEST_WITH_ZEROS = {"int8": 255.0, "int4": 15.0}
@@ -51,7 +50,7 @@ def largest_code(storage: Storage, has_zeros: bool) -> float:
 
 
 def _unpacked(codes: Tensor, scale: Tensor, zeros: Tensor | None, group: int, rows: int) -> Quantised:
-    storage = _STORAGES[codes.dtype]
+    storage = STORAGES[codes.dtype]
     form = LinearFormat(storage=storage, group=group or None, rows=rows, zeros=zeros is not None)
     return Quantised(form, unpack_int4(codes) if storage == "int4" else codes, scale, zeros)
 

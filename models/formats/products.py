@@ -39,13 +39,19 @@ up in float32 every 128 columns, which is slower."""
 
 
 class Weight(NamedTuple):
-    """A weight of a format as it lies in a layer: see formats/layout.py."""
+    """A weight of a format as it lies in a layer: see formats/layout.py. Of a LinearStack, every tensor has one more
+    dimension ahead."""
 
     format: LinearFormat
     codes: Tensor
     scale: Tensor
     zeros: Tensor | None
     permutation: Tensor | None
+
+    def of(self, number: int) -> "Weight":
+        """That layer's of a stack."""
+        zeros = None if self.zeros is None else self.zeros[number]
+        return Weight(self.format, self.codes[number], self.scale[number], zeros, None)
 
     def unpacked(self) -> Quantised:
         codes = unpack_int4(self.codes) if self.format.storage == "int4" else self.codes
@@ -110,7 +116,7 @@ def product_of_many_rows(x: Tensor, weight: Weight, bias: Tensor | None, device:
     form, rows = weight.format, x.flatten(0, -2)
     size, depth = weight.codes.shape[0], x.shape[-1]
     made = matrices.makes(form, depth)
-    if device.by_rows and form.activation == "e4m3" and size % E4M3_STEP == 0 and depth % E4M3_STEP == 0:
+    if device.by_rows and form.rounds_input and size % E4M3_STEP == 0 and depth % E4M3_STEP == 0:
         if form.storage == "e4m3" and form.group is None and form.rows == 1:
             return _product_by_rows(rows, weight.codes, weight.scale, bias).view(*x.shape[:-1], size)
         if form.storage == "e4m3" and (form.rows, form.group) == (BLOCK, BLOCK) and device.by_blocks and made:

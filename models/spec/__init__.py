@@ -11,16 +11,18 @@ Every field has one meaning in arithmetic. A trait without a field is refused wh
 """
 
 from graphgen.models.spec.feed_forwards import Dense, Experts, FeedForward, Router
-from graphgen.models.spec.formats import LinearFormat, LinearPlace, Quantization, format_at_load
+from graphgen.models.spec.formats import LEAST_TILE, LinearFormat, LinearPlace, Quantization, format_at_load
 from graphgen.models.spec.kv_formats import KVFormat, kv_format
 from graphgen.models.spec.mixers import GQA, Alibi, Latent, Mixer, QKNorm
-from graphgen.models.spec.model import Embedding, Head, Layer, ModelSpec
+from graphgen.models.spec.model import EXPERTS, Embedding, Head, Layer, ModelSpec
 from graphgen.models.spec.parts import DTYPE_BYTES, WHOLE, Norm, Shard, dtype_bytes
 from graphgen.models.spec.rotations import NO_ROPE, RopeKind, RopeSpec, Temperature
 
 __all__ = [
     "DTYPE_BYTES",
+    "EXPERTS",
     "GQA",
+    "LEAST_TILE",
     "NO_ROPE",
     "WHOLE",
     "Alibi",

@@ -75,10 +75,19 @@ class Experts(Struct, frozen=True, tag="experts", kw_only=True):
     input_scaled: bool = False  # expert(weight * x) instead of weight * expert(x)
     shared: Dense | None = None
     shared_gate: bool = False  # shared(x) counts sigmoid(x @ weight)
+    gate_up_format: LinearFormat | None = None  # of all experts alike
+    down_format: LinearFormat | None = None
+
+    def linears(self, hidden_size: int) -> Sizes:
+        """What may have a format: matrices of all experts, one below the other."""
+        rows, hidden_rows = self.num_experts * 2 * self.size, self.num_experts * hidden_size
+        return {"gate_up": (rows, hidden_size), "down": (hidden_rows, self.size)}
 
     def shared_by(self, num_ranks: int) -> "Experts":
         """See Dense: a part of every expert."""
         part = Shard(0, num_ranks).part(self.size, "inner columns of an expert")
+        if self.down_format is not None:
+            self.down_format.check_shared(len(part), num_ranks, "the down projection of experts")
         shared = None if self.shared is None else self.shared.shared_by(num_ranks)
         return msgspec.structs.replace(self, size=len(part), shared=shared)
 

@@ -15,6 +15,9 @@ ScaleDtype = Literal["float32", "bfloat16", "float16"]
 PACKED_BLOCK = 128
 """Columns of an int4 weight that are packed together, see formats/layout.py."""
 
+LEAST_TILE = 16
+"""Bytes of a row of experts' weights that a kernel reads at once, at least: LinearFormat.tile_bytes."""
+
 LEAST_GROUP = 16
 """Columns of the narrowest group; what would need narrower ones has its weight in the model's dtype."""
 
@@ -35,7 +38,14 @@ class LinearFormat(Struct, frozen=True, kw_only=True):
     zeros: bool = False  # False: the zero is ZERO_CODES[storage]
     permuted: bool = False  # the weight's column k belongs to input permutation[k]
     activation: Literal["model", "e4m3"] = "model"
-    """e4m3: where it is faster, the input may be rounded to e4m3 with a scale for each row. model: it may not."""
+    """e4m3: where it is faster, the input may be rounded to e4m3 with a scale for each row. model: it may not, but see
+    rounds_input."""
+
+    @property
+    def rounds_input(self) -> bool:
+        """Whether the input of a step of many rows may be rounded to e4m3. Of int4 always: its own rounding is four
+        times as coarse, and without it such a step would be slower than with a weight in bfloat16."""
+        return self.activation == "e4m3" or self.storage == "int4"
 
     @property
     def name(self) -> str:
@@ -64,6 +74,17 @@ class LinearFormat(Struct, frozen=True, kw_only=True):
                 f"{what} is {self.name}, of which {num_ranks} ranks have {num_columns} columns each: they would cut its"
                 " groups apart, use fewer ranks (tensor_parallel)"
             )
+
+    def tile_bytes(self, num_columns: int, most: int) -> int:
+        """Bytes of a row of so many columns that a kernel may read at once, so that all in them are of one group, and
+        of int4 of one half of a block: a power of two, `most` or less."""
+        sizes = [most]
+        if self.group is not None and self.group < num_columns:
+            sizes.append(self.group & -self.group)
+        if self.storage == "int4":
+            rest = num_columns % PACKED_BLOCK // 2
+            sizes += [PACKED_BLOCK // 2, *([rest & -rest] if rest else [])]
+        return min(sizes)
 
     def num_groups(self, num_columns: int) -> int:
         """Scales beside each other; the last group may be shorter than the others."""

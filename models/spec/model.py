@@ -15,6 +15,8 @@ from graphgen.models.spec.mixers import GQA, Latent, Mixer
 from graphgen.models.spec.parts import Norm, Size, dtype_bytes
 from graphgen.models.spec.rotations import RopeSpec
 
+EXPERTS = "experts_"
+"""Names of linear layers that all experts of a mixture have in common begin with it."""
 _SHARED = "shared_"
 
 
@@ -46,14 +48,16 @@ class Layer(Struct, frozen=True, kw_only=True):
         )
 
     def with_formats(self, hidden_size: int, choose: Choose) -> "Layer":
-        """The same layer with chosen formats of its linear layers; those of a shared expert are called
-        `shared_gate_up` and `shared_down`, and other experts have none."""
+        """The same layer with chosen formats of its linear layers. Those of all experts of a mixture are two, called
+        `experts_gate_up` and `experts_down`, and those of a shared one `shared_gate_up` and `shared_down`."""
         mixer, ff = with_formats(self.mixer, self.mixer.linears(hidden_size), choose), self.feed_forward
         if isinstance(ff, Dense):
             ff = with_formats(ff, ff.linears(hidden_size), choose)
-        elif ff.shared is not None:
-            shared = with_formats(ff.shared, ff.shared.linears(hidden_size), choose, _SHARED)
-            ff = msgspec.structs.replace(ff, shared=shared)
+        else:
+            ff = with_formats(ff, ff.linears(hidden_size), choose, EXPERTS)
+            if ff.shared is not None:
+                shared = with_formats(ff.shared, ff.shared.linears(hidden_size), choose, _SHARED)
+                ff = msgspec.structs.replace(ff, shared=shared)
         return msgspec.structs.replace(self, mixer=mixer, feed_forward=ff)
 
     def shared_by(self, num_ranks: int) -> "Layer":
@@ -66,6 +70,7 @@ class Layer(Struct, frozen=True, kw_only=True):
         found, ff = places_of(self.mixer, self.mixer.linears(hidden_size)), self.feed_forward
         if isinstance(ff, Dense):
             return found + places_of(ff, ff.linears(hidden_size))
+        found += places_of(ff, ff.linears(hidden_size), EXPERTS)
         return found if ff.shared is None else found + places_of(ff.shared, ff.shared.linears(hidden_size), _SHARED)
 
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from tests.models.expert_cases import CASES, by_hand, make
+from graphgen.models.spec.formats import LinearFormat
+from tests.models.expert_cases import CASES, by_hand, make, quantised_like
+from tests.models.format_cases import FORMATS
 
 pytestmark = pytest.mark.gpu
 
@@ -30,6 +32,25 @@ def test_bfloat16_in_the_shape_of_a_real_layer(rows: int) -> None:
         wanted[own] = (torch.nn.functional.silu(gate) * up) @ made.down[expert].double().T
     found = run_experts(*made.arguments).double().flatten(0, 1)
     assert (found - wanted).norm() / wanted.norm() < 8e-3
+
+
+@pytest.mark.parametrize("rows", [3, 100, 300])
+@pytest.mark.parametrize("form", [form for form in FORMATS.values() if not form.permuted], ids=lambda form: form.name)
+def test_quantised_weights_mean_what_their_format_says(form: LinearFormat, rows: int) -> None:
+    """A tile for each pair, tiles of few rows and of many, in float32 and bfloat16; no size is a multiple of 64 or 128
+    where the format lets it be none."""
+    from graphgen.models.experts.operator import run_experts
+
+    hidden, size = (288, 160) if form.rows == 1 else (256, 384)
+    for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 8e-3)):
+        plain = make(rows, 6, 2, hidden, size, biases=True, every_third_row_dead=True, dtype=dtype)
+        plain = plain._replace(gate_up=plain.gate_up * 0.1, down=plain.down * 0.1)
+        quantised, meant = (case.to("cuda") for case in quantised_like(plain, form))
+        wide = meant._replace(
+            x=meant.x.float(), gate_up=meant.gate_up.float(), down=meant.down.float()
+        )  # what the weights mean in bfloat16 is rounded once more than what the kernel multiplies
+        got, want = plain.of_experts(run_experts(*quantised.arguments).cpu()), by_hand(wide.to("cpu"))
+        assert (got - want).norm() / want.norm() < limit
 
 
 def test_a_graph_follows_the_choice_of_experts() -> None:

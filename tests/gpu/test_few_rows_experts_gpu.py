@@ -6,15 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from graphgen import Engine, SamplingParams
 from graphgen.models.experts.block import MixtureOfExperts
 from graphgen.models.families import load_spec
 from graphgen.models.few_rows_layers import most_rows, serves_model
+from graphgen.models.formats.layout import dequantised
+from graphgen.models.formats.linear import StoredWeight
+from graphgen.models.formats.quantise import quantised
 from graphgen.models.norms import RMSNorm
-from graphgen.models.spec import WHOLE, Dense, Experts, Norm, Router
+from graphgen.models.spec import WHOLE, Dense, Experts, LinearFormat, Norm, Router
 from tests.models import tiny
+from tests.models.format_cases import FORMATS
 
 pytestmark = pytest.mark.gpu
 
@@ -142,6 +147,38 @@ def test_experts_in_the_shapes_of_real_layers_equal_the_block_in_float32(case: s
         want = in_float32(block, norm, rows)
         got = run(block, norm, rows, None, chained=True)
         assert relative_error(got.float() - rows.float(), want - rows.float()) < 1.5e-2
+        assert torch.equal(got, run(block, norm, rows, None, chained=False)), "sums have one order"
+
+
+STORED = [form for form in FORMATS.values() if not form.permuted and (form.storage == "int4" or not form.zeros)]
+
+
+@pytest.mark.parametrize("case", ["Qwen3-30B-A3B", "DeepSeek-V2-Lite"])
+@pytest.mark.parametrize("form", STORED, ids=lambda form: form.name)
+def test_quantised_experts_equal_those_of_their_dequantised_weights(form: LinearFormat, case: str) -> None:
+    """The second has a shared expert, and 6 experts of 1408 columns a row, which four warps cannot share evenly."""
+    hidden_size, spec = SHAPES[case]
+    formats: Any = {"gate_up_format": form, "down_format": form}
+    shared = None if spec.shared is None else replace(spec.shared, **formats)
+    plain, norm = make_block(case), make_norm(hidden_size)
+    block = MixtureOfExperts(replace(spec, shared=shared, **formats), hidden_size, torch.bfloat16, WHOLE).cuda()
+    block.router.data.copy_(plain.router)
+    wide = MixtureOfExperts(spec, hidden_size, torch.float32, WHOLE).cuda()
+    wide.router.data.copy_(plain.router)
+    for name, own in block.named_modules():
+        if isinstance(own, StoredWeight):
+            given, other = plain.get_submodule(name), wide.get_submodule(name)
+            assert isinstance(given, StoredWeight)
+            assert isinstance(other, StoredWeight)
+            own.fill(0, quantised(given.weight, form))
+            other.weight.data.copy_(dequantised(own.rows(0, own.out_features), torch.float32))
+    for num_rows in (1, 4):
+        rows = clear_rows(plain, norm, num_rows)
+        x = rows.float()
+        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * norm_weight(norm).float()
+        want = wide(normed, None)
+        got = run(block, norm, rows, None, chained=True)
+        assert relative_error(got.float() - x, want) < 1.5e-2
         assert torch.equal(got, run(block, norm, rows, None, chained=False)), "sums have one order"
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.fx.experimental import _config as symbolic_shapes_config
 
 from graphgen.models.activations import ACTIVATIONS
+from graphgen.models.formats import matrices
 from graphgen.models.formats.layout import unpack_int4
 from graphgen.models.formats.products import Weight, product
 from graphgen.models.norms import RMSNorm
@@ -106,13 +107,28 @@ def test_every_code_becomes_its_number(storage: str, conversion: int, slices: in
 @pytest.mark.parametrize("name", FORMATS)
 def test_many_rows_are_multiplied_as_exactly_as_their_format_lets(name: str, num_rows: int) -> None:
     form = FORMATS[name]
-    sevenths = torch.cuda.get_device_capability() >= (8, 9) and form.activation == "e4m3"
+    rounds = torch.cuda.get_device_capability() >= (8, 9) and form.rounds_input
+    limit = 2 * OF_E4M3 if rounds and form.storage == "int4" else OF_E4M3 if rounds else 2 * TOLERANCE
     for size, depth in ((1024, 1024), (352, 1408)):
         weight, x, bias = on_cuda(form, size, depth), randn(num_rows, depth), randn(size)
         want = F.linear(x.float(), matrix(weight), bias.float())
         got = product(x, weight, bias)
         assert got.dtype == x.dtype
-        assert relative_error(got, want) < (OF_E4M3 if sevenths else 2 * TOLERANCE), (size, depth)
+        assert relative_error(got, want) < limit, (size, depth)
+
+
+@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.storage != "e4m3"])
+def test_the_kernel_makes_the_matrix_of_the_reference(name: str) -> None:
+    form, on_cpu = FORMATS[name], random_weight(FORMATS[name], 1030, 1408)
+    tensors = on_cpu.codes, on_cpu.scale, on_cpu.zeros
+    moved = tensors[0].cuda(), tensors[1].cuda(), None if tensors[2] is None else tensors[2].cuda()
+    codes, scale = (tensor.cpu() for tensor in matrices.weight_in_e4m3(form, *moved))
+    want_codes, want_scale = matrices.weight_in_e4m3(form, *tensors)
+    torch.testing.assert_close(scale, want_scale)
+    assert relative_error(codes.float() * scale, want_codes.float() * want_scale) < 5e-3  # a few lie between two codes
+    made = matrices.weight_matrix(form, *moved, torch.bfloat16)
+    want = matrices.weight_matrix(form, *tensors, torch.bfloat16)
+    assert torch.equal(made.cpu(), want)
 
 
 @pytest.mark.parametrize("form", [form for form in FORMATS.values() if form.storage != "e4m3"], ids=lambda f: f.name)

@@ -8,6 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphgen.models.formats.layout import dequantised
+from graphgen.models.formats.linear import LinearStack
+from graphgen.models.formats.products import Weight
+from graphgen.models.formats.quantise import quantised
+from graphgen.models.spec.formats import LinearFormat
+
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -21,26 +27,32 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 class Case(NamedTuple):
     x: Tensor
     experts: Tensor
-    gate_up: Tensor
+    gate_up: Any  # a tensor, or a stack of quantised weights
     gate_up_bias: Tensor | None
-    down: Tensor
+    down: Any
     down_bias: Tensor | None
     activation: str
     limit: float | None
     up_plus_one: bool
 
     def to(self, device: str) -> "Case":
-        def moved(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device)
+        def moved(weight: Any) -> Any:
+            if isinstance(weight, Weight):
+                return Weight(weight.format, *map(moved, weight[1:]))
+            return None if weight is None else weight.to(device)
 
         return self._replace(
             x=self.x.to(device),
             experts=self.experts.to(device),
-            gate_up=self.gate_up.to(device),
+            gate_up=moved(self.gate_up),
             gate_up_bias=moved(self.gate_up_bias),
-            down=self.down.to(device),
+            down=moved(self.down),
             down_bias=moved(self.down_bias),
         )
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.down.codes if isinstance(self.down, Weight) else self.down)
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -49,7 +61,7 @@ class Case(NamedTuple):
 
     def of_experts(self, made: Tensor) -> Tensor:
         """Of an operator's result, that of pairs that have an expert: the rest is undefined."""
-        return made[self.experts < self.down.shape[0]].double()
+        return made[self.experts < self.num_experts].double()
 
 
 def make(
@@ -82,6 +94,18 @@ def make(
     return Case(
         x.to(dtype), experts, matrices[0], gate_up_bias, matrices[1], down_bias, activation, limit, limit is not None
     )
+
+
+def quantised_like(case: Case, form: LinearFormat) -> tuple[Case, Case]:
+    """The case with its matrices in a format, and with what these mean in its dtype."""
+    stacks, meant = [], []
+    for matrices in (case.gate_up, case.down):
+        stack = LinearStack(len(matrices), matrices.shape[2], matrices.shape[1], case.x.dtype, form)
+        made = quantised(matrices.flatten(0, 1), form)
+        stack.fill(0, made)
+        stacks.append(stack.stored)
+        meant.append(dequantised(made, torch.float32).to(case.x.dtype).view_as(matrices))
+    return case._replace(gate_up=stacks[0], down=stacks[1]), case._replace(gate_up=meant[0], down=meant[1])
 
 
 CASES: Mapping[str, Callable[[], Case]] = {

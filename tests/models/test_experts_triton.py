@@ -9,7 +9,10 @@ import importlib.util
 import pytest
 import torch
 
-from tests.models.expert_cases import CASES, by_hand
+from graphgen.models.experts.operator import run_experts
+from graphgen.models.spec.formats import LinearFormat
+from tests.models.expert_cases import CASES, by_hand, make, quantised_like
+from tests.models.format_cases import FORMATS
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed; comes with torch for CUDA", allow_module_level=True)
@@ -31,6 +34,30 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_the_kernel_computes_the_formula(case: str) -> None:
     made = CASES[case]()
     torch.testing.assert_close(made.of_experts(run_in_tiles(*made.arguments)), by_hand(made), rtol=1e-4, atol=1e-4)
+
+
+STORED = "fp8 (fp8 input)", "fp8 128x128 (fp8 input)", "int8 g128", "int4 g32 with zeros", "int4 g128", "int4"
+
+
+@pytest.mark.parametrize("form", [FORMATS[name] for name in STORED], ids=lambda form: form.name)
+def test_quantised_weights_mean_what_their_format_says(form: LinearFormat) -> None:
+    """3 rows have a tile each, 65 share three. No size is a multiple of 64 or 128 where the format lets it be none."""
+    for rows in (3, 65):
+        hidden, size = (96, 160) if form.rows == 1 else (128, 128)
+        plain = make(rows, 2, 1, hidden, size, biases=True, every_third_row_dead=True)
+        quantised, meant = quantised_like(plain, form)
+        got, want = (
+            plain.of_experts(run_in_tiles(*quantised.arguments)),
+            plain.of_experts(run_experts(*meant.arguments)),
+        )
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.std()))
+
+
+def test_groups_that_no_tile_fits_are_refused() -> None:
+    form = LinearFormat(storage="int4", group=24)
+    quantised, _ = quantised_like(make(2, hidden=96, size=96), form)
+    with pytest.raises(ValueError, match="int4 g24 of 96 columns has groups that no tile fits"):
+        run_in_tiles(*quantised.arguments)
 
 
 @pytest.mark.parametrize("num_pairs", [1, 64, 65, 200, 1500])

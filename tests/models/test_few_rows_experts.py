@@ -14,8 +14,12 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from graphgen.models.experts.block import MixtureOfExperts
+from graphgen.models.formats.layout import dequantised
+from graphgen.models.formats.linear import StoredWeight
+from graphgen.models.formats.quantise import quantised
 from graphgen.models.norms import RMSNorm
-from graphgen.models.spec import WHOLE, Dense, Experts, Norm, Router
+from graphgen.models.spec import WHOLE, Dense, Experts, LinearFormat, Norm, Router
+from tests.models.format_cases import FORMATS
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed; comes with torch for CUDA", allow_module_level=True)
@@ -99,6 +103,42 @@ def test_the_kernels_compute_what_the_block_does(case: str) -> None:
     assert_same(make_block(CASES[case]), num_rows=2)
 
 
+STORED = (
+    "fp8 (fp8 input)",
+    "fp8 128x128 (fp8 input)",
+    "int8 g128",
+    "int4 g32 with zeros",
+    "int4 g128 with zeros",
+    "int4",
+)
+
+
+@pytest.mark.parametrize("form", [FORMATS[name] for name in STORED], ids=lambda form: form.name)
+def test_quantised_weights_mean_what_their_format_says(form: LinearFormat) -> None:
+    """Of experts and of a shared one. What all warps read at a time divides none of the sizes."""
+    formats = {"gate_up_format": form, "down_format": form}
+    shared = Dense(size=128, activation="silu", **formats)  # type: ignore[arg-type]  # they are formats
+    spec = replace(EXPERTS, num_experts=3, size=384, shared=shared, **formats)
+    hidden_size = 128
+    plain = replace(spec, gate_up_format=None, down_format=None, shared=Dense(size=128, activation="silu"))
+    block, meant = (MixtureOfExperts(it, hidden_size, torch.float32, WHOLE) for it in (spec, plain))
+    for parameter in meant.parameters():
+        parameter.data.normal_(0.0, 0.1)
+    block.router.data.copy_(meant.router)
+    for name, own in block.named_modules():
+        if isinstance(own, StoredWeight):
+            other = meant.get_submodule(name)
+            assert isinstance(other, StoredWeight)
+            own.fill(0, quantised(other.weight, form))
+            other.weight.data.copy_(dequantised(own.rows(0, own.out_features), torch.float32))
+    norm, next_norm = (RMSNorm(hidden_size, Norm(eps=EPS), torch.float32) for _ in range(2))
+    for weight in (weight_of(norm), weight_of(next_norm)):
+        weight.normal_(1.0, 0.3)
+    residual, live = torch.randn(2, hidden_size), torch.tensor([True, False])
+    sums, _ = run_experts(block, residual, begun(residual, norm), EPS, next_norm, live, chained=False)
+    torch.testing.assert_close(sums, residual + meant(norm(residual), live), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("depth", [64, 768])
 def test_one_row_of_a_narrow_product_is_added_to_the_stream(depth: int) -> None:
     """As the output projection in front of the experts is: of one row in a kernel of its own, of two in the other."""
@@ -128,7 +168,10 @@ def test_logits_that_are_equal_or_no_numbers_choose_experts_that_exist() -> None
     sums, _ = run_experts(block, residual, begun(residual, norm), EPS, norm, None, chained=False)
     assert sums[1].isnan().all()
     normed, update = norm(residual[0]), torch.zeros(HIDDEN)
+    gate_up, down = block.gate_up.stored, block.down.stored
+    assert isinstance(gate_up, Tensor)
+    assert isinstance(down, Tensor)
     for expert in range(4):
-        gate, up = (block.gate_up[expert] @ normed).chunk(2)
-        update += block.down[expert] @ (torch.nn.functional.silu(gate) * up) / 150
+        gate, up = (gate_up[expert] @ normed).chunk(2)
+        update += down[expert] @ (torch.nn.functional.silu(gate) * up) / 150
     torch.testing.assert_close(sums[0], residual[0] + update, rtol=1e-4, atol=1e-4)

@@ -97,7 +97,7 @@ def test_blocks_whose_edges_are_no_whole_ones(tmp_path: Path) -> None:
 
 
 def test_latents_and_experts_in_blocks(tmp_path: Path) -> None:
-    """The matrices of latents are kept in blocks, or by row where a rotation moves rows; experts are dequantised."""
+    """The matrices of latents are kept in blocks, or by row where a rotation moves rows."""
     pack = layers_only(lambda weight: in_fp8(weight, 16, 16, "weight_scale_inv"))
     pair = write(tmp_path, {**FP8, "weight_block_size": [16, 16]}, pack, case="deepseek_v3")
     check(pair, LinearFormat(storage="e4m3", rows=16, group=16, activation="e4m3"))
@@ -179,7 +179,7 @@ def test_modules_that_gptq_left_out_stay_as_they_are(tmp_path: Path) -> None:
     pair = write(tmp_path, {**config, "dynamic": {left_out: {}}}, pack, **SIZES)
     check(pair, LinearFormat(storage="int4", group=32, scale_dtype="float16"))
     mlps = [layer.feed_forward for layer in load_spec(pair.quantised).layers]
-    assert [mlp.gate_up_format is None for mlp in mlps] == [False, True, False]  # type: ignore[union-attr]
+    assert [mlp.gate_up_format is None for mlp in mlps] == [False, True, False]
 
 
 # --- embedding and head ----------------------------------------------------------------------------------------
@@ -221,4 +221,4 @@ def test_random_weights_have_the_formats_of_the_config(tmp_path: Path) -> None:
     decoder = load_decoder(pair.quantised, spec, torch.float32, CPU, "dummy")
     assert all(weight.isfinite().all() for weight in decoder.parameters() if weight.is_floating_point())
     edit_config(pair.quantised, quantization_config={**config, "modules_to_not_convert": ["down_proj"]})
-    assert [layer.feed_forward.down_format for layer in load_spec(pair.quantised).layers] == [None] * 3  # type: ignore[union-attr]
+    assert [layer.feed_forward.down_format for layer in load_spec(pair.quantised).layers] == [None] * 3
