@@ -87,13 +87,24 @@ def test_every_field_of_a_server_is_an_option_of_serve(started: list[Any]) -> No
         "http": "127.0.0.1:0",
         "http_workers": 7,
         "frontends": 3,
+        "engines": None,  # not with several frontends: below
+        "engine_keys": None,
     }
     words = [
-        word for option in SERVE_OPTIONS if option.name != "keys" for word in words_of(option, expected[option.name])
+        word
+        for option in SERVE_OPTIONS
+        if expected[option.name] is not None
+        for word in words_of(option, expected[option.name])
     ]
     done = CliRunner().invoke(cli.app, ["serve", *words])
     assert isinstance(done.exception, Started), done.output
     assert msgspec.structs.asdict(started[1]) == expected
+
+
+def test_engines_elsewhere_are_options_of_serve(started: list[Any]) -> None:
+    words = ["serve", "--engines", "tcp://a:5755,tcp://b:5755", "--engine-keys", "folder"]
+    assert isinstance(CliRunner().invoke(cli.app, words).exception, Started)
+    assert (started[1].engines, started[1].engine_keys) == ("tcp://a:5755,tcp://b:5755", "folder")
 
 
 def test_the_model_is_an_argument_or_an_option_and_not_both(started: list[Any]) -> None:
