@@ -23,6 +23,7 @@ from graphgen.models.compilation import Attend, CompiledHalves, FeedForward
 from graphgen.models.families.family import TensorNames
 from graphgen.models.few_rows_layers import most_rows, reads_fitted, serves_model
 from graphgen.models.formats.linear import Linear, StoredWeight
+from graphgen.models.formats.products import matrix_product
 from graphgen.models.kv_cache import HeadScales, KVCache
 from graphgen.models.layers import Attention, DecoderLayer
 from graphgen.models.norms import make_norm, norm_targets
@@ -176,7 +177,7 @@ class Decoder(nn.Module):
         if self.project_out is not None:
             x = self.project_out(x)
         weight = self._head_weight
-        logits = F.linear(x, weight, None if self.head_bias is None else self.head_bias[: len(weight)])
+        logits = matrix_product(x, weight, None if self.head_bias is None else self.head_bias[: len(weight)])
         scale, softcap = self.spec.head.scale, self.spec.head.softcap
         if scale != 1.0:
             logits = logits * scale

@@ -13,6 +13,7 @@ from graphgen.ipc.step_schema import StepBounds
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.models.attention.backend import AttentionBackend
 from graphgen.models.attention.kernels import AttentionShape, Scores
+from graphgen.models.attention.live import LiveAttention
 from graphgen.models.attention.reference import TorchAttention
 from graphgen.models.attention.variant import AttentionVariant, Numbers, Scoring
 from graphgen.models.layers import variant_of
@@ -35,13 +36,13 @@ def open_backend(
     """The backend the config asks for; "auto" takes the fast kernels, FlashInfer's and ours, and says why where they
     cannot run."""
     if config.attention == "torch":
-        return TorchAttention("as configured")
+        return _open_torch(config, device, "as configured")
     if device.type != "cuda":
         if config.attention == "flashinfer":
             raise GraphgenError(
                 f"attention is 'flashinfer', which needs CUDA, device is {device}: use attention='torch'"
             )
-        return TorchAttention("the CPU has no other")
+        return _open_torch(config, device, "the CPU has no other")
     check_kv_format(config.kv_format, torch.cuda.get_device_capability(device))
     try:
         most = _Most(
@@ -56,6 +57,13 @@ def open_backend(
         if config.attention == "flashinfer":
             raise
         return TorchAttention(f"the fast kernels cannot be used: {error}")
+
+
+def _open_torch(config: LaunchConfig, device: torch.device, reason: str) -> AttentionBackend:
+    """reason: why it was chosen. What a compiled graph calls must be an operator; live.py is none."""
+    if device.type == "cpu" and not config.compile:
+        return LiveAttention(reason, config.page_size)
+    return TorchAttention(reason)
 
 
 def check_kv_format(name: str, capability: tuple[int, int]) -> None:

@@ -6,8 +6,8 @@
 An operator of torch.library takes tensors, lists of tensors and numbers only. The `attend` of a StepAttention is the
 one place that spells the named tensors out for it; it is traced into a layer's graph, like the layer itself.
 
-Never imports a kernel. reference.py, flashinfer.py and latent_tiles.py implement it, graphgen/worker/backend.py chooses
-between them.
+Never imports a kernel. live.py, reference.py, flashinfer.py and latent_tiles.py implement it,
+graphgen/worker/backend.py chooses between them.
 """
 
 from typing import NamedTuple, Protocol

@@ -5,12 +5,11 @@ they mean in layout.py. Every block of a model is built from these; loader.py fi
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphgen.models.formats import cpu_int4
 from graphgen.models.formats.layout import CODE_DTYPES, Quantised, codes_shape, pack_int4, scale_shape, unpack_int4
-from graphgen.models.formats.products import CPU_FEW_ROWS, Weight, product
+from graphgen.models.formats.products import CPU_FEW_ROWS, Weight, matrix_product, product
 from graphgen.models.spec.formats import LinearFormat
 
 NO_PLACE = -1
@@ -110,8 +109,11 @@ class Linear(StoredWeight):
             if self.permutation is not None:
                 x = x.index_select(-1, self.permutation)
             return cpu_int4.product(x, cpu_int4.CpuInt4(self.weight, self.scale), self.bias, CPU_FEW_ROWS)
+        if self.format is None:
+            return matrix_product(x, self.weight, self.bias)
         stored = self.stored
-        return product(x, stored, self.bias) if isinstance(stored, Weight) else F.linear(x, stored, self.bias)
+        assert isinstance(stored, Weight), "every format has scales"
+        return product(x, stored, self.bias)
 
     @property
     def stored(self) -> Tensor | Weight:

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from graphgen.commands.prebuild import prebuild
 from graphgen.ipc.errors import CheckpointError, ConfigError, UnsupportedModelError
 from graphgen.launch.config import EngineConfig
 from graphgen.models.attention import reference
+from graphgen.models.attention.variant import AttentionVariant
 from graphgen.models.families import load_spec
 from graphgen.models.kv_cache import KVCache, bytes_per_page
 from graphgen.models.loader import load_decoder
@@ -85,7 +87,12 @@ def test_a_layer_has_one_tensor_of_pages_and_copies_it_once() -> None:
 
 
 def test_the_path_of_devices_with_graphs_gives_the_logits_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "_live_rows", reference.all_rows)
+    def attend_latent(
+        step: reference.TorchStep, q: Tensor, row: Tensor, pages: Tensor, value_size: int, variant: AttentionVariant
+    ) -> Tensor:
+        return reference.latent_of_all_rows(q, row, pages, step.tables, variant.numbers, value_size)
+
+    monkeypatch.setattr(reference.TorchStep, "attend_latent", attend_latent)
     model = tiny.save("deepseek_v3", tmp_path)
     assert_equal_at_every_split(model, Driver(load_decoder(tmp_path, load_spec(tmp_path), torch.float32, CPU)))
 
