@@ -41,9 +41,16 @@ def machine(device: str) -> dict[str, str]:
         "host": platform.machine(),
         "python": platform.python_version(),
         **packages,
-        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", _module(Path(sys.argv[0])), *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
+
+
+def _module(script: Path) -> str:
+    """As `python -m` takes it: a file of this folder, of a package below it, or such a package."""
+    parts = script.with_suffix("").parts
+    own = parts[parts.index("benchmarks") + 1 :] if "benchmarks" in parts else parts[-1:]
+    return ".".join(("benchmarks", *(part for part in own if part != "__main__")))
 
 
 def show(title: str, rows: Sequence[Row], about: Mapping[str, str]) -> None:

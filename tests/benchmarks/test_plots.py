@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from benchmarks.side_by_side.__main__ import H200, markdown, read
+from benchmarks.compare.figures import H200, markdown, read
 from benchmarks.step_log import Step
 from tests import ROOT
 
@@ -109,10 +109,10 @@ def test_the_committed_rows_can_be_drawn_again() -> None:
 
 
 def test_a_comparison_shows_every_engine_in_a_colour_of_its_own_with_its_losses() -> None:
-    from benchmarks.side_by_side.picture import draw_side_by_side
+    from benchmarks.compare.picture import draw_comparison
 
     found = read(H200)
-    figure = draw_side_by_side(found)
+    figure = draw_comparison(found)
     assert_all_is_seen(figure, UNITS)
     (legend,) = figure.legends
     patches = [handle for handle in legend.legend_handles if isinstance(handle, Patch)]
@@ -123,7 +123,10 @@ def test_a_comparison_shows_every_engine_in_a_colour_of_its_own_with_its_losses(
 
 def test_the_table_of_a_comparison_has_every_row_and_marks_the_best() -> None:
     found = read(H200)
-    lines = markdown(found).splitlines()[2:]
+    served, decodes, starts = markdown(found).split("\n\n")
+    assert "| 64 | 7.25 | 7.71 | 7.71 | 5.80 |" in decodes
+    assert "| second start | 9.4 to 10.3 | 77 |  |" in starts
+    lines = served.splitlines()[2:]
     assert len(lines) == len(found.rows)
     for row, line in zip(found.rows, lines, strict=True):
         rivals = [other.request_throughput for other in found.rows if other.workload == row.workload]

@@ -1,8 +1,11 @@
 """The benchmarks of single questions: they run on a machine without a GPU, and their figures are what they say."""
 
+import contextlib
 import importlib
 import io
+import itertools
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -16,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from benchmarks import beside_transformers, linear, round_trip, scheduler, startup
+from benchmarks import linear, round_trip, scheduler, startup
+from benchmarks.compare import cpu as on_cpu
 from benchmarks.constrained import write_tokenizer
 from benchmarks.latency import idle_parameters
 from benchmarks.report import percentile, show
@@ -30,7 +34,7 @@ from tests.models import tiny
 
 SCRIPTS = (
     "attention",
-    "beside_transformers",
+    "compare.cpu",
     "collectives",
     "constrained",
     "experts",
@@ -385,33 +389,45 @@ def test_a_start_that_fails_says_why(tmp_path: Path, capfd: pytest.CaptureFixtur
 
 
 def test_a_program_is_compared_with_transformers_in_the_same_round() -> None:
-    def run(cpu_ms: float) -> beside_transformers.Run:
-        return beside_transformers.Run(ready_s=1.0, first_ms=2.0, wall_ms=3.0, cpu_ms=cpu_ms, faults=4.0)
+    def run(cpu_ms: float) -> on_cpu.Run:
+        return on_cpu.Run(ready_s=1.0, first_ms=2.0, wall_ms=3.0, cpu_ms=cpu_ms, faults=4.0)
 
     runs = {"graphgen": [run(10.0), run(30.0), run(22.0)], "transformers": [run(10.0), run(20.0), run(20.0)]}
-    rows = {row["program"]: row for row in beside_transformers.rows_of(runs)}
-    assert (rows["graphgen"]["CPU / transformers'"], rows["transformers"]["CPU / transformers'"]) == (1.1, 1.0)
-    assert rows["graphgen"]["CPU ms a prompt"] == 22.0
+    rows = {row["program"]: row for row in on_cpu.rows_of(runs, "transformers")}
+    assert (rows["graphgen"]["CPU / transformers's"], rows["transformers"]["CPU / transformers's"]) == (1.1, 1.0)
+    assert rows["graphgen"]["CPU ms a turn"] == 22.0
 
 
-def test_both_programs_answer_the_same_prompts_in_turns(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("requests", "tokens"), [(1, 1), (3, 4)])
+def test_programs_answer_the_same_prompts_in_turns(requests: int, tokens: int, tmp_path: Path) -> None:
     tiny.save("llama", tmp_path)
-    case = beside_transformers.Case(str(tmp_path), "auto", prompt_tokens=12, prompts=3)
-    for name in beside_transformers.CONTENDERS:
+    case = on_cpu.Case(str(tmp_path), "auto", prompt_tokens=12, turns=3, requests=requests, tokens=tokens)
+    for name in ("graphgen", "transformers"):
         replies = io.BytesIO()
-        beside_transformers.take_turns(name, case, io.BytesIO(b"\n\n"), replies)
+        on_cpu.take_turns(name, case, io.BytesIO(b"\n\n"), replies)
         ready, *turns = replies.getvalue().splitlines()
-        assert min(msgspec.structs.astuple(msgspec.json.decode(ready, type=beside_transformers.Ready))) > 0
+        assert min(msgspec.structs.astuple(msgspec.json.decode(ready, type=on_cpu.Ready))) > 0
         assert len(turns) == 2, "one for each line"
         for turn in turns:
-            measured = msgspec.json.decode(turn, type=beside_transformers.Turn)
+            measured = msgspec.json.decode(turn, type=on_cpu.Turn)
             assert measured.wall_ms > 0
             assert measured.cpu_ms >= 0
 
 
+def test_programs_answer_as_many_prompts_of_as_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = on_cpu.Case("", "", prompt_tokens=20, turns=2, requests=8, tokens=24)
+    heard: list[on_cpu.Prompts] = []
+    contender = on_cpu.Contender(100, heard.append, [os.getpid()])
+    monkeypatch.setitem(on_cpu.CONTENDERS, "graphgen", lambda case: contextlib.nullcontext(contender))
+    on_cpu.take_turns("graphgen", case, io.BytesIO(b"\n\n"), io.BytesIO())
+    assert {len(prompts) for prompts in heard} == {8}
+    assert {len(prompt) for prompts in heard for prompt in prompts} == {20}
+    assert len({tuple(prompt) for prompts in heard for prompt in prompts}) == 8 * len(heard), "none comes twice"
+
+
 def test_prompts_that_come_before_those_that_count_use_every_page() -> None:
-    for prompt_tokens in (1, 15, 16, 40, 1000):
-        case = beside_transformers.Case("", "auto", prompt_tokens, prompts=1)
-        full_pages = max(1, prompt_tokens // beside_transformers.PAGE_SIZE)
+    for prompt_tokens, requests in itertools.product((1, 15, 16, 40, 1000), (1, 8)):
+        case = on_cpu.Case("", "auto", prompt_tokens, turns=1, requests=requests, tokens=24)
+        full_pages = requests * max(1, prompt_tokens // on_cpu.PAGE_SIZE)
         assert case.num_warm_up * full_pages > case.num_pages
-        assert case.num_pages * beside_transformers.PAGE_SIZE > prompt_tokens
+        assert case.num_pages * on_cpu.PAGE_SIZE > requests * (prompt_tokens + 24)

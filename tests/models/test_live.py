@@ -8,6 +8,7 @@ from torch import Tensor
 
 from graphgen.models.attention import live
 from graphgen.models.attention.live import LiveStep
+from graphgen.models.attention.pages import take
 from tests.models.attention_cases import Rules
 from tests.models.test_attention import HEAD_DIM, PAGE_SIZE, make_step
 
@@ -41,7 +42,6 @@ def test_rows_are_looked_at_once_for_all_layers_that_see_alike(monkeypatch: pyte
 @pytest.mark.parametrize("position", [0, PAGE_SIZE - 1, PAGE_SIZE, 5 * PAGE_SIZE + 1])
 def test_a_row_alone_reads_no_more_than_it_sees(position: int, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
-    take = live.take
 
     def counted(pages: Tensor, scales: Tensor | None, index: Tensor, dtype: torch.dtype) -> Tensor:
         taken.append(len(index))

@@ -1,13 +1,8 @@
-"""The same jobs on the same machine in the same hour: the picture and the table of a file of figures.
+"""The file of a comparison, and its tables. Every engine has its rows, those where graphgen loses among them.
 
-    python -m benchmarks.side_by_side --plot benchmarks/side_by_side/h200.png
-    python -m benchmarks.side_by_side --table
-
-Measures nothing: the file says what ran where, in which versions and with which settings. Every engine has its rows,
-those where graphgen loses among them. The picture needs matplotlib (the extra `bench`).
+Owns the format of the file; pure. Called by `benchmarks.compare`, which writes one, and by picture.py, which draws one.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,13 +39,25 @@ class ServedRow(Struct, frozen=True):
     max_itl_ms: float
     p95_tpot_ms: float
     goodput_itl_20ms: float
+    failed: int = 0
+
+
+Cells = dict[str, int | float | str | None]
+"""By engine, behind one column that says what the row is about."""
 
 
 class Comparison(Struct, frozen=True):
-    """The whole file; what it has besides (decodes alone, starts) is for its readers."""
+    """The whole file."""
 
     about: About
     rows: list[ServedRow]
+    decodes_about: str = ""
+    decodes: list[Cells] = []
+    """Milliseconds between two tokens of so many requests that decode together, by engine."""
+    start_s: list[Cells] = []
+    """Seconds until an engine is ready, by engine."""
+    absent: dict[str, str] = {}
+    """Engines without rows: how to install them, or what they said when they were started."""
 
     @property
     def workloads(self) -> list[str]:
@@ -62,7 +69,14 @@ def read(path: Path) -> Comparison:
 
 
 def markdown(found: Comparison) -> str:
-    """A table for a README; the best rate and the shortest p95 of the gaps of each workload are bold."""
+    """Tables for a README; the best rate and the shortest p95 of the gaps of each workload are bold."""
+    tables = [_served(found)] if found.rows else []
+    tables += [_cells(rows) for rows in (found.decodes, found.start_s) if rows]
+    absent = [f"- {engine}: {why.splitlines()[0]}" for engine, why in found.absent.items()]
+    return "\n\n".join([*tables, *(["\n".join(absent)] if absent else [])])
+
+
+def _served(found: Comparison) -> str:
     lines = [
         "| prompt/output : clients | engine | req/s | TTFT p50, p95 ms | ITL p50, p95, p99, max ms | req/s in time |",
         "|---" * 6 + "|",
@@ -73,8 +87,9 @@ def markdown(found: Comparison) -> str:
         for number, row in enumerate(rows):
             rate = _bold(f"{row.request_throughput:.2f}", row.request_throughput == best_rate)
             gap = _bold(f"{row.p95_itl_ms:.1f}", row.p95_itl_ms == best_gap)
+            failed = f" ({row.failed} failed)" if row.failed else ""
             lines.append(
-                f"| {workload if number == 0 else ''} | {row.engine} | {rate}"
+                f"| {workload if number == 0 else ''} | {row.engine} | {rate}{failed}"
                 f" | {row.median_ttft_ms:.0f} / {row.p95_ttft_ms:.0f}"
                 f" | {row.median_itl_ms:.1f} / {gap} / {row.p99_itl_ms:.1f} / {row.max_itl_ms:.0f}"
                 f" | {row.goodput_itl_20ms:.2f} |"
@@ -82,24 +97,18 @@ def markdown(found: Comparison) -> str:
     return "\n".join(lines)
 
 
+def _cells(rows: Sequence[Cells]) -> str:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in rows:
+        values = (row.get(column) for column in columns)
+        lines.append(f"| {' | '.join('' if value is None else _number(value) for value in values)} |")
+    return "\n".join(lines)
+
+
+def _number(value: float | str) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
 def _bold(text: str, is_best: bool) -> str:
     return f"**{text}**" if is_best else text
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--figures", type=Path, default=H200, help="the file of figures")
-    parser.add_argument("--plot", type=Path, help="draw the picture here")
-    parser.add_argument("--table", action="store_true", help="print the table as Markdown")
-    options = parser.parse_args(arguments)
-    found = read(options.figures)
-    if options.table:
-        print(markdown(found))
-    if options.plot is not None:
-        from benchmarks.side_by_side.picture import plot_side_by_side  # matplotlib is an extra
-
-        plot_side_by_side(found, options.plot)
-
-
-if __name__ == "__main__":
-    main()

@@ -8,18 +8,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from benchmarks.compare.figures import Comparison, ServedRow
 from benchmarks.plots import COLOURS, DOTS_PER_INCH, PADDING_COLOUR, draw_latencies, log_axis, mark_handles
-from benchmarks.side_by_side.__main__ import Comparison, ServedRow
 
 Place = Callable[[ServedRow], float]
 OURS = "graphgen"
 
 
-def plot_side_by_side(found: Comparison, path: Path) -> None:
-    draw_side_by_side(found).savefig(path)
+def plot_comparison(found: Comparison, path: Path) -> None:
+    draw_comparison(found).savefig(path)
 
 
-def draw_side_by_side(found: Comparison) -> Figure:
+def draw_comparison(found: Comparison) -> Figure:
     """A group of lines for each workload, a line for each engine, in the order of the file."""
     engines = list(dict.fromkeys(row.engine for row in found.rows))
     colours = {engine: COLOURS[index % len(COLOURS)] for index, engine in enumerate(engines)}

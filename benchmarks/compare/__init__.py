@@ -1,0 +1,1 @@
+"""graphgen and its peers under the same jobs: what runs them, the file of figures, the tables and the picture."""

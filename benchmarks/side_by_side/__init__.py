@@ -1,1 +1,0 @@
-"""graphgen beside vLLM and SGLang: figures measured elsewhere, as a file, a picture and a table."""
