@@ -124,3 +124,14 @@ def test_an_engine_drains_and_goes_on_running_and_is_removed_and_added(
     assert servers.engines[0].process.poll() is None
     assert not ask(folder, Wish("add", address=servers.engines[0].address)).error
     wait_for(lambda: servers.state(0) == "serving", "its return")
+
+
+def test_a_frontend_that_is_killed_is_started_again_before_the_same_engines(
+    servers: Servers, reference: list[tuple[int, ...]]
+) -> None:
+    os.kill(servers.frontend.pid_of("graphgen.server.frontend"), signal.SIGKILL)
+    wait_for(lambda: "the frontend serves again" in servers.frontend.said, "its successor")
+    with servers.client() as client:
+        assert [output.token_ids for output in client.generate(PROMPTS, SAMPLING)] == reference
+        wait_for(lambda: all(one.serves for one in client.stats().engines), "both engines")
+    assert [servers.state(number) for number in range(2)] == ["serving", "serving"]
