@@ -28,7 +28,7 @@ from graphgen.server.options import ServeOptions
 from graphgen.server.supervisor import ServerPlace
 
 OWN_KEY = "frontend"
-ASK_S = 5.0
+ASK_S, ASK_AGAIN_S = 2.0, 15.0
 
 
 class Frontend(Protocol):
@@ -76,6 +76,7 @@ class FrontendChild:
         self._client: Client | None = None
         self._backoff = Backoff()
         self._due_s = 0.0
+        self._next_client_s = 0.0
         self._place: ServerPlace | None = None
         self._num_starts = 0
 
@@ -121,11 +122,21 @@ class FrontendChild:
         if self._place is None:
             return None
         try:
-            told = ask(Path(self._place.folder), Wish("show"))
+            return view_of(ask(Path(self._place.folder), Wish("show")), self._stats())
+        except EngineDeadError:
+            return None
+
+    def _stats(self) -> Stats | None:
+        """None while it gives none, as one does that has no engine: it has to learn of others nevertheless."""
+        assert self._place is not None, "it serves"
+        now_s = time.monotonic()
+        if self._client is None and now_s < self._next_client_s:
+            return None
+        try:
             if self._client is None:
-                address = private_address(Path(self._place.folder), 0)
-                self._client = Client(address, connect_timeout_s=ASK_S)
-            return view_of(told, self._client.stats())
+                self._next_client_s = now_s + ASK_AGAIN_S
+                self._client = Client(private_address(Path(self._place.folder), 0), connect_timeout_s=ASK_S)
+            return self._client.stats()
         except (GraphgenError, OSError, TimeoutError):
             self._drop_client()
             return None
@@ -177,15 +188,17 @@ def make_key(folder: Path) -> str:
     return zmq.auth.load_certificate(secret)[0].decode()
 
 
-def view_of(told: Told, stats: Stats) -> View:
-    """What a frontend says of its engines, by number and by address, as one."""
+def view_of(told: Told, stats: Stats | None) -> View:
+    """What a frontend says of its engines, by number and by address, as one. stats: None where it gives none."""
     loads: dict[str, EngineLoad] = {}
     serves: dict[str, bool] = {}
     for number, (address, state) in enumerate(zip(told.addresses, told.engines, strict=True)):
         if state != "removed":
             serves[address] = state == "serving"
-            if number < len(stats.engines):
+            if stats is not None and number < len(stats.engines):
                 loads[address] = _load_of(stats.engines[number])
+    if stats is None:
+        return View(serves, None)
     serving = [loads[address] for address, does in serves.items() if does and address in loads]
     if serving:
         running, waiting = sum(one.num_running for one in serving), sum(one.num_waiting for one in serving)

@@ -58,7 +58,7 @@ class View(Struct, frozen=True):
     """What the frontend says. engines: by their data addresses, whether each serves there."""
 
     engines: Mapping[str, bool]
-    load: Load
+    load: Load | None  # None: it does not say
     loads: Mapping[str, EngineLoad] = {}
     num_held: int = 0  # requests that wait in the frontend
 

@@ -24,6 +24,7 @@ def engine(running: int, waiting: int, free: int, serves: bool = True) -> Engine
 def view(told: Told, stats: Stats) -> tuple[object, ...]:
     found = view_of(told, stats)
     load = found.load
+    assert load is not None
     return dict(found.engines), load.num_waiting, load.num_running, round(load.kv_usage, 3), load.num_serving
 
 
@@ -34,6 +35,7 @@ def test_counts_of_several_engines_are_by_address() -> None:
     stats = stats_of([engine(3, 2, 40), engine(0, 0, 100, False), engine(9, 9, 0), engine(1, 1, 80)], held=5)
     found = view_of(told, stats)
     assert view(told, stats)[0] == {"tcp://a:1": True, "tcp://b:1": False, "tcp://d:1": False}
+    assert found.load is not None
     assert (found.load.num_waiting, found.load.num_running, found.load.num_serving) == (2 + 5, 3, 1)
     assert found.load.kv_usage == 0.6, "of the engine that serves"
     assert found.loads["tcp://d:1"].num_running == 1
@@ -48,3 +50,11 @@ def test_one_engine_has_the_counts_of_all() -> None:
 def test_an_engine_that_was_added_a_moment_ago_has_no_counts_yet() -> None:
     told = Told(("serving", "serving"), addresses=("tcp://a:1", "tcp://b:1"))
     assert view(told, stats_of([engine(1, 0, 50)])) == ({"tcp://a:1": True, "tcp://b:1": True}, 0, 1, 0.5, 2)
+
+
+def test_engines_are_known_without_counts() -> None:
+    """A frontend whose engines are all gone lets nobody in, and must learn of those that replace them."""
+    told = Told(("away", "serving"), addresses=("tcp://a:1", "tcp://b:1"))
+    found = view_of(told, None)
+    assert found.engines == {"tcp://a:1": False, "tcp://b:1": True}
+    assert found.load is None
