@@ -51,7 +51,8 @@ def store(pages: Tensor, scales: Tensor | None, values: Tensor, locations: Tenso
         _bytes_of(pages).flatten(0, 1).index_copy_(0, locations, _bytes_of(stored))
     else:
         values = values.float()
-        own_scales = values.abs().amax(-1).clamp(min=INT8_LEAST_PEAK) / INT8_MOST
+        peaks = values.abs().amax(-1).clamp(min=INT8_LEAST_PEAK)
+        own_scales = peaks / torch.full_like(peaks, INT8_MOST)  # by a number CUDA would multiply with its inverse
         stored = torch.floor(values / own_scales[..., None] + 0.5).to(torch.int8)
         pages.flatten(0, 1).index_copy_(0, locations, stored)
         scales.flatten(0, 1).index_copy_(0, locations, own_scales)

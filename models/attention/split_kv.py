@@ -36,9 +36,6 @@ _LEAST_SPLITS = 8  # also beside many rows: one long context among short ones mu
 _WHOLE_BLOCKS = 16  # blocks that are not worth a split beside _EVEN_PROGRAMS others
 _BLOCK = 64
 
-_PRELOADING_ROWS = 1
-"""Rows of a step whose programs read their first block while the kernel ahead still runs."""
-
 
 class HeadNorms(NamedTuple):
     """RMSNorm of each head of queries and keys."""
@@ -171,7 +168,6 @@ def split_kv_attention(
         splits,
         fresh is not None,
         chained,
-        fresh is not None and num_rows <= _PRELOADING_ROWS,
         product_dtype(q.dtype, pages.k.dtype),
         num_warps=4,
         num_stages=2,

@@ -55,16 +55,17 @@ def bent(
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _as_stored(
-    values: "tl.tensor", scales: "tl.tensor", head: "tl.tensor", STORED: tl.constexpr
-) -> "tuple[tl.tensor, tl.tensor]":
-    """Of one position and head, [D] in the model's dtype: what quantised pages keep of it, and its scale, [1]."""
+def _store_quantised(
+    place: "tl.tensor", scales: "tl.tensor", number: "tl.tensor", head: "tl.tensor", values: "tl.tensor"
+) -> None:
+    """values: [D] of one position and head, in the model's dtype. number: of both among all positions' heads."""
     values = values.to(tl.float32)
-    if tl.int8 == STORED:
+    if place.dtype.element_ty == tl.int8:
         scale = int8_scale(tl.max(tl.abs(values), 0, keep_dims=True))
+        tl.store(scales + number + tl.arange(0, 1), scale)
     else:
         scale = tl.load(scales + head + tl.arange(0, 1))
-    return quantised(values, tl.broadcast_to(scale, values.shape), STORED), scale
+    tl.store(place, quantised(values, tl.broadcast_to(scale, values.shape), place.dtype.element_ty))
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
@@ -73,8 +74,7 @@ def _load_block(
     v_pages: "tl.tensor",
     table: "tl.tensor",
     block: "tl.tensor",
-    of_keys: "tl.tensor | None",
-    of_values: "tl.tensor",
+    visible: "tl.tensor",
     page_stride: int,
     position_stride: int,
     head_offset: "tl.tensor",
@@ -82,17 +82,14 @@ def _load_block(
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> "tuple[tl.tensor, tl.tensor, tl.tensor]":
-    """Keys, [D, BLOCK], and values, [BLOCK, D], as they lie in the pages, and the page. table: of the row. of_keys,
-    of_values: [BLOCK], which are read; None: all."""
+    """Keys, [D, BLOCK], and values, [BLOCK, D], as they lie in the pages, and the page. table: of the row. visible:
+    [BLOCK]: what lies past the sequence may be anything, and a weight of zero times NaN is NaN."""
     page = tl.load(table + block * BLOCK // PAGE).to(tl.int64)
     positions = block * BLOCK + tl.arange(0, BLOCK)
     places = page * page_stride + head_offset + (positions % PAGE).to(tl.int64) * position_stride
     dims = tl.arange(0, D)
-    if of_keys is not None:
-        keys = tl.load(k_pages + places[None, :] + dims[:, None], of_keys[None, :], other=0.0)
-    else:
-        keys = tl.load(k_pages + places[None, :] + dims[:, None])
-    values = tl.load(v_pages + places[:, None] + dims[None, :], of_values[:, None], other=0.0)
+    keys = tl.load(k_pages + places[None, :] + dims[:, None])
+    values = tl.load(v_pages + places[:, None] + dims[None, :], visible[:, None], other=0.0)
     return keys, values, page
 
 
@@ -175,14 +172,10 @@ def split_kv_kernel(
     SPLITS: tl.constexpr,
     FRESH: tl.constexpr,
     CHAINED: tl.constexpr,
-    PRELOAD: tl.constexpr,
     NUMBERS: tl.constexpr,
 ) -> None:
     """k, v, cos, sin: of the rows themselves; read if FRESH, where q comes as the model made it. NUMBERS: the dtype of
     products with quantised pages.
-
-    PRELOAD: all positions but a row's newest lie in pages since an earlier step, so the first block is read while the
-    kernel ahead still runs, and the newest key and value come into it from registers.
     """
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_kv_heads = tl.num_programs(1)
@@ -196,7 +189,7 @@ def split_kv_kernel(
     most_parts = tl.minimum((num_blocks + least_blocks - 1) // least_blocks, SPLITS)
     blocks_each = (num_blocks + most_parts - 1) // most_parts
     num_parts = (num_blocks + blocks_each - 1) // blocks_each
-    begin = first_block + tl.minimum(split, num_parts - 1) * blocks_each
+    begin = first_block + split * blocks_each
     end = tl.minimum(begin + blocks_each, first_block + num_blocks)
 
     dims = tl.arange(0, D)
@@ -204,11 +197,6 @@ def split_kv_kernel(
     table = block_tables + row.to(tl.int64) * table_stride
     strides = page_stride, position_stride, head * head_stride
     newest = kv_len - 1
-    if PRELOAD:
-        first_positions = begin * BLOCK + offsets
-        seen = (first_positions < kv_len) & (first_positions >= first_position)
-        live = seen & (first_positions != newest) & (split < num_parts)
-        keys, values, page = _load_block(k_pages, v_pages, table, begin, live, live, *strides, D, PAGE, BLOCK)
     if CHAINED:
         gdc_wait()
     if split >= num_parts:
@@ -229,23 +217,19 @@ def split_kv_kernel(
         if temperatures is not None:
             queries *= tl.load(temperatures + row)
         queries = queries.to(q.dtype.element_ty)
-        if PRELOAD or split == num_parts - 1:
+        if split == num_parts - 1:
+            page = tl.load(table + newest // PAGE).to(tl.int64)
+            place = page * page_stride + (newest % PAGE).to(tl.int64) * position_stride + head * head_stride + dims
             k_head = k + row.to(tl.int64) * k_stride + head * k_head_stride
-            own_key = _rotated(k_head, dims, partners, row_cos, row_sin, dims < D, k_norm, norm_eps, D // 2, 0)
-            own_key = own_key.to(k.dtype.element_ty)
-            own_value = tl.load(v + row.to(tl.int64) * v_stride + head * v_head_stride + dims)
+            key = _rotated(k_head, dims, partners, row_cos, row_sin, dims < D, k_norm, norm_eps, D // 2, 0)
+            value = tl.load(v + row.to(tl.int64) * v_stride + head * v_head_stride + dims)
             if k_scales is not None:
-                own_key, own_key_scale = _as_stored(own_key, k_scales, head, k_pages.dtype.element_ty)
-                own_value, own_value_scale = _as_stored(own_value, v_scales, head, v_pages.dtype.element_ty)
-            if split == num_parts - 1:
-                own_page = tl.load(table + newest // PAGE).to(tl.int64)
-                place = own_page * page_stride + (newest % PAGE).to(tl.int64) * position_stride + head * head_stride
-                tl.store(k_pages + place + dims, own_key)
-                tl.store(v_pages + place + dims, own_value)
-                if BY_POSITION:
-                    number = (own_page * PAGE + newest % PAGE) * num_kv_heads + head + tl.arange(0, 1)
-                    tl.store(k_scales + number, own_key_scale)
-                    tl.store(v_scales + number, own_value_scale)
+                number = (page * PAGE + newest % PAGE) * num_kv_heads + head
+                _store_quantised(k_pages + place, k_scales, number, head, key.to(k.dtype.element_ty))
+                _store_quantised(v_pages + place, v_scales, number, head, value)
+            else:
+                tl.store(k_pages + place, key.to(k_pages.dtype.element_ty))
+                tl.store(v_pages + place, value)
             tl.debug_barrier()  # stored before any thread of the program reads that page
     else:
         queries = tl.load(q_heads + dims[None, :], in_group, other=0.0)
@@ -260,28 +244,10 @@ def split_kv_kernel(
     peak = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, D], tl.float32)
-    if PRELOAD:
-        key_scales, value_scales = None, None
-        if k_scales is not None:
-            keys, values = keys.to(NUMBERS), values.to(NUMBERS)
-            if BY_POSITION:
-                numbers = (page * PAGE + first_positions % PAGE) * num_kv_heads + head
-                key_scales = tl.load(k_scales + numbers, live, other=0.0)
-                value_scales = tl.load(v_scales + numbers, live, other=0.0)
-        is_own = first_positions == newest
-        keys = tl.where(is_own[None, :], own_key.to(keys.dtype)[:, None], keys)
-        values = tl.where(is_own[:, None], own_value.to(values.dtype)[None, :], values)
-        if BY_POSITION:
-            key_scales = tl.where(is_own, own_key_scale, key_scales)
-            value_scales = tl.where(is_own, own_value_scale, value_scales)
-        first = queries, keys, values, key_scales, value_scales, seen, first_positions - newest
-        peak, total, mixed = _add_block(peak, total, mixed, *first, scale, softcap, slopes)
-        begin += 1
     for block in range(begin, end):
         positions = block * BLOCK + offsets
         visible = (positions < kv_len) & (positions >= first_position)
-        # What lies past the sequence may be anything: a weight of zero times NaN is NaN.
-        keys, values, page = _load_block(k_pages, v_pages, table, block, None, visible, *strides, D, PAGE, BLOCK)
+        keys, values, page = _load_block(k_pages, v_pages, table, block, visible, *strides, D, PAGE, BLOCK)
         key_scales, value_scales = None, None
         if k_scales is not None:
             keys, values = keys.to(NUMBERS), values.to(NUMBERS)

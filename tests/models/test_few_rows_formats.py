@@ -79,9 +79,9 @@ def test_a_norm_comes_before_the_product_and_the_activation_behind_it(
 
 def test_kernels_of_one_row_read_what_has_one_scale_a_row() -> None:
     """Others have a scale between the weight and the sum, or another order."""
-    served = {name for name, form in FORMATS.items() if few_rows.adds_up(random_weight(form, 32, 256), chained=True)}
+    served = {name for name, form in FORMATS.items() if few_rows.adds_up(random_weight(form, 32, 256))}
     assert served == {E4M3.name, "fp8", INT8.name}
-    assert few_rows.adds_up(torch.empty(32, 256), chained=False)
+    assert few_rows.adds_up(torch.empty(32, 256))
 
 
 @pytest.mark.parametrize("slices", [0, 2, 4])

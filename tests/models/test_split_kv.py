@@ -103,11 +103,10 @@ def check(out: Tensor, rows: Rows, rule: Rules, temperatures: Tensor | None = No
         torch.testing.assert_close(out[row], by_hand(q[row], k, v, rule), rtol=2e-5, atol=2e-5)
 
 
-@pytest.fixture(autouse=True, params=[0, len(KV_LENS)], ids=["", "preloading"])
-def _few_programs(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each takes the interpreter a millisecond or more. Long rows are still read in several parts."""
     monkeypatch.setattr(split_kv, "num_splits", lambda num_rows, num_kv_heads: (4, 1))
-    monkeypatch.setattr(split_kv, "_PRELOADING_ROWS", request.param)
 
 
 @pytest.fixture(autouse=True)
