@@ -115,6 +115,7 @@ SERVED = {
     "groups that are all kept": with_router(num_groups=4, kept_groups=4),
     "many experts of a row": with_experts(num_experts=64, top_k=64),
     "squares": with_experts(activation="relu_squared"),
+    "formats of experts": with_experts(size=256, gate_up_format=FORMAT, down_format=LinearFormat(storage="e4m3")),
     "formats": with_mixer(qkv_format=FORMAT, o_format=LinearFormat(storage="e4m3", group=128, rows=128)),
     "formats of a feed-forward": with_ff(
         gate_up_format=LinearFormat(storage="int4", group=32, zeros=True), down_format=LinearFormat(storage="int8")
@@ -161,6 +162,7 @@ FEED_FORWARDS = {
     "no gate": with_ff(gated=False),
     "a feed-forward off the blocks": with_ff(size=352),
     "experts off the blocks": with_experts(size=160),
+    "experts off the blocks of int4": with_experts(down_format=FORMAT),
     "scaled inputs": with_experts(input_scaled=True),
     "sparsemixer": with_router(score="sparsemixer", jitter=0.01),
     "a jitter": with_router(jitter=0.01),
@@ -174,7 +176,9 @@ FEED_FORWARDS = {
     "groups of gate and up off the blocks": with_ff(gate_up_format=GROUPS_OF_48),
     "a feed-forward off the blocks of int4": with_ff(size=320, down_format=FORMAT),
     "zeros of int8": with_ff(down_format=LinearFormat(storage="int8", zeros=True)),
-    "a format of a shared expert": with_experts(shared=Dense(size=320, activation="silu", down_format=FORMAT)),
+    "a shared expert off the blocks of int4": with_experts(
+        shared=Dense(size=320, activation="silu", down_format=FORMAT)
+    ),
     "latents off the blocks": replace(LAYER, mixer=replace(LATENT, value_dim=8)),
 }
 """Layers whose second half has none, so the model runs without."""
@@ -215,9 +219,9 @@ def test_another_way_to_the_residual_stream_is_refused(trait: str) -> None:
 
 def test_as_many_rows_are_served_as_have_few_pairs_with_their_experts() -> None:
     assert most_rows(SPEC) == MOST_ROWS
-    assert most_rows(replace(SPEC, layers=(LAYER, with_mixer(o_format=FORMAT)))) == MOST_ROWS
-    fp8 = LinearFormat(storage="e4m3", activation="e4m3")
-    assert most_rows(replace(SPEC, layers=(LAYER, with_mixer(o_format=fp8)))) == MOST_ROWS_OF_E4M3
+    assert most_rows(replace(SPEC, layers=(LAYER, with_mixer(o_format=LinearFormat(storage="int8"))))) == MOST_ROWS
+    for rounded in (LinearFormat(storage="e4m3", activation="e4m3"), LinearFormat(storage="int4")):
+        assert most_rows(replace(SPEC, layers=(LAYER, with_mixer(o_format=rounded)))) == MOST_ROWS_OF_E4M3
     assert most_rows(replace(SPEC, layers=(LAYER, with_experts(num_experts=128, top_k=8)))) == MOST_ROWS_OF_EXPERTS
     assert most_rows(replace(SPEC, layers=(LAYER, with_experts(num_experts=512, top_k=32)))) == 2, "64 pairs at most"
     assert most_rows(replace(SPEC, layers=(with_experts(num_experts=64), with_experts(num_experts=32, top_k=6)))) == 2
