@@ -176,7 +176,12 @@ def tune(
 
 @app.command()
 @takes_engine_options(
-    only=("model", "revision", "dtype"), model_none_means="any model with heads of 64, 128 or 256 and no sliding window"
+    # What kernels and their constants follow from.
+    only=(
+        *("model", "revision", "dtype", "quantization", "kv_cache_dtype", "tensor_parallel"),
+        *("page_size", "max_model_len", "max_num_seqs", "token_budget"),
+    ),
+    model_none_means="any model with heads of 64, 128 or 256 and no sliding window",
 )
 def prebuild(
     config: EngineConfig,

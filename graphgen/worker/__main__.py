@@ -14,7 +14,7 @@ from pathlib import Path
 
 from graphgen.base.logs import log_to_stderr
 from graphgen.launch.processes import end_with_parent, rank_of
-from graphgen.worker.ahead import compile_for_worker
+from graphgen.worker.ahead import KernelsAhead, has_driver
 from graphgen.worker.background import Background, open_context, share_interpreter_fairly
 from graphgen.worker.turn import Turn, stand_by
 
@@ -23,13 +23,15 @@ def main(folder: Path, parent_pid: int, name: str, owner_pid: int) -> None:
     """folder: of this epoch, within the engine's. name: of this rank. owner_pid: the process whose engine it is."""
     end_with_parent(parent_pid, folder.parent, owner_pid)
     log_to_stderr(name, logging.WARNING)
+    faulthandler.enable()  # a start that ends by a signal says where
+    # The first thing: no thread of ours calls a driver yet.
+    kernels = KernelsAhead.of(folder, rank_of(name)) if has_driver() else None
     faulthandler.register(signal.SIGUSR1)  # the scheduler asks where a step hangs
     # Imports and tracing make millions of objects that stay. To collect among them takes a quarter of their time.
     gc.disable()
     share_interpreter_fairly()
     turn = Turn(sys.stdin.fileno())
     context = Background("context", functools.partial(open_context, folder, rank_of(name), turn.wait))
-    kernels = Background("triton kernels", functools.partial(compile_for_worker, folder, rank_of(name), turn.wait))
     from graphgen.worker.process import run  # imports torch
 
     imports = stand_by(folder, name, turn)

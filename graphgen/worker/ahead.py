@@ -1,11 +1,12 @@
 """An engine's Triton kernels, compiled before its worker launches them, by a process that has no device.
 
 Owns that process, and the note that it leaves in Triton's cache: which kernels an engine needs takes seconds to find
-out, so it is found out once. The worker starts it beside its imports and the loading of weights and waits for it before
-the first launch; `graphgen prebuild` runs it where there need not be a GPU. What fails here is compiled, or fails again
-with its reason, at its first launch. This module imports no torch; as a program it does.
+out, so it is found out once. The worker starts it before anything else and waits for its end before the first launch:
+between the two it knows nothing of it, asks no driver and starts no thread for it. `graphgen prebuild` runs it where
+there need not be a GPU. What fails here, also by a signal, is compiled, or fails again with its reason, at its first
+launch. This module imports no torch; as a program it does.
 
-    python -m graphgen.worker.ahead FOLDER MAJOR.MINOR     # FOLDER has the launch file
+    python -m graphgen.worker.ahead FOLDER RANK [MAJOR.MINOR]     # FOLDER has the launch file
 """
 
 import contextlib
@@ -14,11 +15,12 @@ import importlib
 import importlib.metadata
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +29,7 @@ import msgspec
 from msgspec import Struct
 
 from graphgen.base.logs import log_to_stderr
+from graphgen.ipc.messages import Phase
 from graphgen.launch.launch_config import LaunchConfig
 
 MODULE = "graphgen.worker.ahead"
@@ -37,6 +40,7 @@ PATIENCE_S = 300.0
 
 _SOURCES = ("models", "worker")
 """Where kernels are defined and launched."""
+_DRIVER_FILES = ("/dev/nvidiactl", "/dev/dxg")
 _PACKAGES = ("torch", "triton", "flashinfer-python")
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
@@ -74,32 +78,48 @@ def capability_of(driver: Driver, ordinal: int) -> Capability | None:
     return values[0].value, values[1].value
 
 
+def has_driver() -> bool:
+    """Whether there may be a GPU: not where no driver made its device files, under Linux or under Windows' Linux."""
+    return any(Path(path).exists() for path in _DRIVER_FILES)
+
+
 def has_kernels(config: LaunchConfig) -> bool:
     """Whether an engine with this config launches Triton kernels that can be known ahead."""
     return config.device != "cpu" and config.attention != "torch"
 
 
-def compile_for_worker(folder: Path, rank: int, wait_for_turn: Callable[[], object]) -> float:
-    """Has the kernels of the engine compiled of which `folder` has the launch file, if they are not yet; returns the
-    seconds it took. For a thread of the worker. Of several ranks the first one does it for all."""
-    wait_for_turn()
-    config = LaunchConfig.read(folder)
-    if rank or not has_kernels(config):
-        return 0.0
-    begun_s = time.monotonic()
-    capability = capability_of(ctypes.CDLL("libcuda.so.1"), int(config.device.partition(":")[2] or 0))
-    if capability is None or note_path(os.environ, config, capability).exists():
-        return 0.0
-    run_program(folder, capability, os.environ)
-    return time.monotonic() - begun_s
+class KernelsAhead:
+    """The process, beside the worker that started it."""
 
+    def __init__(self, command: Sequence[str], patience_s: float = PATIENCE_S) -> None:
+        self._patience_s = patience_s
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
 
-def run_program(folder: Path, capability: Capability, environment: Mapping[str, str]) -> None:
-    """Runs this module as a program, and waits for it. Its output is this process's."""
-    arguments = [sys.executable, "-P", "-m", MODULE, str(folder), "{}.{}".format(*capability)]
-    hidden = {**environment, "CUDA_VISIBLE_DEVICES": ""}  # it forks, which a process with a context must not
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        subprocess.run(arguments, stdin=subprocess.DEVNULL, env=hidden, timeout=PATIENCE_S)
+    @classmethod
+    def of(cls, folder: Path, rank: int) -> "KernelsAhead":
+        """For the engine whose launch file will be in `folder`. To be called before threads are started."""
+        return cls([sys.executable, "-P", "-m", MODULE, str(folder), str(rank)])
+
+    def wait(self) -> Phase:
+        """Returns when the process has ended, well or not: what was left of its work, and what other phases hid."""
+        begun_s = time.monotonic()
+        took_s = 0.0
+        try:
+            said, _ = self._process.communicate(timeout=self._patience_s)
+            took_s = float(said or 0.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+        except ValueError:
+            logger.warning("the process that compiles Triton kernels said %r, not how long it took", said)
+        if self._process.returncode < 0:
+            logger.warning(
+                "the process that compiles Triton kernels ahead was ended by signal %d: what it left is compiled at its"
+                " first launch",
+                -self._process.returncode,
+            )
+        waited_s = time.monotonic() - begun_s
+        return Phase("triton kernels", waited_s, hidden_s=max(0.0, took_s - waited_s))
 
 
 def compile_for_engine(config: LaunchConfig, capability: Capability, environment: Mapping[str, str]) -> Note | None:
@@ -108,7 +128,9 @@ def compile_for_engine(config: LaunchConfig, capability: Capability, environment
     if not path.exists():
         with tempfile.TemporaryDirectory(prefix="graphgen-kernels-") as folder:
             config.write(Path(folder))
-            run_program(Path(folder), capability, environment)
+            arguments = [sys.executable, "-P", "-m", MODULE, folder, "0", "{}.{}".format(*capability)]
+            nothing = subprocess.DEVNULL
+            subprocess.run(arguments, stdin=nothing, stdout=nothing, env=dict(environment))
     return read_note(path)
 
 
@@ -149,22 +171,45 @@ def _version(package: str) -> str:
         return ""
 
 
-def main(folder: Path, capability: Capability) -> None:
+def main(folder: Path, rank: int, capability: Capability | None) -> float:
+    """Compiles what the engine of the launch file lacks; returns the seconds it took. Of several ranks the first one
+    does it for all. capability: None: of the device that the launch file names."""
+    config = LaunchConfig.read(folder)
+    if rank or not has_kernels(config):
+        return 0.0
+    begun_s = time.monotonic()
+    capability = capability or _ask_driver(int(config.device.partition(":")[2] or 0))
+    if capability is not None and not note_path(os.environ, config, capability).exists():
+        # From here on: what is imported below must find no device, since this process will fork.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        compile_kernels(config, capability)
+    return time.monotonic() - begun_s
+
+
+def _ask_driver(ordinal: int) -> Capability | None:
+    """capability_of, by another process: this one has never called the driver when it forks."""
+    imports = f"import ctypes; from {MODULE} import capability_of"
+    program = f"{imports}; print(capability_of(ctypes.CDLL('libcuda.so.1'), {ordinal}))"
+    done = subprocess.run([sys.executable, "-P", "-c", program], stdout=subprocess.PIPE, text=True)
+    found = re.fullmatch(r"\((\d+), (\d+)\)", done.stdout.strip())
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
+def compile_kernels(config: LaunchConfig, capability: Capability) -> None:
     """Compiles the kernels and leaves the note; says on standard error why, where it cannot."""
-    log_to_stderr("kernels", logging.WARNING)
     begun_s = time.monotonic()
     try:
         importlib.import_module("triton")  # first: torch takes long, and is there without it
         from graphgen.models.triton_ahead import compile_sources, recorded_launches, target_of
         from graphgen.worker.dry_run import run_dry
 
-        config, target = LaunchConfig.read(folder), target_of(capability)
+        target = target_of(capability)
         with recorded_launches(target) as sources:
             run_dry(config, capability)
         compiled = compile_sources(sources, target, min(MOST_PROCESSES, len(os.sched_getaffinity(0))))
     except Exception as error:  # of torch, of Triton, or of an attention backend that does not serve this model
         logger.warning("Triton kernels are compiled at their first launch, not ahead: %s", str(error) or repr(error))
-        sys.exit(1)
+        return
     note = Note(compiled.num_kernels, compiled.failures, time.monotonic() - begun_s)
     for failure in note.failures:
         logger.warning("not compiled ahead: %s", failure)
@@ -176,5 +221,6 @@ def main(folder: Path, capability: Capability) -> None:
 
 
 if __name__ == "__main__":
-    major, minor = map(int, sys.argv[2].split("."))
-    main(Path(sys.argv[1]), (major, minor))
+    log_to_stderr("kernels", logging.WARNING)
+    named = tuple(map(int, sys.argv[3].split("."))) if len(sys.argv) > 3 else None
+    print(main(Path(sys.argv[1]), int(sys.argv[2]), None if named is None else (named[0], named[1])))

@@ -38,6 +38,7 @@ from graphgen.launch.processes import rank_of
 from graphgen.launch.tokenizer_file import read_tokenizer_part
 from graphgen.models.collectives.group import RankGroup, is_loss_of_peer
 from graphgen.models.spec import Shard
+from graphgen.worker.ahead import KernelsAhead
 from graphgen.worker.background import Background
 from graphgen.worker.runner import LaunchedStep, ModelRunner
 from graphgen.worker.step_timing import with_step_times
@@ -52,9 +53,9 @@ PEER_PATIENCE_S = 1.0
 """For the word of a rank that failed first, and for its end to be seen: the others fail of it."""
 
 
-def run(folder: Path, name: str, imports: Phase, device_context: Background, kernels: Background) -> None:
+def run(folder: Path, name: str, imports: Phase, device_context: Background, kernels: KernelsAhead | None) -> None:
     """Runs until Shutdown, a failure, or the end of the parent. device_context: the CUDA context in the making.
-    kernels: Triton's, being compiled.
+    kernels: Triton's, being compiled; None: there can be none.
 
     name: of this rank, and of its channel in `folder`. imports: what of this start is over.
     """
@@ -74,7 +75,7 @@ def run(folder: Path, name: str, imports: Phase, device_context: Background, ker
                 ranks = _meet(config, rank_of(name), folder)
                 phases.append(Phase("ranks", time.monotonic() - begun_s))
             read_tokenizer = partial(read_tokenizer_part, folder.parent)
-            runner = ModelRunner(config, channel.send, phases, read_tokenizer, ranks, (kernels,))
+            runner = ModelRunner(config, channel.send, phases, read_tokenizer, ranks, kernels)
             gc.enable()
             channel.send(with_step_times(runner.describe(), runner, config, channel.send, ranks))
             _serve(runner, channel, "worker" if ranks is None else name, answers=rank_of(name) == 0)

@@ -42,6 +42,7 @@ from graphgen.models.collectives.group import RankGroup
 from graphgen.models.kv_cache import KVCache
 from graphgen.models.loader import load_decoder
 from graphgen.models.sampling import pack_slot
+from graphgen.worker.ahead import KernelsAhead
 from graphgen.worker.backend import open_backend
 from graphgen.worker.background import Background, prepare_first_use
 from graphgen.worker.bias_copies import BiasCopies
@@ -87,10 +88,10 @@ class ModelRunner:
         phases: Sequence[Phase] = (),
         read_tokenizer: Callable[[], TokenizerPart] = _no_tokenizer,
         ranks: RankGroup | None = None,
-        before_first_launch: Sequence[Background] = (),
+        kernels: KernelsAhead | None = None,
     ) -> None:
         """phases: what the process has done before this. read_tokenizer: for requests with a grammar. ranks: that share
-        the model; config.device is this one's. before_first_launch: what is waited for then."""
+        the model; config.device is this one's. kernels: which are being compiled."""
         self._config = config
         self._ranks = ranks
         self._spec = config.rank_spec
@@ -139,7 +140,8 @@ class ModelRunner:
         self._asks = SlotAsks(config.num_slots)
         with self._phase("kernels"):
             self._backend.load_kernels()
-        self._phases += [preparation.wait() for preparation in before_first_launch]
+        if kernels is not None:
+            self._phases.append(kernels.wait())
         if config.compile:
             with self._phase("compile"):
                 decoder.compile_layers()

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from graphgen import demo
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.worker import ahead
-from graphgen.worker.ahead import Note, capability_of, compile_for_worker, note_path, read_note
+from graphgen.worker.ahead import KernelsAhead, Note, capability_of, note_path, read_note
 from tests import ROOT
 from tests.worker.local_engine import launch_config
 
@@ -42,14 +43,13 @@ def config() -> LaunchConfig:
 
 
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, tuple[int, int]]]:
-    """The programs that were run, none of which does anything."""
-    found: list[tuple[Path, tuple[int, int]]] = []
+def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The capabilities for which kernels were compiled; none is."""
+    found: list[tuple[int, int]] = []
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeDriver())
-    monkeypatch.setattr(
-        ahead, "run_program", lambda folder, capability, environment: found.append((folder, capability))
-    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(ahead, "_ask_driver", lambda ordinal: (9, ordinal))
+    monkeypatch.setattr(ahead, "compile_kernels", lambda config, capability: found.append(capability))
     return found
 
 
@@ -59,30 +59,71 @@ def test_the_device_is_known_without_a_context() -> None:
         assert capability_of(FakeDriver(failing), 0) is None
 
 
-def test_a_worker_has_its_kernels_compiled_until_they_are(
-    tmp_path: Path, config: LaunchConfig, runs: list[tuple[Path, tuple[int, int]]]
+def test_kernels_are_compiled_until_they_are(
+    tmp_path: Path, config: LaunchConfig, compiled: list[tuple[int, int]]
 ) -> None:
     config.write(tmp_path)
-    compile_for_worker(tmp_path, 0, lambda: None)
-    assert runs == [(tmp_path, (9, 0))]
+    assert ahead.main(tmp_path, 0, None) > 0.0
+    assert compiled == [(9, 0)]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "", "the process forks: what it imports then must find no device"
     note = note_path(os.environ, config, (9, 0))
     note.parent.mkdir()
     note.write_bytes(msgspec.json.encode(Note(40, (), 9.0)))
-    assert compile_for_worker(tmp_path, 0, lambda: None) == 0.0
-    assert len(runs) == 1
+    ahead.main(tmp_path, 0, None)
+    ahead.main(tmp_path, 0, (9, 0))
+    assert len(compiled) == 1
     assert read_note(note) == Note(40, (), 9.0)
     note.unlink()
-    compile_for_worker(tmp_path, 1, lambda: None)
-    assert len(runs) == 1, "the first rank does it for all"
+    assert ahead.main(tmp_path, 1, None) == 0.0
+    assert len(compiled) == 1, "the first rank does it for all"
 
 
 @pytest.mark.parametrize("settings", [{"device": "cpu"}, {"attention": "torch"}])
 def test_nothing_is_compiled_for_an_engine_that_launches_no_such_kernel(
-    settings: dict[str, str], tmp_path: Path, config: LaunchConfig, runs: list[tuple[Path, tuple[int, int]]]
+    settings: dict[str, str], tmp_path: Path, config: LaunchConfig, compiled: list[tuple[int, int]]
 ) -> None:
     msgspec.structs.replace(config, **settings).write(tmp_path)
-    assert compile_for_worker(tmp_path, 0, lambda: None) == 0.0
-    assert runs == []
+    assert ahead.main(tmp_path, 0, None) == 0.0
+    assert compiled == []
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+
+
+def test_a_worker_asks_no_driver_and_starts_no_thread_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that two threads called for the first time, or that was called beside a fork, has ended workers."""
+
+    def load(name: str) -> None:
+        raise AssertionError(f"{name} is loaded in the worker")
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    threads = threading.enumerate()
+    launch_config(demo.model_folder(), device="cpu").write(tmp_path)
+    kernels = KernelsAhead.of(tmp_path, 0)
+    assert threading.enumerate() == threads
+    phase = kernels.wait()
+    assert (phase.name, phase.hidden_s) == ("triton kernels", 0.0)
+
+
+def test_seconds_of_the_process_are_waited_for_or_hidden() -> None:
+    phase = KernelsAhead([sys.executable, "-c", "print(500.0)"]).wait()
+    assert phase.hidden_s == pytest.approx(500.0 - phase.seconds)
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("import os; os.kill(os.getpid(), 11)", "was ended by signal 11"),
+        ("import time; time.sleep(600)", "was ended by signal 9"),
+        ("print('no number')", "not how long it took"),
+        ("raise SystemExit(1)", ""),
+    ],
+)
+def test_a_process_that_dies_hangs_or_fails_ends_no_worker(
+    program: str, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    patience_s = 2.0 if "sleep" in program else 60.0
+    phase = KernelsAhead([sys.executable, "-c", program], patience_s).wait()
+    assert phase.hidden_s == 0.0
+    assert words in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -115,12 +156,13 @@ def test_kernels_whose_source_has_changed_are_others(config: LaunchConfig, monke
 def test_without_triton_the_program_says_so_and_leaves_no_note(tmp_path: Path, config: LaunchConfig) -> None:
     config.write(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-P", "-m", ahead.MODULE, str(tmp_path), "9.0"],
+        [sys.executable, "-P", "-m", ahead.MODULE, str(tmp_path), "0", "9.0"],
         cwd=ROOT,
         env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 1
+    assert done.returncode == 0
+    assert float(done.stdout) > 0.0
     assert "compiled at their first launch, not ahead: No module named 'triton'" in done.stderr
     assert not list(tmp_path.glob("*.note"))

@@ -35,6 +35,7 @@ from graphgen.launch.tokenizer_file import TokenizerPart
 from graphgen.models.sampling import NO_TOKEN
 from graphgen.requests.core import launch_config
 from graphgen.worker import process
+from graphgen.worker.ahead import KernelsAhead
 from graphgen.worker.background import Background
 from graphgen.worker.grammars import Draw, Verdicts
 from graphgen.worker.outputs import StepOutputs
@@ -83,9 +84,9 @@ class FakeRunner:
         phases: Sequence[Phase],
         read_tokenizer: Callable[[], TokenizerPart],
         ranks: object = None,
-        before_first_launch: Sequence[Background] = (),
+        kernels: KernelsAhead | None = None,
     ) -> None:
-        assert len(before_first_launch) == 1, "Triton's kernels are waited for"
+        assert kernels is not None, "Triton's kernels are waited for"
         self.phases = tuple(phases)
         self.grammars = FakeGrammars()
         report(Progress("load", 1, 1))
