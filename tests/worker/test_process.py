@@ -2,6 +2,7 @@
 
 import gc
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -153,13 +154,8 @@ class Loop:
 
     def _run(self) -> None:
         try:
-            process.run(
-                self.processes.folder,
-                NAME,
-                IMPORTS,
-                Background("context", lambda: 0.0),
-                Background("kernels", lambda: 0.0),
-            )
+            context, kernels = Background("context", lambda: 0.0), KernelsAhead([sys.executable, "-c", ""])
+            process.run(self.processes.folder, NAME, IMPORTS, context, kernels)
             self.exit_code = 0
         except SystemExit as end:
             self.exit_code = end.code
