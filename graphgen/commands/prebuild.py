@@ -60,8 +60,8 @@ def prebuild(config: EngineConfig, arch: str | None, jobs: int | None) -> Prebui
     """
     capability = _capability_here() if arch is None else parse_arch(arch)
     arch = arch_of(capability)
-    launch = None if config.model is None else _launch_of(config, config.model)
-    shapes = _any_shapes(config) if launch is None else _shapes_of(launch)
+    launch = None if config.model is None else launch_of(config, config.model)
+    shapes = _any_shapes(config) if launch is None else shapes_of(launch)
     for shape in shapes:
         check_supported(shape)
     needed = [
@@ -93,11 +93,12 @@ def keep_bytecode(environment: Mapping[str, str], packages: Sequence[str], jobs:
     subprocess.run([sys.executable, *arguments], env=dict(environment), stdout=subprocess.DEVNULL)
 
 
-def _launch_of(config: EngineConfig, model: str) -> LaunchConfig:
+def launch_of(config: EngineConfig, model: str) -> LaunchConfig:
+    """Of an engine that would serve this model here."""
     return resolve(config, load_spec(model, config.revision), Path(model))
 
 
-def _shapes_of(launch: LaunchConfig) -> list[AttentionShape]:
+def shapes_of(launch: LaunchConfig) -> list[AttentionShape]:
     """None of a model with latent attention, whose kernels are all Triton's."""
     if launch.spec.latent is not None:
         return []

@@ -40,7 +40,7 @@ from graphgen.ipc.vectors.wire import (
 MAX_INT = 2**53 - 1
 MAX_TOKEN = 2**31 - 1
 PROMPT = ("text", text("Hi"))
-PACKED = bytes.fromhex("010000002c010000")
+PACKED = bytes.fromhex("01000000c8000000")
 ROUTED = (
     ("seed", u64(2**63 - 1)),
     ("age_ms", f64(12.5)),

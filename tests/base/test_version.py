@@ -52,6 +52,6 @@ def test_an_extra_that_a_message_names_exists() -> None:
     extras = set()
     for path in (path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
         extras |= set(re.findall(r"how_to_install\(['\"](\w+)['\"]\)", path.read_text()))
-    assert extras == {"cuda", "bench", "http", "otel"}
+    assert extras == {"cuda", "bench", "http", "otel", "ray"}
     assert extras <= set(PROJECT["project"]["optional-dependencies"])
     assert "'.[cuda]'" in version.how_to_install("cuda")

@@ -86,7 +86,7 @@ def test_a_port_in_use_is_found_before_anything_starts(monkeypatch: pytest.Monke
     from graphgen import EngineConfig
     from graphgen.server import supervisor
 
-    def start(**_: int) -> None:
+    def start(*_: object, **__: object) -> None:
         raise AssertionError("an engine was started")
 
     monkeypatch.setattr(supervisor, "EngineProcesses", start)

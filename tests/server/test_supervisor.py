@@ -82,7 +82,7 @@ class Rig:
         self.wishes = Wishes()
         self.said: list[str] = []
         self.outcome: object = None
-        monkeypatch.setattr(supervisor, "EngineProcesses", lambda **_: self.processes)
+        monkeypatch.setattr(supervisor, "EngineProcesses", lambda *_, **__: self.processes)
         monkeypatch.setattr(supervisor, "EndSignals", lambda: self.wishes)
         monkeypatch.setattr(supervisor, "LOST_GRACE_S", 1.0)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
