@@ -19,7 +19,7 @@ comma := ,
 # With an NVIDIA driver the CUDA kernels come along.
 EXTRAS := test$(comma)bench$(comma)http$(comma)ray$(if $(wildcard /dev/nvidia0),$(comma)cuda)
 
-.PHONY: demo test test-real test-smollm2 clients browser fuzz-http check format gpu-test clean
+.PHONY: demo test test-real test-smollm2 clients browser fuzz-http cluster-test check format gpu-test clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m graphgen demo
@@ -53,6 +53,10 @@ clients:
 # Ten minutes of requests that are made from the gateway's OpenAPI document; `make test` spends one.
 fuzz-http: $(VENV)/.installed
 	FUZZ_S=600 REQUIRE_CLIENTS=1 $(RUN) -m pytest -q tests/gateway/test_foreign_clients.py -k openapi $(PYTEST_ARGS)
+
+# Two engines under Ray on this machine, killed and scaled: minutes, on a machine where nothing else runs.
+cluster-test: $(VENV)/.installed
+	TEST_RAY=1 $(RUN) -m pytest -q tests/cluster/test_ray.py $(PYTEST_ARGS)
 
 # Installs a browser for the test of the gateway's page, which says so and is skipped where there is none.
 browser:
