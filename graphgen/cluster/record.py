@@ -1,7 +1,8 @@
 """How another shell finds a cluster that is up: a folder of its name, and a socket in it at which its keeper answers.
 
-Owns the folder, which only its user can enter, with the lock that says whether somebody is up there, and both ends of
-the socket. `graphgen cluster status` and `down` ask there; they need no Ray, and work when Ray does not answer.
+Owns the folder, which only its user can enter, with the lock that says whether somebody is up there, and the
+answering end of the socket. `graphgen cluster status` and `down` ask there; they need no Ray, and work when Ray does
+not answer.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from msgspec import Struct
 from graphgen.base.addresses import MAX_PATH_BYTES
 from graphgen.cluster.roster import EngineStatus
 from graphgen.ipc.errors import ConfigError, EngineDeadError
+from graphgen.server.asking import ask_at
 
 SOCKET, LOCK = "keeper", "lock"
 ANSWER_S = 10.0
@@ -146,20 +148,13 @@ def ask(name: str, question: Question) -> ClusterStatus:
         known = names_up()
         hint = f"up are: {', '.join(known)}" if known else "start one with `graphgen cluster up`"
         raise ConfigError(f"no cluster {name!r} of this user is up on this machine: {hint}")
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    try:
-        with context.socket(zmq.REQ) as socket:
-            socket.set(zmq.LINGER, 0)
-            socket.connect(f"ipc://{folder_of(name) / SOCKET}")
-            socket.send(msgspec.msgpack.encode(question))
-            if not socket.poll(int(ANSWER_S * 1000)):
-                raise EngineDeadError(
-                    f"the cluster {name!r} is up and has not answered for {ANSWER_S:g} s: it may be starting Ray; see"
-                    " what `graphgen cluster up` says"
-                )
-            return msgspec.msgpack.decode(socket.recv(), type=ClusterStatus)
-    finally:
-        context.term()
+    status = ask_at(folder_of(name) / SOCKET, question, ClusterStatus, ANSWER_S)
+    if status is None:
+        raise EngineDeadError(
+            f"the cluster {name!r} is up and has not answered for {ANSWER_S:g} s: it may be starting Ray; see what"
+            " `graphgen cluster up` says"
+        )
+    return status
 
 
 def _lock(folder: Path) -> int | None:

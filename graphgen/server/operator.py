@@ -1,7 +1,7 @@
 """How an operator takes engines of a running server out of service and back, and adds and removes those that are
 elsewhere: a socket in the server's folder, which only the user who runs the server can enter.
 
-Owns the socket, at both ends, and its two messages. What is done, the supervisor decides. `graphgen replicas` asks.
+Owns the socket and its two messages. What is done, the supervisor decides. `graphgen replicas` asks.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import zmq
 from msgspec import Struct
 
 from graphgen.ipc.errors import ConfigError, EngineDeadError
+from graphgen.server.asking import ask_at
 
 SOCKET = "operator"
 ANSWER_S = 5.0
@@ -69,19 +70,10 @@ class OperatorSocket:
 
 def ask(folder: Path, wish: Wish) -> Told:
     """What the server of this folder says. Raises EngineDeadError when nobody answers."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    try:
-        with context.socket(zmq.REQ) as socket:
-            socket.set(zmq.LINGER, 0)
-            socket.connect(f"ipc://{folder / SOCKET}")
-            socket.send(msgspec.msgpack.encode(wish))
-            if not socket.poll(int(ANSWER_S * 1000)):
-                raise EngineDeadError(
-                    f"no server answers in {folder} for {ANSWER_S:g} s: name the folder of one that runs"
-                )
-            return msgspec.msgpack.decode(socket.recv(), type=Told)
-    finally:
-        context.term()
+    told = ask_at(folder / SOCKET, wish, Told, ANSWER_S)
+    if told is None:
+        raise EngineDeadError(f"no server answers in {folder} for {ANSWER_S:g} s: name the folder of one that runs")
+    return told
 
 
 def find_server(folder: str | None) -> Path:
