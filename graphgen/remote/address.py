@@ -1,7 +1,9 @@
 """Where a server is and how to prove who one is: what a client is made of."""
 
+import contextlib
 import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, TypedDict
 
@@ -53,17 +55,11 @@ class ServerAddress(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords):
         Raises ConfigError for an address or keys that cannot work, ConnectionLostError where nothing listens.
         """
         socket = self.make_socket(context)
-        try:
-            with socket.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_CONNECT_RETRIED) as monitor:
-                socket.connect(self.address)
-                self._wait_connected(monitor)
-                socket.disable_monitor()
-        except GraphgenError:
-            socket.close()
-            raise
-        except (zmq.ZMQError, OSError, ValueError) as error:
-            socket.close()
-            raise ConfigError(f"cannot connect to {self.address!r}: {error}") from None
+        events = zmq.EVENT_CONNECTED | zmq.EVENT_CONNECT_RETRIED
+        with self._closed_on_failure(socket), socket.get_monitor_socket(events) as monitor:
+            socket.connect(self.address)
+            self._wait_connected(monitor)
+            socket.disable_monitor()
         return socket
 
     def make_socket(self, context: "zmq.Context[zmq.Socket[bytes]]") -> "zmq.Socket[bytes]":
@@ -73,7 +69,7 @@ class ServerAddress(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords):
         if (self.server_key is None) != (self.key_file is None):
             raise ConfigError("one of server_key and key_file is missing: a server with keys needs both")
         socket = context.socket(zmq.DEALER)
-        try:
+        with self._closed_on_failure(socket):
             socket.set_hwm(0)  # what is sent is bounded by the server's limits
             socket.set(zmq.LINGER, 0)
             if self.server_key is not None and self.key_file is not None:
@@ -81,13 +77,19 @@ class ServerAddress(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords):
                 socket.set(zmq.CURVE_SERVERKEY, _check_key(self.server_key))
                 socket.set(zmq.CURVE_PUBLICKEY, public)
                 socket.set(zmq.CURVE_SECRETKEY, secret)
+        return socket
+
+    @contextlib.contextmanager
+    def _closed_on_failure(self, socket: "zmq.Socket[bytes]") -> Iterator[None]:
+        """What libzmq and the system say becomes a ConfigError."""
+        try:
+            yield
         except GraphgenError:
             socket.close()
             raise
         except (zmq.ZMQError, OSError, ValueError) as error:
             socket.close()
             raise ConfigError(f"cannot connect to {self.address!r}: {error}") from None
-        return socket
 
     def _wait_connected(self, monitor: "zmq.Socket[bytes]") -> None:
         """Returns when there is a connection, or when the time is over. libzmq tries again for ever where nothing
