@@ -13,7 +13,6 @@ from graphgen.ipc.step_schema import StepBounds
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.models.attention.backend import AttentionBackend
 from graphgen.models.attention.kernels import AttentionShape, Scores
-from graphgen.models.attention.live import LiveAttention
 from graphgen.models.attention.reference import TorchAttention
 from graphgen.models.attention.variant import AttentionVariant, Numbers, Scoring
 from graphgen.models.layers import variant_of
@@ -60,10 +59,8 @@ def open_backend(
 
 
 def _open_torch(config: LaunchConfig, device: torch.device, reason: str) -> AttentionBackend:
-    """reason: why it was chosen. What a compiled graph calls must be an operator; live.py is none."""
-    if device.type == "cpu" and not config.compile:
-        return LiveAttention(reason, config.page_size)
-    return TorchAttention(reason)
+    """reason: why it was chosen."""
+    return TorchAttention(reason, config.page_size if device.type == "cpu" and not config.compile else None)
 
 
 def check_kv_format(name: str, capability: tuple[int, int]) -> None:

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphgen.models.attention.backend import Words
 from graphgen.models.attention.formula import attend_rows, visible
 from graphgen.models.attention.pages import LayerPages, store, take
 from graphgen.models.attention.tables import RowTables
@@ -213,29 +212,6 @@ class LiveStep:
         """Those with the positions from `first_seen` on, and the first position in them."""
         first_page = first_seen // self._page_size
         return block_table[first_page : -(-kv_len // self._page_size)], first_page * self._page_size
-
-
-class LiveAttention:
-    """The backend of the CPU where nothing is compiled: nothing to plan, no kernel to load."""
-
-    name = "torch"
-    late_import: str | None = None
-    most_chunk_pages: int | None = None
-    runs_fused_layers = False
-
-    def __init__(self, reason: str, page_size: int) -> None:
-        """reason: why it was chosen, for people."""
-        self.description = f"torch ({reason})"
-        self._page_size = page_size
-
-    def load_kernels(self) -> None:
-        """They are part of torch."""
-
-    def plan(self, num_prefill_rows: int, chunk_starts: Words, chunk_kv_lens: Words, decode_kv_lens: Words) -> None:
-        """The row tables say all that is needed."""
-
-    def prepare(self, tables: RowTables) -> LiveStep:
-        return LiveStep(tables, self._page_size)
 
 
 def _mixed(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scoring: Scoring) -> Tensor:

@@ -209,16 +209,18 @@ class TorchStep(NamedTuple):
 
 
 class TorchAttention:
-    """The reference kernels: any device, nothing to plan. On the CPU live.py is faster where nothing is compiled."""
+    """The reference kernels: any device, nothing to plan."""
 
     name = "torch"
     late_import: str | None = None
     most_chunk_pages: int | None = None
     runs_fused_layers = False
 
-    def __init__(self, reason: str) -> None:
-        """reason: why it was chosen, for people."""
+    def __init__(self, reason: str, live_page_size: int | None = None) -> None:
+        """reason: why it was chosen, for people. live_page_size: of the pages, where layers call live.py themselves: on
+        the CPU, where nothing is compiled. It is faster there; what a compiled graph calls must be an operator."""
         self.description = f"torch ({reason})"
+        self._live_page_size = live_page_size
 
     def load_kernels(self) -> None:
         """They are part of torch."""
@@ -226,5 +228,5 @@ class TorchAttention:
     def plan(self, num_prefill_rows: int, chunk_starts: Words, chunk_kv_lens: Words, decode_kv_lens: Words) -> None:
         """The row tables say all that is needed."""
 
-    def prepare(self, tables: RowTables) -> TorchStep:
-        return TorchStep(tables)
+    def prepare(self, tables: RowTables) -> TorchStep | LiveStep:
+        return TorchStep(tables) if self._live_page_size is None else LiveStep(tables, self._live_page_size)
