@@ -7,7 +7,7 @@ from graphgen.cluster.roster import Seen
 
 
 class Launcher(Protocol):
-    """Starts, watches and ends the lives of engines. No call waits."""
+    """Starts, watches and ends the lives of engines. No call waits for an engine, each may for an answer of Ray."""
 
     def start(self, number: int) -> None:
         """Begins a life of this engine, which has none."""

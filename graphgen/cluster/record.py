@@ -1,8 +1,8 @@
-"""How another shell finds a cluster that is up: a folder of its name, and a socket in it at which its keeper answers.
+"""How another shell finds a cluster that is up: a folder of its name, and a socket in it at which its process answers.
 
-Owns the folder, which only its user can enter, with the lock that says whether somebody is up there, and the
-answering end of the socket. `graphgen cluster status` and `down` ask there; they need no Ray, and work when Ray does
-not answer.
+Owns the folder, which only its user can enter, with the lock that says whether somebody is up there, the asking end of
+the socket, and what passes there; `graphgen.cluster.answering` has the other end. `graphgen cluster status` and `down`
+ask; they need no Ray, and work when Ray does not answer.
 """
 
 import contextlib
@@ -10,13 +10,9 @@ import fcntl
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import msgspec
-import zmq
 from msgspec import Struct
 
 from graphgen.base.addresses import MAX_PATH_BYTES
@@ -24,7 +20,7 @@ from graphgen.cluster.roster import EngineStatus
 from graphgen.ipc.errors import ConfigError, EngineDeadError
 from graphgen.server.asking import ask_at
 
-SOCKET, LOCK = "keeper", "lock"
+SOCKET, LOCK = "answering", "lock"
 ANSWER_S = 10.0
 _RAY_PATH_BYTES = len("/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 """Of the longest path that is put into the folder."""
@@ -64,6 +60,9 @@ class ClusterStatus(Struct, frozen=True):
     engines: tuple[EngineLine, ...]
     frontend_restarts: int = 0
     cold_start_s: float = 0.0
+    doing: str = ""  # what its keeper is doing; "" while it waits for the next look
+    doing_s: float = 0.0  # for so long
+    age_s: float = 0.0  # of what is said of engines and requests: since the last look at them
 
 
 class Record:
@@ -72,10 +71,6 @@ class Record:
     def __init__(self, folder: Path, lock: int) -> None:
         self.folder = folder
         self._lock = lock
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._context.socket(zmq.REP)
-        self._socket.set(zmq.LINGER, 1000)
-        self._socket.bind(f"ipc://{folder / SOCKET}")
 
     @classmethod
     def claim(cls, name: str) -> "Record":
@@ -102,20 +97,8 @@ class Record:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         return cls(folder, lock)
 
-    def serve(self, answer: Callable[[Question], ClusterStatus], wait_s: float) -> None:
-        """Answers what arrives within `wait_s`."""
-        deadline_s = time.monotonic() + wait_s
-        while self._socket.poll(max(0, int((deadline_s - time.monotonic()) * 1000))):
-            try:
-                question = msgspec.msgpack.decode(self._socket.recv(), type=Question)
-            except msgspec.MsgspecError:
-                question = Question("status")  # whoever asks is answered: the socket takes no other question before
-            self._socket.send(msgspec.msgpack.encode(answer(question)))
-
     def close(self) -> None:
         """The name is free from here on."""
-        self._socket.close()
-        self._context.term()
         shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
 
@@ -143,7 +126,7 @@ def is_up(name: str) -> bool:
 
 
 def ask(name: str, question: Question) -> ClusterStatus:
-    """Raises ConfigError where no such cluster is up, EngineDeadError where its keeper does not answer."""
+    """Raises ConfigError where no such cluster is up, EngineDeadError where its process does not answer."""
     if not is_up(name):
         known = names_up()
         hint = f"up are: {', '.join(known)}" if known else "start one with `graphgen cluster up`"
@@ -151,8 +134,8 @@ def ask(name: str, question: Question) -> ClusterStatus:
     status = ask_at(folder_of(name) / SOCKET, question, ClusterStatus, ANSWER_S)
     if status is None:
         raise EngineDeadError(
-            f"the cluster {name!r} is up and has not answered for {ANSWER_S:g} s: it may be starting Ray; see what"
-            " `graphgen cluster up` says"
+            f"the cluster {name!r} is up and has not answered for {ANSWER_S:g} s, which it does whatever it waits for:"
+            " see whether its `graphgen cluster up` was stopped, or its machine is too busy"
         )
     return status
 

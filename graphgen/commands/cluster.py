@@ -26,6 +26,8 @@ NOT_DONE_EXIT = 1
 LOOK_S = 0.2
 PIPED_WIDTH = 160
 """Of a table that no terminal shows."""
+LONG_S = 2.0
+"""What a keeper does for so long is told."""
 
 cluster_app = typer.Typer(no_args_is_help=True, help="Engines on many machines behind one address, through Ray.")
 
@@ -105,11 +107,15 @@ def _name_of(name: str | None) -> str:
 
 def _headline(found: ClusterStatus) -> str:
     bounds = f", {found.least} to {found.most}" if found.least < found.most else ""
+    start = f"; a start takes {found.cold_start_s:.0f} s" if found.cold_start_s else ""
     lines = [
         f"{found.name}  {found.phase}, up for {found.up_s:.0f} s, process {found.pid}",
-        f"engines wanted: {found.num_wanted}{bounds}; a start takes {found.cold_start_s:.0f} s",
-        f"Ray at {found.ray}",
+        f"engines wanted: {found.num_wanted}{bounds}{start}",
     ]
+    if found.ray:
+        lines.append(f"Ray at {found.ray}")
+    if found.doing_s >= LONG_S:
+        lines.append(f"{found.doing} for {found.doing_s:.0f} s; engines are shown as they were {found.age_s:.0f} s ago")
     if found.data:
         restarts = f", restarted {found.frontend_restarts} times" if found.frontend_restarts else ""
         lines.append(f"clients connect to {found.data}{restarts}; {found.num_held} requests wait in the frontend")

@@ -3,46 +3,49 @@
 import contextlib
 import queue
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import pytest
 
-from graphgen.base.signals import EndSignals
+from graphgen.base.signals import SAME_S
 from graphgen.cluster import keeper as keeper_module
+from graphgen.cluster import up
+from graphgen.cluster.answering import Answering
 from graphgen.cluster.keeper import Keeper
-from graphgen.cluster.record import ClusterStatus, Question, Record, ask, folder_of, is_up, names_up
+from graphgen.cluster.options import ClusterOptions
+from graphgen.cluster.record import SOCKET, ClusterStatus, Question, Record, ask, folder_of, is_up, names_up
 from graphgen.cluster.roster import Seen
 from graphgen.cluster.scaling import Scaling, ScalingLimits
 from graphgen.ipc.errors import ConfigError, EngineDeadError
-from tests.cluster.fakes import FakeFrontend, FakeLauncher
+from tests.cluster.fakes import FakeFrontend, FakeLauncher, NoSignals, SlowLauncher
 from tests.cluster.waiting import wait_until
-
-
-class NoSignals(EndSignals):
-    """So many wishes as the test says."""
-
-    def __init__(self) -> None:
-        self.num_wishes = 0
 
 
 class Rig:
     """A keeper on a thread of its own."""
 
-    def __init__(self, num_engines: int = 2) -> None:
+    def __init__(self, num_engines: int = 2, launcher: FakeLauncher | None = None) -> None:
         self.name = f"t{uuid.uuid4().hex[:12]}"
-        self.launcher, self.frontend, self.signals = FakeLauncher(), FakeFrontend(), NoSignals()
+        self.launcher, self.frontend, self.signals = launcher or FakeLauncher(), FakeFrontend(), NoSignals()
         self.said: list[str] = []
         self._results: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
         self._num_engines = num_engines
         self._thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:
-        with contextlib.closing(Record.claim(self.name)) as record:
+        with (
+            contextlib.closing(Record.claim(self.name)) as record,
+            contextlib.closing(
+                Answering(record.folder / SOCKET, up.first_status(ClusterOptions(name=self.name)))
+            ) as answering,
+        ):
             limits = ScalingLimits(least=1, most=4, down_after_s=1e6)
             scaling = Scaling(limits, self._num_engines)
             keeper = Keeper(
-                self.name, scaling, self.launcher, self.frontend, record, "ray:1", 5.0, 30.0, self.said.append
+                self.name, scaling, self.launcher, self.frontend, answering, "ray:1", 5.0, 30.0, self.said.append
             )
             try:
                 self._results.put(keeper.run(self.signals))
@@ -130,6 +133,57 @@ def test_down_ends_everything_in_order(start: Callable[[Rig], Rig]) -> None:
     assert not rig.launcher.seen
     assert not is_up(rig.name)
     assert not folder_of(rig.name).exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "doing", "states"),
+    [
+        ("look", "asking Ray how the engines are", ["serving", "serving"]),
+        ("end", "stopping engine 1", ["serving", "waiting"]),
+        ("start", "asking Ray for a place for engine 1", ["serving", "placing"]),
+    ],
+)
+def test_whoever_asks_is_answered_while_ray_is_slow(
+    start: Callable[[Rig], Rig], call: Literal["start", "end", "look"], doing: str, states: list[str]
+) -> None:
+    launcher = SlowLauncher()
+    rig = start(Rig(2, launcher)).wait_serving()
+    launcher.wait_in(call)
+    launcher.seen[1] = Seen("lost", reason="its machine burns")
+    try:
+        wait_until(lambda: launcher.is_waiting, "it waits for Ray", 20.0)
+        begun_s = time.monotonic()
+        found = rig.status()
+        assert (found.phase, found.doing) == ("serving", doing)
+        assert [one.status.state for one in found.engines] == states
+        later = rig.status()
+        assert later.doing_s > found.doing_s > 0.0
+        assert later.age_s > found.age_s > 0.0, "it says how old this is"
+        assert ask(rig.name, Question("down")).phase == "ending"
+        assert time.monotonic() - begun_s < 5.0, "at once"
+    finally:
+        launcher.go_on()
+    assert rig.join() == 0, "the order was not lost"
+
+
+def test_whoever_asks_is_answered_while_the_frontend_is_slow(start: Callable[[Rig], Rig]) -> None:
+    rig = start(Rig(2)).wait_serving()
+    with rig.frontend.busy:
+        wait_until(lambda: rig.status().doing_s > 0.1, "the keeper waits", 20.0)
+        assert rig.status().doing == "asking the frontend how it is"
+        assert ask(rig.name, Question("down")).phase == "ending"
+    assert rig.join() == 0
+
+
+def test_two_orders_at_once_are_passed_on_as_two(start: Callable[[Rig], Rig]) -> None:
+    """As `graphgen cluster down --now` gives them. The frontend takes signals in quick succession for one."""
+    rig = start(Rig(1)).wait_serving()
+    rig.frontend.drains = True
+    for _ in range(3):
+        ask(rig.name, Question("down"))
+    assert rig.join() == 0
+    first_s, second_s = rig.frontend.asked_to_end_s
+    assert second_s - first_s > SAME_S
 
 
 def test_a_signal_during_the_start_ends_it(start: Callable[[Rig], Rig]) -> None:

@@ -4,6 +4,10 @@ import ast
 import contextlib
 import socket
 import sys
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -11,19 +15,21 @@ from graphgen.cluster import up
 from graphgen.cluster.options import ClusterOptions
 from graphgen.cluster.places import MachineResources
 from graphgen.cluster.ray_launcher import check_answers, import_ray
-from graphgen.cluster.record import Record
+from graphgen.cluster.record import Question, Record, ask, is_up
 from graphgen.ipc.errors import ConfigError
 from graphgen.launch.config import EngineConfig
 from graphgen.launch.replicas import of_frontend
 from graphgen.server.options import ServeOptions
 from tests import ROOT
+from tests.cluster.fakes import NoSignals
+from tests.cluster.waiting import wait_until
 
 WITHOUT_GPU = [MachineResources("a", 8, 0)]
 ONE_WITH_GPUS = [MachineResources("a", 8, 0), MachineResources("b", 64, 8)]
 
 
-def run(config: EngineConfig | None = None, **cluster: object) -> None:
-    up.run_cluster(config or EngineConfig(device="cpu"), ServeOptions(), ClusterOptions(**cluster), print)  # type: ignore[arg-type]  # values that a test chooses
+def run(config: EngineConfig | None = None, **cluster: object) -> int:
+    return up.run_cluster(config or EngineConfig(device="cpu"), ServeOptions(), ClusterOptions(**cluster), print)  # type: ignore[arg-type]  # values that a test chooses
 
 
 def test_engines_get_the_device_that_the_machines_have() -> None:
@@ -86,6 +92,53 @@ def test_a_name_that_is_up_is_refused_before_ray_is_started(monkeypatch: pytest.
         pytest.raises(ConfigError, match="a cluster 'taken-by-a-test' is up already"),
     ):
         run(name="taken-by-a-test")
+
+
+class NoRoom:
+    """A Ray that is slow to start, and whose machines have no room yet."""
+
+    goes_on = threading.Event()
+    ray, is_local, address = None, False, "ray:1"
+
+    def __init__(self, address: str | None, temporary: Path) -> None:
+        assert self.goes_on.wait(60.0), "the test lets it go on"
+
+    def check_name(self, name: str) -> None:
+        """No other has it."""
+
+    def machines(self) -> list[MachineResources]:
+        return []
+
+    def free(self) -> tuple[float, float]:
+        return 0.0, 0.0
+
+    def close(self) -> None:
+        """Nothing is there."""
+
+
+def test_whoever_asks_is_answered_while_ray_starts_and_while_machines_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(up, "import_ray", lambda starts_here: None)
+    monkeypatch.setattr(up, "RayConnection", NoRoom)
+    monkeypatch.setattr(up, "EndSignals", NoSignals)  # a handler is set on the main thread alone
+    name = f"t{uuid.uuid4().hex[:12]}"
+
+    def is_told_doing(what: str) -> bool:
+        found = ask(name, Question("status"))
+        return (found.phase, found.doing, found.num_wanted) == ("starting", what, 3)
+
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(run, name=name, wait_s=40.0, engines=3)
+        try:
+            wait_until(lambda: is_up(name), "its name is taken", 20.0)
+            wait_until(lambda: is_told_doing("starting Ray here"), "it starts Ray", 20.0)
+        finally:
+            NoRoom.goes_on.set()
+        wait_until(lambda: is_told_doing("waiting for machines with room"), "Ray has started", 20.0)
+        ask(name, Question("down"))
+        assert ended.result(20.0) == 0
+    assert not is_up(name)
 
 
 @pytest.mark.parametrize(
