@@ -21,7 +21,7 @@ class RemoteCore:
     """A connection and the ids of its requests."""
 
     def __init__(self, address: str | None, settings: ClientSettings) -> None:
-        self._address = address or DEFAULT_ADDRESS
+        self._address = DEFAULT_ADDRESS if address is None else address
         self._connection = Connection(ServerAddress(address=self._address, **settings))
         self._request_ids = itertools.count()
 

@@ -16,6 +16,7 @@ import zmq
 from graphgen import (
     Chat,
     Client,
+    ConfigError,
     ConnectionLostError,
     EngineClosedError,
     InvalidRequestError,
@@ -139,6 +140,12 @@ def test_a_client_of_nothing_says_so_at_once(address: str, timeout_s: float) -> 
     with pytest.raises(ConnectionLostError, match=f"nothing listens at {address}: start a server"):
         Client(address, connect_timeout_s=timeout_s)
     assert time.monotonic() - begun_s < 3  # the machine may be busy; on a quiet one it is half a second
+
+
+def test_an_empty_address_is_not_taken_for_the_default() -> None:
+    """It is what a program gets of a variable that is not set."""
+    with pytest.raises(ConfigError, match="'' is no address"):
+        Client("")
 
 
 def test_a_server_that_begins_to_listen_in_time_is_found(tmp_path: Path) -> None:
