@@ -54,9 +54,10 @@ clients:
 fuzz-http: $(VENV)/.installed
 	FUZZ_S=600 REQUIRE_CLIENTS=1 $(RUN) -m pytest -q tests/gateway/test_foreign_clients.py -k openapi $(PYTEST_ARGS)
 
-# Two engines under Ray on this machine, killed and scaled: minutes, on a machine where nothing else runs.
+# Two engines under Ray on this machine, killed and scaled: a minute where nothing else runs, and once more if it fails.
+cluster-test: export TEST_RAY := 1
 cluster-test: $(VENV)/.installed
-	TEST_RAY=1 $(RUN) -m pytest -q tests/cluster/test_ray.py $(PYTEST_ARGS)
+	$(RUN) -m pytest -q tests/cluster/test_ray.py $(PYTEST_ARGS) || $(AGAIN)
 
 # Installs a browser for the test of the gateway's page, which says so and is skipped where there is none.
 browser:

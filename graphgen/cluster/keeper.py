@@ -96,6 +96,7 @@ class Keeper:
                 raise EngineDeadError(self._why_late())
         if self._frontend.place is not None:
             self._phase = "serving"
+            self._publish()  # before anybody is told that it serves
             took_s = time.monotonic() - self._begun_s
             self._say(
                 f"the cluster {self._name!r} serves with {len(self._roster.serving())} engines after {took_s:.1f} s"

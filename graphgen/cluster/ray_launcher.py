@@ -110,7 +110,7 @@ class RayConnection:
             )
         except Exception as error:  # Ray raises nothing narrower where one of its processes does not start in time
             raise EngineDeadError(
-                f"Ray did not start on this machine ({error}). Its processes have to start within 15 s each: try again"
+                f"Ray did not start on this machine ({error}). Its processes have 30 s to start: try again"
                 " when the machine is less busy, or start it beforehand with `ray start --head` and give its --address"
             ) from None
 

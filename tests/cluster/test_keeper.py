@@ -31,6 +31,8 @@ class Rig:
         self.name = f"t{uuid.uuid4().hex[:12]}"
         self.launcher, self.frontend, self.signals = launcher or FakeLauncher(), FakeFrontend(), NoSignals()
         self.said: list[str] = []
+        self.status_when_said: ClusterStatus | None = None
+        """When it was said that the cluster serves."""
         self._results: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
         self._num_engines = num_engines
         self._thread = threading.Thread(target=self._run)
@@ -44,13 +46,16 @@ class Rig:
         ):
             limits = ScalingLimits(least=1, most=4, down_after_s=1e6)
             scaling = Scaling(limits, self._num_engines)
-            keeper = Keeper(
-                self.name, scaling, self.launcher, self.frontend, answering, "ray:1", 5.0, 30.0, self.said.append
-            )
+            keeper = Keeper(self.name, scaling, self.launcher, self.frontend, answering, "ray:1", 5.0, 30.0, self._say)
             try:
                 self._results.put(keeper.run(self.signals))
             except BaseException as error:
                 self._results.put(error)
+
+    def _say(self, line: str) -> None:
+        self.said.append(line)
+        if "serves with" in line:
+            self.status_when_said = self.status()
 
     def start(self) -> "Rig":
         self._thread.start()
@@ -87,6 +92,9 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Rig], Rig]]:
 def test_the_frontend_starts_when_all_engines_serve(start: Callable[[Rig], Rig]) -> None:
     rig = start(Rig(2)).wait_serving()
     assert len(rig.frontend.engines) == 2
+    wait_until(lambda: rig.status_when_said is not None, "it says so", 20.0)
+    assert rig.status_when_said is not None
+    assert (rig.status_when_said.phase, rig.status_when_said.data) == ("serving", "tcp://here:1")
     found = rig.status()
     assert (found.name, found.data, found.ray) == (rig.name, "tcp://here:1", "ray:1")
     assert (found.num_wanted, found.num_held) == (2, 5)
