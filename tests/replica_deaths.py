@@ -1,38 +1,47 @@
 """Ends engines of a server again and again while many streams run, and counts what its clients lose.
 
-    python -m tests.replica_deaths --times 100
-    python -m tests.replica_deaths --times 40 --replicas 2 --kinds engine worker drain
-    python -m tests.replica_deaths --times 100 --clients node cpp     # after `make clients`
+    python -m tests.replica_deaths --times 100     # Python, Node and C++ clients: after `make clients`
+    python -m tests.replica_deaths --times 100 --clients python
+    python -m tests.replica_deaths --times 40 --replicas 2 --kinds engine worker --drains 0
 
-A server with REPLICAS engines of the embedded model on the CPU in float32, STREAMS requests at a time from a client in
-another process. KINDS has what happens to an engine: its scheduler or its worker gets a SIGKILL at a random moment,
-whatever it does then, starting included; or it drains and comes back. Each waits until every open stream has a new
-token since the one before. With --clients as many streams again are those of programs in these languages.
+A server with REPLICAS engines of the embedded model on the CPU in float32, STREAMS requests at a time, shared among
+clients in these languages, each in a process of its own; Python's is this one. KINDS has what happens to an engine: its
+scheduler or its worker gets a SIGKILL at a random moment, whatever it does then, starting included. Between the deaths,
+evenly, one that serves drains and comes back, DRAINS times. Each waits until every open stream of the Python client has
+a new token since the one before.
 
 Afterwards every output must be that of an undisturbed run, token for token, every engine must serve again, and no page
-may be held. Prints the median and the longest time until every stream had its next token.
+may be held. Prints how many streams and tokens were compared, and the median and the longest time until every stream
+of the Python client had its next token.
 """
 
 import argparse
 import contextlib
 import itertools
+import json
 import os
 import random
 import signal
 import statistics
+import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
 
 from graphgen import Client, SamplingParams
 from graphgen.server.operator import Wish, ask
-from tests.ipc.foreign_clients import LANGUAGES, lines_of, prepare, start
+from tests.ipc.foreign_clients import LANGUAGES, Language, prepare, start
 from tests.kills import becomes_idle
 from tests.serving import ServerProcess, is_alive, serving
 from tests.worker_deaths import WAIT_S, Reader, all_have_more, make_requests, wait_for
 
-REPLICAS, STREAMS = 4, 64
+REPLICAS, STREAMS, DRAINS = 4, 64, 20
+CLIENTS = ["python", *(one.name for one in LANGUAGES)]
 OPTIONS = ("--dtype", "float32", "--cpu-threads", "1", "--num-pages", "400", "--max-num-seqs", "24")
 
 
@@ -76,7 +85,25 @@ def drain(server: ServerProcess, chance: random.Random) -> None:
     assert not told.error, told
 
 
-KINDS = {"drain": drain, "engine": kill("graphgen.scheduler"), "worker": kill("graphgen.worker")}
+KINDS = {"engine": kill("graphgen.scheduler"), "worker": kill("graphgen.worker")}
+EVENTS = {**KINDS, "drain": drain}
+
+
+class Figures(Struct):
+    """What was compared and measured."""
+
+    deaths: int = 0
+    drains: int = 0
+    streams: int = 0
+    tokens: int = 0
+    resumed_s: list[float] = []
+
+    def __str__(self) -> str:
+        return (
+            f"{self.deaths} deaths and {self.drains} drains; {self.streams} streams of {self.tokens} tokens, none lost"
+            f" or doubled; every stream went on after {statistics.median(self.resumed_s):.3g} s in the median and"
+            f" {max(self.resumed_s):.3g} s at most"
+        )
 
 
 def run(
@@ -85,51 +112,93 @@ def run(
     replicas: int = REPLICAS,
     streams: int = STREAMS,
     kinds: Sequence[str] = ("engine",),
-    clients: Sequence[str] = (),
-) -> dict[str, float]:
-    """Deaths of these kinds in turn. Raises AssertionError when a token is lost, doubled or another, or when something
-    is left. The figures otherwise."""
+    drains: int = 0,
+    clients: Sequence[str] = ("python",),
+) -> Figures:
+    """Deaths of these kinds in turn, and so many drains between them. Raises AssertionError when a token is lost,
+    doubled or another, or when something is left. clients: the first is python."""
     chance = random.Random(seed)
-    left = list(itertools.islice(itertools.cycle(kinds), times))
-    resumed_s: list[float] = []
+    left = events_of(times, kinds, drains)
+    figures = Figures()
     with (
         tempfile.TemporaryDirectory() as folder,
         serving(Path(folder), "--replicas", str(replicas), *OPTIONS) as server,
         Client(server.address) as client,
     ):
         while left:
-            with other_clients(clients, Path(folder), server, client, chance, streams):
-                _one_round(server, client, chance, left, streams, resumed_s)
+            shares = [streams // len(clients) + (place < streams % len(clients)) for place in range(len(clients))]
+            batches = [Batch(client, make_requests(chance, share)) for share in shares]
+            others = [one for name in clients for one in LANGUAGES if one.name == name]
+            with other_clients(others, Path(folder), server, batches[1:]):
+                _one_round(server, client, chance, left, batches[0], figures)
+            figures.streams += sum(len(batch.requests) for batch in batches)
+            figures.tokens += sum(len(tokens) for batch in batches for tokens in batch.expected)
             wait_for(lambda: client.health().ready, "an engine that serves")
         resume_all(server)
         wait_for(lambda: num_serving(client) == replicas, "all engines to serve again")
         assert becomes_idle(client), client.stats()
-    return {
-        "deaths": times,
-        "resumed_p50_s": statistics.median(resumed_s),
-        "resumed_max_s": max(resumed_s),
-    }
+    return figures
+
+
+def events_of(times: int, kinds: Sequence[str], drains: int) -> list[str]:
+    """These deaths in turn, with the drains evenly among them."""
+    deaths = list(itertools.islice(itertools.cycle(kinds), times))
+    places = [(place / max(1, times), kind) for place, kind in enumerate(deaths)]
+    places += [((place + 0.5) / drains, "drain") for place in range(drains)]
+    return [kind for _, kind in sorted(places)]
+
+
+class Batch:
+    """Requests, and what an undisturbed run gives for them."""
+
+    def __init__(self, client: Client, requests: list[tuple[list[int], SamplingParams]]) -> None:
+        self.requests = requests
+        prompts, samplings = map(list, zip(*requests, strict=True))
+        self.expected = [list(output.token_ids) for output in client.generate(prompts, samplings)]
+
+    @property
+    def plan(self) -> list[dict[str, object]]:
+        """For a program in another language."""
+        return [{"prompt_ids": prompt, "sampling": as_json(sampling)} for prompt, sampling in self.requests]
 
 
 @contextlib.contextmanager
 def other_clients(
-    names: Sequence[str], folder: Path, server: ServerProcess, client: Client, chance: random.Random, streams: int
+    languages: Sequence[Language], folder: Path, server: ServerProcess, batches: Sequence[Batch]
 ) -> Iterator[None]:
-    """Programs in other languages have as many streams open; each must get what an undisturbed one gets."""
-    started = []
-    for language in (one for one in LANGUAGES if one.name in names):
+    """Programs in other languages have these streams open; each must get what an undisturbed one gets."""
+    programs = []
+    for language, batch in zip(languages, batches, strict=True):
         prepare(language)
-        requests = make_requests(chance, streams)
-        expected = [list(output.token_ids) for output in client.generate(*map(list, zip(*requests, strict=True)))]
-        plan = [{"prompt_ids": prompt, "sampling": as_json(sampling)} for prompt, sampling in requests]
-        steps = [{"do": "streams", "requests": plan}]
-        started.append((start(language, folder, {"address": server.address, "steps": steps}), expected))
-    yield
-    for process, expected in started:
-        (results,) = lines_of(process)
-        assert [result["outputs"][0]["ids"] for result in results] == expected, (
-            "another client lost or got a token twice"
-        )
+        steps = [{"do": "health"}, {"do": "streams", "requests": batch.plan}]
+        programs.append(start(language, folder, {"address": server.address, "steps": steps}))
+    try:
+        for program in programs:
+            assert program.stdout is not None
+            assert program.stdout.readline(), "it has connected, and sends its requests now"
+        yield
+        for language, program, batch in zip(languages, programs, batches, strict=True):
+            (results,) = rest_of(program)
+            for number, (result, tokens) in enumerate(zip(results, batch.expected, strict=True)):
+                assert "outputs" in result, f"stream {number} of the {language.name} client ended with {result}"
+                (output,) = result["outputs"]
+                assert output["ids"] == tokens, f"stream {number} of the {language.name} client lost or doubled tokens"
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
+
+
+def rest_of(program: "subprocess.Popen[str]") -> list[Any]:
+    """What it prints from here on."""
+    assert program.stdout is not None
+    with contextlib.closing(program.stdout) as lines:
+        impatience = threading.Timer(WAIT_S, program.kill)
+        impatience.start()
+        printed = [json.loads(line) for line in lines]
+        impatience.cancel()
+    assert program.wait(WAIT_S) == 0, f"it ended with exit code {program.returncode}"
+    return printed
 
 
 def as_json(sampling: SamplingParams) -> dict[str, int | float | bool | None]:
@@ -143,27 +212,23 @@ def num_serving(client: Client) -> int:
 
 
 def _one_round(
-    server: ServerProcess,
-    client: Client,
-    chance: random.Random,
-    left: list[str],
-    streams: int,
-    resumed_s: list[float],
+    server: ServerProcess, client: Client, chance: random.Random, left: list[str], batch: Batch, figures: Figures
 ) -> None:
     """Requests from their first token to their last, and as many of the deaths as strike meanwhile."""
-    requests = make_requests(chance, streams)
-    expected = [output.token_ids for output in client.generate(*map(list, zip(*requests, strict=True)))]
-    readers = [Reader(client, *request) for request in requests]
+    readers = [Reader(client, *request) for request in batch.requests]
     while left and any(not reader.ended for reader in readers):
         resume_all(server)
         time.sleep(chance.random() * 0.3)
         counts = {reader: len(reader.token_ids) for reader in readers}
-        KINDS[left.pop(0)](server, chance)
-        resumed_s.append(wait_for(lambda: all_have_more(counts, readers), "everybody's turn"))  # noqa: B023  # called before the next turn
-    for reader, token_ids in zip(readers, expected, strict=True):
+        kind = left.pop(0)
+        EVENTS[kind](server, chance)
+        figures.deaths += kind != "drain"
+        figures.drains += kind == "drain"
+        figures.resumed_s.append(wait_for(lambda: all_have_more(counts, readers), "everybody's turn"))  # noqa: B023  # called before the next turn
+    for reader, token_ids in zip(readers, batch.expected, strict=True):
         reader.thread.join(WAIT_S)
         assert reader.error is None, f"a stream ended with {reader.error!r}\n{server.output}"
-        assert reader.token_ids == list(token_ids), "tokens were lost, doubled or changed"
+        assert reader.token_ids == token_ids, "tokens were lost, doubled or changed"
 
 
 def main() -> None:
@@ -173,10 +238,22 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=REPLICAS)
     parser.add_argument("--streams", type=int, default=STREAMS)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=["engine"], help="these, in turn")
-    parser.add_argument("--clients", nargs="*", choices=[one.name for one in LANGUAGES], default=[], help="besides")
+    parser.add_argument("--drains", type=int, default=DRAINS)
+    parser.add_argument("--clients", nargs="+", choices=CLIENTS, default=CLIENTS, help="the first is python")
     options = parser.parse_args()
-    figures = run(options.times, options.seed, options.replicas, options.streams, options.kinds, options.clients)
-    print(", ".join(f"{name} {value:.3g}" for name, value in figures.items()), "- no token lost or doubled")
+    if options.clients[0] != "python":
+        parser.error("--clients: give python first, whose streams say when the next death strikes")
+    print(
+        run(
+            options.times,
+            options.seed,
+            options.replicas,
+            options.streams,
+            options.kinds,
+            options.drains,
+            options.clients,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -40,6 +40,12 @@ LANGUAGES = [
 ]
 
 
+def installed() -> list[str]:
+    """The names of those that can run; all of them where they are required."""
+    required = bool(os.environ.get("REQUIRE_CLIENTS"))
+    return [one.name for one in LANGUAGES if required or _what_is_missing(one) is None]
+
+
 def prepare(language: Language) -> None:
     """Skips, or fails, if the language's tools are missing. C++ is compiled where a source has changed."""
     reason = _what_is_missing(language)
