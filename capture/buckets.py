@@ -13,6 +13,8 @@ H200 a step of 28+4 takes 5.6 ms, 60+4 5.7, 56+8 5.7 and 112+16 6.5; 16 rows are
 decodes or more 32 and 64 rows hold too few prompt tokens for what they save.
 """
 
+from collections.abc import Sequence
+
 from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.messages import Bucket
 
@@ -27,6 +29,9 @@ _LARGE_DECODE_RUNGS = (64, 128, 256, 512, 1024)
 _DENSE_DECODE_RUNGS = (8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
 _MIXED_DECODE_RUNGS = (16, 32, *_LARGE_DECODE_RUNGS)
 _SMALL_DECODE_RUNGS = (4, *_MIXED_DECODE_RUNGS)
+_ESSENTIAL_DECODE_RUNGS = (1, 4, 16, 32, 64, 128, 256, 512, 1024)
+_ESSENTIAL_OF_BUDGET = (1, 16, *_LARGE_DECODE_RUNGS)
+_ESSENTIAL_MIXED = {128: (4, 64), 256: (64,), 512: (16, 64, 256), 1024: (64, 256)}  # rows, and how many of them decode
 
 
 def slots_for(max_num_seqs: int, token_budget: int) -> int:
@@ -54,6 +59,26 @@ def build_ladder(token_budget: int, num_slots: int) -> tuple[Bucket, ...]:
     ]
     short = _short_prompt_buckets(num_slots) if token_budget >= _MIXED_ROWS[0] else []
     return tuple(sorted({*decode_only, *mixed, *short}, key=lambda bucket: (bucket.num_rows, bucket.decode_rows)))
+
+
+def essential_of(ladder: Sequence[Bucket]) -> tuple[Bucket, ...]:
+    """The buckets of a ladder that are captured first, fewest rows first.
+
+    Every step that the ladder holds fits into one of them, and they hold as many prompt tokens as the ladder beside no
+    decodes and beside the most.
+    """
+    token_budget = ladder[-1].num_rows
+    chosen = {max(ladder, key=lambda bucket: bucket.prefill_rows)}
+    chosen |= _nearest([bucket for bucket in ladder if not bucket.prefill_rows], _ESSENTIAL_DECODE_RUNGS)
+    for rows, rungs in (_ESSENTIAL_MIXED | {token_budget: _ESSENTIAL_OF_BUDGET}).items():
+        chosen |= _nearest([one for one in ladder if one.prefill_rows and one.num_rows == rows], rungs)
+    return tuple(bucket for bucket in ladder if bucket in chosen)
+
+
+def _nearest(buckets: Sequence[Bucket], rungs: Sequence[int]) -> set[Bucket]:
+    """For each rung the bucket of fewest decode rows that has as many; the widest where none has."""
+    by_decodes = sorted(buckets, key=lambda bucket: bucket.decode_rows)
+    return {next((one for one in by_decodes if one.decode_rows >= rung), by_decodes[-1]) for rung in rungs if buckets}
 
 
 def _short_prompt_buckets(num_slots: int) -> list[Bucket]:

@@ -15,9 +15,27 @@ LONG_PROMPT_STEPS = 8
 
 
 class BucketTable:
-    """The buckets within a token budget. Both questions of a step are answered from tables made here."""
+    """The captured buckets within a token budget. Both questions of a step are answered from tables made here, anew
+    whenever another bucket is captured."""
 
     def __init__(self, buckets: Sequence[Bucket], token_budget: int) -> None:
+        """buckets: those that a worker has captured when it begins to serve."""
+        self._token_budget = token_budget
+        self._first = tuple(buckets)
+        self.restart()
+
+    def restart(self) -> None:
+        """Another worker serves, with the buckets of the beginning."""
+        self._set(self._first)
+
+    def add(self, bucket: Bucket) -> None:
+        """A step may use this one too from here on."""
+        self._set((*self.captured, bucket))
+
+    def _set(self, buckets: Sequence[Bucket]) -> None:
+        token_budget = self._token_budget
+        self.captured = tuple(buckets)
+        """All of them, those beyond the token budget included."""
         usable = [bucket for bucket in buckets if bucket.num_rows <= token_budget]
         mixed = [bucket for bucket in usable if bucket.prefill_rows > 0]
         if not mixed:

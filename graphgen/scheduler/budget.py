@@ -62,11 +62,12 @@ class StepBudget:
         self._steps_in_flight = steps_in_flight
         self._model = model
         self._least_rows = min(LEAST_ROWS, max(bucket.num_rows for bucket in buckets.all_mixed) // 2)
-        self._large = LargeSteps(buckets, model)
         self.renew()
 
     def renew(self) -> None:
-        """Finds the saturation point of what the model knows now, whatever it was before."""
+        """Finds the saturation point of what the model knows and of the buckets that there are now, whatever it was
+        before."""
+        self._large = LargeSteps(self._buckets, self._model)
         self._most_rows = self._model.saturation_rows(self._buckets.all_mixed)  # None: not known
         if self._objective.num_backlog_steps is not None:
             self._large.judge_all(self._most_rows)

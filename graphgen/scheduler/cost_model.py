@@ -90,6 +90,11 @@ class CostModel:
         self._paces = {True: 1.0, False: 1.0}  # of steps with prompts, and without
         self._error = _FIRST_ERROR  # mean of |measured / predicted - 1|
 
+    def learn(self, bucket: Bucket, milliseconds: float) -> None:
+        """The time of a bucket that the table lacks, measured as those of the table."""
+        self._times[bucket] = milliseconds
+        self._factors[bucket], self._num_corrections[bucket] = 1.0, 0
+
     def predict_ms(self, bucket: Bucket, decode_positions: int, prompt_pairs: int) -> float | None:
         """Of a step in `bucket` whose decode rows attend to so many positions together; None for an unknown bucket."""
         time = self._uncorrected_ms(bucket, decode_positions, prompt_pairs)
@@ -113,8 +118,7 @@ class CostModel:
         kind = bucket.prefill_rows > 0
         time = self._uncorrected_ms(bucket, decode_positions, prompt_pairs)
         if time is None:
-            self._times[bucket] = measured_ms / self._paces[kind]
-            self._factors[bucket], self._num_corrections[bucket] = 1.0, 0
+            self.learn(bucket, measured_ms / self._paces[kind])
             return
         surprise = measured_ms / (time * self._correction(bucket))
         surprise = min(max(surprise, 1.0 / _MOST_SURPRISE), _MOST_SURPRISE) - 1.0

@@ -41,7 +41,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from graphgen.ipc.errors import ConfigError, DeadlineError, InvalidRequestError, OverloadedError
-from graphgen.ipc.messages import Outputs, Rejected, StepPlan, StepTimeTable, Submit, TokenOutput
+from graphgen.ipc.messages import Bucket, Outputs, Rejected, StepPlan, StepTimeTable, Submit, TokenOutput
 from graphgen.ipc.reports import EngineReport
 from graphgen.ipc.senders import sender_of
 from graphgen.scheduler.buckets import BucketTable
@@ -342,9 +342,24 @@ class Scheduler:
         return Rejected(request.request_id, "PoisonedRequestError", message)
 
     def renew(self, step_times: StepTimeTable | None) -> None:
-        """A new worker group serves, with the buckets and pages of the one before. step_times: its own."""
+        """A new worker group serves, with the pages of the one before and the buckets that it began with. step_times:
+        its own."""
+        self._buckets.restart()
         self._life.serve(step_times)
         self._is_served = True
+
+    def bucket_captured(self, bucket: Bucket, milliseconds: float | None) -> None:
+        """Plans may use one more bucket. milliseconds: of a step that fills it, see `StepTimeTable`; None: the table
+        has it, or there is none."""
+        self._buckets.add(bucket)
+        if milliseconds is not None:
+            self._model.learn(bucket, milliseconds)
+        self._life.budget.renew()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a group serves that has nothing to compute and will have nothing before a request arrives."""
+        return self._is_served and not self._requests and not self._life.in_flight
 
     def _hold_trials(self) -> bool:
         """Whether a plan may be made: while suspects are tried, one of them runs and nobody beside it."""

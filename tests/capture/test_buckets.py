@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphgen.capture.buckets import build_ladder, slots_for
+from graphgen.capture.buckets import build_ladder, essential_of, slots_for
 from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.messages import Bucket
 from graphgen.scheduler.buckets import BucketTable
@@ -81,3 +81,27 @@ def test_no_ladder_has_many_more_graphs_than_a_start_can_spare(token_budget: int
 def test_an_impossible_ladder_is_refused_with_its_numbers(token_budget: int, num_slots: int) -> None:
     with pytest.raises(ConfigError, match=str(token_budget)):
         build_ladder(token_budget, num_slots)
+
+
+@given(BUDGETS, st.integers(1, 1024))
+def test_every_step_of_a_ladder_fits_into_an_essential_bucket(token_budget: int, max_num_seqs: int) -> None:
+    slots = slots_for(max_num_seqs, token_budget)
+    ladder = build_ladder(token_budget, slots)
+    essential = essential_of(ladder)
+    assert set(essential) <= set(ladder)
+    whole, part = BucketTable(ladder, token_budget), BucketTable(essential, token_budget)
+    assert part.most_slots == whole.most_slots
+    assert part.max_decode_rows == whole.max_decode_rows
+    assert part.long_prompt_len == whole.long_prompt_len, "what a prompt is taken for is decided before they are captured"
+    for num_decodes in range(slots + 1):
+        if num_decodes in (0, slots):
+            assert part.chunk_room(num_decodes) == whole.chunk_room(num_decodes)
+        assert part.chunk_room(num_decodes) >= min(whole.chunk_room(num_decodes), token_budget // 4)
+        assert num_decodes == 0 or part.smallest(0, num_decodes).prefill_rows == 0
+        part.smallest(part.chunk_room(num_decodes), num_decodes)
+
+
+@pytest.mark.parametrize(("token_budget", "most"), [(512, 0.45), (1024, 0.4), (2048, 0.4)])
+def test_little_more_than_a_third_of_the_default_ladders_is_essential(token_budget: int, most: float) -> None:
+    ladder = build_ladder(token_budget, slots_for(256, token_budget))
+    assert len(essential_of(ladder)) <= most * len(ladder)

@@ -22,6 +22,10 @@ from tests.scheduler.page_model import PageModel
 
 BUCKETS = (Bucket(0, 1), Bucket(0, 2), Bucket(0, 4), Bucket(4, 2), Bucket(8, 2), Bucket(4, 4), Bucket(8, 4))
 
+ESSENTIAL_BUCKETS = (Bucket(0, 4), Bucket(8, 2), Bucket(4, 4), Bucket(8, 4))
+"""Of these, ones that hold every step, within any token budget from 8 to 12."""
+RARE_BUCKETS = tuple(bucket for bucket in BUCKETS if bucket not in ESSENTIAL_BUCKETS)
+
 
 def make_limits(
     *,
@@ -222,6 +226,7 @@ class Harness:
         self.now_s = 0.0
         self._num_skipped = 0  # plans in a row without rows of the first in the order of service
         self.is_dead = False  # no worker group serves
+        self.captured = set(limits.buckets)
         self._owners: dict[int, Submit] = {}  # by slot
         self._computed: dict[int, int] = {}  # by request: positions that the plans compute for the slot it has
         self.senders: dict[int, Sender] = {}
@@ -385,9 +390,15 @@ class Harness:
             fatal.append(any(in_chunks) or any(in_decodes))
         return fatal
 
+    def capture(self, bucket: Bucket) -> None:
+        """The worker has captured one more."""
+        self.captured.add(bucket)
+        self.scheduler.bucket_captured(bucket, step_ms(bucket, self._row_ms))
+
     def renew(self) -> None:
-        """Another group serves."""
+        """Another group serves, with what it captures before it does."""
         self.is_dead = False
+        self.captured = set(self.limits.buckets)
         self.scheduler.renew(None)
 
     def _order_of_service(self) -> list[int]:
@@ -533,7 +544,10 @@ class Harness:
         limits, bucket = self.limits, plan.bucket
         num_chunk_tokens = sum(chunk.length for chunk in plan.chunks)
         num_decodes = plan.num_decodes
-        assert bucket in limits.buckets
+        assert bucket in self.captured, "a step without a graph"
+        holds = [one for one in self.captured if one.num_rows <= limits.token_budget]
+        holds = [one for one in holds if one.prefill_rows >= num_chunk_tokens and one.decode_rows >= num_decodes]
+        assert bucket.num_rows == min(one.num_rows for one in holds), "a captured bucket would pad less"
         assert bucket.num_rows <= limits.token_budget
         assert num_chunk_tokens <= bucket.prefill_rows
         assert num_decodes <= bucket.decode_rows

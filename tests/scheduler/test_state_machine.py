@@ -11,9 +11,20 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from graphgen.ipc.messages import SamplerParams, Submit
+from graphgen.ipc.messages import Bucket, SamplerParams, Submit
 from tests.scheduler.fake_worker import VOCABULARY
-from tests.scheduler.harness import HEAVY_ROW_MS, LIGHT_ROW_MS, Harness, Rows, make_limits, make_submit, most_positions
+from tests.scheduler.harness import (
+    BUCKETS,
+    ESSENTIAL_BUCKETS,
+    HEAVY_ROW_MS,
+    LIGHT_ROW_MS,
+    RARE_BUCKETS,
+    Harness,
+    Rows,
+    make_limits,
+    make_submit,
+    most_positions,
+)
 
 NUM_OPERATIONS = 60_000
 
@@ -62,6 +73,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         bounds_pages=st.booleans(),
         prepares_at_once=st.booleans(),
         row_ms=st.sampled_from([LIGHT_ROW_MS, HEAVY_ROW_MS]),
+        buckets=st.sampled_from([BUCKETS, ESSENTIAL_BUCKETS]),
     )
     def start(
         self,
@@ -76,9 +88,11 @@ class AnyInterleaving(RuleBasedStateMachine):
         bounds_pages: bool,
         prepares_at_once: bool,
         row_ms: float,
+        buckets: tuple[Bucket, ...],
     ) -> None:
         self.harness = Harness(
             make_limits(
+                buckets=buckets,
                 num_pages=num_pages if len(windows) == 1 else min(3 * num_pages, MOST_PAGES),
                 page_size=page_size,
                 windows=windows,
@@ -168,6 +182,13 @@ class AnyInterleaving(RuleBasedStateMachine):
     def die(self, num_delivered: int) -> None:
         """The worker group dies, perhaps while the one before has not begun to serve."""
         self.harness.die(num_delivered)
+
+    @precondition(lambda self: not self.harness.is_dead)
+    @rule(bucket=st.sampled_from(RARE_BUCKETS))
+    def capture(self, bucket: Bucket) -> None:
+        """The worker says so, perhaps only when requests are there again."""
+        if bucket not in self.harness.captured:
+            self.harness.capture(bucket)
 
     @precondition(lambda self: self.harness.is_dead)
     @rule()
@@ -269,11 +290,12 @@ def test_tens_of_thousands_of_operations_lose_nothing(
 ) -> None:
     """Crowded pools of few pages, most of them shared, for as long as CI can spare."""
     rng = random.Random(seed)
-    shared = copied = preempted = expired = refused = died = poisoned = rested = 0
+    shared = copied = preempted = expired = refused = died = poisoned = rested = captured = 0
     left = NUM_OPERATIONS // 4
     while left > 0:
         harness = Harness(
             make_limits(
+                buckets=rng.choice([BUCKETS, ESSENTIAL_BUCKETS]),
                 num_pages=rng.randint(8, 40) if len(windows) == 1 else rng.randint(24, MOST_PAGES),
                 page_size=rng.choice([2, 4]),
                 windows=windows,
@@ -287,6 +309,9 @@ def test_tens_of_thousands_of_operations_lose_nothing(
         for _ in range(500):
             left -= 1
             harness.now_s += 0.001
+            if rng.random() < 0.02 and (rare := [one for one in RARE_BUCKETS if one not in harness.captured]):
+                harness.capture(rng.choice(rare))
+                captured += 1
             match rng.choice(["add", "cancel", "schedule", "schedule", "schedule", "deliver", "deliver", "deliver"]):
                 case "add" if harness.scheduler.waiting < 12:
                     harness.add(any_submit(rng, harness, tenants))
@@ -312,7 +337,7 @@ def test_tens_of_thousands_of_operations_lose_nothing(
         poisoned += harness.scheduler.counters.poisoned
         rested += harness.num_rests
     assert (rested >= 10) == (len(tenants) > 1)
-    assert min(shared, copied, preempted, expired, refused, died) >= 10, "the operations were meant to reach all of it"
+    assert min(shared, copied, preempted, expired, refused, died, captured) >= 10, "the operations were meant to reach all of it"
 
 
 @pytest.mark.parametrize("steps_in_flight", [1, 2])
