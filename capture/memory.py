@@ -64,6 +64,13 @@ def held_bytes(device: torch.device) -> int:
     return int(torch.cuda.memory_reserved(device)) if device.type == "cuda" else 0
 
 
+def unused_bytes(device: torch.device) -> int:
+    """Of what this process has taken of a CUDA device, the blocks that are kept for reuse; 0 for the CPU."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+
+
 def free_bytes(device: torch.device, memory_fraction: float) -> int:
     """What this process may still take when it is to leave `1 - memory_fraction` of the device alone."""
     if device.type == "cuda":

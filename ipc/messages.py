@@ -7,8 +7,8 @@ both ends are the same build) and hold ints, floats, strings and packed int32 by
     Engine  -> scheduler     Submit | Cancel | StatsRequest | ReportRequest | Probe | Attach | SenderEnded | Shutdown
     scheduler -> Engine      Ready | Progress | Notice | Outputs | Rejected | Blamed | EngineStats | EngineReport
                              | Probe | Failed
-    scheduler -> worker      StepPlan | Probe | Shutdown
-    worker  -> scheduler     WorkerReady | Progress | StepResult | Probe | Failed
+    scheduler -> worker      StepPlan | Capture | Probe | Shutdown
+    worker  -> scheduler     WorkerReady | Progress | StepResult | Captured | Probe | Failed
     supervisor -> frontend   Drain | EngineLost | DrainEngine | ExpectEngine | AddEngine | RemoveEngine
     frontend -> supervisor   Progress | Ready | EngineServes | EngineAway | EngineDrained | Notice | Listening
                              | RequestEnded | Drained | Failed
@@ -19,6 +19,7 @@ All `_s` times are `time.monotonic()` of the machine, which its processes share.
 """
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from typing import Literal
 
 from msgspec import Struct
@@ -210,6 +211,13 @@ class StepPlan(Struct, frozen=True, array_like=True, tag="plan", gc=False, kw_on
         return sum(chunk.draws for chunk in self.chunks) + self.num_decodes
 
 
+class Capture(Struct, frozen=True, array_like=True, tag="capture", gc=False):
+    """Capture one more bucket, of `WorkerReady.rare`. Said only while nothing is in flight, and answered by Captured;
+    plans that come meanwhile wait for it."""
+
+    bucket: Bucket
+
+
 # --- worker -> scheduler ---------------------------------------------------------------------------------------
 
 
@@ -235,6 +243,15 @@ class StepResult(Struct, frozen=True, array_like=True, tag="result", gc=False, k
     prompt_logprobs: bytes = b""  # the same of the scored rows
     refused_draws: tuple[int, ...] = ()  # those whose token their grammar does not allow: to be drawn again
     failed_grammars: tuple[tuple[int, str], ...] = ()  # those whose grammar cannot go on, and why
+
+
+class Captured(Struct, frozen=True, array_like=True, tag="captured", gc=False):
+    """A bucket was captured, and steps may use it; or it was given up."""
+
+    bucket: Bucket
+    seconds: float  # that it took, in which no plan was launched
+    milliseconds: float | None = None  # of a step, as in StepTimeTable; None: the table has it, or there is none
+    problem: str = ""  # why it was given up
 
 
 class WorkerCounters(Struct, frozen=True, array_like=True, gc=False):
@@ -283,6 +300,10 @@ class StepTimeTable(Struct, frozen=True, array_like=True, gc=False):
     ms_per_decode_position: float  # of one decode row, for each further position it attends to
     ms_per_prompt_pair: float
 
+    def has(self, buckets: Iterable[Bucket]) -> bool:
+        """Whether each of them has a time."""
+        return {time.bucket for time in self.times}.issuperset(buckets)
+
     def __repr__(self) -> str:
         return short_repr(self)
 
@@ -321,6 +342,12 @@ class WorkerReady(Struct, frozen=True, array_like=True, tag="worker_ready", gc=F
     max_chunk_pages: int | None = None  # pages that the chunks of one step may see together; None: any number
     num_ranks: int = 1  # that share the model
     collectives: str = ""  # how they add up, for people
+    rare: tuple[Bucket, ...] = ()  # of the buckets, those that are captured later, while nothing runs
+
+    @property
+    def captured(self) -> tuple[Bucket, ...]:
+        """The buckets that steps may use as soon as the worker is ready."""
+        return tuple(bucket for bucket in self.buckets if bucket not in self.rare)
 
     def most_positions(self, limit: int) -> int:
         """Of a request that has all pages to itself, at most `limit`."""
@@ -464,6 +491,9 @@ class EngineStats(Struct, frozen=True, array_like=True, tag="stats", gc=False):
     worker_restarts: int = 0  # worker groups that took the place of one that died or hung
     worker_loss: str = ""  # why the last one was lost
     worker_pause_s: float = 0.0  # from there until its successor served
+    buckets_captured: int = 0  # that steps may use now
+    buckets_total: int = 0  # of these and those that are captured while nothing runs
+    capture_ms_max: float = 0.0  # the longest of the captures since ready: a request may have waited so long for it
     poisoned: int = 0  # requests that were given up because the worker ended each time it computed them
     numerical_errors: int = 0  # requests that a NumericalError ended: their logits were all NaN or -inf
     total_rows: int = 0  # rows of all steps
@@ -579,8 +609,8 @@ EngineToScheduler = Submit | Cancel | StatsRequest | ReportRequest | Probe | Att
 SchedulerToEngine = (
     Ready | Progress | Notice | Outputs | Rejected | Blamed | EngineStats | EngineReport | Probe | Failed
 )
-SchedulerToWorker = StepPlan | Probe | Shutdown
-WorkerToScheduler = WorkerReady | Progress | StepResult | Probe | Failed
+SchedulerToWorker = StepPlan | Capture | Probe | Shutdown
+WorkerToScheduler = WorkerReady | Progress | StepResult | Captured | Probe | Failed
 SupervisorToFrontend = Drain | EngineLost | DrainEngine | ExpectEngine | AddEngine | RemoveEngine
 FrontendToSupervisor = (
     Progress | Ready | EngineServes | EngineAway | EngineDrained | Notice | Listening | RequestEnded | Drained | Failed

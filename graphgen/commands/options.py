@@ -37,7 +37,7 @@ PANELS = {
         "max_long_prompts",
     ),
     "Queue": ("max_waiting", "max_waiting_tokens"),
-    "Start and logs": ("start_timeout_s", "step_log", "standby"),
+    "Start and logs": ("captured_at_start", "start_timeout_s", "step_log", "standby"),
 }
 """Where the help of a command shows which option of the engine."""
 OTHER_PANEL = "Engine"

@@ -94,6 +94,11 @@ class EngineConfig(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords):
     step_times: Literal["auto", "measure", "off"] = "auto"
     """Where the scheduler's step times come from. auto: what `graphgen tune` stored for this device, model and buckets;
     else, on a device with graphs, a quick measurement at the first start. measure: a thorough one. Both are stored."""
+    captured_at_start: Literal["auto", "essential", "all"] = "auto"
+    """Buckets that are captured before the engine is ready. essential: a third of them, into which every step fits; the
+    others follow one at a time while the engine has been idle for a second, and a request that arrives meanwhile waits
+    for the one at hand, a tenth of a second with an 8B model on an H200. auto: essential on CUDA, all with the step
+    times measure; the CPU has nothing to capture."""
     step_log: str | None = None
     """File that receives one JSON line per step. None: no log."""
     cpu_threads: int | None = None
@@ -185,6 +190,7 @@ class EngineSettings(TypedDict, total=False):
     compile: bool | None
     attention: Literal["auto", "flashinfer", "torch"]
     step_times: Literal["auto", "measure", "off"]
+    captured_at_start: Literal["auto", "essential", "all"]
     step_log: str | None
     cpu_threads: int | None
     itl_target_ms: float | None

@@ -40,6 +40,7 @@ class LaunchConfig(Struct, frozen=True, kw_only=True):
     num_pages: int | None  # None: the worker measures what the memory holds
     memory_fraction: float
     step_times: str  # "auto", "measure" or "off"
+    captures_all: bool  # before the engine is ready; else rare buckets while nothing runs
     itl_target_ms: float | None  # of requests that state none
     ttft_target_ms: float | None
     tpot_target_ms: float | None

@@ -65,6 +65,7 @@ def resolve(
         num_pages=config.num_pages,
         memory_fraction=config.memory_fraction,
         step_times=config.step_times,
+        captures_all=_resolve_captures_all(config, on_cuda),
         itl_target_ms=config.itl_target_ms,
         ttft_target_ms=config.ttft_target_ms,
         tpot_target_ms=config.tpot_target_ms,
@@ -116,6 +117,18 @@ def _on_cuda(place: LinearPlace) -> LinearFormat | None:
 def _on_cpu(form: LinearFormat | None) -> LinearFormat | None:
     # The CPU has no product of e4m3, and making such a weight a matrix takes longer than the product itself.
     return None if form is not None and form.storage == "e4m3" else form
+
+
+def _resolve_captures_all(config: EngineConfig, on_cuda: bool) -> bool:
+    if config.captured_at_start == "auto":
+        # The CPU has nothing to capture, and a thorough measurement is of all buckets.
+        return not on_cuda or config.step_times == "measure"
+    if config.captured_at_start == "essential" and config.step_times == "measure":
+        raise ConfigError(
+            "captured_at_start is 'essential' and step_times is 'measure', which measures every bucket before the"
+            " engine is ready: leave one of them out"
+        )
+    return config.captured_at_start == "all"
 
 
 def _resolve_dtype(config: EngineConfig, spec: ModelSpec, on_cuda: bool) -> str:

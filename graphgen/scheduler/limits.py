@@ -15,7 +15,7 @@ from graphgen.scheduler.page_groups import PageGroups
 class SchedulerLimits(Struct, frozen=True):
     """Sizes of the worker's tables, and how much one step may hold. Raises ConfigError for a size below 1."""
 
-    buckets: tuple[Bucket, ...]
+    buckets: tuple[Bucket, ...]  # that a worker has captured when it begins to serve
     num_pages: int
     page_size: int  # positions
     num_slots: int  # requests that may run at once

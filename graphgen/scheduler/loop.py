@@ -22,6 +22,8 @@ from graphgen.ipc.messages import (
     Attach,
     Blamed,
     Cancel,
+    Capture,
+    Captured,
     EngineStats,
     EngineToScheduler,
     Failed,
@@ -43,6 +45,7 @@ from graphgen.ipc.messages import (
     WorkerToScheduler,
 )
 from graphgen.ipc.step_schema import unpack_columns
+from graphgen.scheduler.captures import Captures
 from graphgen.scheduler.policy import Scheduler
 from graphgen.scheduler.recent_steps import RecentSteps
 from graphgen.scheduler.request import Request
@@ -94,6 +97,7 @@ class SchedulerLoop:
         self._workers = workers
         self._step_log = step_log
         self._step_times = StepTimes()
+        self._captures = Captures(ready.worker.rare, len(ready.worker.buckets), time.monotonic())
         self._recent_steps = [RecentSteps() for _ in range(len(senders))]
         self._watch = StepWatch(time.monotonic(), steps_compile=ready.worker.compiled and not ready.worker.graphs)
         self._shows_stacks = False  # the worker was asked for them
@@ -120,6 +124,7 @@ class SchedulerLoop:
                 self._take_from_engine(sender, engine_message)
             expired = self._policy.expire(time.monotonic())
             self._send_plans()
+            self._ask_for_capture()
             for answer in (*answers, *expired):
                 self._senders.answer(answer)
             self._policy.prepare()
@@ -136,7 +141,8 @@ class SchedulerLoop:
     def _patience_ms(self) -> int | None:
         """How long nothing may arrive before there is something to look at; None: for ever."""
         now_s = time.monotonic()
-        at_s = (self._policy.next_deadline_s, self._workers.look_s)
+        capture_s = self._captures.due_s if self._policy.is_idle else None
+        at_s = (self._policy.next_deadline_s, self._workers.look_s, capture_s)
         times_s = [when_s - now_s for when_s in at_s if when_s is not None]
         if len(self._watch):
             times_s.append(LOOK_S)
@@ -147,6 +153,11 @@ class SchedulerLoop:
         while self._running and (plan := self._policy.schedule(time.monotonic())) is not None:
             self._workers.send(plan)
             self._watch.sent(self._policy.predict_ms(plan.step_id), plan.num_tokens)
+
+    def _ask_for_capture(self) -> None:
+        """Of one more bucket, when nothing has run or waited for a while."""
+        if self._running and (bucket := self._captures.next(self._policy.is_idle, time.monotonic())) is not None:
+            self._workers.send(Capture(bucket))
 
     # --- the worker group ------------------------------------------------------------------------------------
 
@@ -185,6 +196,7 @@ class SchedulerLoop:
         """The group is gone or has to go. Every request waits for the next one; who fails of it is returned."""
         if self._workers.state is State.SERVING:
             self._lost_s = time.monotonic()
+        self._captures.worker_lost()
         suspects = self._policy.suspects()
         poisoned = self._policy.worker_lost()
         self._watch.forget()
@@ -216,6 +228,7 @@ class SchedulerLoop:
     def _renew(self, ready: WorkerReady) -> None:
         """The requests go on with the new group."""
         self._policy.renew(ready.step_times)
+        self._captures.restart(time.monotonic())
         assert self._lost_s is not None, "a group that replaces another"
         self._last_pause_s = time.monotonic() - self._lost_s
         start = ", ".join(f"{phase.name} {phase.seconds:.1f}" for phase in ready.phases if phase.seconds >= TOLD_S)
@@ -236,6 +249,11 @@ class SchedulerLoop:
                 return self._take_result(result)
             case Probe() as came:
                 self._senders.send(*self._probes.pop(came.probe_id))
+                return ()
+            case Captured() as captured:
+                self._captures.answered(captured)
+                if not captured.problem:
+                    self._policy.bucket_captured(captured.bucket, captured.milliseconds)
                 return ()
             case Failed() | Progress() | WorkerReady():
                 return ()
@@ -348,6 +366,9 @@ class SchedulerLoop:
             worker_restarts=self._workers.num_restarts,
             worker_loss=self._last_loss,
             worker_pause_s=self._last_pause_s,
+            buckets_captured=self._captures.num_captured,
+            buckets_total=self._captures.num_buckets,
+            capture_ms_max=self._captures.longest_ms,
             poisoned=counters.poisoned,
             total_rows=counters.total_rows,
             padding_rows=counters.padding_rows,

@@ -88,7 +88,7 @@ def main(folder: Path, parent_pid: int, first: WorkerProcesses, num_senders: int
 
 def _limits(config: LaunchConfig, ready: WorkerReady, num_senders: int) -> SchedulerLimits:
     return SchedulerLimits(
-        buckets=ready.buckets,
+        buckets=ready.captured,
         num_pages=ready.num_pages,
         page_size=ready.page_size,
         windows=tuple(group.window for group in ready.page_groups),

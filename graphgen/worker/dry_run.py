@@ -49,7 +49,7 @@ def run_dry(config: LaunchConfig, capability: tuple[int, int]) -> None:
         parts = StepParts(config, shapes, decoder, backend, _DEVICE, None)
         kv_cache = parts.open_kv_cache(shapes.bounds.most_pages)
         make_step = parts.step_maker(kv_cache)
-        for shape in shapes.largest_first:
+        for shape in shapes.largest_first(shapes.buckets):
             make_step(shape)()
         parts.scoring_step()()
         kv_cache.copy_pages(torch.zeros(1, 2, dtype=torch.int32, device=_DEVICE))

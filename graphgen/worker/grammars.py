@@ -90,6 +90,12 @@ class GrammarSlots:
         for pool in (self._compiling, self._filling):
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def disown(self) -> None:
+        """No slot has an owner, and every step has ended, those included that nobody judged."""
+        self._slots.clear()
+        with self._lock:
+            self._num_collected = self._num_launched
+
     # --- on the main thread --------------------------------------------------------------------------------------
 
     def open(self, plan: StepPlan) -> list[Draw]:

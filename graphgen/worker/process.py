@@ -23,6 +23,8 @@ import zmq
 from graphgen.capture.stream import Mark
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.messages import (
+    Capture,
+    Captured,
     Failed,
     Phase,
     Probe,
@@ -40,6 +42,7 @@ from graphgen.models.collectives.group import RankGroup, is_loss_of_peer
 from graphgen.models.spec import Shard
 from graphgen.worker.ahead import KernelsAhead
 from graphgen.worker.background import Background
+from graphgen.worker.late_captures import LateCaptures
 from graphgen.worker.runner import LaunchedStep, ModelRunner
 from graphgen.worker.step_timing import with_step_times
 
@@ -77,8 +80,10 @@ def run(folder: Path, name: str, imports: Phase, device_context: Background, ker
             read_tokenizer = partial(read_tokenizer_part, folder.parent)
             runner = ModelRunner(config, channel.send, phases, read_tokenizer, ranks, kernels)
             gc.enable()
-            channel.send(with_step_times(runner.describe(), runner, config, channel.send, ranks))
-            _serve(runner, channel, "worker" if ranks is None else name, answers=rank_of(name) == 0)
+            ready = with_step_times(runner.describe(), runner, config, channel.send, ranks)
+            channel.send(ready)
+            captures = LateCaptures(runner, config, ready, ranks)
+            _serve(runner, captures, channel, "worker" if ranks is None else name, answers=rank_of(name) == 0)
     except BaseException as error:
         _say_failed(channel, error, "worker" if ranks is None else name)
         channel.close(linger_s=1.0)
@@ -117,10 +122,10 @@ class LaunchedProbe(NamedTuple):
     reached: Mark
 
 
-Launched: TypeAlias = "queue.SimpleQueue[LaunchedStep | LaunchedProbe | None]"
+Launched: TypeAlias = "queue.SimpleQueue[LaunchedStep | LaunchedProbe | Captured | None]"
 
 
-def _serve(runner: ModelRunner, channel: WorkerChannel, where: str, answers: bool) -> None:
+def _serve(runner: ModelRunner, captures: LateCaptures, channel: WorkerChannel, where: str, answers: bool) -> None:
     """where: which worker this is. answers: of several ranks the first one tells what the steps gave."""
     launched: Launched = queue.SimpleQueue()
     arguments = (runner, launched, channel, where, answers)
@@ -130,6 +135,10 @@ def _serve(runner: ModelRunner, channel: WorkerChannel, where: str, answers: boo
         match channel.receive():
             case StepPlan() as plan:
                 launched.put(runner.launch(plan, received_s=time.monotonic()))
+            case Capture() as asked:
+                captured = captures.capture(asked.bucket)
+                if answers:  # on the collector's thread, as every answer
+                    launched.put(captured)
             case Probe() as probe:
                 launched.put(LaunchedProbe(probe, runner.mark()))
             case Shutdown():
@@ -146,7 +155,9 @@ def _collect(runner: ModelRunner, launched: Launched, channel: WorkerChannel, wh
     """
     try:
         while (step := launched.get()) is not None:
-            if not answers:
+            if isinstance(step, Captured):
+                channel.send(step)
+            elif not answers:
                 (step.reached if isinstance(step, LaunchedProbe) else step.fetched).wait()
             elif isinstance(step, LaunchedProbe):
                 step.reached.wait()

@@ -22,6 +22,7 @@ from graphgen.capture.memory import (
     held_bytes,
     pages_that_fit,
     peak_bytes_of,
+    unused_bytes,
     wait_until_free,
 )
 from graphgen.capture.stream import Mark, open_stream
@@ -148,17 +149,20 @@ class ModelRunner:
                 self._run_once(shapes.buckets[-1])
         with self._phase("profile"):
             self._kv_cache = parts.open_kv_cache(self._num_pages())
+        free = device_free_bytes(self._device)
         with self._phase("capture"):
+            self._captured = set(shapes.first_buckets)
             self._graphs = GraphPool(
                 self._stream,
                 parts.step_maker(self._kv_cache),
-                shapes.largest_first,
+                shapes.largest_first(shapes.first_buckets),
                 before_warm_up=self._fill_idle_step,
                 progress=lambda done, total: report(Progress("capture", done, total)),
                 shortened=decoder.shortened,
             )
             self._score_graphs = GraphPool(self._stream, parts.scores.step_of, [MAX_SCORED_ROWS])
             self._stream.submit(self._copy_once)
+        self._graph_bytes = max(0, free - device_free_bytes(self._device)) // len(self._captured)
         self._phases.append(grammars.wait())
         self.restart_counters()
 
@@ -181,7 +185,32 @@ class ModelRunner:
             device_bytes=held_bytes(self._device),
             num_ranks=self._config.num_ranks,
             collectives="" if self._ranks is None else self._ranks.description,
+            rare=tuple(bucket for bucket in self._shapes.buckets if bucket not in self._captured),
         )
+
+    def capture(self, bucket: Bucket) -> None:
+        """Captures one of the rare buckets, while nothing is in flight; it is none of them afterwards.
+
+        Raises MemoryError, on all ranks alike, where one has less memory left than a graph has taken until now, and
+        RuntimeError where it is found out too late, see `is_out_of_memory`. Steps in other buckets run as before.
+        """
+        left = float(device_free_bytes(self._device) + unused_bytes(self._device) - self._graph_bytes)
+        if self._ranks is not None:
+            left = self._ranks.least(left)
+        if left < 0:
+            needed, missing = self._graph_bytes / 2**20, -left / 2**20
+            raise MemoryError(f"a graph takes {needed:.0f} MiB of the device, {missing:.0f} MiB more than are free")
+        self._graphs.capture(self._bounds.any_plan(bucket))
+        self._captured.add(bucket)
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """What runs meanwhile, while no request is served, is in no counter, and leaves no slot an owner."""
+        self.grammars.disown()
+        before = self._graphs.num_replays, self._graphs.num_eager_steps
+        yield
+        self.grammars.disown()
+        self._graphs.num_replays, self._graphs.num_eager_steps = before
 
     @property
     def kv_cache(self) -> KVCache:
@@ -195,6 +224,7 @@ class ModelRunner:
 
     def restart_counters(self) -> None:
         """What ran until now was part of the start."""
+        self.grammars.disown()
         self._num_compiled = self._parts.decoder.num_compiled_graphs()
         self._graphs.num_eager_steps = 0
         self._graphs.num_replays = 0

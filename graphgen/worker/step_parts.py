@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from graphgen.capture.buckets import build_ladder
+from graphgen.capture.buckets import build_ladder, essential_of
 from graphgen.ipc.messages import Bucket, PageGroup
 from graphgen.ipc.step_schema import MAX_SCORED_ROWS, StepBounds, StepShape
 from graphgen.launch.launch_config import LaunchConfig
@@ -36,6 +36,8 @@ class StepShapes:
         self._config = config
         self.spec = config.rank_spec
         self.buckets = build_ladder(config.token_budget, config.num_slots)
+        self.first_buckets = self.buckets if config.captures_all else essential_of(self.buckets)
+        """Those that are captured before the worker is ready."""
         self.page_layout = page_layout(self.spec.layers, config.max_model_len)
         self.page_groups = tuple(PageGroup(window) for window in self.page_layout.windows)
         longest_chunk = max(bucket.prefill_rows for bucket in self.buckets)
@@ -56,10 +58,9 @@ class StepShapes:
         """As many rows of each kind as any step has."""
         return self.bounds.any_plan(_widest(self.buckets))
 
-    @property
-    def largest_first(self) -> list[StepShape]:
-        """Of every bucket, a step of any plan."""
-        return [self.bounds.any_plan(bucket) for bucket in reversed(self.buckets)]
+    def largest_first(self, buckets: Sequence[Bucket]) -> list[StepShape]:
+        """Of each of these buckets, which come fewest rows first, a step of any plan."""
+        return [self.bounds.any_plan(bucket) for bucket in reversed(buckets)]
 
     @property
     def pages_per_slot(self) -> int:

@@ -181,7 +181,7 @@ def open_timer(
     ones: making different ones for tens of gigabytes would take longer than the steps of a quick timing.
     """
     ready = runner.describe()
-    timer = StepTimer(runner, config, ready.buckets, *(() if ranks is None else (ranks.most,)))
+    timer = _make_timer(runner, config, ready, ranks)
     entries = _deal_pages(config, ready, reach, timer.widest_chunk)
     num_used = min(ready.num_pages, len(entries) // NEW_PAGE_WORDS)
     runner.run_between_steps(lambda: runner.kv_cache.fill_with_noise(num_used))
@@ -193,6 +193,24 @@ def open_timer(
         runner.restart_counters()
 
 
+@contextmanager
+def open_late_timer(
+    runner: ModelRunner, config: LaunchConfig, places: Places, ranks: RankGroup | None = None
+) -> Iterator[StepTimer]:
+    """The same between requests, for steps at these places alone: what they write goes to the trash page, so that the
+    pages keep what they hold, and they are in no counter."""
+    ready = runner.describe()
+    timer = _make_timer(runner, config, ready, ranks)
+    entries = _deal_pages(config, ready, places, timer.widest_chunk, runner.kv_cache.trash_page)
+    with runner.uncounted():
+        _enter_pages(runner, config, ready, entries)
+        yield timer
+
+
+def _make_timer(runner: ModelRunner, config: LaunchConfig, ready: WorkerReady, ranks: RankGroup | None) -> StepTimer:
+    return StepTimer(runner, config, ready.captured, *(() if ranks is None else (ranks.most,)))
+
+
 def measure_step_times(
     runner: ModelRunner,
     config: LaunchConfig,
@@ -200,8 +218,8 @@ def measure_step_times(
     progress: Callable[[int, int], None] = lambda done, total: None,
     ranks: RankGroup | None = None,
 ) -> StepTimeTable:
-    """The table of all buckets, and its two slopes. Nothing else may run meanwhile."""
-    buckets = runner.describe().buckets
+    """The table of all captured buckets, and its two slopes. Nothing else may run meanwhile."""
+    buckets = runner.describe().captured
     widest = max(bucket.prefill_rows for bucket in buckets)
     room = max(0, config.max_model_len - widest)  # starts at which the widest chunk fits
     places = Places(min(DECODE_CONTEXT, -(-config.max_model_len // 2)), min(PROMPT_START, room // 2))
@@ -245,6 +263,8 @@ def with_step_times(
     key = StepTimesKey.of(config, ready)
     if config.step_times == "auto":
         stored = load_step_times(os.environ, key)
+        if stored is not None and not stored.has(ready.captured):
+            stored = None
         if ranks is not None and ranks.least(stored is not None) == 0.0:
             stored = None
         if stored is not None or not ready.graphs:
@@ -304,24 +324,34 @@ def _prompt_slope(timer: StepTimer, bucket: Bucket, far: Places) -> float:
 # --- pages -----------------------------------------------------------------------------------------------------
 
 
-def _deal_pages(config: LaunchConfig, ready: WorkerReady, reach: Places, widest_chunk: int) -> list[int]:
-    """Block table entries, as in a plan, that cover what the rows of every slot attend to in every page group."""
+def _deal_pages(
+    config: LaunchConfig, ready: WorkerReady, reach: Places, widest_chunk: int, written: int | None = None
+) -> list[int]:
+    """Block table entries, as in a plan, that cover what the rows of every slot attend to in every page group.
+
+    written: the page in the place of each that a step at `reach` writes; None: pages may be written.
+    """
     entries: list[int] = []
     chunk_end = min(reach.prompt_start + widest_chunk, config.max_model_len)
+    last_decode = (reach.decode_context - 1) // config.page_size
+    first_of_chunk = reach.prompt_start // config.page_size
     for slot in range(config.num_slots):
         positions = reach.decode_context if slot else max(reach.decode_context, chunk_end)
         for index in range(-(-positions // config.page_size)):
+            is_written = index == last_decode or (not slot and index >= first_of_chunk)
             for group in range(len(ready.page_groups)):
-                entries += (group, slot, index, len(entries) // NEW_PAGE_WORDS % ready.num_pages)
+                page = len(entries) // NEW_PAGE_WORDS % ready.num_pages
+                entries += (group, slot, index, written if is_written and written is not None else page)
     return entries
 
 
 def _enter_pages(runner: ModelRunner, config: LaunchConfig, ready: WorkerReady, entries: Sequence[int]) -> None:
     """Steps without a live row that put the pages into the block tables."""
-    bucket = max(ready.buckets, key=lambda bucket: (bucket.prefill_rows, -bucket.decode_rows))
+    bucket = max(ready.captured, key=lambda bucket: (bucket.prefill_rows, -bucket.decode_rows))
     # As many as a step of this bucket may bring.
-    longest_chunk = max(bucket.prefill_rows for bucket in ready.buckets)
-    of_chunk = sum(one.most_pages(config.max_model_len, config.page_size, longest_chunk) for one in ready.page_groups)
+    of_chunk = sum(
+        one.most_pages(config.max_model_len, config.page_size, bucket.prefill_rows) for one in ready.page_groups
+    )
     words = NEW_PAGE_WORDS * ready.max_chunks * of_chunk
     for start in range(0, len(entries), words):
         new_pages = pack_int32(entries[start : start + words])

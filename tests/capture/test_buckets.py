@@ -92,7 +92,9 @@ def test_every_step_of_a_ladder_fits_into_an_essential_bucket(token_budget: int,
     whole, part = BucketTable(ladder, token_budget), BucketTable(essential, token_budget)
     assert part.most_slots == whole.most_slots
     assert part.max_decode_rows == whole.max_decode_rows
-    assert part.long_prompt_len == whole.long_prompt_len, "what a prompt is taken for is decided before they are captured"
+    assert part.long_prompt_len == whole.long_prompt_len, (
+        "what a prompt is taken for is decided before they are captured"
+    )
     for num_decodes in range(slots + 1):
         if num_decodes in (0, slots):
             assert part.chunk_room(num_decodes) == whole.chunk_room(num_decodes)

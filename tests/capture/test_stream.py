@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from graphgen.capture.buffers import BlockLayout, Field, StagingRing
-from graphgen.capture.graphs import GraphPool, quiet_garbage_collector
+from graphgen.capture.graphs import GraphPool, is_out_of_memory, quiet_garbage_collector
 from graphgen.capture.memory import pages_that_fit
 from graphgen.capture.stream import CudaStream, HostStream
 from graphgen.ipc.errors import ConfigError
@@ -164,6 +164,50 @@ def test_every_shape_is_captured_whole_and_all_but_the_first_are_warmed_up_by_a_
     assert ran == [*first, (8, "shortened"), capture, (8, "whole"), (4, "shortened"), capture, (4, "whole")]
     pool.run(8)
     assert (pool.num_replays, pool.num_eager_steps) == (1, 0)
+    ran.clear()
+    pool.capture(12)
+    assert ran == [(12, "shortened"), capture, (12, "whole")], "later, as at first"
+    pool.run(12)
+    assert (pool.num_replays, pool.num_eager_steps) == (2, 0)
+
+
+def test_a_shape_that_cannot_be_captured_leaves_the_others_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def graph(*_: object, **__: object) -> Iterator[None]:
+        yield
+
+    def make_step(shape: int) -> Callable[[], None]:
+        def step() -> None:
+            ran.append(shape)
+            if shape == 99:
+                raise torch.OutOfMemoryError("no room")
+
+        return step
+
+    ran: list[int] = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    pool = GraphPool(NoDevice(), make_step, [16, 8])
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        pool.capture(99)
+    assert is_out_of_memory(caught.value)
+    assert gc.isenabled()
+    pool.run(16)
+    pool.capture(12)
+    pool.run(12)
+    assert (pool.num_replays, pool.num_eager_steps) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_what_counts_as_too_little_memory(error: RuntimeError, expected: bool) -> None:
+    assert is_out_of_memory(error) == expected
 
 
 @pytest.mark.parametrize("enabled", [True, False])

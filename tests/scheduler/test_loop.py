@@ -3,14 +3,19 @@
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from graphgen.ipc.messages import (
     STEP_BOUNDS_MS,
     Attach,
+    Bucket,
     Cancel,
+    Capture,
+    Captured,
     EngineStats,
     EngineToScheduler,
     Outputs,
@@ -24,6 +29,7 @@ from graphgen.ipc.messages import (
     Submit,
     WorkerCounters,
 )
+from graphgen.scheduler import captures
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.loop import SchedulerLoop
 from graphgen.scheduler.policy import Scheduler
@@ -31,10 +37,13 @@ from graphgen.scheduler.senders import Senders
 from graphgen.scheduler.step_log import StepLog
 from graphgen.scheduler.workers import State
 from tests.fakes import READY, make_result
-from tests.scheduler.harness import make_limits, make_submit, tokens_of
+from tests.scheduler.harness import ESSENTIAL_BUCKETS, make_limits, make_submit, tokens_of
 
 Sent = tuple[str, object]
 TURN, PREPARED = "turn", "prepared"
+RARE = (Bucket(0, 1), Bucket(0, 2), Bucket(4, 2))
+UNFIT = (Bucket(0, 2),)
+"""Of which the fake cannot make a graph."""
 
 
 class FakeEngine:
@@ -67,7 +76,7 @@ class FakeWorkers:
     def __init__(self, log: list[Sent], answers: Callable[[int], bool]) -> None:
         self._log = log
         self._answers = answers
-        self._inbox: deque[StepPlan | Probe] = deque()
+        self._inbox: deque[StepPlan | Probe | Capture] = deque()
         self._num_turns = 0
 
     def register(self, poller: object) -> None:
@@ -79,11 +88,11 @@ class FakeWorkers:
     def step_succeeded(self) -> None:
         pass
 
-    def send(self, message: StepPlan | Probe) -> None:
+    def send(self, message: StepPlan | Probe | Capture) -> None:
         self._log.append(("worker", message))
         self._inbox.append(message)
 
-    def receive(self, patience_s: float) -> Iterator[StepResult | Probe]:
+    def receive(self, patience_s: float) -> Iterator[StepResult | Probe | Captured]:
         self._log.append((TURN, self._num_turns))
         self._num_turns += 1
         if not self._inbox or not self._answers(self._num_turns):
@@ -93,12 +102,15 @@ class FakeWorkers:
                 yield make_result(plan.step_id, [7] * plan.num_drawing_rows, finished_s=0.01)
             case Probe() as probe:
                 yield probe
+            case Capture() as capture:
+                yield Captured(capture.bucket, 0.125, problem="no memory" if capture.bucket in UNFIT else "")
 
 
 def run_loop(
     script: list[list[EngineToScheduler]],
     limits: SchedulerLimits | None = None,
     answers: Callable[[int], bool] = lambda turn: True,
+    ready: Ready = READY,
 ) -> list[Sent]:
     """What was sent to whom, turn by turn."""
     log: list[Sent] = []
@@ -118,7 +130,7 @@ def run_loop(
             Senders([cast(Any, engine)]),
             cast(Any, workers),
             StepLog(None),
-            READY,
+            ready,
             before_requests=WorkerCounters(),
         )
         loop.run()
@@ -275,3 +287,46 @@ def test_statistics_say_how_many_wait_in_each_class() -> None:
     submits = [make_submit(number, [1], 30, priority=priority) for number, priority in enumerate((0, 0, 0, 3, 9, 3))]
     (stats,) = sent(run_loop([[*submits, StatsRequest()], []]), EngineStats)
     assert stats.waiting_by_class == (3, 0, 0, 2, 0, 0, 0, 0, 0, 1)
+
+
+# --- buckets that are captured later -----------------------------------------------------------------------------
+
+
+def run_with_rare_buckets(
+    script: list[list[EngineToScheduler]],
+    monkeypatch: pytest.MonkeyPatch,
+    answers: Callable[[int], bool] = lambda turn: True,
+) -> list[Sent]:
+    """An engine that may capture as soon as it is idle."""
+    monkeypatch.setattr(captures, "QUIET_S", 0.0)
+    buckets = (*RARE, *ESSENTIAL_BUCKETS)
+    ready = msgspec.structs.replace(READY, worker=msgspec.structs.replace(READY.worker, buckets=buckets, rare=RARE))
+    return run_loop(script, make_limits(buckets=ESSENTIAL_BUCKETS), answers, ready)
+
+
+def test_rare_buckets_are_captured_one_at_a_time_while_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = run_with_rare_buckets(
+        [*NOTHING[:3], [make_submit(0, [1, 2], 4)], *NOTHING, [StatsRequest()], []], monkeypatch
+    )
+    asked = [index for index, (_, message) in enumerate(log) if isinstance(message, Capture)]
+    assert [log[index][1] for index in asked] == [Capture(bucket) for bucket in reversed(RARE)]
+    turns = [index for index, (who, _) in enumerate(log) if who == TURN]
+    assert all(any(one < turn < other for turn in turns) for one, other in pairwise(asked))
+    steps = [index for index, (_, message) in enumerate(log) if isinstance(message, StepPlan | Outputs)]
+    assert not any(steps[0] < index < steps[-1] for index in asked), "a step waited for a capture"
+    (stats,) = sent(log, EngineStats)
+    assert (stats.buckets_captured, stats.buckets_total, stats.capture_ms_max) == (6, 7, 125.0), "one found no memory"
+
+
+def test_a_step_uses_a_bucket_when_the_worker_has_said_that_it_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that comes while a bucket is on its way is planned at once, for what there is."""
+    answering = [False] * 3 + [True] * 40
+    script: list[list[EngineToScheduler]] = [[], [make_submit(0, [1, 2], 6)], *NOTHING, [make_submit(1, [1], 3)]]
+    log = run_with_rare_buckets([*script, *NOTHING], monkeypatch, answers=lambda turn: answering[turn])
+    plans = sent(log, StepPlan)
+    assert [str(plan.bucket) for plan in plans[:2]] == ["4+4", "0+4"], "planned before the answer"
+    assert str(plans[-1].bucket) == "0+1"
+    captured = [index for index, entry in enumerate(log) if entry == ("worker", Capture(Bucket(4, 2)))]
+    first_plan = log.index(("worker", plans[0]))
+    assert captured[0] < first_plan
+    assert sum(len(outputs) for outputs in sent(log, Outputs)) == 9

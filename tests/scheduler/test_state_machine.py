@@ -337,7 +337,9 @@ def test_tens_of_thousands_of_operations_lose_nothing(
         poisoned += harness.scheduler.counters.poisoned
         rested += harness.num_rests
     assert (rested >= 10) == (len(tenants) > 1)
-    assert min(shared, copied, preempted, expired, refused, died, captured) >= 10, "the operations were meant to reach all of it"
+    assert min(shared, copied, preempted, expired, refused, died, captured) >= 10, (
+        "the operations were meant to reach all of it"
+    )
 
 
 @pytest.mark.parametrize("steps_in_flight", [1, 2])

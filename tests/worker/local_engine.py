@@ -48,7 +48,7 @@ class LocalEngine:
         worker = self.runner.describe()
         self.scheduler = Scheduler(
             SchedulerLimits(
-                buckets=worker.buckets,
+                buckets=worker.captured,
                 num_pages=worker.num_pages,
                 page_size=worker.page_size,
                 windows=tuple(group.window for group in worker.page_groups),

@@ -18,6 +18,8 @@ from graphgen.ipc.channel import Channel
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.messages import (
     Bucket,
+    Capture,
+    Captured,
     Failed,
     Phase,
     Probe,
@@ -112,6 +114,12 @@ class FakeRunner:
         )
         self.steps.put(step)
         return step
+
+    def capture(self, bucket: Bucket) -> None:
+        if bucket.num_rows > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nand more lines")
+        if not bucket.num_rows:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     def mark(self) -> Point:
         point = Point()
@@ -253,6 +261,29 @@ def test_a_result_carries_the_draws_that_were_asked_for_its_times_and_the_counte
     assert sent_s <= result.received_s <= result.launched_s <= time.monotonic()
     assert result.counters == WorkerCounters(graph_replays=3)
     assert result.failed_draws == ()
+
+
+def test_a_bucket_is_captured_when_the_scheduler_asks_and_plans_wait_for_it(loop: Loop) -> None:
+    loop.channel.send(Capture(Bucket(0, 3)))
+    loop.plan(5)
+    captured = loop.expect(Captured)
+    assert (captured.bucket, captured.milliseconds, captured.problem) == (Bucket(0, 3), None, "")
+    reach(loop.launched())
+    assert loop.expect(StepResult).step_id == 5
+
+
+def test_a_bucket_without_memory_is_given_up_and_the_worker_serves_on(loop: Loop) -> None:
+    loop.channel.send(Capture(Bucket(500, 12)))
+    assert loop.expect(Captured).problem == "CUDA out of memory. Tried to allocate 20 GiB"
+    loop.plan(5)
+    reach(loop.launched())
+    assert loop.expect(StepResult).step_id == 5
+
+
+def test_any_other_failure_of_a_capture_ends_the_worker(loop: Loop) -> None:
+    loop.channel.send(Capture(Bucket(0, 0)))
+    assert "illegal memory access" in loop.expect(Failed).message
+    assert loop.ends_with() == 1
 
 
 def test_a_draw_that_failed_is_told_by_its_place(loop: Loop) -> None:
