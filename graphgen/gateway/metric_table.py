@@ -102,6 +102,12 @@ GAUGES = (
         ("state",),
     ),
     Series(
+        "graphgen_buckets",
+        lambda _, m: {("captured",): m.buckets_captured, ("rare",): m.buckets_total - m.buckets_captured},
+        "Shapes of steps that have a graph, and those that get one while the engine is idle or were given up.",
+        ("state",),
+    ),
+    Series(
         "graphgen_replica_serves",
         lambda s, _: _by_engine(s, lambda one: one.serves),
         "1 while this engine of several serves, 0 while it is started or has drained.",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from graphgen.ipc.messages import Bucket, BucketSteps, EngineStats
 from graphgen.ipc.reports import EngineReport
 
-_MOST = ("step_ms_p50", "step_ms_p95", "step_ms_p99", "step_ms_max", "worker_pause_s")
+_MOST = ("step_ms_p50", "step_ms_p95", "step_ms_p99", "step_ms_max", "worker_pause_s", "capture_ms_max")
 _OWN = ("padding_share", "worker_loss", "waiting_by_class", "buckets", "steps_within_ms", "recent_steps", "engines")
 """What is neither a sum nor the most of any engine."""
 

@@ -248,6 +248,8 @@ def stats_of(stats: Stats) -> EngineStats:
         buckets=tuple(map(_bucket_of, metrics.buckets)),
         steps_within_ms=() if step_s is None else tuple(step_s.counts),
         recent_steps=() if stats.live is None else _steps_of(stats.live),
+        buckets_captured=metrics.buckets_captured,
+        buckets_total=metrics.buckets_total,
     )
 
 

@@ -93,6 +93,8 @@ class Metrics(Struct, frozen=True, kw_only=True):
     graph_replays: Annotated[Count, Meta(description="Of the engine: steps that replayed a captured graph.")]
     eager_steps: Annotated[Count, Meta(description="Steps without a graph on a device that has graphs.")]
     recompilations: Count
+    buckets_captured: Annotated[Count, Meta(description="Of the engine: shapes of steps that have a graph.")] = 0
+    buckets_total: Annotated[Count, Meta(description="With those that get one while the engine is idle.")] = 0
 
 
 class Steps(Struct, frozen=True, kw_only=True):

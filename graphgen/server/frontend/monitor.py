@@ -197,6 +197,8 @@ class Monitor:
             graph_replays=engine.graph_replays,
             eager_steps=engine.eager_steps,
             recompilations=engine.recompilations,
+            buckets_captured=engine.buckets_captured,
+            buckets_total=engine.buckets_total,
         )
 
     def _live(self, after: int) -> Live:
