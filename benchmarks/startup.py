@@ -3,10 +3,11 @@
     python -m benchmarks.startup --model benchmarks/shapes/llama-3.1-8b --load-format dummy --runs 3
     python -m benchmarks.startup --model benchmarks/shapes/llama-3.1-8b --load-format dummy --runs 3 --cold
 
-Every run is a program of its own that imports graphgen, makes an Engine and asks for two requests. "ready" counts
-from the start of that program. With --cold each run gets an empty folder for the compile caches of torch and Triton;
-without it they are where they always are, so that the first run may still fill them and the later ones tell. The
-attention kernels and the operating system's file cache stay as they are in both cases.
+Every run is a program of its own that imports graphgen, makes an Engine, asks for two requests, and waits until the
+rare buckets are captured. "ready" counts from the start of that program. With --cold each run gets an empty folder for
+the compile caches of torch and Triton; without it they are where they always are, so that the first run may still fill
+them and the later ones tell. The attention kernels, step times and the operating system's file cache stay as they are
+in both cases.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,11 +26,12 @@ from benchmarks.options import add_engine_options, engine_settings, make_parser
 from benchmarks.report import Row, machine, percentile, show, write_json
 from graphgen import Engine, EngineConfig, SamplingParams
 from graphgen.ipc.errors import GraphgenError
-from graphgen.ipc.messages import Phase
+from graphgen.ipc.messages import EngineStats, Phase
 from graphgen.launch.processes import process_age_s
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILE_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+GIVEN_UP_S = 10.0
 FIRST_PROMPT = [1, 2, 3, 4, 5, 6, 7, 8]
 
 
@@ -43,6 +46,11 @@ class Start(Struct, frozen=True):
     ready_s: float  # from the start of the program: the interpreter and its imports too
     request_ms: tuple[float, float]  # time to the first token of the first and of the second request
     close_s: float
+    buckets_at_ready: int = 0  # captured ones
+    buckets: int = 0  # that are captured in the end
+    buckets_total: int = 0
+    all_captured_s: float = 0.0  # from ready, with the quiet that captures wait for
+    capture_ms_max: float = 0.0  # what a request may wait for a capture, and the timing of its bucket
 
 
 def start_once(config: EngineConfig) -> Start:
@@ -52,6 +60,8 @@ def start_once(config: EngineConfig) -> Start:
         sampling = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
         first, second = (engine.generate(FIRST_PROMPT, sampling)[0].timing.first_token_s * 1000.0 for _ in range(2))
         worker, engine_s = engine.info.worker, engine.start_s
+        stats = _when_captured(engine)
+        all_captured_s = process_age_s() - ready_s
         closing_s = process_age_s()
     return Start(
         device=worker.device,
@@ -62,7 +72,24 @@ def start_once(config: EngineConfig) -> Start:
         ready_s=ready_s,
         request_ms=(first, second),
         close_s=process_age_s() - closing_s,
+        buckets_at_ready=len(worker.captured),
+        buckets=stats.buckets_captured,
+        buckets_total=stats.buckets_total,
+        all_captured_s=all_captured_s,
+        capture_ms_max=stats.capture_ms_max,
     )
+
+
+def _when_captured(engine: Engine) -> EngineStats:
+    """Once no bucket has been added for a while: all are there, or the others were given up."""
+    stats = engine.stats()
+    changed_s = time.monotonic()
+    while stats.buckets_captured < stats.buckets_total and time.monotonic() < changed_s + GIVEN_UP_S:
+        time.sleep(0.05)
+        before, stats = stats, engine.stats()
+        if stats.buckets_captured != before.buckets_captured:
+            changed_s = time.monotonic()
+    return stats
 
 
 def start_in_new_process(config: EngineConfig, caches: Mapping[str, str], timeout_s: float) -> Start:
@@ -117,6 +144,20 @@ def request_rows(starts: Sequence[Start]) -> list[Row]:
     return [{"request": name, "TTFT median ms": percentile(times, 50), "max ms": max(times)} for name, times in named]
 
 
+def capture_rows(starts: Sequence[Start]) -> list[Row]:
+    """What is captured when, and the longest that a request may have waited for a capture."""
+    return [
+        {
+            "buckets at ready": start.buckets_at_ready,
+            "in the end": start.buckets,
+            "of": start.buckets_total,
+            "all captured after s": start.all_captured_s if start.buckets > start.buckets_at_ready else 0.0,
+            "longest capture ms": start.capture_ms_max,
+        }
+        for start in starts
+    ]
+
+
 def _phase_names(starts: Sequence[Start]) -> list[str]:
     return list(dict.fromkeys(phase.name for start in starts for phase in start.phases))
 
@@ -156,7 +197,8 @@ def main() -> None:
     # The child runs elsewhere: a folder keeps its meaning, a hub id is none.
     if options.model and Path(options.model).is_dir():
         options.model = str(Path(options.model).absolute())
-    config = EngineConfig(**engine_settings(options, start_timeout_s=options.timeout))
+    when = options.captured_at_start or "auto"
+    config = EngineConfig(**engine_settings(options, start_timeout_s=options.timeout, captured_at_start=when))
     starts = measure(config, options.runs, options.cold, options.timeout)
     caches = "cold" if options.cold else "as found"
     about = machine(starts[-1].device) | {
@@ -164,10 +206,11 @@ def main() -> None:
         "compiled": str(starts[-1].compiled),
         "compile_caches": caches,
     }
-    phases, requests = phase_rows(starts), request_rows(starts)
+    phases, requests, captures = phase_rows(starts), request_rows(starts), capture_rows(starts)
     show(f"{options.runs} starts of {options.model or 'the demo model'}, compile caches {caches}", phases, about)
     show("The first requests after it", requests, about)
-    write_json(options.json, [*phases, *requests], about)
+    show("Buckets, of each start", captures, about)
+    write_json(options.json, [*phases, *requests, *captures], about)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def decisions(config: EngineConfig, launch: LaunchConfig, ready: Ready) -> list[
         Decision(
             "steps are",
             "graph replays" if worker.graphs else "calls",
-            "captured before the first request" if worker.graphs else "this device has no graphs",
+            _captured_reason(worker) if worker.graphs else "this device has no graphs",
         ),
         Decision(
             "token budget",
@@ -103,6 +103,13 @@ def decisions(config: EngineConfig, launch: LaunchConfig, ready: Ready) -> list[
             + _page_reason(worker),
         ),
     ]
+
+
+def _captured_reason(worker: WorkerReady) -> str:
+    captured = len(worker.captured)
+    if not worker.rare:
+        return f"all {captured} are captured before the first request"
+    return f"{captured} of {len(worker.buckets)} are captured before the first request, the others while nothing runs"
 
 
 def _dtype_reason(launch: LaunchConfig) -> str:
