@@ -36,12 +36,18 @@ def add_engine_options(
     return budgets
 
 
-def engine_settings(options: argparse.Namespace, **more: Unpack[EngineSettings]) -> EngineSettings:
-    """The keyword arguments of EngineConfig that were given, and `more`; it has its own defaults for the others, but
-    that an engine captures every bucket before it is ready: what is measured is not how it becomes faster."""
+def engine_settings(
+    options: argparse.Namespace, captures_all: bool = True, **more: Unpack[EngineSettings]
+) -> EngineSettings:
+    """The keyword arguments of EngineConfig that were given, and `more`; it has its own defaults for the others.
+
+    captures_all: every bucket before the engine is ready, unless the options say otherwise. What it does with only some
+    of them is nothing to measure but of its start.
+    """
     named = {option.name: getattr(options, option.flag[2:].replace("-", "_")) for option in options.engine_options}
     given = {name: value for name, value in named.items() if value is not None}
-    return cast(EngineSettings, {"captured_at_start": "all", **given, **more})
+    first = {"captured_at_start": "all"} if captures_all else {}
+    return cast(EngineSettings, {**first, **given, **more})
 
 
 def _how(option: Option) -> dict[str, Any]:

@@ -105,8 +105,7 @@ def main() -> None:
     options = parser.parse_args()
     rows, lines, device = [], [], ""
     for standby in (False, True):
-        when = options.captured_at_start or "auto"
-        config = EngineConfig(**engine_settings(options, standby=standby, captured_at_start=when))
+        config = EngineConfig(**engine_settings(options, captures_all=False, standby=standby))
         row, line, device = measure(config, options.kills, options.tokens)
         rows.append(row)
         lines.append(f"standby {row['standby']}: {line}")

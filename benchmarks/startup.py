@@ -197,8 +197,7 @@ def main() -> None:
     # The child runs elsewhere: a folder keeps its meaning, a hub id is none.
     if options.model and Path(options.model).is_dir():
         options.model = str(Path(options.model).absolute())
-    when = options.captured_at_start or "auto"
-    config = EngineConfig(**engine_settings(options, start_timeout_s=options.timeout, captured_at_start=when))
+    config = EngineConfig(**engine_settings(options, captures_all=False, start_timeout_s=options.timeout))
     starts = measure(config, options.runs, options.cold, options.timeout)
     caches = "cold" if options.cold else "as found"
     about = machine(starts[-1].device) | {

@@ -6,12 +6,12 @@ import random
 import signal
 
 import pytest
+from msgspec.structs import replace
 
 from graphgen import ConfigError, Engine, EngineConfig, SamplingParams
-from graphgen.launch.config import EngineSettings
 from tests.worker_deaths import wait_for
 
-SETTINGS: EngineSettings = {"device": "cpu", "dtype": "float32", "cpu_threads": 1, "num_pages": 400}
+SETTINGS = EngineConfig(device="cpu", dtype="float32", cpu_threads=1, num_pages=400)
 SAMPLING = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 
 
@@ -31,12 +31,13 @@ def is_whole(engine: Engine) -> bool:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_requests_get_the_same_tokens_while_buckets_come_and_after_a_death(ranks: int) -> None:
-    with Engine(**SETTINGS, tensor_parallel=ranks, captured_at_start="all") as engine:
+    config = replace(SETTINGS, tensor_parallel=ranks)
+    with Engine(replace(config, captured_at_start="all")) as engine:
         expected = tokens_of(engine)
         stats = engine.stats()
         assert engine.info.worker.rare == ()
         assert 0 < stats.buckets_captured == stats.buckets_total
-    with Engine(**SETTINGS, tensor_parallel=ranks, captured_at_start="essential") as engine:
+    with Engine(replace(config, captured_at_start="essential")) as engine:
         worker = engine.info.worker
         assert engine.stats().buckets_captured == len(worker.captured) < len(worker.buckets)
         assert tokens_of(engine) == expected
@@ -55,4 +56,4 @@ def test_requests_get_the_same_tokens_while_buckets_come_and_after_a_death(ranks
 
 def test_a_measurement_of_all_buckets_captures_all_of_them() -> None:
     with pytest.raises(ConfigError, match="step_times"):
-        Engine(EngineConfig(**SETTINGS, step_times="measure", captured_at_start="essential"))
+        Engine(replace(SETTINGS, step_times="measure", captured_at_start="essential"))
