@@ -56,6 +56,6 @@ def test_who_is_said_to_call_a_module_imports_it(module: str) -> None:
 def test_the_policy_names_all_its_parts() -> None:
     parts = set(re.findall(r"\b[a-z_]+\b", opening(POLICY).partition("The parts:")[2])) | {"policy"}
     around = {"__main__", "loop", "process", "step_log", "step_times", "step_watch", "warm_up"}
-    around |= {"worker_processes", "workers", "standby", "recent_steps", "senders"}
+    around |= {"worker_processes", "workers", "standby", "recent_steps", "senders", "captures"}
     names = {name.rpartition(".")[2] for name in MODULES if name.startswith("graphgen.scheduler.")}
     assert not names - around - parts, "parts that the policy does not name"
