@@ -191,17 +191,35 @@ def prebuild(
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Compilations at once.", show_default="one for each core")
     ] = None,
+    no_start: Annotated[
+        bool, typer.Option("--no-start", help="Kernels alone: start no engine, though its GPU is here.", metavar="")
+    ] = False,
 ) -> None:
-    """Build kernels ahead of a first start, of one model (all of them) or of most; needs nvcc, ninja and no GPU."""
+    """Build kernels ahead of a first start, of one model (all of them) or of most; needs nvcc, ninja and no GPU.
+
+    Where the GPU that it builds for is here, an engine of the model is started once, with made-up weights: its layers
+    are compiled and its steps are timed. The caches folder, copied to a machine with such a card, makes its first start
+    as short as a second one.
+    """
+    from graphgen.commands.first_start import start_first
     from graphgen.commands.prebuild import prebuild as build_kernels  # imports torch
 
     begun_s = time.monotonic()
+    config = msgspec.structs.replace(config, device="cuda")
     with stderr.status("building kernels, which takes minutes"):
-        built = build_kernels(msgspec.structs.replace(config, device="cuda"), arch, jobs)
+        built = build_kernels(config, arch, jobs)
     lines = [f"{source:<9} {name}" for name, source in built.libraries.items()]
     if built.triton is not None:
         done = built.triton.num_kernels - len(built.triton.failures)
         lines.append(f"compiled  {done} of {built.triton.num_kernels} Triton kernels")
+    if not no_start and config.model is not None:
+        with stderr.status("starting an engine once"):
+            first = start_first(config, built.capability)
+        lines.append(
+            f"not started, so layers are compiled and steps timed at the first start: {first.problem}"
+            if first.problem
+            else f"started   once, in {first.seconds:.1f} s: layers compiled, {first.buckets_timed} buckets timed"
+        )
     lines.append(f"serves    {built.serves}")
     lines.append(f"for {built.arch} in {built.folder} after {time.monotonic() - begun_s:.1f} s")
     stdout.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)

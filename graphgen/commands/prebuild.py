@@ -19,6 +19,7 @@ from msgspec import Struct
 
 from graphgen.base.caches import cache_environment, cache_root
 from graphgen.base.version import how_to_install
+from graphgen.commands.first_start import cards_here
 from graphgen.ipc.errors import ConfigError
 from graphgen.launch.config import EngineConfig
 from graphgen.launch.launch_config import LaunchConfig
@@ -46,6 +47,7 @@ class Prebuilt(Struct, frozen=True):
 
     folder: Path
     arch: str
+    capability: tuple[int, int]  # that it is for
     libraries: dict[str, Source]  # by name: there before, or built now
     serves: str  # which models, for people
     triton: Note | None  # of the model's Triton kernels; None where there is no model or they cannot be compiled
@@ -76,7 +78,7 @@ def prebuild(config: EngineConfig, arch: str | None, jobs: int | None) -> Prebui
             raise ConfigError(f"FlashInfer cannot be imported ({error}): {how_to_install('cuda')}") from error
         keep_bytecode(os.environ, PACKAGES, jobs)
         kernels = None if launch is None else compile_for_engine(launch, capability, os.environ)
-    return Prebuilt(folder.path, arch, libraries, _describe(config.model, launch, shapes), kernels)
+    return Prebuilt(folder.path, arch, capability, libraries, _describe(config.model, launch, shapes), kernels)
 
 
 def keep_bytecode(environment: Mapping[str, str], packages: Sequence[str], jobs: int | None) -> None:
@@ -126,9 +128,9 @@ def _describe(model: str | None, launch: LaunchConfig | None, shapes: Sequence[A
 
 
 def _capability_here() -> tuple[int, int]:
-    if not torch.cuda.is_available():
+    if not (cards := cards_here()):
         raise ConfigError("no GPU is here to build for: name the architecture, as in --arch 9.0a")
-    return torch.cuda.get_device_capability()
+    return cards[0]
 
 
 def _prepare_environment(arch: str, jobs: int | None, spare: Path) -> None:
