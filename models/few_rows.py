@@ -27,6 +27,7 @@ from graphgen.models.few_rows_layers import ACTIVATIONS, LEAST_COLUMNS, LEAST_DE
 from graphgen.models.few_rows_tiles import Cut, Shape, cut_stored, tensors_of
 from graphgen.models.formats.products import Weight
 from graphgen.models.norms import RMSNorm
+from graphgen.models.one_row_int4 import packed
 from graphgen.models.one_row_kernels import adding_row_kernel, gated_row_kernel, normed_row_kernel
 
 Stored = tuple[Tensor, Tensor | None, Tensor | None]
@@ -119,7 +120,7 @@ def normed_linear(
     size, num_parts = stored[0].shape[0], x.squares.shape[1]
     out = torch.empty((num_rows, size), dtype=x.scaled.dtype, device=x.scaled.device)
     if num_rows == 1 and shape is None and size <= _MOST_OF_ROW and adds_up(weight):
-        _normed_row(x, eps, stored, bias, out, chained)
+        _normed_row(x, eps, weight, bias, out, chained)
         return out
     cut = _cut(weight, num_rows, size, depth, shape)
     normed_linear_kernel[(size // cut.columns,)](
@@ -163,7 +164,7 @@ def adding_linear(
     stored = tensors_of(weight)
     size = stored[0].shape[0]
     if num_rows == 1 and shape is None and adds_up(weight):
-        return _adding_row(x, stored, bias, residual, norm, chained)
+        return _adding_row(x, weight, bias, residual, norm, chained)
     cut = _cut(weight, num_rows, size, depth, shape)
     sums, normed = open_normed(residual, num_rows, size, cut.columns)
     adding_linear_kernel[(size // cut.columns,)](
@@ -207,7 +208,7 @@ def gated_linear(
     size, num_parts = stored[0].shape[0] // 2, x.squares.shape[1]
     out = torch.empty((num_rows, size), dtype=x.scaled.dtype, device=x.scaled.device)
     if num_rows == 1 and shape is None and adds_up(weight):
-        _gated_row(x, eps, stored, bias, activation, out, chained)
+        _gated_row(x, eps, weight, bias, activation, out, chained)
         return out
     cut = _cut_gated(weight, num_rows, size, depth, shape)
     gated_kernel[(size // cut.columns,)](
@@ -252,6 +253,8 @@ class RowCut(NamedTuple):
     stages: int
     """Parts of that depth that are on their way at a time."""
     warps: int = 4
+    registers: int | None = None
+    """Of a thread, at most."""
 
     def fitted(self, weight: Tensor) -> "RowCut":
         """To a weight: about as many bytes on their way."""
@@ -270,14 +273,17 @@ _MOST_STAGES = 8
 NORMED_ROW = RowCut(columns=16, depth=256, early=1, stages=7)
 ADDING_ROW = RowCut(columns=16, depth=256, early=2, stages=7)
 GATED_ROW = RowCut(columns=8, depth=256, early=1, stages=5)
+NORMED_INT4 = RowCut(columns=16, depth=256, early=1, stages=7)
+ADDING_INT4 = RowCut(columns=16, depth=256, early=1, stages=7)
+GATED_INT4 = RowCut(columns=8, depth=256, early=1, stages=5)
 _MOST_OF_ROW = 32768
 """Columns of a product that these kernels make. With 128 256 of them, a head, one takes 273 us of an H200 and tensor
 cores 253."""
 
 
 def adds_up(weight: Tensor | Weight) -> bool:
-    """Whether the kernels of one row read it: one that lies in the model's dtype, or with one scale a row."""
-    if isinstance(weight, Tensor):
+    """Whether the kernels of one row read it: one that lies in the model's dtype, in int4, or with one scale a row."""
+    if isinstance(weight, Tensor) or weight.format.storage == "int4":
         return True
     form = weight.format
     whole = form.group is None and form.rows == 1 and not form.zeros and weight.permutation is None
@@ -289,15 +295,16 @@ def _has_e4m3() -> bool:
     return triton.knobs.runtime.interpret or can_chain()
 
 
-def _normed_row(x: Normed, eps: float, stored: Stored, bias: Tensor | None, out: Tensor, chained: bool) -> None:
-    weight, scales, _ = stored
-    size, depth = weight.shape
-    cut, num_parts = NORMED_ROW.fitted(weight), x.squares.shape[1]
-    normed_row_kernel[(size // cut.columns,)](
-        x.scaled,
+def _normed_row(
+    x: Normed, eps: float, weight: Tensor | Weight, bias: Tensor | None, out: Tensor, chained: bool
+) -> None:
+    stored, depth, num_parts = tensors_of(weight), x.scaled.shape[1], x.squares.shape[1]
+    reading = packed(weight, depth)
+    cut = (NORMED_ROW if reading is None else NORMED_INT4).fitted(stored[0])
+    normed_row_kernel[(out.shape[1] // cut.columns,)](
+        in_input_order(x.scaled, weight),
         x.squares,
-        weight,
-        scales,
+        *stored,
         bias,
         out,
         num_parts,
@@ -309,22 +316,23 @@ def _normed_row(x: Normed, eps: float, stored: Stored, bias: Tensor | None, out:
         cut.stages,
         triton.next_power_of_2(num_parts),
         chained,
+        reading,
         num_warps=cut.warps,
+        maxnreg=cut.registers,
         **launch_options(chained),
     )
 
 
 def _adding_row(
-    x: Tensor, stored: Stored, bias: Tensor | None, residual: Tensor, norm: RMSNorm, chained: bool
+    x: Tensor, weight: Tensor | Weight, bias: Tensor | None, residual: Tensor, norm: RMSNorm, chained: bool
 ) -> tuple[Tensor, Normed]:
-    weight, scales, _ = stored
-    size, depth = weight.shape
-    cut = ADDING_ROW.fitted(weight)
+    stored, depth, size = tensors_of(weight), x.shape[1], residual.shape[1]
+    reading = packed(weight, depth)
+    cut = (ADDING_ROW if reading is None else ADDING_INT4).fitted(stored[0])
     sums, normed = open_normed(residual, 1, size, cut.columns)
     adding_row_kernel[(size // cut.columns,)](
-        x,
-        weight,
-        scales,
+        in_input_order(x, weight),
+        *stored,
         bias,
         residual,
         norm.weight,
@@ -336,23 +344,30 @@ def _adding_row(
         cut.depth * cut.early,
         cut.stages,
         chained,
+        reading,
         num_warps=cut.warps,
+        maxnreg=cut.registers,
         **launch_options(chained),
     )
     return sums, normed
 
 
 def _gated_row(
-    x: Normed, eps: float, stored: Stored, bias: Tensor | None, activation: str, out: Tensor, chained: bool
+    x: Normed,
+    eps: float,
+    weight: Tensor | Weight,
+    bias: Tensor | None,
+    activation: str,
+    out: Tensor,
+    chained: bool,
 ) -> None:
-    weight, scales, _ = stored
-    size, depth = out.shape[1], weight.shape[1]
-    cut, num_parts = GATED_ROW.fitted(weight), x.squares.shape[1]
+    stored, size, depth, num_parts = tensors_of(weight), out.shape[1], x.scaled.shape[1], x.squares.shape[1]
+    reading = packed(weight, depth)
+    cut = (GATED_ROW if reading is None else GATED_INT4).fitted(stored[0])
     gated_row_kernel[(size // cut.columns,)](
-        x.scaled,
+        in_input_order(x.scaled, weight),
         x.squares,
-        weight,
-        scales,
+        *stored,
         bias,
         out,
         num_parts,
@@ -366,7 +381,9 @@ def _gated_row(
         cut.stages,
         triton.next_power_of_2(num_parts),
         chained,
+        reading,
         num_warps=cut.warps,
+        maxnreg=cut.registers,
         **launch_options(chained),
     )
 

@@ -3,9 +3,10 @@
 A tensor core's sums of one row would wait for one another. Here each thread adds up what it reads in float32, elements
 of several columns and of a part of the depth, and the threads meet at the end. So more of the weight is on its way.
 
-A program makes BN columns of a product over K, BK at a time. EARLY of them, a power of two, it reads while the kernel
-ahead still runs, where CHAINED. scales: of the weight's rows, where it is quantised; None where it lies in the
-model's dtype.
+A program makes BN columns of a product over K, reading BK elements of a row of the weight at a time. EARLY of them, a
+power of two, it reads while the kernel ahead still runs, where CHAINED. scales: of the weight's rows, where it is
+quantised; None where it lies in the model's dtype. HOW: how one_row_int4.py reads a weight, two columns of which are an
+element; None for any other. zeros: None but there.
 """
 
 import triton
@@ -13,6 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from graphgen.models.few_rows_kernels import add_row, gated, load_squares
+from graphgen.models.one_row_int4 import ask_for, times_packed
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
@@ -21,6 +23,19 @@ def _floats(tile: "tl.tensor") -> "tl.tensor":
     if tile.dtype == tl.uint8:
         tile = tile.to(tl.float8e4nv, bitcast=True)
     return tile.to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _first_of(
+    weight: "tl.tensor", columns: "tl.tensor", K: tl.constexpr, EARLY: tl.constexpr, HOW: tl.constexpr
+) -> "tl.tensor":
+    """The first EARLY elements of rows `columns` of a weight; of int4 they are only asked for."""
+    if HOW is None:
+        first = tl.load(weight + columns.to(tl.int64)[:, None] * K + tl.arange(0, EARLY)[None, :])
+    else:
+        ask_for(weight, columns, K, EARLY, HOW)
+        first = 0
+    return first
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
@@ -42,27 +57,36 @@ def _add_up(
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
 def _times_row(
     x: "tl.tensor",
-    weight_rows: "tl.tensor",
-    early: "tl.tensor",
+    weight: "tl.tensor",
     scales: "tl.tensor | None",
+    zeros: "tl.tensor | None",
     columns: "tl.tensor",
+    early: "tl.tensor",
     K: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     EARLY: tl.constexpr,
     STAGES: tl.constexpr,
     CHAINED: tl.constexpr,
+    HOW: tl.constexpr,
 ) -> "tl.tensor":
-    """[BN] float32: one row, [K], times BN rows of a weight."""
-    first = tl.load(x + tl.arange(0, EARLY)).to(tl.float32)[None, :]
-    depth = tl.arange(0, BK)
-    sums = tl.zeros((BN, BK), tl.float32)
-    for k in tl.range(EARLY, K, BK, num_stages=STAGES):
-        own = tl.load(x + k + depth).to(tl.float32)[None, :]
-        sums += own * _floats(tl.load(weight_rows + k + depth[None, :]))
-    if CHAINED:
-        gdc_launch_dependents()
-    return _add_up(sums, first, early, scales, columns)
+    """[BN] float32: one row, [K], times rows `columns` of a weight. early: _first_of it."""
+    if HOW is None:
+        weight_rows = weight + columns.to(tl.int64)[:, None] * K
+        first = tl.load(x + tl.arange(0, EARLY)).to(tl.float32)[None, :]
+        depth = tl.arange(0, BK)
+        sums = tl.zeros((BN, BK), tl.float32)
+        for k in tl.range(EARLY, K, BK, num_stages=STAGES):
+            own = tl.load(x + k + depth).to(tl.float32)[None, :]
+            sums += own * _floats(tl.load(weight_rows + k + depth[None, :]))
+        if CHAINED:
+            gdc_launch_dependents()
+        result = _add_up(sums, first, early, scales, columns)
+    else:
+        result = times_packed(x, weight, scales, zeros, columns, K, BN, BK, STAGES, HOW)
+        if CHAINED:
+            gdc_launch_dependents()
+    return result
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
@@ -71,6 +95,7 @@ def normed_row_kernel(
     squares: "tl.tensor",
     weight: "tl.tensor",
     scales: "tl.tensor | None",
+    zeros: "tl.tensor | None",
     bias: "tl.tensor | None",
     out: "tl.tensor",
     num_parts: int,
@@ -82,15 +107,15 @@ def normed_row_kernel(
     STAGES: tl.constexpr,
     PARTS: tl.constexpr,
     CHAINED: tl.constexpr,
+    HOW: tl.constexpr,
 ) -> None:
     """normed_linear_kernel of one row."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    weight_rows = weight + columns.to(tl.int64)[:, None] * K
-    early = tl.load(weight_rows + tl.arange(0, EARLY)[None, :])
+    early = _first_of(weight, columns, K, EARLY, HOW)
     if CHAINED:
         gdc_wait()
     parts = load_squares(squares, 1, num_parts, 1, PARTS)
-    result = _times_row(x, weight_rows, early, scales, columns, K, BN, BK, EARLY, STAGES, CHAINED)
+    result = _times_row(x, weight, scales, zeros, columns, early, K, BN, BK, EARLY, STAGES, CHAINED, HOW)
     result *= tl.rsqrt(tl.sum(tl.sum(parts, 1), 0) / K + eps)
     if bias is not None:
         result += tl.load(bias + columns).to(tl.float32)
@@ -102,6 +127,7 @@ def adding_row_kernel(
     x: "tl.tensor",
     weight: "tl.tensor",
     scales: "tl.tensor | None",
+    zeros: "tl.tensor | None",
     bias: "tl.tensor | None",
     residual: "tl.tensor",
     norm_weight: "tl.tensor",
@@ -114,16 +140,16 @@ def adding_row_kernel(
     EARLY: tl.constexpr,
     STAGES: tl.constexpr,
     CHAINED: tl.constexpr,
+    HOW: tl.constexpr,
 ) -> None:
     """adding_linear_kernel of one row."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    weight_rows = weight + columns.to(tl.int64)[:, None] * K
-    early = tl.load(weight_rows + tl.arange(0, EARLY)[None, :])
+    early = _first_of(weight, columns, K, EARLY, HOW)
     of_norm = tl.load(norm_weight + columns).to(tl.float32)
     if CHAINED:
         gdc_wait()
     before = tl.load(residual + columns)
-    update = _times_row(x, weight_rows, early, scales, columns, K, BN, BK, EARLY, STAGES, CHAINED)
+    update = _times_row(x, weight, scales, zeros, columns, early, K, BN, BK, EARLY, STAGES, CHAINED, HOW)
     if bias is not None:
         update += tl.load(bias + columns).to(tl.float32)
     add_row(update, before, columns, of_norm, tl.program_id(0), out, scaled, squares)
@@ -135,6 +161,7 @@ def gated_row_kernel(
     squares: "tl.tensor",
     weight: "tl.tensor",
     scales: "tl.tensor | None",
+    zeros: "tl.tensor | None",
     bias: "tl.tensor | None",
     out: "tl.tensor",
     num_parts: int,
@@ -148,29 +175,40 @@ def gated_row_kernel(
     STAGES: tl.constexpr,
     PARTS: tl.constexpr,
     CHAINED: tl.constexpr,
+    HOW: tl.constexpr,
 ) -> None:
     """gated_kernel of one row."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    gate_rows = weight + columns.to(tl.int64)[:, None] * K
-    up_rows = gate_rows + tl.full([1], F, tl.int64) * K
-    first = tl.arange(0, EARLY)
-    early_gate, early_up = tl.load(gate_rows + first[None, :]), tl.load(up_rows + first[None, :])
+    if HOW is None:
+        early_gate, early_up = _first_of(weight, columns, K, EARLY, HOW), _first_of(weight, columns + F, K, EARLY, HOW)
+    else:  # one product of both, gate and up in turn: then those of a column end in the same thread
+        in_turn = tl.arange(0, 2 * BN)
+        both = tl.program_id(0) * BN + in_turn // 2 + in_turn % 2 * F
+        early = _first_of(weight, both, K, EARLY, HOW)
     if CHAINED:
         gdc_wait()
     parts = load_squares(squares, 1, num_parts, 1, PARTS)
-    first_own = tl.load(x + first).to(tl.float32)[None, :]
-    depth = tl.arange(0, BK)
-    gates = tl.zeros((BN, BK), tl.float32)
-    ups = tl.zeros((BN, BK), tl.float32)
-    for k in tl.range(EARLY, K, BK, num_stages=STAGES):
-        own = tl.load(x + k + depth).to(tl.float32)[None, :]
-        gates += own * _floats(tl.load(gate_rows + k + depth[None, :]))
-        ups += own * _floats(tl.load(up_rows + k + depth[None, :]))
-    if CHAINED:
-        gdc_launch_dependents()
+    if HOW is None:
+        gate_rows = weight + columns.to(tl.int64)[:, None] * K
+        up_rows = gate_rows + tl.full([1], F, tl.int64) * K
+        first_own = tl.load(x + tl.arange(0, EARLY)).to(tl.float32)[None, :]
+        depth = tl.arange(0, BK)
+        gates = tl.zeros((BN, BK), tl.float32)
+        ups = tl.zeros((BN, BK), tl.float32)
+        for k in tl.range(EARLY, K, BK, num_stages=STAGES):
+            own = tl.load(x + k + depth).to(tl.float32)[None, :]
+            gates += own * _floats(tl.load(gate_rows + k + depth[None, :]))
+            ups += own * _floats(tl.load(up_rows + k + depth[None, :]))
+        if CHAINED:
+            gdc_launch_dependents()
+        gate = _add_up(gates, first_own, early_gate, scales, columns)
+        up = _add_up(ups, first_own, early_up, scales, columns + F)
+    else:
+        products = _times_row(x, weight, scales, zeros, both, early, K, 2 * BN, BK, EARLY, STAGES, CHAINED, HOW)
+        gate, up = tl.split(products.reshape(BN, 2))
     over_rms = tl.rsqrt(tl.sum(tl.sum(parts, 1), 0) / K + eps)
-    gate = _add_up(gates, first_own, early_gate, scales, columns) * over_rms
-    up = _add_up(ups, first_own, early_up, scales, columns + F) * over_rms
+    gate *= over_rms
+    up *= over_rms
     if bias is not None:
         gate += tl.load(bias + columns).to(tl.float32)
         up += tl.load(bias + F + columns).to(tl.float32)

@@ -35,6 +35,8 @@ _MOST_SPLITS = 32
 _LEAST_SPLITS = 8  # also beside many rows: one long context among short ones must not be read by one program alone
 _WHOLE_BLOCKS = 16  # blocks that are not worth a split beside _EVEN_PROGRAMS others
 _BLOCK = 64
+_COMBINED_ALONE = 8
+"""Parts of a row that are read at a time when they are combined, in a step of one row."""
 
 
 class HeadNorms(NamedTuple):
@@ -169,6 +171,7 @@ def split_kv_attention(
         fresh is not None,
         chained,
         product_dtype(q.dtype, pages.k.dtype),
+        _COMBINED_ALONE if num_rows == 1 else 1,
         num_warps=4,
         num_stages=2,
         **launch_options(chained),

@@ -126,6 +126,41 @@ def _add_block(
     return new_peak, total, mixed
 
 
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _combined(
+    parts: "tl.tensor",
+    peaks_and_sums: "tl.tensor",
+    first_part: "tl.tensor",
+    num_parts: "tl.tensor",
+    GROUP: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+) -> "tuple[tl.tensor, tl.tensor, tl.tensor]":
+    """Of a row's parts for one KV head: the sum of values, [GROUP_BLOCK, D], the largest score and the sum of weights,
+    [GROUP_BLOCK]. AT_ONCE: parts that are read at a time, a power of two; more are faster where nothing else runs, and
+    take the room of other programs where much does."""
+    group = tl.arange(0, GROUP_BLOCK)
+    dims = tl.arange(0, D)
+    of_row = tl.arange(0, SPLITS)
+    live = (of_row < num_parts)[:, None] & (group < GROUP)[None, :]
+    places = peaks_and_sums + ((first_part + of_row)[:, None] * GROUP + group[None, :]) * 2
+    peaks = tl.load(places, live, other=-1e30)
+    totals = tl.load(places + 1, live, other=0.0)
+    best = tl.max(peaks, 0)
+    sums = tl.sum(tl.exp2(peaks - best[None, :]) * totals, 0)
+    whole = tl.zeros([GROUP_BLOCK, D], tl.float32)
+    for first in tl.static_range(0, SPLITS, AT_ONCE):
+        some = first + tl.arange(0, AT_ONCE)
+        alive = (some < num_parts)[:, None] & (group < GROUP)[None, :]
+        numbers = (first_part + some)[:, None] * GROUP + group[None, :]
+        share = tl.exp2(tl.load(peaks_and_sums + numbers * 2, alive, other=-1e30) - best[None, :])
+        values = tl.load(parts + numbers[:, :, None] * D + dims[None, None, :], alive[:, :, None], other=0.0)
+        whole += tl.sum(share[:, :, None] * values, 0)
+    return whole, best, sums
+
+
 @triton.jit(do_not_specialize=["least_blocks"])  # type: ignore[untyped-decorator]  # triton has no types
 def split_kv_kernel(
     q: "tl.tensor",
@@ -173,9 +208,10 @@ def split_kv_kernel(
     FRESH: tl.constexpr,
     CHAINED: tl.constexpr,
     NUMBERS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ) -> None:
     """k, v, cos, sin: of the rows themselves; read if FRESH, where q comes as the model made it. NUMBERS: the dtype of
-    products with quantised pages.
+    products with quantised pages. AT_ONCE: see _combined.
     """
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_kv_heads = tl.num_programs(1)
@@ -279,20 +315,9 @@ def split_kv_kernel(
         return
     tl.store(counter, 0)  # for the next layer
 
-    cells = tl.arange(0, GROUP_BLOCK * D)
-    in_cells = cells < GROUP * D
-    best = tl.full([GROUP_BLOCK * D], -1e30, tl.float32)
-    for part in tl.static_range(SPLITS):
-        heads_of_part = (first_part + part) * GROUP + cells // D
-        best = tl.maximum(best, tl.load(peaks_and_sums + heads_of_part * 2, in_cells & (part < num_parts), other=-1e30))
-    whole = tl.zeros([GROUP_BLOCK * D], tl.float32)
-    sums = tl.zeros([GROUP_BLOCK * D], tl.float32)
-    for part in tl.static_range(SPLITS):
-        live = in_cells & (part < num_parts)
-        heads_of_part = (first_part + part) * GROUP + cells // D
-        share = tl.exp2(tl.load(peaks_and_sums + heads_of_part * 2, live, other=-1e30) - best)
-        sums += share * tl.load(peaks_and_sums + heads_of_part * 2 + 1, live, other=0.0)
-        whole += share * tl.load(parts + (first_part + part) * GROUP * D + cells, live, other=0.0)
+    whole, best, sums = _combined(parts, peaks_and_sums, first_part, num_parts, GROUP, GROUP_BLOCK, D, SPLITS, AT_ONCE)
+    of_group = tl.arange(0, GROUP_BLOCK)
     if sinks is not None:
-        sums += tl.exp2(tl.load(sinks + head * GROUP + cells // D, in_cells, other=0.0) * _LOG2_E - best)
-    tl.store(out + heads * D + cells, (whole / sums).to(out.dtype.element_ty), in_cells)
+        sums += tl.exp2(tl.load(sinks + head * GROUP + of_group, of_group < GROUP, other=0.0) * _LOG2_E - best)
+    places = out + (heads + of_group)[:, None] * D + dims[None, :]
+    tl.store(places, (whole / sums[:, None]).to(out.dtype.element_ty), (of_group < GROUP)[:, None])
