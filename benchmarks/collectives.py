@@ -94,7 +94,7 @@ def run_rank(rank: int, size: int, device_kind: str, kib: list[int], folder: str
 
 def rows_of(group: RankGroup, device: torch.device, kib: list[int]) -> list[dict[str, object]]:
     size, name = group.shard.size, group.name
-    room = shared_room(max(kib) << 10, device, group.process_group) if device.type == "cuda" else None
+    room = shared_room(max(kib) << 10, device, group.process_group)[0] if device.type == "cuda" else None
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     rows: list[dict[str, object]] = []
     for one in kib:

@@ -107,7 +107,7 @@ def fused(shape: Shape, layers: list[Layer], blocks: tuple[Any, Any] | None) -> 
     """The kernels of few rows. They choose experts themselves, as many as were given, by a random router. blocks: of
     experts/few_rows.py; None: its own."""
     from graphgen.models.experts.few_rows import run_experts as run_fused  # imports Triton, which needs a GPU
-    from graphgen.models.few_rows import Normed
+    from graphgen.models.normed import Normed
 
     dtype, device = torch.bfloat16, layers[0].down.weight.device
     spec = Experts(

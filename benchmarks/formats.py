@@ -34,6 +34,7 @@ from graphgen.models.families import load_spec
 from graphgen.models.formats import matrices
 from graphgen.models.formats.layout import CODE_DTYPES, codes_shape, scale_shape
 from graphgen.models.formats.products import Weight, product, quantise_blocks, quantise_rows
+from graphgen.models.normed import Normed
 from graphgen.models.norms import RMSNorm
 from graphgen.models.spec import Norm
 from graphgen.models.spec.formats import LinearFormat
@@ -119,7 +120,7 @@ def _few_rows(shape: Shape, x: Tensor, cut: "tiles.Shape | None") -> Layer:
     from graphgen.models import few_rows
 
     num_rows = len(x)
-    normed = few_rows.Normed(x, torch.ones(num_rows, 64, device="cuda"))
+    normed = Normed(x, torch.ones(num_rows, 64, device="cuda"))
     if shape.name == "gate_up":
         return lambda stored: few_rows.gated_linear(normed, 1e-5, stored, None, "silu", True, cut)
     if shape.name in ("o", "down"):

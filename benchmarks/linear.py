@@ -25,6 +25,7 @@ from graphgen.demo import model_folder
 from graphgen.ipc.errors import ConfigError
 from graphgen.launch.devices import find_device
 from graphgen.models.families import load_spec
+from graphgen.models.normed import Normed
 from graphgen.models.spec import DTYPE_BYTES, Experts, ModelSpec
 
 KERNELS = ("default", "few_rows", "cublaslt", "inductor")
@@ -86,7 +87,7 @@ def kernel(name: str) -> Iterator[Linear]:
         squares = torch.ones((FEW_ROWS, 1), dtype=torch.float32, device="cuda")
 
         def run(x: Tensor, weight: Tensor) -> Tensor:
-            return few_rows.normed_linear(few_rows.Normed(x, squares[: len(x)]), 0.0, weight, None, chained=True)
+            return few_rows.normed_linear(Normed(x, squares[: len(x)]), 0.0, weight, None, chained=True)
 
         yield run
     elif name == "cublaslt":

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from graphgen.models.attention.backend import StepAttention, StepTensors
 from graphgen.models.chaining import can_chain
-from graphgen.models.collectives import Ranks
+from graphgen.models.collectives import Exchange, Ranks
 from graphgen.models.compilation import Attend, CompiledHalves, FeedForward
 from graphgen.models.families.family import TensorNames
-from graphgen.models.few_rows_layers import most_rows, reads_fitted, serves_model
+from graphgen.models.few_rows_layers import most_rows, reads_fitted, serves_model, serves_rank
 from graphgen.models.formats.linear import Linear, StoredWeight
 from graphgen.models.formats.products import matrix_product
 from graphgen.models.kv_cache import HeadScales, KVCache
@@ -56,9 +56,8 @@ class Decoder(nn.Module):
         fused: bool = False,
         ranks: Ranks | None = None,
     ) -> None:
-        """fused: steps of a few decode rows may run in the kernels of few_rows.py, where those serve this model and one
-        rank holds it: they add to the residual stream what ranks would have to add up before. ranks: that share the
-        weights: each has its part of every block and of the head's rows, and the whole embedding."""
+        """fused: steps of a few decode rows may run in the kernels of few_rows.py, where those serve this model. ranks:
+        that share the weights: each has its part of every block and of the head's rows, and the whole embedding."""
         super().__init__()
         self._ranks = ranks
         shard = WHOLE if ranks is None else ranks.shard
@@ -95,7 +94,11 @@ class Decoder(nn.Module):
         self._attend: Attend = DecoderLayer.attend
         self._feed_forward: FeedForward = DecoderLayer.feed_forward
         self._compiled: CompiledHalves | None = None
-        self._most_few_rows = _most_few_rows(self, device) if fused and ranks is None else 0
+        self._most_few_rows = _most_few_rows(self, device, ranks) if fused else 0
+        self._exchange: Exchange | None = None
+        if self._most_few_rows and ranks is not None:
+            self._exchange = ranks.open_exchange(self._most_few_rows, hidden_size)
+            self._most_few_rows = 0 if self._exchange is None else self._most_few_rows
 
     @torch.no_grad()
     def forward(
@@ -182,6 +185,10 @@ class Decoder(nn.Module):
         if scale != 1.0:
             logits = logits * scale
         logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        return self._of_all_ranks(logits)
+
+    def _of_all_ranks(self, logits: Tensor) -> Tensor:
+        """[N, V] of a rank's columns."""
         if self._ranks is None:
             return logits
         missing = self._head_rows - logits.shape[1]  # the last rank has fewer where they do not divide the vocabulary
@@ -193,9 +200,11 @@ class Decoder(nn.Module):
         from graphgen.models import few_rows_step
 
         ends = few_rows_step.Ends(self.embedding.weight, self.final_norm, self._head_weight)
-        return few_rows_step.next_logits(
-            ends, self._running_layers, token_ids, kv_cache, steps, live, self._attend, chained=True
+        layers = self._running_layers
+        logits = few_rows_step.next_logits(
+            ends, layers, token_ids, kv_cache, steps, live, self._attend, chained=True, exchange=self._exchange
         )
+        return self._of_all_ranks(logits)
 
     @property
     def decoder_layers(self) -> Sequence[DecoderLayer]:
@@ -281,11 +290,14 @@ def _table(num_rows: int, width: int, dtype: torch.dtype) -> nn.Embedding:
     return table
 
 
-def _most_few_rows(decoder: Decoder, device: torch.device) -> int:
+def _most_few_rows(decoder: Decoder, device: torch.device, ranks: Ranks | None) -> int:
     """Decode rows up to which a step runs in the kernels of few_rows.py; 0 where those do not serve."""
-    if device.type != "cuda" or not can_chain() or not serves_model(decoder.spec, decoder.embedding.weight.dtype):
+    spec, dtype = decoder.spec, decoder.embedding.weight.dtype
+    if device.type != "cuda" or not can_chain() or not serves_model(spec, dtype):
+        return 0
+    if ranks is not None and not serves_rank(spec.shared_by(ranks.shard.size), dtype, ranks.shard.size):
         return 0
     linears = (module for module in decoder.modules() if isinstance(module, StoredWeight))
-    if not reads_fitted(decoder.spec, ((linear.format, linear.in_features) for linear in linears)):
+    if not reads_fitted(spec, ((linear.format, linear.in_features) for linear in linears)):
         return 0
-    return most_rows(decoder.spec)
+    return most_rows(spec, 1 if ranks is None else ranks.shard.size)

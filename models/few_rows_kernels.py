@@ -9,12 +9,16 @@ the sum of squares of its own columns; the product that reads them divides its r
 
 HOW: how a quantised weight is read (few_rows_weights.py), None for one that the product takes as it lies; `scales` and
 `zeros` are None then.
+
+rooms: where ranks add up what they add to the residual stream (few_rows_exchange.py), with what belongs to it; None for
+a model that one rank holds.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from graphgen.models.few_rows_exchange import sum_over_ranks
 from graphgen.models.few_rows_weights import raw_tile, stored_product
 
 
@@ -133,14 +137,19 @@ def embed_kernel(
     out: "tl.tensor",
     scaled: "tl.tensor",
     squares: "tl.tensor",
+    numbers: "tl.tensor | None",
     num_rows: int,
+    num_layers: int,
     N: int,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ) -> None:
+    """numbers: counts the sums over ranks, see collectives/exchange.py."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.arange(0, BM)[:, None]
     token = tl.load(token_ids + rows, rows < num_rows, other=0)
+    if numbers is not None and tl.program_id(0) == 0:
+        tl.store(numbers, tl.load(numbers) + num_layers)
     embedded = tl.load(table + token * N + columns[None, :], rows < num_rows, other=0.0)
     store_normed(embedded, rows * N + columns[None, :], columns, rows, num_rows, norm_weight, out, scaled, squares)
 
@@ -184,7 +193,7 @@ def normed_linear_kernel(
     tl.store(out + rows * N + columns[None, :], result.to(out.dtype.element_ty), rows < num_rows)
 
 
-@triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # triton has no types
+@triton.jit(do_not_specialize=["num_rows", "layer", "rank"])  # type: ignore[untyped-decorator]  # triton has no types
 def adding_linear_kernel(
     x: "tl.tensor",
     weight: "tl.tensor",
@@ -196,6 +205,10 @@ def adding_linear_kernel(
     out: "tl.tensor",
     scaled: "tl.tensor",
     squares: "tl.tensor",
+    rooms: "tl.tensor | None",
+    numbers: "tl.tensor | None",
+    layer: int,
+    rank: int,
     num_rows: int,
     N: int,
     K: int,
@@ -206,6 +219,9 @@ def adding_linear_kernel(
     EARLY: tl.constexpr,
     CHAINED: tl.constexpr,
     HOW: tl.constexpr,
+    SIZE: tl.constexpr,
+    MOST_ROWS: tl.constexpr,
+    BEHIND: tl.constexpr,
 ) -> None:
     """out = residual + x @ weight.T + bias, and its norm begun."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -220,6 +236,9 @@ def adding_linear_kernel(
         gdc_launch_dependents()
     if HAS_BIAS:
         result += tl.load(bias + columns).to(tl.float32)[None, :]
+    if rooms is not None:
+        beside = columns[None, :]
+        result = sum_over_ranks(result, rows, beside, num_rows, N, rooms, numbers, layer, rank, SIZE, MOST_ROWS, BEHIND)
     # As where the product is stored and read again.
     sums = (before.to(tl.float32) + result.to(before.dtype).to(tl.float32)).to(before.dtype)
     store_normed(sums, places, columns, rows, num_rows, norm_weight, out, scaled, squares)

@@ -17,12 +17,12 @@ from graphgen.models.attention.backend import StepTensors
 from graphgen.models.attention.flashinfer import FlashInferStep
 from graphgen.models.attention.pages import LayerPages
 from graphgen.models.attention.split_kv import HeadNorms
+from graphgen.models.collectives.exchange import Exchange, Meeting
 from graphgen.models.compilation import Attend
 from graphgen.models.experts.block import MixtureOfExperts
 from graphgen.models.experts.few_rows import run_experts
 from graphgen.models.feed_forward import MLP
 from graphgen.models.few_rows import (
-    Normed,
     adding_linear,
     embed,
     gated_linear,
@@ -32,6 +32,7 @@ from graphgen.models.few_rows import (
 from graphgen.models.few_rows_layers import serves_mixer
 from graphgen.models.kv_cache import KVCache
 from graphgen.models.layers import Attention, DecoderLayer
+from graphgen.models.normed import Normed
 from graphgen.models.norms import AllHeadsNorm, RMSNorm
 
 
@@ -52,15 +53,17 @@ def next_logits(
     live: Tensor | None,
     attend: Attend,
     chained: bool,
+    exchange: Exchange | None = None,
 ) -> Tensor:
     """Logits, [T, V], of few_rows_layers.most_rows decode rows at most. token_ids: [T] int64. steps: of each rope and
     page group. live: [T] bool, which rows hold a token; the others go to no expert. attend: the first half of a layer
     whose mixer has no kernels.
 
-    chained=False launches every kernel after the one ahead.
+    chained=False launches every kernel after the one ahead. exchange: of ranks, which have parts of the layers, none
+    of them with experts, and of the head.
     """
     norms = [_plain(norm) for norm in (*(layer.input_norm for layer in layers), ends.norm)]
-    sums, normed = embed(token_ids, ends.embedding, norms[0])
+    sums, normed = embed(token_ids, ends.embedding, norms[0], exchange, len(layers))
     nothing = torch.zeros_like(sums)
     for number, layer in enumerate(layers):
         pages, step = kv_cache.pages[number], steps[layer.rope][kv_cache.groups[number]]
@@ -69,8 +72,9 @@ def next_logits(
         else:
             sums, gathered = attend(layer, sums, nothing, pages, step)
         o, norm = layer.attention.o, _plain(layer.ff_norm)
-        sums, normed = adding_linear(gathered, o.stored, o.bias, sums, norm, chained)
-        sums, normed = _feed_forward(layer.mlp, sums, normed, norm.eps, norms[number + 1], live, chained)
+        behind_mixer, behind_all = (None if exchange is None else Meeting(exchange, number, part) for part in (0, 1))
+        sums, normed = adding_linear(gathered, o.stored, o.bias, sums, norm, chained, meeting=behind_mixer)
+        sums, normed = _feed_forward(layer.mlp, sums, normed, norm.eps, norms[number + 1], live, behind_all, chained)
     return normed_linear(normed, norms[-1].eps, ends.head, None, chained)
 
 
@@ -92,14 +96,21 @@ def _gathered(block: nn.Module, x: Normed, eps: float, pages: LayerPages, step: 
 
 
 def _feed_forward(
-    block: nn.Module, sums: Tensor, x: Normed, eps: float, norm: RMSNorm, live: Tensor | None, chained: bool
+    block: nn.Module,
+    sums: Tensor,
+    x: Normed,
+    eps: float,
+    norm: RMSNorm,
+    live: Tensor | None,
+    meeting: Meeting | None,
+    chained: bool,
 ) -> tuple[Tensor, Normed]:
     """The residual stream behind the feed-forward, and its norm begun."""
     if isinstance(block, MixtureOfExperts):
         return run_experts(block, sums, x, eps, norm, live, chained)
     assert isinstance(block, MLP), "few_rows_layers.py serves no other"
     gated = gated_linear(x, eps, block.gate_up.stored, block.gate_up.bias, block.activation, chained)
-    return adding_linear(gated, block.down.stored, block.down.bias, sums, norm, chained)
+    return adding_linear(gated, block.down.stored, block.down.bias, sums, norm, chained, meeting=meeting)
 
 
 def _weight(norm: nn.Module) -> Tensor:

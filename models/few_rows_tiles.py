@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from graphgen.models.few_rows_layers import LEAST_DEPTH
 from graphgen.models.few_rows_weights import E4M3, INT4, INT8, Reading
 from graphgen.models.formats.products import Weight
 from graphgen.models.spec.formats import PACKED_BLOCK
@@ -84,6 +85,18 @@ def tensors_of(weight: Tensor | Weight) -> tuple[Tensor, Tensor | None, Tensor |
     # Of e4m3 the bytes: SM80 has no type of that name.
     codes = weight.codes.view(torch.uint8) if weight.format.storage == "e4m3" else weight.codes
     return codes, weight.scale, weight.zeros
+
+
+def in_input_order(x: Tensor, weight: Tensor | Weight) -> Tensor:
+    """The columns of x as the weight's are."""
+    if isinstance(weight, Tensor) or weight.permutation is None:
+        return x
+    return x.index_select(1, weight.permutation)
+
+
+def depth_block(depth: int, most: int = 128) -> int:
+    """Columns of a weight that a program reads at a time: the most that divide the depth."""
+    return next(block for block in (most, most // 2, most // 4, LEAST_DEPTH) if depth % block == 0)
 
 
 def cut_stored(

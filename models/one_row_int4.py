@@ -1,9 +1,10 @@
 """How the kernels of one row read an int4 weight: each thread makes codes float32 and adds up what it multiplies.
 
-A byte holds two columns of one block, so a tile of bytes is multiplied with two tiles of the input. Codes become
-float32 by their place in the mantissa of a number whose unit is there, less that number: exact, and no conversion,
-which the device makes a quarter as fast as it adds. Sums are scaled for each group; those of a thread are of one
-group. How codes, scales and zeros lie: formats/layout.py. Device code, CUDA only.
+A word of a row has eight codes, the four in its low halves of columns beside each other, the four in its high halves of
+as many INT4_HALF further. A code that stands in bits 16 to 19 of 0x43000000, which is 128 in float32, makes it 128 more
+than itself: no conversion, of which the device makes a quarter as many as products. What that adds to the sum, and what
+the zero takes away, is a factor of the sum of the inputs, which the rows of a thread share. A word's sum is scaled for
+its group. How codes, scales and zeros lie: formats/layout.py. Device code, CUDA only.
 """
 
 from typing import NamedTuple
@@ -16,8 +17,9 @@ from graphgen.models.few_rows_weights import INT4_BLOCK, INT4_HALF
 from graphgen.models.formats.products import Weight
 from graphgen.models.spec.formats import PACKED_BLOCK
 
-_LINE = tl.constexpr(128)
-"""Bytes that a memory access brings."""
+_LINE = tl.constexpr(64)
+"""Bytes that are asked for at once; every row has as many."""
+_BIAS = tl.constexpr(128.0)
 
 
 class Packed(NamedTuple):
@@ -33,59 +35,17 @@ class Packed(NamedTuple):
     tile: int
     """Bytes of a row beside each other whose low halves are of one group, and whose high halves are."""
     by_code: bool
-    """Whether codes become float32 by PTX, which Triton's interpreter does not know."""
+    """Whether PTX is used, which Triton's interpreter does not know."""
 
 
 def packed(weight: Tensor | Weight, num_columns: int) -> Packed | None:
     """How an int4 weight of so many columns is read, in a format that few_rows_layers.reads; None: it is no such."""
     if isinstance(weight, Tensor) or weight.format.storage != "int4":
         return None
-    form, half = weight.format, PACKED_BLOCK // 2
+    form = weight.format
     group = form.group or num_columns
-    return Packed(
-        group, form.num_groups(num_columns), form.rows, form.zeros, min(group, half), not triton.knobs.runtime.interpret
-    )
-
-
-# Four bytes at a time: of each the code in its low half, less 8, then that in its high half. A code in bits 16 to 19
-# of 0x43000000, which is 128, makes it 128 more than itself; in bits 0 to 3 of 0x4b000000, which is 2**23, the same.
-_CODES = tl.constexpr(
-    """
-    {
-    .reg .b32 a, b, c, d, by8, by12;
-    shr.u32 by8, $8, 8;
-    shr.u32 by12, $8, 12;
-    lop3.b32 a, $8, 0x0000000f, 0x4b000000, 0xea;
-    lop3.b32 b, $8, 0x00000f00, 0x47000000, 0xea;
-    lop3.b32 c, $8, 0x000f0000, 0x43000000, 0xea;
-    lop3.b32 d, by8, 0x000f0000, 0x43000000, 0xea;
-    sub.f32 $0, a, 0f4b000008;
-    sub.f32 $1, b, 0f47000800;
-    sub.f32 $2, c, 0f43080000;
-    sub.f32 $3, d, 0f43080000;
-    lop3.b32 a, $8, 0x000000f0, 0x49000000, 0xea;
-    lop3.b32 b, $8, 0x0000f000, 0x45000000, 0xea;
-    lop3.b32 c, by8, 0x0000f000, 0x45000000, 0xea;
-    lop3.b32 d, by12, 0x000f0000, 0x43000000, 0xea;
-    sub.f32 $4, a, 0f49000080;
-    sub.f32 $5, b, 0f45008000;
-    sub.f32 $6, c, 0f45008000;
-    sub.f32 $7, d, 0f43080000;
-    }
-    """
-)
-
-
-@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _codes(raw: "tl.tensor", HOW: tl.constexpr) -> "tuple[tl.tensor, tl.tensor]":
-    """float32 of the low and of the high halves of bytes, less 8."""
-    if HOW.by_code:
-        low, high = tl.inline_asm_elementwise(
-            _CODES, "=f,=f,=f,=f,=f,=f,=f,=f,r", [raw], dtype=(tl.float32, tl.float32), is_pure=True, pack=4
-        )
-    else:
-        low, high = (raw & 15).to(tl.float32) - 8.0, (raw >> 4).to(tl.float32) - 8.0
-    return low, high
+    tile, by_code = min(group, PACKED_BLOCK // 2), not triton.knobs.runtime.interpret
+    return Packed(group, form.num_groups(num_columns), form.rows, form.zeros, tile, by_code)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
@@ -95,14 +55,36 @@ def ask_for(weight: "tl.tensor", columns: "tl.tensor", K: tl.constexpr, BYTES: t
     if HOW.by_code:
         rows = weight + columns.to(tl.int64) * (K // 2)
         places = rows[:, None] + tl.arange(0, BYTES // _LINE)[None, :] * _LINE
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-            "=r,l",
-            [places.to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        code: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+        tl.inline_asm_elementwise(code, "=r,l", [places.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _biased(words: "tl.tensor", HOW: tl.constexpr) -> "tl.tensor":
+    """float32: _BIAS more than the code in bits 16 to 19 of each."""
+    if HOW.by_code:  # the compiler would take two instructions
+        code: tl.constexpr = "lop3.b32 $0, $1, 0x000f0000, 0x43000000, 0xea;"
+        biased = tl.inline_asm_elementwise(code, "=f,r", [words], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        biased = ((words & 0x000F0000) | 0x43000000).to(tl.float32, bitcast=True)
+    return biased
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _four(x: "tl.tensor", T: tl.constexpr, W: tl.constexpr) -> "tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]":
+    """[T, 1, W] each: the first, second, third and fourth of every four neighbours, [T, 1, W, 4], in float32."""
+    even, odd = tl.split(x.to(tl.float32).reshape(T, 1, W, 2, 2))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _less_bias(
+    zero: "tl.tensor", first: "tl.tensor", second: "tl.tensor", third: "tl.tensor", fourth: "tl.tensor"
+) -> "tl.tensor":
+    """[T, BN, W]: what a sum of products of biased codes is begun with. zero: [T, BN, 1], or [1, 1, 1]."""
+    return (-_BIAS - zero) * ((first + second) + (third + fourth))
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
@@ -116,6 +98,16 @@ def _of_groups(numbers: "tl.tensor", column: "tl.tensor", HOW: tl.constexpr) -> 
     """[T, BN]: of the group that each `column`, [T], is in. numbers: [BN] where those of a row begin."""
     group = tl.minimum(column // HOW.group, HOW.groups - 1)  # of what lies behind the row nobody asks
     return tl.load(numbers[None, :] + group[:, None])
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _zeros_of(zeros: "tl.tensor | None", column: "tl.tensor", HOW: tl.constexpr) -> "tl.tensor":
+    """Beside a tile of words."""
+    if HOW.zeros:
+        zero = _of_groups(zeros, column, HOW).to(tl.float32)[:, :, None]
+    else:
+        zero = tl.full((1, 1, 1), 8.0, tl.float32)
+    return zero
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
@@ -133,55 +125,51 @@ def times_packed(
 ) -> "tl.tensor":
     """[BN] float32: one row, [K], times rows `columns` of a weight, BYTES of each at a time.
 
-    Tiles are [T, BN, tile]: Triton gives neighbours in the first dimension to different threads, and each thread
-    several rows, for which it reads the input once. Scales and zeros are read a turn ahead.
+    Tiles are [T, BN, W] words: Triton gives neighbours in the first dimension to different threads, and each thread
+    several rows, for which it reads the input once. Scales are read a turn ahead.
     """
-    TILE: tl.constexpr = HOW.tile
-    TILES: tl.constexpr = BYTES // HOW.tile
+    T: tl.constexpr = BYTES // HOW.tile
+    W: tl.constexpr = HOW.tile // 4
     NARROW: tl.constexpr = HOW.group < INT4_BLOCK
+    tiles = tl.arange(0, T)
+    bytes_of = tiles * HOW.tile
+    in_tile = 4 * tl.arange(0, W)[None, None, :, None] + tl.arange(0, 4)[None, None, None, :]
+    rows = weight.to(tl.pointer_type(tl.int32)) + columns.to(tl.int64) * (K // 8)
+    places_of = rows[None, :, None] + tl.arange(0, W)[None, None, :]
     first_groups = columns // HOW.scale_rows * HOW.groups
-    weight_rows = (weight + columns.to(tl.int64) * (K // 2))[None, :, None]
-    tiles = tl.arange(0, TILES) * TILE
-    along = tl.arange(0, TILE)[None, None, :]
     scales += first_groups
-    scale = _of_groups(scales, _column(tiles), HOW)
-    high_scale, zero, high_zero = scale, scale, scale
-    if NARROW:
-        high_scale = _of_groups(scales, _column(tiles) + INT4_HALF, HOW)
     if HOW.zeros:
         zeros += first_groups
-        zero = _of_groups(zeros, _column(tiles), HOW)
-        high_zero = zero
-        if NARROW:
-            high_zero = _of_groups(zeros, _column(tiles) + INT4_HALF, HOW)
-    sums = tl.zeros((TILES, BN, TILE), tl.float32)
+    scale = _of_groups(scales, _column(bytes_of), HOW)
+    high_scale = scale
+    if NARROW:
+        high_scale = _of_groups(scales, _column(bytes_of) + INT4_HALF, HOW)
+    sums = tl.zeros((T, BN, W), tl.float32)
     for start in tl.range(0, K // 2, BYTES, num_stages=STAGES):
-        places = x + _column(start + tiles)[:, None, None] + along
-        of_low, of_high = tl.load(places).to(tl.float32), tl.load(places + INT4_HALF).to(tl.float32)
-        raw = tl.load(weight_rows + (start + tiles)[:, None, None] + along)
-        following = _column(start + BYTES + tiles)
+        column = _column(start + bytes_of)
+        inputs = x + column[:, None, None, None] + in_tile
+        x0, x1, x2, x3 = _four(tl.load(inputs), T, W)
+        y0, y1, y2, y3 = _four(tl.load(inputs + INT4_HALF), T, W)
+        words = tl.load(places_of + (start // 4 + tiles * W)[:, None, None])
+        following = _column(start + BYTES + bytes_of)
         next_scale = _of_groups(scales, following, HOW)
-        next_high_scale, next_zero, next_high_zero = next_scale, zero, high_zero
+        next_high_scale = next_scale
         if NARROW:
             next_high_scale = _of_groups(scales, following + INT4_HALF, HOW)
-        if HOW.zeros:
-            next_zero = _of_groups(zeros, following, HOW)
-            next_high_zero = next_zero
-            if NARROW:
-                next_high_zero = _of_groups(zeros, following + INT4_HALF, HOW)
-        low, high = _codes(raw, HOW)
+        part = _less_bias(_zeros_of(zeros, column, HOW), x0, x1, x2, x3)
+        part += _biased(words << 16, HOW) * x0
+        part += _biased(words << 8, HOW) * x1
+        part += _biased(words, HOW) * x2
+        part += _biased(words >> 8, HOW) * x3
+        high = _less_bias(_zeros_of(zeros, column + INT4_HALF, HOW), y0, y1, y2, y3)
         if NARROW:
-            low_part, high_part = low * of_low, high * of_high
-            if HOW.zeros:
-                low_part -= (zero.to(tl.float32) - 8.0)[:, :, None] * of_low
-                high_part -= (high_zero.to(tl.float32) - 8.0)[:, :, None] * of_high
-            sums += low_part * scale.to(tl.float32)[:, :, None]
-            sums += high_part * high_scale.to(tl.float32)[:, :, None]
-        else:
-            part = low * of_low
-            part += high * of_high
-            if HOW.zeros:
-                part -= (zero.to(tl.float32) - 8.0)[:, :, None] * (of_low + of_high)
             sums += part * scale.to(tl.float32)[:, :, None]
-        scale, high_scale, zero, high_zero = next_scale, next_high_scale, next_zero, next_high_zero
+        else:
+            high += part
+        high += _biased(words << 12, HOW) * y0
+        high += _biased(words << 4, HOW) * y1
+        high += _biased(words >> 4, HOW) * y2
+        high += _biased(words >> 12, HOW) * y3
+        sums += high * high_scale.to(tl.float32)[:, :, None]
+        scale, high_scale = next_scale, next_high_scale
     return tl.sum(tl.sum(sums, 2), 0)

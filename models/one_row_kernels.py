@@ -6,13 +6,14 @@ of several columns and of a part of the depth, and the threads meet at the end. 
 A program makes BN columns of a product over K, reading BK elements of a row of the weight at a time. EARLY of them, a
 power of two, it reads while the kernel ahead still runs, where CHAINED. scales: of the weight's rows, where it is
 quantised; None where it lies in the model's dtype. HOW: how one_row_int4.py reads a weight, two columns of which are an
-element; None for any other. zeros: None but there.
+element; None for any other. zeros: None but there. rooms: see few_rows_kernels.py.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from graphgen.models.few_rows_exchange import sum_over_ranks
 from graphgen.models.few_rows_kernels import add_row, gated, load_squares
 from graphgen.models.one_row_int4 import ask_for, times_packed
 
@@ -122,7 +123,7 @@ def normed_row_kernel(
     tl.store(out + columns, result.to(out.dtype.element_ty))
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+@triton.jit(do_not_specialize=["layer", "rank"])  # type: ignore[untyped-decorator]  # triton has no types
 def adding_row_kernel(
     x: "tl.tensor",
     weight: "tl.tensor",
@@ -134,6 +135,11 @@ def adding_row_kernel(
     out: "tl.tensor",
     scaled: "tl.tensor",
     squares: "tl.tensor",
+    rooms: "tl.tensor | None",
+    numbers: "tl.tensor | None",
+    layer: int,
+    rank: int,
+    N: int,
     K: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -141,6 +147,9 @@ def adding_row_kernel(
     STAGES: tl.constexpr,
     CHAINED: tl.constexpr,
     HOW: tl.constexpr,
+    SIZE: tl.constexpr,
+    MOST_ROWS: tl.constexpr,
+    BEHIND: tl.constexpr,
 ) -> None:
     """adding_linear_kernel of one row."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -152,6 +161,10 @@ def adding_row_kernel(
     update = _times_row(x, weight, scales, zeros, columns, early, K, BN, BK, EARLY, STAGES, CHAINED, HOW)
     if bias is not None:
         update += tl.load(bias + columns).to(tl.float32)
+    if rooms is not None:
+        row, beside = tl.zeros((1, 1), tl.int32), columns[None, :]
+        total = sum_over_ranks(update[None, :], row, beside, 1, N, rooms, numbers, layer, rank, SIZE, MOST_ROWS, BEHIND)
+        update = tl.sum(total, 0)
     add_row(update, before, columns, of_norm, tl.program_id(0), out, scaled, squares)
 
 

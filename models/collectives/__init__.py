@@ -1,13 +1,15 @@
 """What the ranks of a worker group compute together: sums of their parts, and the gathering of what each has.
 
 ways.py says which way serves how many bytes, from a measurement; operators.py makes operators of the ways, so that a
-compiled layer has them; group.py opens the group. `Ranks` is all that a model knows of it.
+compiled layer has them; exchange.py is for kernels that add up themselves; group.py opens the group. `Ranks` is all
+that a model knows of it.
 """
 
 from typing import Protocol
 
 from torch import Tensor
 
+from graphgen.models.collectives.exchange import Exchange
 from graphgen.models.spec import Shard
 
 
@@ -28,5 +30,10 @@ class Ranks(Protocol):
         """The columns of all ranks beside each other, in their order: of [N, C] each, [N, size * C]."""
         ...
 
+    def open_exchange(self, most_rows: int, width: int) -> Exchange | None:
+        """Rooms for sums of so many rows, `width` wide, within kernels; None where ranks do not reach each other's
+        memory."""
+        ...
 
-__all__ = ["Ranks"]
+
+__all__ = ["Exchange", "Ranks"]

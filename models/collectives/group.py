@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
+from graphgen.models.collectives.exchange import Exchange, room_bytes
 from graphgen.models.collectives.operators import gather_over_ranks, sum_over_ranks
 from graphgen.models.collectives.ways import NCCL_ALONE, Ways, ways_of
 from graphgen.models.spec import Shard
@@ -73,6 +74,16 @@ class RankGroup:
     def all_gather(self, columns: Tensor) -> Tensor:
         return gather_over_ranks(columns, self._shard.size)
 
+    def open_exchange(self, most_rows: int, width: int) -> Exchange | None:
+        if self._room is None:
+            return None
+        num_bytes = room_bytes(self._shard.size, most_rows, width)
+        room, addresses = shared_room(num_bytes, self._room.device, self.process_group)
+        rooms, numbers = torch.tensor(addresses, device=room.device), torch.zeros_like(room[:4].view(torch.int32))
+        torch.cuda.synchronize(room.device)
+        self.least(0.0)  # all rooms are empty before anybody writes into one
+        return Exchange(rooms, numbers, self._shard.rank, self._shard.size, most_rows, room)
+
     def of_first(self, numbers: Tensor) -> Tensor:
         """The first rank's numbers, [N], integers of less than MOST_SHARED, in their dtype: what the others give does
         not matter."""
@@ -106,17 +117,17 @@ def _open_room(shard: Shard, device: torch.device, group: dist.ProcessGroup) -> 
     if ways == NCCL_ALONE:
         return ways, None, "NCCL"
     try:
-        room = shared_room(max(ways), device, group)
+        room, _ = shared_room(max(ways), device, group)
     except RuntimeError as error:  # GPUs that cannot read each other's memory
         return NCCL_ALONE, None, f"NCCL (no symmetric memory: {str(error).splitlines()[0]})"
     return ways, room, f"one-shot to {ways.one_shot >> 10} KiB, two-shot to {ways.two_shot >> 10} KiB, NCCL"
 
 
-def shared_room(num_bytes: int, device: torch.device, group: dist.ProcessGroup) -> Tensor:
-    """Bytes of a CUDA device's memory that all ranks can read, which each of them asks for at the same time. Raises
-    RuntimeError where GPUs cannot read each other's."""
+def shared_room(num_bytes: int, device: torch.device, group: dist.ProcessGroup) -> tuple[Tensor, list[int]]:
+    """Zeroed bytes of a CUDA device's memory that all ranks reach, which each of them asks for at the same time, and
+    the addresses of all ranks' here. Raises RuntimeError where GPUs cannot reach each other's."""
     import torch.distributed._symmetric_memory as symmetric
 
     room = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
-    symmetric.rendezvous(room, group)
-    return room.zero_()
+    handle = symmetric.rendezvous(room, group)
+    return room.zero_(), list(handle.buffer_ptrs)

@@ -20,10 +20,11 @@ from graphgen.models.experts.block import MixtureOfExperts
 from graphgen.models.experts.few_rows_kernels import down_kernel, gate_up_kernel, router_kernel
 from graphgen.models.experts.few_rows_stored import reading_of
 from graphgen.models.experts.tiles import ACTIVATIONS
-from graphgen.models.few_rows import Normed, depth_block, gated_linear, in_input_order, open_normed
-from graphgen.models.few_rows_tiles import tensors_of
+from graphgen.models.few_rows import gated_linear
+from graphgen.models.few_rows_tiles import depth_block, in_input_order, tensors_of
 from graphgen.models.few_rows_weights import Reading
 from graphgen.models.formats.products import Weight
+from graphgen.models.normed import Normed, open_normed
 from graphgen.models.norms import RMSNorm
 
 

@@ -126,7 +126,7 @@ def in_float32(block: MixtureOfExperts, norm: RMSNorm, rows: Tensor) -> Tensor:
 
 def run(block: MixtureOfExperts, norm: RMSNorm, rows: Tensor, live: Tensor | None, chained: bool) -> Tensor:
     from graphgen.models.experts.few_rows import run_experts
-    from graphgen.models.few_rows import Normed
+    from graphgen.models.normed import Normed
 
     begun = Normed(rows * norm_weight(norm), rows.float().pow(2).unflatten(1, (64, -1)).sum(-1))
     sums, normed = run_experts(block, rows, begun, EPS, norm, live, chained)
@@ -193,7 +193,7 @@ def test_a_graph_follows_the_choice_of_experts_and_the_rows_that_hold_tokens() -
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             from graphgen.models.experts.few_rows import run_experts
-            from graphgen.models.few_rows import Normed
+            from graphgen.models.normed import Normed
 
             begun = Normed(static * norm_weight(norm), static.float().pow(2).sum(1, keepdim=True))
             out, _ = run_experts(block, static, begun, EPS, norm, live, chained=True)

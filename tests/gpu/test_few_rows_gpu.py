@@ -21,6 +21,7 @@ from graphgen.models.formats.linear import Linear
 from graphgen.models.formats.quantise import quantised
 from graphgen.models.kv_cache import KVCache
 from graphgen.models.layers import DecoderLayer
+from graphgen.models.normed import Normed
 from graphgen.models.norms import RMSNorm
 from graphgen.models.rope import rotate
 from graphgen.models.spec import (
@@ -200,7 +201,7 @@ def test_a_chain_under_a_graph_never_reads_what_is_not_yet_written() -> None:
     x = randn(4, 1024)
 
     def run(chained: bool) -> Tensor:
-        sums, link = x, few_rows.Normed(x, torch.full((4, 1), 1024.0, device="cuda"))
+        sums, link = x, Normed(x, torch.full((4, 1), 1024.0, device="cuda"))
         for weight in weights:
             product = few_rows.normed_linear(link, EPS, weight, None, chained)
             sums, link = few_rows.adding_linear(product, weight, None, sums, norm, chained)

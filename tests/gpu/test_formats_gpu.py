@@ -11,6 +11,7 @@ from graphgen.models.activations import ACTIVATIONS
 from graphgen.models.formats import matrices
 from graphgen.models.formats.layout import unpack_int4
 from graphgen.models.formats.products import Weight, product
+from graphgen.models.normed import Normed
 from graphgen.models.norms import RMSNorm
 from graphgen.models.spec import Norm
 from graphgen.models.spec.formats import LinearFormat
@@ -68,7 +69,7 @@ def test_norms_and_activations_meet_the_product(form: LinearFormat, num_rows: in
     x, norm, weight, bias = randn(num_rows, depth), random_norm(depth), on_cuda(form, 2 * size, depth), randn(2 * size)
     assert norm.weight is not None
     scaled = (x.float() * norm.weight.float()).bfloat16()
-    normed = few_rows.Normed(scaled, x.float().pow(2).unflatten(1, (4, -1)).sum(-1))
+    normed = Normed(scaled, x.float().pow(2).unflatten(1, (4, -1)).sum(-1))
     over_rms = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS)
     both = F.linear(scaled.float(), matrix(weight)) * over_rms + bias.float()
     assert relative_error(few_rows.normed_linear(normed, EPS, weight, bias, chained=True), both) < TOLERANCE
@@ -99,7 +100,7 @@ def test_every_code_becomes_its_number(storage: str, conversion: int, slices: in
     for first in range(0, depth, 8):
         x = torch.zeros(8, depth, device="cuda", dtype=torch.bfloat16)
         x[torch.arange(8), first + torch.arange(8)] = 1.0
-        got = few_rows.normed_linear(few_rows.Normed(x, squares), 0.0, weight, None, False, shape)
+        got = few_rows.normed_linear(Normed(x, squares), 0.0, weight, None, False, shape)
         assert torch.equal(got.float(), numbers[:, first : first + 8].t())
 
 

@@ -27,7 +27,8 @@ if torch.cuda.is_available():
     pytest.skip("tests/gpu/test_few_rows_gpu.py runs the compiled kernels", allow_module_level=True)
 
 from graphgen.models.experts.few_rows import run_experts  # Triton exists where it is installed
-from graphgen.models.few_rows import Normed, adding_linear
+from graphgen.models.few_rows import adding_linear
+from graphgen.models.normed import Normed
 
 # The interpreter computes in numpy, which warns where a kernel means it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

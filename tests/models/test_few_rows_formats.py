@@ -24,6 +24,8 @@ if torch.cuda.is_available():
 
 from graphgen.models import few_rows  # Triton exists where it is installed
 from graphgen.models.few_rows_tiles import Shape
+from graphgen.models.normed import Normed
+from graphgen.models.one_row import adds_up
 
 # The interpreter computes in numpy, which warns where a kernel means it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -39,10 +41,10 @@ def make_norm(size: int) -> RMSNorm:
     return norm
 
 
-def begun(x: Tensor, norm: RMSNorm) -> few_rows.Normed:
+def begun(x: Tensor, norm: RMSNorm) -> Normed:
     """As the kernel ahead leaves it."""
     assert norm.weight is not None
-    return few_rows.Normed(x * norm.weight, x.pow(2).unflatten(1, (4, -1)).sum(-1))
+    return Normed(x * norm.weight, x.pow(2).unflatten(1, (4, -1)).sum(-1))
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 17])
@@ -80,9 +82,9 @@ def test_a_norm_comes_before_the_product_and_the_activation_behind_it(
 
 def test_kernels_of_one_row_read_int4_and_what_has_one_scale_a_row() -> None:
     """Others have a scale between the weight and the sum."""
-    served = {name for name, form in FORMATS.items() if few_rows.adds_up(random_weight(form, 32, 256))}
+    served = {name for name, form in FORMATS.items() if adds_up(random_weight(form, 32, 256))}
     assert served == {name for name, form in FORMATS.items() if form.storage == "int4" or name in WHOLE_ROWS}
-    assert few_rows.adds_up(torch.empty(32, 256))
+    assert adds_up(torch.empty(32, 256))
 
 
 @pytest.mark.parametrize("slices", [0, 2, 4])

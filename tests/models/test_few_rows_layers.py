@@ -16,6 +16,7 @@ from graphgen.models.few_rows_layers import (
     serves_feed_forward,
     serves_mixer,
     serves_model,
+    serves_rank,
 )
 from graphgen.models.spec import (
     GQA,
@@ -56,6 +57,20 @@ SPEC = ModelSpec(
     dtype="bfloat16",
     initializer_std=0.02,
 )
+
+
+def test_a_rank_is_served_where_its_parts_are() -> None:
+    assert serves_rank(SPEC.shared_by(2), torch.bfloat16, 1)
+    assert not serves_rank(SPEC.shared_by(2), torch.bfloat16, 2), "48 rows of the head"
+    wide = replace(SPEC, vocab_size=128)
+    assert serves_rank(wide.shared_by(2), torch.bfloat16, 2)
+    assert most_rows(wide) == most_rows(wide, 2) == MOST_ROWS > most_rows(wide, 4) > 16
+    narrow = replace(wide, layers=(LAYER, with_ff(size=192)))
+    assert serves_model(narrow, torch.bfloat16)
+    assert not serves_rank(narrow.shared_by(2), torch.bfloat16, 2), "96 inner columns"
+    experts = replace(wide, layers=(LAYER, with_experts(size=128)))
+    assert serves_model(experts, torch.bfloat16)
+    assert not serves_rank(experts.shared_by(2), torch.bfloat16, 2)
 
 
 def with_mixer(**changes: Any) -> Layer:
