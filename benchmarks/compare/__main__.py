@@ -26,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -60,6 +61,7 @@ class Plan(Struct, frozen=True):
     tokens: int  # of each of the requests that decode together
     seed: int
     timeout_s: float  # of a start
+    settle_s: float  # between the first requests and those that count
 
 
 class Measured(Struct, frozen=True):
@@ -81,6 +83,7 @@ def measure(contender: Contender, python: str, plan: Plan, log: Path) -> Measure
         model = _model_of(served)
         # What a server leaves to its first requests is no part of a workload.
         _send(served, model, _alike(1, 8, 4, plan, plan.seed - 1), 1)
+        time.sleep(plan.settle_s)
         decodes = {count: _gap_ms(served, model, count, plan) for count in plan.decodes}
         rows = [
             _row(contender.label, served, model, load, plan.seed + n, plan) for n, load in enumerate(plan.workloads)
@@ -222,6 +225,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--context", type=int, default=1024, help="prompt tokens of requests that decode together")
     parser.add_argument("--tokens", type=int, default=128, help="output tokens of each while all decode")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 20), help="default: another in each run")
+    parser.add_argument(
+        "--settle", type=float, default=15.0, metavar="SECONDS", help="left to each server for what it does when idle"
+    )
     parser.add_argument("--start-timeout", type=float, default=1800.0, metavar="SECONDS")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--markdown", type=Path, help="write the tables here, too")
@@ -247,6 +253,7 @@ def _measured(options: argparse.Namespace) -> Comparison:
             tokens=options.tokens,
             seed=options.seed,
             timeout_s=options.start_timeout,
+            settle_s=options.settle,
         )
         return compare(contenders, pythons, plan, Path(logs))
 

@@ -31,7 +31,7 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(tmp_path: Path, *arguments: str) -> tuple[Comparison, str]:
     """The file that was written, and the tables."""
     jobs = ("--model", str(model_folder()), "--max-model-len", "256", "--num-requests", "5", "--seed", "1")
-    sizes = ("--decodes", "2", "--context", "20", "--tokens", "6")
+    sizes = ("--decodes", "2", "--context", "20", "--tokens", "6", "--settle", "0")
     results = ("--json", str(tmp_path / "out.json"), "--markdown", str(tmp_path / "out.md"))
     command.main([*jobs, *sizes, *results, *arguments])
     return read(tmp_path / "out.json"), (tmp_path / "out.md").read_text()

@@ -13,8 +13,15 @@ def config_of(*arguments: str) -> EngineConfig:
     return EngineConfig(**engine_settings(parser.parse_args(arguments), step_log="steps.jsonl"))
 
 
-def test_what_is_not_given_is_the_engines_default() -> None:
-    assert config_of() == EngineConfig(step_log="steps.jsonl")
+def test_what_is_not_given_is_the_engines_default_but_that_all_buckets_are_captured_first() -> None:
+    assert config_of() == EngineConfig(step_log="steps.jsonl", captured_at_start="all")
+    assert config_of("--captured-at-start", "auto") == EngineConfig(step_log="steps.jsonl")
+
+
+def test_a_script_that_measures_the_start_has_the_engines_default_there_too() -> None:
+    parser = make_parser("A test.")
+    add_engine_options(parser)
+    assert EngineConfig(**engine_settings(parser.parse_args([]), captures_all=False)) == EngineConfig()
 
 
 def test_every_field_of_the_engine_is_an_option() -> None:
@@ -37,6 +44,7 @@ def test_every_option_reaches_its_field() -> None:
         max_num_seqs=5,
         num_pages=7,
         token_budget=32,
+        captured_at_start="all",
         step_log="steps.jsonl",
     )
 
