@@ -6,39 +6,37 @@
 
 A server with REPLICAS engines of the embedded model on the CPU in float32, STREAMS requests at a time, shared among
 clients in these languages, each in a process of its own; Python's is this one. KINDS has what happens to an engine: its
-scheduler or its worker gets a SIGKILL at a random moment, whatever it does then, starting included. Between the deaths,
-evenly, one that serves drains and comes back, DRAINS times. Each waits until every open stream of the Python client has
-a new token since the one before.
+scheduler or its worker gets a SIGKILL at a random moment, whatever it does then, starting included. DRAINS times,
+evenly between the deaths, one that serves drains and comes back. Each waits until every open stream has a new token
+since the one before: a request that three deaths strike without a token between them would fail as poisoned.
 
 Afterwards every output must be that of an undisturbed run, token for token, every engine must serve again, and no page
 may be held. Prints how many streams and tokens were compared, and the median and the longest time until every stream
-of the Python client had its next token.
+had its next token.
 """
 
 import argparse
 import contextlib
 import itertools
-import json
 import os
 import random
 import signal
 import statistics
-import subprocess
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from msgspec import Struct
 
 from graphgen import Client, SamplingParams
 from graphgen.server.operator import Wish, ask
-from tests.ipc.foreign_clients import LANGUAGES, Language, prepare, start
+from tests.ipc.foreign_clients import LANGUAGES
+from tests.ipc.foreign_streams import foreign_streams
 from tests.kills import becomes_idle
 from tests.serving import ServerProcess, is_alive, serving
-from tests.worker_deaths import WAIT_S, Reader, all_have_more, make_requests, wait_for
+from tests.worker_deaths import Reader, Reading, all_have_more, make_requests, wait_for
 
 REPLICAS, STREAMS, DRAINS = 4, 64, 20
 CLIENTS = ["python", *(one.name for one in LANGUAGES)]
@@ -126,13 +124,15 @@ def run(
         Client(server.address) as client,
     ):
         while left:
-            shares = [streams // len(clients) + (place < streams % len(clients)) for place in range(len(clients))]
-            batches = [Batch(client, make_requests(chance, share)) for share in shares]
-            others = [one for name in clients for one in LANGUAGES if one.name == name]
-            with other_clients(others, Path(folder), server, batches[1:]):
-                _one_round(server, client, chance, left, batches[0], figures)
-            figures.streams += sum(len(batch.requests) for batch in batches)
-            figures.tokens += sum(len(tokens) for batch in batches for tokens in batch.expected)
+            batches = make_batches(client, chance, streams, clients)
+            with contextlib.ExitStack() as stack:
+                for batch in batches[1:]:
+                    language = next(one for one in LANGUAGES if one.name == batch.client)
+                    batch.readers.extend(
+                        stack.enter_context(foreign_streams(language, Path(folder), server.address, batch.requests))
+                    )
+                batches[0].readers.extend(Reader(client, *request) for request in batches[0].requests)
+                _one_round(server, chance, left, batches, figures)
             wait_for(lambda: client.health().ready, "an engine that serves")
         resume_all(server)
         wait_for(lambda: num_serving(client) == replicas, "all engines to serve again")
@@ -148,62 +148,31 @@ def events_of(times: int, kinds: Sequence[str], drains: int) -> list[str]:
     return [kind for _, kind in sorted(places)]
 
 
-class Batch:
-    """Requests, and what an undisturbed run gives for them."""
+class Stream(Reading, Protocol):
+    """A request of any client, and why it ended if that was no good end."""
 
-    def __init__(self, client: Client, requests: list[tuple[list[int], SamplingParams]]) -> None:
-        self.requests = requests
+    error: Any
+
+
+class Batch(NamedTuple):
+    """The requests of one client."""
+
+    client: str
+    requests: list[tuple[list[int], SamplingParams]]
+    expected: list[list[int]]
+    """What an undisturbed run gives for them."""
+    readers: list[Stream]
+
+
+def make_batches(client: Client, chance: random.Random, streams: int, names: Sequence[str]) -> list[Batch]:
+    """So many requests, shared among clients of these names; none is open yet."""
+    batches = []
+    for place, name in enumerate(names):
+        requests = make_requests(chance, streams // len(names) + (place < streams % len(names)))
         prompts, samplings = map(list, zip(*requests, strict=True))
-        self.expected = [list(output.token_ids) for output in client.generate(prompts, samplings)]
-
-    @property
-    def plan(self) -> list[dict[str, object]]:
-        """For a program in another language."""
-        return [{"prompt_ids": prompt, "sampling": as_json(sampling)} for prompt, sampling in self.requests]
-
-
-@contextlib.contextmanager
-def other_clients(
-    languages: Sequence[Language], folder: Path, server: ServerProcess, batches: Sequence[Batch]
-) -> Iterator[None]:
-    """Programs in other languages have these streams open; each must get what an undisturbed one gets."""
-    programs = []
-    for language, batch in zip(languages, batches, strict=True):
-        prepare(language)
-        steps = [{"do": "health"}, {"do": "streams", "requests": batch.plan}]
-        programs.append(start(language, folder, {"address": server.address, "steps": steps}))
-    try:
-        for program in programs:
-            assert program.stdout is not None
-            assert program.stdout.readline(), "it has connected, and sends its requests now"
-        yield
-        for language, program, batch in zip(languages, programs, batches, strict=True):
-            (results,) = rest_of(program)
-            for number, (result, tokens) in enumerate(zip(results, batch.expected, strict=True)):
-                assert "outputs" in result, f"stream {number} of the {language.name} client ended with {result}"
-                (output,) = result["outputs"]
-                assert output["ids"] == tokens, f"stream {number} of the {language.name} client lost or doubled tokens"
-    finally:
-        for program in programs:
-            program.kill()
-            program.wait()
-
-
-def rest_of(program: "subprocess.Popen[str]") -> list[Any]:
-    """What it prints from here on."""
-    assert program.stdout is not None
-    with contextlib.closing(program.stdout) as lines:
-        impatience = threading.Timer(WAIT_S, program.kill)
-        impatience.start()
-        printed = [json.loads(line) for line in lines]
-        impatience.cancel()
-    assert program.wait(WAIT_S) == 0, f"it ended with exit code {program.returncode}"
-    return printed
-
-
-def as_json(sampling: SamplingParams) -> dict[str, int | float | bool | None]:
-    names = ("max_tokens", "ignore_eos", "temperature", "seed", "presence_penalty")
-    return {name: getattr(sampling, name) for name in names}
+        expected = [list(output.token_ids) for output in client.generate(prompts, samplings)]
+        batches.append(Batch(name, requests, expected, []))
+    return batches
 
 
 def num_serving(client: Client) -> int:
@@ -212,10 +181,10 @@ def num_serving(client: Client) -> int:
 
 
 def _one_round(
-    server: ServerProcess, client: Client, chance: random.Random, left: list[str], batch: Batch, figures: Figures
+    server: ServerProcess, chance: random.Random, left: list[str], batches: Sequence[Batch], figures: Figures
 ) -> None:
     """Requests from their first token to their last, and as many of the deaths as strike meanwhile."""
-    readers = [Reader(client, *request) for request in batch.requests]
+    readers = [reader for batch in batches for reader in batch.readers]
     while left and any(not reader.ended for reader in readers):
         resume_all(server)
         time.sleep(chance.random() * 0.3)
@@ -225,10 +194,15 @@ def _one_round(
         figures.deaths += kind != "drain"
         figures.drains += kind == "drain"
         figures.resumed_s.append(wait_for(lambda: all_have_more(counts, readers), "everybody's turn"))  # noqa: B023  # called before the next turn
-    for reader, token_ids in zip(readers, batch.expected, strict=True):
-        reader.thread.join(WAIT_S)
-        assert reader.error is None, f"a stream ended with {reader.error!r}\n{server.output}"
-        assert reader.token_ids == token_ids, "tokens were lost, doubled or changed"
+    wait_for(lambda: all(reader.ended for reader in readers), "the end of every stream")
+    for batch in batches:
+        for reader, token_ids in zip(batch.readers, batch.expected, strict=True):
+            assert reader.error is None, (
+                f"a stream of the {batch.client} client ended with {reader.error!r}\n{server.output}"
+            )
+            assert reader.token_ids == token_ids, f"tokens of the {batch.client} client were lost, doubled or changed"
+            figures.streams += 1
+            figures.tokens += len(token_ids)
 
 
 def main() -> None:
@@ -242,7 +216,7 @@ def main() -> None:
     parser.add_argument("--clients", nargs="+", choices=CLIENTS, default=CLIENTS, help="the first is python")
     options = parser.parse_args()
     if options.clients[0] != "python":
-        parser.error("--clients: give python first, whose streams say when the next death strikes")
+        parser.error("--clients: give python first")
     print(
         run(
             options.times,

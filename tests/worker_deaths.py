@@ -32,7 +32,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import zmq
 
@@ -76,6 +76,16 @@ class Reader:
     def is_served(self) -> bool:
         """It has a slot, and its prompt is computed."""
         return not self.ended and time.monotonic() - self._newest_s < SERVED_S
+
+
+class Reading(Protocol):
+    """A request of any client."""
+
+    token_ids: list[int]
+    ended: bool
+
+
+Request = TypeVar("Request", bound=Reading)
 
 
 class LossNotices(logging.Handler):
@@ -407,7 +417,7 @@ def leftovers(folder: Path) -> list[str]:
     return found
 
 
-def all_have_more(counts: Mapping[Reader, int], readers: Iterable[Reader]) -> bool:
+def all_have_more(counts: Mapping[Request, int], readers: Iterable[Request]) -> bool:
     """More tokens than those counted, or all that they will have."""
     return all(reader.ended or len(reader.token_ids) > counts[reader] for reader in readers)
 

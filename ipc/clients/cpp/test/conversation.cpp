@@ -1,7 +1,9 @@
 /// Plays a plan against a running server and prints one line of JSON for each of its steps; the project's tests compare
 /// them. `conversation PLAN.json`
 #include <chrono>
+#include <cstddef>
 #include <fstream>
+#include <functional>
 #include <future>
 #include <iostream>
 #include <mutex>
@@ -61,6 +63,32 @@ json streams(Client& client, const json& step) {
   return results;
 }
 
+/// All at once, each in a thread of its own; a line for each piece and for each end.
+json pieces(Client& client, const json& step) {
+  std::mutex printing;
+  const auto print = [&printing](const json& line) {
+    const std::lock_guard lock(printing);
+    std::cout << line.dump() << std::endl;
+  };
+  const auto tell = [&client, &print](std::size_t number, const json& fields) {
+    json end;
+    try {
+      for (const graphgen::Piece& piece : client.generate(request_of(fields))) {
+        print({{"stream", number}, {"ids", piece.ids}});
+      }
+    } catch (const graphgen::Error& error) {
+      end = told(error);
+    }
+    print({{"stream", number}, {"end", end}});
+  };
+  std::vector<std::future<void>> running;
+  for (const json& fields : step.at("requests")) {
+    running.push_back(std::async(std::launch::async, tell, running.size(), std::cref(fields)));
+  }
+  for (auto& one : running) one.get();
+  return json::object();
+}
+
 /// Leaves the loop after some pieces.
 json cancel(Client& client, const json& step) {
   int pieces = 0;
@@ -104,6 +132,7 @@ json play(Client& client, const json& step, std::promise<void>& draining, Notice
   const std::string what = step.at("do");
   try {
     if (what == "streams") return streams(client, step);
+    if (what == "pieces") return pieces(client, step);
     if (what == "cancel") return cancel(client, step);
     if (what == "drain") return drain(client, step, draining.get_future());
     if (what == "notices") return {{"notices", said.list()}};

@@ -32,10 +32,26 @@ async function read(stream) {
   }
 }
 
+async function tell(number, stream) {
+  let end = null;
+  try {
+    for await (const piece of stream) console.log(JSON.stringify({ stream: number, ids: piece.ids }));
+  } catch (error) {
+    end = told(error);
+  }
+  console.log(JSON.stringify({ stream: number, end }));
+}
+
 const STEPS = {
   /** All at once. */
   async streams({ requests }) {
     return Promise.all(requests.map((request) => read(client.generate(optionsOf(request)))));
+  },
+
+  /** All at once; a line for each piece and for each end. */
+  async pieces({ requests }) {
+    await Promise.all(requests.map((request, stream) => tell(stream, client.generate(optionsOf(request)))));
+    return {};
   },
 
   /** Leaves the loop after some pieces. */
