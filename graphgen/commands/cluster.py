@@ -66,7 +66,8 @@ def status(
         return
     console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
     console.print(_headline(found), soft_wrap=True, markup=False, highlight=False)
-    console.print(_table(found))
+    if found.engines:
+        console.print(_table(found))
     for one in found.engines:
         if one.status.problem:
             console.print(
@@ -115,7 +116,8 @@ def _headline(found: ClusterStatus) -> str:
     if found.ray:
         lines.append(f"Ray at {found.ray}")
     if found.doing_s >= LONG_S:
-        lines.append(f"{found.doing} for {found.doing_s:.0f} s; engines are shown as they were {found.age_s:.0f} s ago")
+        old = f"; engines are shown as they were {found.age_s:.0f} s ago" if found.engines else ""
+        lines.append(f"{found.doing} for {found.doing_s:.0f} s{old}")
     if found.data:
         restarts = f", restarted {found.frontend_restarts} times" if found.frontend_restarts else ""
         lines.append(f"clients connect to {found.data}{restarts}; {found.num_held} requests wait in the frontend")
