@@ -4,6 +4,7 @@ Their tools are installed by `make clients`. Without them the tests are skipped,
 as it is in continuous integration.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -55,7 +56,9 @@ def prepare(language: Language) -> None:
             pytest.fail(reason)
         pytest.skip(reason)
     if language.name == "cpp":
-        built = subprocess.run(["make", "-s", "-j2", "-C", str(CPP), "tests"], capture_output=True, text=True)
+        with (CPP / "Makefile").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a program that another test's make is writing cannot be run
+            built = subprocess.run(["make", "-s", "-j2", "-C", str(CPP), "tests"], capture_output=True, text=True)
         assert built.returncode == 0, built.stderr
 
 
