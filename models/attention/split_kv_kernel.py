@@ -144,20 +144,21 @@ def _combined(
     group = tl.arange(0, GROUP_BLOCK)
     dims = tl.arange(0, D)
     of_row = tl.arange(0, SPLITS)
-    live = (of_row < num_parts)[:, None] & (group < GROUP)[None, :]
-    places = peaks_and_sums + ((first_part + of_row)[:, None] * GROUP + group[None, :]) * 2
+    live = (group < GROUP)[:, None] & (of_row < num_parts)[None, :]
+    places = peaks_and_sums + ((first_part + of_row)[None, :] * GROUP + group[:, None]) * 2
     peaks = tl.load(places, live, other=-1e30)
     totals = tl.load(places + 1, live, other=0.0)
-    best = tl.max(peaks, 0)
-    sums = tl.sum(tl.exp2(peaks - best[None, :]) * totals, 0)
+    best = tl.max(peaks, 1)
+    sums = tl.sum(tl.exp2(peaks - best[:, None]) * totals, 1)
     whole = tl.zeros([GROUP_BLOCK, D], tl.float32)
+    # Parts are the dimension in the middle, the last that Triton shares out: so those of a sum are in one thread.
     for first in tl.static_range(0, SPLITS, AT_ONCE):
         some = first + tl.arange(0, AT_ONCE)
-        alive = (some < num_parts)[:, None] & (group < GROUP)[None, :]
-        numbers = (first_part + some)[:, None] * GROUP + group[None, :]
-        share = tl.exp2(tl.load(peaks_and_sums + numbers * 2, alive, other=-1e30) - best[None, :])
+        alive = (group < GROUP)[:, None] & (some < num_parts)[None, :]
+        numbers = (first_part + some)[None, :] * GROUP + group[:, None]
+        share = tl.exp2(tl.load(peaks_and_sums + numbers * 2, alive, other=-1e30) - best[:, None])
         values = tl.load(parts + numbers[:, :, None] * D + dims[None, None, :], alive[:, :, None], other=0.0)
-        whole += tl.sum(share[:, :, None] * values, 0)
+        whole += tl.sum(share[:, :, None] * values, 1)
     return whole, best, sums
 
 
