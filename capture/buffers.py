@@ -14,7 +14,7 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
-from graphgen.capture.stream import DeviceStream, Mark
+from graphgen.capture.stream import Mark, Queue
 
 
 class Field(Struct, frozen=True):
@@ -72,7 +72,7 @@ class StagingRing:
             self._copied[self._next] = None
         return self._blocks[self._next]
 
-    def release(self, stream: DeviceStream) -> None:
+    def release(self, stream: Queue) -> None:
         """The acquired block's copy was submitted: it is free once the stream gets here."""
         self._copied[self._next] = stream.mark()
         self._next = (self._next + 1) % len(self._blocks)

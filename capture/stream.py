@@ -7,6 +7,8 @@ buffers included, is the same code and is tested without a GPU:
     mark()        a Mark that is reached when everything submitted before it is done
     fetch(a, b)   copies a device tensor to a host tensor when everything submitted before is done, and beside
                   what is submitted after; returns the Mark of the copy
+    beside        runs what it is given in order too, but beside all that is submitted; from any one thread
+    join_beside() what is submitted from now on waits for what `beside` was given before
 
 On CUDA `work` runs at once in the caller and only enqueues kernels; on the CPU it runs later, in the thread. What the
 thread that opened the stream does to tensors before it submits work is done when that work runs.
@@ -16,7 +18,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -29,12 +31,21 @@ class Mark(Protocol):
         ...
 
 
-class DeviceStream(Protocol):
+class Queue(Protocol):
     """In-order execution of submitted work."""
 
     def submit(self, work: Callable[[], None]) -> None: ...
 
     def mark(self) -> Mark: ...
+
+
+class DeviceStream(Queue, Protocol):
+    """The one of the steps."""
+
+    @property
+    def beside(self) -> Queue: ...
+
+    def join_beside(self) -> None: ...
 
     def fetch(self, source: torch.Tensor, target: torch.Tensor) -> Mark: ...
 
@@ -71,6 +82,7 @@ class CudaStream:
         self.stream = torch.cuda.Stream(device)
         torch.cuda.set_stream(self.stream)
         self._copies = torch.cuda.Stream(device)
+        self._beside = torch.cuda.Stream(device)
         # A blocking event lets the waiting thread sleep; a spinning one would hold the driver's lock.
         self._origin = torch.cuda.Event(enable_timing=True, blocking=True)
         self._origin.record(self.stream)
@@ -83,6 +95,13 @@ class CudaStream:
 
     def mark(self) -> CudaMark:
         return self._mark(self.stream)
+
+    @property
+    def beside(self) -> "_CudaQueue":
+        return _CudaQueue(self._beside, self._mark)
+
+    def join_beside(self) -> None:
+        self.stream.wait_stream(self._beside)
 
     def fetch(self, source: torch.Tensor, target: torch.Tensor) -> CudaMark:
         self._copies.wait_stream(self.stream)
@@ -101,6 +120,20 @@ class CudaStream:
     def close(self) -> None:
         self.stream.synchronize()
         torch.cuda.set_stream(torch.cuda.default_stream(self.stream.device))
+
+
+class _CudaQueue(NamedTuple):
+    """A CUDA stream beside that of the steps, and how a mark of it is made."""
+
+    stream: torch.cuda.Stream
+    mark_of: Callable[[torch.cuda.Stream], CudaMark]
+
+    def submit(self, work: Callable[[], None]) -> None:
+        with torch.inference_mode(), torch.cuda.stream(self.stream):
+            work()
+
+    def mark(self) -> CudaMark:
+        return self.mark_of(self.stream)
 
 
 class HostMark:
@@ -139,6 +172,13 @@ class HostStream:
         self._work.put(mark)
         return mark
 
+    @property
+    def beside(self) -> "_Caller":
+        return _Caller()
+
+    def join_beside(self) -> None:
+        """What `beside` was given has run."""
+
     def fetch(self, source: torch.Tensor, target: torch.Tensor) -> HostMark:
         self.submit(lambda: _copy(source, target))
         return self.mark()
@@ -161,6 +201,19 @@ class HostStream:
                         item()
                     except BaseException as error:
                         failure = error
+
+
+class _Caller:
+    """Runs work at once, in the thread that submits it."""
+
+    def submit(self, work: Callable[[], None]) -> None:
+        with torch.inference_mode():
+            work()
+
+    def mark(self) -> HostMark:
+        mark = HostMark()
+        mark.reach(None)
+        return mark
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor) -> None:

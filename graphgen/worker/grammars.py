@@ -8,8 +8,9 @@ runner for each plan (`GrammarSlots.open`, on the main thread) and for each resu
 collector's).
 
 A draw whose mask is ready when its step is launched obeys it. One that comes too early, because its grammar is being
-compiled or because its request runs ahead of its grammar, draws from all tokens, and what it drew is looked at when it
-arrives: a token that the grammar allows is the one that would have been drawn with the mask, see
+compiled or because its request runs ahead of its grammar, is launched without. Its mask follows it to the device, where
+the draw comes last in a step: mostly it is there in time. Whether it was or not, what such a draw drew is looked at
+when it arrives: a token that the grammar allows is the one that would have been drawn with the mask, see
 `graphgen.models.sampling.reference`, and counts. Any other is refused, and the scheduler plans the draw again; what was
 planned behind it is at a place that is not the grammar's next, and is refused too.
 
@@ -18,7 +19,7 @@ or the death of a worker, comes with the slot's first chunk (`SlotInit.output_to
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -29,6 +30,10 @@ from graphgen.worker.grammar_compiler import GrammarCompiler
 
 PATIENCE_S = 0.05
 """For the masks of a step that has nothing else to compute while the device is idle."""
+FILLED_TOGETHER = 16
+"""Masks, at most: the first of many are on their way while the next are made."""
+LOOK_PATIENCE_S = 0.002
+"""For a matcher that is at work on the mask of a token that has arrived."""
 
 
 class Draw(NamedTuple):
@@ -43,6 +48,17 @@ class Draw(NamedTuple):
     again: int | None = None  # the token of the output that is computed once more for it
 
 
+class LateMask(NamedTuple):
+    """For a draw that was launched without it."""
+
+    slot: int
+    position: int
+    words: Words
+
+
+SendLate = Callable[[Sequence[LateMask]], None]
+
+
 class Verdicts(NamedTuple):
     """On the draws of a step, by their places."""
 
@@ -53,7 +69,8 @@ class Verdicts(NamedTuple):
 class SlotGrammar:
     """The grammar of one slot's owner, between the threads."""
 
-    def __init__(self, init: SlotInit) -> None:
+    def __init__(self, slot: int, init: SlotInit) -> None:
+        self.slot = slot
         self.text = init.grammar
         self.prompt_len = init.prompt_len
         self.drawn_position = -1  # of the last draw that was launched: the main thread's own
@@ -75,8 +92,11 @@ class SlotGrammar:
 class GrammarSlots:
     """The grammars of one worker's slots."""
 
-    def __init__(self, compiler: GrammarCompiler) -> None:
+    def __init__(self, compiler: GrammarCompiler, send_late: SendLate = lambda masks: None) -> None:
+        """send_late: brings masks to draws that are launched. Called on other threads, by one at a time."""
         self._compiler = compiler
+        self._send_late = send_late
+        self._owning = threading.Lock()  # held while masks are sent to slots that must keep their owners
         self._slots: dict[int, SlotGrammar] = {}
         self._lock = threading.Condition()  # notified when a mask was filled or a step has ended
         self._num_launched = 0
@@ -92,7 +112,8 @@ class GrammarSlots:
 
     def disown(self) -> None:
         """No slot has an owner, and every step has ended, those included that nobody judged."""
-        self._slots.clear()
+        with self._owning:
+            self._slots.clear()
         with self._lock:
             self._num_collected = self._num_launched
 
@@ -113,9 +134,10 @@ class GrammarSlots:
 
     def _own(self, slot: int, init: SlotInit) -> None:
         """The slot has a new owner."""
-        self._slots.pop(slot, None)
+        with self._owning:
+            self._slots.pop(slot, None)
         if init.grammar:
-            grammar = self._slots[slot] = SlotGrammar(init)
+            grammar = self._slots[slot] = SlotGrammar(slot, init)
             grammar.num_fills = 1
             self._compiling.submit(self._compile, grammar)
 
@@ -182,15 +204,19 @@ class GrammarSlots:
 
     def _takes(self, draw: Draw, token_id: int) -> bool:
         """Whether the grammar allows a token that was drawn without it, which its matcher then has followed. One that
-        is at work is not waited for."""
+        is at work is waited for no longer than a moment."""
         grammar = draw.grammar
         if token_id < 0 or grammar.failure or draw.position != grammar.position:
             return False
-        if not grammar.busy.acquire(blocking=False):
+        if not grammar.busy.acquire(timeout=LOOK_PATIENCE_S):
             return False
         try:
-            if grammar.matcher is None or grammar.pending:
+            if grammar.matcher is None:
                 return False
+            with self._lock:
+                pending, grammar.pending = grammar.pending, []
+            if pending:
+                grammar.matcher.consume_tokens(pending)
             return bool(grammar.matcher.try_consume_tokens([token_id]) == 1)
         finally:
             grammar.busy.release()
@@ -201,8 +227,7 @@ class GrammarSlots:
         grammar.pending += pending
         grammar.num_tokens += 1
         grammar.mask = None
-        if pending or not draw.is_ahead:  # one that runs ahead needs a mask when it is refused, and not before
-            self._start_fill(grammar)
+        self._start_fill(grammar)
 
     def _start_fill(self, grammar: SlotGrammar) -> None:
         """With the lock: what is started until it is released is filled together."""
@@ -227,7 +252,8 @@ class GrammarSlots:
     def _fill_due(self) -> None:
         with self._lock:
             due, self._due = self._due, []
-        self._fill(due)
+        for first in range(0, len(due), FILLED_TOGETHER):
+            self._fill(due[first : first + FILLED_TOGETHER])
 
     def _fill(self, grammars: Sequence[SlotGrammar]) -> None:
         """Follows the tokens that are known, and makes the masks of the next. A grammar that was started twice
@@ -247,6 +273,7 @@ class GrammarSlots:
         finally:
             for grammar in distinct:
                 grammar.busy.release()
+        late: list[SlotGrammar] = []
         with self._lock:
             for grammar in grammars:
                 grammar.num_fills -= 1
@@ -255,7 +282,24 @@ class GrammarSlots:
                     grammar.failure = str(mask)
                 elif position == grammar.position:
                     grammar.mask = mask
+                    if grammar.drawn_position >= position:
+                        late.append(grammar)
             self._lock.notify_all()
+        if late:
+            self._send(late)
+
+    def _send(self, grammars: Sequence[SlotGrammar]) -> None:
+        """Brings their masks to draws that are launched. Whose slot has another owner by now gets none, and none gets
+        another owner meanwhile."""
+        with self._owning:
+            with self._lock:
+                masks = [
+                    LateMask(grammar.slot, grammar.position, grammar.mask)
+                    for grammar in grammars
+                    if grammar.mask is not None and self._slots.get(grammar.slot) is grammar
+                ]
+            if masks:
+                self._send_late(masks)
 
 
 def _mask_for(draw: Draw) -> Words | None:

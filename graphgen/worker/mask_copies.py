@@ -1,10 +1,11 @@
-"""The way of masks to the device: beside the input block of a step, and only where a step needs one.
+"""The way of masks to the device: beside the input block of a step, and only where a step needs one; and beside a step
+that runs already, for a draw whose token before it was not known when the step was launched.
 
-Owns the host blocks and knows which slots' masks count on the device. Called by the runner before a step is launched,
-in the order of the steps.
+Owns the host blocks and knows which slots have masks on the device. Called by the runner before a step is launched, in
+the order of the steps (`send`), and by a thread of grammars (`send_late`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from graphgen.capture.buffers import StagingRing
 from graphgen.capture.stream import DeviceStream
 from graphgen.ipc.messages import StepPlan
 from graphgen.models.sampling import Sampler, mask_words
-from graphgen.worker.grammars import Draw
+from graphgen.worker.grammars import Draw, LateMask
 
 
 class MaskCopies:
@@ -23,43 +24,79 @@ class MaskCopies:
         """num_blocks: host blocks, as of a step's input."""
         self._sampler = sampler
         self._stream = stream
-        self._num_words = mask_words(sampler.tables.vocab_size)
-        self._masked: set[int] = set()  # slots whose masks count on the device, once the launched steps have run
+        self._beside = stream.beside
+        self._masked: set[int] = set()  # slots that may have a mask on the device
         # Of a step in which every slot draws. Made at once: pinning memory would hold up the steps of others.
-        device, num_words = sampler.tables.masks.device, (4 + self._num_words) * sampler.tables.trash_slot
-        self._ring = StagingRing(num_words, num_blocks, pinned=device.type == "cuda")
-        self._block = torch.empty(num_words, dtype=torch.int32, device=device)
+        num_slots = sampler.tables.trash_slot
+        self._steps = _Blocks(sampler, 5 * num_slots, num_blocks)
+        self._late = _Blocks(sampler, 2 * num_slots, num_blocks)
 
     def send(self, plan: StepPlan, draws: Sequence[Draw]) -> None:
-        """Brings the masks of the step's draws to the device, and lifts those that do not count in it."""
-        masks = {draw.slot: draw.mask for draw in draws if draw.mask is not None or draw.slot in self._masked}
-        if self._masked:
-            owned = [chunk.slot for chunk in plan.chunks if chunk.init is not None]
-            masks |= {slot: None for slot in owned if slot in self._masked and slot not in masks}
+        """Brings the masks of the step's draws to the device, and lifts those of the owners before."""
+        masks = [LateMask(draw.slot, draw.position, draw.mask) for draw in draws if draw.mask is not None]
+        owned = [chunk.slot for chunk in plan.chunks if chunk.init is not None and chunk.slot in self._masked]
         again = [(draw.slot, draw.again) for draw in draws if draw.again is not None]
-        if not masks and not again:
-            return
-        self._masked -= masks.keys()
-        self._masked |= {slot for slot, mask in masks.items() if mask is not None}
-        host = self._ring.acquire()
-        words, num_slots, num_again = host.numpy(), len(masks), len(again)
-        words[:num_slots] = list(masks)
-        words[num_slots : 2 * num_slots] = [mask is not None for mask in masks.values()]
-        start = 2 * num_slots
-        for mask in masks.values():
-            words[start : start + self._num_words] = 0 if mask is None else mask
-            start += self._num_words
-        words[start : start + num_again] = [slot for slot, _ in again]
-        words[start + num_again : start + 2 * num_again] = [token_id for _, token_id in again]
-        self._stream.submit(lambda: self._load(host, num_slots, num_again))
-        self._ring.release(self._stream)
+        self._masked = self._masked.difference(owned) | {draw.slot for draw in draws}
+        if owned:
+            self._stream.join_beside()
+        if masks or owned or again:
+            numbers = [owned, [slot for slot, _ in again], [token_id for _, token_id in again]]
+            host, sizes = self._steps.pack(masks, numbers)
+            self._stream.submit(lambda: self._load(host, len(masks), sizes))
+            self._steps.ring.release(self._stream)
 
-    def _load(self, host: Tensor, num_slots: int, num_again: int) -> None:
-        sizes = (num_slots, num_slots, num_slots * self._num_words, num_again, num_again)
+    def send_late(self, masks: Sequence[LateMask]) -> None:
+        """The same beside the step that runs: its draws obey them or, if they come too late, do not. On one thread."""
+        host, sizes = self._late.pack(masks, [])
+        self._beside.submit(lambda: self._late.write_masks(self._late.arrived(host, sizes)[0], len(masks)))
+        self._late.ring.release(self._beside)
+
+    def _load(self, host: Tensor, num_masks: int, sizes: Collection[int]) -> None:
+        of_masks, owned, again_slots, again_ids = self._steps.arrived(host, sizes)
+        if len(owned):
+            self._sampler.lift_masks(owned)
+        if num_masks:
+            self._steps.write_masks(of_masks, num_masks)
+        if len(again_slots):
+            self._sampler.forget_inputs(again_slots, again_ids)
+
+
+class _Blocks:
+    """Masks and further numbers, packed into host blocks, and where they arrive."""
+
+    def __init__(self, sampler: Sampler, most_numbers: int, num_blocks: int) -> None:
+        """most_numbers: beside the words of a mask for every slot."""
+        self._sampler = sampler
+        self._num_words = mask_words(sampler.tables.vocab_size)
+        device, num_slots = sampler.tables.masks.device, sampler.tables.trash_slot
+        num_words = most_numbers + self._num_words * num_slots
+        self.ring = StagingRing(num_words, num_blocks, pinned=device.type == "cuda")
+        self._block = torch.empty(num_words, dtype=torch.int32, device=device)
+
+    def pack(self, masks: Sequence[LateMask], numbers: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
+        """(block, sizes of what it holds: all of the masks, then each of the numbers). To be released."""
+        host = self.ring.acquire()
+        words, num_masks = host.numpy(), len(masks)
+        words[:num_masks] = [mask.slot for mask in masks]
+        words[num_masks : 2 * num_masks] = [mask.position for mask in masks]
+        start = 2 * num_masks
+        for mask in masks:
+            words[start : start + self._num_words] = mask.words
+            start += self._num_words
+        sizes = [start]
+        for some in numbers:
+            words[start : start + len(some)] = some
+            start += len(some)
+            sizes.append(len(some))
+        return host, sizes
+
+    def arrived(self, host: Tensor, sizes: Collection[int]) -> Sequence[Tensor]:
+        """The same on the device."""
         words = self._block[: sum(sizes)]
         words.copy_(host[: sum(sizes)], non_blocking=True)
-        slots, masked, masks, again_slots, again_ids = words.split(sizes)
-        if num_slots:
-            self._sampler.write_masks(slots, masked, masks.view(num_slots, self._num_words))
-        if num_again:
-            self._sampler.forget_inputs(again_slots, again_ids)
+        parts: Sequence[Tensor] = words.split(list(sizes))
+        return parts
+
+    def write_masks(self, words: Tensor, num_masks: int) -> None:
+        slots, positions, masks = words.split((num_masks, num_masks, num_masks * self._num_words))
+        self._sampler.write_masks(slots, positions, masks.view(num_masks, self._num_words))

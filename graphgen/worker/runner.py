@@ -132,9 +132,9 @@ class ModelRunner:
         self._phases += [preparation.wait() for preparation in preparations]
         gc.freeze()  # what was imported stays: no collection need look at it again
         self._parts = parts = StepParts(config, shapes, decoder, self._backend, self._device, ranks)
-        self.grammars = GrammarSlots(compiler)
-        """Of its slots: whoever reads the outputs of a step lets it judge them."""
         self._masks = MaskCopies(parts.sampler, self._stream, STAGING_BLOCKS)
+        self.grammars = GrammarSlots(compiler, self._masks.send_late)
+        """Of its slots: whoever reads the outputs of a step lets it judge them."""
         self._biases = BiasCopies(parts.sampler, self._stream, STAGING_BLOCKS, self._bounds.max_chunks)
         self._staging = StagingRing(parts.num_words, STAGING_BLOCKS, pinned=self._device.type == "cuda")
         self._packer = InputPacker(self._bounds, self._pack_slot)

@@ -92,10 +92,18 @@ class Sampler:
         """The same of tokens that are known. asked, places: see `logprobs.write_logprobs`."""
         self._write_logprobs(logits, token_ids, asked, places, rings, ring_row)
 
-    def write_masks(self, slots: Tensor, masked: Tensor, masks: Tensor) -> None:
-        """Before a step: which slots, [n], draw under a mask from now on, [n] (0 or 1), and the masks,
-        [n, mask_words(V)]; all int32. No part of a captured step: few steps need it."""
-        reference.write_masks(self.tables, slots, masked, masks)
+    def write_masks(self, slots: Tensor, positions: Tensor, masks: Tensor) -> None:
+        """The masks of slots, [n], each for the draw of the token at one position, [n] from 1 on, and their words,
+        [n, mask_words(V)]; all int32. No part of a captured step: few steps need it.
+
+        Before a step, or beside one: a draw that is under way sees such a mask or not, or in parts. So what it draws is
+        the best of tokens among which all are that the mask allows, and, if the mask allows it, the right one. A mask
+        must not be written while its slot may draw under the one before it."""
+        reference.write_masks(self.tables, slots, positions, masks)
+
+    def lift_masks(self, slots: Tensor) -> None:
+        """Before a step that gives slots, [n] int32, new owners: what masks they have are not for those."""
+        reference.lift_masks(self.tables, slots)
 
     def write_biases(self, slots: Tensor, rows: Tensor) -> None:
         """Before a step that gives slots, [n] int32, new owners with biases: their `pack_biases` rows, [n, BIAS_WIDTH]

@@ -209,8 +209,9 @@ def tile_scores(logits, occurrences, biases, settings, position, token_ids, voca
 
 @triton.jit
 def allowed_tokens(masks, token_ids, vocab_size):
-    """Which tokens the row's mask allows. masks points at the row's own; past the vocabulary none is allowed."""
-    words = tl.load(masks + token_ids // 32, mask=token_ids < vocab_size, other=0)
+    """Which tokens the row's mask allows. masks points at the row's own; past the vocabulary none is allowed. Not read
+    through the L1 cache: a line of it may be older than the word that says that the mask is there."""
+    words = tl.load(masks + token_ids // 32, mask=token_ids < vocab_size, other=0, cache_modifier=".cg")
     return ((words >> (token_ids % 32)) & 1) != 0
 
 

@@ -42,11 +42,17 @@ def write_slots(tables: SamplerTables, rows: Tensor, slots: Tensor, inits: Tenso
     tables.occurrences.index_fill_(0, owned, 0)
 
 
-def write_masks(tables: SamplerTables, slots: Tensor, masked: Tensor, masks: Tensor) -> None:
-    """Whether the masks of slots [n] count, [n], and the words of those masks, [n, ceil(V / 32)]; all int32."""
+def write_masks(tables: SamplerTables, slots: Tensor, positions: Tensor, masks: Tensor) -> None:
+    """The masks of slots [n], words [n, ceil(V / 32)], and the positions of the tokens that they are for, [n]; all
+    int32. The position comes last, since a draw may be under way."""
     places = slots.long()
-    tables.masked.index_copy_(0, places, masked)
     tables.masks.index_copy_(0, places, masks)
+    tables.masked.index_copy_(0, places, positions)
+
+
+def lift_masks(tables: SamplerTables, slots: Tensor) -> None:
+    """The slots, [n] int32, have no masks."""
+    tables.masked.index_fill_(0, slots.long(), 0)
 
 
 def write_biases(tables: SamplerTables, slots: Tensor, rows: Tensor) -> None:
@@ -83,7 +89,7 @@ def sample(tables: SamplerTables, logits: Tensor, slots: Tensor, positions: Tens
     """
     slots = slots.long()
     scores = penalised_logits(tables, logits, slots, positions)
-    masked = tables.masked[slots].nonzero().squeeze(1)
+    masked = (tables.masked[slots] == positions).nonzero().squeeze(1)
     allowed = allowed_logits(tables, scores[masked], slots[masked])
     drawn = tables.temperature[slots] > 0
     draws = bool(drawn.any())

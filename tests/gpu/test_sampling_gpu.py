@@ -72,9 +72,10 @@ def test_kernels_draw_the_tokens_of_the_reference_under_masks(vocab_size: int) -
     sampler = make_owned(vocab_size, [*MIXED, *(random_params(rng) for _ in range(NUM_SLOTS - len(MIXED)))])
     for seed in range(2):
         allowed = random_masks(NUM_SLOTS, vocab_size, seed)[torch.randperm(NUM_SLOTS)]
-        give_masks(sampler, allowed, torch.randint(0, 2, (NUM_SLOTS,)))
         slots = torch.randperm(NUM_SLOTS, device=CUDA)
-        positions = torch.randperm(NUM_SLOTS, device=CUDA)
+        positions = torch.randperm(NUM_SLOTS, device=CUDA) + 1
+        masked = torch.zeros_like(slots).index_copy(0, slots, positions).cpu() * torch.randint(0, 2, (NUM_SLOTS,))
+        give_masks(sampler, allowed, masked)
         logits = troubled_logits(NUM_SLOTS, vocab_size, seed).to(CUDA)
         expected = reference.sample(sampler.tables, logits, slots, positions)
         assert torch.equal(sampler.sample(logits, slots, positions), expected)

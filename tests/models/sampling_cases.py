@@ -64,15 +64,15 @@ def own(sampler: Sampler, params: list[SamplerParams], prompt_len: int = 3, min_
     sampler.write_slots(rows.to(device), slots, torch.ones(len(params), dtype=torch.int32, device=device))
 
 
-def give_masks(sampler: Sampler, allowed: Tensor, masked: Tensor) -> None:
-    """Slots 0, 1, ... draw only tokens of their row of `allowed`, [n, V] bool, where `masked`, [n], is 1."""
+def give_masks(sampler: Sampler, allowed: Tensor, positions: Tensor) -> None:
+    """Slots 0, 1, ... draw only tokens of their row of `allowed`, [n, V] bool, at these positions, [n]; 0: nowhere."""
     width = sampler.tables.masks.shape[1] * 32
     padded = torch.nn.functional.pad(allowed.long(), (0, width - allowed.shape[1]))
     words = (padded.view(len(allowed), -1, 32) << torch.arange(32)).sum(2)
     signed = torch.where(words >= 2**31, words - 2**32, words).int()
     device = sampler.tables.masks.device
     slots = torch.arange(len(allowed), dtype=torch.int32, device=device)
-    sampler.write_masks(slots, masked.int().to(device), signed.to(device))
+    sampler.write_masks(slots, positions.int().to(device), signed.to(device))
 
 
 def random_masks(num_rows: int, vocab_size: int, seed: int) -> Tensor:

@@ -431,7 +431,7 @@ def test_filters_come_before_the_mask_and_what_it_allows_of_the_kept_is_drawn() 
         unmasked = sampler.sample(logits, slots, positions)
         allowed = random_masks(len(MIXED), vocab_size, seed).roll(seed, 0)
         masked = torch.rand(len(MIXED), generator=torch.Generator().manual_seed(seed)) < 0.8
-        give_masks(sampler, allowed, masked)
+        give_masks(sampler, allowed, torch.zeros_like(slots).index_copy(0, slots, positions) * masked)
         scores = penalised_logits(sampler.tables, logits, slots, positions)
         tokens = sampler.sample(logits, slots, positions)
         for row, slot in enumerate(slots.tolist()):
@@ -460,11 +460,11 @@ def test_filters_come_before_the_mask_and_what_it_allows_of_the_kept_is_drawn() 
 def test_draws_under_a_mask_have_the_probabilities_of_the_allowed_tokens() -> None:
     vocab_size, num_draws = 40, 20_000
     logits = torch.randn(1, vocab_size, generator=torch.Generator().manual_seed(2))
-    sampler = make_owned([SamplerParams(temperature=1.3, seed=4)], vocab_size)
+    sampler = make_owned([SamplerParams(temperature=1.3, seed=seed) for seed in range(num_draws)], vocab_size)
     allowed = torch.arange(vocab_size).unsqueeze(0) % 3 == 1
-    give_masks(sampler, allowed, torch.ones(1))
-    slots = torch.zeros(num_draws, dtype=torch.int64)
-    tokens = sampler.sample(logits.expand(num_draws, -1), slots, torch.arange(num_draws))
+    positions = torch.full((num_draws,), 7)
+    give_masks(sampler, allowed.expand(num_draws, -1), positions)
+    tokens = sampler.sample(logits.expand(num_draws, -1), torch.arange(num_draws), positions)
     found = torch.bincount(tokens.long(), minlength=vocab_size) / num_draws
     expected = (logits[0] / 1.3).masked_fill(~allowed[0], float("-inf")).softmax(0)
     assert (found - expected).abs().max() < 0.012
