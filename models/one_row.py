@@ -48,9 +48,9 @@ _MOST_STAGES = 8
 NORMED_ROW = RowCut(columns=16, depth=256, early=1, stages=7)
 ADDING_ROW = RowCut(columns=16, depth=256, early=2, stages=7)
 GATED_ROW = RowCut(columns=8, depth=256, early=1, stages=5)
-NORMED_INT4 = RowCut(columns=8, depth=128, early=1, stages=3, warps=2)
-ADDING_INT4 = RowCut(columns=8, depth=128, early=1, stages=3, warps=2)
-GATED_INT4 = RowCut(columns=4, depth=128, early=1, stages=3, warps=2)
+NORMED_INT4 = RowCut(columns=16, depth=256, early=1, stages=3, warps=4)
+ADDING_INT4 = RowCut(columns=16, depth=256, early=1, stages=3, warps=2)
+GATED_INT4 = RowCut(columns=8, depth=128, early=1, stages=3, warps=2)
 MOST_OF_ROW = 32768
 """Columns of a product that these kernels make. With 128 256 of them, a head, one takes 273 us of an H200 and tensor
 cores 253."""

@@ -34,6 +34,8 @@ class Packed(NamedTuple):
     zeros: bool
     tile: int
     """Bytes of a row beside each other whose low halves are of one group, and whose high halves are."""
+    scale_lines: int
+    """Times _LINE that hold the scales of a row, a power of two."""
     by_code: bool
     """Whether PTX is used, which Triton's interpreter does not know."""
 
@@ -43,20 +45,36 @@ def packed(weight: Tensor | Weight, num_columns: int) -> Packed | None:
     if isinstance(weight, Tensor) or weight.format.storage != "int4":
         return None
     form = weight.format
-    group = form.group or num_columns
+    group, groups = form.group or num_columns, form.num_groups(num_columns)
+    lines = triton.next_power_of_2(triton.cdiv(groups * weight.scale.itemsize, _LINE.value))
     tile, by_code = min(group, PACKED_BLOCK // 2), not triton.knobs.runtime.interpret
-    return Packed(group, form.num_groups(num_columns), form.rows, form.zeros, tile, by_code)
+    return Packed(group, groups, form.rows, form.zeros, tile, lines, by_code)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def ask_for(weight: "tl.tensor", columns: "tl.tensor", K: tl.constexpr, BYTES: tl.constexpr, HOW: tl.constexpr) -> None:
-    """Has the first BYTES of rows `columns` of a weight brought into the L2 cache. (In registers they would lie
-    otherwise among the threads than the loop has them.)"""
+def _bring(places: "tl.tensor") -> None:
+    """Into the L2 cache."""
+    code: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+    tl.inline_asm_elementwise(code, "=r,l", [places.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def ask_for(
+    weight: "tl.tensor",
+    scales: "tl.tensor",
+    columns: "tl.tensor",
+    K: tl.constexpr,
+    BYTES: tl.constexpr,
+    HOW: tl.constexpr,
+) -> None:
+    """Has the first BYTES of rows `columns` of a weight, and all of their scales, brought into the L2 cache. (In
+    registers they would lie otherwise among the threads than the loop has them.)"""
     if HOW.by_code:
         rows = weight + columns.to(tl.int64) * (K // 2)
-        places = rows[:, None] + tl.arange(0, BYTES // _LINE)[None, :] * _LINE
-        code: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
-        tl.inline_asm_elementwise(code, "=r,l", [places.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+        _bring(rows[:, None] + tl.arange(0, BYTES // _LINE)[None, :] * _LINE)
+        IN_LINE: tl.constexpr = _LINE * 8 // scales.dtype.element_ty.primitive_bitwidth
+        groups = tl.minimum(tl.arange(0, HOW.scale_lines) * IN_LINE, HOW.groups - 1)
+        _bring(scales + (columns // HOW.scale_rows * HOW.groups)[:, None] + groups[None, :])
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types

@@ -28,13 +28,18 @@ def _floats(tile: "tl.tensor") -> "tl.tensor":
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
 def _first_of(
-    weight: "tl.tensor", columns: "tl.tensor", K: tl.constexpr, EARLY: tl.constexpr, HOW: tl.constexpr
+    weight: "tl.tensor",
+    scales: "tl.tensor | None",
+    columns: "tl.tensor",
+    K: tl.constexpr,
+    EARLY: tl.constexpr,
+    HOW: tl.constexpr,
 ) -> "tl.tensor":
     """The first EARLY elements of rows `columns` of a weight; of int4 they are only asked for."""
     if HOW is None:
         first = tl.load(weight + columns.to(tl.int64)[:, None] * K + tl.arange(0, EARLY)[None, :])
     else:
-        ask_for(weight, columns, K, EARLY, HOW)
+        ask_for(weight, scales, columns, K, EARLY, HOW)
         first = 0
     return first
 
@@ -112,7 +117,7 @@ def normed_row_kernel(
 ) -> None:
     """normed_linear_kernel of one row."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    early = _first_of(weight, columns, K, EARLY, HOW)
+    early = _first_of(weight, scales, columns, K, EARLY, HOW)
     if CHAINED:
         gdc_wait()
     parts = load_squares(squares, 1, num_parts, 1, PARTS)
@@ -153,7 +158,7 @@ def adding_row_kernel(
 ) -> None:
     """adding_linear_kernel of one row."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    early = _first_of(weight, columns, K, EARLY, HOW)
+    early = _first_of(weight, scales, columns, K, EARLY, HOW)
     of_norm = tl.load(norm_weight + columns).to(tl.float32)
     if CHAINED:
         gdc_wait()
@@ -193,11 +198,14 @@ def gated_row_kernel(
     """gated_kernel of one row."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     if HOW is None:
-        early_gate, early_up = _first_of(weight, columns, K, EARLY, HOW), _first_of(weight, columns + F, K, EARLY, HOW)
+        early_gate, early_up = (
+            _first_of(weight, scales, columns, K, EARLY, HOW),
+            _first_of(weight, scales, columns + F, K, EARLY, HOW),
+        )
     else:  # one product of both, gate and up in turn: then those of a column end in the same thread
         in_turn = tl.arange(0, 2 * BN)
         both = tl.program_id(0) * BN + in_turn // 2 + in_turn % 2 * F
-        early = _first_of(weight, both, K, EARLY, HOW)
+        early = _first_of(weight, scales, both, K, EARLY, HOW)
     if CHAINED:
         gdc_wait()
     parts = load_squares(squares, 1, num_parts, 1, PARTS)
