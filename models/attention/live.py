@@ -19,7 +19,6 @@ from graphgen.models.attention.formula import attend_rows, visible
 from graphgen.models.attention.pages import LayerPages, store, take
 from graphgen.models.attention.tables import RowTables
 from graphgen.models.attention.variant import AttentionVariant, Numbers, Scoring
-from graphgen.models.rope import rotate
 
 _BATCH_POSITIONS = 2048
 """Positions whose K and V are gathered at once: small enough for the cache and for memory the process has."""
@@ -109,6 +108,18 @@ class BatchRead(NamedTuple):
         return _mixed(q, keys, values, self.seen, scoring)
 
 
+class Turn(NamedTuple):
+    """A rotation of a step's rows, as heads [T, H, D] are multiplied by it."""
+
+    cos: Tensor
+    """[T, D], as layers hand it over."""
+    sin: Tensor
+    of_heads: Tensor
+    """[T, 1, D]: cos."""
+    signed_sin: Tensor
+    """[T, 1, D]: sin, negative in the first half, which takes the second half of a head."""
+
+
 Read = ChunkRead | RowRead | BatchRead
 
 
@@ -122,6 +133,7 @@ class LiveStep:
         self._decode_lens: list[int] = tables.decode_kv_lens.tolist()
         self._reads: dict[tuple[int, int], list[Read]] = {}
         """By the window and the segment of a layer."""
+        self._turn: Turn | None = None
 
     @property
     def tables(self) -> RowTables:
@@ -139,7 +151,7 @@ class LiveStep:
         temperatures: Tensor | None = None,
     ) -> Tensor:
         """See StepAttention."""
-        q, k = rotate(torch.cat((q, k), dim=1), cos, sin).split((q.shape[1], k.shape[1]), dim=1)
+        q, k = self._rotate(torch.cat((q, k), dim=1), cos, sin).split((q.shape[1], k.shape[1]), dim=1)
         if temperatures is not None:
             q = (q * temperatures[:, None, None]).to(q.dtype)
         store(pages.k, pages.k_scales, k, self._tables.kv_locations)
@@ -155,6 +167,14 @@ class LiveStep:
         store(pages, None, row[:, None], self._tables.kv_locations)
         gathered = self._gathered(q, LayerPages(pages, pages), Scoring(Numbers.unpacked(variant.numbers)))
         return gathered[..., :value_size].contiguous()
+
+    def _rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """rope.rotate in place, with the same roundings. What the layers of a rotation share is made once."""
+        if self._turn is None or self._turn.cos is not cos or self._turn.sin is not sin:
+            first, second = sin.chunk(2, dim=-1)
+            self._turn = Turn(cos, sin, cos[:, None], torch.cat((-first, second), dim=-1)[:, None])
+        turned = heads.roll(heads.shape[-1] // 2, -1).mul_(self._turn.signed_sin)
+        return heads.mul_(self._turn.of_heads).add_(turned)
 
     def _gathered(self, q: Tensor, pages: LayerPages, scoring: Scoring) -> Tensor:
         """[T, Hq, D]; padded prefill rows are zero."""

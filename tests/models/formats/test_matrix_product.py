@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphgen.models.formats.products import TURNED_ROWS, matrix_product
+from graphgen.models.formats.products import BLOCK_ROWS, BLOCKED_ROWS, matrix_product
 
 
-@pytest.mark.parametrize("num_rows", [0, 1, 2, TURNED_ROWS - 1, TURNED_ROWS, TURNED_ROWS + 1, 40])
-@pytest.mark.parametrize("shape", [(96, 32), (32, 96), (32, 32)])
+@pytest.mark.parametrize(
+    "num_rows", [0, 1, 2, BLOCKED_ROWS[0] - 1, BLOCKED_ROWS[0], BLOCKED_ROWS[-1], BLOCKED_ROWS.stop, 40]
+)
+@pytest.mark.parametrize("shape", [(BLOCK_ROWS, 32), (3 * BLOCK_ROWS, 96), (BLOCK_ROWS + 1, 32), (32, 32)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_products_are_those_of_float64(num_rows: int, shape: tuple[int, int], biased: bool) -> None:
     torch.manual_seed(0)
@@ -20,16 +22,18 @@ def test_products_are_those_of_float64(num_rows: int, shape: tuple[int, int], bi
     assert found.is_contiguous(), "what follows reads rows"
 
 
-def test_a_wide_weight_is_turned_up_to_eight_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    turned: list[int] = []
-    mm = torch.mm
+def test_a_few_rows_are_multiplied_by_blocks_of_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked: list[int] = []
+    matmul = torch.matmul
 
     def counted(left: Tensor, right: Tensor) -> Tensor:
-        turned.append(right.shape[1])
-        return mm(left, right)
+        assert right.shape == (3, 16, BLOCK_ROWS)
+        blocked.append(len(left))
+        return matmul(left, right)
 
-    monkeypatch.setattr(torch, "mm", counted)
-    for num_rows in range(1, 12):
-        matrix_product(torch.randn(num_rows, 16), torch.randn(48, 16), None)
-        matrix_product(torch.randn(num_rows, 16).bfloat16(), torch.randn(48, 16).bfloat16(), None)
-    assert turned == list(range(2, TURNED_ROWS + 1))
+    monkeypatch.setattr(torch, "matmul", counted)
+    for num_rows in range(1, 20):
+        matrix_product(torch.randn(num_rows, 16), torch.randn(3 * BLOCK_ROWS, 16), None)
+        matrix_product(torch.randn(num_rows, 16), torch.randn(3 * BLOCK_ROWS + 1, 16), None)
+        matrix_product(torch.randn(num_rows, 16).bfloat16(), torch.randn(3 * BLOCK_ROWS, 16).bfloat16(), None)
+    assert blocked == list(BLOCKED_ROWS)
