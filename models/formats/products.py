@@ -28,11 +28,13 @@ core with AVX512 it takes 1.6 ms at 16 rows against 1.5, and 0.2 at one row agai
 
 
 BLOCKED_ROWS = range(4, 16)
-"""Numbers of rows of which float32 on the CPU is multiplied by BLOCK_ROWS rows of the weight at a time, in one call. MKL
-reads a weight row by row for so few rows of x, each row a dot product, but takes a small matrix whole. CPU time of all
-products of a step of SmolLM2-135M in ms at 2 / 4 / 8 / 12 / 16 rows, one core with AVX512, MKL 2024.2, the least of
-seven: 48 / 86 / 116 / 148 / 108 and in blocks 53 / 64 / 76 / 86 / 110."""
+"""So many rows in float32 are multiplied on the CPU by BLOCK_ROWS rows of the weight at a time, in one call: MKL has
+faster kernels for small matrices than for x @ weight.T of a few rows. CPU time of all products of a step of
+SmolLM2-135M in ms at 2 / 4 / 8 / 12 / 16 rows, one core with AVX512, MKL 2024.2, the least of seven runs beside other
+work: 48 / 86 / 116 / 148 / 108, and in blocks of 96 rows 54 / 64 / 76 / 86 / 110. Blocks of 32 to 96 rows differ by
+less than the runs do."""
 BLOCK_ROWS = 64
+"""It divides most sizes; other weights are multiplied whole."""
 
 BLOCK = 128
 """Columns of an input that share a scale, and rows and columns of a weight, where both are scaled in blocks."""
