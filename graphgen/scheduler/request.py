@@ -49,9 +49,10 @@ them."""
 MOST_BROUGHT = 2
 """Deaths elsewhere that count here: with the next one it runs alone, and only what it does then can fail it."""
 
-LEAST_CAUTION, MOST_CAUTION = 4, 64
+LEAST_CAUTION, MOST_CAUTION = 2, 16
 """Tokens that a request with a grammar awaits one by one after a refusal. Each refusal doubles them for the next, each
-token that was drawn ahead and allowed takes one off."""
+token that was drawn ahead and allowed takes one off. Where every mask comes too late for what is drawn ahead, 16 make
+35 steps of 17 tokens, 3 % more than if all were awaited."""
 
 Rank = tuple[float, int]
 
