@@ -28,8 +28,6 @@ class RowCut(NamedTuple):
     stages: int
     """Parts of that depth that are on their way at a time."""
     warps: int = 4
-    registers: int | None = None
-    """Of a thread, at most."""
 
     def fitted(self, weight: Tensor) -> "RowCut":
         """To a weight: about as many bytes on their way."""
@@ -91,7 +89,6 @@ def normed_row(x: Normed, eps: float, weight: Tensor | Weight, bias: Tensor | No
         chained,
         reading,
         num_warps=cut.warps,
-        maxnreg=cut.registers,
         **launch_options(chained),
     )
 
@@ -128,7 +125,6 @@ def adding_row(
         reading,
         *meeting_sizes(meeting),
         num_warps=cut.warps,
-        maxnreg=cut.registers,
         **launch_options(chained),
     )
     return sums, normed
@@ -165,6 +161,5 @@ def gated_row(
         chained,
         reading,
         num_warps=cut.warps,
-        maxnreg=cut.registers,
         **launch_options(chained),
     )
