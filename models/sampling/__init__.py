@@ -93,7 +93,7 @@ class Sampler:
         self._write_logprobs(logits, token_ids, asked, places, rings, ring_row)
 
     def write_masks(self, slots: Tensor, positions: Tensor, masks: Tensor) -> None:
-        """The masks of slots, [n], each for the draw of the token at one position, [n] from 1 on, and their words,
+        """The masks of slots, [n], each for the draw of the token at one position, [n], and their words,
         [n, mask_words(V)]; all int32. No part of a captured step: few steps need it.
 
         Before a step, or beside one: a draw that is under way sees such a mask or not, or in parts. So what it draws is

@@ -87,7 +87,7 @@ def best_kernel(
     temperature = float_setting(settings, TEMPERATURE)
     noisy = (temperature > 0.0) & (not filtered)
     # Filters come before the mask: the largest score of all tokens is what they start from.
-    obeys_mask = (tl.load(masked + slot) == position) & (not filtered)
+    obeys_mask = (tl.load(masked + slot) == position + 1) & (not filtered)
     masks += slot * ((vocab_size + 31) // 32)
     seed = seed_setting(settings)
     first = part * num_tiles * TILE
@@ -431,7 +431,7 @@ def finish_kernel(
         threshold = tl.maximum(threshold, ordered_key(row_max + temperature * log_positive(min_p)).to(tl.int64))
 
     seed = seed_setting(settings)
-    obeys_mask = tl.load(masked + slot) == position
+    obeys_mask = tl.load(masked + slot) == position + 1
     masks += slot * ((vocab_size + 31) // 32)
     best, best_id = _draw(num_items, source, threshold, seed, temperature, masks, obeys_mask, vocab_size, TILE)
     if obeys_mask & (best == MINUS_INF):

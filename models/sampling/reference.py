@@ -47,7 +47,7 @@ def write_masks(tables: SamplerTables, slots: Tensor, positions: Tensor, masks: 
     int32. The position comes last, since a draw may be under way."""
     places = slots.long()
     tables.masks.index_copy_(0, places, masks)
-    tables.masked.index_copy_(0, places, positions)
+    tables.masked.index_copy_(0, places, positions + 1)
 
 
 def lift_masks(tables: SamplerTables, slots: Tensor) -> None:
@@ -89,7 +89,7 @@ def sample(tables: SamplerTables, logits: Tensor, slots: Tensor, positions: Tens
     """
     slots = slots.long()
     scores = penalised_logits(tables, logits, slots, positions)
-    masked = (tables.masked[slots] == positions).nonzero().squeeze(1)
+    masked = (tables.masked[slots] == positions + 1).nonzero().squeeze(1)
     allowed = allowed_logits(tables, scores[masked], slots[masked])
     drawn = tables.temperature[slots] > 0
     draws = bool(drawn.any())

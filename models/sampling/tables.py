@@ -66,8 +66,8 @@ class SamplerTables:
     masks: Tensor
     """[S + 1, ceil(V / 32)] int32: bit `t % 32` of word `t // 32` says that token t may be drawn."""
     masked: Tensor
-    """[S + 1] int32: the position of the token that the slot's mask is for, 0 where it has none; at any other every
-    token may be drawn."""
+    """[S + 1] int32: one more than the position of the token that the slot's mask is for, 0 where it has none; at any
+    other every token may be drawn."""
 
     @property
     def vocab_size(self) -> int:

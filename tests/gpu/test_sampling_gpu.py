@@ -73,9 +73,9 @@ def test_kernels_draw_the_tokens_of_the_reference_under_masks(vocab_size: int) -
     for seed in range(2):
         allowed = random_masks(NUM_SLOTS, vocab_size, seed)[torch.randperm(NUM_SLOTS)]
         slots = torch.randperm(NUM_SLOTS, device=CUDA)
-        positions = torch.randperm(NUM_SLOTS, device=CUDA) + 1
-        masked = torch.zeros_like(slots).index_copy(0, slots, positions).cpu() * torch.randint(0, 2, (NUM_SLOTS,))
-        give_masks(sampler, allowed, masked)
+        positions = torch.randperm(NUM_SLOTS, device=CUDA)
+        of_slots = torch.zeros_like(slots).index_copy(0, slots, positions).cpu()
+        give_masks(sampler, allowed, torch.where(torch.rand(NUM_SLOTS) < 0.5, of_slots, -1))
         logits = troubled_logits(NUM_SLOTS, vocab_size, seed).to(CUDA)
         expected = reference.sample(sampler.tables, logits, slots, positions)
         assert torch.equal(sampler.sample(logits, slots, positions), expected)

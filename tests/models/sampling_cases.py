@@ -65,7 +65,7 @@ def own(sampler: Sampler, params: list[SamplerParams], prompt_len: int = 3, min_
 
 
 def give_masks(sampler: Sampler, allowed: Tensor, positions: Tensor) -> None:
-    """Slots 0, 1, ... draw only tokens of their row of `allowed`, [n, V] bool, at these positions, [n]; 0: nowhere."""
+    """Slots 0, 1, ... draw only tokens of their row of `allowed`, [n, V] bool, at these positions, [n]; -1: nowhere."""
     width = sampler.tables.masks.shape[1] * 32
     padded = torch.nn.functional.pad(allowed.long(), (0, width - allowed.shape[1]))
     words = (padded.view(len(allowed), -1, 32) << torch.arange(32)).sum(2)

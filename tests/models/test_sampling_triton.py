@@ -56,7 +56,7 @@ def test_kernels_draw_the_tokens_of_the_reference_under_masks(vocab_size: int, c
     slots = torch.cat([torch.arange(len(MIXED)), torch.arange(len(MIXED)).roll(5)])
     positions = torch.arange(len(slots)) + 4
     without = reference.sample(sampler.tables, logits, slots, positions)
-    masked = (torch.arange(len(MIXED)) % 5 != 4) * positions[: len(MIXED)]
+    masked = torch.where(torch.arange(len(MIXED)) % 5 != 4, positions[: len(MIXED)], -1)
     for shift in range(2):
         give_masks(sampler, random_masks(len(MIXED), vocab_size, seed=shift).roll(shift, 0), masked)
         expected = reference.sample(sampler.tables, logits, slots, positions)
