@@ -14,7 +14,13 @@ import triton
 from torch import Tensor
 
 from graphgen.models.chaining import launch_options
-from graphgen.models.collectives.exchange import Exchange, Meeting, meeting_sizes, meeting_tensors
+from graphgen.models.collectives.exchange import (
+    NUMBERS_OF_A_STEP,
+    Exchange,
+    Meeting,
+    meeting_sizes,
+    meeting_tensors,
+)
 from graphgen.models.few_rows_kernels import (
     adding_linear_kernel,
     embed_kernel,
@@ -66,11 +72,9 @@ def _cut_gated(weight: Tensor | Weight, num_rows: int, size: int, depth: int, sh
     return Cut(rows, columns, block, block if rows == 16 else 0, 4, stages * 128 // block, None)
 
 
-def embed(
-    token_ids: Tensor, table: Tensor, norm: RMSNorm, exchange: Exchange | None = None, num_layers: int = 0
-) -> tuple[Tensor, Normed]:
-    """(rows of the table, [T, hidden], and their norm). token_ids: [T] int64. exchange: whose sums of the step, of so
-    many layers, begin behind this."""
+def embed(token_ids: Tensor, table: Tensor, norm: RMSNorm, exchange: Exchange | None = None) -> tuple[Tensor, Normed]:
+    """(rows of the table, [T, hidden], and their norm). token_ids: [T] int64. exchange: whose sums of the step begin
+    behind this."""
     num_rows, size = token_ids.shape[0], table.shape[1]
     block = _column_block(size)
     sums, normed = open_normed(table, num_rows, size, block)
@@ -82,7 +86,7 @@ def embed(
         *normed,
         None if exchange is None else exchange.numbers,
         num_rows,
-        num_layers,
+        NUMBERS_OF_A_STEP,
         size,
         _row_block(num_rows),
         block,

@@ -139,7 +139,7 @@ def embed_kernel(
     squares: "tl.tensor",
     numbers: "tl.tensor | None",
     num_rows: int,
-    num_layers: int,
+    numbers_of_step: int,
     N: int,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -149,7 +149,7 @@ def embed_kernel(
     rows = tl.arange(0, BM)[:, None]
     token = tl.load(token_ids + rows, rows < num_rows, other=0)
     if numbers is not None and tl.program_id(0) == 0:
-        tl.store(numbers, tl.load(numbers) + num_layers)
+        tl.store(numbers, tl.load(numbers) + numbers_of_step)
     embedded = tl.load(table + token * N + columns[None, :], rows < num_rows, other=0.0)
     store_normed(embedded, rows * N + columns[None, :], columns, rows, num_rows, norm_weight, out, scaled, squares)
 

@@ -63,7 +63,7 @@ def next_logits(
     of them with experts, and of the head.
     """
     norms = [_plain(norm) for norm in (*(layer.input_norm for layer in layers), ends.norm)]
-    sums, normed = embed(token_ids, ends.embedding, norms[0], exchange, len(layers))
+    sums, normed = embed(token_ids, ends.embedding, norms[0], exchange)
     nothing = torch.zeros_like(sums)
     for number, layer in enumerate(layers):
         pages, step = kv_cache.pages[number], steps[layer.rope][kv_cache.groups[number]]

@@ -15,6 +15,9 @@ from torch import Tensor
 
 WORD_BYTES = 8
 """A float32 and the number of its sum."""
+NUMBERS_OF_A_STEP = 1024
+"""More than any model has layers, and the same where a step leaves some out: else the numbers of such a step would come
+back in the next, which could take an old part for the one that it waits for."""
 
 
 class Exchange(NamedTuple):
@@ -23,7 +26,7 @@ class Exchange(NamedTuple):
     rooms: Tensor
     """[ranks] int64: where each one's room begins, of [2, ranks, most rows, width] words."""
     numbers: Tensor
-    """[1] int32: of the last step's first sum. Each step adds as many as it has layers."""
+    """[1] int32: of the last step's first sum. Each step adds NUMBERS_OF_A_STEP."""
     rank: int
     size: int
     most_rows: int

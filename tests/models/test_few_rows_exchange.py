@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphgen.models.collectives.exchange import WORD_BYTES, Exchange, Meeting, room_bytes
+from graphgen.models.collectives.exchange import NUMBERS_OF_A_STEP, WORD_BYTES, Exchange, Meeting, room_bytes
 from graphgen.models.norms import RMSNorm
 from graphgen.models.spec import Norm
 
@@ -21,7 +21,7 @@ if torch.cuda.is_available():
 
 from graphgen.models import few_rows  # Triton exists where it is installed
 
-SIZE, WIDTH, DEPTH, MOST_ROWS, NUM_LAYERS = 3, 64, 256, 20, 5
+SIZE, WIDTH, DEPTH, MOST_ROWS = 3, 64, 256, 20
 EPS = 1e-5
 
 
@@ -58,8 +58,8 @@ def test_a_rank_adds_what_arrived_and_sends_its_own(num_rows: int, rank: int) ->
     table, token_ids = torch.randn(50, WIDTH), torch.randint(50, (num_rows,))
     layer, behind = 3, 1
     for step in (1, 2):
-        number = step * NUM_LAYERS + layer
-        sums, _ = few_rows.embed(token_ids, table, norm, rooms.exchange, NUM_LAYERS)
+        number = step * NUMBERS_OF_A_STEP + layer
+        sums, _ = few_rows.embed(token_ids, table, norm, rooms.exchange)
         weight, bias = torch.randn(WIDTH, DEPTH) * 0.1, torch.randn(WIDTH)
         x = torch.randn(num_rows, DEPTH)
         own = F.linear(x, weight, bias)
