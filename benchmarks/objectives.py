@@ -1,14 +1,19 @@
 """What does each objective make of the same requests? The simulator's figures, the mean of a few seeds.
 
     python -m benchmarks.objectives --json objectives.json --plot objectives.png
+    python -m benchmarks.objectives --measured latency.json balanced.json throughput.json --plot measured.png
 
 Loads are those of `benchmarks.simulate`; nobody asks for anything. Every objective has the token budget that an engine
 gives it on CUDA. Step times are those of --step-times, by default of an H200 with the shape of Llama-3.1-8B. With some
 hundred requests the lengths that a seed draws move a rate by 5 %, so figures are means of --seeds runs, and every
 objective serves the same requests.
+
+--measured shows what `benchmarks.serving --objective ... --json ...` has measured of the same workloads with an engine.
 """
 
 import argparse
+import itertools
+import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,6 +54,21 @@ def measure(on: Machine, load: Load, objective: ObjectiveName, seeds: Sequence[i
     }
 
 
+def read_measured(paths: Sequence[Path]) -> tuple[list[Figures], str]:
+    """The rows of these files of `benchmarks.serving` in which nobody asks for anything, workload by workload, and what
+    device they are of. Raises ValueError where a workload was not measured with every objective."""
+    texts = [json.loads(path.read_text()) for path in paths]
+    rows = [row for text in texts for row in text["rows"] if not row["itl_target_ms"]]
+    by_place = {(row["workload"], row["objective"]): row for row in rows}
+    workloads, objectives = (list(dict.fromkeys(names)) for names in zip(*by_place, strict=True))
+    if missing := [place for place in itertools.product(workloads, objectives) if place not in by_place]:
+        raise ValueError("not measured: " + ", ".join(f"{workload} with {name}" for workload, name in missing))
+    names = ("workload", "objective", "token_budget", "clients", "prompt_mean", "output_mean", "num_requests", *MEANS)
+    places = itertools.product(workloads, objectives)
+    found = [{"policy": place[1], **{name: by_place[place][name] for name in names}} for place in places]
+    return found, texts[0]["about"]["device"]
+
+
 def table_row(row: Figures) -> dict[str, str]:
     """Latencies in ms."""
 
@@ -73,25 +93,30 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
     parser.add_argument("--step-times", type=Path, default=H200_STEP_TIMES, help="a table stored by graphgen tune")
     parser.add_argument("--json", help="write the figures here")
     parser.add_argument("--plot", help="draw them into this PNG; needs matplotlib")
+    parser.add_argument("--measured", type=Path, nargs="+", metavar="FILE", help="see above; nothing is simulated")
     options = parser.parse_args(arguments)
     if options.plot is not None and find_spec("matplotlib") is None:
         parser.error(f"--plot needs matplotlib: {how_to_install('bench')}")
     try:
-        table = StepTimesFile.read(options.step_times)
-        loads = [parse_load(text, None) for text in options.load or DEFAULT_LOADS]
+        if options.measured:
+            rows, device = read_measured(options.measured)
+            source, about = f"Measured on an {device}", machine(device)
+        else:
+            table = StepTimesFile.read(options.step_times)
+            loads = [parse_load(text, None) for text in options.load or DEFAULT_LOADS]
+            on = Machine(table, max(TOKEN_BUDGETS.values()), NUM_PAGES, 256, MAX_MODEL_LEN, HOST_DELAY_S)
+            source = f"Simulated on the step times of an {table.key.device}"
+            about = machine(f"virtual {table.key.device}") | {"step_times": f"{table.source}, {table.date}"}
+            rows = [measure(on, load, name, range(options.seeds)) for load in loads for name in get_args(ObjectiveName)]
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    on = Machine(table, max(TOKEN_BUDGETS.values()), NUM_PAGES, 256, MAX_MODEL_LEN, HOST_DELAY_S)
-    about = machine(f"virtual {table.key.device}") | {"step_times": f"{table.source}, {table.date}"}
-    rows = [measure(on, load, name, range(options.seeds)) for load in loads for name in get_args(ObjectiveName)]
-    show(
-        "Simulated: what each objective makes of the same requests; latencies in ms", list(map(table_row, rows)), about
-    )
+    title = f"{source}: what each objective makes of the same requests; latencies in ms"
+    show(title, list(map(table_row, rows)), about)
     write_json(options.json, rows, about)
     if options.plot is not None:
         from benchmarks import plots  # matplotlib is an extra
 
-        plots.plot_objectives(rows, table.key.device, Path(options.plot))
+        plots.plot_objectives(rows, source, Path(options.plot))
     return rows
 
 

@@ -258,14 +258,14 @@ OBJECTIVES = {
 }
 
 
-def plot_objectives(rows: Sequence[Row], device: str, path: Path) -> None:
-    draw_objectives(rows, device).savefig(path)
+def plot_objectives(rows: Sequence[Row], source: str, path: Path) -> None:
+    draw_objectives(rows, source).savefig(path)
 
 
-def draw_objectives(rows: Sequence[Row], device: str) -> Figure:
+def draw_objectives(rows: Sequence[Row], source: str) -> Figure:
     """A group for each load: how many requests a second, their gaps and their first tokens under each objective.
 
-    rows: those of `benchmarks.objectives`.
+    rows: those of `benchmarks.objectives`. source: where they are from, in words.
     """
     names = list(dict.fromkeys(row["policy"] for row in rows))
     figure = Figure(figsize=(16, 2.4 + 1.2 * len(_groups(rows))), dpi=DOTS_PER_INCH, layout="constrained")
@@ -290,7 +290,7 @@ def draw_objectives(rows: Sequence[Row], device: str) -> Figure:
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
     handles = [Patch(color=colours[name], label=f"{name}: {OBJECTIVES[name]}") for name in names]
     figure.legend(handles=[*handles, *mark_handles(longest=False)], fontsize=9, loc="outside lower center", ncols=3)
-    figure.suptitle(f"Simulated on the step times of an {device}: {_gain_message(rows)}", fontsize=13)
+    figure.suptitle(f"{source}: {_gain_message(rows)}", fontsize=13)
     return figure
 
 

@@ -22,6 +22,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+HIGH_PRIORITY = -1
+"""Of a CUDA stream; 0 is that of the steps."""
+
 
 class Mark(Protocol):
     """A point in the stream."""
@@ -82,7 +85,8 @@ class CudaStream:
         self.stream = torch.cuda.Stream(device)
         torch.cuda.set_stream(self.stream)
         self._copies = torch.cuda.Stream(device)
-        self._beside = torch.cuda.Stream(device)
+        # Before the next kernels of a step: something short, that the step's end waits for.
+        self._beside = torch.cuda.Stream(device, priority=HIGH_PRIORITY)
         # A blocking event lets the waiting thread sleep; a spinning one would hold the driver's lock.
         self._origin = torch.cuda.Event(enable_timing=True, blocking=True)
         self._origin.record(self.stream)

@@ -1,10 +1,10 @@
 """What the outputs that follow a grammar may draw next.
 
 Owns a matcher for each slot whose request has a grammar, and the threads on which `graphgen.worker.grammar_compiler`
-compiles grammars and fills masks. That takes from microseconds to many milliseconds: no step waits for it while
-the device could compute. The masks that follow from one step are filled together: handing each to a thread, and waking
-the main thread for each, would cost more than most masks do. Knows slots and positions, never requests. Called by the
-runner for each plan (`GrammarSlots.open`, on the main thread) and for each result (`GrammarSlots.judge`, on the
+compiles grammars and fills masks. That takes from microseconds to many milliseconds, and no step waits for a mask.
+Those that follow from one step are filled a few at a time: handing each to a thread would cost more than most masks do,
+and one that takes long delays only those that are filled with it. Knows slots and positions, never requests. Called by
+the runner for each plan (`GrammarSlots.open`, on the main thread) and for each result (`GrammarSlots.judge`, on the
 collector's).
 
 A draw whose mask is ready when its step is launched obeys it. One that comes too early, because its grammar is being
@@ -19,6 +19,7 @@ or the death of a worker, comes with the slot's first chunk (`SlotInit.output_to
 """
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -29,11 +30,11 @@ from graphgen.ipc.messages import SlotInit, StepPlan
 from graphgen.worker.grammar_compiler import GrammarCompiler
 
 PATIENCE_S = 0.05
-"""For the masks of a step that has nothing else to compute while the device is idle."""
-FILLED_TOGETHER = 16
-"""Masks, at most: the first of many are on their way while the next are made."""
-LOOK_PATIENCE_S = 0.002
-"""For a matcher that is at work on the mask of a token that has arrived."""
+"""For grammars that are being compiled, in a step that computes nothing else."""
+FILLED_TOGETHER = 8
+"""Masks, at most."""
+FILLERS = 2
+"""Threads that have masks filled: when one mask takes long, those behind it go on."""
 
 
 class Draw(NamedTuple):
@@ -43,7 +44,6 @@ class Draw(NamedTuple):
     slot: int
     position: int  # of the token that is drawn
     grammar: "SlotGrammar"
-    is_ahead: bool = False  # the token before it is not known
     mask: Words | None = None  # what it obeys; None: it draws from all tokens, and is looked at
     again: int | None = None  # the token of the output that is computed once more for it
 
@@ -74,13 +74,14 @@ class SlotGrammar:
         self.text = init.grammar
         self.prompt_len = init.prompt_len
         self.drawn_position = -1  # of the last draw that was launched: the main thread's own
+        self.compiled = threading.Event()  # or found to be wrong
         self.busy = threading.Lock()  # guards the matcher
         self.matcher: Any = None  # of llguidance, which publishes no types of it; None until it is compiled
         # The others are guarded by the lock of all grammars, which nobody holds for longer than a moment.
         self.pending = unpack_int32(init.output_token_ids).tolist()  # tokens that the matcher has not followed yet
         self.num_tokens = len(self.pending)  # of the output
         self.mask: Words | None = None  # of the next token, once it is filled
-        self.num_fills = 0  # that are on their way
+        self.is_due = True  # to be filled: it will be for the token that is the next one then
         self.failure = ""
 
     @property
@@ -98,38 +99,32 @@ class GrammarSlots:
         self._send_late = send_late
         self._owning = threading.Lock()  # held while masks are sent to slots that must keep their owners
         self._slots: dict[int, SlotGrammar] = {}
-        self._lock = threading.Condition()  # notified when a mask was filled or a step has ended
-        self._num_launched = 0
-        self._num_collected = 0
-        self._due: list[SlotGrammar] = []  # whose masks are filled next; guarded by the lock
+        self._lock = threading.Lock()
         # A grammar is compiled, and its first mask filled, beside the masks of the others.
         self._compiling = ThreadPoolExecutor(1, "grammar-compiler")
-        self._filling = ThreadPoolExecutor(1, "grammar-masks")
+        self._filling = ThreadPoolExecutor(FILLERS, "grammar-masks")
 
     def close(self) -> None:
         for pool in (self._compiling, self._filling):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def disown(self) -> None:
-        """No slot has an owner, and every step has ended, those included that nobody judged."""
+        """No slot has an owner."""
         with self._owning:
             self._slots.clear()
-        with self._lock:
-            self._num_collected = self._num_launched
 
     # --- on the main thread --------------------------------------------------------------------------------------
 
     def open(self, plan: StepPlan) -> list[Draw]:
-        """The plan's draws that follow a grammar, with the masks that are ready. Waits for the others only while the
-        device has a step to compute, or if nothing else is drawn. To be called for every step that is launched."""
+        """The plan's draws that follow a grammar, with the masks that are ready. To be called for every step that is
+        launched."""
         for chunk in plan.chunks:
             if chunk.init is not None:
                 self._own(chunk.slot, chunk.init)
         draws = self._draws(plan) if self._slots else []
-        if due := [draw for draw in draws if not draw.is_ahead]:
-            self._await_masks(due, is_alone=len(due) == plan.num_drawing_rows)
+        if len(draws) == len(plan.chunks) + plan.num_decodes:
+            _await_compiled(draws)
         with self._lock:
-            self._num_launched += 1
             return [draw._replace(mask=_mask_for(draw)) for draw in draws]
 
     def _own(self, slot: int, init: SlotInit) -> None:
@@ -138,7 +133,6 @@ class GrammarSlots:
             self._slots.pop(slot, None)
         if init.grammar:
             grammar = self._slots[slot] = SlotGrammar(slot, init)
-            grammar.num_fills = 1
             self._compiling.submit(self._compile, grammar)
 
     def _draws(self, plan: StepPlan) -> list[Draw]:
@@ -151,7 +145,7 @@ class GrammarSlots:
                 # One that was drawn before and refused. Of a prompt's tokens it does not matter how often they come.
                 is_again = position == grammar.drawn_position and chunk.start >= grammar.prompt_len
                 again = unpack_int32(plan.chunk_token_ids)[num_tokens] if is_again else None
-                draws.append(Draw(place, chunk.slot, position, grammar, position > grammar.position, None, again))
+                draws.append(Draw(place, chunk.slot, position, grammar, None, again))
                 grammar.drawn_position = position
             place += chunk.draws
             num_tokens += chunk.length
@@ -159,82 +153,37 @@ class GrammarSlots:
         for row, (slot, position) in enumerate(zip(slots, positions, strict=True), place):
             grammar = self._slots.get(slot)
             if grammar is not None:
-                draws.append(Draw(row, slot, position + 1, grammar, position + 1 > grammar.position))
+                draws.append(Draw(row, slot, position + 1, grammar))
                 grammar.drawn_position = position + 1
         return draws
-
-    def _await_masks(self, draws: Sequence[Draw], is_alone: bool) -> None:
-        def is_over() -> bool:
-            is_idle = self._num_collected >= self._num_launched
-            return (is_idle and not is_alone) or all(
-                draw.grammar.failure or _mask_for(draw) is not None for draw in draws
-            )
-
-        with self._lock:
-            for draw in draws:
-                if _mask_for(draw) is None and not draw.grammar.num_fills and not draw.grammar.failure:
-                    self._start_fill(draw.grammar)
-            self._lock.wait_for(is_over, PATIENCE_S)
 
     # --- on the collector's thread -------------------------------------------------------------------------------
 
     def judge(self, draws: Sequence[Draw], token_ids: Sequence[int]) -> Verdicts:
-        """What the grammars say of a step's tokens, of which one below 0 is none; those that they allow they follow. To
-        be called for every step."""
+        """What the grammars say of a step's tokens, of which one below 0 is none; those that they allow they follow."""
         refused: list[int] = []
         failed: list[tuple[int, str]] = []
-        taken = {draw.place for draw in draws if draw.mask is None and self._takes(draw, token_ids[draw.place])}
+        due: list[SlotGrammar] = []
+        allowed = {draw.place for draw in draws if _allows(draw, token_ids[draw.place])}
         with self._lock:
             for draw in draws:
-                grammar, token_id = draw.grammar, token_ids[draw.place]
-                if draw.mask is not None:
-                    if token_id >= 0:
-                        self._follow(draw, pending=[token_id])
-                elif draw.place in taken:
-                    self._follow(draw, pending=[])
+                grammar = draw.grammar
+                if draw.place in allowed:
+                    grammar.pending.append(token_ids[draw.place])
+                    grammar.num_tokens += 1
+                    grammar.mask = None
+                    if not grammar.is_due:
+                        grammar.is_due = True
+                        due.append(grammar)
+                elif draw.mask is not None:
+                    pass  # nothing could be drawn
                 elif grammar.failure:
                     failed.append((draw.place, grammar.failure))
                 else:
                     refused.append(draw.place)
-                    if draw.position == grammar.position and not grammar.num_fills:
-                        self._start_fill(grammar)
-            self._num_collected += 1
-            self._lock.notify_all()
+        for first in range(0, len(due), FILLED_TOGETHER):
+            self._filling.submit(self._fill, due[first : first + FILLED_TOGETHER])
         return Verdicts(tuple(refused), tuple(failed))
-
-    def _takes(self, draw: Draw, token_id: int) -> bool:
-        """Whether the grammar allows a token that was drawn without it, which its matcher then has followed. One that
-        is at work is waited for no longer than a moment."""
-        grammar = draw.grammar
-        if token_id < 0 or grammar.failure or draw.position != grammar.position:
-            return False
-        if not grammar.busy.acquire(timeout=LOOK_PATIENCE_S):
-            return False
-        try:
-            if grammar.matcher is None:
-                return False
-            with self._lock:
-                pending, grammar.pending = grammar.pending, []
-            if pending:
-                grammar.matcher.consume_tokens(pending)
-            return bool(grammar.matcher.try_consume_tokens([token_id]) == 1)
-        finally:
-            grammar.busy.release()
-
-    def _follow(self, draw: Draw, pending: list[int]) -> None:
-        """With the lock. The output goes on with a token. pending: the same, if the matcher has not followed it."""
-        grammar = draw.grammar
-        grammar.pending += pending
-        grammar.num_tokens += 1
-        grammar.mask = None
-        self._start_fill(grammar)
-
-    def _start_fill(self, grammar: SlotGrammar) -> None:
-        """With the lock: what is started until it is released is filled together."""
-        grammar.num_fills += 1
-        self._due.append(grammar)
-        if len(self._due) == 1:
-            self._filling.submit(self._fill_due)
 
     # --- on other threads ----------------------------------------------------------------------------------------
 
@@ -245,46 +194,36 @@ class GrammarSlots:
         except Exception as error:  # whatever is wrong with it ends its request alone
             with self._lock:
                 grammar.failure = str(error)
-                self._lock.notify_all()
-            return
-        self._fill([grammar])
-
-    def _fill_due(self) -> None:
-        with self._lock:
-            due, self._due = self._due, []
-        for first in range(0, len(due), FILLED_TOGETHER):
-            self._fill(due[first : first + FILLED_TOGETHER])
+        else:
+            self._fill([grammar])
+        grammar.compiled.set()
 
     def _fill(self, grammars: Sequence[SlotGrammar]) -> None:
-        """Follows the tokens that are known, and makes the masks of the next. A grammar that was started twice
-        is filled once."""
-        distinct = list(dict.fromkeys(grammars))
-        for grammar in distinct:
+        """Follows the tokens that are known, and makes the masks of the next. Each of them is due, so that nobody else
+        holds several of their matchers at a time."""
+        for grammar in grammars:
             grammar.busy.acquire()
         try:
             with self._lock:
-                positions = [grammar.position for grammar in distinct]
-                rows = [(grammar.matcher, grammar.pending) for grammar in distinct]
-                for grammar in distinct:
-                    grammar.pending = []
+                positions = [grammar.position for grammar in grammars]
+                rows = [(grammar.matcher, grammar.pending) for grammar in grammars]
+                for grammar in grammars:
+                    grammar.pending, grammar.is_due = [], False
             found = self._compiler.masks_after(rows)
         except Exception as error:
-            found = [error for _ in distinct]
+            found = [error for _ in grammars]
         finally:
-            for grammar in distinct:
+            for grammar in grammars:
                 grammar.busy.release()
         late: list[SlotGrammar] = []
         with self._lock:
-            for grammar in grammars:
-                grammar.num_fills -= 1
-            for grammar, position, mask in zip(distinct, positions, found, strict=True):
+            for grammar, position, mask in zip(grammars, positions, found, strict=True):
                 if isinstance(mask, Exception):  # it ends its request alone
                     grammar.failure = str(mask)
                 elif position == grammar.position:
                     grammar.mask = mask
                     if grammar.drawn_position >= position:
                         late.append(grammar)
-            self._lock.notify_all()
         if late:
             self._send(late)
 
@@ -302,6 +241,36 @@ class GrammarSlots:
                 self._send_late(masks)
 
 
+def _await_compiled(draws: Sequence[Draw]) -> None:
+    until_s = time.monotonic() + PATIENCE_S
+    for draw in draws:
+        if not draw.grammar.compiled.is_set():
+            draw.grammar.compiled.wait(max(0.0, until_s - time.monotonic()))
+
+
 def _mask_for(draw: Draw) -> Words | None:
     """With the lock of all grammars."""
     return draw.grammar.mask if draw.position == draw.grammar.position else None
+
+
+def _allows(draw: Draw, token_id: int) -> bool:
+    """Whether a draw's token is its grammar's next. Before there is a mask the matcher says so, unless it is at work.
+    Needs no lock: on the thread that judges, nobody else moves a grammar on."""
+    grammar = draw.grammar
+    if token_id < 0 or draw.mask is not None:
+        return token_id >= 0  # it has obeyed
+    if grammar.failure or draw.position != grammar.position:
+        return False
+    if (mask := grammar.mask) is not None:
+        return is_in_mask(mask, token_id)
+    if grammar.matcher is None or not grammar.busy.acquire(blocking=False):
+        return False
+    try:
+        token_ids = [*grammar.pending, token_id]
+        return bool(grammar.matcher.validate_tokens(token_ids) == len(token_ids))
+    finally:
+        grammar.busy.release()
+
+
+def is_in_mask(mask: Words, token_id: int) -> bool:
+    return bool(mask[token_id // 32] >> (token_id % 32) & 1)

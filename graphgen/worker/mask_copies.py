@@ -14,7 +14,10 @@ from graphgen.capture.buffers import StagingRing
 from graphgen.capture.stream import DeviceStream
 from graphgen.ipc.messages import StepPlan
 from graphgen.models.sampling import Sampler, mask_words
-from graphgen.worker.grammars import Draw, LateMask
+from graphgen.worker.grammars import FILLED_TOGETHER, Draw, LateMask
+
+LATE_BLOCKS = 16
+"""Of masks beside a step: that many may be on their way, and no thread waits for the first to have arrived."""
 
 
 class MaskCopies:
@@ -28,8 +31,8 @@ class MaskCopies:
         self._masked: set[int] = set()  # slots that may have a mask on the device
         # Of a step in which every slot draws. Made at once: pinning memory would hold up the steps of others.
         num_slots = sampler.tables.trash_slot
-        self._steps = _Blocks(sampler, 5 * num_slots, num_blocks)
-        self._late = _Blocks(sampler, 2 * num_slots, num_blocks)
+        self._steps = _Blocks(sampler, num_slots, 3 * num_slots, num_blocks)
+        self._late = _Blocks(sampler, FILLED_TOGETHER, 0, LATE_BLOCKS)
 
     def send(self, plan: StepPlan, draws: Sequence[Draw]) -> None:
         """Brings the masks of the step's draws to the device, and lifts those of the owners before."""
@@ -46,7 +49,8 @@ class MaskCopies:
             self._steps.ring.release(self._stream)
 
     def send_late(self, masks: Sequence[LateMask]) -> None:
-        """The same beside the step that runs: its draws obey them or, if they come too late, do not. On one thread."""
+        """The same, of FILLED_TOGETHER at most, beside the step that runs: its draws obey them or, if they come too
+        late, do not. By one thread at a time."""
         host, sizes = self._late.pack(masks, [])
         self._beside.submit(lambda: self._late.write_masks(self._late.arrived(host, sizes)[0], len(masks)))
         self._late.ring.release(self._beside)
@@ -64,12 +68,12 @@ class MaskCopies:
 class _Blocks:
     """Masks and further numbers, packed into host blocks, and where they arrive."""
 
-    def __init__(self, sampler: Sampler, most_numbers: int, num_blocks: int) -> None:
-        """most_numbers: beside the words of a mask for every slot."""
+    def __init__(self, sampler: Sampler, most_masks: int, most_numbers: int, num_blocks: int) -> None:
+        """most_numbers: beside the masks."""
         self._sampler = sampler
         self._num_words = mask_words(sampler.tables.vocab_size)
-        device, num_slots = sampler.tables.masks.device, sampler.tables.trash_slot
-        num_words = most_numbers + self._num_words * num_slots
+        device = sampler.tables.masks.device
+        num_words = most_numbers + most_masks * (2 + self._num_words)
         self.ring = StagingRing(num_words, num_blocks, pinned=device.type == "cuda")
         self._block = torch.empty(num_words, dtype=torch.int32, device=device)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,32 @@ def test_every_objective_serves_every_load_and_all_are_drawn(tmp_path: Path) -> 
         itertools.product(("600/8:4", "600/8:8"), ("latency", "balanced", "throughput"))
     )
     assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 6
-    figure = plots.draw_objectives(rows, "cpu")
+    figure = plots.draw_objectives(rows, "Simulated")
     units = {"How long until the next": "ms", "How long until the first": "ms", "How many requests": "per second"}
     assert_all_is_seen(figure, units)
     first = [line for line in figure.axes[1].lines if len(set(line.get_ydata())) == 1 and len(line.get_xdata()) == 2]
     assert len([line for line in first if line.get_transform() == figure.axes[1].transData]) == 6
+
+
+def measured(path: Path, objective: str, workloads: Sequence[str]) -> Path:
+    """A file as `benchmarks.serving` writes it."""
+    names = ("token_budget", "clients", "prompt_mean", "output_mean", "num_requests", *objectives.MEANS)
+    told = {name: 1.0 for name in names} | {"objective": objective, "other": 3}
+    rows = [{**told, "workload": workload, "itl_target_ms": target} for workload in workloads for target in (None, 20)]
+    path.write_text(json.dumps({"about": {"device": "NVIDIA X"}, "rows": rows}))
+    return path
+
+
+def test_what_an_engine_was_measured_with_is_shown_by_workload(tmp_path: Path) -> None:
+    both = [measured(tmp_path / name, name, ("a", "b")) for name in ("latency", "balanced")]
+    rows = objectives.main(["--measured", *map(str, both)])
+    told = [("a", "latency"), ("a", "balanced"), ("b", "latency"), ("b", "balanced")]
+    assert [(row["workload"], row["policy"]) for row in rows] == told
+    assert all("other" not in row for row in rows)
+
+
+def test_a_workload_that_one_objective_lacks_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    both = [measured(tmp_path / "one", "latency", ("a", "b")), measured(tmp_path / "other", "balanced", ("a",))]
+    with pytest.raises(SystemExit):
+        objectives.main(["--measured", *map(str, both)])
+    assert "b with balanced" in capsys.readouterr().err

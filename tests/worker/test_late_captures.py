@@ -182,12 +182,6 @@ def test_a_capture_changes_no_page_no_counter_and_no_token(engine: LocalEngine, 
     assert engine.scheduler.counters.prefix_hits > hits
 
 
-def test_a_draw_with_a_grammar_waits_for_no_step_that_was_only_timed(engine: LocalEngine, config: LaunchConfig) -> None:
-    measure_step_times(engine.runner, config, ONCE)
-    grammars = engine.runner.grammars
-    assert grammars._num_launched == grammars._num_collected
-
-
 def test_without_rare_buckets_all_are_captured_at_once(config: LaunchConfig) -> None:
     engine = LocalEngine(msgspec.structs.replace(config, captures_all=True))
     assert engine.runner.describe().rare == ()

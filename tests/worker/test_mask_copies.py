@@ -1,8 +1,6 @@
 """Masks on their way to the device: which draws they are for, and that none is left for a slot's next owner."""
 
-import threading
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,8 +10,8 @@ from graphgen.capture.buffers import Words
 from graphgen.capture.stream import HostStream
 from graphgen.ipc.messages import Bucket, Chunk, SamplerParams, SlotInit, StepPlan
 from graphgen.models.sampling import Sampler, make_sampler, mask_words
-from graphgen.worker.grammars import Draw, GrammarSlots, LateMask, SlotGrammar
-from graphgen.worker.mask_copies import MaskCopies
+from graphgen.worker.grammars import Draw, LateMask, SlotGrammar
+from graphgen.worker.mask_copies import LATE_BLOCKS, MaskCopies
 
 VOCAB_SIZE = 70
 
@@ -51,47 +49,12 @@ def test_a_late_mask_counts_at_its_position_and_for_its_owner(stream: HostStream
     plan = new_owner(1, "x")
     assert plan.chunks[0].init is not None
     copies.send(plan, [Draw(0, 1, 3, SlotGrammar(1, plan.chunks[0].init))])
-    for position in range(3, 8):  # more than there are blocks
-        copies.send_late([LateMask(1, position, words(40 + position)), LateMask(2, 5, words(66))])
+    for position in range(3, 5 + LATE_BLOCKS):  # more than there are blocks
+        copies.send_late([LateMask(1, position, words(10 + position)), LateMask(2, 5, words(66))])
         stream.synchronize()
-        assert [drawn(sampler, 1, at) for at in (position - 1, position, position + 1)] == [9, 40 + position, 9]
+        assert [drawn(sampler, 1, at) for at in (position - 1, position, position + 1)] == [9, 10 + position, 9]
     assert drawn(sampler, 2, 5) == 66
     copies.send(new_owner(1), [])
     stream.synchronize()
-    assert drawn(sampler, 1, 7) == 9
+    assert drawn(sampler, 1, 4 + LATE_BLOCKS) == 9
     assert drawn(sampler, 2, 5) == 66
-
-
-class _Compiler:
-    """Its masks are made when they may be."""
-
-    def __init__(self, may_make: threading.Event) -> None:
-        self._may_make = may_make
-
-    def matcher(self, text: str) -> object:
-        return object()
-
-    def masks_after(self, rows: Sequence[tuple[Any, Sequence[int]]]) -> list[Words | Exception]:
-        assert self._may_make.wait(10)
-        return [words(20) for _ in rows]
-
-
-@pytest.mark.parametrize("is_owner", [True, False])
-def test_a_mask_that_is_made_late_is_sent_unless_its_slot_has_another_owner(is_owner: bool) -> None:
-    may_make = threading.Event()
-    sent: list[tuple[int, int, list[int]]] = []
-
-    def send(masks: Sequence[LateMask]) -> None:
-        sent.extend((mask.slot, mask.position, mask.words.tolist()) for mask in masks)
-
-    grammars = GrammarSlots(_Compiler(may_make), send)  # type: ignore[arg-type]  # what it asks of one
-    (draw,) = grammars.open(new_owner(2, "x"))
-    assert draw.mask is None
-    if not is_owner:
-        grammars.open(new_owner(2))
-    may_make.set()
-    grammars.close()
-    for thread in threading.enumerate():
-        if thread.name.startswith("grammar-"):
-            thread.join(10)
-    assert sent == ([(2, 3, words(20).tolist())] if is_owner else [])

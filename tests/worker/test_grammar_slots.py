@@ -1,0 +1,260 @@
+"""Who waits for masks, and for which of them. No engine: what makes masks is held up on purpose."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from graphgen.capture.buffers import Words
+from graphgen.ipc.codec import pack_int32
+from graphgen.ipc.messages import Bucket, Chunk, SamplerParams, SlotInit, StepPlan
+from graphgen.models.sampling import mask_words
+from graphgen.worker.grammars import FILLED_TOGETHER, PATIENCE_S, GrammarSlots, LateMask, Verdicts
+
+VOCAB_SIZE = 70
+PROMPT_LEN = 3
+PLENTY_S = 10.0
+MOMENT_S = 0.5 * PATIENCE_S
+
+
+class Matcher:
+    """Of a grammar that allows the token that comes after as many as it has followed, and no other."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.num_followed = 0
+        self.num_asked = 0
+
+    def validate_tokens(self, token_ids: Sequence[int]) -> int:
+        self.num_asked += 1
+        wanted = range(self.num_followed, self.num_followed + len(token_ids))
+        return next(
+            (count for count, pair in enumerate(zip(token_ids, wanted, strict=True)) if len({*pair}) > 1),
+            len(token_ids),
+        )
+
+
+class Compiler:
+    """Grammars and masks are held up by their texts."""
+
+    def __init__(self) -> None:
+        self.may_compile, self.may_fill = threading.Event(), threading.Event()
+        self.held: set[str] = set()  # grammars whose masks wait for may_fill
+        self.filled: list[list[str]] = []
+        self.matchers: list[Matcher] = []
+        self.may_compile.set()
+
+    def matcher(self, text: str) -> Matcher:
+        assert self.may_compile.wait(PLENTY_S)
+        self.matchers.append(Matcher(text))
+        return self.matchers[-1]
+
+    def masks_after(self, rows: Sequence[tuple[Any, Sequence[int]]]) -> list[Words | Exception]:
+        self.filled.append([matcher.text for matcher, _ in rows])
+        if self.held & set(self.filled[-1]):
+            assert self.may_fill.wait(PLENTY_S)
+        masks: list[Words | Exception] = []
+        for matcher, token_ids in rows:
+            assert list(token_ids) == list(range(matcher.num_followed, matcher.num_followed + len(token_ids)))
+            matcher.num_followed += len(token_ids)
+            masks.append(words(matcher.num_followed))
+        return masks
+
+
+class Sent:
+    """Late masks, as (slot, position)."""
+
+    def __init__(self) -> None:
+        self.masks: list[tuple[int, int]] = []
+        self._came = threading.Condition()
+
+    def __call__(self, masks: Sequence[LateMask]) -> None:
+        with self._came:
+            self.masks += [(mask.slot, mask.position) for mask in masks]
+            self._came.notify_all()
+
+    def wait_for(self, count: int) -> None:
+        with self._came:
+            assert self._came.wait_for(lambda: len(self.masks) >= count, PLENTY_S), self.masks
+
+
+Opened = Callable[[Sequence[str]], tuple[GrammarSlots, Compiler, Sent]]
+
+
+@pytest.fixture
+def opened() -> Iterator[Opened]:
+    """Slots whose requests have these grammars, and have drawn nothing."""
+    slots: list[GrammarSlots] = []
+    compilers: list[Compiler] = []
+
+    def open_slots(texts: Sequence[str]) -> tuple[GrammarSlots, Compiler, Sent]:
+        compiler, sent = Compiler(), Sent()
+        grammars = GrammarSlots(compiler, sent)  # type: ignore[arg-type]  # what it asks of one
+        slots.append(grammars)
+        compilers.append(compiler)
+        grammars.open(prompts(texts))
+        return grammars, compiler, sent
+
+    yield open_slots
+    for compiler in compilers:
+        compiler.may_compile.set()
+        compiler.may_fill.set()
+    for grammars in slots:
+        grammars.close()
+
+
+def words(token_id: int) -> Words:
+    """The mask that allows one token."""
+    found = np.zeros(mask_words(VOCAB_SIZE), np.uint32)
+    found[token_id // 32] = np.uint32(1) << np.uint32(token_id % 32)
+    return found.view(np.int32)
+
+
+def prompts(texts: Sequence[str], draws: bool = False) -> StepPlan:
+    """New owners of slots 0, 1, ... whose whole prompts are computed. draws: so are their first tokens."""
+    length = PROMPT_LEN if draws else PROMPT_LEN - 1
+    chunks = tuple(
+        Chunk(
+            slot=slot,
+            start=0,
+            length=length,
+            draws=draws,
+            init=SlotInit(PROMPT_LEN, 0, (), SamplerParams(), grammar=text),
+        )
+        for slot, text in enumerate(texts)
+    )
+    num_bytes = 4 * length * len(texts)
+    return StepPlan(step_id=0, bucket=Bucket(64, 0), chunks=chunks, chunk_token_ids=bytes(num_bytes), planned_s=0.0)
+
+
+def decodes(num_slots: int, num_tokens: int) -> StepPlan:
+    """The step that draws the token behind so many of the output of each."""
+    return StepPlan(
+        step_id=1,
+        bucket=Bucket(0, num_slots),
+        decode_slots=pack_int32(list(range(num_slots))),
+        decode_positions=pack_int32([PROMPT_LEN - 1 + num_tokens] * num_slots),
+        planned_s=0.0,
+    )
+
+
+def until(reached: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + PLENTY_S
+    while not reached():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("is_owner", [True, False])
+def test_a_mask_that_is_made_late_is_sent_unless_its_slot_has_another_owner(opened: Opened, is_owner: bool) -> None:
+    grammars, compiler, sent = opened(["", "free", ""])
+    compiler.may_compile.clear()
+    draws = grammars.open(prompts(["", "", "x"], draws=True))
+    assert [(draw.slot, draw.mask) for draw in draws] == [(2, None)]
+    if not is_owner:
+        grammars.open(prompts(["", "", ""]))
+    compiler.may_compile.set()
+    until(lambda: ["x"] in compiler.filled)
+    if is_owner:
+        sent.wait_for(1)
+    grammars.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith("grammar-"):
+            thread.join(PLENTY_S)
+    assert sent.masks == ([(2, PROMPT_LEN)] if is_owner else [])
+
+
+def test_no_step_waits_for_a_mask_and_a_mask_that_takes_long_delays_only_those_made_with_it(opened: Opened) -> None:
+    texts = [f"{number:03}" for number in range(2 * FILLED_TOGETHER)]
+    grammars, compiler, sent = opened(texts)
+    until(lambda: len(compiler.filled) == len(texts))
+    first = grammars.open(decodes(len(texts), 0))
+    until(lambda: all(draw.mask is not None for draw in grammars.open(decodes(len(texts), 0))))
+    ahead = grammars.open(decodes(len(texts), 1))
+    sent.masks.clear()
+    compiler.held = {texts[0]}
+    assert grammars.judge(first, [0] * len(texts)) == Verdicts((), ())
+    sent.wait_for(FILLED_TOGETHER)
+    assert sorted(sent.masks) == [(slot, PROMPT_LEN + 1) for slot in range(FILLED_TOGETHER, len(texts))]
+    begun_s = time.monotonic()
+    again = grammars.open(decodes(len(texts), 1))
+    assert time.monotonic() - begun_s < MOMENT_S
+    assert [draw.mask is None for draw in again] == [slot < FILLED_TOGETHER for slot in range(len(texts))]
+    # The tokens that came without one are looked at; that of a matcher at work is drawn once more.
+    assert grammars.judge(ahead, [1] * len(texts)).refused == tuple(range(FILLED_TOGETHER))
+    compiler.may_fill.set()
+    sent.wait_for(2 * FILLED_TOGETHER)
+
+
+def test_a_token_that_came_before_its_mask_is_looked_at_by_the_matcher_and_else_by_the_mask(opened: Opened) -> None:
+    grammars, compiler, sent = opened(["a", "b"])
+    until(lambda: len(compiler.filled) == 2)
+    until(lambda: all(draw.mask is not None for draw in grammars.open(decodes(2, 0))))
+    draws, ahead, behind = (grammars.open(decodes(2, num_tokens)) for num_tokens in range(3))
+    assert grammars.judge(draws, [0, 0]) == Verdicts((), ())
+    sent.wait_for(2)
+    assert grammars.judge(ahead, [1, 5]).refused == (1,)
+    assert [matcher.num_asked for matcher in compiler.matchers] == [0, 0]
+    sent.wait_for(3)
+    assert grammars.judge(behind, [2, 6]).refused == (1,), "it is behind one that was refused"
+    # Both fillers are at work: the mask of slot 0 is due, its matcher is free.
+    third = grammars.open(decodes(2, 3))
+    until(lambda: third[0].grammar.mask is not None)
+    grammars._filling.submit(compiler.may_fill.wait, PLENTY_S)
+    grammars._filling.submit(compiler.may_fill.wait, PLENTY_S)
+    fourth, fifth = grammars.open(decodes(2, 4)), grammars.open(decodes(2, 5))
+    assert grammars.judge(third, [3, 0]).refused == (1,)
+    assert grammars.judge(fourth, [4, 0]).refused == (1,)
+    assert grammars.judge(fifth, [0, 0]).refused == (0, 1)
+    assert compiler.matchers[0].num_asked == 2
+    num_filled, num_sent = len(compiler.filled), len(sent.masks)
+    compiler.may_fill.set()
+    sent.wait_for(num_sent + 1)
+    assert compiler.filled[num_filled:] == [["a"]], "one mask behind both tokens"
+    assert sent.masks[-1] == (0, PROMPT_LEN + 5)
+
+
+@pytest.mark.parametrize("computes_for_others", [True, False])
+def test_a_step_waits_for_a_grammar_in_the_making_if_it_computes_nothing_else(
+    opened: Opened, computes_for_others: bool
+) -> None:
+    grammars, compiler, _ = opened([])
+    compiler.may_compile.clear()
+    texts = ["x", ""] if computes_for_others else ["x"]
+    begun_s = time.monotonic()
+    (draw,) = grammars.open(prompts(texts, draws=True))
+    assert draw.mask is None
+    assert (time.monotonic() - begun_s < MOMENT_S) == computes_for_others
+    threading.Timer(0.2 * PATIENCE_S, compiler.may_compile.set).start()
+    (draw,) = grammars.open(prompts(["y"], draws=True))
+    assert draw.mask is not None
+
+
+def test_masks_of_tokens_that_come_while_others_are_made_are_made_and_nobody_waits_for_ever(opened: Opened) -> None:
+    """Slots are judged in another order at every step, and matchers are asked while masks are due."""
+    num_slots, num_steps = 3 * FILLED_TOGETHER, 40
+    grammars, compiler, _ = opened([f"{number:03}" for number in range(num_slots)])
+    until(lambda: len(compiler.filled) == num_slots)
+    masks_after = compiler.masks_after
+
+    def slow(rows: Sequence[tuple[Any, Sequence[int]]]) -> list[Words | Exception]:
+        time.sleep(0.001)
+        return masks_after(rows)
+
+    compiler.masks_after = slow  # type: ignore[method-assign]
+    numbers = [0] * num_slots
+    for step in range(num_steps):
+        draws = [draw for num_tokens in set(numbers) for draw in grammars.open(decodes(num_slots, num_tokens))]
+        draws = [draw for draw in draws if draw.position == PROMPT_LEN + numbers[draw.slot]]
+        draws = draws[step % num_slots :] + draws[: step % num_slots]
+        token_ids = [numbers[slot] for slot in range(num_slots)]
+        refused = grammars.judge(draws, token_ids).refused
+        for draw in draws:
+            numbers[draw.slot] += draw.place not in refused
+    assert min(numbers) > 0
+    wanted = [(slot, PROMPT_LEN + numbers[slot]) for slot in range(num_slots)]
+    until(lambda: all(draw.grammar.mask is not None for draw in draws))
+    assert [(draw.slot, draw.grammar.position) for draw in sorted(draws)] == wanted
