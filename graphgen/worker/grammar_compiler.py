@@ -1,15 +1,21 @@
 """Grammars become matchers here, and matchers say which tokens may come next.
 
-Owns the tokenizer as llguidance wants it, the compiled grammars that are kept, and the threads on which masks are
-filled. Knows no request and no slot. Used by `graphgen.worker.grammars`, on threads of its own.
+Owns the tokenizer as llguidance wants it, the matchers that nobody uses, and the threads on which masks are filled.
+Knows no request and no slot. Used by `graphgen.worker.grammars`, on threads of its own.
+
+No two requests share a matcher, nor a copy of one: copies share their lexer and its lock, so that their masks are made
+one after the other, and its states, of which a grammar may have so many and no more. A matcher that is given back is
+the next request's with an equal grammar, and has the states that it has made.
 """
 
 import importlib.util
 import os
+import re
+import threading
 import time
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,8 +26,12 @@ from graphgen.models.sampling import mask_words
 
 MAX_FILLING_THREADS = 16
 """Of one worker, which has half the cores at most: the other processes of the engine are at work at the same time."""
-MAX_KEPT_CHARACTERS = 4 << 20
-"""Of the texts of compiled grammars that are kept for the next request with an equal one."""
+MAX_KEPT, MAX_KEPT_CHARACTERS = 64, 4 << 20
+"""Matchers that nobody uses, and characters of their texts."""
+MAX_REUSED_TOKENS = 1024
+"""A matcher that has followed so many for one request is not kept: its lexer may have grown to 30 MB."""
+GOOD_ENDS = frozenset(("NotStopped", "NoExtension", "NoExtensionBias", "EndOfSentence"))
+"""Reasons of a matcher to have stopped. After any other it would allow the end of sequence wherever it is."""
 
 
 class GrammarCompiler:
@@ -37,8 +47,8 @@ class GrammarCompiler:
         self._read_tokenizer = read_tokenizer
         self._tokenizer: Any = None  # an LLTokenizer, and
         self._executor: Any = None  # an LLExecutor: its threads need no interpreter
-        self._kept: OrderedDict[str, Any] = OrderedDict()  # compiled matchers that have followed nothing, by text
-        self._kept_characters = 0
+        self._kept: deque[_Kept] = deque()  # the newest last; guarded by the lock
+        self._lock = threading.Lock()
 
     def prepare(self) -> float:
         """Makes the tokenizer, if there is llguidance: one of 128 000 tokens holds the interpreter for a second, which
@@ -51,22 +61,32 @@ class GrammarCompiler:
         return time.monotonic() - begun_s
 
     def matcher(self, text: str) -> Any:
-        """A matcher of its own for a request. Called on one thread. Raises what is wrong with the grammar."""
+        """A matcher for a request alone, which has followed nothing. Raises what is wrong with the grammar."""
         from llguidance import LLMatcher
 
         if self._tokenizer is None:
             raise ValueError("this worker has no tokenizer for grammars")
-        template = self._kept.pop(text, None)
-        if template is None:
-            template = LLMatcher(self._tokenizer, text, log_level=0, limits=parser_limits())
-            if template.is_error():
-                raise ValueError(reason_of(template))
-            self._kept_characters += len(text)
-        self._kept[text] = template
-        while self._kept_characters > MAX_KEPT_CHARACTERS:
-            oldest, _ = self._kept.popitem(last=False)
-            self._kept_characters -= len(oldest)
-        return template.deep_copy()
+        matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=parser_limits())
+        if matcher.is_error():
+            raise ValueError(reason_of(matcher))
+        return matcher
+
+    def used_matcher(self, text: str) -> Any | None:
+        """The same, of those that were given back, if there is one. It may come to a limit sooner than a new one."""
+        with self._lock:
+            found = next((kept for kept in reversed(self._kept) if kept.text == text), None)
+            if found is not None:
+                self._kept.remove(found)
+        return None if found is None else found.matcher
+
+    def give_back(self, text: str, matcher: Any, num_tokens: int) -> None:
+        """What nobody uses any more. num_tokens: that it has followed for its last request."""
+        if num_tokens >= MAX_REUSED_TOKENS or not is_sound(matcher) or not matcher.reset():
+            return
+        with self._lock:
+            self._kept.append(_Kept(text, matcher))
+            while len(self._kept) > MAX_KEPT or sum(len(kept.text) for kept in self._kept) > MAX_KEPT_CHARACTERS:
+                self._kept.popleft()
 
     def masks_after(self, rows: Sequence[tuple[Any, Sequence[int]]]) -> list[Words | Exception]:
         """Lets each matcher follow its tokens, and says which may come next; for one that cannot go on, why. The masks
@@ -90,7 +110,7 @@ class GrammarCompiler:
         return [self._checked(matcher, masks[row], has_any[row]) for row, (matcher, _) in enumerate(rows)]
 
     def _checked(self, matcher: Any, mask: Words, has_any: bool) -> Words | Exception:
-        if matcher.is_error():
+        if not is_sound(matcher):
             return ValueError(reason_of(matcher))
         return mask if has_any else ValueError("no token of the model's vocabulary may come next")
 
@@ -113,6 +133,16 @@ def _make_executor() -> Any:
     return LLExecutor(num_filling_threads(len(os.sched_getaffinity(0))))
 
 
+class _Kept(NamedTuple):
+    text: str
+    matcher: Any
+
+
+def is_sound(matcher: Any) -> bool:
+    """Whether it still says what its grammar allows."""
+    return not matcher.is_error() and matcher.stop_reason() in GOOD_ENDS
+
+
 def reason_of(matcher: Any) -> str:
-    """Why a matcher is in its error state, without the state itself."""
-    return str(matcher.get_error()).partition("<state>")[0].strip()
+    """Why a matcher is not sound, without its state."""
+    return re.split("<(?:state|non-verbose)", str(matcher.get_error()))[0].strip() or str(matcher.stop_reason())

@@ -27,14 +27,14 @@ from typing import Any, NamedTuple
 from graphgen.capture.buffers import Words
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.messages import SlotInit, StepPlan
-from graphgen.worker.grammar_compiler import GrammarCompiler
+from graphgen.worker.grammar_compiler import GrammarCompiler, is_sound
 
 PATIENCE_S = 0.05
 """For grammars that are being compiled, in a step that computes nothing else."""
 FILLED_TOGETHER = 8
 """Masks, at most."""
-FILLERS = 2
-"""Threads that have masks filled: when one mask takes long, those behind it go on."""
+COMPILERS, FILLERS = 2, 2
+"""Threads that compile grammars, and that have masks filled: when one takes long, those behind it go on."""
 
 
 class Draw(NamedTuple):
@@ -75,11 +75,14 @@ class SlotGrammar:
         self.prompt_len = init.prompt_len
         self.drawn_position = -1  # of the last draw that was launched: the main thread's own
         self.compiled = threading.Event()  # or found to be wrong
-        self.busy = threading.Lock()  # guards the matcher
-        self.matcher: Any = None  # of llguidance, which publishes no types of it; None until it is compiled
+        self.busy = threading.Lock()  # guards the matcher, and what it has followed
+        self.matcher: Any = (
+            None  # of llguidance, which publishes no types of it; None before it is compiled and at last
+        )
+        self.is_new = False  # the matcher has been nobody else's
+        self.num_followed = 0  # tokens of the output
         # The others are guarded by the lock of all grammars, which nobody holds for longer than a moment.
-        self.pending = unpack_int32(init.output_token_ids).tolist()  # tokens that the matcher has not followed yet
-        self.num_tokens = len(self.pending)  # of the output
+        self.tokens: list[int] = unpack_int32(init.output_token_ids).tolist()  # of the output
         self.mask: Words | None = None  # of the next token, once it is filled
         self.is_due = True  # to be filled: it will be for the token that is the next one then
         self.failure = ""
@@ -87,7 +90,7 @@ class SlotGrammar:
     @property
     def position(self) -> int:
         """Of the token that comes next."""
-        return self.prompt_len + self.num_tokens
+        return self.prompt_len + len(self.tokens)
 
 
 class GrammarSlots:
@@ -101,7 +104,7 @@ class GrammarSlots:
         self._slots: dict[int, SlotGrammar] = {}
         self._lock = threading.Lock()
         # A grammar is compiled, and its first mask filled, beside the masks of the others.
-        self._compiling = ThreadPoolExecutor(1, "grammar-compiler")
+        self._compiling = ThreadPoolExecutor(COMPILERS, "grammar-compiler")
         self._filling = ThreadPoolExecutor(FILLERS, "grammar-masks")
 
     def close(self) -> None:
@@ -111,7 +114,10 @@ class GrammarSlots:
     def disown(self) -> None:
         """No slot has an owner."""
         with self._owning:
+            owned = list(self._slots.values())
             self._slots.clear()
+        for grammar in owned:
+            self._compiling.submit(self._retire, grammar)
 
     # --- on the main thread --------------------------------------------------------------------------------------
 
@@ -130,7 +136,9 @@ class GrammarSlots:
     def _own(self, slot: int, init: SlotInit) -> None:
         """The slot has a new owner."""
         with self._owning:
-            self._slots.pop(slot, None)
+            before = self._slots.pop(slot, None)
+        if before is not None:
+            self._compiling.submit(self._retire, before)
         if init.grammar:
             grammar = self._slots[slot] = SlotGrammar(slot, init)
             self._compiling.submit(self._compile, grammar)
@@ -169,8 +177,7 @@ class GrammarSlots:
             for draw in draws:
                 grammar = draw.grammar
                 if draw.place in allowed:
-                    grammar.pending.append(token_ids[draw.place])
-                    grammar.num_tokens += 1
+                    grammar.tokens.append(token_ids[draw.place])
                     grammar.mask = None
                     if not grammar.is_due:
                         grammar.is_due = True
@@ -187,10 +194,13 @@ class GrammarSlots:
 
     # --- on other threads ----------------------------------------------------------------------------------------
 
-    def _compile(self, grammar: SlotGrammar) -> None:
+    def _compile(self, grammar: SlotGrammar, is_again: bool = False) -> None:
+        """Makes its matcher and its first mask. is_again: one that was somebody else's has come to a limit."""
         try:
             with grammar.busy:
-                grammar.matcher = self._compiler.matcher(grammar.text)
+                used = None if is_again else self._compiler.used_matcher(grammar.text)
+                grammar.matcher = self._compiler.matcher(grammar.text) if used is None else used
+                grammar.is_new, grammar.num_followed = used is None, 0
         except Exception as error:  # whatever is wrong with it ends its request alone
             with self._lock:
                 grammar.failure = str(error)
@@ -198,27 +208,38 @@ class GrammarSlots:
             self._fill([grammar])
         grammar.compiled.set()
 
+    def _retire(self, grammar: SlotGrammar) -> None:
+        """Nobody owns it any more."""
+        with grammar.busy:
+            matcher, grammar.matcher = grammar.matcher, None
+            if matcher is not None:
+                self._compiler.give_back(grammar.text, matcher, grammar.num_followed)
+
     def _fill(self, grammars: Sequence[SlotGrammar]) -> None:
         """Follows the tokens that are known, and makes the masks of the next. Each of them is due, so that nobody else
         holds several of their matchers at a time."""
         for grammar in grammars:
             grammar.busy.acquire()
+        owned = [grammar for grammar in grammars if grammar.matcher is not None]
         try:
             with self._lock:
-                positions = [grammar.position for grammar in grammars]
-                rows = [(grammar.matcher, grammar.pending) for grammar in grammars]
-                for grammar in grammars:
-                    grammar.pending, grammar.is_due = [], False
-            found = self._compiler.masks_after(rows)
+                positions = [grammar.position for grammar in owned]
+                rows = [(grammar.matcher, grammar.tokens[grammar.num_followed :]) for grammar in owned]
+                for grammar in owned:
+                    grammar.is_due, grammar.num_followed = False, len(grammar.tokens)
+            found = self._compiler.masks_after(rows) if rows else []
         except Exception as error:
-            found = [error for _ in grammars]
+            found = [error for _ in owned]
         finally:
             for grammar in grammars:
                 grammar.busy.release()
         late: list[SlotGrammar] = []
         with self._lock:
-            for grammar, position, mask in zip(grammars, positions, found, strict=True):
-                if isinstance(mask, Exception):  # it ends its request alone
+            for grammar, position, mask in zip(owned, positions, found, strict=True):
+                if isinstance(mask, Exception) and not grammar.is_new:
+                    grammar.is_due = True
+                    self._compiling.submit(self._compile, grammar, is_again=True)
+                elif isinstance(mask, Exception):  # it ends its request alone
                     grammar.failure = str(mask)
                 elif position == grammar.position:
                     grammar.mask = mask
@@ -266,8 +287,8 @@ def _allows(draw: Draw, token_id: int) -> bool:
     if grammar.matcher is None or not grammar.busy.acquire(blocking=False):
         return False
     try:
-        token_ids = [*grammar.pending, token_id]
-        return bool(grammar.matcher.validate_tokens(token_ids) == len(token_ids))
+        token_ids = [*grammar.tokens[grammar.num_followed :], token_id]
+        return grammar.matcher.validate_tokens(token_ids) == len(token_ids) and is_sound(grammar.matcher)
     finally:
         grammar.busy.release()
 

@@ -12,7 +12,7 @@ from graphgen.capture.buffers import Words
 from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.messages import Bucket, Chunk, SamplerParams, SlotInit, StepPlan
 from graphgen.models.sampling import mask_words
-from graphgen.worker.grammars import FILLED_TOGETHER, PATIENCE_S, GrammarSlots, LateMask, Verdicts
+from graphgen.worker.grammars import FILLED_TOGETHER, FILLERS, PATIENCE_S, GrammarSlots, LateMask, Verdicts
 
 VOCAB_SIZE = 70
 PROMPT_LEN = 3
@@ -27,6 +27,13 @@ class Matcher:
         self.text = text
         self.num_followed = 0
         self.num_asked = 0
+        self.is_broken = False
+
+    def is_error(self) -> bool:
+        return self.is_broken
+
+    def stop_reason(self) -> str:
+        return "NotStopped"
 
     def validate_tokens(self, token_ids: Sequence[int]) -> int:
         self.num_asked += 1
@@ -45,7 +52,15 @@ class Compiler:
         self.held: set[str] = set()  # grammars whose masks wait for may_fill
         self.filled: list[list[str]] = []
         self.matchers: list[Matcher] = []
+        self.used: list[Matcher] = []
+        self.given_back: list[tuple[str, int]] = []
         self.may_compile.set()
+
+    def used_matcher(self, text: str) -> Matcher | None:
+        return self.used.pop() if self.used else None
+
+    def give_back(self, text: str, matcher: Matcher, num_tokens: int) -> None:
+        self.given_back.append((text, num_tokens))
 
     def matcher(self, text: str) -> Matcher:
         assert self.may_compile.wait(PLENTY_S)
@@ -60,7 +75,7 @@ class Compiler:
         for matcher, token_ids in rows:
             assert list(token_ids) == list(range(matcher.num_followed, matcher.num_followed + len(token_ids)))
             matcher.num_followed += len(token_ids)
-            masks.append(words(matcher.num_followed))
+            masks.append(ValueError("too many states") if matcher.is_broken else words(matcher.num_followed))
         return masks
 
 
@@ -203,8 +218,8 @@ def test_a_token_that_came_before_its_mask_is_looked_at_by_the_matcher_and_else_
     # Both fillers are at work: the mask of slot 0 is due, its matcher is free.
     third = grammars.open(decodes(2, 3))
     until(lambda: third[0].grammar.mask is not None)
-    grammars._filling.submit(compiler.may_fill.wait, PLENTY_S)
-    grammars._filling.submit(compiler.may_fill.wait, PLENTY_S)
+    for _ in range(FILLERS):
+        grammars._filling.submit(compiler.may_fill.wait, PLENTY_S)
     fourth, fifth = grammars.open(decodes(2, 4)), grammars.open(decodes(2, 5))
     assert grammars.judge(third, [3, 0]).refused == (1,)
     assert grammars.judge(fourth, [4, 0]).refused == (1,)
@@ -258,3 +273,51 @@ def test_masks_of_tokens_that_come_while_others_are_made_are_made_and_nobody_wai
     wanted = [(slot, PROMPT_LEN + numbers[slot]) for slot in range(num_slots)]
     until(lambda: all(draw.grammar.mask is not None for draw in draws))
     assert [(draw.slot, draw.grammar.position) for draw in sorted(draws)] == wanted
+
+
+def test_a_token_is_no_grammars_next_because_its_matcher_is_broken(opened: Opened) -> None:
+    """To a broken one the end of sequence is right everywhere."""
+    grammars, compiler, sent = opened(["a"])
+    until(lambda: len(compiler.filled) == 1)
+    until(lambda: all(draw.mask is not None for draw in grammars.open(decodes(1, 0))))
+    draws, ahead = (grammars.open(decodes(1, num_tokens)) for num_tokens in range(2))
+    for _ in range(FILLERS):
+        grammars._filling.submit(compiler.may_fill.wait, PLENTY_S)
+    assert grammars.judge(draws, [0]) == Verdicts((), ())
+    compiler.matchers[0].is_broken = True
+    assert grammars.judge(ahead, [1]).refused == (0,)
+    assert compiler.matchers[0].num_asked == 1
+    compiler.may_fill.set()
+    until(lambda: bool(draws[0].grammar.failure))
+    assert sent.masks == []
+    assert grammars.judge(ahead, [1]).failed == ((0, "too many states"),)
+
+
+def test_a_matcher_that_was_anothers_and_is_at_its_end_is_replaced_by_a_new_one(opened: Opened) -> None:
+    grammars, compiler, sent = opened([])
+    compiler.used.append(Matcher("a"))
+    (used,) = compiler.used
+    grammars.open(prompts(["a"]))
+    until(lambda: len(compiler.filled) == 1)
+    until(lambda: all(draw.mask is not None for draw in grammars.open(decodes(1, 0))))
+    assert compiler.matchers == []
+    draws, ahead = (grammars.open(decodes(1, num_tokens)) for num_tokens in range(2))
+    used.is_broken = True
+    assert grammars.judge(draws, [0]) == Verdicts((), ())
+    sent.wait_for(1)
+    assert sent.masks == [(0, PROMPT_LEN + 1)]
+    assert [matcher.num_followed for matcher in compiler.matchers] == [1]
+    assert grammars.judge(ahead, [1]) == Verdicts((), ())
+
+
+def test_a_matcher_whose_slot_has_another_owner_is_given_back(opened: Opened) -> None:
+    grammars, compiler, _ = opened(["a", "b"])
+    until(lambda: len(compiler.filled) == 2)
+    until(lambda: all(draw.mask is not None for draw in grammars.open(decodes(2, 0))))
+    assert grammars.judge(grammars.open(decodes(2, 0)), [0, 0]) == Verdicts((), ())
+    until(lambda: len(compiler.filled) == 3)
+    grammars.open(prompts(["c"]))
+    until(lambda: compiler.given_back == [("a", 1)])
+    grammars.disown()
+    until(lambda: len(compiler.given_back) == 3)
+    assert sorted(compiler.given_back) == [("a", 1), ("b", 1), ("c", 0)]
