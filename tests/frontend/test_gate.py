@@ -18,7 +18,7 @@ from graphgen.server.frontend.settings import frame_bytes_limit
 from tests import ROOT
 from tests.frontend.conftest import MakeFrontend
 from tests.frontend.harness import Frontend, RawClient, open_request, wait_until
-from tests.frontend.raw_peers import MORE, connect_raw, frame, is_closed, send_without_end, shake_hands
+from tests.frontend.raw_peers import MORE, connect_raw, frame, is_closed, send_without_end, shake_hands, tcp_parts
 
 ATTACKER = "127.0.0.66"
 """Linux takes any address of 127/8 as one of its own."""
@@ -228,40 +228,71 @@ def test_when_memory_is_short_those_go_that_hold_most(frontend: Frontend) -> Non
 
 
 FEW_DESCRIPTORS = """
-import contextlib, resource, socket
-resource.setrlimit(resource.RLIMIT_NOFILE, (900, 4096))  # the clients are in this process too, and need most of them
+import os, resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (280, 300))
 from graphgen.base.descriptors import raise_descriptor_limit
-assert raise_descriptor_limit() == 4096
-from graphgen.ipc.ggp.messages import Stats, StatsRequest, Hello, Welcome
+assert raise_descriptor_limit() == 300
+from graphgen.ipc.ggp.messages import Stats, StatsRequest
 from graphgen.ipc.messages import StatsRequest as SchedulerStatsRequest
+from graphgen.server.frontend import sockets
 from tests.fakes import STATS
-from tests.frontend.harness import Frontend, demo_tokenizer
-from tests.frontend.raw_peers import connect_raw
+from tests.frontend.harness import Frontend, demo_tokenizer, wait_until
+
+def num_free():
+    return 300 - len(os.listdir("/proc/self/fd"))
+
+def is_any_left():
+    try:
+        os.close(os.dup(0))
+    except OSError:
+        return False
+    return True
+
+sockets.HANDSHAKE_MS = 600_000  # who connects and says nothing stays
 frontend = Frontend(demo_tokenizer())
+most = frontend.gate.limits.connections
+assert most == (300 - 256) // 2
 client = frontend.welcome()
-kept = []
-for number in range(1100):
-    with contextlib.suppress(OSError):
-        kept.append(connect_raw(frontend.sockets.data.address, f"127.0.1.{number % 8 + 1}", timeout_s=0.02))
+free = num_free()
+with frontend.gate._lock:  # it hears of the peers when they have taken all descriptors
+    print(frontend.sockets.data.address, flush=True)
+    assert wait_until(lambda: not is_any_left(), 20)
+assert wait_until(lambda: is_any_left() and num_free() >= free - 2 * most, 20), "connections that nobody watches"
+assert len(frontend.gate) <= most
 client.send(StatsRequest())
 frontend.scheduler.expect(SchedulerStatsRequest)
 frontend.scheduler.send(STATS)
 client.expect(Stats)
-assert 100 < len(frontend.gate) <= frontend.gate.limits.connections + 8, len(frontend.gate)
-frontend.close()
 print("served", flush=True)
+assert wait_until(lambda: len(frontend.gate) == 1, 20)
+frontend.welcome()
+frontend.close()
+print("open again", flush=True)
 """
 
 
 def test_more_connections_than_descriptors_end_nothing() -> None:
-    done = subprocess.run(
+    """A server with few of them; the peers are in this process."""
+    child = subprocess.Popen(
         [sys.executable, "-P", "-c", FEW_DESCRIPTORS],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    assert done.stdout == "served\n", done.stderr
+    with child, contextlib.ExitStack() as stack:
+        stack.callback(child.kill)
+        assert child.stdout is not None
+        with contextlib.ExitStack() as peers:
+            if address := child.stdout.readline().strip():
+                for number in range(400):
+                    peer = peers.enter_context(socket.socket())
+                    peer.setblocking(False)
+                    peer.bind((f"127.0.1.{number % 8 + 1}", 0))
+                    peer.connect_ex(tcp_parts(address))
+            served = child.stdout.readline()
+        said, errors = child.communicate(timeout=60)
+    assert (served, said) == ("served\n", "open again\n"), errors
 
 
 def test_few_descriptors_mean_few_connections(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ import struct
 import termios
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import zmq
 
@@ -144,6 +144,31 @@ class _Address:
         return self.num_open == 0 and self._rate.permits(now_s) >= self._burst
 
 
+class _SpareDescriptor:
+    """For one connection at a time when no other is left. It is never free, so no other thread can get its number."""
+
+    def __init__(self) -> None:
+        self._own, self._nothing = socket.socketpair()
+
+    @contextlib.contextmanager
+    def lent_to(self, descriptor: int) -> Iterator[socket.socket]:
+        """The connection with this descriptor. Raises OSError when there is none."""
+        number = self._own.fileno()
+        os.dup2(descriptor, number, inheritable=False)
+        try:
+            lent = socket.socket(fileno=number)
+            try:
+                yield lent
+            finally:
+                lent.detach()
+        finally:
+            os.dup2(self._nothing.fileno(), number, inheritable=False)
+
+    def close(self) -> None:
+        self._own.close()
+        self._nothing.close()
+
+
 class Gate:
     """All connections of the public sockets."""
 
@@ -155,6 +180,7 @@ class Gate:
         self._connections: dict[int, Connection] = {}  # by libzmq's descriptor
         self._addresses: dict[str, _Address] = {}
         self._shut_out: frozenset[str] | None = frozenset()  # None: everyone
+        self._spare = _SpareDescriptor()
         self._memory = ResidentMemory()
         self._most_memory_bytes = math.inf  # until the server has loaded what it needs
         self._lock = threading.Lock()
@@ -191,6 +217,7 @@ class Gate:
                 connection.close()
             for listening in self._listening:
                 listening.close()
+            self._spare.close()
 
     def __len__(self) -> int:
         return len(self._connections)
@@ -253,9 +280,8 @@ class Gate:
     def _accept(self, descriptor: int, now_s: float) -> None:
         try:
             accepted = socket.socket(fileno=os.dup(descriptor))
-        except OSError:  # closed already: nobody can say whose it was
-            self._address(UNKNOWN, now_s).connected(now_s)
-            self._address(UNKNOWN, now_s).num_open -= 1
+        except OSError:  # closed already, or no descriptor is left to watch it with
+            self._accept_unwatched(descriptor, now_s)
             self._choose_filter(now_s)
             return
         connection = Connection(accepted, self.limits, now_s)
@@ -268,6 +294,18 @@ class Gate:
         if is_one_too_many:
             self._cut(connection, "there are too many")
         self._choose_filter(now_s)
+
+    def _accept_unwatched(self, descriptor: int, now_s: float) -> None:
+        """Cuts a connection that is open, and counts it against its address."""
+        name = UNKNOWN  # closed: nobody can say whose it was
+        with contextlib.suppress(OSError), self._spare.lent_to(descriptor) as accepted:
+            connection = Connection(accepted, self.limits, now_s)
+            name = connection.address
+            self._cut(connection, "no descriptor is left")
+        if name:
+            address = self._address(name, now_s)
+            address.connected(now_s)
+            address.num_open -= 1
 
     def _address(self, name: str, now_s: float) -> _Address:
         return self._addresses.setdefault(name, _Address(self.limits.per_address, now_s))
