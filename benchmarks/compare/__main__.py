@@ -68,7 +68,7 @@ class Measured(Struct, frozen=True):
     """One engine."""
 
     rows: list[ServedRow]
-    decodes_ms: dict[int, float]
+    decodes_ms: dict[int, float | None]
     ready_s: float
 
 
@@ -106,18 +106,18 @@ def _send(served: Served, model: str, requests: Sequence[PlannedRequest], client
     return asyncio.run(open_loop(requests, reader) if clients is None else closed_loop(requests, clients, reader))
 
 
-def _gap_ms(served: Served, model: str, count: int, plan: Plan) -> float:
-    """The median gap between two tokens while all requests decode; NaN where one failed."""
+def _gap_ms(served: Served, model: str, count: int, plan: Plan) -> float | None:
+    """The median gap between two tokens while all requests decode; None where one failed, or never all decoded."""
     tokens = plan.tokens + count  # the first one still decodes when the last prompt is computed
     done = _send(served, model, _alike(count, plan.context, tokens, plan, plan.seed + 1000 + count), count)
     if any(len(request.token_times_s) < 2 for request in done):
-        return float("nan")
+        return None
     begun = max(request.sent_s + request.token_times_s[0] for request in done)
     ended = min(request.ended_s for request in done)
     moments = [[request.sent_s + at for at in request.token_times_s] for request in done]
     together = [[at for at in of_one if begun <= at <= ended] for of_one in moments]
     gaps = [(after - before) * 1000.0 for of_one in together for before, after in itertools.pairwise(of_one)]
-    return percentile(gaps, 50)
+    return percentile(gaps, 50) if gaps else None
 
 
 def _alike(count: int, prompt_len: int, output_len: int, plan: Plan, seed: int) -> list[PlannedRequest]:

@@ -115,15 +115,14 @@ def test_a_higher_class_overtakes_and_no_token_is_lost(engine: Engine) -> None:
 def test_what_cannot_meet_its_deadline_is_refused_at_once(engine: Engine) -> None:
     engine.generate([[1, 2, 3]], GREEDY)  # steps were timed
     before = engine.stats()
-    started_s = time.monotonic()
     with pytest.raises(DeadlineError, match="deadline_ms is 5"):
         engine.generate([[31, 32]], SamplingParams(max_tokens=900, ignore_eos=True, deadline_ms=5.0))
-    assert time.monotonic() - started_s < 0.05
     with pytest.raises(DeadlineError):
         for _ in engine.stream([31, 32], SamplingParams(max_tokens=900, ignore_eos=True, deadline_ms=5.0)):
             pass
     after = engine.stats()
     assert after.refused - before.refused == 2
+    assert after.deadline_misses == before.deadline_misses, "before the deadline has passed"
     assert (after.running, after.waiting) == (0, 0)
     (output,) = engine.generate([[31, 32]], with_(GREEDY, deadline_ms=60_000.0))
     assert len(output.token_ids) == 12

@@ -7,8 +7,9 @@ import pytest
 
 from benchmarks.compare import __main__ as command
 from benchmarks.compare import engines
-from benchmarks.compare.engines import Contender, Engine, Job
+from benchmarks.compare.engines import Contender, Engine, Job, Served
 from benchmarks.compare.figures import Comparison, markdown, read
+from benchmarks.metrics import ServedRequest
 from graphgen.demo import model_folder
 from tests import ROOT
 
@@ -31,7 +32,7 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(tmp_path: Path, *arguments: str) -> tuple[Comparison, str]:
     """The file that was written, and the tables."""
     jobs = ("--model", str(model_folder()), "--max-model-len", "256", "--num-requests", "5", "--seed", "1")
-    sizes = ("--decodes", "2", "--context", "20", "--tokens", "6", "--settle", "0")
+    sizes = ("--decodes", "2", "--context", "20", "--tokens", "64", "--settle", "0")
     results = ("--json", str(tmp_path / "out.json"), "--markdown", str(tmp_path / "out.md"))
     command.main([*jobs, *sizes, *results, *arguments])
     return read(tmp_path / "out.json"), (tmp_path / "out.md").read_text()
@@ -42,16 +43,42 @@ def test_all_engines_are_in_one_table_and_who_is_not_installed_says_how_to(tmp_p
     assert [(row.workload, row.engine) for row in found.rows] == [
         (load, engine) for load in ("20/8:2", "20/8@50") for engine in ("graphgen", "vllm")
     ]
-    assert all(row.failed == 0 and row.request_throughput > 0 and row.median_ttft_ms > 0 for row in found.rows)
-    assert all(row.median_itl_ms > 0 for row in found.rows if row.engine == "graphgen")
+    assert [row.failed for row in found.rows] == [0] * 4
+    assert all(row.request_throughput > 0 and row.median_ttft_ms > 0 for row in found.rows), found.rows
+    assert all(row.max_itl_ms > 0 for row in found.rows), "tokens of an event that is read late have no gaps"
     (decodes,) = found.decodes
-    assert decodes["decodes"] == 2
-    assert isinstance(ours := decodes["graphgen"], float)
-    assert ours > 0
+    assert list(decodes) == ["decodes", "graphgen", "vllm"]
     assert list(found.about.engines) == ["graphgen", "vllm"]
     assert list(found.absent) == ["sglang"]
     assert "pip install sglang" in found.absent["sglang"]
     assert "- sglang: not installed" in tables
+    assert tables.strip() == markdown(found)
+
+
+@pytest.mark.parametrize(
+    ("second_sent_s", "gap_ms"),
+    [(0.0, 25.0), (0.015, 30.0), (0.095, None)],
+    ids=["all together", "together at last", "one after the other"],
+)
+def test_the_gap_is_that_of_requests_which_all_decode(
+    monkeypatch: pytest.MonkeyPatch, second_sent_s: float, gap_ms: float | None
+) -> None:
+    times_s = (0.01, 0.02, 0.04, 0.07, 0.1)
+    done = [ServedRequest(20, sent_s, times_s) for sent_s in (0.0, second_sent_s)]
+    monkeypatch.setattr(command, "_send", lambda *_: done)
+    job = Job("model", False, 256, None)
+    plan = command.Plan(job, 100, (), (2,), context=20, tokens=4, seed=1, timeout_s=1.0, settle_s=0.0)
+    found = command._gap_ms(Served("", 0, 0.0), "stub", 2, plan)
+    assert found == (None if gap_ms is None else pytest.approx(gap_ms))
+
+
+def test_an_engine_whose_requests_never_decoded_together_has_an_empty_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "_gap_ms", lambda *_: None)
+    found, tables = run(tmp_path, "--engine", "vllm")
+    assert found.decodes == [{"decodes": 2, "vllm": None}]
+    assert "| 2 |  |" in tables
     assert tables.strip() == markdown(found)
 
 

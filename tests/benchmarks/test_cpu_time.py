@@ -11,9 +11,11 @@ from benchmarks.cpu_time import CpuMeter, cpu_seconds, num_faults
 
 
 def test_a_process_that_computes_is_told_from_one_that_sleeps() -> None:
-    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    program = "import time; print(flush=True); time.sleep(60)"
+    sleeper = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
     try:
-        time.sleep(0.5)  # its start is over
+        assert sleeper.stdout is not None
+        sleeper.stdout.readline()  # its start is over
         meter = CpuMeter({"this": os.getpid(), "sleeper": sleeper.pid})
         begun_s = time.process_time()
         while time.process_time() - begun_s < 0.3:
@@ -24,7 +26,7 @@ def test_a_process_that_computes_is_told_from_one_that_sleeps() -> None:
         assert meter.read()["this"] < 0.1
     finally:
         sleeper.kill()
-        sleeper.wait()
+        sleeper.communicate()
     assert math.isnan(cpu_seconds(sleeper.pid))
 
 

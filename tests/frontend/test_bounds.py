@@ -1,5 +1,6 @@
 """What a client may make the frontend keep or do for it is bounded, whatever it sends and does not read."""
 
+import itertools
 import time
 from collections.abc import Sequence
 
@@ -9,8 +10,9 @@ from graphgen.ipc.ggp.messages import Accepted, Cancel, Error, Generate, Hello, 
 from graphgen.requests.tokenizer import Tokenizer
 from graphgen.server.frontend import prepare
 from graphgen.server.frontend.sockets import Sent
+from graphgen.server.frontend.turns import RateLimit
 from tests.frontend.conftest import MakeFrontend
-from tests.frontend.harness import Frontend, wait_until
+from tests.frontend.harness import Frontend, RawClient, wait_until
 
 
 def test_a_text_that_cannot_fit_is_refused_without_its_tokens(
@@ -56,21 +58,26 @@ def test_ends_that_nobody_reads_are_bounded(make_frontend: MakeFrontend, monkeyp
     assert not session.requests
 
 
+def flood_with(client: RawClient, message: Hello | Ping) -> None:
+    """Returns when all were taken."""
+    for _ in range(400):
+        client.send(message)
+    client.send(Ping(t=9))
+    while not isinstance(answer := client.receive(), Pong) or answer.t != 9:
+        assert answer is not None
+
+
 def test_a_flood_of_hellos_is_taken_slower_than_other_messages(frontend: Frontend) -> None:
-    client = frontend.connect()
-    times_s = []
+    client = frontend.welcome()
+    frontend.server._rate.permits(time.monotonic())
+    frontend.server._rate.spend(1000)  # no burst
+    begun_s = time.monotonic()
+    flood_with(client, Hello())
+    assert time.monotonic() - begun_s > 0.9
+    permits = [10_000.0]
+    frontend.server._rate = RateLimit(0.0, 10_000, time.monotonic())  # it does not fill
     for message in (Ping(), Hello()):
-        client.send(Hello())
-        frontend.server._rate.permits(time.monotonic())
-        frontend.server._rate.spend(1000)  # no burst
-        begun_s = time.monotonic()
-        for _ in range(400):
-            client.send(message)
-        client.send(Ping(t=9))
-        while True:
-            answer = client.receive()
-            if isinstance(answer, Pong) and answer.t == 9:
-                break
-        times_s.append(time.monotonic() - begun_s)
-    assert times_s[1] > 0.9
-    assert times_s[1] > 3 * times_s[0]
+        flood_with(client, message)
+        permits.append(frontend.server._rate.permits(time.monotonic()))
+    pings, hellos = (before - after for before, after in itertools.pairwise(permits))
+    assert hellos > 6 * pings
