@@ -53,6 +53,7 @@ def run_dry(config: LaunchConfig, capability: tuple[int, int]) -> None:
             make_step(shape)()
         parts.scoring_step()()
         kv_cache.copy_pages(torch.zeros(1, 2, dtype=torch.int32, device=_DEVICE))
+        parts.sampler.write_masks(torch.zeros(4, dtype=torch.int32, device=_DEVICE), 1)
 
 
 def _shortened(spec: ModelSpec) -> ModelSpec:

@@ -5,8 +5,9 @@ Owns the host blocks and knows which slots have masks on the device. Called by t
 the order of the steps (`send`), and by a thread of grammars (`send_late`).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,10 @@ from graphgen.worker.grammars import FILLED_TOGETHER, Draw, LateMask
 
 LATE_BLOCKS = 16
 """Of masks beside a step: that many may be on their way, and no thread waits for the first to have arrived."""
+
+
+NOWHERE = -1
+"""The position of a mask that no draw obeys."""
 
 
 class MaskCopies:
@@ -51,31 +56,35 @@ class MaskCopies:
     def send_late(self, masks: Sequence[LateMask]) -> None:
         """The same, of FILLED_TOGETHER at most, beside the step that runs: its draws obey them or, if they come too
         late, do not. By one thread at a time."""
-        host, sizes = self._late.pack(masks, [])
-        self._beside.submit(lambda: self._late.write_masks(self._late.arrived(host, sizes)[0], len(masks)))
+        host, _ = self._late.pack(masks, [])
+        self._beside.submit(lambda: self._sampler.write_masks(host, len(masks)))
         self._late.ring.release(self._beside)
 
-    def _load(self, host: Tensor, num_masks: int, sizes: Collection[int]) -> None:
-        of_masks, owned, again_slots, again_ids = self._steps.arrived(host, sizes)
+    def send_once(self) -> None:
+        """A mask for nobody: what writes masks is compiled before a request needs it."""
+        nothing = np.zeros(mask_words(self._sampler.tables.vocab_size), np.int32)
+        self.send_late([LateMask(self._sampler.tables.trash_slot, NOWHERE, nothing)])
+
+    def _load(self, host: Tensor, num_masks: int, sizes: Sequence[int]) -> None:
+        owned, again_slots, again_ids = self._steps.arrived(host, sizes)
         if len(owned):
             self._sampler.lift_masks(owned)
         if num_masks:
-            self._steps.write_masks(of_masks, num_masks)
+            self._sampler.write_masks(host, num_masks)
         if len(again_slots):
             self._sampler.forget_inputs(again_slots, again_ids)
 
 
 class _Blocks:
-    """Masks and further numbers, packed into host blocks, and where they arrive."""
+    """Masks, which are read where they lie, and further numbers, packed into host blocks."""
 
     def __init__(self, sampler: Sampler, most_masks: int, most_numbers: int, num_blocks: int) -> None:
         """most_numbers: beside the masks."""
-        self._sampler = sampler
         self._num_words = mask_words(sampler.tables.vocab_size)
         device = sampler.tables.masks.device
-        num_words = most_numbers + most_masks * (2 + self._num_words)
+        num_words = most_masks * (2 + self._num_words) + most_numbers
         self.ring = StagingRing(num_words, num_blocks, pinned=device.type == "cuda")
-        self._block = torch.empty(num_words, dtype=torch.int32, device=device)
+        self._numbers = torch.empty(most_numbers, dtype=torch.int32, device=device)
 
     def pack(self, masks: Sequence[LateMask], numbers: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
         """(block, sizes of what it holds: all of the masks, then each of the numbers). To be released."""
@@ -94,13 +103,11 @@ class _Blocks:
             sizes.append(len(some))
         return host, sizes
 
-    def arrived(self, host: Tensor, sizes: Collection[int]) -> Sequence[Tensor]:
-        """The same on the device."""
-        words = self._block[: sum(sizes)]
-        words.copy_(host[: sum(sizes)], non_blocking=True)
-        parts: Sequence[Tensor] = words.split(list(sizes))
+    def arrived(self, host: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+        """The numbers on the device."""
+        start, *nums = sizes
+        numbers = self._numbers[: sum(nums)]
+        if len(numbers):
+            numbers.copy_(host[start : start + len(numbers)], non_blocking=True)
+        parts: Sequence[Tensor] = numbers.split(nums)
         return parts
-
-    def write_masks(self, words: Tensor, num_masks: int) -> None:
-        slots, positions, masks = words.split((num_masks, num_masks, num_masks * self._num_words))
-        self._sampler.write_masks(slots, positions, masks.view(num_masks, self._num_words))

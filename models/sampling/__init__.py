@@ -53,6 +53,7 @@ class Sampler:
     _count_inputs: Callable[[SamplerTables, Tensor, Tensor, Tensor], None]
     _sample: Callable[[SamplerTables, Tensor, Tensor, Tensor], Tensor]
     _write_logprobs: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    _write_masks: Callable[[SamplerTables, Tensor, int], None]
 
     def write_slots(self, rows: Tensor, slots: Tensor, inits: Tensor) -> None:
         """Gives slots new owners and forgets what the old ones saw.
@@ -92,14 +93,15 @@ class Sampler:
         """The same of tokens that are known. asked, places: see `logprobs.write_logprobs`."""
         self._write_logprobs(logits, token_ids, asked, places, rings, ring_row)
 
-    def write_masks(self, slots: Tensor, positions: Tensor, masks: Tensor) -> None:
-        """The masks of slots, [n], each for the draw of the token at one position, [n], and their words,
-        [n, mask_words(V)]; all int32. No part of a captured step: few steps need it.
+    def write_masks(self, block: Tensor, num_masks: int) -> None:
+        """block: int32, of so many masks the slots, the positions, and the words, mask_words(V) of each; on CUDA in
+        pinned memory, or on the device. A mask is for the draw of its slot's token at its position. No part of a
+        captured step: few steps need it.
 
         Before a step, or beside one: a draw that is under way sees such a mask or not, or in parts. So what it draws is
         the best of tokens among which all are that the mask allows, and, if the mask allows it, the right one. A mask
         must not be written while its slot may draw under the one before it."""
-        reference.write_masks(self.tables, slots, positions, masks)
+        self._write_masks(self.tables, block, num_masks)
 
     def lift_masks(self, slots: Tensor) -> None:
         """Before a step that gives slots, [n] int32, new owners: what masks they have are not for those."""
@@ -120,8 +122,22 @@ def make_sampler(num_slots: int, vocab_size: int, device: torch.device) -> Sampl
     """A Sampler with fresh tables on `device`. vocab_size: of the tokens that may be drawn."""
     tables = allocate(num_slots, vocab_size, device)
     if device.type != "cuda":
-        return Sampler(tables, reference.write_slots, reference.count_inputs, reference.sample, logprobs.write_logprobs)
+        return Sampler(
+            tables,
+            reference.write_slots,
+            reference.count_inputs,
+            reference.sample,
+            logprobs.write_logprobs,
+            reference.write_masks,
+        )
     # Triton exists where CUDA does; elsewhere it must not be needed.
     from graphgen.models.sampling import kernels, logprob_kernels
 
-    return Sampler(tables, kernels.write_slots, kernels.count_inputs, kernels.sample, logprob_kernels.write_logprobs)
+    return Sampler(
+        tables,
+        kernels.write_slots,
+        kernels.count_inputs,
+        kernels.sample,
+        logprob_kernels.write_logprobs,
+        kernels.write_masks,
+    )

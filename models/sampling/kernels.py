@@ -63,6 +63,18 @@ def _count_kernel(
     tl.atomic_add(entry, tl.full([TILE], 1, tl.int32), mask=live & (position >= 0) & ~in_prompt, sem="relaxed")
 
 
+@triton.jit(do_not_specialize=["num_masks"])
+def _write_masks_kernel(masks, masked, block, num_masks, num_words, TILE: tl.constexpr):
+    row = tl.program_id(0)
+    slot = tl.load(block + row).to(tl.int64)
+    position = tl.load(block + num_masks + row)
+    places = tl.arange(0, TILE)
+    words = tl.load(block + 2 * num_masks + row * num_words + places, mask=places < num_words)
+    tl.store(masks + slot * num_words + places, words, mask=places < num_words)
+    tl.debug_barrier()  # the words of all threads come before the position, for every program that reads both
+    tl.atomic_xchg(masked + slot, position + 1, sem="release")
+
+
 def write_slots(tables: SamplerTables, rows: Tensor, slots: Tensor, inits: Tensor) -> None:
     """As reference.write_slots."""
     if not len(slots):
@@ -77,6 +89,14 @@ def write_slots(tables: SamplerTables, rows: Tensor, slots: Tensor, inits: Tenso
         tables.vocab_size,
         WIDTH=triton.next_power_of_2(rows.shape[1]),
         TILE=_CLEAR_TILE,
+    )
+
+
+def write_masks(tables: SamplerTables, block: Tensor, num_masks: int) -> None:
+    """As reference.write_masks, in one launch. block: on the device, or in pinned memory, which it is read from."""
+    num_words = tables.masks.shape[1]
+    _write_masks_kernel[(num_masks,)](
+        tables.masks, tables.masked, block, num_masks, num_words, TILE=triton.next_power_of_2(num_words), num_warps=8
     )
 
 

@@ -42,11 +42,13 @@ def write_slots(tables: SamplerTables, rows: Tensor, slots: Tensor, inits: Tenso
     tables.occurrences.index_fill_(0, owned, 0)
 
 
-def write_masks(tables: SamplerTables, slots: Tensor, positions: Tensor, masks: Tensor) -> None:
-    """The masks of slots [n], words [n, ceil(V / 32)], and the positions of the tokens that they are for, [n]; all
-    int32. The position comes last, since a draw may be under way."""
+def write_masks(tables: SamplerTables, block: Tensor, num_masks: int) -> None:
+    """block: int32, the slots of so many masks, the positions of the tokens that they are for, and the words of each,
+    ceil(V / 32). The position comes last, since a draw may be under way."""
+    num_words = tables.masks.shape[1]
+    slots, positions, words = block[:num_masks], block[num_masks : 2 * num_masks], block[2 * num_masks :]
     places = slots.long()
-    tables.masks.index_copy_(0, places, masks)
+    tables.masks.index_copy_(0, places, words[: num_masks * num_words].view(num_masks, num_words))
     tables.masked.index_copy_(0, places, positions + 1)
 
 

@@ -71,8 +71,11 @@ def give_masks(sampler: Sampler, allowed: Tensor, positions: Tensor) -> None:
     words = (padded.view(len(allowed), -1, 32) << torch.arange(32)).sum(2)
     signed = torch.where(words >= 2**31, words - 2**32, words).int()
     device = sampler.tables.masks.device
-    slots = torch.arange(len(allowed), dtype=torch.int32, device=device)
-    sampler.write_masks(slots, positions.int().to(device), signed.to(device))
+    slots = torch.arange(len(allowed), dtype=torch.int32)
+    block = torch.cat((slots, positions.int().cpu(), signed.flatten(), torch.zeros(5, dtype=torch.int32)))
+    sampler.write_masks(block.pin_memory() if device.type == "cuda" else block, len(allowed))
+    if device.type == "cuda":
+        torch.cuda.synchronize()  # pinned memory is another tensor's as soon as nobody holds it
 
 
 def random_masks(num_rows: int, vocab_size: int, seed: int) -> Tensor:

@@ -88,3 +88,18 @@ def test_kernels_count_and_write_slots_as_the_reference_does() -> None:
         assert torch.equal(found.tables.settings, expected.tables.settings)
         assert torch.equal(found.tables.occurrences, expected.tables.occurrences)
     assert int(expected.tables.occurrences.max()) > 3
+
+
+@pytest.mark.parametrize("num_masks", [1, 3])
+def test_kernels_write_masks_as_the_reference_does(num_masks: int) -> None:
+    """Of a block that is longer, whose other words mean nothing."""
+    vocab_size = 2100
+    block = torch.randint(-(2**31), 2**31 - 1, (300,), generator=torch.Generator().manual_seed(3)).int()
+    block[:num_masks] = torch.tensor([4, 0, 2])[:num_masks]
+    block[num_masks : 2 * num_masks] = torch.tensor([7, -1, 0])[:num_masks]
+    wanted, found = make_owned(vocab_size, 8).tables, make_owned(vocab_size, 8).tables
+    reference.write_masks(wanted, block, num_masks)
+    kernels.write_masks(found, block, num_masks)
+    assert torch.equal(found.masks, wanted.masks)
+    assert torch.equal(found.masked, wanted.masked)
+    assert int(found.masked.count_nonzero()) == len({7, 0} & {*block[num_masks : 2 * num_masks].tolist()})
