@@ -22,16 +22,21 @@ class RowCut(NamedTuple):
     columns: int
     """Of a program."""
     depth: int
-    """Of a bfloat16 weight, that a program reads at a time, at most."""
+    """Of a bfloat16 weight, that a program reads at a time, at most; of int4 a byte of a row is one."""
     early: int
-    """Times that depth, that it reads while the kernel ahead still runs."""
+    """Times that depth, that it reads while the kernel ahead still runs; of int4: once."""
     stages: int
-    """Parts of that depth that are on their way at a time."""
+    """Parts of that depth that are on their way at a time; of int4: one beside the one that is multiplied."""
     warps: int = 4
 
-    def fitted(self, weight: Tensor) -> "RowCut":
+    def fitted(self, weight: Tensor, is_int4: bool) -> "RowCut":
         """To a weight: about as many bytes on their way."""
         depth, early = weight.shape[1], self.early
+        if is_int4:
+            block, warps = self.depth, self.warps
+            while warps > 1 and -(-depth // block) * block > _MOST_PADDED * depth:
+                block, warps = block // 2, warps // 2
+            return self._replace(depth=block, warps=warps)
         block = depth_block(depth, self.depth * 2 // weight.itemsize)
         while early > 1 and depth < 2 * early * block:
             early //= 2
@@ -43,12 +48,14 @@ class RowCut(NamedTuple):
 
 
 _MOST_STAGES = 8
+_MOST_PADDED = 1.125
+"""Bytes of a row in int4 that the parts of it have room for, for each that it has."""
 NORMED_ROW = RowCut(columns=16, depth=256, early=1, stages=7)
 ADDING_ROW = RowCut(columns=16, depth=256, early=2, stages=7)
 GATED_ROW = RowCut(columns=8, depth=256, early=1, stages=5)
-NORMED_INT4 = RowCut(columns=16, depth=256, early=1, stages=3, warps=4)
-ADDING_INT4 = RowCut(columns=16, depth=256, early=1, stages=3, warps=2)
-GATED_INT4 = RowCut(columns=8, depth=128, early=1, stages=3, warps=2)
+NORMED_INT4 = RowCut(columns=16, depth=2048, early=1, stages=1)
+ADDING_INT4 = RowCut(columns=8, depth=2048, early=1, stages=1)
+GATED_INT4 = RowCut(columns=8, depth=2048, early=1, stages=1)
 MOST_OF_ROW = 32768
 """Columns of a product that these kernels make. With 128 256 of them, a head, one takes 273 us of an H200 and tensor
 cores 253."""
@@ -71,7 +78,7 @@ def _has_e4m3() -> bool:
 def normed_row(x: Normed, eps: float, weight: Tensor | Weight, bias: Tensor | None, out: Tensor, chained: bool) -> None:
     stored, depth, num_parts = tensors_of(weight), x.scaled.shape[1], x.squares.shape[1]
     reading = packed(weight, depth)
-    cut = (NORMED_ROW if reading is None else NORMED_INT4).fitted(stored[0])
+    cut = (NORMED_ROW if reading is None else NORMED_INT4).fitted(stored[0], reading is not None)
     normed_row_kernel[(out.shape[1] // cut.columns,)](
         in_input_order(x.scaled, weight),
         x.squares,
@@ -104,7 +111,7 @@ def adding_row(
 ) -> tuple[Tensor, Normed]:
     stored, depth, size = tensors_of(weight), x.shape[1], residual.shape[1]
     reading = packed(weight, depth)
-    cut = (ADDING_ROW if reading is None else ADDING_INT4).fitted(stored[0])
+    cut = (ADDING_ROW if reading is None else ADDING_INT4).fitted(stored[0], reading is not None)
     sums, normed = open_normed(residual, 1, size, cut.columns)
     adding_row_kernel[(size // cut.columns,)](
         in_input_order(x, weight),
@@ -141,7 +148,7 @@ def gated_row(
 ) -> None:
     stored, size, depth, num_parts = tensors_of(weight), out.shape[1], x.scaled.shape[1], x.squares.shape[1]
     reading = packed(weight, depth)
-    cut = (GATED_ROW if reading is None else GATED_INT4).fitted(stored[0])
+    cut = (GATED_ROW if reading is None else GATED_INT4).fitted(stored[0], reading is not None)
     gated_row_kernel[(size // cut.columns,)](
         in_input_order(x.scaled, weight),
         x.squares,

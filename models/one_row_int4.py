@@ -1,10 +1,12 @@
-"""How the kernels of one row read an int4 weight: each thread makes codes float32 and adds up what it multiplies.
+"""How the kernels of one row multiply an int4 weight: with whole numbers, two products an instruction.
 
-A word of a row has eight codes, the four in its low halves of columns beside each other, the four in its high halves of
-as many INT4_HALF further. A code that stands in bits 16 to 19 of 0x43000000, which is 128 in float32, makes it 128 more
-than itself: no conversion, of which the device makes a quarter as many as products. What that adds to the sum, and what
-the zero takes away, is a factor of the sum of the inputs, which the rows of a thread share. A word's sum is scaled for
-its group. How codes, scales and zeros lie: formats/layout.py. Device code, CUDA only.
+A thread reads pieces of a row: 16 bytes, with the codes of 16 columns in their low halves, and those of the columns
+INT4_HALF further in their high halves. It makes the 32 inputs of a piece whole numbers of 16 bits times a power of two
+of their own, and multiplies those with the codes of all its rows, exactly (DP2A). A zero takes away itself times the
+sum of the inputs, which the rows share. A code in a high half counts 16 times itself, and so needs no shift.
+
+An input is so rounded by at most 2**-15 of the largest in its piece; one in bfloat16 that is no less than a 128th of
+that is exact. How codes, scales and zeros lie: formats/layout.py. Device code, CUDA only.
 """
 
 from typing import NamedTuple
@@ -15,11 +17,25 @@ from torch import Tensor
 
 from graphgen.models.few_rows_weights import INT4_BLOCK, INT4_HALF
 from graphgen.models.formats.products import Weight
-from graphgen.models.spec.formats import PACKED_BLOCK
 
-_LINE = tl.constexpr(64)
-"""Bytes that are asked for at once; every row has as many."""
-_BIAS = tl.constexpr(128.0)
+_PIECE = tl.constexpr(16)
+"""Bytes of a row. Each is in one group with its low halves, and in one with its high halves."""
+_LOW_HALVES = tl.constexpr(0x0F0F0F0F)
+_HIGH_HALVES = tl.constexpr(-0x0F0F0F10)
+_ONES = tl.constexpr(0x01010101)
+_MAGIC = tl.constexpr(12582912.0)
+"""1.5 * 2**23: a float32 near it has whole numbers in its last bits, in two's complement."""
+_LEAST = tl.constexpr(2.0**-100)
+"""What the largest input of a piece is taken for at least."""
+_WITH_ROUNDING = tl.constexpr(1.0 + 2.0**-15)
+"""A factor that takes over the next power of two what would be rounded to it."""
+_EXPONENT = tl.constexpr(0x7F800000)
+"""Bits of a float32. Those of a power of two are no others."""
+_ONE = tl.constexpr(127 << 23)
+"""1.0, in the bits of a float32."""
+_UP = tl.constexpr(14 << 23)
+"""Added to the bits of a float32, multiplies it by 2**14."""
+_OF_HIGH = tl.constexpr(16)
 
 
 class Packed(NamedTuple):
@@ -32,10 +48,6 @@ class Packed(NamedTuple):
     scale_rows: int
     """Rows that share a scale."""
     zeros: bool
-    tile: int
-    """Bytes of a row beside each other whose low halves are of one group, and whose high halves are."""
-    scale_lines: int
-    """Times _LINE that hold the scales of a row, a power of two."""
     by_code: bool
     """Whether PTX is used, which Triton's interpreter does not know."""
 
@@ -45,87 +57,227 @@ def packed(weight: Tensor | Weight, num_columns: int) -> Packed | None:
     if isinstance(weight, Tensor) or weight.format.storage != "int4":
         return None
     form = weight.format
-    group, groups = form.group or num_columns, form.num_groups(num_columns)
-    lines = triton.next_power_of_2(triton.cdiv(groups * weight.scale.itemsize, _LINE.value))
-    tile, by_code = min(group, PACKED_BLOCK // 2), not triton.knobs.runtime.interpret
-    return Packed(group, groups, form.rows, form.zeros, tile, lines, by_code)
+    groups, by_code = form.num_groups(num_columns), not triton.knobs.runtime.interpret
+    return Packed(form.group or num_columns, groups, form.rows, form.zeros, by_code)
+
+
+# --- inputs ----------------------------------------------------------------------------------------------------
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _bring(places: "tl.tensor") -> None:
-    """Into the L2 cache."""
-    code: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
-    tl.inline_asm_elementwise(code, "=r,l", [places.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+def _pairs(even: "tl.tensor", odd: "tl.tensor", factor: "tl.tensor", HOW: tl.constexpr) -> "tl.tensor":
+    """Of two inputs, times a factor and rounded: 16 bits each of an int32."""
+    low = (even * factor + _MAGIC).to(tl.int32, bitcast=True)
+    high = (odd * factor + _MAGIC).to(tl.int32, bitcast=True)
+    if HOW.by_code:
+        code: tl.constexpr = "prmt.b32 $0, $1, $2, 0x5410;"
+        both = tl.inline_asm_elementwise(code, "=r,r,r", [low, high], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        both = (low & 0xFFFF) | (high << 16)
+    return both
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def ask_for(
+def _four(x: "tl.tensor", C: tl.constexpr) -> "tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]":
+    """[C, 1] each: the columns of x, [C, 4]."""
+    even, odd = tl.split(x.reshape(C, 2, 2))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first[:, None], second[:, None], third[:, None], fourth[:, None]
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _load_eight(x: "tl.tensor", column: "tl.tensor", inside: "tl.tensor | None") -> "tuple[tl.tensor, tl.tensor]":
+    """[C, 4] float32 twice: of eight columns from each `column`, [C], the first, third, ..., and the others."""
+    places = x + column[:, None] + tl.arange(0, 8)[None, :]
+    eight = tl.load(places) if inside is None else tl.load(places, inside[:, None], other=0.0)
+    even, odd = tl.split(eight.to(tl.float32).reshape(column.shape[0], 4, 2))
+    return even, odd
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _larger(one: "tl.tensor", other: "tl.tensor") -> "tl.tensor":
+    """The larger magnitude; NaN where there is one."""
+    return tl.maximum(tl.abs(one), tl.abs(other), propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _factors(largest: "tl.tensor") -> "tuple[tl.tensor, tl.tensor]":
+    """The power of two that makes numbers up to `largest` ones of 16 bits, and one over it, or NaN where `largest` is
+    not finite."""
+    exponent = (tl.maximum(largest, _LEAST) * _WITH_ROUNDING).to(tl.int32, bitcast=True) & _EXPONENT
+    factor = (-(exponent - _ONE) + _ONE + _UP).to(tl.float32, bitcast=True)
+    unit = (exponent - _UP).to(tl.float32, bitcast=True)
+    return factor, tl.where(largest < float("inf"), unit, float("nan"))
+
+
+# --- products --------------------------------------------------------------------------------------------------
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _add_two(
+    inputs: "tl.tensor", codes: "tl.tensor", result: "tl.tensor", SECOND: tl.constexpr, HOW: tl.constexpr
+) -> "tl.tensor":
+    """result plus the products of two inputs and the first two bytes of an int32, or its second two."""
+    if HOW.by_code:
+        code: tl.constexpr = "dp2a.hi.s32.u32 $0, $1, $2, $3;" if SECOND else "dp2a.lo.s32.u32 $0, $1, $2, $3;"
+        operands = [inputs, codes, result]
+        result = tl.inline_asm_elementwise(code, "=r,r,r,r", operands, dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        two = (codes >> 16) if SECOND else codes
+        result += (inputs << 16 >> 16) * (two & 255) + (inputs >> 16) * (two >> 8 & 255)
+    return result
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _add_eight(
+    pairs: "tl.tensor", first: "tl.tensor", second: "tl.tensor", result: "tl.tensor", HOW: tl.constexpr
+) -> "tl.tensor":
+    """The same of four pairs of inputs and the eight bytes of two int32."""
+    result = _add_two(pairs[0], first, result, False, HOW)
+    result = _add_two(pairs[1], first, result, True, HOW)
+    result = _add_two(pairs[2], second, result, False, HOW)
+    return _add_two(pairs[3], second, result, True, HOW)
+
+
+# --- a row -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _column(piece: "tl.tensor") -> "tl.tensor":
+    """The first that a piece of a row has in its low halves. Those in its high halves are INT4_HALF further."""
+    IN_BLOCK: tl.constexpr = INT4_HALF // _PIECE
+    return piece // IN_BLOCK * INT4_BLOCK + piece % IN_BLOCK * _PIECE
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _of_groups(
+    numbers: "tl.tensor", column: "tl.tensor", first: "tl.tensor", rows: "tl.tensor", HOW: tl.constexpr
+) -> "tl.tensor":
+    """[C, BN]: scales or zeros of the groups that each `column`, [C], is in. first, rows: see read_pieces."""
+    group = (column // HOW.group)[:, None]
+    if HOW.scale_rows == 1:
+        places = numbers + first.to(tl.int64) * HOW.groups + group + (rows.to(tl.int64) * HOW.groups)[None, :]
+    else:
+        places = numbers + ((first + rows) // HOW.scale_rows * HOW.groups)[None, :] + group
+    return tl.load(places)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def read_pieces(
     weight: "tl.tensor",
     scales: "tl.tensor",
-    columns: "tl.tensor",
+    zeros: "tl.tensor | None",
+    first: "tl.tensor",
+    rows: "tl.tensor",
+    turn: "tl.tensor",
     K: tl.constexpr,
     BYTES: tl.constexpr,
     HOW: tl.constexpr,
-) -> None:
-    """Has the first BYTES of rows `columns` of a weight, and all of their scales, brought into the L2 cache. (In
-    registers they would lie otherwise among the threads than the loop has them.)"""
-    if HOW.by_code:
-        rows = weight + columns.to(tl.int64) * (K // 2)
-        _bring(rows[:, None] + tl.arange(0, BYTES // _LINE)[None, :] * _LINE)
-        IN_LINE: tl.constexpr = _LINE * 8 // scales.dtype.element_ty.primitive_bitwidth
-        groups = tl.minimum(tl.arange(0, HOW.scale_lines) * IN_LINE, HOW.groups - 1)
-        _bring(scales + (columns // HOW.scale_rows * HOW.groups)[:, None] + groups[None, :])
+) -> "tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]":
+    """What a turn multiplies of rows `first + rows` of a weight, BYTES of each: words, [C, BN, 4] for C pieces, and for
+    each piece, [C, BN], scale and zero of its low halves, and scale and zero of its high halves. rows: [BN],
+    known when this is compiled, so that the places of a thread's rows differ by constants.
 
-
-@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _biased(words: "tl.tensor", HOW: tl.constexpr) -> "tl.tensor":
-    """float32: _BIAS more than the code in bits 16 to 19 of each."""
-    if HOW.by_code:  # the compiler would take two instructions
-        code: tl.constexpr = "lop3.b32 $0, $1, 0x000f0000, 0x43000000, 0xea;"
-        biased = tl.inline_asm_elementwise(code, "=f,r", [words], dtype=tl.float32, is_pure=True, pack=1)
-    else:
-        biased = ((words & 0x000F0000) | 0x43000000).to(tl.float32, bitcast=True)
-    return biased
-
-
-@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _four(x: "tl.tensor", T: tl.constexpr, W: tl.constexpr) -> "tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]":
-    """[T, 1, W] each: the first, second, third and fourth of every four neighbours, [T, 1, W, 4], in float32."""
-    even, odd = tl.split(x.to(tl.float32).reshape(T, 1, W, 2, 2))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
-
-
-@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _less_bias(
-    zero: "tl.tensor", first: "tl.tensor", second: "tl.tensor", third: "tl.tensor", fourth: "tl.tensor"
-) -> "tl.tensor":
-    """[T, BN, W]: what a sum of products of biased codes is begun with. zero: [T, BN, 1], or [1, 1, 1]."""
-    return (-_BIAS - zero) * ((first + second) + (third + fourth))
-
-
-@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _column(byte: "tl.tensor") -> "tl.tensor":
-    """That a byte of a row has in its low half. The one in its high half is INT4_HALF further."""
-    return byte // INT4_HALF * INT4_BLOCK + byte % INT4_HALF
-
-
-@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _of_groups(numbers: "tl.tensor", column: "tl.tensor", HOW: tl.constexpr) -> "tl.tensor":
-    """[T, BN]: of the group that each `column`, [T], is in. numbers: [BN] where those of a row begin."""
-    group = tl.minimum(column // HOW.group, HOW.groups - 1)  # of what lies behind the row nobody asks
-    return tl.load(numbers[None, :] + group[:, None])
-
-
-@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _zeros_of(zeros: "tl.tensor | None", column: "tl.tensor", HOW: tl.constexpr) -> "tl.tensor":
-    """Beside a tile of words."""
+    Triton gives neighbours in the first dimension to different threads, and each thread several rows. Behind a row its
+    last piece is read again.
+    """
+    PIECES: tl.constexpr = BYTES // _PIECE
+    piece = turn * PIECES + tl.arange(0, PIECES)
+    if K % (2 * BYTES):
+        piece = tl.minimum(piece, K // 2 // _PIECE - 1)
+    own = weight.to(tl.pointer_type(tl.int32)) + first.to(tl.int64) * (K // 8)
+    own += (piece * 4)[:, None, None] + tl.arange(0, 4)[None, None, :]
+    words = tl.load(own + (rows.to(tl.int64) * (K // 8))[None, :, None])
+    column = _column(piece)
+    scale = _of_groups(scales, column, first, rows, HOW)
+    zero = tl.full((1, 1), 8, tl.int32)
     if HOW.zeros:
-        zero = _of_groups(zeros, column, HOW).to(tl.float32)[:, :, None]
+        zero = _of_groups(zeros, column, first, rows, HOW)
+    scale_of_high, zero_of_high = scale, zero
+    if HOW.group < INT4_BLOCK:
+        scale_of_high = _of_groups(scales, column + INT4_HALF, first, rows, HOW)
+        if HOW.zeros:
+            zero_of_high = _of_groups(zeros, column + INT4_HALF, first, rows, HOW)
+    return words, scale, zero, scale_of_high, zero_of_high
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _times_pieces(
+    x: "tl.tensor",
+    read: "tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]",
+    turn: "tl.tensor",
+    K: tl.constexpr,
+    BYTES: tl.constexpr,
+    HOW: tl.constexpr,
+) -> "tl.tensor":
+    """[C, BN] float32: one row, [K], times what read_pieces has read in a turn."""
+    C: tl.constexpr = BYTES // _PIECE
+    words, scale, zero, scale_of_high, zero_of_high = read
+    column = _column(turn * C + tl.arange(0, C))
+    inside = None
+    if K % (2 * BYTES):
+        inside = column < K
+    a, b = _load_eight(x, column, inside)
+    c, d = _load_eight(x, column + 8, inside)
+    e, f = _load_eight(x, column + INT4_HALF, inside)
+    g, h = _load_eight(x, column + INT4_HALF + 8, inside)
+    m0, m1, m2, m3 = _four(_larger(_larger(_larger(a, b), _larger(c, d)), _larger(_larger(e, f), _larger(g, h))), C)
+    factor, unit = _factors(_larger(_larger(m0, m1), _larger(m2, m3)))
+    ab, cd = _four(_pairs(a, b, factor, HOW), C), _four(_pairs(c, d, factor, HOW), C)
+    ef, gh = _four(_pairs(e, f, factor, HOW), C), _four(_pairs(g, h, factor, HOW), C)
+    nothing, ones = tl.zeros((C, 1), tl.int32), tl.full((C, 1), _ONES, tl.int32)
+    total = _add_eight(cd, ones, ones, _add_eight(ab, ones, ones, nothing, HOW), HOW)
+    total_of_high = _add_eight(gh, ones, ones, _add_eight(ef, ones, ones, nothing, HOW), HOW)
+    even_words, odd_words = tl.split(words.reshape(C, words.shape[1], 2, 2))
+    word0, word2 = tl.split(even_words)
+    word1, word3 = tl.split(odd_words)
+    low = _add_eight(ab, word0 & _LOW_HALVES, word1 & _LOW_HALVES, nothing, HOW)
+    low = _add_eight(cd, word2 & _LOW_HALVES, word3 & _LOW_HALVES, low, HOW)
+    if HOW.group < INT4_BLOCK:
+        low -= zero.to(tl.int32) * total
+        of_high = zero_of_high.to(tl.int32) * (total_of_high * -_OF_HIGH)
     else:
-        zero = tl.full((1, 1, 1), 8.0, tl.float32)
-    return zero
+        of_high = zero.to(tl.int32) * ((total + total_of_high) * -_OF_HIGH)
+    of_high = _add_eight(ef, word0 & _HIGH_HALVES, word1 & _HIGH_HALVES, of_high, HOW)
+    of_high = _add_eight(gh, word2 & _HIGH_HALVES, word3 & _HIGH_HALVES, of_high, HOW)
+    unit /= _OF_HIGH
+    if HOW.group < INT4_BLOCK:
+        part = (low * _OF_HIGH).to(tl.float32) * (scale.to(tl.float32) * unit)
+        part += of_high.to(tl.float32) * (scale_of_high.to(tl.float32) * unit)
+    else:
+        part = (low * _OF_HIGH + of_high).to(tl.float32) * (scale.to(tl.float32) * unit)
+    return part
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _halved(sums: "tl.tensor", BIT: tl.constexpr) -> "tl.tensor":
+    """[P, 32, R / 2] of [P, 32, R]: of two rows beside each other each of two threads keeps one and gives the other
+    away, so that what is left of a row's bits says which of 2 * BIT threads has it."""
+    P: tl.constexpr = sums.shape[0]
+    HALF: tl.constexpr = sums.shape[2] // 2
+    even, odd = tl.split(sums.reshape(P, 32, HALF, 2))
+    thread = tl.arange(0, 32)[None, :, None]
+    keeps_odd = (thread & BIT) != 0
+    other = tl.broadcast_to(thread ^ BIT, (P, 32, HALF))
+    return tl.where(keeps_odd, odd, even) + tl.gather(tl.where(keeps_odd, even, odd), other, 1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _sum(sums: "tl.tensor", C: tl.constexpr, BN: tl.constexpr) -> "tl.tensor":
+    """[BN] of [C, BN], BN at most 32."""
+    sums = sums.reshape(C // 32, 32, BN)
+    if BN > 1:
+        sums = _halved(sums, 1)
+    if BN > 2:
+        sums = _halved(sums, 2)
+    if BN > 4:
+        sums = _halved(sums, 4)
+    if BN > 8:
+        sums = _halved(sums, 8)
+    if BN > 16:
+        sums = _halved(sums, 16)
+    return tl.sum(sums.reshape(C // BN, BN), 0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
@@ -134,60 +286,21 @@ def times_packed(
     weight: "tl.tensor",
     scales: "tl.tensor",
     zeros: "tl.tensor | None",
-    columns: "tl.tensor",
+    first: "tl.tensor",
+    rows: "tl.tensor",
+    early: "tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]",
     K: tl.constexpr,
-    BN: tl.constexpr,
     BYTES: tl.constexpr,
-    STAGES: tl.constexpr,
     HOW: tl.constexpr,
 ) -> "tl.tensor":
-    """[BN] float32: one row, [K], times rows `columns` of a weight, BYTES of each at a time.
-
-    Tiles are [T, BN, W] words: Triton gives neighbours in the first dimension to different threads, and each thread
-    several rows, for which it reads the input once. Scales are read a turn ahead.
-    """
-    T: tl.constexpr = BYTES // HOW.tile
-    W: tl.constexpr = HOW.tile // 4
-    NARROW: tl.constexpr = HOW.group < INT4_BLOCK
-    tiles = tl.arange(0, T)
-    bytes_of = tiles * HOW.tile
-    in_tile = 4 * tl.arange(0, W)[None, None, :, None] + tl.arange(0, 4)[None, None, None, :]
-    rows = weight.to(tl.pointer_type(tl.int32)) + columns.to(tl.int64) * (K // 8)
-    places_of = rows[None, :, None] + tl.arange(0, W)[None, None, :]
-    first_groups = columns // HOW.scale_rows * HOW.groups
-    scales += first_groups
-    if HOW.zeros:
-        zeros += first_groups
-    scale = _of_groups(scales, _column(bytes_of), HOW)
-    high_scale = scale
-    if NARROW:
-        high_scale = _of_groups(scales, _column(bytes_of) + INT4_HALF, HOW)
-    sums = tl.zeros((T, BN, W), tl.float32)
-    for start in tl.range(0, K // 2, BYTES, num_stages=STAGES):
-        column = _column(start + bytes_of)
-        inputs = x + column[:, None, None, None] + in_tile
-        x0, x1, x2, x3 = _four(tl.load(inputs), T, W)
-        y0, y1, y2, y3 = _four(tl.load(inputs + INT4_HALF), T, W)
-        words = tl.load(places_of + (start // 4 + tiles * W)[:, None, None])
-        following = _column(start + BYTES + bytes_of)
-        next_scale = _of_groups(scales, following, HOW)
-        next_high_scale = next_scale
-        if NARROW:
-            next_high_scale = _of_groups(scales, following + INT4_HALF, HOW)
-        part = _less_bias(_zeros_of(zeros, column, HOW), x0, x1, x2, x3)
-        part += _biased(words << 16, HOW) * x0
-        part += _biased(words << 8, HOW) * x1
-        part += _biased(words, HOW) * x2
-        part += _biased(words >> 8, HOW) * x3
-        high = _less_bias(_zeros_of(zeros, column + INT4_HALF, HOW), y0, y1, y2, y3)
-        if NARROW:
-            sums += part * scale.to(tl.float32)[:, :, None]
-        else:
-            high += part
-        high += _biased(words << 12, HOW) * y0
-        high += _biased(words << 4, HOW) * y1
-        high += _biased(words >> 4, HOW) * y2
-        high += _biased(words >> 12, HOW) * y3
-        sums += high * high_scale.to(tl.float32)[:, :, None]
-        scale, high_scale = next_scale, next_high_scale
-    return tl.sum(tl.sum(sums, 2), 0)
+    """[BN] float32: one row, [K], times rows `first + rows` of a weight, BYTES of each at a time. early: what
+    read_pieces reads for turn 0. Every turn reads for the one that follows."""
+    TURNS: tl.constexpr = (K // 2 + BYTES - 1) // BYTES
+    read = early
+    sums = tl.zeros((BYTES // _PIECE, rows.shape[0]), tl.float32)
+    for turn in range(TURNS - 1):
+        following = read_pieces(weight, scales, zeros, first, rows, turn + 1, K, BYTES, HOW)
+        sums += _times_pieces(x, read, turn, K, BYTES, HOW)
+        read = following
+    sums += _times_pieces(x, read, TURNS - 1, K, BYTES, HOW)
+    return _sum(sums, BYTES // _PIECE, rows.shape[0])

@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from graphgen.models.few_rows_exchange import sum_over_ranks
 from graphgen.models.few_rows_kernels import add_row, gated, load_squares
-from graphgen.models.one_row_int4 import ask_for, times_packed
+from graphgen.models.one_row_int4 import read_pieces, times_packed
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
@@ -30,18 +30,19 @@ def _floats(tile: "tl.tensor") -> "tl.tensor":
 def _first_of(
     weight: "tl.tensor",
     scales: "tl.tensor | None",
-    columns: "tl.tensor",
+    zeros: "tl.tensor | None",
+    first: "tl.tensor",
+    rows: "tl.tensor",
     K: tl.constexpr,
     EARLY: tl.constexpr,
     HOW: tl.constexpr,
 ) -> "tl.tensor":
-    """The first EARLY elements of rows `columns` of a weight; of int4 they are only asked for."""
+    """The first EARLY elements of rows `first + rows` of a weight; of int4 with their scales and zeros."""
     if HOW is None:
-        first = tl.load(weight + columns.to(tl.int64)[:, None] * K + tl.arange(0, EARLY)[None, :])
+        early = tl.load(weight + (first + rows).to(tl.int64)[:, None] * K + tl.arange(0, EARLY)[None, :])
     else:
-        ask_for(weight, scales, columns, K, EARLY, HOW)
-        first = 0
-    return first
+        early = read_pieces(weight, scales, zeros, first, rows, 0, K, EARLY, HOW)
+    return early
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
@@ -66,7 +67,8 @@ def _times_row(
     weight: "tl.tensor",
     scales: "tl.tensor | None",
     zeros: "tl.tensor | None",
-    columns: "tl.tensor",
+    first: "tl.tensor",
+    rows: "tl.tensor",
     early: "tl.tensor",
     K: tl.constexpr,
     BN: tl.constexpr,
@@ -76,10 +78,11 @@ def _times_row(
     CHAINED: tl.constexpr,
     HOW: tl.constexpr,
 ) -> "tl.tensor":
-    """[BN] float32: one row, [K], times rows `columns` of a weight. early: _first_of it."""
+    """[BN] float32: one row, [K], times rows `first + rows` of a weight. early: _first_of it."""
     if HOW is None:
+        columns = first + rows
         weight_rows = weight + columns.to(tl.int64)[:, None] * K
-        first = tl.load(x + tl.arange(0, EARLY)).to(tl.float32)[None, :]
+        first_own = tl.load(x + tl.arange(0, EARLY)).to(tl.float32)[None, :]
         depth = tl.arange(0, BK)
         sums = tl.zeros((BN, BK), tl.float32)
         for k in tl.range(EARLY, K, BK, num_stages=STAGES):
@@ -87,9 +90,9 @@ def _times_row(
             sums += own * _floats(tl.load(weight_rows + k + depth[None, :]))
         if CHAINED:
             gdc_launch_dependents()
-        result = _add_up(sums, first, early, scales, columns)
+        result = _add_up(sums, first_own, early, scales, columns)
     else:
-        result = times_packed(x, weight, scales, zeros, columns, K, BN, BK, STAGES, HOW)
+        result = times_packed(x, weight, scales, zeros, first, rows, early, K, BK, HOW)
         if CHAINED:
             gdc_launch_dependents()
     return result
@@ -116,12 +119,13 @@ def normed_row_kernel(
     HOW: tl.constexpr,
 ) -> None:
     """normed_linear_kernel of one row."""
-    columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    early = _first_of(weight, scales, columns, K, EARLY, HOW)
+    begin, rows = tl.program_id(0) * BN, tl.arange(0, BN)
+    columns = begin + rows
+    early = _first_of(weight, scales, zeros, begin, rows, K, EARLY, HOW)
     if CHAINED:
         gdc_wait()
     parts = load_squares(squares, 1, num_parts, 1, PARTS)
-    result = _times_row(x, weight, scales, zeros, columns, early, K, BN, BK, EARLY, STAGES, CHAINED, HOW)
+    result = _times_row(x, weight, scales, zeros, begin, rows, early, K, BN, BK, EARLY, STAGES, CHAINED, HOW)
     result *= tl.rsqrt(tl.sum(tl.sum(parts, 1), 0) / K + eps)
     if bias is not None:
         result += tl.load(bias + columns).to(tl.float32)
@@ -157,13 +161,14 @@ def adding_row_kernel(
     BEHIND: tl.constexpr,
 ) -> None:
     """adding_linear_kernel of one row."""
-    columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    early = _first_of(weight, scales, columns, K, EARLY, HOW)
+    begin, rows = tl.program_id(0) * BN, tl.arange(0, BN)
+    columns = begin + rows
+    early = _first_of(weight, scales, zeros, begin, rows, K, EARLY, HOW)
     of_norm = tl.load(norm_weight + columns).to(tl.float32)
     if CHAINED:
         gdc_wait()
     before = tl.load(residual + columns)
-    update = _times_row(x, weight, scales, zeros, columns, early, K, BN, BK, EARLY, STAGES, CHAINED, HOW)
+    update = _times_row(x, weight, scales, zeros, begin, rows, early, K, BN, BK, EARLY, STAGES, CHAINED, HOW)
     if bias is not None:
         update += tl.load(bias + columns).to(tl.float32)
     if rooms is not None:
@@ -196,16 +201,15 @@ def gated_row_kernel(
     HOW: tl.constexpr,
 ) -> None:
     """gated_kernel of one row."""
-    columns = tl.program_id(0) * BN + tl.arange(0, BN)
+    begin, rows = tl.program_id(0) * BN, tl.arange(0, BN)
+    columns = begin + rows
     if HOW is None:
-        early_gate, early_up = (
-            _first_of(weight, scales, columns, K, EARLY, HOW),
-            _first_of(weight, scales, columns + F, K, EARLY, HOW),
-        )
+        early_gate = _first_of(weight, scales, zeros, begin, rows, K, EARLY, HOW)
+        early_up = _first_of(weight, scales, zeros, begin + F, rows, K, EARLY, HOW)
     else:  # one product of both, gate and up in turn: then those of a column end in the same thread
         in_turn = tl.arange(0, 2 * BN)
-        both = tl.program_id(0) * BN + in_turn // 2 + in_turn % 2 * F
-        early = _first_of(weight, scales, both, K, EARLY, HOW)
+        both = in_turn // 2 + (in_turn % 2).to(tl.int64) * F
+        early = _first_of(weight, scales, zeros, begin, both, K, EARLY, HOW)
     if CHAINED:
         gdc_wait()
     parts = load_squares(squares, 1, num_parts, 1, PARTS)
@@ -225,7 +229,7 @@ def gated_row_kernel(
         gate = _add_up(gates, first_own, early_gate, scales, columns)
         up = _add_up(ups, first_own, early_up, scales, columns + F)
     else:
-        products = _times_row(x, weight, scales, zeros, both, early, K, 2 * BN, BK, EARLY, STAGES, CHAINED, HOW)
+        products = _times_row(x, weight, scales, zeros, begin, both, early, K, 2 * BN, BK, EARLY, STAGES, CHAINED, HOW)
         gate, up = tl.split(products.reshape(BN, 2))
     over_rms = tl.rsqrt(tl.sum(tl.sum(parts, 1), 0) / K + eps)
     gate *= over_rms

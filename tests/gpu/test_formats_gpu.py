@@ -60,6 +60,21 @@ def test_few_rows_are_multiplied_with_the_weight_that_the_codes_mean(name: str, 
         assert relative_error(normed.squares.sum(1), sums.float().pow(2).sum(1)) < 1e-5
 
 
+@pytest.mark.parametrize("depth", [4096, 7936, 14336])
+@pytest.mark.parametrize(
+    "form", [form for form in FORMATS.values() if form.storage == "int4"], ids=lambda form: form.name
+)
+def test_one_row_is_multiplied_in_as_many_turns_as_it_takes(form: LinearFormat, depth: int) -> None:
+    from graphgen.models import few_rows
+
+    weight, x, norm = on_cuda(form, 96, depth), randn(1, depth), random_norm(96)
+    for scale in (1.0, 0.0):
+        nothing = torch.zeros(1, 96, device="cuda", dtype=torch.bfloat16)
+        sums, _ = few_rows.adding_linear(x * scale, weight, None, nothing, norm, chained=True)
+        want = F.linear(x.float() * scale, matrix(weight)).bfloat16()
+        assert relative_error(sums, want) < 5e-4 if scale else torch.equal(sums, want)  # few round otherwise
+
+
 @pytest.mark.parametrize("num_rows", [1, 7, 16, 64])
 @pytest.mark.parametrize("form", [E4M3, INT4, *list(FORMATS.values())[2:4]], ids=lambda form: form.name)
 def test_norms_and_activations_meet_the_product(form: LinearFormat, num_rows: int) -> None:
