@@ -207,7 +207,7 @@ def test_ipc_connections_are_counted_and_served(make_frontend: MakeFrontend, tmp
 
 
 def test_heartbeats_and_garbage_are_no_hoard(frontend: Frontend) -> None:
-    client = frontend.welcome(HEARTBEAT_IVL=10)
+    client = frontend.welcome(HEARTBEAT_IVL=10, HEARTBEAT_TIMEOUT=10_000)
     time.sleep(1)
     client.send(Ping(t=1))
     client.expect(Pong)
