@@ -28,7 +28,7 @@ def test_figures_say_which_share_met_each_level() -> None:
     assert (figures["mlperf_interactive_share"], figures["mlperf_server_share"]) == (0.25, 0.5)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.floats(0.02, 5000.0), st.floats(0.02, 5000.0))
 def test_the_search_finds_the_capacity_of_an_engine_that_has_one(capacity: float, first_rate: float) -> None:
     highest, probes = find_highest_rate(lambda rate: SHARE if rate <= capacity else 0.5, first_rate)

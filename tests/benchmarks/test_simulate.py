@@ -134,7 +134,7 @@ def times_by_brute_force(
 SHAPES = st.lists(st.tuples(st.floats(0.0, 0.3), st.integers(1, 20), st.integers(1, 8)), min_size=1, max_size=8)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(SHAPES, st.sampled_from([FLAT, SLOPED]), st.sampled_from([None, 1, 2, 3]), st.sampled_from([7, 64]))
 def test_every_token_comes_at_the_end_of_the_step_that_drew_it(
     shapes: list[tuple[float, int, int]], table: StepTimeTable, clients: int | None, num_pages: int

@@ -268,4 +268,4 @@ class Faults(RuleBasedStateMachine):
 
 
 TestFaults = pytest.mark.filterwarnings("default")(Faults.TestCase)
-TestFaults.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
+TestFaults.settings = settings(max_examples=30, stateful_step_count=25)

@@ -116,7 +116,7 @@ def test_tokenizer_round_trips_the_whole_play(tokenizer: Any) -> None:
     assert len(ids) < 0.45 * len(PLAY)  # it does compress: more than two characters a token
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text())
 def test_tokenizer_round_trips_any_unicode(tokenizer: Any, text: str) -> None:
     assert tokenizer.decode(tokenizer(text).input_ids) == text

@@ -146,7 +146,7 @@ def test_top_k_keeps_ties_like_hugging_face() -> None:
     top_p=st.floats(1 / 128, 1.0, width=32),
     min_p=st.one_of(st.just(0.0), st.floats(1 / 1024, 1.0, width=32)),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_kept_tokens_are_those_of_the_definition(values: list[int], top_k: int, top_p: float, min_p: float) -> None:
     """Against the rules spelled out one token at a time, many ties included."""
     params = SamplerParams(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p)

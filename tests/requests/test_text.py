@@ -37,7 +37,7 @@ def stream_pieces(tokenizer: Tokenizer, token_ids: list[int], skip_special_token
 
 @pytest.mark.parametrize("kind", tokenizers_for_tests.ALL)
 @pytest.mark.parametrize("skip_special_tokens", [True, False])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_joined_pieces_are_the_decoding_of_all_ids(kind: str, skip_special_tokens: bool, data: st.DataObject) -> None:
     token_ids = data.draw(st.lists(st.integers(0, vocab_size(kind) - 1), max_size=60))

@@ -254,5 +254,5 @@ class Routing(RuleBasedStateMachine):
         assert all(view.num_digests <= CAPACITY.num_pages for view in views)
 
 
-Routing.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+Routing.TestCase.settings = settings(max_examples=80, stateful_step_count=40)
 test_any_order_of_events = Routing.TestCase

@@ -30,7 +30,7 @@ def make_running(number: int, prompt_len: int, max_tokens: int, target_ms: float
     return RunningRequest(request, number, [], prompt_len, is_reserved=False, is_long=False)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.randoms(use_true_random=False))
 def test_the_first_token_that_is_due_is_that_of_a_scan(rng: Random) -> None:
     """Whoever joins, leaves or gets its first token, in any order."""

@@ -69,7 +69,7 @@ def test_on_an_h200_the_size_that_is_worth_its_length_grows_with_the_decodes() -
     assert judged(H200, 512, 512).beside(64) == ()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_the_largest_step_is_the_smallest_near_the_best_rate_beside_the_decodes(data: st.DataObject) -> None:
     """Against every bucket one by one, whatever the times are."""

@@ -122,7 +122,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     thought=st.none() | st.text("ab {}\n", min_size=1, max_size=8),
     said=st.text('ab {}"\n', max_size=8),
