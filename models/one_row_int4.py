@@ -18,6 +18,8 @@ from torch import Tensor
 from graphgen.models.few_rows_weights import INT4_BLOCK, INT4_HALF
 from graphgen.models.formats.products import Weight
 
+_LINE = tl.constexpr(64)
+"""Bytes that are asked for at once. Every row has a multiple of it."""
 _PIECE = tl.constexpr(16)
 """Bytes of a row. Each is in one group with its low halves, and in one with its high halves."""
 _LOW_HALVES = tl.constexpr(0x0F0F0F0F)
@@ -48,6 +50,8 @@ class Packed(NamedTuple):
     scale_rows: int
     """Rows that share a scale."""
     zeros: bool
+    scale_lines: int
+    """Times _LINE that hold the scales of a row, a power of two."""
     by_code: bool
     """Whether PTX is used, which Triton's interpreter does not know."""
 
@@ -58,7 +62,8 @@ def packed(weight: Tensor | Weight, num_columns: int) -> Packed | None:
         return None
     form = weight.format
     groups, by_code = form.num_groups(num_columns), not triton.knobs.runtime.interpret
-    return Packed(form.group or num_columns, groups, form.rows, form.zeros, by_code)
+    lines = triton.next_power_of_2(triton.cdiv(groups * weight.scale.itemsize, _LINE.value))
+    return Packed(form.group or num_columns, groups, form.rows, form.zeros, lines, by_code)
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------
@@ -87,11 +92,9 @@ def _four(x: "tl.tensor", C: tl.constexpr) -> "tuple[tl.tensor, tl.tensor, tl.te
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _load_eight(x: "tl.tensor", column: "tl.tensor", inside: "tl.tensor | None") -> "tuple[tl.tensor, tl.tensor]":
-    """[C, 4] float32 twice: of eight columns from each `column`, [C], the first, third, ..., and the others."""
-    places = x + column[:, None] + tl.arange(0, 8)[None, :]
-    eight = tl.load(places) if inside is None else tl.load(places, inside[:, None], other=0.0)
-    even, odd = tl.split(eight.to(tl.float32).reshape(column.shape[0], 4, 2))
+def _of_eight(x: "tl.tensor") -> "tuple[tl.tensor, tl.tensor]":
+    """[C, 4] float32 each: of x, [C, 8], the first, third, ... columns, and the others."""
+    even, odd = tl.split(x.to(tl.float32).reshape(x.shape[0], 4, 2))
     return even, odd
 
 
@@ -203,25 +206,88 @@ def read_pieces(
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _times_pieces(
-    x: "tl.tensor",
-    read: "tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]",
+def _bring(places: "tl.tensor") -> None:
+    """Into the L2 cache."""
+    code: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+    tl.inline_asm_elementwise(code, "=r,l", [places.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _ask_for_turn(
+    weight: "tl.tensor",
+    first: "tl.tensor",
+    rows: "tl.tensor",
     turn: "tl.tensor",
     K: tl.constexpr,
     BYTES: tl.constexpr,
     HOW: tl.constexpr,
+) -> None:
+    """Has what a turn reads of a weight brought into the L2 cache; behind a row its last line. See read_pieces."""
+    if HOW.by_code:
+        line = tl.minimum(turn * BYTES + tl.arange(0, BYTES // _LINE) * _LINE, K // 2 - _LINE)
+        _bring(weight + first.to(tl.int64) * (K // 2) + line[None, :] + (rows.to(tl.int64) * (K // 2))[:, None])
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _ask_for_groups(numbers: "tl.tensor", first: "tl.tensor", rows: "tl.tensor", HOW: tl.constexpr) -> None:
+    """The same of all scales or zeros."""
+    if HOW.by_code:
+        IN_LINE: tl.constexpr = _LINE * 8 // numbers.dtype.element_ty.primitive_bitwidth
+        group = tl.minimum(tl.arange(0, HOW.scale_lines) * IN_LINE, HOW.groups - 1)
+        _bring(numbers + ((first + rows) // HOW.scale_rows * HOW.groups)[:, None] + group[None, :])
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def ask_for(
+    weight: "tl.tensor",
+    scales: "tl.tensor",
+    zeros: "tl.tensor | None",
+    first: "tl.tensor",
+    rows: "tl.tensor",
+    K: tl.constexpr,
+    BYTES: tl.constexpr,
+    STAGES: tl.constexpr,
+    HOW: tl.constexpr,
+) -> None:
+    """Has what the turns behind the first read brought into the L2 cache: of the weight what STAGES - 1 of them do, all
+    scales and all zeros. (The compiler puts off what is loaded a turn ahead, to save registers.)"""
+    if K > 2 * BYTES:
+        for turn in tl.static_range(1, STAGES):
+            _ask_for_turn(weight, first, rows, turn, K, BYTES, HOW)
+        _ask_for_groups(scales, first, rows, HOW)
+        if HOW.zeros:
+            _ask_for_groups(zeros, first, rows, HOW)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _read_inputs(
+    x: "tl.tensor", turn: "tl.tensor", K: tl.constexpr, BYTES: tl.constexpr
+) -> "tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]":
+    """[C, 8] each: what the pieces of a turn are multiplied with of one row, [K]; of their low halves the first eight
+    and the others, then of their high halves. Zeros behind the row."""
+    column = _column(turn * (BYTES // _PIECE) + tl.arange(0, BYTES // _PIECE))
+    places = x + column[:, None] + tl.arange(0, 8)[None, :]
+    inside = (column < K)[:, None] if K % (2 * BYTES) else None
+    other = None if inside is None else 0.0
+    first = tl.load(places, inside, other=other)
+    second = tl.load(places + 8, inside, other=other)
+    of_high = tl.load(places + INT4_HALF, inside, other=other)
+    return first, second, of_high, tl.load(places + INT4_HALF + 8, inside, other=other)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _times_pieces(
+    inputs: "tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]",
+    read: "tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]",
+    HOW: tl.constexpr,
 ) -> "tl.tensor":
-    """[C, BN] float32: one row, [K], times what read_pieces has read in a turn."""
-    C: tl.constexpr = BYTES // _PIECE
+    """[C, BN] float32: what _read_inputs has read for a turn times what read_pieces has."""
     words, scale, zero, scale_of_high, zero_of_high = read
-    column = _column(turn * C + tl.arange(0, C))
-    inside = None
-    if K % (2 * BYTES):
-        inside = column < K
-    a, b = _load_eight(x, column, inside)
-    c, d = _load_eight(x, column + 8, inside)
-    e, f = _load_eight(x, column + INT4_HALF, inside)
-    g, h = _load_eight(x, column + INT4_HALF + 8, inside)
+    C: tl.constexpr = words.shape[0]
+    a, b = _of_eight(inputs[0])
+    c, d = _of_eight(inputs[1])
+    e, f = _of_eight(inputs[2])
+    g, h = _of_eight(inputs[3])
     m0, m1, m2, m3 = _four(_larger(_larger(_larger(a, b), _larger(c, d)), _larger(_larger(e, f), _larger(g, h))), C)
     factor, unit = _factors(_larger(_larger(m0, m1), _larger(m2, m3)))
     ab, cd = _four(_pairs(a, b, factor, HOW), C), _four(_pairs(c, d, factor, HOW), C)
@@ -291,16 +357,20 @@ def times_packed(
     early: "tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]",
     K: tl.constexpr,
     BYTES: tl.constexpr,
+    STAGES: tl.constexpr,
     HOW: tl.constexpr,
 ) -> "tl.tensor":
     """[BN] float32: one row, [K], times rows `first + rows` of a weight, BYTES of each at a time. early: what
-    read_pieces reads for turn 0. Every turn reads for the one that follows."""
+    read_pieces reads for turn 0. Every turn reads for the one that follows, and asks for what is read STAGES later."""
     TURNS: tl.constexpr = (K // 2 + BYTES - 1) // BYTES
-    read = early
+    read, inputs = early, _read_inputs(x, 0, K, BYTES)
     sums = tl.zeros((BYTES // _PIECE, rows.shape[0]), tl.float32)
     for turn in range(TURNS - 1):
         following = read_pieces(weight, scales, zeros, first, rows, turn + 1, K, BYTES, HOW)
-        sums += _times_pieces(x, read, turn, K, BYTES, HOW)
-        read = following
-    sums += _times_pieces(x, read, TURNS - 1, K, BYTES, HOW)
+        if STAGES > 1:
+            _ask_for_turn(weight, first, rows, turn + STAGES, K, BYTES, HOW)
+        following_inputs = _read_inputs(x, turn + 1, K, BYTES)
+        sums += _times_pieces(inputs, read, HOW)
+        read, inputs = following, following_inputs
+    sums += _times_pieces(inputs, read, HOW)
     return _sum(sums, BYTES // _PIECE, rows.shape[0])

@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from graphgen.models.few_rows_exchange import sum_over_ranks
 from graphgen.models.few_rows_kernels import add_row, gated, load_squares
-from graphgen.models.one_row_int4 import read_pieces, times_packed
+from graphgen.models.one_row_int4 import ask_for, read_pieces, times_packed
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
@@ -35,6 +35,7 @@ def _first_of(
     rows: "tl.tensor",
     K: tl.constexpr,
     EARLY: tl.constexpr,
+    STAGES: tl.constexpr,
     HOW: tl.constexpr,
 ) -> "tl.tensor":
     """The first EARLY elements of rows `first + rows` of a weight; of int4 with their scales and zeros."""
@@ -42,6 +43,7 @@ def _first_of(
         early = tl.load(weight + (first + rows).to(tl.int64)[:, None] * K + tl.arange(0, EARLY)[None, :])
     else:
         early = read_pieces(weight, scales, zeros, first, rows, 0, K, EARLY, HOW)
+        ask_for(weight, scales, zeros, first, rows, K, EARLY, STAGES, HOW)
     return early
 
 
@@ -92,7 +94,7 @@ def _times_row(
             gdc_launch_dependents()
         result = _add_up(sums, first_own, early, scales, columns)
     else:
-        result = times_packed(x, weight, scales, zeros, first, rows, early, K, BK, HOW)
+        result = times_packed(x, weight, scales, zeros, first, rows, early, K, BK, STAGES, HOW)
         if CHAINED:
             gdc_launch_dependents()
     return result
@@ -121,7 +123,7 @@ def normed_row_kernel(
     """normed_linear_kernel of one row."""
     begin, rows = tl.program_id(0) * BN, tl.arange(0, BN)
     columns = begin + rows
-    early = _first_of(weight, scales, zeros, begin, rows, K, EARLY, HOW)
+    early = _first_of(weight, scales, zeros, begin, rows, K, EARLY, STAGES, HOW)
     if CHAINED:
         gdc_wait()
     parts = load_squares(squares, 1, num_parts, 1, PARTS)
@@ -163,7 +165,7 @@ def adding_row_kernel(
     """adding_linear_kernel of one row."""
     begin, rows = tl.program_id(0) * BN, tl.arange(0, BN)
     columns = begin + rows
-    early = _first_of(weight, scales, zeros, begin, rows, K, EARLY, HOW)
+    early = _first_of(weight, scales, zeros, begin, rows, K, EARLY, STAGES, HOW)
     of_norm = tl.load(norm_weight + columns).to(tl.float32)
     if CHAINED:
         gdc_wait()
@@ -204,12 +206,12 @@ def gated_row_kernel(
     begin, rows = tl.program_id(0) * BN, tl.arange(0, BN)
     columns = begin + rows
     if HOW is None:
-        early_gate = _first_of(weight, scales, zeros, begin, rows, K, EARLY, HOW)
-        early_up = _first_of(weight, scales, zeros, begin + F, rows, K, EARLY, HOW)
+        early_gate = _first_of(weight, scales, zeros, begin, rows, K, EARLY, STAGES, HOW)
+        early_up = _first_of(weight, scales, zeros, begin + F, rows, K, EARLY, STAGES, HOW)
     else:  # one product of both, gate and up in turn: then those of a column end in the same thread
         in_turn = tl.arange(0, 2 * BN)
         both = in_turn // 2 + (in_turn % 2).to(tl.int64) * F
-        early = _first_of(weight, scales, zeros, begin, both, K, EARLY, HOW)
+        early = _first_of(weight, scales, zeros, begin, both, K, EARLY, STAGES, HOW)
     if CHAINED:
         gdc_wait()
     parts = load_squares(squares, 1, num_parts, 1, PARTS)
