@@ -94,9 +94,9 @@ def _times_row(
             gdc_launch_dependents()
         result = _add_up(sums, first_own, early, scales, columns)
     else:
-        result = times_packed(x, weight, scales, zeros, first, rows, early, K, BK, STAGES, HOW)
-        if CHAINED:
+        if CHAINED:  # the next one reads its weight while this one multiplies
             gdc_launch_dependents()
+        result = times_packed(x, weight, scales, zeros, first, rows, early, K, BK, STAGES, HOW)
     return result
 
 
