@@ -189,6 +189,8 @@ class StepPlan(Struct, frozen=True, array_like=True, tag="plan", gc=False, kw_on
     chunk_token_ids: bytes = b""  # the chunks' tokens one after another
     decode_slots: bytes = b""  # the row's token is the slot's last token, fed back on the device
     decode_positions: bytes = b""  # the row's position
+    redrawn: bytes = b""  # (slot, token, 1 in the output and 0 in the prompt) each, of decode rows that compute a token
+    # once more, since the one drawn behind it was refused: the row's token is this one
     new_pages: bytes = b""  # (page group, slot, index in its block table, page) each
     page_copies: bytes = b""  # pairs (source, destination) of whole pages, copied before anything is written; no
     # destination is the source of another pair

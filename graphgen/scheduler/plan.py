@@ -108,6 +108,7 @@ class PlanDraft:
         self._decode_slots = b""
         self._decode_positions = b""
         self._num_decode_positions = 0
+        self._redrawn = array("i")
         self._new_pages: list[int] = []
         self._page_copies: list[int] = []
         self.grown: list[RunningRequest] = []
@@ -139,11 +140,18 @@ class PlanDraft:
         """`destination` gets what `source` holds, before the step writes anything."""
         self._page_copies += (source, destination)
 
-    def set_decodes(self, decodes: DecodeSet, constrained: Iterable[RunningRequest]) -> None:
-        """One row for each: the slot's last token, at the next position. constrained: those that follow a grammar."""
+    def set_decodes(
+        self, decodes: DecodeSet, constrained: Iterable[RunningRequest], redrawn: Iterable[RunningRequest]
+    ) -> None:
+        """One row for each: the slot's last token, at the next position. constrained: those that follow a grammar.
+        redrawn: of these, those whose last known token it is instead."""
         self._constrained_decodes = [running.request for running in constrained]
         self._decode_slots, self._decode_positions, self._decodes = decodes.rows()
         self._num_decode_positions = decodes.num_positions
+        for running in redrawn:
+            tokens, position = running.request.tokens, decodes.position(running)
+            self._redrawn.extend((running.slot, *tokens.part(position, position + 1)))
+            self._redrawn.append(position >= running.request.prompt_len)
 
     def add_chunk(self, running: RunningRequest, length: int) -> None:
         """The next `length` known tokens. Only the chunk that reaches the last of them draws a token."""
@@ -190,6 +198,7 @@ class PlanDraft:
             chunk_token_ids=pack_int32(self._chunk_token_ids),
             decode_slots=self._decode_slots,
             decode_positions=self._decode_positions,
+            redrawn=pack_int32(self._redrawn),
             new_pages=pack_int32(self._new_pages),
             page_copies=pack_int32(self._page_copies),
             scored_rows=pack_int32(self._scored_rows),

@@ -208,7 +208,7 @@ class Scheduler:
             life.rests.review(self.counters.steps - 1)
         preemptions_before = self.counters.preemptions
         life.preemption.grow(draft)
-        draft.set_decodes(life.running.decodes, life.running.constrained)
+        draft.set_decodes(life.running.decodes, life.running.constrained, life.running.take_redrawn())
         # Pages that a preemption freed are for the growth of those that still run, not for new requests.
         may_admit = self.counters.preemptions == preemptions_before
         life.prompts.plan(draft, now_s, may_admit, helped)

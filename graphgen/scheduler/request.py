@@ -50,9 +50,12 @@ MOST_BROUGHT = 2
 """Deaths elsewhere that count here: with the next one it runs alone, and only what it does then can fail it."""
 
 LEAST_CAUTION, MOST_CAUTION = 2, 16
-"""Tokens that a request with a grammar awaits one by one after a refusal. Each refusal doubles them for the next, each
-token that was drawn ahead and allowed takes one off. Where every mask comes too late for what is drawn ahead, 16 make
-35 steps of 17 tokens, 3 % more than if all were awaited."""
+"""Tokens that a request with a grammar awaits one by one after refusals close to each other, of which each doubles
+them. Where every mask comes too late for what is drawn ahead, 16 make 35 steps of 17 tokens, 3 % more than if all were
+awaited."""
+FREE_RUN = 3
+"""Tokens drawn ahead and allowed, after which a refusal alone makes no request cautious: one in so many costs no more
+than awaiting them all."""
 
 Rank = tuple[float, int]
 
@@ -62,6 +65,7 @@ class Request:
 
     __slots__ = (
         "_next_caution",
+        "_num_ahead",
         "_slot_init",
         "arrival",
         "cached_tokens",
@@ -130,9 +134,10 @@ class Request:
         self.end_position = self.prompt_len + self.max_tokens - 1
         self.is_constrained = bool(submit.grammar)
         # With a grammar: whether the device counts its tokens, for penalties; the tokens that it awaits before it runs
-        # ahead again, those of the next refusal, and its rows in flight whose draws mean nothing.
+        # ahead again, those of the next refusal, those that were drawn ahead since the last, and its rows in flight
+        # whose draws mean nothing.
         self.is_counted = _is_penalised(submit.sampler)
-        self.caution, self._next_caution = 0, LEAST_CAUTION
+        self.caution, self._next_caution, self._num_ahead = 0, LEAST_CAUTION, 0
         self.num_stale = 0
         self._slot_init = SlotInit(
             prompt_len=self.prompt_len,
@@ -193,13 +198,17 @@ class Request:
         """Its grammar has allowed a token."""
         if self.caution:
             self.caution -= 1
-        elif self._next_caution > LEAST_CAUTION:
-            self._next_caution -= 1
+        else:
+            self._num_ahead += 1
 
     def draw_refused(self) -> None:
         """Its grammar has refused one. A token that is drawn ahead and refused costs three steps, one awaited two."""
-        self.caution = self._next_caution
-        self._next_caution = min(2 * self._next_caution, MOST_CAUTION)
+        if self._num_ahead >= FREE_RUN:
+            self._next_caution = LEAST_CAUTION
+        else:
+            self.caution = self._next_caution
+            self._next_caution = min(2 * self._next_caution, MOST_CAUTION)
+        self._num_ahead = 0
 
     @property
     def has_output_to_come(self) -> bool:

@@ -29,6 +29,8 @@ class RunningSet:
         self.awaiting: dict[RunningRequest, int] = {}
         """Those that follow a grammar and whose newest token is not known yet, and how far each is computed. What may
         come next depends on that token, so they have no row meanwhile."""
+        self.redrawn: dict[RunningRequest, None] = {}
+        """Those that follow a grammar and whose next decode row computes their last known token once more."""
         self.begun: list[RunningRequest] = []
         """The others, in order of service."""
         self._by_rank: list[RunningRequest] = []
@@ -102,17 +104,24 @@ class RunningSet:
 
     def redraw(self, running: RunningRequest) -> None:
         """The token of one that awaits it, or that has run ahead, was refused: its last known token is computed once
-        more, as a chunk."""
+        more by its next row, that of a decode."""
+        position = len(running.request.tokens) - 1
+        self.redrawn[running] = None
+        if running in self.resting:
+            self.resting[running] = position
+            return
         if running in self.awaiting:
             del self.awaiting[running]
-        elif running in self.resting:
-            del self.resting[running]
-            running.request.tenant.num_resting -= 1
         else:
             self._leave_decodes(running)
-        running.prefill_end = len(running.request.tokens)
-        running.num_prefilled = running.prefill_end - 1
-        insort(self.begun, running, key=_rank)
+        self._join_decodes(running, position)
+
+    def take_redrawn(self) -> list[RunningRequest]:
+        """Those that the next plan has rows of, which then are as other decodes."""
+        taken = [running for running in self.redrawn if running.decode_row is not None]
+        for running in taken:
+            del self.redrawn[running]
+        return taken
 
     def rest(self, running: RunningRequest, newest_step: int) -> None:
         """One that decodes has no rows from the next plan on. It keeps slot and pages, and its newest token stays on
@@ -143,6 +152,7 @@ class RunningSet:
     def remove(self, running: RunningRequest) -> int:
         """Takes the slot away; the request's pages are the caller's to give back. Returns its `num_computed`."""
         tenant = running.request.tenant
+        self.redrawn.pop(running, None)
         if running.decode_row is not None:
             num_computed = self._leave_decodes(running)
         elif running in self.resting:

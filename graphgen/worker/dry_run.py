@@ -48,7 +48,7 @@ def run_dry(config: LaunchConfig, capability: tuple[int, int]) -> None:
                 module.settle(dtype)
         parts = StepParts(config, shapes, decoder, backend, _DEVICE, None)
         kv_cache = parts.open_kv_cache(shapes.bounds.most_pages)
-        make_step = parts.step_maker(kv_cache)
+        make_step = parts.step_maker(kv_cache, parts.open_slots(kv_cache))
         for shape in shapes.largest_first(shapes.buckets):
             make_step(shape)()
         parts.scoring_step()()

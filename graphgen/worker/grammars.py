@@ -31,7 +31,7 @@ from graphgen.worker.grammar_compiler import GrammarCompiler, is_sound
 
 PATIENCE_S = 0.05
 """For grammars that are being compiled, in a step that computes nothing else."""
-FILLED_TOGETHER = 8
+FILLED_TOGETHER = 32
 """Masks, at most."""
 COMPILERS, FILLERS = 2, 2
 """Threads that compile grammars, and that have masks filled: when one takes long, those behind it go on."""
@@ -45,7 +45,6 @@ class Draw(NamedTuple):
     position: int  # of the token that is drawn
     grammar: "SlotGrammar"
     mask: Words | None = None  # what it obeys; None: it draws from all tokens, and is looked at
-    again: int | None = None  # the token of the output that is computed once more for it
 
 
 class LateMask(NamedTuple):
@@ -145,18 +144,13 @@ class GrammarSlots:
 
     def _draws(self, plan: StepPlan) -> list[Draw]:
         draws: list[Draw] = []
-        place = num_tokens = 0
+        place = 0
         for chunk in plan.chunks:
             grammar = self._slots.get(chunk.slot)
             if chunk.draws and grammar is not None:
-                position = chunk.start + chunk.length
-                # One that was drawn before and refused. Of a prompt's tokens it does not matter how often they come.
-                is_again = position == grammar.drawn_position and chunk.start >= grammar.prompt_len
-                again = unpack_int32(plan.chunk_token_ids)[num_tokens] if is_again else None
-                draws.append(Draw(place, chunk.slot, position, grammar, None, again))
-                grammar.drawn_position = position
+                grammar.drawn_position = chunk.start + chunk.length
+                draws.append(Draw(place, chunk.slot, grammar.drawn_position, grammar))
             place += chunk.draws
-            num_tokens += chunk.length
         slots, positions = unpack_int32(plan.decode_slots), unpack_int32(plan.decode_positions)
         for row, (slot, position) in enumerate(zip(slots, positions, strict=True), place):
             grammar = self._slots.get(slot)

@@ -52,6 +52,7 @@ from graphgen.worker.grammars import Draw, GrammarSlots
 from graphgen.worker.inputs import InputPacker, RegionLengths
 from graphgen.worker.mask_copies import MaskCopies
 from graphgen.worker.outputs import StepOutputs, live_drawing_rows
+from graphgen.worker.redraw_copies import RedrawCopies
 from graphgen.worker.scoring import SlotAsks
 from graphgen.worker.step_parts import StepParts, StepShapes
 
@@ -149,12 +150,14 @@ class ModelRunner:
                 self._run_once(shapes.buckets[-1])
         with self._phase("profile"):
             self._kv_cache = parts.open_kv_cache(self._num_pages())
+        slots = parts.open_slots(self._kv_cache)
+        self._redraws = RedrawCopies(parts.sampler, slots.last_token, self._stream, STAGING_BLOCKS)
         free = device_free_bytes(self._device)
         with self._phase("capture"):
             self._captured = set(shapes.first_buckets)
             self._graphs = GraphPool(
                 self._stream,
-                parts.step_maker(self._kv_cache),
+                parts.step_maker(self._kv_cache, slots),
                 shapes.largest_first(shapes.first_buckets),
                 before_warm_up=self._fill_idle_step,
                 progress=lambda done, total: report(Progress("capture", done, total)),
@@ -246,6 +249,7 @@ class ModelRunner:
         shape = self._bounds.any_plan(plan.bucket) if self._graphs.captures else self._bounds.this_plan(plan)
         self._masks.send(plan, draws)
         self._biases.send(plan)
+        self._redraws.send(plan)
         started = self._stage(plan, shape, output_row)
         self._stream.submit(lambda: self._graphs.run(shape))
         if plan.scored_rows:
@@ -331,7 +335,8 @@ class ModelRunner:
     def _run_once(self, bucket: Bucket) -> None:
         """One idle step over a cache of one page: compiles, loads kernels, and takes the memory a step takes."""
         shape = self._bounds.any_plan(bucket)
-        step = self._parts.step_maker(self._parts.open_kv_cache(1))(shape)
+        kv_cache = self._parts.open_kv_cache(1)
+        step = self._parts.step_maker(kv_cache, self._parts.open_slots(kv_cache))(shape)
         self._stream.submit(lambda: self._fill_idle_step(shape))
         self._stream.submit(step)
         self._stream.submit(self._parts.scoring_step())

@@ -114,15 +114,18 @@ class StepParts:
             head_scales=self.decoder.head_scales,
         )
 
-    def step_maker(self, kv_cache: KVCache) -> Callable[[StepShape], Step]:
-        """What makes the step of any shape over this cache; all of them share their slots."""
-        slots = SlotTables(
+    def open_slots(self, kv_cache: KVCache) -> SlotTables:
+        """What the steps over this cache keep between them."""
+        return SlotTables(
             self._config.num_slots,
             self._shapes.pages_per_slot,
             kv_cache.trash_page,
             self._device,
             self._shapes.page_layout.windows,
         )
+
+    def step_maker(self, kv_cache: KVCache, slots: SlotTables) -> Callable[[StepShape], Step]:
+        """What makes the step of any shape over this cache. slots: that all of them share, see `open_slots`."""
         return lambda shape: Step(
             bucket=shape.bucket,
             layout=self._shapes.layout_of(shape),

@@ -2,6 +2,7 @@
 
 import random
 from collections import deque
+from typing import NamedTuple
 
 import msgspec
 import pytest
@@ -32,6 +33,11 @@ def planned(scheduler: Scheduler) -> StepPlan:
 def requests_of(scheduler: Scheduler, plan: StepPlan) -> list[int]:
     """Those that draw, in the order of the result."""
     return [request.request_id for request in scheduler._life.in_flight.find(plan.step_id).drawing]
+
+
+def position_of(plan: StepPlan, slot: int) -> int:
+    """Of the decode row of a slot."""
+    return dict(zip(unpack_int32(plan.decode_slots), unpack_int32(plan.decode_positions), strict=True))[slot]
 
 
 def test_a_request_that_awaits_its_tokens_has_a_row_in_every_other_plan_and_its_neighbour_in_each() -> None:
@@ -65,7 +71,7 @@ def test_a_lone_request_that_awaits_its_tokens_has_one_step_in_flight() -> None:
 
 
 @pytest.mark.parametrize("num_known", [0, 1, 3], ids=["of the prompt", "in between", "the last one"])
-def test_a_refused_draw_is_planned_again_as_a_chunk_of_its_last_token_and_nobody_else_notices(num_known: int) -> None:
+def test_a_refused_draw_is_planned_again_as_a_decode_of_its_last_token_and_nobody_else_notices(num_known: int) -> None:
     scheduler = Scheduler(make_limits())
     prompt = [7, 8, 9]
     scheduler.add(constrained(1, prompt, 4))
@@ -84,15 +90,19 @@ def test_a_refused_draw_is_planned_again_as_a_chunk_of_its_last_token_and_nobody
         outputs = scheduler.update(step, [49 if request == 1 else 50 for request in drawing], refused=[place])
         assert set(tokens_of(outputs)) == {2}
         step += 1
-        (chunk,) = (plan := planned(scheduler)).chunks
-        assert (chunk.start, chunk.length, chunk.draws, chunk.init) == (len(known) - 1, 1, True, None)
-        assert list(unpack_int32(plan.chunk_token_ids)) == known[-1:]
+        plan = planned(scheduler)
+        assert not plan.chunks
+        slot, token, of_output = unpack_int32(plan.redrawn)
+        assert (token, of_output) == (known[-1], num_known > 0)
+        assert position_of(plan, slot) == len(known) - 1
         drawing = requests_of(scheduler, plan)
         assert sorted(drawing) == [1, 2]
         place = drawing.index(1)
         scheduler.update(step, [49 if request == 1 else 50 for request in drawing], refused=[place])
         step += 1
-    drawing = requests_of(scheduler, planned(scheduler))
+    plan = planned(scheduler)
+    assert unpack_int32(plan.redrawn)[1] == known[-1]
+    drawing = requests_of(scheduler, plan)
     outputs = scheduler.update(step, [33 if request == 1 else 50 for request in drawing])
     assert tokens_of(outputs)[1] == (33, "length" if num_known == 3 else None)
     assert tokens_of(outputs)[2] == (50, None)
@@ -174,8 +184,9 @@ def test_a_request_runs_ahead_until_a_draw_is_refused_and_again_some_tokens_late
     assert tokens_of(scheduler.update(0, [20])) == {1: (20, None)}
     planned(scheduler)
     assert not scheduler.update(1, [21], refused=[0])
-    (chunk,) = planned(scheduler).chunks
-    assert (chunk.start, chunk.length, chunk.draws) == (3, 1, True), "the token at place 3 is the last that is known"
+    plan = planned(scheduler)
+    slot, token, of_output = unpack_int32(plan.redrawn)
+    assert (position_of(plan, slot), token, of_output) == (3, 20, 1), "the last that is known"
     assert not scheduler.update(2, [22], refused=[0]), "it came behind the refused one"
     known, step = 1, 3
     for _ in range(LEAST_CAUTION):
@@ -187,24 +198,49 @@ def test_a_request_runs_ahead_until_a_draw_is_refused_and_again_some_tokens_late
     assert list(unpack_int32(planned(scheduler).decode_positions)) == [3 + known], "ahead again"
 
 
+REFUSED = 999
+"""What a device draws that no grammar allows."""
+
+
+class DeviceDraw(NamedTuple):
+    request_id: int
+    place: int  # of the token in the output
+    is_wrong: bool
+    is_of_right_token: bool
+
+
 class Device:
-    """Draws the tokens 0, 1, 2, ... of each request, and for those with a grammar now and then one that it refuses."""
+    """Draws the tokens 0, 1, 2, ... of each request, and for those with a grammar now and then one that it refuses. A
+    token counts if the row that drew it had the right token as its input."""
 
     def __init__(self, scheduler: Scheduler, share: float, seed: int) -> None:
         self.scheduler = scheduler
         self.rng = random.Random(seed)
         self.share = share
         self.received: dict[int, list[int]] = {}
-        self.in_flight: deque[tuple[int, list[tuple[int, int]]]] = deque()  # request, place of its token in its output
+        self.last_token: dict[int, int] = {}  # of each slot
+        self.in_flight: deque[tuple[int, list[DeviceDraw]]] = deque()
 
     def plan(self) -> bool:
         plan = self.scheduler.schedule(0.0)
         if plan is None:
             return False
         drawing = self.scheduler._life.in_flight.find(plan.step_id).drawing
-        positions = [chunk.start + chunk.length for chunk in plan.chunks if chunk.draws]
-        positions += [position + 1 for position in unpack_int32(plan.decode_positions)]
-        draws = [(one.request_id, at - one.prompt_len) for one, at in zip(drawing, positions, strict=True)]
+        redrawn = unpack_int32(plan.redrawn)
+        self.last_token |= dict(zip(redrawn[::3], redrawn[1::3], strict=True))
+        rows = [(chunk.slot, chunk.start + chunk.length) for chunk in plan.chunks if chunk.draws]
+        decodes = zip(unpack_int32(plan.decode_slots), unpack_int32(plan.decode_positions), strict=True)
+        inputs: list[int | None] = [None] * len(rows)
+        for slot, position in decodes:
+            rows.append((slot, position + 1))
+            inputs.append(self.last_token[slot])
+        draws = []
+        for request, (slot, at), token in zip(drawing, rows, inputs, strict=True):
+            index = at - request.prompt_len
+            wanted = index - 1 if index else request.tokens.prompt[-1]
+            is_wrong = request.is_constrained and self.rng.random() < self.share
+            draws.append(DeviceDraw(request.request_id, index, is_wrong, token is None or token == wanted))
+            self.last_token[slot] = REFUSED if is_wrong else index
         for chunk, record in zip(plan.chunks, self.scheduler._life.in_flight.find(plan.step_id).chunks, strict=True):
             if chunk.init is not None and chunk.init.grammar:
                 assert list(unpack_int32(chunk.init.output_token_ids)) == self.received[record.request.request_id]
@@ -216,12 +252,14 @@ class Device:
         step_id, draws = self.in_flight.popleft()
         record = self.scheduler._life.in_flight.find(step_id)
         refused = []
-        for place, (request_id, index) in enumerate(draws):
-            known = len(self.received[request_id])
-            if record.drawing[place].is_constrained and (index != known or self.rng.random() < self.share):
-                assert index >= known or record.drawing[place].ended
+        for place, draw in enumerate(draws):
+            known = len(self.received[draw.request_id])
+            if record.drawing[place].is_constrained and (draw.place != known or draw.is_wrong):
+                assert draw.place >= known or record.drawing[place].ended
                 refused.append(place)
-        outputs = self.scheduler.update(step_id, [index for _, index in draws], refused=refused)
+            elif not record.drawing[place].ended:
+                assert draw.is_of_right_token
+        outputs = self.scheduler.update(step_id, [draw.place for draw in draws], refused=refused)
         for request_id, (token, _) in tokens_of(outputs).items():
             self.received[request_id].append(token)
 
