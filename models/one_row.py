@@ -26,8 +26,8 @@ class RowCut(NamedTuple):
     early: int
     """Times that depth, that it reads while the kernel ahead still runs; of int4: once."""
     stages: int
-    """Parts of that depth that are on their way at a time; of int4: beside the one
-    that is multiplied, one in registers and the others into the L2 cache."""
+    """Parts of that depth that are on their way at a time; of int4: beside the one that is multiplied, one in registers
+    and the others into the L2 cache."""
     warps: int = 4
 
     def fitted(self, weight: Tensor, is_int4: bool) -> "RowCut":
@@ -49,14 +49,14 @@ class RowCut(NamedTuple):
 
 
 _MOST_STAGES = 8
-_MOST_PADDED = 1.125
+_MOST_PADDED = 1.15
 """Bytes of a row in int4 that the parts of it have room for, for each that it has."""
 NORMED_ROW = RowCut(columns=16, depth=256, early=1, stages=7)
 ADDING_ROW = RowCut(columns=16, depth=256, early=2, stages=7)
 GATED_ROW = RowCut(columns=8, depth=256, early=1, stages=5)
-NORMED_INT4 = RowCut(columns=16, depth=2048, early=1, stages=3)
-ADDING_INT4 = RowCut(columns=8, depth=2048, early=1, stages=3)
-GATED_INT4 = RowCut(columns=8, depth=2048, early=1, stages=3)
+NORMED_INT4 = RowCut(columns=8, depth=1024, early=1, stages=1, warps=2)
+ADDING_INT4 = RowCut(columns=16, depth=2048, early=1, stages=1)
+GATED_INT4 = RowCut(columns=4, depth=1024, early=1, stages=1, warps=2)
 MOST_OF_ROW = 32768
 """Columns of a product that these kernels make. With 128 256 of them, a head, one takes 273 us of an H200 and tensor
 cores 253."""
