@@ -60,15 +60,19 @@ SCHEMAS = {"call": CALL, "text": TEXT}
 """Both are longer than any output here, so that every request decodes to its last token."""
 
 
-def write_tokenizer(folder: Path, num_tokens: int, seed: int = 0) -> None:
-    """A tokenizer of bytes and of pairs of tokens, as long as words at most: as many as the model has, less two."""
+def write_tokenizer(folder: Path, num_tokens: int, ends: Sequence[int] = (), seed: int = 0) -> None:
+    """A tokenizer of bytes and of pairs of tokens, as long as words at most, with as many tokens as the model has.
+
+    ends: the model's end-of-sequence tokens, which are no text.
+    """
+    special = {number: f"<|end {number}|>" for number in (*ends, num_tokens - 1)} | {num_tokens - 2: "<|begin|>"}
     chance = random.Random(seed)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     common = [chr(code) for code in range(ord("a"), ord("z") + 1)] + ["Ġ" + chr(code) for code in range(97, 123)]
     tokens, merges, longest = dict.fromkeys(letters), [], 10
     printable = [chr(code) for code in range(33, 127)]
     pairs = itertools.chain((("Ġ", letter) for letter in printable), itertools.product(printable, printable))
-    while len(tokens) < num_tokens - 2:
+    while len(tokens) < num_tokens - len(special):
         first, second = next(pairs, None) or (chance.choice(common), chance.choice(common))
         pair = first + second
         if len(pair) > longest or pair in tokens or "Ġ" in second:
@@ -77,13 +81,18 @@ def write_tokenizer(folder: Path, num_tokens: int, seed: int = 0) -> None:
         merges.append((first, second))
         if second.isalpha() and chance.random() < 0.5:
             common.append(pair)
-    vocab = {token: number for number, token in enumerate(tokens)}
+    free = (number for number in range(num_tokens) if number not in special)
+    vocab = dict(zip(tokens, free, strict=True)) | {token: number for number, token in special.items()}
     tokenizer = Tokenizer(BPE(vocab, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|begin|>", "<|end|>"])
+    tokenizer.add_special_tokens([*special.values()])
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "eos_token": "<|end|>"}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|begin|>",
+        "eos_token": special[num_tokens - 1],
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
@@ -133,7 +142,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = options.tokenizer
         if options.model is not None and tokenizer is None and not (Path(options.model) / "tokenizer.json").exists():
-            write_tokenizer(Path(folder), load_spec(options.model).vocab_size)
+            spec = load_spec(options.model)
+            write_tokenizer(Path(folder), spec.vocab_size, spec.eos_token_ids)
             tokenizer = folder
         with Engine(EngineConfig(**engine_settings(options, tokenizer=tokenizer))) as engine:
             chance = random.Random(0)

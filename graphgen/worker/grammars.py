@@ -130,7 +130,12 @@ class GrammarSlots:
         if len(draws) == len(plan.chunks) + plan.num_decodes:
             _await_compiled(draws)
         with self._lock:
-            return [draw._replace(mask=_mask_for(draw)) for draw in draws]
+            draws = [draw._replace(mask=_mask_for(draw)) for draw in draws]
+        if any(draw.mask is not None for draw in draws):
+            # What is being sent may be an older mask of one of them: it must be on its way before these are.
+            with self._owning:
+                pass
+        return draws
 
     def _own(self, slot: int, init: SlotInit) -> None:
         """The slot has a new owner."""
@@ -176,7 +181,7 @@ class GrammarSlots:
                     if not grammar.is_due:
                         grammar.is_due = True
                         due.append(grammar)
-                elif draw.mask is not None:
+                elif draw.mask is not None and token_ids[draw.place] < 0:
                     pass  # nothing could be drawn
                 elif grammar.failure:
                     failed.append((draw.place, grammar.failure))
@@ -272,11 +277,10 @@ def _allows(draw: Draw, token_id: int) -> bool:
     """Whether a draw's token is its grammar's next. Before there is a mask the matcher says so, unless it is at work.
     Needs no lock: on the thread that judges, nobody else moves a grammar on."""
     grammar = draw.grammar
-    if token_id < 0 or draw.mask is not None:
-        return token_id >= 0  # it has obeyed
-    if grammar.failure or draw.position != grammar.position:
+    if token_id < 0 or grammar.failure or draw.position != grammar.position:
         return False
-    if (mask := grammar.mask) is not None:
+    mask = grammar.mask if draw.mask is None else draw.mask
+    if mask is not None:
         return is_in_mask(mask, token_id)
     if grammar.matcher is None or not grammar.busy.acquire(blocking=False):
         return False

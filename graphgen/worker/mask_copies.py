@@ -20,7 +20,6 @@ from graphgen.worker.grammars import FILLED_TOGETHER, Draw, LateMask
 LATE_BLOCKS = 16
 """Of masks beside a step: that many may be on their way, and no thread waits for the first to have arrived."""
 
-
 NOWHERE = -1
 """The position of a mask that no draw obeys."""
 
@@ -45,9 +44,8 @@ class MaskCopies:
         masks = [LateMask(draw.slot, draw.position, draw.mask) for draw in draws if draw.mask is not None]
         owned = [chunk.slot for chunk in plan.chunks if chunk.init is not None and chunk.slot in self._masked]
         self._masked = self._masked.difference(owned) | {draw.slot for draw in draws}
-        if owned:
-            self._stream.join_beside()
         if masks or owned:
+            self._stream.join_beside()  # older masks of these slots come first
             host, num_words = self._steps.pack(masks, owned)
             self._stream.submit(lambda: self._load(host, len(masks), num_words, len(owned)))
             self._steps.ring.release(self._stream)

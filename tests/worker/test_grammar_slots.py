@@ -12,7 +12,7 @@ from graphgen.capture.buffers import Words
 from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.messages import Bucket, Chunk, SamplerParams, SlotInit, StepPlan
 from graphgen.models.sampling import mask_words
-from graphgen.worker.grammars import FILLED_TOGETHER, FILLERS, PATIENCE_S, GrammarSlots, LateMask, Verdicts
+from graphgen.worker.grammars import FILLED_TOGETHER, FILLERS, PATIENCE_S, Draw, GrammarSlots, LateMask, Verdicts
 
 VOCAB_SIZE = 70
 PROMPT_LEN = 3
@@ -172,9 +172,10 @@ def test_a_mask_that_is_made_late_is_sent_unless_its_slot_has_another_owner(open
     if not is_owner:
         grammars.open(prompts(["", "", ""]))
     compiler.may_compile.set()
-    until(lambda: ["x"] in compiler.filled)
     if is_owner:
         sent.wait_for(1)
+    else:
+        until(lambda: compiler.given_back == [("x", 0)])
     grammars.close()
     for thread in threading.enumerate():
         if thread.name.startswith("grammar-"):
@@ -308,6 +309,44 @@ def test_a_matcher_that_was_anothers_and_is_at_its_end_is_replaced_by_a_new_one(
     assert sent.masks == [(0, PROMPT_LEN + 1)]
     assert [matcher.num_followed for matcher in compiler.matchers] == [1]
     assert grammars.judge(ahead, [1]) == Verdicts((), ())
+
+
+def test_masks_of_a_step_follow_the_older_ones_that_are_being_sent(opened: Opened) -> None:
+    grammars, compiler, sent = opened(["a"])
+    until(lambda: len(compiler.filled) == 1)
+    until(lambda: all(draw.mask is not None for draw in grammars.open(decodes(1, 0))))
+    draws, ahead = (grammars.open(decodes(1, num_tokens)) for num_tokens in range(2))
+    may_send, is_sending = threading.Event(), threading.Event()
+
+    def send(masks: Sequence[LateMask]) -> None:
+        is_sending.set()
+        assert may_send.wait(PLENTY_S)
+        sent(masks)
+
+    grammars._send_late = send
+    assert grammars.judge(draws, [0]) == Verdicts((), ())
+    assert is_sending.wait(PLENTY_S)
+    assert grammars.judge(ahead, [1]) == Verdicts((), ()), "it is the mask's, sent or not"
+    until(lambda: ahead[0].grammar.mask is not None)
+    found: list[Draw] = []
+    opening = threading.Thread(target=lambda: found.extend(grammars.open(decodes(1, 2))))
+    opening.start()
+    opening.join(MOMENT_S)
+    assert not found, "its mask would be on the device before an older one"
+    may_send.set()
+    opening.join(PLENTY_S)
+    assert [draw.mask is not None for draw in found] == [True]
+    assert sent.masks == [(0, PROMPT_LEN + 1)]
+
+
+def test_a_draw_that_has_not_obeyed_its_mask_is_refused(opened: Opened) -> None:
+    grammars, compiler, _ = opened(["a"])
+    until(lambda: len(compiler.filled) == 1)
+    until(lambda: all(draw.mask is not None for draw in grammars.open(decodes(1, 0))))
+    draws = grammars.open(decodes(1, 0))
+    assert grammars.judge(draws, [-1]) == Verdicts((), ()), "nothing could be drawn"
+    assert grammars.judge(draws, [7]).refused == (0,)
+    assert grammars.judge(draws, [0]) == Verdicts((), ())
 
 
 def test_a_matcher_whose_slot_has_another_owner_is_given_back(opened: Opened) -> None:
