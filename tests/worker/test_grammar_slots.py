@@ -169,13 +169,14 @@ def test_a_mask_that_is_made_late_is_sent_unless_its_slot_has_another_owner(open
     compiler.may_compile.clear()
     draws = grammars.open(prompts(["", "", "x"], draws=True))
     assert [(draw.slot, draw.mask) for draw in draws] == [(2, None)]
+    until(draws[0].grammar.busy.locked)
     if not is_owner:
         grammars.open(prompts(["", "", ""]))
     compiler.may_compile.set()
     if is_owner:
         sent.wait_for(1)
     else:
-        until(lambda: compiler.given_back == [("x", 0)])
+        until(lambda: ("x", 0) in compiler.given_back)
     grammars.close()
     for thread in threading.enumerate():
         if thread.name.startswith("grammar-"):
