@@ -65,7 +65,7 @@ def read_measured(paths: Sequence[Path]) -> tuple[list[Figures], str]:
         raise ValueError("not measured: " + ", ".join(f"{workload} with {name}" for workload, name in missing))
     names = ("workload", "objective", "token_budget", "clients", "prompt_mean", "output_mean", "num_requests", *MEANS)
     places = itertools.product(workloads, objectives)
-    found = [{"policy": place[1], **{name: by_place[place][name] for name in names}} for place in places]
+    found = [{"kind": "all", "policy": place[1], **{name: by_place[place][name] for name in names}} for place in places]
     return found, texts[0]["about"]["device"]
 
 

@@ -54,6 +54,9 @@ def test_what_an_engine_was_measured_with_is_shown_by_workload(tmp_path: Path) -
     told = [("a", "latency"), ("a", "balanced"), ("b", "latency"), ("b", "balanced")]
     assert [(row["workload"], row["policy"]) for row in rows] == told
     assert all("other" not in row for row in rows)
+    plots = pytest.importorskip("benchmarks.plots", exc_type=ModuleNotFoundError)
+    figure = plots.draw_objectives(rows, "Measured on an X")
+    assert figure.get_suptitle().startswith("Measured on an X: ")
 
 
 def test_a_workload_that_one_objective_lacks_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
