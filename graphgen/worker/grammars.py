@@ -194,18 +194,26 @@ class GrammarSlots:
     # --- on other threads ----------------------------------------------------------------------------------------
 
     def _compile(self, grammar: SlotGrammar, is_again: bool = False) -> None:
-        """Makes its matcher and its first mask. is_again: one that was somebody else's has come to a limit."""
+        """Makes its matcher and its first mask, unless nobody waits for it any more. is_again: one that was somebody
+        else's has come to a limit."""
+        if not self._is_owned(grammar):
+            return
         try:
-            with grammar.busy:
-                used = None if is_again else self._compiler.used_matcher(grammar.text)
-                grammar.matcher = self._compiler.matcher(grammar.text) if used is None else used
-                grammar.is_new, grammar.num_followed = used is None, 0
-        except Exception as error:  # whatever is wrong with it ends its request alone
+            used = None if is_again else self._compiler.used_matcher(grammar.text)
+            matcher = self._compiler.matcher(grammar.text) if used is None else used
+        except BaseException as error:  # a panic, too; whatever is wrong with it ends its request alone
             with self._lock:
                 grammar.failure = str(error)
         else:
+            with grammar.busy:
+                grammar.matcher, grammar.is_new, grammar.num_followed = matcher, used is None, 0
             self._fill([grammar])
         grammar.compiled.set()
+        if not self._is_owned(grammar):  # it may have been retired before it had a matcher
+            self._retire(grammar)
+
+    def _is_owned(self, grammar: SlotGrammar) -> bool:
+        return self._slots.get(grammar.slot) is grammar
 
     def _retire(self, grammar: SlotGrammar) -> None:
         """Nobody owns it any more."""
@@ -220,25 +228,27 @@ class GrammarSlots:
         for grammar in grammars:
             grammar.busy.acquire()
         owned = [grammar for grammar in grammars if grammar.matcher is not None]
+        were_new = [grammar.is_new for grammar in owned]  # once they are free, others may replace them
         try:
             with self._lock:
                 positions = [grammar.position for grammar in owned]
                 rows = [(grammar.matcher, grammar.tokens[grammar.num_followed :]) for grammar in owned]
                 for grammar in owned:
                     grammar.is_due, grammar.num_followed = False, len(grammar.tokens)
-            found = self._compiler.masks_after(rows) if rows else []
-        except Exception as error:
+            found: Sequence[Words | BaseException] = self._compiler.masks_after(rows) if rows else []
+        except BaseException as error:  # a panic, too
             found = [error for _ in owned]
         finally:
             for grammar in grammars:
                 grammar.busy.release()
         late: list[SlotGrammar] = []
         with self._lock:
-            for grammar, position, mask in zip(owned, positions, found, strict=True):
-                if isinstance(mask, Exception) and not grammar.is_new:
-                    grammar.is_due = True
-                    self._compiling.submit(self._compile, grammar, is_again=True)
-                elif isinstance(mask, Exception):  # it ends its request alone
+            for grammar, was_new, position, mask in zip(owned, were_new, positions, found, strict=True):
+                if isinstance(mask, BaseException) and not was_new:
+                    if not grammar.is_due:  # else who fills it next finds the same
+                        grammar.is_due = True
+                        self._compiling.submit(self._compile, grammar, is_again=True)
+                elif isinstance(mask, BaseException):  # it ends its request alone
                     grammar.failure = str(mask)
                 elif position == grammar.position:
                     grammar.mask = mask
@@ -255,7 +265,7 @@ class GrammarSlots:
                 masks = [
                     LateMask(grammar.slot, grammar.position, grammar.mask)
                     for grammar in grammars
-                    if grammar.mask is not None and self._slots.get(grammar.slot) is grammar
+                    if grammar.mask is not None and self._is_owned(grammar)
                 ]
             if masks:
                 self._send_late(masks)
@@ -275,18 +285,21 @@ def _mask_for(draw: Draw) -> Words | None:
 
 def _allows(draw: Draw, token_id: int) -> bool:
     """Whether a draw's token is its grammar's next. Before there is a mask the matcher says so, unless it is at work.
-    Needs no lock: on the thread that judges, nobody else moves a grammar on."""
+    Needs no lock: on the thread that judges, nobody else moves a grammar on. One that was launched with a mask is
+    looked at too: where its request was preempted since, the mask of the slot's next owner may have taken its place.
+    """
     grammar = draw.grammar
     if token_id < 0 or grammar.failure or draw.position != grammar.position:
         return False
-    mask = grammar.mask if draw.mask is None else draw.mask
-    if mask is not None:
+    if (mask := grammar.mask if draw.mask is None else draw.mask) is not None:
         return is_in_mask(mask, token_id)
-    if grammar.matcher is None or not grammar.busy.acquire(blocking=False):
+    if not grammar.busy.acquire(blocking=False):
         return False
     try:
+        if (matcher := grammar.matcher) is None:
+            return False
         token_ids = [*grammar.tokens[grammar.num_followed :], token_id]
-        return grammar.matcher.validate_tokens(token_ids) == len(token_ids) and is_sound(grammar.matcher)
+        return matcher.validate_tokens(token_ids) == len(token_ids) and is_sound(matcher)
     finally:
         grammar.busy.release()
 
