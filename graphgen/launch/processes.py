@@ -274,12 +274,18 @@ def _end_of(path: Path, num_bytes: int) -> bytes:
         return file.read(num_bytes)
 
 
+_STATE, _NUM_THREADS = 0, 17
+"""Fields of /proc/PID/stat behind the name."""
+
+
 def _lives(pid: int) -> bool:
+    """Also where its first thread has ended and others are still ending: what is open, a device's memory for one, is
+    given back with the last."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return False
-    return state not in "ZX"
+    return fields[_STATE] not in "ZX" or int(fields[_NUM_THREADS]) > 1
 
 
 def _make_folder() -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from graphgen import ConfigError
-from graphgen.launch.processes import LOG_BYTES, EngineProcesses, Exit, process_age_s
+from graphgen.launch.processes import LOG_BYTES, EngineProcesses, Exit, _lives, process_age_s
 from tests import ROOT
 from tests.serving import is_alive
 
@@ -245,3 +245,21 @@ def test_the_log_of_a_child_is_short_whatever_it_writes(start: Callable[[str], E
     wait_until(lambda: sizes() < 2 * LOG_BYTES)
     assert processes.log_tail("child").splitlines()[-1] == "the last line"
     assert len(processes.log_tail("child", 10).splitlines()) == 10
+
+
+def test_a_process_whose_first_thread_alone_has_ended_lives() -> None:
+    """So does one that is killed, for as long as a thread of it gives a device's memory back."""
+    program = (
+        "import ctypes, threading, time\n"
+        "threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "ctypes.CDLL(None).pthread_exit(None)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program]) as child:
+        stat_file = Path(f"/proc/{child.pid}/stat")
+        try:
+            wait_until(lambda: stat_file.read_text().rpartition(")")[2].split()[0] == "Z")
+            assert _lives(child.pid)
+        finally:
+            child.kill()
+        wait_until(lambda: not _lives(child.pid))
+    assert not _lives(child.pid), "nobody has that number any more"
