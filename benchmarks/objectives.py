@@ -54,9 +54,9 @@ def measure(on: Machine, load: Load, objective: ObjectiveName, seeds: Sequence[i
     }
 
 
-def read_measured(paths: Sequence[Path]) -> tuple[list[Figures], str]:
+def read_measured(paths: Sequence[Path]) -> tuple[list[Figures], dict[str, str]]:
     """The rows of these files of `benchmarks.serving` in which nobody asks for anything, workload by workload, and what
-    device they are of. Raises ValueError where a workload was not measured with every objective."""
+    they were measured on. Raises ValueError where a workload was not measured with every objective."""
     texts = [json.loads(path.read_text()) for path in paths]
     rows = [row for text in texts for row in text["rows"] if not row["itl_target_ms"]]
     by_place = {(row["workload"], row["objective"]): row for row in rows}
@@ -66,7 +66,7 @@ def read_measured(paths: Sequence[Path]) -> tuple[list[Figures], str]:
     names = ("workload", "objective", "token_budget", "clients", "prompt_mean", "output_mean", "num_requests", *MEANS)
     places = itertools.product(workloads, objectives)
     found = [{"kind": "all", "policy": place[1], **{name: by_place[place][name] for name in names}} for place in places]
-    return found, texts[0]["about"]["device"]
+    return found, texts[0]["about"]
 
 
 def table_row(row: Figures) -> dict[str, str]:
@@ -99,8 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
         parser.error(f"--plot needs matplotlib: {how_to_install('bench')}")
     try:
         if options.measured:
-            rows, device = read_measured(options.measured)
-            source, about = f"Measured on an {device}", machine(device)
+            rows, about = read_measured(options.measured)
+            source, about = f"Measured on an {about['device']}", about | {"command": machine("")["command"]}
         else:
             table = StepTimesFile.read(options.step_times)
             loads = [parse_load(text, None) for text in options.load or DEFAULT_LOADS]
