@@ -48,7 +48,9 @@ class EngineActor:
         pids = (os.getpid(), self._child.pid or 0)
         if place is None:
             return EngineReport("starting", node, pids=pids).encode()
-        return EngineReport("serving", node, place.data[0], place.control[0], self._server_key, pids=pids).encode()
+        return EngineReport(
+            "serving", node, place.data[0], place.control[0], self._server_key, pids=pids, num_slots=place.num_slots
+        ).encode()
 
     def end(self, grace_s: float) -> None:
         """Returns when nothing is left of the server, at the latest soon after the grace."""

@@ -6,7 +6,7 @@ clients send passes through it alone. Used by `graphgen.cluster.keeper`, on one 
 
 import contextlib
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -79,6 +79,7 @@ class FrontendChild:
         self._next_client_s = 0.0
         self._place: ServerPlace | None = None
         self._num_starts = 0
+        self._num_slots: dict[str, int] = {}  # by the data addresses of all engines that it was told of
 
     @property
     def place(self) -> ServerPlace | None:
@@ -102,7 +103,7 @@ class FrontendChild:
         self._num_starts += 1
         self._backoff.started(time.monotonic())
         for one in engines:
-            self._write_key(one)
+            self._take(one)
         options = msgspec.structs.replace(
             self._options, engines=",".join(one.data for one in engines), engine_keys=str(self._keys)
         )
@@ -122,7 +123,7 @@ class FrontendChild:
         if self._place is None:
             return None
         try:
-            return view_of(ask(Path(self._place.folder), Wish("show")), self._stats())
+            return view_of(ask(Path(self._place.folder), Wish("show")), self._stats(), self._num_slots)
         except EngineDeadError:
             return None
 
@@ -142,7 +143,7 @@ class FrontendChild:
             return None
 
     def add(self, address: Address) -> None:
-        self._write_key(address)
+        self._take(address)
         self._wish(Wish("add", address=address.data))
 
     def remove(self, address: str, grace_s: float) -> None:
@@ -154,7 +155,9 @@ class FrontendChild:
             with contextlib.suppress(EngineDeadError):
                 ask(Path(self._place.folder), wish)
 
-    def _write_key(self, address: Address) -> None:
+    def _take(self, address: Address) -> None:
+        """What there is to know of an engine before requests are sent to it."""
+        self._num_slots[address.data] = address.num_slots
         name = address.data.partition("://")[2].replace(":", "_")
         path = self._keys / f"{name}.key"
         path.write_text(f'metadata\ncurve\n    public-key = "{address.server_key}"\n')
@@ -188,8 +191,9 @@ def make_key(folder: Path) -> str:
     return zmq.auth.load_certificate(secret)[0].decode()
 
 
-def view_of(told: Told, stats: Stats | None) -> View:
-    """What a frontend says of its engines, by number and by address, as one. stats: None where it gives none."""
+def view_of(told: Told, stats: Stats | None, num_slots: Mapping[str, int]) -> View:
+    """What a frontend says of its engines, by number and by address, as one. stats: None where it gives none.
+    num_slots: of each engine, by its address."""
     loads: dict[str, EngineLoad] = {}
     serves: dict[str, bool] = {}
     for number, (address, state) in enumerate(zip(told.addresses, told.engines, strict=True)):
@@ -207,7 +211,9 @@ def view_of(told: Told, stats: Stats | None) -> View:
         used = stats.pages_total - stats.pages_free
         running, waiting = stats.running, stats.waiting
         usage = used / stats.pages_total if stats.pages_total else 0.0
-    load = Load(waiting + stats.held_requests, running, usage, sum(serves.values()))
+    # An operator may have added one of which nothing is known here: it is removed again.
+    slots = [num_slots[address] for address, does in serves.items() if does and address in num_slots]
+    load = Load(waiting + stats.held_requests, running, usage, sum(serves.values()), min(slots, default=0))
     return View(serves, load, loads, stats.held_requests)
 
 

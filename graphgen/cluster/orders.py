@@ -39,6 +39,7 @@ class EngineReport(Struct, frozen=True):
     server_key: str = ""
     problem: str = ""  # why it has ended
     pids: tuple[int, ...] = ()  # of the actor and of its server
+    num_slots: int = 0  # once it serves: requests that it can run at a time
 
     def encode(self) -> bytes:
         return msgspec.msgpack.encode(self)

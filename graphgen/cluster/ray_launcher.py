@@ -254,7 +254,9 @@ class RayLauncher:
         if report.state == "ended":
             life.seen = Seen("lost", report.node, reason=report.problem)
             return
-        address = Address(report.data, report.control, report.server_key) if report.state == "serving" else None
+        address = None
+        if report.state == "serving":
+            address = Address(report.data, report.control, report.server_key, report.num_slots)
         life.seen = Seen(report.state, report.node, address, pids=report.pids)
         life.report = life.actor.report.remote()
         life.asked_s = now_s

@@ -29,11 +29,12 @@ EngineState = Literal["waiting", "placing", "starting", "serving", "draining", "
 
 
 class Address(Struct, frozen=True):
-    """Where an engine listens, and the public key by which it is known."""
+    """Where an engine listens, the public key by which it is known, and what it can run there."""
 
     data: str
     control: str
     server_key: str
+    num_slots: int  # requests that run at a time
 
 
 class Seen(Struct, frozen=True):

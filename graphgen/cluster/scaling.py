@@ -4,14 +4,17 @@ Pure: told the time, never reads it; starts nothing. Called by `graphgen.cluster
 
 Up, and fast: when more requests wait than `waiting_per_engine` for each engine that is there or on its way, for
 `up_after_s`. As many engines are added as the queue will need when they serve, that is after a cold start, at the rate
-at which it grows; at most as many as there are. A queue that will be gone before a new engine serves adds none. One
-engine is added where the KV caches are `full_kv` full.
+at which it grows; at most as many as there are, and no more than run all requests with something to spare, those on
+their way included. A queue that will be gone before a new engine serves adds none. One engine is added where the KV
+caches are `full_kv` full.
 
-Down, and slowly: one engine at a time, when nothing has waited and the caches of the others could have held all for
-`down_after_s`, and for `kept_starts` cold starts at least: what is expensive to get is kept longer.
+Down, and slowly: one engine at a time, when nothing has waited and the others could have held and run all requests with
+something to spare, for `down_after_s`, and for `kept_starts` cold starts at least: what is expensive to get is kept
+longer.
 
-Between `full_kv` and `spare_kv` nothing changes, and engines that had a queue are taken to have been full: the others
-must be able to run all with as much to spare. So a removal does not cause the next addition.
+Something to spare: the caches are at most `spare_kv` full, and of the requests that the engines can run at a time at
+most `spare_kv / full_kv` are there. An engine can run as many as it has slots, or as many as it ran when a queue last
+asked for more engines, if those were fewer. So no removal causes the next addition, and no addition the next removal.
 """
 
 from collections import deque
@@ -62,6 +65,7 @@ class Load(Struct, frozen=True):
     num_running: int  # requests with one
     kv_usage: float  # share of the pages of those that serve which requests hold, 0 to 1
     num_serving: int
+    num_slots: int  # requests that an engine can run at a time
 
 
 class Decision(Struct, frozen=True):
@@ -107,8 +111,8 @@ class Scaling:
         self._quiet_since_s = _since(self._quiet_since_s, self._is_quiet(load), now_s)
         if _lasts(self._pressed_since_s, now_s, self.limits.up_after_s):
             if load.num_waiting:
-                self._full_running = max(1.0, load.num_running / load.num_serving)
-            return self._change(min(needed, 2 * self.num_engines, self.limits.most), reason)
+                self._full_running = _running_each(load)
+            return self._change(min(needed, self.limits.most), reason)
         if _lasts(self._quiet_since_s, now_s, self._kept_s):
             return self._change(max(self.num_engines - 1, self.limits.least), f"quiet for {self._kept_s:.0f} s")
         return Decision(self.num_engines)
@@ -118,13 +122,16 @@ class Scaling:
         return max(self.limits.down_after_s, self.limits.kept_starts * self._cold_start_s)
 
     def _needed(self, load: Load) -> tuple[int, str]:
-        """Engines that this load needs, of which as many as there are count as needed; and why."""
+        """Engines that this load needs, from as many as there are to twice as many; and why."""
         limits, num_engines = self.limits, self.num_engines
         room = limits.waiting_per_engine * num_engines
         expected = load.num_waiting + self._growth_per_s() * self._cold_start_s
         if load.num_waiting > room and expected > room:
-            needed = max(num_engines + 1, ceil(expected / limits.waiting_per_engine))
-            return needed, f"{load.num_waiting} requests wait, for {num_engines} engines {room} are the most"
+            wanted = max(num_engines + 1, min(2 * num_engines, ceil(expected / limits.waiting_per_engine)))
+            runs_each, num_open = min(load.num_slots, _running_each(load)), load.num_running + expected
+            enough = (one for one in range(num_engines, wanted) if self._have_spare(one, runs_each, num_open))
+            reason = f"{load.num_waiting} requests wait, for {num_engines} engines {room} are the most"
+            return next(enough, wanted), reason
         if load.kv_usage >= limits.full_kv and load.num_serving == num_engines:
             return num_engines + 1, f"{load.kv_usage:.0%} of the KV caches are held"
         return num_engines, ""
@@ -134,9 +141,12 @@ class Scaling:
         left = min(load.num_serving, self.num_engines - 1)
         if load.num_waiting or not left:
             return False
-        spare = self.limits.spare_kv / self.limits.full_kv
-        runs = load.num_running <= spare * self._full_running * left
+        runs = self._have_spare(left, min(load.num_slots, self._full_running), load.num_running)
         return runs and load.kv_usage * load.num_serving / left <= self.limits.spare_kv
+
+    def _have_spare(self, num_engines: int, runs_each: float, num_open: float) -> bool:
+        """Whether so many engines, which can run so many requests each, run all open ones with something to spare."""
+        return num_open <= self.limits.spare_kv / self.limits.full_kv * runs_each * num_engines
 
     def _growth_per_s(self) -> float:
         (first_s, first), (last_s, last) = self._queue[0], self._queue[-1]
@@ -158,6 +168,11 @@ class Scaling:
     def _forget(self) -> None:
         self._pressed_since_s = self._quiet_since_s = None
         self._queue.clear()
+
+
+def _running_each(load: Load) -> float:
+    """Requests that an engine runs while others wait, in the mean."""
+    return max(1.0, load.num_running / load.num_serving)
 
 
 def _since(begun_s: float | None, holds: bool, now_s: float) -> float | None:

@@ -74,6 +74,7 @@ class ServerPlace(Struct, frozen=True):
     data: tuple[str, ...]  # of each frontend
     control: tuple[str, ...]
     folder: str
+    num_slots: int  # requests that run at a time at its engine, of several at the one with the fewest slots
 
 
 class Supervisor:
@@ -319,7 +320,10 @@ class Supervisor:
             self._say(f"`graphgen replicas --server {engines[0].folder}` drains engines and starts them again")
         self._on_ready(
             ServerPlace(
-                tuple(one.data for one in frontends), tuple(one.control for one in frontends), str(engines[0].folder)
+                tuple(one.data for one in frontends),
+                tuple(one.control for one in frontends),
+                str(engines[0].folder),
+                self._ready.num_slots,
             )
         )
         self._say("ready")

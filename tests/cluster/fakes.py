@@ -48,7 +48,7 @@ class FakeLauncher:
                 self.seen[number] = Seen("lost", reason=self.broken)
             elif one.state == "starting":
                 data = f"tcp://here:{self.num_lives}0{number}"
-                self.seen[number] = Seen("serving", "here", Address(data, data, "key"), pids=(1, 2))
+                self.seen[number] = Seen("serving", "here", Address(data, data, "key", 4), pids=(1, 2))
         return found
 
     def close(self) -> None:
@@ -99,7 +99,7 @@ class FakeFrontend:
 
     def __init__(self) -> None:
         self.engines: list[str] = []
-        self.load = Load(0, 0, 0.0, 1)
+        self.load = Load(0, 0, 0.0, 1, 4)
         self.place: ServerPlace | None = None
         self.num_restarts = 0
         self.exit_code: int | None = None
@@ -115,7 +115,7 @@ class FakeFrontend:
             raise EngineDeadError(self.broken)
         if self.place is None:
             self.engines = [one.data for one in engines]
-            self.place = ServerPlace(("tcp://here:1",), ("tcp://here:2",), "/nowhere")
+            self.place = ServerPlace(("tcp://here:1",), ("tcp://here:2",), "/nowhere", 4)
 
     def look(self) -> View | None:
         with self.busy:

@@ -36,11 +36,11 @@ def test_a_server_serves_and_ends_with_a_parent_that_is_killed() -> None:
         from graphgen.launch.config import EngineConfig
         from graphgen.server.options import ServeOptions
         child = ServerChild("engine 0")
-        child.start(EngineConfig(device="cpu"), ServeOptions(data="tcp://127.0.0.1:*"))
+        child.start(EngineConfig(device="cpu", max_num_seqs=7), ServeOptions(data="tcp://127.0.0.1:*"))
         while (place := child.place()) is None:
             assert child.find_end() is None, child.find_end()
             time.sleep(0.05)
-        print(child.pid, child.folder, *place.data, flush=True)
+        print(child.pid, child.folder, place.num_slots, *place.data, flush=True)
         time.sleep(600)
     """
     with subprocess.Popen(
@@ -50,7 +50,8 @@ def test_a_server_serves_and_ends_with_a_parent_that_is_killed() -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     ) as parent:
         assert parent.stdout is not None
-        pid, folder, address = parent.stdout.readline().split()
+        pid, folder, num_slots, address = parent.stdout.readline().split()
+        assert num_slots == "7"
         assert address.startswith("tcp://127.0.0.1:")
         below = [int(pid), *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
         assert len(below) >= 2

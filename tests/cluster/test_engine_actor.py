@@ -26,5 +26,5 @@ def test_a_machine_with_another_version_is_refused_by_name(tmp_path: Path, monke
 
 def test_orders_and_reports_are_what_they_were() -> None:
     assert EngineOrder.decode(ORDER.encode()) == ORDER
-    report = EngineReport("serving", "here", "tcp://here:1", "tcp://here:2", "key", pids=(1, 2))
+    report = EngineReport("serving", "here", "tcp://here:1", "tcp://here:2", "key", pids=(1, 2), num_slots=7)
     assert EngineReport.decode(report.encode()) == report

@@ -12,9 +12,9 @@ from graphgen.cluster.roster import UNSERVED_S, Action, Add, Address, End, Remov
 from graphgen.cluster.scaling import Load, Scaling, ScalingLimits
 from graphgen.launch.starts import LONGEST_WAIT_S, MAX_STARTS, WITHIN_S
 
-BUSY = Load(0, 5, 0.7, 1)
+BUSY = Load(0, 5, 0.7, 1, 8)
 """At which the number of engines stays what it is."""
-IDLE = Load(0, 0, 0.0, 2)
+IDLE = Load(0, 0, 0.0, 2, 8)
 
 
 class World:
@@ -77,7 +77,7 @@ class World:
                 self.seen[number] = Seen("starting", f"node-{number}")
             elif seen.state == "starting":
                 data = f"tcp://node-{number}:{self.lives}{number}"
-                self.seen[number] = Seen("serving", f"node-{number}", Address(data, data, "key"))
+                self.seen[number] = Seen("serving", f"node-{number}", Address(data, data, "key", 8))
         for data in self.draining:
             (self.routed or {}).pop(data, None)
         self.draining.clear()
@@ -178,10 +178,10 @@ def test_a_spare_engine_that_does_not_serve_yet_goes_first() -> None:
     world.look()
     world.go_on()
     world.look()
-    world.seen[1] = Seen("serving", "node-1", Address("tcp://b:1", "tcp://b:2", "key"))
+    world.seen[1] = Seen("serving", "node-1", Address("tcp://b:1", "tcp://b:2", "key", 8))
     world.look()
     for _ in range(20):
-        world.look(Load(0, 0, 0.0, 1))
+        world.look(Load(0, 0, 0.0, 1, 8))
     assert world.states == ["ending", "serving", "ending"]
     world.settle()
     assert [(one.number, one.state) for one in world.roster.status(world.now_s)] == [(1, "serving")]
@@ -224,7 +224,7 @@ class Faults(RuleBasedStateMachine):
     @rule(waiting=st.sampled_from([0, 0, 100]), running=st.integers(0, 20), kv=st.sampled_from([0.0, 0.5, 0.95]))
     def look(self, waiting: int, running: int, kv: float) -> None:
         serving = len(self.world.roster.serving())
-        self.world.look(Load(waiting, running, kv, serving))
+        self.world.look(Load(waiting, running, kv, serving, 8))
 
     @rule()
     def go_on(self) -> None:

@@ -3,14 +3,16 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from graphgen.cluster.scaling import Load, Scaling, ScalingLimits
 from graphgen.ipc.errors import ConfigError
 
 LOOK_S = 1.0
-loads = st.builds(Load, st.integers(0, 5000), st.integers(0, 500), st.floats(0, 1), st.integers(0, 12)) | st.none()
+loads = st.none() | st.builds(
+    Load, st.integers(0, 5000), st.integers(0, 500), st.floats(0, 1), st.integers(0, 12), st.integers(1, 300)
+)
 limits = st.integers(1, 6).flatmap(
     lambda least: st.builds(
         ScalingLimits,
@@ -21,6 +23,8 @@ limits = st.integers(1, 6).flatmap(
         down_after_s=st.floats(0, 100),
     )
 )
+UNDELAYED = ScalingLimits(least=1, most=3, waiting_per_engine=35, up_after_s=0.0, down_after_s=0.0)
+DOUBLING = ScalingLimits(least=1, most=12, waiting_per_engine=1)
 
 
 @given(limits, st.integers(0, 30), st.lists(loads, max_size=200), st.floats(0, 200))
@@ -48,18 +52,22 @@ def test_what_waits_is_never_answered_with_fewer_engines(
 
 
 @settings(max_examples=50)
-@given(limits, st.integers(1, 12), st.floats(0, 1), st.integers(0, 100), st.integers(1, 50))
+@example(UNDELAYED, 10, 0.0, 84, 47, 0)  # no queue has said yet how many requests an engine can run
+@example(DOUBLING, 6, 0.0, 72, 10, 0)  # the queue is long enough for twice the engines, which would be too many
+@example(DOUBLING, 1, 0.0, 70, 40, 20)  # it is as long until another engine serves, and three would be too many
+@given(limits, st.integers(1, 12), st.floats(0, 1), st.integers(0, 100), st.integers(1, 50), st.integers(0, 20))
 def test_a_constant_load_comes_to_rest(
-    limits: ScalingLimits, first: int, kv_share: float, num_open: int, num_slots: int
+    limits: ScalingLimits, first: int, kv_share: float, num_open: int, num_slots: int, start_looks: int
 ) -> None:
-    """However many engines there are, they share the same requests. kv_share: of a cache that a full engine's hold."""
+    """However many engines there are, they share the same requests. kv_share: of a cache that a full engine's hold.
+    start_looks: from the decision until an engine serves."""
     scaling = Scaling(limits, first)
-    scaling.engine_started(1.0)
-    numbers = []
+    scaling.engine_started(max(1, start_looks) * LOOK_S)
+    numbers = [scaling.num_engines]
     for number in range(2500):
-        num_engines = scaling.num_engines
-        running = min(num_open, num_slots * num_engines)
-        load = Load(num_open - running, running, kv_share * running / num_slots / num_engines, num_engines)
+        serving = min(numbers[-start_looks - 1 :])
+        running = min(num_open, num_slots * serving)
+        load = Load(num_open - running, running, kv_share * running / num_slots / serving, serving, num_slots)
         numbers.append(scaling.decide(number * LOOK_S, load).num_engines)
     turns = [b - a for a, b in pairwise(numbers) if a != b]
     assert len({turn > 0 for turn in turns}) <= 1, "it goes up or down, never both"
@@ -71,13 +79,13 @@ def test_nothing_to_do_leads_to_the_least_number(limits: ScalingLimits, first: i
     scaling = Scaling(limits, first)
     scaling.engine_started(1.0)
     for number in range(2000):
-        scaling.decide(number * LOOK_S, Load(0, 0, 0.0, scaling.num_engines))
+        scaling.decide(number * LOOK_S, Load(0, 0, 0.0, scaling.num_engines, 1))
     assert scaling.num_engines == limits.least
 
 
 def test_a_queue_adds_engines_once_while_they_start() -> None:
     scaling = Scaling(ScalingLimits(least=1, most=8, waiting_per_engine=10, up_after_s=2.0), 2)
-    numbers = [scaling.decide(second, Load(35, 9, 0.5, 2)).num_engines for second in range(60)]
+    numbers = [scaling.decide(second, Load(35, 9, 0.5, 2, 32)).num_engines for second in range(60)]
     assert numbers[:3] == [2, 2, 4], "after up_after_s as many as 35 waiting ones need"
     assert set(numbers[2:]) == {4}, "the two that start are enough for this queue"
 
@@ -86,7 +94,7 @@ def test_a_queue_that_grows_gets_what_it_will_need_when_they_serve() -> None:
     """5 more a second, 20 s until another engine serves: 100 more than the 21 by then."""
     scaling = Scaling(ScalingLimits(least=1, most=64, waiting_per_engine=10, up_after_s=2.0), 8)
     scaling.engine_started(20.0)
-    grown = [scaling.decide(second, Load(81 + 5 * second, 9, 0.5, 8)).num_engines for second in range(3)]
+    grown = [scaling.decide(second, Load(81 + 5 * second, 9, 0.5, 8, 32)).num_engines for second in range(3)]
     assert grown == [8, 8, 16], "16 are the double; 20 would be needed"
 
 
@@ -94,19 +102,19 @@ def test_a_queue_that_is_gone_before_an_engine_serves_adds_none() -> None:
     scaling = Scaling(ScalingLimits(least=1, most=8, waiting_per_engine=10, up_after_s=2.0), 1)
     scaling.engine_started(60.0)
     for second in range(40):
-        assert scaling.decide(second, Load(200 - 5 * second, 9, 0.5, 1)).num_engines == 1
+        assert scaling.decide(second, Load(200 - 5 * second, 9, 0.5, 1, 32)).num_engines == 1
 
 
 def test_a_moment_of_pressure_adds_nothing() -> None:
     scaling = Scaling(ScalingLimits(least=1, most=8, waiting_per_engine=10, up_after_s=3.0), 1)
     for second in range(60):
         waits = 100 if second % 3 else 0  # never for 3 s at a stretch
-        assert scaling.decide(second, Load(waits, 9, 0.5, 1)).num_engines == 1
+        assert scaling.decide(second, Load(waits, 9, 0.5, 1, 32)).num_engines == 1
 
 
 def test_full_caches_add_one_engine() -> None:
     scaling = Scaling(ScalingLimits(least=1, most=8, up_after_s=2.0), 2)
-    decided = [scaling.decide(second, Load(0, 9, 0.9, 2)) for second in range(10)]
+    decided = [scaling.decide(second, Load(0, 9, 0.9, 2, 32)) for second in range(10)]
     assert [one.num_engines for one in decided] == [2, 2, *[3] * 8]
     assert decided[2].reason == "90% of the KV caches are held"
 
@@ -115,7 +123,7 @@ def test_an_engine_that_was_slow_to_start_is_kept_longer() -> None:
     def quiet_s(cold_start_s: float) -> int:
         scaling = Scaling(ScalingLimits(least=1, most=4, down_after_s=30.0), 2)
         scaling.engine_started(cold_start_s)
-        return next(second for second in range(999) if scaling.decide(second, Load(0, 9, 0.1, 2)).num_engines == 1)
+        return next(second for second in range(999) if scaling.decide(second, Load(0, 9, 0.1, 2, 32)).num_engines == 1)
 
     assert quiet_s(cold_start_s=5.0) == 30
     assert quiet_s(cold_start_s=100.0) == 300
@@ -125,10 +133,10 @@ def test_what_the_others_could_not_hold_keeps_an_engine() -> None:
     scaling = Scaling(ScalingLimits(least=1, most=4, down_after_s=5.0), 3)
     scaling.engine_started(1.0)
     for second in range(100):
-        scaling.decide(second, Load(0, 9, 0.41, 3))  # 0.615 of two caches
+        scaling.decide(second, Load(0, 9, 0.41, 3, 32))  # 0.615 of two caches
     assert scaling.num_engines == 3
     for second in range(100, 106):
-        scaling.decide(second, Load(0, 9, 0.39, 3))
+        scaling.decide(second, Load(0, 9, 0.39, 3, 32))
     assert scaling.num_engines == 2
 
 
@@ -136,7 +144,7 @@ def test_engines_that_find_no_place_are_given_up_when_nothing_waits() -> None:
     scaling = Scaling(ScalingLimits(least=1, most=4, down_after_s=5.0), 4)
     scaling.engine_started(1.0)
     for second in range(40):
-        scaling.decide(second, Load(0, 9, 0.5, 1))
+        scaling.decide(second, Load(0, 9, 0.5, 1, 32))
     assert scaling.num_engines == 1, "the one that serves is enough"
 
 
@@ -167,7 +175,7 @@ def test_a_burst_is_served_by_more_engines_which_go_again() -> None:
         serving = 1 + sum(ready_s <= second for ready_s in starts)
         queue = max(0.0, queue + arrivals - served_per_s * serving)
         busy = 1.0 if queue else arrivals / (served_per_s * serving)
-        load = Load(int(queue), int(32 * busy * serving), 0.8 * busy, serving)
+        load = Load(int(queue), int(32 * busy * serving), 0.8 * busy, serving, 32)
         number = scaling.decide(second, load).num_engines
         while len(starts) < number - 1:
             starts.append(second + cold_start_s)
