@@ -1,4 +1,4 @@
-"""How many engines a cluster should have, by its queue and its KV cache.
+"""How many engines a cluster should have, by its queue, its slots and its KV cache.
 
 Pure: told the time, never reads it; starts nothing. Called by `graphgen.cluster.roster` at every look.
 
@@ -14,7 +14,8 @@ longer.
 
 Something to spare: the caches are at most `spare_kv` full, and of the requests that the engines can run at a time at
 most `spare_kv / full_kv` are there. An engine can run as many as it has slots, or as many as it ran when a queue last
-asked for more engines, if those were fewer. So no removal causes the next addition, and no addition the next removal.
+asked for more engines, if those were fewer. So at a constant load no removal causes an addition, and no addition a
+removal.
 """
 
 from collections import deque
