@@ -109,6 +109,20 @@ class GrammarCompiler:
         has_any = np.asarray(masks.any(axis=1))  # to its types any() may be one value
         return [self._checked(matcher, masks[row], has_any[row]) for row, (matcher, _) in enumerate(rows)]
 
+    def allows(self, matcher: Any, token_ids: Sequence[int], token_id: int) -> bool:
+        """Lets a matcher follow its tokens, and says whether its next mask will allow one more, without making it. May
+        say no where it will: at the end of sequence.
+
+        A mask allows fewer tokens than would be valid: of a text that has to come, the tokenizer's own tokens alone."""
+        if token_ids:
+            matcher.consume_tokens(list(token_ids))
+        # To be asked for a token that the tokenizer does not have breaks a matcher.
+        if token_id >= self._tokenizer.vocab_size or not is_sound(matcher) or matcher.is_stopped():
+            return False
+        if forced := matcher.compute_ff_tokens():
+            return bool(token_id == forced[0])
+        return matcher.validate_tokens([token_id]) == 1 and is_sound(matcher)
+
     def _checked(self, matcher: Any, mask: Words, has_any: bool) -> Words | Exception:
         if not is_sound(matcher):
             return ValueError(reason_of(matcher))

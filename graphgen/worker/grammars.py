@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from graphgen.capture.buffers import Words
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.messages import SlotInit, StepPlan
-from graphgen.worker.grammar_compiler import GrammarCompiler, is_sound
+from graphgen.worker.grammar_compiler import GrammarCompiler
 
 PATIENCE_S = 0.05
 """For grammars that are being compiled, in a step that computes nothing else."""
@@ -171,7 +171,7 @@ class GrammarSlots:
         refused: list[int] = []
         failed: list[tuple[int, str]] = []
         due: list[SlotGrammar] = []
-        allowed = {draw.place for draw in draws if _allows(draw, token_ids[draw.place])}
+        allowed = {draw.place for draw in draws if self._allows(draw, token_ids[draw.place])}
         with self._lock:
             for draw in draws:
                 grammar = draw.grammar
@@ -190,6 +190,26 @@ class GrammarSlots:
         for first in range(0, len(due), FILLED_TOGETHER):
             self._filling.submit(self._fill, due[first : first + FILLED_TOGETHER])
         return Verdicts(tuple(refused), tuple(failed))
+
+    def _allows(self, draw: Draw, token_id: int) -> bool:
+        """Whether a draw's token is its grammar's next. Before there is a mask the matcher says so, unless it is at
+        work. Needs no lock: on the thread that judges, nobody else moves a grammar on. One that was launched with a
+        mask is looked at, too: where its request was preempted since, the mask of the slot's next owner may have taken
+        its place."""
+        grammar = draw.grammar
+        if token_id < 0 or grammar.failure or draw.position != grammar.position:
+            return False
+        if (mask := grammar.mask if draw.mask is None else draw.mask) is not None:
+            return is_in_mask(mask, token_id)
+        if not grammar.busy.acquire(blocking=False):
+            return False
+        try:
+            if grammar.matcher is None:
+                return False
+            behind, grammar.num_followed = grammar.tokens[grammar.num_followed :], len(grammar.tokens)
+            return self._compiler.allows(grammar.matcher, behind, token_id)
+        finally:
+            grammar.busy.release()
 
     # --- on other threads ----------------------------------------------------------------------------------------
 
@@ -281,27 +301,6 @@ def _await_compiled(draws: Sequence[Draw]) -> None:
 def _mask_for(draw: Draw) -> Words | None:
     """With the lock of all grammars."""
     return draw.grammar.mask if draw.position == draw.grammar.position else None
-
-
-def _allows(draw: Draw, token_id: int) -> bool:
-    """Whether a draw's token is its grammar's next. Before there is a mask the matcher says so, unless it is at work.
-    Needs no lock: on the thread that judges, nobody else moves a grammar on. One that was launched with a mask is
-    looked at too: where its request was preempted since, the mask of the slot's next owner may have taken its place.
-    """
-    grammar = draw.grammar
-    if token_id < 0 or grammar.failure or draw.position != grammar.position:
-        return False
-    if (mask := grammar.mask if draw.mask is None else draw.mask) is not None:
-        return is_in_mask(mask, token_id)
-    if not grammar.busy.acquire(blocking=False):
-        return False
-    try:
-        if (matcher := grammar.matcher) is None:
-            return False
-        token_ids = [*grammar.tokens[grammar.num_followed :], token_id]
-        return matcher.validate_tokens(token_ids) == len(token_ids) and is_sound(matcher)
-    finally:
-        grammar.busy.release()
 
 
 def is_in_mask(mask: Words, token_id: int) -> bool:

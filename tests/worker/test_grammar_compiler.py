@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from graphgen.calls.structured import Choice, JsonSchema
@@ -18,6 +19,15 @@ from tests.worker.local_engine import demo_tokenizer
 
 EOS = 0
 VOCAB_SIZE = load_spec(str(model_folder())).num_drawable
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 4},
+        "tags": {"type": "array", "items": {"enum": ["alpha", "alphabet", "beta"]}},
+        "size": {"type": "number", "minimum": 0},
+    },
+    "required": ["name", "tags", "size"],
+}
 LONG = build(Job(JsonSchema({"type": "string", "minLength": 5000})))
 SHORT = build(Job(Choice(["yes", "no"])))
 NUM_STATES = 3000
@@ -114,3 +124,31 @@ def test_what_is_kept_is_sound_and_no_more_than_may_be(
     compiler.give_back(LONG, compiler.matcher(LONG), 0)
     assert compiler.used_matcher(SHORT) is None
     assert compiler.used_matcher(LONG) is not None
+
+
+@pytest.mark.parametrize("text", [LONG, SHORT, build(Job(JsonSchema(SCHEMA)))], ids=["long", "short", "object"])
+def test_a_token_is_allowed_before_its_mask_is_made_if_the_mask_will_allow_it(
+    compiler: GrammarCompiler, text: str
+) -> None:
+    """Else what is drawn would depend on which of them comes first."""
+    for seed in range(2):
+        matcher = compiler.matcher(text)
+        behind: list[int] = []
+        for _ in range(20):
+            asked = [
+                compiler.allows(matcher, behind if token_id == 1 else (), token_id)
+                for token_id in range(1, VOCAB_SIZE)  # without the end of sequence, which may be refused
+            ]
+            (mask,) = compiler.masks_after([(matcher, ())])
+            assert not isinstance(mask, Exception)
+            assert asked == [is_in_mask(mask, token_id) for token_id in range(1, VOCAB_SIZE)]
+            behind = [random.Random(f"{seed} {len(behind)}").choice([*np.flatnonzero([False, *asked]), EOS])]
+            if EOS in behind or not any(asked):
+                break
+
+
+def test_a_token_that_the_tokenizer_does_not_have_breaks_no_matcher(compiler: GrammarCompiler) -> None:
+    """Models may draw more tokens than their tokenizers have."""
+    matcher = compiler.matcher(SHORT)
+    assert not compiler.allows(matcher, (), VOCAB_SIZE)
+    assert is_sound(matcher)

@@ -121,7 +121,7 @@ def test_what_ended_all_masks_of_a_call_is_no_limit_of_a_matcher_made_since(open
         if num_calls > 2:
             return masks_after(rows)
         for matcher, token_ids in rows:
-            matcher.num_followed += len(token_ids)
+            matcher.follow(token_ids)
         raise ValueError("no memory")
 
     class Lock:

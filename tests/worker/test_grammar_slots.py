@@ -29,19 +29,9 @@ class Matcher:
         self.num_asked = 0
         self.is_broken = False
 
-    def is_error(self) -> bool:
-        return self.is_broken
-
-    def stop_reason(self) -> str:
-        return "NotStopped"
-
-    def validate_tokens(self, token_ids: Sequence[int]) -> int:
-        self.num_asked += 1
-        wanted = range(self.num_followed, self.num_followed + len(token_ids))
-        return next(
-            (count for count, pair in enumerate(zip(token_ids, wanted, strict=True)) if len({*pair}) > 1),
-            len(token_ids),
-        )
+    def follow(self, token_ids: Sequence[int]) -> None:
+        assert list(token_ids) == list(range(self.num_followed, self.num_followed + len(token_ids)))
+        self.num_followed += len(token_ids)
 
 
 class Compiler:
@@ -69,14 +59,18 @@ class Compiler:
         self.matchers.append(Matcher(text))
         return self.matchers[-1]
 
+    def allows(self, matcher: Matcher, token_ids: Sequence[int], token_id: int) -> bool:
+        matcher.num_asked += 1
+        matcher.follow(token_ids)
+        return not matcher.is_broken and token_id == matcher.num_followed
+
     def masks_after(self, rows: Sequence[tuple[Any, Sequence[int]]]) -> list[Words | Exception]:
         self.filled.append([matcher.text for matcher, _ in rows])
         if self.held & set(self.filled[-1]):
             assert self.may_fill.wait(PLENTY_S)
         masks: list[Words | Exception] = []
         for matcher, token_ids in rows:
-            assert list(token_ids) == list(range(matcher.num_followed, matcher.num_followed + len(token_ids)))
-            matcher.num_followed += len(token_ids)
+            matcher.follow(token_ids)
             masks.append(ValueError("too many states") if matcher.is_broken else words(matcher.num_followed))
         return masks
 
