@@ -13,6 +13,7 @@ from pathlib import Path
 import uvicorn
 
 from graphgen.base.descriptors import raise_descriptor_limit
+from graphgen.base.garbage import leave_imports_alone
 from graphgen.base.logs import log_to_stderr
 from graphgen.base.memory import limit_memory
 from graphgen.gateway.admission import Admission
@@ -73,6 +74,7 @@ async def _serve(service: Service, settings: GatewaySettings) -> None:
     server = _Server(config, app.live)
     asyncio.get_running_loop().add_signal_handler(END_SIGNAL, server.end)
     reports = asyncio.create_task(service.answers.report_always())
+    leave_imports_alone()
     await server.serve(sockets=[socket.socket(fileno=settings.descriptor)])
     if tracing is not None:
         await asyncio.to_thread(tracing.close)

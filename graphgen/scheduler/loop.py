@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import msgspec
 import zmq
 
+from graphgen.base.garbage import leave_imports_alone
 from graphgen.ipc.errors import DeadlineError, InvalidRequestError, OverloadedError
 from graphgen.ipc.messages import (
     Attach,
@@ -111,9 +112,8 @@ class SchedulerLoop:
 
     def run(self) -> None:
         """Says Ready when nothing is left to do that the first request would wait for."""
-        # Requests and messages make no cycles, so collections find nothing; a full one would hold up a plan.
-        gc.collect()
-        gc.freeze()
+        # Requests and messages make no cycles, so collections find nothing.
+        leave_imports_alone()
         gc.set_threshold(100_000, 50, 100)
         poller = self._make_poller()
         self._senders.tell(self._ready)

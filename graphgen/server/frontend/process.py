@@ -17,6 +17,7 @@ import zmq
 
 from graphgen.base.addresses import unbound
 from graphgen.base.descriptors import raise_descriptor_limit
+from graphgen.base.garbage import leave_imports_alone
 from graphgen.base.inbox import Inbox
 from graphgen.base.logs import log_to_stderr
 from graphgen.base.memory import limit_memory
@@ -143,6 +144,7 @@ def _serve(folder: Path, number: int, supervisor: SupervisorChannel) -> int:
         stack.callback(server.close)
         limit_memory(settings.memory_limit_bytes)
         gate.limit_memory()
+        leave_imports_alone()
         supervisor.send(Listening(sockets.data.address, sockets.control.address))
         return server.run()
 
