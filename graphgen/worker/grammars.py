@@ -44,7 +44,7 @@ class Draw(NamedTuple):
     slot: int
     position: int  # of the token that is drawn
     grammar: "SlotGrammar"
-    mask: Words | None = None  # what it obeys; None: it draws from all tokens, and is looked at
+    mask: Words | None = None  # that it is launched with; None: it draws from all tokens, if none follows it in time
 
 
 class LateMask(NamedTuple):

@@ -66,8 +66,9 @@ class Sampler:
     def count_inputs(self, token_ids: Tensor, slots: Tensor, positions: Tensor) -> None:
         """Enters the step's input tokens, [T] each, into what their slots have seen.
 
-        Every position is an input exactly once between two owners of its slot, so counts are exact when a token is
-        drawn, also after a preempted request was computed again.
+        Of a request with penalties every position is an input once between two owners of its slot, or is forgotten
+        before it is one again (`forget_inputs`). So counts are exact when a token is drawn, also after a preempted
+        request was computed again. Of others, of which nobody reads them, they may count what a grammar has refused.
         """
         self._count_inputs(self.tables, token_ids, slots, positions)
 

@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.messages import SlotInit, StepPlan
 from graphgen.ipc.step_schema import live_entries
 
@@ -83,6 +84,10 @@ class FakeWorker:
                 drawing.append(rows[end - 1])
         return [self._draw(row) for row in drawing + rows[num_chunk_rows:]], rows
 
+    def draw_instead(self, slot: int, token_id: int) -> None:
+        """The token of a slot's newest row is this one."""
+        self._slots[slot].last_token = token_id
+
     def page_of(self, group: int, slot: int, position: int) -> int:
         return self._slots[slot].block_table[group, position // self.page_size]
 
@@ -132,6 +137,10 @@ class FakeWorker:
             [word for (word,) in live_entries(plan, name)] for name in ("decode_slots", "decode_positions")
         )
         assert len(set(slots)) == len(slots), "a slot decodes twice in one step"
+        redrawn = unpack_int32(plan.redrawn)
+        for slot, token in zip(redrawn[::3], redrawn[1::3], strict=True):
+            assert slot in slots, "a token is computed again and has no row"
+            self._slots[slot].last_token = token
         for slot, position in zip(slots, positions, strict=True):
             self._write(slot, position, self._slots[slot].last_token)
         return list(zip(slots, positions, strict=True))
@@ -140,7 +149,10 @@ class FakeWorker:
         index, offset = divmod(position, self.page_size)
         for group in range(len(self.windows)):
             page = self._pages[self._slots[slot].block_table[group, index]]
-            assert page[offset] == NEVER_WRITTEN, f"position {position} of slot {slot} lies in a page that was written"
+            is_free = (
+                page[offset] == NEVER_WRITTEN or self._slots[slot].init.grammar
+            )  # it may have refused what is there
+            assert is_free, f"position {position} of slot {slot} lies in a page that was written"
             page[offset] = token
 
     def _read(self, slot: int, position: int) -> list[list[int]]:
