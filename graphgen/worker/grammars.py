@@ -68,16 +68,16 @@ class Verdicts(NamedTuple):
 class SlotGrammar:
     """The grammar of one slot's owner, between the threads."""
 
-    def __init__(self, slot: int, init: SlotInit) -> None:
+    def __init__(self, slot: int, init: SlotInit, num_before: int = 0) -> None:
+        """num_before: steps that were launched before the first of this owner."""
         self.slot = slot
+        self.num_before = num_before
         self.text = init.grammar
         self.prompt_len = init.prompt_len
         self.drawn_position = -1  # of the last draw that was launched: the main thread's own
         self.compiled = threading.Event()  # or found to be wrong
         self.busy = threading.Lock()  # guards the matcher, and what it has followed
-        self.matcher: Any = (
-            None  # of llguidance, which publishes no types of it; None before it is compiled and at last
-        )
+        self.matcher: Any = None  # of llguidance, which publishes no types; None before it is compiled, and at last
         self.is_new = False  # the matcher has been nobody else's
         self.num_followed = 0  # tokens of the output
         # The others are guarded by the lock of all grammars, which nobody holds for longer than a moment.
@@ -102,6 +102,8 @@ class GrammarSlots:
         self._owning = threading.Lock()  # held while masks are sent to slots that must keep their owners
         self._slots: dict[int, SlotGrammar] = {}
         self._lock = threading.Lock()
+        self._num_launched = self._num_judged = 0  # steps; guarded by the lock, and so is
+        self._held: list[SlotGrammar] = []  # whose masks might still be taken for those of their slots' owners before
         # A grammar is compiled, and its first mask filled, beside the masks of the others.
         self._compiling = ThreadPoolExecutor(COMPILERS, "grammar-compiler")
         self._filling = ThreadPoolExecutor(FILLERS, "grammar-masks")
@@ -111,10 +113,13 @@ class GrammarSlots:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def disown(self) -> None:
-        """No slot has an owner."""
+        """No slot has an owner, and every step has ended, those included that nobody judged."""
         with self._owning:
             owned = list(self._slots.values())
             self._slots.clear()
+        with self._lock:
+            self._num_judged = self._num_launched
+            self._held.clear()
         for grammar in owned:
             self._compiling.submit(self._retire, grammar)
 
@@ -130,6 +135,7 @@ class GrammarSlots:
         if len(draws) == len(plan.chunks) + plan.num_decodes:
             _await_compiled(draws)
         with self._lock:
+            self._num_launched += 1
             draws = [draw._replace(mask=_mask_for(draw)) for draw in draws]
         if any(draw.mask is not None for draw in draws):
             # What is being sent may be an older mask of one of them: it must be on its way before these are.
@@ -144,7 +150,7 @@ class GrammarSlots:
         if before is not None:
             self._compiling.submit(self._retire, before)
         if init.grammar:
-            grammar = self._slots[slot] = SlotGrammar(slot, init)
+            grammar = self._slots[slot] = SlotGrammar(slot, init, self._num_launched)
             self._compiling.submit(self._compile, grammar)
 
     def _draws(self, plan: StepPlan) -> list[Draw]:
@@ -167,7 +173,8 @@ class GrammarSlots:
     # --- on the collector's thread -------------------------------------------------------------------------------
 
     def judge(self, draws: Sequence[Draw], token_ids: Sequence[int]) -> Verdicts:
-        """What the grammars say of a step's tokens, of which one below 0 is none; those that they allow they follow."""
+        """What the grammars say of a step's tokens, of which one below 0 is none; those that they allow they follow. To
+        be called for every step."""
         refused: list[int] = []
         failed: list[tuple[int, str]] = []
         due: list[SlotGrammar] = []
@@ -187,8 +194,11 @@ class GrammarSlots:
                     failed.append((draw.place, grammar.failure))
                 else:
                     refused.append(draw.place)
-        for first in range(0, len(due), FILLED_TOGETHER):
-            self._filling.submit(self._fill, due[first : first + FILLED_TOGETHER])
+            self._num_judged += 1
+            held, self._held = self._held, []
+        for work, grammars in ((self._send, held), (self._fill, due)):
+            for first in range(0, len(grammars), FILLED_TOGETHER):
+                self._filling.submit(work, grammars[first : first + FILLED_TOGETHER])
         return Verdicts(tuple(refused), tuple(failed))
 
     def _allows(self, draw: Draw, token_id: int) -> bool:
@@ -279,13 +289,16 @@ class GrammarSlots:
 
     def _send(self, grammars: Sequence[SlotGrammar]) -> None:
         """Brings their masks to draws that are launched. Whose slot has another owner by now gets none, and none gets
-        another owner meanwhile."""
+        another owner meanwhile. A mask waits until no draw of the owner before it can be under way, which may be for
+        the same position."""
         with self._owning:
             with self._lock:
+                owned = [grammar for grammar in grammars if grammar.mask is not None and self._is_owned(grammar)]
+                self._held += [grammar for grammar in owned if grammar.num_before > self._num_judged]
                 masks = [
                     LateMask(grammar.slot, grammar.position, grammar.mask)
-                    for grammar in grammars
-                    if grammar.mask is not None and self._is_owned(grammar)
+                    for grammar in owned
+                    if grammar.mask is not None and grammar.num_before <= self._num_judged
                 ]
             if masks:
                 self._send_late(masks)

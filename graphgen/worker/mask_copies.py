@@ -58,9 +58,12 @@ class MaskCopies:
         self._late.ring.release(self._beside)
 
     def send_once(self) -> None:
-        """A mask for nobody: what writes masks is compiled before a request needs it."""
+        """A mask for nobody: what writes and lifts masks is compiled before a request needs it."""
+        trash_slot = self._sampler.tables.trash_slot
         nothing = np.zeros(mask_words(self._sampler.tables.vocab_size), np.int32)
-        self.send_late([LateMask(self._sampler.tables.trash_slot, NOWHERE, nothing)])
+        self.send_late([LateMask(trash_slot, NOWHERE, nothing)])
+        self._stream.join_beside()
+        self._stream.submit(lambda: self._sampler.lift_masks(self._owned[:1].fill_(trash_slot)))
 
     def _load(self, host: Tensor, num_masks: int, num_words: int, num_owned: int) -> None:
         """num_words: of the masks, which the slots with new owners follow."""

@@ -5,6 +5,7 @@ Owns the host blocks. Called by the runner before a step is launched, in the ord
 """
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -30,9 +31,17 @@ class RedrawCopies:
     def send(self, plan: StepPlan) -> None:
         """Makes them the last tokens of their slots. What sampling has counted of them it forgets: it will count them
         again."""
-        if not plan.redrawn:
-            return
-        slots, token_ids, of_output = np.frombuffer(plan.redrawn, "<i4").reshape(-1, 3).T
+        if plan.redrawn:
+            self._bring(np.frombuffer(plan.redrawn, "<i4").reshape(-1, 3))
+
+    def send_once(self) -> None:
+        """One for nobody: kernels that bring tokens are loaded before a request needs them."""
+        trash_slot = len(self._last_token) - 1
+        self._bring(np.array([[trash_slot, 0, 1]], np.int32))
+
+    def _bring(self, redrawn: npt.NDArray[np.int32]) -> None:
+        """redrawn: [rows, 3], as in StepPlan."""
+        slots, token_ids, of_output = redrawn.T
         order = (1 - of_output).argsort(kind="stable")  # those of the output first: of a prompt's none is counted
         host, num_rows, num_counted = self._ring.acquire(), len(order), int(of_output.sum())
         words = host.numpy()

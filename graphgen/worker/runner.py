@@ -166,6 +166,7 @@ class ModelRunner:
             self._score_graphs = GraphPool(self._stream, parts.scores.step_of, [MAX_SCORED_ROWS])
             self._stream.submit(self._copy_once)
             self._masks.send_once()
+            self._redraws.send_once()
         self._graph_bytes = max(0, free - device_free_bytes(self._device)) // len(self._captured)
         self._phases.append(grammars.wait())
         self.restart_counters()

@@ -162,6 +162,7 @@ def until(reached: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("is_owner", [True, False])
 def test_a_mask_that_is_made_late_is_sent_unless_its_slot_has_another_owner(opened: Opened, is_owner: bool) -> None:
     grammars, compiler, sent = opened(["", "free", ""])
+    grammars.judge([], [])
     compiler.may_compile.clear()
     draws = grammars.open(prompts(["", "", "x"], draws=True))
     assert [(draw.slot, draw.mask) for draw in draws] == [(2, None)]
@@ -334,6 +335,23 @@ def test_masks_of_a_step_follow_the_older_ones_that_are_being_sent(opened: Opene
     opening.join(PLENTY_S)
     assert [draw.mask is not None for draw in found] == [True]
     assert sent.masks == [(0, PROMPT_LEN + 1)]
+
+
+def test_a_late_mask_waits_for_the_draws_of_the_owner_before(opened: Opened) -> None:
+    """They may be for the same position, and of a request without a grammar."""
+    grammars, compiler, sent = opened([""])
+    compiler.may_compile.clear()
+    assert grammars.open(decodes(1, 0)) == []
+    (draw,) = grammars.open(prompts(["x", ""], draws=True))
+    compiler.may_compile.set()
+    until(lambda: draw.grammar.mask is not None)
+    grammars.judge([], [])
+    time.sleep(MOMENT_S)
+    assert sent.masks == [], "a step of before is under way"
+    grammars.judge([], [])
+    sent.wait_for(1)
+    assert sent.masks == [(0, PROMPT_LEN)]
+    assert grammars.judge([draw], [0]) == Verdicts((), ())
 
 
 def test_a_draw_that_has_not_obeyed_its_mask_is_refused(opened: Opened) -> None:
