@@ -29,6 +29,7 @@ def test_live_entries_are_those_of_the_plan() -> None:
 
 def test_all_bytes_of_a_plan_reach_the_device() -> None:
     packed = {name for name in StepPlan.__struct_fields__ if isinstance(getattr(PLAN, name), bytes)}
+    packed.remove("redrawn")  # which few steps have: `graphgen.worker.redraw_copies` brings it beside the block
     assert packed == {field.name for field in INPUT_FIELDS} & {*StepPlan.__struct_fields__}
     for name in packed:
         assert pack_int32(word for entry in live_entries(PLAN, name) for word in entry) == getattr(PLAN, name)
