@@ -274,15 +274,20 @@ def _end_of(path: Path, num_bytes: int) -> bytes:
         return file.read(num_bytes)
 
 
-_STATE, _NUM_THREADS = 0, 17
-"""Fields of /proc/PID/stat behind the name."""
+_STATE, _NUM_THREADS, _STARTED_TICKS = 0, 17, 19
+"""Places in what `_stat` returns."""
+
+
+def _stat(process: int | str) -> list[str]:
+    """The fields of /proc/PID/stat behind the name. Raises OSError where there is no such process."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
 
 
 def _lives(pid: int) -> bool:
     """Also where its first thread has ended and others are still ending: what is open, a device's memory for one, is
     given back with the last."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = _stat(pid)
     except OSError:
         return False
     return fields[_STATE] not in "ZX" or int(fields[_NUM_THREADS]) > 1
@@ -311,7 +316,7 @@ def _remove_while_used(folder: Path) -> None:
 
 def process_age_s() -> float:
     """Seconds since this process was started: what its imports took, when asked right after them."""
-    started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    started_ticks = int(_stat("self")[_STARTED_TICKS])
     up_s = time.clock_gettime(time.CLOCK_BOOTTIME)
     return up_s - started_ticks / os.sysconf("SC_CLK_TCK")
 

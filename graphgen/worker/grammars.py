@@ -292,14 +292,15 @@ class GrammarSlots:
         another owner meanwhile. A mask waits until no draw of the owner before it can be under way, which may be for
         the same position."""
         with self._owning:
+            masks: list[LateMask] = []
             with self._lock:
-                owned = [grammar for grammar in grammars if grammar.mask is not None and self._is_owned(grammar)]
-                self._held += [grammar for grammar in owned if grammar.num_before > self._num_judged]
-                masks = [
-                    LateMask(grammar.slot, grammar.position, grammar.mask)
-                    for grammar in owned
-                    if grammar.mask is not None and grammar.num_before <= self._num_judged
-                ]
+                for grammar in grammars:
+                    if grammar.mask is None or not self._is_owned(grammar):
+                        continue
+                    if grammar.num_before > self._num_judged:
+                        self._held.append(grammar)
+                    else:
+                        masks.append(LateMask(grammar.slot, grammar.position, grammar.mask))
             if masks:
                 self._send_late(masks)
 

@@ -6,8 +6,18 @@ from typing import Any
 
 import pytest
 
-from graphgen.worker.grammars import COMPILERS, FILLERS, GrammarSlots, SlotGrammar, Verdicts
-from tests.worker.test_grammar_slots import PLENTY_S, Compiler, Matcher, Opened, decodes, prompts, until
+from graphgen.worker.grammars import COMPILERS, GrammarSlots, SlotGrammar, Verdicts
+from tests.worker.test_grammar_slots import (
+    PLENTY_S,
+    Compiler,
+    Matcher,
+    Opened,
+    decodes,
+    first_draws,
+    hold_fillers,
+    prompts,
+    until,
+)
 from tests.worker.test_grammar_slots import opened as _opened
 
 opened = _opened
@@ -58,11 +68,8 @@ class Panic(BaseException):
 
 def test_a_token_is_looked_at_while_its_slot_gets_another_owner(opened: Opened) -> None:
     grammars, compiler, _ = opened(["a"])
-    until(lambda: len(compiler.filled) == 1)
-    until(lambda: all(draw.mask is not None for draw in grammars.open(decodes(1, 0))))
-    draws, ahead = (grammars.open(decodes(1, num_tokens)) for num_tokens in range(2))
-    for _ in range(FILLERS):
-        grammars._filling.submit(compiler.may_fill.wait, PLENTY_S)
+    draws, ahead = first_draws(grammars, compiler)
+    hold_fillers(grammars, compiler)
     assert grammars.judge(draws, [0]) == Verdicts((), ())
     grammar = ahead[0].grammar
     grammar.busy = RetiredBefore(grammars, compiler, grammar)  # type: ignore[assignment]  # the part that is used

@@ -159,6 +159,19 @@ def until(reached: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
+def first_draws(grammars: GrammarSlots, compiler: Compiler) -> tuple[list[Draw], list[Draw]]:
+    """Those of the only slot's first token, which has its mask, and of its second."""
+    until(lambda: len(compiler.filled) == 1)
+    until(lambda: all(draw.mask is not None for draw in grammars.open(decodes(1, 0))))
+    return grammars.open(decodes(1, 0)), grammars.open(decodes(1, 1))
+
+
+def hold_fillers(grammars: GrammarSlots, compiler: Compiler) -> None:
+    """No mask is made until they may fill."""
+    for _ in range(FILLERS):
+        grammars._filling.submit(compiler.may_fill.wait, PLENTY_S)
+
+
 @pytest.mark.parametrize("is_owner", [True, False])
 def test_a_mask_that_is_made_late_is_sent_unless_its_slot_has_another_owner(opened: Opened, is_owner: bool) -> None:
     grammars, compiler, sent = opened(["", "free", ""])
@@ -217,8 +230,7 @@ def test_a_token_that_came_before_its_mask_is_looked_at_by_the_matcher_and_else_
     # Both fillers are at work: the mask of slot 0 is due, its matcher is free.
     third = grammars.open(decodes(2, 3))
     until(lambda: third[0].grammar.mask is not None)
-    for _ in range(FILLERS):
-        grammars._filling.submit(compiler.may_fill.wait, PLENTY_S)
+    hold_fillers(grammars, compiler)
     fourth, fifth = grammars.open(decodes(2, 4)), grammars.open(decodes(2, 5))
     assert grammars.judge(third, [3, 0]).refused == (1,)
     assert grammars.judge(fourth, [4, 0]).refused == (1,)
@@ -277,11 +289,8 @@ def test_masks_of_tokens_that_come_while_others_are_made_are_made_and_nobody_wai
 def test_a_token_is_no_grammars_next_because_its_matcher_is_broken(opened: Opened) -> None:
     """To a broken one the end of sequence is right everywhere."""
     grammars, compiler, sent = opened(["a"])
-    until(lambda: len(compiler.filled) == 1)
-    until(lambda: all(draw.mask is not None for draw in grammars.open(decodes(1, 0))))
-    draws, ahead = (grammars.open(decodes(1, num_tokens)) for num_tokens in range(2))
-    for _ in range(FILLERS):
-        grammars._filling.submit(compiler.may_fill.wait, PLENTY_S)
+    draws, ahead = first_draws(grammars, compiler)
+    hold_fillers(grammars, compiler)
     assert grammars.judge(draws, [0]) == Verdicts((), ())
     compiler.matchers[0].is_broken = True
     assert grammars.judge(ahead, [1]).refused == (0,)
@@ -311,9 +320,7 @@ def test_a_matcher_that_was_anothers_and_is_at_its_end_is_replaced_by_a_new_one(
 
 def test_masks_of_a_step_follow_the_older_ones_that_are_being_sent(opened: Opened) -> None:
     grammars, compiler, sent = opened(["a"])
-    until(lambda: len(compiler.filled) == 1)
-    until(lambda: all(draw.mask is not None for draw in grammars.open(decodes(1, 0))))
-    draws, ahead = (grammars.open(decodes(1, num_tokens)) for num_tokens in range(2))
+    draws, ahead = first_draws(grammars, compiler)
     may_send, is_sending = threading.Event(), threading.Event()
 
     def send(masks: Sequence[LateMask]) -> None:
