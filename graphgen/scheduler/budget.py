@@ -61,6 +61,7 @@ class StepBudget:
         self._buckets = buckets
         self._steps_in_flight = steps_in_flight
         self._model = model
+        self._is_grown = False  # the last step that no target bound went beyond the saturation point
         self._least_rows = min(LEAST_ROWS, max(bucket.num_rows for bucket in buckets.all_mixed) // 2)
         self.renew()
 
@@ -92,6 +93,7 @@ class StepBudget:
             chosen = _that_hold(candidates, load.pending_tokens)[-1] if candidates else None
             if not load.is_late:
                 grown = self._grown(load.num_decodes, load.decode_positions, load.prompts, load.pending_tokens)
+                self._is_grown = grown is not None
                 if grown is not None:
                     candidates, chosen = (*efficient, *self._large.beside(load.num_decodes)), grown
         if chosen is not None and load.slack_ms is not None:
@@ -213,8 +215,9 @@ class StepBudget:
         objective = self._objective
         if objective.num_backlog_steps is None:
             return None
+        num_steps = objective.num_kept_steps if self._is_grown else objective.num_backlog_steps
         for bucket in reversed(self._large.beside(num_decodes)):
-            if pending_tokens >= objective.num_backlog_steps * bucket.prefill_rows:
+            if pending_tokens >= num_steps * bucket.prefill_rows:
                 pairs = _pairs(prompts, bucket.prefill_rows)
                 step_ms = self._model.predict_ms(bucket, decode_positions, pairs)
                 if objective.most_ms is None or (step_ms is not None and step_ms <= objective.most_ms):

@@ -140,36 +140,47 @@ class CostModel:
         of_size = self._factors_of_size(mixed)
         rates: dict[int, float] = {}  # the best of each number of rows
         for bucket in mixed:
-            factor = self._factors[bucket] if self._num_corrections[bucket] else of_size[bucket.num_rows]
+            factor = self._factors[bucket] if self._num_corrections[bucket] else of_size.get(bucket.num_rows, 1.0)
             rate = bucket.num_rows / (self._times[bucket] * factor)
             rates[bucket.num_rows] = max(rate, rates.get(bucket.num_rows, 0.0))
         return smallest_near_best(rates, SATURATION_SHARE, current)
 
     def prompt_rates(self, buckets: Sequence[Bucket], num_decodes: int, num_positions: int | None) -> list[float]:
         """Prompt rows a millisecond of mixed buckets that have a time, beside so many decodes that attend to so many
-        positions together, or to those of the table."""
+        positions together, or to those of the table.
+
+        A size that has not run is taken to be as far from the table as those that have: else on a device that is slower
+        than its table, whatever was not tried yet looks better than what was.
+        """
         of_size = self._factors_of_size(buckets)
+        of_others = self._mean_factor(buckets) or 1.0
         if num_positions is None:
             num_positions = num_decodes * (0 if self._table is None else self._table.decode_context)
         start = 0 if self._table is None else self._table.prompt_start
         rates = []
         for bucket in buckets:
-            factor = self._factors[bucket] if self._num_corrections[bucket] else of_size[bucket.num_rows]
+            has_run = self._num_corrections[bucket] > 0
+            factor = self._factors[bucket] if has_run else of_size.get(bucket.num_rows, of_others)
             milliseconds = self._uncorrected_ms(bucket, num_positions, prompt_pairs(start, bucket.prefill_rows))
             assert milliseconds is not None, "the saturation point is known only if every bucket has a time"
             rates.append(bucket.prefill_rows / (milliseconds * factor))
         return rates
 
     def _factors_of_size(self, buckets: Sequence[Bucket]) -> dict[int, float]:
-        """By number of rows, what the steps that ran say of the table: the mean of their buckets' factors, 1 where none
-        ran. It stands for the buckets that have not run: at the same size, a table is wrong about all alike."""
-        sums: dict[int, float] = {}
-        counts: dict[int, int] = {}
+        """By number of rows, what the steps that ran say of the table: the mean of their buckets' factors. It stands
+        for the buckets that have not run: at the same size, a table is wrong about all alike. Sizes of which none ran
+        are left out."""
+        by_size: dict[int, list[Bucket]] = {}
         for bucket in buckets:
-            rows, count = bucket.num_rows, self._num_corrections[bucket]
-            sums[rows] = sums.get(rows, 0.0) + count * self._factors[bucket]
-            counts[rows] = counts.get(rows, 0) + count
-        return {rows: sums[rows] / counts[rows] if counts[rows] else 1.0 for rows in counts}
+            by_size.setdefault(bucket.num_rows, []).append(bucket)
+        means = {rows: self._mean_factor(of_size) for rows, of_size in by_size.items()}
+        return {rows: mean for rows, mean in means.items() if mean is not None}
+
+    def _mean_factor(self, buckets: Iterable[Bucket]) -> float | None:
+        """Of the steps that ran in these; None if there were none."""
+        counted = [(self._num_corrections[bucket], self._factors[bucket]) for bucket in buckets]
+        count = sum(number for number, _ in counted)
+        return sum(number * factor for number, factor in counted) / count if count else None
 
     def _correction(self, bucket: Bucket) -> float:
         return self._paces[bucket.prefill_rows > 0] * self._factors[bucket]

@@ -6,8 +6,9 @@ Owns the numbers of the three objectives. `graphgen.scheduler.budget` chooses th
 Up to the saturation point larger steps compute more prompt tokens a second, and every objective takes them. Beyond it a
 larger step gains a little more, most beside many decodes, whose rows and positions cost the same in a small step. It
 also makes every gap longer, so that requests decode longer, more of them decode at once and fewer wait. Where few wait,
-larger steps are not full, and the rate falls instead of rising. So a step is larger only while the prompts that are
-left fill it many times over.
+larger steps are not full, and the rate falls instead of rising. So steps grow only when the prompts that are left fill
+the larger size many times over. Larger steps themselves shorten the queue that they were chosen for; so with `balanced`
+they stay until it is half as long, and do not end while the load would still keep them full.
 """
 
 from collections.abc import Mapping
@@ -21,8 +22,10 @@ class Objective(Struct, frozen=True):
     """How far steps grow beyond the saturation point."""
 
     num_backlog_steps: int | None
-    """A step larger than the saturation point is taken while the prompts that are left fill so many of its size. None:
+    """Steps grow beyond the saturation point when the prompts that are left fill so many of the larger size. None:
     never."""
+    num_kept_steps: int = 0
+    """Steps that have grown stay larger while the prompts that are left fill so many."""
     most_ms: float | None = None
     """What such a step may take; None: any time."""
     hurry_share: float | None = None
@@ -33,6 +36,6 @@ class Objective(Struct, frozen=True):
 
 OBJECTIVES: Mapping[ObjectiveName, Objective] = {
     "latency": Objective(num_backlog_steps=None),
-    "balanced": Objective(num_backlog_steps=16, most_ms=30.0, hurry_share=0.5),
-    "throughput": Objective(num_backlog_steps=8, hurry_share=0.5),
+    "balanced": Objective(num_backlog_steps=28, num_kept_steps=14, most_ms=30.0, hurry_share=0.5),
+    "throughput": Objective(num_backlog_steps=8, num_kept_steps=8, hurry_share=0.5),
 }

@@ -101,6 +101,15 @@ def test_the_longer_the_queue_the_more_balanced_and_throughput_serve(
     assert balanced["p99_itl_ms"] <= 30.0
 
 
+@pytest.mark.parametrize("pace", [1.0, 1.04])
+def test_balanced_keeps_gaps_short_where_longer_steps_would_empty_the_queue(pace: float) -> None:
+    """Also on a device that is slower than its table."""
+    balanced = Means("2600/60:16", simulated_machine.Policy(objective="balanced"), pace=pace)
+    latency = Means("2600/60:16", simulated_machine.Policy(objective="latency"), pace=pace)
+    assert balanced["p99_itl_ms"] <= 20.0
+    assert balanced["request_throughput"] >= 0.998 * latency["request_throughput"]
+
+
 class Misled(simulated_machine.Machine, frozen=True):
     """The scheduler's table says that steps of 1024 rows take six sevenths of what they take."""
 

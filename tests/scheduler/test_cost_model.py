@@ -167,6 +167,21 @@ def test_what_is_learned_of_a_size_holds_for_its_buckets_that_have_not_run() -> 
     assert model.saturation_rows([SMALL, LARGE, other], LARGE.num_rows) == SMALL.num_rows
 
 
+def test_a_device_slower_than_its_table_makes_no_size_better_that_has_not_run() -> None:
+    """Else steps grow because the larger ones were not tried yet."""
+    model = CostModel(TABLE)
+    before = model.prompt_rates([SMALL, LARGE], 16, 16_000)
+    for _ in range(200):
+        model.correct(SMALL, 16_000, PAIRS[SMALL], 1.04 * MILLISECONDS[SMALL])
+    after = model.prompt_rates([SMALL, LARGE], 16, 16_000)
+    assert after[0] < 0.99 * before[0], "a part of it was meant to be taken for the bucket's own"
+    assert after[1] / after[0] == pytest.approx(before[1] / before[0])
+    for _ in range(200):
+        model.correct(LARGE, 16_000, PAIRS[LARGE], 1.2 * MILLISECONDS[LARGE])
+    last = model.prompt_rates([SMALL, LARGE], 16, 16_000)
+    assert last[1] / last[0] < 0.95 * after[1] / after[0], "of one that ran, its own time counts"
+
+
 def test_without_a_table_it_learns_what_it_sees() -> None:
     model = CostModel()
     assert model.predict_ms(SMALL, 1, 1) is None

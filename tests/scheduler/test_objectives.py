@@ -13,6 +13,7 @@ from graphgen.ipc.messages import Bucket, BucketTime, ObjectiveName, StepTimeTab
 from graphgen.launch.config import EngineConfig
 from graphgen.launch.step_times_store import StepTimesFile
 from graphgen.scheduler.buckets import BucketTable
+from graphgen.scheduler.budget import StepBudget, StepLoad
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.large_steps import RATE_SHARE, LargeSteps
 from graphgen.scheduler.objectives import OBJECTIVES
@@ -130,17 +131,44 @@ def most_rows(engine: VirtualEngine) -> int:
 
 
 @pytest.mark.parametrize("objective", ["balanced", "throughput"])
-def test_steps_grow_only_while_the_prompts_that_wait_fill_them_often(objective: ObjectiveName) -> None:
+def test_steps_grow_for_a_long_queue_and_stay_larger_until_it_is_short(objective: ObjectiveName) -> None:
     saturated = most_rows(serve("latency", 100))
-    assert most_rows(serve(objective, 3)) == saturated
+    numbers = OBJECTIVES[objective]
+    assert numbers.num_backlog_steps is not None
     engine = serve(objective, 100)
-    assert most_rows(engine) > saturated
-    left, steps = 100 * 2000, OBJECTIVES[objective].num_backlog_steps
-    assert steps is not None
+    left, is_grown = 100 * 2000, False
+    fewest = numbers.num_backlog_steps  # steps that the queue filled when a larger one was planned
     for plan in engine.plans:
         if plan.bucket.num_rows > saturated:
-            assert left >= steps * plan.bucket.prefill_rows
+            num_steps = left // plan.bucket.prefill_rows
+            assert num_steps >= (numbers.num_kept_steps if is_grown else numbers.num_backlog_steps)
+            fewest = min(fewest, num_steps)
+        is_grown = plan.bucket.num_rows > saturated
         left -= len(plan.chunk_token_ids) // 4 if plan.planned_s >= BEGUN_S else 0
+    assert fewest == numbers.num_kept_steps
+
+
+@pytest.mark.parametrize("objective", ["balanced", "throughput"])
+@pytest.mark.parametrize("asks_between", [False, True], ids=["", "a question between"])
+def test_a_queue_that_keeps_steps_large_does_not_make_them_large(objective: ObjectiveName, asks_between: bool) -> None:
+    numbers = OBJECTIVES[objective]
+    grow, keep = numbers.num_backlog_steps, numbers.num_kept_steps
+    assert grow is not None
+    buckets = BucketTable([time.bucket for time in H200.times], 1024)
+    budget = StepBudget(buckets, CostModel(H200), 2, numbers)
+    small, large = Bucket(480, 32), Bucket(704, 64)
+
+    def bucket_for(num_steps: int, tokens: int = 0) -> Bucket | None:
+        pending = num_steps * large.prefill_rows + tokens
+        if asks_between:
+            budget.usual(32, 32 * 1024, 100 * pending)
+        return budget.choose(StepLoad(32, 32 * 1024, None, None, None, (), pending, False))
+
+    assert bucket_for(grow, -1) == small
+    assert bucket_for(grow) == large
+    assert bucket_for(keep) == large
+    assert bucket_for(keep, -1) == small
+    assert bucket_for(grow, -1) == small
 
 
 def test_balanced_keeps_its_long_steps_within_thirty_milliseconds() -> None:
