@@ -16,14 +16,12 @@ import signal
 import time
 from pathlib import Path
 
-from benchmarks.cpu_time import cpu_seconds
 from benchmarks.options import add_engine_options, engine_settings, make_parser
 from benchmarks.report import Row, machine, percentile, show, write_json
+from benchmarks.settling import wait_for_standby
 from graphgen import Engine, EngineConfig, SamplingParams
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8]
-STANDBY_S = 120.0
-IDLE_S = 0.5
 
 
 class Notices(logging.Handler):
@@ -36,18 +34,6 @@ class Notices(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if "a new worker serves" in record.getMessage():
             self.lines.append(record.getMessage())
-
-
-def wait_for_standby(engine: Engine) -> int:
-    """The process that stands by, once it has imported everything. Raises TimeoutError."""
-    deadline_s = time.monotonic() + STANDBY_S
-    while time.monotonic() < deadline_s:
-        pid = engine.pids.get("standby-0")
-        before_s = 0.0 if pid is None else cpu_seconds(pid)
-        time.sleep(IDLE_S)
-        if pid is not None and before_s > 0.2 and cpu_seconds(pid) - before_s < 0.02:
-            return pid
-    raise TimeoutError(f"no process stood by within {STANDBY_S:g} s")
 
 
 def memory_mib(pid: int, name: str) -> float:

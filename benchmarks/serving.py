@@ -5,7 +5,8 @@
 
 A workload is MEAN_PROMPT/MEAN_OUTPUT:CLIENTS (closed loop: each client sends its next request when its last one has
 ended) or MEAN_PROMPT/MEAN_OUTPUT@RATE (open loop: Poisson arrivals, so many a second on average); xN behind it sets the
-number of requests, by default 4 a client and 32 more. All workloads run in one engine, each with a seed of its own.
+number of requests, by default 4 a client and 32 more. All workloads run in one engine, each with a seed of its own,
+once the process that stands by has imported what it needs.
 --sweep-budget repeats them in a new engine for every token budget. Decoding is greedy and ignores end of sequence.
 
 --highest-rate LEVEL searches for the highest rate of an open loop at which 99 of 100 requests meet one of MLPerf's
@@ -30,6 +31,7 @@ from benchmarks.metrics import Figures, ServedRequest, ServiceLevel, summarize, 
 from benchmarks.options import add_engine_options, engine_settings, make_parser
 from benchmarks.report import machine, show, write_json
 from benchmarks.sending import Targets, closed_loop, open_loop, stream_reader, whole_reader
+from benchmarks.settling import wait_for_standby
 from benchmarks.step_log import StepLogReader, summarize_steps
 from benchmarks.workload import Load, PlannedRequest, Trace, Workload
 from graphgen import EngineConfig
@@ -145,6 +147,8 @@ def run_engine(
     try:
         # The first request of a process pays for imports of the client's side.
         asyncio.run(_warm_up(core))
+        if core.launch.standby:
+            wait_for_standby(core)
         leave_imports_alone()  # a pause of this process is none of the engine's
         steps = StepLogReader(Path(config.step_log))
         rows = [

@@ -15,6 +15,8 @@ from pathlib import Path
 from graphgen.launch.processes import Exit, kill_group, log_tail, pid_file, start_child
 
 WORKER_MODULE = "graphgen.worker"
+BEHIND_ANOTHER = "behind-another"
+"""The last argument of a worker that is started while another one serves."""
 START_FAILED_S = 1.0
 """For the ranks that were started before one that could not be."""
 
@@ -25,8 +27,10 @@ class WorkerProcesses:
     They import what they need and stand by until `begin`, which for most comes at once.
     """
 
-    def __init__(self, engine_folder: Path, owner_pid: int, epoch: int, num_ranks: int) -> None:
-        """owner_pid: the process whose engine this is."""
+    def __init__(
+        self, engine_folder: Path, owner_pid: int, epoch: int, num_ranks: int, behind_another: bool = False
+    ) -> None:
+        """owner_pid: the process whose engine this is. behind_another: a group serves while these are started."""
         self.epoch = epoch
         self.started_s = time.monotonic()
         self.folder = engine_folder / f"epoch-{epoch}"
@@ -39,15 +43,16 @@ class WorkerProcesses:
         """Readable when the process has ended."""
         try:
             for name, called in zip(self.names, self._called, strict=True):
-                self._start(name, called, owner_pid)
+                self._start(name, called, owner_pid, behind_another)
         except BaseException:
             self.kill()
             self.wait(START_FAILED_S)
             self.forget()
             raise
 
-    def _start(self, name: str, called: str, owner_pid: int) -> None:
-        arguments = (str(self.folder), str(os.getpid()), name, str(owner_pid))
+    def _start(self, name: str, called: str, owner_pid: int, behind_another: bool) -> None:
+        arguments = [str(self.folder), str(os.getpid()), name, str(owner_pid)]
+        arguments += [BEHIND_ANOTHER] if behind_another else []
         child = start_child(WORKER_MODULE, arguments, self._log_file(called), reads=True)
         self._children.append(child)
         self.pidfds.append(os.pidfd_open(child.pid))

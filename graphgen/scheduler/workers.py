@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -85,7 +86,7 @@ class Workers:
         self._starts = StartLimit()
         self._config: LaunchConfig | None = None
         self._ended_s = 0.0
-        self._standby = Standby(self._start_next)
+        self._standby = Standby(partial(self._start_next, behind_another=True))
         self.num_restarts = 0
         self._attach(first)
 
@@ -240,9 +241,11 @@ class Workers:
             self._first_word_by_s = max(time.monotonic() + FIRST_WORD_S, stood_by.started_s + IMPORTS_S)
         return True
 
-    def _start_next(self) -> WorkerProcesses:
-        """The processes of the epoch after this one, which have their configuration and stand by."""
-        processes = WorkerProcesses(self._engine_folder, self._owner_pid, self.epoch + 1, len(self.channels))
+    def _start_next(self, behind_another: bool = False) -> WorkerProcesses:
+        """The processes of the epoch after this one, which have their configuration and stand by. behind_another: this
+        one serves."""
+        place = self._engine_folder, self._owner_pid, self.epoch + 1, len(self.channels)
+        processes = WorkerProcesses(*place, behind_another=behind_another)
         assert self._config is not None, "a group is replaced after its launch"
         self._config.write(processes.folder)
         return processes

@@ -58,7 +58,7 @@ PEER_PATIENCE_S = 1.0
 
 def run(folder: Path, name: str, imports: Phase, device_context: Background, kernels: KernelsAhead | None) -> None:
     """Runs until Shutdown, a failure, or the end of the parent. device_context: the CUDA context in the making.
-    kernels: Triton's, being compiled; None: there can be none.
+    kernels: Triton's, being compiled; None: there can be none, or all are there.
 
     name: of this rank, and of its channel in `folder`. imports: what of this start is over.
     """

@@ -4,11 +4,13 @@ import os
 import random
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from graphgen import Engine, EngineDeadError, SamplingParams
 from graphgen.launch.starts import MAX_STARTS
+from graphgen.scheduler.worker_processes import BEHIND_ANOTHER
 from tests import poison, worker_deaths
 from tests.serving import is_alive
 from tests.traps import Traps
@@ -81,6 +83,7 @@ def test_the_process_that_stands_by_takes_over_and_ends_with_the_engine() -> Non
         expected = engine.generate(PROMPT, SAMPLING)[0].token_ids
         wait_for(lambda: "standby-0" in engine.pids, "one stands by")
         standby = engine.pids["standby-0"]
+        assert BEHIND_ANOTHER.encode() in Path(f"/proc/{standby}/cmdline").read_bytes().split(b"\0")
         stream = engine.stream(PROMPT, SAMPLING)
         token_ids = list(next(stream).token_ids)
         os.kill(engine.pids["worker-0"], signal.SIGKILL)

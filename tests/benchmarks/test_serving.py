@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 
 from benchmarks import sending, serving
+from benchmarks.cpu_time import cpu_seconds
+from benchmarks.metrics import Figures
 from benchmarks.step_log import StepLogReader
 from benchmarks.workload import PlannedRequest
 from graphgen import InvalidRequestError
+from graphgen.api.core import EngineCore
 
 TINY_ENGINE = ["--device", "cpu", "--cpu-threads", "1", "--token-budget", "64", "--num-pages", "200"]
 
@@ -85,6 +88,22 @@ def test_the_script_measures_every_kind_of_load_in_one_engine(tmp_path: Path) ->
     rows_computed = sum(step.chunk_tokens + len(step.decodes) for step in steps[-written[3]["steps"] :])
     assert rows_computed == 60 + 10 - 2
     assert sum(row["steps"] for row in written) < len(steps), "the warm-up has steps too"
+
+
+def test_no_row_is_measured_beside_the_start_of_a_process_that_stands_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    spent_s = []
+    measure = serving.measure
+
+    def look(core: EngineCore, *rest: Any) -> Figures:
+        before_s = cpu_seconds(core.pids["standby-0"])
+        time.sleep(0.5)
+        spent_s.append(cpu_seconds(core.pids["standby-0"]) - before_s)
+        return measure(core, *rest)
+
+    monkeypatch.setattr(serving, "measure", look)
+    serving.main([*TINY_ENGINE, "--standby", "--workload", "40/8:1x2"])
+    assert len(spent_s) == 1
+    assert spent_s[0] < 0.1, "importing takes all of a core"
 
 
 def test_streams_are_timed_where_they_are_read_and_budgets_are_swept(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,9 @@ from graphgen.scheduler.worker_processes import WorkerProcesses
 class FakeProcesses(WorkerProcesses):
     """A group of one that ends when a test says so. The test has the other end of its channel."""
 
-    def __init__(self, engine_folder: Path, epoch: int = 0) -> None:
+    def __init__(self, engine_folder: Path, epoch: int = 0, behind_another: bool = False) -> None:
         self.epoch = epoch
+        self.behind_another = behind_another
         self.started_s = time.monotonic()
         self.folder = engine_folder / f"epoch-{epoch}"
         self.folder.mkdir()

@@ -31,10 +31,10 @@ class Machine:
         self.started: list[FakeProcesses] = []
         self.has_processes = True
 
-    def start(self, folder: Path, epoch: int) -> FakeProcesses:
+    def start(self, folder: Path, owner: int, epoch: int, ranks: int, behind_another: bool = False) -> FakeProcesses:
         if not self.has_processes:
             raise BlockingIOError("Resource temporarily unavailable")
-        processes = FakeProcesses(folder, epoch)
+        processes = FakeProcesses(folder, epoch, behind_another)
         processes.started_s = self.now_s
         self.started.append(processes)
         return processes
@@ -43,7 +43,7 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     machine = Machine()
-    monkeypatch.setattr(workers, "WorkerProcesses", lambda folder, owner, epoch, ranks: machine.start(folder, epoch))
+    monkeypatch.setattr(workers, "WorkerProcesses", machine.start)
     monkeypatch.setattr("graphgen.scheduler.workers.time.monotonic", lambda: machine.now_s)
     return machine
 
@@ -51,7 +51,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 @pytest.fixture
 def group(tmp_path: Path, machine: Machine) -> Iterator[Workers]:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    group = Workers(tmp_path, 0, context, machine.start(tmp_path, 0))
+    group = Workers(tmp_path, 0, context, machine.start(tmp_path, 0, 0, 1))
     group.launch(CONFIG)
     yield group
     group.end(0.0)
@@ -121,6 +121,8 @@ def test_one_that_is_still_importing_begins_too(group: Workers, machine: Machine
         assert group.advance()
     assert standby.is_killed, "it died as a worker"
     assert [processes.epoch for processes in machine.started] == [0, 1, 2, 3], "nothing stands by until a group serves"
+    behind = [processes.behind_another for processes in machine.started]
+    assert behind == [False, True, False, False], "the last two may be the first that get as far as kernels"
 
 
 def test_one_that_dies_is_nobodys_loss_and_is_replaced(group: Workers, machine: Machine) -> None:

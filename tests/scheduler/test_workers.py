@@ -25,7 +25,10 @@ FIRST = msgspec.structs.replace(READY.worker, num_pages=77, device_bytes=123_456
 
 @pytest.fixture
 def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workers]:
-    monkeypatch.setattr(workers, "WorkerProcesses", lambda folder, owner, epoch, ranks: FakeProcesses(folder, epoch))
+    def start(folder: Path, owner: int, epoch: int, ranks: int, behind_another: bool) -> FakeProcesses:
+        return FakeProcesses(folder, epoch, behind_another)
+
+    monkeypatch.setattr(workers, "WorkerProcesses", start)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     group = Workers(tmp_path, 0, context, FakeProcesses(tmp_path))
     group.launch(launch_config(EngineConfig(device="cpu")))

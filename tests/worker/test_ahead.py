@@ -14,6 +14,7 @@ import pytest
 
 from graphgen import demo
 from graphgen.launch.launch_config import LaunchConfig
+from graphgen.scheduler.worker_processes import BEHIND_ANOTHER
 from graphgen.worker import ahead
 from graphgen.worker.ahead import KernelsAhead, Note, capability_of, note_path, read_note
 from tests import ROOT
@@ -101,6 +102,28 @@ def test_a_worker_asks_no_driver_and_starts_no_thread_for_it(tmp_path: Path, mon
     assert threading.enumerate() == threads
     phase = kernels.wait()
     assert (phase.name, phase.hidden_s) == ("triton kernels", 0.0)
+
+
+@pytest.mark.parametrize(("arguments", "first"), [((), "kernels"), ((BEHIND_ANOTHER,), "turn")])
+def test_beside_a_worker_that_serves_nothing_looks_for_kernels(arguments: tuple[str, ...], first: str) -> None:
+    """They are there, and to look asks the driver."""
+    program = """
+import runpy
+from graphgen.launch import processes
+from graphgen.worker import ahead, turn
+
+def say(word):
+    raise SystemExit(word)
+
+processes.end_with_parent = lambda *pids: None
+ahead.has_driver = lambda: True
+ahead.KernelsAhead.of = lambda folder, rank: say("kernels")
+turn.Turn = lambda pipe: say("turn")
+runpy.run_module("graphgen.worker", run_name="__main__")
+"""
+    command = [sys.executable, "-c", program, "folder", "1", "worker-0", "1", *arguments]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.stderr.split() == [first]
 
 
 def test_seconds_of_the_process_are_waited_for_or_hidden() -> None:
