@@ -42,7 +42,14 @@ from graphgen.models.attention.plain_pages import fill_plain_pages
 from graphgen.models.attention.planned import PlannedRegion, PlannedTensors, run_planned
 from graphgen.models.attention.row_tiles import Rows, TileShape, TileTensors, attend_in_tiles
 from graphgen.models.attention.row_tiles import open_workspace as open_tiles
-from graphgen.models.attention.split_kv import FreshRows, HeadNorms, SplitKvTensors, open_workspace, split_kv_attention
+from graphgen.models.attention.split_kv import (
+    FreshRows,
+    HeadNorms,
+    SplitKvTensors,
+    open_workspace,
+    share_out,
+    split_kv_attention,
+)
 from graphgen.models.attention.store import rotate_and_store
 from graphgen.models.attention.tables import RowTables
 from graphgen.models.attention.variant import AttentionVariant, Numbers, Scoring
@@ -79,6 +86,7 @@ class FlashInferAttention:
             raise ConfigError(f"page_size is {shape.page_size}, the decode kernel has {sizes}: choose one")
         self._prefill = _prefill_region(prefill, shape, most_chunks, most_prefill_rows, most_quantised_pages, device)
         self._decode = _decode_region(decode, shape, most_decode_rows, device)
+        self._num_kv_heads, self._page_size = shape.num_kv_heads, shape.page_size
         self._kernels = torch.tensor([prefill, decode], dtype=torch.int64)
         self._libraries = needed_libraries(shape, (prefill, decode))
         self._folder = KernelFolder.of(arch_of(capability))
@@ -102,6 +110,8 @@ class FlashInferAttention:
             starts = torch.arange(num_decode_rows + 1, dtype=torch.int32, device=tables.decode_kv_lens.device)
             decode = self._decode.prepare(num_decode_rows, starts, tables.decode_kv_lens, tables.decode_pages)
             return FlashInferStep(tables, self._kernels, prefill, decode)
+        if isinstance(self._decode.workspace, SplitKvTensors):
+            share_out(tables.decode_kv_lens, self._num_kv_heads, self._page_size, self._decode.workspace)
         return FlashInferStep(tables, self._kernels, prefill, self._decode.workspace)
 
     def _prepare_prefill(self, tables: RowTables, num_rows: int) -> "PrefillTensors":

@@ -35,6 +35,40 @@ def as_factor(queries: "tl.tensor", NUMBERS: tl.constexpr) -> "tl.tensor":
     return queries.to(NUMBERS)
 
 
+# Two positions of one pair of dimensions come as a register of four e4m3; each dimension goes as a register of its own,
+# with both positions, which is how a tensor core takes them.
+_OF_PAIRS = tl.constexpr(
+    """
+    {
+    .reg .b16 first, second;
+    .reg .b32 a, b;
+    mov.b32 {first, second}, $2;
+    cvt.rn.f16x2.e4m3x2 a, first;
+    cvt.rn.f16x2.e4m3x2 b, second;
+    prmt.b32 $0, a, b, 0x5410;
+    prmt.b32 $1, a, b, 0x7632;
+    }
+    """
+)
+
+
+def reads_pairs(rows: torch.dtype, pages: torch.dtype) -> bool:
+    """Whether values of such pages are read by two and taken apart by of_pairs, which is PTX."""
+    return pages == FP8 and product_dtype(rows, pages) is tl.float16 and not triton.knobs.runtime.interpret
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def of_pairs(pairs: "tl.tensor") -> "tuple[tl.tensor, tl.tensor]":
+    """(the first, the second) of two e4m3 in each int16, as float16.
+
+    Values are multiplied along positions, of which a tensor core takes two at a time, and lie along dimensions. What
+    has 16 bits is loaded the other way round by one instruction (ldmatrix.trans), single bytes are loaded one by one.
+    """
+    kinds: tl.constexpr = (tl.float16, tl.float16)
+    first, second = tl.inline_asm_elementwise(_OF_PAIRS, "=r,=r,r", [pairs], dtype=kinds, is_pure=True, pack=2)
+    return first, second
+
+
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
 def int8_scale(peak: "tl.tensor") -> "tl.tensor":
     """peak: max|x|."""

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from graphgen.models.attention.quantised import as_factor, int8_scale, quantised
+from graphgen.models.attention.quantised import as_factor, int8_scale, of_pairs, quantised
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -69,49 +69,55 @@ def _store_quantised(
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _page_of(table: "tl.tensor", block: "tl.tensor", PAGE: tl.constexpr, BLOCK: tl.constexpr) -> "tl.tensor":
+    """The page that a block lies in. table: of the row."""
+    return tl.load(table + block * BLOCK // PAGE).to(tl.int64)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
 def _load_block(
     k_pages: "tl.tensor",
     v_pages: "tl.tensor",
-    table: "tl.tensor",
-    block: "tl.tensor",
+    page: "tl.tensor",
+    positions: "tl.tensor",
     visible: "tl.tensor",
     page_stride: int,
     position_stride: int,
     head_offset: "tl.tensor",
     D: tl.constexpr,
     PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> "tuple[tl.tensor, tl.tensor, tl.tensor]":
-    """Keys, [D, BLOCK], and values, [BLOCK, D], as they lie in the pages, and the page. table: of the row. visible:
-    [BLOCK]: what lies past the sequence may be anything, and a weight of zero times NaN is NaN."""
-    page = tl.load(table + block * BLOCK // PAGE).to(tl.int64)
-    positions = block * BLOCK + tl.arange(0, BLOCK)
+    PAIRED: tl.constexpr,
+) -> "tuple[tl.tensor, tl.tensor]":
+    """Keys, [D, BLOCK], and values, [BLOCK, D], as they lie in a page. positions: [BLOCK]. visible: [BLOCK]: what lies
+    past the sequence may be anything, and a weight of zero times NaN is NaN. PAIRED: values are [BLOCK, D / 2] int16,
+    of two dimensions each."""
     places = page * page_stride + head_offset + (positions % PAGE).to(tl.int64) * position_stride
     dims = tl.arange(0, D)
     keys = tl.load(k_pages + places[None, :] + dims[:, None])
-    values = tl.load(v_pages + places[:, None] + dims[None, :], visible[:, None], other=0.0)
-    return keys, values, page
+    if PAIRED:
+        pairs = v_pages.to(tl.pointer_type(tl.int16))
+        values = tl.load(pairs + places[:, None] // 2 + tl.arange(0, D // 2)[None, :], visible[:, None], other=0)
+    else:
+        values = tl.load(v_pages + places[:, None] + dims[None, :], visible[:, None], other=0.0)
+    return keys, values
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _add_block(
+def _weigh_block(
     peak: "tl.tensor",
     total: "tl.tensor",
-    mixed: "tl.tensor",
     queries: "tl.tensor",
     keys: "tl.tensor",
-    values: "tl.tensor",
     key_scales: "tl.tensor | None",
-    value_scales: "tl.tensor | None",
     visible: "tl.tensor",
     distances: "tl.tensor",
     scale: "tl.tensor",
     softcap: "float | None",
     slopes: "tl.tensor | None",
-) -> "tuple[tl.tensor, tl.tensor, tl.tensor]":
-    """The online softmax with one block more: largest scores and sums of weights, [ROWS], and mixed values, [ROWS, D].
-    keys, values: see _load_block. key_scales, value_scales: [BLOCK], where each position has its own. visible: [BLOCK].
-    distances: see bent."""
+) -> "tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]":
+    """The online softmax with one block more: largest scores and sums of weights, [ROWS], the weights of the block,
+    [ROWS, BLOCK], and what those before are to be multiplied by, [ROWS, 1]. keys: see _load_block. key_scales: [BLOCK],
+    where each position has its own. visible: [BLOCK]. distances: see bent."""
     products = tl.dot(queries, keys)
     if key_scales is not None:
         products *= key_scales[None, :]
@@ -119,11 +125,7 @@ def _add_block(
     new_peak = tl.maximum(peak, tl.max(scores, 1))
     weights = tl.exp2(scores - new_peak[:, None])
     shrink = tl.exp2(peak - new_peak)
-    total = total * shrink + tl.sum(weights, 1)
-    if value_scales is not None:
-        weights *= value_scales[None, :]
-    mixed = tl.dot(weights.to(values.dtype), values, mixed * shrink[:, None])
-    return new_peak, total, mixed
+    return new_peak, total * shrink + tl.sum(weights, 1), weights, shrink[:, None]
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
@@ -162,6 +164,25 @@ def _combined(
     return whole, best, sums
 
 
+@triton.jit(do_not_specialize=["num_rows", "num_programs"])  # type: ignore[untyped-decorator]  # triton has no types
+def share_kernel(
+    kv_lens: "tl.tensor",
+    part_blocks: "tl.tensor",
+    num_rows: int,
+    num_programs: int,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> None:
+    """One program for all rows: see split_kv.share_out. ROWS: read at a time. WHOLE: blocks of a part at most."""
+    blocks = 0
+    for first in range(0, num_rows, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        blocks += tl.sum((tl.load(kv_lens + rows, rows < num_rows, other=0) + BLOCK - 1) // BLOCK, 0)
+    each = (blocks + num_programs - 1) // num_programs
+    tl.store(part_blocks, tl.minimum(tl.maximum(each, 1), WHOLE))
+
+
 @triton.jit(do_not_specialize=["least_blocks"])  # type: ignore[untyped-decorator]  # triton has no types
 def split_kv_kernel(
     q: "tl.tensor",
@@ -173,6 +194,7 @@ def split_kv_kernel(
     parts: "tl.tensor",
     peaks_and_sums: "tl.tensor",
     finished: "tl.tensor",
+    part_blocks: "tl.tensor | None",
     k: "tl.tensor",
     v: "tl.tensor",
     cos: "tl.tensor",
@@ -209,10 +231,12 @@ def split_kv_kernel(
     FRESH: tl.constexpr,
     CHAINED: tl.constexpr,
     NUMBERS: tl.constexpr,
+    PAIRED: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ) -> None:
-    """k, v, cos, sin: of the rows themselves; read if FRESH, where q comes as the model made it. NUMBERS: the dtype of
-    products with quantised pages. AT_ONCE: see _combined.
+    """k, v, cos, sin: of the rows themselves; read if FRESH, where q comes as the model made it. part_blocks: how long
+    a part is, where least_blocks does not say it. NUMBERS: the dtype of products with quantised pages. PAIRED: values
+    are read by two, see quantised.of_pairs. AT_ONCE: see _combined.
     """
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_kv_heads = tl.num_programs(1)
@@ -223,6 +247,8 @@ def split_kv_kernel(
         first_position = tl.maximum(first_position, (kv_len - 1) // segment * segment)
     first_block = first_position // BLOCK
     num_blocks = (kv_len + BLOCK - 1) // BLOCK - first_block
+    if part_blocks is not None:
+        least_blocks = tl.load(part_blocks)
     most_parts = tl.minimum((num_blocks + least_blocks - 1) // least_blocks, SPLITS)
     blocks_each = (num_blocks + most_parts - 1) // most_parts
     num_parts = (num_blocks + blocks_each - 1) // blocks_each
@@ -280,20 +306,37 @@ def split_kv_kernel(
             scale *= tl.load(k_scales + head)
     peak = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    mixed = tl.zeros([ROWS, D], tl.float32)
+    # PAIRED: of the dimensions of even number, and of the others.
+    mixed = tl.zeros([ROWS, D // 2 if PAIRED else D], tl.float32)
+    odd = mixed
+    # Each page is asked for a block ahead: an address that is itself on its way keeps the compiler from having the next
+    # block on its way while this one is multiplied.
+    next_page = _page_of(table, begin, PAGE, BLOCK)
     for block in range(begin, end):
+        page, next_page = next_page, _page_of(table, tl.minimum(block + 1, end - 1), PAGE, BLOCK)
         positions = block * BLOCK + offsets
         visible = (positions < kv_len) & (positions >= first_position)
-        keys, values, page = _load_block(k_pages, v_pages, table, block, visible, *strides, D, PAGE, BLOCK)
+        keys, values = _load_block(k_pages, v_pages, page, positions, visible, *strides, D, PAGE, PAIRED)
         key_scales, value_scales = None, None
         if k_scales is not None:
-            keys, values = keys.to(NUMBERS), values.to(NUMBERS)
+            keys = keys.to(NUMBERS)
             if BY_POSITION:
                 numbers = (page * PAGE + positions % PAGE) * num_kv_heads + head
                 key_scales = tl.load(k_scales + numbers, visible, other=0.0)
                 value_scales = tl.load(v_scales + numbers, visible, other=0.0)
-        read = queries, keys, values, key_scales, value_scales, visible, positions - newest
-        peak, total, mixed = _add_block(peak, total, mixed, *read, scale, softcap, slopes)
+        read = queries, keys, key_scales, visible, positions - newest
+        peak, total, weights, shrink = _weigh_block(peak, total, *read, scale, softcap, slopes)
+        if value_scales is not None:
+            weights *= value_scales[None, :]
+        if PAIRED:
+            of_even, of_odd = of_pairs(values)
+            odd = tl.dot(weights.to(NUMBERS), of_odd, odd * shrink)
+            mixed = tl.dot(weights.to(NUMBERS), of_even, mixed * shrink)
+        else:
+            values = values if k_scales is None else values.to(NUMBERS)
+            mixed = tl.dot(weights.to(values.dtype), values, mixed * shrink)
+    if PAIRED:
+        mixed = tl.join(mixed, odd).reshape(ROWS, D)
     if k_scales is not None and not BY_POSITION:
         mixed *= tl.load(v_scales + head)
     if CHAINED:

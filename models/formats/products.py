@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphgen.models.chaining import can_chain
 from graphgen.models.formats import matrices
 from graphgen.models.formats.layout import E4M3_MOST, Quantised, matrix_of, unpack_int4
 from graphgen.models.spec.formats import LinearFormat
@@ -192,6 +193,32 @@ def _multiply_rows(
     )
 
 
+def _rows_on_cuda(
+    left: Tensor, of_left: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    if _is_of_few_rows(left, codes):
+        from graphgen.models.formats import few_rows_e4m3
+
+        return few_rows_e4m3.product(left, of_left, codes, scale, bias, dtype, False, FAST_SUMS, can_chain())
+    return _multiply_rows(left, of_left, codes, scale, bias, dtype)
+
+
+def _blocks_on_cuda(left: Tensor, of_left: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    if _is_of_few_rows(left, codes):
+        from graphgen.models.formats import few_rows_e4m3
+
+        return few_rows_e4m3.product(left, of_left, codes, scale.float(), None, dtype, True, FAST_SUMS, can_chain())
+    return _multiply_blocks(left, of_left, codes, scale, dtype)
+
+
+def _is_of_few_rows(left: Tensor, codes: Tensor) -> bool:
+    if torch.cuda.get_device_capability() != (9, 0):  # for which the kernel is cut
+        return False
+    from graphgen.models.formats import few_rows_e4m3  # imports Triton, which is there where CUDA is
+
+    return few_rows_e4m3.serves(len(left), *codes.shape)
+
+
 def _multiply_blocks(left: Tensor, of_left: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """left: [T, K] e4m3, of_left: [K / BLOCK, T]. The library wants a number of rows that four divides, and a multiple
     of four scales for each BLOCK rows of the weight: what is missing is filled with zeros."""
@@ -232,8 +259,8 @@ _library.define(
     "product_by_blocks(Tensor left, Tensor of_left, Tensor codes, Tensor scale, ScalarType dtype) -> Tensor"
 )
 _library.impl("product_by_rows", _multiply_rows, "CPU")
-_library.impl("product_by_rows", _multiply_rows, "CUDA")
+_library.impl("product_by_rows", _rows_on_cuda, "CUDA")
 _library.impl("product_by_blocks", _blocks_in_torch, "CPU")
-_library.impl("product_by_blocks", _multiply_blocks, "CUDA")
+_library.impl("product_by_blocks", _blocks_on_cuda, "CUDA")
 torch.library.register_fake("graphgen::product_by_rows", _rows_like, lib=_library)
 torch.library.register_fake("graphgen::product_by_blocks", _blocks_like, lib=_library)

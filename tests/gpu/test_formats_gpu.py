@@ -134,6 +134,33 @@ def test_many_rows_are_multiplied_as_exactly_as_their_format_lets(name: str, num
         assert relative_error(got, want) < limit, (size, depth)
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="the kernel is for SM90"
+)
+@pytest.mark.parametrize("blocked", [False, True])
+@pytest.mark.parametrize(("size", "depth"), [(1024, 1024), (352, 1408), (6144, 4096), (28672, 4096), (4096, 14336)])
+@pytest.mark.parametrize("num_rows", [1, 17, 64, 65, 127, 192, 256])
+def test_few_rows_in_e4m3_are_as_of_the_library(num_rows: int, size: int, depth: int, blocked: bool) -> None:
+    """But for the order of sums, which the tensor cores keep to 14 bits."""
+    from graphgen.models.formats import few_rows_e4m3, products
+
+    if not few_rows_e4m3.serves(num_rows, size, depth):
+        pytest.skip("the library makes this product")
+    codes, x = randn(size, depth).to(torch.float8_e4m3fn), randn(num_rows, depth)
+    if blocked:
+        left, of_left = products.quantise_blocks(x)
+        scale = torch.rand(-(-size // products.BLOCK), depth // products.BLOCK, device="cuda") + 0.5
+        wide = left.float() * of_left.t().repeat_interleave(products.BLOCK, 1)
+        weight = codes.float() * scale.repeat_interleave(products.BLOCK, 0)[:size].repeat_interleave(products.BLOCK, 1)
+        got = torch.ops.graphgen.product_by_blocks(left, of_left, codes, scale, torch.bfloat16)
+    else:
+        left, of_left = products.quantise_rows(x)
+        scale = torch.rand(size, 1, device="cuda") + 0.5
+        wide, weight = left.float() * of_left, codes.float() * scale
+        got = torch.ops.graphgen.product_by_rows(left, of_left, codes, scale, None, torch.bfloat16)
+    assert relative_error(got, (wide.double() @ weight.double().T)) < 2 * TOLERANCE
+
+
 @pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.storage != "e4m3"])
 def test_the_kernel_makes_the_matrix_of_the_reference(name: str) -> None:
     form, on_cpu = FORMATS[name], random_weight(FORMATS[name], 1030, 1408)

@@ -66,7 +66,7 @@ class Steps:
         self._workspace = torch.zeros(64, dtype=torch.uint8)
         self._work_lists = torch.zeros(len(WINDOWS), 4096, dtype=torch.uint8)
         self._windows = torch.tensor(WINDOWS)
-        self._decode = SplitKvTensors(torch.zeros(300), torch.zeros(200), int32(100))
+        self._decode = SplitKvTensors(torch.zeros(300), torch.zeros(200), int32(100), int32(1))
 
     def of(self, prefill_rows: int, decode_rows: int) -> StepTensors:
         tables = tables_of(prefill_rows, decode_rows)
@@ -88,7 +88,7 @@ class TileSteps:
     def __init__(self) -> None:
         self._kernels = torch.tensor([Kernel.TILES, Kernel.SPLIT_KV])
         self._prefill = TileTensors(torch.zeros(300), torch.zeros(200))
-        self._decode = SplitKvTensors(torch.zeros(300), torch.zeros(200), int32(100))
+        self._decode = SplitKvTensors(torch.zeros(300), torch.zeros(200), int32(100), int32(1))
 
     def of(self, prefill_rows: int, decode_rows: int) -> StepTensors:
         step = FlashInferStep(tables_of(prefill_rows, decode_rows), self._kernels, self._prefill, self._decode)

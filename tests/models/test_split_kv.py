@@ -73,11 +73,16 @@ def run(
     fresh: bool,
     temperatures: Tensor | None = None,
     head_norms: split_kv.HeadNorms | None = None,
+    part_blocks: int | None = None,
 ) -> Tensor:
-    """fresh: the kernel rotates and stores, as in a step without chunks; else rotate_and_store does."""
+    """fresh: the kernel rotates and stores, as in a step without chunks; else rotate_and_store does. part_blocks: None
+    has those that the lengths are shared out to."""
     num_rows, heads, head_dim = rows.q.shape
     kv_heads = rows.k.shape[1]
     workspace = split_kv.open_workspace(num_rows, heads, kv_heads, head_dim, rows.q.device)
+    split_kv.share_out(rows.kv_lens, kv_heads, PAGE_SIZE, workspace)
+    if part_blocks is not None:
+        workspace.part_blocks.fill_(part_blocks)
     out = torch.full_like(rows.q, float("nan"))
     q, fresh_rows = rows.q, None
     if fresh:
@@ -122,6 +127,30 @@ RULES = rules(HEADS, WINDOW, SEGMENT)
 def test_fresh_rows_score_by_the_formula(name: str) -> None:
     rows = make_rows(KV_LENS)
     check(run(rows, RULES[name], fresh=True), rows, RULES[name])
+
+
+@pytest.mark.parametrize("part_blocks", [1, 2, 3, 5, 9, 16])
+def test_a_row_is_the_sum_of_its_parts_however_long_they_are(part_blocks: int) -> None:
+    rows = make_rows(KV_LENS)
+    for name in ("plain", "all"):  # one with a window, whose parts follow from that
+        check(run(rows, RULES[name], fresh=False, part_blocks=part_blocks), rows, RULES[name])
+
+
+@pytest.mark.parametrize(
+    ("kv_lens", "blocks"),
+    [
+        ([2600] * 16, 10),  # 16 x 8 heads x 41 blocks: parts of 10 make 5 of a row, 640 in all
+        ([1024] * 64, 16),
+        ([16000, *[500] * 15], 6),  # the long row is split into more parts than there would be of its own length alone
+        ([1] * 8, 1),
+        ([8192] * 256, 16),  # where the device is full anyway parts stay short: the last ones end sooner
+        ([64] * 1025 + [65], 16),
+    ],
+)
+def test_parts_of_all_rows_are_what_a_device_runs_at_once(kv_lens: list[int], blocks: int) -> None:
+    workspace = split_kv.open_workspace(len(kv_lens), 32, 8, 16, torch.device("cpu"))
+    split_kv.share_out(torch.tensor(kv_lens, dtype=torch.int32), 8, 64, workspace)
+    assert workspace.part_blocks.item() == blocks
 
 
 @pytest.mark.parametrize("name", ["plain", "all"])
