@@ -3,7 +3,7 @@
 Owns the choice, and the ways that torch alone offers. A device's own way stands beside the general one, which makes the
 weight a matrix of the input's dtype and is right everywhere. Called by linear.py, inside the compiled layer on CUDA.
 
-On the CPU int8 has a product of its own for a few rows in bfloat16.
+On the CPU int8 has a product of its own for a few rows in bfloat16, and float32 those of cpu_float32.py.
 
 On CUDA steps of a few decode rows do not come here: few_rows.py reads the codes themselves. With more rows the tensor
 cores multiply two operands of one type. Where a format lets its input be rounded to e4m3 and the device multiplies
@@ -19,23 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphgen.models.chaining import can_chain
-from graphgen.models.formats import matrices
+from graphgen.models.formats import cpu_float32, matrices
 from graphgen.models.formats.layout import E4M3_MOST, Quantised, matrix_of, unpack_int4
 from graphgen.models.spec.formats import LinearFormat
 
 CPU_FEW_ROWS = 16
 """Rows up to which torch's own product of int8 is faster on the CPU than making a matrix first. With 2048 x 2048 on one
 core with AVX512 it takes 1.6 ms at 16 rows against 1.5, and 0.2 at one row against 0.9."""
-
-
-BLOCKED_ROWS = range(4, 16)
-"""So many rows in float32 are multiplied on the CPU by BLOCK_ROWS rows of the weight at a time, in one call: MKL has
-faster kernels for small matrices than for x @ weight.T of a few rows. CPU time of all products of a step of
-SmolLM2-135M in ms at 2 / 4 / 8 / 12 / 16 rows, one core with AVX512, MKL 2024.2, the least of seven runs beside other
-work: 48 / 86 / 116 / 148 / 108, and in blocks of 96 rows 54 / 64 / 76 / 86 / 110. Blocks of 32 to 96 rows differ by
-less than the runs do."""
-BLOCK_ROWS = 64
-"""It divides most sizes; other weights are multiplied whole."""
 
 BLOCK = 128
 """Columns of an input that share a scale, and rows and columns of a weight, where both are scaled in blocks."""
@@ -71,11 +61,7 @@ class Weight(NamedTuple):
 def matrix_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias, for a weight in x's dtype. x: [..., K]; weight: [N, K]; bias: [N]."""
     if x.dtype is torch.float32 and x.is_cpu and x.ndim == 2 and not torch.compiler.is_compiling():
-        size, depth = weight.shape
-        if len(x) in BLOCKED_ROWS and size % BLOCK_ROWS == 0:
-            blocks = weight.view(-1, BLOCK_ROWS, depth).transpose(1, 2)
-            result = torch.matmul(x, blocks).transpose(0, 1).reshape(len(x), size)
-            return result if bias is None else result.add_(bias)
+        return cpu_float32.product(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
