@@ -46,7 +46,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if num_rows == 1 and depth <= MOST_BLOCKED_COLUMNS and size * depth >= LEAST_BLOCKED:
             block = math.gcd(size, BLOCK_ROWS)
             blocks = weight.view(-1, block, depth)
-            # As a transposed row: of a column with the strides of one MKL makes a product that takes six times as long.
+            # A transposed row: of a column with strides of its own MKL makes a product that takes five times as long.
             return _plus(torch.bmm(blocks, x.t().expand(len(blocks), -1, -1)).view(1, size), bias)
         if num_rows * size * depth >= LEAST_FOR_ONEDNN:
             result: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
