@@ -128,7 +128,7 @@ def describe_figures(figures: TuneFigures) -> list[str]:
     )
     return [
         f"Saturation point: {figures.saturation_rows} rows, the smallest step with prompts that computes at least"
-        f" {SATURATION_SHARE:.0%} of the best rows/s. {advice}",
+        f" {SATURATION_SHARE:.0%} of the best prompt rows/s. {advice}",
         f"Each 1000 positions more of context cost a decode row {figures.us_per_1000_decode_positions:.2f} us, and a"
         f" chunk of {figures.chunk_rows} rows {figures.us_per_1000_chunk_positions:.1f} us.",
         stored,

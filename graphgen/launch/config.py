@@ -72,9 +72,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords):
     """Most token rows of one step. None: 1024 on CUDA, 2048 there with the objective throughput, 256 on the CPU. A step
     takes as many as the ITL target allows; without a target, as many as the objective does."""
     objective: ObjectiveName = "balanced"
-    """How large steps are where requests state no target. latency: as few rows as compute 93 % of the best tokens/s,
-    which are 512 of an 8B model on an H200, so that gaps between tokens stay short. balanced: the same, and larger
-    steps of up to 30 ms while a long queue of prompts waits. throughput: larger steps from a shorter queue on."""
+    """How large steps are where requests state no target. latency: as few rows as compute 91 % of the best prompt
+    tokens/s, which are 512 of an 8B model on an H200, so that gaps between tokens stay short. balanced: the same, and
+    larger steps of up to 30 ms while a long queue of prompts waits. throughput: larger steps for shorter queues."""
     page_size: int | None = None
     """KV positions of a page, a power of two. None: 64 on CUDA, 16 on the CPU."""
     num_pages: int | None = None

@@ -47,10 +47,11 @@ was 5 to 8 % off. After n steps a (n + 1)**0.5-th of it is left."""
 _MOST_MARGIN = 0.25
 """A device whose steps vary more than this keeps no target by caution; it only loses throughput."""
 
-SATURATION_SHARE = 0.93
-"""A bucket is saturated when it computes at least this share of the best rows per second. With an 8B model on an H200
-and steps of at most 1024 rows, 256, 384 and 512 rows compute 0.77, 0.88 to 0.91 and 0.98 of the best: the share lies
-between two, so that noise seldom decides."""
+SATURATION_SHARE = 0.91
+"""A bucket is saturated when it computes at least this share of the best prompt rows per second. The share lies between
+two sizes, so that noise seldom decides. By the times of an 8B model on an H200 these are 384 and 512 rows: they compute
+0.84 and 0.95 of the best of steps up to 2048 rows, and 0.89 and 1 of the best of steps up to 512. Rows of decodes do
+not count: they take longest, and it depends on the ladder how many of them the fastest bucket of a size has."""
 
 SATURATION_NOISE = 0.02
 """By how much a rate must lie on the other side of that share for the saturation point to move."""
@@ -129,7 +130,7 @@ class CostModel:
         self._factors[bucket] = _scaled(self._factors[bucket], weight * surprise)
 
     def saturation_rows(self, buckets: Iterable[Bucket], current: int | None = None) -> int | None:
-        """Rows of the smallest mixed bucket that computes SATURATION_SHARE of the best rows per second.
+        """Rows of the smallest mixed bucket that computes SATURATION_SHARE of the best prompt rows per second.
 
         It stays the `current` one, that of an earlier call, until another is better by more than noise. None while a
         bucket with prefill rows has no time: a choice among some of them would not be one.
@@ -141,7 +142,7 @@ class CostModel:
         rates: dict[int, float] = {}  # the best of each number of rows
         for bucket in mixed:
             factor = self._factors[bucket] if self._num_corrections[bucket] else of_size.get(bucket.num_rows, 1.0)
-            rate = bucket.num_rows / (self._times[bucket] * factor)
+            rate = bucket.prefill_rows / (self._times[bucket] * factor)
             rates[bucket.num_rows] = max(rate, rates.get(bucket.num_rows, 0.0))
         return smallest_near_best(rates, SATURATION_SHARE, current)
 

@@ -2,7 +2,8 @@
 
 `recorded_plans.json` holds a digest of every plan of each workload below, taken when steps up to one saturation point
 were all that the policy knew. objective="latency" is held to them by `test_objectives.py`. They are recorded again only
-when what is asked of that objective changes:
+when what is asked of that objective changes. They are of the step times in `recorded_step_times.json`, whatever is
+measured later:
 
     python -m tests.scheduler.recorded > tests/scheduler/recorded_plans.json
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.scenarios import parse_load, requests_of
-from benchmarks.simulated_machine import H200_STEP_TIMES, Machine, Policy
+from benchmarks.simulated_machine import Machine, Policy
 from benchmarks.virtual_engine import VirtualEngine
 from graphgen.ipc.messages import StepPlan, Submit
 from graphgen.launch.step_times_store import StepTimesFile
@@ -24,6 +25,7 @@ from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.policy import Scheduler
 
 FILE = Path(__file__).with_name("recorded_plans.json")
+STEP_TIMES = Path(__file__).with_name("recorded_step_times.json")
 PLANS_EACH = 64
 """Of one digest: a difference is found to so many plans."""
 
@@ -85,7 +87,7 @@ class Recorder(Scheduler):
 def record(workload: Workload, scheduler_of: Callable[[Machine, Policy], Recorder]) -> list[str]:
     """A digest of every PLANS_EACH plans and all before them, and one of all."""
     on = Machine(
-        table=StepTimesFile.read(H200_STEP_TIMES),
+        table=StepTimesFile.read(STEP_TIMES),
         token_budget=workload.token_budget,
         num_pages=workload.num_pages,
         max_num_seqs=256,

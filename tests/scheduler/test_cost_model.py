@@ -137,13 +137,13 @@ def test_saturation_is_the_smallest_bucket_near_the_best_rate() -> None:
 @pytest.mark.parametrize(
     ("small_ms", "current", "expected"),
     [
-        # LARGE computes 512 / 14 rows a ms; at 3.763 ms SMALL computes 0.93 of that.
-        (3.75, None, SMALL),
-        (3.78, None, LARGE),
-        (3.70, LARGE, LARGE),
-        (3.68, LARGE, SMALL),
-        (3.83, SMALL, SMALL),
-        (3.85, SMALL, LARGE),
+        # LARGE computes 496 / 14 prompt rows a ms; at 3.474 ms SMALL computes 0.91 of that.
+        (3.46, None, SMALL),
+        (3.49, None, LARGE),
+        (3.42, LARGE, LARGE),
+        (3.39, LARGE, SMALL),
+        (3.53, SMALL, SMALL),
+        (3.56, SMALL, LARGE),
     ],
 )
 def test_the_saturation_point_moves_only_when_another_is_clearly_better(
@@ -157,12 +157,12 @@ def test_the_saturation_point_moves_only_when_another_is_clearly_better(
 
 def test_what_is_learned_of_a_size_holds_for_its_buckets_that_have_not_run() -> None:
     """Of two buckets of 512 rows the one that never runs seemed the faster; both are as much slower than the table."""
-    other = Bucket(448, 64)
-    times = (BucketTime(SMALL, 3.9), BucketTime(LARGE, 14.0), BucketTime(other, 13.5))
+    other = Bucket(480, 32)
+    times = (BucketTime(SMALL, 3.6), BucketTime(LARGE, 14.0), BucketTime(other, 13.0))
     model = CostModel(StepTimeTable(times, 1000, 500, 0.0, 0.0))
     assert model.saturation_rows([SMALL, LARGE, other]) == LARGE.num_rows
     for _ in range(200):
-        model.correct(SMALL, 0, 0, 3.9)
+        model.correct(SMALL, 0, 0, 3.6)
         model.correct(LARGE, 0, 0, 16.0)
     assert model.saturation_rows([SMALL, LARGE, other], LARGE.num_rows) == SMALL.num_rows
 

@@ -70,6 +70,18 @@ def test_on_an_h200_the_size_that_is_worth_its_length_grows_with_the_decodes() -
     assert judged(H200, 512, 512).beside(64) == ()
 
 
+@pytest.mark.parametrize("token_budget", [1024, 2048])
+def test_on_an_h200_512_rows_are_saturated_however_few_decodes_large_steps_hold(token_budget: int) -> None:
+    """Those that hold fewer compute more rows a second: at least, less time goes to what their decodes read."""
+    times = {time.bucket: time.milliseconds for time in H200.times if time.bucket.num_rows <= token_budget}
+    for rows in (1024, 1536):
+        if rows <= token_budget:
+            read_ms = 32 * H200.decode_context * H200.ms_per_decode_position
+            times.setdefault(Bucket(rows - 32, 32), times[Bucket(rows - 64, 64)] - read_ms)
+    table = msgspec.structs.replace(H200, times=tuple(map(BucketTime, times, times.values())))
+    assert CostModel(table).saturation_rows(times) == 512
+
+
 @settings(max_examples=60)
 @given(st.data())
 def test_the_largest_step_is_the_smallest_near_the_best_rate_beside_the_decodes(data: st.DataObject) -> None:
@@ -105,8 +117,9 @@ H200_MS = {time.bucket: time.milliseconds for time in H200.times}
 
 
 def h200_ms(bucket: Bucket) -> float:
-    """The table is older than the buckets for short prompts."""
-    return H200_MS.get(bucket, 5.6)
+    """The table is older than the buckets for short prompts, and than those of large steps beside few decodes."""
+    near = Bucket(bucket.num_rows - 64, 64)
+    return H200_MS.get(bucket, H200_MS.get(near, 5.6))
 
 
 def make_engine(objective: ObjectiveName) -> VirtualEngine:

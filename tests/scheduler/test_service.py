@@ -64,7 +64,7 @@ def test_a_target_costs_throughput_and_no_target_reaches_the_saturation_point() 
     per_ms: dict[int, float] = {}
     for bucket in engine.buckets:
         if bucket.prefill_rows:
-            rows_per_ms = bucket.num_rows / full_step_ms(bucket)
+            rows_per_ms = bucket.prefill_rows / full_step_ms(bucket)
             per_ms[bucket.num_rows] = max(rows_per_ms, per_ms.get(bucket.num_rows, 0.0))
     most = max(plan.bucket.num_rows for plan in engine.plans)
     assert most == min(rows for rows, rate in per_ms.items() if rate >= SATURATION_SHARE * max(per_ms.values()))
