@@ -65,6 +65,24 @@ def test_a_short_prompt_beside_few_decodes_has_a_small_step(
     assert table.smallest(prompt_tokens, decodes).num_rows <= most_rows
 
 
+@pytest.mark.parametrize(("token_budget", "sizes"), [(1024, [1024]), (2048, [1024, 1536])])
+@pytest.mark.parametrize(("num_decodes", "padded"), [(15, 17), (22, 10), (32, 0), (33, 31)])
+def test_steps_that_grow_for_a_queue_pad_few_decode_rows(
+    token_budget: int, sizes: list[int], num_decodes: int, padded: int
+) -> None:
+    """Of 64 clients with long prompts and short outputs some 22 decode while the others wait."""
+    table = BucketTable(build_ladder(token_budget, slots_for(256, token_budget)), token_budget)
+    of_size = {bucket.num_rows: bucket.decode_rows - num_decodes for bucket in table.mixed(num_decodes)}
+    assert [of_size[rows] for rows in sizes] == [padded] * len(sizes)
+
+
+def test_an_engine_that_is_never_idle_has_the_steps_that_grow_for_a_queue() -> None:
+    """With the default budget, in which they are as large as a step may be."""
+    ladder = build_ladder(1024, slots_for(256, 1024))
+    whole, part = BucketTable(ladder, 1024), BucketTable(essential_of(ladder), 1024)
+    assert all(part.mixed(num_decodes)[-1] == whole.mixed(num_decodes)[-1] for num_decodes in range(257))
+
+
 @given(BUDGETS, st.integers(1, 1024))
 def test_no_two_buckets_of_a_size_serve_the_same(token_budget: int, max_num_seqs: int) -> None:
     ladder = build_ladder(token_budget, slots_for(max_num_seqs, token_budget))
