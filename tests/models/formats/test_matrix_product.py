@@ -12,7 +12,8 @@ from graphgen.models.formats.cpu_float32 import (
     BLOCKED_ROWS,
     LEAST_BLOCKED,
     LEAST_FOR_ONEDNN,
-    MOST_BLOCKED_COLUMNS,
+    MOST_BLOCKED_ELEMENTS,
+    MOST_BLOCKED_ROWS,
     mkl_is_held_back,
 )
 from graphgen.models.formats.products import matrix_product
@@ -31,7 +32,8 @@ def held_back(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("held_back", HELD_BACK, indirect=True)
 @pytest.mark.parametrize(
-    "num_rows", [0, 1, 2, BLOCKED_ROWS[0] - 1, BLOCKED_ROWS[0], BLOCKED_ROWS[-1], BLOCKED_ROWS.stop, 40]
+    "num_rows",
+    [0, 1, 2, BLOCKED_ROWS[0] - 1, BLOCKED_ROWS[0], BLOCKED_ROWS[0] + 1, BLOCKED_ROWS[-1], BLOCKED_ROWS.stop, 40],
 )
 @pytest.mark.parametrize(
     "shape",
@@ -42,8 +44,8 @@ def held_back(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         (32, 32),
         (1009, 523),  # primes
         (BLOCK_ROWS, LEAST_BLOCKED // BLOCK_ROWS),
-        (130, MOST_BLOCKED_COLUMNS),
-        (130, MOST_BLOCKED_COLUMNS + 1),
+        (130, MOST_BLOCKED_ELEMENTS),
+        (130, MOST_BLOCKED_ELEMENTS + 1),
     ],
 )
 @pytest.mark.parametrize("biased", [False, True])
@@ -92,10 +94,14 @@ def test_a_few_rows_are_multiplied_by_blocks_of_a_weight(held_back: bool, monkey
     [
         (1, (128, LEAST_BLOCKED // 128), "bmm"),
         (1, (128, LEAST_BLOCKED // 128 - 1), "linear"),
-        (1, (129, MOST_BLOCKED_COLUMNS), "bmm"),
-        (1, (129, MOST_BLOCKED_COLUMNS + 1), "onednn"),
-        (2, (512, LEAST_FOR_ONEDNN // 1024), "onednn"),
-        (2, (512, LEAST_FOR_ONEDNN // 1024 - 1), "linear"),
+        (1, (129, MOST_BLOCKED_ELEMENTS), "bmm"),
+        (1, (129, MOST_BLOCKED_ELEMENTS + 1), "onednn"),
+        (2, (256, MOST_BLOCKED_ELEMENTS // 2), "bmm"),
+        (2, (256, MOST_BLOCKED_ELEMENTS // 2 + 1), "onednn"),
+        (MOST_BLOCKED_ROWS, (520, MOST_BLOCKED_ELEMENTS // MOST_BLOCKED_ROWS), "bmm"),
+        (MOST_BLOCKED_ROWS + 1, (1032, 512), "onednn"),
+        (16, (512, LEAST_FOR_ONEDNN // 8192), "onednn"),
+        (16, (512, LEAST_FOR_ONEDNN // 8192 - 1), "linear"),
         (40, (512, 512), "onednn"),
     ],
 )
