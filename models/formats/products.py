@@ -8,8 +8,8 @@ On the CPU int8 has a product of its own for a few rows in bfloat16, and float32
 On CUDA steps of a few decode rows do not come here: few_rows.py reads the codes themselves. With more rows the tensor
 cores multiply two operands of one type. Where a format lets its input be rounded to e4m3 and the device multiplies
 that, from SM89 on, the input is quantised, in plain torch, so that the compiler makes one kernel of it and of the norm
-or activation before; integer codes are first rounded to e4m3. Elsewhere the weight is made a matrix of the input's
-dtype.
+or activation before; integer codes are first rounded to e4m3, but for int4 and the few rows of few_rows_int4.py.
+Elsewhere the weight is made a matrix of the input's dtype.
 """
 
 from typing import NamedTuple
@@ -128,7 +128,9 @@ def product_of_many_rows(x: Tensor, weight: Weight, bias: Tensor | None, device:
             return _product_by_rows(rows, weight.codes, weight.scale, bias).view(*x.shape[:-1], size)
         if form.storage == "e4m3" and (form.rows, form.group) == (BLOCK, BLOCK) and device.by_blocks and made:
             return _product_by_blocks(rows, weight, bias).view(*x.shape[:-1], size)
-        if form.storage != "e4m3" and made:
+        if form.storage == "int4" and made:
+            return _product_of_int4(rows, weight, bias).view(*x.shape[:-1], size)
+        if form.storage == "int8" and made:
             codes, scale = matrices.weight_in_e4m3(form, weight.codes, weight.scale, weight.zeros)
             return _product_by_rows(rows, codes, scale, bias).view(*x.shape[:-1], size)
     if made:
@@ -164,6 +166,15 @@ def _product_by_rows(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | Non
     return result
 
 
+def _product_of_int4(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    left, of_left = quantise_rows(x)
+    form, (codes, scale, zeros, _) = weight.format, weight[1:]
+    result: Tensor = torch.ops.graphgen.product_of_int4.default(
+        left, of_left, codes, scale, zeros, form.group or 0, form.rows, bias, x.dtype
+    )
+    return result
+
+
 def _product_by_blocks(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     left, of_left = quantise_blocks(x)
     result: Tensor = torch.ops.graphgen.product_by_blocks.default(left, of_left, weight.codes, weight.scale, x.dtype)
@@ -195,6 +206,43 @@ def _blocks_on_cuda(left: Tensor, of_left: Tensor, codes: Tensor, scale: Tensor,
 
         return few_rows_e4m3.product(left, of_left, codes, scale.float(), None, dtype, True, FAST_SUMS, can_chain())
     return _multiply_blocks(left, of_left, codes, scale, dtype)
+
+
+def _int4_on_cuda(
+    left: Tensor,
+    of_left: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zeros: Tensor | None,
+    group: int,
+    rows: int,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Of few rows the codes as they lie; else the weight is made one of e4m3, which costs writing and reading that."""
+    if torch.cuda.get_device_capability() == (9, 0):  # for which the kernel is cut
+        from graphgen.models.formats import few_rows_int4
+
+        if few_rows_int4.serves(left.shape[0], left.shape[1], group, rows):
+            return few_rows_int4.product(left, of_left, codes, scale, zeros, group, bias, dtype, can_chain())
+    made, of_made = torch.ops.graphgen.weight_in_e4m3.default(codes, scale, zeros, group, rows)
+    return _rows_on_cuda(left, of_left, made, of_made, bias, dtype)
+
+
+def _int4_in_torch(
+    left: Tensor,
+    of_left: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zeros: Tensor | None,
+    group: int,
+    rows: int,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    form = LinearFormat(storage="int4", group=group or None, rows=rows, zeros=zeros is not None)
+    matrix = matrix_of(Quantised(form, unpack_int4(codes), scale, zeros), torch.float32)
+    return F.linear(left.float() * of_left, matrix, None if bias is None else bias.float()).to(dtype)
 
 
 def _is_of_few_rows(left: Tensor, codes: Tensor) -> bool:
@@ -232,6 +280,20 @@ def _rows_like(
     return left.new_empty(left.shape[0], codes.shape[0], dtype=dtype)
 
 
+def _int4_like(
+    left: Tensor,
+    of_left: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zeros: Tensor | None,
+    group: int,
+    rows: int,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return left.new_empty(left.shape[0], codes.shape[0], dtype=dtype)
+
+
 def _blocks_like(left: Tensor, of_left: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return left.new_empty(left.shape[0], codes.shape[0], dtype=dtype)
 
@@ -244,9 +306,16 @@ _library.define(
 _library.define(
     "product_by_blocks(Tensor left, Tensor of_left, Tensor codes, Tensor scale, ScalarType dtype) -> Tensor"
 )
+_library.define(
+    "product_of_int4(Tensor left, Tensor of_left, Tensor codes, Tensor scale, Tensor? zeros, int group, int rows,"
+    " Tensor? bias, ScalarType dtype) -> Tensor"
+)
 _library.impl("product_by_rows", _multiply_rows, "CPU")
 _library.impl("product_by_rows", _rows_on_cuda, "CUDA")
 _library.impl("product_by_blocks", _blocks_in_torch, "CPU")
 _library.impl("product_by_blocks", _blocks_on_cuda, "CUDA")
+_library.impl("product_of_int4", _int4_in_torch, "CPU")
+_library.impl("product_of_int4", _int4_on_cuda, "CUDA")
 torch.library.register_fake("graphgen::product_by_rows", _rows_like, lib=_library)
 torch.library.register_fake("graphgen::product_by_blocks", _blocks_like, lib=_library)
+torch.library.register_fake("graphgen::product_of_int4", _int4_like, lib=_library)

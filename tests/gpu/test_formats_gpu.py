@@ -161,6 +161,27 @@ def test_few_rows_in_e4m3_are_as_of_the_library(num_rows: int, size: int, depth:
     assert relative_error(got, (wide.double() @ weight.double().T)) < 2 * TOLERANCE
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="the kernel is for SM90"
+)
+@pytest.mark.parametrize("group", [64, 128, 512, None])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("size", "depth"), [(96, 512), (1072, 1536), (6144, 4096), (28672, 4096), (4096, 14336)])
+def test_few_rows_are_multiplied_with_int4_as_it_lies(size: int, depth: int, zeros: bool, group: int | None) -> None:
+    """Only the sums are rounded: see test_few_rows_in_e4m3_are_as_of_the_library."""
+    from graphgen.models.formats import few_rows_int4, products
+
+    weight, bias = on_cuda(LinearFormat(storage="int4", group=group, zeros=zeros), size, depth), randn(size)
+    stored, meant = (weight.codes, weight.scale, weight.zeros, group or 0, 1), matrix(weight).double()
+    for num_rows in (1, 16, 17, 33, 64, 65, 128):
+        left, of_left = products.quantise_rows(randn(num_rows, depth))
+        want = (left.double() * of_left) @ meant.t() + bias
+        for _ in range(2):
+            got = torch.ops.graphgen.product_of_int4(left, of_left, *stored, bias, torch.bfloat16)
+            assert relative_error(got, want) < TOLERANCE, num_rows
+            assert not few_rows_int4._counters(left.device).any()
+
+
 @pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.storage != "e4m3"])
 def test_the_kernel_makes_the_matrix_of_the_reference(name: str) -> None:
     form, on_cpu = FORMATS[name], random_weight(FORMATS[name], 1030, 1408)
