@@ -42,6 +42,8 @@ class Cut(NamedTuple):
     splits: int
     """Programs that share the depth of the same columns; the last one to finish adds up their sums."""
     warps: int
+    signed: bool
+    """Without zeros: 8 is subtracted from the codes, and not from the sums."""
     stages: int
     """Turns whose parts of both operands are on their way at a time."""
 
@@ -60,7 +62,7 @@ def cut(num_rows: int, size: int, depth: int) -> Cut:
     programs = triton.cdiv(size, columns)
     splits = next((splits for splits in (1, 2, 4) if programs * splits >= _LEAST_PROGRAMS), 4)
     splits = min(splits, depth // turn)
-    return Cut(columns, turn, splits, columns // 16, 3 if num_rows > 64 else 4)
+    return Cut(columns, turn, splits, columns // 16, num_rows > 32, 3 if num_rows > 64 else 4)
 
 
 def product(
@@ -108,6 +110,7 @@ def product(
         how.columns,
         how.depth // PACKED_BLOCK,
         how.splits,
+        how.signed and zeros is None,
         not triton.knobs.runtime.interpret,
         chained,
         num_warps=how.warps,
@@ -125,30 +128,59 @@ def _counters(device: torch.device) -> Tensor:
 
 _LOW = tl.constexpr("and.b32 $0, $1, 0x0f0f0f0f;")
 _HIGH = tl.constexpr("{ .reg .b32 a; shr.u32 a, $1, 4; and.b32 $0, a, 0x0f0f0f0f; }")
+# Less 8. A code below is 7 less its last three bits, and that plus one, with a sign: 0x81.
+_SIGNED_LOW = tl.constexpr(
+    """
+    {
+    .reg .b32 below, rest, flips;
+    lop3.b32 below, $1, 0x08080808, 0, 0x0c;
+    shr.u32 below, below, 3;
+    mul.lo.u32 flips, below, 7;
+    lop3.b32 rest, $1, 0x07070707, flips, 0x6a;
+    mad.lo.u32 $0, below, 0x81, rest;
+    }
+    """
+)
+_SIGNED_HIGH = tl.constexpr(
+    """
+    {
+    .reg .b32 below, rest, flips;
+    lop3.b32 below, $1, 0x80808080, 0, 0x0c;
+    shr.u32 below, below, 7;
+    mul.lo.u32 flips, below, 7;
+    shr.u32 rest, $1, 4;
+    lop3.b32 rest, rest, 0x07070707, flips, 0x6a;
+    mad.lo.u32 $0, below, 0x81, rest;
+    }
+    """
+)
 _TO_CODES = tl.constexpr(512.0)
 """What a code is more than its byte as e4m3."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _codes(raw: "tl.tensor", HIGH: tl.constexpr, PTX: tl.constexpr) -> "tl.tensor":
-    """One half of each byte as e4m3: the code over _TO_CODES."""
+def _codes(raw: "tl.tensor", HIGH: tl.constexpr, SIGNED: tl.constexpr, PTX: tl.constexpr) -> "tl.tensor":
+    """One half of each byte as e4m3: the code, if SIGNED less 8, over _TO_CODES."""
+    CODE: tl.constexpr = (_SIGNED_HIGH if HIGH else _SIGNED_LOW) if SIGNED else (_HIGH if HIGH else _LOW)
     if PTX:  # four bytes at a time
-        half = tl.inline_asm_elementwise(_HIGH if HIGH else _LOW, "=r,r", [raw], dtype=tl.uint8, is_pure=True, pack=4)
+        half = tl.inline_asm_elementwise(CODE, "=r,r", [raw], dtype=tl.uint8, is_pure=True, pack=4)
     else:
         half = (raw >> 4) if HIGH else (raw & 15)
+        if SIGNED:
+            half = tl.where(half < 8, 136 - half, half - 8).to(tl.uint8)
     return half.to(tl.float8e4nv, bitcast=True)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
 def _less_zeros(
-    part: "tl.tensor", sums: "tl.tensor", left: "tl.tensor", ZEROS: tl.constexpr, BN: tl.constexpr
+    part: "tl.tensor", sums: "tl.tensor", left: "tl.tensor", ZEROS: tl.constexpr, SIGNED: tl.constexpr, BN: tl.constexpr
 ) -> "tuple[tl.tensor, tl.tensor]":
     """(part, sums) with what the columns of `left`, [INT4_HALF, BM], add to them: if ZEROS, to `sums` those of the
-    inputs; else to `part` those of the inputs times -8."""
+    inputs; else, unless SIGNED, to `part` those of the inputs times -8."""
     if ZEROS:
         ones = tl.full((BN, INT4_HALF), 1, tl.uint8).to(tl.float8e4nv, bitcast=True)
         sums = tl.dot(ones, left, sums)
-    else:
+    elif not SIGNED:
         eights = tl.full((BN, INT4_HALF), 128 + 8, tl.uint8).to(tl.float8e4nv, bitcast=True)
         part = tl.dot(eights, left, part)
     return part, sums
@@ -197,6 +229,7 @@ def int4_kernel(
     BN: tl.constexpr,
     BLOCKS: tl.constexpr,
     SPLITS: tl.constexpr,
+    SIGNED: tl.constexpr,
     PTX: tl.constexpr,
     CHAINED: tl.constexpr,
 ) -> None:
@@ -235,14 +268,14 @@ def int4_kernel(
             following = tl.minimum(2 * start + INT4_BLOCK, last)  # of the last one nobody asks
             next_scale, next_zero = _of_group(scales, zeros, following, GROUP)
             none = tl.zeros((BN, BM), tl.float32)
-            part, sums = _less_zeros(none, none, low, ZEROS, BN)
-            part = tl.dot(_codes(raw, False, PTX), low, part)
+            part, sums = _less_zeros(none, none, low, ZEROS, SIGNED, BN)
+            part = tl.dot(_codes(raw, False, SIGNED, PTX), low, part)
             if GROUP == INT4_HALF:
                 next_of_high = _of_group(scales, zeros, following + INT4_HALF, GROUP)
                 result += _scaled(part, sums, scale_of, zero_of, ZEROS)
                 part, sums = none, none
-            part, sums = _less_zeros(part, sums, high, ZEROS, BN)
-            part = tl.dot(_codes(raw, True, PTX), high, part)
+            part, sums = _less_zeros(part, sums, high, ZEROS, SIGNED, BN)
+            part = tl.dot(_codes(raw, True, SIGNED, PTX), high, part)
             result += _scaled(part, sums, scale_of_high, zero_of_high, ZEROS)
             scale_of, zero_of = next_scale, next_zero
             scale_of_high, zero_of_high = next_scale, next_zero
