@@ -31,7 +31,6 @@ from benchmarks.report import Row, machine, show, write_json
 from benchmarks.timing import median_s
 from graphgen.demo import model_folder
 from graphgen.models.families import load_spec
-from graphgen.models.formats import matrices
 from graphgen.models.formats.layout import CODE_DTYPES, codes_shape, scale_shape
 from graphgen.models.formats.products import Weight, product, quantise_blocks, quantise_rows
 from graphgen.models.normed import Normed
@@ -101,10 +100,12 @@ def layer(shape: Shape, num_rows: int, cut: "tiles.Shape | None" = None) -> Laye
         if isinstance(stored, Tensor):
             return F.linear(x, stored)
         form = stored.format
-        if form == E4M3 or form.storage == "int4":
+        if form.storage == "int4":
+            shared = form.group or 0, form.rows
+            by_int4 = torch.ops.graphgen.product_of_int4.default
+            return by_int4(*of_rows, stored.codes, stored.scale, stored.zeros, *shared, None, x.dtype)
+        if form == E4M3:
             codes, scale = stored.codes, stored.scale
-            if form.storage == "int4":
-                codes, scale = matrices.weight_in_e4m3(form, codes, scale, stored.zeros)
             return torch._scaled_mm(
                 of_rows[0], codes.t(), of_rows[1], scale.t(), out_dtype=x.dtype, use_fast_accum=True
             )
