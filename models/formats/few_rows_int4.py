@@ -12,6 +12,7 @@ Owns how a product is cut, and which are cut at all. Called by products.py. How 
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,8 @@ from graphgen.models.few_rows_weights import INT4_BLOCK, INT4_HALF
 from graphgen.models.spec.formats import PACKED_BLOCK
 
 MOST_ROWS = 128
+_MOST_ROWS_OF_ONE = 64
+"""Program: more, with zeros, would not fit its registers."""
 _MULTIPROCESSORS = 132
 _LEAST_PROGRAMS = 176
 """Of which several share a multiprocessor, and hide each other's waiting."""
@@ -35,6 +38,8 @@ _MOST_COUNTERS = 4096
 class Cut(NamedTuple):
     """How a product is cut among programs."""
 
+    rows: int
+    """Of a program; those beyond the product's are dropped."""
     columns: int
     """Of a program: rows of the weight."""
     depth: int
@@ -57,12 +62,12 @@ def serves(num_rows: int, depth: int, group: int, rows: int) -> bool:
 
 def cut(num_rows: int, size: int, depth: int) -> Cut:
     """For weights [size, depth] and at most MOST_ROWS rows."""
+    rows = min(max(16, triton.next_power_of_2(num_rows)), _MOST_ROWS_OF_ONE)
     columns = 128 if size // 128 >= _MULTIPROCESSORS and num_rows > 16 else 64
     turn = 256 if depth % 256 == 0 else 128
-    programs = triton.cdiv(size, columns)
+    programs = triton.cdiv(num_rows, rows) * triton.cdiv(size, columns)
     splits = next((splits for splits in (1, 2, 4) if programs * splits >= _LEAST_PROGRAMS), 4)
-    splits = min(splits, depth // turn)
-    return Cut(columns, turn, splits, columns // 16, num_rows > 32, 3 if num_rows > 64 else 4)
+    return Cut(rows, columns, turn, min(splits, depth // turn), columns // 16, rows > 32, 4)
 
 
 def product(
@@ -85,13 +90,13 @@ def product(
     """
     (num_rows, depth), (size, row_bytes) = left.shape, codes.shape
     how = chosen or cut(num_rows, size, depth)
-    block, programs = max(16, triton.next_power_of_2(num_rows)), triton.cdiv(size, how.columns)
+    grid = triton.cdiv(num_rows, how.rows), triton.cdiv(size, how.columns), how.splits
     out = left.new_empty(num_rows, size, dtype=dtype)
     parts, finished = None, None
     if how.splits > 1:
-        parts = left.new_empty(programs * how.splits * how.columns * block, dtype=torch.float32)
+        parts = left.new_empty(math.prod(grid) * how.columns * how.rows, dtype=torch.float32)
         finished = _counters(left.device)
-    int4_kernel[(programs, how.splits)](
+    int4_kernel[grid](
         left,
         of_left,
         codes,
@@ -106,7 +111,7 @@ def product(
         row_bytes,
         scale.shape[1],
         group,
-        block,
+        how.rows,
         how.columns,
         how.depth // PACKED_BLOCK,
         how.splits,
@@ -191,7 +196,7 @@ def _scaled(
     part: "tl.tensor", sums: "tl.tensor", scale: "tl.tensor", zero: "tl.tensor", ZEROS: tl.constexpr
 ) -> "tl.tensor":
     if ZEROS:
-        part -= sums * zero.to(tl.float32)[:, None]
+        part += sums * -zero.to(tl.float32)[:, None]
     return part * scale.to(tl.float32)[:, None]
 
 
@@ -234,8 +239,9 @@ def int4_kernel(
     CHAINED: tl.constexpr,
 ) -> None:
     """Sums are [BN, BM]. BLOCKS: of INT4_BLOCK columns, in one turn. GROUP: see product."""
-    tile, split = tl.program_id(0), tl.program_id(1)
-    columns, rows = tile * BN + tl.arange(0, BN), tl.arange(0, BM)
+    split = tl.program_id(2)
+    columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
     inside, exists = rows < num_rows, columns < N
     read = tl.minimum(columns, N - 1)  # a row that is there stands in for what is not
     along = tl.arange(0, INT4_HALF)
@@ -284,7 +290,8 @@ def int4_kernel(
     if CHAINED:
         gdc_launch_dependents()
     if SPLITS > 1:
-        places = tl.arange(0, BN)[:, None] * BM + rows[None, :]
+        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        places = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
         own = parts + tile * (SPLITS * BN * BM)
         tl.store(own + split * (BN * BM) + places, result)
         tl.debug_barrier()  # the whole program's stores come before its word that it is done
