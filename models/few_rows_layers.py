@@ -17,11 +17,13 @@ from graphgen.models.spec.formats import PACKED_BLOCK, LinearFormat
 
 MOST_ROWS = 64
 """With more rows a product is no longer a matter of reading weights, and cuBLAS is faster."""
-MOST_ROWS_OF_E4M3 = {"e4m3": 8, "int8": 16, "int4": 16}
+MOST_ROWS_OF_E4M3 = {"e4m3": 8, "int8": 16, "int4": 8}
 """The same where the compiled layers multiply in e4m3, by the storage of the weight. Of Llama-3.1-8B on an H200, fp8: a
 step of 4, 8 and 16 rows takes 3.0, 3.2 and 4.1 ms in the kernels, and in the compiled layers one of 8, 16 and 32 rows
-3.2, 3.5 and 3.9. In int4 a layer's products of 32 rows took 228 us in the kernels, and 128 in bfloat16; the compiled
-layers have to make e4m3 of the weight first."""
+3.2, 3.5 and 3.9. In int4 one of 16 rows takes 4.7 ms in the kernels, and a layer's products 59 us in the compiled
+layers, 10 less than in fp8."""
+MOST_ROWS_OF_SHORT_GROUPS = 16
+"""The same of int4 whose groups have 32 columns, of which the compiled layers make e4m3 first."""
 MOST_ROWS_OF_EXPERTS = 4
 """A step of Qwen3-30B-A3B on an H200: 1, 2, 4 and 8 rows take 3.2, 3.6, 4.6 and 6.2 ms here, compiled 1 row takes 4.1
 and 16 rows 5.4."""
@@ -97,8 +99,13 @@ def most_rows(spec: ModelSpec, num_ranks: int = 1) -> int:
     if num_ranks > 1:
         return min(most_rows(spec), MOST_SENT // (num_ranks - 1))
     all_experts = [layer.feed_forward for layer in spec.layers if isinstance(layer.feed_forward, Experts)]
-    in_e4m3 = [MOST_ROWS_OF_E4M3[form.storage] for form in spec.formats if form.rounds_input]
+    in_e4m3 = [_most_rows_in_e4m3(form) for form in spec.formats if form.rounds_input]
     return min([MOST_ROWS, *in_e4m3, *(_most_rows(experts) for experts in all_experts)])
+
+
+def _most_rows_in_e4m3(form: LinearFormat) -> int:
+    is_short = form.storage == "int4" and form.group is not None and form.group < PACKED_BLOCK // 2
+    return MOST_ROWS_OF_SHORT_GROUPS if is_short else MOST_ROWS_OF_E4M3[form.storage]
 
 
 def _most_rows(experts: Experts) -> int:

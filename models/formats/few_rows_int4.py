@@ -29,8 +29,9 @@ MOST_ROWS = 128
 _MOST_ROWS_OF_ONE = 64
 """Program: more, with zeros, would not fit its registers."""
 _MULTIPROCESSORS = 132
-_LEAST_PROGRAMS = 176
-"""Of which several share a multiprocessor, and hide each other's waiting."""
+_LEAST_PROGRAMS, _LEAST_OF_SHORT = 192, 256
+"""Of which several share a multiprocessor, and hide each other's waiting; where a program has at most 32 rows, which
+leave room for more."""
 _MOST_COUNTERS = 4096
 """Programs that may share their columns with others: of a product that is so large nobody does."""
 
@@ -47,8 +48,6 @@ class Cut(NamedTuple):
     splits: int
     """Programs that share the depth of the same columns; the last one to finish adds up their sums."""
     warps: int
-    signed: bool
-    """Without zeros: 8 is subtracted from the codes, and not from the sums."""
     stages: int
     """Turns whose parts of both operands are on their way at a time."""
 
@@ -60,14 +59,17 @@ def serves(num_rows: int, depth: int, group: int, rows: int) -> bool:
     return num_rows <= MOST_ROWS and rows == 1 and divides
 
 
-def cut(num_rows: int, size: int, depth: int) -> Cut:
-    """For weights [size, depth] and at most MOST_ROWS rows."""
+def cut(num_rows: int, size: int, depth: int, zeros: bool) -> Cut:
+    """What was the fastest for the weights of Llama-3.1-8B on an H200, and for others the nearest that fits: weights
+    [size, depth] and at most MOST_ROWS rows."""
     rows = min(max(16, triton.next_power_of_2(num_rows)), _MOST_ROWS_OF_ONE)
-    columns = 128 if size // 128 >= _MULTIPROCESSORS and num_rows > 16 else 64
+    fills = size // 128 >= _MULTIPROCESSORS
+    columns = 128 if fills and (rows == 32 or (rows == 64 and not zeros)) else 64
     turn = 256 if depth % 256 == 0 else 128
     programs = triton.cdiv(num_rows, rows) * triton.cdiv(size, columns)
-    splits = next((splits for splits in (1, 2, 4) if programs * splits >= _LEAST_PROGRAMS), 4)
-    return Cut(rows, columns, turn, min(splits, depth // turn), columns // 16, rows > 32, 4)
+    least = _LEAST_PROGRAMS if rows == 64 else _LEAST_OF_SHORT
+    splits = next((splits for splits in (1, 2, 4) if programs * splits >= least), 4)
+    return Cut(rows, columns, turn, min(splits, depth // turn), columns // 16, 3 if turn == 256 else 6)
 
 
 def product(
@@ -89,7 +91,7 @@ def product(
     ahead is done, and wait inside. chosen: how it is cut; None: in the best way that is known.
     """
     (num_rows, depth), (size, row_bytes) = left.shape, codes.shape
-    how = chosen or cut(num_rows, size, depth)
+    how = chosen or cut(num_rows, size, depth, zeros is not None)
     grid = triton.cdiv(num_rows, how.rows), triton.cdiv(size, how.columns), how.splits
     out = left.new_empty(num_rows, size, dtype=dtype)
     parts, finished = None, None
@@ -115,7 +117,6 @@ def product(
         how.columns,
         how.depth // PACKED_BLOCK,
         how.splits,
-        how.signed and zeros is None,
         not triton.knobs.runtime.interpret,
         chained,
         num_warps=how.warps,
@@ -177,18 +178,12 @@ def _codes(raw: "tl.tensor", HIGH: tl.constexpr, SIGNED: tl.constexpr, PTX: tl.c
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def _less_zeros(
-    part: "tl.tensor", sums: "tl.tensor", left: "tl.tensor", ZEROS: tl.constexpr, SIGNED: tl.constexpr, BN: tl.constexpr
-) -> "tuple[tl.tensor, tl.tensor]":
-    """(part, sums) with what the columns of `left`, [INT4_HALF, BM], add to them: if ZEROS, to `sums` those of the
-    inputs; else, unless SIGNED, to `part` those of the inputs times -8."""
+def _with_inputs(sums: "tl.tensor", left: "tl.tensor", ZEROS: tl.constexpr, BN: tl.constexpr) -> "tl.tensor":
+    """sums with those of the inputs' columns, `left` [INT4_HALF, BM], of which zeros are subtracted."""
     if ZEROS:
         ones = tl.full((BN, INT4_HALF), 1, tl.uint8).to(tl.float8e4nv, bitcast=True)
         sums = tl.dot(ones, left, sums)
-    elif not SIGNED:
-        eights = tl.full((BN, INT4_HALF), 128 + 8, tl.uint8).to(tl.float8e4nv, bitcast=True)
-        part = tl.dot(eights, left, part)
-    return part, sums
+    return sums
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
@@ -234,7 +229,6 @@ def int4_kernel(
     BN: tl.constexpr,
     BLOCKS: tl.constexpr,
     SPLITS: tl.constexpr,
-    SIGNED: tl.constexpr,
     PTX: tl.constexpr,
     CHAINED: tl.constexpr,
 ) -> None:
@@ -274,14 +268,14 @@ def int4_kernel(
             following = tl.minimum(2 * start + INT4_BLOCK, last)  # of the last one nobody asks
             next_scale, next_zero = _of_group(scales, zeros, following, GROUP)
             none = tl.zeros((BN, BM), tl.float32)
-            part, sums = _less_zeros(none, none, low, ZEROS, SIGNED, BN)
-            part = tl.dot(_codes(raw, False, SIGNED, PTX), low, part)
+            sums = _with_inputs(none, low, ZEROS, BN)
+            part = tl.dot(_codes(raw, False, not ZEROS, PTX), low, none)
             if GROUP == INT4_HALF:
                 next_of_high = _of_group(scales, zeros, following + INT4_HALF, GROUP)
                 result += _scaled(part, sums, scale_of, zero_of, ZEROS)
                 part, sums = none, none
-            part, sums = _less_zeros(part, sums, high, ZEROS, SIGNED, BN)
-            part = tl.dot(_codes(raw, True, SIGNED, PTX), high, part)
+            sums = _with_inputs(sums, high, ZEROS, BN)
+            part = tl.dot(_codes(raw, True, not ZEROS, PTX), high, part)
             result += _scaled(part, sums, scale_of_high, zero_of_high, ZEROS)
             scale_of, zero_of = next_scale, next_zero
             scale_of_high, zero_of_high = next_scale, next_zero

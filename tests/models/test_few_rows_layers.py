@@ -11,6 +11,7 @@ from graphgen.models.few_rows_layers import (
     MOST_ROWS,
     MOST_ROWS_OF_E4M3,
     MOST_ROWS_OF_EXPERTS,
+    MOST_ROWS_OF_SHORT_GROUPS,
     most_rows,
     reads_fitted,
     serves_feed_forward,
@@ -238,6 +239,8 @@ def test_as_many_rows_are_served_as_have_few_pairs_with_their_experts() -> None:
     for rounded in (LinearFormat(storage="e4m3", activation="e4m3"), LinearFormat(storage="int4")):
         assert (
             most_rows(replace(SPEC, layers=(LAYER, with_mixer(o_format=rounded)))) == MOST_ROWS_OF_E4M3[rounded.storage]
+    short = LinearFormat(storage="int4", group=32)
+    assert most_rows(replace(SPEC, layers=(LAYER, with_mixer(o_format=short)))) == MOST_ROWS_OF_SHORT_GROUPS
         )
     assert most_rows(replace(SPEC, layers=(LAYER, with_experts(num_experts=128, top_k=8)))) == MOST_ROWS_OF_EXPERTS
     assert most_rows(replace(SPEC, layers=(LAYER, with_experts(num_experts=512, top_k=32)))) == 2, "64 pairs at most"

@@ -62,19 +62,18 @@ def test_sizes_need_not_be_those_of_a_program(num_rows: int, size: int, depth: i
 @pytest.mark.parametrize("splits", [1, 2, 3, 4])
 def test_programs_share_a_depth_and_leave_the_counters_at_zero(splits: int, turn: int, group: int | None) -> None:
     for columns in (64, 128):
-        cut = few_rows_int4.Cut(16, columns, turn, splits, warps=4, signed=False, stages=3)
+        cut = few_rows_int4.Cut(16, columns, turn, splits, warps=4, stages=3)
         check(random_weight(form_of(group, True), 144, 1280), 35, torch.randn(144), cut)
         assert not few_rows_int4._counters(torch.device("cpu")).any()
 
 
 @pytest.mark.parametrize("zero", [0, 7, 15, None])
-@pytest.mark.parametrize("signed", [False, True])
-def test_every_code_is_multiplied_exactly(zero: int | None, signed: bool) -> None:
+def test_every_code_is_multiplied_exactly(zero: int | None) -> None:
     """Each of 256 bytes, times a one and zeros."""
     codes = torch.arange(256, dtype=torch.uint8).repeat(16, 1)
     zeros = None if zero is None else torch.full((16, 4), zero, dtype=torch.uint8)
     weight = Weight(form_of(128, zero is not None), codes, torch.ones(16, 4), zeros, None)
-    cut = few_rows_int4.Cut(64, 64, 128, splits=1, warps=4, signed=signed, stages=3)
+    cut = few_rows_int4.Cut(64, 64, 128, splits=1, warps=4, stages=3)
     for first in range(0, 512, 128):
         left = torch.eye(512)[first : first + 128].to(torch.float8_e4m3fn)
         stored = *weight[1:4], 128, None
@@ -95,8 +94,9 @@ def test_what_is_read_as_it_lies() -> None:
 @pytest.mark.parametrize("num_rows", [1, 16, 17, 64, 65, 128])
 @pytest.mark.parametrize("size", [32, 4096, 6144, 28672])
 @pytest.mark.parametrize("depth", [128, 384, 4096, 14336 + 128])
-def test_a_cut_divides_the_depth_and_fits_a_multiprocessor(num_rows: int, size: int, depth: int) -> None:
-    cut = few_rows_int4.cut(num_rows, size, depth)
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_cut_divides_the_depth_and_fits_a_multiprocessor(num_rows: int, size: int, depth: int, zeros: bool) -> None:
+    cut = few_rows_int4.cut(num_rows, size, depth, zeros)
     assert depth % cut.depth == 0
     assert cut.splits <= depth // cut.depth
     assert (cut.rows + cut.columns // 2) * cut.depth * cut.stages <= 227 << 10
