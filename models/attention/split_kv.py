@@ -29,7 +29,11 @@ _LEAST_PROGRAMS = 512
 """Programs that keep an H200's memory busy: about four on each multiprocessor."""
 
 _PROGRAMS_AT_ONCE = 528
-"""Programs that an H200 runs at once, and all of them with room to spare: four on each multiprocessor."""
+"""Programs that an H200 runs at once, all of them with room to spare: four on each multiprocessor."""
+_MOST_PAIRS_AT_ONCE = 128
+"""Of a row and a KV head, up to which that is best: us of 16 rows of 2600 positions, and of 1300 to 3900, 8 KV heads:
+49 and 50 with so many programs, 54 and 54 with any number of them, in fp8 32 and 33, 37 and 38. More pairs have few
+parts each, of lengths that differ, and end sooner together with twice as many: 32 rows of 1300 to 3900 98 and 85."""
 
 _EVEN_PROGRAMS = 1024
 """Programs of unequal rows that end at about the same time: two times as many, shared out as they end."""
@@ -102,13 +106,15 @@ def open_workspace(
 
 def share_out(kv_lens: Tensor, num_kv_heads: int, page_size: int, workspace: SplitKvTensors) -> None:
     """Says how long a part is in a step of these rows, for layers whose rows see all of their positions: so long that
-    the parts of all rows together are what the device runs at once, and none is left to run alone behind the others.
+    the parts of all rows together are what the device runs at once, or twice that, and none is left to run alone behind
+    the others.
 
     kv_lens: [R] int32. One row is split by its own length.
     """
     num_rows = len(kv_lens)
     if num_rows > 1:
-        num_programs = max(1, _PROGRAMS_AT_ONCE // num_kv_heads)
+        at_once = _PROGRAMS_AT_ONCE * (1 if num_rows * num_kv_heads <= _MOST_PAIRS_AT_ONCE else 2)
+        num_programs = max(1, at_once // num_kv_heads)
         share_kernel[(1,)](
             kv_lens, workspace.part_blocks, num_rows, num_programs, min(page_size, _BLOCK), _WHOLE_BLOCKS, _ROWS_READ
         )

@@ -236,12 +236,12 @@ def test_another_way_to_the_residual_stream_is_refused(trait: str) -> None:
 def test_as_many_rows_are_served_as_have_few_pairs_with_their_experts() -> None:
     assert most_rows(SPEC) == MOST_ROWS
     assert most_rows(replace(SPEC, layers=(LAYER, with_mixer(o_format=LinearFormat(storage="int8"))))) == MOST_ROWS
-    for rounded in (LinearFormat(storage="e4m3", activation="e4m3"), LinearFormat(storage="int4")):
-        assert (
-            most_rows(replace(SPEC, layers=(LAYER, with_mixer(o_format=rounded)))) == MOST_ROWS_OF_E4M3[rounded.storage]
-    short = LinearFormat(storage="int4", group=32)
-    assert most_rows(replace(SPEC, layers=(LAYER, with_mixer(o_format=short)))) == MOST_ROWS_OF_SHORT_GROUPS
-        )
+    for rounded, most in (
+        (LinearFormat(storage="e4m3", activation="e4m3"), MOST_ROWS_OF_E4M3["e4m3"]),
+        (LinearFormat(storage="int4"), MOST_ROWS_OF_E4M3["int4"]),
+        (LinearFormat(storage="int4", group=32), MOST_ROWS_OF_SHORT_GROUPS),
+    ):
+        assert most_rows(replace(SPEC, layers=(LAYER, with_mixer(o_format=rounded)))) == most
     assert most_rows(replace(SPEC, layers=(LAYER, with_experts(num_experts=128, top_k=8)))) == MOST_ROWS_OF_EXPERTS
     assert most_rows(replace(SPEC, layers=(LAYER, with_experts(num_experts=512, top_k=32)))) == 2, "64 pairs at most"
     assert most_rows(replace(SPEC, layers=(with_experts(num_experts=64), with_experts(num_experts=32, top_k=6)))) == 2

@@ -140,11 +140,12 @@ def test_a_row_is_the_sum_of_its_parts_however_long_they_are(part_blocks: int) -
     ("kv_lens", "blocks"),
     [
         ([2600] * 16, 10),  # 16 x 8 heads x 41 blocks: parts of 10 make 5 of a row, 640 in all
-        ([1024] * 64, 16),
+        ([1024] * 64, 8),  # more rows: twice that
+        ([2600] * 32, 10),
         ([16000, *[500] * 15], 6),  # the long row is split into more parts than there would be of its own length alone
         ([1] * 8, 1),
         ([8192] * 256, 16),  # where the device is full anyway parts stay short: the last ones end sooner
-        ([64] * 1025 + [65], 16),
+        ([64] * 1025 + [65], 8),
     ],
 )
 def test_parts_of_all_rows_are_what_a_device_runs_at_once(kv_lens: list[int], blocks: int) -> None:
