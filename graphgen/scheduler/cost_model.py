@@ -50,7 +50,7 @@ _MOST_MARGIN = 0.25
 SATURATION_SHARE = 0.91
 """A bucket is saturated when it computes at least this share of the best prompt rows per second. The share lies between
 two sizes, so that noise seldom decides. By the times of an 8B model on an H200 these are 384 and 512 rows: they compute
-0.84 and 0.95 of the best of steps up to 2048 rows, and 0.89 and 1 of the best of steps up to 512. Rows of decodes do
+0.84 and 0.94 of the best of steps up to 2048 rows, and 0.89 and 1 of the best of steps up to 512. Rows of decodes do
 not count: they take longest, and it depends on the ladder how many of them the fastest bucket of a size has."""
 
 SATURATION_NOISE = 0.02
