@@ -10,9 +10,9 @@ widest region. It is densest at 512 rows, the size that is full most often there
 Steps of 1024 and 1536 rows are taken while a queue of prompts waits. Where prompts are much longer than outputs, 15 to
 37 requests decode meanwhile, and in a bucket of 64 decode rows the padding keeps out one prompt row in thirty. So these
 sizes have a rung of 32 as well: 992+32 takes 25.5 ms on an H200 where 960+64 takes 27.0, and 64 clients with prompts of
-2600 tokens and outputs of 60 get 2.8 % more requests a second, as simulated, and 3 to 4 % measured. Rungs of 16 or 48 beside it, or one of 32 at
-2048 rows, gain less than 0.4 % more; one of 32 at 768 rows gains up to 0.8 %, but such steps are then taken for shorter
-queues, too, and gaps get longer.
+2600 tokens and outputs of 60 get 2.8 % more requests a second, as simulated, and 3 to 4 % measured. Rungs of 16 or 48
+beside it, or one of 32 at 2048 rows, gain less than 0.4 % more; one of 32 at 768 rows gains up to 0.8 %, but such steps
+are then taken for shorter queues, too, and gaps get longer.
 
 Below 128 rows a step reads weights and hardly computes, so what is saved is the attention of padded decode rows. The
 buckets there are for a prompt that is short or mostly cached, as the next turn of a chat, beside few decodes. On an

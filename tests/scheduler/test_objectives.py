@@ -14,7 +14,7 @@ from graphgen.launch.config import EngineConfig
 from graphgen.launch.step_times_store import StepTimesFile
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.budget import StepBudget, StepLoad
-from graphgen.scheduler.cost_model import CostModel
+from graphgen.scheduler.cost_model import SATURATION_NOISE, CostModel
 from graphgen.scheduler.large_steps import RATE_SHARE, LargeSteps
 from graphgen.scheduler.objectives import OBJECTIVES
 from tests.scheduler.recorded import FILE, WORKLOADS, Workload, record, recorder
@@ -105,8 +105,10 @@ def test_the_largest_step_is_the_smallest_near_the_best_rate_beside_the_decodes(
         assert milliseconds is not None
         return bucket.prefill_rows / milliseconds
 
-    best = max(map(rate, candidates))
-    enough = next(bucket for bucket in candidates if rate(bucket) >= RATE_SHARE * best)
+    least = RATE_SHARE * max(map(rate, candidates))
+    # Steps do not grow for what may be noise.
+    near = rate(candidates[0]) >= least * (1.0 - SATURATION_NOISE)
+    enough = candidates[0] if near else next(bucket for bucket in candidates if rate(bucket) >= least)
     found = large.beside(num_decodes)
     assert (found[-1] if found else candidates[0]) == enough
     assert list(found) == sorted(found, key=lambda bucket: bucket.num_rows)
