@@ -11,12 +11,15 @@ from typer.testing import CliRunner, Result
 from graphgen.commands import cli
 from graphgen.ipc.ggp.messages import Accepted, Draining
 from graphgen.ipc.messages import Drain, Probe, StatsRequest, Submit
+from graphgen.server.frontend import monitor
 from tests.fakes import STATS
 from tests.frontend.harness import IDS, Frontend, demo_tokenizer
 
 
 @pytest.fixture
-def frontend() -> Iterator[Frontend]:
+def frontend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Frontend]:
+    """Its answers stay fresh however long a busy machine takes to ask again."""
+    monkeypatch.setattr(monitor, "FRESH_S", 60.0)
     frontend = Frontend(demo_tokenizer())
     yield frontend
     frontend.close()
