@@ -274,27 +274,10 @@ def _blocks_in_torch(left: Tensor, of_left: Tensor, codes: Tensor, scale: Tensor
     return F.linear(wide, matrix_of(Quantised(form, codes, scale), torch.float32)).to(dtype)
 
 
-def _rows_like(
-    left: Tensor, of_left: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    return left.new_empty(left.shape[0], codes.shape[0], dtype=dtype)
-
-
-def _int4_like(
-    left: Tensor,
-    of_left: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zeros: Tensor | None,
-    group: int,
-    rows: int,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    return left.new_empty(left.shape[0], codes.shape[0], dtype=dtype)
-
-
-def _blocks_like(left: Tensor, of_left: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _result_like(left: Tensor, of_left: Tensor, codes: Tensor, *rest: object) -> Tensor:
+    """rest: of each of the operators, whose last argument is the dtype."""
+    dtype = rest[-1]
+    assert isinstance(dtype, torch.dtype), "every schema ends with it"
     return left.new_empty(left.shape[0], codes.shape[0], dtype=dtype)
 
 
@@ -316,6 +299,6 @@ _library.impl("product_by_blocks", _blocks_in_torch, "CPU")
 _library.impl("product_by_blocks", _blocks_on_cuda, "CUDA")
 _library.impl("product_of_int4", _int4_in_torch, "CPU")
 _library.impl("product_of_int4", _int4_on_cuda, "CUDA")
-torch.library.register_fake("graphgen::product_by_rows", _rows_like, lib=_library)
-torch.library.register_fake("graphgen::product_by_blocks", _blocks_like, lib=_library)
-torch.library.register_fake("graphgen::product_of_int4", _int4_like, lib=_library)
+torch.library.register_fake("graphgen::product_by_rows", _result_like, lib=_library)
+torch.library.register_fake("graphgen::product_by_blocks", _result_like, lib=_library)
+torch.library.register_fake("graphgen::product_of_int4", _result_like, lib=_library)
