@@ -153,11 +153,13 @@ def _work(sources: Sequence[Source], target: GPUTarget, folder: str | None, foll
 
 
 def _compile(source: Source, target: GPUTarget) -> None:
-    """The program of the device, and the few lines of C that launch it."""
+    """The program of the device, and the few lines of C that launch it, where Triton has some for each kernel."""
     kernel = triton.compile(source.ast, target=target, options=source.options)
     from triton.backends.nvidia.driver import CudaLauncher
 
-    with contextlib.suppress(ImportError):  # without a driver it is compiled and kept, and cannot be loaded
+    # Without a driver these lines are compiled and kept, and cannot be loaded: ImportError. From Triton 3.7 on they are
+    # the same for all kernels, and the driver is asked for them: RuntimeError.
+    with contextlib.suppress(ImportError, RuntimeError):
         CudaLauncher(kernel.src, kernel.metadata)
 
 

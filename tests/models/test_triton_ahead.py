@@ -46,7 +46,8 @@ cache = Path(os.environ["TRITON_CACHE_DIR"])
 first = {path: path.stat().st_mtime_ns for path in cache.rglob("*.cubin")}
 compile_sources(sources, target, 2)
 assert first == {path: path.stat().st_mtime_ns for path in cache.rglob("*.cubin")}, "compiled a second time"
-print(len(first), len(list(cache.rglob("*launcher*"))) > 0)
+from triton.backends.nvidia import driver
+print(len(first), len(list(cache.rglob("*launcher*"))) > 0 or not hasattr(driver, "make_launcher"))
 """
 
 
