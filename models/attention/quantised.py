@@ -64,8 +64,9 @@ def of_pairs(pairs: "tl.tensor") -> "tuple[tl.tensor, tl.tensor]":
     Values are multiplied along positions, of which a tensor core takes two at a time, and lie along dimensions. What
     has 16 bits is loaded the other way round by one instruction (ldmatrix.trans), single bytes are loaded one by one.
     """
-    kinds: tl.constexpr = (tl.float16, tl.float16)
-    first, second = tl.inline_asm_elementwise(_OF_PAIRS, "=r,=r,r", [pairs], dtype=kinds, is_pure=True, pack=2)
+    first, second = tl.inline_asm_elementwise(
+        _OF_PAIRS, "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+    )
     return first, second
 
 
