@@ -138,44 +138,40 @@ class CostModel:
         mixed = [bucket for bucket in buckets if bucket.prefill_rows]
         if not mixed or not all(bucket in self._times for bucket in mixed):
             return None
-        of_size = self._factors_of_size(mixed)
         rates: dict[int, float] = {}  # the best of each number of rows
-        for bucket in mixed:
-            factor = self._factors[bucket] if self._num_corrections[bucket] else of_size.get(bucket.num_rows, 1.0)
+        for bucket, factor in zip(mixed, self._likely_factors(mixed), strict=True):
             rate = bucket.prefill_rows / (self._times[bucket] * factor)
             rates[bucket.num_rows] = max(rate, rates.get(bucket.num_rows, 0.0))
         return smallest_near_best(rates, SATURATION_SHARE, current)
 
     def prompt_rates(self, buckets: Sequence[Bucket], num_decodes: int, num_positions: int | None) -> list[float]:
         """Prompt rows a millisecond of mixed buckets that have a time, beside so many decodes that attend to so many
-        positions together, or to those of the table.
-
-        A size that has not run is taken to be as far from the table as those that have: else on a device that is slower
-        than its table, whatever was not tried yet looks better than what was.
-        """
-        of_size = self._factors_of_size(buckets)
-        of_others = self._mean_factor(buckets) or 1.0
+        positions together, or to those of the table."""
         if num_positions is None:
             num_positions = num_decodes * (0 if self._table is None else self._table.decode_context)
         start = 0 if self._table is None else self._table.prompt_start
         rates = []
-        for bucket in buckets:
-            has_run = self._num_corrections[bucket] > 0
-            factor = self._factors[bucket] if has_run else of_size.get(bucket.num_rows, of_others)
+        for bucket, factor in zip(buckets, self._likely_factors(buckets), strict=True):
             milliseconds = self._uncorrected_ms(bucket, num_positions, prompt_pairs(start, bucket.prefill_rows))
             assert milliseconds is not None, "the saturation point is known only if every bucket has a time"
             rates.append(bucket.prefill_rows / (milliseconds * factor))
         return rates
 
-    def _factors_of_size(self, buckets: Sequence[Bucket]) -> dict[int, float]:
-        """By number of rows, what the steps that ran say of the table: the mean of their buckets' factors. It stands
-        for the buckets that have not run: at the same size, a table is wrong about all alike. Sizes of which none ran
-        are left out."""
+    def _likely_factors(self, buckets: Sequence[Bucket]) -> list[float]:
+        """Of each bucket its factor, or where it has not run, the mean of those of its size that have: at the same
+        size, a table is wrong about all alike.
+
+        A size that has not run is taken to be as far from the table as those that have: else on a device that is slower
+        than its table, whatever was not tried yet looks better than what was.
+        """
         by_size: dict[int, list[Bucket]] = {}
         for bucket in buckets:
             by_size.setdefault(bucket.num_rows, []).append(bucket)
-        means = {rows: self._mean_factor(of_size) for rows, of_size in by_size.items()}
-        return {rows: mean for rows, mean in means.items() if mean is not None}
+        of_others = self._mean_factor(buckets) or 1.0
+        of_size = {rows: self._mean_factor(of_rows) or of_others for rows, of_rows in by_size.items()}
+        return [
+            self._factors[bucket] if self._num_corrections[bucket] else of_size[bucket.num_rows] for bucket in buckets
+        ]
 
     def _mean_factor(self, buckets: Iterable[Bucket]) -> float | None:
         """Of the steps that ran in these; None if there were none."""

@@ -167,6 +167,18 @@ def test_what_is_learned_of_a_size_holds_for_its_buckets_that_have_not_run() -> 
     assert model.saturation_rows([SMALL, LARGE, other], LARGE.num_rows) == SMALL.num_rows
 
 
+@pytest.mark.parametrize("slower", [1.04, 1.25])
+def test_the_saturation_point_stays_where_a_device_is_slower_than_its_table(slower: float) -> None:
+    """Of both sizes alike, and one runs. By that one's own factor the other would seem the better."""
+    for ran in (SMALL, LARGE):
+        model = CostModel(StepTimeTable((BucketTime(SMALL, 3.46), BucketTime(LARGE, 14.0)), 1000, 500, 0.0, 0.0))
+        assert model.saturation_rows([SMALL, LARGE]) == SMALL.num_rows
+        for _ in range(200):
+            model.correct(ran, 0, 0, slower * {SMALL: 3.46, LARGE: 14.0}[ran])
+        assert model.saturation_rows([SMALL, LARGE]) == SMALL.num_rows
+        assert model.saturation_rows([SMALL, LARGE], SMALL.num_rows) == SMALL.num_rows
+
+
 def test_a_device_slower_than_its_table_makes_no_size_better_that_has_not_run() -> None:
     """Else steps grow because the larger ones were not tried yet."""
     model = CostModel(TABLE)
