@@ -24,6 +24,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from graphgen.base.caches import cache_root
+from graphgen.base.version import __version__
 from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.messages import Bucket, BucketTime, StepTimeTable, WorkerReady
 from graphgen.launch.launch_config import LaunchConfig
@@ -49,7 +50,7 @@ class StepTimesKey(Struct, frozen=True, forbid_unknown_fields=True):
     compiled: bool
     page_size: int
     buckets: str  # like "0+1 0+2 496+16"
-    graphgen: str  # versions; "" where the package is absent
+    graphgen: str  # versions; of the others "" where the package is absent
     torch: str
     flashinfer: str
 
@@ -67,7 +68,7 @@ class StepTimesKey(Struct, frozen=True, forbid_unknown_fields=True):
             compiled=ready.compiled,
             page_size=ready.page_size,
             buckets=" ".join(map(str, ready.buckets)),
-            graphgen=_version("graphgen"),
+            graphgen=__version__,
             torch=_version("torch"),
             flashinfer=_version("flashinfer-python"),
         )

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from graphgen.base.version import __version__
 from graphgen.demo import model_folder
 from graphgen.ipc.messages import Bucket, BucketTime, StepTimeTable, WorkerReady
 from graphgen.launch.launch_config import LaunchConfig
@@ -67,6 +68,13 @@ def test_rare_buckets_that_were_never_captured_may_lack(tmp_path: Path, config: 
     assert load_step_times(environment, key) == part
     assert part.has(BUCKETS[:1])
     assert not part.has(BUCKETS)
+
+
+def test_times_are_those_of_this_version(config: LaunchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the distribution is called: a name that no package has would have the times of every version."""
+    assert StepTimesKey.of(config, READY).graphgen == __version__
+    monkeypatch.setattr("graphgen.launch.step_times_store.__version__", "99.0")
+    assert StepTimesKey.of(config, READY).graphgen == "99.0"
 
 
 def test_everything_that_changes_the_time_changes_the_key(config: LaunchConfig) -> None:
