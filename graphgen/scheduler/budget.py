@@ -102,6 +102,10 @@ class StepBudget:
             return chosen
         return self._likely_within(candidates[: candidates.index(chosen) + 1], load, load.most_ms)
 
+    def forget_queue(self) -> None:
+        """No prompt is left: the next queue makes steps grow only if it is long enough itself."""
+        self._is_grown = False
+
     def saturated(self, num_decodes: int) -> Bucket | None:
         """The largest bucket up to the saturation point."""
         candidates = self._efficient(num_decodes)

@@ -84,6 +84,8 @@ class PromptPlanner:
         may_admit = may_admit and self._running.num_free_slots > 0
         waiting = self._tenants.first(self._limits.max_chunks + MAX_PASSED) if may_admit else []
         if not begun and not waiting:
+            if not self._tenants.num_waiting:
+                self._budget.forget_queue()
             return
         turns = self._turns(begun, waiting, helped)
         bounds = self._bounds.of(turns[0].tenant)

@@ -8,8 +8,8 @@ On the CPU int8 has a product of its own for a few rows in bfloat16, and float32
 On CUDA steps of a few decode rows do not come here: few_rows.py reads the codes themselves. With more rows the tensor
 cores multiply two operands of one type. Where a format lets its input be rounded to e4m3 and the device multiplies
 that, from SM89 on, the input is quantised, in plain torch, so that the compiler makes one kernel of it and of the norm
-or activation before; integer codes are first rounded to e4m3, but for int4 and the few rows of few_rows_int4.py.
-Elsewhere the weight is made a matrix of the input's dtype.
+or activation before. Integer codes are first rounded to e4m3; those of int4 are read as they lie where few_rows_int4.py
+serves. Elsewhere the weight is made a matrix of the input's dtype.
 """
 
 from typing import NamedTuple

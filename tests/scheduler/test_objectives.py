@@ -186,6 +186,26 @@ def test_a_queue_that_keeps_steps_large_does_not_make_them_large(objective: Obje
     assert bucket_for(grow, -1) == small
 
 
+def test_a_queue_that_ended_at_once_keeps_no_steps_large() -> None:
+    """Its clients leave while steps are grown; the next queue is one that would keep them so."""
+    saturated = most_rows(serve("latency", 100))
+    engine = make_engine("balanced")
+    for _ in range(NUM_DECODES):
+        engine.send(64, 1500)
+    engine.run(until_s=BEGUN_S)
+    left = [engine.send(2000, 8) for _ in range(100)]
+    engine.run(until_s=1.0)
+    assert engine.plans[-1].bucket.num_rows > saturated
+    for one in left:
+        engine.scheduler.cancel(one.submit.request_id)
+    engine.run(until_s=1.5)
+    begun = len(engine.plans)
+    for _ in range(10):
+        engine.send(2000, 8)
+    engine.run()
+    assert max(plan.bucket.num_rows for plan in engine.plans[begun:]) == saturated
+
+
 def test_balanced_keeps_its_long_steps_within_thirty_milliseconds() -> None:
     balanced, throughput = serve("balanced", 100), serve("throughput", 100)
     assert 25.0 < max(balanced.step_times_ms) <= 30.0
