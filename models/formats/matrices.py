@@ -63,9 +63,10 @@ def _matrix_in_torch(
 
 def _e4m3_in_torch(codes: Tensor, scale: Tensor, zeros: Tensor | None, group: int, rows: int) -> tuple[Tensor, Tensor]:
     whole = _unpacked(codes, scale, zeros, group, rows)
-    most = scale.float().amax(1, keepdim=True).repeat_interleave(rows, 0)[: codes.shape[0]]
+    most = scale.float().abs().amax(1, keepdim=True).repeat_interleave(rows, 0)[: codes.shape[0]]
     of_rows = most * (largest_code(whole.format.storage, zeros is not None) / E4M3_MOST)
-    return (matrix_of(whole, torch.float32) / of_rows).to(torch.float8_e4m3fn), of_rows
+    factor = torch.where(of_rows > 0.0, of_rows.reciprocal(), 0.0)
+    return (matrix_of(whole, torch.float32) * factor).to(torch.float8_e4m3fn), of_rows
 
 
 def _matrix_on_cuda(

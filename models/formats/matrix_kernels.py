@@ -84,7 +84,7 @@ def matrix_kernel(
 ) -> None:
     """A program reads ROWS x UNITS x HOW.tile_bytes bytes, each unit of which has one scale, or of int4 one for its low
     halves and one for its high ones. SCALED: what is stored was divided by a scale of its row, `largest` times the
-    largest scale of the row."""
+    largest scale of the row, whatever its sign."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     byte = (tl.program_id(1) * UNITS + tl.arange(0, UNITS)) * HOW.tile_bytes
     exists, inside = rows < num_rows, (rows < num_rows)[:, None] & (byte < row_bytes)[None, :]
@@ -98,7 +98,7 @@ def matrix_kernel(
         all_scales = tl.load(
             scales + first_group[:, None] + numbers, exists[:, None] & (numbers < num_groups), other=0.0
         )
-        of_row = tl.max(all_scales.to(tl.float32), 1) * largest
+        of_row = tl.max(tl.abs(all_scales.to(tl.float32)), 1) * largest
         factor = tl.where(of_row > 0.0, 1.0 / of_row, 0.0)
         if tl.program_id(1) == 0:
             tl.store(of_rows + rows, of_row, exists)

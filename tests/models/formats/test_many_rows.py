@@ -83,16 +83,41 @@ def test_an_input_of_blocks_has_a_scale_for_each() -> None:
         assert error(codes[:, columns].float() * scale[block][:, None], x[:, columns]) < INPUT_ERROR
 
 
+INTEGERS = [form for form in FORMATS.values() if form.storage != "e4m3" and not form.permuted]
+
+
+def with_signs(weight: Weight) -> Weight:
+    """Every other group has a negative scale, as AutoRound gives the groups whose largest element is positive. A row
+    has no other, and one has scales of zero."""
+    scale = weight.scale.clone()
+    scale[:, ::2] *= -1.0
+    scale[1] = -scale[1].abs()
+    scale[2] = 0.0
+    return weight._replace(scale=scale)
+
+
+@pytest.mark.parametrize("form", INTEGERS, ids=lambda form: form.name)
+def test_scales_of_any_sign_are_in_the_range_of_e4m3(form: LinearFormat) -> None:
+    torch.manual_seed(3)
+    weight = with_signs(random_weight(form, 48, 768))
+    codes, scale = matrices.weight_in_e4m3(form, weight.codes, weight.scale, weight.zeros)
+    meant = codes.float() * scale
+    for got, want in zip(meant, matrix(weight), strict=True):
+        assert (got - want).norm() <= 1.2 * INPUT_ERROR * want.norm(), "of one row it varies"
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed; comes with torch for CUDA"
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu/test_formats_gpu.py runs the compiled kernel")
+@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_kernel_makes_the_matrix_of_the_reference(name: str) -> None:
+def test_the_kernel_makes_the_matrix_of_the_reference(name: str, signed: bool) -> None:
     from graphgen.models.formats.matrix_kernels import make_matrix
 
     torch.manual_seed(2)
     form, weight = FORMATS[name], random_weight(FORMATS[name], 150, 768)
+    weight = with_signs(weight) if signed and form.rows == 1 else weight
     of_weight = weight.codes, weight.scale, weight.zeros, form.group or 0, form.rows
     want = matrices.weight_matrix(form, *of_weight[:3], torch.float32)
     torch.testing.assert_close(make_matrix(*of_weight, torch.float32, scaled=False)[0], want)
