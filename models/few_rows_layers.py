@@ -12,18 +12,20 @@ from collections.abc import Iterable
 import msgspec
 import torch
 
+from graphgen.models.formats.products import BLOCK
 from graphgen.models.spec import GQA, Dense, Embedding, Experts, Head, Latent, Layer, ModelSpec, Norm, QKNorm, Router
 from graphgen.models.spec.formats import PACKED_BLOCK, LinearFormat
 
 MOST_ROWS = 64
 """With more rows a product is no longer a matter of reading weights, and cuBLAS is faster."""
-MOST_ROWS_OF_E4M3 = {"e4m3": 8, "int8": 16, "int4": 8}
-"""The same where the compiled layers multiply in e4m3, by the storage of the weight. Of Llama-3.1-8B on an H200, fp8: a
+MOST_ROWS_OF_E4M3 = 8
+"""The same where the compiled layers multiply in e4m3 with the codes as they lie. Of Llama-3.1-8B on an H200, fp8: a
 step of 4, 8 and 16 rows takes 3.0, 3.2 and 4.1 ms in the kernels, and in the compiled layers one of 8, 16 and 32 rows
 3.2, 3.5 and 3.9. In int4 one of 16 rows takes 4.7 ms in the kernels, and a layer's products 59 us in the compiled
 layers, 10 less than in fp8."""
-MOST_ROWS_OF_SHORT_GROUPS = 16
-"""The same of int4 whose groups have 32 columns, of which the compiled layers make e4m3 first."""
+MOST_ROWS_OF_MADE = 16
+"""The same where they first make another weight of it: of int8, of int4 whose groups have 32 columns, and of e4m3 with
+other scales than one for a row or a block."""
 MOST_ROWS_OF_EXPERTS = 4
 """A step of Qwen3-30B-A3B on an H200: 1, 2, 4 and 8 rows take 3.2, 3.6, 4.6 and 6.2 ms here, compiled 1 row takes 4.1
 and 16 rows 5.4."""
@@ -104,8 +106,12 @@ def most_rows(spec: ModelSpec, num_ranks: int = 1) -> int:
 
 
 def _most_rows_in_e4m3(form: LinearFormat) -> int:
-    is_short = form.storage == "int4" and form.group is not None and form.group < PACKED_BLOCK // 2
-    return MOST_ROWS_OF_SHORT_GROUPS if is_short else MOST_ROWS_OF_E4M3[form.storage]
+    is_read = {
+        "e4m3": (form.rows, form.group) in ((1, None), (BLOCK, BLOCK)),
+        "int8": False,
+        "int4": form.group is None or form.group >= PACKED_BLOCK // 2,
+    }
+    return MOST_ROWS_OF_E4M3 if is_read[form.storage] else MOST_ROWS_OF_MADE
 
 
 def _most_rows(experts: Experts) -> int:

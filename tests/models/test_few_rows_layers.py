@@ -11,7 +11,7 @@ from graphgen.models.few_rows_layers import (
     MOST_ROWS,
     MOST_ROWS_OF_E4M3,
     MOST_ROWS_OF_EXPERTS,
-    MOST_ROWS_OF_SHORT_GROUPS,
+    MOST_ROWS_OF_MADE,
     most_rows,
     reads_fitted,
     serves_feed_forward,
@@ -237,9 +237,13 @@ def test_as_many_rows_are_served_as_have_few_pairs_with_their_experts() -> None:
     assert most_rows(SPEC) == MOST_ROWS
     assert most_rows(replace(SPEC, layers=(LAYER, with_mixer(o_format=LinearFormat(storage="int8"))))) == MOST_ROWS
     for rounded, most in (
-        (LinearFormat(storage="e4m3", activation="e4m3"), MOST_ROWS_OF_E4M3["e4m3"]),
-        (LinearFormat(storage="int4"), MOST_ROWS_OF_E4M3["int4"]),
-        (LinearFormat(storage="int4", group=32), MOST_ROWS_OF_SHORT_GROUPS),
+        (LinearFormat(storage="e4m3", activation="e4m3"), MOST_ROWS_OF_E4M3),
+        (LinearFormat(storage="e4m3", activation="e4m3", rows=128, group=128), MOST_ROWS_OF_E4M3),
+        (LinearFormat(storage="e4m3", activation="e4m3", group=128), MOST_ROWS_OF_MADE),
+        (LinearFormat(storage="int8", activation="e4m3"), MOST_ROWS_OF_MADE),
+        (LinearFormat(storage="int4"), MOST_ROWS_OF_E4M3),
+        (LinearFormat(storage="int4", group=64), MOST_ROWS_OF_E4M3),
+        (LinearFormat(storage="int4", group=32), MOST_ROWS_OF_MADE),
     ):
         assert most_rows(replace(SPEC, layers=(LAYER, with_mixer(o_format=rounded)))) == most
     assert most_rows(replace(SPEC, layers=(LAYER, with_experts(num_experts=128, top_k=8)))) == MOST_ROWS_OF_EXPERTS
