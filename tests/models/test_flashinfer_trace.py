@@ -142,7 +142,8 @@ def traced(
     torch._dynamo.reset()
     assert len(graphs) == 2
     targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
-    return [target for target in targets if target.startswith("graphgen.") and "attention" in target]
+    ours = [target for target in targets if target.startswith("graphgen.")]
+    return [target for target in ours if "attention" in target or "by_head" in target]
 
 
 @pytest.mark.parametrize("steps", [Steps, TileSteps])
