@@ -215,6 +215,7 @@ def test_a_gpu_serves_latent_layers_with_the_kernel_where_it_can(
         return open_workspace(shape, rows, requests, one_row, torch.device("cpu"))
 
     monkeypatch.setattr(latent_tiles, "open_workspace", on_the_cpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     values: dict[str, Any] = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, **sizes}
     tiny.save("deepseek_v2", tmp_path, **values)
     config = launch_config(tmp_path, 64, device="cpu", token_budget=16, num_pages=8, page_size=16)
