@@ -25,7 +25,7 @@ step of 4, 8 and 16 rows takes 3.0, 3.2 and 4.1 ms in the kernels, and in the co
 layers, 10 less than in fp8."""
 MOST_ROWS_OF_MADE = 16
 """The same where they first make another weight of it: of int8, of int4 whose groups have 32 columns, and of e4m3 with
-other scales than one for a row or a block."""
+other scales than one for a row or a block. And of ranks, whose sums the kernels make themselves."""
 MOST_ROWS_OF_EXPERTS = 4
 """A step of Qwen3-30B-A3B on an H200: 1, 2, 4 and 8 rows take 3.2, 3.6, 4.6 and 6.2 ms here, compiled 1 row takes 4.1
 and 16 rows 5.4."""
@@ -98,20 +98,19 @@ def serves_rank(own: ModelSpec, dtype: torch.dtype, num_ranks: int) -> bool:
 
 def most_rows(spec: ModelSpec, num_ranks: int = 1) -> int:
     """Decode rows up to which a model that is served runs in the kernels."""
-    if num_ranks > 1:
-        return min(most_rows(spec), MOST_SENT // (num_ranks - 1))
     all_experts = [layer.feed_forward for layer in spec.layers if isinstance(layer.feed_forward, Experts)]
-    in_e4m3 = [_most_rows_in_e4m3(form) for form in spec.formats if form.rounds_input]
-    return min([MOST_ROWS, *in_e4m3, *(_most_rows(experts) for experts in all_experts)])
+    in_e4m3 = [_most_rows_in_e4m3(form, num_ranks) for form in spec.formats if form.rounds_input]
+    sent = [MOST_SENT // (num_ranks - 1)] if num_ranks > 1 else []
+    return min([MOST_ROWS, *sent, *in_e4m3, *(_most_rows(experts) for experts in all_experts)])
 
 
-def _most_rows_in_e4m3(form: LinearFormat) -> int:
+def _most_rows_in_e4m3(form: LinearFormat, num_ranks: int) -> int:
     is_read = {
         "e4m3": (form.rows, form.group) in ((1, None), (BLOCK, BLOCK)),
         "int8": False,
         "int4": form.group is None or form.group >= PACKED_BLOCK // 2,
     }
-    return MOST_ROWS_OF_E4M3 if is_read[form.storage] else MOST_ROWS_OF_MADE
+    return MOST_ROWS_OF_E4M3 if is_read[form.storage] and num_ranks == 1 else MOST_ROWS_OF_MADE
 
 
 def _most_rows(experts: Experts) -> int:

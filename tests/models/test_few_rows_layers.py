@@ -66,6 +66,9 @@ def test_a_rank_is_served_where_its_parts_are() -> None:
     wide = replace(SPEC, vocab_size=128)
     assert serves_rank(wide.shared_by(2), torch.bfloat16, 2)
     assert most_rows(wide) == most_rows(wide, 2) == MOST_ROWS > most_rows(wide, 4) > 16
+    rounded = LinearFormat(storage="e4m3", activation="e4m3")
+    in_e4m3 = replace(wide, layers=(LAYER, with_mixer(o_format=rounded)))
+    assert [most_rows(in_e4m3, num_ranks) for num_ranks in (1, 2, 4, 16)] == [MOST_ROWS_OF_E4M3, 16, 16, 6]
     narrow = replace(wide, layers=(LAYER, with_ff(size=192)))
     assert serves_model(narrow, torch.bfloat16)
     assert not serves_rank(narrow.shared_by(2), torch.bfloat16, 2), "96 inner columns"
