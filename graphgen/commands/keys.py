@@ -62,7 +62,7 @@ def new(
     say(f"secret  {secret}\npublic  {public_key}")
 
 
-@keys_app.command()
+@keys_app.command(context_settings={"ignore_unknown_options": True})  # one key in 85 begins with a dash
 def allow(
     name: Annotated[str, typer.Argument(metavar="NAME", help="To find the key by, later.")],
     public_key: Annotated[str, typer.Argument(metavar="KEY", help="The client's public key, 40 characters.")],

@@ -211,6 +211,14 @@ def test_the_command_writes_the_cap(keys: Keys) -> None:
     assert run.invoke(keys_app, ["new", "carol", "--max-priority", "10", *folder]).exit_code == 2
 
 
+@pytest.mark.parametrize("begin", ["-", "--", "-h", "--keys"])
+def test_a_public_key_may_begin_as_options_do(tmp_path: Path, begin: str) -> None:
+    public_key = begin + "0" * (40 - len(begin))
+    done = CliRunner().invoke(keys_app, ["allow", "bob", public_key, "--keys", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert public_key in next(tmp_path.glob("clients/bob.key")).read_text()
+
+
 def test_without_keys_a_request_is_accounted_to_its_session(frontend: Frontend) -> None:
     tenants = []
     for _ in range(2):
