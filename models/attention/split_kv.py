@@ -46,7 +46,7 @@ _ROWS_READ = 1024  # lengths that share_kernel reads at a time
 _STAGES = 2
 _STAGES_OF_BYTES = 3
 """Blocks on their way or multiplied at a time, where keys and values have one byte: a third costs no program its place
-then. In float16 it takes the place of two programs in five, which costs 64 rows 3 % and gains 256 rows 2 %."""
+then. Where they have two it takes the place of two programs in five, which costs 64 rows 3 % and gains 256 rows 2 %."""
 _COMBINED_ALONE = 8
 """Parts of a row that are read at a time when they are combined, in a step of one row."""
 

@@ -69,7 +69,7 @@ def _store_quantised(
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types
-def page_of(table: "tl.tensor", block: "tl.tensor", PAGE: tl.constexpr, BLOCK: tl.constexpr) -> "tl.tensor":
+def _page_of(table: "tl.tensor", block: "tl.tensor", PAGE: tl.constexpr, BLOCK: tl.constexpr) -> "tl.tensor":
     """The page that a block lies in. table: of the row."""
     return tl.load(table + block * BLOCK // PAGE).to(tl.int64)
 
@@ -311,9 +311,9 @@ def split_kv_kernel(
     odd = mixed
     # Each page is asked for a block ahead: an address that is itself on its way keeps the compiler from having the next
     # block on its way while this one is multiplied.
-    next_page = page_of(table, begin, PAGE, BLOCK)
+    next_page = _page_of(table, begin, PAGE, BLOCK)
     for block in range(begin, end):
-        page, next_page = next_page, page_of(table, tl.minimum(block + 1, end - 1), PAGE, BLOCK)
+        page, next_page = next_page, _page_of(table, tl.minimum(block + 1, end - 1), PAGE, BLOCK)
         positions = block * BLOCK + offsets
         visible = (positions < kv_len) & (positions >= first_position)
         keys, values = _load_block(k_pages, v_pages, page, positions, visible, *strides, D, PAGE, PAIRED)

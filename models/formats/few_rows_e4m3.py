@@ -55,8 +55,9 @@ def cut(num_rows: int, size: int, depth: int, blocked: bool) -> Cut:
     columns = next((columns for columns in (128, 64) if num_blocks * size // columns >= _LEAST_PROGRAMS), 32)
     if columns == 128 and num_blocks * size // columns > _MULTIPROCESSORS:  # two programs share a multiprocessor
         return Cut(columns, LEAST_DEPTH, 4)
-    wide = depth % 256 == 0 and not blocked
-    return Cut(columns, 256 if wide else LEAST_DEPTH, 8 if not wide else 4 if columns == 128 else 6)
+    if blocked or depth % 256:
+        return Cut(columns, LEAST_DEPTH, 8)
+    return Cut(columns, 256, 4 if columns == 128 else 6)
 
 
 def product(
