@@ -9,6 +9,8 @@ fast computes prompts at the best rate the target allows:
 
     bound ms <= target,    bound = CostModel.bound_ms, which 95 % of steps of the bucket stay within
 
+- The first gap of a request is judged by a bound of 99.9 %: a user feels a mean over the last tokens, and it is all
+  that this mean has yet.
 - Where every bucket breaks the target, the smallest of LEAST_ROWS is chosen: a prompt advances in every plan, and
   not by the crumbs that the buckets for short prompts hold.
 - Where no target binds, no more rows than the saturation point, from where on a larger step is longer and hardly
@@ -46,6 +48,7 @@ class StepLoad(Struct, frozen=True):
     num_decodes: int
     decode_positions: int  # that the decode rows attend to, together
     itl_target_ms: float | None  # the tightest one of the decodes
+    is_first_gap: bool  # of one that has this target: the step draws its second token
     slack_ms: float | None  # what the step may take for the sake of mean gaps; None: nobody has a target for them
     most_ms: float | None  # what the step should not exceed besides; None: whatever is efficient
     prompts: Sequence[_Prompt]  # those that have begun, in order of service
@@ -86,7 +89,9 @@ class StepBudget:
         """The largest bucket the step may use; None where the decodes leave no room for prompts."""
         if load.itl_target_ms is not None and load.num_decodes:
             candidates = _that_hold(self._buckets.mixed(load.num_decodes), load.pending_tokens)
-            chosen = self._within_target(candidates, load, load.itl_target_ms) if candidates else None
+            chosen = (
+                self._within_target(candidates, load, load.itl_target_ms, load.is_first_gap) if candidates else None
+            )
         else:
             efficient = self._efficient(load.num_decodes)
             candidates = self._buckets.mixed(load.num_decodes) if load.is_late else efficient
@@ -235,17 +240,19 @@ class StepBudget:
             return candidates
         return candidates[: max(1, bisect_right(candidates, self._most_rows, key=_num_rows))]
 
-    def _within_target(self, candidates: tuple[Bucket, ...], load: StepLoad, target_ms: float) -> Bucket:
+    def _within_target(
+        self, candidates: tuple[Bucket, ...], load: StepLoad, target_ms: float, is_sure: bool = False
+    ) -> Bucket:
         """The largest candidate that is fast enough, else the smallest one that is worth a step.
 
         A bucket that was never timed is taken to need at most as long a row as the next smaller one that was: a larger
         step never computes fewer rows a second than a smaller one that reads the same weights.
         """
         for index in range(len(candidates) - 1, 0, -1):
-            bound_ms = self._bound_ms(candidates, index, load)
+            bound_ms = self._bound_ms(candidates, index, load, is_sure)
             if bound_ms is not None and bound_ms <= target_ms:
                 return candidates[index]
-        smallest_ms = self._bound_ms(candidates, 0, load)
+        smallest_ms = self._bound_ms(candidates, 0, load, is_sure)
         if smallest_ms is not None and smallest_ms <= target_ms:
             return candidates[0]
         return next((bucket for bucket in candidates if bucket.num_rows >= self._least_rows), candidates[-1])
@@ -259,13 +266,13 @@ class StepBudget:
                 return bucket
         return candidates[0]
 
-    def _bound_ms(self, candidates: tuple[Bucket, ...], index: int, load: StepLoad) -> float | None:
+    def _bound_ms(self, candidates: tuple[Bucket, ...], index: int, load: StepLoad, is_sure: bool) -> float | None:
         bucket = candidates[index]
         pairs = _pairs(load.prompts, bucket.prefill_rows)
-        bound_ms = self._model.bound_ms(bucket, load.decode_positions, pairs)
+        bound_ms = self._model.bound_ms(bucket, load.decode_positions, pairs, is_sure=is_sure)
         if bound_ms is not None or not index:
             return bound_ms
-        smaller_ms = self._bound_ms(candidates, index - 1, load)
+        smaller_ms = self._bound_ms(candidates, index - 1, load, is_sure)
         return None if smaller_ms is None else smaller_ms * bucket.num_rows / candidates[index - 1].num_rows
 
 

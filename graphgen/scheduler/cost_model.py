@@ -101,16 +101,20 @@ class CostModel:
         time = self._uncorrected_ms(bucket, decode_positions, prompt_pairs)
         return None if time is None else time * self._correction(bucket)
 
-    def bound_ms(self, bucket: Bucket, decode_positions: int, prompt_pairs: int) -> float | None:
-        """As `predict_ms`, but what 95 % of such steps stay within.
+    def bound_ms(
+        self, bucket: Bucket, decode_positions: int, prompt_pairs: int, *, is_sure: bool = False
+    ) -> float | None:
+        """As `predict_ms`, but what 95 % of such steps stay within; with is_sure, 99.9 %.
 
-        Of a normal error 95 % lie below 1.64 standard deviations, which are 2.06 times the mean of its absolute value.
+        Of a normal error 95 % lie below 1.64 standard deviations, which are 2.06 times the mean of its absolute value,
+        and 99.9 % below 3.09, which are 3.87 times that mean.
         """
         milliseconds = self.predict_ms(bucket, decode_positions, prompt_pairs)
         if milliseconds is None:
             return None
         doubt = _TABLE_ERROR / math.sqrt(1 + self._num_corrections[bucket])
-        return milliseconds * (1.0 + min(2.06 * self._error + doubt, _MOST_MARGIN))
+        spread = (3.87 if is_sure else 2.06) * self._error
+        return milliseconds * (1.0 + min(spread + doubt, _MOST_MARGIN))
 
     def correct(self, bucket: Bucket, decode_positions: int, prompt_pairs: int, measured_ms: float) -> None:
         """Takes a step that ran into account. Times that cannot be (<= 0) are ignored."""

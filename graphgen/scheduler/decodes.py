@@ -49,6 +49,7 @@ class DecodeSet:
         self._border_rows: list[dict[RunningRequest, None]] = [{} for _ in range(page_size)]
         self._num_with_target: dict[float, int] = {}
         self._itl_target_ms: float | None = None
+        self._first_gap_clock = -1  # the last plan with the second token of one that had the tightest target
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -65,6 +66,11 @@ class DecodeSet:
     def itl_target_ms(self) -> float | None:
         """The tightest target among them; None if nobody has one."""
         return self._itl_target_ms
+
+    @property
+    def has_first_gap(self) -> bool:
+        """Whether the next plan draws the second token of one that has the tightest target."""
+        return self._first_gap_clock == self._clock
 
     def position(self, running: RunningRequest) -> int:
         """The position that the next plan computes for one of them: those before it are computed."""
@@ -92,6 +98,8 @@ class DecodeSet:
         if target is not None:
             self._num_with_target[target] = self._num_with_target.get(target, 0) + 1
             self._itl_target_ms = target if self._itl_target_ms is None else min(target, self._itl_target_ms)
+            if position == running.request.prompt_len and target == self._itl_target_ms:
+                self._first_gap_clock = self._clock
 
     def begin_output(self, running: RunningRequest) -> None:
         """It has its first token, if it did not have it before: from then on its later ones are due."""

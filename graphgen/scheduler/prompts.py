@@ -178,6 +178,7 @@ class PromptPlanner:
             num_decodes=num_decodes,
             decode_positions=decodes.num_positions,
             itl_target_ms=bounds.target_ms,
+            is_first_gap=decodes.has_first_gap,
             slack_ms=self._mean_gaps.most_ms(now_s),
             most_ms=bounds.most_ms,
             prompts=[(running.num_prefilled, running.num_missing) for running in begun],

@@ -19,7 +19,7 @@ import msgspec
 from benchmarks.scenarios import parse_load, requests_of
 from benchmarks.simulated_machine import Machine, Policy
 from benchmarks.virtual_engine import VirtualEngine
-from graphgen.ipc.messages import StepPlan, Submit
+from graphgen.ipc.messages import ObjectiveName, StepPlan, Submit
 from graphgen.launch.step_times_store import StepTimesFile
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.policy import Scheduler
@@ -118,5 +118,11 @@ def recorder(on: Machine, policy: Policy) -> Recorder:
     return Recorder(*on.scheduler_parts(policy))
 
 
+def plans_of(workload: Workload, objective: ObjectiveName) -> list[str]:
+    """Its digests when the engine is to be good at that."""
+    policy = msgspec.structs.replace(workload.policy, objective=objective)
+    return record(msgspec.structs.replace(workload, policy=policy), recorder)
+
+
 if __name__ == "__main__":
-    print(json.dumps({name: record(workload, recorder) for name, workload in WORKLOADS.items()}, indent=1))
+    print(json.dumps({name: plans_of(workload, "latency") for name, workload in WORKLOADS.items()}, indent=1))

@@ -17,16 +17,11 @@ from graphgen.scheduler.budget import StepBudget, StepLoad
 from graphgen.scheduler.cost_model import SATURATION_NOISE, CostModel
 from graphgen.scheduler.large_steps import RATE_SHARE, LargeSteps
 from graphgen.scheduler.objectives import OBJECTIVES
-from tests.scheduler.recorded import FILE, WORKLOADS, Workload, record, recorder
+from tests.scheduler.recorded import FILE, WORKLOADS, plans_of
 from tests.scheduler.virtual_time import VirtualEngine
 
 RECORDED = json.loads(FILE.read_text())
 H200 = StepTimesFile.read(H200_STEP_TIMES).table
-
-
-def plans_of(workload: Workload, objective: ObjectiveName) -> list[str]:
-    policy = msgspec.structs.replace(workload.policy, objective=objective)
-    return record(msgspec.structs.replace(workload, policy=policy), recorder)
 
 
 def test_every_objective_of_the_configuration_is_defined() -> None:
@@ -177,7 +172,7 @@ def test_a_queue_that_keeps_steps_large_does_not_make_them_large(objective: Obje
         pending = num_steps * large.prefill_rows + tokens
         if asks_between:
             budget.usual(32, 32 * 1024, 100 * pending)
-        return budget.choose(StepLoad(32, 32 * 1024, None, None, None, (), pending, False))
+        return budget.choose(StepLoad(32, 32 * 1024, None, False, None, None, (), pending, False))
 
     assert bucket_for(grow, -1) == small
     assert bucket_for(grow) == large
