@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import msgspec
 import torch
 
-from graphgen.models.formats.products import BLOCK
+from graphgen.models.formats import as_they_lie
 from graphgen.models.spec import GQA, Dense, Embedding, Experts, Head, Latent, Layer, ModelSpec, Norm, QKNorm, Router
 from graphgen.models.spec.formats import PACKED_BLOCK, LinearFormat
 
@@ -24,8 +24,8 @@ step of 4, 8 and 16 rows takes 3.0, 3.2 and 4.1 ms in the kernels, and in the co
 3.2, 3.5 and 3.9. In int4 one of 16 rows takes 4.7 ms in the kernels, and a layer's products 59 us in the compiled
 layers, 10 less than in fp8."""
 MOST_ROWS_OF_MADE = 16
-"""The same where they first make another weight of it: of int8, of int4 whose groups have 32 columns, and of e4m3 with
-other scales than one for a row or a block. And of ranks, whose sums the kernels make themselves."""
+"""The same where they first make another weight of it: see formats/as_they_lie.py. And of ranks, whose sums the
+kernels make themselves."""
 MOST_ROWS_OF_EXPERTS = 4
 """A step of Qwen3-30B-A3B on an H200: 1, 2, 4 and 8 rows take 3.2, 3.6, 4.6 and 6.2 ms here, compiled 1 row takes 4.1
 and 16 rows 5.4."""
@@ -105,12 +105,7 @@ def most_rows(spec: ModelSpec, num_ranks: int = 1) -> int:
 
 
 def _most_rows_in_e4m3(form: LinearFormat, num_ranks: int) -> int:
-    is_read = {
-        "e4m3": (form.rows, form.group) in ((1, None), (BLOCK, BLOCK)),
-        "int8": False,
-        "int4": form.group is None or form.group >= PACKED_BLOCK // 2,
-    }
-    return MOST_ROWS_OF_E4M3 if is_read[form.storage] and num_ranks == 1 else MOST_ROWS_OF_MADE
+    return MOST_ROWS_OF_E4M3 if as_they_lie.is_read(form) and num_ranks == 1 else MOST_ROWS_OF_MADE
 
 
 def _most_rows(experts: Experts) -> int:

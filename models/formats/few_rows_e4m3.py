@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from graphgen.models.chaining import launch_options
-from graphgen.models.formats.products import BLOCK
+from graphgen.models.formats.as_they_lie import BLOCK
 
 LEAST_DEPTH = 128
 """Columns of a weight that are multiplied at a time: its columns are a multiple of it."""

@@ -23,6 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from graphgen.models.chaining import launch_options
 from graphgen.models.few_rows_weights import INT4_BLOCK, INT4_HALF
+from graphgen.models.formats.as_they_lie import is_int4
 from graphgen.models.spec.formats import PACKED_BLOCK
 
 MOST_ROWS = 128
@@ -55,8 +56,7 @@ class Cut(NamedTuple):
 def serves(num_rows: int, depth: int, group: int, rows: int) -> bool:
     """Whether inputs [num_rows, depth] are multiplied here with a weight of which `group` columns, or all (0), and
     `rows` rows share a scale."""
-    divides = depth % PACKED_BLOCK == 0 and (group == PACKED_BLOCK // 2 or group % PACKED_BLOCK == 0)
-    return num_rows <= MOST_ROWS and rows == 1 and divides
+    return num_rows <= MOST_ROWS and depth % PACKED_BLOCK == 0 and is_int4(group, rows)
 
 
 def cut(num_rows: int, size: int, depth: int, zeros: bool) -> Cut:

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphgen.models.chaining import can_chain
-from graphgen.models.formats import cpu_float32, matrices
+from graphgen.models.formats import as_they_lie, cpu_float32, matrices
+from graphgen.models.formats.as_they_lie import BLOCK
 from graphgen.models.formats.layout import E4M3_MOST, Quantised, matrix_of, unpack_int4
 from graphgen.models.spec.formats import LinearFormat
 
@@ -27,8 +28,6 @@ CPU_FEW_ROWS = 16
 """Rows up to which torch's own product of int8 is faster on the CPU than making a matrix first. With 2048 x 2048 on one
 core with AVX512 it takes 1.6 ms at 16 rows against 1.5, and 0.2 at one row against 0.9."""
 
-BLOCK = 128
-"""Columns of an input that share a scale, and rows and columns of a weight, where both are scaled in blocks."""
 E4M3_STEP = 16
 """Both sizes of a weight in e4m3 are multiples of it, for torch to multiply it."""
 LEAST_SCALE = 1.0 / (E4M3_MOST * 512.0)
@@ -124,9 +123,9 @@ def product_of_many_rows(x: Tensor, weight: Weight, bias: Tensor | None, device:
     size, depth = weight.codes.shape[0], x.shape[-1]
     made = matrices.makes(form, depth)
     if device.by_rows and form.rounds_input and size % E4M3_STEP == 0 and depth % E4M3_STEP == 0:
-        if form.storage == "e4m3" and form.group is None and form.rows == 1:
+        if as_they_lie.is_by_rows(form):
             return _product_by_rows(rows, weight.codes, weight.scale, bias).view(*x.shape[:-1], size)
-        if form.storage == "e4m3" and (form.rows, form.group) == (BLOCK, BLOCK) and device.by_blocks and made:
+        if as_they_lie.is_by_blocks(form) and device.by_blocks and made:
             return _product_by_blocks(rows, weight, bias).view(*x.shape[:-1], size)
         if form.storage == "int4" and made:
             return _product_of_int4(rows, weight, bias).view(*x.shape[:-1], size)

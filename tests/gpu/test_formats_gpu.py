@@ -9,6 +9,7 @@ from torch.fx.experimental import _config as symbolic_shapes_config
 
 from graphgen.models.activations import ACTIVATIONS
 from graphgen.models.formats import matrices
+from graphgen.models.formats.as_they_lie import BLOCK
 from graphgen.models.formats.layout import unpack_int4
 from graphgen.models.formats.products import Weight, product
 from graphgen.models.normed import Normed
@@ -149,9 +150,9 @@ def test_few_rows_in_e4m3_are_as_of_the_library(num_rows: int, size: int, depth:
     codes, x = randn(size, depth).to(torch.float8_e4m3fn), randn(num_rows, depth)
     if blocked:
         left, of_left = products.quantise_blocks(x)
-        scale = torch.rand(-(-size // products.BLOCK), depth // products.BLOCK, device="cuda") + 0.5
-        wide = left.float() * of_left.t().repeat_interleave(products.BLOCK, 1)
-        weight = codes.float() * scale.repeat_interleave(products.BLOCK, 0)[:size].repeat_interleave(products.BLOCK, 1)
+        scale = torch.rand(-(-size // BLOCK), depth // BLOCK, device="cuda") + 0.5
+        wide = left.float() * of_left.t().repeat_interleave(BLOCK, 1)
+        weight = codes.float() * scale.repeat_interleave(BLOCK, 0)[:size].repeat_interleave(BLOCK, 1)
         got = torch.ops.graphgen.product_by_blocks(left, of_left, codes, scale, torch.bfloat16)
     else:
         left, of_left = products.quantise_rows(x)

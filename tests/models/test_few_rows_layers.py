@@ -247,6 +247,8 @@ def test_as_many_rows_are_served_as_have_few_pairs_with_their_experts() -> None:
         (LinearFormat(storage="int4"), MOST_ROWS_OF_E4M3),
         (LinearFormat(storage="int4", group=64), MOST_ROWS_OF_E4M3),
         (LinearFormat(storage="int4", group=32), MOST_ROWS_OF_MADE),
+        (LinearFormat(storage="int4", group=192), MOST_ROWS_OF_MADE),
+        (LinearFormat(storage="int4", group=128, rows=2), MOST_ROWS_OF_MADE),
     ):
         assert most_rows(replace(SPEC, layers=(LAYER, with_mixer(o_format=rounded)))) == most
     assert most_rows(replace(SPEC, layers=(LAYER, with_experts(num_experts=128, top_k=8)))) == MOST_ROWS_OF_EXPERTS

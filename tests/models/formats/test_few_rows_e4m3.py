@@ -8,7 +8,7 @@ import importlib.util
 import pytest
 import torch
 
-from graphgen.models.formats.products import BLOCK
+from graphgen.models.formats.as_they_lie import BLOCK
 from tests.models.kept import convert_fp8_as_a_gpu_does
 
 if importlib.util.find_spec("triton") is None:

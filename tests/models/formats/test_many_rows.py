@@ -9,9 +9,9 @@ from msgspec.structs import replace
 from torch.fx.experimental import _config as symbolic_shapes_config
 
 from graphgen.models.formats import matrices
+from graphgen.models.formats.as_they_lie import BLOCK
 from graphgen.models.formats.layout import E4M3_MOST
 from graphgen.models.formats.products import (
-    BLOCK,
     Multiplies,
     Weight,
     product_of_many_rows,
