@@ -21,6 +21,9 @@ PERCENTILES = (50, 95, 99)
 CURVE_PERCENTS = (5, 10, 25, 50, 60, 70, 75, 80, 85, 90, 92, 94, 95, 96, 97, 98, 99, 99.5, 99.9, 99.99)
 """Where the curve of token latencies is kept: dense in the tail, which is what it is drawn for."""
 
+MOST_MISSED = 8
+"""Requests of a run of which it is kept why they missed a level."""
+
 Figures = dict[str, object]
 
 
@@ -52,12 +55,26 @@ class ServiceLevel(Struct, frozen=True):
     prompt_tokens_per_s: float = 512.0
     span: int = 16
 
+    @property
+    def name(self) -> str:
+        """That of its figures."""
+        return f"itl_{self.itl_s * 1000:g}ms"
+
     def is_met(self, request: ServedRequest) -> bool:
+        return self.miss(request) is None
+
+    def miss(self, request: ServedRequest) -> str | None:
+        """What was the first to come too late; None: nothing."""
         if not request.token_times_s:
-            return False
-        if request.token_times_s[0] > request.prompt_len / self.prompt_tokens_per_s:
-            return False
-        return all(average <= self.itl_s for average in moving_averages(request.gaps_s, self.span))
+            return request.error or "it has no token"
+        first_s, due_s = request.token_times_s[0], request.prompt_len / self.prompt_tokens_per_s
+        if first_s > due_s:
+            return f"its first token came after {first_s:.3f} s and was due after {due_s:.3f}"
+        for number, average_s in enumerate(moving_averages(request.gaps_s, self.span), 1):
+            if average_s > self.itl_s:
+                gap_ms = request.gaps_s[number - 1] * 1000.0
+                return f"gap {number} was {gap_ms:.2f} ms, which made the average {average_s * 1000.0:.2f}"
+        return None
 
 
 def moving_averages(values: Sequence[float], span: int) -> Iterator[float]:
@@ -77,17 +94,18 @@ def summarize(requests: Sequence[ServedRequest], levels: Sequence[ServiceLevel])
     """The figures of one run of at least one request. Throughputs are by wall clock, first request to last token.
 
     request_goodput: requests a second that met levels[0] (throughput times the share that met it).
-    goodput_itl_Nms: the same for each level. mlperf_NAME_share: of all requests, those that met that level of MLPerf's;
-    refused ones did not. itl_curve_ms: (percent, ms) pairs.
+    goodput_itl_Nms: the same for each level. missed_itl_Nms: why the others did not meet it, of the first MOST_MISSED.
+    mlperf_NAME_share: of all requests, those that met that level of MLPerf's; refused ones did not. itl_curve_ms:
+    (percent, ms) pairs.
     """
     completed = [request for request in requests if request.error is None]
     begun_s = min(request.sent_s for request in requests)
     duration_s = max((request.ended_s for request in completed), default=begun_s) - begun_s
     total_input = sum(request.prompt_len for request in completed)
     total_output = sum(len(request.token_times_s) for request in completed)
+    missed = {level.name: list(_missed(level, completed, begun_s)) for level in levels}
     goodputs = {
-        f"goodput_itl_{level.itl_s * 1000:g}ms": _per_s(sum(map(level.is_met, completed)), duration_s)
-        for level in levels
+        f"goodput_{name}": _per_s(len(completed) - len(reasons), duration_s) for name, reasons in missed.items()
     }
     gaps = [gap for request in completed for gap in request.gaps_s]
     return {
@@ -106,12 +124,20 @@ def summarize(requests: Sequence[ServedRequest], levels: Sequence[ServiceLevel])
         "max_itl_ms": max(gaps) * 1000.0 if gaps else None,
         **distribution("e2el", [request.token_times_s[-1] for request in completed if request.token_times_s]),
         **goodputs,
+        **{f"missed_{name}": reasons[:MOST_MISSED] for name, reasons in missed.items()},
         **{
             f"mlperf_{name}_share": sum(map(level.is_met, requests)) / len(requests)
             for name, level in MLPERF_LEVELS.items()
         },
         "itl_curve_ms": curve(gaps),
     }
+
+
+def _missed(level: ServiceLevel, requests: Sequence[ServedRequest], begun_s: float) -> Iterator[str]:
+    for request in requests:
+        if (reason := level.miss(request)) is not None:
+            sent_s = request.sent_s - begun_s
+            yield f"the request of {request.prompt_len} tokens that was sent at {sent_s:.2f} s: {reason}"
 
 
 def distribution(name: str, values_s: Sequence[float]) -> Figures:

@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 from msgspec import Struct
 
@@ -194,6 +195,15 @@ def _number(value: object, digits: int) -> str:
     return f"{value:.{digits}f}" if isinstance(value, (int, float)) else "-"
 
 
+def print_misses(rows: Sequence[Figures], levels: Sequence[ServiceLevel]) -> None:
+    """Why requests missed a level that they asked for."""
+    for row in rows:
+        for level in levels:
+            if row["itl_target_ms"] == level.itl_s * 1000.0:
+                for reason in cast("list[str]", row[f"missed_{level.name}"]):
+                    print(f"{row['workload']}, {row['itl_target_ms']:g} ms asked: {reason}")
+
+
 def _numbers(row: Figures, keys: Sequence[str], digits: int) -> str:
     return "/".join(_number(row[key], digits) for key in keys)
 
@@ -309,6 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
             print(
                 f"{row['workload']}: {row['highest_rate']:.2f} a second is the most of which 99 % meet {row['level']}"
             )
+    print_misses(rows, levels)
     for name in ("eager_steps", "recompilations"):
         if slow := [row["workload"] for row in rows if row[name]]:
             print(f"{name} are not 0 with {', '.join(map(str, slow))}: these figures are not those of a healthy engine")

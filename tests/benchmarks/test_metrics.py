@@ -2,12 +2,13 @@
 
 import itertools
 import math
+from typing import cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.metrics import ServedRequest, ServiceLevel, curve, distribution, moving_averages, summarize
+from benchmarks.metrics import MOST_MISSED, ServedRequest, ServiceLevel, curve, distribution, moving_averages, summarize
 
 SLA_20_MS = ServiceLevel(itl_s=0.020)
 
@@ -43,6 +44,12 @@ def test_one_long_gap_breaks_the_level_only_where_too_few_good_ones_balance_it()
     assert not SLA_20_MS.is_met(request(512, 0.5, [*[0.005] * 40, stall, stall, stall])), "the tail counts too"
 
 
+def test_why_a_level_was_missed_is_kept_of_the_first_requests_only() -> None:
+    figures = summarize([request(512, 2.0, [0.01])] * (MOST_MISSED + 1), [SLA_20_MS])
+    assert len(cast("list[str]", figures["missed_itl_20ms"])) == MOST_MISSED
+    assert figures["request_goodput"] == 0.0
+
+
 def test_the_first_token_is_due_after_prompt_tokens_over_512_seconds() -> None:
     assert SLA_20_MS.is_met(request(512, 1.0, [0.01]))
     assert not SLA_20_MS.is_met(request(511, 1.0, [0.01]))
@@ -65,6 +72,12 @@ def test_figures_of_a_hand_made_run() -> None:
     assert figures["total_token_throughput"] == pytest.approx(2054 / 4.010)
     assert figures["request_goodput"] == figures["goodput_itl_25ms"] == pytest.approx(1 / 4.010)
     assert figures["goodput_itl_12ms"] == 0.0
+    late = (
+        "the request of 1024 tokens that was sent at 1.00 s: its first token came after 3.000 s and was due after 2.000"
+    )
+    assert figures["missed_itl_25ms"] == [late]
+    average = "the request of 1024 tokens that was sent at 0.00 s: gap 2 was 20.00 ms, which made the average 15.31"
+    assert figures["missed_itl_12ms"] == [average, late]
     assert figures["mean_ttft_ms"] == pytest.approx(2000.0)
     assert figures["p95_ttft_ms"] == pytest.approx(2900.0)
     assert figures["mean_tpot_ms"] == pytest.approx((20.0 + 10.0) / 2)

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import sending, serving
 from benchmarks.cpu_time import cpu_seconds
-from benchmarks.metrics import Figures
+from benchmarks.metrics import Figures, ServiceLevel
 from benchmarks.step_log import StepLogReader
 from benchmarks.workload import PlannedRequest
 from graphgen import InvalidRequestError
@@ -116,6 +116,14 @@ def test_streams_are_timed_where_they_are_read_and_budgets_are_swept(capsys: pyt
     printed = capsys.readouterr().out
     assert "budget" in printed
     assert "80/6:2" in printed
+
+
+def test_what_missed_a_level_is_told_where_it_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    levels = [ServiceLevel(0.02), ServiceLevel(0.03)]
+    missed: Figures = {"missed_itl_20ms": ["too late"], "missed_itl_30ms": ["much too late"]}
+    rows = [{"workload": f"{asked} asked", "itl_target_ms": asked, **missed} for asked in (None, 20.0)]
+    serving.print_misses(rows, levels)
+    assert capsys.readouterr().out == "20.0 asked, 20 ms asked: too late\n"
 
 
 def test_a_bad_workload_ends_the_script_before_an_engine_starts(capsys: pytest.CaptureFixture[str]) -> None:
