@@ -8,6 +8,8 @@ matrix and reading it again costs less than that: of a layer of Llama-3.1-8B 0.4
 whose product is faster besides. The memory is a temporary of the layer.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,16 +39,19 @@ def weight_matrix(form: LinearFormat, codes: Tensor, scale: Tensor, zeros: Tenso
 
 
 def weight_in_e4m3(form: LinearFormat, codes: Tensor, scale: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The weight of integer codes as ([N, K] float8_e4m3fn, [N, 1] float32 its scale of each row), rounded again."""
+    """The weight of integer codes as ([N, K] float8_e4m3fn, [N, 1] float32 its scale of each row), rounded again. Of
+    int4 codes those with the largest scale of their row are exact, so all where a row has one scale."""
     made: tuple[Tensor, Tensor] = torch.ops.graphgen.weight_in_e4m3.default(
         codes, scale, zeros, form.group or 0, form.rows
     )
     return made
 
 
-def largest_code(storage: Storage, has_zeros: bool) -> float:
-    """What a code less its zero is at most, in magnitude."""
-    return (_LARGEST_WITH_ZEROS if has_zeros else _LARGEST)[storage]
+def code_in_e4m3(storage: Storage, has_zeros: bool) -> float:
+    """What a code of one becomes that has the largest scale of its row: the largest power of two with which all codes,
+    less their zeros, are in the range of e4m3."""
+    largest = (_LARGEST_WITH_ZEROS if has_zeros else _LARGEST)[storage]
+    return 2.0 ** math.floor(math.log2(E4M3_MOST / largest))
 
 
 def _unpacked(codes: Tensor, scale: Tensor, zeros: Tensor | None, group: int, rows: int) -> Quantised:
@@ -64,9 +69,10 @@ def _matrix_in_torch(
 def _e4m3_in_torch(codes: Tensor, scale: Tensor, zeros: Tensor | None, group: int, rows: int) -> tuple[Tensor, Tensor]:
     whole = _unpacked(codes, scale, zeros, group, rows)
     most = scale.float().abs().amax(1, keepdim=True).repeat_interleave(rows, 0)[: codes.shape[0]]
-    of_rows = most * (largest_code(whole.format.storage, zeros is not None) / E4M3_MOST)
-    factor = torch.where(of_rows > 0.0, of_rows.reciprocal(), 0.0)
-    return (matrix_of(whole, torch.float32) * factor).to(torch.float8_e4m3fn), of_rows
+    of_rows = most / code_in_e4m3(whole.format.storage, zeros is not None)
+    of_scales = of_rows[::rows]
+    share = torch.where(of_scales > 0.0, scale.float() / of_scales, 0.0)
+    return matrix_of(whole._replace(scale=share), torch.float32).to(torch.float8_e4m3fn), of_rows
 
 
 def _matrix_on_cuda(

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from graphgen.models.few_rows_tiles import STORAGES as NUMBERS
 from graphgen.models.few_rows_weights import INT4, Reading, of_bytes, of_nibbles
-from graphgen.models.formats.layout import E4M3_MOST, STORAGES
-from graphgen.models.formats.matrices import largest_code
+from graphgen.models.formats.layout import STORAGES
+from graphgen.models.formats.matrices import code_in_e4m3
 from graphgen.models.spec.formats import PACKED_BLOCK
 
 ROWS, BYTES = 8, 1024
@@ -46,7 +46,7 @@ def make_matrix(
         num_rows,
         row_bytes,
         num_groups,
-        largest_code(storage, zeros is not None) / E4M3_MOST if scaled else 0.0,
+        1.0 / code_in_e4m3(storage, zeros is not None) if scaled else 1.0,
         scaled,
         ROWS,
         BYTES // reading.tile_bytes,
@@ -75,7 +75,7 @@ def matrix_kernel(
     num_rows: int,
     row_bytes: int,
     num_groups: int,
-    largest: float,
+    of_largest: float,
     SCALED: tl.constexpr,
     ROWS: tl.constexpr,
     UNITS: tl.constexpr,
@@ -83,7 +83,7 @@ def matrix_kernel(
     HOW: tl.constexpr,
 ) -> None:
     """A program reads ROWS x UNITS x HOW.tile_bytes bytes, each unit of which has one scale, or of int4 one for its low
-    halves and one for its high ones. SCALED: what is stored was divided by a scale of its row, `largest` times the
+    halves and one for its high ones. SCALED: what is stored was divided by a scale of its row, `of_largest` times the
     largest scale of the row, whatever its sign."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     byte = (tl.program_id(1) * UNITS + tl.arange(0, UNITS)) * HOW.tile_bytes
@@ -92,22 +92,22 @@ def matrix_kernel(
     stored = inside[:, :, None] & (along >= 0)
     raw = tl.load(codes + (rows[:, None] * row_bytes + byte[None, :])[:, :, None] + along, stored, other=0)
     first_group = rows // HOW.scale_rows * num_groups
-    factor = tl.full((ROWS,), 1.0, tl.float32)
+    of_row = tl.full((ROWS,), 1.0, tl.float32)
     if SCALED:
         numbers = tl.arange(0, GROUPS)[None, :]
         all_scales = tl.load(
             scales + first_group[:, None] + numbers, exists[:, None] & (numbers < num_groups), other=0.0
         )
-        of_row = tl.max(tl.abs(all_scales.to(tl.float32)), 1) * largest
-        factor = tl.where(of_row > 0.0, 1.0 / of_row, 0.0)
+        of_row = tl.max(tl.abs(all_scales.to(tl.float32)), 1) * of_largest
         if tl.program_id(1) == 0:
             tl.store(of_rows + rows, of_row, exists)
+        of_row = tl.where(of_row > 0.0, of_row, 1.0)  # where all scales are 0
     if HOW.storage == INT4:
         column = byte // 64 * 128 + byte % 64
         for half in tl.static_range(2):
             place = column + 64 * half
             zero = _of_groups(zeros, first_group, place, inside, HOW) if HOW.zeros else tl.full((1, 1), 8.0, tl.float32)
-            scale = _of_groups(scales, first_group, place, inside, HOW) * factor[:, None]
+            scale = tl.div_rn(_of_groups(scales, first_group, place, inside, HOW), of_row[:, None])
             value = of_nibbles(raw, zero[:, :, None], half, tl.float32, HOW) * scale[:, :, None]
             value = value.to(matrix.dtype.element_ty)
             tl.store(matrix + (rows[:, None] * 2 * row_bytes + place[None, :])[:, :, None] + along, value, stored)
@@ -115,6 +115,6 @@ def matrix_kernel(
         value = of_bytes(raw, tl.float32, HOW)
         if HOW.zeros:
             value -= _of_groups(zeros, first_group, byte, inside, HOW)[:, :, None]
-        scale = _of_groups(scales, first_group, byte, inside, HOW) * factor[:, None]
+        scale = tl.div_rn(_of_groups(scales, first_group, byte, inside, HOW), of_row[:, None])
         value = (value * scale[:, :, None]).to(matrix.dtype.element_ty)
         tl.store(matrix + (rows[:, None] * row_bytes + byte[None, :])[:, :, None] + along, value, stored)

@@ -106,6 +106,15 @@ def test_scales_of_any_sign_are_in_the_range_of_e4m3(form: LinearFormat) -> None
         assert (got - want).norm() <= 1.2 * INPUT_ERROR * want.norm(), "of one row it varies"
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+def test_int4_with_a_scale_a_row_is_exact_in_e4m3(zeros: bool) -> None:
+    """All differences of two codes have few enough bits: steps of many rows then compute with what few rows have."""
+    torch.manual_seed(5)
+    weight = random_weight(LinearFormat(storage="int4", zeros=zeros), 48, 768)
+    codes, scale = matrices.weight_in_e4m3(weight.format, weight.codes, weight.scale, weight.zeros)
+    assert torch.equal(codes.float() * scale, matrix(weight))
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed; comes with torch for CUDA"
 )
