@@ -57,6 +57,12 @@ class Reference:
         model = Gemma3ForCausalLM(Gemma3TextConfig(**GEMMA3))
         return cls(_filled(model, file, gguf.MODEL_ARCH.GEMMA3, _less_one))
 
+    def round_weights(self, rounded: Callable[[Tensor], Tensor]) -> None:
+        """Of all linear layers but the head's, [N, K] each, for good."""
+        for name, module in self._model.named_modules():
+            if isinstance(module, torch.nn.Linear) and name != "lm_head":
+                module.weight.data = rounded(module.weight.data)
+
     @torch.no_grad()
     def logits(self, prompt: Sequence[int], output: Sequence[int]) -> Tensor:
         """Of each token of the output, [len(output), V]."""
