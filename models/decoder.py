@@ -23,7 +23,7 @@ from graphgen.models.compilation import Attend, CompiledHalves, FeedForward
 from graphgen.models.families.family import TensorNames
 from graphgen.models.few_rows_layers import most_rows, reads_fitted, serves_model, serves_rank
 from graphgen.models.formats.linear import Linear, StoredWeight
-from graphgen.models.formats.products import matrix_product
+from graphgen.models.formats.products import has_kernels_of_few_rows, matrix_product
 from graphgen.models.kv_cache import HeadScales, KVCache
 from graphgen.models.layers import Attention, DecoderLayer
 from graphgen.models.norms import make_norm, norm_targets
@@ -300,4 +300,4 @@ def _most_few_rows(decoder: Decoder, device: torch.device, ranks: Ranks | None) 
     linears = (module for module in decoder.modules() if isinstance(module, StoredWeight))
     if not reads_fitted(spec, ((linear.format, linear.in_features) for linear in linears)):
         return 0
-    return most_rows(spec, 1 if ranks is None else ranks.shard.size)
+    return most_rows(spec, 1 if ranks is None else ranks.shard.size, has_kernels_of_few_rows())

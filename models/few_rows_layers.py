@@ -21,11 +21,14 @@ MOST_ROWS = 64
 MOST_ROWS_OF_E4M3 = 8
 """The same where the compiled layers multiply in e4m3 with the codes as they lie. Of Llama-3.1-8B on an H200, fp8: a
 step of 4, 8 and 16 rows takes 3.0, 3.2 and 4.1 ms in the kernels, and in the compiled layers one of 8, 16 and 32 rows
-3.2, 3.5 and 3.9. In int4 one of 16 rows takes 4.7 ms in the kernels, and a layer's products 59 us in the compiled
-layers, 10 less than in fp8."""
+3.2, 3.5 and 3.9."""
+MOST_ROWS_OF_INT4 = 1
+"""The same of int4: one, 2, 4 and 8 rows take 1.6, 3.4, 3.5 and 3.7 ms in the kernels, and in the compiled layers 2, 4
+and 8 rows 2.8, 2.9 and 3.1. Only of one row are the sums made of integers. Experts, which have no product of few rows
+with the codes as they lie, are not meant."""
 MOST_ROWS_OF_MADE = 16
-"""The same where they first make another weight of it: see formats/as_they_lie.py. And of ranks, whose sums the
-kernels make themselves."""
+"""The same where they first make another weight of it (see formats/as_they_lie.py), or where the device is not the one
+that their products of few rows are cut for. And of ranks, whose sums the kernels make themselves."""
 MOST_ROWS_OF_EXPERTS = 4
 """A step of Qwen3-30B-A3B on an H200: 1, 2, 4 and 8 rows take 3.2, 3.6, 4.6 and 6.2 ms here, compiled 1 row takes 4.1
 and 16 rows 5.4."""
@@ -96,16 +99,20 @@ def serves_rank(own: ModelSpec, dtype: torch.dtype, num_ranks: int) -> bool:
     )
 
 
-def most_rows(spec: ModelSpec, num_ranks: int = 1) -> int:
-    """Decode rows up to which a model that is served runs in the kernels."""
+def most_rows(spec: ModelSpec, num_ranks: int = 1, reads_codes: bool = True) -> int:
+    """Decode rows up to which a model that is served runs in the kernels. reads_codes: the device has the products of
+    the compiled layers that read codes as they lie."""
     all_experts = [layer.feed_forward for layer in spec.layers if isinstance(layer.feed_forward, Experts)]
-    in_e4m3 = [_most_rows_in_e4m3(form, num_ranks) for form in spec.formats if form.rounds_input]
+    reads_codes, is_dense = reads_codes and num_ranks == 1, not all_experts
+    in_e4m3 = [_most_rows_in_e4m3(form, reads_codes, is_dense) for form in spec.formats if form.rounds_input]
     sent = [MOST_SENT // (num_ranks - 1)] if num_ranks > 1 else []
     return min([MOST_ROWS, *sent, *in_e4m3, *(_most_rows(experts) for experts in all_experts)])
 
 
-def _most_rows_in_e4m3(form: LinearFormat, num_ranks: int) -> int:
-    return MOST_ROWS_OF_E4M3 if as_they_lie.is_read(form) and num_ranks == 1 else MOST_ROWS_OF_MADE
+def _most_rows_in_e4m3(form: LinearFormat, reads_codes: bool, is_dense: bool) -> int:
+    if not reads_codes or not as_they_lie.is_read(form):
+        return MOST_ROWS_OF_MADE
+    return MOST_ROWS_OF_INT4 if form.storage == "int4" and is_dense else MOST_ROWS_OF_E4M3
 
 
 def _most_rows(experts: Experts) -> int:

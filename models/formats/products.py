@@ -219,7 +219,7 @@ def _int4_on_cuda(
     dtype: torch.dtype,
 ) -> Tensor:
     """Of few rows the codes as they lie; else the weight is made one of e4m3, which costs writing and reading that."""
-    if _has_kernels_of_few_rows():
+    if has_kernels_of_few_rows():
         from graphgen.models.formats import few_rows_int4
 
         if few_rows_int4.serves(left.shape[0], left.shape[1], group, rows):
@@ -244,13 +244,13 @@ def _int4_in_torch(
     return F.linear(left.float() * of_left, matrix, None if bias is None else bias.float()).to(dtype)
 
 
-def _has_kernels_of_few_rows() -> bool:
-    """They are cut for SM90."""
+def has_kernels_of_few_rows() -> bool:
+    """That read codes as they lie: these are cut for SM90."""
     return torch.cuda.get_device_capability() == (9, 0)
 
 
 def _is_of_few_rows(left: Tensor, codes: Tensor) -> bool:
-    if not _has_kernels_of_few_rows():
+    if not has_kernels_of_few_rows():
         return False
     from graphgen.models.formats import few_rows_e4m3  # imports Triton, which is there where CUDA is
 

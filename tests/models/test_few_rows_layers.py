@@ -11,6 +11,7 @@ from graphgen.models.few_rows_layers import (
     MOST_ROWS,
     MOST_ROWS_OF_E4M3,
     MOST_ROWS_OF_EXPERTS,
+    MOST_ROWS_OF_INT4,
     MOST_ROWS_OF_MADE,
     most_rows,
     reads_fitted,
@@ -244,14 +245,18 @@ def test_as_many_rows_are_served_as_have_few_pairs_with_their_experts() -> None:
         (LinearFormat(storage="e4m3", activation="e4m3", rows=128, group=128), MOST_ROWS_OF_E4M3),
         (LinearFormat(storage="e4m3", activation="e4m3", group=128), MOST_ROWS_OF_MADE),
         (LinearFormat(storage="int8", activation="e4m3"), MOST_ROWS_OF_MADE),
-        (LinearFormat(storage="int4"), MOST_ROWS_OF_E4M3),
-        (LinearFormat(storage="int4", group=64), MOST_ROWS_OF_E4M3),
+        (LinearFormat(storage="int4"), MOST_ROWS_OF_INT4),
+        (LinearFormat(storage="int4", group=64), MOST_ROWS_OF_INT4),
         (LinearFormat(storage="int4", group=32), MOST_ROWS_OF_MADE),
         (LinearFormat(storage="int4", group=192), MOST_ROWS_OF_MADE),
         (LinearFormat(storage="int4", group=128, rows=2), MOST_ROWS_OF_MADE),
     ):
-        assert most_rows(replace(SPEC, layers=(LAYER, with_mixer(o_format=rounded)))) == most
+        spec = replace(SPEC, layers=(LAYER, with_mixer(o_format=rounded)))
+        assert most_rows(spec) == most
+        assert most_rows(spec, reads_codes=False) == MOST_ROWS_OF_MADE
     assert most_rows(replace(SPEC, layers=(LAYER, with_experts(num_experts=128, top_k=8)))) == MOST_ROWS_OF_EXPERTS
+    in_int4 = with_experts(num_experts=128, top_k=8, gate_up_format=FORMAT, down_format=FORMAT)
+    assert most_rows(replace(SPEC, layers=(LAYER, in_int4))) == MOST_ROWS_OF_EXPERTS
     assert most_rows(replace(SPEC, layers=(LAYER, with_experts(num_experts=512, top_k=32)))) == 2, "64 pairs at most"
     assert most_rows(replace(SPEC, layers=(with_experts(num_experts=64), with_experts(num_experts=32, top_k=6)))) == 2
     assert most_rows(replace(SPEC, layers=(with_experts(num_experts=2, top_k=2),))) == 1, "one row has no others"
