@@ -1,6 +1,6 @@
 """Do two frontends serve twice the tokens of one? Processor time of a token, and tokens a second, by frontends.
 
-The engines are processes that hand out tokens (`benchmarks.paced_engine`), at a set pace or as fast as they can, so
+The engines are processes that hand out tokens (`benchmarks.paced.engine`), at a set pace or as fast as they can, so
 that the frontends have most to do. Each frontend has a reader in a process of its own, which asks for batches and does
 little with them. Each frontend has as many streams in every row; what it takes to open them is counted. No GPU is
 needed.
@@ -66,7 +66,7 @@ class Setup:
             launch.write(folder)
             write_tokenizer(load_config_tokenizer(config, launch), folder)
         self.engines = [
-            self._start("benchmarks.paced_engine", folder, str(step_ms), str(num_frontends)) for folder in self._folders
+            self._start("benchmarks.paced.engine", folder, str(step_ms), str(num_frontends)) for folder in self._folders
         ]
         self.frontends: list[int] = []
         self.addresses: list[str] = []

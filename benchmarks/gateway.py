@@ -1,6 +1,6 @@
 """What does HTTP cost? A token's latency and processor time by way of the gateway, beside the protocol's own way.
 
-The engine hands out tokens at a set pace (`benchmarks.paced_engine`), to one client over GGP/1 or to as many HTTP
+The engine hands out tokens at a set pace (`benchmarks.paced.engine`), to one client over GGP/1 or to as many HTTP
 connections as there are streams. A row of its own has connections that are open and say nothing. No GPU is needed.
 
     python -m benchmarks.gateway

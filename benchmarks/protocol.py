@@ -1,6 +1,6 @@
 """What do the frontend and its protocol cost? A token's latency, messages a second, processor time, and neighbours.
 
-The engine is a process that hands out tokens at a set pace (`benchmarks.paced_engine`), so that what is measured is a
+The engine is a process that hands out tokens at a set pace (`benchmarks.paced.engine`), so that what is measured is a
 token's way from the scheduler's socket to the reader's callback: to an Engine's own process, and through the frontend.
 A disturbed run has one more client, which floods the server with bad messages and requests beyond its share, or opens
 streams and is stopped. No GPU is needed.
@@ -29,7 +29,7 @@ from typing import Self
 import msgspec
 import zmq
 
-from benchmarks.paced_engine import SENT_FILE
+from benchmarks.paced.engine import SENT_FILE
 from benchmarks.report import Row, machine, percentile, show, write_json
 from graphgen.calls.outputs import Delivery, StreamPiece
 from graphgen.calls.sampling_params import SamplingParams
@@ -103,7 +103,7 @@ class Setup:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.private_address = f"ipc://{self.folder}/private"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._processes["engine"] = self.start("benchmarks.paced_engine", str(step_ms), "1")
+        self._processes["engine"] = self.start("benchmarks.paced.engine", str(step_ms), "1")
 
     @contextlib.contextmanager
     def in_process(self) -> Iterator[AttachedCore]:

@@ -7,20 +7,31 @@ A workload is one engine's: PROMPT/OUTPUT:CLIENTS, xREQUESTS behind it sets the 
 times the clients and requests. No prompt begins as another does, so nothing is found in a cache; what prefixes are
 worth, `python -m benchmarks.simulate --replicas` shows. `times` is the rate in units of the first row of the workload;
 `cpu` are the processor seconds of this program a second: the router, all receiving threads and the clients.
+
+--paced needs no GPU: workers wait as long as a device of a table would take (`benchmarks.paced`), all else is real. So
+`times` says what the program, its router, the schedulers and ZeroMQ on this machine let so many engines lose.
+
+    python -m benchmarks.replicas --model benchmarks/shapes/llama-3.1-8b \\
+        --paced benchmarks/shapes/llama-3.1-8b/h200-step-times.json --replicas 1 4
 """
 
 import argparse
+import contextlib
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from benchmarks.metrics import Figures, summarize
 from benchmarks.options import add_engine_options, engine_settings, make_parser
+from benchmarks.paced.launch import paced_engines, paced_settings
 from benchmarks.report import machine, show, write_json
 from benchmarks.sending import Targets
 from benchmarks.serving import Run, run_load
 from benchmarks.workload import Workload
 from graphgen import EngineConfig
 from graphgen.api.core import EngineCore
+from graphgen.launch.config import EngineSettings
+from graphgen.launch.step_times_store import StepTimesFile
 
 WARM_UP = 8
 """Requests of each engine before what is measured."""
@@ -63,8 +74,11 @@ def run(
     """All rows, and what they were measured on."""
     rows: list[Figures] = []
     about: dict[str, str] = {}
+    settings = EngineSettings() if options.paced is None else paced_settings(StepTimesFile.read(options.paced))
     for count in counts:
-        core = EngineCore(EngineConfig(**engine_settings(options, replicas=count)))
+        with contextlib.nullcontext() if options.paced is None else paced_engines(options.paced):
+            settings["replicas"] = count
+            core = EngineCore(EngineConfig(**engine_settings(options, **settings)))
         try:
             warm_up(core, count)
             # Each count has seeds of its own: no prompt may be found that another one left.
@@ -104,6 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
     load = parser.add_argument_group("load")
     load.add_argument("--replicas", type=int, nargs="+", default=[1, 2], help="engines, one start for each number")
     load.add_argument("--workload", action="append", default=[], help="of one engine; may be given several times")
+    load.add_argument("--paced", type=Path, metavar="FILE", help="a table stored by graphgen tune: see above")
     load.add_argument("--json", help="write the figures here")
     options = parser.parse_args(arguments)
     try:

@@ -3,7 +3,7 @@
 It stands in the scheduler's place, so that `benchmarks.protocol` and `benchmarks.frontends` measure the way of a token
 and not its making. Run as a module it is that process:
 
-    python -m benchmarks.paced_engine FOLDER PARENT_PID STEP_MS SENDERS
+    python -m benchmarks.paced.engine FOLDER PARENT_PID STEP_MS SENDERS
 """
 
 import json
