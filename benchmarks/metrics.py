@@ -94,7 +94,7 @@ def summarize(requests: Sequence[ServedRequest], levels: Sequence[ServiceLevel])
     """The figures of one run of at least one request. Throughputs are by wall clock, first request to last token.
 
     request_goodput: requests a second that met levels[0] (throughput times the share that met it).
-    goodput_itl_Nms: the same for each level. missed_itl_Nms: why the others did not meet it, of the first MOST_MISSED.
+    goodput_itl_Nms: the same for each level. missed_itl_Nms: why it was missed, of the first MOST_MISSED that did.
     mlperf_NAME_share: of all requests, those that met that level of MLPerf's; refused ones did not. itl_curve_ms:
     (percent, ms) pairs.
     """

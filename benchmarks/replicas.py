@@ -5,8 +5,9 @@
 
 A workload is one engine's: PROMPT/OUTPUT:CLIENTS, xREQUESTS behind it sets the number of requests. N engines get N
 times the clients and requests. No prompt begins as another does, so nothing is found in a cache; what prefixes are
-worth, `python -m benchmarks.simulate --replicas` shows. `times` is the rate in units of the first row of the workload;
-`cpu` are the processor seconds of this program a second: the router, all receiving threads and the clients.
+worth, `python -m benchmarks.simulate --replicas` shows. `times` is the rate of all tokens, of prompts and outputs, in
+units of the workload's first row; `cpu` are the processor seconds of this program a second: the router, all receiving
+threads and the clients.
 
 --paced needs no GPU: workers wait as long as a device of a table would take (`benchmarks.paced`), all else is real. So
 `times` says what the program, its router, the schedulers and ZeroMQ on this machine let so many engines lose.
@@ -20,6 +21,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from benchmarks.metrics import Figures, summarize
 from benchmarks.options import add_engine_options, engine_settings, make_parser
@@ -74,26 +76,33 @@ def run(
     """All rows, and what they were measured on."""
     rows: list[Figures] = []
     about: dict[str, str] = {}
-    settings = EngineSettings() if options.paced is None else paced_settings(StepTimesFile.read(options.paced))
-    for count in counts:
-        with contextlib.nullcontext() if options.paced is None else paced_engines(options.paced):
-            settings["replicas"] = count
-            core = EngineCore(EngineConfig(**engine_settings(options, **settings)))
-        try:
-            warm_up(core, count)
-            # Each count has seeds of its own: no prompt may be found that another one left.
-            rows += [measure(core, workload, count, 1000 * count + place) for place, workload in enumerate(workloads)]
-            about = about or machine(core.ready.worker.device)
-        finally:
-            core.close()
+    with contextlib.nullcontext() if options.paced is None else paced_engines(options.paced):
+        for count in counts:
+            core = EngineCore(EngineConfig(**settings_of(options, count)))
+            try:
+                warm_up(core, count)
+                # Engines are new for each count, so that no prompt is found that another count left.
+                rows += [measure(core, workload, count, place) for place, workload in enumerate(workloads)]
+                about = about or machine(core.ready.worker.device)
+            finally:
+                core.close()
     first = {str(row["workload"]): row for row in reversed(rows)}
     for row in rows:
         row["times"] = _rate(row) / _rate(first[str(row["workload"])])
     return rows, about
 
 
+def settings_of(options: argparse.Namespace, count: int) -> EngineSettings:
+    given = engine_settings(options, replicas=count)
+    if options.paced is None:
+        return given
+    paced = paced_settings(StepTimesFile.read(options.paced), given.get("objective", "balanced"))
+    return cast(EngineSettings, {**paced, **given})
+
+
 def _rate(row: Figures) -> float:
-    return float(str(row["request_throughput"]))
+    """Of all tokens, of prompts and outputs: lengths are drawn, and differ a little with the number of requests."""
+    return float(str(row["total_token_throughput"]))
 
 
 def table_row(row: Figures) -> dict[str, object]:
@@ -123,8 +132,12 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
     options = parser.parse_args(arguments)
     try:
         workloads = [Workload.parse(text, None) for text in options.workload or ["2600/60:64", "256/256:256"]]
-    except ValueError as error:
+        if options.paced is not None:
+            StepTimesFile.read(options.paced)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
+    if options.paced is not None and options.tensor_parallel not in (None, 1):
+        parser.error("--paced has workers of one rank: leave --tensor-parallel out")
     rows, about = run(options, workloads, options.replicas)
     show("Engines side by side: latencies in ms", [table_row(row) for row in rows], about)
     write_json(options.json, rows, about)

@@ -199,7 +199,7 @@ def print_misses(rows: Sequence[Figures], levels: Sequence[ServiceLevel]) -> Non
     """Why requests missed a level that they asked for."""
     for row in rows:
         for level in levels:
-            if row["itl_target_ms"] == level.itl_s * 1000.0:
+            if row["itl_target_ms"] is not None and float(str(row["itl_target_ms"])) / 1000.0 == level.itl_s:
                 for reason in cast("list[str]", row[f"missed_{level.name}"]):
                     print(f"{row['workload']}, {row['itl_target_ms']:g} ms asked: {reason}")
 

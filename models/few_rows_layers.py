@@ -23,8 +23,8 @@ MOST_ROWS_OF_E4M3 = 8
 step of 4, 8 and 16 rows takes 3.0, 3.2 and 4.1 ms in the kernels, and in the compiled layers one of 8, 16 and 32 rows
 3.2, 3.5 and 3.9."""
 MOST_ROWS_OF_INT4 = 1
-"""The same of int4: one, 2, 4 and 8 rows take 1.6, 3.4, 3.5 and 3.7 ms in the kernels, and in the compiled layers 2, 4
-and 8 rows 2.8, 2.9 and 3.1. Only of one row are the sums made of integers. Experts, which have no product of few rows
+"""The same of int4: one, 2, 4 and 8 rows take 1.6, 3.4, 3.4 and 3.6 ms in the kernels, and in the compiled layers 2, 4
+and 8 rows 2.7, 2.8 and 3.0. Only of one row are the sums made of integers. Experts, which have no product of few rows
 with the codes as they lie, are not meant."""
 MOST_ROWS_OF_MADE = 16
 """The same where they first make another weight of it (see formats/as_they_lie.py), or where the device is not the one

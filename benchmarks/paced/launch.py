@@ -1,4 +1,4 @@
-"""How such engines are made in this program. Called by `benchmarks.replicas`."""
+"""Engines whose workers wait instead of computing: how they are set up and started. Called by `benchmarks.replicas`."""
 
 import contextlib
 import os
@@ -10,14 +10,17 @@ from unittest import mock
 from benchmarks.paced.worker import STEP_TIMES_VARIABLE
 from benchmarks.simulated_machine import MAX_MODEL_LEN, NUM_PAGES
 from graphgen.api import core
+from graphgen.ipc.messages import ObjectiveName
+from graphgen.launch import processes
 from graphgen.launch.config import EngineSettings
 from graphgen.launch.processes import EngineProcesses
 from graphgen.launch.step_times_store import StepTimesFile
 
+SCHEDULER_MODULE = "benchmarks.paced.scheduler"
 
-def paced_settings(table: StepTimesFile) -> EngineSettings:
-    """Of an engine like that of the table, with as many pages as 8B weights leave on an H200. A worker chooses nothing
-    else."""
+
+def paced_settings(table: StepTimesFile, objective: ObjectiveName) -> EngineSettings:
+    """What the worker of an engine on the device of the table would find out, and an engine would choose there."""
     most_rows = max(time.bucket.num_rows for time in table.table.times)
     return EngineSettings(
         device="cpu",
@@ -27,14 +30,18 @@ def paced_settings(table: StepTimesFile) -> EngineSettings:
         max_num_seqs=256,
         num_pages=NUM_PAGES,
         page_size=table.key.page_size,
-        token_budget=min(1024, most_rows),
+        token_budget=min(2048 if objective == "throughput" else 1024, most_rows),
     )
 
 
 @contextlib.contextmanager
 def paced_engines(step_times: Path) -> Iterator[None]:
-    """EngineCores that are made meanwhile have such workers. An engine that ends is not started again as one."""
-    make = partial(EngineProcesses, ("benchmarks.paced.scheduler",))
+    """EngineCores that are made meanwhile have such workers, and their engines are started again with such."""
+    make = partial(EngineProcesses, (SCHEDULER_MODULE,))
     where = {STEP_TIMES_VARIABLE: str(step_times.resolve())}
-    with mock.patch.object(core, "EngineProcesses", make), mock.patch.dict(os.environ, where):
+    with (
+        mock.patch.object(processes, "SCHEDULER_MODULE", SCHEDULER_MODULE),
+        mock.patch.object(core, "EngineProcesses", make),
+        mock.patch.dict(os.environ, where),
+    ):
         yield

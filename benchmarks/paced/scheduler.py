@@ -1,6 +1,6 @@
-"""A real scheduler, which starts a worker of `benchmarks.paced.worker`. Run as a module:
+"""A real scheduler, which starts workers of `benchmarks.paced.worker`. Run as a module:
 
-python -m benchmarks.paced.scheduler FOLDER PARENT_PID
+python -m benchmarks.paced.scheduler FOLDER PARENT_PID RANKS SENDERS
 """
 
 import sys
@@ -11,4 +11,4 @@ from graphgen.scheduler.__main__ import start
 
 if __name__ == "__main__":
     worker_processes.WORKER_MODULE = "benchmarks.paced.worker"
-    start(Path(sys.argv[1]), int(sys.argv[2]), num_ranks=1, num_senders=1)
+    start(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

@@ -1,4 +1,5 @@
-"""A worker that computes nothing: a step takes what the table says, and every row draws a token at random.
+"""A worker that computes nothing: a step takes what the table says, and every row draws a token at random, so that
+requests are to ignore what ends an output.
 
 It stands in the place of `graphgen.worker`, with its messages. Run as a module by `benchmarks.paced.scheduler`:
 
@@ -37,8 +38,6 @@ from graphgen.scheduler.cost_model import CostModel
 
 STEP_TIMES_VARIABLE = "GRAPHGEN_PACED_STEP_TIMES"
 """Where the path of the table is found."""
-LEAST_TOKEN_ID = 3
-"""Below it are those that may end an output."""
 
 
 class PacedStep(Struct, frozen=True):
@@ -71,7 +70,7 @@ class PacedDevice:
 
     @property
     def next_s(self) -> float | None:
-        """When there is something to say; None: when something was received."""
+        """When there is something to say; None: nothing before something is received."""
         if not self._steps:
             return None
         first = self._steps[0]
@@ -88,7 +87,7 @@ class PacedDevice:
 
     def _result(self, step: PacedStep) -> StepResult:
         self._num_done += 1
-        tokens = self._random.integers(LEAST_TOKEN_ID, self._vocab_size, step.plan.num_drawing_rows, dtype="<i4")
+        tokens = self._random.integers(0, self._vocab_size, step.plan.num_drawing_rows, dtype="<i4")
         return StepResult(
             step_id=step.plan.step_id,
             drawn=DrawnRows(token_ids=tokens.tobytes()),

@@ -9,8 +9,8 @@ fast computes prompts at the best rate the target allows:
 
     bound ms <= target,    bound = CostModel.bound_ms, which 95 % of steps of the bucket stay within
 
-- The first gap of a request is judged by a bound of 99.9 %: a user feels a mean over the last tokens, and it is all
-  that this mean has yet.
+- The first gap of a request is judged by a bound of 99.9 %: what a user feels is a mean over the last gaps, which has
+  no other gap yet. Where no step keeps that bound, the other one counts.
 - Where every bucket breaks the target, the smallest of LEAST_ROWS is chosen: a prompt advances in every plan, and
   not by the crumbs that the buckets for short prompts hold.
 - Where no target binds, no more rows than the saturation point, from where on a larger step is longer and hardly
@@ -48,7 +48,7 @@ class StepLoad(Struct, frozen=True):
     num_decodes: int
     decode_positions: int  # that the decode rows attend to, together
     itl_target_ms: float | None  # the tightest one of the decodes
-    is_first_gap: bool  # of one that has this target: the step draws its second token
+    first_gap_ms: float | None  # the tightest one of those whose second token the step draws
     slack_ms: float | None  # what the step may take for the sake of mean gaps; None: nobody has a target for them
     most_ms: float | None  # what the step should not exceed besides; None: whatever is efficient
     prompts: Sequence[_Prompt]  # those that have begun, in order of service
@@ -87,11 +87,10 @@ class StepBudget:
 
     def choose(self, load: StepLoad) -> Bucket | None:
         """The largest bucket the step may use; None where the decodes leave no room for prompts."""
-        if load.itl_target_ms is not None and load.num_decodes:
+        target_ms = load.itl_target_ms
+        if target_ms is not None and load.num_decodes:
             candidates = _that_hold(self._buckets.mixed(load.num_decodes), load.pending_tokens)
-            chosen = (
-                self._within_target(candidates, load, load.itl_target_ms, load.is_first_gap) if candidates else None
-            )
+            chosen = self._within_target(candidates, load, target_ms, load.first_gap_ms) if candidates else None
         else:
             efficient = self._efficient(load.num_decodes)
             candidates = self._buckets.mixed(load.num_decodes) if load.is_late else efficient
@@ -241,20 +240,21 @@ class StepBudget:
         return candidates[: max(1, bisect_right(candidates, self._most_rows, key=_num_rows))]
 
     def _within_target(
-        self, candidates: tuple[Bucket, ...], load: StepLoad, target_ms: float, is_sure: bool = False
+        self, candidates: tuple[Bucket, ...], load: StepLoad, target_ms: float, sure_ms: float | None = None
     ) -> Bucket:
         """The largest candidate that is fast enough, else the smallest one that is worth a step.
 
-        A bucket that was never timed is taken to need at most as long a row as the next smaller one that was: a larger
-        step never computes fewer rows a second than a smaller one that reads the same weights.
+        sure_ms: what hardly any step may exceed, as long as some candidate keeps it. A bucket that was never timed is
+        taken to need at most as long a row as the next smaller one that was: a larger step never computes fewer rows a
+        second than a smaller one that reads the same weights.
         """
-        for index in range(len(candidates) - 1, 0, -1):
-            bound_ms = self._bound_ms(candidates, index, load, is_sure)
-            if bound_ms is not None and bound_ms <= target_ms:
+        for index in range(len(candidates) - 1, -1, -1):
+            if self._keeps(candidates, index, load, target_ms, is_sure=False) and (
+                sure_ms is None or self._keeps(candidates, index, load, sure_ms, is_sure=True)
+            ):
                 return candidates[index]
-        smallest_ms = self._bound_ms(candidates, 0, load, is_sure)
-        if smallest_ms is not None and smallest_ms <= target_ms:
-            return candidates[0]
+        if sure_ms is not None:
+            return self._within_target(candidates, load, target_ms)
         return next((bucket for bucket in candidates if bucket.num_rows >= self._least_rows), candidates[-1])
 
     def _likely_within(self, candidates: tuple[Bucket, ...], load: StepLoad, most_ms: float) -> Bucket:
@@ -265,6 +265,12 @@ class StepBudget:
             if likely_ms is not None and likely_ms <= most_ms:
                 return bucket
         return candidates[0]
+
+    def _keeps(
+        self, candidates: tuple[Bucket, ...], index: int, load: StepLoad, target_ms: float, is_sure: bool
+    ) -> bool:
+        bound_ms = self._bound_ms(candidates, index, load, is_sure)
+        return bound_ms is not None and bound_ms <= target_ms
 
     def _bound_ms(self, candidates: tuple[Bucket, ...], index: int, load: StepLoad, is_sure: bool) -> float | None:
         bucket = candidates[index]

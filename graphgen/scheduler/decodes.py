@@ -49,7 +49,7 @@ class DecodeSet:
         self._border_rows: list[dict[RunningRequest, None]] = [{} for _ in range(page_size)]
         self._num_with_target: dict[float, int] = {}
         self._itl_target_ms: float | None = None
-        self._first_gap_clock = -1  # the last plan with the second token of one that had the tightest target
+        self._first_gaps: dict[RunningRequest, float] = {}  # targets of those whose second token the next plan draws
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -68,9 +68,9 @@ class DecodeSet:
         return self._itl_target_ms
 
     @property
-    def has_first_gap(self) -> bool:
-        """Whether the next plan draws the second token of one that has the tightest target."""
-        return self._first_gap_clock == self._clock
+    def first_gap_target_ms(self) -> float | None:
+        """The tightest target of those whose second token the next plan draws; None if none of them has one."""
+        return min(self._first_gaps.values(), default=None)
 
     def position(self, running: RunningRequest) -> int:
         """The position that the next plan computes for one of them: those before it are computed."""
@@ -98,8 +98,8 @@ class DecodeSet:
         if target is not None:
             self._num_with_target[target] = self._num_with_target.get(target, 0) + 1
             self._itl_target_ms = target if self._itl_target_ms is None else min(target, self._itl_target_ms)
-            if position == running.request.prompt_len and target == self._itl_target_ms:
-                self._first_gap_clock = self._clock
+            if position == running.request.prompt_len:
+                self._first_gaps[running] = target
 
     def begin_output(self, running: RunningRequest) -> None:
         """It has its first token, if it did not have it before: from then on its later ones are due."""
@@ -156,6 +156,7 @@ class DecodeSet:
             last.decode_row = row
         target = running.request.itl_target_ms
         if target is not None:
+            self._first_gaps.pop(running, None)
             self._num_with_target[target] -= 1
             if not self._num_with_target[target]:
                 del self._num_with_target[target]
@@ -174,5 +175,6 @@ class DecodeSet:
     def advance(self) -> list[RunningRequest]:
         """A plan was made with the rows that there are; returns those whose last row it has: they have to leave."""
         last = list(self._last_rows.get(self._clock, ()))
+        self._first_gaps.clear()
         self._clock += 1
         return last

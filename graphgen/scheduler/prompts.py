@@ -178,7 +178,7 @@ class PromptPlanner:
             num_decodes=num_decodes,
             decode_positions=decodes.num_positions,
             itl_target_ms=bounds.target_ms,
-            is_first_gap=decodes.has_first_gap,
+            first_gap_ms=_first_gap_ms(decodes.first_gap_target_ms, bounds.target_ms),
             slack_ms=self._mean_gaps.most_ms(now_s),
             most_ms=bounds.most_ms,
             prompts=[(running.num_prefilled, running.num_missing) for running in begun],
@@ -298,6 +298,11 @@ class PromptPlanner:
         self._cache.pool.share(others)
         draft.held += others
         return targets
+
+
+def _first_gap_ms(tightest_ms: float | None, target_ms: float | None) -> float | None:
+    """What first gaps ask of a step of which this is the target: of several tenants no more than that."""
+    return None if tightest_ms is None or target_ms is None else max(tightest_ms, target_ms)
 
 
 def _outranked(begun: list[RunningRequest], waiting: WaitingQueue) -> list[RunningRequest]:

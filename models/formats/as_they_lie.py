@@ -1,7 +1,7 @@
 """Which quantised weights are multiplied in e4m3 with their codes as they lie; of others another weight is made first.
 
-Pure: needs no Triton and no GPU. Called by products.py, by few_rows_int4.py, and by few_rows_layers.py, which leaves
-steps of fewer rows to what multiplies them so.
+Pure: needs no Triton and no GPU. Called by products.py and the kernels behind it, and by few_rows_layers.py: the fused
+kernels keep fewer rows where the compiled layers multiply so.
 """
 
 from graphgen.models.spec.formats import PACKED_BLOCK, LinearFormat

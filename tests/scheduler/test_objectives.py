@@ -172,7 +172,7 @@ def test_a_queue_that_keeps_steps_large_does_not_make_them_large(objective: Obje
         pending = num_steps * large.prefill_rows + tokens
         if asks_between:
             budget.usual(32, 32 * 1024, 100 * pending)
-        return budget.choose(StepLoad(32, 32 * 1024, None, False, None, None, (), pending, False))
+        return budget.choose(StepLoad(32, 32 * 1024, None, None, None, None, (), pending, False))
 
     assert bucket_for(grow, -1) == small
     assert bucket_for(grow) == large
