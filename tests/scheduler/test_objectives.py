@@ -77,6 +77,26 @@ def test_on_an_h200_512_rows_are_saturated_however_few_decodes_large_steps_hold(
     assert CostModel(table).saturation_rows(times) == 512
 
 
+@pytest.mark.parametrize("error", [0.92, 0.96, 1.0, 1.04])
+@pytest.mark.parametrize("objective", ["balanced", "throughput"])
+def test_what_a_start_has_wrong_of_the_largest_steps_moves_no_saturation_point(
+    objective: ObjectiveName, error: float
+) -> None:
+    """On a card steps of 2048 rows timed a few percent too short made 1024 rows the least that an engine took."""
+    times = [
+        BucketTime(time.bucket, time.milliseconds * (error if time.bucket.num_rows > 1024 else 1.0))
+        for time in H200.times
+    ]
+    table = msgspec.structs.replace(H200, times=tuple(times))
+    buckets = BucketTable([time.bucket for time in times], 2048)
+    budget = StepBudget(buckets, CostModel(table), 2, OBJECTIVES[objective])
+    for _ in range(2):
+        saturated = budget.saturated(16)
+        assert saturated is not None
+        assert saturated.num_rows == 512
+        budget.review(16, 16 * 1024)
+
+
 @settings(max_examples=60)
 @given(st.data())
 def test_the_largest_step_is_the_smallest_near_the_best_rate_beside_the_decodes(data: st.DataObject) -> None:
