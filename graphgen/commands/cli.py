@@ -167,7 +167,7 @@ def tune(
         key = StepTimesKey.of(of_replica(engine.resolved, 0, 1), worker)
     assert worker.step_times is not None, "the worker measured: it was asked to"
     stored = stored_file(os.environ, key, worker.step_times)
-    figures = tune_figures(worker.step_times, worker.device, worker.attention, stored)
+    figures = tune_figures(worker.step_times, worker.device, worker.attention, config.objective, stored)
     stdout.print(tune_table(figures))
     stdout.print("\n".join(describe_figures(figures)), soft_wrap=True, markup=False, highlight=False)
     if json is not None:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from graphgen.ipc.messages import Bucket, StepTimeTable
+from graphgen.ipc.messages import Bucket, ObjectiveName, StepTimeTable
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.cost_model import SATURATION_SHARE, CostModel, prompt_pairs
+from graphgen.scheduler.objectives import OBJECTIVES, judged
 
 
 class Padding(Struct, frozen=True):
@@ -41,16 +42,20 @@ class TuneFigures(Struct, frozen=True):
     prompt_start: int
     buckets: tuple[BucketFigures, ...]
     saturation_rows: int
+    judged_rows: int  # of the largest steps among which it was found
     us_per_1000_decode_positions: float  # of one decode row
     us_per_1000_chunk_positions: float  # of a chunk of `chunk_rows`, for each 1000 positions that it starts later
     chunk_rows: int
     stored_at: str | None
 
 
-def tune_figures(table: StepTimeTable, device: str, attention: str, stored: Path | None) -> TuneFigures:
+def tune_figures(
+    table: StepTimeTable, device: str, attention: str, objective: ObjectiveName, stored: Path | None
+) -> TuneFigures:
     """The figures of a table that has every bucket of an engine. stored: the file that holds it, if one does."""
     buckets = [time.bucket for time in table.times]
-    saturation_rows = CostModel(table).saturation_rows(buckets)
+    candidates = judged(buckets, OBJECTIVES[objective])
+    saturation_rows = CostModel(table).saturation_rows(candidates)
     assert saturation_rows is not None, "an engine has mixed buckets, and its table has them all"
     paddings = padding_by_bucket(buckets)
     chunk_rows = max(bucket.prefill_rows for bucket in buckets)
@@ -71,6 +76,7 @@ def tune_figures(table: StepTimeTable, device: str, attention: str, stored: Path
             for time in table.times
         ),
         saturation_rows=saturation_rows,
+        judged_rows=max(bucket.num_rows for bucket in candidates),
         us_per_1000_decode_positions=table.ms_per_decode_position * 1e6,
         us_per_1000_chunk_positions=table.ms_per_prompt_pair
         * (prompt_pairs(1000, chunk_rows) - prompt_pairs(0, chunk_rows))
@@ -121,11 +127,12 @@ def describe_figures(figures: TuneFigures) -> list[str]:
         else "Not stored: the caches folder cannot be written. Set GRAPHGEN_CACHE to one that can."
     )
     largest = max(line.rows for line in figures.buckets)
-    advice = (
-        "It is the largest there is: a larger --token-budget may compute more."
-        if figures.saturation_rows == largest
-        else "Larger steps make gaps between tokens longer and gain no more than the rest."
-    )
+    if figures.saturation_rows < figures.judged_rows:
+        advice = "Larger steps make gaps between tokens longer and gain no more than the rest."
+    elif figures.saturation_rows < largest:
+        advice = "Larger steps are left to queues: --objective latency would take them always, if they gain enough."
+    else:
+        advice = "It is the largest there is: a larger --token-budget may compute more."
     return [
         f"Saturation point: {figures.saturation_rows} rows, the smallest step with prompts that computes at least"
         f" {SATURATION_SHARE:.0%} of the best prompt rows/s. {advice}",

@@ -31,15 +31,10 @@ from graphgen.ipc.messages import Bucket
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.cost_model import CostModel, prompt_pairs
 from graphgen.scheduler.large_steps import LargeSteps
-from graphgen.scheduler.objectives import Objective
+from graphgen.scheduler.objectives import Objective, judged
 
 LEAST_ROWS = 128
 """Of a step with prompts that breaks its target anyway; or half of the token budget, if that is less."""
-
-JUDGED_ROWS = 1024
-"""Where the objective grows steps, the saturation point is found among sizes up to this, or to half of the budget if
-that is more: the largest are there for growing. A start that measures these 3 % too short, which happens, would take
-1024 rows for the saturation point of an 8B model on an H200, where 512 compute 0.96 of what 1024 do."""
 
 _num_rows = attrgetter("num_rows")  # of a bucket
 
@@ -69,6 +64,7 @@ class StepBudget:
         self._buckets = buckets
         self._steps_in_flight = steps_in_flight
         self._model = model
+        self._judged = judged(buckets.all_mixed, objective)
         self._is_grown = False  # the last step that no target bound went beyond the saturation point
         self._least_rows = min(LEAST_ROWS, max(bucket.num_rows for bucket in buckets.all_mixed) // 2)
         self.renew()
@@ -77,7 +73,7 @@ class StepBudget:
         """Finds the saturation point of what the model knows and of the buckets that there are now, whatever it was
         before."""
         self._large = LargeSteps(self._buckets, self._model)
-        self._most_rows = self._model.saturation_rows(self._judged())  # None: not known
+        self._most_rows = self._model.saturation_rows(self._judged)  # None: not known
         if self._objective.num_backlog_steps is not None:
             self._large.judge_all(self._most_rows)
 
@@ -86,17 +82,9 @@ class StepBudget:
         of the largest steps, on a device that is not yet at its power limit, can be a tenth too short. Then judges the
         steps beyond it, beside the decodes that run now."""
         if self._most_rows is not None:
-            self._most_rows = self._model.saturation_rows(self._judged(), self._most_rows)
+            self._most_rows = self._model.saturation_rows(self._judged, self._most_rows)
             if self._objective.num_backlog_steps is not None:
                 self._large.judge(self._most_rows, num_decodes, decode_positions)
-
-    def _judged(self) -> Sequence[Bucket]:
-        """Those among which the saturation point is found."""
-        mixed = self._buckets.all_mixed
-        if self._objective.num_backlog_steps is None:
-            return mixed
-        most_rows = max(JUDGED_ROWS, max(bucket.num_rows for bucket in mixed) // 2)
-        return [bucket for bucket in mixed if bucket.num_rows <= most_rows]
 
     def choose(self, load: StepLoad) -> Bucket | None:
         """The largest bucket the step may use; None where the decodes leave no room for prompts."""

@@ -11,11 +11,14 @@ the larger size many times over. Larger steps themselves shorten the queue that 
 they stay until it is half as long, and do not end while the load would still keep them full.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from msgspec import Struct
 
-from graphgen.ipc.messages import ObjectiveName
+from graphgen.ipc.messages import Bucket, ObjectiveName
+
+JUDGED_ROWS = 1024
+"""See `judged`."""
 
 
 class Objective(Struct, frozen=True):
@@ -39,3 +42,18 @@ OBJECTIVES: Mapping[ObjectiveName, Objective] = {
     "balanced": Objective(num_backlog_steps=28, num_kept_steps=14, most_ms=30.0, hurry_share=0.5),
     "throughput": Objective(num_backlog_steps=8, num_kept_steps=8, hurry_share=0.5),
 }
+
+
+def judged(buckets: Iterable[Bucket], objective: Objective) -> list[Bucket]:
+    """Those among which the saturation point is found: all that hold prompts, or where the objective grows steps, those
+    of up to JUDGED_ROWS rows, or half of the largest if that is more.
+
+    The largest are there for growing. A start that times them 5 % too short, which happens, would take 1024 rows for
+    the saturation point of an 8B model on an H200, where 512 compute 0.96 of what 1024 do: simulated, that costs
+    `throughput` 2 to 4 % of its rate where few prompts wait, and makes the median gap 22 ms where it is 15.
+    """
+    mixed = [bucket for bucket in buckets if bucket.prefill_rows]
+    if objective.num_backlog_steps is None:
+        return mixed
+    most_rows = max(JUDGED_ROWS, max((bucket.num_rows for bucket in mixed), default=0) // 2)
+    return [bucket for bucket in mixed if bucket.num_rows <= most_rows]

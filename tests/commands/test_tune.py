@@ -6,13 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from graphgen import Engine
 from graphgen.capture.buckets import build_ladder
 from graphgen.commands.describe import decisions
 from graphgen.commands.tune import describe_figures, padding_by_bucket, tune_figures
-from graphgen.ipc.messages import Bucket, BucketTime, StepTimeTable
+from graphgen.ipc.messages import Bucket, BucketTime, ObjectiveName, StepTimeTable
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.cost_model import prompt_pairs
 
@@ -47,7 +48,7 @@ TABLE = StepTimeTable(
 
 
 def test_figures_are_rates_slopes_and_the_saturation_point() -> None:
-    figures = tune_figures(TABLE, "gpu", "torch", None)
+    figures = tune_figures(TABLE, "gpu", "torch", "balanced", None)
     assert [line.rows_per_s for line in figures.buckets] == pytest.approx([3200.0, 128_000 / 7, 512_000 / 14])
     assert [line.saturated for line in figures.buckets] == [False, False, True]
     assert figures.us_per_1000_decode_positions == pytest.approx(20.0)
@@ -58,6 +59,19 @@ def test_figures_are_rates_slopes_and_the_saturation_point() -> None:
     assert "a larger --token-budget may compute more" in text
     assert "20.00 us" in text
     assert "Not stored" in text
+
+
+@pytest.mark.parametrize(
+    ("objective", "rows", "said"), [("latency", 2048, "the largest there is"), ("balanced", 1024, "left to queues")]
+)
+def test_the_largest_steps_of_an_objective_that_grows_them_are_left_to_queues(
+    objective: ObjectiveName, rows: int, said: str
+) -> None:
+    sizes = {Bucket(496, 16): 20.0, Bucket(1008, 16): 35.0, Bucket(2032, 16): 60.0}
+    table = msgspec.structs.replace(TABLE, times=tuple(map(BucketTime, sizes, sizes.values())))
+    figures = tune_figures(table, "gpu", "torch", objective, None)
+    assert figures.saturation_rows == rows
+    assert said in "\n".join(describe_figures(figures))
 
 
 def test_tune_measures_prints_and_stores_what_the_next_start_uses(
