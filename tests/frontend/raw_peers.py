@@ -15,12 +15,14 @@ def tcp_parts(address: str) -> tuple[str, int]:
 
 
 def connect_raw(address: str, source: str = "127.0.0.1", timeout_s: float = 5.0) -> socket.socket:
-    """A TCP connection from one of the machine's own addresses, all of 127/8. Raises TimeoutError."""
+    """A TCP connection from one of the machine's own addresses, all of 127/8; perhaps one that the server has closed by
+    now. Raises TimeoutError."""
     raw = socket.socket()
     raw.settimeout(timeout_s)
     raw.bind((source, 0))
     try:
-        raw.connect(tcp_parts(address))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it was closed before anyone looked
+            raw.connect(tcp_parts(address))
     except OSError:
         raw.close()
         raise
