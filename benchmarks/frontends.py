@@ -33,7 +33,7 @@ from benchmarks.report import Row, machine, percentile, show, write_json
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.ggp.framing import client_framing
 from graphgen.ipc.ggp.messages import Delta, Deltas, Done, Error, Generate, Hello, Ping, Pong, Sampling
-from graphgen.ipc.messages import FrontendToSupervisor, Listening, SupervisorToFrontend
+from graphgen.ipc.server_messages import FrontendToSupervisor, Listening, SupervisorToFrontend
 from graphgen.launch.config import EngineConfig
 from graphgen.requests.core import launch_config, load_config_tokenizer
 from graphgen.requests.tokenizer import write_tokenizer

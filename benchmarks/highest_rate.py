@@ -20,7 +20,7 @@ from benchmarks.simulate import simulate
 from benchmarks.simulated_machine import H200_STEP_TIMES, MAX_MODEL_LEN, NUM_PAGES, Machine, Policy
 from benchmarks.virtual_engine import HOST_DELAY_S
 from benchmarks.workload import Workload
-from graphgen.ipc.messages import ObjectiveName
+from graphgen.ipc.engine_messages import ObjectiveName
 from graphgen.launch.step_times_store import StepTimesFile
 
 

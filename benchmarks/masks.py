@@ -24,7 +24,7 @@ from benchmarks.report import Row, machine, percentile, show, write_json
 from graphgen.calls.structured import JsonSchema
 from graphgen.capture.buffers import Words
 from graphgen.ipc.codec import pack_int32
-from graphgen.ipc.messages import Bucket, Chunk, SamplerParams, SlotInit, StepPlan
+from graphgen.ipc.worker_messages import Bucket, Chunk, SamplerParams, SlotInit, StepPlan
 from graphgen.launch.tokenizer_file import TokenizerPart
 from graphgen.requests.grammar_builder import Job, build
 from graphgen.worker.background import share_interpreter_fairly

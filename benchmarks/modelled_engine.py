@@ -16,8 +16,8 @@ from msgspec import Struct
 
 from benchmarks.conversations import Turn
 from benchmarks.virtual_engine import HOST_DELAY_S
-from graphgen.ipc.messages import StepTimeTable
 from graphgen.ipc.reports import EngineReport
+from graphgen.ipc.worker_messages import StepTimeTable
 
 LEAST_PROMPT_ROWS = 64
 """That a step has for prompts however many decode."""

@@ -27,7 +27,7 @@ from benchmarks.simulate import simulate
 from benchmarks.simulated_machine import H200_STEP_TIMES, MAX_MODEL_LEN, NUM_PAGES, Machine, Policy
 from benchmarks.virtual_engine import HOST_DELAY_S
 from graphgen.base.version import how_to_install
-from graphgen.ipc.messages import ObjectiveName
+from graphgen.ipc.engine_messages import ObjectiveName
 from graphgen.launch.step_times_store import StepTimesFile
 
 DEFAULT_LOADS = ("2600/60:16", "2600/60:32", "2600/60:64", "1200/128:64")

@@ -37,8 +37,9 @@ from graphgen.calls.streams import RequestCore
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.ggp.framing import client_framing
 from graphgen.ipc.ggp.messages import Generate, Hello, Sampling
-from graphgen.ipc.messages import FrontendToSupervisor, Listening, Shutdown, SupervisorToFrontend
 from graphgen.ipc.senders import engine_channel
+from graphgen.ipc.server_messages import FrontendToSupervisor, Listening, SupervisorToFrontend
+from graphgen.ipc.worker_messages import Shutdown
 from graphgen.launch.config import EngineConfig
 from graphgen.remote.core import RemoteCore
 from graphgen.requests.core import AttachedCore, launch_config, load_config_tokenizer

@@ -20,7 +20,7 @@ import zmq
 from benchmarks.report import Row, percentile
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.codec import Codec, pack_int32
-from graphgen.ipc.messages import (
+from graphgen.ipc.worker_messages import (
     Bucket,
     DrawnRows,
     SchedulerToWorker,

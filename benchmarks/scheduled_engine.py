@@ -8,8 +8,9 @@ from benchmarks.conversations import Turn
 from benchmarks.modelled_engine import Heard
 from benchmarks.virtual_engine import STEP_NOISE, VirtualDevice
 from graphgen.base.page_digests import TOKEN_BYTES
-from graphgen.ipc.messages import SamplerParams, Submit
+from graphgen.ipc.engine_messages import Submit
 from graphgen.ipc.reports import EngineReport
+from graphgen.ipc.worker_messages import SamplerParams
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.policy import Scheduler
 

@@ -24,7 +24,8 @@ from benchmarks.report import Row, machine, percentile, show, write_json
 from benchmarks.round_trip import channel_rows, codec_rows
 from graphgen.capture.buckets import build_ladder
 from graphgen.ipc.codec import pack_int32
-from graphgen.ipc.messages import Bucket, BucketTime, SamplerParams, StepPlan, StepTimeTable, Submit
+from graphgen.ipc.engine_messages import Submit
+from graphgen.ipc.worker_messages import Bucket, BucketTime, SamplerParams, StepPlan, StepTimeTable
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.policy import Scheduler

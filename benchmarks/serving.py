@@ -39,7 +39,8 @@ from graphgen import EngineConfig
 from graphgen.api.core import EngineCore
 from graphgen.base.garbage import leave_imports_alone
 from graphgen.base.version import how_to_install
-from graphgen.ipc.messages import EngineStats, WorkerReady
+from graphgen.ipc.engine_messages import EngineStats
+from graphgen.ipc.worker_messages import WorkerReady
 
 FIRST_RATE = 1.0
 """Of a search for a workload that states none."""

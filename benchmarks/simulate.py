@@ -42,7 +42,7 @@ from benchmarks.step_log import Step, StepLogReader, attended
 from benchmarks.virtual_engine import HOST_DELAY_S, STEP_NOISE, StepSeries, VirtualEngine
 from benchmarks.workload import Workload
 from graphgen.base.version import how_to_install
-from graphgen.ipc.messages import Bucket
+from graphgen.ipc.worker_messages import Bucket
 from graphgen.launch.step_times_store import StepTimesFile
 from graphgen.scheduler.cost_model import CostModel
 

@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from benchmarks.virtual_engine import STEP_NOISE, VirtualRequest
 from graphgen.capture.buckets import slots_for
-from graphgen.ipc.messages import ObjectiveName
+from graphgen.ipc.engine_messages import ObjectiveName
 from graphgen.launch.step_times_store import StepTimesFile
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.cost_model import CostModel

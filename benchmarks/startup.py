@@ -25,8 +25,9 @@ from msgspec import Struct
 from benchmarks.options import add_engine_options, engine_settings, make_parser
 from benchmarks.report import Row, machine, percentile, show, write_json
 from graphgen import Engine, EngineConfig, SamplingParams
+from graphgen.ipc.engine_messages import EngineStats
 from graphgen.ipc.errors import GraphgenError
-from graphgen.ipc.messages import EngineStats, Phase
+from graphgen.ipc.worker_messages import Phase
 from graphgen.launch.processes import process_age_s
 
 ROOT = Path(__file__).resolve().parent.parent

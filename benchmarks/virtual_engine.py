@@ -29,8 +29,9 @@ from msgspec import Struct
 from benchmarks.metrics import Figures, ServedRequest
 from benchmarks.report import percentile
 from benchmarks.workload import RequestShape
+from graphgen.ipc.engine_messages import Outputs, Submit
 from graphgen.ipc.errors import GraphgenError
-from graphgen.ipc.messages import Outputs, SamplerParams, StepPlan, Submit
+from graphgen.ipc.worker_messages import SamplerParams, StepPlan
 from graphgen.scheduler.cost_model import CostModel, prompt_pairs
 from graphgen.scheduler.policy import Scheduler
 

@@ -23,7 +23,7 @@ decodes or more 32 and 64 rows hold too few prompt tokens for what they save.
 from collections.abc import Sequence
 
 from graphgen.ipc.errors import ConfigError
-from graphgen.ipc.messages import Bucket
+from graphgen.ipc.worker_messages import Bucket
 
 MIN_TOKEN_BUDGET = 8
 """Below this, no ladder leaves room for both regions."""

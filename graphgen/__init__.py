@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from graphgen.calls.prompts import Chat
     from graphgen.calls.sampling_params import SamplingParams
     from graphgen.calls.structured import Choice, Grammar, JsonSchema, Regex
+    from graphgen.ipc.engine_messages import EngineStats
     from graphgen.ipc.errors import (
         CheckpointError,
         ConfigError,
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
         ServerError,
         UnsupportedModelError,
     )
-    from graphgen.ipc.messages import EngineStats
     from graphgen.launch.config import EngineConfig
     from graphgen.remote.client import AsyncClient, Client
 
@@ -89,7 +89,7 @@ _HOMES = {
     "EngineClosedError": "graphgen.ipc.errors",
     "EngineConfig": "graphgen.launch.config",
     "EngineDeadError": "graphgen.ipc.errors",
-    "EngineStats": "graphgen.ipc.messages",
+    "EngineStats": "graphgen.ipc.engine_messages",
     "Grammar": "graphgen.calls.structured",
     "GraphgenError": "graphgen.ipc.errors",
     "InvalidRequestError": "graphgen.ipc.errors",

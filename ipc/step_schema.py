@@ -19,7 +19,7 @@ from enum import Enum, IntEnum
 from msgspec import Struct
 
 from graphgen.ipc.codec import unpack_int32
-from graphgen.ipc.messages import MAX_LOGPROBS, Bucket, DrawnRows, StepPlan
+from graphgen.ipc.worker_messages import MAX_LOGPROBS, Bucket, DrawnRows, StepPlan
 
 WORD_BYTES = 4
 NEW_PAGE_WORDS = 4  # page group, slot, index in its block table, page

@@ -10,24 +10,19 @@ from graphgen.calls.prompts import OnePrompt
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.codec import pack_int32
-from graphgen.ipc.ggp.messages import ServerLimits, Welcome
-from graphgen.ipc.messages import (
-    Bucket,
-    DrawnRows,
+from graphgen.ipc.engine_messages import (
     EngineStats,
     EngineToScheduler,
     FinishReason,
     Outputs,
     Ready,
-    SamplerParams,
     SchedulerToEngine,
-    StepResult,
     Submit,
     TokenOutput,
-    WorkerCounters,
-    WorkerReady,
 )
+from graphgen.ipc.ggp.messages import ServerLimits, Welcome
 from graphgen.ipc.senders import engine_channel
+from graphgen.ipc.worker_messages import Bucket, DrawnRows, SamplerParams, StepResult, WorkerCounters, WorkerReady
 from graphgen.launch.processes import EngineProcesses, Exit
 from graphgen.remote.requests import NO_PARSING, Parsing
 from graphgen.requests.open_request import OpenRequest

@@ -38,7 +38,8 @@ import zmq
 
 from graphgen import Client, Engine, PoisonedRequestError, SamplingParams
 from graphgen.ipc.codec import Codec
-from graphgen.ipc.messages import EngineStats, StepResult
+from graphgen.ipc.engine_messages import EngineStats
+from graphgen.ipc.worker_messages import StepResult
 from tests.fakes import make_result
 from tests.serving import is_alive
 from tests.soak import anonymous_mib

@@ -15,24 +15,21 @@ from pathlib import Path
 import zmq
 
 from graphgen.ipc.channel import Channel
-from graphgen.ipc.messages import (
+from graphgen.ipc.engine_messages import (
     Attach,
-    Bucket,
     Cancel,
     EngineStats,
     EngineToScheduler,
     Outputs,
-    Probe,
     Ready,
     ReportRequest,
-    Shutdown,
     StatsRequest,
     Submit,
     TokenOutput,
-    WorkerReady,
 )
 from graphgen.ipc.reports import EngineReport
 from graphgen.ipc.senders import engine_channel
+from graphgen.ipc.worker_messages import Bucket, Probe, Shutdown, WorkerReady
 from graphgen.launch.processes import end_with_parent
 from graphgen.scheduler.senders import EngineChannel, Senders
 

@@ -10,7 +10,7 @@ from unittest import mock
 from benchmarks.paced.worker import STEP_TIMES_VARIABLE
 from benchmarks.simulated_machine import MAX_MODEL_LEN, NUM_PAGES
 from graphgen.api import core
-from graphgen.ipc.messages import ObjectiveName
+from graphgen.ipc.engine_messages import ObjectiveName
 from graphgen.launch import processes
 from graphgen.launch.config import EngineSettings
 from graphgen.launch.processes import EngineProcesses

@@ -20,7 +20,7 @@ from msgspec import Struct
 from benchmarks.simulated_machine import MAX_CHUNKS
 from benchmarks.virtual_engine import step_ms
 from graphgen.ipc.channel import Channel
-from graphgen.ipc.messages import (
+from graphgen.ipc.worker_messages import (
     DrawnRows,
     Probe,
     SchedulerToWorker,

@@ -11,8 +11,8 @@ import weakref
 from functools import partial
 
 from graphgen.base.progress import StartProgress
+from graphgen.ipc.engine_messages import Ready
 from graphgen.ipc.errors import ConfigError, EngineClosedError, EngineDeadError
-from graphgen.ipc.messages import Ready
 from graphgen.launch.config import EngineConfig
 from graphgen.launch.engines import LOOK_S, Engines
 from graphgen.launch.processes import EngineProcesses

@@ -9,7 +9,7 @@ from typing import Self, Unpack
 
 from graphgen.api.core import DRAIN_S, EngineCore
 from graphgen.calls.calls import AsyncCalls, Calls
-from graphgen.ipc.messages import EngineStats, Ready
+from graphgen.ipc.engine_messages import EngineStats, Ready
 from graphgen.launch.config import EngineConfig, EngineSettings, make_config
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.requests.tokenizer import Tokenizer

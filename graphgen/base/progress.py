@@ -9,7 +9,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from graphgen.ipc.messages import Progress
+from graphgen.ipc.worker_messages import Progress
 
 if TYPE_CHECKING:  # rich is imported only when a bar is shown
     from rich.progress import TaskID

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from msgspec import Struct
 
 from graphgen.calls.logprobs import Logprobs
-from graphgen.ipc.messages import FinishReason
+from graphgen.ipc.engine_messages import FinishReason
 from graphgen.ipc.short import short_repr
 
 

@@ -16,16 +16,10 @@ from graphgen.base.keywords import KnownKeywords
 from graphgen.base.plain import plain_fields, plain_number
 from graphgen.calls.structured import Structured
 from graphgen.ipc.codec import pack_int32
+from graphgen.ipc.engine_messages import MAX_PRIORITY, MAX_TARGET_MS
 from graphgen.ipc.errors import InvalidRequestError
 from graphgen.ipc.ggp.messages import SamplingDefaults
-from graphgen.ipc.messages import (
-    MAX_LOGIT_BIASES,
-    MAX_LOGPROBS,
-    MAX_PRIORITY,
-    MAX_STOP_TOKEN_IDS,
-    MAX_TARGET_MS,
-    SamplerParams,
-)
+from graphgen.ipc.worker_messages import MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, SamplerParams
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_LEN = 1024

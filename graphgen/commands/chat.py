@@ -12,8 +12,8 @@ from msgspec import Struct
 from graphgen.calls.calls import Calls
 from graphgen.calls.prompts import Prompt
 from graphgen.calls.sampling_params import SamplingParams
+from graphgen.ipc.engine_messages import FinishReason
 from graphgen.ipc.errors import EngineClosedError, EngineDeadError, GraphgenError, InvalidRequestError
-from graphgen.ipc.messages import FinishReason
 from graphgen.requests.tokenizer import Tokenizer
 
 HELP = "/clear begins anew, /system TEXT does so with a system message, /exit or Ctrl-D ends; Ctrl-C stops a reply"

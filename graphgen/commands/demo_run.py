@@ -14,7 +14,7 @@ from graphgen.api.engine import Engine
 from graphgen.calls.outputs import RequestOutput
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.demo import play_file
-from graphgen.ipc.messages import EngineStats
+from graphgen.ipc.engine_messages import EngineStats
 
 STREAMED_PROMPT = "ROMEO:\n"
 PROMPT_CHARACTERS = (40, 1500, 80, 1200, 160, 700, 24, 1500, 320, 1500, 60, 480)

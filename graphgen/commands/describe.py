@@ -7,8 +7,9 @@ import msgspec
 from msgspec import Struct
 
 from graphgen.base.version import __version__
+from graphgen.ipc.engine_messages import Ready
 from graphgen.ipc.ggp.messages import SamplingDefaults
-from graphgen.ipc.messages import TIMING_PHASE, Bucket, Phase, Ready, WorkerReady
+from graphgen.ipc.worker_messages import TIMING_PHASE, Bucket, Phase, WorkerReady
 from graphgen.launch.config import EngineConfig
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.models.spec import ModelSpec

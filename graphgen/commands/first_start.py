@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from graphgen.api.engine import Engine
 from graphgen.ipc.errors import GraphgenError
-from graphgen.ipc.messages import WorkerReady
+from graphgen.ipc.worker_messages import WorkerReady
 from graphgen.launch.config import EngineConfig
 from graphgen.launch.devices import find_device
 from graphgen.worker.ahead import Capability, capability_of

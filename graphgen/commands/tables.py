@@ -6,7 +6,7 @@ from graphgen.api.engine import Engine
 from graphgen.commands.demo_run import DemoFigures, percentile
 from graphgen.commands.describe import Decision, installed_versions
 from graphgen.commands.tune import TuneFigures
-from graphgen.ipc.messages import Bucket, Phase
+from graphgen.ipc.worker_messages import Bucket, Phase
 
 
 def versions_table() -> Table:

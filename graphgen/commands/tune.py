@@ -9,7 +9,8 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from graphgen.ipc.messages import Bucket, ObjectiveName, StepTimeTable
+from graphgen.ipc.engine_messages import ObjectiveName
+from graphgen.ipc.worker_messages import Bucket, StepTimeTable
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.cost_model import SATURATION_SHARE, CostModel, prompt_pairs
 from graphgen.scheduler.objectives import OBJECTIVES, judged

@@ -18,8 +18,8 @@ from graphgen.gateway.schema import (
 )
 from graphgen.gateway.structured import structured_of
 from graphgen.ipc.errors import InvalidRequestError
-from graphgen.ipc.messages import MAX_LOGPROBS
 from graphgen.ipc.short import short
+from graphgen.ipc.worker_messages import MAX_LOGPROBS
 
 MAX_TOKEN_ID_LEN = 10
 """Digits of the largest token id."""

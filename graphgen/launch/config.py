@@ -14,8 +14,8 @@ from msgspec import Struct
 from graphgen.base.keywords import KnownKeywords, type_problem
 from graphgen.base.plain import plain_fields
 from graphgen.capture.buckets import MIN_TOKEN_BUDGET
+from graphgen.ipc.engine_messages import ObjectiveName
 from graphgen.ipc.errors import ConfigError
-from graphgen.ipc.messages import ObjectiveName
 from graphgen.models.spec import Quantization
 
 _PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)

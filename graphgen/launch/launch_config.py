@@ -11,8 +11,8 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from graphgen.ipc.engine_messages import ObjectiveName
 from graphgen.ipc.ggp.messages import SamplingDefaults
-from graphgen.ipc.messages import ObjectiveName
 from graphgen.models.spec import ModelSpec
 
 LAUNCH_FILE = "launch.msgpack"

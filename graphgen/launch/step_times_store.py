@@ -26,7 +26,7 @@ from msgspec import Meta, Struct
 from graphgen.base.caches import cache_root
 from graphgen.base.version import __version__
 from graphgen.ipc.errors import ConfigError
-from graphgen.ipc.messages import Bucket, BucketTime, StepTimeTable, WorkerReady
+from graphgen.ipc.worker_messages import Bucket, BucketTime, StepTimeTable, WorkerReady
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.models.spec import ModelSpec, Norm, RopeSpec
 

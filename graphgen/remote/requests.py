@@ -16,6 +16,7 @@ from graphgen.calls.prompts import Chat, OnePrompt
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.calls.structured import to_wire
 from graphgen.ipc.codec import pack_int32
+from graphgen.ipc.engine_messages import FinishReason
 from graphgen.ipc.errors import (
     DeadlineError,
     EngineDeadError,
@@ -30,7 +31,6 @@ from graphgen.ipc.errors import (
 from graphgen.ipc.ggp import messages
 from graphgen.ipc.ggp.limits import MAX_INT
 from graphgen.ipc.ggp.messages import Accepted, Delta, Done, Error, Generate, Sampling, SamplingDefaults
-from graphgen.ipc.messages import FinishReason
 from graphgen.ipc.step_schema import WORD_BYTES, logprob_words
 
 

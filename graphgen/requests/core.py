@@ -16,10 +16,10 @@ from graphgen.calls.prompts import Chat, OnePrompt
 from graphgen.calls.sampling_params import SamplingParams, one_each
 from graphgen.calls.structured import Structured
 from graphgen.ipc.codec import pack_int32, unpack_int32
+from graphgen.ipc.engine_messages import EngineStats, Ready, Submit
 from graphgen.ipc.errors import ConfigError, InvalidRequestError, PromptTooLongError
 from graphgen.ipc.ggp.messages import SamplingDefaults
 from graphgen.ipc.ggp.routing import Routed
-from graphgen.ipc.messages import EngineStats, Ready, Submit
 from graphgen.ipc.senders import first_request_id
 from graphgen.launch.config import EngineConfig
 from graphgen.launch.launch_config import LaunchConfig

@@ -4,6 +4,7 @@ Owns nothing. Called by `graphgen.requests.link` and the supervisor of a server.
 """
 
 from graphgen.ipc import errors
+from graphgen.ipc.engine_messages import Rejected
 from graphgen.ipc.errors import (
     DeadlineError,
     EngineDeadError,
@@ -13,7 +14,7 @@ from graphgen.ipc.errors import (
     OverloadedError,
     PoisonedRequestError,
 )
-from graphgen.ipc.messages import Failed, Rejected
+from graphgen.ipc.worker_messages import Failed
 
 
 def refusal_of(rejected: Rejected) -> GraphgenError:

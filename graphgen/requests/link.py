@@ -20,27 +20,24 @@ import zmq
 
 from graphgen.base.owner import Owner
 from graphgen.ipc.channel import Channel
-from graphgen.ipc.errors import EngineClosedError, EngineDeadError, GraphgenError
-from graphgen.ipc.messages import (
+from graphgen.ipc.engine_messages import (
     Attach,
     Blamed,
     Cancel,
     EngineStats,
     EngineToScheduler,
-    Failed,
     Notice,
     Outputs,
-    Probe,
-    Progress,
     Ready,
     Rejected,
     ReportRequest,
     SchedulerToEngine,
-    Shutdown,
     StatsRequest,
 )
+from graphgen.ipc.errors import EngineClosedError, EngineDeadError, GraphgenError
 from graphgen.ipc.reports import EngineReport
 from graphgen.ipc.senders import engine_channel
+from graphgen.ipc.worker_messages import Failed, Probe, Progress, Shutdown
 from graphgen.requests.failures import error_of, refusal_of
 from graphgen.requests.link_ends import Nobody, Observer, Processes
 from graphgen.requests.open_request import OpenRequest

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from graphgen.ipc.engine_messages import EngineStats
 from graphgen.ipc.errors import OverloadedError
-from graphgen.ipc.messages import EngineStats
 from graphgen.ipc.reports import EngineReport
 from graphgen.launch.processes import Exit
 from graphgen.requests.open_request import OpenRequest

@@ -12,7 +12,7 @@ from graphgen.calls.logprobs import Logprobs, join, pack
 from graphgen.calls.outputs import Delivery, Mark, RequestOutput, Sink, StreamPiece, Timing
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.ipc.codec import pack_int32, unpack_int32
-from graphgen.ipc.messages import FinishReason, Submit, TokenOutput
+from graphgen.ipc.engine_messages import FinishReason, Submit, TokenOutput
 from graphgen.ipc.step_schema import WORD_BYTES, logprob_words
 from graphgen.requests.text import Detokenizer, StopFinder
 from graphgen.requests.tokenizer import Tokenizer

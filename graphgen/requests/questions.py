@@ -10,8 +10,9 @@ from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, InvalidStateError
 
+from graphgen.ipc.engine_messages import EngineStats, Ready
 from graphgen.ipc.errors import GraphgenError
-from graphgen.ipc.messages import EngineStats, Probe, Ready
+from graphgen.ipc.worker_messages import Probe
 
 
 class Questions:

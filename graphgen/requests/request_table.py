@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Collection
 
 from graphgen.calls.outputs import Delivery, Sink
+from graphgen.ipc.engine_messages import Blamed, FinishReason, Outputs
 from graphgen.ipc.errors import GraphgenError, OverloadedError
-from graphgen.ipc.messages import Blamed, FinishReason, Outputs
 from graphgen.requests.link_ends import Observer
 from graphgen.requests.open_request import OpenRequest
 

@@ -5,9 +5,9 @@ Pure. Called by `graphgen.requests.core`.
 
 from msgspec import structs
 
+from graphgen.ipc.engine_messages import Submit
 from graphgen.ipc.errors import InvalidRequestError
 from graphgen.ipc.ggp.routing import Routed
-from graphgen.ipc.messages import Submit
 from graphgen.ipc.step_schema import WORD_BYTES
 
 

@@ -8,8 +8,8 @@ import threading
 from collections.abc import Collection
 from concurrent.futures import Future
 
+from graphgen.ipc.engine_messages import EngineStats
 from graphgen.ipc.errors import EngineDeadError
-from graphgen.ipc.messages import EngineStats
 from graphgen.router.engine_stats import sum_of
 
 

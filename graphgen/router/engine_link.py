@@ -11,7 +11,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple, Protocol
 
-from graphgen.ipc.messages import EngineStats, Notice, Progress, Ready
+from graphgen.ipc.engine_messages import EngineStats, Notice, Ready
+from graphgen.ipc.worker_messages import Progress
 from graphgen.requests.link import Link
 from graphgen.requests.link_ends import Observer, Processes
 from graphgen.requests.open_request import OpenRequest

@@ -9,8 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from graphgen.ipc.engine_messages import Ready
 from graphgen.ipc.errors import EngineDeadError
-from graphgen.ipc.messages import Ready
 from graphgen.ipc.reports import EngineReport
 from graphgen.router.engine_stats import sum_of_reports
 

@@ -5,8 +5,9 @@ Pure. Called by `graphgen.router.links`.
 
 from collections.abc import Sequence
 
-from graphgen.ipc.messages import Bucket, BucketSteps, EngineStats
+from graphgen.ipc.engine_messages import BucketSteps, EngineStats
 from graphgen.ipc.reports import EngineReport
+from graphgen.ipc.worker_messages import Bucket
 
 _MOST = ("step_ms_p50", "step_ms_p95", "step_ms_p99", "step_ms_max", "worker_pause_s", "capture_ms_max")
 _OWN = ("padding_share", "worker_loss", "waiting_by_class", "buckets", "steps_within_ms", "recent_steps", "engines")

@@ -16,8 +16,8 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
 from graphgen.base.owner import Owner
+from graphgen.ipc.engine_messages import EngineStats, Notice, Ready
 from graphgen.ipc.errors import EngineClosedError, EngineDeadError
-from graphgen.ipc.messages import EngineStats, Notice, Ready
 from graphgen.ipc.reports import EngineReport
 from graphgen.requests.open_request import OpenRequest
 from graphgen.router.answers import first_answer, sum_answer

@@ -15,8 +15,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from graphgen.base.page_digests import prompt_digests
+from graphgen.ipc.engine_messages import Ready
 from graphgen.ipc.errors import DeadlineError, EngineDeadError, GraphgenError, OverloadedError, PoisonedRequestError
-from graphgen.ipc.messages import Ready
 from graphgen.ipc.reports import EngineReport
 from graphgen.requests.link_ends import Nobody
 from graphgen.requests.open_request import OpenRequest

@@ -17,6 +17,8 @@ from functools import partial
 
 import msgspec
 
+from graphgen.ipc.engine_messages import EngineStats, Ready
+from graphgen.ipc.engine_messages import Notice as OperatorNotice
 from graphgen.ipc.errors import (
     ConfigError,
     ConnectionLostError,
@@ -43,8 +45,6 @@ from graphgen.ipc.ggp.messages import (
     Welcome,
 )
 from graphgen.ipc.ggp.routing import Load
-from graphgen.ipc.messages import EngineStats, Ready
-from graphgen.ipc.messages import Notice as OperatorNotice
 from graphgen.remote.address import ServerAddress
 from graphgen.remote.requests import exception_of
 from graphgen.requests.open_request import OpenRequest

@@ -10,6 +10,7 @@ from array import array
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.calls.structured import to_wire
 from graphgen.ipc.codec import unpack_int32
+from graphgen.ipc.engine_messages import BucketSteps, EngineStats, Ready, StepSummary, Submit, TokenOutput
 from graphgen.ipc.ggp.limits import MAX_DURATION_MS, MAX_TENANT_LEN
 from graphgen.ipc.ggp.messages import (
     Delta,
@@ -19,19 +20,8 @@ from graphgen.ipc.ggp.messages import (
 )
 from graphgen.ipc.ggp.routing import Capacity, Load, Routed
 from graphgen.ipc.ggp.statistics import BucketCount, Live
-from graphgen.ipc.messages import (
-    Bucket,
-    BucketSteps,
-    EngineStats,
-    PageGroup,
-    Ready,
-    SamplerParams,
-    StepSummary,
-    Submit,
-    TokenOutput,
-    WorkerReady,
-)
 from graphgen.ipc.reports import EngineReport
+from graphgen.ipc.worker_messages import Bucket, PageGroup, SamplerParams, WorkerReady
 from graphgen.requests.open_request import OpenRequest
 
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
+from graphgen.ipc.engine_messages import Outputs, TokenOutput
 from graphgen.ipc.ggp.messages import Cancel, Delta, Generate
-from graphgen.ipc.messages import Outputs, TokenOutput
 from graphgen.requests.open_request import OpenRequest
 from graphgen.router.remote_messages import generate_of, output_of
 

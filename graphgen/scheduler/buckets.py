@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 from graphgen.ipc.errors import ConfigError
-from graphgen.ipc.messages import Bucket
+from graphgen.ipc.worker_messages import Bucket
 
 LONG_PROMPT_STEPS = 8
 """A prompt with more uncomputed tokens than this many steps of the full budget is long."""

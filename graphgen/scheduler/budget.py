@@ -27,7 +27,7 @@ from operator import attrgetter
 
 from msgspec import Struct
 
-from graphgen.ipc.messages import Bucket
+from graphgen.ipc.worker_messages import Bucket
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.cost_model import CostModel, prompt_pairs
 from graphgen.scheduler.large_steps import LargeSteps

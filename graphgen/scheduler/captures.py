@@ -10,7 +10,7 @@ steps that would use it use a larger one.
 import logging
 from collections.abc import Sequence
 
-from graphgen.ipc.messages import Bucket, Captured
+from graphgen.ipc.worker_messages import Bucket, Captured
 
 QUIET_S = 1.0
 """For so long nothing has run or waited when a capture begins: who sends one request after another never meets one."""

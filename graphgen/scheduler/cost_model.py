@@ -17,7 +17,7 @@ factor makes up for what the table has wrong of one bucket, and is learned in th
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from graphgen.ipc.messages import Bucket, StepTimeTable
+from graphgen.ipc.worker_messages import Bucket, StepTimeTable
 
 _PACE_WEIGHT = 1.0 / 16
 """Weight of the newest step in a pace, and in the mean error: a slower clock shows within a few dozen steps."""

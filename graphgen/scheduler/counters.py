@@ -4,7 +4,8 @@ for statistics."""
 from bisect import bisect_left
 from dataclasses import dataclass, field
 
-from graphgen.ipc.messages import STEP_BOUNDS_MS, Bucket, BucketSteps
+from graphgen.ipc.engine_messages import STEP_BOUNDS_MS, BucketSteps
+from graphgen.ipc.worker_messages import Bucket
 from graphgen.scheduler.plan import StepRecord
 from graphgen.scheduler.request import Request
 

@@ -12,7 +12,7 @@ are 1024 tokens long, and 0.83 beside 64.
 
 from collections.abc import Sequence
 
-from graphgen.ipc.messages import Bucket
+from graphgen.ipc.worker_messages import Bucket
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.cost_model import CostModel, smallest_near_best
 

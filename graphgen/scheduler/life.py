@@ -6,7 +6,7 @@ one when it begins, and another when a group is lost.
 
 from collections.abc import Sequence
 
-from graphgen.ipc.messages import StepTimeTable
+from graphgen.ipc.worker_messages import StepTimeTable
 from graphgen.scheduler.admission import Admission
 from graphgen.scheduler.bookkeeping import Bookkeeping
 from graphgen.scheduler.buckets import BucketTable

@@ -6,9 +6,10 @@ Owns numbers only. Made by `graphgen.scheduler.process` from the configuration a
 
 from msgspec import Struct
 
+from graphgen.ipc.engine_messages import ObjectiveName
 from graphgen.ipc.errors import ConfigError, InvalidRequestError
-from graphgen.ipc.messages import Bucket, ObjectiveName
 from graphgen.ipc.step_schema import MAX_SCORED_ROWS
+from graphgen.ipc.worker_messages import Bucket
 from graphgen.scheduler.page_groups import PageGroups
 
 

@@ -18,34 +18,36 @@ import msgspec
 import zmq
 
 from graphgen.base.garbage import leave_imports_alone
-from graphgen.ipc.errors import DeadlineError, InvalidRequestError, OverloadedError
-from graphgen.ipc.messages import (
+from graphgen.ipc.engine_messages import (
     Attach,
     Blamed,
     Cancel,
-    Capture,
-    Captured,
     EngineStats,
     EngineToScheduler,
-    Failed,
     Notice,
     Outputs,
-    Probe,
-    Progress,
     Ready,
     Rejected,
     ReportRequest,
     SenderEnded,
-    Shutdown,
     StatsRequest,
-    StepResult,
     StepSummary,
     Submit,
+)
+from graphgen.ipc.errors import DeadlineError, InvalidRequestError, OverloadedError
+from graphgen.ipc.step_schema import unpack_columns
+from graphgen.ipc.worker_messages import (
+    Capture,
+    Captured,
+    Failed,
+    Probe,
+    Progress,
+    Shutdown,
+    StepResult,
     WorkerCounters,
     WorkerReady,
     WorkerToScheduler,
 )
-from graphgen.ipc.step_schema import unpack_columns
 from graphgen.scheduler.captures import Captures
 from graphgen.scheduler.policy import Scheduler
 from graphgen.scheduler.recent_steps import RecentSteps

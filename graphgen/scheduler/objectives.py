@@ -15,7 +15,8 @@ from collections.abc import Iterable, Mapping
 
 from msgspec import Struct
 
-from graphgen.ipc.messages import Bucket, ObjectiveName
+from graphgen.ipc.engine_messages import ObjectiveName
+from graphgen.ipc.worker_messages import Bucket
 
 JUDGED_ROWS = 1024
 """See `judged`."""

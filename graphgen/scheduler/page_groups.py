@@ -13,7 +13,7 @@ parts.
 
 from collections.abc import Sequence
 
-from graphgen.ipc.messages import PageGroup
+from graphgen.ipc.worker_messages import PageGroup
 
 
 class BlockTable:

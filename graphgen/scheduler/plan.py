@@ -11,7 +11,7 @@ from typing import NamedTuple
 from msgspec import Struct
 
 from graphgen.ipc.codec import pack_int32
-from graphgen.ipc.messages import Bucket, Chunk, StepPlan
+from graphgen.ipc.worker_messages import Bucket, Chunk, StepPlan
 from graphgen.scheduler.cost_model import prompt_pairs
 from graphgen.scheduler.decodes import DecodeSet
 from graphgen.scheduler.request import Request, RunningRequest

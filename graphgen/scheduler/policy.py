@@ -40,10 +40,11 @@ The parts:
 from collections.abc import Sequence
 from typing import TypeVar
 
+from graphgen.ipc.engine_messages import Outputs, Rejected, Submit, TokenOutput
 from graphgen.ipc.errors import ConfigError, DeadlineError, InvalidRequestError, OverloadedError
-from graphgen.ipc.messages import Bucket, Outputs, Rejected, StepPlan, StepTimeTable, Submit, TokenOutput
 from graphgen.ipc.reports import EngineReport
 from graphgen.ipc.senders import sender_of
+from graphgen.ipc.worker_messages import Bucket, StepPlan, StepTimeTable
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.counters import Counters

@@ -18,17 +18,9 @@ import zmq
 from graphgen.base.descriptors import raise_descriptor_limit
 from graphgen.base.logs import log_to_stderr
 from graphgen.ipc.channel import Channel
-from graphgen.ipc.messages import (
-    EngineToScheduler,
-    Failed,
-    Phase,
-    Progress,
-    Ready,
-    Shutdown,
-    StepResult,
-    WorkerReady,
-)
+from graphgen.ipc.engine_messages import EngineToScheduler, Ready
 from graphgen.ipc.senders import engine_channel
+from graphgen.ipc.worker_messages import Failed, Phase, Progress, Shutdown, StepResult, WorkerReady
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.limits import SchedulerLimits

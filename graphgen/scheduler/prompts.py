@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import NamedTuple
 
-from graphgen.ipc.messages import Bucket
+from graphgen.ipc.worker_messages import Bucket
 from graphgen.scheduler.admission import Admission, Offer
 from graphgen.scheduler.budget import StepBudget, StepLoad
 from graphgen.scheduler.cost_model import CostModel

@@ -5,7 +5,7 @@ Owns how long nobody may ask before they are forgotten. Called by `graphgen.sche
 
 from collections import deque
 
-from graphgen.ipc.messages import StepSummary
+from graphgen.ipc.engine_messages import StepSummary
 from graphgen.scheduler.plan import StepRecord
 
 KEPT_FOR_S = 2.0

@@ -22,16 +22,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from graphgen.ipc.codec import pack_int32, unpack_int32
+from graphgen.ipc.engine_messages import MAX_PRIORITY, MAX_TARGET_MS, FinishReason, Submit
 from graphgen.ipc.errors import InvalidRequestError
-from graphgen.ipc.messages import (
-    MAX_LOGPROBS,
-    MAX_PRIORITY,
-    MAX_TARGET_MS,
-    FinishReason,
-    SamplerParams,
-    SlotInit,
-    Submit,
-)
+from graphgen.ipc.worker_messages import MAX_LOGPROBS, SamplerParams, SlotInit
 from graphgen.scheduler.page_chain import PageChain
 from graphgen.scheduler.page_groups import BlockTable
 from graphgen.scheduler.tokens import Tokens

@@ -9,14 +9,7 @@ from collections.abc import Iterator, Sequence
 import zmq
 
 from graphgen.ipc.channel import Channel
-from graphgen.ipc.messages import (
-    Blamed,
-    EngineToScheduler,
-    Outputs,
-    Rejected,
-    SchedulerToEngine,
-    TokenOutput,
-)
+from graphgen.ipc.engine_messages import Blamed, EngineToScheduler, Outputs, Rejected, SchedulerToEngine, TokenOutput
 from graphgen.ipc.senders import sender_of
 
 EngineChannel = Channel[SchedulerToEngine, EngineToScheduler]

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from graphgen.ipc.messages import StepResult
+from graphgen.ipc.worker_messages import StepResult
 from graphgen.scheduler.plan import StepDescription
 
 

@@ -24,7 +24,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
 
-from graphgen.ipc.messages import MAX_PRIORITY
+from graphgen.ipc.engine_messages import MAX_PRIORITY
 from graphgen.scheduler.plan import StepRecord
 from graphgen.scheduler.request import Rank, Request, RunningRequest
 from graphgen.scheduler.waiting import WaitingQueue

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable
 
 from graphgen.ipc.codec import pack_int32
-from graphgen.ipc.messages import SamplerParams, StepPlan, StepResult, Submit, WorkerCounters
+from graphgen.ipc.engine_messages import Submit
 from graphgen.ipc.step_schema import unpack_columns
+from graphgen.ipc.worker_messages import SamplerParams, StepPlan, StepResult, WorkerCounters
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.policy import Scheduler
 

@@ -18,13 +18,7 @@ import zmq
 from msgspec import Struct
 
 from graphgen.ipc.channel import Channel
-from graphgen.ipc.messages import (
-    Failed,
-    SchedulerToWorker,
-    Shutdown,
-    WorkerReady,
-    WorkerToScheduler,
-)
+from graphgen.ipc.worker_messages import Failed, SchedulerToWorker, Shutdown, WorkerReady, WorkerToScheduler
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.launch.starts import MAX_STARTS, WITHIN_S, StartLimit
 from graphgen.scheduler.standby import Standby

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from graphgen.base.addresses import check_address
 from graphgen.ipc.errors import ConfigError
-from graphgen.ipc.messages import (
+from graphgen.ipc.server_messages import (
     AddEngine,
     DrainEngine,
     EngineAway,

@@ -15,8 +15,9 @@ import msgspec
 import zmq
 
 from graphgen.ipc.channel import Channel
-from graphgen.ipc.messages import FrontendToSupervisor, Listening, SenderEnded, SupervisorToFrontend
+from graphgen.ipc.engine_messages import SenderEnded
 from graphgen.ipc.senders import engine_channel, first_request_id
+from graphgen.ipc.server_messages import FrontendToSupervisor, Listening, SupervisorToFrontend
 from graphgen.launch.processes import EngineProcesses, Exit
 from graphgen.server.frontend.settings import FrontendSettings, frontend_name, settings_file
 from graphgen.server.kept import Kept

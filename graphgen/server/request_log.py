@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from graphgen.base.logs import FIELDS, RepeatedLines
-from graphgen.ipc.messages import RequestEnded
+from graphgen.ipc.server_messages import RequestEnded
 from graphgen.server.frontend.keys import Keys, read_public_key
 
 logger = logging.getLogger("graphgen.requests")

@@ -22,8 +22,9 @@ from graphgen.base.progress import StartProgress
 from graphgen.base.signals import EndSignals
 from graphgen.gateway.output_parsers.formats import PLAIN, choose_format
 from graphgen.gateway.settings import ModelFacts
+from graphgen.ipc.engine_messages import Notice, Ready
 from graphgen.ipc.errors import EngineDeadError
-from graphgen.ipc.messages import (
+from graphgen.ipc.server_messages import (
     Drain,
     Drained,
     DrainEngine,
@@ -32,14 +33,11 @@ from graphgen.ipc.messages import (
     EngineLost,
     EngineServes,
     ExpectEngine,
-    Failed,
     FrontendToSupervisor,
     Listening,
-    Notice,
-    Progress,
-    Ready,
     RequestEnded,
 )
+from graphgen.ipc.worker_messages import Failed, Progress
 from graphgen.launch.config import EngineConfig
 from graphgen.launch.engines import Engines
 from graphgen.launch.processes import SCHEDULER_MODULE, EngineProcesses

@@ -29,7 +29,7 @@ import msgspec
 from msgspec import Struct
 
 from graphgen.base.logs import log_to_stderr
-from graphgen.ipc.messages import Phase
+from graphgen.ipc.worker_messages import Phase
 from graphgen.launch.launch_config import LaunchConfig
 
 MODULE = "graphgen.worker.ahead"

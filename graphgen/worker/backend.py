@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from graphgen.ipc.errors import ConfigError, GraphgenError, UnsupportedModelError
-from graphgen.ipc.messages import Bucket
 from graphgen.ipc.step_schema import StepBounds
+from graphgen.ipc.worker_messages import Bucket
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.models.attention.backend import AttentionBackend
 from graphgen.models.attention.kernels import AttentionShape, Scores

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from graphgen.ipc.messages import Phase
+from graphgen.ipc.worker_messages import Phase
 from graphgen.launch.launch_config import LaunchConfig
 
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from graphgen.capture.buffers import Words
 from graphgen.ipc.codec import unpack_int32
-from graphgen.ipc.messages import SlotInit, StepPlan
+from graphgen.ipc.worker_messages import SlotInit, StepPlan
 from graphgen.worker.grammar_compiler import GrammarCompiler
 
 PATIENCE_S = 0.05

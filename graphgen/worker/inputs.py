@@ -11,7 +11,6 @@ import numpy as np
 from msgspec import Struct
 
 from graphgen.capture.buffers import BlockLayout, Field, Words
-from graphgen.ipc.messages import SlotInit, StepPlan
 from graphgen.ipc.step_schema import (
     INPUT_FIELDS,
     InputField,
@@ -20,6 +19,7 @@ from graphgen.ipc.step_schema import (
     StepShape,
     num_new_pages,
 )
+from graphgen.ipc.worker_messages import SlotInit, StepPlan
 
 
 class RegionLengths(Struct, frozen=True):

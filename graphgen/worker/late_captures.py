@@ -16,7 +16,7 @@ import msgspec
 import torch
 
 from graphgen.capture.graphs import is_out_of_memory
-from graphgen.ipc.messages import Bucket, BucketTime, Captured, StepTimeTable, WorkerReady
+from graphgen.ipc.worker_messages import Bucket, BucketTime, Captured, StepTimeTable, WorkerReady
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.launch.step_times_store import QUICK_SOURCE, StepTimesKey, save_step_times
 from graphgen.models.collectives.group import RankGroup

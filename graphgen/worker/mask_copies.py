@@ -13,7 +13,7 @@ from torch import Tensor
 
 from graphgen.capture.buffers import StagingRing
 from graphgen.capture.stream import DeviceStream
-from graphgen.ipc.messages import StepPlan
+from graphgen.ipc.worker_messages import StepPlan
 from graphgen.models.sampling import Sampler, mask_words
 from graphgen.worker.grammars import FILLED_TOGETHER, Draw, LateMask
 

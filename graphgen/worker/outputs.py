@@ -16,8 +16,8 @@ from torch import Tensor
 
 from graphgen.capture.buffers import BlockLayout, Field, Words
 from graphgen.capture.stream import DeviceStream, Mark
-from graphgen.ipc.messages import MAX_LOGPROBS, DrawnRows, StepPlan
 from graphgen.ipc.step_schema import LOGPROBS, OUTPUT_FIELDS, OutputField, StepShape
+from graphgen.ipc.worker_messages import MAX_LOGPROBS, DrawnRows, StepPlan
 from graphgen.models.sampling import NO_TOKEN
 
 OUTPUT_RING = 4

@@ -22,7 +22,7 @@ import zmq
 
 from graphgen.capture.stream import Mark
 from graphgen.ipc.channel import Channel
-from graphgen.ipc.messages import (
+from graphgen.ipc.worker_messages import (
     Capture,
     Captured,
     Failed,

@@ -14,8 +14,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from graphgen.ipc.messages import Bucket
 from graphgen.ipc.step_schema import NEW_PAGE_WORDS, Counts
+from graphgen.ipc.worker_messages import Bucket
 from graphgen.models.attention.tables import RowTables
 
 

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from graphgen.ipc.messages import Bucket
 from graphgen.ipc.step_schema import NEW_PAGE_WORDS, Counts
+from graphgen.ipc.worker_messages import Bucket
 from graphgen.models.attention.tables import RowTables
 from graphgen.worker.rows import DrawingRows, ExpandedStep, Rows, SlotTables
 

@@ -26,17 +26,8 @@ from graphgen.capture.memory import (
     wait_until_free,
 )
 from graphgen.capture.stream import Mark, open_stream
-from graphgen.ipc.messages import (
-    Bucket,
-    Chunk,
-    Phase,
-    Progress,
-    SlotInit,
-    StepPlan,
-    WorkerCounters,
-    WorkerReady,
-)
 from graphgen.ipc.step_schema import MAX_SCORED_ROWS, PAGE_COPY_WORDS, WORD_BYTES, StepShape
+from graphgen.ipc.worker_messages import Bucket, Chunk, Phase, Progress, SlotInit, StepPlan, WorkerCounters, WorkerReady
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.launch.tokenizer_file import TokenizerPart
 from graphgen.models.collectives.group import RankGroup

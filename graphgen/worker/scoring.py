@@ -14,8 +14,8 @@ from torch import Tensor
 
 from graphgen.capture.buffers import BlockLayout, Words
 from graphgen.capture.stream import DeviceStream, Mark
-from graphgen.ipc.messages import StepPlan
 from graphgen.ipc.step_schema import LOGPROB_WORDS, MAX_SCORED_ROWS, SCORED_ROW_WORDS, Counts, num_scored_rows
+from graphgen.ipc.worker_messages import StepPlan
 from graphgen.models.decoder import Decoder, KeptRows
 from graphgen.models.sampling import Sampler, asked_for
 from graphgen.worker.outputs import OUTPUT_RING, pack_logprobs

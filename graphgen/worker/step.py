@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from graphgen.capture.buffers import BlockLayout
-from graphgen.ipc.messages import Bucket
 from graphgen.ipc.step_schema import LOGPROBS, Counts
+from graphgen.ipc.worker_messages import Bucket
 from graphgen.models.attention.backend import AttentionBackend
 from graphgen.models.collectives.group import RankGroup
 from graphgen.models.decoder import Decoder

@@ -10,8 +10,8 @@ from functools import lru_cache
 import torch
 
 from graphgen.capture.buckets import build_ladder, essential_of
-from graphgen.ipc.messages import Bucket, PageGroup
 from graphgen.ipc.step_schema import MAX_SCORED_ROWS, StepBounds, StepShape
+from graphgen.ipc.worker_messages import Bucket, PageGroup
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.models.attention.backend import AttentionBackend
 from graphgen.models.collectives.group import RankGroup

@@ -22,7 +22,8 @@ import msgspec
 from msgspec import Struct
 
 from graphgen.ipc.codec import pack_int32
-from graphgen.ipc.messages import (
+from graphgen.ipc.step_schema import NEW_PAGE_WORDS
+from graphgen.ipc.worker_messages import (
     TIMING_PHASE,
     Bucket,
     BucketTime,
@@ -35,7 +36,6 @@ from graphgen.ipc.messages import (
     StepTimeTable,
     WorkerReady,
 )
-from graphgen.ipc.step_schema import NEW_PAGE_WORDS
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.launch.step_times_store import (
     QUICK_SOURCE,

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from graphgen.ipc.messages import Phase
+from graphgen.ipc.worker_messages import Phase
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.launch.processes import process_age_s
 from graphgen.worker.background import prepare_first_use

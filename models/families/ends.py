@@ -6,7 +6,7 @@ Owns the checks of them. Called by reader.py.
 import logging
 
 from graphgen.ipc.errors import UnsupportedModelError
-from graphgen.ipc.messages import MAX_STOP_TOKEN_IDS
+from graphgen.ipc.worker_messages import MAX_STOP_TOKEN_IDS
 from graphgen.models.families.words import Config
 
 logger = logging.getLogger("graphgen.models")

@@ -9,7 +9,7 @@ multiply-add rounds differently) and the reading of settings, logits and counts.
 import triton
 import triton.language as tl
 
-from graphgen.ipc.messages import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
+from graphgen.ipc.worker_messages import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
 from graphgen.models.sampling import arithmetic, tables
 
 TEMPERATURE = tl.constexpr(tables.TEMPERATURE)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from graphgen.ipc import step_schema
-from graphgen.ipc.messages import MAX_LOGPROBS
+from graphgen.ipc.worker_messages import MAX_LOGPROBS
 from graphgen.models.sampling.device import (
     LARGEST_FLOAT,
     MAX_INT32,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from graphgen.ipc.errors import InvalidRequestError
-from graphgen.ipc.messages import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS, SamplerParams, SlotInit
+from graphgen.ipc.worker_messages import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS, SamplerParams, SlotInit
 
 TEMPERATURE = 0
 TOP_K = 1

@@ -19,7 +19,7 @@ import torch
 
 from graphgen import SamplingParams
 from graphgen.ipc.ggp.messages import SamplingDefaults
-from graphgen.ipc.messages import SamplerParams, SlotInit
+from graphgen.ipc.worker_messages import SamplerParams, SlotInit
 from graphgen.models.sampling import make_sampler, pack_slot
 from graphgen.scheduler.policy import Scheduler
 from tests.scheduler.harness import make_limits, make_submit

@@ -12,7 +12,7 @@ import pytest
 
 from graphgen import Engine
 from graphgen.base.progress import FIRST_PHASE, StartProgress
-from graphgen.ipc.messages import Phase, Progress
+from graphgen.ipc.worker_messages import Phase, Progress
 from graphgen.requests.core import describe_start
 from tests.fakes import READY
 
@@ -20,7 +20,7 @@ START = """
 import logging, sys
 logging.basicConfig(level=logging.INFO)
 from graphgen.base.progress import StartProgress
-from graphgen.ipc.messages import Progress
+from graphgen.ipc.worker_messages import Progress
 with StartProgress({shows_bars}) as progress:
     for message in (Progress("load", 0, 0), Progress("load", 1, 2), Progress("capture", 0, 0)):
         progress.show(message)

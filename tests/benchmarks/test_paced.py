@@ -12,7 +12,7 @@ from benchmarks.options import add_engine_options, make_parser
 from benchmarks.paced.worker import PacedDevice
 from benchmarks.simulated_machine import H200_STEP_TIMES
 from graphgen.ipc.codec import pack_int32
-from graphgen.ipc.messages import Bucket, Probe, StepPlan, StepResult
+from graphgen.ipc.worker_messages import Bucket, Probe, StepPlan, StepResult
 from graphgen.launch.step_times_store import StepTimesFile
 
 TABLE = StepTimesFile.read(H200_STEP_TIMES)

@@ -18,7 +18,8 @@ from benchmarks.scenarios import Scenario, parse_load, requests_of
 from benchmarks.step_log import Step, attended
 from benchmarks.virtual_engine import VirtualEngine, VirtualRequest
 from benchmarks.workload import RequestShape, Workload
-from graphgen.ipc.messages import Bucket, BucketTime, Outputs, StepPlan, StepTimeTable, Submit
+from graphgen.ipc.engine_messages import Outputs, Submit
+from graphgen.ipc.worker_messages import Bucket, BucketTime, StepPlan, StepTimeTable
 from graphgen.launch.step_times_store import StepTimesFile
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.limits import SchedulerLimits

@@ -26,7 +26,7 @@ from benchmarks.latency import idle_parameters
 from benchmarks.report import percentile, show
 from graphgen import EngineConfig
 from graphgen.demo import model_folder
-from graphgen.ipc.messages import Phase
+from graphgen.ipc.worker_messages import Phase
 from graphgen.models.decoder import Decoder
 from graphgen.models.families import load_spec
 from graphgen.models.spec import Dense, Experts, Router

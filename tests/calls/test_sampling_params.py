@@ -11,7 +11,7 @@ import pytest
 from graphgen import InvalidRequestError, SamplingParams
 from graphgen.calls.sampling_params import MAX_STOP_STRING_LEN, MAX_STOP_STRINGS
 from graphgen.ipc.ggp.messages import SamplingDefaults
-from graphgen.ipc.messages import MAX_STOP_TOKEN_IDS, SamplerParams
+from graphgen.ipc.worker_messages import MAX_STOP_TOKEN_IDS, SamplerParams
 
 PLAIN = SamplingDefaults()
 BAD: list[tuple[str, Any]] = [  # Any: wrong types are the point

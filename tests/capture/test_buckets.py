@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from graphgen.capture.buckets import build_ladder, essential_of, slots_for
 from graphgen.ipc.errors import ConfigError
-from graphgen.ipc.messages import Bucket
+from graphgen.ipc.worker_messages import Bucket
 from graphgen.scheduler.buckets import BucketTable
 
 BUDGETS = st.integers(8, 4096)

@@ -14,7 +14,7 @@ from graphgen.capture.graphs import GraphPool, is_out_of_memory, quiet_garbage_c
 from graphgen.capture.memory import pages_that_fit
 from graphgen.capture.stream import CudaStream, HostStream
 from graphgen.ipc.errors import ConfigError
-from graphgen.ipc.messages import Bucket
+from graphgen.ipc.worker_messages import Bucket
 
 
 def test_work_runs_in_order_while_the_caller_goes_on() -> None:

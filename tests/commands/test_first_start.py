@@ -4,7 +4,7 @@ import pytest
 
 from graphgen import EngineConfig, GraphgenError
 from graphgen.commands.first_start import FirstStart, cards_here, start_engine, start_first
-from graphgen.ipc.messages import Bucket, BucketTime, StepTimeTable, WorkerReady
+from graphgen.ipc.worker_messages import Bucket, BucketTime, StepTimeTable, WorkerReady
 
 HOPPER, AMPERE = (9, 0), (8, 0)
 CONFIG = EngineConfig(model="model", device="cuda", token_budget=512, dtype="float16")

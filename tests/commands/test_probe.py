@@ -9,8 +9,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from graphgen.commands import cli
+from graphgen.ipc.engine_messages import StatsRequest, Submit
 from graphgen.ipc.ggp.messages import Accepted, Draining
-from graphgen.ipc.messages import Drain, Probe, StatsRequest, Submit
+from graphgen.ipc.server_messages import Drain
+from graphgen.ipc.worker_messages import Probe
 from graphgen.server.frontend import monitor
 from tests.fakes import STATS
 from tests.frontend.harness import IDS, Frontend, demo_tokenizer

@@ -13,7 +13,8 @@ from graphgen import Engine
 from graphgen.capture.buckets import build_ladder
 from graphgen.commands.describe import decisions
 from graphgen.commands.tune import describe_figures, padding_by_bucket, tune_figures
-from graphgen.ipc.messages import Bucket, BucketTime, ObjectiveName, StepTimeTable
+from graphgen.ipc.engine_messages import ObjectiveName
+from graphgen.ipc.worker_messages import Bucket, BucketTime, StepTimeTable
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.cost_model import prompt_pairs
 

@@ -11,6 +11,8 @@ import socket
 import time
 from collections.abc import Iterator
 
+from graphgen.ipc.engine_messages import StatsRequest as SchedulerStatsRequest
+from graphgen.ipc.engine_messages import Submit
 from graphgen.ipc.ggp.framing import client_framing
 from graphgen.ipc.ggp.messages import (
     Bye,
@@ -27,8 +29,7 @@ from graphgen.ipc.ggp.messages import (
     Sampling,
     StatsRequest,
 )
-from graphgen.ipc.messages import Probe, Submit
-from graphgen.ipc.messages import StatsRequest as SchedulerStatsRequest
+from graphgen.ipc.worker_messages import Probe
 from graphgen.server.frontend.memory import ResidentMemory
 from tests.fakes import STATS
 from tests.frontend.harness import Frontend, RawClient, demo_tokenizer

@@ -15,9 +15,10 @@ import zmq
 from graphgen import demo
 from graphgen.base.inbox import Inbox
 from graphgen.ipc.channel import Channel
+from graphgen.ipc.engine_messages import Attach, Submit
 from graphgen.ipc.ggp.framing import client_framing
 from graphgen.ipc.ggp.messages import Accepted, ClientMessage, Generate, Hello, Ping, ServerMessage, Welcome
-from graphgen.ipc.messages import Attach, Drain, FrontendToSupervisor, Submit, SupervisorToFrontend
+from graphgen.ipc.server_messages import Drain, FrontendToSupervisor, SupervisorToFrontend
 from graphgen.launch.config import EngineConfig
 from graphgen.requests.chat_template import ChatSource
 from graphgen.requests.core import AttachedCore, launch_config

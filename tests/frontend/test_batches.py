@@ -2,8 +2,8 @@
 
 import pytest
 
+from graphgen.ipc.engine_messages import FinishReason, Outputs, Submit, TokenOutput
 from graphgen.ipc.ggp.messages import Accepted, Delta, Deltas, Done, Generate, Hello, Sampling, Welcome
-from graphgen.ipc.messages import FinishReason, Outputs, Submit, TokenOutput
 from graphgen.requests.tokenizer import Tokenizer
 from graphgen.server.frontend import outbox
 from tests.frontend.harness import Frontend, open_request

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from graphgen.ipc.engine_messages import Submit
 from graphgen.ipc.ggp.messages import Accepted, ChatMessage, Error, Generate, Hello, Sampling, Welcome
-from graphgen.ipc.messages import Submit
 from graphgen.requests.chat_template import ChatSource
 from graphgen.requests.tokenizer import Tokenizer, TokenizerData
 from tests.frontend.conftest import MakeFrontend

@@ -233,7 +233,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (280, 300))
 from graphgen.base.descriptors import raise_descriptor_limit
 assert raise_descriptor_limit() == 300
 from graphgen.ipc.ggp.messages import Stats, StatsRequest
-from graphgen.ipc.messages import StatsRequest as SchedulerStatsRequest
+from graphgen.ipc.engine_messages import StatsRequest as SchedulerStatsRequest
 from graphgen.server.frontend import sockets
 from tests.fakes import STATS
 from tests.frontend.harness import Frontend, demo_tokenizer, wait_until

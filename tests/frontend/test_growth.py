@@ -11,7 +11,8 @@ import pytest
 
 from graphgen import Client, InvalidRequestError, SamplingParams
 from graphgen.ipc.codec import unpack_int32
-from graphgen.ipc.messages import Cancel, FinishReason, Probe, StatsRequest, Submit
+from graphgen.ipc.engine_messages import Cancel, FinishReason, StatsRequest, Submit
+from graphgen.ipc.worker_messages import Probe
 from graphgen.remote.requests import RemoteRequest
 from graphgen.server.frontend.requests import PublicRequest
 from graphgen.server.frontend.sessions import Session

@@ -5,6 +5,9 @@ import time
 import msgspec
 import pytest
 
+from graphgen.ipc.engine_messages import Attach, Outputs, Submit
+from graphgen.ipc.engine_messages import Notice as EngineNotice
+from graphgen.ipc.engine_messages import StatsRequest as SchedulerStatsRequest
 from graphgen.ipc.ggp.messages import (
     Accepted,
     Delta,
@@ -20,9 +23,8 @@ from graphgen.ipc.ggp.messages import (
     StatsRequest,
     Welcome,
 )
-from graphgen.ipc.messages import Attach, EngineLost, EngineServes, Outputs, Probe, Submit
-from graphgen.ipc.messages import Notice as EngineNotice
-from graphgen.ipc.messages import StatsRequest as SchedulerStatsRequest
+from graphgen.ipc.server_messages import EngineLost, EngineServes
+from graphgen.ipc.worker_messages import Probe
 from tests.fakes import READY, STATS
 from tests.frontend.harness import IDS, Frontend, open_request, wait_until
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from graphgen import Client, ConfigError, ConnectionLostError, SamplingParams
 from graphgen.base.salt import cache_salt
 from graphgen.commands.keys import keys_app
+from graphgen.ipc.engine_messages import Submit
 from graphgen.ipc.ggp.messages import Accepted, Cancel, Delta, Done, Error, Generate, Hello, Sampling, Welcome
-from graphgen.ipc.messages import Submit
 from graphgen.server.frontend.authentication import KeyRing
 from graphgen.server.frontend.keys import Keys, read_max_priority
 from graphgen.server.options import ServeOptions, is_public

@@ -2,8 +2,8 @@
 
 import pytest
 
+from graphgen.ipc.engine_messages import StatsRequest as SchedulerStatsRequest
 from graphgen.ipc.ggp.messages import Delta, Done, Ping, Pong, Stats, StatsRequest
-from graphgen.ipc.messages import StatsRequest as SchedulerStatsRequest
 from tests.fakes import STATS
 from tests.frontend.conftest import MakeFrontend
 from tests.frontend.harness import Frontend, open_request, wait_until

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from graphgen.ipc.engine_messages import Cancel as SchedulerCancel
+from graphgen.ipc.engine_messages import Rejected
 from graphgen.ipc.ggp.messages import Bye, Cancel, Delta, Done, Error, Generate
-from graphgen.ipc.messages import Cancel as SchedulerCancel
-from graphgen.ipc.messages import Rejected
 from graphgen.requests import core
 from graphgen.requests.open_request import OpenRequest
 from graphgen.server.frontend import desk, reception

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import zmq.auth
 
+from graphgen.ipc.engine_messages import Cancel as SchedulerCancel
 from graphgen.ipc.ggp.framing import is_made_by_socket
 from graphgen.ipc.ggp.messages import Cancel, Delta, Done, Error, Hello, Ping, Pong
-from graphgen.ipc.messages import Cancel as SchedulerCancel
 from graphgen.server.frontend import authentication
 from graphgen.server.frontend.authentication import KeyRing
 from graphgen.server.frontend.keys import Keys

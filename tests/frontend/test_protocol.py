@@ -11,6 +11,9 @@ from tokenizers import models, pre_tokenizers, processors
 import graphgen.ipc
 from graphgen import EngineConfig
 from graphgen.ipc.codec import unpack_int32
+from graphgen.ipc.engine_messages import Cancel as SchedulerCancel
+from graphgen.ipc.engine_messages import Rejected, Submit
+from graphgen.ipc.engine_messages import StatsRequest as SchedulerStatsRequest
 from graphgen.ipc.ggp.messages import (
     Accepted,
     Bye,
@@ -30,9 +33,7 @@ from graphgen.ipc.ggp.messages import (
     StatsRequest,
     Welcome,
 )
-from graphgen.ipc.messages import Cancel as SchedulerCancel
-from graphgen.ipc.messages import Probe, Rejected, Submit
-from graphgen.ipc.messages import StatsRequest as SchedulerStatsRequest
+from graphgen.ipc.worker_messages import Probe
 from graphgen.requests.chat_template import ChatSource
 from graphgen.requests.tokenizer import Tokenizer, TokenizerData
 from tests.fakes import STATS

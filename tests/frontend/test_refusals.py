@@ -7,6 +7,8 @@ import msgspec
 import pytest
 
 from graphgen import GraphgenError, NumericalError, PoisonedRequestError
+from graphgen.ipc.engine_messages import Rejected
+from graphgen.ipc.engine_messages import StatsRequest as SchedulerStatsRequest
 from graphgen.ipc.ggp.messages import (
     Bye,
     Cancel,
@@ -20,8 +22,6 @@ from graphgen.ipc.ggp.messages import (
     Stats,
     StatsRequest,
 )
-from graphgen.ipc.messages import Rejected
-from graphgen.ipc.messages import StatsRequest as SchedulerStatsRequest
 from graphgen.remote.requests import exception_of
 from graphgen.server.frontend.monitor import FRESH_S
 from graphgen.server.frontend.server import SMALL_BYTES

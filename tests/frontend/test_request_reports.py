@@ -2,8 +2,9 @@
 
 import msgspec
 
+from graphgen.ipc.engine_messages import Submit
 from graphgen.ipc.ggp.messages import Accepted, Cancel, Delta, Done, Error, Generate, Sampling
-from graphgen.ipc.messages import RequestEnded, Submit
+from graphgen.ipc.server_messages import RequestEnded
 from tests.frontend.conftest import MakeFrontend
 from tests.frontend.harness import IDS, Frontend
 

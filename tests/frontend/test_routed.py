@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 from graphgen import ConfigError, ConnectionLostError
 from graphgen.commands.keys import keys_app
 from graphgen.ipc.codec import pack_int32
+from graphgen.ipc.engine_messages import Blamed, Cancel, ReportRequest, Submit
 from graphgen.ipc.ggp.messages import Accepted, Delta, Done, Error, Generate, Hello, Sampling, Welcome
 from graphgen.ipc.ggp.routing import Load, Routed
-from graphgen.ipc.messages import Blamed, Cancel, ReportRequest, Submit
 from graphgen.router.links import Links
 from graphgen.router.remote_engines import Model, RemoteEngines
 from graphgen.server.frontend.authentication import KeyRing

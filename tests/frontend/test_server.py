@@ -6,9 +6,9 @@ import time
 import msgspec
 
 from graphgen.ipc.codec import unpack_int32
+from graphgen.ipc.engine_messages import Cancel as SchedulerCancel
+from graphgen.ipc.engine_messages import Outputs, Submit, TokenOutput
 from graphgen.ipc.ggp.messages import Accepted, Cancel, ChatMessage, Delta, Done, Error, Generate, Ping, Pong, Sampling
-from graphgen.ipc.messages import Cancel as SchedulerCancel
-from graphgen.ipc.messages import Outputs, Submit, TokenOutput
 from graphgen.requests.tokenizer import Tokenizer
 from tests.frontend.harness import IDS, Frontend, open_request
 

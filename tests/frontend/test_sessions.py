@@ -10,6 +10,8 @@ import pytest
 import zmq
 
 from graphgen.base.logs import RepeatedLines
+from graphgen.ipc.engine_messages import Cancel as SchedulerCancel
+from graphgen.ipc.engine_messages import Submit
 from graphgen.ipc.ggp.framing import client_framing
 from graphgen.ipc.ggp.messages import (
     Bye,
@@ -23,13 +25,8 @@ from graphgen.ipc.ggp.messages import (
     Pong,
     Welcome,
 )
-from graphgen.ipc.messages import Cancel as SchedulerCancel
-from graphgen.ipc.messages import (
-    Drain,
-    EngineLost,
-    Failed,
-    Submit,
-)
+from graphgen.ipc.server_messages import Drain, EngineLost
+from graphgen.ipc.worker_messages import Failed
 from graphgen.server.frontend.sessions import Session, Sessions, session_limits
 from tests.frontend.conftest import MakeFrontend
 from tests.frontend.harness import Frontend, open_request, wait_until

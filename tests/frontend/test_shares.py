@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from graphgen.ipc.codec import unpack_int32
+from graphgen.ipc.engine_messages import Cancel as SchedulerCancel
+from graphgen.ipc.engine_messages import Submit
 from graphgen.ipc.ggp.messages import Accepted, Cancel, Delta, Done, Error, Generate, Hello, Sampling, Welcome
-from graphgen.ipc.messages import Cancel as SchedulerCancel
-from graphgen.ipc.messages import Submit
 from graphgen.server.frontend.keys import Keys
 from tests.frontend.conftest import MakeFrontend
 from tests.frontend.harness import open_request

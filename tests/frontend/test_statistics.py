@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from graphgen.ipc.engine_messages import Attach, StepSummary, Submit
+from graphgen.ipc.engine_messages import StatsRequest as SchedulerStatsRequest
 from graphgen.ipc.ggp.messages import Accepted, Delta, Done, Generate, Hello, Report, Sampling, Stats, StatsRequest
 from graphgen.ipc.ggp.messages import Welcome as GgpWelcome
-from graphgen.ipc.messages import Attach, EngineLost, StepSummary, Submit
-from graphgen.ipc.messages import StatsRequest as SchedulerStatsRequest
+from graphgen.ipc.server_messages import EngineLost
 from graphgen.server.frontend import monitor
 from tests.fakes import READY, STATS
 from tests.frontend.harness import Frontend, RawClient

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from graphgen.capture.buckets import build_ladder
-from graphgen.ipc.messages import Bucket
+from graphgen.ipc.worker_messages import Bucket
 from graphgen.models.attention.backend import StepAttention
 from graphgen.models.attention.pages import LayerPages
 from graphgen.models.attention.reference import TorchStep

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphgen.ipc.messages import Bucket
+from graphgen.ipc.worker_messages import Bucket
 from graphgen.models.attention.pages import LayerPages
 from graphgen.models.attention.reference import TorchStep
 from graphgen.models.kv_cache import KVCache

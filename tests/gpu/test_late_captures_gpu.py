@@ -12,7 +12,8 @@ import torch
 
 from graphgen import Engine, SamplingParams
 from graphgen.demo import model_folder
-from graphgen.ipc.messages import Bucket, EngineStats
+from graphgen.ipc.engine_messages import EngineStats
+from graphgen.ipc.worker_messages import Bucket
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.worker.late_captures import LateCaptures
 from tests.gpu.test_engine_gpu import SHAPE_8B, assert_equal_but_for_near_ties, prompts

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graphgen import Engine, SamplingParams
-from graphgen.ipc.messages import Bucket
+from graphgen.ipc.worker_messages import Bucket
 from graphgen.models.attention.backend import StepAttention
 from graphgen.models.attention.reference import TorchStep
 from graphgen.models.attention.variant import AttentionVariant, Numbers

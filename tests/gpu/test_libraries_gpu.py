@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from graphgen.ipc.messages import Bucket
+from graphgen.ipc.worker_messages import Bucket
 from graphgen.models.attention.direct import PlannedFunctions, wrapped_functions
 from graphgen.models.attention.kernels import Kernel, arch_of, planned_library
 from graphgen.models.attention.libraries import KernelFolder, load_libraries, planned_functions

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphgen.ipc.messages import SamplerParams, SlotInit
+from graphgen.ipc.worker_messages import SamplerParams, SlotInit
 from graphgen.models.sampling import Sampler, make_sampler, pack_biases, pack_slot, reference
 from graphgen.models.sampling.tables import ROW_WIDTH
 from tests.models.sampling_cases import (

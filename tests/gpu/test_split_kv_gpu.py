@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graphgen.ipc.errors import UnsupportedModelError
-from graphgen.ipc.messages import Bucket
+from graphgen.ipc.worker_messages import Bucket
 from graphgen.models.attention.kernels import AttentionShape, Kernel, Scores
 from graphgen.models.attention.reference import TorchStep
 from tests.gpu.test_attention_gpu import (

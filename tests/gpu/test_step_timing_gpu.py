@@ -8,7 +8,7 @@ import pytest
 from benchmarks.report import percentile
 from graphgen import Engine, EngineConfig, SamplingParams
 from graphgen.base.caches import COMPILER_FOLDERS, ROOT_VARIABLE, cache_root
-from graphgen.ipc.messages import TIMING_PHASE
+from graphgen.ipc.worker_messages import TIMING_PHASE
 
 SHAPE = "benchmarks/shapes/llama-3.1-8b"
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from graphgen import Engine, RequestOutput, SamplingParams
-from graphgen.ipc.messages import EngineStats
+from graphgen.ipc.engine_messages import EngineStats
 from tests import ROOT
 from tests.models import tiny
 

@@ -9,7 +9,8 @@ import pytest
 import zmq
 
 from graphgen.ipc.channel import Channel
-from graphgen.ipc.messages import Cancel, EngineToScheduler, Progress, SchedulerToEngine
+from graphgen.ipc.engine_messages import Cancel, EngineToScheduler, SchedulerToEngine
+from graphgen.ipc.worker_messages import Progress
 
 Down = Channel[SchedulerToEngine, EngineToScheduler]
 Up = Channel[EngineToScheduler, SchedulerToEngine]

@@ -6,18 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphgen.ipc.codec import Codec, pack_int32, unpack_int32
-from graphgen.ipc.messages import (
-    Bucket,
-    Cancel,
-    Chunk,
-    EngineToScheduler,
-    SamplerParams,
-    SchedulerToWorker,
-    Shutdown,
-    SlotInit,
-    StepPlan,
-    Submit,
-)
+from graphgen.ipc.engine_messages import Cancel, EngineToScheduler, Submit
+from graphgen.ipc.worker_messages import Bucket, Chunk, SamplerParams, SchedulerToWorker, Shutdown, SlotInit, StepPlan
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 

@@ -1,8 +1,8 @@
 """The schema of a step and the messages that carry it say the same."""
 
 from graphgen.ipc.codec import pack_int32
-from graphgen.ipc.messages import Bucket, Chunk, DrawnRows, StepPlan
 from graphgen.ipc.step_schema import INPUT_FIELDS, OUTPUT_FIELDS, live_entries
+from graphgen.ipc.worker_messages import Bucket, Chunk, DrawnRows, StepPlan
 
 PLAN = StepPlan(
     step_id=1,

@@ -10,7 +10,7 @@ import pytest
 
 from graphgen.base.version import __version__
 from graphgen.demo import model_folder
-from graphgen.ipc.messages import Bucket, BucketTime, StepTimeTable, WorkerReady
+from graphgen.ipc.worker_messages import Bucket, BucketTime, StepTimeTable, WorkerReady
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.launch.step_times_store import (
     StepTimesFile,

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from graphgen.ipc.messages import MAX_LOGPROBS
 from graphgen.ipc.step_schema import LOGPROB_WORDS, SCORED_ROW_WORDS
+from graphgen.ipc.worker_messages import MAX_LOGPROBS
 from tests.models.sampling_cases import troubled_logits
 
 UNTOUCHED = -77

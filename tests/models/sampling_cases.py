@@ -7,7 +7,7 @@ from torch import Tensor
 
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.ipc.ggp.messages import SamplingDefaults
-from graphgen.ipc.messages import MAX_LOGIT_BIASES, SamplerParams, SlotInit
+from graphgen.ipc.worker_messages import MAX_LOGIT_BIASES, SamplerParams, SlotInit
 from graphgen.models.sampling import Sampler, pack_biases, pack_slot
 
 STOP_TOKENS = (1, 2, 7)

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from graphgen.ipc.messages import MAX_LOGPROBS
 from graphgen.ipc.step_schema import LOGPROB_WORDS
+from graphgen.ipc.worker_messages import MAX_LOGPROBS
 from graphgen.models.sampling import NO_TOKEN
 from graphgen.models.sampling.logprobs import write_logprobs
 from tests.models.sampling_cases import troubled_logits

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 import torch
 
-from graphgen.ipc.messages import Bucket, PageGroup
+from graphgen.ipc.worker_messages import Bucket, PageGroup
 from graphgen.models.kv_cache import KVCache, bytes_per_page
 from graphgen.models.page_layout import MOST_GROUPS, one_group, page_layout
 from graphgen.models.spec import Layer, ModelSpec

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from graphgen.ipc.errors import GraphgenError
-from graphgen.ipc.messages import Bucket
 from graphgen.ipc.step_schema import StepBounds
+from graphgen.ipc.worker_messages import Bucket
 from tests.models import tiny
 from tests.models.attention_cases import Rules, by_hand, rules
 from tests.models.driver import Driver

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from graphgen.ipc.errors import InvalidRequestError
-from graphgen.ipc.messages import SamplerParams, SlotInit
+from graphgen.ipc.worker_messages import SamplerParams, SlotInit
 from graphgen.models.sampling import NO_TOKEN, ROW_WIDTH, Sampler, make_sampler, pack_biases, pack_slot
 from graphgen.models.sampling.arithmetic import exp_not_positive, gumbel, log_positive
 from graphgen.models.sampling.philox import philox4x32

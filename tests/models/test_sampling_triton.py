@@ -9,7 +9,7 @@ import importlib.util
 import pytest
 import torch
 
-from graphgen.ipc.messages import SamplerParams, SlotInit
+from graphgen.ipc.worker_messages import SamplerParams, SlotInit
 from graphgen.models.sampling import Sampler, make_sampler, pack_slot, reference
 from tests.models.sampling_cases import MIXED, give_masks, own, random_masks, troubled_logits
 

@@ -13,18 +13,8 @@ from graphgen import CheckpointError, EngineClosedError, EngineDeadError, Invali
 from graphgen.calls.outputs import Delivery, RequestOutput, StreamPiece
 from graphgen.calls.streams import Mailbox
 from graphgen.ipc.codec import pack_int32
-from graphgen.ipc.messages import (
-    Attach,
-    Cancel,
-    Failed,
-    Outputs,
-    Progress,
-    Rejected,
-    Shutdown,
-    StatsRequest,
-    Submit,
-    TokenOutput,
-)
+from graphgen.ipc.engine_messages import Attach, Cancel, Outputs, Rejected, StatsRequest, Submit, TokenOutput
+from graphgen.ipc.worker_messages import Failed, Progress, Shutdown
 from graphgen.launch.processes import Exit
 from graphgen.requests.link import Link
 from graphgen.requests.open_request import OpenRequest

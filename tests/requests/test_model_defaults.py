@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphgen import EngineConfig, SamplingParams, demo
+from graphgen.ipc.engine_messages import Submit
 from graphgen.ipc.ggp.framing import client_framing, server_framing
 from graphgen.ipc.ggp.messages import Accepted, Generate, Hello, Sampling, SamplingDefaults, Welcome
-from graphgen.ipc.messages import SamplerParams, Submit
+from graphgen.ipc.worker_messages import SamplerParams
 from graphgen.remote.requests import make_generate
 from graphgen.requests.core import launch_config
 from graphgen.server.frontend.prepare import sampling_params

@@ -14,15 +14,13 @@ from graphgen import EngineClosedError, EngineDeadError, OverloadedError, Poison
 from graphgen.calls.outputs import Delivery, StreamPiece
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.ipc.codec import pack_int32
-from graphgen.ipc.messages import (
+from graphgen.ipc.engine_messages import (
     Attach,
     Blamed,
     Cancel,
     EngineToScheduler,
-    Failed,
     Notice,
     Outputs,
-    Probe,
     Rejected,
     ReportRequest,
     StatsRequest,
@@ -30,6 +28,7 @@ from graphgen.ipc.messages import (
     TokenOutput,
 )
 from graphgen.ipc.reports import EngineReport
+from graphgen.ipc.worker_messages import Failed, Probe
 from graphgen.requests.open_request import OpenRequest
 from graphgen.router.engine_link import own_links
 from graphgen.router.links import Links

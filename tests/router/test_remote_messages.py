@@ -9,10 +9,11 @@ from msgspec import structs
 from graphgen import Choice, InvalidRequestError, SamplingParams
 from graphgen.base.salt import cache_salt
 from graphgen.ipc.codec import pack_int32
+from graphgen.ipc.engine_messages import EngineStats, Submit, TokenOutput
 from graphgen.ipc.ggp.framing import client_framing, server_framing
 from graphgen.ipc.ggp.messages import Generate
 from graphgen.ipc.ggp.routing import Routed
-from graphgen.ipc.messages import Bucket, EngineStats, PageGroup, Submit, TokenOutput
+from graphgen.ipc.worker_messages import Bucket, PageGroup
 from graphgen.launch.config import EngineConfig
 from graphgen.requests.core import AttachedCore, launch_config
 from graphgen.requests.open_request import OpenRequest

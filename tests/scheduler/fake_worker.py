@@ -10,8 +10,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from graphgen.ipc.codec import unpack_int32
-from graphgen.ipc.messages import SlotInit, StepPlan
 from graphgen.ipc.step_schema import live_entries
+from graphgen.ipc.worker_messages import SlotInit, StepPlan
 
 VOCABULARY = 50
 NEVER_WRITTEN = -1

@@ -8,9 +8,10 @@ from typing import Literal
 import msgspec
 
 from graphgen.ipc.codec import pack_int32, unpack_int32
+from graphgen.ipc.engine_messages import FinishReason, Outputs, Submit
 from graphgen.ipc.errors import DeadlineError, OverloadedError
-from graphgen.ipc.messages import Bucket, FinishReason, Outputs, SamplerParams, StepPlan, Submit
 from graphgen.ipc.step_schema import live_entries, logprob_words
+from graphgen.ipc.worker_messages import Bucket, SamplerParams, StepPlan
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.mean_gaps import MOST_SKIPPED

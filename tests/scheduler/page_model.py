@@ -5,8 +5,9 @@ Never looks into the policy: it reads plans, block tables and the tokens that ro
 
 from collections.abc import Iterator, Sequence, Set
 
-from graphgen.ipc.messages import SamplerParams, StepPlan, Submit
+from graphgen.ipc.engine_messages import Submit
 from graphgen.ipc.step_schema import live_entries
+from graphgen.ipc.worker_messages import SamplerParams, StepPlan
 from tests.scheduler.fake_worker import FakeWorker, Row, Windows
 
 Prefix = tuple[int, str, tuple[int, ...]]

@@ -19,7 +19,8 @@ import msgspec
 from benchmarks.scenarios import parse_load, requests_of
 from benchmarks.simulated_machine import Machine, Policy
 from benchmarks.virtual_engine import VirtualEngine
-from graphgen.ipc.messages import ObjectiveName, StepPlan, Submit
+from graphgen.ipc.engine_messages import ObjectiveName, Submit
+from graphgen.ipc.worker_messages import StepPlan
 from graphgen.launch.step_times_store import StepTimesFile
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.policy import Scheduler

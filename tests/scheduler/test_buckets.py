@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphgen.ipc.errors import ConfigError
-from graphgen.ipc.messages import Bucket
+from graphgen.ipc.worker_messages import Bucket
 from graphgen.scheduler.buckets import BucketTable
 
 LADDER = tuple(Bucket(0, d) for d in (1, 2, 4, 8)) + tuple(Bucket(p, d) for p in (16, 32, 64) for d in (4, 8))

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from graphgen.ipc.messages import Bucket, Captured
+from graphgen.ipc.worker_messages import Bucket, Captured
 from graphgen.scheduler.captures import QUIET_S, Captures
 
 RARE = (Bucket(0, 2), Bucket(0, 3), Bucket(12, 2))

@@ -8,7 +8,8 @@ import msgspec
 import pytest
 
 from graphgen.ipc.codec import unpack_int32
-from graphgen.ipc.messages import SamplerParams, StepPlan, Submit
+from graphgen.ipc.engine_messages import Submit
+from graphgen.ipc.worker_messages import SamplerParams, StepPlan
 from graphgen.scheduler.policy import Scheduler
 from graphgen.scheduler.request import LEAST_CAUTION
 from tests.scheduler.harness import make_limits, make_submit, tokens_of

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from graphgen.ipc.codec import unpack_int32
-from graphgen.ipc.messages import SamplerParams
+from graphgen.ipc.worker_messages import SamplerParams
 from graphgen.scheduler.policy import Scheduler
 from tests.scheduler.fake_worker import VOCABULARY, FakeWorker, Windows, generate
 from tests.scheduler.harness import make_limits, make_submit, tokens_of

@@ -7,7 +7,7 @@ from statistics import median
 
 import pytest
 
-from graphgen.ipc.messages import Bucket
+from graphgen.ipc.worker_messages import Bucket
 from graphgen.scheduler.policy import Scheduler
 from tests.scheduler.harness import make_limits, make_submit
 

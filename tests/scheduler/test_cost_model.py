@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from graphgen.ipc.messages import Bucket, BucketTime, StepTimeTable
+from graphgen.ipc.worker_messages import Bucket, BucketTime, StepTimeTable
 from graphgen.scheduler.cost_model import CostModel, prompt_pairs
 
 SMALL, LARGE, DECODE = Bucket(112, 16), Bucket(496, 16), Bucket(0, 16)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from graphgen.ipc.messages import Rejected
+from graphgen.ipc.engine_messages import Rejected
 from graphgen.scheduler.policy import Scheduler
 from tests.scheduler.fake_worker import FakeWorker
 from tests.scheduler.harness import make_limits, make_submit, tokens_of

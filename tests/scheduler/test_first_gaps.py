@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from graphgen.ipc.messages import Bucket, StepPlan
+from graphgen.ipc.worker_messages import Bucket, StepPlan
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.budget import StepBudget, StepLoad
 from graphgen.scheduler.cost_model import CostModel, prompt_pairs

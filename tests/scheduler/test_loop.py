@@ -9,24 +9,26 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from graphgen.ipc.messages import (
+from graphgen.ipc.engine_messages import (
     STEP_BOUNDS_MS,
     Attach,
-    Bucket,
     Cancel,
-    Capture,
-    Captured,
     EngineStats,
     EngineToScheduler,
     Outputs,
-    Probe,
     Ready,
     Rejected,
-    Shutdown,
     StatsRequest,
+    Submit,
+)
+from graphgen.ipc.worker_messages import (
+    Bucket,
+    Capture,
+    Captured,
+    Probe,
+    Shutdown,
     StepPlan,
     StepResult,
-    Submit,
     WorkerCounters,
 )
 from graphgen.scheduler import captures

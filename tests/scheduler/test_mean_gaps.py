@@ -11,7 +11,7 @@ from benchmarks.metrics import ServiceLevel
 from benchmarks.scenarios import parse_load
 from benchmarks.simulate import simulate
 from benchmarks.simulated_machine import Policy
-from graphgen.ipc.messages import ObjectiveName
+from graphgen.ipc.engine_messages import ObjectiveName
 from graphgen.scheduler.decodes import AIM, DecodeSet
 from graphgen.scheduler.mean_gaps import MOST_SKIPPED
 from graphgen.scheduler.request import Request, RunningRequest

@@ -6,7 +6,7 @@ import pytest
 
 from graphgen.ipc.codec import pack_int32, unpack_int32
 from graphgen.ipc.errors import InvalidRequestError, OverloadedError
-from graphgen.ipc.messages import SamplerParams
+from graphgen.ipc.worker_messages import SamplerParams
 from graphgen.scheduler.policy import Scheduler
 from graphgen.scheduler.trials import CLEARING_TOKENS, MAX_FRUITLESS
 from tests.scheduler.harness import Harness, make_limits, make_sender, make_submit

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from benchmarks.simulated_machine import H200_STEP_TIMES
 from graphgen.capture.buckets import build_ladder
-from graphgen.ipc.messages import Bucket, BucketTime, ObjectiveName, StepTimeTable
+from graphgen.ipc.engine_messages import ObjectiveName
+from graphgen.ipc.worker_messages import Bucket, BucketTime, StepTimeTable
 from graphgen.launch.config import EngineConfig
 from graphgen.launch.step_times_store import StepTimesFile
 from graphgen.scheduler.buckets import BucketTable

@@ -5,8 +5,9 @@ import re
 import pytest
 
 from graphgen.ipc.codec import pack_int32
+from graphgen.ipc.engine_messages import Submit
 from graphgen.ipc.errors import OverloadedError
-from graphgen.ipc.messages import SamplerParams, Submit
+from graphgen.ipc.worker_messages import SamplerParams
 from tests.scheduler.virtual_time import TOKEN, VirtualEngine
 
 

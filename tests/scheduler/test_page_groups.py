@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from graphgen.ipc.errors import InvalidRequestError
-from graphgen.ipc.messages import Bucket
+from graphgen.ipc.worker_messages import Bucket
 from graphgen.scheduler.page_groups import PageGroups
 from graphgen.scheduler.policy import Scheduler
 from graphgen.scheduler.request import RunningRequest

@@ -6,8 +6,8 @@ A plan is written as `bucket | chunks | decodes`: `8+2 | 0[0:8] 1[0:3]* | 2` com
 
 import pytest
 
-from graphgen.ipc.messages import Bucket, StepPlan
 from graphgen.ipc.step_schema import live_entries
+from graphgen.ipc.worker_messages import Bucket, StepPlan
 from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.policy import Scheduler
 from graphgen.scheduler.prompts import MAX_TIMES_PASSED

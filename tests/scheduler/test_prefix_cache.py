@@ -4,8 +4,8 @@ from array import array
 
 import pytest
 
-from graphgen.ipc.messages import Bucket, SamplerParams
 from graphgen.ipc.step_schema import live_entries
+from graphgen.ipc.worker_messages import Bucket, SamplerParams
 from graphgen.scheduler.page_chain import PAGES_AHEAD, PageChain
 from graphgen.scheduler.tokens import Tokens
 from tests.scheduler.harness import Harness, make_limits, make_submit

@@ -2,8 +2,9 @@
 
 import pytest
 
+from graphgen.ipc.engine_messages import FinishReason
 from graphgen.ipc.errors import ConfigError, InvalidRequestError
-from graphgen.ipc.messages import Bucket, FinishReason, SamplerParams
+from graphgen.ipc.worker_messages import Bucket, SamplerParams
 from graphgen.scheduler.policy import Scheduler
 from tests.scheduler.harness import Harness, make_limits, make_sender, make_submit, tokens_of
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from graphgen.ipc.messages import Bucket
+from graphgen.ipc.worker_messages import Bucket
 from graphgen.scheduler.lone_steps import MOST_TENANTS
 from graphgen.scheduler.rests import TURN_STEPS
 from tests.scheduler.harness import HEAVY_ROW_MS, Harness, make_limits, make_submit

@@ -7,25 +7,23 @@ from typing import Any, cast
 
 import pytest
 
-from graphgen.ipc.messages import (
+from graphgen.ipc.engine_messages import (
     Attach,
     Blamed,
     Cancel,
     EngineStats,
     EngineToScheduler,
     Outputs,
-    Probe,
     Ready,
     Rejected,
     ReportRequest,
     SenderEnded,
-    Shutdown,
     StatsRequest,
     TokenOutput,
-    WorkerCounters,
 )
 from graphgen.ipc.reports import EngineReport
 from graphgen.ipc.senders import first_request_id, sender_of
+from graphgen.ipc.worker_messages import Probe, Shutdown, WorkerCounters
 from graphgen.scheduler.loop import SchedulerLoop
 from graphgen.scheduler.policy import Scheduler
 from graphgen.scheduler.senders import Senders, outputs_of_each

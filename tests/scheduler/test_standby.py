@@ -8,7 +8,7 @@ import pytest
 import zmq
 
 from graphgen import EngineConfig
-from graphgen.ipc.messages import Progress
+from graphgen.ipc.worker_messages import Progress
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.launch.processes import Exit
 from graphgen.launch.starts import MAX_STARTS

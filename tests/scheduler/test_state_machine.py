@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from graphgen.ipc.messages import Bucket, SamplerParams, Submit
+from graphgen.ipc.engine_messages import Submit
+from graphgen.ipc.worker_messages import Bucket, SamplerParams
 from tests.scheduler.fake_worker import VOCABULARY
 from tests.scheduler.harness import (
     BUCKETS,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from graphgen.ipc.messages import StepPlan
+from graphgen.ipc.worker_messages import StepPlan
 from graphgen.scheduler.request import Request, RunningRequest
 from graphgen.scheduler.tenants import BURST_MS, Tenants
 from tests.scheduler.harness import make_submit

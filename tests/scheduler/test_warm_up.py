@@ -8,19 +8,9 @@ import pytest
 import zmq
 
 from graphgen.ipc.channel import Channel
-from graphgen.ipc.messages import (
-    Bucket,
-    EngineStats,
-    EngineToScheduler,
-    Ready,
-    SchedulerToEngine,
-    Shutdown,
-    StatsRequest,
-    StepPlan,
-    StepResult,
-    WorkerCounters,
-)
+from graphgen.ipc.engine_messages import EngineStats, EngineToScheduler, Ready, SchedulerToEngine, StatsRequest
 from graphgen.ipc.senders import engine_channel
+from graphgen.ipc.worker_messages import Bucket, Shutdown, StepPlan, StepResult, WorkerCounters
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.loop import SchedulerLoop
 from graphgen.scheduler.policy import Scheduler

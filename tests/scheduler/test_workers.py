@@ -9,7 +9,7 @@ import zmq
 
 from graphgen import EngineConfig
 from graphgen.ipc.channel import Channel
-from graphgen.ipc.messages import SchedulerToWorker, Shutdown, WorkerToScheduler
+from graphgen.ipc.worker_messages import SchedulerToWorker, Shutdown, WorkerToScheduler
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.launch.processes import Exit
 from graphgen.launch.starts import MAX_STARTS

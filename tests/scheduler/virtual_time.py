@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 from graphgen.capture.buckets import build_ladder
 from graphgen.ipc.codec import pack_int32, unpack_int32
+from graphgen.ipc.engine_messages import ObjectiveName, Submit
 from graphgen.ipc.errors import DeadlineError, OverloadedError
-from graphgen.ipc.messages import Bucket, BucketTime, ObjectiveName, SamplerParams, StepPlan, StepTimeTable, Submit
+from graphgen.ipc.worker_messages import Bucket, BucketTime, SamplerParams, StepPlan, StepTimeTable
 from graphgen.scheduler.cost_model import CostModel, prompt_pairs
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.policy import Scheduler

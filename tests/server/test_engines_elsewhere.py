@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from graphgen import ConfigError, EngineConfig
-from graphgen.ipc.messages import (
+from graphgen.ipc.server_messages import (
     AddEngine,
     DrainEngine,
     EngineAway,

@@ -9,20 +9,17 @@ import zmq
 from graphgen import ConfigError
 from graphgen.base.addresses import check_free
 from graphgen.ipc.channel import Channel
-from graphgen.ipc.messages import (
+from graphgen.ipc.engine_messages import EngineToScheduler, Notice, SchedulerToEngine, SenderEnded
+from graphgen.ipc.senders import engine_channel, sender_of
+from graphgen.ipc.server_messages import (
     Drain,
     Drained,
     DrainEngine,
     EngineDrained,
     EngineServes,
-    EngineToScheduler,
     ExpectEngine,
     Listening,
-    Notice,
-    SchedulerToEngine,
-    SenderEnded,
 )
-from graphgen.ipc.senders import engine_channel, sender_of
 from graphgen.launch.processes import Exit
 from graphgen.server.operator import Wish, ask
 from graphgen.server.options import MAX_FRONTENDS, ServeOptions

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from graphgen.ipc.messages import RequestEnded
+from graphgen.ipc.server_messages import RequestEnded
 from graphgen.server.frontend.keys import Keys
 from graphgen.server.request_log import RequestLog
 

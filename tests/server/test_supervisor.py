@@ -9,17 +9,17 @@ import zmq
 
 from graphgen import ConfigError, EngineConfig, EngineDeadError
 from graphgen.ipc.channel import Channel
-from graphgen.ipc.messages import (
+from graphgen.ipc.engine_messages import Notice
+from graphgen.ipc.server_messages import (
     Drain,
     Drained,
     EngineLost,
     EngineServes,
-    Failed,
     FrontendToSupervisor,
     Listening,
-    Notice,
     SupervisorToFrontend,
 )
+from graphgen.ipc.worker_messages import Failed
 from graphgen.launch.processes import Exit
 from graphgen.launch.starts import MAX_STARTS
 from graphgen.server import frontends, supervisor

@@ -8,8 +8,9 @@ import msgspec
 
 from graphgen import demo
 from graphgen.ipc.codec import pack_int32
-from graphgen.ipc.messages import Outputs, Rejected, SamplerParams, Submit, TokenOutput
+from graphgen.ipc.engine_messages import Outputs, Rejected, Submit, TokenOutput
 from graphgen.ipc.step_schema import unpack_columns
+from graphgen.ipc.worker_messages import SamplerParams
 from graphgen.launch.config import EngineConfig
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.launch.resolve import resolve

@@ -5,8 +5,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphgen.ipc.messages import Bucket
 from graphgen.ipc.step_schema import StepBounds, StepShape
+from graphgen.ipc.worker_messages import Bucket
 from graphgen.models.sampling import NO_TOKEN
 from graphgen.worker.inputs import input_layout
 from graphgen.worker.outputs import OutputRing

@@ -10,7 +10,7 @@ import pytest
 
 from graphgen.capture.buffers import Words
 from graphgen.ipc.codec import pack_int32
-from graphgen.ipc.messages import Bucket, Chunk, SamplerParams, SlotInit, StepPlan
+from graphgen.ipc.worker_messages import Bucket, Chunk, SamplerParams, SlotInit, StepPlan
 from graphgen.models.sampling import mask_words
 from graphgen.worker.grammars import FILLED_TOGETHER, FILLERS, PATIENCE_S, Draw, GrammarSlots, LateMask, Verdicts
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from graphgen.calls.structured import Choice, JsonSchema, Regex
 from graphgen.capture.buffers import Words
 from graphgen.demo import model_folder
-from graphgen.ipc.messages import SamplerParams, SlotInit
+from graphgen.ipc.worker_messages import SamplerParams, SlotInit
 from graphgen.models.families import load_spec
 from graphgen.models.loader import load_decoder
 from graphgen.models.sampling import Sampler, make_sampler, pack_slot

@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphgen.ipc.codec import pack_int32
-from graphgen.ipc.messages import Bucket, Chunk, SamplerParams, SlotInit, StepPlan
 from graphgen.ipc.step_schema import (
     INPUT_FIELDS,
     MAX_SCORED_ROWS,
@@ -15,6 +14,7 @@ from graphgen.ipc.step_schema import (
     StepBounds,
     of_chunks,
 )
+from graphgen.ipc.worker_messages import Bucket, Chunk, SamplerParams, SlotInit, StepPlan
 from graphgen.worker.inputs import InputPacker, RegionLengths, input_layout
 
 BOUNDS = StepBounds(max_chunks=3, trash_slot=9, num_groups=1, most_pages=4, params_width=2)

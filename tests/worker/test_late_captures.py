@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from graphgen.demo import model_folder
-from graphgen.ipc.messages import Bucket, BucketTime, StepPlan, StepTimeTable
+from graphgen.ipc.worker_messages import Bucket, BucketTime, StepPlan, StepTimeTable
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.launch.step_times_store import StepTimesKey, load_step_times
 from graphgen.worker.late_captures import LateCaptures, stand_in

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from graphgen.calls.logprobs import pack
-from graphgen.ipc.messages import SamplerParams, StepPlan
 from graphgen.ipc.step_schema import MAX_SCORED_ROWS, num_scored_rows
+from graphgen.ipc.worker_messages import SamplerParams, StepPlan
 from graphgen.worker.runner import LaunchedStep
 from tests.models import tiny
 from tests.worker.local_engine import Asks, LocalEngine, launch_config

@@ -8,7 +8,7 @@ import torch
 
 from graphgen.capture.buffers import Words
 from graphgen.capture.stream import HostStream
-from graphgen.ipc.messages import Bucket, Chunk, SamplerParams, SlotInit, StepPlan
+from graphgen.ipc.worker_messages import Bucket, Chunk, SamplerParams, SlotInit, StepPlan
 from graphgen.models.sampling import Sampler, make_sampler, mask_words
 from graphgen.worker.grammars import Draw, LateMask, SlotGrammar
 from graphgen.worker.mask_copies import LATE_BLOCKS, MaskCopies

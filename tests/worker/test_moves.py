@@ -6,8 +6,8 @@ import pytest
 from graphgen.calls.logprobs import pack
 from graphgen.calls.structured import JsonSchema, Regex
 from graphgen.demo import model_folder
-from graphgen.ipc.messages import SamplerParams
 from graphgen.ipc.step_schema import WORD_BYTES, logprob_words
+from graphgen.ipc.worker_messages import SamplerParams
 from graphgen.requests.grammar_builder import Job, build
 from tests.worker.local_engine import Asks, LocalEngine, launch_config
 

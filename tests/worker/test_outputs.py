@@ -6,8 +6,8 @@ import torch
 
 from graphgen.capture.stream import open_stream
 from graphgen.ipc.codec import pack_int32, unpack_int32
-from graphgen.ipc.messages import Bucket, Chunk, DrawnRows, StepPlan
 from graphgen.ipc.step_schema import OUTPUT_FIELDS, OutputField, StepShape, unpack_columns
+from graphgen.ipc.worker_messages import Bucket, Chunk, DrawnRows, StepPlan
 from graphgen.models.sampling import NO_TOKEN
 from graphgen.worker.outputs import OUTPUT_RING, OutputRing, StepOutputs, live_drawing_rows, output_layout
 

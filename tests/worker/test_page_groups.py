@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from graphgen.ipc.codec import pack_int32
-from graphgen.ipc.messages import SamplerParams, Submit
+from graphgen.ipc.engine_messages import Submit
+from graphgen.ipc.worker_messages import SamplerParams
 from tests.models import tiny
 from tests.scheduler.harness import tokens_of
 from tests.worker.local_engine import LocalEngine, launch_config, token_ids_of

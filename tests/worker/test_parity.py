@@ -16,7 +16,7 @@ import torch
 from transformers.models.bloom import modeling_bloom
 from transformers.models.falcon import modeling_falcon
 
-from graphgen.ipc.messages import PageGroup
+from graphgen.ipc.worker_messages import PageGroup
 from graphgen.models.families import FAMILIES, load_spec
 from graphgen.models.loader import load_decoder
 from graphgen.models.page_layout import page_layout

@@ -16,7 +16,7 @@ import zmq
 from graphgen import CheckpointError, EngineConfig
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.codec import unpack_int32
-from graphgen.ipc.messages import (
+from graphgen.ipc.worker_messages import (
     Bucket,
     Capture,
     Captured,

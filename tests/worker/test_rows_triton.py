@@ -8,7 +8,7 @@ import importlib.util
 import pytest
 import torch
 
-from graphgen.ipc.messages import Bucket
+from graphgen.ipc.worker_messages import Bucket
 from tests.worker.row_cases import assert_prologues_agree
 
 if importlib.util.find_spec("triton") is None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from graphgen.demo import model_folder
-from graphgen.ipc.messages import SamplerParams
+from graphgen.ipc.worker_messages import SamplerParams
 from graphgen.models.decoder import Decoder
 from tests.models.sampling_cases import biases
 from tests.worker.local_engine import LocalEngine, launch_config

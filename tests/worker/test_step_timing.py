@@ -11,8 +11,8 @@ import pytest
 from graphgen.capture.stream import Mark
 from graphgen.demo import model_folder
 from graphgen.ipc.codec import unpack_int32
-from graphgen.ipc.messages import TIMING_PHASE, Bucket, Progress, SamplerParams, StepPlan, WorkerReady
 from graphgen.ipc.step_schema import live_entries
+from graphgen.ipc.worker_messages import TIMING_PHASE, Bucket, Progress, SamplerParams, StepPlan, WorkerReady
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.scheduler.cost_model import prompt_pairs
 from graphgen.worker import step_timing

@@ -18,7 +18,7 @@ from graphgen.ipc.ggp.framing import Brief, make_error
 from graphgen.ipc.ggp.limits import MAX_PRIORITY
 from graphgen.ipc.ggp.messages import Error
 from graphgen.ipc.ggp.statistics import OpenRequest
-from graphgen.ipc.messages import RequestEnded
+from graphgen.ipc.server_messages import RequestEnded
 from graphgen.router.links import Links
 from graphgen.server.frontend.errors import SERVERS_OWN, error_of
 from graphgen.server.frontend.outbox import Outbox

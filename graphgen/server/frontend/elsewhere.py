@@ -10,8 +10,9 @@ from pathlib import Path
 
 import msgspec
 
+from graphgen.ipc.engine_messages import Ready
 from graphgen.ipc.errors import ConfigError
-from graphgen.ipc.messages import EngineAway, EngineServes, FrontendToSupervisor, Ready
+from graphgen.ipc.server_messages import EngineAway, EngineServes, FrontendToSupervisor
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.requests.core import end_token_ids
 from graphgen.requests.tokenizer import Tokenizer

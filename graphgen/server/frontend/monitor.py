@@ -14,10 +14,10 @@ from typing import TypeVar
 from msgspec import structs
 
 from graphgen.base.inbox import Inbox
+from graphgen.ipc.engine_messages import STEP_BOUNDS_MS, EngineStats, StepSummary
 from graphgen.ipc.errors import GraphgenError
 from graphgen.ipc.ggp.messages import Health, Stats, StatsRequest
 from graphgen.ipc.ggp.statistics import BucketCount, EngineCount, Histogram, Live, Metrics, Steps
-from graphgen.ipc.messages import STEP_BOUNDS_MS, EngineStats, StepSummary
 from graphgen.router.links import Links
 from graphgen.server.frontend.desk import Desk
 from graphgen.server.frontend.memory import ResidentMemory

@@ -23,10 +23,12 @@ from graphgen.base.logs import log_to_stderr
 from graphgen.base.memory import limit_memory
 from graphgen.base.version import __version__
 from graphgen.ipc.channel import Channel
+from graphgen.ipc.engine_messages import Notice, Ready
 from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.ggp.framing import server_framing
 from graphgen.ipc.ggp.messages import MAJOR, ServerLimits, Welcome
-from graphgen.ipc.messages import Drained, Failed, Listening, Notice, Ready, SupervisorToFrontend
+from graphgen.ipc.server_messages import Drained, Listening, SupervisorToFrontend
+from graphgen.ipc.worker_messages import Failed
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.launch.processes import Exit, end_with_parent
 from graphgen.requests.core import AttachedCore

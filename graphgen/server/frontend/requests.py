@@ -12,7 +12,7 @@ from graphgen.calls.outputs import StreamPiece
 from graphgen.ipc.ggp import messages
 from graphgen.ipc.ggp.messages import Accepted, Delta, Done, Error, Mark, Timing, Usage
 from graphgen.ipc.ggp.statistics import OpenRequest
-from graphgen.ipc.messages import RequestEnded
+from graphgen.ipc.server_messages import RequestEnded
 from graphgen.server.frontend.tallies import RequestClock
 
 if TYPE_CHECKING:

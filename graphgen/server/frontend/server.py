@@ -40,7 +40,7 @@ from graphgen.ipc.ggp.messages import (
     ServerMessage,
     StatsRequest,
 )
-from graphgen.ipc.messages import (
+from graphgen.ipc.server_messages import (
     AddEngine,
     Drain,
     DrainEngine,
