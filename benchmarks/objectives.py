@@ -28,10 +28,13 @@ from benchmarks.simulated_machine import H200_STEP_TIMES, MAX_MODEL_LEN, NUM_PAG
 from benchmarks.virtual_engine import HOST_DELAY_S
 from graphgen.base.version import how_to_install
 from graphgen.ipc.engine_messages import ObjectiveName
+from graphgen.launch.resolve import default_token_budget
 from graphgen.launch.step_times_store import StepTimesFile
 
 DEFAULT_LOADS = ("2600/60:16", "2600/60:32", "2600/60:64", "1200/128:64")
-TOKEN_BUDGETS: dict[ObjectiveName, int] = {"latency": 1024, "balanced": 1024, "throughput": 2048}
+TOKEN_BUDGETS: dict[ObjectiveName, int] = {
+    objective: default_token_budget(objective, on_cuda=True) for objective in get_args(ObjectiveName)
+}
 """Those of `EngineConfig` on CUDA."""
 LEVEL = ServiceLevel(itl_s=0.020)
 MEANS = (

@@ -81,8 +81,9 @@ def run(
             core = EngineCore(EngineConfig(**settings_of(options, count)))
             try:
                 warm_up(core, count)
-                # Engines are new for each count, so that no prompt is found that another count left.
-                rows += [measure(core, workload, count, place) for place, workload in enumerate(workloads)]
+                # Engines are new for each count. Their warm-up and each workload have seeds of their own, so that no
+                # prompt is found that another one left.
+                rows += [measure(core, workload, count, place) for place, workload in enumerate(workloads, 1)]
                 about = about or machine(core.ready.worker.device)
             finally:
                 core.close()

@@ -181,10 +181,7 @@ def table_row(row: Figures, levels: Sequence[ServiceLevel]) -> dict[str, str]:
         "out tok/s": _number(row["output_throughput"], 0),
         "TTFT p50/p95": _numbers(row, ("median_ttft_ms", "p95_ttft_ms"), 0),
         "ITL p50/p95/p99/max": _numbers(row, ("median_itl_ms", "p95_itl_ms", "p99_itl_ms", "max_itl_ms"), 2),
-        **{
-            f"SLA {level.itl_s * 1000:g} ms": _number(row[f"goodput_itl_{level.itl_s * 1000:g}ms"], 2)
-            for level in levels
-        },
+        **{f"SLA {level.itl_s * 1000:g} ms": _number(row[f"goodput_{level.name}"], 2) for level in levels},
         "MLPerf": "/".join(_percent(row[f"mlperf_{name}_share"]) for name in MLPERF_LEVELS),
         "padding": _percent(row["padding_share"]),
         "idle": _percent(row["device_idle_share"]),

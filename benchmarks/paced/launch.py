@@ -14,6 +14,7 @@ from graphgen.ipc.engine_messages import ObjectiveName
 from graphgen.launch import processes
 from graphgen.launch.config import EngineSettings
 from graphgen.launch.processes import EngineProcesses
+from graphgen.launch.resolve import default_token_budget
 from graphgen.launch.step_times_store import StepTimesFile
 
 SCHEDULER_MODULE = "benchmarks.paced.scheduler"
@@ -30,7 +31,7 @@ def paced_settings(table: StepTimesFile, objective: ObjectiveName) -> EngineSett
         max_num_seqs=256,
         num_pages=NUM_PAGES,
         page_size=table.key.page_size,
-        token_budget=min(2048 if objective == "throughput" else 1024, most_rows),
+        token_budget=min(default_token_budget(objective, on_cuda=True), most_rows),
     )
 
 

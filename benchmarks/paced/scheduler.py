@@ -1,6 +1,8 @@
-"""A real scheduler, which starts workers of `benchmarks.paced.worker`. Run as a module:
+"""A real scheduler, which starts workers of `benchmarks.paced.worker`.
 
-python -m benchmarks.paced.scheduler FOLDER PARENT_PID RANKS SENDERS
+Run as a module:
+
+    python -m benchmarks.paced.scheduler FOLDER PARENT_PID RANKS SENDERS
 """
 
 import sys

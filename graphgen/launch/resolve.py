@@ -8,6 +8,7 @@ never imports torch. Called by `graphgen.requests.core`, once when engines start
 from pathlib import Path
 
 from graphgen.capture.buckets import slots_for
+from graphgen.ipc.engine_messages import ObjectiveName
 from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.ggp.messages import SamplingDefaults
 from graphgen.launch.config import EngineConfig
@@ -34,7 +35,7 @@ def resolve(
     """Every choice that EngineConfig left open, made once. Raises ConfigError."""
     device = find_device() if config.device == "auto" else config.device
     on_cuda = device != "cpu"
-    token_budget = config.token_budget or _default_token_budget(config, on_cuda)
+    token_budget = config.token_budget or default_token_budget(config.objective, on_cuda)
     page_size = config.page_size or (64 if on_cuda else 16)
     max_model_len = _resolve_max_model_len(config, spec)
     spec = spec.within(max_model_len)
@@ -83,10 +84,11 @@ def resolve(
     )
 
 
-def _default_token_budget(config: EngineConfig, on_cuda: bool) -> int:
+def default_token_budget(objective: ObjectiveName, on_cuda: bool) -> int:
+    """Rows of a step at most, where EngineConfig does not say."""
     if not on_cuda:
         return 256
-    return 2048 if config.objective == "throughput" else 1024
+    return 2048 if objective == "throughput" else 1024
 
 
 def _with_quantization(config: EngineConfig, spec: ModelSpec, on_cuda: bool) -> ModelSpec:
