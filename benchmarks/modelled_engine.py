@@ -16,6 +16,7 @@ from msgspec import Struct
 
 from benchmarks.conversations import Turn
 from benchmarks.virtual_engine import HOST_DELAY_S
+from graphgen.ipc.attended import Attended
 from graphgen.ipc.reports import EngineReport
 from graphgen.ipc.worker_messages import StepTimeTable
 
@@ -40,6 +41,7 @@ class StepCosts(Struct, frozen=True):
     decode_row: float
     decode_position: float
     prompt_pair: float
+    chunk_position: float
     context: int  # positions of each decode that decode_row includes
     prompt_start: int  # position at which a prompt's rows are that prompt_row includes
     num_rows: int  # of a full step
@@ -57,18 +59,22 @@ class StepCosts(Struct, frozen=True):
             float(decode_row),
             table.ms_per_decode_position,
             table.ms_per_prompt_pair,
+            table.ms_per_chunk_position,
             table.decode_context,
             table.prompt_start,
             num_rows,
         )
 
-    def step_s(self, prompt_rows: int, pairs: int, num_decodes: int, positions: float) -> float:
+    def step_s(self, prompt_rows: int, num_decodes: int, attended: Attended) -> float:
+        """prompt_rows: all of the step's chunks."""
+        chunk_positions = attended.chunk_positions - (self.prompt_start + prompt_rows if prompt_rows else 0)
         milliseconds = (
             self.base
             + self.prompt_row * prompt_rows
-            + self.prompt_pair * (pairs - prompt_rows * self.prompt_start)
+            + self.prompt_pair * (attended.prompt_pairs - prompt_rows * self.prompt_start)
+            + self.chunk_position * chunk_positions
             + self.decode_row * num_decodes
-            + self.decode_position * (positions - num_decodes * self.context)
+            + self.decode_position * (attended.decode_positions - num_decodes * self.context)
         )
         return max(milliseconds, 0.2 * self.base) / 1000.0
 
@@ -190,7 +196,7 @@ class ModelledEngine:
         costs, decodes = self._costs, self._decodes
         num_decodes = len(decodes)
         room = max(costs.num_rows - num_decodes, LEAST_PROMPT_ROWS)
-        rows = pairs = 0
+        rows, attended = 0, Attended()
         completing = self._completing = []
         begun = self._begun
         while rows < room:
@@ -201,7 +207,7 @@ class ModelledEngine:
             request = begun[0]
             length = min(request.left, room - rows)
             start = request.prompt_len - request.left
-            pairs += length * start + length * (length + 1) // 2
+            attended = attended.with_chunk(start, length)
             rows += length
             request.left -= length
             if not request.left:
@@ -214,8 +220,8 @@ class ModelledEngine:
         else:
             self.next_s, self._num_planned = inf, 0
             return
-        positions = self._positions + num_decodes * self._num_planned / 2
-        self._step_s = self.pace * costs.step_s(rows, pairs, num_decodes, positions)
+        attended = attended._replace(decode_positions=self._positions + num_decodes * self._num_planned // 2)
+        self._step_s = self.pace * costs.step_s(rows, num_decodes, attended)
         self.next_s = self._at_s + self._num_planned * self._step_s
 
     def _admit(self, request: _Request) -> _Request:

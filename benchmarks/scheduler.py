@@ -145,7 +145,7 @@ class Drive:
 def step_times(buckets: Sequence[Bucket]) -> StepTimeTable:
     """A table of made-up times that grow with the rows, so that the budget has something to choose by."""
     times = tuple(BucketTime(bucket, _step_ms(bucket)) for bucket in buckets)
-    return StepTimeTable(times, 1024, 512, 3e-5, 1e-6)
+    return StepTimeTable(times, 1024, 512, 3e-5, 1e-6, 1e-4)
 
 
 def _step_ms(bucket: Bucket) -> float:

@@ -180,9 +180,9 @@ def compare_steps(table: StepTimesFile, path: Path) -> list[Figures]:
     device = CostModel(table.table)
     steps = StepLogReader(path).read_new()
     by_bucket: dict[Bucket, list[tuple[Step, float]]] = {}
-    for step, (decode_positions, pairs) in zip(steps, attended(steps), strict=True):
+    for step, of_step in zip(steps, attended(steps), strict=True):
         bucket = Bucket(*step.bucket)
-        predicted = device.predict_ms(bucket, decode_positions, pairs)
+        predicted = device.predict_ms(bucket, of_step)
         if predicted is not None:
             by_bucket.setdefault(bucket, []).append((step, predicted))
     rows: list[Figures] = []

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from benchmarks.report import percentile
-from graphgen.scheduler.cost_model import prompt_pairs
+from graphgen.ipc.attended import Attended
 
 
 class Step(Struct, frozen=True):
@@ -76,17 +76,17 @@ def idle_share(steps: Sequence[Step]) -> float | None:
     return idle_s / whole_s if whole_s > 0.0 else 0.0
 
 
-def attended(steps: Iterable[Step]) -> Iterator[tuple[int, int]]:
-    """(decode positions, prompt pairs) of each step, as `graphgen.scheduler.cost_model` counts them.
+def attended(steps: Iterable[Step]) -> Iterator[Attended]:
+    """What the rows of each step attend to.
 
     steps: of a whole log from its beginning, since a decode row is where the steps before it have brought its request.
     """
     num_computed: dict[int, int] = {}
     for step in steps:
-        pairs = 0
+        chunks = Attended()
         for request, start, length in step.chunks:
-            pairs += prompt_pairs(start, length)
+            chunks = chunks.with_chunk(start, length)
             num_computed[request] = start + length
         for request in step.decodes:
             num_computed[request] += 1
-        yield sum(num_computed[request] for request in step.decodes), pairs
+        yield chunks._replace(decode_positions=sum(num_computed[request] for request in step.decodes))

@@ -29,10 +29,11 @@ from msgspec import Struct
 from benchmarks.metrics import Figures, ServedRequest
 from benchmarks.report import percentile
 from benchmarks.workload import RequestShape
+from graphgen.ipc.attended import Attended
 from graphgen.ipc.engine_messages import Outputs, Submit
 from graphgen.ipc.errors import GraphgenError
 from graphgen.ipc.worker_messages import SamplerParams, StepPlan
-from graphgen.scheduler.cost_model import CostModel, prompt_pairs
+from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.policy import Scheduler
 
 HOST_DELAY_S = 0.001
@@ -244,9 +245,8 @@ class VirtualEngine:
 def step_ms(device: CostModel, plan: StepPlan) -> float:
     """How long the device takes for a plan. Raises ValueError for a bucket that its table lacks."""
     positions = np.frombuffer(plan.decode_positions, np.int32)
-    decode_positions = int(positions.sum()) + len(positions)  # a row attends to its own position as well
-    pairs = sum(prompt_pairs(chunk.start, chunk.length) for chunk in plan.chunks)
-    milliseconds = device.predict_ms(plan.bucket, decode_positions, pairs)
+    attended = Attended(int(positions.sum()) + len(positions))  # a row attends to its own position as well
+    milliseconds = device.predict_ms(plan.bucket, attended.with_chunks(plan.chunks))
     if milliseconds is None:
         raise ValueError(f"bucket {plan.bucket} has no time in the step-time table: measure it with graphgen tune")
     return milliseconds

@@ -218,6 +218,7 @@ class StepTimeTable(Struct, frozen=True, array_like=True, gc=False):
     prompt_start: int  # position of the one chunk's first token in `times`
     ms_per_decode_position: float  # of one decode row, for each further position it attends to
     ms_per_prompt_pair: float
+    ms_per_chunk_position: float  # of one chunk, for each further position that it reads for all of its rows
 
     def has(self, buckets: Iterable[Bucket]) -> bool:
         """Whether each of them has a time."""

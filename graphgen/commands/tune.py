@@ -12,7 +12,7 @@ from msgspec import Struct
 from graphgen.ipc.engine_messages import ObjectiveName
 from graphgen.ipc.worker_messages import Bucket, StepTimeTable
 from graphgen.scheduler.buckets import BucketTable
-from graphgen.scheduler.cost_model import SATURATION_SHARE, CostModel, prompt_pairs
+from graphgen.scheduler.cost_model import SATURATION_SHARE, CostModel
 from graphgen.scheduler.objectives import OBJECTIVES, judged
 
 
@@ -79,9 +79,7 @@ def tune_figures(
         saturation_rows=saturation_rows,
         judged_rows=max(bucket.num_rows for bucket in candidates),
         us_per_1000_decode_positions=table.ms_per_decode_position * 1e6,
-        us_per_1000_chunk_positions=table.ms_per_prompt_pair
-        * (prompt_pairs(1000, chunk_rows) - prompt_pairs(0, chunk_rows))
-        * 1000.0,
+        us_per_1000_chunk_positions=(table.ms_per_prompt_pair * chunk_rows + table.ms_per_chunk_position) * 1e6,
         chunk_rows=chunk_rows,
         stored_at=None if stored is None else str(stored),
     )

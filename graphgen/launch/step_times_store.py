@@ -82,7 +82,7 @@ class StepTimesKey(Struct, frozen=True, forbid_unknown_fields=True):
 class StepTimesFile(Struct, frozen=True, forbid_unknown_fields=True):
     """The document: a StepTimeTable in words that a reader of the file understands, and where it comes from."""
 
-    format: Literal[1]
+    format: Literal[2]
     source: str
     date: str
     key: StepTimesKey
@@ -90,12 +90,13 @@ class StepTimesFile(Struct, frozen=True, forbid_unknown_fields=True):
     prompt_start: Annotated[int, Meta(ge=0)]
     ms_per_decode_position: Annotated[float, Meta(ge=0)]
     ms_per_prompt_pair: Annotated[float, Meta(ge=0)]
+    ms_per_chunk_position: Annotated[float, Meta(ge=0)]
     ms: dict[Annotated[str, Meta(pattern=r"^\d+\+\d+$")], Annotated[float, Meta(gt=0)]]  # of each bucket
 
     @classmethod
     def of(cls, key: StepTimesKey, table: StepTimeTable, source: str) -> Self:
         return cls(
-            format=1,
+            format=2,
             source=source,
             date=datetime.now(UTC).strftime("%Y-%m-%d"),
             key=key,
@@ -103,6 +104,7 @@ class StepTimesFile(Struct, frozen=True, forbid_unknown_fields=True):
             prompt_start=table.prompt_start,
             ms_per_decode_position=table.ms_per_decode_position,
             ms_per_prompt_pair=table.ms_per_prompt_pair,
+            ms_per_chunk_position=table.ms_per_chunk_position,
             ms={str(time.bucket): time.milliseconds for time in table.times},
         )
 
@@ -115,7 +117,8 @@ class StepTimesFile(Struct, frozen=True, forbid_unknown_fields=True):
         file = msgspec.json.decode(path.read_bytes(), type=cls)
         if names := " ".join(name for name in file.ms if name not in file.key.buckets.split()):
             raise ValueError(f"{path} has times of {names}, its key has the buckets {file.key.buckets}: measure again")
-        numbers = (*file.ms.values(), file.ms_per_decode_position, file.ms_per_prompt_pair)
+        slopes = file.ms_per_decode_position, file.ms_per_prompt_pair, file.ms_per_chunk_position
+        numbers = (*file.ms.values(), *slopes)
         if not all(map(math.isfinite, numbers)):
             raise ValueError(f"{path} has a time that is not finite: measure again")
         return file
@@ -129,6 +132,7 @@ class StepTimesFile(Struct, frozen=True, forbid_unknown_fields=True):
             prompt_start=self.prompt_start,
             ms_per_decode_position=self.ms_per_decode_position,
             ms_per_prompt_pair=self.ms_per_prompt_pair,
+            ms_per_chunk_position=self.ms_per_chunk_position,
         )
 
     def encode(self) -> bytes:

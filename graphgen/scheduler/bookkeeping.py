@@ -75,7 +75,7 @@ class Bookkeeping:
         self._counters.plan_made(record)
         self._admission.plan_made()
         if self._tenants.is_counting:
-            step_ms = self._model.predict_ms(record.bucket, record.decode_positions, record.prompt_pairs)
+            step_ms = self._model.predict_ms(record.bucket, record.attended)
             self._tenants.charge_step(record, step_ms or 0.0)
         self._in_flight.append(record)
         draft.ending = self._running.decodes.advance()

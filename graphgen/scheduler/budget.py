@@ -27,9 +27,10 @@ from operator import attrgetter
 
 from msgspec import Struct
 
+from graphgen.ipc.attended import Attended
 from graphgen.ipc.worker_messages import Bucket
 from graphgen.scheduler.buckets import BucketTable
-from graphgen.scheduler.cost_model import CostModel, prompt_pairs
+from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.large_steps import LargeSteps
 from graphgen.scheduler.objectives import Objective, judged
 
@@ -126,17 +127,17 @@ class StepBudget:
         bucket = self.saturated(num_decodes)
         if bucket is None:
             return None
-        pairs = prompt_pairs(0, bucket.prefill_rows)
-        step_ms = self._model.predict_ms(bucket, decode_positions, pairs)
+        attended = Attended(decode_positions).with_chunk(0, bucket.prefill_rows)
+        step_ms = self._model.predict_ms(bucket, attended)
         return None if step_ms is None else step_ms * (self._steps_in_flight + -(-num_tokens // bucket.prefill_rows))
 
     def decode_ms(self, num_decodes: int, decode_positions: int) -> float | None:
         """Milliseconds of a step that holds nothing but so many decodes; None where its bucket was never timed."""
-        return self._model.predict_ms(self._buckets.smallest(0, num_decodes), decode_positions, 0)
+        return self._model.predict_ms(self._buckets.smallest(0, num_decodes), Attended(decode_positions))
 
-    def bucket_ms(self, bucket: Bucket, decode_positions: int, pairs: int) -> float | None:
+    def bucket_ms(self, bucket: Bucket, attended: Attended) -> float | None:
         """Milliseconds of a step in this bucket; None where it was never timed."""
-        return self._model.predict_ms(bucket, decode_positions, pairs)
+        return self._model.predict_ms(bucket, attended)
 
     @property
     def most_prompt_rows(self) -> int | None:
@@ -176,8 +177,8 @@ class StepBudget:
             if not buckets:
                 continue
             bucket = next((bucket for bucket in buckets if bucket.prefill_rows >= num_rows), buckets[-1])
-            pairs = prompt_pairs(0, bucket.prefill_rows)
-            step_ms = self._model.predict_ms(bucket, count * positions_each, pairs)
+            attended = Attended(count * positions_each).with_chunk(0, bucket.prefill_rows)
+            step_ms = self._model.predict_ms(bucket, attended)
             if step_ms is not None and step_ms * num_rows <= most_ms * min(num_rows, bucket.prefill_rows):
                 return count
         return 0
@@ -193,7 +194,7 @@ class StepBudget:
         exact = self._buckets.smallest(num_rows, 0)
         for bucket in self._buckets.mixed(0):
             if bucket.num_rows >= exact.num_rows:
-                step_ms = self._model.predict_ms(bucket, 0, prompt_pairs(0, bucket.prefill_rows))
+                step_ms = self._model.predict_ms(bucket, Attended().with_chunk(0, bucket.prefill_rows))
                 if step_ms is not None:
                     return step_ms * exact.num_rows / bucket.num_rows
         return None
@@ -215,7 +216,7 @@ class StepBudget:
 
     def step_ms(self, bucket: Bucket, load: StepLoad) -> float | None:
         """Milliseconds of a step that fills this bucket; None where it was never timed."""
-        return self._model.predict_ms(bucket, load.decode_positions, _pairs(load.prompts, bucket.prefill_rows))
+        return self._model.predict_ms(bucket, _attended(bucket, load.decode_positions, load.prompts))
 
     def _grown(
         self, num_decodes: int, decode_positions: int, prompts: Sequence[_Prompt], pending_tokens: int
@@ -227,8 +228,7 @@ class StepBudget:
         num_steps = objective.num_kept_steps if self._is_grown else objective.num_backlog_steps
         for bucket in reversed(self._large.beside(num_decodes)):
             if pending_tokens >= num_steps * bucket.prefill_rows:
-                pairs = _pairs(prompts, bucket.prefill_rows)
-                step_ms = self._model.predict_ms(bucket, decode_positions, pairs)
+                step_ms = self._model.predict_ms(bucket, _attended(bucket, decode_positions, prompts))
                 if objective.most_ms is None or (step_ms is not None and step_ms <= objective.most_ms):
                     return bucket
         return None
@@ -261,8 +261,7 @@ class StepBudget:
     def _likely_within(self, candidates: tuple[Bucket, ...], load: StepLoad, most_ms: float) -> Bucket:
         """The largest candidate that takes so long on average, else the smallest; one that was never timed is none."""
         for bucket in reversed(candidates):
-            pairs = _pairs(load.prompts, bucket.prefill_rows)
-            likely_ms = self._model.predict_ms(bucket, load.decode_positions, pairs)
+            likely_ms = self._model.predict_ms(bucket, _attended(bucket, load.decode_positions, load.prompts))
             if likely_ms is not None and likely_ms <= most_ms:
                 return bucket
         return candidates[0]
@@ -275,8 +274,8 @@ class StepBudget:
 
     def _bound_ms(self, candidates: tuple[Bucket, ...], index: int, load: StepLoad, is_sure: bool) -> float | None:
         bucket = candidates[index]
-        pairs = _pairs(load.prompts, bucket.prefill_rows)
-        bound_ms = self._model.bound_ms(bucket, load.decode_positions, pairs, is_sure=is_sure)
+        attended = _attended(bucket, load.decode_positions, load.prompts)
+        bound_ms = self._model.bound_ms(bucket, attended, is_sure=is_sure)
         if bound_ms is not None or not index:
             return bound_ms
         smaller_ms = self._bound_ms(candidates, index - 1, load, is_sure)
@@ -291,13 +290,13 @@ def _that_hold(candidates: tuple[Bucket, ...], num_tokens: int) -> tuple[Bucket,
     return candidates
 
 
-def _pairs(prompts: Sequence[_Prompt], num_rows: int) -> int:
-    """(row, position) pairs if the prompts fill the rows in this order, and one that begins takes the rest."""
-    pairs = 0
+def _attended(bucket: Bucket, decode_positions: int, prompts: Sequence[_Prompt]) -> Attended:
+    """If the prompts fill the rows in this order, and one that begins takes the rest."""
+    attended, num_rows = Attended(decode_positions), bucket.prefill_rows
     for computed, missing in prompts:
         length = min(missing, num_rows)
-        pairs += prompt_pairs(computed, length)
+        attended = attended.with_chunk(computed, length)
         num_rows -= length
         if not num_rows:
-            return pairs
-    return pairs + prompt_pairs(0, num_rows)
+            return attended
+    return attended.with_chunk(0, num_rows)

@@ -66,6 +66,6 @@ class MeanGaps:
         """Until the steps in flight have ended, of which the first has just begun."""
         milliseconds = 0.0
         for record in self._in_flight:
-            bound_ms = self._model.bound_ms(record.bucket, record.decode_positions, record.prompt_pairs)
+            bound_ms = self._model.bound_ms(record.bucket, record.attended)
             milliseconds += bound_ms or 0.0
         return milliseconds / 1000.0

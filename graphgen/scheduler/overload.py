@@ -18,10 +18,11 @@ The estimate for a request, in milliseconds:
   while its tenant holds less than its share of them.
 """
 
+from graphgen.ipc.attended import Attended
 from graphgen.ipc.errors import DeadlineError, OverloadedError
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.budget import StepBudget
-from graphgen.scheduler.cost_model import CostModel, prompt_pairs
+from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.request import Request
 from graphgen.scheduler.running import RunningSet
@@ -188,14 +189,14 @@ class OverloadGuard:
         """Prompt rows of a step beside so many decodes while so many prompt tokens are left, and its milliseconds."""
         positions = self._positions(num_decodes, prompt_len)
         bucket = self._budget.usual(num_decodes, positions, pending_tokens) or self._buckets.all_mixed[0]
-        pairs = prompt_pairs(0, bucket.prefill_rows)
-        milliseconds = self._model.predict_ms(bucket, positions, pairs)
+        attended = Attended(positions).with_chunk(0, bucket.prefill_rows)
+        milliseconds = self._model.predict_ms(bucket, attended)
         return bucket.prefill_rows, milliseconds or self._step_ms
 
     def _decode_step_ms(self, num_decodes: int, prompt_len: int) -> float | None:
         """A step of these decodes and the request itself."""
         bucket = self._buckets.smallest(0, num_decodes + 1)
-        return self._model.predict_ms(bucket, self._positions(num_decodes + 1, prompt_len), 0) or self._step_ms
+        return self._model.predict_ms(bucket, Attended(self._positions(num_decodes + 1, prompt_len))) or self._step_ms
 
     def _drain_s(self) -> float:
         num_decodes = min(len(self._running), self._limits.num_slots - 1)

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
+from graphgen.ipc.attended import Attended
 from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.worker_messages import Bucket, Chunk, StepPlan
-from graphgen.scheduler.cost_model import prompt_pairs
 from graphgen.scheduler.decodes import DecodeSet
 from graphgen.scheduler.request import Request, RunningRequest
 
@@ -52,10 +52,8 @@ class StepRecord(NamedTuple):
     planned_s: float
     num_padding_rows: int
     """Rows of the step that hold no token."""
-    decode_positions: int
-    """(row, position) pairs of its decode rows: what they attend to."""
-    prompt_pairs: int
-    """The same of its prompt rows."""
+    attended: Attended
+    """What its rows attend to."""
 
     @property
     def requests(self) -> list[Request]:
@@ -102,12 +100,11 @@ class PlanDraft:
         self._chunk_token_ids = array("i")
         self._scored_rows = array("i")
         self._scored: list[ScoredRecord] = []
-        self._prompt_pairs = 0
+        self._attended = Attended()
         self._decodes: list[Request] = []
         self._constrained_decodes: list[Request] = []
         self._decode_slots = b""
         self._decode_positions = b""
-        self._num_decode_positions = 0
         self._redrawn = array("i")
         self._new_pages: list[int] = []
         self._page_copies: list[int] = []
@@ -147,7 +144,7 @@ class PlanDraft:
         redrawn: of these, those whose last known token it is instead."""
         self._constrained_decodes = [running.request for running in constrained]
         self._decode_slots, self._decode_positions, self._decodes = decodes.rows()
-        self._num_decode_positions = decodes.num_positions
+        self._attended = self._attended._replace(decode_positions=decodes.num_positions)
         for running in redrawn:
             tokens, position = running.request.tokens, decodes.position(running)
             self._redrawn.extend((running.slot, *tokens.part(position, position + 1)))
@@ -167,7 +164,7 @@ class PlanDraft:
         if request.is_scored:
             self._score(request, start, end)
         self._chunk_token_ids += request.tokens.part(start, end)
-        self._prompt_pairs += prompt_pairs(start, length)
+        self._attended = self._attended.with_chunk(start, length)
         self.num_chunk_tokens += length
         running.num_prefilled = end
         if draws:
@@ -215,6 +212,5 @@ class PlanDraft:
             constrained=[request for request in drawing if request.is_constrained] + self._constrained_decodes,
             planned_s=now_s,
             num_padding_rows=rows.num_rows - self.num_chunk_tokens - num_decodes,
-            decode_positions=self._num_decode_positions,
-            prompt_pairs=self._prompt_pairs,
+            attended=self._attended,
         )

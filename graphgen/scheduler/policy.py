@@ -290,14 +290,14 @@ class Scheduler:
         record = self._life.in_flight.find(step_id)
         # What scored rows take comes on top, and says nothing of the bucket.
         if not record.scored and record.rows.num_rows >= FULL_SHARE * record.bucket.num_rows:
-            self._model.correct(record.bucket, record.decode_positions, record.prompt_pairs, milliseconds)
+            self._model.correct(record.bucket, record.attended, milliseconds)
         self._life.guard.step_measured(milliseconds)
         self.counters.step_took(record.bucket, milliseconds)
 
     def predict_ms(self, step_id: int) -> float | None:
         """How long a step in flight should take; None where nobody can know. Raises KeyError for any other step."""
         record = self._life.in_flight.find(step_id)
-        return self._model.predict_ms(record.bucket, record.decode_positions, record.prompt_pairs)
+        return self._model.predict_ms(record.bucket, record.attended)
 
     def describe_step(self, step_id: int) -> StepDescription:
         """A plan in flight in terms of requests. `update` forgets it. Raises KeyError for any other step."""

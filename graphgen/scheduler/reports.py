@@ -4,8 +4,8 @@ Pure, and reads no more than a few numbers of each running request: it is asked 
 plans. Called by `graphgen.scheduler.policy`.
 """
 
+from graphgen.ipc.attended import Attended
 from graphgen.ipc.reports import EngineReport
-from graphgen.scheduler.cost_model import prompt_pairs
 from graphgen.scheduler.life import WorkerLife
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.tenants import Tenants
@@ -62,7 +62,7 @@ def _step_s(life: WorkerLife, prompt_tokens: int) -> float:
     step_ms = life.budget.decode_ms(num_decodes, positions)
     if prompt_tokens and (bucket := life.budget.usual(num_decodes, positions, prompt_tokens)) is not None:
         rows = min(bucket.prefill_rows, prompt_tokens)
-        step_ms = life.budget.bucket_ms(bucket, positions, prompt_pairs(0, rows)) or step_ms
+        step_ms = life.budget.bucket_ms(bucket, Attended(positions).with_chunk(0, rows)) or step_ms
     return 0.0 if step_ms is None else step_ms / 1000.0
 
 

@@ -4,9 +4,10 @@ Owns the timed steps and what they leave behind: the pages they used are zero-fi
 and counters restart. Never draws a conclusion: the scheduler's cost model does. Called by process.py before the
 worker is ready, and by `benchmarks.steps`.
 
-Every row of a timed step is live: one chunk in slot 0, and decode rows that all attend to the same number of
-positions. Pages are dealt in order and from the start again where the cache has too few: rows then share pages, which
-costs the time of pages of their own, since no cache of a device holds what lies between two reads of one page.
+Every row of a timed step is live: one chunk in slot 0 (and where prompts meet, one in slot 1), and decode rows that all
+attend to the same number of positions. Pages are dealt in order and from the start again where the cache has too few:
+rows then share pages, which costs the time of pages of their own, since no cache of a device holds what lies between
+two reads of one page.
 """
 
 import math
@@ -21,6 +22,7 @@ from typing import TypeVar
 import msgspec
 from msgspec import Struct
 
+from graphgen.ipc.attended import Attended
 from graphgen.ipc.codec import pack_int32
 from graphgen.ipc.step_schema import NEW_PAGE_WORDS
 from graphgen.ipc.worker_messages import (
@@ -59,6 +61,11 @@ PROMPT_START = 512
 FAR_PROMPT_START = 4096
 """The second start, beside 0, of the chunk that shows what a prompt pair costs."""
 
+TAIL_SHARE = 4
+"""This part of the rows ends a prompt there, and the rest begins another, to show what a position costs that a chunk
+reads. Rows that attend to that much keep few of a device's processors busy, and these for as long as more rows would:
+on an H200 (8B, 512 or 1024 rows) such a step takes as long as one of pairs alone that has 240 to 470 rows more."""
+
 NEAR_SHARE = 4
 """The second context that shows what a decode position costs is this part of the first."""
 
@@ -85,9 +92,9 @@ HEATING = Depth(settling=0, repeats=100, enough_ms=500.0)
 """Of the widest steps before those that count. A device that has idled runs faster than its power limit will let it
 run under load: on an H200 a step of 768 rows takes 17 ms at first, 19 after a tenth of a second, and 20 later."""
 
-PAIR_SLOPE = Depth(settling=1, repeats=2, passes=4)
-"""Of a chunk at either of two starts. Their difference is a tenth of the step, so both must run at the same clock: they
-take turns."""
+PROMPT_SLOPES = Depth(settling=1, repeats=2, passes=4)
+"""Of a chunk at either of two starts, and of the end of a prompt beside the beginning of another. They differ by a
+tenth of the step, so all must run at the same clock: they take turns."""
 
 FULL = Depth(settling=2, repeats=20, enough_ms=500.0)
 """When asked. Of long steps, fewer are enough: on a CPU all of them would take a minute."""
@@ -98,6 +105,7 @@ class Places(Struct, frozen=True):
 
     decode_context: int  # positions of each decode row
     prompt_start: int  # position of the chunk's first token
+    prompts_meet: bool = False  # only a part of the rows is that chunk, and the rest begins another prompt
 
 
 class StepTimer:
@@ -145,18 +153,25 @@ class StepTimer:
                 yield self._agreed(_milliseconds(in_flight.popleft()))
         yield from (self._agreed(_milliseconds(step)) for step in in_flight)
 
-    def chunk_length(self, bucket: Bucket, start: int) -> int:
-        """A chunk fills the prefill rows, unless the model's context ends before: the rest is padding then."""
-        return min(bucket.prefill_rows, self._config.max_model_len - start)
+    def attended_by_chunks(self, bucket: Bucket, places: Places) -> Attended:
+        return Attended().with_chunks(self._chunks(bucket, places))
+
+    def _chunks(self, bucket: Bucket, places: Places) -> tuple[Chunk, ...]:
+        """They fill the prefill rows, unless the model's context ends before: the rest is padding then."""
+        start = places.prompt_start
+        num_rows = min(bucket.prefill_rows, self._config.max_model_len - start)
+        length = num_rows // TAIL_SHARE if places.prompts_meet else num_rows
+        return tuple(
+            Chunk(slot=slot, start=start, length=length, draws=True, init=_owner_of(start + length))
+            for slot, (start, length) in enumerate(((start, length), (0, num_rows - length)))
+            if length
+        )
 
     def _full_step(self, bucket: Bucket, places: Places) -> StepPlan:
-        chunks: tuple[Chunk, ...] = ()
-        length = self.chunk_length(bucket, places.prompt_start)
-        if length:
-            init = SlotInit(places.prompt_start + length, 0, (), SamplerParams())
-            chunks = (Chunk(slot=0, start=places.prompt_start, length=length, draws=True, init=init),)
-        tokens = pack_int32(number % self._config.spec.vocab_size for number in range(length))
-        # From the last slot down, so that slot 0 decodes beside its chunk only where all slots do.
+        chunks = self._chunks(bucket, places)
+        num_tokens = sum(chunk.length for chunk in chunks)
+        tokens = pack_int32(number % self._config.spec.vocab_size for number in range(num_tokens))
+        # From the last slot down, so that a slot decodes beside its chunk only where all slots do.
         slots = pack_int32(self._config.num_slots - 1 - row for row in range(bucket.decode_rows))
         positions = pack_int32([places.decode_context - 1] * bucket.decode_rows)
         return StepPlan(
@@ -218,12 +233,13 @@ def measure_step_times(
     progress: Callable[[int, int], None] = lambda done, total: None,
     ranks: RankGroup | None = None,
 ) -> StepTimeTable:
-    """The table of all captured buckets, and its two slopes. Nothing else may run meanwhile."""
+    """The table of all captured buckets, and its slopes. Nothing else may run meanwhile."""
     buckets = runner.describe().captured
     widest = max(bucket.prefill_rows for bucket in buckets)
     room = max(0, config.max_model_len - widest)  # starts at which the widest chunk fits
     places = Places(min(DECODE_CONTEXT, -(-config.max_model_len // 2)), min(PROMPT_START, room // 2))
-    far = Places(places.decode_context, min(FAR_PROMPT_START, room))
+    holds_two = min(runner.describe().max_chunks, config.num_slots) > 1 and widest >= TAIL_SHARE
+    far = Places(places.decode_context, min(FAR_PROMPT_START, room), holds_two)
     with open_timer(runner, config, far, ranks) as timer:
         widest_first = sorted(buckets, key=lambda bucket: (-bucket.prefill_rows, -bucket.decode_rows))
         mixed = [bucket for bucket in widest_first if bucket.prefill_rows]
@@ -240,7 +256,7 @@ def measure_step_times(
         # What has to do with prompts comes first, while the device is warm: what steps without them take depends on
         # the memory, hardly on the power.
         times = _medians(mixed, timed, depth.passes)
-        per_pair = _prompt_slope(timer, widest_first[0], far)
+        per_pair, per_chunk_position = _prompt_slopes(timer, widest_first[0], far)
         times |= _medians(decode_only, timed, 1)
         per_position = _decode_slope(timer, buckets, places, times, depth)
         progress(num_timed, num_timed)
@@ -250,6 +266,7 @@ def measure_step_times(
         prompt_start=places.prompt_start,
         ms_per_decode_position=per_position,
         ms_per_prompt_pair=per_pair,
+        ms_per_chunk_position=per_chunk_position,
     )
 
 
@@ -310,15 +327,38 @@ def _decode_slope(
     return max(0.0, median_low(slopes))
 
 
-def _prompt_slope(timer: StepTimer, bucket: Bucket, far: Places) -> float:
-    """Milliseconds of each further (row, position) pair: the widest chunk at two starts; 0 where there is one only."""
-    near = Places(far.decode_context, 0)
-    # Both chunks have equally many rows, each of which sees as many positions more as the starts are apart.
-    pairs = timer.chunk_length(bucket, far.prompt_start) * far.prompt_start
-    if not pairs:
-        return 0.0
-    times = _medians([near, far], lambda places: timer.times_ms(bucket, places, PAIR_SLOPE), PAIR_SLOPE.passes)
-    return max(0.0, (times[far] - times[near]) / pairs)
+def _prompt_slopes(timer: StepTimer, bucket: Bucket, reach: Places) -> tuple[float, float]:
+    """Milliseconds of each further (row, position) pair, and of each further position that a chunk reads.
+
+    By the widest chunk at two starts, and by a part of it at the second beside the beginning of another prompt; both
+    are 0 where there is one start only, the second where a step holds one chunk. All have equally many rows.
+    """
+    if not reach.prompt_start:
+        return 0.0, 0.0
+    near, far = Places(reach.decode_context, 0), Places(reach.decode_context, reach.prompt_start)
+    cases = list(dict.fromkeys((near, far, reach)))
+    times = _medians(cases, lambda places: timer.times_ms(bucket, places, PROMPT_SLOPES), PROMPT_SLOPES.passes)
+    attended = {places: timer.attended_by_chunks(bucket, places) for places in cases}
+
+    def gained(places: Places) -> tuple[float, int, int]:
+        """Milliseconds, pairs and positions."""
+        (_, pairs, positions), (_, more_pairs, more_positions) = attended[near], attended[places]
+        return times[places] - times[near], more_pairs - pairs, more_positions - positions
+
+    far_ms, far_pairs, far_positions = gained(far)
+    met_ms, met_pairs, met_positions = gained(reach)
+    # Two equations in two slopes; one where both places are the same.
+    if determinant := far_pairs * met_positions - far_positions * met_pairs:
+        per_pair = (far_ms * met_positions - met_ms * far_positions) / determinant
+        per_position = (met_ms * far_pairs - far_ms * met_pairs) / determinant
+        if per_pair >= 0.0 and per_position >= 0.0:
+            return per_pair, per_position
+    return max(0.0, far_ms / far_pairs), 0.0
+
+
+def _owner_of(num_tokens: int) -> SlotInit:
+    """A slot whose prompt has so many tokens."""
+    return SlotInit(num_tokens, 0, (), SamplerParams())
 
 
 # --- pages -----------------------------------------------------------------------------------------------------
@@ -332,11 +372,13 @@ def _deal_pages(
     written: the page in the place of each that a step at `reach` writes; None: pages may be written.
     """
     entries: list[int] = []
-    chunk_end = min(reach.prompt_start + widest_chunk, config.max_model_len)
+    chunk_ends = {0: min(reach.prompt_start + widest_chunk, config.max_model_len)}
+    if reach.prompts_meet:
+        chunk_ends[1] = min(widest_chunk, config.max_model_len)
     last_decode = (reach.decode_context - 1) // config.page_size
     first_of_chunk = reach.prompt_start // config.page_size
     for slot in range(config.num_slots):
-        positions = reach.decode_context if slot else max(reach.decode_context, chunk_end)
+        positions = max(reach.decode_context, chunk_ends.get(slot, 0))
         for index in range(-(-positions // config.page_size)):
             is_written = index == last_decode or (not slot and index >= first_of_chunk)
             for group in range(len(ready.page_groups)):

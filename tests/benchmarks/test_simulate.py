@@ -28,8 +28,8 @@ from graphgen.scheduler.policy import Scheduler
 
 LEVELS = [ServiceLevel(0.020)]
 BUCKETS = (Bucket(0, 1), Bucket(0, 2), Bucket(4, 2))
-FLAT = StepTimeTable(tuple(map(BucketTime, BUCKETS, (10.0, 12.0, 20.0))), 100, 0, 0.0, 0.0)
-SLOPED = StepTimeTable(FLAT.times, 8, 0, 0.05, 0.02)
+FLAT = StepTimeTable(tuple(map(BucketTime, BUCKETS, (10.0, 12.0, 20.0))), 100, 0, 0.0, 0.0, 0.0)
+SLOPED = StepTimeTable(FLAT.times, 8, 0, 0.05, 0.02, 0.1)
 
 
 def make_limits(num_pages: int = 64) -> SchedulerLimits:
@@ -75,7 +75,7 @@ def test_a_request_that_arrives_between_two_steps_waits_for_the_next_free_plan()
 def test_longer_contexts_take_longer_as_the_table_says() -> None:
     engine = VirtualEngine(Scheduler(make_limits()), CostModel(SLOPED), make_requests((0, 3, 3)), clients=1)
     (served,) = engine.run()
-    prompt_ms = 20.0 - 0.05 * 16 + 0.02 * (1 + 2 + 3 - (1 + 2 + 3 + 4))
+    prompt_ms = 20.0 - 0.05 * 16 + 0.02 * (1 + 2 + 3 - (1 + 2 + 3 + 4)) + 0.1 * (3 - 4)
     decodes_ms = [10.0 + 0.05 * (4 - 8), 10.0 + 0.05 * (5 - 8)]
     ends_ms = [1.0 + prompt_ms, 1.0 + prompt_ms + decodes_ms[0], 1.0 + prompt_ms + sum(decodes_ms)]
     assert served.token_times_s == pytest.approx([end / 1000.0 for end in ends_ms])
@@ -109,9 +109,10 @@ def times_by_brute_force(
     computed: dict[int, int] = {}
     end_s, ends = 0.0, []
     for planned_s, plan, description in planned:
-        pairs, positions = 0, 0
+        pairs, positions, read = 0, 0, 0
         for request, start, length in description.chunks:
             pairs += sum(position + 1 for position in range(start, start + length))
+            read += start + length
             computed[request] = start + length
         for request in description.decode_request_ids:
             computed[request] += 1
@@ -120,6 +121,8 @@ def times_by_brute_force(
         full_pairs = sum(table.prompt_start + row + 1 for row in range(bucket.prefill_rows))
         grown = table.ms_per_decode_position * (positions - bucket.decode_rows * table.decode_context)
         grown += table.ms_per_prompt_pair * (pairs - full_pairs)
+        full_read = table.prompt_start + bucket.prefill_rows if bucket.prefill_rows else 0
+        grown += table.ms_per_chunk_position * (read - full_read)
         end_s = (
             max(planned_s + host_delay_s, end_s) + max(milliseconds[bucket] + grown, 0.2 * milliseconds[bucket]) / 1e3
         )
@@ -330,17 +333,17 @@ def test_real_steps_are_held_against_the_table(tmp_path: Path) -> None:
         )
     ]
     assert scheduler.counters.preemptions > 0
-    for (positions, pairs), (_, plan, _) in zip(attended(steps), scheduler.planned, strict=True):
+    for (positions, pairs, read), (_, plan, _) in zip(attended(steps), scheduler.planned, strict=True):
         own = memoryview(plan.decode_positions).cast("i")
         assert positions == sum(position + 1 for position in own)
         assert pairs == sum(p + 1 for chunk in plan.chunks for p in range(chunk.start, chunk.start + chunk.length))
+        assert read == sum(chunk.start + chunk.length for chunk in plan.chunks)
     path = tmp_path / "steps.jsonl"
     path.write_bytes(b"".join(msgspec.json.encode(step) + b"\n" for step in steps))
     table = StepTimesFile.read(simulated_machine.H200_STEP_TIMES)
     ms = {str(time.bucket): time.milliseconds for time in SLOPED.times}
-    own_table = msgspec.structs.replace(
-        table, ms=ms, decode_context=8, prompt_start=0, ms_per_decode_position=0.05, ms_per_prompt_pair=0.02
-    )
+    slopes = {"ms_per_decode_position": 0.05, "ms_per_prompt_pair": 0.02, "ms_per_chunk_position": 0.1}
+    own_table = msgspec.structs.replace(table, ms=ms, decode_context=8, prompt_start=0, **slopes)
     rows = simulate.compare_steps(own_table, path)
     assert sum(int(str(row["steps"])) for row in rows) == len(steps)
     assert {row["off"] for row in rows} == {"-50.0%"}

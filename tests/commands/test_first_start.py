@@ -20,7 +20,7 @@ def started(
         configs.append(config)
         if fails:
             raise GraphgenError(fails)
-        times = StepTimeTable(TIMES, 1, 0, 0.0, 0.0)
+        times = StepTimeTable(TIMES, 1, 0, 0.0, 0.0, 0.0)
         return WorkerReady("H200", "none", True, True, (), 4, 8, 64, (), step_times=times), 41.5
 
     return start_first(config, HOPPER, lambda: cards, start), configs

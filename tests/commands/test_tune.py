@@ -13,10 +13,11 @@ from graphgen import Engine
 from graphgen.capture.buckets import build_ladder
 from graphgen.commands.describe import decisions
 from graphgen.commands.tune import describe_figures, padding_by_bucket, tune_figures
+from graphgen.ipc.attended import Attended
 from graphgen.ipc.engine_messages import ObjectiveName
 from graphgen.ipc.worker_messages import Bucket, BucketTime, StepTimeTable
 from graphgen.scheduler.buckets import BucketTable
-from graphgen.scheduler.cost_model import prompt_pairs
+from graphgen.scheduler.cost_model import CostModel
 
 
 @pytest.mark.parametrize(("token_budget", "num_slots"), [(8, 2), (64, 48), (256, 64), (512, 256)])
@@ -45,6 +46,7 @@ TABLE = StepTimeTable(
     prompt_start=512,
     ms_per_decode_position=2e-5,
     ms_per_prompt_pair=1e-6,
+    ms_per_chunk_position=5e-5,
 )
 
 
@@ -53,8 +55,9 @@ def test_figures_are_rates_slopes_and_the_saturation_point() -> None:
     assert [line.rows_per_s for line in figures.buckets] == pytest.approx([3200.0, 128_000 / 7, 512_000 / 14])
     assert [line.saturated for line in figures.buckets] == [False, False, True]
     assert figures.us_per_1000_decode_positions == pytest.approx(20.0)
-    later = prompt_pairs(5000, 496) - prompt_pairs(4000, 496)
-    assert figures.us_per_1000_chunk_positions == pytest.approx(later * 1e-6 * 1000.0)
+    later_ms = CostModel(TABLE).predict_ms(Bucket(496, 16), Attended(16_384).with_chunk(1512, 496))
+    assert later_ms is not None
+    assert figures.us_per_1000_chunk_positions == pytest.approx((later_ms - 14.0) * 1000.0)
     text = "\n".join(describe_figures(figures))
     assert "Saturation point: 512 rows" in text
     assert "a larger --token-budget may compute more" in text

@@ -54,3 +54,6 @@ def test_a_quick_table_is_near_a_thorough_one(tmp_path: Path, monkeypatch: pytes
     for slope in ("ms_per_decode_position", "ms_per_prompt_pair"):
         print(f"{slope}: quick {getattr(quick, slope):.3g}, thorough {getattr(thorough, slope):.3g}")
         assert getattr(quick, slope) == pytest.approx(getattr(thorough, slope), rel=0.3)
+    reads = quick.ms_per_chunk_position, thorough.ms_per_chunk_position
+    print(f"ms_per_chunk_position: quick {reads[0]:.3g}, thorough {reads[1]:.3g}")
+    assert reads[0] == pytest.approx(reads[1], rel=0.5, abs=5e-5)

@@ -2,8 +2,8 @@
 
 `recorded_plans.json` holds a digest of every plan of each workload below, taken when steps up to one saturation point
 were all that the policy knew. objective="latency" is held to them by `test_objectives.py`. They are recorded again only
-when what is asked of that objective changes. They are of the step times in `recorded_step_times.json`, whatever is
-measured later:
+when what is asked of that objective changes, or where steps that vary are foretold better. They are of the step times
+in `recorded_step_times.json`, whatever is measured later:
 
     python -m tests.scheduler.recorded > tests/scheduler/recorded_plans.json
 """

@@ -5,10 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
+from graphgen.ipc.attended import Attended
 from graphgen.ipc.worker_messages import Bucket, StepPlan
 from graphgen.scheduler.buckets import BucketTable
 from graphgen.scheduler.budget import StepBudget, StepLoad
-from graphgen.scheduler.cost_model import CostModel, prompt_pairs
+from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.decodes import DecodeSet
 from graphgen.scheduler.objectives import OBJECTIVES
 from graphgen.scheduler.request import Request, RunningRequest
@@ -35,8 +36,8 @@ def load_of(num_decodes: int, target_ms: float, first_gap_ms: float | None) -> S
 
 def bounds_ms(model: CostModel, bucket: Bucket) -> tuple[float, float]:
     """What 95 and 99.9 % of its steps stay within."""
-    pairs = prompt_pairs(0, bucket.prefill_rows)
-    usual_ms, sure_ms = (model.bound_ms(bucket, POSITIONS, pairs, is_sure=is_sure) for is_sure in (False, True))
+    attended = Attended(POSITIONS).with_chunk(0, bucket.prefill_rows)
+    usual_ms, sure_ms = (model.bound_ms(bucket, attended, is_sure=is_sure) for is_sure in (False, True))
     assert usual_ms is not None
     assert sure_ms is not None
     return usual_ms, sure_ms

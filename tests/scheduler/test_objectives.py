@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from benchmarks.simulated_machine import H200_STEP_TIMES
 from graphgen.capture.buckets import build_ladder
+from graphgen.ipc.attended import Attended
 from graphgen.ipc.engine_messages import ObjectiveName
 from graphgen.ipc.worker_messages import Bucket, BucketTime, StepTimeTable
 from graphgen.launch.config import EngineConfig
@@ -104,7 +105,7 @@ def test_the_largest_step_is_the_smallest_near_the_best_rate_beside_the_decodes(
     """Against every bucket one by one, whatever the times are."""
     buckets = build_ladder(1024, 128)
     times = data.draw(st.lists(st.floats(1.0, 60.0), min_size=len(buckets), max_size=len(buckets)))
-    table = StepTimeTable(tuple(map(BucketTime, buckets, times)), 1024, 512, 1e-5, 1e-6)
+    table = StepTimeTable(tuple(map(BucketTime, buckets, times)), 1024, 512, 1e-5, 1e-6, 1e-4)
     most_rows = data.draw(st.sampled_from([128, 256, 512, 768, 1024]))
     num_decodes = data.draw(st.integers(0, 128))
     num_positions = num_decodes * data.draw(st.integers(1, 4000))
@@ -116,8 +117,7 @@ def test_the_largest_step_is_the_smallest_near_the_best_rate_beside_the_decodes(
     candidates = [efficient[-1], *mixed[len(efficient) :]]
 
     def rate(bucket: Bucket) -> float:
-        pairs = bucket.prefill_rows * 512 + bucket.prefill_rows * (bucket.prefill_rows + 1) // 2
-        milliseconds = model.predict_ms(bucket, num_positions, pairs)
+        milliseconds = model.predict_ms(bucket, Attended(num_positions).with_chunk(512, bucket.prefill_rows))
         assert milliseconds is not None
         return bucket.prefill_rows / milliseconds
 

@@ -6,6 +6,7 @@ A plan is written as `bucket | chunks | decodes`: `8+2 | 0[0:8] 1[0:3]* | 2` com
 
 import pytest
 
+from graphgen.ipc.attended import Attended
 from graphgen.ipc.step_schema import live_entries
 from graphgen.ipc.worker_messages import Bucket, StepPlan
 from graphgen.scheduler.cost_model import CostModel
@@ -359,4 +360,4 @@ def test_without_padding_only_a_step_that_fills_its_bucket_says_how_long_it_take
     plan = scheduler.schedule(0.0)
     assert plan is not None
     scheduler.step_took(plan.step_id, 5.0, 0.005)
-    assert (model.predict_ms(Bucket(8, 2), 0, 0) is not None) == is_known
+    assert (model.predict_ms(Bucket(8, 2), Attended()) is not None) == is_known

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from graphgen.capture.buckets import build_ladder
+from graphgen.ipc.attended import Attended
 from graphgen.ipc.codec import pack_int32, unpack_int32
 from graphgen.ipc.engine_messages import ObjectiveName, Submit
 from graphgen.ipc.errors import DeadlineError, OverloadedError
 from graphgen.ipc.worker_messages import Bucket, BucketTime, SamplerParams, StepPlan, StepTimeTable
-from graphgen.scheduler.cost_model import CostModel, prompt_pairs
+from graphgen.scheduler.cost_model import CostModel
 from graphgen.scheduler.limits import SchedulerLimits
 from graphgen.scheduler.policy import Scheduler
 from tests.scheduler.harness import tokens_of
@@ -35,7 +36,7 @@ def slow_step_ms(bucket: Bucket) -> float:
 
 def table(buckets: Sequence[Bucket], step_ms: Callable[[Bucket], float]) -> StepTimeTable:
     times = tuple(BucketTime(bucket, step_ms(bucket)) for bucket in buckets)
-    return StepTimeTable(times, DECODE_CONTEXT, PROMPT_START, MS_PER_POSITION, MS_PER_PAIR)
+    return StepTimeTable(times, DECODE_CONTEXT, PROMPT_START, MS_PER_POSITION, MS_PER_PAIR, 0.0)
 
 
 @dataclass
@@ -143,9 +144,8 @@ class VirtualEngine:
             self._take_result(on_end)
 
     def _launch(self, plan: StepPlan) -> None:
-        positions = array_sum(plan.decode_positions)
-        pairs = sum(prompt_pairs(chunk.start, chunk.length) for chunk in plan.chunks)
-        milliseconds = self._device.predict_ms(plan.bucket, positions, pairs)
+        attended = Attended(array_sum(plan.decode_positions)).with_chunks(plan.chunks)
+        milliseconds = self._device.predict_ms(plan.bucket, attended)
         assert milliseconds is not None
         milliseconds *= 1.0 + self._random.gauss(0.0, self._noise) if self._noise else 1.0
         self.step_times_ms.append(milliseconds)

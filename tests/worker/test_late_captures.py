@@ -160,9 +160,7 @@ def test_a_capture_changes_no_page_no_counter_and_no_token(engine: LocalEngine, 
     assert ready.rare
     assert set(ready.captured) | set(ready.rare) == set(ready.buckets)
     times = tuple(BucketTime(bucket, 1.0) for bucket in ready.captured)
-    table = StepTimeTable(
-        times, decode_context=128, prompt_start=64, ms_per_decode_position=0.0, ms_per_prompt_pair=0.0
-    )
+    table = StepTimeTable(times, 128, 64, 0.0, 0.0, 0.0)
     captures = LateCaptures(runner, config, msgspec.structs.replace(ready, step_times=table))
     cache = runner.kv_cache
     pages = [one[: cache.num_pages].clone() for one in (*cache.k_pages, *cache.v_pages)]

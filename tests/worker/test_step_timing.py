@@ -10,11 +10,11 @@ import pytest
 
 from graphgen.capture.stream import Mark
 from graphgen.demo import model_folder
+from graphgen.ipc.attended import Attended
 from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.step_schema import live_entries
 from graphgen.ipc.worker_messages import TIMING_PHASE, Bucket, Progress, SamplerParams, StepPlan, WorkerReady
 from graphgen.launch.launch_config import LaunchConfig
-from graphgen.scheduler.cost_model import prompt_pairs
 from graphgen.worker import step_timing
 from graphgen.worker.runner import LaunchedStep, ModelRunner
 from graphgen.worker.step_timing import Depth, Places, StepTimer, measure_step_times, open_timer, with_step_times
@@ -113,15 +113,16 @@ class FormulaRunner:
             assert position < self._config.max_model_len
             for index in range(position // self._config.page_size + 1):
                 assert 0 <= self.pages[slot, index] < self._ready.num_pages
-        lengths = [chunk.length for chunk in plan.chunks]
-        assert lengths == ([min(plan.bucket.prefill_rows, self._config.max_model_len)] if plan.chunks else [])
+        assert len({chunk.slot for chunk in plan.chunks}) == len(plan.chunks) <= self._ready.max_chunks
+        num_tokens = sum(chunk.length for chunk in plan.chunks)
+        assert num_tokens == min(plan.bucket.prefill_rows, self._config.max_model_len)
 
 
 def step_ms(plan: StepPlan) -> float:
-    """0.01 ms a row, 1 us for 100 decode positions, 1 us for 1000 prompt pairs."""
-    positions = sum(position + 1 for position in unpack_int32(plan.decode_positions))
-    pairs = sum(prompt_pairs(chunk.start, chunk.length) for chunk in plan.chunks)
-    return 0.01 * plan.bucket.num_rows + 1e-5 * positions + 1e-6 * pairs
+    """0.01 ms a row, 1 us for 100 decode positions, 1 us for 1000 prompt pairs, 1 us for 50 positions of a chunk."""
+    decodes = Attended(sum(position + 1 for position in unpack_int32(plan.decode_positions)))
+    positions, pairs, read = decodes.with_chunks(plan.chunks)
+    return 0.01 * plan.bucket.num_rows + 1e-5 * positions + 1e-6 * pairs + 2e-5 * read
 
 
 def make_ready(config: LaunchConfig, buckets: tuple[Bucket, ...], num_pages: int, **changes: Any) -> WorkerReady:
@@ -153,13 +154,36 @@ def test_times_and_slopes_are_those_of_the_device(max_model_len: int, num_pages:
     assert [time.bucket for time in table.times] == list(BUCKETS)
     for time in table.times:
         length = min(time.bucket.prefill_rows, max_model_len)
-        pairs = prompt_pairs(table.prompt_start, length)
-        rows = time.bucket.num_rows
-        expected = 0.01 * rows + 1e-5 * table.decode_context * time.bucket.decode_rows + 1e-6 * pairs
+        _, pairs, read = Attended().with_chunk(table.prompt_start, length)
+        of_decodes = 1e-5 * table.decode_context * time.bucket.decode_rows
+        expected = 0.01 * time.bucket.num_rows + of_decodes + 1e-6 * pairs + 2e-5 * read
         assert time.milliseconds == pytest.approx(expected)
     assert table.ms_per_decode_position == pytest.approx(1e-5)
     # A context that holds the widest chunk at position 0 only shows nothing of what a later start costs.
-    assert table.ms_per_prompt_pair == pytest.approx(1e-6 if max_model_len > 120 else 0.0)
+    slopes = table.ms_per_prompt_pair, table.ms_per_chunk_position
+    assert slopes == pytest.approx((1e-6, 2e-5) if max_model_len > 120 else (0.0, 0.0))
+
+
+@pytest.mark.parametrize(("num_slots", "max_chunks"), [(8, 1), (1, 4)])
+def test_where_a_step_holds_one_chunk_its_pairs_are_all_that_grows(num_slots: int, max_chunks: int) -> None:
+    config = msgspec.structs.replace(make_config(page_size=16), max_model_len=8192, num_slots=num_slots)
+    buckets = (Bucket(0, 1), Bucket(120, num_slots))
+    ready = make_ready(config, buckets, 5000, max_chunks=max_chunks)
+    table = measure_step_times(FormulaRunner(config, ready, step_ms), config, ONCE)  # type: ignore[arg-type]  # as above
+    assert table.ms_per_prompt_pair == pytest.approx(1e-6 + 2e-5 / 120)
+    assert table.ms_per_chunk_position == 0.0
+
+
+def test_a_second_chunk_that_seems_to_save_time_is_noise() -> None:
+    config = msgspec.structs.replace(make_config(page_size=16), max_model_len=8192, num_slots=8)
+
+    def formula(plan: StepPlan) -> float:
+        return step_ms(plan) - 0.4 * (len(plan.chunks) > 1)
+
+    runner = FormulaRunner(config, make_ready(config, BUCKETS, 5000), formula)
+    table = measure_step_times(runner, config, ONCE)  # type: ignore[arg-type]  # as above
+    assert table.ms_per_prompt_pair == pytest.approx(1e-6 + 2e-5 / 120)
+    assert table.ms_per_chunk_position == 0.0
 
 
 def test_the_first_step_of_a_bucket_may_be_slow() -> None:
@@ -174,10 +198,11 @@ def test_the_first_step_of_a_bucket_may_be_slow() -> None:
     runner = FormulaRunner(config, make_ready(config, BUCKETS, 100), slow_at_first)
     table = measure_step_times(runner, config, step_timing.QUICK)  # type: ignore[arg-type]  # as above
     assert max(time.milliseconds for time in table.times) < 5.0
-    # Two buckets with prompts in two passes, two without in one; two of these and two starts show the slopes.
-    quick, slope = step_timing.QUICK, step_timing.PAIR_SLOPE
+    # Two buckets with prompts in two passes, two without in one. Two of these show one slope; two starts, and prompts
+    # that meet, the others.
+    quick, slope = step_timing.QUICK, step_timing.PROMPT_SLOPES
     most_timed = (quick.settling + quick.repeats) * (2 * quick.passes + 2 + 2)
-    most_timed += 2 * slope.passes * (slope.settling + slope.repeats) + step_timing.HEATING.repeats
+    most_timed += 3 * slope.passes * (slope.settling + slope.repeats) + step_timing.HEATING.repeats
     assert most_timed - 40 < len(runner.plans) <= most_timed
 
 
@@ -256,8 +281,8 @@ def test_measured_times_are_stored_and_thorough_ones_replace_quick_ones(
     kept, num_steps = start(with_graphs, "auto")
     assert (kept.step_times, num_steps) == (quick.step_times, 0)
     measured, num_measured = start(with_graphs, "measure")
-    slope = step_timing.PAIR_SLOPE
-    in_both = step_timing.HEATING.repeats + 2 * slope.passes * (slope.settling + slope.repeats)
+    slope = step_timing.PROMPT_SLOPES
+    in_both = step_timing.HEATING.repeats + 3 * slope.passes * (slope.settling + slope.repeats)
     assert num_measured - in_both > 2 * (num_quick - in_both) > 0
     stored, num_steps = start(with_graphs, "auto")
     assert (stored.step_times, num_steps) == (measured.step_times, 0)
