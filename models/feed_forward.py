@@ -12,6 +12,7 @@ from graphgen.models.activations import ACTIVATIONS, XIELU
 from graphgen.models.families.family import TensorNames
 from graphgen.models.formats.fitting import fitted
 from graphgen.models.formats.linear import Linear
+from graphgen.models.gated import gated_product
 from graphgen.models.orders import Order
 from graphgen.models.spec import Dense, Shard
 from graphgen.models.targets import Targets, linear_targets, pieces_of, row_parallel_targets
@@ -36,6 +37,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, live: Tensor | None = None) -> Tensor:
         """x: [T, hidden]. live: which rows hold a token, for experts; here each row is treated alike."""
         inner = self.gate_up(x)
+        if self.gated and self.learned is None:
+            return gated_product(inner, self.activation, self.down)
         activate = ACTIVATIONS[self.activation] if self.learned is None else self.learned
         if self.gated:
             gate, up = inner.chunk(2, dim=-1)

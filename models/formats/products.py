@@ -8,8 +8,8 @@ On the CPU int8 has a product of its own for a few rows in bfloat16, and float32
 On CUDA steps of a few decode rows do not come here: few_rows.py reads the codes themselves. With more rows the tensor
 cores multiply two operands of one type. Where a format lets its input be rounded to e4m3 and the device multiplies
 that, from SM89 on, the input is quantised, in plain torch, so that the compiler makes one kernel of it and of the norm
-or activation before. Integer codes are first rounded to e4m3; those of int4 are read as they lie where few_rows_int4.py
-serves. Elsewhere the weight is made a matrix of the input's dtype.
+before; behind a gated activation gated.py has a kernel for both. Integer codes are first rounded to e4m3; those of int4
+are read as they lie where few_rows_int4.py serves. Elsewhere the weight is made a matrix of the input's dtype.
 """
 
 from typing import NamedTuple
@@ -51,6 +51,11 @@ class Weight(NamedTuple):
         """That layer's of a stack."""
         zeros = None if self.zeros is None else self.zeros[number]
         return Weight(self.format, self.codes[number], self.scale[number], zeros, None)
+
+    @property
+    def depth(self) -> int:
+        """Columns of the weight, of which a byte of int4 has two."""
+        return self.codes.shape[-1] * (2 if self.format.storage == "int4" else 1)
 
     def unpacked(self) -> Quantised:
         codes = unpack_int4(self.codes) if self.format.storage == "int4" else self.codes
@@ -120,23 +125,46 @@ multiplies_e4m3._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def product_of_many_rows(x: Tensor, weight: Weight, bias: Tensor | None, device: Multiplies) -> Tensor:
     """product(), where a matrix operand must be of one dtype. x: [..., K], of whose order the weight is."""
     form, rows = weight.format, x.flatten(0, -2)
-    size, depth = weight.codes.shape[0], x.shape[-1]
-    made = matrices.makes(form, depth)
-    if device.by_rows and form.rounds_input and size % E4M3_STEP == 0 and depth % E4M3_STEP == 0:
-        if as_they_lie.is_by_rows(form):
-            return _product_by_rows(rows, weight.codes, weight.scale, bias).view(*x.shape[:-1], size)
-        if as_they_lie.is_by_blocks(form) and device.by_blocks and made:
-            return _product_by_blocks(rows, weight, bias).view(*x.shape[:-1], size)
-        if form.storage == "int4" and made:
-            return _product_of_int4(rows, weight, bias).view(*x.shape[:-1], size)
-        if form.storage == "int8" and made:
-            codes, scale = matrices.weight_in_e4m3(form, weight.codes, weight.scale, weight.zeros)
-            return _product_by_rows(rows, codes, scale, bias).view(*x.shape[:-1], size)
+    made, shape = matrices.makes(form, weight.depth), (*x.shape[:-1], weight.codes.shape[0])
+    if rounds_rows(weight, device):
+        return product_of_rounded(*quantise_rows(rows), weight, bias, x.dtype).view(shape)
+    if device.by_blocks and made and as_they_lie.is_by_blocks(form) and _is_rounded(weight, device):
+        return _product_by_blocks(rows, weight, bias).view(shape)
     if made:
         matrix = matrices.weight_matrix(form, weight.codes, weight.scale, weight.zeros, x.dtype)
     else:
         matrix = matrix_of(weight.unpacked(), x.dtype)
     return F.linear(x, matrix, bias)
+
+
+def rounds_rows(weight: Weight, device: Multiplies) -> bool:
+    """Whether such a device rounds the input to e4m3 with a scale for each row, and then makes product_of_rounded."""
+    form = weight.format
+    is_made = form.storage != "e4m3" and matrices.makes(form, weight.depth)
+    return _is_rounded(weight, device) and (as_they_lie.is_by_rows(form) or is_made)
+
+
+def _is_rounded(weight: Weight, device: Multiplies) -> bool:
+    """The input, in some way."""
+    sizes = weight.codes.shape[0], weight.depth
+    return device.by_rows and weight.format.rounds_input and not any(size % E4M3_STEP for size in sizes)
+
+
+def product_of_rounded(
+    left: Tensor, of_left: Tensor, weight: Weight, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """(left times its scales) @ weight.T + bias, [T, N] of `dtype`, where `rounds_rows`. left: [T, K] e4m3; of_left:
+    [T, 1] float32."""
+    form, (codes, scale, zeros, _) = weight.format, weight[1:]
+    operators = torch.ops.graphgen
+    if form.storage == "int4":
+        of_weight = codes, scale, zeros, form.group or 0, form.rows
+        result: Tensor = operators.product_of_int4.default(left, of_left, *of_weight, bias, dtype)
+        return result
+    if form.storage == "int8":
+        codes, scale = matrices.weight_in_e4m3(form, codes, scale, zeros)
+    by_rows: Tensor = operators.product_by_rows.default(left, of_left, codes, scale.float(), bias, dtype)
+    return by_rows
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,21 +185,6 @@ def _quantised_by(wide: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
     scale = (most * (1.0 / E4M3_MOST)).clamp(min=LEAST_SCALE)
     codes = (wide * scale.reciprocal()).clamp(-E4M3_MOST, E4M3_MOST).to(torch.float8_e4m3fn)
     return codes, scale
-
-
-def _product_by_rows(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    left, of_left = quantise_rows(x)
-    result: Tensor = torch.ops.graphgen.product_by_rows.default(left, of_left, codes, scale.float(), bias, x.dtype)
-    return result
-
-
-def _product_of_int4(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    left, of_left = quantise_rows(x)
-    form, (codes, scale, zeros, _) = weight.format, weight[1:]
-    result: Tensor = torch.ops.graphgen.product_of_int4.default(
-        left, of_left, codes, scale, zeros, form.group or 0, form.rows, bias, x.dtype
-    )
-    return result
 
 
 def _product_by_blocks(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:

@@ -72,12 +72,23 @@ E4M3 = """
             left, of_left, codes, of_codes, None, torch.bfloat16, blocked, fast_sums, chained=True
         )
 """
+GATED = """
+    from graphgen.models.gated_kernel import gated_rows
+
+    for activation, columns in ((0, 14_336), (1, 1024), (2, 352)):
+        gated_rows(zeros(4, 2 * columns, dtype=torch.bfloat16), activation, chained=True)
+"""
 
 
 @pytest.mark.parametrize(
     ("launches", "names"),
-    [(DECODES, "share_kernel split_kv_kernel"), (INT4, "int4_kernel"), (E4M3, "e4m3_kernel")],
-    ids=["fp8 pages", "int4", "e4m3"],
+    [
+        (DECODES, "share_kernel split_kv_kernel"),
+        (INT4, "int4_kernel"),
+        (E4M3, "e4m3_kernel"),
+        (GATED, "gated_rows_kernel"),
+    ],
+    ids=["fp8 pages", "int4", "e4m3", "gated rows"],
 )
 def test_a_kernel_of_sm90_is_compiled(launches: str, names: str, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
