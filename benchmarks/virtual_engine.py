@@ -7,7 +7,7 @@ What happens when, as in the engine:
 
     a request arrives or a step ends  ->  the policy takes it, then plans until it has two steps in flight
     a step starts    when the one before it has ended, and no earlier than HOST_DELAY after its plan was made
-    a step ends      after the milliseconds that the table has for its bucket, its decode positions and prompt pairs
+    a step ends      after the milliseconds that the table has for its bucket and what its rows attend to
     a client sends   its next request HOST_DELAY after the last token of the one before
 
 HOST_DELAY stands for everything between processes: it costs time only where the device would otherwise run, which

@@ -22,6 +22,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from graphgen.capture.device_clock import DeviceClock, Origin
+
 HIGH_PRIORITY = -1
 """Of a CUDA stream; 0 is that of the steps."""
 
@@ -58,17 +60,18 @@ class DeviceStream(Queue, Protocol):
 
 
 class CudaMark:
-    """A CUDA event, and the pair (event, host time) that places it on the host's clock."""
+    """A CUDA event, and what places it on the host's clock."""
 
-    def __init__(self, event: torch.cuda.Event, origin: torch.cuda.Event, origin_s: float) -> None:
+    def __init__(self, event: torch.cuda.Event, clock: DeviceClock, origin: Origin, renews: bool) -> None:
+        """origin, renews: see DeviceClock.reached_s."""
         self._event = event
+        self._clock = clock
         self._origin = origin
-        self._origin_s = origin_s
+        self._renews = renews
 
     def wait(self) -> float:
         self._event.synchronize()
-        elapsed_ms: float = self._origin.elapsed_time(self._event)
-        return self._origin_s + elapsed_ms / 1000.0
+        return self._clock.reached_s(self._event, self._origin, self._renews)
 
 
 class CudaStream:
@@ -87,18 +90,16 @@ class CudaStream:
         self._copies = torch.cuda.Stream(device)
         # Before the next kernels of a step: something short, that the step's end waits for.
         self._beside = torch.cuda.Stream(device, priority=HIGH_PRIORITY)
-        # A blocking event lets the waiting thread sleep; a spinning one would hold the driver's lock.
-        self._origin = torch.cuda.Event(enable_timing=True, blocking=True)
-        self._origin.record(self.stream)
-        self._origin.synchronize()
-        self._origin_s = time.monotonic()
+        self._clock = DeviceClock(self._reached_now())
 
     def submit(self, work: Callable[[], None]) -> None:
         with torch.cuda.stream(self.stream):
             work()
 
     def mark(self) -> CudaMark:
-        return self._mark(self.stream)
+        if self._clock.is_stale and self.stream.query():
+            self._clock.restart(self._reached_now())
+        return self._mark(self.stream, renews=True)
 
     @property
     def beside(self) -> "_CudaQueue":
@@ -113,10 +114,14 @@ class CudaStream:
             target.copy_(source, non_blocking=True)
         return self._mark(self._copies)
 
-    def _mark(self, stream: torch.cuda.Stream) -> CudaMark:
-        event = torch.cuda.Event(enable_timing=True, blocking=True)
-        event.record(stream)
-        return CudaMark(event, self._origin, self._origin_s)
+    def _mark(self, stream: torch.cuda.Stream, renews: bool = False) -> CudaMark:
+        origin = self._clock.origin  # before the event is recorded: it was reached by then
+        return CudaMark(_recorded(stream), self._clock, origin, renews)
+
+    def _reached_now(self) -> torch.cuda.Event:
+        event = _recorded(self.stream)
+        event.synchronize()
+        return event
 
     def synchronize(self) -> None:
         self.stream.synchronize()
@@ -124,6 +129,13 @@ class CudaStream:
     def close(self) -> None:
         self.stream.synchronize()
         torch.cuda.set_stream(torch.cuda.default_stream(self.stream.device))
+
+
+def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    # A blocking event lets the waiting thread sleep; a spinning one would hold the driver's lock.
+    event = torch.cuda.Event(enable_timing=True, blocking=True)
+    event.record(stream)
+    return event
 
 
 class _CudaQueue(NamedTuple):

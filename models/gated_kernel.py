@@ -24,9 +24,11 @@ def gated_rows(
 ) -> tuple[Tensor, Tensor]:
     """(activation(gate) * up in e4m3 [T, K], the scale of each row [T, 1] float32), as products.quantise_rows has it.
 
-    inner: [T, 2 K], contiguous. activation: its number in few_rows_kernels.gated. chained: launch before the kernel
-    ahead is done, and wait inside. dtype: float32 leaves out the last rounding.
+    A row that has an element which is not finite has NaN alone. inner: [T, 2 K], contiguous. activation: its number in
+    few_rows_kernels.gated. chained: launch before the kernel ahead is done, and wait inside. dtype: float32 leaves out
+    the last rounding.
     """
+    assert inner.is_contiguous(), "a product's result"
     num_rows, columns = inner.shape[0], inner.shape[1] // 2
     codes = inner.new_empty(num_rows, columns, dtype=dtype)
     scale = inner.new_empty(num_rows, 1, dtype=torch.float32)
@@ -70,7 +72,9 @@ def gated_rows_kernel(
     if CHAINED:
         gdc_launch_dependents()
     result = gated(gate.to(tl.float32), up.to(tl.float32), ACTIVATION, gate.dtype).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(result), 0) * (1.0 / MOST), LEAST_SCALE)
-    fitting = tl.minimum(tl.maximum(result * (1.0 / scale), -MOST), MOST)
+    # A row with what is not finite has neither a largest element nor codes: maximum and minimum would pass it over.
+    broken = tl.sum(result * 0.0, 0)
+    scale = tl.maximum(tl.max(tl.abs(result), 0) * (1.0 / MOST), LEAST_SCALE) + broken
+    fitting = tl.minimum(tl.maximum(result * (1.0 / scale), -MOST), MOST) + broken
     tl.store(scales + row, scale)
     tl.store(codes + row * K + columns, fitting.to(codes.dtype.element_ty), inside)

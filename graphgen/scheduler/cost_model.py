@@ -11,9 +11,10 @@ The three counts are those of `graphgen.ipc.attended`. Everything else depends o
 
 The pace is that of the device: it changes while a GPU warms up to its power limit, for all buckets alike, but not
 alike for steps with prompts, which compute, and those without, which read memory; so there is one for each kind. A
-factor makes up for what the table has wrong of one bucket, and is learned in the first steps there. On top of both
-comes a part of what the newest step was off: a GPU at its power limit swings around it within a tenth of a second, so
-a step takes longer where those just before it did.
+factor makes up for what the table has wrong of one bucket, and is learned in the first steps there.
+
+What the next step stays within is larger by a part of what the newest one took too long: a GPU at its power limit
+swings around it within a tenth of a second, so a step takes longer where those just before it did.
 """
 
 import math
@@ -26,13 +27,15 @@ _PACE_WEIGHT = 1.0 / 16
 """Weight of the newest step in a pace, and in the mean error: a slower clock shows within a few dozen steps."""
 
 _MOMENTUM = 0.4
-"""How much of what the newest step was off is expected of the next one that is planned, which is the second after it.
-Of 1266 steps of 1024 rows in fp8 and 2479 of 512 in bfloat16 on an H200, errors of neighbours correlate by 0.67 and
-0.79, of the second by 0.48 and 0.59, of the sixth not at all. Errors in the 99th percentile shrink with it from 5.7 to
-5.0 % and from 4.5 to 3.6 %."""
+"""How much of what the newest step took too long is expected of the next one that is planned, which is the second after
+it. Of 1266 steps of 1024 rows in fp8 and 2479 of 512 in bfloat16 on an H200, errors of neighbours correlate by 0.67 and
+0.79, of the second next by 0.48 and 0.59, of the sixth not at all."""
+
+_FADING = 0.5
+"""What is left of a swing after a step that says nothing of it."""
 
 _MOST_SWING = 0.15
-"""So far a clock swings: of a step that was longer, the rest was its host's."""
+"""A clock swings no further: what a step took beyond that was its host's doing."""
 
 _FACTOR_WEIGHT = 1.0 / 64
 """Least weight of the newest step in a bucket's factor. In its first steps the factor is their mean."""
@@ -96,8 +99,8 @@ class CostModel:
         self._factors = dict.fromkeys(self._times, 1.0)
         self._num_corrections = dict.fromkeys(self._times, 0)
         self._paces = {True: 1.0, False: 1.0}  # of steps with prompts, and without
-        self._newest = {True: 0.0, False: 0.0}  # of either kind: by which share the last step took longer
-        self._error = _FIRST_ERROR  # mean of |measured / predicted - 1|, momentum left aside
+        self._swings = {True: 0.0, False: 0.0}  # of either kind: by which share the last step took longer
+        self._error = _FIRST_ERROR  # mean of |measured / predicted - 1|
 
     def learn(self, bucket: Bucket, milliseconds: float) -> None:
         """The time of a bucket that the table lacks, measured as those of the table."""
@@ -107,12 +110,10 @@ class CostModel:
     def predict_ms(self, bucket: Bucket, attended: Attended) -> float | None:
         """Of a step in `bucket` whose rows attend to that; None for an unknown bucket."""
         time = self._uncorrected_ms(bucket, attended)
-        if time is None:
-            return None
-        return time * self._correction(bucket) * (1.0 + _MOMENTUM * self._newest[bucket.prefill_rows > 0])
+        return None if time is None else time * self._correction(bucket)
 
     def bound_ms(self, bucket: Bucket, attended: Attended, *, is_sure: bool = False) -> float | None:
-        """As `predict_ms`, but what 95 % of such steps stay within; with is_sure, 99.9 %.
+        """As `predict_ms`, but what 95 % of such steps stay within if they are planned now; with is_sure, 99.9 %.
 
         Of a normal error 95 % lie below 1.64 standard deviations, which are 2.06 times the mean of its absolute value.
         The rare ones lie further out than a normal error's, since clocks swing for some steps in a row: of 4098 steps
@@ -124,7 +125,8 @@ class CostModel:
             return None
         doubt = _TABLE_ERROR / math.sqrt(1 + self._num_corrections[bucket])
         spread = (7.0 if is_sure else 2.06) * self._error
-        return milliseconds * (1.0 + min(spread + doubt, _MOST_MARGIN))
+        swing = _MOMENTUM * max(0.0, self._swings[bucket.prefill_rows > 0])
+        return milliseconds * (1.0 + min(swing + spread + doubt, _MOST_MARGIN))
 
     def correct(self, bucket: Bucket, attended: Attended, measured_ms: float) -> None:
         """Takes a step that ran into account. Times that cannot be (<= 0) are ignored."""
@@ -137,13 +139,17 @@ class CostModel:
             return
         surprise = measured_ms / (time * self._correction(bucket))
         surprise = min(max(surprise, 1.0 / _MOST_SURPRISE), _MOST_SURPRISE) - 1.0
-        self._newest[kind] = min(max(surprise, -_MOST_SWING), _MOST_SWING)
-        self._newest[not kind] *= _MOMENTUM
+        self._swings[kind] = min(max(surprise, -_MOST_SWING), _MOST_SWING)
+        self._swings[not kind] *= _FADING
         self._error += _PACE_WEIGHT * (abs(surprise) - self._error)
         self._paces[kind] = _scaled(self._paces[kind], _PACE_WEIGHT * surprise)
         self._num_corrections[bucket] += 1
         weight = max(_FACTOR_WEIGHT, 1.0 / (_TABLE_STEPS + self._num_corrections[bucket]))
         self._factors[bucket] = _scaled(self._factors[bucket], weight * surprise)
+
+    def pass_over(self, bucket: Bucket) -> None:
+        """A step ran that says nothing of its bucket."""
+        self._swings[bucket.prefill_rows > 0] *= _FADING
 
     def saturation_rows(self, buckets: Iterable[Bucket], current: int | None = None) -> int | None:
         """Rows of the smallest mixed bucket that computes SATURATION_SHARE of the best prompt rows per second.

@@ -291,6 +291,8 @@ class Scheduler:
         # What scored rows take comes on top, and says nothing of the bucket.
         if not record.scored and record.rows.num_rows >= FULL_SHARE * record.bucket.num_rows:
             self._model.correct(record.bucket, record.attended, milliseconds)
+        else:
+            self._model.pass_over(record.bucket)
         self._life.guard.step_measured(milliseconds)
         self.counters.step_took(record.bucket, milliseconds)
 

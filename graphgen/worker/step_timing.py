@@ -63,8 +63,8 @@ FAR_PROMPT_START = 4096
 
 TAIL_SHARE = 4
 """This part of the rows ends a prompt there, and the rest begins another, to show what a position costs that a chunk
-reads. Rows that attend to that much keep few of a device's processors busy, and these for as long as more rows would:
-on an H200 (8B, 512 or 1024 rows) such a step takes as long as one of pairs alone that has 240 to 470 rows more."""
+reads. Few rows that attend to much keep few of a device's processors busy, for as long as more rows would take: serving
+an 8B model on an H200 in steps of 512 or 1024 rows, a chunk took as long as its pairs and those of 240 to 470 rows."""
 
 NEAR_SHARE = 4
 """The second context that shows what a decode position costs is this part of the first."""
@@ -171,7 +171,7 @@ class StepTimer:
         chunks = self._chunks(bucket, places)
         num_tokens = sum(chunk.length for chunk in chunks)
         tokens = pack_int32(number % self._config.spec.vocab_size for number in range(num_tokens))
-        # From the last slot down, so that a slot decodes beside its chunk only where all slots do.
+        # From the last slot down, so that a slot decodes beside its own chunk only where nearly all slots decode.
         slots = pack_int32(self._config.num_slots - 1 - row for row in range(bucket.decode_rows))
         positions = pack_int32([places.decode_context - 1] * bucket.decode_rows)
         return StepPlan(
@@ -234,12 +234,15 @@ def measure_step_times(
     ranks: RankGroup | None = None,
 ) -> StepTimeTable:
     """The table of all captured buckets, and its slopes. Nothing else may run meanwhile."""
-    buckets = runner.describe().captured
+    ready = runner.describe()
+    buckets = ready.captured
     widest = max(bucket.prefill_rows for bucket in buckets)
     room = max(0, config.max_model_len - widest)  # starts at which the widest chunk fits
     places = Places(min(DECODE_CONTEXT, -(-config.max_model_len // 2)), min(PROMPT_START, room // 2))
-    holds_two = min(runner.describe().max_chunks, config.num_slots) > 1 and widest >= TAIL_SHARE
-    far = Places(places.decode_context, min(FAR_PROMPT_START, room), holds_two)
+    # What a near start adds is less than steps vary by, and what a start nearer than a chunk adds is not told apart.
+    far_start = min(FAR_PROMPT_START, room) if TAIL_SHARE * room >= widest else 0
+    two_chunks = min(ready.max_chunks, config.num_slots) > 1 and far_start >= widest >= TAIL_SHARE
+    far = Places(places.decode_context, far_start, two_chunks)
     with open_timer(runner, config, far, ranks) as timer:
         widest_first = sorted(buckets, key=lambda bucket: (-bucket.prefill_rows, -bucket.decode_rows))
         mixed = [bucket for bucket in widest_first if bucket.prefill_rows]
@@ -341,9 +344,10 @@ def _prompt_slopes(timer: StepTimer, bucket: Bucket, reach: Places) -> tuple[flo
     attended = {places: timer.attended_by_chunks(bucket, places) for places in cases}
 
     def gained(places: Places) -> tuple[float, int, int]:
-        """Milliseconds, pairs and positions."""
-        (_, pairs, positions), (_, more_pairs, more_positions) = attended[near], attended[places]
-        return times[places] - times[near], more_pairs - pairs, more_positions - positions
+        """Milliseconds, pairs and positions, over the near chunk."""
+        more, less = attended[places], attended[near]
+        pairs, positions = more.prompt_pairs - less.prompt_pairs, more.chunk_positions - less.chunk_positions
+        return times[places] - times[near], pairs, positions
 
     far_ms, far_pairs, far_positions = gained(far)
     met_ms, met_pairs, met_positions = gained(reach)
@@ -353,7 +357,7 @@ def _prompt_slopes(timer: StepTimer, bucket: Bucket, reach: Places) -> tuple[flo
         per_position = (met_ms * far_pairs - far_ms * met_pairs) / determinant
         if per_pair >= 0.0 and per_position >= 0.0:
             return per_pair, per_position
-    return max(0.0, far_ms / far_pairs), 0.0
+    return max(0.0, far_ms / far_pairs) if far_pairs else 0.0, 0.0
 
 
 def _owner_of(num_tokens: int) -> SlotInit:

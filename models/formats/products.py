@@ -145,7 +145,7 @@ def rounds_rows(weight: Weight, device: Multiplies) -> bool:
 
 
 def _is_rounded(weight: Weight, device: Multiplies) -> bool:
-    """The input, in some way."""
+    """Whether it rounds the input to e4m3 at all, by rows or by blocks."""
     sizes = weight.codes.shape[0], weight.depth
     return device.by_rows and weight.format.rounds_input and not any(size % E4M3_STEP for size in sizes)
 

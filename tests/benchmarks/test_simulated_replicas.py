@@ -10,11 +10,14 @@ from benchmarks import router as router_costs
 from benchmarks import simulate
 from benchmarks.conversations import Client
 from benchmarks.metrics import Figures
+from benchmarks.modelled_engine import StepCosts
 from benchmarks.replica_rows import run_replicas
 from benchmarks.routings import ROUTINGS, make_routing
 from benchmarks.scheduled_engine import ScheduledEngine
 from benchmarks.simulated_machine import Policy
 from benchmarks.simulated_replicas import ReplicaRun, Setting
+from graphgen.ipc.attended import Attended
+from graphgen.ipc.worker_messages import Bucket, BucketTime, StepTimeTable
 from graphgen.router.records import Capacity
 from graphgen.scheduler.cost_model import CostModel
 from tests.benchmarks.test_simulate import make_machine
@@ -149,3 +152,20 @@ def test_the_cost_of_a_decision_is_that_of_each_of_its_parts() -> None:
     assert row["engines"] == 20
     for part in ("digests", "choice", "sent", "served", "refusal"):
         assert 0.5 < figure(row, f"{part} p50") <= figure(row, f"{part} p99")
+
+
+def test_what_chunks_read_costs_a_modelled_step_as_it_costs_a_real_one() -> None:
+    """With a table whose times are linear in rows, as the modelled engine has them."""
+    buckets = [Bucket(prefill, decode) for prefill in (0, 256, 512) for decode in (0, 16, 64) if prefill + decode]
+    times = tuple(
+        BucketTime(bucket, 4.0 + 0.02 * bucket.prefill_rows + 0.03 * bucket.decode_rows) for bucket in buckets
+    )
+    table = StepTimeTable(times, 1024, 512, 3e-5, 1e-6, 4e-4)
+    costs, model = StepCosts.of(table, 1024), CostModel(table)
+    for chunks in (((512, 512),), ((0, 512),), ((3000, 100), (0, 412)), ((3000, 100), (2000, 200), (700, 212))):
+        attended = Attended(16 * 2000)
+        for start, length in chunks:
+            attended = attended.with_chunk(start, length)
+        real_ms = model.predict_ms(Bucket(512, 16), attended)
+        assert 1000.0 * costs.step_s(512, 16, attended) == pytest.approx(real_ms, rel=0.03), chunks
+    assert 1000.0 * costs.step_s(0, 64, Attended(64 * 1024)) == pytest.approx(4.0 + 0.03 * 64)

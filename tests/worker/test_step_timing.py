@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from graphgen.ipc.codec import unpack_int32
 from graphgen.ipc.step_schema import live_entries
 from graphgen.ipc.worker_messages import TIMING_PHASE, Bucket, Progress, SamplerParams, StepPlan, WorkerReady
 from graphgen.launch.launch_config import LaunchConfig
+from graphgen.scheduler.cost_model import CostModel
 from graphgen.worker import step_timing
 from graphgen.worker.runner import LaunchedStep, ModelRunner
 from graphgen.worker.step_timing import Depth, Places, StepTimer, measure_step_times, open_timer, with_step_times
@@ -143,7 +145,7 @@ def make_ready(config: LaunchConfig, buckets: tuple[Bucket, ...], num_pages: int
 BUCKETS = (Bucket(0, 1), Bucket(0, 8), Bucket(56, 8), Bucket(120, 8))
 
 
-@pytest.mark.parametrize("max_model_len", [16, 64, 120, 121, 700, 8192])
+@pytest.mark.parametrize("max_model_len", [16, 64, 120, 121, 150, 239, 240, 700, 8192])
 @pytest.mark.parametrize("num_pages", [1, 7, 5000])
 def test_times_and_slopes_are_those_of_the_device(max_model_len: int, num_pages: int) -> None:
     config = msgspec.structs.replace(make_config(page_size=16), max_model_len=max_model_len, num_slots=8)
@@ -159,9 +161,28 @@ def test_times_and_slopes_are_those_of_the_device(max_model_len: int, num_pages:
         expected = 0.01 * time.bucket.num_rows + of_decodes + 1e-6 * pairs + 2e-5 * read
         assert time.milliseconds == pytest.approx(expected)
     assert table.ms_per_decode_position == pytest.approx(1e-5)
-    # A context that holds the widest chunk at position 0 only shows nothing of what a later start costs.
-    slopes = table.ms_per_prompt_pair, table.ms_per_chunk_position
-    assert slopes == pytest.approx((1e-6, 2e-5) if max_model_len > 120 else (0.0, 0.0))
+    # A context that holds the widest chunk hardly later than at 0 shows nothing of what a later start costs, and one
+    # that holds it less than a chunk later shows both at once.
+    both = (1e-6, 2e-5) if max_model_len >= 240 else (1e-6 + 2e-5 / 120, 0.0) if max_model_len >= 150 else (0.0, 0.0)
+    assert (table.ms_per_prompt_pair, table.ms_per_chunk_position) == pytest.approx(both)
+
+
+@pytest.mark.parametrize("max_model_len", [121, 150, 239, 240, 500, 8192])
+@pytest.mark.parametrize("seed", range(5))
+def test_what_steps_vary_by_makes_no_step_look_long_that_is_not(max_model_len: int, seed: int) -> None:
+    """Where starts are near each other, what the second one adds is less than the noise of a step."""
+    config = msgspec.structs.replace(make_config(page_size=16), max_model_len=max_model_len, num_slots=8)
+    random = Random(seed)
+    noisy = FormulaRunner(
+        config, make_ready(config, BUCKETS, 5000), lambda plan: step_ms(plan) * random.gauss(1.0, 0.005)
+    )
+    model = CostModel(measure_step_times(noisy, config, step_timing.QUICK))  # type: ignore[arg-type]  # as above
+    late = Attended(8 * (max_model_len // 2))
+    for _ in range(4):
+        late = late.with_chunk(max_model_len - 30, 30)
+    predicted_ms = model.predict_ms(BUCKETS[-1], late)
+    positions, pairs, read = late
+    assert predicted_ms == pytest.approx(1.28 + 1e-5 * positions + 1e-6 * pairs + 2e-5 * read, rel=0.12)
 
 
 @pytest.mark.parametrize(("num_slots", "max_chunks"), [(8, 1), (1, 4)])
