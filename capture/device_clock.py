@@ -1,10 +1,10 @@
 """Where a device's events lie on the host's clock, however long the process runs.
 
 How far apart two events are comes in milliseconds of float32: to a quarter of one where they are an hour apart, to
-eight where they are a day apart. And the device's clock drifts against the host's, by seconds a day. So an event is
-placed by one that was reached shortly before, the origin. It is renewed while events are waited for, and moved by what
-the host saw: no event is waited for in vain, so the least delay between an event and the end of a wait for one is that
-of waking a thread, and what it is more or less is drift.
+eight where they are a day apart. And the device has a clock of its own, which may drift against the host's by seconds a
+day. So an event is placed by one that was reached shortly before, the origin. It is renewed while events are waited
+for, and moved by what the host saw: the shortest of many waits ends as soon as a thread wakes, so what its delay gains
+or loses is drift.
 
 Owns that bookkeeping, and no event. Called by stream.py, from any thread.
 """

@@ -361,3 +361,23 @@ def test_without_padding_only_a_step_that_fills_its_bucket_says_how_long_it_take
     assert plan is not None
     scheduler.step_took(plan.step_id, 5.0, 0.005)
     assert (model.predict_ms(Bucket(8, 2), Attended()) is not None) == is_known
+
+
+def test_a_step_that_says_little_of_its_bucket_lets_a_swing_of_the_clock_fade() -> None:
+    model, bucket = CostModel(), Bucket(8, 2)
+    for milliseconds in (5.0, 6.0):
+        model.correct(bucket, Attended(), milliseconds)
+
+    def room() -> float:
+        bound_ms, predicted_ms = model.bound_ms(bucket, Attended()), model.predict_ms(bucket, Attended())
+        assert bound_ms is not None
+        assert predicted_ms is not None
+        return bound_ms / predicted_ms
+
+    before = room()
+    scheduler = Scheduler(make_limits(pads=False, num_slots=2, buckets=(Bucket(0, 4), bucket)), model)
+    scheduler.add(make_submit(1, range(2), 1))
+    plan = scheduler.schedule(0.0)
+    assert plan is not None
+    scheduler.step_took(plan.step_id, 1.0, 0.001)
+    assert room() < before - 0.02
