@@ -28,7 +28,7 @@ from graphgen.models.few_rows_kernels import (
     norm_heads_kernel,
     normed_linear_kernel,
 )
-from graphgen.models.few_rows_layers import ACTIVATIONS, LEAST_COLUMNS
+from graphgen.models.few_rows_layers import IN_KERNELS, LEAST_COLUMNS
 from graphgen.models.few_rows_tiles import Cut, Shape, cut_stored, depth_block, in_input_order, tensors_of
 from graphgen.models.formats.products import Weight
 from graphgen.models.normed import Normed, open_normed
@@ -209,7 +209,7 @@ def gated_linear(
         eps,
         size,
         depth,
-        ACTIVATIONS[activation],
+        IN_KERNELS[activation],
         bias is not None,
         cut.rows,
         cut.columns,

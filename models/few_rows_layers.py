@@ -47,8 +47,8 @@ LEAST_DEPTH = 64
 """Columns of a weight that a kernel reads at a time, at least: a product's depth is a multiple of it."""
 LEAST_COLUMNS = 32
 """Columns of the narrowest program: a product's width is a multiple of it."""
-ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
-"""Their numbers in gated_kernel."""
+IN_KERNELS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+"""Activations that few_rows_kernels.gated has, and its numbers for them."""
 
 _DTYPE = torch.bfloat16  # in float16 a norm's product would leave the range, since its division comes last
 
@@ -178,7 +178,7 @@ def _serves_dense(dense: Dense) -> bool:
     return (
         type(dense) is Dense
         and _has_only(dense, ("size", "activation", "bias", *_FORMATS))
-        and dense.activation in ACTIVATIONS
+        and dense.activation in IN_KERNELS
         and dense.size % LEAST_DEPTH == 0
     )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from graphgen.models.activations import ACTIVATIONS
+from graphgen.models.few_rows_layers import IN_KERNELS
 from graphgen.models.formats.linear import Linear
 from graphgen.models.formats.products import (
     Multiplies,
@@ -19,8 +20,6 @@ from graphgen.models.formats.products import (
     rounds_rows,
 )
 
-IN_KERNEL = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
-"""Activations of the kernel, by its numbers for them."""
 MOST_COLUMNS = 16_384
 """A program of the kernel has a whole row in its registers."""
 
@@ -30,14 +29,13 @@ def gated_product(inner: Tensor, activation: str, down: Linear) -> Tensor:
     stored = down.stored
     if inner.is_cuda and isinstance(stored, Weight) and is_rounded_at_once(stored, activation, multiplies_e4m3()):
         return product_of_gated(inner, activation, stored, down.bias)
-    gate, up = inner.chunk(2, dim=-1)
-    out: Tensor = down(ACTIVATIONS[activation](gate) * up)
+    out: Tensor = down(_gated(inner, activation))
     return out
 
 
 def is_rounded_at_once(weight: Weight, activation: str, device: Multiplies) -> bool:
     """Whether a product on such a device takes what the kernel makes."""
-    fits = activation in IN_KERNEL and weight.depth <= MOST_COLUMNS
+    fits = activation in IN_KERNELS and weight.depth <= MOST_COLUMNS
     return fits and weight.permutation is None and rounds_rows(weight, device)
 
 
@@ -47,16 +45,20 @@ def product_of_gated(inner: Tensor, activation: str, weight: Weight, bias: Tenso
     return product_of_rounded(left, of_left, weight, bias, inner.dtype)
 
 
-def _in_torch(inner: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def _gated(inner: Tensor, activation: str) -> Tensor:
     gate, up = inner.chunk(2, dim=-1)
-    return quantise_rows(ACTIVATIONS[activation](gate) * up)
+    return ACTIVATIONS[activation](gate) * up
+
+
+def _in_torch(inner: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    return quantise_rows(_gated(inner, activation))
 
 
 def _on_cuda(inner: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     from graphgen.models.chaining import can_chain
     from graphgen.models.gated_kernel import gated_rows  # imports Triton, which is there where CUDA is
 
-    return gated_rows(inner, IN_KERNEL[activation], can_chain())
+    return gated_rows(inner, IN_KERNELS[activation], can_chain())
 
 
 def _results_like(inner: Tensor, activation: str) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from graphgen.models.chaining import can_chain, launch_options
 from graphgen.models.collectives.exchange import Meeting, meeting_sizes, meeting_tensors
-from graphgen.models.few_rows_layers import ACTIVATIONS
+from graphgen.models.few_rows_layers import IN_KERNELS
 from graphgen.models.few_rows_tiles import depth_block, in_input_order, tensors_of
 from graphgen.models.formats.products import Weight
 from graphgen.models.normed import Normed, open_normed
@@ -160,7 +160,7 @@ def gated_row(
         eps,
         size,
         depth,
-        ACTIVATIONS[activation],
+        IN_KERNELS[activation],
         cut.columns,
         cut.depth,
         cut.depth * cut.early,

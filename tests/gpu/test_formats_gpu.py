@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.fx.experimental import _config as symbolic_shapes_config
 
 from graphgen.models.activations import ACTIVATIONS
+from graphgen.models.few_rows_layers import IN_KERNELS
 from graphgen.models.formats import matrices
 from graphgen.models.formats.as_they_lie import BLOCK
 from graphgen.models.formats.layout import unpack_int4
 from graphgen.models.formats.linear import Linear
 from graphgen.models.formats.products import Weight, product, quantise_rows
-from graphgen.models.gated import IN_KERNEL, gated_product
+from graphgen.models.gated import gated_product
 from graphgen.models.normed import Normed
 from graphgen.models.norms import RMSNorm
 from graphgen.models.spec import Norm
@@ -281,7 +282,7 @@ def test_compiled_products_are_one_graph_for_any_number_of_rows(form: LinearForm
 
 
 @pytest.mark.parametrize("chained", [False, True])
-@pytest.mark.parametrize("activation", IN_KERNEL)
+@pytest.mark.parametrize("activation", IN_KERNELS)
 @pytest.mark.parametrize(("num_rows", "columns"), [(1, 352), (17, 1536), (64, 14_336), (300, 16_384)])
 def test_a_gated_activation_is_rounded_as_by_two_steps(
     num_rows: int, columns: int, activation: str, chained: bool
@@ -290,7 +291,7 @@ def test_a_gated_activation_is_rounded_as_by_two_steps(
 
     inner = randn(num_rows, 2 * columns)
     inner[num_rows // 2, :] *= 0.0 if num_rows > 1 else 1.0
-    codes, scale = gated_rows(inner, IN_KERNEL[activation], chained)
+    codes, scale = gated_rows(inner, IN_KERNELS[activation], chained)
     gate, up = inner.chunk(2, dim=-1)
     want_codes, want_scale = quantise_rows(ACTIVATIONS[activation](gate) * up)
     same = codes.view(torch.uint8) == want_codes.view(torch.uint8)

@@ -9,10 +9,11 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from graphgen.models.activations import ACTIVATIONS
+from graphgen.models.few_rows_layers import IN_KERNELS
 from graphgen.models.formats.layout import E4M3_MOST
 from graphgen.models.formats.linear import Linear
 from graphgen.models.formats.products import Multiplies, product_of_many_rows, quantise_rows
-from graphgen.models.gated import IN_KERNEL, MOST_COLUMNS, gated_product, is_rounded_at_once, product_of_gated
+from graphgen.models.gated import MOST_COLUMNS, gated_product, is_rounded_at_once, product_of_gated
 from graphgen.models.spec.formats import LinearFormat
 from tests.models.format_cases import E4M3, FORMATS, INT4, matrix, random_weight
 
@@ -26,7 +27,7 @@ def apart(inner: Tensor, activation: str) -> Tensor:
     return ACTIVATIONS[activation](gate) * up
 
 
-@pytest.mark.parametrize("activation", IN_KERNEL)
+@pytest.mark.parametrize("activation", IN_KERNELS)
 @pytest.mark.parametrize("form", ROUNDED, ids=lambda form: form.name)
 def test_the_product_is_that_of_both_steps(form: LinearFormat, activation: str) -> None:
     """As the operators of CPUs have it, and so but for the rounding that of the weight itself."""
@@ -69,7 +70,7 @@ def test_on_the_cpu_it_is_both_steps(activation: str) -> None:
     importlib.util.find_spec("triton") is None, reason="Triton is not installed; comes with torch for CUDA"
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu/test_formats_gpu.py runs the compiled kernel")
-@pytest.mark.parametrize("activation", IN_KERNEL)
+@pytest.mark.parametrize("activation", IN_KERNELS)
 @pytest.mark.parametrize("columns", [16, 352, 1024, 1536])
 def test_the_kernel_rounds_as_the_reference(activation: str, columns: int) -> None:
     from graphgen.models.gated_kernel import gated_rows
@@ -79,7 +80,7 @@ def test_the_kernel_rounds_as_the_reference(activation: str, columns: int) -> No
     inner[3] = 0.0
     inner[4, columns - 1] = inner[4, -1] = 500.0  # the last column counts, and makes the scale
     # In float32: the interpreter rounds to e4m3 in a way of its own.
-    codes, scale = gated_rows(inner, IN_KERNEL[activation], chained=False, dtype=torch.float32)
+    codes, scale = gated_rows(inner, IN_KERNELS[activation], chained=False, dtype=torch.float32)
     want = apart(inner, activation)
     to_next = 2.0**-7  # bfloat16, where a last bit of the activation decides
     largest = want.float().abs().amax(1, keepdim=True)
@@ -91,6 +92,6 @@ def test_the_kernel_rounds_as_the_reference(activation: str, columns: int) -> No
     assert not codes[3].any()
     for broken in (float("nan"), float("inf")):
         inner[2, columns // 2] = broken
-        codes, scale = gated_rows(inner, IN_KERNEL[activation], chained=False, dtype=torch.float32)
+        codes, scale = gated_rows(inner, IN_KERNELS[activation], chained=False, dtype=torch.float32)
         assert bool(codes[2].isnan().all() and scale[2].isnan())
         assert bool(codes[[0, 1, 3, 4, 5]].isfinite().all()), "the others are as they were"
