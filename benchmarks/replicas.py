@@ -4,10 +4,10 @@
         --replicas 1 2 --workload 2600/60:64 --workload 256/256:256 --json replicas.json
 
 A workload is one engine's: PROMPT/OUTPUT:CLIENTS, xREQUESTS behind it sets the number of requests. N engines get N
-times the clients and requests. No prompt begins as another does, so nothing is found in a cache; what prefixes are
-worth, `python -m benchmarks.simulate --replicas` shows. `times` is the rate of all tokens, of prompts and outputs, in
-units of the workload's first row; `cpu` are the processor seconds of this program a second: the router, all receiving
-threads and the clients.
+times the clients, and each request N times in its place, with other token ids: N times the same work. No prompt begins
+as another does, so nothing is found in a cache; what prefixes are worth, and what a bad draw of lengths does to a
+router, `python -m benchmarks.simulate --replicas` shows. `times` is the rate in units of the workload's first row;
+`cpu` are the processor seconds of this program a second: the router, all receiving threads and the clients.
 
 --paced needs no GPU: workers wait as long as a device of a table would take (`benchmarks.paced`), all else is real. So
 `times` says what the program, its router, the schedulers and ZeroMQ on this machine let so many engines lose.
@@ -39,16 +39,9 @@ WARM_UP = 8
 """Requests of each engine before what is measured."""
 
 
-def scaled(workload: Workload, count: int) -> Workload:
-    """As many times the clients and requests."""
-    clients = None if workload.clients is None else workload.clients * count
-    rate = None if workload.rate is None else workload.rate * count
-    return Workload.of(workload.prompt_mean, workload.output_mean, clients, rate, workload.num_requests * count)
-
-
 def measure(core: EngineCore, workload: Workload, count: int, seed: int) -> Figures:
     """One row: so many engines with their load."""
-    load = scaled(workload, count)
+    load = workload.times(count)
     requests = load.requests(seed, core.launch.spec.vocab_size, core.launch.max_model_len)
     begun_s, cpu_s = time.monotonic(), time.process_time()
     served = run_load(core, Run(load, Targets(), seed, stream=False), requests)
@@ -102,8 +95,7 @@ def settings_of(options: argparse.Namespace, count: int) -> EngineSettings:
 
 
 def _rate(row: Figures) -> float:
-    """Of all tokens, of prompts and outputs: lengths are drawn, and differ a little with the number of requests."""
-    return float(str(row["total_token_throughput"]))
+    return float(str(row["request_throughput"]))
 
 
 def table_row(row: Figures) -> dict[str, object]:

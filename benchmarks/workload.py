@@ -49,6 +49,7 @@ class Workload(Struct, frozen=True):
     num_requests: int
     clients: int | None  # None: an open loop
     rate: float | None  # None: a closed loop
+    copies: int = 1  # requests of equal lengths, one after the other
 
     def __post_init__(self) -> None:
         if (self.clients is None) == (self.rate is None):
@@ -59,6 +60,10 @@ class Workload(Struct, frozen=True):
         numbers = (self.prompt_mean, self.output_mean, self.num_requests, self.clients or self.rate or 0)
         if min(numbers) <= 0:
             raise ValueError(f"workload {self.label} of {self.num_requests} requests: all its numbers must be above 0")
+        if self.copies < 1 or self.num_requests % self.copies:
+            raise ValueError(
+                f"workload {self.label} of {self.num_requests} requests, {self.copies} of each: give a multiple"
+            )
 
     @classmethod
     def of(cls, prompt_mean: int, output_mean: int, clients: int | None, rate: float | None, count: int | None) -> Self:
@@ -84,6 +89,14 @@ class Workload(Struct, frozen=True):
             int(own_count) if own_count else count,
         )
 
+    def times(self, count: int) -> Self:
+        """As many times the clients, or the rate, and each request as many times in its place, with ids of its own: N
+        times the work to the token, by the same seed, which also ends as that of one does."""
+        clients = None if self.clients is None else self.clients * count
+        rate = None if self.rate is None else self.rate * count
+        copies = self.copies * count
+        return type(self)(self.prompt_mean, self.output_mean, self.num_requests * count, clients, rate, copies)
+
     @property
     def label(self) -> str:
         pace = f":{self.clients}" if self.clients is not None else f"@{self.rate:g}"
@@ -102,8 +115,9 @@ class Workload(Struct, frozen=True):
         arrivals = [0.0] * self.num_requests
         if self.rate is not None:
             arrivals = list(accumulate(random.exponential(1.0 / self.rate, self.num_requests).tolist()))
-        prompt_lens = _normal(random, self.prompt_mean, self.num_requests).clip(MIN_PROMPT_LEN, MAX_PROMPT_LEN)
-        output_lens = _normal(random, self.output_mean, self.num_requests).clip(MIN_OUTPUT_LEN)
+        num_drawn = self.num_requests // self.copies
+        prompt_lens = _normal(random, self.prompt_mean, num_drawn).clip(MIN_PROMPT_LEN, MAX_PROMPT_LEN)
+        output_lens = _normal(random, self.output_mean, num_drawn).clip(MIN_OUTPUT_LEN)
         room = max_model_len - int(output_lens.max())
         if room < MIN_PROMPT_LEN:
             raise ValueError(
@@ -111,7 +125,8 @@ class Workload(Struct, frozen=True):
                 f" lower the mean output or raise max_model_len; a prompt has at least {MIN_PROMPT_LEN} tokens"
             )
         prompt_lens = prompt_lens.clip(max=max_model_len - output_lens)
-        return list(map(RequestShape, arrivals, prompt_lens.tolist(), output_lens.tolist()))
+        lengths = (lens.repeat(self.copies).tolist() for lens in (prompt_lens, output_lens))
+        return list(map(RequestShape, arrivals, *lengths))
 
 
 class Trace(Struct, frozen=True):

@@ -45,6 +45,24 @@ def test_a_seed_makes_the_same_requests_and_another_one_shares_no_prefix() -> No
     assert 0 <= min(ids) < max(ids) < VOCAB_SIZE
 
 
+def test_n_times_a_workload_is_n_times_its_work() -> None:
+    one = Workload.of(100, 10, 4, None, 20)
+    three = one.times(3)
+    assert (three.clients, three.num_requests, three.label) == (12, 60, "100/10:12")
+    of_one, of_three = (
+        [(len(request.prompt_token_ids), request.output_len) for request in load.requests(3, VOCAB_SIZE, 1024)]
+        for load in (one, three)
+    )
+    assert of_three == [pair for pair in of_one for _ in range(3)]
+    starts = [tuple(request.prompt_token_ids[:8]) for request in three.requests(3, VOCAB_SIZE, 1024)]
+    assert len(set(starts)) == len(starts), "no prompt is another's again"
+    assert one.times(1).requests(3, VOCAB_SIZE, 1024) == one.requests(3, VOCAB_SIZE, 1024)
+    assert one.times(2).times(3) == one.times(6)
+    assert Workload.of(100, 10, None, 5.0, 20).times(3).rate == 15.0
+    with pytest.raises(ValueError, match="of 20 requests, 3 of each"):
+        Workload(100, 10, 20, 4, None, copies=3)
+
+
 def test_open_loops_arrive_at_random_times_of_the_asked_rate() -> None:
     arrivals = [request.arrival_s for request in Workload.of(16, 4, None, 50.0, 5000).requests(1, VOCAB_SIZE, 100)]
     gaps = [after - before for before, after in pairwise(arrivals)]
