@@ -17,13 +17,16 @@ import zmq
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.engine_messages import SenderEnded
 from graphgen.ipc.senders import engine_channel, first_request_id
-from graphgen.ipc.server_messages import FrontendToSupervisor, Listening, SupervisorToFrontend
+from graphgen.ipc.server_messages import Drained, FrontendToSupervisor, Listening, SupervisorToFrontend
+from graphgen.ipc.worker_messages import Failed
 from graphgen.launch.processes import EngineProcesses, Exit
 from graphgen.server.frontend.settings import FrontendSettings, frontend_name, settings_file
 from graphgen.server.kept import Kept
 from graphgen.server.options import ServeOptions
 
 MODULE = "graphgen.server.frontend"
+LAST_WORD_S = 1.0
+"""How much later the last message of a process may be than the system's word that it has ended."""
 
 FrontendChannel = Channel[SupervisorToFrontend, FrontendToSupervisor]
 
@@ -102,9 +105,18 @@ class Frontends:
         found = ((number, one.channel) for number, one in enumerate(self._all) if one.channel.receiver in readable)
         return [(number, message) for number, channel in found if (message := channel.receive(0.0)) is not None]
 
-    def drain(self, number: int) -> list[FrontendToSupervisor]:
-        """What one has said and nobody has taken."""
-        return list(self._all[number].channel.drain())
+    def last_words(self, number: int, found: Exit) -> list[FrontendToSupervisor]:
+        """What one that has ended had said and nobody has taken. One that was not killed says last whether it drained
+        or failed; the thread that reads its socket may be later than the system's word that it has ended."""
+        one = self._all[number]
+        words = list(one.channel.drain())
+        deadline_s = time.monotonic() + (LAST_WORD_S if one.lives and found.code >= 0 else 0.0)
+        while not any(isinstance(word, Drained | Failed) for word in words):
+            word = one.channel.receive(max(0.0, deadline_s - time.monotonic()))
+            if word is None:
+                break
+            words.append(word)
+        return words
 
     def tell(self, message: SupervisorToFrontend) -> None:
         """To all of them; one that is being started hears it later."""

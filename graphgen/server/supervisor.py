@@ -378,7 +378,7 @@ class Supervisor:
     def _watch_frontends(self, engines: Engines, frontends: Frontends) -> None:
         """One that ends before it has ever served ends the server."""
         for number, found in frontends.find_exits():
-            for message in frontends.drain(number):
+            for message in frontends.last_words(number, found):
                 self._take(number, message, engines, frontends)
             if frontends[number].num_lost is not None:
                 continue

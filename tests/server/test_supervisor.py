@@ -270,6 +270,47 @@ def test_what_a_frontend_said_before_it_ended_is_heard_before_its_end_is_judged(
     assert rig.ended() == 0
 
 
+def say_after_its_end(rig: Rig, code: int, word: FrontendToSupervisor) -> None:
+    """On a loaded machine a message is read after its sender's end is seen."""
+    rig.processes.dead["frontend-0"] = Exit("frontend-0", code, "")
+    assert rig.processes.found.wait(5)
+    time.sleep(0.2)
+    rig.frontend.send(word)
+
+
+@pytest.mark.parametrize(("num_lost", "code"), [(0, 0), (3, 1)])
+def test_a_last_word_may_come_after_the_end_of_who_said_it(rig: Rig, num_lost: int, code: int) -> None:
+    rig.listen()
+    rig.wishes.num_wishes = 1
+    assert rig.frontend.receive(5) == Drain(7.0)
+    say_after_its_end(rig, 0, Drained(num_lost))
+    assert rig.ended() == code
+
+
+def test_why_a_start_failed_may_come_after_the_end_of_who_said_it(rig: Rig) -> None:
+    say_after_its_end(rig, 1, Failed("frontend", "ConfigError", "the address is taken"))
+    outcome = rig.ended()
+    assert isinstance(outcome, ConfigError)
+    assert str(outcome) == "the address is taken"
+
+
+def test_nobody_waits_for_the_last_word_of_what_was_killed_nor_twice_for_one(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait_s = 2.0
+    monkeypatch.setattr(frontends, "LAST_WORD_S", wait_s)
+    rig.listen()
+
+    def restart_s(code: int) -> float:
+        begun_s, num_starts = time.monotonic(), len(rig.processes.starts)
+        rig.processes.dead["frontend-0"] = Exit("frontend-0", code, "")
+        rig.wait_until(lambda: len(rig.processes.starts) > num_starts)
+        return time.monotonic() - begun_s
+
+    assert restart_s(-9) < wait_s
+    assert wait_s <= restart_s(1) < 2 * wait_s
+
+
 def test_an_engine_that_ended_is_started_again_and_its_frontend_stays(rig: Rig) -> None:
     rig.listen()
     assert rig.lose_engine().restarts
