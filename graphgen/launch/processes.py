@@ -115,16 +115,20 @@ class EngineProcesses:
         if scheduler is not None:
             kill_group(scheduler.pid)
             scheduler.wait()
+        for name in self._end_workers():
+            pid_file(self.folder, name).unlink(missing_ok=True)
+        for epoch in self.folder.glob("epoch-*"):
+            shutil.rmtree(epoch, ignore_errors=True)
+
+    def _end_workers(self) -> list[str]:
+        """Kills those of a scheduler that could not end them itself, and waits for them; their names."""
         left = _worker_pids(self.folder)
         for pid in left.values():
             kill_group(pid)
         deadline_s = time.monotonic() + LEFT_WORKERS_S
         while any(_lives(pid) for pid in left.values()) and time.monotonic() < deadline_s:
             time.sleep(0.01)
-        for name in left:
-            pid_file(self.folder, name).unlink(missing_ok=True)
-        for epoch in self.folder.glob("epoch-*"):
-            shutil.rmtree(epoch, ignore_errors=True)
+        return list(left)
 
     @property
     def pids(self) -> dict[str, int]:
@@ -146,13 +150,13 @@ class EngineProcesses:
         return log_tail(self.folder / f"{name}.log", num_lines)
 
     def stop(self, grace_s: float) -> None:
-        """Waits `grace_s` for the children to end, ends those that did not, and removes the folder. Idempotent."""
+        """Waits `grace_s` for the children to end, ends those that did not, and removes the folder. Nothing of theirs
+        holds a device's memory then. Idempotent."""
         self._wait(time.monotonic() + grace_s)
         for child in self._children.values():
             kill_group(child.pid)
             child.wait()
-        for pid in _worker_pids(self.folder).values():  # of a scheduler that could not end them itself
-            kill_group(pid)
+        self._end_workers()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _wait(self, deadline: float) -> None:

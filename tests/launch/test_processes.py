@@ -220,6 +220,23 @@ def test_workers_are_those_whose_files_are_whole_in_a_folder_that_is_there() -> 
     processes.stop(grace_s=0.0)
 
 
+def test_a_worker_that_its_scheduler_left_is_gone_when_the_engine_has_ended(
+    start: Callable[[str], EngineProcesses],
+) -> None:
+    """With the memory that it holds, which takes a while to be given back."""
+    processes = start("watches sleeps")
+    program = "held = bytearray(b'x') * (1 << 28); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as worker:
+        assert worker.stdout is not None
+        worker.stdout.readline()
+        (processes.folder / "worker-0.pid").write_text(str(worker.pid))
+        processes.stop(grace_s=0.0)
+        assert not _lives(worker.pid)
+        assert not processes.folder.exists()
+
+
 def test_a_process_knows_its_age() -> None:
     begun_s = time.monotonic()
     code = "import time; time.sleep(0.3); from graphgen.launch.processes import process_age_s; print(process_age_s())"
