@@ -140,5 +140,9 @@ class Engines:
             if thread is not None:
                 thread.join()
         for one in self._owns:
-            one.stop(grace_s)
+            one.wait(grace_s)
             grace_s = 0.0  # they had it together
+        for one in self._owns:
+            one.kill()
+        for one in self._owns:
+            one.stop(0.0)

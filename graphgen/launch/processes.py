@@ -9,6 +9,8 @@ A user's program may end in ways that run no code of ours (kill -9), so each chi
 """
 
 import contextlib
+import logging
+import math
 import os
 import re
 import shutil
@@ -26,6 +28,8 @@ import msgspec
 
 from graphgen.base.caches import cache_environment
 from graphgen.ipc.errors import ConfigError
+
+logger = logging.getLogger("graphgen")
 
 SCHEDULER_MODULE = "graphgen.scheduler"
 LEFT_WORKERS_S = 30.0
@@ -73,6 +77,7 @@ class EngineProcesses:
         self._owner_pid = os.getpid()
         self._environment = _child_environment(self.folder)
         self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._killed_s = math.inf
         try:
             for module in modules:
                 self.start(module)
@@ -115,18 +120,20 @@ class EngineProcesses:
         if scheduler is not None:
             kill_group(scheduler.pid)
             scheduler.wait()
-        for name in self._end_workers():
+        for name in self._end_workers(time.monotonic() + LEFT_WORKERS_S):
             pid_file(self.folder, name).unlink(missing_ok=True)
         for epoch in self.folder.glob("epoch-*"):
             shutil.rmtree(epoch, ignore_errors=True)
 
-    def _end_workers(self) -> list[str]:
+    def _end_workers(self, deadline_s: float) -> list[str]:
         """Kills those of a scheduler that could not end them itself, and waits for them; their names."""
         left = _worker_pids(self.folder)
         for pid in left.values():
             kill_group(pid)
-        deadline_s = time.monotonic() + LEFT_WORKERS_S
-        while any(_lives(pid) for pid in left.values()) and time.monotonic() < deadline_s:
+        while alive := [name for name, pid in left.items() if _lives(pid)]:
+            if time.monotonic() >= deadline_s:
+                logger.warning("killed and not gone after %g s, held by the device's driver: %s", LEFT_WORKERS_S, alive)
+                break
             time.sleep(0.01)
         return list(left)
 
@@ -150,19 +157,29 @@ class EngineProcesses:
         return log_tail(self.folder / f"{name}.log", num_lines)
 
     def stop(self, grace_s: float) -> None:
-        """Waits `grace_s` for the children to end, ends those that did not, and removes the folder. Nothing of theirs
-        holds a device's memory then. Idempotent."""
-        self._wait(time.monotonic() + grace_s)
+        """Waits `grace_s` for the children to end, ends those that did not, and removes the folder. Idempotent.
+
+        Where a scheduler could not end its workers itself they are waited for, no longer than LEFT_WORKERS_S: the
+        device's memory is free then.
+        """
+        self.wait(grace_s)
+        self.kill()
         for child in self._children.values():
-            kill_group(child.pid)
             child.wait()
-        self._end_workers()
+        self._end_workers(self._killed_s + LEFT_WORKERS_S)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _wait(self, deadline: float) -> None:
-        """Until all children have ended, or until `deadline`."""
-        while any(child.poll() is None for child in self._children.values()) and time.monotonic() < deadline:
+    def wait(self, grace_s: float) -> None:
+        """Until all children have ended, for no longer than that."""
+        deadline_s = time.monotonic() + grace_s
+        while any(child.poll() is None for child in self._children.values()) and time.monotonic() < deadline_s:
             time.sleep(0.01)
+
+    def kill(self) -> None:
+        """Kills the children and their workers. Returns at once: `stop` waits for them."""
+        for pid in (*(child.pid for child in self._children.values()), *_worker_pids(self.folder).values()):
+            kill_group(pid)
+        self._killed_s = min(self._killed_s, time.monotonic())
 
 
 def start_child(

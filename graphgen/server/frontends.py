@@ -41,6 +41,7 @@ class Frontend:
         self.data = data
         self.control = control
         self.lives = False
+        self.has_failed = False  # in this life, by its own word
         self.listens = False
         self.has_listened = False  # in this life or an earlier one
         self.num_lost: int | None = None  # requests, once it has drained
@@ -110,7 +111,8 @@ class Frontends:
         or failed; the thread that reads its socket may be later than the system's word that it has ended."""
         one = self._all[number]
         words = list(one.channel.drain())
-        deadline_s = time.monotonic() + (LAST_WORD_S if one.lives and found.code >= 0 else 0.0)
+        has_said_all = found.code < 0 or not one.lives or one.has_failed
+        deadline_s = time.monotonic() + (0.0 if has_said_all else LAST_WORD_S)
         while not any(isinstance(word, Drained | Failed) for word in words):
             word = one.channel.receive(max(0.0, deadline_s - time.monotonic()))
             if word is None:
@@ -202,7 +204,7 @@ class Frontends:
             log_requests=options.log_requests,
         ).write(settings_file(folder, number))
         self._processes.start(MODULE, number=number)
-        one.lives = True
+        one.lives, one.has_failed = True, False
 
 
 def private_address(folder: Path, number: int) -> str:

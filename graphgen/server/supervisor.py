@@ -219,6 +219,7 @@ class Supervisor:
             case RequestEnded():
                 self._request_log.write(message)
             case Failed():
+                frontends[number].has_failed = True
                 if not frontends.have_listened:  # a start that cannot succeed, by the name that its error has
                     raise error_of(message)
                 logger.error("the %s failed with %s: %s", frontends[number].name, message.error, message.message)

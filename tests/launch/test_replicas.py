@@ -1,5 +1,8 @@
 """Several engines: what each is told, what is refused before anything starts, and when which is started again."""
 
+import contextlib
+import signal
+import subprocess
 import time
 from collections.abc import Callable, Collection, Iterator
 
@@ -7,7 +10,7 @@ import pytest
 
 from graphgen import ConfigError, EngineConfig
 from graphgen.demo import model_folder
-from graphgen.launch import replicas
+from graphgen.launch import processes, replicas
 from graphgen.launch.engines import Engines
 from graphgen.launch.processes import EngineProcesses, Exit
 from graphgen.launch.replicas import alone, check_devices, count_gpus, of_replica
@@ -224,3 +227,22 @@ def test_an_engine_at_rest_stays_so_until_it_is_woken(engines: Engines) -> None:
     settle(engines)
     assert fake(engines, 1).num_starts == 1
     assert engines.num_kept == 2
+
+
+def test_all_are_killed_before_any_is_waited_for_and_they_share_the_limit(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(processes, "LEFT_WORKERS_S", 1.0)
+    monkeypatch.setattr(processes, "_lives", lambda _: True)  # as what a driver holds
+    engines = Engines(3, Fakes)
+    with contextlib.ExitStack() as stack:
+        workers = [
+            stack.enter_context(subprocess.Popen(["sleep", "60"], start_new_session=True)) for _ in range(len(engines))
+        ]
+        for one, worker in zip(engines, workers, strict=True):
+            (one.folder / "worker-0.pid").write_text(str(worker.pid))
+        begun_s = time.monotonic()
+        engines.stop(0.0)
+        assert 1.0 <= time.monotonic() - begun_s < 2.0
+        assert [worker.wait(5) for worker in workers] == [-signal.SIGKILL] * 3
+    assert caplog.text.count("killed and not gone after 1 s, held by the device's driver: ['worker-0']") == 3
