@@ -4,8 +4,8 @@
 
 B requests of --context random tokens are sent at once to an Engine; gaps count from the moment all of them decode
 until the first one ends. The floor of a step is the time to read all weights and the keys and values of its rows once,
-at the bandwidth that is measured first. CPU time is that of the engine's processes, of all steps of a batch, but for
-a standby, which imports meanwhile.
+in the formats that they have, of several ranks one's share, at the bandwidth that is measured first. CPU time is that
+of the engine's processes, of all steps of a batch, but for a standby, which imports meanwhile.
 """
 
 import itertools
@@ -24,6 +24,7 @@ from graphgen.calls.outputs import RequestOutput
 from graphgen.launch.devices import find_device
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.models.spec import DTYPE_BYTES, Experts, FeedForward
+from graphgen.models.spec.formats import places_of
 
 
 def gaps_ms(outputs: list[RequestOutput]) -> list[float]:
@@ -43,23 +44,31 @@ def sampling_of(num_tokens: int) -> SamplingParams:
 
 
 def floor_ms(config: LaunchConfig, batch: int, context: int, bytes_per_s: float) -> float:
-    """Time to read what one token of every request needs: the weights once, and each request's keys and values.
+    """Time to read what one token of every request needs: the weights once, in the formats that they have, and each
+    request's keys and values; of several ranks, what one of them reads.
 
     Of a mixture of experts, the weights of as many experts as `batch` rows choose on average when all are alike.
     """
-    spec, item_bytes = config.spec, DTYPE_BYTES[config.dtype]
-    weights = spec.num_parameters - (0 if spec.head.tied else spec.vocab_size * spec.hidden_size)
-    idle = sum(idle_parameters(layer.feed_forward, spec.hidden_size, batch) for layer in spec.layers)
+    spec, item_bytes = config.rank_spec, DTYPE_BYTES[config.dtype]
+    embedding = 0 if spec.head.tied else spec.vocab_size * spec.hidden_size * item_bytes
+    weights = config.spec.rank_weight_bytes(config.dtype, config.num_ranks) - embedding
+    idle = sum(idle_bytes(layer.feed_forward, spec.hidden_size, batch, item_bytes) for layer in spec.layers)
     kv_bytes = spec.kv_bytes_per_token(config.kv_format) * batch * context
-    return ((weights - idle) * item_bytes + kv_bytes) / bytes_per_s * 1000.0
+    return (weights - idle + kv_bytes) / bytes_per_s * 1000.0
 
 
-def idle_parameters(feed_forward: FeedForward, hidden_size: int, rows: int) -> float:
-    """Weights of the experts that none of `rows` chooses, if each row chooses `top_k` with equal probability."""
+def idle_bytes(feed_forward: FeedForward, hidden_size: int, rows: int, item_bytes: int) -> float:
+    """Weights of the experts that none of `rows` chooses, if each row chooses `top_k` with equal probability.
+    item_bytes: of a weight without a format."""
     if not isinstance(feed_forward, Experts):
         return 0.0
     unchosen = (1.0 - feed_forward.top_k / feed_forward.num_experts) ** rows
-    return feed_forward.num_experts * unchosen * 3 * hidden_size * feed_forward.size
+    return unchosen * sum(
+        place.num_rows * place.num_columns * item_bytes
+        if place.format is None
+        else place.format.num_bytes(place.num_rows, place.num_columns)
+        for place in places_of(feed_forward, feed_forward.linears(hidden_size))
+    )
 
 
 def measure(engine: Engine, prompts: list[list[int]], num_tokens: int, bytes_per_s: float) -> Row:

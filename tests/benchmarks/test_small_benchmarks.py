@@ -22,14 +22,16 @@ from tokenizers import Tokenizer
 from benchmarks import linear, round_trip, scheduler, startup
 from benchmarks.compare import cpu as on_cpu
 from benchmarks.constrained import write_tokenizer
-from benchmarks.latency import idle_parameters
+from benchmarks.latency import floor_ms, idle_bytes
 from benchmarks.report import percentile, show
 from graphgen import EngineConfig
 from graphgen.demo import model_folder
 from graphgen.ipc.worker_messages import Phase
+from graphgen.launch.resolve import resolve
 from graphgen.models.decoder import Decoder
 from graphgen.models.families import load_spec
 from graphgen.models.spec import Dense, Experts, Router
+from tests import ROOT
 from tests.models import tiny
 
 SCRIPTS = (
@@ -91,9 +93,29 @@ def test_a_table_keeps_values_under_their_columns_where_rows_differ(capsys: pyte
 
 def test_the_floor_of_a_mixture_counts_the_experts_that_rows_choose() -> None:
     one, size = Experts(num_experts=8, top_k=2, size=16, activation="silu", router=Router()), 3 * 32 * 16
-    assert idle_parameters(one, 32, rows=1) == pytest.approx(6 * size)
-    assert idle_parameters(one, 32, rows=2) == pytest.approx(6 * 6 / 8 * size)
-    assert idle_parameters(Dense(size=16, activation="silu"), 32, rows=1) == 0
+    assert idle_bytes(one, 32, rows=1, item_bytes=2) == pytest.approx(6 * size * 2)
+    assert idle_bytes(one, 32, rows=2, item_bytes=2) == pytest.approx(6 * 6 / 8 * size * 2)
+    assert idle_bytes(Dense(size=16, activation="silu"), 32, rows=1, item_bytes=2) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "layers_gb", "head_gb", "kv_bytes"),
+    [
+        ({}, 13.96, 1.05, 131_072),
+        ({"quantization": "fp8", "kv_cache_dtype": "fp8"}, 6.98, 1.05, 65_536),
+        ({"tensor_parallel": 2}, 6.98, 0.53, 65_536),
+    ],
+    ids=["bfloat16", "fp8", "two ranks"],
+)
+def test_the_floor_reads_weights_as_they_are_stored_and_shared(
+    settings: dict[str, object], layers_gb: float, head_gb: float, kv_bytes: int
+) -> None:
+    """Llama-3.1-8B: 6.98e9 parameters in its layers, 128256 x 4096 in its head, of which the embedding reads a row."""
+    shape = ROOT / "benchmarks" / "shapes" / "llama-3.1-8b"
+    config = EngineConfig(model=str(shape), load_format="dummy", device="cuda", **settings)  # type: ignore[arg-type]  # as said
+    launch = resolve(config, load_spec(str(shape)), shape)
+    expected_s = ((layers_gb + head_gb) * 1e9 + 64 * 1024 * kv_bytes) / 4e12
+    assert floor_ms(launch, 64, 1024, 4e12) == pytest.approx(expected_s * 1000.0, rel=3e-3)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
