@@ -127,6 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
         workloads = [Workload.parse(text, None) for text in options.workload or ["2600/60:64", "256/256:256"]]
         if options.paced is not None:
             StepTimesFile.read(options.paced)
+        for count in options.replicas:
+            EngineConfig(**settings_of(options, count))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if options.paced is not None and options.tensor_parallel not in (None, 1):

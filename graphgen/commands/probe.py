@@ -19,6 +19,7 @@ from graphgen.commands.options import takes_fields
 from graphgen.ipc.errors import ConnectionLostError, ServerError
 from graphgen.ipc.ggp.framing import client_framing
 from graphgen.ipc.ggp.messages import DEFAULT_ADDRESS, Error, Health, HealthRequest, Stats, StatsRequest
+from graphgen.ipc.ggp.statistics import EngineCount
 from graphgen.remote.address import ServerAddress
 
 NOT_SERVING_EXIT = 1
@@ -75,14 +76,26 @@ def stats(server: AskedServer, json: Json = False) -> None:
     Exit code 0: they are printed. 1: there is no server, or its engine does not answer. 2: the command is wrong.
     """
     found = _ask(server.control_socket, StatsRequest(), Stats)
-    values = msgspec.structs.asdict(found)
-    width = max(map(len, values))
-    written = {
+    _show(found, json, written(found))
+
+
+def written(stats: Stats) -> str:
+    """A line for each number, and for each of several engines."""
+    values = msgspec.structs.asdict(stats)
+    engines = {f"engine {number}": _of_engine(one) for number, one in enumerate(values.pop("engines"))}
+    lines = {
         name: f"{value:.6g}" if isinstance(value, float) else str(value) or "-"
         for name, value in values.items()
-        if name != "engines" or value
-    }
-    _show(found, json, "\n".join(f"{name:<{width}}  {value}" for name, value in written.items()))
+        if value is not None  # what only a monitoring system asks for
+    } | engines
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+
+
+def _of_engine(engine: EngineCount) -> str:
+    values = msgspec.structs.asdict(engine)
+    state = "serves" if values.pop("serves") else "away"
+    return f"{state}: {', '.join(f'{name} {value}' for name, value in values.items())}"
 
 
 def _ask(server: ServerAddress, question: HealthRequest | StatsRequest, kind: type[Answer]) -> Answer:

@@ -91,6 +91,11 @@ class RemoteEngines:
                     f"the engine {address} is none of this frontend's: {what} there is {theirs!r}, here {ours!r}: give"
                     " engines that serve the model of this frontend"
                 )
+        if "elsewhere" in welcome.features:  # requests could go round for ever, through this frontend itself
+            raise ConfigError(
+                f"the engine {address} is a frontend whose engines are elsewhere, as this one is: give the addresses of"
+                " the engines themselves"
+            )
         if "routed" not in welcome.features:
             raise ConfigError(
                 f"the engine {address} ({welcome.server}) does not let this frontend route requests of others: let its"

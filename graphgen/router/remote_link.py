@@ -237,7 +237,7 @@ class RemoteLink:
                 self._on_notice(OperatorNotice(f"{self.address} is about to end, within {message.grace_ms} ms"))
                 self._place.observer.leaving()
             case Notice():
-                self._on_notice(OperatorNotice(f"{self.address}: {message.text}"))
+                self._on_notice(OperatorNotice(f"{self.address} says to those it serves: {message.text}"))
             case FrameError():
                 return f"it sent what is no message ({message})"
             case Done():

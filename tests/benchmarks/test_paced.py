@@ -88,6 +88,7 @@ def test_what_is_given_wins_over_what_the_table_suggests() -> None:
     [
         (["--paced", "nowhere.json"], "nowhere.json"),
         (["--paced", str(H200_STEP_TIMES), "--tensor-parallel", "2"], "one rank"),
+        (["--replicas", "1", "0"], "replicas is 0, the least is 1"),
     ],
 )
 def test_what_cannot_be_is_refused_before_an_engine_starts(

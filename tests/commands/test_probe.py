@@ -5,15 +5,19 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from typer.testing import CliRunner, Result
 
 from graphgen.commands import cli
+from graphgen.commands.probe import written
 from graphgen.ipc.engine_messages import StatsRequest, Submit
 from graphgen.ipc.ggp.messages import Accepted, Draining
+from graphgen.ipc.ggp.statistics import EngineCount
 from graphgen.ipc.server_messages import Drain
 from graphgen.ipc.worker_messages import Probe
 from graphgen.server.frontend import monitor
+from tests.cluster.stats import stats_of
 from tests.fakes import STATS
 from tests.frontend.harness import IDS, Frontend, demo_tokenizer
 
@@ -79,6 +83,29 @@ def test_stats_are_lines_or_json(frontend: Frontend) -> None:
     lines = dict(line.split() for line in done.stdout.splitlines())
     assert (done.exit_code, lines["pages_total"], lines["sessions"]) == (0, str(STATS.pages_total), "0")
     assert (lines["worker_restarts"], lines["worker_loss"], lines["numerical_errors"]) == ("0", "-", "0")
+
+
+def test_stats_of_several_engines_have_a_line_for_each() -> None:
+    counts = EngineCount(
+        serves=True,
+        running=3,
+        waiting=2,
+        pages_free=5,
+        pages_total=7,
+        steps=11,
+        finished=13,
+        preemptions=0,
+        worker_restarts=1,
+    )
+    lines = written(stats_of([counts, msgspec.structs.replace(counts, serves=False)])).splitlines()
+    assert lines[-2].split(maxsplit=2) == [
+        "engine",
+        "0",
+        "serves: running 3, waiting 2, pages_free 5, pages_total 7, steps 11, finished 13, preemptions 0,"
+        " worker_restarts 1",
+    ]
+    assert lines[-1].split(maxsplit=2)[2].startswith("away: running 3")
+    assert not any("None" in line or "EngineCount" in line for line in lines)
 
 
 def test_a_probe_takes_no_session_and_is_answered_when_all_are_taken() -> None:

@@ -152,6 +152,23 @@ def test_a_client_that_is_no_frontend_may_route_nothing(frontend: Frontend) -> N
     assert client.expect(Error).code == "forbidden"
 
 
+def test_a_frontend_whose_engines_are_elsewhere_is_none_itself(make_frontend: MakeFrontend) -> None:
+    """It could be its own engine, or that of another which is its: requests would go round for ever."""
+    frontend = make_frontend(elsewhere=((0, "tcp://a:1"),))
+    client, welcome = connect(frontend)
+    assert ("elsewhere" in welcome.features, "routed" in welcome.features, welcome.capacity) == (True, False, None)
+    client.send(msgspec.structs.replace(ROUTED, tenant=""))
+    assert client.expect(Error).code == "forbidden"
+    links = Links([], lambda _: None, routes=True)
+    try:
+        model = Model("fake", 1024, frozenset({0}), 1024)
+        links.add(0, RemoteEngines(model, None, None, takes_any_context=True).maker(frontend.sockets.data.address))
+        with pytest.raises(ConfigError, match="is a frontend whose engines are elsewhere, as this one is: give the"):
+            links.wait_ready(10.0)
+    finally:
+        links.close()
+
+
 def test_with_keys_only_those_that_say_so_route(make_frontend: MakeFrontend, tmp_path: Path) -> None:
     keys = Keys(tmp_path / "keys")
     keys.make(None)

@@ -257,6 +257,7 @@ def _welcome(settings: FrontendSettings, core: AttachedCore, sockets: PublicSock
         "prompt_only": core.has_tokenizer,
         "structured": core.serves_structured,
         "structured_opening": core.serves_structured,
+        "elsewhere": settings.elsewhere is not None,
         "marks": core.has_tokenizer,
         "template_arguments": core.has_tokenizer and core.tokenizer.has_chat,
     }

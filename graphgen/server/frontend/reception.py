@@ -128,7 +128,8 @@ class Reception:
             return make_error("overloaded", why, about="hello", retry_after_ms=RETRY_AFTER_MS)
         name = secrets.token_hex(16)
         is_trusted = self._data.is_trusted(received)
-        routes = hello.routes and (is_trusted or self._access.may_route(received.key))
+        may_route = is_trusted or self._access.may_route(received.key)
+        routes = hello.routes and may_route and self._settings.elsewhere is None  # requests would go round
         session = Session(received.routing_id, name, received.key, now_s, connection, hello, is_trusted, routes)
         self._sessions.add(session)
         logger.info("session with %r; there are %d", hello.client, len(self._sessions))
