@@ -2,7 +2,7 @@
 
 Owns the child's folder: its order, its output, its temporary files, and where it says that it listens. Knows no Ray.
 Used by the actor of an engine, and for the frontend by `graphgen.cluster.frontend`. The child ends soon after its
-parent has ended, however that ended, and its folder goes with it.
+parent has ended, however that ended, and its folder goes with it; where both are killed, the next child removes it.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from graphgen.cluster.record import LOCK, lock_of
 from graphgen.ipc.errors import GraphgenError
 from graphgen.launch.config import EngineConfig
 from graphgen.launch.processes import end_with_parent, import_path, kill_group, log_tail
@@ -27,6 +28,8 @@ from graphgen.server.supervisor import ServerPlace
 MODULE = "graphgen.cluster.child"
 ORDER, PLACE, LOG = "order.msgpack", "place.msgpack", "server.log"
 ERROR_EXIT = 2
+PREFIX = "gg-"
+"""Of a child's folder."""
 
 
 class Order(Struct, frozen=True):
@@ -41,7 +44,10 @@ class ServerChild:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self.folder = Path(tempfile.mkdtemp(prefix="gg-"))
+        _remove_left()
+        self.folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+        self._lock = lock_of(self.folder, "new")
+        os.rename(self.folder / "new", self.folder / LOCK)  # nobody finds it free
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, config: EngineConfig, options: ServeOptions, shows: bool = False) -> None:
@@ -101,6 +107,18 @@ class ServerChild:
             kill_group(self._process.pid)
             self._process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _remove_left() -> None:
+    """Folders of children that were killed with their parents, as Ray does when a driver has gone: they hold keys."""
+    for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
+        with contextlib.suppress(OSError):  # another user's, or just removed
+            if (descriptor := lock_of(lock.parent)) is not None:
+                shutil.rmtree(lock.parent, ignore_errors=True)
+                os.close(descriptor)
 
 
 def main() -> int:

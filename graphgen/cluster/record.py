@@ -86,7 +86,7 @@ class Record:
         if folder.parent.stat().st_uid != os.getuid() or folder.parent.stat().st_mode & 0o077:
             raise ConfigError(f"others may enter {folder.parent}: remove it, or set TMPDIR to a folder of your own")
         folder.mkdir(mode=0o700, exist_ok=True)
-        lock = _lock(folder)
+        lock = lock_of(folder)
         if lock is None:
             raise ConfigError(
                 f"a cluster {name!r} is up already: end it with `graphgen cluster down --name {name}`, or give this one"
@@ -119,7 +119,7 @@ def is_up(name: str) -> bool:
     folder = folder_of(name)
     if not (folder / LOCK).exists():
         return False
-    lock = _lock(folder)
+    lock = lock_of(folder)
     if lock is not None:
         os.close(lock)
     return lock is None
@@ -140,9 +140,9 @@ def ask(name: str, question: Question) -> ClusterStatus:
     return status
 
 
-def _lock(folder: Path) -> int | None:
+def lock_of(folder: Path, name: str = LOCK) -> int | None:
     """The lock of a folder, which is free again when this process ends; None while another has it."""
-    descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(folder / name, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     with contextlib.suppress(BlockingIOError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return descriptor

@@ -4,10 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
+import pytest
+
 from graphgen.cluster.child import ServerChild
+from graphgen.cluster.record import LOCK
 from graphgen.launch.config import EngineConfig
 from graphgen.server.options import ServeOptions
 from tests import ROOT
@@ -26,6 +30,25 @@ def test_a_server_that_cannot_start_says_why() -> None:
     assert "'/nowhere' is neither a local folder nor a hub id" in (child.find_end() or "")
     child.stop(0.0)
     assert not child.folder.exists()
+
+
+def test_what_a_child_left_that_was_killed_with_its_parent_goes_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left, foreign = tmp_path / "gg-left", tmp_path / "gg-foreign"
+    for folder in (left, foreign):
+        (folder / "keys").mkdir(parents=True)
+    (left / LOCK).touch()
+    first = ServerChild("engine 0")
+    second = ServerChild("engine 1")
+    assert not left.exists()
+    assert foreign.exists(), "it has no lock: it may be anybody's"
+    assert first.folder.exists(), "its parent lives"
+    first.stop(0.0)
+    second.stop(0.0)
+    assert list(tmp_path.iterdir()) == [foreign]
+    first.stop(0.0)
 
 
 def test_a_server_serves_and_ends_with_a_parent_that_is_killed() -> None:
