@@ -13,13 +13,13 @@ What do quantised keys and values gain? Decode rows by the split-KV kernel and o
 context, and how much a thousand positions more take.
 """
 
-import argparse
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.options import make_parser, run_script
 from benchmarks.report import machine, show, write_json
 from benchmarks.timing import median_s, read_bytes_per_s
 from graphgen.models.attention.kernels import AttentionShape, Kernel
@@ -204,7 +204,7 @@ def _slopes(times: dict[tuple[str, int], float], formats: Sequence[str], context
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--heads", type=int, nargs=3, default=[32, 8, 128], help="query heads, KV heads, head size")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16, 64, 256])
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096])
@@ -235,4 +235,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -11,7 +11,6 @@ with so many bytes and ranks (`graphgen.models.collectives.ways`), which this ta
 the largest difference of a way's sum from NCCL's. On the CPU there is one way, Gloo, and no graph.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -25,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.options import make_parser, run_script
 from benchmarks.report import Row, machine, percentile, show, write_json
 from graphgen.launch.devices import find_device
 from graphgen.models.collectives.group import RankGroup, shared_room
@@ -43,7 +43,7 @@ Work = Callable[[], object]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2])
     parser.add_argument("--device", default="auto", help="cpu, or cuda: one GPU a rank, from cuda:0 on")
     parser.add_argument("--kib", type=int, nargs="+", default=[8, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192])
@@ -175,4 +175,4 @@ def microseconds(work: Work, device: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

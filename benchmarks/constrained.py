@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from benchmarks.latency import gaps_ms
-from benchmarks.options import add_engine_options, engine_settings, make_parser
+from benchmarks.options import add_engine_options, engine_settings, make_parser, run_script
 from benchmarks.report import Row, machine, percentile, show, write_json
 from graphgen import Engine, EngineConfig, JsonSchema, SamplingParams
 from graphgen.base.garbage import leave_imports_alone
@@ -173,4 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -13,7 +13,6 @@ The floor is the time to read the weights of the experts that rows chose, once, 
 Without --model: two small shapes on the CPU, those of Qwen3-30B-A3B, gpt-oss-20b and Mixtral-8x7B on a GPU.
 """
 
-import argparse
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from msgspec import Struct
 from torch import Tensor, nn
 
+from benchmarks.options import make_parser, run_script
 from benchmarks.report import Row, machine, show, write_json
 from benchmarks.timing import median_s, read_bytes_per_s
 from graphgen.launch.devices import find_device
@@ -229,7 +229,7 @@ def rows_of(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", help="folder or hub id; only its config is read")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rows", type=int, nargs="+", help="default: 1 to 2048 on CUDA, 1 to 64 on the CPU")
@@ -261,4 +261,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -7,7 +7,6 @@ lines. A run is a row of forced tokens: one chunk in their place would save a st
 last. The grammars are those of the engine, in which white space is free up to eight characters, and the same with none.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer
 
+from benchmarks.options import make_parser, run_script
 from benchmarks.report import Row, machine, show
 from graphgen.calls.structured import JsonSchema
 from graphgen.requests.grammar_builder import Job, build
@@ -113,11 +113,11 @@ def rows_of(path: str) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("tokenizers", nargs="+", help="tokenizer.json files")
     for path in parser.parse_args().tokenizers:
         show(f"Forced tokens, {Path(path).name}", rows_of(path), machine("cpu"))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -13,7 +13,6 @@ how many times as fast as bfloat16 the layers are together.
 the fastest belong into models/few_rows_tiles.py.
 """
 
-import argparse
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from benchmarks.linear import Shape, shapes_of
+from benchmarks.options import make_parser, run_script
 from benchmarks.report import Row, machine, show, write_json
 from benchmarks.timing import median_s
 from graphgen.demo import model_folder
@@ -268,7 +268,7 @@ def _candidates(form: LinearFormat, num_rows: int) -> "list[tiles.Shape]":
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", default=str(model_folder()), help="folder or hub id; only its config is read")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["bf16", "fp8", "fp8-block", "int4-zeros"])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 128, 512, 1024], help="M")
@@ -289,4 +289,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -29,6 +29,7 @@ import zmq
 from msgspec import Struct
 
 from benchmarks.cpu_time import cpu_seconds
+from benchmarks.options import make_parser, run_script
 from benchmarks.report import Row, machine, percentile, show, write_json
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.ggp.framing import client_framing
@@ -216,7 +217,7 @@ def rows_of(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--frontends", type=int, nargs="+", default=[1, 2], help="the first is what others are held to")
     parser.add_argument("--engines", type=int, default=2)
     parser.add_argument("--streams", type=int, default=128, help="of each frontend")
@@ -236,4 +237,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

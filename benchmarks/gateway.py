@@ -6,7 +6,6 @@ connections as there are streams. A row of its own has connections that are open
     python -m benchmarks.gateway
 """
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -16,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from benchmarks.options import make_parser, run_script
 from benchmarks.protocol import Setup, read_streams
 from benchmarks.report import Row, machine, percentile, show, write_json
 from graphgen.gateway.output_parsers.formats import PLAIN
@@ -152,7 +152,7 @@ def cpu_rows(streams: Sequence[int], num_tokens: int, step_ms: float, idle: int)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--tokens", type=int, default=400, help="of each stream")
     parser.add_argument("--step-ms", type=float, default=20.0)
@@ -173,4 +173,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

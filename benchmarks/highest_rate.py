@@ -7,7 +7,6 @@ for --seconds of each rate that is tried. They state the level as their targets 
 is tried with both. `benchmarks.serving --highest-rate` does the same with an engine.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -15,6 +14,7 @@ from typing import get_args
 from benchmarks.levels import MLPERF_LEVELS, find_highest_rate
 from benchmarks.metrics import Figures
 from benchmarks.objectives import LEVEL, TOKEN_BUDGETS
+from benchmarks.options import above_zero, make_parser, run_script
 from benchmarks.report import machine, show, write_json
 from benchmarks.simulate import simulate
 from benchmarks.simulated_machine import H200_STEP_TIMES, MAX_MODEL_LEN, NUM_PAGES, Machine, Policy
@@ -39,26 +39,33 @@ def search(on: Machine, means: tuple[int, int], policy: Policy, level: str, seco
     return {"highest_rate": highest, **found, "probes": len(probes)}
 
 
+def parse_means(text: str) -> tuple[int, int]:
+    """Raises ValueError."""
+    prompt, _, output = text.partition("/")
+    if not (prompt.isdecimal() and output.isdecimal() and int(prompt) and int(output)):
+        raise ValueError(f"--workload {text}: write MEAN_PROMPT/MEAN_OUTPUT, as 2600/60; the rate is looked for")
+    return int(prompt), int(output)
+
+
 def main(arguments: Sequence[str] | None = None) -> list[Figures]:
     """The rows, also shown and written as asked. arguments: those of the command line by default."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--workload", action="append", help="MEAN_PROMPT/MEAN_OUTPUT, default 2600/60; may be repeated")
     parser.add_argument("--level", choices=MLPERF_LEVELS, action="append", help="default: all of them; may be repeated")
-    parser.add_argument("--seconds", type=float, default=120.0, help="that requests come, of each rate")
+    parser.add_argument("--seconds", type=above_zero, default=120.0, help="that requests come, of each rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--step-times", type=Path, default=H200_STEP_TIMES, help="a table stored by graphgen tune")
     parser.add_argument("--json", help="write the figures here")
     options = parser.parse_args(arguments)
     try:
         table = StepTimesFile.read(options.step_times)
-        loads = [Workload.parse(f"{text}:1", None) for text in options.workload or ["2600/60"]]
+        loads = [parse_means(text) for text in options.workload or ["2600/60"]]
     except (OSError, ValueError) as error:
         parser.error(str(error))
     on = Machine(table, max(TOKEN_BUDGETS.values()), NUM_PAGES, 256, MAX_MODEL_LEN, HOST_DELAY_S)
     about = machine(f"virtual {table.key.device}") | {"step_times": f"{table.source}, {table.date}"}
     rows: list[Figures] = []
-    for load in loads:
-        means = load.prompt_mean, load.output_mean
+    for means in loads:
         for level in options.level or MLPERF_LEVELS:
             limits = MLPERF_LEVELS[level]
             for objective in get_args(ObjectiveName):
@@ -78,4 +85,4 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

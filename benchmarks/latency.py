@@ -15,7 +15,7 @@ import time
 import torch
 
 from benchmarks.cpu_time import CpuMeter
-from benchmarks.options import add_engine_options, engine_settings, make_parser
+from benchmarks.options import add_engine_options, count, engine_settings, make_parser, run_script
 from benchmarks.report import Row, machine, percentile, show, write_json
 from benchmarks.timing import read_bytes_per_s
 from graphgen import Engine, EngineConfig, SamplingParams
@@ -104,9 +104,9 @@ def measure(engine: Engine, prompts: list[list[int]], num_tokens: int, bytes_per
 def main() -> None:
     parser = make_parser(__doc__)
     add_engine_options(parser, without=("step_log",))
-    parser.add_argument("--context", type=int, default=1024, help="prompt tokens of each request")
-    parser.add_argument("--tokens", type=int, default=128, help="output tokens while all decode")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 256])
+    parser.add_argument("--context", type=count, default=1024, help="prompt tokens of each request")
+    parser.add_argument("--tokens", type=count, default=128, help="output tokens while all decode")
+    parser.add_argument("--batches", type=count, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument(
         "--idle", type=float, default=5.0, metavar="SECONDS", help="without requests, for their CPU time"
     )
@@ -156,4 +156,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from benchmarks.attention import PAGE_SIZE, decode_tables
+from benchmarks.options import make_parser, run_script
 from benchmarks.report import Row, machine, show, write_json
 from benchmarks.timing import median_s, read_bytes_per_s
 from graphgen.models.attention.backend import AttentionBackend
@@ -161,7 +162,7 @@ def rows_of(spec: ModelSpec, kind: str, options: argparse.Namespace, bytes_per_s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", default="benchmarks/shapes/qwen3-30b-a3b", help="folder or hub id; only its config")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--context", type=int, default=1024, help="positions that each row sees")
@@ -192,4 +193,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

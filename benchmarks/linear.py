@@ -9,7 +9,6 @@ bandwidth that is measured first, and the peak the rate of a large square produc
 near the floor, at many rows near the peak. The rows named "all" are the sum over the layers of one decoder block.
 """
 
-import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from msgspec import Struct
 from torch import Tensor
 
+from benchmarks.options import make_parser, run_script
 from benchmarks.report import Row, machine, show, write_json
 from benchmarks.timing import matmul_flops_per_s, median_s, read_bytes_per_s
 from graphgen.demo import model_folder
@@ -176,7 +176,7 @@ def rows_of_kernel(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", default=str(model_folder()), help="folder or hub id; only its config is read")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=sorted(DTYPE_BYTES), help="default: the checkpoint's")
@@ -215,4 +215,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

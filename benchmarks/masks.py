@@ -9,7 +9,6 @@ last of them is handed over is what that step must still take for all its draws 
 step's result, for requests without a grammar too. Processor time is that of all threads.
 """
 
-import argparse
 import os
 import random
 import threading
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.constrained import SCHEMAS
+from benchmarks.options import make_parser, run_script
 from benchmarks.report import Row, machine, percentile, show, write_json
 from graphgen.calls.structured import JsonSchema
 from graphgen.capture.buffers import Words
@@ -131,7 +131,7 @@ def measure(compiler: GrammarCompiler, vocab_size: int, schema: str, num_streams
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("tokenizer", type=Path, help="a tokenizer.json")
     parser.add_argument("--eos", type=int, help="its end-of-sequence token [default: the last one]")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64])
@@ -155,4 +155,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -11,7 +11,6 @@ objective serves the same requests.
 --measured shows what `benchmarks.serving --objective ... --json ...` has measured of the same workloads with an engine.
 """
 
-import argparse
 import itertools
 import json
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from statistics import fmean
 from typing import get_args
 
 from benchmarks.metrics import Figures, ServiceLevel
+from benchmarks.options import count, make_parser, run_script
 from benchmarks.report import machine, show, write_json
 from benchmarks.scenarios import Load, parse_load
 from benchmarks.simulate import simulate
@@ -61,6 +61,9 @@ def read_measured(paths: Sequence[Path]) -> tuple[list[Figures], dict[str, str]]
     """The rows of these files of `benchmarks.serving` in which nobody asks for anything, workload by workload, and what
     they were measured on. Raises ValueError where a workload was not measured with every objective."""
     texts = [json.loads(path.read_text()) for path in paths]
+    for path, text in zip(paths, texts, strict=True):
+        if not all("itl_target_ms" in row and "objective" in row for row in text["rows"]):
+            raise ValueError(f"{path} has rows that no `benchmarks.serving --objective NAME --json` wrote")
     rows = [row for text in texts for row in text["rows"] if not row["itl_target_ms"]]
     by_place = {(row["workload"], row["objective"]): row for row in rows}
     workloads, objectives = (list(dict.fromkeys(names)) for names in zip(*by_place, strict=True))
@@ -90,9 +93,9 @@ def table_row(row: Figures) -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> list[Figures]:
     """The rows, also shown and written as asked. arguments: those of the command line by default."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--load", action="append", help="as above; may be repeated")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each row")
+    parser.add_argument("--seeds", type=count, default=5, help="runs of each row")
     parser.add_argument("--step-times", type=Path, default=H200_STEP_TIMES, help="a table stored by graphgen tune")
     parser.add_argument("--json", help="write the figures here")
     parser.add_argument("--plot", help="draw them into this PNG; needs matplotlib")
@@ -124,4 +127,4 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

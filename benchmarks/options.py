@@ -1,20 +1,64 @@
-"""The command line that scripts which start an engine have in common: the engine's options, for argparse.
+"""What the command lines of all scripts have in common, and the engine's options of those that start one.
 
-The options are those of `graphgen.commands.options`, made from EngineConfig. Each script adds its own.
+These are the options of `graphgen.commands.options`, made from EngineConfig. Each script adds its own.
 """
 
 import argparse
-from collections.abc import Collection
+import math
+import sys
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any, Unpack, cast
 
 from graphgen.commands.fields import Option
 from graphgen.commands.options import ENGINE_OPTIONS
+from graphgen.ipc.errors import GraphgenError
 from graphgen.launch.config import EngineSettings
 
+OUTPUTS = ("json", "plot", "png")
+"""Names of options that say where results are written."""
 
-def make_parser(description: str | None) -> argparse.ArgumentParser:
+
+class Parser(argparse.ArgumentParser):
+    """Refuses what no script can use before anything runs."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options = super().parse_args(args, namespace)
+        for action in self._actions:
+            given = getattr(options, action.dest, None)
+            for value in given if isinstance(given, list) else [given]:
+                flag = "/".join(action.option_strings)
+                if isinstance(value, int | float) and not 0 <= value < math.inf:
+                    self.error(f"argument {flag}: {value}: use a number that is not negative, nor inf or nan")
+                if action.dest in OUTPUTS and value is not None and not Path(value).absolute().parent.is_dir():
+                    self.error(f"argument {flag}: there is no folder {Path(value).absolute().parent}: make it first")
+        return options
+
+
+def make_parser(description: str | None) -> Parser:
     """description: the script's docstring, printed as it is."""
-    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def count(text: str) -> int:
+    """Of an option of which there is at least one."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: the least is 1")
+    return int(text)
+
+
+def above_zero(text: str) -> float:
+    if not 0.0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: use a number above 0")
+    return float(text)
+
+
+def run_script(main: Callable[[], object]) -> None:
+    """What a user can mend is told in a line, which would be lost at the end of a traceback."""
+    try:
+        main()
+    except (GraphgenError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        sys.exit(f"error: {error}")
 
 
 def add_engine_options(

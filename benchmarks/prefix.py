@@ -12,7 +12,7 @@ of the first; with random weights, whose logits are flat, even a sum in another 
 import random
 from collections.abc import Sequence
 
-from benchmarks.options import add_engine_options, engine_settings, make_parser
+from benchmarks.options import add_engine_options, engine_settings, make_parser, run_script
 from benchmarks.report import Row, machine, percentile, show, write_json
 from graphgen import Engine, EngineConfig, SamplingParams
 from graphgen.calls.outputs import RequestOutput
@@ -112,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

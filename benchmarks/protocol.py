@@ -29,6 +29,7 @@ from typing import Self
 import msgspec
 import zmq
 
+from benchmarks.options import make_parser, run_script
 from benchmarks.paced.engine import SENT_FILE
 from benchmarks.report import Row, machine, percentile, show, write_json
 from graphgen.calls.outputs import Delivery, StreamPiece
@@ -315,7 +316,7 @@ def _ways_us(sent_s: list[list[float]], arrived_s: list[list[float]]) -> list[fl
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--tokens", type=int, default=400, help="of each stream")
     parser.add_argument("--step-ms", type=float, default=20.0)
@@ -339,4 +340,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import cast
 
 from benchmarks.metrics import Figures, summarize
-from benchmarks.options import add_engine_options, engine_settings, make_parser
+from benchmarks.options import add_engine_options, engine_settings, make_parser, run_script
 from benchmarks.paced.launch import paced_engines, paced_settings
 from benchmarks.report import machine, show, write_json
 from benchmarks.sending import Targets
@@ -140,4 +140,4 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

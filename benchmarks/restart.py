@@ -16,7 +16,7 @@ import signal
 import time
 from pathlib import Path
 
-from benchmarks.options import add_engine_options, engine_settings, make_parser
+from benchmarks.options import add_engine_options, engine_settings, make_parser, run_script
 from benchmarks.report import Row, machine, percentile, show, write_json
 from benchmarks.settling import wait_for_standby
 from graphgen import Engine, EngineConfig, SamplingParams
@@ -102,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -7,7 +7,6 @@ thread, in microseconds: `digests` are made once, when a prompt comes; then foll
 that the request was sent, and that it began and ended. `refusal` is a choice for a request whose deadline nobody meets.
 """
 
-import argparse
 import gc
 import os
 import time
@@ -19,6 +18,7 @@ import msgspec
 
 from benchmarks.conversations import Client
 from benchmarks.metrics import Figures
+from benchmarks.options import make_parser, run_script
 from benchmarks.report import machine, percentile, show, write_json
 from graphgen.base.page_digests import TOKEN_BYTES, prompt_digests
 from graphgen.ipc.reports import EngineReport
@@ -124,7 +124,7 @@ def _timed(call: Callable[_Given, _Found], *given: _Given.args, **named: _Given.
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Figures]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--engines", type=int, nargs="+", default=[16, 256, 1000])
     parser.add_argument("--repeats", type=int, default=NUM_REPEATS)
     parser.add_argument("--json", help="write the figures here")
@@ -141,4 +141,4 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

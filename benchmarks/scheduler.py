@@ -9,7 +9,6 @@ ladder; one that ends is replaced by a new one at the end of the queue, so both 
 are made up. With --round-trip also what its messages cost: see `benchmarks.round_trip`.
 """
 
-import argparse
 import gc
 import random
 import time
@@ -20,6 +19,7 @@ from statistics import fmean
 
 from msgspec import Struct
 
+from benchmarks.options import make_parser, run_script
 from benchmarks.report import Row, machine, percentile, show, write_json
 from benchmarks.round_trip import channel_rows, codec_rows
 from graphgen.capture.buckets import build_ladder
@@ -199,7 +199,7 @@ def flatness(rows: Sequence[Row]) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--running", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--waiting", type=int, nargs="+", default=[100, 1000, 10_000])
     parser.add_argument("--steps", type=int, default=2000, help="steps of each row")
@@ -245,4 +245,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -29,7 +29,7 @@ from msgspec import Struct
 
 from benchmarks.levels import MLPERF_LEVELS, find_highest_rate
 from benchmarks.metrics import Figures, ServedRequest, ServiceLevel, summarize, what_is_asked
-from benchmarks.options import add_engine_options, engine_settings, make_parser
+from benchmarks.options import above_zero, add_engine_options, count, engine_settings, make_parser, run_script
 from benchmarks.report import machine, show, write_json
 from benchmarks.sending import Targets, closed_loop, open_loop, stream_reader, whole_reader
 from benchmarks.settling import wait_for_standby
@@ -232,7 +232,7 @@ def serving_parser() -> argparse.ArgumentParser:
     pace = load.add_mutually_exclusive_group()
     pace.add_argument("--clients", type=int, nargs="+", default=[16], help="one row for each number (default 16)")
     pace.add_argument("--rate", type=float, nargs="+", help="open loop instead: requests a second, one row for each")
-    load.add_argument("--num-requests", type=int, help="of each row; default 4 a client and 32 more, 256 with a rate")
+    load.add_argument("--num-requests", type=count, help="of each row; default 4 a client and 32 more, 256 with a rate")
     load.add_argument("--seed", type=int, default=0, help="of the first row; the next one has the next")
     load.add_argument(
         "--itl-target-ms",
@@ -243,7 +243,9 @@ def serving_parser() -> argparse.ArgumentParser:
         " --sla-prompt-rate seconds; all rows are repeated for each",
     )
     load.add_argument("--highest-rate", choices=MLPERF_LEVELS, help="search for it, as above; excludes --itl-target-ms")
-    load.add_argument("--probe-seconds", type=float, default=60.0, help="that requests come, of each rate of a search")
+    load.add_argument(
+        "--probe-seconds", type=above_zero, default=60.0, help="that requests come, of each rate of a search"
+    )
     load.add_argument("--stream", action="store_true", help="read every token in an event loop")
     results = parser.add_argument_group("results")
     results.add_argument("--sla-itl-ms", type=float, nargs="+", default=[20.0], help="limits of the average gap")
@@ -330,4 +332,4 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -30,6 +30,7 @@ import msgspec
 from msgspec import Struct
 
 from benchmarks.metrics import Figures, ServedRequest, ServiceLevel, summarize
+from benchmarks.options import above_zero, count, make_parser, run_script
 from benchmarks.policy_costs import cost_rows
 from benchmarks.replica_rows import MOST_SCHEDULED, replica_rows, shown
 from benchmarks.report import machine, percentile, show, write_json
@@ -114,6 +115,7 @@ def simulate(
         "token_budget": settings.token_budget or on.token_budget,
         **_parts_of(load),
         **engine.steps.figures(),
+        "requests_cut": sum(one.shape.prompt_len + one.shape.output_len == on.max_model_len for one in requests),
         "objective": settings.objective,
         **{name: getattr(scheduler.counters, name) for name in COUNTED},
     }
@@ -150,6 +152,8 @@ def compare(on: Machine, path: Path, levels: Sequence[ServiceLevel]) -> Iterator
     """A row for each figure of each workload in a file of `benchmarks.serving`; off = simulated / real - 1."""
     document: dict[str, Any] = msgspec.json.decode(path.read_bytes())  # Any: figures of many types
     for real in document["rows"]:
+        if not {"prompt_mean", "output_mean", "clients", "num_requests", "token_budget", "seed"} <= real.keys():
+            raise ValueError(f"{path} has rows that no `benchmarks.serving --json` wrote")
         load = Workload.of(
             real["prompt_mean"], real["output_mean"], real["clients"], real.get("request_rate"), real["num_requests"]
         )
@@ -206,12 +210,12 @@ def compare_steps(table: StepTimesFile, path: Path) -> list[Figures]:
 # --- command line ----------------------------------------------------------------------------------------------
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def simulation_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
     parser.add_argument("--load", action="append", help="as above; may be repeated")
     parser.add_argument("--policy", choices=POLICIES, action="append", help="default: all but level; may be repeated")
     parser.add_argument("--against", type=Path, metavar="FILE", help="compare with a real run instead")
-    parser.add_argument("--num-requests", type=int, help="of each load that does not say")
+    parser.add_argument("--num-requests", type=count, help="of each load that does not say")
     parser.add_argument("--seed", type=int, default=0, help="of the first load; the next one has the next")
     parser.add_argument("--step-log", type=Path, metavar="FILE", help="compare the steps of a real run as well")
     replicas = parser.add_argument_group("replicas")
@@ -222,20 +226,20 @@ def make_parser() -> argparse.ArgumentParser:
     )
     replicas.add_argument("--routers", type=int, default=1, help="that share the clients, each on its own counts")
     replicas.add_argument("--clients", type=int, default=CLIENTS, help="of each engine, in a closed loop")
-    replicas.add_argument("--seconds", type=float, default=40.0, help="of virtual time; the last half is counted")
+    replicas.add_argument("--seconds", type=above_zero, default=40.0, help="of virtual time; the last half is counted")
     engine = parser.add_argument_group("engine")
     engine.add_argument("--step-times", type=Path, default=H200_STEP_TIMES, help="a table stored by graphgen tune")
-    engine.add_argument("--token-budget", type=int, default=1024, help="the engine's default on CUDA")
-    engine.add_argument("--num-pages", type=int, default=NUM_PAGES, help="what 8B weights leave on an H200")
-    engine.add_argument("--max-num-seqs", type=int, default=256)
-    engine.add_argument("--max-model-len", type=int, default=MAX_MODEL_LEN)
+    engine.add_argument("--token-budget", type=count, default=1024, help="the engine's default on CUDA")
+    engine.add_argument("--num-pages", type=count, default=NUM_PAGES, help="what 8B weights leave on an H200")
+    engine.add_argument("--max-num-seqs", type=count, default=256)
+    engine.add_argument("--max-model-len", type=count, default=MAX_MODEL_LEN)
     engine.add_argument("--host-delay-ms", type=float, default=HOST_DELAY_S * 1000.0, help="result to planned step")
     engine.add_argument(
         "--step-noise", type=float, default=STEP_NOISE, help="spread of a step's time, as a share of it"
     )
     engine.add_argument(
         "--device-pace",
-        type=float,
+        type=above_zero,
         default=1.0,
         help="steps take so many times what the table says, which the policy does not know",
     )
@@ -249,7 +253,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> list[Figures]:
     """The rows, also shown and written as asked. arguments: those of the command line by default."""
-    parser = make_parser()
+    parser = simulation_parser()
     options = parser.parse_args(arguments)
     if options.plot is not None and find_spec("matplotlib") is None:
         parser.error(f"--plot needs matplotlib: {how_to_install('bench')}")
@@ -275,8 +279,11 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
     )
     about = machine(f"virtual {table.key.device}") | {"step_times": f"{table.source}, {table.date}"}
     if options.against is not None or options.step_log is not None:
-        compared = list(compare(on, options.against, levels)) if options.against is not None else []
-        compared_steps = compare_steps(table, options.step_log) if options.step_log is not None else []
+        try:
+            compared = list(compare(on, options.against, levels)) if options.against is not None else []
+            compared_steps = compare_steps(table, options.step_log) if options.step_log is not None else []
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
         show("The simulation against a real run", compared, about)
         show("The table against the steps of a real run", compared_steps, about)
         write_json(options.json, [*compared, *compared_steps], about)
@@ -288,6 +295,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
         for index, load in enumerate(loads)
         for policy in options.policy or DRAWN_POLICIES
     ]
+    for label, num_cut in {run.rows[0]["workload"]: run.rows[0]["requests_cut"] for run in runs}.items():
+        if num_cut:
+            print(f"{label}: {num_cut} prompts are cut to max_model_len {on.max_model_len}")
     rows, costs = [row for run in runs for row in run.rows], cost_rows([(run.policy, run.steps) for run in runs])
     table_rows = [{"policy": row["policy"], **table_row(_named(row), levels)} for row in rows]
     show("Simulated: latencies in ms; SLA N ms: requests a second that met it", table_rows, about)
@@ -334,4 +344,4 @@ def _serve_replicas(
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.options import add_engine_options, engine_settings, make_parser
+from benchmarks.options import add_engine_options, engine_settings, make_parser, run_script
 from benchmarks.report import machine, percentile, show, write_json
 from graphgen.demo import model_folder
 from graphgen.launch.config import EngineConfig
@@ -62,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -8,13 +8,13 @@ scheduler makes its plan, the worker hands it to the device, the device runs it;
 Without --start-s and --seconds the trace holds the whole log and the picture the second in its middle.
 """
 
-import argparse
 import itertools
 import json
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from benchmarks.options import make_parser, run_script
 from benchmarks.step_log import Step, StepLogReader, idle_share
 from graphgen.base.version import how_to_install
 
@@ -121,7 +121,7 @@ def describe(steps: Sequence[Step]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("step_log", type=Path)
     parser.add_argument("--start-s", type=float, help="seconds after the first step's start")
     parser.add_argument("--seconds", type=float)
@@ -146,4 +146,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -60,6 +60,10 @@ class Workload(Struct, frozen=True):
         numbers = (self.prompt_mean, self.output_mean, self.num_requests, self.clients or self.rate or 0)
         if min(numbers) <= 0:
             raise ValueError(f"workload {self.label} of {self.num_requests} requests: all its numbers must be above 0")
+        if self.prompt_mean > MAX_PROMPT_LEN:
+            raise ValueError(
+                f"workload {self.label} has prompts of {self.prompt_mean} tokens: at most {MAX_PROMPT_LEN}"
+            )
         if self.copies < 1 or self.num_requests % self.copies:
             raise ValueError(
                 f"workload {self.label} of {self.num_requests} requests, {self.copies} of each: give a multiple"

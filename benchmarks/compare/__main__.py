@@ -41,6 +41,7 @@ from benchmarks.compare.figures import About, Cells, Comparison, ServedRow, mark
 from benchmarks.compare.requests import http_reader
 from benchmarks.constrained import write_tokenizer
 from benchmarks.metrics import ServedRequest, ServiceLevel, summarize
+from benchmarks.options import count, make_parser, run_script
 from benchmarks.report import machine, percentile
 from benchmarks.sending import closed_loop, open_loop
 from benchmarks.workload import PlannedRequest, Workload
@@ -210,7 +211,7 @@ def _vocab_size(model: Path) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", type=Path, help="folder of a checkpoint, or of its config with --load-format dummy")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto")
     parser.add_argument("--max-model-len", type=int, default=16384)
@@ -220,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--python", action="append", default=[], metavar="ENGINE=PATH", help="its interpreter")
     parser.add_argument("--workload", action="append", default=[], help="PROMPT/OUTPUT:CLIENTS, as in serving")
-    parser.add_argument("--num-requests", type=int, help="of each workload; default 4 a client and 32 more")
+    parser.add_argument("--num-requests", type=count, help="of each workload; default 4 a client and 32 more")
     parser.add_argument("--decodes", type=int, nargs="*", default=[1, 8, 64])
     parser.add_argument("--context", type=int, default=1024, help="prompt tokens of requests that decode together")
     parser.add_argument("--tokens", type=int, default=128, help="output tokens of each while all decode")
@@ -280,4 +281,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

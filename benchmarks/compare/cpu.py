@@ -35,7 +35,7 @@ import msgspec
 from msgspec import Struct
 
 from benchmarks.cpu_time import cpu_seconds, num_faults
-from benchmarks.options import make_parser
+from benchmarks.options import make_parser, run_script
 from benchmarks.report import Row, machine, percentile, show, write_json
 from graphgen import Engine, EngineConfig, SamplingParams
 from graphgen.launch.processes import process_age_s
@@ -363,4 +363,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -14,7 +14,7 @@ from msgspec import Struct
 from graphgen.base.keywords import KnownKeywords, type_problem
 from graphgen.base.plain import plain_fields
 from graphgen.capture.buckets import MIN_TOKEN_BUDGET
-from graphgen.ipc.engine_messages import ObjectiveName
+from graphgen.ipc.engine_messages import MAX_TARGET_MS, ObjectiveName
 from graphgen.ipc.errors import ConfigError
 from graphgen.models.spec import Quantization
 
@@ -149,8 +149,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords):
                 raise ConfigError(f"{name} is {value}, the least is 1: raise it or leave it out")
         for name in ("itl_target_ms", "ttft_target_ms", "tpot_target_ms"):
             value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"{name} is {value}: use milliseconds above 0 or leave it out")
+            if value is not None and not 0 < value <= MAX_TARGET_MS:
+                limit = f"use milliseconds above 0 and up to {MAX_TARGET_MS:g}, or leave it out"
+                raise ConfigError(f"{name} is {value}: {limit}")
         if self.token_budget is not None and self.token_budget < MIN_TOKEN_BUDGET:
             raise ConfigError(f"token_budget is {self.token_budget}, the least is {MIN_TOKEN_BUDGET}: raise it")
         if self.page_size is not None and self.page_size not in _PAGE_SIZES:

@@ -59,6 +59,8 @@ def test_n_times_a_workload_is_n_times_its_work() -> None:
     assert one.times(1).requests(3, VOCAB_SIZE, 1024) == one.requests(3, VOCAB_SIZE, 1024)
     assert one.times(2).times(3) == one.times(6)
     assert Workload.of(100, 10, None, 5.0, 20).times(3).rate == 15.0
+    with pytest.raises(ValueError, match="has prompts of 12001 tokens: at most 12000"):
+        Workload.parse("12001/8:1", None)
     with pytest.raises(ValueError, match="of 20 requests, 3 of each"):
         Workload(100, 10, 20, 4, None, copies=3)
 

@@ -26,6 +26,7 @@ from graphgen.launch.config import make_config
         ("itl_target_ms", float("nan")),
         ("ttft_target_ms", -1.0),
         ("tpot_target_ms", 0.0),
+        ("itl_target_ms", 2e9),  # which no request may ask for either
         ("prefix_cache", None),
         ("max_num_seqs", None),
         ("token_budget", 7),
