@@ -40,7 +40,7 @@ def quantises_only_kv(quantization: Mapping[str, Any]) -> bool:
     inner = inner if isinstance(inner, Mapping) else quantization
     match quantization.get("quant_method"):
         case "compressed-tensors":
-            return not quantization.get("config_groups")
+            return quantization.get("config_groups") in (None, {})
         case "modelopt":
             return str(inner.get("quant_algo")).lower() in ("none", "no_quant")
         case _:

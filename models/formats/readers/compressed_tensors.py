@@ -242,7 +242,7 @@ def _refuse_all_that_is_unknown(config: Mapping[str, Any]) -> None:
             raise refuse(f"the format {name!r} of compressed-tensors", f"known are {', '.join(_FORMATS)}")
     if section(config, "sparsity_config").get("format", "dense") != "dense":
         raise refuse("a sparsity_config", "use a checkpoint that is not sparse")
-    if section(config, "transform_config").get("config_groups"):
+    if any(section(config, "transform_config").values()):
         raise refuse("a transform_config", "use a checkpoint without transforms of its weights")
     if (status := config.get("quantization_status", "compressed")) != "compressed":
         raise refuse(f"quantization_status {status!r}", "save it compressed")

@@ -46,6 +46,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "three bits": (grouped(weights={"num_bits": 3}), "3 bits of type int"),
     "four bits of floating point": (grouped(weights={"type": "float"}), "4 bits of type float"),
     "a strategy": (grouped(weights={"strategy": "tensor_group"}), "'tensor_group'"),
+    "transforms of another kind": ({**grouped(), "transform_config": {"x": 1}}, "a transform_config"),
     "no weights": ({**grouped(), "config_groups": {"a": {"weights": None}}}, "without weights"),
     "an unknown preset": ({**grouped(), "config_groups": {"NVFP4": ["Linear"]}}, "scheme 'NVFP4'"),
     "not compressed": ({**grouped(), "quantization_status": "frozen"}, "quantization_status 'frozen'"),
@@ -73,6 +74,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a word for false in a scheme": (grouped(weights={"symmetric": "false"}), "symmetric = 'false'"),
     "groups that are a list": ({**grouped(), "config_groups": [1]}, r"config_groups = \[1\]: it must be an object"),
+    "groups that are an empty list": (
+        {**grouped(), "config_groups": []},
+        r"config_groups = \[\]: it must be an object",
+    ),
     "a group that is none": ({**grouped(), "config_groups": {"a": 3}}, "a = 3: it must be an object"),
     "exceptions that are a list": (
         {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": ["x"]},
