@@ -115,9 +115,10 @@ def test_a_request_is_accounted_to_its_key(make_frontend: MakeFrontend, keys: Ke
     """And not to its connection: who opens more of them gets no larger part of the engine."""
     frontend = make_frontend(keys=str(keys.folder))
     secrets = {name: keys.make(name)[0] for name in ("alice", "bob")}
-    tenants = []
+    clients, tenants = [], []  # a client that nothing refers to is closed, and its request cancelled
     for name in ("alice", "alice", "bob"):
         client = frontend.connect(**options_of(keys, secrets[name]))
+        clients.append(client)
         assert says_hello(client)
         client.send(Generate(id=1, prompt_ids=[5, 6]))
         tenants.append(frontend.scheduler.expect(Submit).tenant)
