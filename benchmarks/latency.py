@@ -63,12 +63,8 @@ def idle_bytes(feed_forward: FeedForward, hidden_size: int, rows: int, item_byte
     if not isinstance(feed_forward, Experts):
         return 0.0
     unchosen = (1.0 - feed_forward.top_k / feed_forward.num_experts) ** rows
-    return unchosen * sum(
-        place.num_rows * place.num_columns * item_bytes
-        if place.format is None
-        else place.format.num_bytes(place.num_rows, place.num_columns)
-        for place in places_of(feed_forward, feed_forward.linears(hidden_size))
-    )
+    places = places_of(feed_forward, feed_forward.linears(hidden_size))
+    return unchosen * sum(place.num_bytes(item_bytes) for place in places)
 
 
 def measure(engine: Engine, prompts: list[list[int]], num_tokens: int, bytes_per_s: float) -> Row:

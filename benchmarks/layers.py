@@ -120,9 +120,7 @@ def layer_bytes(layer: Layer, hidden_size: int, rows: int, context: int) -> floa
     size = DTYPE.itemsize
     seen = min(context, mixer.window or context)
     saved = sum(
-        size * place.num_rows * place.num_columns - place.format.num_bytes(place.num_rows, place.num_columns)
-        for place in layer.linears(hidden_size)
-        if place.format is not None
+        size * place.num_rows * place.num_columns - place.num_bytes(size) for place in layer.linears(hidden_size)
     )
     num_bytes = mixer.num_parameters(hidden_size) * size - saved + rows * seen * mixer.keeps("bfloat16").bytes
     if not isinstance(feed_forward, Experts):

@@ -108,6 +108,12 @@ class LinearPlace(NamedTuple):
     num_columns: int  # K
     format: LinearFormat | None
 
+    def num_bytes(self, item_bytes: int) -> int:
+        """Of its weight. item_bytes: of an element, where it has no format."""
+        if self.format is not None:
+            return self.format.num_bytes(self.num_rows, self.num_columns)
+        return item_bytes * self.num_rows * self.num_columns
+
 
 Choose = Callable[[LinearPlace], LinearFormat | None]
 """The format that a linear layer is to have; None: the model's dtype."""

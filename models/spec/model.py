@@ -185,11 +185,7 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     def weight_bytes(self, dtype: str) -> int:
         """Memory of the weights in `dtype`, and in the formats that some of them have."""
         each = dtype_bytes(dtype)
-        saved = sum(
-            each * place.num_rows * place.num_columns - place.format.num_bytes(place.num_rows, place.num_columns)
-            for place in self.linears
-            if place.format is not None
-        )
+        saved = sum(each * place.num_rows * place.num_columns - place.num_bytes(each) for place in self.linears)
         return each * self.num_parameters - saved
 
     @property
