@@ -12,7 +12,6 @@ objective serves the same requests.
 """
 
 import itertools
-import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import get_args
 
 from benchmarks.metrics import Figures, ServiceLevel
 from benchmarks.options import count, make_parser, run_script
-from benchmarks.report import machine, show, write_json
+from benchmarks.report import machine, read_serving, show, write_json
 from benchmarks.scenarios import Load, parse_load
 from benchmarks.simulate import simulate
 from benchmarks.simulated_machine import H200_STEP_TIMES, MAX_MODEL_LEN, NUM_PAGES, Machine, Policy
@@ -60,10 +59,7 @@ def measure(on: Machine, load: Load, objective: ObjectiveName, seeds: Sequence[i
 def read_measured(paths: Sequence[Path]) -> tuple[list[Figures], dict[str, str]]:
     """The rows of these files of `benchmarks.serving` in which nobody asks for anything, workload by workload, and what
     they were measured on. Raises ValueError where a workload was not measured with every objective."""
-    texts = [json.loads(path.read_text()) for path in paths]
-    for path, text in zip(paths, texts, strict=True):
-        if not all("itl_target_ms" in row and "objective" in row for row in text["rows"]):
-            raise ValueError(f"{path} has rows that no `benchmarks.serving --objective NAME --json` wrote")
+    texts = [read_serving(path, ("itl_target_ms", "objective")) for path in paths]
     rows = [row for text in texts for row in text["rows"] if not row["itl_target_ms"]]
     by_place = {(row["workload"], row["objective"]): row for row in rows}
     workloads, objectives = (list(dict.fromkeys(names)) for names in zip(*by_place, strict=True))

@@ -4,10 +4,11 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -71,3 +72,11 @@ def show(title: str, rows: Sequence[Row], about: Mapping[str, str]) -> None:
 def write_json(path: str | None, rows: Sequence[Row], about: Mapping[str, str]) -> None:
     if path is not None:
         Path(path).write_text(json.dumps({"about": dict(about), "rows": [dict(row) for row in rows]}, indent=1) + "\n")
+
+
+def read_serving(path: Path, needed: Collection[str]) -> dict[str, Any]:
+    """What `benchmarks.serving` wrote by `write_json`. Raises ValueError where a row lacks what is needed."""
+    document: dict[str, Any] = json.loads(path.read_bytes())  # Any: figures of many types
+    if not all(row.keys() >= {*needed} for row in document["rows"]):
+        raise ValueError(f"{path} has rows that no `benchmarks.serving --json` of this version wrote")
+    return document

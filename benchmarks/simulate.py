@@ -24,16 +24,14 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-import msgspec
 from msgspec import Struct
 
 from benchmarks.metrics import Figures, ServedRequest, ServiceLevel, summarize
 from benchmarks.options import above_zero, count, make_parser, run_script
 from benchmarks.policy_costs import cost_rows
 from benchmarks.replica_rows import MOST_SCHEDULED, replica_rows, shown
-from benchmarks.report import machine, percentile, show, write_json
+from benchmarks.report import machine, percentile, read_serving, show, write_json
 from benchmarks.routings import ROUTINGS
 from benchmarks.scenarios import Load, parse_load, requests_of
 from benchmarks.serving import table_row
@@ -150,10 +148,8 @@ def _named(row: Figures) -> Figures:
 
 def compare(on: Machine, path: Path, levels: Sequence[ServiceLevel]) -> Iterator[Figures]:
     """A row for each figure of each workload in a file of `benchmarks.serving`; off = simulated / real - 1."""
-    document: dict[str, Any] = msgspec.json.decode(path.read_bytes())  # Any: figures of many types
-    for real in document["rows"]:
-        if not {"prompt_mean", "output_mean", "clients", "num_requests", "token_budget", "seed"} <= real.keys():
-            raise ValueError(f"{path} has rows that no `benchmarks.serving --json` wrote")
+    needed = ("prompt_mean", "output_mean", "clients", "num_requests", "token_budget", "seed")
+    for real in read_serving(path, needed)["rows"]:
         load = Workload.of(
             real["prompt_mean"], real["output_mean"], real["clients"], real.get("request_rate"), real["num_requests"]
         )
@@ -224,8 +220,8 @@ def simulation_parser() -> argparse.ArgumentParser:
     replicas.add_argument(
         "--most-scheduled", type=int, default=MOST_SCHEDULED, help="engines up to which they are real schedulers"
     )
-    replicas.add_argument("--routers", type=int, default=1, help="that share the clients, each on its own counts")
-    replicas.add_argument("--clients", type=int, default=CLIENTS, help="of each engine, in a closed loop")
+    replicas.add_argument("--routers", type=count, default=1, help="that share the clients, each on its own counts")
+    replicas.add_argument("--clients", type=count, default=CLIENTS, help="of each engine, in a closed loop")
     replicas.add_argument("--seconds", type=above_zero, default=40.0, help="of virtual time; the last half is counted")
     engine = parser.add_argument_group("engine")
     engine.add_argument("--step-times", type=Path, default=H200_STEP_TIMES, help="a table stored by graphgen tune")
@@ -319,8 +315,6 @@ def _serve_replicas(
         parser.error(f"--load {unknown[0]} is none of several engines: choose from {', '.join(LOADS)}")
     if not all(1 <= count <= MOST_REPLICAS for count in options.replicas):
         parser.error(f"--replicas {options.replicas}: give numbers from 1 to {MOST_REPLICAS}")
-    if min(options.routers, options.clients, options.seconds) <= 0:
-        parser.error("--routers, --clients and --seconds must be above 0")
     rows = list(
         replica_rows(
             on,
