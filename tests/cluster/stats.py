@@ -6,6 +6,20 @@ from graphgen.ipc.ggp.messages import Stats
 from graphgen.ipc.ggp.statistics import EngineCount
 
 
+def engine(running: int, waiting: int, free: int, serves: bool = True) -> EngineCount:
+    return EngineCount(
+        serves=serves,
+        running=running,
+        waiting=waiting,
+        pages_free=free,
+        pages_total=100,
+        steps=0,
+        finished=0,
+        preemptions=0,
+        worker_restarts=0,
+    )
+
+
 def stats_of(engines: Sequence[EngineCount], held: int = 0, running: int = 0, waiting: int = 0, free: int = 0) -> Stats:
     """engines: those of `stats.engines`; the other numbers are of the whole server."""
     return Stats(

@@ -2,24 +2,8 @@
 
 from graphgen.cluster.frontend import view_of
 from graphgen.ipc.ggp.messages import Stats
-from graphgen.ipc.ggp.statistics import EngineCount
 from graphgen.server.operator import Told
-from tests.cluster.stats import stats_of
-
-
-def engine(running: int, waiting: int, free: int, serves: bool = True) -> EngineCount:
-    return EngineCount(
-        serves=serves,
-        running=running,
-        waiting=waiting,
-        pages_free=free,
-        pages_total=100,
-        steps=0,
-        finished=0,
-        preemptions=0,
-        worker_restarts=0,
-    )
-
+from tests.cluster.stats import engine, stats_of
 
 SLOTS = {"tcp://a:1": 4, "tcp://b:1": 3, "tcp://d:1": 2}
 

@@ -13,11 +13,10 @@ from graphgen.commands import cli
 from graphgen.commands.probe import written
 from graphgen.ipc.engine_messages import StatsRequest, Submit
 from graphgen.ipc.ggp.messages import Accepted, Draining
-from graphgen.ipc.ggp.statistics import EngineCount
 from graphgen.ipc.server_messages import Drain
 from graphgen.ipc.worker_messages import Probe
 from graphgen.server.frontend import monitor
-from tests.cluster.stats import stats_of
+from tests.cluster.stats import engine, stats_of
 from tests.fakes import STATS
 from tests.frontend.harness import IDS, Frontend, demo_tokenizer
 
@@ -86,17 +85,7 @@ def test_stats_are_lines_or_json(frontend: Frontend) -> None:
 
 
 def test_stats_of_several_engines_have_a_line_for_each() -> None:
-    counts = EngineCount(
-        serves=True,
-        running=3,
-        waiting=2,
-        pages_free=5,
-        pages_total=7,
-        steps=11,
-        finished=13,
-        preemptions=0,
-        worker_restarts=1,
-    )
+    counts = msgspec.structs.replace(engine(3, 2, 5), pages_total=7, steps=11, finished=13, worker_restarts=1)
     lines = written(stats_of([counts, msgspec.structs.replace(counts, serves=False)])).splitlines()
     assert lines[-2].split(maxsplit=2) == [
         "engine",
