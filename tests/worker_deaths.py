@@ -158,7 +158,8 @@ class Kind(NamedTuple):
     loss: str
     """What the engine says of it, among other words."""
     words: str = ""
-    """What an operator finds in the scheduler's output besides: the worker's last words."""
+    """What an operator finds in the scheduler's output besides: the worker's last words. Of a traceback its end: where
+    the machine stalls, stacks of a step that is late come before it, and the output is told from its end."""
     is_hang: bool = False
     is_quick: bool = False
     """It waits for a new token of any stream, not of all."""
@@ -220,8 +221,8 @@ def _foreign_result() -> bytes:
 KINDS = {
     "kill": Kind(by_signal(signal.SIGKILL), "killed by SIGKILL"),
     "exit": Kind(by_trap("exit"), "ended with exit code 3", "springs its trap"),
-    "failed": Kind(by_trap("raise"), "failed with RuntimeError", "springs its trap"),
-    "failed-later": Kind(by_trap("raise later"), "failed with RuntimeError", "springs its trap"),
+    "failed": Kind(by_trap("raise"), "failed with RuntimeError", "RuntimeError: a trap in launch"),
+    "failed-later": Kind(by_trap("raise later"), "failed with RuntimeError", "RuntimeError: a trap in the collector"),
     "garbage": Kind(by_message(b"no message at all"), "sent what cannot be"),
     "foreign": Kind(by_message(_foreign_result()), "sent what cannot be"),
     "starting": Kind(while_starting, "killed by SIGKILL"),

@@ -68,8 +68,8 @@ def _take_for_step(folder: Path) -> list[str]:
         return []
     harm = own.read_text()
     own.unlink()
-    print(f"a step springs its trap: {harm}", file=sys.stderr, flush=True)
     write_at_once(folder / SPRUNG, repr(time.time()))
+    print(f"a step springs its trap: {harm}", file=sys.stderr, flush=True)  # its last words, where it ends of it
     return [harm]
 
 
