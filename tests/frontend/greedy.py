@@ -3,10 +3,14 @@
     python -m tests.frontend.greedy --seconds 20
     python -m tests.frontend.greedy --seconds 20 --replicas 2
 
-A `graphgen serve` of the embedded model on the CPU. The modest client sends one request after another, first alone,
-then beside a greedy client in a process of its own, which keeps as many samples open as a client may: priority 9, n of
-16, prompts and outputs up to the model's context, targets that nothing meets. Alone on half of the server the modest
-one would get its first token after twice the time and its tokens at half the rate.
+A `graphgen serve` of the embedded model on the CPU. Several engines there would share its cores, and each would be
+slower beside the others, whosever requests they run: each of several has a worker that waits for a device of its own
+instead (`benchmarks.paced`), DEVICE_TIMES as slow as that of a table. All else is real.
+
+The modest client sends one request after another, first alone, then beside a greedy client in a process of its own,
+which keeps as many samples open as a client may: priority 9, n of 16, prompts and outputs up to the model's context,
+targets that nothing meets. Alone on half of the server the modest one would get its first token after twice the time
+and its tokens at half the rate.
 
 When a request of the modest client comes, the steps on the device are the greedy one's alone, with as many decodes as
 the server has slots: what two of them take, by the server's step log, is said beside the figures.
@@ -25,10 +29,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
+from unittest import mock
 
+import msgspec
 import zmq
 from msgspec import Struct
 
+from benchmarks.paced.worker import STEP_TIMES_VARIABLE
+from benchmarks.simulated_machine import H200_STEP_TIMES
 from graphgen.ipc.ggp.framing import client_framing
 from graphgen.ipc.ggp.messages import (
     Accepted,
@@ -43,12 +51,16 @@ from graphgen.ipc.ggp.messages import (
     ServerMessage,
     Welcome,
 )
+from graphgen.launch.step_times_store import StepTimesFile
 from tests import ROOT
 from tests.serving import serving
+from tests.traps import HOOK, WORKER_VARIABLE
 
 PROMPT_LEN, OUTPUT_LEN = 200, 40
 PAUSE_S = 0.05
 """Between two requests of the modest client."""
+DEVICE_TIMES = 2.0
+"""So that two cores keep up with two engines: a decode takes 8 ms."""
 VOCABULARY = 200
 IMPATIENCE_S = 30.0
 """For a message, and for a whole request of the modest client."""
@@ -188,10 +200,23 @@ class Comparison(NamedTuple):
 
 
 @contextlib.contextmanager
-def greedy_server(folder: Path, *arguments: str) -> Iterator[tuple[str, Path]]:
+def greedy_server(folder: Path, replicas: int, *arguments: str) -> Iterator[tuple[str, Path]]:
     """The address of a server and its step log; of several engines, what the names of their logs begin with."""
     log = folder / "steps.jsonl"
-    with serving(folder, "--step-log", str(log), *arguments) as server:
+    arguments = ("--step-log", str(log), *arguments)
+    if replicas == 1:
+        with serving(folder, *arguments) as server:
+            yield server.address, log
+        return
+    table = StepTimesFile.read(H200_STEP_TIMES)
+    slow = msgspec.structs.replace(table, ms={bucket: DEVICE_TIMES * time_ms for bucket, time_ms in table.ms.items()})
+    (folder / "step-times.json").write_bytes(msgspec.json.encode(slow))
+    sizes = ("--replicas", str(replicas), "--num-pages", "4000", "--page-size", str(table.key.page_size))
+    paced = {WORKER_VARIABLE: "benchmarks.paced.worker", STEP_TIMES_VARIABLE: str(folder / "step-times.json")}
+    with (
+        mock.patch.dict(os.environ, paced),
+        serving(folder, *sizes, "--token-budget", "512", *arguments, python_path=str(HOOK)) as server,
+    ):
         yield server.address, log
 
 
@@ -220,8 +245,10 @@ def main() -> None:
     if options.greedy is not None:
         be_greedy(options.greedy)
     arguments = [] if options.slots is None else ["--max-num-seqs", str(options.slots)]
-    arguments += ["--replicas", str(options.replicas)]
-    with tempfile.TemporaryDirectory() as folder, greedy_server(Path(folder), *arguments) as (address, step_log):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        greedy_server(Path(folder), options.replicas, *arguments) as (address, step_log),
+    ):
         print(compare(address, step_log, options.seconds))
 
 

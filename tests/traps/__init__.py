@@ -2,8 +2,8 @@
 
 Nothing of this is in the shipped code. `hook/sitecustomize.py` is imported by every Python process that has its folder
 on the import path. In a worker it wraps `ModelRunner.launch`, see `tests.traps.in_worker`; in a scheduler it may
-shorten what counts as a hang, see `tests.traps.in_scheduler`. In the processes of a server it lets a test count
-objects, see `tests.traps.counting`.
+shorten what counts as a hang and name another module as the worker's, see `tests.traps.in_scheduler`. In the processes
+of a server it lets a test count objects, see `tests.traps.counting`.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from typing import Literal
 
 FOLDER_VARIABLE = "GRAPHGEN_TEST_TRAPS"
 HUNG_VARIABLE = "GRAPHGEN_TEST_HUNG_S"
+WORKER_VARIABLE = "GRAPHGEN_TEST_WORKER"
 NEXT_STEP, SPRUNG = "next-step", "sprung"
 """Files in the folder, beside those that are named like token ids."""
 HOOK = Path(__file__).resolve().parent / "hook"
