@@ -7,7 +7,7 @@ prompts of the one whose turn it is, beside the decodes of all (of which some re
 
 - It takes at most n times what the decodes of another tenant would take alone (and a third more): a tenant's tokens
   come at the rate of its share, whatever prompts the others send. Where the smallest step with prompts takes longer,
-  steps without prompts follow it until their mean is a quarter more.
+  steps without prompts follow it until their mean is a quarter more, but no more than MOST_SKIPPED.
 - It takes at most n times what the prompts of that tenant would take alone, while it has no decodes: a short prompt
   does not wait for the long ones of others to be computed beside it.
 - A target of the tenant itself counts in full. One of another tenant counts as far as it leaves the prompts their n-th
@@ -61,6 +61,7 @@ class StepBounds:
         self._lone = LoneSteps(budget, running, admission)
         self._late: Tenant | None = None  # whose tokens come too late
         self._late_ms = 0.0  # by how much, all steps together
+        self._num_skipped = 0  # in a row
 
     def of(self, tenant: Tenant) -> Bounds:
         """For a step in which this tenant's prompts are computed first."""
@@ -84,13 +85,15 @@ class StepBounds:
         step_ms: what it would take with prompts; decode_ms: what it takes without.
         """
         if self._late is not gap.tenant:
-            self._late, self._late_ms = gap.tenant, 0.0
+            self._late, self._late_ms, self._num_skipped = gap.tenant, 0.0, 0
         mean_ms = MEAN_TOLERANCE * gap.share_ms
-        if self._late_ms > 0.0:
-            self._late_ms -= max(mean_ms - (decode_ms or 0.0), mean_ms / MOST_SKIPPED)
+        if self._late_ms > 0.0 and self._num_skipped < MOST_SKIPPED:
+            self._late_ms -= mean_ms - (decode_ms or 0.0)
+            self._num_skipped += 1
             return True
+        self._num_skipped = 0
         if step_ms is not None and step_ms > TOLERANCE * gap.share_ms:
-            self._late_ms = min(self._late_ms + step_ms, 2 * mean_ms) - mean_ms
+            self._late_ms = min(self._late_ms, 0.0) + step_ms - mean_ms
         return False
 
     def _gap(self, tenant: Tenant) -> Gap | None:

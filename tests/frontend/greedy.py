@@ -1,11 +1,12 @@
 """Two tenants at one server, one greedy in every way that the protocol allows: what does the modest one get?
 
     python -m tests.frontend.greedy --seconds 20
-    python -m tests.frontend.greedy --seconds 20 --replicas 2
+    python -m tests.frontend.greedy --seconds 20 --paced --replicas 2
 
-A `graphgen serve` of the embedded model on the CPU. Several engines there would share its cores, and each would be
-slower beside the others, whosever requests they run: each of several has a worker that waits for a device of its own
-instead (`benchmarks.paced`), DEVICE_TIMES as slow as that of a table. All else is real.
+A `graphgen serve` of the embedded model on the CPU. There all processes and several engines share the cores: what the
+modest client gets then hangs on what else runs, the greedy client and other programs included. --paced has workers that
+wait for a device of their own instead (`benchmarks.paced`); all else is real. Steps of that device take what they would
+on a CPU: so much for each row.
 
 The modest client sends one request after another, first alone, then beside a greedy client in a process of its own,
 which keeps as many samples open as a client may: priority 9, n of 16, prompts and outputs up to the model's context,
@@ -59,8 +60,8 @@ from tests.traps import HOOK, WORKER_VARIABLE
 PROMPT_LEN, OUTPUT_LEN = 200, 40
 PAUSE_S = 0.05
 """Between two requests of the modest client."""
-DEVICE_TIMES = 2.0
-"""So that two cores keep up with two engines: a decode takes 8 ms."""
+STEP_MS, ROW_MS = 4.0, 0.2
+"""Of a device that is waited for: of a step, and of each of its rows."""
 VOCABULARY = 200
 IMPATIENCE_S = 30.0
 """For a message, and for a whole request of the modest client."""
@@ -200,24 +201,35 @@ class Comparison(NamedTuple):
 
 
 @contextlib.contextmanager
-def greedy_server(folder: Path, replicas: int, *arguments: str) -> Iterator[tuple[str, Path]]:
+def greedy_server(folder: Path, *arguments: str, paced: bool = False) -> Iterator[tuple[str, Path]]:
     """The address of a server and its step log; of several engines, what the names of their logs begin with."""
-    log = folder / "steps.jsonl"
+    log, step_times = folder / "steps.jsonl", folder / "step-times.json"
     arguments = ("--step-log", str(log), *arguments)
-    if replicas == 1:
-        with serving(folder, *arguments) as server:
-            yield server.address, log
-        return
-    table = StepTimesFile.read(H200_STEP_TIMES)
-    slow = msgspec.structs.replace(table, ms={bucket: DEVICE_TIMES * time_ms for bucket, time_ms in table.ms.items()})
-    (folder / "step-times.json").write_bytes(msgspec.json.encode(slow))
-    sizes = ("--replicas", str(replicas), "--num-pages", "4000", "--page-size", str(table.key.page_size))
-    paced = {WORKER_VARIABLE: "benchmarks.paced.worker", STEP_TIMES_VARIABLE: str(folder / "step-times.json")}
+    environment: dict[str, str] = {}
+    if paced:
+        table = paced_device()
+        step_times.write_bytes(msgspec.json.encode(table))
+        environment = {WORKER_VARIABLE: "benchmarks.paced.worker", STEP_TIMES_VARIABLE: str(step_times)}
+        sizes = ("--num-pages", "4000", "--page-size", str(table.key.page_size), "--token-budget", "512")
+        arguments = (*sizes, *arguments)
     with (
-        mock.patch.dict(os.environ, paced),
-        serving(folder, *sizes, "--token-budget", "512", *arguments, python_path=str(HOOK)) as server,
+        mock.patch.dict(os.environ, environment),
+        serving(folder, *arguments, python_path=str(HOOK) if paced else "") as server,
     ):
         yield server.address, log
+
+
+def paced_device() -> StepTimesFile:
+    """With the buckets of an H200."""
+    table = StepTimesFile.read(H200_STEP_TIMES)
+    rows = {bucket: sum(map(int, bucket.split("+"))) for bucket in table.ms}
+    return msgspec.structs.replace(
+        table,
+        ms={bucket: STEP_MS + ROW_MS * num_rows for bucket, num_rows in rows.items()},
+        ms_per_decode_position=0.0,
+        ms_per_prompt_pair=0.0,
+        ms_per_chunk_position=0.0,
+    )
 
 
 def compare(address: str, step_log: Path, seconds: float) -> Comparison:
@@ -241,13 +253,15 @@ def main() -> None:
     parser.add_argument("--greedy", metavar="ADDRESS", help="be the greedy client of a server, for ever")
     parser.add_argument("--slots", type=int, help="requests that the server runs at once; default: its own")
     parser.add_argument("--replicas", type=int, default=1, help="engines of the server")
+    parser.add_argument("--paced", action="store_true", help="workers that wait instead of computing")
     options = parser.parse_args()
     if options.greedy is not None:
         be_greedy(options.greedy)
     arguments = [] if options.slots is None else ["--max-num-seqs", str(options.slots)]
+    arguments += ["--replicas", str(options.replicas)]
     with (
         tempfile.TemporaryDirectory() as folder,
-        greedy_server(Path(folder), options.replicas, *arguments) as (address, step_log),
+        greedy_server(Path(folder), *arguments, paced=options.paced) as (address, step_log),
     ):
         print(compare(address, step_log, options.seconds))
 

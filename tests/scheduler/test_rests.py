@@ -12,7 +12,7 @@ from graphgen.ipc.worker_messages import Bucket
 from graphgen.scheduler.lone_steps import MOST_TENANTS
 from graphgen.scheduler.rests import TURN_STEPS
 from tests.scheduler.harness import HEAVY_ROW_MS, Harness, make_limits, make_submit
-from tests.scheduler.virtual_time import Served, VirtualEngine, full_step_ms, percentile, slow_step_ms
+from tests.scheduler.virtual_time import Served, VirtualEngine, even_step_ms, full_step_ms, percentile, slow_step_ms
 
 MORE, LESS = 1.25, 0.75
 """Within a quarter."""
@@ -20,11 +20,13 @@ MORE, LESS = 1.25, 0.75
 StepMs = Callable[[Bucket], float]
 DEVICES = pytest.mark.parametrize(
     ("step_ms", "token_budget", "num_slots"),
-    [(full_step_ms, 1024, 256), (slow_step_ms, 256, 192), (slow_step_ms, 256, 8)],
-    ids=["gpu", "cpu", "cpu of 8 slots"],
+    [(full_step_ms, 1024, 256), (even_step_ms, 512, 64), (slow_step_ms, 256, 192), (slow_step_ms, 256, 8)],
+    ids=["gpu", "even rows", "cpu", "cpu of 8 slots"],
 )
 LOADS = pytest.mark.parametrize(
-    ("greedy_prompt", "greedy_output"), [(40, 3000), (600, 40)], ids=["outputs", "prompts and outputs"]
+    ("greedy_prompt", "greedy_output"),
+    [(40, 3000), (600, 40), (900, 400)],
+    ids=["outputs", "prompts and outputs", "long prompts and outputs"],
 )
 
 

@@ -34,6 +34,11 @@ def slow_step_ms(bucket: Bucket) -> float:
     return 34.0 + 0.5 * bucket.prefill_rows + 20.0 * bucket.decode_rows
 
 
+def even_step_ms(bucket: Bucket) -> float:
+    """Each row costs as much, of a prompt or of a decode: the smallest step with prompts is long for who decodes."""
+    return 4.0 + 0.2 * bucket.num_rows
+
+
 def table(buckets: Sequence[Bucket], step_ms: Callable[[Bucket], float]) -> StepTimeTable:
     times = tuple(BucketTime(bucket, step_ms(bucket)) for bucket in buckets)
     return StepTimeTable(times, DECODE_CONTEXT, PROMPT_START, MS_PER_POSITION, MS_PER_PAIR, 0.0)
