@@ -33,24 +33,22 @@ _OF_ENGINES = "step_s"
 class Frontends:
     """The one that serves this gateway, and the others."""
 
-    def __init__(self, own: RemoteCore, own_address: str = "", others: Sequence[str] = ()) -> None:
-        """own_address, others: their private addresses."""
+    def __init__(self, own: RemoteCore, others: Sequence[str]) -> None:
+        """others: their private addresses."""
         self._own = own
-        self._own_address = own_address
         self._addresses = others
         self._others: dict[str, RemoteCore] = {}
         self._lock = threading.Lock()
 
     def stats(self, question: StatsRequest) -> Stats:
         """Of all that answer, on any thread. Raises GraphgenError when its own does not."""
-        found = {self._own_address: self._own.stats(question)}
+        found = [self._own.stats(question)]
         if self._addresses:
             with self._lock:
                 for address in self._addresses:
                     with contextlib.suppress(GraphgenError):
-                        found[address] = self._core_of(address).stats(question)
-        in_order = [found[address] for address in sorted(found)]
-        return in_order[0] if len(found) == 1 else sum_of(in_order)
+                        found.append(self._core_of(address).stats(question))
+        return found[0] if len(found) == 1 else sum_of(found)
 
     def close(self) -> None:
         for core in (self._own, *self._others.values()):
@@ -63,8 +61,7 @@ class Frontends:
 
 
 def sum_of(stats: Sequence[Stats]) -> Stats:
-    """What the frontends count is added; what is the engines' is as the first one tells it: of engines that have ended
-    each frontend knows what they had counted when it was last asked."""
+    """What the frontends count is added; what is the engines' is as the first one tells it."""
     first = stats[0]
     metrics = [one.metrics for one in stats if one.metrics is not None]
     lives = [one.live for one in stats if one.live is not None]

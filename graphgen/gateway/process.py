@@ -43,7 +43,7 @@ def main(folder: Path, parent_pid: int, number: int) -> None:
     log_to_stderr(f"gateway-{number}", drops_repeats=True)
     settings = GatewaySettings.read(settings_file(folder, number))
     core = RemoteCore(settings.frontend, {})
-    frontends = Frontends(core, settings.frontend, settings.other_frontends)
+    frontends = Frontends(core, settings.other_frontends)
     try:
         service = Service(core, settings.model_names, settings.model, frontends)
         limit_memory(settings.memory_limit_bytes)

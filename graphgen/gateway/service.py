@@ -47,7 +47,7 @@ class Service:
     ) -> None:
         """core: of the frontend that serves its requests. frontends: all of the server; None: there is but this one."""
         self.core = core
-        self.frontends = Frontends(core) if frontends is None else frontends
+        self.frontends = Frontends(core, ()) if frontends is None else frontends
         self.model_names = model_names
         self.answers = Answers(core)
         self.parsers = ParserMaker(model.output_format)

@@ -11,30 +11,23 @@ from concurrent.futures import Future
 from graphgen.ipc.engine_messages import EngineStats
 from graphgen.ipc.errors import EngineDeadError
 from graphgen.router.engine_stats import sum_of
-from graphgen.router.kept_counts import KeptCounts
 
 
-def sum_answer(
-    asked: "dict[int, Future[EngineStats]]", engines: Collection[int], counts: KeptCounts
-) -> "Future[EngineStats]":
-    """Done when all are: the sum of those that answered, and each for itself. engines: the numbers of all. counts: of
-    those that answered before, which stay in the sum."""
+def sum_answer(asked: "dict[int, Future[EngineStats]]", engines: Collection[int]) -> "Future[EngineStats]":
+    """Done when all are: the sum of those that answered, and each for itself. engines: the numbers of all."""
     num_engines = max(engines, default=-1) + 1
     answer: Future[EngineStats] = Future()
     left = itertools.count(len(asked) - 1, -1)
 
-    def finish() -> None:
-        found = {number: one.result() for number, one in asked.items() if one.exception() is None}
-        answer.set_result(sum_of([found.get(number) for number in range(num_engines)], counts.take(found)))
-
     def take(_: "Future[EngineStats]") -> None:
         if next(left) == 0:
-            finish()
+            found = {number: one.result() for number, one in asked.items() if one.exception() is None}
+            answer.set_result(sum_of([found.get(number) for number in range(num_engines)]))
 
     for future in asked.values():
         future.add_done_callback(take)
     if not asked:
-        finish()
+        answer.set_result(sum_of([None] * num_engines))
     return answer
 
 

@@ -9,38 +9,31 @@ from graphgen.ipc.engine_messages import BucketSteps, EngineStats
 from graphgen.ipc.reports import EngineReport
 from graphgen.ipc.worker_messages import Bucket
 
-NOW = ("running", "waiting", "pages_free", "pages_total", "pages_cached", "buckets_captured", "buckets_total")
-"""Sums of what the engines have at this moment."""
-MOST = ("step_ms_p50", "step_ms_p95", "step_ms_p99", "step_ms_max", "worker_pause_s", "capture_ms_max")
-COUNTS = (
-    *("steps", "graph_replays", "eager_steps", "recompilations", "total_rows", "padding_rows", "decode_rows"),
-    *("preemptions", "finished", "refused", "deadline_misses", "poisoned", "numerical_errors", "worker_restarts"),
-    *("prefix_queries", "prefix_hits"),
-    *("ttft_targets_met", "ttft_targets_missed", "tpot_targets_met", "tpot_targets_missed"),
-)
-"""Sums over all that the engines have done. `buckets` and `steps_within_ms` count too, by bucket and by time."""
+_MOST = ("step_ms_p50", "step_ms_p95", "step_ms_p99", "step_ms_max", "worker_pause_s", "capture_ms_max")
+_OWN = ("padding_share", "worker_loss", "waiting_by_class", "buckets", "steps_within_ms", "recent_steps", "engines")
+"""What is neither a sum nor the most of any engine."""
 
 
-def sum_of(engines: Sequence[EngineStats | None], gone: Sequence[EngineStats] = ()) -> EngineStats:
+def sum_of(engines: Sequence[EngineStats | None]) -> EngineStats:
     """Counts are those of all engines together, step times those of the slowest. None: an engine that does not serve.
-    gone: of engines that have ended, and so of which only what they counted is left: see
-    `graphgen.router.kept_counts`.
 
     Recent steps have those of all engines, by the time they ended; `engines` has each engine's own.
     """
     found = [one for one in engines if one is not None]
-    counted = [*found, *gone]
-    values = {name: sum(getattr(one, name) for one in found) for name in NOW}
-    values |= {name: sum(getattr(one, name) for one in counted) for name in COUNTS}
-    values |= {name: max((getattr(one, name) for one in found), default=0.0) for name in MOST}
+    values = {
+        name: sum(getattr(one, name) for one in found)
+        for name in EngineStats.__struct_fields__
+        if name not in _MOST and name not in _OWN
+    }
+    values |= {name: max((getattr(one, name) for one in found), default=0.0) for name in _MOST}
     steps = sorted((step for one in found for step in one.recent_steps), key=lambda step: step.finished_s)
     return EngineStats(
         **values,
         padding_share=values["padding_rows"] / values["total_rows"] if values["total_rows"] else 0.0,
         worker_loss=next((one.worker_loss for one in found if one.worker_loss), ""),
         waiting_by_class=_added([one.waiting_by_class for one in found]),
-        buckets=_buckets(counted),
-        steps_within_ms=_added([one.steps_within_ms for one in counted]),
+        buckets=_buckets(found),
+        steps_within_ms=_added([one.steps_within_ms for one in found]),
         recent_steps=tuple(steps),
         engines=tuple(engines),
     )

@@ -23,7 +23,6 @@ from graphgen.requests.open_request import OpenRequest
 from graphgen.router.answers import first_answer, sum_answer
 from graphgen.router.engine_link import EngineLink, LinkPlace, MakeLink
 from graphgen.router.engine_states import EngineStates
-from graphgen.router.kept_counts import KeptCounts
 from graphgen.router.places import Follower, Places, Reporter
 
 POLL_S = 0.02
@@ -52,7 +51,6 @@ class Links:
         self._is_one = len(engines) == 1 and not routes
         self._report_asked_s = -REPORTED_FOR_S
         self._links: dict[int, EngineLink] = {}
-        self._counts = KeptCounts()
         self._states = EngineStates(self._lock)
         self._places = Places(self._links, self._states, self._lock, seed)
         try:
@@ -151,8 +149,7 @@ class Links:
         self._places.cancel(request_ids)
 
     def stats(self, timeout_s: float) -> EngineStats:
-        """A snapshot of all that serve; what several have counted stays when one of them ends. Raises EngineDeadError
-        when one does not answer in time."""
+        """A snapshot of all that serve. Raises EngineDeadError when one of them does not answer in time."""
         try:
             return self.ask_stats().result(timeout_s)
         except FutureTimeoutError:
@@ -166,7 +163,7 @@ class Links:
         with self._lock:
             self._places.raise_fault()
             asked = {number: self._links[number].ask_stats(steps) for number in sorted(self._states)}
-        return sum_answer(asked, self._links, self._counts)
+        return sum_answer(asked, self._links)
 
     def ask_probe(self) -> "Future[None]":
         """Is done when scheduler, worker and device of some engine have answered, behind the steps in flight."""
@@ -265,7 +262,6 @@ class Links:
             link = self._links.pop(number)
             self._states.forget(number)
             self._places.forget(number)
-            self._counts.remove(number)
         link.close()
 
     def tick(self) -> None:

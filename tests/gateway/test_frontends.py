@@ -111,7 +111,7 @@ def others(monkeypatch: pytest.MonkeyPatch) -> dict[str, Core]:
 
 
 def test_a_frontend_that_is_away_is_left_out_until_it_answers(others: dict[str, Core]) -> None:
-    all_of_them = Frontends(Core(ONE), "", ("ipc://a", "ipc://b"))  # type: ignore[arg-type]  # what it asks of a core
+    all_of_them = Frontends(Core(ONE), ("ipc://a", "ipc://b"))  # type: ignore[arg-type]  # what it asks of a core
     assert all_of_them.stats(QUESTION) == ONE
     others["ipc://b"] = Core(OTHER)
     assert all_of_them.stats(QUESTION).sessions == ONE.sessions + OTHER.sessions
@@ -124,16 +124,7 @@ def test_a_frontend_that_is_away_is_left_out_until_it_answers(others: dict[str, 
     assert all(core.closed for core in others.values())
 
 
-def test_all_gateways_take_the_engines_counts_from_one_frontend(others: dict[str, Core]) -> None:
-    """Else a scrape that comes to another gateway than the one before may see a count fall."""
-    others |= {"ipc://a": Core(ONE), "ipc://b": Core(replace(OTHER, steps=ONE.steps - 1))}
-    one = Frontends(others["ipc://a"], "ipc://a", ("ipc://b",))  # type: ignore[arg-type]  # as above
-    other = Frontends(others["ipc://b"], "ipc://b", ("ipc://a",))  # type: ignore[arg-type]  # as above
-    assert one.stats(QUESTION) == other.stats(QUESTION)
-    assert other.stats(QUESTION).steps == ONE.steps
-
-
 def test_without_its_own_frontend_a_gateway_tells_nothing(others: dict[str, Core]) -> None:
     others["ipc://a"] = Core(OTHER)
     with pytest.raises(ConnectionLostError):
-        Frontends(Core(ONE, fails=True), "", ("ipc://a",)).stats(QUESTION)  # type: ignore[arg-type]  # as above
+        Frontends(Core(ONE, fails=True), ("ipc://a",)).stats(QUESTION)  # type: ignore[arg-type]  # as above
