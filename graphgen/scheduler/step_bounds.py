@@ -30,7 +30,8 @@ MEAN_TOLERANCE = 5 / 4
 """The same of the mean of steps where even the smallest step with prompts is longer than TOLERANCE allows."""
 
 MOST_SKIPPED = 16
-"""Steps in a row that have no prompts because those before took too long: prompts advance however slow they are."""
+"""Steps in a row that have no prompts because those before took too long: prompts advance however slow they are. What
+is not made up for by then is forgotten."""
 
 
 class Gap(NamedTuple):
@@ -80,20 +81,22 @@ class StepBounds:
         return Bounds(self._target_ms(tenant), most_ms, gap)
 
     def skips_prompts(self, gap: Gap, step_ms: float | None, decode_ms: float | None) -> bool:
-        """Whether the step goes without prompts, since steps before took too long.
+        """Whether the step goes without prompts, since one before took too long.
 
         step_ms: what it would take with prompts; decode_ms: what it takes without.
         """
         if self._late is not gap.tenant:
-            self._late, self._late_ms, self._num_skipped = gap.tenant, 0.0, 0
+            self._late, self._late_ms = gap.tenant, 0.0
         mean_ms = MEAN_TOLERANCE * gap.share_ms
-        if self._late_ms > 0.0 and self._num_skipped < MOST_SKIPPED:
-            self._late_ms -= mean_ms - (decode_ms or 0.0)
-            self._num_skipped += 1
-            return True
+        if self._late_ms > 0.0:
+            if self._num_skipped < MOST_SKIPPED:
+                self._num_skipped += 1
+                self._late_ms -= mean_ms - (decode_ms or 0.0)
+                return True
+            self._late_ms = 0.0
         self._num_skipped = 0
         if step_ms is not None and step_ms > TOLERANCE * gap.share_ms:
-            self._late_ms = min(self._late_ms, 0.0) + step_ms - mean_ms
+            self._late_ms += step_ms - mean_ms
         return False
 
     def _gap(self, tenant: Tenant) -> Gap | None:

@@ -13,10 +13,17 @@ SHARE_MS = 8.0
 NOT_ASKED: Any = None
 
 
+def bounds_of_steps() -> StepBounds:
+    return StepBounds(NOT_ASKED, NOT_ASKED, NOT_ASKED, NOT_ASKED)
+
+
+def some_gap() -> Gap:
+    return Gap(cast(Tenant, object()), SHARE_MS)
+
+
 def steps_with_prompts(step_ms: float, decode_ms: float, count: int = 2000) -> list[bool]:
     """Of so many steps in a row, each time that there are prompts to compute."""
-    bounds = StepBounds(NOT_ASKED, NOT_ASKED, NOT_ASKED, NOT_ASKED)
-    gap = Gap(cast(Tenant, object()), SHARE_MS)
+    bounds, gap = bounds_of_steps(), some_gap()
     return [not bounds.skips_prompts(gap, step_ms, decode_ms) for _ in range(count)]
 
 
@@ -37,3 +44,22 @@ def test_prompts_go_on_in_one_of_so_many_steps_however_long_those_take(step_ms: 
 
 def test_steps_within_the_share_are_never_without_prompts() -> None:
     assert all(steps_with_prompts(TOLERANCE * SHARE_MS, 4.0))
+
+
+def test_what_is_not_made_up_for_in_so_many_steps_is_forgotten() -> None:
+    """Also where the next steps with prompts are short, and where decodes take too long to make up for anything."""
+    bounds, gap = bounds_of_steps(), some_gap()
+    assert not bounds.skips_prompts(gap, 500.0, 4.0)
+    skipped = [bounds.skips_prompts(gap, 9.0, 4.0) for _ in range(100)]
+    assert skipped == [True] * MOST_SKIPPED + [False] * (100 - MOST_SKIPPED)
+    assert not bounds.skips_prompts(gap, 30.0, 10.2)
+    skipped = [bounds.skips_prompts(gap, 10.5, 10.2) for _ in range(100)]
+    assert skipped == [True] * MOST_SKIPPED + [False] * (100 - MOST_SKIPPED)
+
+
+def test_one_tenants_late_tokens_are_not_anothers() -> None:
+    bounds, one, other = bounds_of_steps(), some_gap(), some_gap()
+    assert not bounds.skips_prompts(one, 500.0, 4.0)
+    assert all(bounds.skips_prompts(one, 9.0, 4.0) for _ in range(3))
+    assert not bounds.skips_prompts(other, 500.0, 4.0)
+    assert [bounds.skips_prompts(other, 9.0, 4.0) for _ in range(20)].count(True) == MOST_SKIPPED
