@@ -39,7 +39,6 @@ def test_health_asks_the_worker(frontend: Frontend) -> None:
 
 def test_health_of_a_worker_that_does_not_answer(frontend: Frontend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graphgen.server.frontend.monitor.TIMEOUT_S", 0.3)
-    monkeypatch.setattr(frontend.server._monitor._health, "_timeout_s", 0.3)
     control = frontend.connect(control=True)
     for _ in range(2):  # the second finds the question on its way
         control.send(HealthRequest())
@@ -114,3 +113,24 @@ def test_an_engine_that_is_started_again_costs_the_open_requests_and_no_session(
     submit = frontend.scheduler.expect(Submit)
     frontend.scheduler.send_tokens(submit.request_id, [3])
     assert client.expect(Delta).id == 3
+
+
+def test_who_waits_for_the_health_of_an_engine_that_ends_is_told_at_once(frontend: Frontend) -> None:
+    client = frontend.welcome()
+    client.send(HealthRequest())
+    frontend.scheduler.expect(Probe)
+    frontend.supervisor.send(EngineLost("the engine ended", restarts=True))
+    health = client.expect(Health)
+    assert (health.status, health.ready) == ("stalled", False)
+
+
+def test_who_waits_for_statistics_of_an_engine_that_ends_gets_those_of_the_next(frontend: Frontend) -> None:
+    client = frontend.welcome()
+    client.send(StatsRequest())
+    frontend.scheduler.expect(SchedulerStatsRequest)
+    frontend.supervisor.send(EngineLost("the engine ended", restarts=True))
+    frontend.scheduler.expect(Attach)
+    frontend.scheduler.send(READY)
+    frontend.scheduler.expect(SchedulerStatsRequest)
+    frontend.scheduler.send(STATS)
+    assert client.expect(Stats).running == STATS.running

@@ -3,13 +3,12 @@
 Owns the questions to the engine. Used on the server's loop; answers arrive through the inbox.
 """
 
-import contextlib
 import functools
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from msgspec import structs
 
@@ -39,6 +38,13 @@ TIMEOUT_S = 5.0
 """After so long without an answer the worker counts as stalled: no step takes a tenth of that."""
 
 
+class _RoundTrip(NamedTuple):
+    """Of a probe through scheduler, worker and device."""
+
+    seconds: float  # that it took, or was waited for
+    came_back: bool
+
+
 class Monitor:
     """Answers `stats_request` and `health_request`."""
 
@@ -55,8 +61,8 @@ class Monitor:
         self._watched_s = -WATCHED_FOR_S
         self._steps: deque[StepSummary] = deque(maxlen=KEPT_STEPS)
         self._num_steps = 0  # of several engines, that were heard of
-        self._stats: SharedQuestion[EngineStats] = SharedQuestion(self._ask_stats, FRESH_S, TIMEOUT_S)
-        self._health: SharedQuestion[float] = SharedQuestion(self._ask_health, FRESH_S, TIMEOUT_S)
+        self._stats: SharedQuestion[EngineStats] = SharedQuestion(self._ask_stats, FRESH_S)
+        self._health: SharedQuestion[_RoundTrip] = SharedQuestion(self._ask_health, FRESH_S)
 
     def stats(self, question: StatsRequest, reply: Callable[[Stats], None], now_s: float) -> None:
         """`reply` is called with the statistics, soon; while the engine does not answer, only where metrics were asked
@@ -71,23 +77,26 @@ class Monitor:
         self._stats.ask(lambda engine: reply(self._describe(engine, question)), now_s)
 
     def health(self, reply: Callable[[Health], None], now_s: float) -> None:
-        """`reply` is called when the worker has answered, or has not for TIMEOUT_S."""
+        """`reply` is called when the worker has answered, or has not for TIMEOUT_S, or its engine has ended."""
+
+        def judge(trip: _RoundTrip) -> None:
+            status = "draining" if self.draining else "ok" if trip.came_back else "stalled"
+            is_ready = trip.came_back and not self.draining
+            reply(Health(status=status, ready=is_ready, worker_ms=round(trip.seconds * 1000, 3)))
 
         if self.engine_is_lost:
-            reply(Health(status="draining" if self.draining else "stalled", ready=False, worker_ms=0.0))
+            judge(_RoundTrip(0.0, came_back=False))
             return
-
-        def judge(worker_s: float) -> None:
-            alive = worker_s < TIMEOUT_S
-            status = "draining" if self.draining else "ok" if alive else "stalled"
-            reply(Health(status=status, ready=alive and not self.draining, worker_ms=round(worker_s * 1000, 3)))
-
         self._health.ask(judge, now_s)
 
     def tick(self, now_s: float) -> None:
+        """Ten times a second."""
         waited_s = self._health.waited_s(now_s)
-        if waited_s >= TIMEOUT_S:
-            self._health.give_up(waited_s, now_s)
+        if self.engine_is_lost or waited_s >= TIMEOUT_S:
+            self._health.give_up(_RoundTrip(waited_s, came_back=False))
+        if not self.engine_is_lost:
+            self._stats.ask_again()
+            self._health.ask_again()
 
     def _ask_stats(self) -> None:
         is_watched = time.monotonic() - self._watched_s < WATCHED_FOR_S
@@ -103,7 +112,7 @@ class Monitor:
 
     def _ask_health(self) -> None:
         def take(_: None, took_s: float) -> None:
-            self._health.answered(took_s, time.monotonic())
+            self._health.answered(_RoundTrip(took_s, took_s < TIMEOUT_S), time.monotonic())
 
         self._ask(self._links.ask_probe, take, self._health.lost)
 
@@ -114,7 +123,7 @@ class Monitor:
         lose: Callable[[], None],
     ) -> None:
         """Asks the engine; `take` gets the answer and how long it took, on the loop. `lose` is called when the engine
-        ends before it answers."""
+        ends before it answers, or has ended."""
         asked_s = time.monotonic()
 
         def leave(future: "Future[Answer]") -> None:  # on the client's receiving thread
@@ -125,8 +134,12 @@ class Monitor:
                 self._inbox.put(lose)
             self._inbox.wake()
 
-        with contextlib.suppress(GraphgenError):  # the engine has died: the supervisor will say so
-            ask().add_done_callback(leave)
+        try:
+            future = ask()
+        except GraphgenError:  # the engine has died: the supervisor will say so
+            lose()
+        else:
+            future.add_done_callback(leave)
 
     def _describe(self, engine: EngineStats, question: StatsRequest) -> Stats:
         return Stats(
