@@ -36,7 +36,7 @@ from tests.ipc.foreign_clients import LANGUAGES
 from tests.ipc.foreign_streams import foreign_streams
 from tests.kills import becomes_idle
 from tests.serving import ServerProcess, is_alive, serving
-from tests.worker_deaths import Reader, Reading, all_have_more, make_requests, wait_for
+from tests.worker_deaths import Reader, Reading, all_have_more, check_tokens, make_requests, wait_for
 
 REPLICAS, STREAMS, DRAINS = 4, 64, 20
 CLIENTS = ["python", *(one.name for one in LANGUAGES)]
@@ -132,7 +132,7 @@ def run(
                         stack.enter_context(foreign_streams(language, Path(folder), server.address, batch.requests))
                     )
                 batches[0].readers.extend(Reader(client, *request) for request in batches[0].requests)
-                _one_round(server, chance, left, batches, figures)
+                _one_round(server, client, chance, left, batches, figures)
             wait_for(lambda: client.health().ready, "an engine that serves")
         resume_all(server)
         wait_for(lambda: num_serving(client) == replicas, "all engines to serve again")
@@ -181,7 +181,12 @@ def num_serving(client: Client) -> int:
 
 
 def _one_round(
-    server: ServerProcess, chance: random.Random, left: list[str], batches: Sequence[Batch], figures: Figures
+    server: ServerProcess,
+    client: Client,
+    chance: random.Random,
+    left: list[str],
+    batches: Sequence[Batch],
+    figures: Figures,
 ) -> None:
     """Requests from their first token to their last, and as many of the deaths as strike meanwhile."""
     readers = [reader for batch in batches for reader in batch.readers]
@@ -196,11 +201,11 @@ def _one_round(
         figures.resumed_s.append(wait_for(lambda: all_have_more(counts, readers), "everybody's turn"))  # noqa: B023  # called before the next turn
     wait_for(lambda: all(reader.ended for reader in readers), "the end of every stream")
     for batch in batches:
-        for reader, token_ids in zip(batch.readers, batch.expected, strict=True):
+        for reader, request, token_ids in zip(batch.readers, batch.requests, batch.expected, strict=True):
             assert reader.error is None, (
                 f"a stream of the {batch.client} client ended with {reader.error!r}\n{server.output}"
             )
-            assert reader.token_ids == token_ids, f"tokens of the {batch.client} client were lost, doubled or changed"
+            check_tokens(client, request, reader.token_ids, token_ids)
             figures.streams += 1
             figures.tokens += len(token_ids)
 

@@ -48,6 +48,8 @@ from tests.traps import Harm, Traps
 STREAMS = 64
 SETTINGS = {"device": "cpu", "dtype": "float32", "cpu_threads": 1, "num_pages": 400, "max_num_seqs": 48}
 WAIT_S = 120.0
+COMPANY = (1, 4, 16)
+"""How many of a request run together where its output is compared once more."""
 SERVED_S = 0.5
 """A stream whose newest token is younger than this is being served: every step has a token for it."""
 
@@ -252,6 +254,32 @@ def make_requests(chance: random.Random, count: int) -> list[tuple[list[int], Sa
     return requests
 
 
+def check_tokens(
+    engine: Engine | Client,
+    request: tuple[list[int], SamplingParams],
+    token_ids: Sequence[int],
+    expected: Sequence[int],
+) -> None:
+    """Raises AssertionError for an output that no undisturbed run gives.
+
+    expected: of one such run. Where two tokens are as likely to the sixth digit, it hangs on what else a step computes
+    which of them comes: products of other shapes round otherwise. So runs in other company count as well.
+    """
+    if list(token_ids) == list(expected):
+        return
+    prompt, sampling = request
+    for count in COMPANY:
+        outputs = engine.generate([prompt] * count, [sampling] * count)
+        if any(list(token_ids) == list(output.token_ids) for output in outputs):
+            return
+    pairs = enumerate(zip(token_ids, expected, strict=False))
+    place = next((at for at, (one, other) in pairs if one != other), min(len(token_ids), len(expected)))
+    raise AssertionError(
+        f"tokens were lost, doubled or changed: {len(token_ids)} came, {len(expected)} were expected, from {place} on"
+        f" {list(token_ids[place : place + 8])} instead of {list(expected[place : place + 8])}; {request}"
+    )
+
+
 def wait_for(condition: Callable[[], bool], what: str) -> float:
     """Seconds until the condition holds. Raises TimeoutError."""
     begun_s = time.monotonic()
@@ -354,14 +382,14 @@ def _one_round(victim: Victim, deaths: list[Kind], streams: int, figures: Figure
                 figures.recomputed_s.append(time.time() - victim.notices.served_s)
             others_s = wait_for(lambda: all_have_more(counts, readers), "everybody's turn")  # noqa: B023  # as above
             figures.all_resumed_s.append(resumed_s + others_s)
-    for reader, token_ids in zip(readers, expected, strict=True):
+    for reader, request, token_ids in zip(readers, requests, expected, strict=True):
         reader.thread.join(WAIT_S)
         if is_quick and isinstance(reader.error, PoisonedRequestError):
             figures.num_poisoned += 1
-            token_ids = token_ids[: len(reader.token_ids)]
+            assert reader.token_ids == list(token_ids[: len(reader.token_ids)]), "tokens were lost, doubled or changed"
         else:
             assert reader.error is None, f"a stream ended with {reader.error!r}"
-        assert reader.token_ids == list(token_ids), "tokens were lost, doubled or changed"
+            check_tokens(engine, request, reader.token_ids, token_ids)
     for helper in victim.helpers:
         helper.thread.join(WAIT_S)
     victim.helpers.clear()
