@@ -32,9 +32,8 @@ from statistics import median
 from typing import NamedTuple
 from unittest import mock
 
-import msgspec
 import zmq
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from benchmarks.paced.worker import STEP_TIMES_VARIABLE
 from benchmarks.simulated_machine import H200_STEP_TIMES
@@ -54,14 +53,13 @@ from graphgen.ipc.ggp.messages import (
 )
 from graphgen.launch.step_times_store import StepTimesFile
 from tests import ROOT
+from tests.scheduler.virtual_time import even_step_ms
 from tests.serving import serving
 from tests.traps import HOOK, WORKER_VARIABLE
 
 PROMPT_LEN, OUTPUT_LEN = 200, 40
 PAUSE_S = 0.05
 """Between two requests of the modest client."""
-STEP_MS, ROW_MS = 4.0, 0.2
-"""Of a device that is waited for: of a step, and of each of its rows."""
 VOCABULARY = 200
 IMPATIENCE_S = 30.0
 """For a message, and for a whole request of the modest client."""
@@ -208,7 +206,7 @@ def greedy_server(folder: Path, *arguments: str, paced: bool = False) -> Iterato
     environment: dict[str, str] = {}
     if paced:
         table = paced_device()
-        step_times.write_bytes(msgspec.json.encode(table))
+        step_times.write_bytes(table.encode())
         environment = {WORKER_VARIABLE: "benchmarks.paced.worker", STEP_TIMES_VARIABLE: str(step_times)}
         sizes = ("--num-pages", "4000", "--page-size", str(table.key.page_size), "--token-budget", "512")
         arguments = (*sizes, *arguments)
@@ -221,11 +219,10 @@ def greedy_server(folder: Path, *arguments: str, paced: bool = False) -> Iterato
 
 def paced_device() -> StepTimesFile:
     """With the buckets of an H200."""
-    table = StepTimesFile.read(H200_STEP_TIMES)
-    rows = {bucket: sum(map(int, bucket.split("+"))) for bucket in table.ms}
-    return msgspec.structs.replace(
-        table,
-        ms={bucket: STEP_MS + ROW_MS * num_rows for bucket, num_rows in rows.items()},
+    file = StepTimesFile.read(H200_STEP_TIMES)
+    return structs.replace(
+        file,
+        ms={str(time.bucket): even_step_ms(time.bucket) for time in file.table.times},
         ms_per_decode_position=0.0,
         ms_per_prompt_pair=0.0,
         ms_per_chunk_position=0.0,
