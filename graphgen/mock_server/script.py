@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from graphgen.ipc.errors import ConfigError
+from graphgen.ipc.ggp import limits
 from graphgen.ipc.ggp.codes import CODES
 
 Delay = Annotated[float, Meta(ge=0, le=3_600_000)]
@@ -110,6 +111,7 @@ class Script(Struct, frozen=True, forbid_unknown_fields=True):
         "template_arguments",
     )
     heartbeat_ms: Annotated[int, Meta(ge=1)] = 1000
+    frame_bytes: Annotated[int, Meta(ge=256, le=limits.MAX_FRAME_BYTES)] = limits.MAX_FRAME_BYTES
     prompt_tokens: Annotated[int, Meta(ge=2)] = 8192
     text_bytes: Annotated[int, Meta(ge=1)] = 1 << 20
     open_requests: Annotated[int, Meta(ge=1)] = 256

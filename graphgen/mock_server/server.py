@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
-from graphgen.ipc.ggp import limits
 from graphgen.ipc.ggp.framing import (
     CHOSEN_ID,
     FrameError,
@@ -73,7 +72,7 @@ class MockServer:
     def __init__(self, script: Script, bind: str, control: str, keys: Keys | None = None) -> None:
         self._script = script
         self._framing = server_framing()
-        self._sockets = Sockets(bind, control, keys)
+        self._sockets = Sockets(bind, control, keys, script.frame_bytes)
         self._instance = secrets.token_hex(4)
         self._sessions: dict[bytes, _Session] = {}
         self._due: list[tuple[float, int, _Session, int, _Open]] = []
@@ -214,7 +213,7 @@ class MockServer:
             eos_token_ids=[EOS_ID],
             features=list(script.features),
             limits=ServerLimits(
-                frame_bytes=limits.MAX_FRAME_BYTES,
+                frame_bytes=script.frame_bytes,
                 prompt_tokens=script.prompt_tokens,
                 text_bytes=script.text_bytes,
                 open_requests=script.open_requests,

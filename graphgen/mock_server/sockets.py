@@ -11,7 +11,6 @@ import zmq
 
 from graphgen.base.addresses import SocketFile, bind
 from graphgen.ipc.errors import ConfigError
-from graphgen.ipc.ggp import limits
 
 LINGER_MS = 200
 REBIND_S = 5.0
@@ -28,8 +27,9 @@ class Keys(NamedTuple):
 class Sockets:
     """Data and control socket, until `close`."""
 
-    def __init__(self, data: str, control: str, keys: Keys | None) -> None:
+    def __init__(self, data: str, control: str, keys: Keys | None, frame_bytes: int) -> None:
         self._keys = keys
+        self._frame_bytes = frame_bytes
         self._context = zmq.Context()
         self._bind_both(data, control)
 
@@ -85,7 +85,7 @@ class Sockets:
         while True:
             socket = self._context.socket(zmq.ROUTER)
             socket.linger = LINGER_MS
-            socket.maxmsgsize = limits.MAX_FRAME_BYTES
+            socket.maxmsgsize = self._frame_bytes
             socket.sndhwm = 0  # the mock keeps what a slow reader has not taken
             socket.router_mandatory = True  # or messages to a peer that is gone would vanish unseen
             if self._keys is not None:

@@ -1,7 +1,7 @@
 """The connection of a Python client: one thread that owns the socket, and the requests that are open.
 
-Owns the session: its hello, its pings, its loss, and that a request which never reached a session is sent again. Any
-thread may call it. Made by `graphgen.remote.core`.
+Owns the session: its hello, its pings, its loss, and that a request which never reached a session is sent in the next
+one. Any thread may call it. Made by `graphgen.remote.core`.
 """
 
 import contextlib
@@ -60,6 +60,8 @@ SILENT_HEARTBEATS = 3
 """A server that has said nothing for so many heartbeats is asked whether it lives."""
 LOST_S = 10.0
 """A server that has said nothing for so long, while requests are open, is given up."""
+HELLO_AGAIN_S = 1.0
+"""After so long without a welcome a hello is repeated: it may have gone with the connection that it was sent on."""
 AWAY_S = 1.0
 """A loop that comes round after more than this was stopped itself: what the server said meanwhile is still unread."""
 ANSWER_TIMEOUT_S = 10.0
@@ -87,8 +89,8 @@ class Connection:
         self._unsent: deque[AnyRequest] = deque()  # beyond the server's limit of open requests
         self._stats: list[tuple[StatsRequest, Future[Stats]]] = []
         self._health: list[Future[Health]] = []
-        self._helloing = True
-        self._heard_s = time.monotonic()
+        self._helloing = True  # until the server's welcome: there is no session
+        self._hello_s = self._heard_s = time.monotonic()
         self._first_welcome: Future[Welcome] = Future()
         self._welcome: Welcome | None = None
         self._send(HELLO)
@@ -160,7 +162,8 @@ class Connection:
 
         def send() -> None:
             wait(answer)
-            self._send(question)
+            if not self._helloing:
+                self._send(question)
 
         self._call(send)
         try:
@@ -207,7 +210,8 @@ class Connection:
     def _receive(self) -> None:
         """All that has arrived."""
         while (message := self._data.receive()) is not None:
-            self._heard_s = time.monotonic()
+            if not self._helloing:  # else a welcome is all that helps
+                self._heard_s = time.monotonic()
             if isinstance(message, FrameError):
                 self._leave_session(message)
             else:
@@ -284,27 +288,32 @@ class Connection:
 
     def _take_welcome(self, welcome: Welcome) -> None:
         self._helloing = False
+        self._heard_s = time.monotonic()
         self._welcome = welcome
         if not self._first_welcome.done():
             self._first_welcome.set_result(welcome)
-        self._send_more()
-
-    def _renew_session(self) -> None:
-        """The server does not know us: it is another, or the connection broke. What it had accepted is lost; what had
-        not got so far is sent again, behind the new hello. Until the welcome, its refusals are of the old session."""
-        self._helloing = True
-        self._send(HELLO)
-        for request in list(self._requests.values()):
-            if request.accepted:
-                del self._requests[request.message.id]
-                lost = ConnectionLostError(f"{self._server.address} lost the session: ask again")
-                _deliver_all(request.sink, request.take_failure(lost))
-            else:
-                self._send(request.message)
         for question, _ in self._stats:
             self._send(question)
         if self._health:
             self._send(HealthRequest())
+        self._send_more()
+
+    def _renew_session(self) -> None:
+        """The server does not know us: it is another, or the connection broke. What it had accepted is lost; what had
+        not got so far is sent in the new session, within the limits of its server. Until the welcome, what the server
+        refuses is of the old session."""
+        self._helloing = True
+        self._hello()
+        requests, self._requests = self._requests, {}
+        self._unsent.extendleft(request for request in reversed(requests.values()) if not request.accepted)
+        for request in requests.values():
+            if request.accepted:
+                lost = ConnectionLostError(f"{self._server.address} lost the session: ask again")
+                _deliver_all(request.sink, request.take_failure(lost))
+
+    def _hello(self) -> None:
+        self._hello_s = time.monotonic()
+        self._send(HELLO)
 
     def _leave_session(self, error: FrameError) -> None:
         """A message that cannot be read may have held tokens of any request. The next one finds no session, and says
@@ -314,17 +323,23 @@ class Connection:
         self._fail_all(ConnectionLostError(f"{self._server.address} sent what is no message ({error}): report this"))
 
     def _submit(self, requests: Sequence[AnyRequest]) -> None:
-        if not self._requests:
+        if not self._is_waiting:
             self._heard_s = time.monotonic()  # nobody had a reason to speak
         self._unsent.extend(requests)
         self._send_more()
 
     def _send_more(self) -> None:
-        limit = self._welcome.limits.open_requests if self._welcome is not None else 0
-        while self._unsent and len(self._requests) < limit:
+        """What the server takes beside what is open. What is too large for it has its error now."""
+        if self._helloing or self._welcome is None:
+            return
+        limits = self._welcome.limits
+        while self._unsent and len(self._requests) < limits.open_requests:
             request = self._unsent.popleft()
-            self._requests[request.message.id] = request
-            self._send(request.message)
+            error = self._data.send_request(request.message, limits)
+            if error is None:
+                self._requests[request.message.id] = request
+            else:
+                _deliver_all(request.sink, request.take_failure(error))
 
     def _cancel(self, request_ids: Sequence[int]) -> None:
         for request_id in request_ids:
@@ -334,14 +349,23 @@ class Connection:
                 self._unsent = deque(one for one in self._unsent if one.message.id != request_id)
         self._send_more()
 
+    @property
+    def _is_waiting(self) -> bool:
+        """For anything that the server would have to say."""
+        return bool(self._requests or (self._helloing and (self._unsent or self._stats or self._health)))
+
     def _watch(self, now_s: float) -> None:
-        if not self._requests or self._welcome is None:
+        if self._welcome is None or not self._is_waiting:
             return
         silent_s = now_s - self._heard_s
         if silent_s > LOST_S:
             for request_id in self._requests:
                 self._send(Cancel(id=request_id))
-            self._fail_all(ConnectionLostError(f"{self._server.address} has said nothing for {LOST_S:g} s: ask again"))
+            what = "gives no session" if self._helloing else "has said nothing"
+            self._fail_all(ConnectionLostError(f"{self._server.address} {what} for {LOST_S:g} s: ask again"))
+        elif self._helloing:
+            if now_s - self._hello_s > HELLO_AGAIN_S:
+                self._hello()
         elif silent_s > SILENT_HEARTBEATS * self._welcome.heartbeat_ms / 1000:
             self._send(Ping())
 

@@ -11,10 +11,11 @@ from collections import deque
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from graphgen.ipc.errors import ConfigError
+from graphgen.ipc.errors import ConfigError, GraphgenError
 from graphgen.ipc.ggp.framing import FrameError, client_framing
-from graphgen.ipc.ggp.messages import ClientMessage, ServerMessage
+from graphgen.ipc.ggp.messages import ClientMessage, Generate, ServerLimits, ServerMessage
 from graphgen.remote.address import ServerAddress
+from graphgen.remote.frame_limit import refusal
 
 logger = logging.getLogger("graphgen")
 
@@ -44,7 +45,7 @@ class DataSocket:
         self.socket = socket
         self.monitor = monitor
         self._framing = client_framing()
-        self._outgoing: deque[ClientMessage] = deque()  # while there is no connection that could take them
+        self._outgoing: deque[tuple[bytes, bytes]] = deque()  # while there is no connection that could take them
 
     @classmethod
     def connecting(cls, server: ServerAddress, context: "zmq.Context[zmq.Socket[bytes]]") -> "DataSocket":
@@ -60,14 +61,24 @@ class DataSocket:
         return cls(socket, monitor)
 
     def send(self, message: ClientMessage) -> None:
-        self._outgoing.append(message)
+        self._outgoing.append(self._framing.encode(message))
         self.flush()
+
+    def send_request(self, message: Generate, limits: ServerLimits) -> GraphgenError | None:
+        """Sends it, unless it is larger than the server takes: such a frame would end the connection, and with it all
+        that is open. Then why it was not sent."""
+        frames = self._framing.encode(message)
+        error = refusal(message, len(frames[1]), limits)
+        if error is None:
+            self._outgoing.append(frames)
+            self.flush()
+        return error
 
     def flush(self) -> None:
         """Sends what waits. A socket whose handshake failed has nowhere to put a message, and would wait for ever."""
         while self._outgoing:
             try:
-                self.socket.send_multipart(self._framing.encode(self._outgoing[0]), zmq.NOBLOCK)
+                self.socket.send_multipart(self._outgoing[0], zmq.NOBLOCK)
             except zmq.Again:
                 return
             self._outgoing.popleft()

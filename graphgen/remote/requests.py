@@ -240,9 +240,9 @@ def wire_sampling(sampling: SamplingParams) -> Sampling:
 def exception_of(error: Error) -> GraphgenError:
     """What an in-process engine would have raised; ServerError for what only a server can say."""
     match error.code:
-        case "bad_request" | "too_large":
+        case "bad_request":
             return InvalidRequestError(error.message)
-        case "never_fits":
+        case "never_fits" | "too_large":
             return PromptTooLongError(error.message)
         case "overloaded":
             return OverloadedError(error.message, (error.retry_after_ms or 0) / 1000)

@@ -16,7 +16,7 @@ from graphgen.base.inbox import Inbox
 from graphgen.base.version import __version__
 from graphgen.ipc.errors import GraphgenError
 from graphgen.ipc.ggp.framing import FrameError
-from graphgen.ipc.ggp.messages import Bye, ClientMessage, Hello, ServerMessage, Welcome
+from graphgen.ipc.ggp.messages import Bye, ClientMessage, Generate, Hello, ServerLimits, ServerMessage, Welcome
 from graphgen.remote.address import ServerAddress
 from graphgen.remote.data_socket import DataSocket, Event
 
@@ -81,6 +81,10 @@ class Lives:
         """Nothing is kept for a later life."""
         if self._socket is not None:
             self._socket.send(message)
+
+    def send_request(self, message: Generate, limits: ServerLimits) -> GraphgenError | None:
+        """Why it cannot be sent to this server, if it cannot: see `DataSocket.send_request`."""
+        return None if self._socket is None else self._socket.send_request(message, limits)
 
     def close(self) -> None:
         """Says bye, and ends the thread. Idempotent."""

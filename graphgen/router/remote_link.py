@@ -86,7 +86,7 @@ class RemoteLink:
         # What follows belongs to the thread.
         self._ready: Ready | None = None  # what the engine said when it was admitted; None: it does not serve
         self._load: Load | None = None  # the newest
-        self._eos_token_ids: frozenset[int] = frozenset()
+        self._welcome: Welcome | None = None  # the newest
         self._sent = SentRequests()
         self._probes: deque[int] = deque()
         self._newest_step = 0
@@ -248,7 +248,7 @@ class RemoteLink:
         self._admit(welcome)
         if welcome.capacity is None:
             return "none of its engines serves at the moment"
-        self._eos_token_ids = frozenset(welcome.eos_token_ids)
+        self._welcome = welcome
         self._newest_step = 0
         self._ready = ready_of(welcome.capacity, self.address)
         if not welcome.draining:
@@ -320,8 +320,13 @@ class RemoteLink:
 
     def _send_request(self, request: OpenRequest) -> None:
         """Unless it was cancelled, or given back, before its turn came."""
-        if self._ready is not None and self._table.find(request.submit.request_id) is request:
-            self._lives.send(self._sent.open(request, self._eos_token_ids))
+        if self._ready is None or self._table.find(request.submit.request_id) is not request:
+            return
+        assert self._welcome is not None, "who is ready was welcomed"
+        message = self._sent.open(request, frozenset(self._welcome.eos_token_ids))
+        if (error := self._lives.send_request(message, self._welcome.limits)) is not None:
+            self._sent.end(message.id)
+            self._table.refuse(request.submit.request_id, error)
 
     def _send_cancel(self, request_id: int) -> None:
         def send() -> None:

@@ -14,7 +14,7 @@ from graphgen import Client, ConfigError, ConnectionLostError, SamplingParams
 from graphgen.base.salt import cache_salt
 from graphgen.commands.keys import keys_app
 from graphgen.ipc.engine_messages import Submit
-from graphgen.ipc.ggp.messages import Accepted, Cancel, Delta, Done, Error, Generate, Hello, Sampling, Welcome
+from graphgen.ipc.ggp.messages import Accepted, Cancel, Delta, Done, Error, Generate, Hello, Ping, Sampling, Welcome
 from graphgen.server.frontend.authentication import KeyRing
 from graphgen.server.frontend.keys import Keys, read_max_priority
 from graphgen.server.options import ServeOptions, is_public
@@ -45,6 +45,27 @@ def test_a_key_that_is_let_in_gets_a_session(make_frontend: MakeFrontend, keys: 
     frontend = make_frontend(keys=str(keys.folder))
     secret, _ = keys.make("alice")
     assert says_hello(frontend.connect(**options_of(keys, secret)))
+
+
+@pytest.mark.parametrize("with_keys", [False, True])
+def test_a_frame_of_just_the_limit_is_read_and_a_larger_one_ends_the_connection(
+    make_frontend: MakeFrontend, keys: Keys, with_keys: bool
+) -> None:
+    """Whatever CURVE adds to it."""
+    frontend = make_frontend(keys=str(keys.folder) if with_keys else None)
+    client = frontend.connect(**(options_of(keys, keys.make("alice")[0]) if with_keys else {}))
+    client.send(Hello())
+    limit = client.expect(Welcome).limits.frame_bytes
+    client.send_raw(b"GG\x01G", bytes(limit))
+    assert client.expect(Error).code == "bad_frame"
+    client.send_raw(b"GG\x01G", bytes(limit + 1))
+
+    def is_forgotten() -> bool:
+        client.send(Ping(t=1))  # the first may go with the connection
+        answer = client.receive(0.2)
+        return isinstance(answer, Error) and answer.code == "no_session"
+
+    assert wait_until(is_forgotten)
 
 
 def test_strangers_get_no_answer(make_frontend: MakeFrontend, keys: Keys, tmp_path: Path) -> None:

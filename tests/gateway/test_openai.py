@@ -54,6 +54,25 @@ def test_a_chat_and_its_stream_are_what_our_own_client_gets(client: openai.OpenA
     assert chunks[-1].usage == got.usage
 
 
+@pytest.mark.parametrize("num_bytes", [100_000, 200_000, 1_000_000])
+def test_a_text_too_long_for_the_way_to_the_engine_is_refused_alone(client: openai.OpenAI, num_bytes: int) -> None:
+    """The first is within a frame of the protocol, the others are not."""
+    with client.completions.create(model="play", prompt="ROMEO:\n", max_tokens=300, stream=True) as beside:
+        next(beside)
+        for call in (
+            lambda: client.completions.create(model="play", prompt="x" * num_bytes),
+            lambda: client.chat.completions.create(
+                model="play", messages=[{"role": "user", "content": "x" * num_bytes}]
+            ),
+            lambda: client.responses.create(model="play", input="x" * num_bytes),
+        ):
+            with pytest.raises(openai.BadRequestError, match="the limit is") as caught:
+                call()
+            assert caught.value.code == "context_length_exceeded"
+        assert client.completions.create(model="play", prompt="hi", max_tokens=3).usage
+        assert sum(len(chunk.choices) for chunk in beside) > 0
+
+
 def test_biases_are_those_of_our_own_client_and_of_known_tokens(client: openai.OpenAI, ours: Client) -> None:
     (plain,) = ours.generate("ROMEO:\n", greedy(12))
     banned = dict.fromkeys(plain.token_ids, -100.0)

@@ -117,6 +117,19 @@ def test_a_cancelled_stream_ends_at_the_server(language: Language, tmp_path: Pat
     assert texts(results) == ["next"]
 
 
+def test_what_is_larger_than_a_frame_ends_itself_alone(language: Language, tmp_path: Path) -> None:
+    """The server would close the connection."""
+    large: list[dict[str, Any]] = [{"text": "x" * 5000}, {"prompt_u32": {"bin": "68000000" * 1200}}]
+    said = Say(("one ", "two ", "three "), every_ms=200)
+    with running_mock(Script((Reply("beside", (said,)),), frame_bytes=4096)) as server:
+        steps = [streams({"text": "beside"}, *large, {"text": "beside"}), streams({"text": "after"})]
+        (before, *refused, beside), (after,) = play(language, tmp_path, server.address, steps)
+    assert [(result["kind"], result["code"], result["retryable"]) for result in refused] == [
+        ("RequestError", "too_large", False)
+    ] * 2
+    assert texts([before, beside, after]) == ["one two three ", "one two three ", "after"]
+
+
 def test_every_error_of_the_table_reaches_the_caller_and_ends_nothing_else(language: Language, tmp_path: Path) -> None:
     refusals = [{"text": reply.prompt} for reply in built_in_script().replies if reply.prompt.startswith("error ")]
     refusals = [refusal for refusal in refusals if refusal["text"] != "error no_session"]  # which ends the session

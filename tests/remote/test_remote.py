@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from graphgen import (
     ConnectionLostError,
     EngineClosedError,
     InvalidRequestError,
+    PromptTooLongError,
     SamplingParams,
     ServerError,
 )
@@ -44,8 +46,10 @@ from graphgen.ipc.ggp.messages import (
     ServerMessage,
     Timing,
     Usage,
+    Welcome,
 )
 from graphgen.remote import connection
+from graphgen.remote.frame_limit import refusal
 from tests.fakes import WELCOME
 from tests.forks import outcome_in_a_fork
 
@@ -216,14 +220,116 @@ def test_what_no_session_had_is_sent_again_and_what_one_had_is_lost(server: Fake
     no_session = make_error("no_session", "say hello", second.id)
     server.send(no_session)
     server.expect(Hello)
-    assert server.expect_generate() == second
     server.send(no_session)  # of the old session, as the welcome has not come
+    assert server.receive(0.1) is None
     server.send(WELCOME)
+    assert server.expect_generate() == second
     server.finish(second.id)
     assert [piece.token_ids for piece in refused] == [(5,)]
     with pytest.raises(ConnectionLostError, match="lost the session"):
         next(accepted)
     assert server.receive(0.1) is None
+
+
+def limited(**limits: int) -> Welcome:
+    return msgspec.structs.replace(WELCOME, limits=msgspec.structs.replace(WELCOME.limits, **limits))
+
+
+def test_a_hello_that_got_lost_is_repeated_however_often_the_server_knows_no_session(
+    server: FakeServer, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "HELLO_AGAIN_S", 0.2)
+    stream = client.stream([1])
+    request = server.expect_generate()
+    server.send(make_error("no_session", "say hello", request.id))
+    server.expect(Hello)  # whose welcome goes with the connection
+    server.send(make_error("no_session", "say hello", request.id))
+    server.expect(Hello)
+    server.send(WELCOME)
+    server.finish(server.expect_generate().id)
+    assert [piece.text for piece in stream] == ["x"]
+
+
+def test_a_server_that_gives_no_session_is_given_up(
+    server: FakeServer, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "HELLO_AGAIN_S", 0.2)
+    monkeypatch.setattr(connection, "LOST_S", 1.2)
+    stream = client.stream([1])
+    no_session = make_error("no_session", "say hello", server.expect_generate().id)
+    ended = threading.Event()
+
+    def refuse_all() -> None:
+        while not ended.is_set():
+            server.send(no_session)
+            server.receive(0.1)
+
+    with ThreadPoolExecutor(1) as pool:
+        refusing = pool.submit(refuse_all)
+        try:
+            with pytest.raises(ConnectionLostError, match="gives no session for"):
+                next(stream)
+        finally:
+            ended.set()
+        refusing.result(5)
+
+
+def test_questions_of_a_lost_session_are_asked_in_the_next(server: FakeServer, client: Client) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.health)
+        server.expect(HealthRequest)
+        server.send(make_error("no_session", "say hello"))
+        server.expect(Hello)
+        server.send(WELCOME)
+        server.expect(HealthRequest)
+        server.send(Health(status="ok", ready=True, worker_ms=1.0))
+        assert asked.result(5).ready
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "match"),
+    [
+        ("x" * (1 << 20), PromptTooLongError, "1048576 bytes of text, the limit is 1000"),
+        ([5] * (1 << 18), PromptTooLongError, "262144 tokens, the context of prompt and output 100"),
+        (Chat([{"role": "user", "content": "x" * (1 << 20)}]), PromptTooLongError, "bytes of text, the limit is 1000"),
+    ],
+    ids=["text", "ids", "chat"],
+)
+def test_what_is_larger_than_a_frame_is_never_sent(
+    server: FakeServer, client: Client, prompt: Any, error: type[InvalidRequestError], match: str
+) -> None:
+    open_one = client.stream([1])
+    first = server.expect_generate()
+    with pytest.raises(error, match=match):
+        list(client.stream(prompt))
+    with pytest.raises(error, match=match):
+        client.generate([prompt])
+    later = client.stream([2])
+    assert server.expect_generate().prompt_u32 == bytes([2, 0, 0, 0])
+    server.finish(first.id)
+    assert [piece.text for piece in open_one] == ["x"]
+    later.close()
+
+
+def test_a_request_too_large_beside_its_prompt_says_so(server: FakeServer, client: Client) -> None:
+    sampling = SamplingParams(stop=[f"{number}" + "x" * 1000 for number in range(16)])
+    stream = client.stream([1], sampling)
+    server.send(make_error("no_session", "say hello", server.expect_generate().id))
+    server.expect(Hello)
+    server.send(limited(frame_bytes=10_000))  # another server, which takes less
+    with pytest.raises(InvalidRequestError, match="the server's limit is 10000: shorten") as caught:
+        next(stream)
+    assert not isinstance(caught.value, PromptTooLongError)
+    assert server.receive(0.1) is None
+
+
+def test_a_request_of_just_a_frame_is_sent(server: FakeServer, client: Client) -> None:
+    stream = client.stream("x" * 500)
+    request = server.expect_generate()
+    num_bytes = len(msgspec.msgpack.encode(request))
+    assert refusal(request, num_bytes, limited(frame_bytes=num_bytes).limits) is None
+    assert refusal(request, num_bytes, limited(frame_bytes=num_bytes - 1).limits) is not None
+    stream.close()
 
 
 def test_a_silent_server_is_asked_and_then_given_up(

@@ -17,6 +17,7 @@ from graphgen import (
     EngineDeadError,
     OverloadedError,
     PoisonedRequestError,
+    PromptTooLongError,
     SamplingParams,
     ServerError,
 )
@@ -271,6 +272,25 @@ def test_tokens_come_singly_and_in_batches_and_once(rig: Rig) -> None:
     piece = first.deliveries.get(timeout=10)
     assert isinstance(piece, StreamPiece)
     assert (piece.finish_reason, piece.cached_tokens) == ("stop", 16)
+
+
+def test_what_is_larger_than_a_servers_frames_fails_alone(rig: Rig) -> None:
+    """The server would close the connection, and at the next engine the same would happen."""
+    beside = rig.open_at(0)
+    for server in rig.servers:
+        server._said["limits"] = msgspec.structs.replace(SPOKEN.limits, frame_bytes=2000)
+        server.end()
+        server.begin()
+    for number in range(2):
+        rig.until_serves(number)
+    beside.find(rig)
+    large = Opened(999)
+    large.request.submit = msgspec.structs.replace(large.request.submit, prompt_token_ids=pack_int32([5] * 1000))
+    rig.links.submit([large.request])
+    large.fails_with(PromptTooLongError)
+    rig.servers[beside.at].send(Delta(id=beside.there, ids=[7]))
+    beside.hear(7)
+    assert [len(server.unread) for server in rig.servers] == [0, 0]
 
 
 def test_a_broken_connection_loses_no_token_and_brings_none_twice(rig: Rig) -> None:

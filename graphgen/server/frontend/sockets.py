@@ -88,7 +88,7 @@ class PublicSocket:
         socket.set(zmq.SNDHWM, SEND_QUEUE_MESSAGES)
         socket.set(zmq.RCVHWM, RECEIVE_QUEUE_MESSAGES)
         socket.set(zmq.RCVBUF, SOCKET_BUFFER_BYTES)
-        socket.set(zmq.MAXMSGSIZE, frame_bytes)
+        socket.set(zmq.MAXMSGSIZE, frame_bytes + (CURVE_BYTES if self._secure else 0))
         socket.set(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         # A machine that vanished without closing its connections; a stopped process that may go on is left its time.
         socket.set(zmq.HEARTBEAT_IVL, int(dead_peer_s * 1000 / 4))

@@ -56,6 +56,11 @@ void Connection::send(const std::shared_ptr<OpenRequest>& request) {
     id = next_id_++;
   }
   wire::Frames frames = wire::encode(id, request->request);  // may throw: nothing is open yet
+  const std::uint64_t limit = welcome().limits.frame_bytes;
+  if (frames[1].size() > limit) {
+    throw RequestError("too_large", "the request takes " + std::to_string(frames[1].size()) +
+                                        " bytes, the server's limit is " + std::to_string(limit) + ": shorten it");
+  }
   {
     const std::lock_guard lock(request->mutex);
     request->connection = weak_from_this();

@@ -35,7 +35,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
   const Welcome& welcome();
   bool ended() const { return ended_; }
 
-  /// Sends a `generate`; the request hears of it until its end, whatever happens.
+  /// Sends a `generate` over a connection that was welcomed; the request hears of it until its end, whatever happens.
+  /// Throws RequestError `too_large` where its frame would end the connection, and with it all that is open.
   void send(const std::shared_ptr<OpenRequest>& request);
   void cancel(std::uint64_t id);
   Stats stats();

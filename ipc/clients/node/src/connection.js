@@ -83,13 +83,20 @@ export class Connection {
    * Sends a `generate`. The handler hears of it until `done` or `failed`, whatever happens.
    * @returns {number} its id
    * @throws {ConnectionError} why the connection has ended
+   * @throws {RequestError} too_large: such a frame would end the connection, and with it all that is open
    */
   request(fields, handler) {
     if (this.ended) throw this.ended;
     const id = this.#nextId++;
+    const frames = encodeMessage("generate", { id, ...fields });
+    const limit = this.welcome.limits.frame_bytes;
+    if (frames[1].length > limit) {
+      throw new RequestError("too_large",
+        `the request takes ${frames[1].length} bytes, the server's limit is ${limit}: shorten it`);
+    }
     this.#open.set(id, handler);
     this.#watch();
-    this.#send("generate", { id, ...fields });
+    this.#sendFrames(frames);
     return id;
   }
 
@@ -118,7 +125,11 @@ export class Connection {
   }
 
   #send(kind, fields) {
-    this.#outbox.push(encodeMessage(kind, fields));
+    this.#sendFrames(encodeMessage(kind, fields));
+  }
+
+  #sendFrames(frames) {
+    this.#outbox.push(frames);
     this.#sending ??= this.#drainOutbox(); // a socket takes one message at a time
   }
 
