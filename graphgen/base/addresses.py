@@ -2,13 +2,15 @@
 harm to another.
 
 Owns the paths of ipc sockets: libzmq removes whatever lies at one before it binds, be it a file of the user's or the
-socket of a server that lives. Never looks at messages. Used by the frontend, the supervisor and the mock server.
+socket of a server that lives. Never looks at messages. Used by the frontend, the supervisor, the mock server and by
+clients.
 """
 
 import contextlib
 import errno
 import fcntl
 import os
+import re
 import socket
 import stat
 import time
@@ -22,6 +24,9 @@ from graphgen.ipc.errors import ConfigError
 
 MAX_PATH_BYTES = 107
 """Linux limits a socket's path to so many bytes."""
+MAX_PORT_DIGITS = 5
+_CONNECTED = re.compile(r"[0-9A-Za-z:\[][0-9A-Za-z:\[\].%_;-]*")
+"""What libzmq connects to: it takes no other characters."""
 PORTS_EACH = 2
 """Of a frontend: data and control."""
 LOCK_WAIT_S = 5.0
@@ -46,6 +51,10 @@ class SocketFile(NamedTuple):
 
 def check_address(address: str) -> None:
     """Raises ConfigError for what is no address of a server, as one without its scheme: libzmq says just «invalid»."""
+    try:
+        address.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{address!r} is no text in UTF-8: write tcp://HOST:PORT or ipc://PATH in it") from None
     scheme, separator, rest = address.partition("://")
     if not separator:
         is_path = "/" in address or not _has_port(address)
@@ -59,10 +68,34 @@ def check_address(address: str) -> None:
         raise ConfigError(f"{address} has no port from 0 to 65535: write tcp://HOST:PORT")
 
 
+def check_connectable(address: str) -> None:
+    """Raises ConfigError for what a client cannot connect to: what `check_address` refuses, a wildcard, which is right
+    for a bind alone, and a host or a path of which libzmq says just «invalid»."""
+    check_address(address)
+    scheme, _, rest = address.partition("://")
+    if scheme == "ipc":
+        if rest in ("", "*", "@"):
+            raise ConfigError(f"{address} has no path to connect to: write ipc://PATH, as the server was given it")
+        _check_path_len(address, rest, "connected to")
+        return
+    host, _, port = rest.rpartition(";")[2].rpartition(":")
+    if "*" in (host, port) or not int(port):
+        raise ConfigError(
+            f"{address} is an address to bind, and none to connect to: name host and port of the server,"
+            " tcp://HOST:PORT"
+        )
+    if not host or _CONNECTED.fullmatch(rest) is None:
+        raise ConfigError(
+            f"{address} cannot be connected to, {rest.rpartition(':')[0]!r} is no host: write tcp://HOST:PORT with a"
+            " name of letters, digits, . and - or a numeric address"
+        )
+
+
 def _has_port(host_and_port: str) -> bool:
     """libzmq's * and 0 are a port that the system chooses; what a client connects from may stand before a ;."""
     host, _, port = host_and_port.rpartition(":")
-    return bool(host) and (port == "*" or (port.isascii() and port.isdigit() and int(port) < 2**16))
+    is_number = port.isascii() and port.isdigit() and len(port) <= MAX_PORT_DIGITS
+    return bool(host) and (port == "*" or (is_number and int(port) < 2**16))
 
 
 def bind(listener: "zmq.Socket[bytes]", address: str) -> SocketFile | None:
@@ -157,12 +190,7 @@ def _path_of(address: str) -> Path | None:
     scheme, _, rest = address.partition("://")
     if scheme != "ipc" or rest in ("", "*"):
         return None
-    num_bytes = len(os.fsencode(rest))
-    if num_bytes > MAX_PATH_BYTES:
-        raise ConfigError(
-            f"{address} cannot be bound: the path has {num_bytes} bytes, a socket's has at most {MAX_PATH_BYTES}:"
-            " choose a shorter one"
-        )
+    _check_path_len(address, rest, "bound")
     if rest.startswith("@"):
         return None
     path = Path(rest)
@@ -171,6 +199,15 @@ def _path_of(address: str) -> Path | None:
             f"{address} cannot be bound: there is no folder {path.parent}: make it, or choose another path"
         )
     return path
+
+
+def _check_path_len(address: str, path: str, use: str) -> None:
+    num_bytes = len(os.fsencode(path))
+    if num_bytes > MAX_PATH_BYTES:
+        raise ConfigError(
+            f"{address} cannot be {use}: the path has {num_bytes} bytes, a socket's has at most {MAX_PATH_BYTES}:"
+            " choose a shorter one"
+        )
 
 
 def _listen(path: Path, address: str, backlog: int) -> tuple[socket.socket, SocketFile]:

@@ -170,7 +170,7 @@ def check_answers(address: str) -> None:
         raise ConfigError(f"{address!r} is no address of Ray: give HOST:PORT, as `ray start --head` says it")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError) as error:  # ValueError: no number, or a name that is none
         raise ConfigError(
             f"nothing answers at {address} ({error}): start Ray there with `ray start --head --port {port}`, or leave"
             " --address out to start it on this machine"

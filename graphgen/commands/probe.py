@@ -13,7 +13,7 @@ import typer
 import zmq
 from msgspec import Struct
 
-from graphgen.base.addresses import check_address, control_address
+from graphgen.base.addresses import check_connectable, control_address
 from graphgen.commands.fields import options_of
 from graphgen.commands.options import takes_fields
 from graphgen.ipc.errors import ConnectionLostError, ServerError
@@ -45,7 +45,7 @@ class AskedServer(Struct, frozen=True, kw_only=True):
     @property
     def control_socket(self) -> ServerAddress:
         """Raises ConfigError for what is no address."""
-        check_address(self.address)
+        check_connectable(self.address)
         return ServerAddress(
             address=self.control or control_address(self.address),
             server_key=self.server_key,

@@ -13,7 +13,7 @@ from msgspec import Struct
 from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
-from graphgen.base.addresses import check_address
+from graphgen.base.addresses import check_connectable
 from graphgen.base.keywords import KnownKeywords, type_problem
 from graphgen.ipc.errors import ConfigError, ConnectionLostError, GraphgenError
 
@@ -65,7 +65,7 @@ class ServerAddress(Struct, frozen=True, kw_only=True, metaclass=KnownKeywords):
     def make_socket(self, context: "zmq.Context[zmq.Socket[bytes]]") -> "zmq.Socket[bytes]":
         """A DEALER with the keys, which is not connected yet. Raises ConfigError for an address or keys that cannot
         work."""
-        check_address(self.address)
+        check_connectable(self.address)
         if (self.server_key is None) != (self.key_file is None):
             raise ConfigError("one of server_key and key_file is missing: a server with keys needs both")
         socket = context.socket(zmq.DEALER)

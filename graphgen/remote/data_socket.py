@@ -51,14 +51,16 @@ class DataSocket:
     def connecting(cls, server: ServerAddress, context: "zmq.Context[zmq.Socket[bytes]]") -> "DataSocket":
         """Begins to connect; `event` tells what comes of it. Raises ConfigError for an address or keys that cannot
         work."""
-        socket = server.make_socket(context)
+        made = cls(server.make_socket(context))
         try:
-            monitor = socket.get_monitor_socket(sum(_EVENTS))
-            socket.connect(server.address)
-        except zmq.ZMQError as error:
-            socket.close(linger=0)
-            raise ConfigError(f"cannot connect to {server.address!r}: {error}") from None
-        return cls(socket, monitor)
+            made.monitor = made.socket.get_monitor_socket(sum(_EVENTS))
+            made.socket.connect(server.address)
+        except BaseException as error:
+            made.close()  # a socket that stays open keeps the context's end waiting for ever
+            if isinstance(error, zmq.ZMQError):
+                raise ConfigError(f"cannot connect to {server.address!r}: {error}") from None
+            raise
+        return made
 
     def send(self, message: ClientMessage) -> None:
         self._outgoing.append(self._framing.encode(message))

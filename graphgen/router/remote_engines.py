@@ -12,7 +12,7 @@ from pathlib import Path
 import zmq.auth
 from msgspec import Struct
 
-from graphgen.base.addresses import check_address
+from graphgen.base.addresses import check_connectable
 from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.ggp.messages import MAJOR, Welcome
 from graphgen.remote.address import ServerAddress
@@ -50,7 +50,7 @@ class RemoteEngines:
 
     def maker(self, address: str) -> MakeLink:
         """What makes the link to a server. Raises ConfigError for an address or keys that cannot work."""
-        check_address(address)
+        check_connectable(address)
         server = server_address(address, self._keys)
         return partial(self._make, server)
 

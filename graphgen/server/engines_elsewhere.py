@@ -6,7 +6,7 @@ on its loop.
 
 from collections.abc import Callable, Sequence
 
-from graphgen.base.addresses import check_address
+from graphgen.base.addresses import check_connectable
 from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.server_messages import (
     AddEngine,
@@ -110,7 +110,7 @@ class EnginesElsewhere:
         return number
 
     def _add(self, address: str) -> int:
-        check_address(address)
+        check_connectable(address)
         if any(one == address and state != "removed" for one, state in zip(self._addresses, self._states, strict=True)):
             raise ConfigError(f"{address} is one of the engines already: name another")
         free = (number for number, state in enumerate(self._states) if state == "removed")

@@ -6,7 +6,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from graphgen.base.addresses import check_address, control_address, frontend_address
+from graphgen.base.addresses import check_address, check_connectable, control_address, frontend_address
 from graphgen.base.logs import LogFormat
 from graphgen.gateway import keys as http_keys
 from graphgen.gateway.output_parsers.formats import ReasoningParser, ToolParser
@@ -88,8 +88,10 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
                 raise ConfigError(f"{name} is {getattr(self, name)}, the least is {least}: raise it")
         if self.frontends > MAX_FRONTENDS:
             raise ConfigError(f"frontends is {self.frontends}, the limit is {MAX_FRONTENDS}: lower it")
-        for address in (self.data, self.control_address, *self.engine_addresses):
-            check_address(address)
+        check_address(self.data)  # from which the control socket's follows
+        check_address(self.control_address)
+        for address in self.engine_addresses:
+            check_connectable(address)
         self._check_engines()
         self._check_apart()
         if self.http is not None:

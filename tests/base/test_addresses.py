@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 import zmq
 
-from graphgen.base.addresses import MAX_PATH_BYTES, bind, check_address, control_address, remove_dead
+from graphgen.base.addresses import (
+    MAX_PATH_BYTES,
+    bind,
+    check_address,
+    check_connectable,
+    control_address,
+    remove_dead,
+)
 from graphgen.ipc.errors import ConfigError
 from graphgen.remote.address import ServerAddress
 from graphgen.server.options import ServeOptions
@@ -48,6 +55,9 @@ def path() -> Iterator[Path]:
         ("tcp://127.0.0.1:99999", "has no port from 0 to 65535"),
         ("tcp://:7777", "has no port"),
         ("", "its scheme is missing"),
+        ("tcp://127.0.0.1:²", "has no port"),
+        ("tcp://127.0.0.1:" + "7" * 5000, "has no port"),
+        ("ipc:///tmp/\udcff", "is no text in UTF-8"),
     ],
 )
 def test_what_is_no_address_is_told_as_what_it_is(address: str, message: str, context: Context) -> None:
@@ -64,6 +74,55 @@ def test_what_is_no_address_is_told_as_what_it_is(address: str, message: str, co
 )
 def test_what_libzmq_takes_is_an_address(address: str) -> None:
     check_address(address)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("tcp://*:7777", "tcp://*:7777 is an address to bind, and none to connect to: name host and port"),
+        ("tcp://127.0.0.1:*", "is an address to bind"),
+        ("tcp://nö-such-höst:1", "'nö-such-höst' is no host: write tcp://HOST:PORT"),
+        ("tcp://host d:1", "'host d' is no host"),
+        ("tcp://user@host:1", "'user@host' is no host"),
+        ("tcp://host/x:1", "'host/x' is no host"),
+        ("tcp://host,b:1", "'host,b' is no host"),
+        ("tcp://.host:1", "'.host' is no host"),
+        ("tcp://a b:0;127.0.0.1:6", "'a b:0;127.0.0.1' is no host"),
+        ("ipc://" + "x" * (MAX_PATH_BYTES + 1), "has 108 bytes, a socket's has at most 107"),
+        ("ipc://", "has no path to connect to"),
+        ("ipc://@", "has no path to connect to"),
+    ],
+)
+def test_what_libzmq_connects_to_nothing_at_is_refused_by_name(address: str, message: str, context: Context) -> None:
+    with pytest.raises(zmq.ZMQError):
+        context.socket(zmq.DEALER).connect(address)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_connectable(address)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        ServerAddress(address=address).connect(context)
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:0", "ipc://*", "tcp://127.0.0.1:5;*:6"])
+def test_nothing_ever_answers_at_an_address_to_bind(address: str) -> None:
+    with pytest.raises(ConfigError, match="to connect to"):
+        check_connectable(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "tcp://host-1.x_y:7777",
+        "tcp://[::1]:7777",
+        "tcp://[fe80::1%eth0]:7777",
+        "tcp://127.0.0.1:0;127.0.0.1:7777",
+        "ipc://" + "x" * MAX_PATH_BYTES,
+        "ipc://@x",
+        "ipc:///tmp/ö b",
+    ],
+)
+def test_what_libzmq_connects_to_may_be_named(address: str, context: Context) -> None:
+    check_connectable(address)
+    context.socket(zmq.DEALER).connect(address)
 
 
 def reaches(context: Context, address: str, listener: "zmq.Socket[bytes]") -> bool:

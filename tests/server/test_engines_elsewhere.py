@@ -103,6 +103,8 @@ def test_a_frontend_that_is_started_again_is_told_what_drains_and_tells_what_ser
     [
         ("add", 0, A, "tcp://a:1 is one of the engines already"),
         ("add", 0, "a:1", "its scheme is missing"),
+        ("add", 0, "tcp://*:1", "tcp://*:1 is an address to bind"),
+        ("add", 0, "tcp://user@a:1", "'user@a' is no host"),
         ("remove", 0, C, "there is no engine tcp://c:1: they are 0 tcp://a:1, 1 tcp://b:1"),
         ("remove", 7, "", "there is no engine 7"),
         ("drain", -1, "", "there is no engine -1"),
@@ -139,6 +141,8 @@ def test_options_that_cannot_be_are_refused_by_name() -> None:
         ({"engines": f"{A},{B},{A}"}, "names tcp://a:1 twice"),
         ({"engines": " , "}, "name at least one"),
         ({"engines": "a:1"}, "its scheme is missing"),
+        ({"engines": f"{A},tcp://*:1"}, r"tcp://\*:1 is an address to bind"),
+        ({"engines": f"{A},tcp://a d:1"}, "'a d' is no host"),
         ({"engine_keys": "keys"}, "engine_keys is 'keys' without engines"),
         ({"engines": A, "frontends": 2}, "frontends is 2, and the engines are elsewhere"),
     ):
