@@ -6,6 +6,7 @@ supervisor, on its loop.
 What all of them say of the engines is heard from one, the speaker: the first that listens.
 """
 
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -166,6 +167,14 @@ class Frontends:
             self._all[number].lives = self._all[number].listens = False
             self._end_requests(number)
         self._all[number].kept.restore(found, partial(self._start_one, number))
+
+    def kill_undrained(self) -> list[str]:
+        """Kills those that have not said that they drained: their names. What was open in them is lost."""
+        left = [number for number, one in enumerate(self._all) if one.num_lost is None]
+        self._processes.finish([frontend_name(number) for number in left], signal.SIGKILL, 0.0)
+        for number in left:
+            self._all[number].num_lost = 1
+        return [self._all[number].name for number in left]
 
     def _end_requests(self, number: int) -> None:
         """Of a frontend that has ended, at all engines. What its successor sends has later ids. Those elsewhere see by

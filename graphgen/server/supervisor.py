@@ -8,6 +8,7 @@ nothing itself. Called by the command line, in a process of its own whose SIGTER
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -57,6 +58,8 @@ logger = logging.getLogger("graphgen.server.supervisor")
 WATCH_S = 0.1
 LOST_GRACE_S = 5.0
 """For the frontend to tell clients that the engine is gone."""
+FORCED_END_S = 5.0
+"""Beyond the time that open requests have to finish: a frontend that has not drained by then is killed."""
 
 
 class _Drain(NamedTuple):
@@ -92,6 +95,7 @@ class Supervisor:
         self._started_s = time.monotonic()
         self._signals = EndSignals()
         self._asked_to_end = 0
+        self._end_by_s = math.inf  # when frontends that have been told to drain and have not are killed
         self._ready: Ready | None = None
         self._states: list[EngineState] = ["serving"] * config.replicas  # from when it listens
         self._drains: dict[int, _Drain] = {}  # of engines that drain
@@ -175,6 +179,7 @@ class Supervisor:
         self._pass_signals_on(frontends)
         if frontends.have_listened:
             operator.serve(lambda wish: self._fulfil(wish, engines, frontends))
+        self._end_silent(frontends)
         if self._num_lost is not None:
             return
         if self._elsewhere is None:
@@ -335,9 +340,24 @@ class Supervisor:
             self._num_lost = 0
         elif self._asked_to_end == 1:
             self._say(f"draining: open requests have {self._options.grace_s:g} s; a second signal ends them now")
-            frontends.tell(Drain(self._options.grace_s))
+            self._drain(frontends, self._options.grace_s)
         else:
-            frontends.tell(Drain(0.0))
+            self._drain(frontends, 0.0)
+
+    def _drain(self, frontends: Frontends, grace_s: float) -> None:
+        frontends.tell(Drain(grace_s))
+        self._end_by_s = min(self._end_by_s, time.monotonic() + grace_s + FORCED_END_S)
+
+    def _end_silent(self, frontends: Frontends) -> None:
+        """Those that had time enough to drain, and do not answer."""
+        if time.monotonic() >= self._end_by_s and self._num_lost is None:
+            for name in frontends.kill_undrained():
+                logger.error(
+                    "the %s has not drained %g s after the time that open requests had, and is killed",
+                    name,
+                    FORCED_END_S,
+                )
+            self._num_lost = frontends.num_lost
 
     def _watch_engines(self, engines: Engines, frontends: Frontends) -> None:
         for end in engines.look(may_restart=frontends.have_listened and not self._asked_to_end):

@@ -18,6 +18,7 @@ from tests.replica_deaths import folder_of
 from tests.serving import ServerProcess
 from tests.worker_deaths import Reader, wait_for
 
+FRONTEND = "graphgen.server.frontend"
 OPTIONS = ("--dtype", "float32", "--cpu-threads", "1", "--num-pages", "200")
 SAMPLING = SamplingParams(max_tokens=120, ignore_eos=True, temperature=0.8, seed=3)
 PROMPTS = [[1 + number, 5, 6] * 3 for number in range(8)]
@@ -129,9 +130,28 @@ def test_an_engine_drains_and_goes_on_running_and_is_removed_and_added(
 def test_a_frontend_that_is_killed_is_started_again_before_the_same_engines(
     servers: Servers, reference: list[tuple[int, ...]]
 ) -> None:
-    os.kill(servers.frontend.pid_of("graphgen.server.frontend"), signal.SIGKILL)
+    os.kill(servers.frontend.pid_of(FRONTEND), signal.SIGKILL)
     wait_for(lambda: "the frontend serves again" in servers.frontend.said, "its successor")
     with servers.client() as client:
         assert [output.token_ids for output in client.generate(PROMPTS, SAMPLING)] == reference
         wait_for(lambda: all(one.serves for one in client.stats().engines), "both engines")
     assert [servers.state(number) for number in range(2)] == ["serving", "serving"]
+
+
+def test_a_frontend_that_waits_for_its_engines_ends_when_it_is_asked_to(servers: Servers) -> None:
+    """One that was started again while all of them are away. The last test: nothing serves after it."""
+    for one in servers.engines[:2]:
+        one.process.kill()
+        one.process.wait()
+    killed = servers.frontend.pid_of(FRONTEND)
+    os.kill(killed, signal.SIGKILL)
+    wait_for(lambda: frontends_of(servers.frontend) not in ([], [killed]), "its successor")
+    assert servers.frontend.end() == 0, servers.frontend.output
+
+
+def frontends_of(server: ServerProcess) -> list[int]:
+    """None while processes of the server come and go."""
+    try:
+        return server.pids_of(FRONTEND)
+    except (LookupError, OSError):
+        return []

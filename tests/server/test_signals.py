@@ -13,7 +13,7 @@ import pytest
 
 from graphgen import Client, SamplingParams
 from tests import ROOT
-from tests.serving import serving
+from tests.serving import free_address, is_alive, serving
 
 LONG = SamplingParams(max_tokens=200, ignore_eos=True, temperature=0.0)
 SPACING = """
@@ -81,6 +81,18 @@ def test_signals_to_all_processes_of_a_server_drain_it(tmp_path: Path, number: s
             server.process.send_signal(number)
             time.sleep(0.002)
         assert server.process.returncode == 0, server.output
+
+
+def test_a_frontend_that_stands_still_does_not_keep_a_server(tmp_path: Path) -> None:
+    """Nor a gateway, nor an engine: all processes end."""
+    options = ("--bind", free_address(4), "--frontends", "2", "--http", "127.0.0.1:0", "--grace-s", "0.2")
+    with serving(tmp_path, *options) as server:
+        modules = ("graphgen.server.frontend", "graphgen.gateway", "graphgen.scheduler", "graphgen.worker")
+        pids = [pid for module in modules for pid in server.pids_of(module)]
+        os.kill(server.pids_of("graphgen.server.frontend")[1], signal.SIGSTOP)
+        assert server.end() == 1, "nobody knows what was open there"
+        assert "the frontend 1 has not drained" in server.output
+        assert [pid for pid in pids if is_alive(pid)] == []
 
 
 def test_a_server_whose_output_nobody_reads_drains(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What the supervisor decides, over a real channel to a frontend and processes that a test is: no engine runs."""
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -49,6 +50,7 @@ class Processes(FakeProcesses):
     def __init__(self) -> None:
         self.dead: dict[str, Exit] = {}
         self.starts: list[FrontendSettings] = []
+        self.killed: list[str] = []
         self.num_refused = 0
         self.num_engines = 1
         self.found = threading.Event()  # that something is dead
@@ -62,6 +64,10 @@ class Processes(FakeProcesses):
         assert number is not None, "frontends are told apart"
         self.dead.pop(f"frontend-{number}", None)
         self.starts.append(FrontendSettings.read(settings_file(self.folder, number)))
+
+    def finish(self, names: Sequence[str], number: int, grace_s: float) -> None:
+        if number == signal.SIGKILL:
+            self.killed += names
 
     def restart_scheduler(self) -> None:
         self.num_engines += 1
@@ -77,7 +83,9 @@ class Processes(FakeProcesses):
 class Rig:
     """A supervisor in a thread, and the frontends' ends of its channels."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, num_frontends: int = 1, **config: float) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, num_frontends: int = 1, grace_s: float = 7.0, **config: float
+    ) -> None:
         self.processes = Processes()
         self.wishes = Wishes()
         self.said: list[str] = []
@@ -91,9 +99,9 @@ class Rig:
             for number in range(num_frontends)
         ]
         self.frontend = self.frontends[0]
-        options = ServeOptions(data="tcp://127.0.0.1:*", control="tcp://127.0.0.1:*", grace_s=7.0)
+        options = ServeOptions(data="tcp://127.0.0.1:*", control="tcp://127.0.0.1:*", grace_s=grace_s)
         if num_frontends > 1:
-            options = ServeOptions(data=free_address(2 * num_frontends), frontends=num_frontends, grace_s=7.0)
+            options = ServeOptions(data=free_address(2 * num_frontends), frontends=num_frontends, grace_s=grace_s)
         self.options = options
         engine = EngineConfig(device="cpu", **config)  # type: ignore[arg-type]  # settings of a test
         self._supervisor = Supervisor(engine, options, self.said.append)
@@ -193,6 +201,33 @@ def test_a_first_signal_drains_and_a_second_one_ends(rig: Rig) -> None:
     assert rig.frontend.receive(0.3) is None, "one wish is told once"
     rig.wishes.num_wishes = 2
     assert rig.frontend.receive(5) == Drain(0.0)
+
+
+def test_a_frontend_that_does_not_answer_is_killed_soon_after_a_second_signal(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "FORCED_END_S", 0.5)
+    rig.listen()
+    rig.wishes.num_wishes = 1
+    assert rig.frontend.receive(5) == Drain(7.0)
+    time.sleep(1.0)
+    assert rig.processes.killed == [], "its requests have their grace"
+    rig.wishes.num_wishes = 2
+    assert rig.ended() == 1
+    assert rig.processes.killed == ["frontend-0"]
+    assert rig.processes.stopped
+
+
+def test_a_frontend_that_does_not_answer_is_killed_after_the_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that has drained is left alone."""
+    monkeypatch.setattr(supervisor, "FORCED_END_S", 0.5)
+    rig = Rig(monkeypatch, num_frontends=2, grace_s=0.5)
+    rig.listen()
+    rig.wishes.num_wishes = 1
+    rig.frontends[1].send(Drained(0))
+    assert rig.ended() == 1
+    assert rig.processes.killed == ["frontend-0"]
+    rig.close()
 
 
 def test_a_signal_during_the_start_ends_it(rig: Rig) -> None:

@@ -35,8 +35,8 @@ class Elsewhere:
         tell: Callable[[FrontendToSupervisor], None],
         after_outputs: Callable[[], None],
     ) -> None:
-        """Connects to all of them. tell: to the supervisor. Raises ConfigError for addresses and keys that cannot work,
-        and for a server that does not serve what the frontend does; ConnectionLostError for one that is not there."""
+        """Begins to connect to all of them. tell: to the supervisor. Raises ConfigError for addresses and keys that
+        cannot work."""
         model = Model(
             model_name(settings.model),
             launch.spec.vocab_size,
@@ -52,16 +52,22 @@ class Elsewhere:
             for number, address in settings.elsewhere or ():
                 self._addresses[number] = address
                 self.links.add(number, self._engines.maker(address))
-            self.ready: Ready = (
-                self.links.wait_ready(CONNECT_S)
-                if settings.awaits_all
-                else self.links.wait_ready(threading.TIMEOUT_MAX, 1)
-            )
         except BaseException:
             self.links.close()
             raise
-        self.launch = msgspec.structs.replace(launch, max_model_len=self._engines.settle())
-        """With the context that all engines have."""
+        self._launch = launch
+        self._awaits_all = settings.awaits_all
+
+    def wait_ready(self) -> Ready:
+        """At the first start when all serve, later when one does. Raises ConfigError for a server that does not serve
+        what the frontend does, ConnectionLostError for one that is not there."""
+        if self._awaits_all:
+            return self.links.wait_ready(CONNECT_S)
+        return self.links.wait_ready(threading.TIMEOUT_MAX, 1)
+
+    def settle(self) -> LaunchConfig:
+        """With the context that all engines have, which later ones must have. Called once they serve."""
+        return msgspec.structs.replace(self._launch, max_model_len=self._engines.settle())
 
     def tell_serving(self) -> None:
         """Which engines serve, to the supervisor: it may have heard otherwise of an earlier frontend."""

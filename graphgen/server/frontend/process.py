@@ -10,6 +10,9 @@ import secrets
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent import futures
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
@@ -24,10 +27,10 @@ from graphgen.base.memory import limit_memory
 from graphgen.base.version import __version__
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.engine_messages import Notice, Ready
-from graphgen.ipc.errors import ConfigError
+from graphgen.ipc.errors import ConfigError, EngineClosedError
 from graphgen.ipc.ggp.framing import server_framing
 from graphgen.ipc.ggp.messages import MAJOR, ServerLimits, Welcome
-from graphgen.ipc.server_messages import Drained, Listening, SupervisorToFrontend
+from graphgen.ipc.server_messages import Drain, Drained, Listening, SupervisorToFrontend
 from graphgen.ipc.worker_messages import Failed
 from graphgen.launch.launch_config import LaunchConfig
 from graphgen.launch.processes import Exit, end_with_parent
@@ -61,6 +64,8 @@ from graphgen.server.frontend.told import Told
 logger = logging.getLogger("graphgen.server.frontend")
 
 LINGER_S = 1.0
+LOOK_S = 0.1
+"""How often a frontend that waits for its engines looks whether it is to end."""
 SWITCH_INTERVAL_S = 0.0005
 """How long a thread may keep the interpreter from the loop: a prompt is checked while others' tokens arrive."""
 
@@ -96,6 +101,9 @@ def main(folder: Path, parent_pid: int, number: int) -> None:
     try:
         supervisor.send(Drained(_serve(folder, number, supervisor)))
         code = 0
+    except EngineClosedError:  # it never served, so nothing was open
+        supervisor.send(Drained(0))
+        code = 0
     except BaseException as error:
         logger.exception("the frontend failed")
         supervisor.send(Failed("frontend", type(error).__name__, str(error) or repr(error)))
@@ -119,11 +127,14 @@ def _serve(folder: Path, number: int, supervisor: SupervisorChannel) -> int:
             stack.callback(authenticator.stop)
         inbox = Inbox()
         stack.callback(inbox.close)
+        orders: list[SupervisorToFrontend] = []
         elsewhere = None
         if settings.elsewhere is not None:  # their context decides what this one serves
             elsewhere = Elsewhere(settings, launch, read_tokenizer(folder), supervisor.send, inbox.wake)
-            launch, links = elsewhere.launch, elsewhere.links
+            links = elsewhere.links
             stack.callback(links.close)
+            ready = await_engines(elsewhere.wait_ready, supervisor, orders)
+            launch = elsewhere.settle()
         gate = make_gate(public, settings, launch)
         stack.callback(gate.close)
         sockets = bind(public, gate, settings, launch, keys)
@@ -136,9 +147,8 @@ def _serve(folder: Path, number: int, supervisor: SupervisorChannel) -> int:
             links = Links(makers, supervisor.send, seed=number)
             stack.callback(links.close)
             least = len(links) if settings.awaits_all else 1
-            ready = links.wait_ready(threading.TIMEOUT_MAX, least)  # the supervisor has an eye on the time
-        else:
-            ready = elsewhere.ready
+            wait = partial(links.wait_ready, threading.TIMEOUT_MAX, least)  # the supervisor has an eye on the time
+            ready = await_engines(wait, supervisor, orders)
         supervisor.send(ready)
         sender = number, settings.num_frontends, time.monotonic()
         core = AttachedCore(launch, ready, read_tokenizer(folder), links, *sender)
@@ -148,7 +158,28 @@ def _serve(folder: Path, number: int, supervisor: SupervisorChannel) -> int:
         gate.limit_memory()
         leave_imports_alone()
         supervisor.send(Listening(sockets.data.address, sockets.control.address))
-        return server.run()
+        return server.run(orders)
+
+
+def await_engines(
+    wait: Callable[[], Ready], supervisor: SupervisorChannel, orders: list[SupervisorToFrontend]
+) -> Ready:
+    """What `wait` returns, which may take for ever. orders: gets what the supervisor says meanwhile. Raises
+    EngineClosedError where the server is to end, else what `wait` raises."""
+    found: Future[Ready] = Future()
+
+    def fulfil() -> None:
+        try:
+            found.set_result(wait())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=fulfil, name="graphgen-await-engines", daemon=True).start()
+    while not futures.wait([found], LOOK_S).done:
+        orders += supervisor.drain()
+        if any(isinstance(order, Drain) for order in orders):
+            raise EngineClosedError("the server ends before any of its engines serves: start it again")
+    return found.result()
 
 
 def _tell_ready(inbox: Inbox, links: Links, core: AttachedCore, server: Server, number: int, ready: Ready) -> None:

@@ -8,7 +8,7 @@ tokenizer: what takes long is done by other threads, which leave their results i
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -145,8 +145,11 @@ class Server:
         self._ending: _Ending | None = None
         self._num_lost = 0
 
-    def run(self) -> int:
-        """Returns when the server has drained: how many requests it did not finish."""
+    def run(self, orders: Iterable[SupervisorToFrontend] = ()) -> int:
+        """Returns when the server has drained: how many requests it did not finish. orders: which the supervisor gave
+        before."""
+        for order in orders:
+            self._obey(order, time.monotonic())
         inner = zmq.Poller()  # without the public sockets: while too many messages come
         inner.register(self._inbox.fileno(), zmq.POLLIN)
         inner.register(self._supervisor.receiver, zmq.POLLIN)
