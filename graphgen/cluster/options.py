@@ -41,18 +41,31 @@ class ClusterOptions(Struct, frozen=True, kw_only=True):
             raise ConfigError(f"engines is {self.engines}, the least is 1: raise it")
         if not 0 <= self.wait_s < float("inf"):
             raise ConfigError(f"wait_s is {self.wait_s}: give seconds from 0 on")
-        limits = self.limits
-        if not limits.least <= self.engines <= limits.most:
+        least, most = self._bounds
+        if not 1 <= least <= self.engines <= most:
             raise ConfigError(
-                f"engines is {self.engines}, min_engines {limits.least} and max_engines {limits.most}: give"
-                " min_engines <= engines <= max_engines"
+                f"engines is {self.engines}, min_engines {least} and max_engines {most}: give"
+                " 1 <= min_engines <= engines <= max_engines"
             )
+        for name in ("scale_up_s", "scale_down_s", "kept_starts"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} is {getattr(self, name)}: give a number from 0 on")
+        self.limits  # noqa: B018  # which checks the rest
+
+    @property
+    def _bounds(self) -> tuple[int, int]:
+        """The least number of engines and the most."""
+        return (
+            self.engines if self.min_engines is None else self.min_engines,
+            self.engines if self.max_engines is None else self.max_engines,
+        )
 
     @property
     def limits(self) -> ScalingLimits:
+        least, most = self._bounds
         return ScalingLimits(
-            least=self.engines if self.min_engines is None else self.min_engines,
-            most=self.engines if self.max_engines is None else self.max_engines,
+            least=least,
+            most=most,
             waiting_per_engine=self.waiting_per_engine,
             up_after_s=self.scale_up_s,
             down_after_s=self.scale_down_s,

@@ -64,9 +64,17 @@ def health(server: AskedServer, json: Json = False) -> None:
     Exit code 0: it does. 1: it does not, or there is no server. 2: the command is wrong.
     """
     found = _ask(server.control_socket, HealthRequest(), Health)
-    _show(found, json, f"{found.status}: the worker answered in {found.worker_ms:.1f} ms")
+    _show(found, json, f"{found.status}: {_of_worker(found)}")
     if not found.ready:
         raise typer.Exit(NOT_SERVING_EXIT)
+
+
+def _of_worker(found: Health) -> str:
+    """Its answer, or how long there was none; 0: it was not asked."""
+    if not found.worker_ms:
+        return "no engine serves"
+    did = "did not answer for" if found.status == "stalled" else "answered in"
+    return f"the worker {did} {found.worker_ms:.1f} ms"
 
 
 @_takes_server

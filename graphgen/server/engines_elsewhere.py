@@ -125,7 +125,7 @@ class EnginesElsewhere:
         return number
 
     def _begin(self, number: int) -> None:
-        self._set(number, "starting", f"{self._name(number)} is connected")
+        self._set(number, "starting", f"{self._name(number)} is being connected to")
         self._tell(AddEngine(number, self._addresses[number]))
 
     def _resume(self, number: int) -> None:

@@ -11,9 +11,9 @@ from typer.testing import CliRunner, Result
 
 from graphgen.commands import cli
 from graphgen.commands.probe import written
-from graphgen.ipc.engine_messages import StatsRequest, Submit
+from graphgen.ipc.engine_messages import Attach, StatsRequest, Submit
 from graphgen.ipc.ggp.messages import Accepted, Draining
-from graphgen.ipc.server_messages import Drain
+from graphgen.ipc.server_messages import Drain, EngineLost
 from graphgen.ipc.worker_messages import Probe
 from graphgen.server.frontend import monitor
 from tests.cluster.stats import engine, stats_of
@@ -68,6 +68,22 @@ def test_health_of_a_server_that_drains(frontend: Frontend) -> None:
     done = ask(frontend, "health")
     thread.join()
     assert (done.exit_code, done.stdout.split(":")[0]) == (1, "draining")
+
+
+def test_health_of_a_server_without_an_engine_names_no_worker(frontend: Frontend) -> None:
+    frontend.supervisor.send(EngineLost("the engine ended", restarts=True, engine=0))
+    frontend.scheduler.expect(Attach)
+    done = ask(frontend, "health")
+    assert (done.exit_code, done.stdout) == (1, "stalled: no engine serves\n")
+
+
+def test_health_of_a_worker_that_says_nothing_tells_how_long(
+    frontend: Frontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor, "TIMEOUT_S", 0.1)
+    done = ask(frontend, "health")
+    assert done.exit_code == 1
+    assert done.stdout.startswith("stalled: the worker did not answer for ")
 
 
 def test_stats_are_lines_or_json(frontend: Frontend) -> None:

@@ -45,6 +45,7 @@ def test_an_engine_is_added_serves_drains_and_is_removed(rig: Rig) -> None:
     told = rig.ask("add", address=C)
     assert (told.engine, told.error, told.engines[2], told.addresses[2]) == (2, "", "starting", C)
     assert rig.told.pop() == AddEngine(2, C)
+    assert rig.said == [f"engine 2 ({C}) is being connected to"], "it is not yet"
     rig.engines.take(EngineServes(2))
     assert rig.states == ("serving", "serving", "serving")
     told = rig.ask("remove", address=A)
