@@ -1,6 +1,7 @@
 """The `graphgen` command. Owns options and what is printed; everything else is the public API."""
 
 import contextlib
+import errno
 import importlib
 import inspect
 import os
@@ -8,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import msgspec
 import typer
@@ -54,6 +55,13 @@ app.command()(probe.health)
 app.command()(probe.stats)
 
 USAGE_EXIT = 2
+MORE_SPACE = "free some, or name a folder of another disk by TMPDIR"
+REMEDIES = {
+    errno.ENAMETOOLONG: "give a shorter path, most file systems allow 255 bytes between two / and 4095 in all",
+    errno.ENOSPC: MORE_SPACE,
+    errno.EDQUOT: MORE_SPACE,
+}
+"""Of what the file system refuses whatever the program does."""
 
 
 @app.command()
@@ -262,12 +270,22 @@ _join_lines(cluster_app)
 
 
 def main() -> None:
-    """The console script. What graphgen raises on purpose is told in one line, without a trace."""
+    """The console script. What graphgen raises on purpose is told in one line, without a trace, and so is what the
+    file system refuses."""
     try:
         app()
     except GraphgenError as error:
-        stderr.print(f"graphgen: {error}", style="red", markup=False, highlight=False)
-        sys.exit(USAGE_EXIT)
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        about = "" if error.filename is None else f" ({error.filename})"
+        _fail(f"{error.strerror}{about}: {REMEDIES[error.errno]}")
+
+
+def _fail(text: str) -> NoReturn:
+    stderr.print(f"graphgen: {text}", style="red", markup=False, highlight=False)
+    sys.exit(USAGE_EXIT)
 
 
 def _write(text: str) -> None:

@@ -17,10 +17,13 @@ from rich.markup import escape
 
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.commands.fields import Option, options_of
+from graphgen.ipc.errors import ConfigError
 from graphgen.launch.config import EngineConfig, EngineSettings, make_config
 from graphgen.server.options import ServeOptions
 
 Command = Callable[..., None]
+
+MAX_INT = 2**63 - 1
 
 PANELS = {
     "Model": (
@@ -122,6 +125,9 @@ def _replace_parameter(
     @functools.wraps(command)
     def run(**values: Any) -> None:
         found = [values.pop(parameter.name) for parameter in declared]
+        for option, value in zip(options, found, strict=True):
+            if isinstance(value, int) and abs(value) > MAX_INT:  # what no message between processes holds
+                raise ConfigError(f"{option.name} is {value}, the limit is {MAX_INT}: use a number within it")
         given = {option.name: value for option, value in zip(options, found, strict=True) if value != option.default}
         made = make(given, *(values.pop(argument.name) for argument in arguments))
         command(**{name: made}, **values)

@@ -9,10 +9,13 @@ from typing import Annotated
 
 import typer
 
+from graphgen.ipc.errors import ConfigError
 from graphgen.server.operator import EngineState, Wish, ask, find_server
+from graphgen.server.options import MAX_S
 
 NOT_DONE_EXIT = 1
 LOOK_S = 0.2
+MAX_ENGINE = 10**6
 
 replicas_app = typer.Typer(
     no_args_is_help=True, help="The engines of a server with --replicas or --engines, on this machine."
@@ -74,12 +77,17 @@ def remove(
     server: Server = None,
 ) -> None:
     """Drain an engine of a server with --engines, and let it be none any more. It goes on running."""
-    number, address = (int(engine), "") if engine.isdigit() else (0, engine)
+    is_number = engine.isascii() and engine.isdigit() and len(engine) <= len(str(MAX_ENGINE))
+    number, address = (int(engine), "") if is_number else (0, engine)
     _do(server, Wish("remove", number, grace_s, address), "removed", grace_s + 60.0)
 
 
 def _do(server: str | None, wish: Wish, wanted: EngineState, timeout_s: float) -> None:
-    """Asks, and waits until the engine is as wanted."""
+    """Asks, and waits until the engine is as wanted. Raises ConfigError for numbers that none can have."""
+    if not 0 <= wish.engine <= MAX_ENGINE:
+        raise ConfigError(f"there is no engine {wish.engine}: `graphgen replicas show` says which there are")
+    if not wish.grace_s <= MAX_S:
+        raise ConfigError(f"grace_s is {wish.grace_s}, the limit is {MAX_S:.0f}: lower it")
     folder = find_server(server)
     told = ask(folder, wish)
     number = told.engine if wish.address else wish.engine

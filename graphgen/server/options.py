@@ -18,6 +18,9 @@ from graphgen.server.http_address import check_http
 MAX_HTTP_WORKERS = 64
 MAX_FRONTENDS = 16
 """One feeds about ten engines."""
+MAX_S = 86_400.0
+MAX_MEMORY_MIB = 1 << 20
+MAX_OPEN_REQUESTS = 1 << 20
 
 
 class ServeOptions(Struct, frozen=True, kw_only=True):
@@ -76,18 +79,19 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
     """Write a line for each request that ends, to standard error: who asked, tokens, times; never what was said."""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("grace_s", 0),
-            ("memory_limit_mib", 64),
-            ("slow_consumer_s", 1),
-            ("open_requests", 1),
-            ("http_workers", 1),
-            ("frontends", 1),
+        for name, least, most in (
+            ("grace_s", 0, MAX_S),
+            ("memory_limit_mib", 64, MAX_MEMORY_MIB),
+            ("slow_consumer_s", 1, MAX_S),
+            ("open_requests", 1, MAX_OPEN_REQUESTS),
+            ("http_workers", 1, MAX_HTTP_WORKERS),
+            ("frontends", 1, MAX_FRONTENDS),
         ):
-            if not getattr(self, name) >= least:
-                raise ConfigError(f"{name} is {getattr(self, name)}, the least is {least}: raise it")
-        if self.frontends > MAX_FRONTENDS:
-            raise ConfigError(f"frontends is {self.frontends}, the limit is {MAX_FRONTENDS}: lower it")
+            value = getattr(self, name)
+            if not value >= least:
+                raise ConfigError(f"{name} is {value}, the least is {least}: raise it")
+            if value > most:
+                raise ConfigError(f"{name} is {value}, the limit is {most:.0f}: lower it")
         check_address(self.data)  # from which the control socket's follows
         check_address(self.control_address)
         for address in self.engine_addresses:
@@ -96,8 +100,6 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
         self._check_apart()
         if self.http is not None:
             check_http(self.http)
-            if self.http_workers > MAX_HTTP_WORKERS:
-                raise ConfigError(f"http_workers is {self.http_workers}, the limit is {MAX_HTTP_WORKERS}: lower it")
             if is_public(f"tcp://{self.http}") and self.http_key_folder is None and not self.insecure_public:
                 raise ConfigError(
                     f"http://{self.http} can be reached by other machines and there are no API keys: make some with"

@@ -97,7 +97,7 @@ class Supervisor:
         self._asked_to_end = 0
         self._end_by_s = math.inf  # when frontends that have been told to drain and have not are killed
         self._ready: Ready | None = None
-        self._states: list[EngineState] = ["serving"] * config.replicas  # from when it listens
+        self._states: list[EngineState] = []  # of each engine, "serving" from when the server listens
         self._drains: dict[int, _Drain] = {}  # of engines that drain
         self._model = ModelFacts(PLAIN, {})
         self._progress = StartProgress(config.progress)
@@ -112,6 +112,7 @@ class Supervisor:
         is_elsewhere = bool(self._options.engine_addresses)
         if not is_elsewhere:
             check_devices(self._config)
+        self._states = ["serving"] * self._config.replicas
         raise_descriptor_limit()
         check_free(address for both in self._options.addresses for address in both)
         ranks, senders = self._config.tensor_parallel, self._options.frontends

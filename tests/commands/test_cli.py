@@ -1,15 +1,18 @@
 """The command line as a user runs it."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 
 import pytest
 
 from graphgen import __version__
 from graphgen.commands.demo_run import background_prompts, percentile
-from tests.commands.in_process import run_forked
+from tests.commands.in_process import run_forked, run_here
 
 SMALL = ("--token-budget", "8", "--device", "cpu")
 
@@ -37,15 +40,47 @@ def test_generate_streams_the_same_text_for_an_argument_and_for_standard_input()
         (["generate", "x", "--temperature", "-1"], "temperature is -1.0"),
         (["generate", "x", "--token-budget", "7"], "token_budget is 7"),
         (["info", "--device", "tpu"], "device is 'tpu'"),
+        (["serve", "--model", "/tmp/" + "x" * 300], "File name too long (/tmp/xxx"),
+        (["serve", "--keys", "/tmp/" + "x" * 300], "File name too long (/tmp/xxx"),
+        (["replicas", "show", "--server", "/tmp/" + "x" * 300], "File name too long (/tmp/xxx"),
+        (["serve", "--device", "cpu", "--replicas", "999999999999"], "replicas is 999999999999, 999999999999 workers"),
+        (["serve", "--replicas", str(10**20)], f"replicas is {10**20}, the limit is {2**63 - 1}"),
+        (["serve", "--num-pages", str(10**20)], f"num_pages is {10**20}, the limit is {2**63 - 1}"),
+        (["serve", "--open-requests", str(2**20 + 1)], "open_requests is 1048577, the limit is 1048576: lower it"),
+        (["serve", "--engines", "tcp://127.0.0.1:6001,tcp://*:6001"], "tcp://*:6001 is an address to bind"),
+        (["health", "--address", "tcp://*:6001"], "tcp://*:6001 is an address to bind"),
+        (["cluster", "up", "--engines", str(10**20)], f"engines is {10**20}, the limit is {2**63 - 1}"),
     ],
 )
 def test_errors_are_one_message_without_a_trace(arguments: list[str], words: str) -> None:
     done = run_forked(arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("graphgen: ")
-    assert words in " ".join(done.stderr.split())
+    assert "".join(words.split()) in "".join(done.stderr.split())  # lines are broken, also in a long word
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_a_full_disk_is_one_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fill(**_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/graphgen-x")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", fill)
+    done = run_here(["generate", "x", *SMALL], monkeypatch, capsys)
+    assert done.returncode == 2
+    told = "graphgen: No space left on device (/tmp/graphgen-x): free some, or name a folder of another disk by TMPDIR"
+    assert " ".join(done.stderr.split()) == told
+
+
+def test_what_the_system_refuses_for_another_reason_keeps_its_trace(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(**_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        run_here(["generate", "x", *SMALL], monkeypatch, capsys)
 
 
 def test_info_prints_versions_decisions_buckets_and_phases() -> None:

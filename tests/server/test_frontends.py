@@ -22,7 +22,7 @@ from graphgen.ipc.server_messages import (
 )
 from graphgen.launch.processes import Exit
 from graphgen.server.operator import Wish, ask
-from graphgen.server.options import MAX_FRONTENDS, ServeOptions
+from graphgen.server.options import MAX_FRONTENDS, MAX_MEMORY_MIB, MAX_OPEN_REQUESTS, MAX_S, ServeOptions
 from graphgen.server.supervisor import Supervisor
 from tests.server.test_supervisor import WHERE, Rig
 from tests.serving import free_address
@@ -62,6 +62,12 @@ def test_each_frontend_has_two_ports_of_its_own_counted_on_from_the_first() -> N
         ({"frontends": 0}, "frontends is 0, the least is 1"),
         ({"frontends": -1}, "frontends is -1, the least is 1"),
         ({"frontends": MAX_FRONTENDS + 1}, f"frontends is {MAX_FRONTENDS + 1}, the limit is {MAX_FRONTENDS}: lower it"),
+        ({"grace_s": float("inf")}, "grace_s is inf, the limit is 86400: lower it"),
+        ({"grace_s": float("nan")}, "grace_s is nan, the least is 0"),
+        ({"slow_consumer_s": 86400.5}, "slow_consumer_s is 86400.5, the limit is 86400"),
+        ({"memory_limit_mib": MAX_MEMORY_MIB + 1}, f"memory_limit_mib is {MAX_MEMORY_MIB + 1}, the limit is"),
+        ({"open_requests": MAX_OPEN_REQUESTS + 1}, f"open_requests is {MAX_OPEN_REQUESTS + 1}, the limit is"),
+        ({"data": "tcp://127.0.0.1:²"}, "tcp://127.0.0.1:² has no port"),
         ({"frontends": 2, "data": "ipc:///tmp/server"}, "ipc:///tmp/server has no port to count on from"),
         ({"frontends": 2, "data": "tcp://127.0.0.1:*"}, "has no port to count on from"),
         ({"frontends": 2, "data": "tcp://127.0.0.1:0"}, "has no port to count on from"),
@@ -77,6 +83,10 @@ def test_what_cannot_be_is_refused_by_name(given: dict[str, object], said: str) 
     with pytest.raises(ConfigError) as refused:
         ServeOptions(**given)  # type: ignore[arg-type]  # what an operator may say
     assert said in str(refused.value)
+
+
+def test_the_most_of_everything_is_taken() -> None:
+    ServeOptions(grace_s=MAX_S, slow_consumer_s=MAX_S, memory_limit_mib=MAX_MEMORY_MIB, open_requests=MAX_OPEN_REQUESTS)
 
 
 def test_a_port_in_use_is_found_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:

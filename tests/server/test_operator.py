@@ -77,6 +77,31 @@ def test_what_cannot_be_is_told_and_the_command_fails(tmp_path: Path) -> None:
     assert "only one that serves" in result.output
 
 
+@pytest.mark.parametrize("engine", [str(10**20), "1000001"])
+def test_a_number_that_no_engine_has_is_refused_before_anybody_is_asked(engine: str, draining: FakeSupervisor) -> None:
+    result = CliRunner().invoke(replicas_app, ["drain", engine, "--server", str(draining.folder)])
+    assert isinstance(result.exception, ConfigError)
+    assert f"there is no engine {engine}: `graphgen replicas show`" in str(result.exception)
+    assert draining.wishes == []
+
+
+@pytest.mark.parametrize("engine", [str(10**20), "9" * 5000, "²", "tcp://a:1"])
+def test_what_is_no_number_of_an_engine_is_an_address(engine: str, tmp_path: Path) -> None:
+    supervisor = FakeSupervisor(tmp_path, ["serving"], "there is no such engine")
+    try:
+        result = CliRunner().invoke(replicas_app, ["remove", engine, "--server", str(tmp_path)])
+    finally:
+        supervisor.close()
+    assert (result.exit_code, supervisor.wishes[0].address) == (1, engine)
+
+
+@pytest.mark.parametrize("grace_s", ["inf", "86400.1"])
+def test_a_grace_without_end_is_refused(grace_s: str, draining: FakeSupervisor) -> None:
+    result = CliRunner().invoke(replicas_app, ["drain", "1", "--grace-s", grace_s, "--server", str(draining.folder)])
+    assert f"grace_s is {grace_s}, the limit is 86400: lower it" in str(result.exception)
+    assert draining.wishes == []
+
+
 def test_what_is_no_wish_is_answered_and_harms_nothing(draining: FakeSupervisor) -> None:
     with zmq.Context() as context, context.socket(zmq.REQ) as socket:
         socket.connect(f"ipc://{draining.folder / SOCKET}")

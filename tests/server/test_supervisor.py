@@ -177,6 +177,13 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     rig.close()
 
 
+def test_more_engines_than_there_can_be_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "EndSignals", Wishes)
+    options = ServeOptions(data="tcp://127.0.0.1:*", control="tcp://127.0.0.1:*")
+    with pytest.raises(ConfigError, match=f"replicas is {10**20}"):
+        Supervisor(EngineConfig(device="cpu", replicas=10**20), options, print).run()
+
+
 def test_ready_is_said_when_the_frontend_listens_and_not_before(rig: Rig) -> None:
     rig.frontend.send(READY)
     time.sleep(0.2)
