@@ -7,6 +7,7 @@ Owns the packed form in which `graphgen.remote` and the frontend send them, too.
 
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from typing import overload
 
 from msgspec import Struct
 
@@ -51,7 +52,13 @@ class Logprobs(Struct, frozen=True):
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def __getitem__(self, place: int) -> Logprob:
+    @overload
+    def __getitem__(self, place: int) -> Logprob: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Logprob]: ...
+    def __getitem__(self, place: int | slice) -> Logprob | list[Logprob]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(*place.indices(len(self)))]
         if not -len(self) <= place < len(self):
             raise IndexError(f"place {place} of {len(self)} log-probabilities")
         num_top, place = self.num_top, place % len(self)
