@@ -87,7 +87,7 @@ def _messages_of(request: ResponsesRequest) -> list[dict[str, Any]]:
             output = _text_of(item.get("output"))
             messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
         else:
-            raise _wrong(f"input has an item of type {kind!r}: give messages, function calls and their outputs")
+            raise _wrong(f"input has an item of type {kind!r:.100}: give messages, function calls and their outputs")
     return [message for message in messages if len(message) > 1]
 
 
@@ -110,12 +110,12 @@ def _text_of(content: Any) -> str:  # whatever JSON has
     if isinstance(content, str):
         return content
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        kinds = {part.get("type") for part in content} - set(_TEXT_PARTS)
+        others = [kind for part in content if (kind := part.get("type")) not in _TEXT_PARTS]
         texts = [part.get("text") for part in content]
-        if not kinds and all(isinstance(text, str) for text in texts):
+        if not others and all(isinstance(text, str) for text in texts):
             return "\n".join(texts)
-        if kinds:
-            raise _wrong(f"input has a part of type {kinds.pop()!r}: this model reads text alone")
+        if others:
+            raise _wrong(f"input has a part of type {others[0]!r:.100}: this model reads text alone")
     raise _wrong(f"input has a content {content!r:.100}: give text, or a list of text parts")
 
 

@@ -157,6 +157,7 @@ def test_what_fails_behind_the_first_event_is_a_failed_response() -> None:
         ({"input": []}, "input"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
+        ({"input": [{"role": "user", "content": [{"type": [], "text": "x"}]}]}, "input"),
         ({"input": [{"role": "user", "content": 5}]}, "input"),
         ({"input": 5}, "input"),
         ({"max_output_tokens": "many"}, "max_output_tokens"),

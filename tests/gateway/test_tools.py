@@ -149,6 +149,15 @@ def test_wrong_tools_are_refused_with_their_place(wrong: dict[str, Any], param: 
     assert (reply.status, reply.error["param"]) == (400, param)
 
 
+@pytest.mark.parametrize("schema", [{"anyOf": 5}, {"oneOf": {"type": "string"}}, {"type": {}}, {"type": [[]]}, 5])
+def test_what_is_no_schema_of_an_argument_says_nothing_of_its_type(schema: Any) -> None:
+    function = {"name": "get_weather", "parameters": {"properties": {"days": schema}}}
+    text = "<tool_call>\n<function=get_weather>\n<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>"
+    coder = choose_format("qwen3_coder", "none", "", {})
+    (choice,) = ask(text, tools=[{"function": function}], output_format=coder).json["choices"]
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"days": 2}'
+
+
 def test_what_the_prompt_has_begun_is_part_of_the_thoughts() -> None:
     """Some templates write the opening marker themselves."""
 

@@ -158,7 +158,8 @@ def types_in(schema: Any) -> tuple[str, ...]:
     stated = schema.get("type")
     types = [stated] if isinstance(stated, str) else stated if isinstance(stated, list) else []
     for word in ("anyOf", "oneOf"):
-        for choice in schema.get(word) or ():
+        choices = schema.get(word)
+        for choice in choices if isinstance(choices, list) else ():
             types = [*types, *types_in(choice)]
     return tuple(one for one in types if isinstance(one, str))
 
