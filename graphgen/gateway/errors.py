@@ -125,5 +125,8 @@ def error_of(error: Exception) -> ApiError:
             return ApiError(info.http_status, str(error), code, retry_after_s=retry_after_s)
         case GraphgenError():
             return ApiError(500, str(error), "internal")
+        case RecursionError():  # nothing here goes as deep as that but what reads or shows a client's JSON
+            text = "the body has values nested too deep within one another to be read: make it flatter"
+            return ApiError(400, text, "invalid_json")
         case _:
             return ApiError(500, f"the server failed with {type(error).__name__}", "internal")

@@ -52,7 +52,7 @@ class GoneError(Exception):
 
 
 async def read_json(scope: Scope, receive: Receive, kind: type[Body], limit_bytes: int) -> Body:
-    """The body of a request. Raises ApiError for what is none, GoneError."""
+    """The body of a request. Raises ApiError for what is none, RecursionError, GoneError."""
     try:
         async with asyncio.timeout(BODY_S):
             body = await _read_body(receive, limit_bytes)
@@ -64,7 +64,7 @@ async def read_json(scope: Scope, receive: Receive, kind: type[Body], limit_byte
         what, _, path = str(error).partition(" - at ")
         param = path.strip("`").removeprefix("$").removeprefix(".") or None
         raise ApiError(400, f"{param or 'the body'}: {what}", "invalid_request", param) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ApiError(400, f"the body is no JSON: {error}", "invalid_json") from None
 
 

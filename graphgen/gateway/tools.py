@@ -8,6 +8,7 @@ from typing import Any
 
 from msgspec import Struct
 
+from graphgen.calls.prompts import MAX_DEPTH
 from graphgen.gateway.errors import ApiError
 from graphgen.gateway.output_parsers.json_calls import Tools
 from graphgen.gateway.schema import ChatRequest
@@ -61,7 +62,7 @@ def read_tools(request: ChatRequest, has_parser: bool) -> ToolUse:
 
 
 def calls_schema(schemas: Tools, one_call: bool) -> dict[str, Any]:
-    """Of a list of calls, as `output_parsers.json_calls.read_json_list` reads it."""
+    """Of a list of calls, as `output_parsers.json_calls.read_json_list` reads it. Raises ApiError."""
     calls = [
         {
             "type": "object",
@@ -80,15 +81,17 @@ def calls_schema(schemas: Tools, one_call: bool) -> dict[str, Any]:
     }
 
 
-def _moved(schema: Any, root: str) -> Any:  # of any JSON
-    """A schema whose root is elsewhere in the document now: its references are from there."""
+def _moved(schema: Any, root: str, depth: int = 0) -> Any:  # of any JSON
+    """A schema whose root is elsewhere in the document now: its references are from there. Raises ApiError."""
+    if depth > MAX_DEPTH:
+        raise _refused("tools", f"parameters are nested more than {MAX_DEPTH} deep: make them flatter")
     if isinstance(schema, Mapping):
         return {
             key: root + value[1:] if key == "$ref" and isinstance(value, str) and value.startswith("#") else moved
             for key, value in schema.items()
-            for moved in (_moved(value, root),)
+            for moved in (_moved(value, root, depth + 1),)
         }
-    return [_moved(one, root) for one in schema] if isinstance(schema, list) else schema
+    return [_moved(one, root, depth + 1) for one in schema] if isinstance(schema, list) else schema
 
 
 def _choice(given: str | Mapping[str, Any] | None) -> str:

@@ -299,6 +299,14 @@ def test_a_body_that_is_none_is_refused(body: bytes, status: int, code: str) -> 
     assert (reply.status, reply.error["code"]) == (status, code)
 
 
+def test_no_depth_of_a_body_is_the_servers_fault() -> None:
+    """What is read may be too deep to be shown."""
+    for depth in range(900, 1000):
+        body = b'{"messages": [{"role": "user", "content": %b%b}]}' % (b"[" * depth, b"]" * depth)
+        reply = call(GatewayCore(says("x")), CHATS, body)
+        assert (reply.status, reply.error["type"]) == (400, "invalid_request_error"), depth
+
+
 @pytest.mark.parametrize(
     ("error", "status", "code", "headers"),
     [

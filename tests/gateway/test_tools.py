@@ -149,6 +149,18 @@ def test_wrong_tools_are_refused_with_their_place(wrong: dict[str, Any], param: 
     assert (reply.status, reply.error["param"]) == (400, param)
 
 
+@pytest.mark.parametrize("depth", [30, 450, 600])
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_parameters_that_are_nested_too_deep_are_refused_with_their_field(choice: str, depth: int) -> None:
+    nested = json.loads("[" * depth + "]" * depth)
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"enum": nested}}}
+    body = {**ASKED, "tools": [tool], "tool_choice": choice}
+    reply = call(GatewayCore(ends("x")), CHATS, body, output_format=HERMES)
+    assert (reply.status, reply.error["code"]) == (400, "invalid_request")
+    assert "tools" in reply.error["message"]
+    assert "nested more than 24 deep" in reply.error["message"]
+
+
 @pytest.mark.parametrize("schema", [{"anyOf": 5}, {"oneOf": {"type": "string"}}, {"type": {}}, {"type": [[]]}, 5])
 def test_what_is_no_schema_of_an_argument_says_nothing_of_its_type(schema: Any) -> None:
     function = {"name": "get_weather", "parameters": {"properties": {"days": schema}}}
