@@ -36,6 +36,7 @@ async def read_chat(service: Service, request: ChatRequest, max_tokens: int | No
     tools = read_tools(request, parsers.has_calls)
     prompt = chat_prompt(request, tools.described)
     sampling = sampling_of(request, max_tokens)
+    service.check_share(1, sampling.n)
     structured = sampling.structured
     if tools.forced is not None:
         if structured is not None:

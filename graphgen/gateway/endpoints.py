@@ -41,6 +41,8 @@ class Endpoints:
         sampling = sampling_of(request, 1 if is_echo_alone else limit)
         model = self._service.known(request.model)
         is_computed = not is_echo_alone or request.logprobs is not None
+        if is_computed:
+            self._service.check_share(len(prompts), sampling.n)
         echoed, lengths = [""] * len(prompts), [0] * len(prompts)
         for number, prompt in enumerate(prompts if request.echo else ()):
             echoed[number], lengths[number] = await self._echo_of(prompt, scope, is_counted=not is_computed)

@@ -45,7 +45,7 @@ def main(folder: Path, parent_pid: int, number: int) -> None:
     core = RemoteCore(settings.frontend, {})
     frontends = Frontends(core, settings.other_frontends)
     try:
-        service = Service(core, settings.model_names, settings.model, frontends)
+        service = Service(core, settings.model_names, settings.model, frontends, settings.open_requests)
         limit_memory(settings.memory_limit_bytes)
         asyncio.run(_serve(service, settings))
     finally:

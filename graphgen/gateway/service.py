@@ -43,9 +43,15 @@ class Service:
     """The server behind the gateway, as its endpoints use it."""
 
     def __init__(
-        self, core: RemoteCore, model_names: Sequence[str], model: ModelFacts, frontends: Frontends | None = None
+        self,
+        core: RemoteCore,
+        model_names: Sequence[str],
+        model: ModelFacts,
+        frontends: Frontends | None = None,
+        open_requests: int | None = None,
     ) -> None:
-        """core: of the frontend that serves its requests. frontends: all of the server; None: there is but this one."""
+        """core: of the frontend that serves its requests. frontends: all of the server; None: there is but this one.
+        open_requests: see GatewaySettings."""
         self.core = core
         self.frontends = Frontends(core, ()) if frontends is None else frontends
         self.model_names = model_names
@@ -54,6 +60,7 @@ class Service:
         self.tokenizer_info = model.tokenizer_info
         self.created = int(time.time())
         """When this gateway began, in seconds since 1970."""
+        self._open_requests = open_requests
         self._turn: Turn | None = None
         self._body_bytes = JSON_BYTES_PER_TEXT_BYTE * core.welcome.limits.text_bytes + OTHER_BYTES
 
@@ -74,6 +81,16 @@ class Service:
             text = f"the model {name!r} does not exist: this server has {', '.join(self.model_names)}"
             raise ApiError(404, text, "model_not_found", "model")
         return name
+
+    def check_share(self, num_prompts: int, n: int) -> None:
+        """n: samples of each prompt. Raises ApiError for more than a client may have open: waiting would not help."""
+        limit, num_samples = self._open_requests, num_prompts * n
+        if limit is not None and num_samples > limit:
+            text = (
+                f"{num_prompts} prompts with n = {n} are {num_samples} requests, a client may have {limit} open: give"
+                " fewer prompts or samples at a time, or start the server with a higher --open-requests"
+            )
+            raise ApiError(400, text, "invalid_request", "n" if num_prompts == 1 else "prompt")
 
     def pieces(
         self,

@@ -40,6 +40,9 @@ class GatewaySettings(Struct, frozen=True, kw_only=True):
     """Folder in which gateways count requests of keys together."""
     memory_limit_bytes: int
     """What the process may use beyond what it uses when it begins to serve."""
+    open_requests: int | None = None
+    """What one client may have open, times samples: the server's `--open-requests`, which a frontend tells its clients
+    and not those that ask for others, as a gateway does. None: only the frontend says so."""
     other_frontends: tuple[str, ...] = ()
     """Private addresses of the server's others, whose counts are shown with its own."""
     origins: tuple[str, ...] = ()

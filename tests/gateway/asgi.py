@@ -202,10 +202,11 @@ async def acall(
     headers: Mapping[str, str] | None = None,
     reports: bool = False,
     tracing: Tracing | None = None,
+    open_requests: int | None = None,
 ) -> Reply:
     """leaves: when it is set the client disconnects. names: of the model. output_format: what it writes.
     tokenizer_info: of it. admission: who is let in. origins: whose pages are. reports: what was answered is reported to
-    the core at once. tracing: of its requests."""
+    the core at once. tracing: of its requests. open_requests: that a client may have."""
     data = body if isinstance(body, bytes) else msgspec.json.encode(body)
     incoming = [{"type": "http.request", "body": data, "more_body": False}]
     said: list[dict[str, Any]] = []
@@ -229,7 +230,8 @@ async def acall(
         "headers": [(name.encode(), value.encode()) for name, value in (headers or {}).items()],
         "client": ("192.0.2.7", 1234),
     }
-    service = Service(core, names, ModelFacts(output_format, tokenizer_info or {}))  # type: ignore[arg-type]  # a stand-in for RemoteCore
+    facts = ModelFacts(output_format, tokenizer_info or {})
+    service = Service(core, names, facts, open_requests=open_requests)  # type: ignore[arg-type]  # a stand-in for RemoteCore
     await make_app(service, admission, origins=origins, tracing=tracing)(scope, receive, send)
     if reports:
         service.answers.report()

@@ -1,6 +1,7 @@
 """What the endpoints say to a client of OpenAI's API, over a connection that a test answers."""
 
 import asyncio
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -297,6 +298,33 @@ def test_tools_that_no_model_may_call_are_left_out() -> None:
 def test_a_body_that_is_none_is_refused(body: bytes, status: int, code: str) -> None:
     reply = call(GatewayCore(says("x")), CHATS, body)
     assert (reply.status, reply.error["code"]) == (status, code)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (COMPLETIONS, {"prompt": ["a"] * 7}, "prompt"),
+        (COMPLETIONS, {"prompt": ["a"] * 4, "n": 2, "echo": True}, "prompt"),
+        (COMPLETIONS, {"prompt": "a", "n": 7}, "n"),
+        (CHATS, {"n": 7}, "n"),
+    ],
+)
+def test_more_at_once_than_a_client_may_ever_have_is_refused_before_anything_is_sent(
+    path: str, body: dict[str, Any], param: str, stream: bool
+) -> None:
+    """Clients would repeat a 429, and some would have begun each time."""
+    core = GatewayCore(says("x"))
+    reply = call(core, path, {**(HELLO if path == CHATS else ROMEO), **body, "stream": stream}, open_requests=6)
+    assert (reply.status, reply.error["code"], reply.error["param"]) == (400, "invalid_request", param)
+    assert re.search("are [78] requests, a client may have 6 open: .* --open-requests", reply.error["message"])
+    assert not core.prompts
+    assert not core.tenants
+
+
+@pytest.mark.parametrize("body", [{"prompt": ["a"] * 3, "n": 2}, {"prompt": ["a"] * 7, "echo": True, "max_tokens": 0}])
+def test_as_much_as_a_client_may_have_is_served_and_an_echo_has_nothing_open(body: dict[str, Any]) -> None:
+    assert call(GatewayCore(says("x")), COMPLETIONS, {**ROMEO, **body}, open_requests=6).status == 200
 
 
 def test_no_depth_of_a_body_is_the_servers_fault() -> None:
