@@ -4,10 +4,10 @@ Owns which fields of a request become which of SamplingParams, and what is refus
 endpoints.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from graphgen.calls.prompts import Chat, OnePrompt, batch_of, one_prompt
+from graphgen.calls.prompts import Chat, OnePrompt, one_prompt
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.gateway.errors import ApiError
 from graphgen.gateway.schema import (
@@ -23,6 +23,8 @@ from graphgen.ipc.worker_messages import MAX_LOGPROBS
 
 MAX_TOKEN_ID_LEN = 10
 """Digits of the largest token id."""
+MAX_TOKEN_ID = 2**31 - 1
+"""Of any model."""
 COMPLETION_MAX_TOKENS = 16
 """Of /v1/completions, where a request says nothing."""
 
@@ -167,15 +169,30 @@ def completion_prompts(request: CompletionRequest) -> list[OnePrompt]:
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise not_served("best_of", "a choice among outputs")
     _check_common(request)
-    try:
-        prompts = batch_of(request.prompt)
-    except InvalidRequestError as error:
-        raise ApiError(400, str(error), "invalid_request", "prompt") from None
-    if not prompts:
-        raise ApiError(
-            400, "prompt is an empty list: give a text or token ids, or a list of them", "invalid_request", "prompt"
-        )
-    return prompts
+    given = request.prompt
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        text = "prompt is an empty list: give a text or token ids, or a list of them"
+        raise ApiError(400, text, "invalid_request", "prompt")
+    if not isinstance(given[0], (str, list)):
+        return [token_ids_of(given, "prompt")]
+    return [_one_of_several(f"prompt[{number}]", one) for number, one in enumerate(given)]
+
+
+def _one_of_several(place: str, given: Any) -> OnePrompt:  # whatever JSON has
+    if isinstance(given, (str, list)):
+        return given if isinstance(given, str) else token_ids_of(given, "prompt", place)
+    raise ApiError(400, f"{place} is {given!r:.100}: give a text or a list of token ids", "invalid_request", "prompt")
+
+
+def token_ids_of(given: Sequence[Any], param: str, place: str = "") -> list[int]:
+    """place: of the list in its field, where it is not all of it. Raises ApiError for what is no token id."""
+    for number, one in enumerate(given):
+        if type(one) is not int or not 0 <= one <= MAX_TOKEN_ID:
+            text = f"{place or param}[{number}] is {one!r:.100}: token ids are whole numbers from 0 to {MAX_TOKEN_ID}"
+            raise ApiError(400, text, "invalid_request", param)
+    return list(given)
 
 
 def _check_common(request: Generation) -> None:

@@ -4,13 +4,12 @@
 The tokenizer is the frontend's: this process has none. Nothing is computed for these endpoints.
 """
 
-from graphgen.calls.prompts import Chat, OnePrompt, one_prompt
+from graphgen.calls.prompts import Chat, OnePrompt
 from graphgen.gateway import schema
 from graphgen.gateway.errors import ApiError
-from graphgen.gateway.generation import chat_of, not_served
+from graphgen.gateway.generation import chat_of, not_served, token_ids_of
 from graphgen.gateway.http import Receive, Scope, Send, send_json
 from graphgen.gateway.service import Service
-from graphgen.ipc.errors import InvalidRequestError
 
 
 class TokenEndpoints:
@@ -34,11 +33,8 @@ class TokenEndpoints:
         if not request.tokens:
             await send_json(send, schema.Detokenized(""))
             return
-        try:
-            prompt = one_prompt(request.tokens)
-        except InvalidRequestError as error:
-            raise ApiError(400, str(error), "invalid_request", "tokens") from None
-        found = await self._service.read_prompt(prompt, scope, with_text=True)
+        token_ids = token_ids_of(request.tokens, "tokens")
+        found = await self._service.read_prompt(token_ids, scope, with_text=True)
         await send_json(send, schema.Detokenized(found.text or ""))
 
     async def tokenizer_info(self, scope: Scope, receive: Receive, send: Send) -> None:

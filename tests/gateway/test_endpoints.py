@@ -1,6 +1,7 @@
 """What the endpoints say to a client of OpenAI's API, over a connection that a test answers."""
 
 import asyncio
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -158,6 +159,20 @@ def test_prompts_of_completions_have_four_forms(prompt: Any) -> None:
     assert core.prompts == (prompt if isinstance(prompt[0], (list, str)) and prompt != "text" else [prompt])
 
 
+@pytest.mark.parametrize("wrong", [-1, 2**31, 2**70, 1.0, True, None, "x" * 200, {}, [], 10**200])
+def test_what_is_no_token_id_is_refused_with_its_place_and_the_range(wrong: Any) -> None:
+    for path, body, place in (
+        (COMPLETIONS, {"prompt": [0, wrong]}, "prompt[1]"),
+        (COMPLETIONS, {"prompt": ["a", [0, 2**31 - 1, wrong]]}, "prompt[1][2]"),
+        ("/detokenize", {"tokens": [wrong]}, "tokens[0]"),
+    ):
+        core = GatewayCore(says("x"))
+        reply = call(core, path, json.dumps(body).encode())
+        assert (reply.status, reply.error["param"]) == (400, place.partition("[")[0])
+        assert reply.error["message"] == f"{place} is {wrong!r:.100}: token ids are whole numbers from 0 to 2147483647"
+        assert not core.prompts
+
+
 def test_fields_reach_the_sampling_and_null_is_absent() -> None:
     core = GatewayCore(says("x"))
     given: dict[str, Any] = {
@@ -251,6 +266,8 @@ def test_messages_that_a_program_sends_back_are_taken_as_they_came() -> None:
         (COMPLETIONS, {"prompt": {"a": 1}}, "prompt"),
         (COMPLETIONS, {"prompt": [1.5]}, "prompt"),
         (COMPLETIONS, {"prompt": []}, "prompt"),
+        (COMPLETIONS, {"prompt": ["a", 5]}, "prompt"),
+        (COMPLETIONS, {"prompt": HELLO["messages"]}, "prompt"),
         (COMPLETIONS, {"logprobs": 21}, "logprobs"),
         (COMPLETIONS, {"logprobs": 0, "echo": True, "n": 2, "stream": True}, "n"),
         (COMPLETIONS, {"best_of": 2}, "best_of"),
