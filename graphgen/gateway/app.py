@@ -16,8 +16,8 @@ from starlette.routing import Route, Router
 from graphgen.gateway.admission import Admission
 from graphgen.gateway.answers import CLIENT_LEFT, OTHER_PATH, Answers
 from graphgen.gateway.endpoints import Endpoints
-from graphgen.gateway.errors import ApiError, anthropic_body, error_of, openai_body
-from graphgen.gateway.http import JSON_HEADERS, GoneError, Receive, Scope, Send, send_bytes, send_error
+from graphgen.gateway.errors import ApiError, anthropic_body, openai_body
+from graphgen.gateway.http import JSON_HEADERS, GoneError, Receive, Scope, Send, answer_of, send_bytes, send_error
 from graphgen.gateway.live import LiveFeed
 from graphgen.gateway.messages import Messages
 from graphgen.gateway.metric_table import Names
@@ -99,7 +99,7 @@ class App:
         except HTTPException as error:
             await _send_no_endpoint(scope, send, error)
         except Exception as error:
-            answer = error_of(error)
+            answer = answer_of(error, scope)
             if answer.status == 500:
                 logger.exception("request %s to %s failed", scope[REQUEST_ID], scope["path"])
             if beginning.status is None:
@@ -150,7 +150,7 @@ def make_app(
                 serve,
                 path,
                 None if path in OPEN else admission,
-                anthropic_body if path.startswith(MESSAGES) else openai_body,
+                _body_of(path),
                 tracing if method == "POST" else None,
             ),
             methods=[method],
@@ -158,6 +158,11 @@ def make_app(
         for method, path, serve in routes
     ]
     return App(built, service.answers, live, origins)
+
+
+def _body_of(path: str) -> Callable[[ApiError], object]:
+    """The form of the errors of a path."""
+    return anthropic_body if f"{path}/".startswith(f"{MESSAGES}/") else openai_body
 
 
 def _cross_origin(origins: Sequence[str]) -> dict[str, Any]:  # the arguments of CORSMiddleware
@@ -171,7 +176,8 @@ def _cross_origin(origins: Sequence[str]) -> dict[str, Any]:  # the arguments of
 
 async def _send_no_endpoint(scope: Scope, send: Send, error: HTTPException) -> None:
     """Of a path or a method that is none."""
-    text = f"{scope['method']} {scope['path']} is not served: {error.detail}"
+    text = f"{scope['method']} {scope['path']:.100} is not served: {error.detail}"
     answer = ApiError(error.status_code, text, "not_found" if error.status_code == 404 else None)
+    body = msgspec.json.encode(_body_of(scope["path"])(answer))
     headers = [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
-    await send_bytes(send, error.status_code, msgspec.json.encode(openai_body(answer)), [*JSON_HEADERS, *headers])
+    await send_bytes(send, error.status_code, body, [*JSON_HEADERS, *headers])

@@ -12,7 +12,7 @@ from graphgen.gateway import schema
 from graphgen.gateway.chat_turn import read_chat
 from graphgen.gateway.completion_writers import ChatWriter, CompletionWriter, OutputWriter
 from graphgen.gateway.generation import COMPLETION_MAX_TOKENS, completion_prompts, sampling_of
-from graphgen.gateway.http import Receive, Scope, Send, send_json
+from graphgen.gateway.http import FIELD_NAMES, Receive, Scope, Send, send_json
 from graphgen.gateway.ids import new_id
 from graphgen.gateway.outputs import NoOutputs, Outputs, send_outputs
 from graphgen.gateway.service import Service
@@ -27,7 +27,10 @@ class Endpoints:
 
     async def chat_completions(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = await self._service.read(scope, receive, schema.ChatRequest)
-        limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+        limit = request.max_tokens
+        if request.max_completion_tokens is not None:
+            limit = request.max_completion_tokens
+            scope[FIELD_NAMES] = {"max_tokens": "max_completion_tokens"}
         model = self._service.known(request.model)
         turn = await read_chat(self._service, request, limit, scope)
         writer = ChatWriter(new_id("chatcmpl"), model, request, turn.outputs)
@@ -35,6 +38,7 @@ class Endpoints:
 
     async def completions(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = await self._service.read(scope, receive, schema.CompletionRequest)
+        scope[FIELD_NAMES] = {"messages": "prompt"}
         prompts = completion_prompts(request)
         is_echo_alone = bool(request.echo) and request.max_tokens == 0
         limit = COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens

@@ -5,6 +5,9 @@ Owns the mapping of graphgen's errors. Clients of OpenAI's API repeat a request 
 """
 
 import math
+import re
+from collections.abc import Mapping
+from typing import Self
 
 from msgspec import Struct
 
@@ -25,6 +28,8 @@ from graphgen.ipc.ggp.codes import CODES
 
 Headers = list[tuple[bytes, bytes]]
 
+_NAMES = re.compile(r"^\w+|\b[a-z]+(?:_[a-z]+)+\b")
+"""Where a message may name a field: its first word, and what is no word of a language."""
 RETRY_AFTER_S = 1.0
 """When to try again where no server could say."""
 
@@ -54,6 +59,15 @@ class ApiError(Exception):
         self.status = status
         self.body = ErrorBody(message, _type_of(status), param, code)
         self.headers = [*(headers or []), *_retry_headers(status, retry_after_s)]
+
+    def with_names(self, names: Mapping[str, str]) -> Self:
+        """names: what the client calls the fields that have other names here."""
+        body = self.body
+        if names:
+            text = _NAMES.sub(lambda found: names.get(found[0], found[0]), body.message)
+            param = None if body.param is None else names.get(body.param, body.param)
+            self.body = ErrorBody(text, body.type, param, body.code)
+        return self
 
 
 def openai_body(error: ApiError) -> object:

@@ -82,9 +82,18 @@ def sampling_of(request: Generation, max_tokens: int | None) -> SamplingParams:
     try:
         return SamplingParams(max_tokens=max_tokens, structured=structured, **values)
     except InvalidRequestError as error:
-        param = str(error).partition(" ")[0].rstrip(":")
-        is_field = param in (*_SAMPLING_FIELDS, "logprobs", "logit_bias")
-        raise ApiError(400, str(error), "invalid_request", param if is_field else None) from None
+        param = _wrong_field({"max_tokens": max_tokens, **values}) or str(error).partition(" ")[0]
+        raise ApiError(400, str(error), "invalid_request", param) from None
+
+
+def _wrong_field(values: Mapping[str, Any]) -> str | None:
+    """The first that no other could make right; None: they contradict one another."""
+    for name, value in values.items():
+        try:
+            SamplingParams(**{"max_tokens": None, name: value})
+        except InvalidRequestError:
+            return name
+    return None
 
 
 def _biases_of(given: dict[str, float]) -> dict[int, float]:
@@ -129,8 +138,9 @@ def chat_prompt(request: ChatRequest, tools: list[dict[str, Any]] | None) -> Cha
         raise not_served("echo", "a chat before its answer")
     if request.add_generation_prompt is False:
         raise not_served("add_generation_prompt", "a chat that is not the model's turn")
-    if set(request.modalities or ()) - {"text"}:
-        raise not_served("modalities", "sound")
+    for one in request.modalities or ():
+        if one != "text":
+            raise not_served("modalities", f"{one!r:.100}", "ask for text alone")
     return chat_of(request, tools)
 
 
@@ -140,12 +150,14 @@ def chat_of(request: ChatRequest | TokenizeRequest, tools: list[dict[str, Any]] 
     if request.reasoning_effort is not None:
         switches.setdefault("reasoning_effort", request.reasoning_effort)
     messages = [_known_fields(message) for message in request.messages or []]
-    return _checked(Chat(messages, tools, request.documents, switches or None), "messages")
+    return _checked(Chat(messages, tools, request.documents, switches or None))
 
 
 def _known_fields(message: Mapping[str, Any]) -> dict[str, Any]:
     """What programs send back of an answer has fields that no template reads."""
-    found = {name: value for name in _MESSAGE_FIELDS if (value := message.get(name)) not in (None, [])}
+    found = {name: value for name in _MESSAGE_FIELDS if (value := message.get(name)) is not None}
+    if found.get("tool_calls") == []:
+        del found["tool_calls"]
     if found.get("role") == "developer":  # OpenAI's newer word, which few templates know
         found["role"] = "system"
     if "reasoning_content" not in found and isinstance(message.get("reasoning"), str):
@@ -153,10 +165,12 @@ def _known_fields(message: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _checked(chat: Chat, param: str) -> Chat:
+def _checked(chat: Chat) -> Chat:
     try:
         checked = one_prompt(chat)
     except InvalidRequestError as error:
+        param = str(error).partition(" ")[0]
+        param = param if param in ("tools", "documents", "chat_template_kwargs") else "messages"
         raise ApiError(400, str(error), "invalid_request", param) from None
     assert isinstance(checked, Chat)
     return checked

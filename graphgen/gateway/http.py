@@ -6,12 +6,12 @@ wrappers that hide `http.disconnect` would let requests of gone clients run on.
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from graphgen.gateway.errors import ApiError, Headers, openai_body
+from graphgen.gateway.errors import ApiError, Headers, error_of, openai_body
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -21,6 +21,8 @@ Body = TypeVar("Body")
 
 BODY_WRITER = "graphgen.body_writer"
 """In a scope: the answer's BodyWriter, where the server has one (`graphgen.gateway.protocol`)."""
+FIELD_NAMES = "graphgen.field_names"
+"""In a scope: what the client calls fields that have other names in `graphgen.gateway.schema.ChatRequest`."""
 BODY_S = 30.0
 """A body that has not come after so long is not waited for."""
 JSON_HEADERS: Headers = [(b"content-type", b"application/json")]
@@ -65,6 +67,10 @@ async def read_json(scope: Scope, receive: Receive, kind: type[Body], limit_byte
         param = path.strip("`").removeprefix("$").removeprefix(".") or None
         raise ApiError(400, f"{param or 'the body'}: {what}", "invalid_request", param) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        encoding = dict(scope["headers"]).get(b"content-encoding", b"identity").decode("latin-1")
+        if encoding.lower() != "identity":
+            text = f"content-encoding is {encoding!r:.100}, which is not served: send the body as JSON without it"
+            raise ApiError(415, text, "invalid_json") from None
         raise ApiError(400, f"the body is no JSON: {error}", "invalid_json") from None
 
 
@@ -82,6 +88,12 @@ async def _read_body(receive: Receive, limit_bytes: int) -> bytes:
         parts.append(part)
         if not message.get("more_body"):
             return b"".join(parts)
+
+
+def answer_of(error: Exception, scope: Scope) -> ApiError:
+    """With the names of fields that the client knows."""
+    names: Mapping[str, str] = scope.get(FIELD_NAMES, {})
+    return error_of(error).with_names(names)
 
 
 async def send_bytes(send: Send, status: int, body: bytes, headers: Headers = JSON_HEADERS) -> None:

@@ -12,7 +12,7 @@ from graphgen.gateway import schema
 from graphgen.gateway.chat_turn import read_chat
 from graphgen.gateway.errors import ApiError
 from graphgen.gateway.generation import chat_prompt
-from graphgen.gateway.http import Receive, Scope, Send, send_json
+from graphgen.gateway.http import FIELD_NAMES, Receive, Scope, Send, send_json
 from graphgen.gateway.message_writer import MessageWriter
 from graphgen.gateway.messages_schema import Effort, InputTokens, MessagesRequest, PromptOfMessages
 from graphgen.gateway.outputs import send_outputs
@@ -24,6 +24,7 @@ BILLING_HEADER = "x-anthropic-billing-header:"
 find its pages in the prefix cache."""
 _SHARED = ("stream", "temperature", "top_p", "top_k", "seed", "min_tokens", "ignore_eos", "priority", "cache_salt")
 _SHARED_TIMES = ("deadline_ms", "itl_target_ms", "ttft_target_ms", "tpot_target_ms")
+_FIELD_NAMES = {"stop": "stop_sequences", "response_format": "output_config.format"}
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -35,6 +36,7 @@ class Messages:
 
     async def create(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = await self._service.read(scope, receive, MessagesRequest)
+        scope[FIELD_NAMES] = _FIELD_NAMES
         shared = {field: getattr(request, field) for field in (*_SHARED, *_SHARED_TIMES)}
         chat = structs.replace(_chat_of(request), stop=request.stop_sequences, max_tokens=request.max_tokens, **shared)
         model = self._service.known(request.model)
@@ -48,6 +50,7 @@ class Messages:
 
     async def count_tokens(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = await self._service.read(scope, receive, PromptOfMessages)
+        scope[FIELD_NAMES] = _FIELD_NAMES
         self._service.known(request.model)
         chat = _chat_of(request)
         tools = read_tools(chat, self._service.parsers.has_calls)
@@ -128,6 +131,9 @@ def _chat_choice(choice: Mapping[str, Any] | None) -> str | dict[str, Any] | Non
     if choice is None:
         return None
     if choice.get("type") == "tool":
+        if not isinstance(choice.get("name"), str):
+            text = f'tool_choice is {choice!r:.100}: give {{"type": "tool", "name": ...}}'
+            raise ApiError(400, text, "invalid_request", "tool_choice")
         return {"type": "function", "function": {"name": choice.get("name")}}
     name = _CHOICES.get(str(choice.get("type")))
     if name is None:
@@ -139,4 +145,7 @@ def _chat_choice(choice: Mapping[str, Any] | None) -> str | dict[str, Any] | Non
 def _chat_format(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if given is None:
         return None
-    return {"type": given.get("type"), "json_schema": {"name": "answer", "schema": given.get("schema")}}
+    if given.get("type") != "json_schema" or given.get("schema") is None:
+        text = f'output_config.format is {given!r:.100}: give {{"type": "json_schema", "schema": {{...}}}}'
+        raise ApiError(400, text, "invalid_request", "output_config.format")
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": given.get("schema")}}

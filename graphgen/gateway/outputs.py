@@ -16,7 +16,7 @@ from graphgen.calls.outputs import Delivery, StreamPiece
 from graphgen.calls.prompts import OnePrompt
 from graphgen.calls.sampling_params import SamplingParams
 from graphgen.calls.streams import Mailbox
-from graphgen.gateway.errors import ApiError, error_of
+from graphgen.gateway.errors import ApiError
 from graphgen.gateway.http import (
     BODY_WRITER,
     BodyWriter,
@@ -24,6 +24,7 @@ from graphgen.gateway.http import (
     Receive,
     Scope,
     Send,
+    answer_of,
     begin_events,
     end_events,
     send_event,
@@ -88,7 +89,7 @@ async def send_outputs(scope: Scope, send: Send, outputs: Outputs, writer: Event
     except Exception as error:
         if isinstance(error, GoneError) or not has_begun:
             raise
-        await send_event(send, writer.failed(error_of(error)))
+        await send_event(send, writer.failed(answer_of(error, scope)))
     await end_events(send)
 
 

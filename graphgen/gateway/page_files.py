@@ -52,7 +52,7 @@ class Page:
     async def _send(self, name: str, scope: Scope, send: Send) -> None:
         asset = self._assets.get(name)
         if asset is None:
-            raise ApiError(404, f"the page has no file {name!r}", "not_found")
+            raise ApiError(404, f"the page has no file {name!r:.100}", "not_found")
         headers = [(b"content-type", asset.content_type), *HEADERS]
         if b"gzip" in dict(scope["headers"]).get(b"accept-encoding", b""):
             await send_bytes(send, 200, asset.compressed, [*headers, (b"content-encoding", b"gzip")])

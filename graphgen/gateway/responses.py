@@ -11,13 +11,21 @@ from graphgen.gateway import schema
 from graphgen.gateway.chat_turn import read_chat
 from graphgen.gateway.errors import ApiError
 from graphgen.gateway.generation import not_served
-from graphgen.gateway.http import Receive, Scope, Send, send_json
+from graphgen.gateway.http import FIELD_NAMES, Receive, Scope, Send, send_json
 from graphgen.gateway.outputs import send_outputs
 from graphgen.gateway.response_writer import ResponseWriter
 from graphgen.gateway.responses_schema import Reasoning, ResponsesRequest, TextFormat
 from graphgen.gateway.service import Service
 
-_UNSERVED = ("previous_response_id", "conversation", "background", "prompt")
+_WHOLE = "what an earlier request has left", "send the whole conversation as input"
+_UNSERVED = {
+    "previous_response_id": _WHOLE,
+    "conversation": _WHOLE,
+    "background": ("an answer that is fetched later", "leave it out and wait for the answer, or stream it"),
+    "prompt": ("a prompt that OpenAI keeps", "send its text as instructions and input"),
+}
+"""(what cannot be served, the remedy)."""
+_FIELD_NAMES = {"messages": "input", "response_format": "text.format"}
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
 
@@ -29,6 +37,8 @@ class Responses:
 
     async def create(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = await self._service.read(scope, receive, ResponsesRequest)
+        limit = {} if request.max_output_tokens is None else {"max_tokens": "max_output_tokens"}
+        scope[FIELD_NAMES] = _FIELD_NAMES | limit
         chat, model = chat_request_of(request), self._service.known(request.model)
         turn = await read_chat(self._service, chat, chat.max_tokens, scope)
         writer = ResponseWriter(request, model, turn.outputs[0])
@@ -41,9 +51,9 @@ class Responses:
 
 def chat_request_of(request: ResponsesRequest) -> schema.ChatRequest:
     """The same as a chat. Raises ApiError for what needs a memory, and for items that are none of a chat."""
-    for name in _UNSERVED:
+    for name, (what, remedy) in _UNSERVED.items():
         if getattr(request, name):
-            raise not_served(name, "what an earlier request has left", "send the whole conversation as input")
+            raise not_served(name, what, remedy)
     if request.n is not None and request.n != 1:
         raise not_served("n", "several outputs")
     reasoning, text = request.reasoning or Reasoning(), request.text or TextFormat()
@@ -128,12 +138,18 @@ def _chat_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _chat_choice(choice: str | Mapping[str, Any] | None) -> str | dict[str, Any] | None:
-    if isinstance(choice, Mapping) and choice.get("type") == "function":
-        return {"type": "function", "function": {"name": choice.get("name")}}
-    return choice if isinstance(choice, str) or choice is None else dict(choice)
+    if isinstance(choice, str) or choice is None:
+        return choice
+    if choice.get("type") != "function" or not isinstance(choice.get("name"), str):
+        text = f'tool_choice: {choice!r:.100} names no function: give {{"type": "function", "name": ...}}'
+        raise ApiError(400, text, "invalid_request", "tool_choice")
+    return {"type": "function", "function": {"name": choice["name"]}}
 
 
 def _chat_format(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if given is None or given.get("type") != "json_schema":
         return None if given is None else dict(given)
+    if given.get("schema") is None:
+        text = 'text.format: no schema is given: give {"type": "json_schema", "name": ..., "schema": {...}}'
+        raise ApiError(400, text, "invalid_request", "text.format")
     return {"type": "json_schema", "json_schema": {name: value for name, value in given.items() if name != "type"}}

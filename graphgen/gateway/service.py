@@ -78,7 +78,7 @@ class Service:
         if name is None:
             return self.model_names[0]
         if name not in self.model_names:
-            text = f"the model {name!r} does not exist: this server has {', '.join(self.model_names)}"
+            text = f"the model {name!r:.100} does not exist: this server has {', '.join(self.model_names)}"
             raise ApiError(404, text, "model_not_found", "model")
         return name
 

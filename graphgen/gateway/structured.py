@@ -64,7 +64,8 @@ def _of_outputs(given: Mapping[str, Any]) -> tuple[str, Any]:
     unknown = [name for name in asked if name not in _KINDS]
     if unknown or len(asked) != 1:
         raise _wrong(
-            "structured_outputs", f"it says {', '.join(asked) or 'nothing'}: give exactly one of {', '.join(_KINDS)}"
+            "structured_outputs",
+            f"it says {', '.join(asked) or 'nothing':.100}: give exactly one of {', '.join(_KINDS)}",
         )
     return next(iter(asked.items()))
 

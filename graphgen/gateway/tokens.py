@@ -8,7 +8,7 @@ from graphgen.calls.prompts import Chat, OnePrompt
 from graphgen.gateway import schema
 from graphgen.gateway.errors import ApiError
 from graphgen.gateway.generation import chat_of, not_served, token_ids_of
-from graphgen.gateway.http import Receive, Scope, Send, send_json
+from graphgen.gateway.http import FIELD_NAMES, Receive, Scope, Send, send_json
 from graphgen.gateway.service import Service
 
 
@@ -22,6 +22,7 @@ class TokenEndpoints:
         request = await self._service.read(scope, receive, schema.TokenizeRequest)
         self._service.known(request.model)
         prompt = _prompt_of(request)
+        scope[FIELD_NAMES] = {} if isinstance(prompt, Chat) else {"messages": "prompt"}
         special_tokens = isinstance(prompt, Chat) or request.add_special_tokens is not False
         found = await self._service.read_prompt(prompt, scope, special_tokens=special_tokens)
         tokens = schema.Tokens(len(found.token_ids), self._service.max_model_len, found.token_ids)
@@ -33,6 +34,7 @@ class TokenEndpoints:
         if not request.tokens:
             await send_json(send, schema.Detokenized(""))
             return
+        scope[FIELD_NAMES] = {"messages": "tokens"}
         token_ids = token_ids_of(request.tokens, "tokens")
         found = await self._service.read_prompt(token_ids, scope, with_text=True)
         await send_json(send, schema.Detokenized(found.text or ""))

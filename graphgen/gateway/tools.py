@@ -39,10 +39,15 @@ def read_tools(request: ChatRequest, has_parser: bool) -> ToolUse:
     one_call = request.parallel_tool_calls is False
     if choice == "none":
         return ToolUse(None, None, one_call)
-    schemas = dict(_described(number, tool) for number, tool in enumerate(request.tools or ()))
+    schemas: dict[str, Mapping[str, Any]] = {}
+    for number, tool in enumerate(request.tools or ()):
+        name, schema = _described(number, tool)
+        if name in schemas:
+            raise _refused(f"tools[{number}]", f"there is a tool {name!r:.100} before it: give each a name of its own")
+        schemas[name] = schema
     if choice not in CHOICES and choice not in schemas:
         known = ", ".join(schemas) or "none"
-        raise _refused("tool_choice", f"{choice!r} is not among the tools: name one of them ({known})")
+        raise _refused("tool_choice", f"{choice!r:.100} is not among the tools: name one of them ({known:.100})")
     if choice == "required" and not schemas:
         raise _refused("tool_choice", "a call is required and there are no tools: give tools")
     if not schemas:
@@ -100,7 +105,9 @@ def _choice(given: str | Mapping[str, Any] | None) -> str:
         return "auto"
     if isinstance(given, str):
         if given not in CHOICES:
-            raise _refused("tool_choice", f"{given!r} is no choice: give one of {', '.join(CHOICES)}, or a function")
+            raise _refused(
+                "tool_choice", f"{given!r:.100} is no choice: give one of {', '.join(CHOICES)}, or a function"
+            )
         return given
     function = given.get("function")
     name = function.get("name") if isinstance(function, Mapping) else None

@@ -1,6 +1,7 @@
 """What the endpoints say to a client of OpenAI's API, over a connection that a test answers."""
 
 import asyncio
+import gzip
 import json
 import re
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from tests.gateway.asgi import GatewayCore, acall, call, fails, piece, says
 CHATS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO: dict[str, Any] = {"model": "fake", "messages": [{"role": "user", "content": "Hi"}]}
 ROMEO: dict[str, Any] = {"model": "fake", "prompt": "ROMEO:"}
+NESTED = json.loads("[" * 30 + "]" * 30)
 USAGE = {
     "prompt_tokens": 5,
     "completion_tokens": 2,
@@ -241,7 +243,14 @@ def test_messages_that_a_program_sends_back_are_taken_as_they_came() -> None:
         (CHATS, {"temperature": -1}, "temperature"),
         (CHATS, {"temperature": "hot"}, "temperature"),
         (CHATS, {"n": 17}, "n"),
-        (CHATS, {"stop": [""]}, None),
+        (CHATS, {"stop": [""]}, "stop"),
+        (CHATS, {"stop_token_ids": [-1]}, "stop_token_ids"),
+        (CHATS, {"max_tokens": 0}, "max_tokens"),
+        (CHATS, {"max_completion_tokens": 0}, "max_completion_tokens"),
+        (CHATS, {"min_tokens": 5, "max_tokens": 3}, "min_tokens"),
+        (CHATS, {"cache_salt": "x" * 257}, "cache_salt"),
+        (CHATS, {"documents": [{"a": NESTED}]}, "documents"),
+        (CHATS, {"chat_template_kwargs": {"a": []}}, "chat_template_kwargs"),
         (CHATS, {"messages": []}, "messages"),
         (CHATS, {"messages": "Hi"}, "messages"),
         (CHATS, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "messages"),
@@ -252,6 +261,7 @@ def test_messages_that_a_program_sends_back_are_taken_as_they_came() -> None:
         (CHATS, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         (CHATS, {"logit_bias": {"king": 1}}, "logit_bias"),
         (CHATS, {"logit_bias": {"5": 101}}, "logit_bias"),
+        (CHATS, {"logit_bias": {"9999999999": 1}}, "logit_bias"),
         (CHATS, {"logit_bias": {"05": 1, "5": 2}}, "logit_bias"),
         (COMPLETIONS, {"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
         (CHATS, {"chat_template": "{{ x }}"}, "chat_template"),
@@ -274,12 +284,51 @@ def test_messages_that_a_program_sends_back_are_taken_as_they_came() -> None:
         (COMPLETIONS, {"suffix": "x"}, "suffix"),
     ],
 )
-def test_what_cannot_be_served_is_refused_with_its_field(path: str, wrong: dict[str, Any], param: str | None) -> None:
+def test_what_cannot_be_served_is_refused_with_its_field(path: str, wrong: dict[str, Any], param: str) -> None:
     core = GatewayCore(says("x"))
     reply = call(core, path, {**(HELLO if path == CHATS else ROMEO), **wrong})
     assert (reply.status, reply.error["type"], reply.error["param"]) == (400, "invalid_request_error", param)
     assert "x-should-retry" not in reply.headers
     assert not core.prompts
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"max_completion_tokens": 0}, "max_completion_tokens is 0: "),
+        ({"max_completion_tokens": 3, "min_tokens": 5}, "max_completion_tokens is 3: "),
+        ({"modalities": ["text", "smell"]}, "modalities: 'smell' cannot be served"),
+        ({"model": "x" * 1000}, f"the model '{'x' * 99} does not exist"),
+        ({"tools": [{}], "tool_choice": "x" * 1000}, f"tool_choice: '{'x' * 99} is no choice"),
+        ({"structured_outputs": {"x" * 1000: 1}}, f"it says {'x' * 100}: give"),
+    ],
+)
+def test_a_refusal_has_the_words_of_the_request_and_few_of_them(body: dict[str, Any], said: str) -> None:
+    assert said in call(GatewayCore(says("x")), CHATS, {**HELLO, **body}).error["message"]
+
+
+def test_a_content_without_parts_is_an_empty_text() -> None:
+    core = GatewayCore(says("x"))
+    assert call(core, CHATS, {"messages": [{"role": "user", "content": []}]}).status == 200
+    assert core.prompts == [Chat([{"role": "user", "content": ""}])]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [(CHATS, HELLO, "messages"), (COMPLETIONS, ROMEO, "prompt"), ("/v1/responses", {"input": "Hi"}, "input")],
+)
+def test_a_prompt_that_is_too_long_is_told_by_the_name_of_its_field(
+    path: str, body: dict[str, Any], param: str, stream: bool
+) -> None:
+    reply = call(GatewayCore(fails(PromptTooLongError("9 tokens"))), path, {**body, "stream": stream})
+    assert (reply.status, reply.error["code"], reply.error["param"]) == (400, "context_length_exceeded", param)
+
+
+def test_a_prompt_that_is_found_too_long_in_a_stream_is_told_so_too() -> None:
+    core = GatewayCore(fails(PromptTooLongError("9 tokens"), after=["a"]))
+    body = {**ROMEO, "prompt": ["a", "b"], "stream": True}
+    assert call(core, COMPLETIONS, body).events[-1]["error"]["param"] == "prompt"
 
 
 def test_what_asks_for_nothing_is_no_reason_to_refuse() -> None:
@@ -350,6 +399,14 @@ def test_no_depth_of_a_body_is_the_servers_fault() -> None:
         body = b'{"messages": [{"role": "user", "content": %b%b}]}' % (b"[" * depth, b"]" * depth)
         reply = call(GatewayCore(says("x")), CHATS, body)
         assert (reply.status, reply.error["type"]) == (400, "invalid_request_error"), depth
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "identity"])
+def test_a_body_that_is_encoded_is_told_so(encoding: str) -> None:
+    zipped = gzip.compress(json.dumps(HELLO).encode())
+    reply = call(GatewayCore(says("x")), CHATS, zipped, headers={"content-encoding": encoding})
+    assert reply.status == (400 if encoding == "identity" else 415)
+    assert ("content-encoding is 'gzip'" in reply.error["message"]) == (encoding == "gzip")
 
 
 @pytest.mark.parametrize(
@@ -458,3 +515,10 @@ def test_what_is_no_endpoint_is_told_in_the_same_form(method: str, path: str, st
     reply = call(GatewayCore(says("x")), path, method=method)
     assert reply.status == status
     assert path in reply.error["message"]
+
+
+def test_a_path_that_is_none_is_told_in_part() -> None:
+    path = "/" + "x" * 1000
+    message = call(GatewayCore(says("x")), path).error["message"]
+    assert path[:100] in message
+    assert path[:101] not in message

@@ -163,3 +163,31 @@ def test_what_cannot_be_served_is_refused(wrong: dict[str, Any]) -> None:
     reply = call(core, PATH, {**HI, **wrong})
     assert (reply.status, reply.error["type"]) == (400, "invalid_request_error")
     assert not core.prompts
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"tools": [{"name": "f"}], "tool_choice": {"type": "tool"}}, 'give {"type": "tool", "name": ...}'),
+        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format is {'type': 'json_schema'}: "),
+        ({"output_config": {"format": {"type": "xml", "schema": {}}}}, 'give {"type": "json_schema", "schema": {...}}'),
+        ({"output_config": {"format": {"type": "json_schema", "schema": 5}}}, "output_config.format: json is 5"),
+        ({"stop_sequences": ["x"] * 17}, "stop_sequences has 17 strings"),
+    ],
+)
+def test_a_refusal_speaks_of_the_fields_of_a_message(wrong: dict[str, Any], said: str) -> None:
+    reply = call(GatewayCore(says("x")), PATH, {**HI, **wrong})
+    assert (reply.status, said in reply.error["message"]) == (400, True), reply.error
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "kind"),
+    [
+        ("GET", PATH, "invalid_request_error"),
+        ("GET", f"{PATH}/count_tokens", "invalid_request_error"),
+        ("POST", f"{PATH}/batches", "not_found_error"),
+    ],
+)
+def test_what_is_no_endpoint_below_messages_has_anthropics_form(method: str, path: str, kind: str) -> None:
+    reply = call(GatewayCore(says("x")), path, method=method)
+    assert (reply.json["type"], reply.error["type"]) == ("error", kind)

@@ -16,6 +16,7 @@ from tests.gateway.asgi import GatewayCore, call, fails, piece, says
 PATH = "/v1/responses"
 HI: dict[str, Any] = {"input": "Hi"}
 STREAM = {**HI, "stream": True}
+FUNCTION = {"type": "function", "name": "f"}
 THINKS = OutputFormat(calls=None, reasoning="think", token_ids={})
 CODEX: dict[str, Any] = {
     "instructions": "Be brief.",
@@ -168,3 +169,28 @@ def test_what_cannot_be_served_is_refused_with_its_field(wrong: dict[str, Any], 
     reply = call(core, PATH, {**HI, **wrong})
     assert (reply.status, reply.error["param"]) == (400, param)
     assert not core.prompts
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param", "said"),
+    [
+        ({"max_output_tokens": 0}, "max_output_tokens", "max_output_tokens is 0: "),
+        ({"max_tokens": 0}, "max_tokens", "max_tokens is 0: "),
+        ({"background": True}, "background", "fetched later"),
+        ({"prompt": {"id": "p"}}, "prompt", "a prompt that OpenAI keeps"),
+        ({"conversation": "c"}, "conversation", "send the whole conversation"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format", "text.format: its type is 'xml'"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format", '"name": ..., "schema": {...}}'),
+        ({"text": {"format": {"type": "json_schema", "schema": 5}}}, "text.format", "text.format: json is 5"),
+        (
+            {"tools": [FUNCTION], "tool_choice": {"type": "function"}},
+            "tool_choice",
+            '{"type": "function", "name": ...}',
+        ),
+        ({"input": [{"type": "x" * 1000}]}, "input", f"of type '{'x' * 99}: give"),
+        ({"input": [{"content": [{"type": "x" * 1000}]}]}, "input", f"of type '{'x' * 99}: this"),
+    ],
+)
+def test_a_refusal_speaks_of_the_fields_of_a_response(wrong: dict[str, Any], param: str, said: str) -> None:
+    error = call(GatewayCore(says("x")), PATH, {**HI, **wrong}).error
+    assert (error["param"], said in error["message"]) == (param, True), error

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from graphgen import PromptTooLongError
 from tests.gateway.asgi import GatewayCore, call, says
 
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
@@ -50,6 +51,22 @@ def test_tokens_are_told_as_text() -> None:
 def test_what_is_no_prompt_and_no_tokens_is_refused(path: str, body: dict[str, Any], param: str) -> None:
     reply = call(GatewayCore(says("x")), path, body)
     assert (reply.status, reply.error["param"]) == (400, param)
+
+
+class FullCore(GatewayCore):
+    """No prompt is short enough."""
+
+    def read_prompt(self, *_: Any, **__: Any) -> None:
+        raise PromptTooLongError("9 tokens")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [(TOKENIZE, {"prompt": "Hi"}, "prompt"), (TOKENIZE, CHAT, "messages"), (DETOKENIZE, {"tokens": [1]}, "tokens")],
+)
+def test_what_is_too_long_is_told_by_the_name_of_its_field(path: str, body: dict[str, Any], param: str) -> None:
+    reply = call(FullCore(says("x")), path, body)
+    assert (reply.status, reply.error["code"], reply.error["param"]) == (400, "context_length_exceeded", param)
 
 
 def test_another_model_has_other_tokens() -> None:

@@ -138,6 +138,7 @@ def test_the_template_gets_the_tools_unless_none_may_be_called() -> None:
         ({"tools": [{"type": "web_search"}]}, "tools[0]"),
         ({"tools": [WEATHER, {"type": "function", "function": {"name": 3}}]}, "tools[1]"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": "x"}}]}, "tools[0]"),
+        ({"tools": [WEATHER, {"type": "function", "function": {"name": "get_weather"}}]}, "tools[1]"),
         ({"tool_choice": "any"}, "tool_choice"),
         ({"tool_choice": {"type": "function"}}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
