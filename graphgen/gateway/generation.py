@@ -18,6 +18,7 @@ from graphgen.gateway.schema import (
 )
 from graphgen.gateway.structured import structured_of
 from graphgen.ipc.errors import InvalidRequestError
+from graphgen.ipc.ggp.limits import MAX_MESSAGES
 from graphgen.ipc.short import short
 from graphgen.ipc.worker_messages import MAX_LOGPROBS
 
@@ -150,6 +151,9 @@ def chat_of(request: ChatRequest | TokenizeRequest, tools: list[dict[str, Any]] 
     if request.reasoning_effort is not None:
         switches.setdefault("reasoning_effort", request.reasoning_effort)
     messages = [_known_fields(message) for message in request.messages or []]
+    if len(messages) > MAX_MESSAGES:
+        text = f"messages has {len(messages)} items, the limit is {MAX_MESSAGES}: leave some out, or join them"
+        raise ApiError(400, text, "invalid_request", "messages")
     return _checked(Chat(messages, tools, request.documents, switches or None))
 
 

@@ -253,6 +253,7 @@ def test_messages_that_a_program_sends_back_are_taken_as_they_came() -> None:
         (CHATS, {"chat_template_kwargs": {"a": []}}, "chat_template_kwargs"),
         (CHATS, {"messages": []}, "messages"),
         (CHATS, {"messages": "Hi"}, "messages"),
+        (CHATS, {"messages": HELLO["messages"] * 1025}, "messages"),
         (CHATS, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "messages"),
         (CHATS, {"messages": [{"content": "x"}]}, "messages"),
         (CHATS, {"top_logprobs": 3}, "top_logprobs"),

@@ -176,6 +176,7 @@ def test_what_cannot_be_served_is_refused_with_its_field(wrong: dict[str, Any], 
     [
         ({"max_output_tokens": 0}, "max_output_tokens", "max_output_tokens is 0: "),
         ({"max_tokens": 0}, "max_tokens", "max_tokens is 0: "),
+        ({"input": [{"role": "user", "content": "x"}] * 1025}, "input", "input has 1025 items, the limit is 1024"),
         ({"background": True}, "background", "fetched later"),
         ({"prompt": {"id": "p"}}, "prompt", "a prompt that OpenAI keeps"),
         ({"conversation": "c"}, "conversation", "send the whole conversation"),
