@@ -63,7 +63,7 @@ def test_the_program_of_the_docs_runs(url: str, capsys: pytest.CaptureFixture[st
     text = (ROOT / "docs" / "http.md").read_text()
     _, program = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict[str, Any] = {}
-    exec(program.replace("http://127.0.0.1:8000", url).replace('"demo"', '"fake"'), names)
+    exec(program.replace("http://127.0.0.1:8000", url).replace('"qwen3"', '"fake"'), names)
     assert capsys.readouterr().out == 'get_weather {"city": "Paris"}\nget_weather {"city": "Rome"}\n'
     assert names["answer"].message.content == "It is 18 C."
 
