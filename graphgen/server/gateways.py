@@ -75,6 +75,7 @@ class Gateways:
             metrics_names=options.metrics_names,
             rates=str(processes.folder / "rates"),
             memory_limit_bytes=options.memory_limit_mib << 20,
+            open_requests=options.open_requests,
             origins=options.origins,
             certificate=options.http_cert,
             private_key=options.http_key,

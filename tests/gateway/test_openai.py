@@ -143,6 +143,12 @@ def test_many_streams_at_once_are_each_their_own(client: openai.OpenAI, ours: Cl
         assert list(pool.map(read, prompts)) == want
 
 
+def test_more_prompts_than_a_client_may_have_open_are_refused_for_good(client: openai.OpenAI) -> None:
+    limit = ServeOptions().open_requests
+    with pytest.raises(openai.BadRequestError, match=f"are {limit + 1} requests, a client may have {limit} open"):
+        client.completions.create(model="play", prompt=["x"] * (limit + 1), max_tokens=1)
+
+
 def test_errors_are_those_of_the_package(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as wrong:
         client.completions.create(model="play", prompt="x", temperature=-1)
