@@ -170,7 +170,7 @@ def test_steps_and_latency_run_on_the_cpu(name: str, monkeypatch: pytest.MonkeyP
 
 
 def test_constrained_measures_both_kinds_of_requests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    small = ("--device", "cpu", "--streams", "5", "--prompt", "8", "--tokens", "12")
+    small = ("--device", "cpu", "--streams", "5", "--prompt", "8", "--tokens", "48")
     rows = run_script(monkeypatch, tmp_path, "constrained", *small)["rows"]
     none, fifth, every, *texts, logprobs, _ = rows
     assert (none["free p50 x"], none.get("bound p50 ms"), every.get("free p50 ms")) == (1.0, None, None)
