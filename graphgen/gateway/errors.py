@@ -28,8 +28,8 @@ from graphgen.ipc.ggp.codes import CODES
 
 Headers = list[tuple[bytes, bytes]]
 
-_NAMES = re.compile(r"^\w+|\b[a-z]+(?:_[a-z]+)+\b")
-"""Where a message may name a field: its first word, and what is no word of a language."""
+_NAMES = re.compile(r"""^\w+|(?<!['"])\b[a-z]+(?:_[a-z]+)+\b""")
+"""Where a message may name a field: its first word, and what is no word of a language; in quotes are a client's own."""
 RETRY_AFTER_S = 1.0
 """When to try again where no server could say."""
 

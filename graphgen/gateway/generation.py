@@ -159,9 +159,11 @@ def chat_of(request: ChatRequest | TokenizeRequest, tools: list[dict[str, Any]] 
 
 def _known_fields(message: Mapping[str, Any]) -> dict[str, Any]:
     """What programs send back of an answer has fields that no template reads."""
-    found = {name: value for name in _MESSAGE_FIELDS if (value := message.get(name)) is not None}
-    if found.get("tool_calls") == []:
-        del found["tool_calls"]
+    found = {
+        name: value
+        for name in _MESSAGE_FIELDS
+        if (value := message.get(name)) is not None and (value != [] or name == "content")
+    }
     if found.get("role") == "developer":  # OpenAI's newer word, which few templates know
         found["role"] = "system"
     if "reasoning_content" not in found and isinstance(message.get("reasoning"), str):

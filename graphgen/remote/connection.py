@@ -161,6 +161,7 @@ class Connection:
         answer: Future[Answer] = Future()
 
         def send() -> None:
+            self._begin_to_wait()
             wait(answer)
             if not self._helloing:
                 self._send(question)
@@ -323,8 +324,7 @@ class Connection:
         self._fail_all(ConnectionLostError(f"{self._server.address} sent what is no message ({error}): report this"))
 
     def _submit(self, requests: Sequence[AnyRequest]) -> None:
-        if not self._is_waiting:
-            self._heard_s = time.monotonic()  # nobody had a reason to speak
+        self._begin_to_wait()
         self._unsent.extend(requests)
         self._send_more()
 
@@ -348,6 +348,11 @@ class Connection:
             else:
                 self._unsent = deque(one for one in self._unsent if one.message.id != request_id)
         self._send_more()
+
+    def _begin_to_wait(self) -> None:
+        """Before anything more is waited for: where nothing was, nobody had a reason to speak."""
+        if not self._is_waiting:
+            self._heard_s = time.monotonic()
 
     @property
     def _is_waiting(self) -> bool:

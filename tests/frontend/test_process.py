@@ -11,9 +11,8 @@ import zmq
 from graphgen import ConfigError
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.engine_messages import Ready
-from graphgen.ipc.errors import EngineClosedError
 from graphgen.ipc.server_messages import AddEngine, Drain, FrontendToSupervisor, SupervisorToFrontend
-from graphgen.server.frontend.process import await_engines
+from graphgen.server.frontend.process import ToldToEndError, await_engines
 from graphgen.server.frontend.server import SupervisorChannel
 from tests.fakes import READY
 from tests.frontend.harness import Frontend, wait_until
@@ -51,7 +50,7 @@ def test_who_waits_for_engines_ends_when_the_server_does(ends: Ends) -> None:
         return READY
 
     ends.supervisor.send(Drain(30.0))
-    with pytest.raises(EngineClosedError):
+    with pytest.raises(ToldToEndError):
         await_engines(wait, ends.frontend, [])
     never.set()
 

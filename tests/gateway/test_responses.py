@@ -17,6 +17,7 @@ PATH = "/v1/responses"
 HI: dict[str, Any] = {"input": "Hi"}
 STREAM = {**HI, "stream": True}
 FUNCTION = {"type": "function", "name": "f"}
+MAX_TOKENS = {"type": "function", "name": "max_tokens"}
 THINKS = OutputFormat(calls=None, reasoning="think", token_ids={})
 CODEX: dict[str, Any] = {
     "instructions": "Be brief.",
@@ -188,6 +189,7 @@ def test_what_cannot_be_served_is_refused_with_its_field(wrong: dict[str, Any], 
             "tool_choice",
             '{"type": "function", "name": ...}',
         ),
+        ({"max_output_tokens": 5, "tools": [MAX_TOKENS] * 2}, "tools[1]", "there is a tool 'max_tokens' before"),
         ({"input": [{"type": "x" * 1000}]}, "input", f"of type '{'x' * 99}: give"),
         ({"input": [{"content": [{"type": "x" * 1000}]}]}, "input", f"of type '{'x' * 99}: this"),
     ],

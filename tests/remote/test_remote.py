@@ -274,6 +274,28 @@ def test_a_server_that_gives_no_session_is_given_up(
         refusing.result(5)
 
 
+def test_a_server_that_gave_no_session_for_long_is_asked_again_by_whoever_comes(
+    server: FakeServer, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has the time that the first had."""
+    monkeypatch.setattr(connection, "HELLO_AGAIN_S", 0.2)
+    monkeypatch.setattr(connection, "LOST_S", 1.2)
+    with ThreadPoolExecutor(1) as pool:
+        given_up = pool.submit(client.health)
+        server.expect(HealthRequest)
+        server.send(make_error("no_session", "say hello"))
+        with pytest.raises(ConnectionLostError, match="gives no session"):
+            given_up.result(5)
+        while server.receive(0.7) is not None:
+            pass
+        asked = pool.submit(client.health)
+        server.expect(Hello)
+        server.send(WELCOME)
+        server.expect(HealthRequest)
+        server.send(Health(status="ok", ready=True, worker_ms=1.0))
+        assert asked.result(5).ready
+
+
 def test_questions_of_a_lost_session_are_asked_in_the_next(server: FakeServer, client: Client) -> None:
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(client.health)

@@ -27,7 +27,7 @@ from graphgen.base.memory import limit_memory
 from graphgen.base.version import __version__
 from graphgen.ipc.channel import Channel
 from graphgen.ipc.engine_messages import Notice, Ready
-from graphgen.ipc.errors import ConfigError, EngineClosedError
+from graphgen.ipc.errors import ConfigError
 from graphgen.ipc.ggp.framing import server_framing
 from graphgen.ipc.ggp.messages import MAJOR, ServerLimits, Welcome
 from graphgen.ipc.server_messages import Drain, Drained, Listening, SupervisorToFrontend
@@ -88,6 +88,10 @@ class EngineElsewhere:
         pass
 
 
+class ToldToEndError(Exception):
+    """By the supervisor, before any engine served."""
+
+
 def main(folder: Path, parent_pid: int, number: int) -> None:
     """Runs until it has drained, or until the supervisor ends. number: among the frontends of the server."""
     end_with_parent(parent_pid, folder)
@@ -101,7 +105,7 @@ def main(folder: Path, parent_pid: int, number: int) -> None:
     try:
         supervisor.send(Drained(_serve(folder, number, supervisor)))
         code = 0
-    except EngineClosedError:  # it never served, so nothing was open
+    except ToldToEndError:  # it never served, so nothing was open
         supervisor.send(Drained(0))
         code = 0
     except BaseException as error:
@@ -165,7 +169,7 @@ def await_engines(
     wait: Callable[[], Ready], supervisor: SupervisorChannel, orders: list[SupervisorToFrontend]
 ) -> Ready:
     """What `wait` returns, which may take for ever. orders: gets what the supervisor says meanwhile. Raises
-    EngineClosedError where the server is to end, else what `wait` raises."""
+    ToldToEndError where the server is to end, else what `wait` raises."""
     found: Future[Ready] = Future()
 
     def fulfil() -> None:
@@ -178,7 +182,7 @@ def await_engines(
     while not futures.wait([found], LOOK_S).done:
         orders += supervisor.drain()
         if any(isinstance(order, Drain) for order in orders):
-            raise EngineClosedError("the server ends before any of its engines serves: start it again")
+            raise ToldToEndError
     return found.result()
 
 
